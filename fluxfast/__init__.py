@@ -1,0 +1,3 @@
+"""fluxfast: fast, lean FLUX.1 LoRA training."""
+
+__version__ = "0.1.0"
