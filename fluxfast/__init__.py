@@ -1,3 +1,13 @@
 """fluxfast: fast, lean FLUX.1 LoRA training."""
 
 __version__ = "0.1.0"
+__all__ = ["FluxTransformer", "__version__"]
+
+
+def __getattr__(name: str):
+    # the model pulls in diffusers; `import fluxfast` alone, and the ops, stay quick without it
+    if name == "FluxTransformer":
+        from fluxfast.model.transformer import FluxTransformer
+
+        return FluxTransformer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,217 @@
+"""The FLUX.1 transformer: diffusers' `FluxTransformer2DModel` by type, config, module names and signature, with our blocks.
+
+Between blocks everything is as in diffusers, except that text and image stay one joint tensor through all single blocks.
+On a CPU the arithmetic is fp32 whatever the weights are stored in (bf16 there is many times slower, and worse).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor, nn
+
+from fluxfast.model import checkpoint
+from fluxfast.model.blocks import Tables, adopt
+from fluxfast.model.linear import project
+from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
+
+
+def rope_tables(ids: Tensor, axes_dims: tuple[int, ...], theta: float = 10000.0) -> Tables:
+    """cos and sin [S, Σ axes_dims / 2] fp32 of position ids [S, axes]; frequencies in fp64, as in BFL's `rope`."""
+    parts = []
+    for axis, dim in enumerate(axes_dims):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        parts.append(torch.outer(ids[:, axis].double(), theta**-exponents))
+    angles = torch.cat(parts, dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def compute_dtype(device: torch.device, storage: torch.dtype) -> torch.dtype:
+    """The dtype of activations: the weights' own on an accelerator, at least fp32 on a CPU."""
+    if device.type == "cpu" and storage != torch.float64:
+        return torch.float32
+    return storage if storage.itemsize > 1 else torch.bfloat16
+
+
+class FluxTransformer(FluxTransformer2DModel):
+    """FLUX.1's transformer on fluxfast's ops; a drop-in for `diffusers.FluxTransformer2DModel`.
+
+    Constructor arguments and `forward` are diffusers' own. `gradient_checkpointing_interval` n (after
+    `enable_gradient_checkpointing()`) checkpoints every nth block; 1, the default, checkpoints all.
+    """
+
+    _no_split_modules = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012 (diffusers' own declarations are lists)
+    _repeated_blocks = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, ...] = (16, 56, 56),
+    ) -> None:
+        if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope {tuple(axes_dims_rope)}: expected even numbers that sum to attention_head_dim "
+                f"{attention_head_dim}, got a sum of {sum(axes_dims_rope)}"
+            )
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            adopt(block)
+        self.gradient_checkpointing_interval = 1
+
+    def to_json_string(self) -> str:
+        # a saved config names diffusers' class, so that every program can load the folder
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = FluxTransformer2DModel.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> FluxTransformer:
+        """Load a diffusers folder (local, or a hub id): `config.json` and safetensors, sharded or not.
+
+        Arguments: subfolder, torch_dtype (or dtype), revision, variant, cache_dir, token, local_files_only, force_download.
+        Raises `checkpoint.CheckpointError` naming the file where one is missing, truncated, or holds other tensors than
+        the config asks for.
+        """
+        return checkpoint.load_folder(cls, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: str | os.PathLike, **kwargs: Any) -> FluxTransformer:
+        """Load one safetensors file: BFL's, Comfy's (`model.diffusion_model.` prefix) or diffusers', told apart by its keys.
+
+        Sizes are inferred from the tensors. Arguments: torch_dtype (or dtype); axes_dims_rope, which no file stores, where
+        the head dimension is not FLUX.1's 128. Raises `checkpoint.CheckpointError` naming the file and the first keys
+        that are missing or unexpected.
+        """
+        return checkpoint.load_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs)
+
+    def _embed(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+        """vec [B, D] from timestep and guidance [B] (already times 1000) and the pooled prompt [B, pooled]."""
+        embed = self.time_text_embed
+
+        def mlp(module: Any, x: Tensor) -> Tensor:
+            return project(torch.nn.functional.silu(project(x.to(dtype), module.linear_1)), module.linear_2)
+
+        vec = mlp(embed.timestep_embedder, embed.time_proj(timestep))
+        if guidance is not None:
+            vec = vec + mlp(embed.guidance_embedder, embed.time_proj(guidance))
+        return vec + mlp(embed.text_embedder, pooled)
+
+    def _run(self, index: int, block: nn.Module, *args: Any) -> Any:
+        """A block, numbered through both kinds, checkpointed if it is one of every `gradient_checkpointing_interval`."""
+        if self.gradient_checkpointing and torch.is_grad_enabled() and index % self.gradient_checkpointing_interval == 0:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: list[Tensor] | None = None,
+        controlnet_single_block_samples: list[Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the flow: hidden_states [B, S_img, in_channels], encoder_hidden_states [B, S_txt, joint_attention_dim],
+        pooled_projections [B, pooled], timestep and guidance [B] in 0..1 and as is, ids [S, 3]; returns [B, S_img, out].
+        """
+        kwargs = dict(joint_attention_kwargs or {})
+        in_dtype = hidden_states.dtype
+        dtype = compute_dtype(hidden_states.device, self.x_embedder_dtype)
+        if self.config.guidance_embeds and guidance is None:
+            raise ValueError("guidance is required: this model was distilled with guidance embeds (config.guidance_embeds)")
+
+        # in the caller's dtype, as diffusers rounds them, so that a bf16 caller gets the embedding it would get there
+        vec = self._embed(
+            timestep.to(in_dtype) * 1000,
+            guidance.to(in_dtype) * 1000 if guidance is not None and self.config.guidance_embeds else None,
+            pooled_projections,
+            dtype,
+        )
+        ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
+        pe = rope_tables(ids.to(hidden_states.device), tuple(self.config.axes_dims_rope))
+
+        with _lora_scale(self, kwargs.pop("scale", 1.0)):
+            img = project(hidden_states.to(dtype), self.x_embedder)
+            txt = project(encoder_hidden_states.to(dtype), self.context_embedder)
+            if "ip_adapter_image_embeds" in kwargs:
+                kwargs["ip_hidden_states"] = self.encoder_hid_proj(kwargs.pop("ip_adapter_image_embeds"))
+
+            for i, block in enumerate(self.transformer_blocks):
+                txt, img = self._run(i, block, img, txt, vec, pe, kwargs)
+                if controlnet_block_samples is not None:
+                    img = img + _control(controlnet_block_samples, i, len(self.transformer_blocks), controlnet_blocks_repeat)
+
+            x, txt_len = torch.cat([txt, img], dim=1), txt.shape[1]
+            for i, block in enumerate(self.single_transformer_blocks):
+                x = self._run(len(self.transformer_blocks) + i, block, x, None, vec, pe, kwargs)
+                if controlnet_single_block_samples is not None:
+                    sample = _control(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
+                    x = torch.cat([x[:, :txt_len], x[:, txt_len:] + sample], dim=1)
+
+            scale, shift = project(torch.nn.functional.silu(vec), self.norm_out.linear).chunk(2, dim=-1)
+            img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
+            output = project(img, self.proj_out).to(in_dtype)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    @property
+    def x_embedder_dtype(self) -> torch.dtype:
+        # x_embedder is never quantised, so its dtype is the one the model was loaded in
+        module: Any = self.x_embedder
+        return getattr(module, "base_layer", module).weight.dtype
+
+
+def _control(samples: list[Tensor], index: int, blocks: int, repeat: bool = False) -> Tensor:
+    """The ControlNet residual of a block: spread over the blocks in order or, for XLabs' ControlNets, cycled through."""
+    if repeat:
+        return samples[index % len(samples)]
+    return samples[index // int(np.ceil(blocks / len(samples)))]
+
+
+@contextmanager
+def _lora_scale(model: nn.Module, scale: float):
+    """`joint_attention_kwargs["scale"]`, on every adapter for the length of a forward; 1.0 costs nothing."""
+    if scale == 1.0:
+        yield
+        return
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(model, scale)

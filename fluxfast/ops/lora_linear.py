@@ -1,0 +1,153 @@
+"""Linear layers with low-rank adapters over a frozen base: y = x Wᵀ + b + Σ s·(x Aᵀ) Bᵀ.
+
+Linears that read the same x (q, k, v; in a single block also the MLP's first) are one call and one packed output, so that x
+is read once, the adapters' down-projections are one product, and the next op reads one tensor. The base is frozen: backward
+gives dx, dA and dB and never a gradient of W. W is kept in its storage type and cast when it is used, in both directions:
+keeping the cast copy for backward would hold a second model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """One LoRA: A [r, in], B [out, r], and the scale on their product (alpha / r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class LinearParams(NamedTuple):
+    """One linear of a group: weight [out, in], bias [out] or None, and its adapters."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[Adapter, ...] = ()
+
+
+def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
+    """The maths in plain, differentiable torch; also the path on which the base itself may get a gradient."""
+    outs = []
+    for weight, bias, adapters in linears:
+        y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        for a, b, scale in adapters:
+            y = y + (x @ a.to(x.dtype).T) @ b.to(x.dtype).T * scale
+        outs.append(y)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+
+def _forward(x: Tensor, linears: Sequence[LinearParams]) -> tuple[Tensor, Tensor | None]:
+    """x [M, in] to the packed output [M, Σ out], and the adapters' down-projections x Aᵀ [M, Σ r] (None without any)."""
+    dtype = x.dtype
+    y = x.new_empty(x.shape[0], sum(p.weight.shape[0] for p in linears))
+    all_a = [adapter.a for p in linears for adapter in p.adapters]
+    s = x @ torch.cat([a.to(dtype) for a in all_a]).T if all_a else None
+    col = rank = 0
+    for weight, bias, adapters in linears:
+        y_i = y[:, col : col + weight.shape[0]]
+        col += weight.shape[0]
+        if bias is None:
+            torch.mm(x, weight.to(dtype).T, out=y_i)
+        else:
+            torch.addmm(bias.to(dtype), x, weight.to(dtype).T, out=y_i)
+        for a, b, scale in adapters:
+            assert s is not None
+            y_i.addmm_(s[:, rank : rank + a.shape[0]], b.to(dtype).T, alpha=scale)
+            rank += a.shape[0]
+    return y, s
+
+
+def _backward(
+    dy: Tensor, x: Tensor, s: Tensor | None, linears: Sequence[LinearParams], need_dx: bool
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """dx [M, in] (or None) and (dA, dB) of every adapter, in order."""
+    dtype = dy.dtype
+    dx = dy.new_empty(x.shape) if need_dx else None
+    all_a, d_s, d_b = [], None if s is None else torch.empty_like(s), []
+    col = rank = 0
+    for i, (weight, _, adapters) in enumerate(linears):
+        dy_i = dy[:, col : col + weight.shape[0]]
+        col += weight.shape[0]
+        if dx is not None:
+            if i == 0:
+                torch.mm(dy_i, weight.to(dtype), out=dx)
+            else:
+                dx.addmm_(dy_i, weight.to(dtype))
+        for a, b, scale in adapters:
+            assert s is not None and d_s is not None
+            r = a.shape[0]
+            d_b.append((dy_i.T @ s[:, rank : rank + r]).mul_(scale).to(b.dtype))
+            torch.mm(dy_i, b.to(dtype), out=d_s[:, rank : rank + r]).mul_(scale)
+            all_a.append(a)
+            rank += r
+    if d_s is None:
+        return dx, []
+    if dx is not None:
+        dx.addmm_(d_s, torch.cat([a.to(dtype) for a in all_a]))
+    d_a = (d_s.T @ x).split([a.shape[0] for a in all_a])
+    return dx, [(g.to(a.dtype), gb) for g, a, gb in zip(d_a, all_a, d_b, strict=True)]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: tuple[tuple[bool, tuple[float, ...]], ...], *tensors: Tensor) -> Tensor:
+        # layout: of each linear, whether it has a bias, and the scales of its adapters; tensors: weight, bias?, a, b, …
+        linears = _unflatten(layout, tensors)
+        y, s = _forward(x.reshape(-1, x.shape[-1]), linears)
+        ctx.layout, ctx.has_s = layout, s is not None
+        ctx.save_for_backward(x, *([s] if s is not None else []), *tensors)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        dy = grads[0]
+        x, *rest = ctx.saved_tensors
+        s = rest.pop(0) if ctx.has_s else None
+        linears = _unflatten(ctx.layout, rest)
+        x2 = x.reshape(-1, x.shape[-1])
+        dx, adapter_grads = _backward(dy.reshape(-1, dy.shape[-1]), x2, s, linears, ctx.needs_input_grad[0])
+        pending = iter(adapter_grads)
+        out: list[Tensor | None] = []
+        for has_bias, scales in ctx.layout:
+            out += [None] * (1 + has_bias)
+            for _ in scales:
+                out += next(pending)
+        return (None if dx is None else dx.view(x.shape), None, *out)
+
+
+def _unflatten(layout: Sequence[tuple[bool, Sequence[float]]], tensors: Sequence[Tensor]) -> list[LinearParams]:
+    it = iter(tensors)
+    linears = []
+    for has_bias, scales in layout:
+        weight = next(it)
+        bias = next(it) if has_bias else None
+        linears.append(LinearParams(weight, bias, tuple(Adapter(next(it), next(it), scale) for scale in scales)))
+    return linears
+
+
+def lora_linear(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
+    """Apply one or several linears with their adapters to the same x.
+
+    x [..., in]; returns [..., Σ out], the linears' outputs side by side, in x's dtype. Weights and adapters may be stored in
+    other floating types. Gradients: x and every A and B; a base weight or bias that requires a gradient is refused, since
+    the point of this op is never to compute one (use `lora_linear_ref`). Source: LoRA, arXiv 2106.09685, section 4.1.
+    """
+    for weight, bias, _ in linears:
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            raise ValueError(
+                "lora_linear: a base weight or bias requires a gradient, and this op never computes one; freeze it "
+                "(requires_grad_(False)) or use lora_linear_ref"
+            )
+    layout = tuple((p.bias is not None, tuple(float(a.scale) for a in p.adapters)) for p in linears)
+    tensors: list[Tensor] = []
+    for weight, bias, adapters in linears:
+        tensors += [weight] if bias is None else [weight, bias]
+        for adapter in adapters:
+            tensors += [adapter.a, adapter.b]
+    return _LoraLinear.apply(x, layout, *tensors)
