@@ -1,0 +1,108 @@
+// The Python module fluxfast._C. Tensors arrive as addresses, sizes and strides: the module knows nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace fluxfast;
+using Address = uintptr_t;
+
+namespace {
+
+const float* in(Address address) { return reinterpret_cast<const float*>(address); }
+float* out(Address address) { return reinterpret_cast<float*>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+
+  m.def("cpu_isas", &cpu_isas);
+  m.def("use_cpu_isa", &use_cpu_isa);
+  m.def("cpu_isa", [] { return std::string(cpu().isa); });
+
+  m.def(
+      "gated_residual_fwd",
+      [](Address x, int64_t x_b, int64_t x_s, Address gate, int64_t gate_b, Address y, int64_t y_b, int64_t y_s, Address o,
+         int64_t batch, int64_t rows, int64_t cols, int threads) {
+        cpu().gated_residual_fwd({in(x), x_b, x_s}, {in(gate), gate_b}, {in(y), y_b, y_s}, out(o), {batch, rows, cols},
+                                 threads);
+      },
+      no_gil);
+  m.def(
+      "gated_residual_bwd",
+      [](Address dout, int64_t dout_b, int64_t dout_s, Address gate, int64_t gate_b, Address y, int64_t y_b, int64_t y_s,
+         Address dy, Address dgate, int64_t batch, int64_t rows, int64_t cols, int threads) {
+        cpu().gated_residual_bwd({in(dout), dout_b, dout_s}, {in(gate), gate_b}, {in(y), y_b, y_s}, out(dy), out(dgate),
+                                 {batch, rows, cols}, threads);
+      },
+      no_gil);
+  m.def(
+      "gelu_fwd",
+      [](Address x, int64_t x_s, Address y, int64_t rows, int64_t cols, int threads) {
+        cpu().gelu_fwd({in(x), 0, x_s}, out(y), {1, rows, cols}, threads);
+      },
+      no_gil);
+  m.def(
+      "gelu_bwd",
+      [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address dx, int64_t rows, int64_t cols, int threads) {
+        cpu().gelu_bwd({in(dy), 0, dy_s}, {in(x), 0, x_s}, out(dx), {1, rows, cols}, threads);
+      },
+      no_gil);
+  m.def(
+      "modulated_layer_norm_fwd",
+      [](Address x, int64_t x_b, int64_t x_s, Address scale, int64_t scale_b, Address shift, int64_t shift_b, Address y,
+         Address mean, Address rstd, int64_t batch, int64_t rows, int64_t cols, float eps, int threads) {
+        cpu().modulated_layer_norm_fwd({in(x), x_b, x_s}, {in(scale), scale_b}, {in(shift), shift_b}, out(y), out(mean),
+                                       out(rstd), {batch, rows, cols}, eps, threads);
+      },
+      no_gil);
+  m.def(
+      "modulated_layer_norm_bwd",
+      [](Address dy, int64_t dy_b, int64_t dy_s, Address x, int64_t x_b, int64_t x_s, Address scale, int64_t scale_b,
+         Address mean, Address rstd, Address dx, Address dscale, Address dshift, int64_t batch, int64_t rows, int64_t cols,
+         int threads) {
+        cpu().modulated_layer_norm_bwd({in(dy), dy_b, dy_s}, {in(x), x_b, x_s}, {in(scale), scale_b}, in(mean), in(rstd),
+                                       out(dx), out(dscale), out(dshift), {batch, rows, cols}, threads);
+      },
+      no_gil);
+  m.def(
+      "qk_norm_rope_fwd",
+      [](Address qkv, int64_t qkv_b, int64_t qkv_s, Address txt, int64_t txt_b, int64_t txt_s, Address weights, Address cos,
+         Address sin, Address index, int64_t index_bytes, int64_t index_b, Address q, Address k, Address v, Address rstd,
+         int64_t batch, int64_t txt_rows, int64_t img_rows, int64_t heads, int64_t head_dim, float eps, int threads) {
+        const RowIndex rows{reinterpret_cast<const void*>(index), index_bytes, index_b};
+        cpu().qk_norm_rope_fwd({in(qkv), qkv_b, qkv_s}, {in(txt), txt_b, txt_s}, in(weights), {in(cos), in(sin), rows},
+                               out(q), out(k), out(v), out(rstd), {batch, txt_rows, img_rows, heads, head_dim}, eps,
+                               threads);
+      },
+      no_gil);
+  m.def(
+      "qk_norm_rope_bwd",
+      [](Address dq, int64_t dq_b, int64_t dq_s, int64_t dq_h, Address dk, int64_t dk_b, int64_t dk_s, int64_t dk_h,
+         Address dv, int64_t dv_b, int64_t dv_s, int64_t dv_h, Address q, Address k, Address qkv, int64_t qkv_b,
+         int64_t qkv_s, Address txt, int64_t txt_b, int64_t txt_s, Address rstd, Address weights, Address cos, Address sin,
+         Address index, int64_t index_bytes, int64_t index_b, Address dqkv, Address dtxt, int64_t batch, int64_t txt_rows,
+         int64_t img_rows, int64_t heads, int64_t head_dim, int threads) {
+        const RowIndex rows{reinterpret_cast<const void*>(index), index_bytes, index_b};
+        cpu().qk_norm_rope_bwd({in(dq), dq_b, dq_s, dq_h}, {in(dk), dk_b, dk_s, dk_h}, {in(dv), dv_b, dv_s, dv_h}, in(q),
+                               in(k), {in(qkv), qkv_b, qkv_s}, {in(txt), txt_b, txt_s}, in(rstd), in(weights),
+                               {in(cos), in(sin), rows}, out(dqkv), out(dtxt),
+                               {batch, txt_rows, img_rows, heads, head_dim}, threads);
+      },
+      no_gil);
+  m.def("qk_norm_rope_invertible",
+        [](Address weights, int64_t weight_count, Address cos, Address sin, int64_t table_count) {
+          bool invertible;
+          cpu().qk_norm_rope_invertible(in(weights), weight_count, in(cos), in(sin), table_count, &invertible);
+          return invertible;
+        });
+  m.def("rope_index_in_range",
+        [](Address index, int64_t index_bytes, int64_t index_b, int64_t batch, int64_t tokens, int64_t table_rows) {
+          bool in_range;
+          cpu().rope_index_in_range({reinterpret_cast<const void*>(index), index_bytes, index_b}, batch, tokens, table_rows,
+                                    &in_range);
+          return in_range;
+        });
+}

@@ -1,0 +1,88 @@
+// GELU, tanh form: y = x * sigmoid(v), v = 2 * sqrt(2/pi) * (x + 0.044715 x^3), which is the same as 0.5 x (1 + tanh(v/2)).
+#include <math.h>
+
+#include "rows.h"
+
+namespace fluxfast {
+namespace FLUXFAST_ISA {
+
+static constexpr float kLinear = 1.5957691216057308f;
+static constexpr float kCubic = kLinear * 0.044715f;
+// where gelu is 0 on the left (-1e-37) and x on the right, and exp(-v) neither overflows nor vanishes
+static constexpr float kSaturated = 10.0f;
+
+// exp(x) for |x| <= 88, to 1.5 ulp; a NaN stays one. Cephes' polynomial on [-ln2/2, ln2/2]
+static inline float exp_in_range(float x) {
+  // adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  const uint32_t scale_bits = (static_cast<uint32_t>(bits) + 127u) << 23;
+  float scale;
+  memcpy(&scale, &scale_bits, sizeof scale);
+  return p * scale;
+}
+
+// comparisons that are false for a NaN let it through
+static inline float at_least(float x, float low) { return x < low ? low : x; }
+
+static inline float at_most(float x, float high) { return x > high ? high : x; }
+
+static inline float gelu(float x) {
+  const float left = at_least(x, -kSaturated);
+  const float z = at_most(left, kSaturated);
+  return left / (1.0f + exp_in_range(-z * (kLinear + kCubic * z * z)));
+}
+
+static inline float gelu_derivative(float x) {
+  const float z = at_most(at_least(x, -kSaturated), kSaturated);
+  const float e = exp_in_range(-z * (kLinear + kCubic * z * z));
+  const float sigmoid = 1.0f / (1.0f + e);
+  // 1 - sigmoid as e * sigmoid, which doesn't cancel
+  return sigmoid + z * (kLinear + 3.0f * kCubic * z * z) * sigmoid * (e * sigmoid);
+}
+
+// calls body(first element in x's row, first element overall, length) for the rows' pieces in one task's share of the elements
+template <class Body>
+static void for_each_piece(const Shape& shape, int threads, const Body& body) {
+  const int64_t elements = shape.rows * shape.cols;
+  parallel_for(ceil_div(elements, kTaskElements), threads, [&](int64_t task) {
+    int64_t i = task * kTaskElements;
+    const int64_t end = min64(i + kTaskElements, elements);
+    while (i < end) {
+      const int64_t col = i % shape.cols;
+      const int64_t length = min64(shape.cols - col, end - i);
+      body(i / shape.cols, col, i, length);
+      i += length;
+    }
+  });
+}
+
+void gelu_fwd(Rows x, float* y, Shape shape, int threads) {
+  for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t first, int64_t length) {
+    const float* __restrict xs = row_at(x, 0, row) + col;
+    float* __restrict ys = y + first;
+    for (int64_t j = 0; j < length; ++j) ys[j] = gelu(xs[j]);
+  });
+}
+
+void gelu_bwd(Rows dy, Rows x, float* dx, Shape shape, int threads) {
+  for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t first, int64_t length) {
+    const float* __restrict dys = row_at(dy, 0, row) + col;
+    const float* __restrict xs = row_at(x, 0, row) + col;
+    float* __restrict dxs = dx + first;
+    for (int64_t j = 0; j < length; ++j) dxs[j] = dys[j] * gelu_derivative(xs[j]);
+  });
+}
+
+}  // namespace FLUXFAST_ISA
+}  // namespace fluxfast

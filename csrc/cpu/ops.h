@@ -1,0 +1,89 @@
+// The CPU ops: what each takes, and the table of one instruction set's implementations.
+//
+// Memory is float32. The last dimension of every tensor is contiguous; a tensor that has strides of its own in the others comes
+// as one of the structs below (strides in elements), the rest is contiguous. Shapes and dtypes are checked in fluxfast/ops.
+//
+// cpu/<op>.cpp is compiled once for each instruction set, in a namespace named after it. Such a file keeps its helpers static
+// and includes no C++ library header: of an inline function that several files share, the linker keeps one copy, which may be
+// one that this processor can't run.
+#pragma once
+
+#include <stdint.h>
+
+namespace fluxfast {
+
+// [B, S, D] to read
+struct Rows {
+  const float* data;
+  int64_t batch_stride, row_stride;
+};
+
+// [B, D] to read
+struct PerSample {
+  const float* data;
+  int64_t batch_stride;
+};
+
+// [B, S, heads, head_dim] to read
+struct Heads {
+  const float* data;
+  int64_t batch_stride, row_stride, head_stride;
+};
+
+// the table row of each token, int32 or int64 by `bytes` of an element; without data a token's position is its row
+struct RowIndex {
+  const void* data;
+  int64_t bytes, batch_stride;
+};
+
+// cos and sin [table_rows, head_dim / 2]
+struct Rope {
+  const float* cos;
+  const float* sin;
+  RowIndex index;
+};
+
+struct Shape {
+  int64_t batch, rows, cols;
+};
+
+struct HeadsShape {
+  int64_t batch, txt_rows, img_rows, heads, head_dim;
+};
+
+// name and arguments of every op; a null pointer for a gradient means that nobody needs it
+#define FLUXFAST_CPU_OPS(OP)                                                                                              \
+  OP(gated_residual_fwd, (Rows x, PerSample gate, Rows y, float* out, Shape shape, int threads))                          \
+  OP(gated_residual_bwd,                                                                                                  \
+     (Rows dout, PerSample gate, Rows y, float* dy, float* dgate, Shape shape, int threads))                              \
+  OP(gelu_fwd, (Rows x, float* y, Shape shape, int threads))                                                              \
+  OP(gelu_bwd, (Rows dy, Rows x, float* dx, Shape shape, int threads))                                                    \
+  OP(modulated_layer_norm_fwd, (Rows x, PerSample scale, PerSample shift, float* y, float* mean, float* rstd, Shape shape, \
+                                float eps, int threads))                                                                  \
+  OP(modulated_layer_norm_bwd, (Rows dy, Rows x, PerSample scale, const float* mean, const float* rstd, float* dx,        \
+                                float* dscale, float* dshift, Shape shape, int threads))                                  \
+  OP(qk_norm_rope_fwd, (Rows qkv, Rows txt_qkv, const float* weights, Rope rope, float* q, float* k, float* v,            \
+                        float* rstd, HeadsShape shape, float eps, int threads))                                           \
+  OP(qk_norm_rope_bwd, (Heads dq, Heads dk, Heads dv, const float* q, const float* k, Rows qkv, Rows txt_qkv,             \
+                        const float* rstd, const float* weights, Rope rope, float* dqkv, float* dtxt_qkv,                 \
+                        HeadsShape shape, int threads))                                                                   \
+  OP(qk_norm_rope_invertible, (const float* weights, int64_t weight_count, const float* cos, const float* sin,            \
+                               int64_t table_count, bool* invertible))                                                    \
+  OP(rope_index_in_range, (RowIndex index, int64_t batch, int64_t tokens, int64_t table_rows, bool* in_range))
+
+struct CpuOps {
+  const char* isa;
+#define OP(name, arguments) void(*name) arguments;
+  FLUXFAST_CPU_OPS(OP)
+#undef OP
+};
+
+#ifdef FLUXFAST_ISA
+namespace FLUXFAST_ISA {
+#define OP(name, arguments) void name arguments;
+FLUXFAST_CPU_OPS(OP)
+#undef OP
+}  // namespace FLUXFAST_ISA
+#endif
+
+}  // namespace fluxfast

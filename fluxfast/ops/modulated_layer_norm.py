@@ -1,0 +1,99 @@
+"""LayerNorm without an affine part, then a per-sample modulation: y = LayerNorm(x)·(1 + scale) + shift."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fluxfast.ops import _impl
+
+
+def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """The maths in plain, differentiable torch: x [B, S, D], scale and shift [B, D] → [B, S, D].
+
+    Computes in fp32 (fp64 if x is) and rounds once, to x's dtype.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    xhat = torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift[:, None].to(dtype), xhat, 1 + scale[:, None].to(dtype)).to(x.dtype)
+
+
+def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, S, D], and the mean and the reciprocal standard deviation of each row, [B, S]."""
+    x, scale, shift = _impl.dense_rows(x), _impl.dense_rows(scale), _impl.dense_rows(shift)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    mean = torch.empty(x.shape[:2], dtype=torch.float32)
+    rstd = torch.empty(x.shape[:2], dtype=torch.float32)
+    _impl.native.modulated_layer_norm_fwd(
+        x.data_ptr(), *x.stride()[:2],
+        scale.data_ptr(), scale.stride(0),
+        shift.data_ptr(), shift.stride(0),
+        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *x.shape, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, modulation: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [B, S, D], dscale and dshift [B, D] (both empty unless `modulation`)."""
+    dy, x, scale = _impl.dense_rows(dy), _impl.dense_rows(x), _impl.dense_rows(scale)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dscale = torch.empty(scale.shape if modulation else (0,), dtype=x.dtype)
+    dshift = torch.empty(scale.shape if modulation else (0,), dtype=x.dtype)
+    _impl.native.modulated_layer_norm_bwd(
+        dy.data_ptr(), *dy.stride()[:2],
+        x.data_ptr(), *x.stride()[:2],
+        scale.data_ptr(), scale.stride(0),
+        mean.data_ptr(), rstd.data_ptr(),
+        dx.data_ptr(), dscale.data_ptr(), dshift.data_ptr(), *x.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dscale, dshift
+
+
+_forward_op = torch.library.custom_op("fluxfast::modulated_layer_norm_fwd", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("fluxfast::modulated_layer_norm_bwd", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+
+
+@_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = scale.shape if modulation else (0,)
+    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
+
+
+class _ModulatedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = _impl.launcher(x, _forward, _forward_op)(x, scale, shift, eps)
+        ctx.save_for_backward(x, mean, rstd, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_scale, needs_shift, _ = ctx.needs_input_grad
+        dx, dscale, dshift = _impl.launcher(dy, _backward, _backward_op)(dy, *ctx.saved_tensors, needs_scale or needs_shift)
+        return dx, dscale if needs_scale else None, dshift if needs_shift else None, None
+
+
+def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+    """LayerNorm(x)·(1 + scale[:, None]) + shift[:, None].
+
+    x [B, S, D]; scale, shift [B, D]. Returns [B, S, D]. Backward keeps x, scale, and each row's mean and reciprocal standard
+    deviation; dscale and dshift are computed only where asked for.
+    Raises ValueError on shapes that don't fit, or if `impl` can't do this call. Source: diffusers' `AdaLayerNormZero`.
+    """
+    if x.ndim != 3 or scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
+        raise ValueError(
+            "modulated_layer_norm: expected x [B, S, D] and scale and shift [B, D], "
+            f"got x {list(x.shape)}, scale {list(scale.shape)}, shift {list(shift.shape)}"
+        )
+    if _impl.resolve("modulated_layer_norm", impl, (x, scale, shift)) == "ref":
+        return modulated_layer_norm_ref(x, scale, shift, eps)
+    return _ModulatedLayerNorm.apply(x, scale, shift, eps)
