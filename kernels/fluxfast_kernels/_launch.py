@@ -8,11 +8,13 @@ import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # what `fluxfast-bench aot` compiles for: the key, Triton's back end, its architecture, and the width of a warp
 AOT_TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -23,10 +25,16 @@ AOT_TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx1100": ("hip", "gfx1100", 32),
 }
 
-# architectures whose tensor cores, or at least whose conversions, know e4m3fn
+# architectures on which Triton converts to e4m3fn
 E4M3_TARGETS: tuple[str, ...] = ("sm_89", "sm_90", "gfx942", "gfx1100")
 
 LaunchTable = Mapping[str, Mapping[str, int]]
+
+# for ops that hold one row in registers: elements of a row per thread (which sets the number of warps), and rows per program
+# where a program sums over rows
+ROW_LAUNCH: dict[str, LaunchTable] = {
+    "row_quant": {"default": {"per_thread": 32}},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,48 @@ class AotVariant:
     num_stages: int = 1
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = field(default_factory=lambda: tuple(AOT_TARGETS))
+
+
+def aot_variant(
+    name: str,
+    kernel: Any,
+    target: str,
+    pointers: Mapping[str, str | None],
+    scalars: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    unspecialised: tuple[str, ...] = (),
+) -> AotVariant:
+    """A variant for one target. A pointer without a type is absent; constexprs may carry num_warps and num_stages.
+
+    Integers count as multiples of 16, as FLUX.1's strides are, but for the `unspecialised`: token counts.
+    """
+    given = {k: f"*{v}" for k, v in pointers.items() if v is not None}
+    absent = {k: None for k, v in pointers.items() if v is None}
+    options = {k: constexprs[k] for k in ("num_warps", "num_stages") if k in constexprs}
+    return AotVariant(
+        name,
+        kernel,
+        signature=given | dict(scalars),
+        constexprs=absent | {k: v for k, v in constexprs.items() if k not in options},
+        divisible=tuple(k for k, v in scalars.items() if v.startswith("i") and k not in unspecialised),
+        targets=(target,),
+        **options,
+    )
+
+
+def compile_ahead(variant: AotVariant, target: str) -> Any:
+    """Triton's compiled kernel (`.asm`, `.metadata`) for a key of AOT_TARGETS; needs no device, but no interpreter either."""
+    names = variant.kernel.arg_names
+    types = {name: variant.signature.get(name, "constexpr") for name in names}
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in variant.divisible]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=types,
+        constexprs={name: variant.constexprs[name] for name in names if types[name] == "constexpr"},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=GPUTarget(*AOT_TARGETS[target]), options=options)
 
 
 def next_pow2(n: int) -> int:
@@ -83,11 +133,19 @@ def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int
     return table.get(arch_key(device)) or table["default"]
 
 
-def on_device(tensor: Tensor) -> ContextManager[Any]:
+@functools.cache
+def row_numbers(op: str, width: int, arch: str) -> Mapping[str, int]:
+    """BLOCK and num_warps (and ROWS, where the op has it) of an op that holds one row of `width` elements in registers."""
+    numbers = dict(ROW_LAUNCH[op].get(arch) or ROW_LAUNCH[op]["default"])
+    block = next_pow2(width)
+    # gfx9 runs 64 threads a warp, everything else 32; 1024 threads is the most that a program may have
+    warp = 64 if arch.startswith("gfx9") else 32
+    warps = min(max(block // (numbers.pop("per_thread") * warp), 1), 1024 // warp)
+    return {"BLOCK": block, "num_warps": warps, **numbers}
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, which is where Triton launches; free where it already is."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
-
-
-LAUNCH: dict[str, LaunchTable] = {}

@@ -1,0 +1,128 @@
+"""Quantising the rows of a matrix: one scale a row, int8 or e4m3fn.
+
+    scale = max|y| / top,  q = round(y · (1/scale)),  y ≈ q · scale      top = 127 for int8, 448 for e4m3fn
+
+Rounding is to nearest, halves to even. A row whose scale would not be a normal fp32 number (all zeros, in practice) gets scale
+1 and codes 0. A NaN or an infinity anywhere in a row makes that row's scale NaN or infinite, so it shows in the product.
+`quantize_row` is what the ops that quantise their own output call; `row_quant` is for a tensor that no such op wrote.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    E4M3_TARGETS,
+    AotVariant,
+    aot_variant,
+    arch_key,
+    interpreted,
+    on_device,
+    row_numbers,
+)
+
+FORMATS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+
+# 1.5·2²³: adding it to |v| < 2²² rounds v to an integer, halves to even, and leaves that integer in the low bits
+_ROUND = tl.constexpr(12582912.0)
+_LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+_INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def quantize_row(b_y, DTYPE: tl.constexpr):
+    """Codes of DTYPE and the scale of one row; b_y [BLOCK] fp32 is zero where it is masked."""
+    # as integers, magnitudes keep their order, NaN comes out on top, and the reduction is one instruction a warp
+    b_top = tl.max(b_y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    b_scale = tl.div_rn(b_top, 127.0 if DTYPE.is_int() else 448.0)
+    b_scale = tl.where(b_scale < _LEAST_NORMAL, 1.0, b_scale)
+    b_v = b_y * tl.div_rn(1.0, b_scale)
+    if DTYPE.is_int():
+        # the clamp is never felt, but it keeps the compiler from fusing product and sum, which would round differently
+        b_v = tl.minimum(tl.maximum(b_v, -127.0), 127.0) + _ROUND
+        b_q = b_v.to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        if _INTERPRETED:
+            # the interpreter's cast drops the carry of its rounding: hand it values that need none
+            b_step = tl.maximum(b_v.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23) - (3 << 23)
+            b_step = b_step.to(tl.float32, bitcast=True)
+            b_v = ((b_v / b_step + _ROUND) - _ROUND) * b_step
+        b_q = b_v.to(DTYPE)
+    return b_q, b_scale
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_quant_kernel(p_x, p_col_scale, p_q, p_scale, stride_x, M, K: tl.constexpr, BLOCK: tl.constexpr):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK)
+    m_k = o_k < K
+    b_y = tl.load(p_x + i_m * stride_x + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if p_col_scale is not None:
+        b_y *= tl.load(p_col_scale + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_q, b_scale = quantize_row(b_y, p_q.dtype.element_ty)
+    tl.store(p_q + i_m * K + o_k, b_q, mask=m_k)
+    tl.store(p_scale + i_m, b_scale)
+
+
+def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantises the rows of x, or of x · col_scale: a weight's row scales, folded into the gradient before dgrad.
+
+    x [M, K], any distance between rows; col_scale [K]; fmt "int8" or "e4m3". Returns codes [M, K] and scales [M] fp32.
+    Raises ValueError on another format or a column stride that is not 1.
+    """
+    q, scale = empty_codes(x, fmt)
+    check_rows("row_quant", x=x, col_scale=col_scale)
+    rows, cols = x.shape
+    with on_device(x):
+        row_quant_kernel[(rows,)](
+            x, col_scale, q, scale, x.stride(0), rows, K=cols, **row_numbers("row_quant", cols, arch_key(x.device))
+        )
+    return q, scale
+
+
+def empty_codes(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """Room for the codes of x's rows, in x's shape, and for their scales."""
+    if fmt not in FORMATS:
+        raise ValueError(f"row quantisation: the format is one of {sorted(FORMATS)}, not {fmt!r}")
+    codes = torch.empty(x.shape, dtype=FORMATS[fmt], device=x.device)
+    return codes, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+def codes_for(target: str) -> dict[str, str]:
+    """The formats that a target of AOT_TARGETS can write, with Triton's types for their codes."""
+    return {"int8": "i8", "e4m3": "fp8e4nv"} if target in E4M3_TARGETS else {"int8": "i8"}
+
+
+def check_rows(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError if a tensor's last dimension is not contiguous: kernels take rows any distance apart, no more."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{op}: {name} {list(tensor.shape)} must have a contiguous last dimension, got stride {tensor.stride(-1)}; "
+                "call .contiguous() on it"
+            )
+
+
+def _aot_variants() -> list[AotVariant]:
+    variants = []
+    for target in AOT_TARGETS:
+        # the output of attention + MLP (forward); the gradients of a double and of a single block's first projection
+        for cols, col_scale in ((15360, None), (9216, "fp32"), (21504, "fp32")):
+            for fmt, code in codes_for(target).items():
+                variants.append(
+                    aot_variant(
+                        f"row_quant-bf16-{fmt}-{cols}" + ("-col_scale" if col_scale else ""),
+                        row_quant_kernel,
+                        target,
+                        {"p_x": "bf16", "p_col_scale": col_scale, "p_q": code, "p_scale": "fp32"},
+                        {"stride_x": "i32", "M": "i32"},
+                        {"K": cols, **row_numbers("row_quant", cols, target)},
+                        unspecialised=("M",),
+                    )
+                )
+    return variants
+
+
+AOT_VARIANTS = _aot_variants()

@@ -1,0 +1,50 @@
+"""What the kernels' tests share: the device, inputs in fp64 and their rounded copies, bounds tied to a dtype, and codes."""
+
+import torch
+
+from fluxfast_kernels._launch import interpreted
+
+DEVICE = "cpu" if interpreted() else "cuda"
+
+# the step of a dtype, relative: a kernel computes in fp32 and rounds once at the store (half a step), but the interpreter cuts
+# fp32 to bf16 instead of rounding (a whole step); fp32 sums are in another order than the reference's, which costs a few steps
+STEP = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    """Reproducible normal numbers in fp64, on the test's device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE)
+
+
+def bound(dtype: torch.dtype, steps: float = 2.0) -> float:
+    """The relative error (by norm) that storing in `dtype` explains; fp32 gets room for sums in another order."""
+    return STEP[dtype] * (8 * steps if dtype == torch.float32 else steps)
+
+
+def widen(x: torch.Tensor, left: int = 16, right: int = 16) -> torch.Tensor:
+    """A copy of x that is a slice of columns of a wider tensor full of NaN: last dimension contiguous, rows apart."""
+    wide = torch.full((*x.shape[:-1], left + x.shape[-1] + right), float("nan"), dtype=x.dtype, device=x.device)
+    out = wide[..., left : left + x.shape[-1]]
+    out.copy_(x)
+    return out
+
+
+def quantize_rows(y: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula that the kernels claim, in torch: codes and one scale for each row of fp32 values."""
+    top = {"int8": 127.0, "e4m3": 448.0}[fmt]
+    scale = y.abs().amax(-1) / top
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    scaled = y * (1 / scale)[..., None]
+    if fmt == "int8":
+        return scaled.clamp(-127, 127).round().to(torch.int8), scale
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def code_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """How many codes apart two quantised tensors are, at most: e4m3's codes are ordered as integers are, sign aside."""
+    if actual.dtype == torch.int8:
+        return int((actual.int() - expected.int()).abs().max()) if actual.numel() else 0
+    ordered = [torch.where(c > 127, 128 - c, c) for c in (t.view(torch.uint8).int() for t in (actual, expected))]
+    return int((ordered[0] - ordered[1]).abs().max()) if actual.numel() else 0
