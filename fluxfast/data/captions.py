@@ -1,0 +1,113 @@
+"""Captions of images: from the file's name, from a text file beside it, or one prompt for all."""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from fluxfast.data.images import SkippedImage
+
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt"]
+CaptionFilter = Callable[[str], str]
+
+
+class NoCaption(SkippedImage):
+    """An image without a usable caption."""
+
+
+def captions(
+    path: str | Path,
+    *,
+    strategy: CaptionStrategy = "filename",
+    instance_prompt: str | None = None,
+    prepend_instance_prompt: bool = False,
+    only_instance_prompt: bool = False,
+    disable_multiline_split: bool = False,
+    caption_filter: CaptionFilter | None = None,
+) -> list[str]:
+    """The captions of the image at `path`, at least one; which of them a step uses is `pick`'s affair.
+
+    Strategies: `filename` is the file's stem with spaces for underscores; `textfile` is the file of the same stem ending in
+    .txt, where each line that isn't blank is one caption (all of it is one with `disable_multiline_split`);
+    `instanceprompt` is `instance_prompt`. `only_instance_prompt` replaces the captions by `instance_prompt`,
+    `prepend_instance_prompt` puts it in front. `caption_filter` edits what a file's name or text says, before that.
+
+    Raises:
+        NoCaption: the text file is missing, empty or not UTF-8, or the filter left nothing.
+        ValueError: `instance_prompt` is needed and not given.
+    """
+    path = Path(path)
+    needed_by = "caption_strategy instanceprompt" if strategy in ("instanceprompt", "instance_prompt") else None
+    needed_by = "only_instance_prompt" if only_instance_prompt else needed_by
+    if needed_by or prepend_instance_prompt:
+        if not instance_prompt:
+            raise ValueError(f"{needed_by or 'prepend_instance_prompt'} needs an instance_prompt")
+        if needed_by:
+            return [instance_prompt]
+    found = _textfile(path, split=not disable_multiline_split) if strategy == "textfile" else [_stem(path)]
+    if caption_filter is not None:
+        found = [caption_filter(caption) for caption in found]
+    found = list(dict.fromkeys(caption.strip() for caption in found if caption.strip()))
+    if not found:
+        raise NoCaption(path, "its caption is empty")
+    return [f"{instance_prompt} {caption}" for caption in found] if prepend_instance_prompt else found
+
+
+def pick(choices: Sequence[str], rng: random.Random) -> str:
+    """One of an image's captions."""
+    return choices[rng.randrange(len(choices))]
+
+
+def caption_filter(entries: Sequence[str] | str | Path) -> CaptionFilter:
+    """The function that applies a `caption_filter_list`: a list, or a text file with one entry a line.
+
+    An entry is a regular expression whose matches are removed, or `s/pattern/replacement/`, which replaces the first match.
+
+    Raises:
+        ValueError: the file can't be read, or an entry is no regular expression.
+    """
+    where = "caption_filter_list"
+    if isinstance(entries, str | Path):
+        where = str(entries)
+        try:
+            entries = Path(entries).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"caption_filter_list {where}: can't be read as UTF-8 text: {error}") from error
+    # (what to find, a template of what to put there, how many times; 0: every time)
+    rules: list[tuple[re.Pattern[str], str, int]] = []
+    for entry in entries:
+        replace = re.fullmatch(r"s/((?:\\/|[^/])+)/((?:\\/|[^/])*)/", entry)
+        pattern, replacement = (replace[1], replace[2]) if replace else (entry, "")
+        if not pattern:
+            continue
+        # the replacement is literal text
+        template = replacement.replace("\\/", "/").replace("\\", "\\\\")
+        try:
+            rules.append((re.compile(pattern), template, 1 if replace else 0))
+        except re.error as error:
+            raise ValueError(f"{where}: {entry!r} is not a regular expression: {error}") from error
+
+    def apply(caption: str) -> str:
+        for pattern, template, count in rules:
+            caption = pattern.sub(template, caption, count=count)
+        return caption
+
+    return apply
+
+
+def _stem(path: Path) -> str:
+    return path.stem.replace("_", " ")
+
+
+def _textfile(path: Path, *, split: bool) -> list[str]:
+    beside = path.with_suffix(".txt")
+    try:
+        text = beside.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise NoCaption(path, "no caption file beside it (same name, ending in .txt)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise NoCaption(path, "its caption file can't be read as UTF-8 text") from error
+    if not text.strip():
+        raise NoCaption(path, "its caption file is empty")
+    return text.splitlines() if split else [text]

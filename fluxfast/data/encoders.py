@@ -1,0 +1,178 @@
+"""The frozen encoders: captions → T5 and CLIP embeddings, images → VAE latents.
+
+On a CPU everything is computed in fp32, since bf16 is many times slower there; results are stored in bf16 either way.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from fluxfast.data.sources import Source, local_folder
+
+logger = logging.getLogger(__name__)
+
+T5Padding = Literal["unmodified", "zero"]
+STORAGE_DTYPE = torch.bfloat16
+
+
+def compute_dtype(device: str | torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that encoders compute in: `dtype`, but fp32 on a CPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else dtype
+
+
+class TextEncoders:
+    """CLIP's pooled embedding and T5's token embeddings, as FLUX.1 takes them."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: CLIPTextModel,
+        tokenizer_2: Any,
+        text_encoder_2: T5EncoderModel,
+        *,
+        max_length: int = 512,
+        t5_padding: T5Padding = "unmodified",
+    ) -> None:
+        """`max_length`: T5 tokens per caption (512; schnell 256). `t5_padding` "zero" zeroes T5's outputs at padding."""
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval()
+        self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2.eval()
+        self.max_length = max_length
+        self.t5_padding = t5_padding
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Source,
+        *,
+        t5_source: Source | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        variant: str | None = None,
+        max_length: int = 512,
+        t5_padding: T5Padding = "unmodified",
+    ) -> "TextEncoders":
+        """Load from a pipeline in diffusers' layout; `t5_source` takes T5's weights (not its tokenizer) from elsewhere.
+
+        Raises:
+            ValueError: a folder is missing, or doesn't hold what it should.
+        """
+        path, _, revision = source
+        folders = {part: local_folder((path, part, revision)) for part in ("tokenizer", "tokenizer_2", "text_encoder")}
+        t5_folder = local_folder(t5_source or (path, "text_encoder_2", revision))
+        options = {"dtype": compute_dtype(device, dtype), "use_safetensors": True, "variant": variant}
+        if torch.device(device).type != "cpu":
+            # weights go straight to the device, without a copy in host memory
+            options["device_map"] = {"": device}
+        return cls(
+            _load(CLIPTokenizer, folders["tokenizer"]),
+            _load_model(CLIPTextModel, folders["text_encoder"], **options),
+            _load(T5TokenizerFast, folders["tokenizer_2"]),
+            _load_model(T5EncoderModel, t5_folder, **options),
+            max_length=max_length,
+            t5_padding=t5_padding,
+        )
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of N captions, as diffusers' `FluxPipeline.encode_prompt` gives them.
+
+        Returns:
+            `prompt_embeds` [N, max_length, T5 width], `pooled_prompt_embeds` [N, CLIP width], `attention_mask` bool
+            [N, max_length], true where T5 saw a token of the caption. A longer caption is cut, with a warning.
+        """
+        captions = list(captions)
+        self._warn_of_cuts(captions)
+        device = self.text_encoder.device
+        clip_tokens = self.tokenizer(
+            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        t5_tokens = self.tokenizer_2(
+            captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        pooled = self.text_encoder(clip_tokens.input_ids.to(device)).pooler_output
+        # no attention mask here: FLUX.1 was trained on a T5 that sees its padding
+        embeds = self.text_encoder_2(t5_tokens.input_ids.to(device))[0]
+        mask = t5_tokens.attention_mask.to(device).bool()
+        if self.t5_padding == "zero":
+            embeds = embeds * mask[..., None]
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "attention_mask": mask}
+
+    def _warn_of_cuts(self, captions: list[str]) -> None:
+        for caption, tokens in zip(captions, self.tokenizer_2(captions).input_ids, strict=True):
+            if len(tokens) > self.max_length:
+                logger.warning("caption of %d tokens is cut to %d: %.80s…", len(tokens), self.max_length, caption)
+
+
+class LatentEncoder:
+    """The VAE's encoder, with FLUX.1's normalisation of latents."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Source,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        variant: str | None = None,
+        tiling: bool = False,
+        slicing: bool = False,
+    ) -> "LatentEncoder":
+        """Load diffusers' `AutoencoderKL`. `tiling` saves memory on large images, `slicing` on batches.
+
+        Raises:
+            ValueError: the folder is missing, or doesn't hold a complete VAE.
+        """
+        dtype = compute_dtype(device, dtype)
+        options = {"torch_dtype": dtype, "use_safetensors": True, "variant": variant}
+        vae = _load_model(AutoencoderKL, local_folder(source), **options).to(device)
+        if tiling:
+            vae.enable_tiling()
+        if slicing:
+            vae.enable_slicing()
+        return cls(vae)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """Images [B, 3, H, W] in [-1, 1] → latents bf16 [B, C, H/8, W/8]: (posterior sample - shift) * scale.
+
+        Image i's sample depends on `seeds[i]` only; so on a CPU, where images go through one by one, its latents are the
+        same to the bit in any batch.
+        """
+        # a GPU needs the batch, a CPU doesn't
+        size = 1 if self.vae.device.type == "cpu" else len(images)
+        posteriors = [self.vae.encode(batch.to(self.vae.device, self.vae.dtype)).latent_dist for batch in images.split(size)]
+        mean = torch.cat([posterior.mean.float() for posterior in posteriors])
+        std = torch.cat([posterior.std.float() for posterior in posteriors])
+        noise = torch.stack([_noise(mean.shape[1:], seed) for seed in seeds]).to(mean.device)
+        sample = mean + std * noise
+        config = self.vae.config
+        return ((sample - (config.shift_factor or 0.0)) * config.scaling_factor).to(STORAGE_DTYPE)
+
+
+def _noise(shape: torch.Size, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: can't be loaded as {kind.__name__}: {error}") from error
+
+
+def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
+    model, info = _load(kind, folder, output_loading_info=True, **options)
+    # both libraries would fill what is missing with random numbers
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[:3]
+        raise ValueError(f"{folder}: {len(info['missing_keys'])} weights are missing, such as {', '.join(first)}")
+    return model

@@ -1,0 +1,187 @@
+"""Finding image files, and decoding whatever kind they are into 8-bit RGB.
+
+Every kind ends as PIL mode `RGB`, upright: EXIF orientation is applied, transparency is laid on white, deeper samples are
+scaled (never clipped) to 8 bits, CMYK goes through its embedded profile where it has one, an animation gives its first
+frame. The ICC profile of an RGB image is not applied.
+"""
+
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+IMAGE_SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+)
+# decoders are chosen by content, not by suffix: without this list a renamed EPS file would start Ghostscript
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000")
+
+# what Pillow's decoders raised on fuzzed files of each format, and what its own opener expects of them
+_DECODE_ERRORS = (
+    OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+
+class SkippedImage(ValueError):
+    """An image that training does without. `path` and `reason` are kept apart, so that a table can group by reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class UnreadableImage(SkippedImage):
+    """A file that can't be decoded."""
+
+
+def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> list[Path]:
+    """All image files under `root`, recursively, sorted by path.
+
+    Hidden files and folders and the folders in `skip` (caches, outputs) are left out. Links to folders are followed; a folder
+    that can be reached twice is read once, under its real path if that lies below `root`. A dangling link is listed, so that
+    it is reported like any other unreadable image.
+
+    Raises:
+        ValueError: `root` is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; instance_data_dir must name an existing folder of images")
+    skipped = {Path(folder).resolve() for folder in skip}
+    found: list[Path] = []
+    seen: set[Path] = set()
+    folders, linked_folders = deque([root]), deque[Path]()
+    while folders or linked_folders:
+        folder = (folders or linked_folders).popleft()
+        real = folder.resolve()
+        if real in seen or real in skipped:
+            continue
+        seen.add(real)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises on a link that points to itself)
+                (linked_folders if path.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in IMAGE_SUFFIXES and (path.is_symlink() or path.is_file()):
+                found.append(path)
+    return sorted(found)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels of the upright image, from the file's header where the format allows it.
+
+    Raises:
+        UnreadableImage: the file is no image, or its header is damaged.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as img:
+            # Pillow has already swapped the sides of a TIFF, and reports its orientation nonetheless
+            swapped = img.format != "TIFF" and img.getexif().get(ExifTags.Base.Orientation) in _SWAPS_SIDES
+            width, height = img.size
+    except _DECODE_ERRORS as error:
+        raise UnreadableImage(path, _reason(path, error)) from error
+    return (height, width) if swapped else (width, height)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode `path` to an upright RGB image.
+
+    Raises:
+        UnreadableImage: names the file and why it can't be decoded (truncated, empty, not an image, too many pixels, …).
+    """
+    path = Path(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as img:
+            img.load()
+            # read after load(): a PNG may hold it behind the pixels, and a TIFF has been turned by then
+            method = _UPRIGHT.get(img.getexif().get(ExifTags.Base.Orientation, 1))
+            rgb = _to_rgb(img)
+    except _DECODE_ERRORS as error:
+        raise UnreadableImage(path, _reason(path, error)) from error
+    return rgb.transpose(method) if method is not None else rgb
+
+
+def to_tensor(img: Image.Image) -> torch.Tensor:
+    """RGB image → fp32 [3, H, W] in [-1, 1]."""
+    array = np.array(img, dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().div_(127.5).sub_(1)
+
+
+def _to_rgb(img: Image.Image) -> Image.Image:
+    if img.mode == "F" or img.mode.startswith("I"):
+        return _deep_grey_to_rgb(img)
+    if img.mode == "CMYK":
+        return _cmyk_to_rgb(img)
+    if img.has_transparency_data:
+        rgba = img.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return img.convert("RGB")
+
+
+def _deep_grey_to_rgb(img: Image.Image) -> Image.Image:
+    """One channel of 16-bit, 32-bit or float samples → RGB.
+
+    `I;16` spans 0…65535. The other modes don't record their white point: it is taken as the smallest of 1 (float only), 255
+    (float only), 65535 and 2³¹-1 that holds every sample, or the maximum itself where none does. NaN and negatives are black.
+    """
+    samples = np.asarray(img).astype(np.float64)
+    grey = np.clip(np.nan_to_num(samples, posinf=0.0, neginf=0.0), 0, None)
+    if img.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        whites = ([1.0, 255.0] if img.mode == "F" else []) + [65535.0, 2.0**31 - 1]
+        peak = float(grey.max())
+        white = next((value for value in whites if peak <= value), peak)
+    grey = np.rint(grey * (255 / white))
+    if "transparency" in img.info:
+        grey[samples == img.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _cmyk_to_rgb(img: Image.Image) -> Image.Image:
+    profile = img.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(img, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except ImageCms.PyCMSError:
+            # a damaged profile, or one for another colour space, says nothing: read the image as one without
+            return img.convert("RGB")
+        assert converted is not None
+        return converted
+    return img.convert("RGB")
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    """Why a file can't be decoded, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "the link points nowhere" if path.is_symlink() else "no such file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if path.stat().st_size == 0 else "not an image, or not one of the known formats"
+    if isinstance(error, OSError) and "truncated" in str(error):
+        return "truncated"
+    return f"damaged ({str(error) or type(error).__name__})"

@@ -1,0 +1,111 @@
+"""Model folders on this machine: fetched from the Hugging Face Hub where needed, and told apart by their contents."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from fluxfast.data.cache import TensorCache, fingerprint
+
+# (folder or Hub repository, folder inside it or None for its root, Hub revision or None)
+Source = tuple[str, str | None, str | None]
+
+_HASHED_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+_ROOT_WEIGHTS = ("config.json", "model*.safetensors*", "diffusion_pytorch_model*.safetensors*")
+
+
+def local_folder(source: Source) -> Path:
+    """The folder that holds what `source` names, downloaded from the Hub if no folder of that name exists here.
+
+    A repository that has been downloaded before is used as it is, without asking the network. Where the subfolder doesn't
+    exist, but the root itself holds a model, the root is meant: many people publish a VAE or T5 so.
+
+    Raises:
+        ValueError: neither a folder here nor a repository that can be downloaded, or it lacks that subfolder.
+    """
+    path, subfolder, revision = source
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        if root.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise ValueError(f"{path}: no such folder, and not a Hugging Face repository's name (owner/name) either")
+        root = _download(path, subfolder, revision)
+    folder = _part(root, subfolder)
+    if folder is None:
+        raise ValueError(f"{path}: holds no folder {subfolder!r}, and no model in its root; expected diffusers' layout")
+    return folder
+
+
+def identity(folder: Path, cache: TensorCache) -> str:
+    """A hash of everything in a model's folder that its results depend on: configs, vocabularies, weights.
+
+    Reads the weights once; from then on `cache` knows their hashes as long as size and modification time stay. Of a Hub
+    download, nothing is read: its cache names files by their hash.
+    """
+    hashes = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _HASHED_SUFFIXES and path.is_file():
+            hashes.append((path.name, _cached_hash(path, cache)))
+    return fingerprint(hashes)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cached_hash(path: Path, cache: TensorCache) -> str:
+    real = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", real.name) and real.parent.name == "blobs":
+        return real.name
+    stat = real.stat()
+    facts = cache.file_facts(str(real), stat)
+    if facts is None:
+        facts = {"sha256": file_hash(real)}
+        cache.remember_files([(str(real), stat, facts)])
+    return facts["sha256"]
+
+
+def _part(root: Path, subfolder: str | None) -> Path | None:
+    folder = root / subfolder if subfolder else root
+    if folder.is_dir() and any(folder.iterdir()):
+        return folder
+    return root if (root / "config.json").is_file() else None
+
+
+def _download(repository: str, subfolder: str | None, revision: str | None) -> Path:
+    patterns = [f"{subfolder}/*", *_ROOT_WEIGHTS] if subfolder else ["*"]
+    pickles = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx"]
+    fetch = functools.partial(
+        snapshot_download, repository, revision=revision, allow_patterns=patterns, ignore_patterns=pickles
+    )
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            root = Path(fetch(local_files_only=True))
+            if _is_complete(_part(root, subfolder)):
+                return root
+        return Path(fetch())
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"{repository}{at}: no folder of that name here, and it can't be downloaded from the Hugging Face Hub: {error}\n"
+            "Check the name; for a gated model accept its licence on its page and log in with `hf auth login`."
+        ) from error
+
+
+def _is_complete(folder: Path | None) -> bool:
+    if folder is None:
+        return False
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if not all((folder / shard).exists() for shard in shards):
+            return False
+    return True

@@ -1,0 +1,304 @@
+import logging
+import multiprocessing
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from fluxfast.data.cache import TensorCache, fingerprint
+
+
+def tensors(seed=0, size=7):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(16, 3, size, generator=g).to(torch.bfloat16),
+        "mask": torch.rand(size, generator=g) > 0.5,
+        "scalar": torch.tensor(float(seed)),
+        "strided": torch.randn(size, 4, generator=g).T,
+        "none": torch.empty(0, 3),
+    }
+
+
+def same(a, b):
+    return a is not None and a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return TensorCache(tmp_path / "cache")
+
+
+def blob(cache):
+    (path,) = cache.folder.glob("*.safetensors")
+    return path
+
+
+def test_round_trip_across_instances(cache):
+    cache.put("a/b.png", "f1", tensors())
+    for reader in (cache, TensorCache(cache.folder)):
+        assert same(reader.get("a/b.png", "f1"), tensors())
+        assert reader.missing([("a/b.png", "f1")]) == []
+
+
+def test_fingerprints_are_separate_entries(cache):
+    cache.put("a", "f1", tensors(1))
+    assert cache.get("a", "f2") is None
+    assert cache.missing([("a", "f2"), ("b", "f1"), ("a", "f1"), ("a", "f2")]) == [("a", "f2"), ("b", "f1")]
+    cache.put("a", "f2", tensors(2))
+    assert same(cache.get("a", "f1"), tensors(1))
+    assert same(cache.get("a", "f2"), tensors(2))
+
+
+def test_an_entry_can_be_replaced(cache):
+    cache.put("a", "f", tensors(1))
+    cache.put("a", "f", tensors(2, size=9))
+    assert same(cache.get("a", "f"), tensors(2, size=9))
+    assert cache.missing([("a", "f")]) == []
+    blob(cache)
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(data[:-5])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "bit flipped in the data":
+        path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
+    elif how == "dtype changed in the header":
+        path.write_bytes(data.replace(b'"BF16"', b'"F16" ', 1))
+    elif how == "garbage":
+        path.write_bytes(os.urandom(len(data)))
+    else:
+        path.unlink()
+
+
+DAMAGE = ["cut", "emptied", "bit flipped in the data", "dtype changed in the header", "garbage", "gone"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_entry_is_absent_and_named(cache, caplog, how):
+    cache.put("a", "f", tensors())
+    cache.put("b", "f", tensors(1))
+    path = cache._blob("a", "f")
+    damage(path, how)
+    assert cache.missing([("a", "f"), ("b", "f")]) == [("a", "f")]
+    assert len(caplog.records) == 1
+    assert str(path) in caplog.text
+    assert cache.get("a", "f") is None
+    cache.put("a", "f", tensors())
+    assert same(cache.get("a", "f"), tensors())
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_met_while_reading_is_recomputed_by_the_next_start(cache, how):
+    cache.put("a", "f", tensors())
+    path = cache._blob("a", "f")
+    stat = path.stat()
+    damage(path, how)
+    if path.exists():
+        # as a failing disk would do it
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache.get("a", "f") is None
+    assert TensorCache(cache.folder).missing([("a", "f")]) == [("a", "f")]
+
+
+def test_one_entrys_file_under_anothers_name_is_not_taken_for_it(cache):
+    cache.put("a", "f", tensors())
+    cache._blob("b", "f").write_bytes(cache._blob("a", "f").read_bytes())
+    assert cache.missing([("b", "f")]) == [("b", "f")]
+
+
+def test_touched_and_copied_files_are_checked_not_recomputed(cache, tmp_path):
+    cache.put("a", "f", tensors())
+    os.utime(blob(cache))
+    assert cache.missing([("a", "f")]) == []
+    cache.close()
+    moved = cache.folder.rename(tmp_path / "elsewhere")
+    os.utime(moved / blob(TensorCache(moved)).name)
+    assert TensorCache(moved).missing([("a", "f")]) == []
+    # no absolute path ties the index to its place
+    assert str(tmp_path).encode() not in (moved / "index.sqlite").read_bytes()
+
+
+@pytest.mark.parametrize("index", ["deleted", "garbage", "truncated", "another version"])
+def test_a_lost_index_is_made_anew(cache, index, caplog):
+    cache.put("a", "f", tensors())
+    cache.close()
+    path = cache.folder / "index.sqlite"
+    if index == "deleted":
+        path.unlink()
+    elif index == "garbage":
+        path.write_bytes(os.urandom(5000))
+    elif index == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        db = sqlite3.connect(path)
+        db.execute("PRAGMA user_version = 99")
+        db.close()
+    again = TensorCache(cache.folder)
+    assert again.missing([("a", "f"), ("b", "f")]) == [("b", "f")]
+    assert again.missing([("a", "f")]) == []
+    assert ("damaged" in caplog.text) == (index != "deleted")
+
+
+def test_prune_keeps_what_is_named(cache):
+    for key in "abc":
+        cache.put(key, "f", tensors())
+    cache.put("a", "old", tensors())
+    assert cache.prune([("a", "f"), ("c", "f"), ("never", "there")]) == 2
+    wanted = [(key, "f") for key in "abc"] + [("a", "old")]
+    assert cache.missing(wanted) == [("b", "f"), ("a", "old")]
+    assert len(list(cache.folder.glob("*.safetensors"))) == 2
+
+
+def test_orphaned_temporary_files_are_removed(cache):
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, stem, token = int(process.stdout), "0" * 40, "0" * 32
+    here = socket.gethostname()
+    orphan = cache.folder / f".{stem}.{here}@{dead}.{token}.tmp"
+    mine = cache.folder / f".{stem}.{here}@{os.getpid()}.{token}.tmp"
+    elsewhere = cache.folder / f".{stem}.other.host@{dead}.{token}.tmp"
+    old = cache.folder / f".{stem}.other.host@1.{token}.tmp"
+    not_ours = cache.folder / ".someone.tmp"
+    for path in (orphan, mine, elsewhere, old, not_ours):
+        path.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    TensorCache(cache.folder)
+    assert [path.exists() for path in (orphan, mine, elsewhere, old, not_ours)] == [False, True, True, False, True]
+
+
+def test_a_failed_write_leaves_nothing(cache, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        cache.put("a", "f", tensors())
+    assert [path.name for path in cache.folder.iterdir()] == ["index.sqlite"]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import torch
+from fluxfast.data.cache import TensorCache
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder, tensors = pathlib.Path(sys.argv[1]), {"x": torch.arange(1000.0)}
+for stage in ("write", "fsync", "rename", "index", "commit"):
+    if os.fork():
+        os.wait()
+        continue
+    cache = TensorCache(folder / stage)
+    cache.put("before", "f", tensors)
+    if stage == "write":
+        os.fsync = lambda descriptor: (os.ftruncate(descriptor, 100), die())
+    elif stage == "fsync":
+        os.fsync = die
+    elif stage == "rename":
+        pathlib.Path.replace = die
+    elif stage == "index":
+        cache._index = die
+    else:
+        cache._db.execute("BEGIN IMMEDIATE")
+        cache._db.execute("INSERT INTO entries VALUES ('after', 'f', 'x', 1, 1, 1)")
+        die()
+    cache.put("after", "f", tensors)
+    os._exit(1)
+"""
+
+
+def test_killed_at_any_moment_it_stays_usable(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, env=environment)
+    expected = {"x": torch.arange(1000.0)}
+    for stage in ("write", "fsync", "rename", "index", "commit"):
+        cache = TensorCache(tmp_path / stage)
+        assert not list(cache.folder.glob(".*"))
+        # renamed but not indexed, it is whole and can be used
+        assert cache.missing([("before", "f"), ("after", "f")]) == ([] if stage == "index" else [("after", "f")])
+        cache.put("after", "f", expected)
+        assert cache.missing([("before", "f"), ("after", "f")]) == []
+        assert same(cache.get("before", "f"), expected)
+        assert same(cache.get("after", "f"), expected)
+
+
+def _fill(folder, worker):
+    cache = TensorCache(folder)
+    for i in range(25):
+        cache.put(f"shared{i}", "f", tensors(i))
+        cache.put(f"own{worker}-{i}", "f", tensors(i))
+
+
+def test_processes_and_threads_write_at_the_same_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_fill, args=(tmp_path, worker)) for worker in range(2)]
+    threads = [threading.Thread(target=_fill, args=(tmp_path, worker)) for worker in range(2, 4)]
+    for worker in [*workers, *threads]:
+        worker.start()
+    for worker in [*workers, *threads]:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    cache = TensorCache(tmp_path)
+    keys = [f"shared{i}" for i in range(25)] + [f"own{worker}-{i}" for worker in range(4) for i in range(25)]
+    assert cache.missing([(key, "f") for key in keys]) == []
+    for key in keys:
+        assert same(cache.get(key, "f"), tensors(int(key.removeprefix("shared").split("-")[-1])))
+
+
+def test_one_instance_serves_many_threads(cache):
+    failures = []
+
+    def work(worker):
+        for i in range(10):
+            cache.put(f"{worker}-{i}", "f", tensors(i))
+            if cache.missing([(f"{worker}-{i}", "f")]) or not same(cache.get(f"{worker}-{i}", "f"), tensors(i)):
+                failures.append((worker, i))
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_file_facts_hold_while_size_and_time_do(cache, tmp_path):
+    file = tmp_path / "image.png"
+    file.write_bytes(b"12345")
+    cache.remember_files([("image.png", file.stat(), {"size": [3, 4]})])
+    again = TensorCache(cache.folder)
+    assert again.file_facts("image.png", file.stat()) == {"size": [3, 4]}
+    assert again.file_facts("other.png", file.stat()) is None
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert again.file_facts("image.png", file.stat()) is None
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cache folder .*file: can't be created"):
+        TensorCache(tmp_path / "file")
+    (tmp_path / "index.sqlite").mkdir()
+    with pytest.raises(ValueError, match=r"cache index .*index.sqlite: can't be opened"):
+        TensorCache(tmp_path)
+
+
+def test_fingerprint():
+    assert fingerprint("a", 1, {"x": 1, "y": [2]}) == fingerprint("a", 1, {"y": (2,), "x": 1})
+    assert len({fingerprint("a", 1), fingerprint("a", "1"), fingerprint("a1"), fingerprint(["a", 1]), fingerprint()}) == 5
+
+
+def test_warnings_go_to_the_modules_logger(cache, caplog):
+    cache.put("a", "f", tensors())
+    damage(blob(cache), "cut")
+    with caplog.at_level(logging.WARNING, "fluxfast.data.cache"):
+        cache.get("a", "f")
+    assert caplog.records[0].name == "fluxfast.data.cache"
