@@ -2,12 +2,15 @@
 
 An op's table maps an architecture key ("sm_90", "gfx942", …) to its numbers; "default" holds safe ones for every target.
 Tuning on a device adds a row there and nothing else.
+
+Ahead-of-time variants are recorded, not written down: a launcher called on meta tensors launches nothing, and what it would
+have launched is the variant. So the two cannot drift apart.
 """
 
 import contextlib
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +37,9 @@ LaunchTable = Mapping[str, Mapping[str, int]]
 # where a program sums over rows
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
+    "modulated_layer_norm_fwd": {"default": {"per_thread": 32}},
+    "modulated_layer_norm_bwd": {"default": {"per_thread": 32, "ROWS": 1}},
+    "modulated_layer_norm_bwd_sums": {"default": {"per_thread": 8, "ROWS": 16}},
 }
 
 
@@ -55,31 +61,8 @@ class AotVariant:
     targets: tuple[str, ...] = field(default_factory=lambda: tuple(AOT_TARGETS))
 
 
-def aot_variant(
-    name: str,
-    kernel: Any,
-    target: str,
-    pointers: Mapping[str, str | None],
-    scalars: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    unspecialised: tuple[str, ...] = (),
-) -> AotVariant:
-    """A variant for one target. A pointer without a type is absent; constexprs may carry num_warps and num_stages.
-
-    Integers count as multiples of 16, as FLUX.1's strides are, but for the `unspecialised`: token counts.
-    """
-    given = {k: f"*{v}" for k, v in pointers.items() if v is not None}
-    absent = {k: None for k, v in pointers.items() if v is None}
-    options = {k: constexprs[k] for k in ("num_warps", "num_stages") if k in constexprs}
-    return AotVariant(
-        name,
-        kernel,
-        signature=given | dict(scalars),
-        constexprs=absent | {k: v for k, v in constexprs.items() if k not in options},
-        divisible=tuple(k for k, v in scalars.items() if v.startswith("i") and k not in unspecialised),
-        targets=(target,),
-        **options,
-    )
+# a name, a call of launchers on meta tensors, and the targets it is for
+AotCase = tuple[str, Callable[[], object], Sequence[str]]
 
 
 def compile_ahead(variant: AotVariant, target: str) -> Any:
@@ -122,7 +105,9 @@ def _arch_of(index: int) -> str:
 
 
 def arch_key(device: torch.device) -> str:
-    """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU."""
+    """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU; for meta, the recorded target."""
+    if device.type == "meta":
+        return _aot_target
     if device.type != "cuda":
         return "default"
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
@@ -149,3 +134,69 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: Any) -> None:
+    """Launches `kernel` on the GPU that its tensors are on; on meta tensors, records the variant that it would be."""
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    if tensor.is_meta:
+        _record(kernel, args, numbers)
+        return
+    with on_device(tensor):
+        kernel[grid](*args, **numbers)
+
+
+# the target that meta tensors stand for, and the variants recorded for it
+_aot_target = ""
+_aot_recorded: list[AotVariant] = []
+
+_TRITON_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def _record(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
+    """Specialises as Triton's JIT does: an absent pointer and an integer that is 1 are constants."""
+    options = {k: v for k, v in numbers.items() if k in ("num_warps", "num_stages")}
+    signature, divisible = {}, []
+    constexprs = {k: v for k, v in numbers.items() if k not in options}
+    for param, arg in zip(kernel.params, args, strict=False):
+        fixed = param.do_not_specialize
+        if isinstance(arg, Tensor):
+            signature[param.name] = f"*{_TRITON_TYPES[arg.dtype]}"
+        elif isinstance(arg, float):
+            signature[param.name] = "fp32"
+        elif arg is None or param.is_constexpr or (arg == 1 and not fixed):
+            constexprs[param.name] = arg
+        else:
+            signature[param.name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
+            if arg % 16 == 0 and not fixed:
+                divisible.append(param.name)
+    _aot_recorded.append(
+        AotVariant(
+            kernel.__name__, kernel, signature, constexprs, divisible=tuple(divisible), targets=(_aot_target,), **options
+        )
+    )
+
+
+def record_variants(cases: Iterable[AotCase]) -> list[AotVariant]:
+    """The variants that launchers would launch on each target.
+
+    None under the interpreter, which compiles nothing.
+    """
+    global _aot_target
+    variants: list[AotVariant] = []
+    if interpreted():
+        return variants
+    for name, call, targets in cases:
+        for _aot_target in targets:
+            call()
+            variants += [replace(v, name=f"{v.name.removesuffix('_kernel')}-{name}") for v in _aot_recorded]
+            _aot_recorded.clear()
+    return variants

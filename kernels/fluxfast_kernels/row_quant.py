@@ -7,6 +7,9 @@ Rounding is to nearest, halves to even. A row whose scale would not be a normal 
 `quantize_row` is what the ops that quantise their own output call; `row_quant` is for a tensor that no such op wrote.
 """
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +18,17 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     E4M3_TARGETS,
-    AotVariant,
-    aot_variant,
+    AotCase,
     arch_key,
     interpreted,
-    on_device,
+    launch,
+    record_variants,
     row_numbers,
 )
 
 FORMATS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+# what an op that can quantise its own output may be asked for: values, codes and scales, or both
+OUTPUTS = ("same", "int8", "e4m3", "both-int8", "both-e4m3")
 
 # 1.5·2²³: adding it to |v| < 2²² rounds v to an integer, halves to even, and leaves that integer in the low bits
 _ROUND = tl.constexpr(12582912.0)
@@ -72,27 +77,38 @@ def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[
     x [M, K], any distance between rows; col_scale [K]; fmt "int8" or "e4m3". Returns codes [M, K] and scales [M] fp32.
     Raises ValueError on another format or a column stride that is not 1.
     """
-    q, scale = empty_codes(x, fmt)
+    if fmt not in FORMATS:
+        raise ValueError(f"row_quant: the format is one of {sorted(FORMATS)}, not {fmt!r}")
+    _, q, scale = empty_outputs(x, fmt)
     check_rows("row_quant", x=x, col_scale=col_scale)
     rows, cols = x.shape
-    with on_device(x):
-        row_quant_kernel[(rows,)](
-            x, col_scale, q, scale, x.stride(0), rows, K=cols, **row_numbers("row_quant", cols, arch_key(x.device))
-        )
+    numbers = row_numbers("row_quant", cols, arch_key(x.device))
+    launch(row_quant_kernel, (rows,), x, col_scale, q, scale, x.stride(0), rows, K=cols, **numbers)
     return q, scale
 
 
-def empty_codes(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """Room for the codes of x's rows, in x's shape, and for their scales."""
-    if fmt not in FORMATS:
-        raise ValueError(f"row quantisation: the format is one of {sorted(FORMATS)}, not {fmt!r}")
-    codes = torch.empty(x.shape, dtype=FORMATS[fmt], device=x.device)
-    return codes, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+def empty_outputs(x: Tensor, out: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for an op's output in x's shape: values in x's dtype, codes, and a scale a row, where `out` asks for them.
+
+    out: one of OUTPUTS. Raises ValueError if it is not.
+    """
+    if out not in OUTPUTS:
+        raise ValueError(f"the output is one of {OUTPUTS}, not {out!r}")
+    y = None if out in FORMATS else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out == "same":
+        return y, None, None
+    codes = torch.empty(x.shape, dtype=FORMATS[out.removeprefix("both-")], device=x.device)
+    return y, codes, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
 
 
-def codes_for(target: str) -> dict[str, str]:
-    """The formats that a target of AOT_TARGETS can write, with Triton's types for their codes."""
-    return {"int8": "i8", "e4m3": "fp8e4nv"} if target in E4M3_TARGETS else {"int8": "i8"}
+def row_strides(x: Tensor | None) -> tuple[int, int]:
+    """Elements from one sample of x [B, S, D] to the next, and from one row to the next; zeros for an absent x."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def targets_of(out: str) -> Sequence[str]:
+    """The targets that can write what `out` asks for."""
+    return E4M3_TARGETS if out.endswith("e4m3") else tuple(AOT_TARGETS)
 
 
 def check_rows(op: str, **tensors: Tensor | None) -> None:
@@ -105,24 +121,13 @@ def check_rows(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def _aot_variants() -> list[AotVariant]:
-    variants = []
-    for target in AOT_TARGETS:
-        # the output of attention + MLP (forward); the gradients of a double and of a single block's first projection
-        for cols, col_scale in ((15360, None), (9216, "fp32"), (21504, "fp32")):
-            for fmt, code in codes_for(target).items():
-                variants.append(
-                    aot_variant(
-                        f"row_quant-bf16-{fmt}-{cols}" + ("-col_scale" if col_scale else ""),
-                        row_quant_kernel,
-                        target,
-                        {"p_x": "bf16", "p_col_scale": col_scale, "p_q": code, "p_scale": "fp32"},
-                        {"stride_x": "i32", "M": "i32"},
-                        {"K": cols, **row_numbers("row_quant", cols, target)},
-                        unspecialised=("M",),
-                    )
-                )
-    return variants
+def _aot_cases() -> Iterator[AotCase]:
+    # the output of attention + MLP (forward); the gradients of a double and of a single block's first projection
+    for cols, col_scaled in ((15360, False), (9216, True), (21504, True)):
+        x = torch.empty(4608, cols, dtype=torch.bfloat16, device="meta")
+        col_scale = torch.empty(cols, device="meta") if col_scaled else None
+        for fmt in FORMATS:
+            yield f"bf16-{cols}-{fmt}", partial(row_quant, x, fmt, col_scale=col_scale), targets_of(fmt)
 
 
-AOT_VARIANTS = _aot_variants()
+AOT_VARIANTS = record_variants(_aot_cases())
