@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fluxfast.adapters.lora import exported_state, inject, lora_layers
+from fluxfast.files import write_atomic
 
 LoraFormat = Literal["diffusers", "comfyui"]
 
@@ -77,7 +78,7 @@ def save_lora(
     file = Path(path)
     if file.suffix != ".safetensors":
         file = file / LORA_WEIGHT_NAME_SAFE
-    _write(file, _sorted_header(save(packed, metadata=header)))
+    write_atomic(file, _sorted_header(save(packed, metadata=header)))
     return file
 
 
@@ -215,25 +216,6 @@ def _sorted_header(data: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or absent: written beside its place, synced, renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _find(path: Path) -> Path:

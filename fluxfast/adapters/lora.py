@@ -168,9 +168,10 @@ def exported_state(transformer: nn.Module, adapter_name: str = "default") -> tup
 
 
 def adapter_state(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What resuming needs, bit for bit: the parameters, and A₀, B₀ (`.initial`) where they came from the base."""
+    """What resuming needs, bit for bit: the parameters, alpha, and A₀, B₀ (`.initial`) where they came from the base."""
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(transformer, adapter_name).items():
+        state[f"{name}.alpha"] = torch.tensor(float(layer.lora_alpha[adapter_name]), dtype=torch.float64)
         for key in ("lora_A", "lora_B"):
             factor = getattr(layer, key)[adapter_name]
             state[f"{name}.{key}.weight"] = factor.weight.detach()
@@ -187,21 +188,26 @@ def load_adapter_state(transformer: nn.Module, state: dict[str, Tensor], adapter
     keep their identity. ValueError where the state is another adapter's.
     """
     layers = lora_layers(transformer, adapter_name)
+    _check_same_adapter(layers, adapter_name, state)
+    for name, layer in layers.items():
+        layer.lora_A[adapter_name].weight.copy_(state[f"{name}.lora_A.weight"])
+        layer.lora_B[adapter_name].weight.copy_(state[f"{name}.lora_B.weight"])
+        if f"{name}.lora_A.initial" in state:
+            assert _initial_factors(layer, adapter_name) is None, "add the adapter with init='default' to resume it"
+            _subtract_from_base(layer, adapter_name, state[f"{name}.lora_A.initial"], state[f"{name}.lora_B.initial"])
+
+
+def _check_same_adapter(layers: dict[str, Any], adapter_name: str, state: dict[str, Tensor]) -> None:
     expected = {f"{name}.{key}.weight" for name in layers for key in ("lora_A", "lora_B")}
     found = {key for key in state if key.endswith(".weight")}
     if expected != found:
         differing = sorted(expected ^ found)
         raise ValueError(f"the saved adapter has other modules than this run's, first {', '.join(differing[:3])}")
     for name, layer in layers.items():
-        a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        initial = state.get(f"{name}.lora_A.initial"), state.get(f"{name}.lora_B.initial")
-        for key, factor in (("lora_A", a), ("lora_B", b)):
-            saved = state[f"{name}.{key}.weight"]
-            if saved.shape != factor.weight.shape:
-                raise ValueError(
-                    f"{name}.{key}: expected {tuple(factor.weight.shape)}, found {tuple(saved.shape)} in the saved adapter"
-                )
-            factor.weight.copy_(saved)
-        if initial[0] is not None and initial[1] is not None:
-            assert _initial_factors(layer, adapter_name) is None, "add the adapter with init='default' to resume it"
-            _subtract_from_base(layer, adapter_name, initial[0], initial[1])
+        for key in ("lora_A", "lora_B"):
+            shape, saved_shape = getattr(layer, key)[adapter_name].weight.shape, state[f"{name}.{key}.weight"].shape
+            if shape != saved_shape:
+                raise ValueError(f"{name}.{key}: expected {list(shape)}, found {list(saved_shape)} in the saved adapter")
+        alpha, saved_alpha = layer.lora_alpha[adapter_name], state[f"{name}.alpha"].item()
+        if alpha != saved_alpha:
+            raise ValueError(f"{name}: expected alpha {alpha}, found {saved_alpha} in the saved adapter")

@@ -140,8 +140,12 @@ def test_another_adapters_state_is_refused():
         load_adapter_state(other, state)
     wider = tiny_transformer()
     add_lora(wider, targets=["to_q"], rank=5)
-    with pytest.raises(ValueError, match=r"to_q\.lora_A: expected \(5, 32\), found \(4, 32\)"):
+    with pytest.raises(ValueError, match=r"to_q\.lora_A: expected \[5, 32\], found \[4, 32\]"):
         load_adapter_state(wider, state)
+    louder = tiny_transformer()
+    add_lora(louder, targets=["to_q"], rank=4, alpha=8)
+    with pytest.raises(ValueError, match=r"to_q: expected alpha 8, found 4\.0 in the saved adapter"):
+        load_adapter_state(louder, state)
 
 
 @pytest.mark.parametrize(
