@@ -1,0 +1,81 @@
+"""Files that are whole or absent: written beside their place, synced, renamed; a crash leaves the old one or the new."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path`, of this process alone; `remove_leftovers` knows it by its ending."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends without an exception it takes its name, in place of what had that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            else:
+                sync_folder(file)
+        sync_folder(temporary)
+        remove_folder(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder such that a crash midway leaves nothing under its name."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.removed.{os.getpid()}{TEMPORARY}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left under temporary names."""
+    for entry in folder.glob(f".*{TEMPORARY}"):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    # Windows can't open a folder, and needs no such call
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

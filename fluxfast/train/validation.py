@@ -1,0 +1,152 @@
+"""Validation images: diffusers' `FluxPipeline` around our transformer, from prompts that were encoded before the run.
+
+Files: `<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. The first images of a run are made with
+the adapters off (step 0, the base model); they stand to the left of every later one, unless that is disabled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from fluxfast.files import temporary_name
+
+FOLDER = "validation_images"
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """prompts: nickname to text; resolutions: (width, height) in pixels."""
+
+    prompts: Mapping[str, str]
+    negative_prompt: str
+    resolutions: Sequence[tuple[int, int]]
+    steps: int
+    guidance: float
+    guidance_real: float
+    seed: int
+    images_per_prompt: int
+    beside_base: bool
+
+
+def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
+    """The nickname as it is, less what a file system can't take."""
+    safe = re.sub(r"[^\w<>.\- ]+", "_", nickname).strip() or "prompt"
+    return f"step_{step}_{safe}_{index}_{size[0]}x{size[1]}.png"
+
+
+class Validator:
+    """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
+
+    `embeds` maps a prompt to its text embeddings (prompt_embeds [1, L, D], pooled_prompt_embeds [1, P]).
+    """
+
+    def __init__(
+        self,
+        settings: ValidationSettings,
+        *,
+        output_dir: Path,
+        transformer: Any,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        load_vae: Callable[[], Any],
+        embeds: Callable[[str], Mapping[str, Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings, self.folder = settings, output_dir / FOLDER
+        self._transformer, self._scheduler, self._load_vae = transformer, scheduler, load_vae
+        self._embeds, self._dtype = embeds, dtype
+
+    def run(self, step: int, console: Console) -> list[Path]:
+        """Write the images of a step. Leaves the global random state, the model's mode and its adapters as they were."""
+        training = self._transformer.training
+        self._transformer.eval()
+        if step == 0:
+            self._transformer.disable_adapters()
+        rng = torch.get_rng_state()
+        try:
+            return self._run(step, console)
+        finally:
+            torch.set_rng_state(rng)
+            if step == 0:
+                self._transformer.enable_adapters()
+            self._transformer.train(training)
+
+    @torch.no_grad()
+    def _run(self, step: int, console: Console) -> list[Path]:
+        device = self._transformer.device
+        vae = self._load_vae().to(device)
+        pipeline = FluxPipeline(
+            scheduler=type(self._scheduler).from_config(self._scheduler.config),
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=self._transformer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        jobs = [
+            (nickname, prompt, size, index)
+            for nickname, prompt in self.settings.prompts.items()
+            for size in self.settings.resolutions
+            for index in range(self.settings.images_per_prompt)
+        ]
+        paths = []
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task(f"validation, step {step}", total=len(jobs) * self.settings.steps)
+            for nickname, prompt, size, index in jobs:
+                image = self._image(pipeline, prompt, size, index, lambda: progress.advance(bar))
+                paths.append(self._save(image, step, nickname, index, size))
+        return paths
+
+    def _image(
+        self, pipeline: FluxPipeline, prompt: str, size: tuple[int, int], index: int, advance: Callable[[], None]
+    ) -> Image.Image:
+        def on_step(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            advance()
+            return kwargs
+
+        s = self.settings
+        arguments = {name: self._on_device(tensor) for name, tensor in self._embeds(prompt).items()}
+        if s.guidance_real > 1:
+            negative = self._embeds(s.negative_prompt)
+            arguments |= {f"negative_{name}": self._on_device(tensor) for name, tensor in negative.items()}
+        return pipeline(
+            **arguments,
+            width=size[0],
+            height=size[1],
+            num_inference_steps=s.steps,
+            guidance_scale=s.guidance,
+            true_cfg_scale=s.guidance_real,
+            # on the CPU, so that every device draws the same noise
+            generator=torch.Generator().manual_seed(s.seed + index),
+            callback_on_step_end=on_step,
+        ).images[0]
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._transformer.device, self._dtype)
+
+    def _save(self, image: Image.Image, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path:
+        path = self.folder / file_name(step, nickname, index, size)
+        base = self.folder / file_name(0, nickname, index, size)
+        if step > 0 and self.settings.beside_base and base.exists():
+            with Image.open(base) as left:
+                both = Image.new("RGB", (left.width + image.width, image.height))
+                both.paste(left, (0, 0))
+                both.paste(image, (left.width, 0))
+            image = both
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+        return path
