@@ -33,10 +33,18 @@ E4M3_TARGETS: tuple[str, ...] = ("sm_89", "sm_90", "gfx942", "gfx1100")
 
 LaunchTable = Mapping[str, Mapping[str, int]]
 
-# for ops that hold one row in registers: elements of a row per thread (which sets the number of warps), and rows per program
-# where a program sums over rows
+# for ops whose programs hold one row in registers: elements of it per thread, which sets the number of warps; the widest piece
+# of a row that a program takes, where it need not take the whole; rows per program, where it sums over them
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
+    "gated_residual_fwd": {"default": {"per_thread": 32}},
+    "gated_residual_bwd": {"default": {"per_thread": 32, "ROWS": 1}},
+    "gated_residual_bwd_sums": {"default": {"per_thread": 16, "ROWS": 16}},
+    "token_route": {"default": {"per_thread": 32}},
+    "gelu_fwd": {"default": {"per_thread": 16, "widest": 2048}},
+    "gelu_fwd_quantized": {"default": {"per_thread": 32}},
+    "gelu_bwd": {"default": {"per_thread": 16, "widest": 2048}},
+    "gelu_bwd_quantized": {"default": {"per_thread": 32}},
     "modulated_layer_norm_fwd": {"default": {"per_thread": 32}},
     "modulated_layer_norm_bwd": {"default": {"per_thread": 32, "ROWS": 1}},
     "modulated_layer_norm_bwd_sums": {"default": {"per_thread": 8, "ROWS": 16}},
@@ -120,9 +128,10 @@ def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int
 
 @functools.cache
 def row_numbers(op: str, width: int, arch: str) -> Mapping[str, int]:
-    """BLOCK and num_warps (and ROWS, where the op has it) of an op that holds one row of `width` elements in registers."""
+    """BLOCK and num_warps (and ROWS, where the op has it) of an op of ROW_LAUNCH on rows of `width` elements."""
     numbers = dict(ROW_LAUNCH[op].get(arch) or ROW_LAUNCH[op]["default"])
     block = next_pow2(width)
+    block = min(block, numbers.pop("widest", block))
     # gfx9 runs 64 threads a warp, everything else 32; 1024 threads is the most that a program may have
     warp = 64 if arch.startswith("gfx9") else 32
     warps = min(max(block // (numbers.pop("per_thread") * warp), 1), 1024 // warp)

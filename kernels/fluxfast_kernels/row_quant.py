@@ -87,18 +87,25 @@ def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[
     return q, scale
 
 
-def empty_outputs(x: Tensor, out: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for an op's output in x's shape: values in x's dtype, codes, and a scale a row, where `out` asks for them.
+def empty_outputs(
+    x: Tensor, out: str, width: int | None = None, y: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for an op's output: values in x's dtype (`y` if given), codes, and a scale a row, where `out` asks for them.
 
-    out: one of OUTPUTS. Raises ValueError if it is not.
+    The shape is x's, with `width` columns where that is given. Raises ValueError if `out` is not one of OUTPUTS.
     """
     if out not in OUTPUTS:
         raise ValueError(f"the output is one of {OUTPUTS}, not {out!r}")
-    y = None if out in FORMATS else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-1], width or x.shape[-1])
+    if out in FORMATS:
+        y = None
+    elif y is None:
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    assert y is None or y.shape == shape
     if out == "same":
         return y, None, None
-    codes = torch.empty(x.shape, dtype=FORMATS[out.removeprefix("both-")], device=x.device)
-    return y, codes, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    codes = torch.empty(shape, dtype=FORMATS[out.removeprefix("both-")], device=x.device)
+    return y, codes, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
 
 
 def row_strides(x: Tensor | None) -> tuple[int, int]:

@@ -1,0 +1,168 @@
+"""GELU in its tanh form, as x·sigmoid(2u) with u = sqrt(2/π)·(x + 0.044715 x³): forward and backward.
+
+Where the output is quantised, a program holds a whole row, because a row has one scale; else it takes a piece of one.
+Forward can put `prefix`, columns that it copies, in front of its own: the single block's attention output, so that the next
+projection's input [attention | gelu(mlp)] is written, and quantised, once.
+
+Shapes: x, y, dy, dx [B, S, K], prefix [B, S, P]; rows may lie any distance apart, in the outputs too.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxfast_kernels._launch import AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels.row_quant import OUTPUTS, check_rows, empty_outputs, quantize_row, row_strides, targets_of
+
+
+class GeluOut(NamedTuple):
+    """Values in the input's dtype, or None; codes and their scales [B, S], or None."""
+
+    y: Tensor | None
+    q: Tensor | None
+    q_scale: Tensor | None
+
+
+@triton.jit
+def _sigmoid_2u(b_x):
+    # sqrt(8/π); no tanh: the interpreter has none, and this is as exact
+    return tl.sigmoid(1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x))
+
+
+@triton.jit(do_not_specialize=["S"])
+def gelu_fwd_kernel(
+    p_x,
+    p_prefix,
+    p_y,
+    p_q,
+    p_q_scale,
+    stride_x_b,
+    stride_x_s,
+    stride_prefix_b,
+    stride_prefix_s,
+    stride_y_b,
+    stride_y_s,
+    S,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_s = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_k = o_k < P + K
+    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_k - P, mask=m_k & (o_k >= P), other=0.0).to(tl.float32)
+    b_y = b_x * _sigmoid_2u(b_x)
+    if p_prefix is not None:
+        p_prefix_row = p_prefix + i_b * stride_prefix_b + i_s * stride_prefix_s
+        # one of the two is zero
+        b_y += tl.load(p_prefix_row + o_k, mask=o_k < P, other=0.0).to(tl.float32)
+    if p_y is not None:
+        tl.store(p_y + i_b * stride_y_b + i_s * stride_y_s + o_k, b_y.to(p_y.dtype.element_ty), mask=m_k)
+    if p_q is not None:
+        b_q, b_q_scale = quantize_row(b_y, p_q.dtype.element_ty)
+        i_row = i_b * S + i_s
+        tl.store(p_q + i_row * (P + K) + o_k, b_q, mask=m_k)
+        tl.store(p_q_scale + i_row, b_q_scale)
+
+
+@triton.jit(do_not_specialize=["S"])
+def gelu_bwd_kernel(
+    p_dy,
+    p_x,
+    p_col_scale,
+    p_dx,
+    p_q,
+    p_q_scale,
+    stride_dy_b,
+    stride_dy_s,
+    stride_x_b,
+    stride_x_s,
+    stride_dx_b,
+    stride_dx_s,
+    S,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_s = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_k = o_k < K
+    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_dy = tl.load(p_dy + i_b * stride_dy_b + i_s * stride_dy_s + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_sig = _sigmoid_2u(b_x)
+    # (x·sigmoid(2u))' = sigmoid(2u) + x·sigmoid(2u)·(1 - sigmoid(2u))·2u'
+    b_slope = 1.5957691216057308 * (1.0 + 0.134145 * b_x * b_x)
+    b_dx = b_dy * b_sig * (1.0 + b_x * (1.0 - b_sig) * b_slope)
+    if p_dx is not None:
+        tl.store(p_dx + i_b * stride_dx_b + i_s * stride_dx_s + o_k, b_dx.to(p_dx.dtype.element_ty), mask=m_k)
+    if p_q is not None:
+        if p_col_scale is not None:
+            b_dx *= tl.load(p_col_scale + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_q, b_q_scale = quantize_row(b_dx, p_q.dtype.element_ty)
+        i_row = i_b * S + i_s
+        tl.store(p_q + i_row * K + o_k, b_q, mask=m_k)
+        tl.store(p_q_scale + i_row, b_q_scale)
+
+
+def _numbers(kernel: str, width: int, quantized: bool, device: torch.device) -> dict[str, int]:
+    return dict(row_numbers(f"{kernel}_quantized" if quantized else kernel, width, arch_key(device)))
+
+
+def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None, y: Tensor | None = None) -> GeluOut:
+    """[prefix | gelu(x)] as values, as codes, or as both.
+
+    x [B, S, K], prefix [B, S, P] of the same dtype; out one of `row_quant.OUTPUTS`. The values [B, S, P + K] go to `y` where it
+    is given: a slice of a wider buffer, say. Raises ValueError on an unknown `out` or a last dimension that is not contiguous.
+    """
+    check_rows("gelu", x=x, prefix=prefix, y=y)
+    batch, tokens, cols = x.shape
+    width = cols if prefix is None else prefix.shape[-1] + cols
+    values, q, q_scale = empty_outputs(x, out, width, y)
+    numbers = _numbers("gelu_fwd", width, q is not None, x.device)
+    launch(
+        gelu_fwd_kernel, (tokens, cdiv(width, numbers["BLOCK"]), batch),
+        x, prefix, values, q, q_scale, *row_strides(x), *row_strides(prefix), *row_strides(values), tokens,
+        P=width - cols, K=cols, **numbers,
+    )  # fmt: skip
+    return GeluOut(values, q, q_scale)
+
+
+def gelu_bwd(
+    dy: Tensor, x: Tensor, *, out: str = "same", col_scale: Tensor | None = None, dx: Tensor | None = None
+) -> GeluOut:
+    """dx = dy·gelu'(x), as `out` says; the codes are those of dx·col_scale.
+
+    dy, x [B, S, K]; col_scale [K]. The values go to `dx` where it is given.
+    """
+    check_rows("gelu", dy=dy, x=x, col_scale=col_scale, dx=dx)
+    batch, tokens, cols = x.shape
+    values, q, q_scale = empty_outputs(x, out, cols, dx)
+    numbers = _numbers("gelu_bwd", cols, q is not None, x.device)
+    launch(
+        gelu_bwd_kernel, (tokens, cdiv(cols, numbers["BLOCK"]), batch),
+        dy, x, col_scale, values, q, q_scale, *row_strides(dy), *row_strides(x), *row_strides(values), tokens,
+        K=cols, **numbers,
+    )  # fmt: skip
+    return GeluOut(values, q, q_scale)
+
+
+def _aot_cases() -> Iterator[AotCase]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.empty(1, 4608, 12288, dtype=dtype, device="meta")
+        attn = torch.empty(1, 4608, 3072, dtype=dtype, device="meta")
+        col_scale = torch.empty(12288, device="meta")
+        name = str(dtype).removeprefix("torch.")
+        for out in OUTPUTS if dtype == torch.bfloat16 else ("same",):
+            where = targets_of(out)
+            yield f"{name}-{out}", partial(gelu_fwd, x, out=out), where
+            yield f"{name}-{out}-prefix", partial(gelu_fwd, x, out=out, prefix=attn), where
+            yield f"{name}-{out}", partial(gelu_bwd, x, x, out=out, col_scale=None if out == "same" else col_scale), where
+
+
+AOT_VARIANTS = record_variants(_aot_cases())
