@@ -50,6 +50,12 @@ ROW_LAUNCH: dict[str, LaunchTable] = {
     "modulated_layer_norm_bwd_sums": {"default": {"per_thread": 8, "ROWS": 16}},
 }
 
+# for ops whose programs take some of the heads of one token
+HEAD_LAUNCH: dict[str, LaunchTable] = {
+    "qk_norm_rope_fwd": {"default": {"HEADS": 8, "num_warps": 4}},
+    "qk_norm_rope_bwd": {"default": {"HEADS": 8, "num_warps": 4}},
+}
+
 
 @dataclass(frozen=True)
 class AotVariant:

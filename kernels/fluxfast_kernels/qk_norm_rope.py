@@ -1,0 +1,323 @@
+"""From packed q|k|v projections to attention's inputs and back: RMSNorm and rotary embedding of q and k, text joined to image.
+
+    y = rot(x·rstd·w),  rot(x0, x1) = (x0·cos - x1·sin, x1·cos + x0·sin) on adjacent pairs,  rstd = 1/sqrt(mean(x²) + eps)
+
+One program takes HEADS heads of one token: their q, k and v. Text rows come first; whether a token is text decides which
+tensor and which weights a program reads, so both parts go in one launch. Everything between load and store is fp32.
+
+Backward, with n = rot⁻¹(y) = x·rstd·w and d = rot⁻¹(dy):  dx = rstd·(d·w - x·rstd·mean(d·n)).
+Given y, which attention keeps anyway, x·rstd = n/w, and forward's input is not needed. That asks for weights whose smallest is
+not far below the largest (`fluxfast.ops.qk_norm_rope` says how far); where they are not, forward's input is given instead.
+
+Shapes: qkv, dqkv [B, S_img, 3·H·hd] and txt_qkv, dtxt_qkv [B, S_txt, 3·H·hd], rows any distance apart; q, k, v [B, S, H, hd],
+S = S_txt + S_img; rstd [B, S, 2, H] fp32; weights [2 or 4, hd]: q, k, and with text txt_q, txt_k; cos, sin [rows, hd/2]: token i
+takes row i, or the row that `index` ([S] or [B, S], int32 or int64) names, which is not checked: that would stop the GPU.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    HEAD_LAUNCH,
+    AotCase,
+    cdiv,
+    launch,
+    launch_numbers,
+    next_pow2,
+    record_variants,
+)
+from fluxfast_kernels.row_quant import check_rows, row_strides
+
+
+class QKNormRopeOut(NamedTuple):
+    """q, k, v [B, S, H, hd], contiguous; the reciprocal RMS of q's and k's heads [B, S, 2, H]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rstd: Tensor
+
+
+@triton.jit
+def _rotate(b_x, b_cos, b_sin, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Rotates adjacent pairs of b_x [HEADS, 2·HALF] by the angles whose cosines and sines are [HALF]."""
+    b_0, b_1 = tl.split(tl.reshape(b_x, (HEADS, HALF, 2)))
+    b_y = tl.join(b_0 * b_cos[None, :] - b_1 * b_sin[None, :], b_1 * b_cos[None, :] + b_0 * b_sin[None, :])
+    return tl.reshape(b_y, (HEADS, 2 * HALF))
+
+
+@triton.jit
+def _tables(p_cos, p_sin, p_index, i_b, i_s, stride_index_b, HD: tl.constexpr, HALF: tl.constexpr):
+    """The token's row of the tables."""
+    i_row = i_s
+    if p_index is not None:
+        i_row = tl.load(p_index + i_b * stride_index_b + i_s).to(tl.int64)
+    o_half = tl.arange(0, HALF)
+    m_half = o_half < HD // 2
+    p_row = i_row * (HD // 2) + o_half
+    b_cos = tl.load(p_cos + p_row, mask=m_half, other=0.0).to(tl.float32)
+    b_sin = tl.load(p_sin + p_row, mask=m_half, other=0.0).to(tl.float32)
+    return b_cos, b_sin
+
+
+@triton.jit(do_not_specialize=["stride_index_b", "S", "S_txt"])
+def qk_norm_rope_fwd_kernel(
+    p_qkv,
+    p_txt_qkv,
+    p_weights,
+    p_cos,
+    p_sin,
+    p_index,
+    p_q,
+    p_k,
+    p_v,
+    p_rstd,
+    stride_qkv_b,
+    stride_qkv_s,
+    stride_txt_b,
+    stride_txt_s,
+    stride_index_b,
+    S,
+    S_txt,
+    eps,
+    H: tl.constexpr,
+    HD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    i_s = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    o_d = tl.arange(0, 2 * HALF)
+    m_h = o_h < H
+    m_d = o_d < HD
+    m_hd = m_h[:, None] & m_d[None, :]
+    o_hd = o_h[:, None] * HD + o_d[None, :]
+
+    p_in = p_qkv + i_b * stride_qkv_b + (i_s - S_txt) * stride_qkv_s
+    p_w = p_weights
+    if p_txt_qkv is not None:  # noqa: SIM102 (the outer branch is taken at compile time)
+        if i_s < S_txt:
+            p_in = p_txt_qkv + i_b * stride_txt_b + i_s * stride_txt_s
+            p_w = p_weights + 2 * HD
+    b_cos, b_sin = _tables(p_cos, p_sin, p_index, i_b, i_s, stride_index_b, HD, HALF)
+    i_row = i_b * S + i_s
+
+    for i_qk in tl.static_range(2):
+        b_x = tl.load(p_in + i_qk * H * HD + o_hd, mask=m_hd, other=0.0).to(tl.float32)
+        b_w = tl.load(p_w + i_qk * HD + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / HD + eps)
+        b_y = _rotate(b_x * b_rstd[:, None] * b_w[None, :], b_cos, b_sin, HEADS, HALF)
+        p_out = p_q if i_qk == 0 else p_k
+        tl.store(p_out + i_row * H * HD + o_hd, b_y.to(p_out.dtype.element_ty), mask=m_hd)
+        tl.store(p_rstd + (i_row * 2 + i_qk) * H + o_h, b_rstd, mask=m_h)
+    b_v = tl.load(p_in + 2 * H * HD + o_hd, mask=m_hd, other=0.0)
+    tl.store(p_v + i_row * H * HD + o_hd, b_v, mask=m_hd)
+
+
+@triton.jit(do_not_specialize=["stride_index_b", "S", "S_txt"])
+def qk_norm_rope_bwd_kernel(
+    p_dq,
+    p_dk,
+    p_dv,
+    p_q,
+    p_k,
+    p_qkv,
+    p_txt_qkv,
+    p_rstd,
+    p_weights,
+    p_cos,
+    p_sin,
+    p_index,
+    p_dqkv,
+    p_dtxt_qkv,
+    stride_dq_b,
+    stride_dq_s,
+    stride_dq_h,
+    stride_dk_b,
+    stride_dk_s,
+    stride_dk_h,
+    stride_dv_b,
+    stride_dv_s,
+    stride_dv_h,
+    stride_qkv_b,
+    stride_qkv_s,
+    stride_txt_b,
+    stride_txt_s,
+    stride_index_b,
+    stride_dqkv_b,
+    stride_dqkv_s,
+    stride_dtxt_b,
+    stride_dtxt_s,
+    S,
+    S_txt,
+    H: tl.constexpr,
+    HD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    i_s = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    o_d = tl.arange(0, 2 * HALF)
+    m_h = o_h < H
+    m_d = o_d < HD
+    m_hd = m_h[:, None] & m_d[None, :]
+    o_hd = o_h[:, None] * HD + o_d[None, :]
+
+    p_in = p_qkv
+    p_out = p_dqkv + i_b * stride_dqkv_b + (i_s - S_txt) * stride_dqkv_s
+    p_w = p_weights
+    if p_qkv is not None:
+        p_in = p_qkv + i_b * stride_qkv_b + (i_s - S_txt) * stride_qkv_s
+    if p_dtxt_qkv is not None:  # noqa: SIM102 (the outer branch is taken at compile time)
+        if i_s < S_txt:
+            p_out = p_dtxt_qkv + i_b * stride_dtxt_b + i_s * stride_dtxt_s
+            p_w = p_weights + 2 * HD
+            if p_txt_qkv is not None:
+                p_in = p_txt_qkv + i_b * stride_txt_b + i_s * stride_txt_s
+    b_cos, b_sin = _tables(p_cos, p_sin, p_index, i_b, i_s, stride_index_b, HD, HALF)
+    i_row = i_b * S + i_s
+
+    for i_qk in tl.static_range(2):
+        b_w = tl.load(p_w + i_qk * HD + o_d, mask=m_d, other=1.0).to(tl.float32)
+        b_rstd = tl.load(p_rstd + (i_row * 2 + i_qk) * H + o_h, mask=m_h, other=0.0)
+        if i_qk == 0:
+            p_dy = p_dq + i_b * stride_dq_b + i_s * stride_dq_s + o_h[:, None] * stride_dq_h + o_d[None, :]
+        else:
+            p_dy = p_dk + i_b * stride_dk_b + i_s * stride_dk_s + o_h[:, None] * stride_dk_h + o_d[None, :]
+        b_d = _rotate(tl.load(p_dy, mask=m_hd, other=0.0).to(tl.float32), b_cos, -b_sin, HEADS, HALF)
+        if p_q is not None:
+            p_y = p_q if i_qk == 0 else p_k
+            b_y = tl.load(p_y + i_row * H * HD + o_hd, mask=m_hd, other=0.0).to(tl.float32)
+            b_n = _rotate(b_y, b_cos, -b_sin, HEADS, HALF)
+            b_xhat = b_n / b_w[None, :]
+        else:
+            b_x = tl.load(p_in + i_qk * H * HD + o_hd, mask=m_hd, other=0.0).to(tl.float32)
+            b_xhat = b_x * b_rstd[:, None]
+            b_n = b_xhat * b_w[None, :]
+        b_mean = tl.sum(b_d * b_n, axis=1) / HD
+        b_dx = (b_d * b_w[None, :] - b_xhat * b_mean[:, None]) * b_rstd[:, None]
+        tl.store(p_out + i_qk * H * HD + o_hd, b_dx.to(p_dqkv.dtype.element_ty), mask=m_hd)
+    p_dv_row = p_dv + i_b * stride_dv_b + i_s * stride_dv_s
+    b_dv = tl.load(p_dv_row + o_h[:, None] * stride_dv_h + o_d[None, :], mask=m_hd, other=0.0)
+    tl.store(p_out + 2 * H * HD + o_hd, b_dv, mask=m_hd)
+
+
+def qk_norm_rope_fwd(
+    qkv: Tensor,
+    weights: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    txt_qkv: Tensor | None = None,
+    eps: float = 1e-6,
+    index: Tensor | None = None,
+) -> QKNormRopeOut:
+    """q, k and v of the joined sequence, from its packed projections; shapes as in this module's docstring.
+
+    Raises ValueError if a last dimension is not contiguous.
+    """
+    check_rows("qk_norm_rope", qkv=qkv, txt_qkv=txt_qkv, index=index)
+    assert weights.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    batch, s_img, width = qkv.shape
+    s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
+    tokens, head_dim = s_txt + s_img, width // (3 * heads)
+    q, k, v = (torch.empty((batch, tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    rstd = torch.empty((batch, tokens, 2, heads), dtype=torch.float32, device=qkv.device)
+    numbers = _numbers("qk_norm_rope_fwd", heads, head_dim, qkv.device)
+    launch(
+        qk_norm_rope_fwd_kernel, (tokens, cdiv(heads, numbers["HEADS"]), batch),
+        qkv, txt_qkv, weights, cos, sin, index, q, k, v, rstd,
+        *row_strides(qkv), *row_strides(txt_qkv), _index_stride(index), tokens, s_txt, float(eps), **numbers,
+    )  # fmt: skip
+    return QKNormRopeOut(q, k, v, rstd)
+
+
+def qk_norm_rope_bwd(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    rstd: Tensor,
+    weights: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    s_txt: int = 0,
+    index: Tensor | None = None,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    qkv: Tensor | None = None,
+    txt_qkv: Tensor | None = None,
+    dqkv: Tensor | None = None,
+    dtxt_qkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dqkv, and dtxt_qkv where s_txt is not 0; written into those given, slices of wider buffers, say.
+
+    dq, dk, dv [B, S, H, hd] with contiguous heads, at any distance from each other. Forward left either its outputs q and k
+    (contiguous) or its inputs qkv and txt_qkv: give one pair.
+    """
+    check_rows("qk_norm_rope", dq=dq, dk=dk, dv=dv, qkv=qkv, txt_qkv=txt_qkv, index=index, dqkv=dqkv, dtxt_qkv=dtxt_qkv)
+    assert (q is None) == (k is None) != (qkv is None) and rstd.is_contiguous()
+    assert q is None or k is None or (q.is_contiguous() and k.is_contiguous())
+    assert weights.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    batch, tokens, heads, head_dim = dq.shape
+    width = 3 * heads * head_dim
+    if dqkv is None:
+        dqkv = torch.empty((batch, tokens - s_txt, width), dtype=dq.dtype, device=dq.device)
+    if dtxt_qkv is None and s_txt:
+        dtxt_qkv = torch.empty((batch, s_txt, width), dtype=dq.dtype, device=dq.device)
+    numbers = _numbers("qk_norm_rope_bwd", heads, head_dim, dq.device)
+    launch(
+        qk_norm_rope_bwd_kernel, (tokens, cdiv(heads, numbers["HEADS"]), batch),
+        dq, dk, dv, q, k, qkv, txt_qkv, rstd, weights, cos, sin, index, dqkv, dtxt_qkv,
+        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *row_strides(qkv), *row_strides(txt_qkv), _index_stride(index),
+        *row_strides(dqkv), *row_strides(dtxt_qkv), tokens, s_txt, **numbers,
+    )  # fmt: skip
+    return dqkv, dtxt_qkv
+
+
+def _index_stride(index: Tensor | None) -> int:
+    return index.stride(0) if index is not None and index.ndim == 2 else 0
+
+
+def _numbers(op: str, heads: int, head_dim: int, device: torch.device) -> dict[str, int]:
+    numbers = dict(launch_numbers(HEAD_LAUNCH[op], device))
+    numbers["HEADS"] = min(numbers["HEADS"], next_pow2(heads))
+    return {"H": heads, "HD": head_dim, "HALF": next_pow2(head_dim // 2), **numbers}
+
+
+def _aot_cases() -> Iterator[AotCase]:
+    targets = tuple(AOT_TARGETS)
+    cos = torch.empty(4608, 64, device="meta")
+    index = torch.empty(1, 2560, dtype=torch.int32, device="meta")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        # a double block's two parts; a single block's one, inside the packed q|k|v|mlp, whole and routed
+        img, txt = (torch.empty(1, s, 9216, dtype=dtype, device="meta") for s in (4096, 512))
+        packed = torch.empty(1, 4608, 21504, dtype=dtype, device="meta")[..., :9216]
+        weights = torch.empty(4, 128, device="meta")
+        for case, qkv, txt_qkv, rows in (
+            ("double", img, txt, None),
+            ("single", packed, None, None),
+            ("routed", packed[:, :2560], None, index),
+        ):
+            forward = partial(qk_norm_rope_fwd, qkv, weights, cos, cos, heads=24, txt_qkv=txt_qkv, index=rows)
+            yield f"{name}-{case}", forward, targets
+            s_txt = 0 if txt_qkv is None else 512
+            y = torch.empty(1, s_txt + qkv.shape[1], 24, 128, dtype=dtype, device="meta")
+            rstd = torch.empty(1, s_txt + qkv.shape[1], 2, 24, device="meta")
+            backward = partial(qk_norm_rope_bwd, y, y, y, rstd, weights, cos, cos, s_txt=s_txt, index=rows)
+            yield f"{name}-{case}-outputs", partial(backward, q=y, k=y), targets
+            yield f"{name}-{case}-inputs", partial(backward, qkv=qkv, txt_qkv=txt_qkv), targets
+
+
+AOT_VARIANTS = record_variants(_aot_cases())
