@@ -59,21 +59,14 @@ def pick(choices: Sequence[str], rng: random.Random) -> str:
     return choices[rng.randrange(len(choices))]
 
 
-def caption_filter(entries: Sequence[str] | str | Path) -> CaptionFilter:
-    """The function that applies a `caption_filter_list`: a list, or a text file with one entry a line.
+def caption_filter(entries: Sequence[str]) -> CaptionFilter:
+    """The function that applies the entries of a `caption_filter_list`.
 
     An entry is a regular expression whose matches are removed, or `s/pattern/replacement/`, which replaces the first match.
 
     Raises:
-        ValueError: the file can't be read, or an entry is no regular expression.
+        ValueError: an entry is no regular expression.
     """
-    where = "caption_filter_list"
-    if isinstance(entries, str | Path):
-        where = str(entries)
-        try:
-            entries = Path(entries).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"caption_filter_list {where}: can't be read as UTF-8 text: {error}") from error
     # (what to find, a template of what to put there, how many times; 0: every time)
     rules: list[tuple[re.Pattern[str], str, int]] = []
     for entry in entries:
@@ -86,7 +79,7 @@ def caption_filter(entries: Sequence[str] | str | Path) -> CaptionFilter:
         try:
             rules.append((re.compile(pattern), template, 1 if replace else 0))
         except re.error as error:
-            raise ValueError(f"{where}: {entry!r} is not a regular expression: {error}") from error
+            raise ValueError(f"caption_filter_list: {entry!r} is not a regular expression: {error}") from error
 
     def apply(caption: str) -> str:
         for pattern, template, count in rules:

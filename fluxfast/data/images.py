@@ -57,9 +57,9 @@ class UnreadableImage(SkippedImage):
 def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> list[Path]:
     """All image files under `root`, recursively, sorted by path.
 
-    Hidden files and folders and the folders in `skip` (caches, outputs) are left out. Links to folders are followed; a folder
-    that can be reached twice is read once, under its real path if that lies below `root`. A dangling link is listed, so that
-    it is reported like any other unreadable image.
+    Hidden files and folders and the folders below `root` in `skip` (caches, outputs) are left out. Links to folders are
+    followed; a folder that can be reached twice is read once, under its real path if that lies below `root`. A dangling link
+    is listed, so that it is reported like any other unreadable image.
 
     Raises:
         ValueError: `root` is not a folder.
@@ -74,7 +74,7 @@ def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> list[Path]
     while folders or linked_folders:
         folder = (folders or linked_folders).popleft()
         real = folder.resolve()
-        if real in seen or real in skipped:
+        if real in seen or (real in skipped and folder != root):
             continue
         seen.add(real)
         for path in sorted(folder.iterdir()):

@@ -58,15 +58,9 @@ class TestFilter:
         assert apply("start arafed man, arafed cat and cat a/b") == r"man, dog and cat c\1"
         assert apply("well, this old thing has a roof") == "well, roof"
 
-    def test_file(self, tmp_path):
-        (tmp_path / "filter.txt").write_text("blurry \n\ns/x/y/\n")
-        assert caption_filter(tmp_path / "filter.txt")("blurry x x") == "y x"
-
-    def test_errors_name_their_place(self, tmp_path):
+    def test_an_entry_that_is_no_expression_is_named(self):
         with pytest.raises(ValueError, match=r"caption_filter_list: '\(' is not a regular expression"):
-            caption_filter(["("])
-        with pytest.raises(ValueError, match=r"nowhere\.txt: can't be read"):
-            caption_filter(tmp_path / "nowhere.txt")
+            caption_filter(["fine", "("])
 
     def test_edits_captions_before_the_instance_prompt(self):
         edit = caption_filter(["blurry "])

@@ -1,0 +1,137 @@
+"""Batches from the caches, read ahead in the background."""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fluxfast.data.captions import pick
+from fluxfast.data.prepared import Prepared
+from fluxfast.data.sampler import Sampler, SampleRef
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one bucket of one dataset, on the CPU.
+
+    Attributes:
+        latents: bf16 [B, C, H/8, W/8], normalised.
+        prompt_embeds: T5's, bf16 [B, L, T5 width].
+        pooled_prompt_embeds: CLIP's, bf16 [B, CLIP width].
+        attention_mask: bool [B, L], true at the caption's tokens.
+        captions: the texts in use; "" where the caption was dropped.
+        files: the images, as paths below the dataset's folder.
+        dataset: the dataset's id.
+        is_regularisation_data: train these towards the base model's own prediction.
+        timestep_sampling_offset: the dataset's shift of sampled timesteps.
+    """
+
+    latents: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    captions: list[str]
+    files: list[str]
+    dataset: str
+    is_regularisation_data: bool
+    timestep_sampling_offset: float
+
+
+def caption_rng(seed: int, step: int) -> random.Random:
+    """The generator that `load_batch` takes for batch `step` of a run: a resumed run draws the same captions."""
+    return random.Random(f"{seed}:captions:{step}")
+
+
+def load_batch(
+    prepared: Prepared, refs: Sequence[SampleRef], *, caption_dropout_probability: float = 0.0, rng: random.Random
+) -> Batch:
+    """Read a batch from the caches; `refs` come from one `Sampler.next`.
+
+    `rng` picks one caption of each sample, and replaces it by "" with `caption_dropout_probability`.
+
+    Raises:
+        ValueError: a cache file was lost or damaged since the start; it is named.
+    """
+    (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == refs[0].dataset]
+    assert all(ref.dataset == dataset.id for ref in refs)
+    samples = [dataset.samples[ref.index] for ref in refs]
+    captions = []
+    for sample in samples:
+        caption = pick(sample.captions, rng)
+        captions.append("" if rng.random() < caption_dropout_probability else caption)
+    embeds = [prepared.prompts.get(caption) for caption in captions]
+    return Batch(
+        latents=torch.stack([dataset.latents(sample) for sample in samples]),
+        prompt_embeds=torch.stack([each["prompt_embeds"] for each in embeds]),
+        pooled_prompt_embeds=torch.stack([each["pooled_prompt_embeds"] for each in embeds]),
+        attention_mask=torch.stack([each["attention_mask"] for each in embeds]),
+        captions=captions,
+        files=[sample.file for sample in samples],
+        dataset=dataset.id,
+        is_regularisation_data=dataset.is_regularisation_data,
+        timestep_sampling_offset=dataset.timestep_sampling_offset,
+    )
+
+
+class BatchLoader:
+    """An endless iterator of a run's batches, the next few of which a thread reads ahead.
+
+    `epoch` and `state_dict()` belong to the batch handed out last, however far the thread has read: a sampler that loads this
+    state, in a loader that starts at `step`, goes on with the batch after it.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        sampler: Sampler,
+        *,
+        step: int = 0,
+        caption_dropout_probability: float = 0.0,
+        read_ahead: int = 2,
+    ) -> None:
+        """`step` is the number of batches that the run has used so far; captions follow the sampler's seed."""
+        self.step = step
+        self.epoch = sampler.epoch
+        self._prepared, self._sampler = prepared, sampler
+        self._dropout = caption_dropout_probability
+        self._state = sampler.state_dict()
+        self._next_read = step
+        # a single thread, so that the sampler is asked for its steps in order
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-batches")
+        self._ahead: deque[Future[tuple[Batch, int, dict]]] = deque(self._submit() for _ in range(read_ahead))
+
+    def __iter__(self) -> "BatchLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        self._ahead.append(self._submit())
+        batch, self.epoch, self._state = self._ahead.popleft().result()
+        self.step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's state after the batch handed out last."""
+        return self._state
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self) -> Future[tuple[Batch, int, dict]]:
+        step = self._next_read
+        self._next_read += 1
+        return self._pool.submit(self._read, step)
+
+    def _read(self, step: int) -> tuple[Batch, int, dict]:
+        refs = self._sampler.next(step)
+        batch = load_batch(
+            self._prepared,
+            refs,
+            caption_dropout_probability=self._dropout,
+            rng=caption_rng(self._sampler.seed, step),
+        )
+        return batch, self._sampler.epoch, self._sampler.state_dict()

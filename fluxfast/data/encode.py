@@ -1,0 +1,202 @@
+"""Filling the caches: only what they lack is computed, and an encoder is loaded only if something is."""
+
+import functools
+import gc
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from rich.progress import Progress
+
+from fluxfast.data.buckets import apply
+from fluxfast.data.cache import TensorCache, fingerprint
+from fluxfast.data.encoders import STORAGE_DTYPE, LatentEncoder, T5Padding, TextEncoders, compute_dtype
+from fluxfast.data.images import UnreadableImage, load_image, to_tensor
+from fluxfast.data.prepared import PromptCache
+from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
+from fluxfast.data.sources import Source, identity, local_folder
+
+T = TypeVar("T")
+# ((key, fingerprint), image)
+_Job = tuple[tuple[str, str], Candidate]
+
+# raised when the same inputs would give other values, so that nothing computed before is taken for them
+_TEXT_VERSION, _LATENTS_VERSION = 1, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Which encoders, and how they run. Sources are (folder or repository, subfolder, revision).
+
+    Attributes:
+        pipeline: the pipeline in diffusers' layout; its subfolder is not looked at.
+        vae: the VAE if not the pipeline's.
+        t5: T5's weights if not the pipeline's.
+        variant: variant of the weight files, such as "fp16".
+        device: where they run; on "cpu" everything computes in fp32.
+        text_dtype, vae_dtype: what they compute in elsewhere.
+        max_length: T5 tokens per caption.
+        vae_batch_size: images per VAE pass.
+    """
+
+    pipeline: Source
+    vae: Source | None = None
+    t5: Source | None = None
+    variant: str | None = None
+    device: str | torch.device = "cpu"
+    text_dtype: torch.dtype = torch.bfloat16
+    vae_dtype: torch.dtype = torch.bfloat16
+    max_length: int = 512
+    t5_padding: T5Padding = "unmodified"
+    vae_batch_size: int = 4
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+
+    def part(self, name: str) -> Source:
+        """The source of one of the pipeline's folders."""
+        return (self.pipeline[0], name, self.pipeline[2])
+
+
+def encode_prompts(
+    prompts: Sequence[str], cache: TensorCache, settings: EncoderSettings, *, batch_size: int, progress: Progress
+) -> tuple[PromptCache, int]:
+    """Bring the embeddings of `prompts` into the cache; with them comes how many had to be computed."""
+    reading = progress.add_task("text encoders", total=None)
+    sources = [settings.part(name) for name in ("tokenizer", "text_encoder", "tokenizer_2")]
+    sources.append(settings.t5 or settings.part("text_encoder_2"))
+    identities = [identity(local_folder(source), cache) for source in sources]
+    progress.remove_task(reading)
+    dtype = compute_dtype(settings.device, settings.text_dtype)
+    made_by = fingerprint("text", _TEXT_VERSION, identities, settings.max_length, settings.t5_padding, str(dtype))
+    missing = [prompt for prompt, _ in cache.missing((prompt, made_by) for prompt in prompts)]
+    if missing:
+        encoders = TextEncoders.from_pretrained(
+            settings.pipeline,
+            t5_source=settings.t5,
+            device=settings.device,
+            dtype=settings.text_dtype,
+            variant=settings.variant,
+            max_length=settings.max_length,
+            t5_padding=settings.t5_padding,
+        )
+        bar = progress.add_task("encoding captions", total=len(missing))
+        for batch in _chunks(missing, batch_size):
+            tensors = {name: _stored(tensor) for name, tensor in encoders.encode(batch).items()}
+            cache.put_many(
+                (prompt, made_by, {name: tensor[i] for name, tensor in tensors.items()}) for i, prompt in enumerate(batch)
+            )
+            progress.advance(bar, len(batch))
+        del encoders
+        _release_memory()
+    return PromptCache(cache, made_by), len(missing)
+
+
+class ImageEncoding:
+    """The VAE's side: tells each image's fingerprint, and encodes the images that a cache lacks.
+
+    Used as a context manager, the VAE is loaded for the first image that needs it, and freed at the end.
+    """
+
+    def __init__(self, settings: EncoderSettings, cache: TensorCache) -> None:
+        """`cache` remembers the hash of the VAE's weights."""
+        self._settings = settings
+        self._source = settings.vae or settings.part("vae")
+        dtype = compute_dtype(settings.device, settings.vae_dtype)
+        # slicing gives the same values; tiling doesn't
+        self._made_by = [identity(local_folder(self._source), cache), str(dtype), settings.vae_tiling]
+
+    def __enter__(self) -> "ImageEncoding":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.__dict__.pop("_encoder", None) is not None:
+            _release_memory()
+
+    @functools.cached_property
+    def _encoder(self) -> LatentEncoder:
+        settings = self._settings
+        return LatentEncoder.from_pretrained(
+            self._source,
+            device=settings.device,
+            dtype=settings.vae_dtype,
+            variant=settings.variant,
+            tiling=settings.vae_tiling,
+            slicing=settings.vae_slicing,
+        )
+
+    def fingerprint(self, candidate: Candidate) -> str:
+        """Everything that the latents of an image depend on: its content, its plan, the VAE."""
+        plan = candidate.plan
+        return fingerprint("latents", _LATENTS_VERSION, self._made_by, candidate.sha256, plan.intermediary, plan.crop_box)
+
+    def encode(
+        self, wanted: Sequence[tuple[str, Candidate]], cache: TensorCache, *, max_workers: int, progress: Progress, name: str
+    ) -> tuple[int, list[Skipped]]:
+        """Bring the latents of (key, image) pairs into `cache`: how many were computed, and which images couldn't be."""
+        by_entry = {(key, self.fingerprint(candidate)): candidate for key, candidate in wanted}
+        jobs = [(entry, by_entry[entry]) for entry in cache.missing(by_entry)]
+        jobs.sort(key=lambda job: (job[1].plan.target, job[0]))
+        skipped: list[Skipped] = []
+        if not jobs:
+            return 0, skipped
+        bar = progress.add_task(f"encoding images of {name}", total=len(jobs))
+        batches = [
+            batch
+            for _, same_size in groupby(jobs, key=lambda job: job[1].plan.target)
+            for batch in _chunks(list(same_size), self._settings.vae_batch_size)
+        ]
+        with ThreadPoolExecutor(min(max_workers, 2 * self._settings.vae_batch_size)) as pool:
+            # one batch is decoded while the one before it is encoded
+            ahead = [pool.submit(_decode, candidate) for _, candidate in batches[0]]
+            for batch, next_batch in zip(batches, [*batches[1:], []], strict=True):
+                decoding, ahead = ahead, [pool.submit(_decode, candidate) for _, candidate in next_batch]
+                skipped += self._encode_batch(batch, decoding, cache)
+                progress.advance(bar, len(batch))
+        return len(jobs) - len(skipped), skipped
+
+    def _encode_batch(
+        self, batch: Sequence[_Job], decoding: Sequence[Future[torch.Tensor]], cache: TensorCache
+    ) -> list[Skipped]:
+        entries, images, skipped = [], [], []
+        for (entry, candidate), future in zip(batch, decoding, strict=True):
+            try:
+                images.append(future.result())
+                entries.append((entry, candidate))
+            except UnreadableImage as error:
+                skipped.append(Skipped(candidate.file, UNREADABLE, error.reason))
+        if not images:
+            return skipped
+        # the noise of an image's latents follows from what they depend on, so that they can be made again
+        seeds = [int(made_by[:15], 16) for (_, made_by), _ in entries]
+        finished = []
+        for ((key, made_by), candidate), latents in zip(entries, self._encoder.encode(torch.stack(images), seeds), strict=True):
+            if latents.isfinite().all():
+                finished.append((key, made_by, {"latents": latents}))
+            else:
+                skipped.append(Skipped(candidate.file, "the VAE gives NaN or infinity for it"))
+        cache.put_many(finished)
+        return skipped
+
+
+def _decode(candidate: Candidate) -> torch.Tensor:
+    img = load_image(candidate.path)
+    if img.size != candidate.size:
+        raise UnreadableImage(candidate.path, "changed while it was being read")
+    return to_tensor(apply(img, candidate.plan))
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(STORAGE_DTYPE) if tensor.is_floating_point() else tensor
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

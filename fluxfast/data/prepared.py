@@ -1,0 +1,85 @@
+"""What the data preparation hands to training: datasets whose latents are cached, and the cached embeddings of texts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fluxfast.data.cache import TensorCache
+from fluxfast.data.report import Report
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training image: `file` below the dataset's folder, its captions, (width, height), where its latents are cached."""
+
+    file: str
+    captions: tuple[str, ...]
+    target: tuple[int, int]
+    key: str
+    fingerprint: str
+
+    @property
+    def bucket(self) -> str:
+        """Samples of one bucket can share a batch."""
+        return f"{self.target[0]}x{self.target[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedDataset:
+    """A dataset whose latents are all cached; the fields from `repeats` on are those of `data.config.ImageDataset`."""
+
+    id: str
+    samples: tuple[Sample, ...]
+    cache: TensorCache
+    repeats: int = 0
+    probability: float = 1.0
+    train_batch_size: int = 1
+    start_epoch: int = 1
+    start_step: int = 0
+    end_epoch: int | None = None
+    end_step: int | None = None
+    timestep_sampling_offset: float = 0.0
+    is_regularisation_data: bool = False
+
+    def latents(self, sample: Sample) -> torch.Tensor:
+        """A sample's latents, bf16 [C, H/8, W/8].
+
+        Raises:
+            ValueError: their cache file was lost or damaged since the start.
+        """
+        tensors = self.cache.get(sample.key, sample.fingerprint)
+        if tensors is None:
+            raise ValueError(_lost(self.cache, f"the latents of {sample.file} (dataset {self.id!r})"))
+        return tensors["latents"]
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """The text encoders' outputs for every caption of a run, for "" and for the extra prompts."""
+
+    cache: TensorCache
+    fingerprint: str
+
+    def get(self, prompt: str) -> dict[str, torch.Tensor]:
+        """`prompt_embeds` [L, T5 width] and `pooled_prompt_embeds` [CLIP width] in bf16, `attention_mask` bool [L].
+
+        Raises:
+            ValueError: the prompt was not prepared, or its cache file was lost or damaged since the start.
+        """
+        tensors = self.cache.get(prompt, self.fingerprint)
+        if tensors is None:
+            raise ValueError(_lost(self.cache, f"the embeddings of {prompt!r}"))
+        return tensors
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs of the data; `report` prints as the closing table."""
+
+    datasets: tuple[PreparedDataset, ...]
+    prompts: PromptCache
+    report: Report
+
+
+def _lost(cache: TensorCache, what: str) -> str:
+    return f"{cache.folder}: {what} are not in the cache any more; start again and resume: they are then computed anew"

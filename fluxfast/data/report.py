@@ -1,0 +1,133 @@
+"""What became of each dataset: the closing table of the data preparation, and its errors."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fluxfast.data.images import IMAGE_SUFFIXES
+from fluxfast.data.scan import Skipped, other_files
+
+_LISTED_FILES = 20
+
+# what to do about images left out, by the start of their reason
+_ADVICE = {
+    "smaller than": 'lower "minimum_image_size", or bring larger images',
+    "narrower than": 'lower "minimum_aspect_ratio"',
+    "wider than": 'raise "maximum_aspect_ratio"',
+    "no caption file": 'write the text files, or set "caption_strategy" to "filename" or "instanceprompt"',
+    "its caption": "give these images a caption",
+    "unreadable": "replace or remove these files",
+}
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """One row: `buckets` counts the usable images of each target size."""
+
+    id: str
+    root: Path
+    found: int
+    skipped: Sequence[Skipped]
+    buckets: Counter[str]
+    repeats: int
+    encoded: int = 0
+
+    @property
+    def used(self) -> int:
+        """Images to train on."""
+        return self.buckets.total()
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """How many samples an epoch draws, `repeats` included."""
+        return self.used * (1 + self.repeats)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints as the closing table, the files that were left out, and notes."""
+
+    datasets: Sequence[DatasetReport]
+    texts: int
+    texts_encoded: int
+    notes: Sequence[str] = field(default=())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The report for `rich.print` and `Console.print`."""
+        table = Table(title="Datasets", title_justify="left")
+        for column in ("dataset", "found", "used", "left out", "repeats", "samples/epoch", "newly encoded", "buckets"):
+            table.add_column(column, justify="left" if column in ("dataset", "left out", "buckets") else "right")
+        for row in self.datasets:
+            reasons = Counter(skipped.reason for skipped in row.skipped)
+            table.add_row(
+                escape(row.id),
+                str(row.found),
+                str(row.used),
+                "\n".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "0",
+                str(row.repeats),
+                str(row.samples_per_epoch),
+                str(row.encoded),
+                "\n".join(f"{size}: {count}" for size, count in row.buckets.most_common()),
+            )
+        yield table
+        for row in self.datasets:
+            if row.skipped:
+                # as Text, since a file's name may look like markup
+                yield Text("\n".join([f"Left out of {row.id}:", *_named(row.skipped)]))
+        yield f"{self.texts} texts (captions, the empty one, validation's), {self.texts_encoded} newly encoded"
+        yield from map(Text, self.notes)
+
+
+def nothing_usable(row: DatasetReport) -> str:
+    """Why a dataset without a usable image has none, and what to change."""
+    start = f'dataset "{row.id}": no images detected in dataset: '
+    if not row.found:
+        others = ", ".join(f"{count} {suffix}" for suffix, count in other_files(row.root).most_common(5))
+        held = f"it holds only {others}" if others else "it is empty"
+        known = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
+        return f"{start}{row.root} has no image files ({held}). Known kinds: {known}."
+    lines = [f"{start}{row.found} found in {row.root}, none of them usable:"]
+    for reason, count in Counter(skipped.reason for skipped in row.skipped).most_common():
+        example = next(skipped for skipped in row.skipped if skipped.reason == reason)
+        advice = next((advice for begin, advice in _ADVICE.items() if reason.startswith(begin)), None)
+        detail = f": {example.detail}" if example.detail else ""
+        lines.append(f"  {count}x {reason} (such as {example.file}{detail})" + (f"; {advice}" if advice else ""))
+    return "\n".join(lines)
+
+
+def too_few(row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int) -> str | None:
+    """Why a dataset can't fill a step, with the `repeats` that would do; None if it can.
+
+    The quickstart's rule: at least train_batch_size * gradient_accumulation_steps samples an epoch, and more than
+    vae_batch_size.
+    """
+    needed = max(batch_size * gradient_accumulation_steps, vae_batch_size + 1)
+    if row.samples_per_epoch >= needed:
+        return None
+    repeats = ceil(needed / row.used) - 1
+    return (
+        f'dataset "{row.id}": no images detected in dataset: {row.used} usable images * (1 + {row.repeats} repeats) = '
+        f"{row.samples_per_epoch} samples are too few. At least train_batch_size {batch_size} * gradient_accumulation_steps "
+        f"{gradient_accumulation_steps} = {batch_size * gradient_accumulation_steps} are needed, and more than vae_batch_size "
+        f'{vae_batch_size}. Set "repeats": {repeats} (gives {row.used * (1 + repeats)}), or bring more images.'
+    )
+
+
+def filling_repeats(row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int) -> int:
+    """The least `repeats`, not below the dataset's own, with which every bucket fills a step."""
+    smallest = min(row.buckets.values())
+    for_steps = ceil(batch_size * gradient_accumulation_steps / smallest) - 1
+    return max(row.repeats, for_steps, ceil((vae_batch_size + 1) / row.used) - 1)
+
+
+def _named(skipped: Sequence[Skipped]) -> list[str]:
+    lines = [f"  {each.file}: {each.reason}{f' ({each.detail})' if each.detail else ''}" for each in skipped]
+    hidden = len(lines) - _LISTED_FILES
+    return lines if hidden <= 0 else [*lines[:_LISTED_FILES], f"  … and {hidden} more"]

@@ -1,0 +1,167 @@
+"""A dataset's folder → the images to train on, each with its plan and captions, and those left out with the reason."""
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxfast.data.buckets import Plan, crop_rng, plan, rejection
+from fluxfast.data.cache import TensorCache
+from fluxfast.data.captions import NoCaption, caption_filter, captions
+from fluxfast.data.config import ImageDataset
+from fluxfast.data.images import UnreadableImage, discover, image_size
+from fluxfast.data.sources import file_hash
+
+UNREADABLE = "unreadable"
+# each write waits for the disk
+_FILES_PER_WRITE = 256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image to train on. `file` is its path below the dataset's folder with slashes, `size` (width, height) upright."""
+
+    file: str
+    path: Path
+    size: tuple[int, int]
+    sha256: str
+    plan: Plan
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image left out: `reason` groups, `detail` says more of this one."""
+
+    file: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: `found` counts the image files, of which `candidates` and `skipped` name each."""
+
+    found: int
+    candidates: list[Candidate]
+    skipped: list[Skipped]
+
+
+def scan(
+    dataset: ImageDataset,
+    cache: TensorCache,
+    *,
+    skip: Iterable[Path] = (),
+    crop_seed: int = 0,
+    rounding: int = 2,
+    max_workers: int = 32,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
+    """Look at every image of a dataset.
+
+    A file that `cache` has seen before, unchanged in size and time, isn't opened. `on_file(done, total)` reports progress.
+
+    Raises:
+        ValueError: the folder doesn't exist.
+    """
+    root = Path(dataset.instance_data_dir)
+    paths = discover(root, skip=skip)
+    if dataset.max_num_samples and len(paths) > dataset.max_num_samples:
+        # seeded by the id alone, so that a subset stays the same from run to run
+        paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
+    edit = caption_filter(dataset.caption_filter_list) if dataset.caption_filter_list else None
+    candidates, skipped = [], []
+    facts = _all_facts(dataset.id, root, paths, cache, max_workers)
+    for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
+        on_file(done, len(paths))
+        file = path.relative_to(root).as_posix()
+        if isinstance(known, UnreadableImage):
+            skipped.append(Skipped(file, UNREADABLE, known.reason))
+            continue
+        size = (known["size"][0], known["size"][1])
+        try:
+            found = captions(
+                path,
+                strategy=dataset.caption_strategy,
+                instance_prompt=dataset.instance_prompt,
+                prepend_instance_prompt=dataset.prepend_instance_prompt,
+                only_instance_prompt=dataset.only_instance_prompt,
+                disable_multiline_split=dataset.disable_multiline_split,
+                caption_filter=edit,
+            )
+        except NoCaption as error:
+            skipped.append(Skipped(file, error.reason))
+            continue
+        reason = _rejection(dataset, size, rounding)
+        if reason:
+            skipped.append(Skipped(file, reason, f"{size[0]}x{size[1]}"))
+            continue
+        planned = _plan(dataset, size, rounding, crop_rng(crop_seed, dataset.id, file))
+        candidates.append(Candidate(file, path, size, known["sha256"], planned, tuple(found)))
+    return Scan(len(paths), candidates, skipped)
+
+
+def other_files(root: Path) -> Counter[str]:
+    """How many files of each suffix lie below `root`: what a folder without images holds instead."""
+    return Counter(path.suffix.lower() or path.name for path in root.rglob("*") if path.is_file())
+
+
+def _all_facts(
+    dataset_id: str, root: Path, paths: list[Path], cache: TensorCache, max_workers: int
+) -> Iterator[dict | UnreadableImage]:
+    """Size in pixels and SHA-256 of each file, in order, or why it can't be read."""
+
+    def facts(path: Path) -> tuple[dict | UnreadableImage, tuple[str, os.stat_result, dict] | None]:
+        name = f"{dataset_id}/{path.relative_to(root).as_posix()}"
+        stat = path.stat() if path.exists() else None
+        known = cache.file_facts(name, stat) if stat else None
+        if known is not None:
+            return known, None
+        try:
+            known = {"size": image_size(path), "sha256": file_hash(path)}
+        except UnreadableImage as error:
+            return error, None
+        assert stat is not None
+        return known, (name, stat, known)
+
+    unsaved = []
+    with ThreadPoolExecutor(max_workers) as pool:
+        for known, new in pool.map(facts, paths):
+            if new:
+                unsaved.append(new)
+            if len(unsaved) == _FILES_PER_WRITE:
+                cache.remember_files(unsaved)
+                unsaved = []
+            yield known
+    cache.remember_files(unsaved)
+
+
+def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> str | None:
+    return rejection(
+        size,
+        resolution_type=dataset.resolution_type,
+        square_crop=dataset.crop and dataset.crop_aspect == "square",
+        minimum_image_size=dataset.minimum_image_size,
+        minimum_aspect_ratio=dataset.minimum_aspect_ratio,
+        maximum_aspect_ratio=dataset.maximum_aspect_ratio,
+        rounding=rounding,
+    )
+
+
+def _plan(dataset: ImageDataset, size: tuple[int, int], rounding: int, rng: random.Random) -> Plan:
+    return plan(
+        size,
+        resolution=dataset.resolution,
+        resolution_type=dataset.resolution_type,
+        crop=dataset.crop,
+        crop_style=dataset.crop_style,
+        crop_aspect=dataset.crop_aspect,
+        crop_aspect_buckets=dataset.crop_aspect_buckets,
+        maximum_image_size=dataset.maximum_image_size,
+        target_downsample_size=dataset.target_downsample_size,
+        rounding=rounding,
+        rng=rng,
+    )
