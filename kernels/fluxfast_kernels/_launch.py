@@ -56,6 +56,12 @@ HEAD_LAUNCH: dict[str, LaunchTable] = {
     "qk_norm_rope_bwd": {"default": {"HEADS": 8, "num_warps": 4}},
 }
 
+# 16 bytes of bf16 a thread
+OPTIM_LAUNCH: LaunchTable = {
+    "default": {"BLOCK": 1024, "num_warps": 4},
+    "gfx942": {"BLOCK": 2048, "num_warps": 4},
+}
+
 
 @dataclass(frozen=True)
 class AotVariant:

@@ -10,8 +10,8 @@ Given y, which attention keeps anyway, x·rstd = n/w, and forward's input is not
 not far below the largest (`fluxfast.ops.qk_norm_rope` says how far); where they are not, forward's input is given instead.
 
 Shapes: qkv, dqkv [B, S_img, 3·H·hd] and txt_qkv, dtxt_qkv [B, S_txt, 3·H·hd], rows any distance apart; q, k, v [B, S, H, hd],
-S = S_txt + S_img; rstd [B, S, 2, H] fp32; weights [2 or 4, hd]: q, k, and with text txt_q, txt_k; cos, sin [rows, hd/2]: token i
-takes row i, or the row that `index` ([S] or [B, S], int32 or int64) names, which is not checked: that would stop the GPU.
+S = S_txt + S_img; rstd [B, S, 2, H] fp32; weights [2 or 4, hd]: q, k, and with text txt_q, txt_k; cos, sin [rows, hd/2]: token
+i takes row i, or the row that `index` ([S] or [B, S], int32 or int64) names, which is not checked: that would stop the GPU.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,206 @@
+"""AdamW for many bf16 (or fp32) tensors in one launch, with stochastic rounding.
+
+    m ← m + (1 - β1)(g - m),  v ← β2 v + (1 - β2) g²
+    p ← p (1 - lr·weight_decay) - lr/(1 - β1^t) · m / (sqrt(v/(1 - β2^t)) + eps)
+
+All of it is fp32, and each result is rounded once, where it is stored: to bf16 stochastically (16 random bits are added below
+its last one and the sum is cut off there, which keeps the mean), to fp32 not at all. The bits are Philox's for the key `seed`
+and the counter (element, step), three of its four words for the three results of two neighbours. They depend on nothing else:
+a resumed run goes on bit for bit, and how tensors are cut into blocks does not matter.
+
+A program finds its tensor in a table of addresses, one row a tensor, through a list of blocks (tensor, block within it).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxfast_kernels._launch import AOT_TARGETS, OPTIM_LAUNCH, AotCase, cdiv, launch, launch_numbers, record_variants
+
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class AdamWTable(NamedTuple):
+    """Where the tensors of an update are, for `adamw_step`."""
+
+    # addresses of parameter and moments, elements, half the elements of the tensors before (each rounded up): [T, 5] int64
+    rows: Tensor
+    # tensor and block within it [C, 2] int32
+    blocks: Tensor
+    # parameters, exp_avgs and exp_avg_sqs: they live as long as their addresses do
+    tensors: tuple[tuple[Tensor, ...], ...]
+    # whether every address is a multiple of 16 bytes
+    aligned: bool
+
+
+@triton.jit
+def _round_stochastically(b_x, b_random):
+    """fp32 to the fp32 neighbour that bf16 holds, up or down; b_random holds 16 bits. NaN stays NaN."""
+    b_bits = (b_x.to(tl.int32, bitcast=True) + b_random) & -65536
+    return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+
+
+@triton.jit
+def _sixteen_bits(b_word):
+    """The two halves of each word, for two neighbouring elements."""
+    return tl.interleave(b_word & 0xFFFF, b_word >> 16).to(tl.int32)
+
+
+@triton.jit
+def _pointer(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    p = tl.load(p_address).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p
+
+
+@triton.jit
+def _update(
+    p_param, p_m, p_v, p_grad, o_x, m_x, OTHER: tl.constexpr, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    b_grad = tl.load(p_grad + o_x, mask=m_x, other=OTHER).to(tl.float32)
+    b_m = tl.load(p_m + o_x, mask=m_x, other=OTHER).to(tl.float32)
+    b_v = tl.load(p_v + o_x, mask=m_x, other=OTHER).to(tl.float32)
+    b_p = tl.load(p_param + o_x, mask=m_x, other=OTHER).to(tl.float32)
+    b_m += (1.0 - beta1) * (b_grad - b_m)
+    b_v = beta2 * b_v + (1.0 - beta2) * b_grad * b_grad
+    b_p = b_p * decay - step_size * b_m / (tl.sqrt(b_v) / bias2 + eps)
+    if DTYPE.is_bf16():
+        b_low = (b_pair & 0xFFFFFFFF).to(tl.uint32)
+        b_high = (b_pair >> 32).to(tl.uint32)
+        b_zero = tl.zeros_like(b_low)
+        b_word_p, b_word_m, b_word_v, _ = tl.philox(seed, b_low, b_high, b_zero + step.to(tl.uint32), b_zero)
+        b_p = _round_stochastically(b_p, _sixteen_bits(b_word_p))
+        b_m = _round_stochastically(b_m, _sixteen_bits(b_word_m))
+        b_v = _round_stochastically(b_v, _sixteen_bits(b_word_v))
+    tl.store(p_param + o_x, b_p.to(DTYPE), mask=m_x)
+    tl.store(p_m + o_x, b_m.to(DTYPE), mask=m_x)
+    tl.store(p_v + o_x, b_v.to(DTYPE), mask=m_x)
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def adamw_kernel(
+    p_rows,
+    p_grads,
+    p_blocks,
+    beta1,
+    beta2,
+    eps,
+    decay,
+    step_size,
+    bias2,
+    seed,
+    step,
+    DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_block = p_blocks + tl.program_id(0).to(tl.int64) * 2
+    i_t = tl.load(p_block).to(tl.int64)
+    i_first = tl.load(p_block + 1).to(tl.int64) * BLOCK
+    p_row = p_rows + i_t * 5
+    p_param = _pointer(p_row, DTYPE, ALIGNED)
+    p_m = _pointer(p_row + 1, DTYPE, ALIGNED)
+    p_v = _pointer(p_row + 2, DTYPE, ALIGNED)
+    p_grad = _pointer(p_grads + i_t, GRAD_DTYPE, ALIGNED)
+    b_size = tl.load(p_row + 3)
+    o_x = i_first + tl.arange(0, BLOCK)
+    b_pair = tl.load(p_row + 4) + i_first // 2 + tl.arange(0, BLOCK // 2)
+    # a mask whose edge may lie anywhere would break every access into single elements: only the last block has one
+    if i_first + BLOCK <= b_size:
+        _update(
+            p_param, p_m, p_v, p_grad, o_x, None, None, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step, DTYPE
+        )  # fmt: skip
+    else:
+        m_x = o_x < b_size
+        _update(
+            p_param, p_m, p_v, p_grad, o_x, m_x, 0.0, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step, DTYPE
+        )  # fmt: skip
+
+
+def adamw_table(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]) -> AdamWTable:
+    """The table of the tensors that `adamw_step` updates, at least one: contiguous, of one dtype and on one device.
+
+    It holds for as long as nobody gives one of them other memory. Raises ValueError if they are not contiguous or not of one
+    dtype, bf16 or fp32.
+    """
+    groups = list(zip(params, exp_avgs, exp_avg_sqs, strict=True))
+    dtype, device = params[0].dtype, params[0].device
+    for group in groups:
+        if dtype not in _TRITON_DTYPES or any(t.dtype != dtype or not t.is_contiguous() for t in group):
+            raise ValueError(
+                "adamw: parameters and moments must be contiguous and of one dtype, bfloat16 or float32, got "
+                f"{[(t.dtype, list(t.shape), list(t.stride())) for t in group]}"
+            )
+    rows, pairs = [], 0
+    for group in groups:
+        rows.append([*(t.data_ptr() for t in group), group[0].numel(), pairs])
+        pairs += cdiv(group[0].numel(), 2)
+    block = launch_numbers(OPTIM_LAUNCH, device)["BLOCK"]
+    counts = torch.tensor([cdiv(p.numel(), block) for p in params])
+    which = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    within = torch.arange(len(which)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return AdamWTable(
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        torch.stack((which, within), dim=1).to(torch.int32).to(device),
+        (tuple(params), tuple(exp_avgs), tuple(exp_avg_sqs)),
+        aligned=all(address % 16 == 0 for row in rows for address in row[:3]),
+    )
+
+
+def adamw_step(
+    table: AdamWTable,
+    grads: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """One update of the table's tensors, in place, by gradients in the same order; `step` counts from 1, `seed` is any int64.
+
+    Raises ValueError if a gradient has another size, is not contiguous, or the gradients' dtypes differ.
+    """
+    params, dtype = table.tensors[0], grads[0].dtype
+    for grad, p in zip(grads, params, strict=True):
+        if grad.numel() != p.numel() or grad.dtype != dtype or dtype not in _TRITON_DTYPES or not grad.is_contiguous():
+            raise ValueError(
+                f"adamw: gradients must be contiguous, in their parameter's shape {list(p.shape)} and of one dtype ({dtype}; "
+                f"bfloat16 or float32), got {grad.dtype} {list(grad.shape)} with strides {list(grad.stride())}"
+            )
+    addresses = [grad.data_ptr() for grad in grads]
+    (beta1, beta2), device = betas, table.rows.device
+    launch(
+        adamw_kernel, (table.blocks.shape[0],),
+        table.rows, torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True), table.blocks,
+        float(beta1), float(beta2), float(eps), 1.0 - lr * weight_decay, lr / (1.0 - beta1**step),
+        math.sqrt(1.0 - beta2**step), seed, step,
+        DTYPE=_TRITON_DTYPES[params[0].dtype], GRAD_DTYPE=_TRITON_DTYPES[dtype],
+        ALIGNED=table.aligned and all(address % 16 == 0 for address in addresses),
+        **launch_numbers(OPTIM_LAUNCH, device),
+    )  # fmt: skip
+
+
+def _aot_cases() -> Iterator[AotCase]:
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = [torch.empty(16, 3072, dtype=dtype, device="meta") for _ in range(4)]
+        for aligned in (True, False):
+            table = adamw_table(*([t] for t in tensors[:3]))._replace(aligned=aligned)
+            update = partial(
+                adamw_step, table, tensors[3:], lr=1e-4, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, step=7, seed=1 << 40
+            )
+            name = str(dtype).removeprefix("torch.")
+            yield name if aligned else f"{name}-unaligned", update, tuple(AOT_TARGETS)
+
+
+AOT_VARIANTS = record_variants(_aot_cases())
