@@ -53,18 +53,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "modulated_layer_norm_fwd",
       [](Address x, int64_t x_b, int64_t x_s, Address scale, int64_t scale_b, Address shift, int64_t shift_b, Address y,
-         Address mean, Address rstd, int64_t batch, int64_t rows, int64_t cols, float eps, int threads) {
-        cpu().modulated_layer_norm_fwd({in(x), x_b, x_s}, {in(scale), scale_b}, {in(shift), shift_b}, out(y), out(mean),
-                                       out(rstd), {batch, rows, cols}, eps, threads);
+         Address stats, int64_t batch, int64_t rows, int64_t cols, float eps, int threads) {
+        cpu().modulated_layer_norm_fwd({in(x), x_b, x_s}, {in(scale), scale_b}, {in(shift), shift_b}, out(y), out(stats),
+                                       {batch, rows, cols}, eps, threads);
       },
       no_gil);
   m.def(
       "modulated_layer_norm_bwd",
       [](Address dy, int64_t dy_b, int64_t dy_s, Address x, int64_t x_b, int64_t x_s, Address scale, int64_t scale_b,
-         Address mean, Address rstd, Address dx, Address dscale, Address dshift, int64_t batch, int64_t rows, int64_t cols,
-         int threads) {
-        cpu().modulated_layer_norm_bwd({in(dy), dy_b, dy_s}, {in(x), x_b, x_s}, {in(scale), scale_b}, in(mean), in(rstd),
-                                       out(dx), out(dscale), out(dshift), {batch, rows, cols}, threads);
+         Address stats, Address dx, Address dmodulation, int64_t batch, int64_t rows, int64_t cols, int threads) {
+        cpu().modulated_layer_norm_bwd({in(dy), dy_b, dy_s}, {in(x), x_b, x_s}, {in(scale), scale_b}, in(stats), out(dx),
+                                       out(dmodulation), {batch, rows, cols}, threads);
       },
       no_gil);
   m.def(

@@ -58,10 +58,10 @@ struct HeadsShape {
      (Rows dout, PerSample gate, Rows y, float* dy, float* dgate, Shape shape, int threads))                              \
   OP(gelu_fwd, (Rows x, float* y, Shape shape, int threads))                                                              \
   OP(gelu_bwd, (Rows dy, Rows x, float* dx, Shape shape, int threads))                                                    \
-  OP(modulated_layer_norm_fwd, (Rows x, PerSample scale, PerSample shift, float* y, float* mean, float* rstd, Shape shape, \
-                                float eps, int threads))                                                                  \
-  OP(modulated_layer_norm_bwd, (Rows dy, Rows x, PerSample scale, const float* mean, const float* rstd, float* dx,        \
-                                float* dscale, float* dshift, Shape shape, int threads))                                  \
+  OP(modulated_layer_norm_fwd, (Rows x, PerSample scale, PerSample shift, float* y, float* stats, Shape shape, float eps,  \
+                                int threads))                                                                             \
+  OP(modulated_layer_norm_bwd, (Rows dy, Rows x, PerSample scale, const float* stats, float* dx, float* dmodulation,      \
+                                Shape shape, int threads))                                                                \
   OP(qk_norm_rope_fwd, (Rows qkv, Rows txt_qkv, const float* weights, Rope rope, float* q, float* k, float* v,            \
                         float* rstd, HeadsShape shape, float eps, int threads))                                           \
   OP(qk_norm_rope_bwd, (Heads dq, Heads dk, Heads dv, const float* q, const float* k, Rows qkv, Rows txt_qkv,             \

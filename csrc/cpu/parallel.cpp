@@ -8,58 +8,63 @@
 #include <vector>
 
 #ifndef _WIN32
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
 namespace fluxfast {
 namespace {
 
-class Pool {
- public:
-  // false if another caller is using the pool
-  bool try_run(int64_t tasks, int threads, TaskFn fn, const void* body) {
-    std::unique_lock<std::mutex> caller(caller_mutex_, std::try_to_lock);
-    if (!caller.owns_lock()) return false;
+struct Job {
+  TaskFn fn;
+  const void* body;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
 
-    const int helpers = static_cast<int>(std::min<int64_t>(threads, tasks)) - 1;
-    while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this] { work(); });
-    next_.store(0, std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tasks_ = tasks;
-      fn_ = fn;
-      body_ = body;
-      vacancies_ = helpers;
-    }
-    for (int i = 0; i < helpers; ++i) wake_.notify_one();
-    drain(tasks, fn, body);
+  Job(int64_t tasks, TaskFn fn, const void* body) : fn(fn), body(body), tasks(tasks) {}
 
-    std::unique_lock<std::mutex> lock(mutex_);
-    vacancies_ = 0;
-    done_.wait(lock, [this] { return active_ == 0; });
-    return true;
-  }
-
- private:
-  void drain(int64_t tasks, TaskFn fn, const void* body) {
+  void drain() {
     for (;;) {
-      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
       fn(body, task);
     }
   }
+};
 
+class Pool {
+ public:
+  // the calling thread starts at once, and never waits for a worker that has not woken by the time the tasks are gone
+  void run(Job& job, int threads) {
+    std::unique_lock<std::mutex> caller(caller_mutex_, std::try_to_lock);
+    // another thread is using the workers
+    if (!caller.owns_lock()) return job.drain();
+
+    const int helpers = static_cast<int>(std::min<int64_t>(threads, job.tasks)) - 1;
+    while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this] { work(); });
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      vacancies_ = helpers;
+    }
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    job.drain();
+
+    std::unique_lock<std::mutex> lock(mutex_);
+    vacancies_ = 0;
+    done_.wait(lock, [this] { return active_ == 0; });
+  }
+
+ private:
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return vacancies_ > 0; });
       --vacancies_;
       ++active_;
-      const int64_t tasks = tasks_;
-      const TaskFn fn = fn_;
-      const void* const body = body_;
+      Job* const job = job_;
       lock.unlock();
-      drain(tasks, fn, body);
+      job->drain();
       lock.lock();
       if (--active_ == 0) done_.notify_one();
     }
@@ -70,38 +75,54 @@ class Pool {
   std::condition_variable wake_;
   std::condition_variable done_;
   std::vector<std::thread> workers_;
-  std::atomic<int64_t> next_{0};
-  int64_t tasks_ = 0;
-  TaskFn fn_ = nullptr;
-  const void* body_ = nullptr;
+  Job* job_ = nullptr;
   int vacancies_ = 0;
   int active_ = 0;
 };
 
-// never deleted: its threads sleep until the process ends, and a destructor would have to join them
-std::atomic<Pool*> the_pool{nullptr};
+using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
 
-Pool& pool() {
-  Pool* current = the_pool.load(std::memory_order_acquire);
-  if (current) return *current;
-  Pool* created = new Pool;
-  if (!the_pool.compare_exchange_strong(current, created)) {
-    delete created;
-    return *current;
-  }
+struct Threads {
+  GompParallel openmp;
+  Pool* pool;
+};
+
+// never deleted: the pool's threads sleep until the process ends, and a destructor would have to join them
+std::atomic<Threads*> the_threads{nullptr};
+
 #ifndef _WIN32
-  // a forked child has none of its parent's threads: let it start its own
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-  (void)registered;
+void forget_threads_in_child() { the_threads = new Threads{nullptr, new Pool}; }
+
+GompParallel find_openmp() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+#else
+GompParallel find_openmp() { return nullptr; }
 #endif
-  return *created;
+
+Threads& threads_of_process() {
+  Threads* current = the_threads.load(std::memory_order_acquire);
+  if (current) return *current;
+  static std::once_flag once;
+  std::call_once(once, [] {
+    the_threads = new Threads{find_openmp(), new Pool};
+#ifndef _WIN32
+    pthread_atfork(nullptr, nullptr, forget_threads_in_child);
+#endif
+  });
+  return *the_threads.load();
 }
 
 }  // namespace
 
 void run_tasks(int64_t tasks, int threads, TaskFn fn, const void* body) {
-  if (tasks > 1 && threads > 1 && pool().try_run(tasks, threads, fn, body)) return;
-  for (int64_t task = 0; task < tasks; ++task) fn(body, task);
+  Job job(tasks, fn, body);
+  if (tasks <= 1 || threads <= 1) return job.drain();
+  const Threads& available = threads_of_process();
+  if (available.openmp) {
+    // all threads, however few the tasks: OpenMP ends those that a smaller team leaves out, and starts them again later
+    available.openmp([](void* j) { static_cast<Job*>(j)->drain(); }, &job, threads, 0);
+  } else {
+    available.pool->run(job, threads);
+  }
 }
 
 }  // namespace fluxfast

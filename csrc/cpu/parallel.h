@@ -1,8 +1,9 @@
-// A pool of persistent threads for the CPU ops.
+// Threads for the CPU ops.
 //
-// Not OpenMP: torch's wheels carry an OpenMP runtime of their own, and a second one in the process would keep a second set of
-// spinning threads. Workers sleep between calls. The calling thread takes tasks from the start and never waits for a worker
-// that has not woken yet, so a call costs no more than doing the work alone.
+// The OpenMP runtime that torch brought into the process lends its threads, if there is one: they are awake between torch's ops
+// and ours, and no core has two runtimes' threads on it. It is looked up by name, never linked: a second copy would be just that.
+// Without one (and in a forked child, whose parent's OpenMP threads are gone) there is a pool of our own, whose threads sleep
+// between calls.
 //
 // What a task computes must depend on its number only: then results don't depend on the number of threads.
 #pragma once

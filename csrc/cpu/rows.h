@@ -11,8 +11,8 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// about 5 µs of work for one core: little against waking a thread, much against taking a task
-static constexpr int64_t kTaskElements = 8192;
+// about 5 to 10 µs of work for one core: little against waking a thread, much against taking a task
+static constexpr int64_t kTaskElements = 16384;
 // a task that sums over its rows writes one row of partial sums: at 16 rows, that is a few per cent of what it reads
 static constexpr int64_t kMinSummedRows = 16;
 
@@ -27,6 +27,28 @@ static inline const float* row_at(const Rows& x, int64_t b, int64_t s) {
 }
 
 static inline const float* row_at(const PerSample& x, int64_t b) { return x.data + b * x.batch_stride; }
+
+// enough running sums to fill four vectors of 512 bits: one vector alone would wait for each addition before the next
+static constexpr int kLanes = 64;
+
+static inline float sum_of_lanes(const float* lanes) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// the sum of term(0) ... term(n - 1)
+template <class Term>
+static inline float sum_of(int64_t n, const Term& term) {
+  float lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(j + lane);
+  }
+  for (int lane = 0; j < n; ++j, ++lane) lanes[lane] += term(j);
+  return sum_of_lanes(lanes);
+}
 
 // [B, S] cut into tasks of whole rows that don't cross a sample; depends on the shape only
 struct RowTasks {
@@ -47,7 +69,8 @@ static inline void sum_partials(const float* partials, int64_t per_sample, float
   constexpr int64_t kCols = 256;
   const int64_t d = shape.cols;
   const int64_t col_tasks = ceil_div(d, kCols);
-  parallel_for(shape.batch * col_tasks, threads, [=](int64_t task) {
+  const bool is_small = shape.batch * per_sample * d <= kTaskElements;
+  parallel_for(shape.batch * col_tasks, is_small ? 1 : threads, [=](int64_t task) {
     const int64_t b = task / col_tasks;
     const int64_t col = task % col_tasks * kCols;
     const int64_t cols = min64(kCols, d - col);

@@ -24,10 +24,12 @@ logger = logging.getLogger("fluxfast")
 _announced: set[tuple[str, str]] = set()
 
 
-def resolve(op: str, impl: str, tensors: Sequence[Tensor], obstacle: str | None = None) -> Literal["native", "ref"]:
-    """Chooses the implementation of one call of `op` on `tensors`; the first one decides the device.
+def resolve(
+    op: str, impl: str, tensors: Sequence[Tensor], *, obstacle: str | None = None, ref_suffices: str | None = None
+) -> Literal["native", "ref"]:
+    """Chooses the implementation of one call of `op` on `tensors`.
 
-    `obstacle` says why only the reference can do this call (None: the fused implementations can).
+    `obstacle` says why only the reference can do this call, `ref_suffices` why nothing beats it on this call; None: neither.
     Raises ValueError if `impl` is unknown, or names one that can't do this call.
     """
     if impl == "ref":
@@ -42,6 +44,8 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor], obstacle: str | None 
     reason = obstacle or _native_obstacle(tensors)
     if impl == "native" and reason is not None:
         raise ValueError(f"{op}: impl='native' can't do this call: {reason}; use impl='auto' or impl='ref'")
+    if impl == "auto":
+        reason = reason or ref_suffices
     choice: Literal["native", "ref"] = "native" if reason is None else "ref"
     if impl == "auto" and not torch.compiler.is_compiling() and (op, choice) not in _announced:
         _announced.add((op, choice))
@@ -53,7 +57,7 @@ def _native_obstacle(tensors: Sequence[Tensor]) -> str | None:
     if not HAS_NATIVE:
         return "the native module fluxfast._C was not built"
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"the native module computes on the CPU and a tensor is on {tensor.device}"
         if tensor.dtype is not torch.float32:
             return f"the native module computes in torch.float32 and a tensor is {tensor.dtype}"
@@ -74,3 +78,8 @@ def launcher(tensor: Tensor, plain: Callable[..., Any], registered: Callable[...
 def dense_rows(tensor: Tensor) -> Tensor:
     """`tensor` itself if its last dimension is contiguous, which is all that the native code asks for; else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous_like(tensor: Tensor) -> Tensor:
+    """Memory for a contiguous tensor of the same shape and dtype; at half the price of `torch.empty`."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

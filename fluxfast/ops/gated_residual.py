@@ -16,7 +16,7 @@ def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     x, gate, y = _impl.dense_rows(x), _impl.dense_rows(gate), _impl.dense_rows(y)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _impl.contiguous_like(x)
     _impl.native.gated_residual_fwd(
         x.data_ptr(), *x.stride()[:2],
         gate.data_ptr(), gate.stride(0),
@@ -29,8 +29,8 @@ def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 def _backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """dy [B, S, D] and dgate [B, D]; without y there is no dgate (empty)."""
     dout, gate = _impl.dense_rows(dout), _impl.dense_rows(gate)
-    dy = torch.empty(dout.shape, dtype=dout.dtype)
-    dgate = torch.empty(gate.shape if y is not None else (0,), dtype=dout.dtype)
+    dy = _impl.contiguous_like(dout)
+    dgate = _impl.contiguous_like(gate) if y is not None else gate.new_empty(0)
     y_args: tuple[int, ...] = (0, 0, 0)
     if y is not None:
         y = _impl.dense_rows(y)
@@ -87,6 +87,9 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, impl: str = "auto") -> Te
             "gated_residual: expected x and y [B, S, D] and gate [B, D], "
             f"got x {list(x.shape)}, gate {list(gate.shape)}, y {list(y.shape)}"
         )
-    if _impl.resolve("gated_residual", impl, (x, gate, y)) == "ref":
+    # the gain of a kernel of our own is the sum for dgate in the pass that gives dy
+    needs_gate = gate.requires_grad and torch.is_grad_enabled()
+    ref_suffices = None if needs_gate else "without a gradient of gate, torch.addcmul is one pass too"
+    if _impl.resolve("gated_residual", impl, (x, gate, y), ref_suffices=ref_suffices) == "ref":
         return gated_residual_ref(x, gate, y)
     return _GatedResidual.apply(x, gate, y)

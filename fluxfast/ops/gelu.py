@@ -16,7 +16,7 @@ def gelu_ref(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor) -> Tensor:
     x, rows, cols, stride = _as_rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _impl.contiguous_like(x)
     _impl.native.gelu_fwd(x.data_ptr(), stride, y.data_ptr(), rows, cols, torch.get_num_threads())
     return y
 
@@ -24,7 +24,7 @@ def _forward(x: Tensor) -> Tensor:
 def _backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = _impl.contiguous_like(x)
     _impl.native.gelu_bwd(dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), rows, cols, torch.get_num_threads())
     return dx
 

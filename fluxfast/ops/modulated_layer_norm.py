@@ -19,37 +19,32 @@ def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float
     return torch.addcmul(shift[:, None].to(dtype), xhat, 1 + scale[:, None].to(dtype)).to(x.dtype)
 
 
-def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, S, D], and the mean and the reciprocal standard deviation of each row, [B, S]."""
+def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y [B, S, D], and each row's mean and reciprocal standard deviation, stats [2, B, S]."""
     x, scale, shift = _impl.dense_rows(x), _impl.dense_rows(scale), _impl.dense_rows(shift)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    mean = torch.empty(x.shape[:2], dtype=torch.float32)
-    rstd = torch.empty(x.shape[:2], dtype=torch.float32)
+    y = _impl.contiguous_like(x)
+    stats = x.new_empty(2, *x.shape[:2])
     _impl.native.modulated_layer_norm_fwd(
         x.data_ptr(), *x.stride()[:2],
         scale.data_ptr(), scale.stride(0),
         shift.data_ptr(), shift.stride(0),
-        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *x.shape, eps, torch.get_num_threads(),
+        y.data_ptr(), stats.data_ptr(), *x.shape, eps, torch.get_num_threads(),
     )  # fmt: skip
-    return y, mean, rstd
+    return y, stats
 
 
-def _backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, modulation: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [B, S, D], dscale and dshift [B, D] (both empty unless `modulation`)."""
+def _backward(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
+    """dx [B, S, D], and dscale and dshift as [2, B, D] (empty unless `modulation`)."""
     dy, x, scale = _impl.dense_rows(dy), _impl.dense_rows(x), _impl.dense_rows(scale)
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dscale = torch.empty(scale.shape if modulation else (0,), dtype=x.dtype)
-    dshift = torch.empty(scale.shape if modulation else (0,), dtype=x.dtype)
+    dx = _impl.contiguous_like(x)
+    dmodulation = x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
     _impl.native.modulated_layer_norm_bwd(
         dy.data_ptr(), *dy.stride()[:2],
         x.data_ptr(), *x.stride()[:2],
         scale.data_ptr(), scale.stride(0),
-        mean.data_ptr(), rstd.data_ptr(),
-        dx.data_ptr(), dscale.data_ptr(), dshift.data_ptr(), *x.shape, torch.get_num_threads(),
+        stats.data_ptr(), dx.data_ptr(), dmodulation.data_ptr(), *x.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return dx, dscale, dshift
+    return dx, dmodulation
 
 
 _forward_op = torch.library.custom_op("fluxfast::modulated_layer_norm_fwd", _forward, mutates_args=())
@@ -57,28 +52,29 @@ _backward_op = torch.library.custom_op("fluxfast::modulated_layer_norm_bwd", _ba
 
 
 @_forward_op.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(2, *x.shape[:2])
 
 
 @_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shape = scale.shape if modulation else (0,)
-    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(shape)
+def _(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = _impl.launcher(x, _forward, _forward_op)(x, scale, shift, eps)
-        ctx.save_for_backward(x, mean, rstd, scale)
+        y, stats = _impl.launcher(x, _forward, _forward_op)(x, scale, shift, eps)
+        ctx.save_for_backward(x, stats, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, needs_scale, needs_shift, _ = ctx.needs_input_grad
-        dx, dscale, dshift = _impl.launcher(dy, _backward, _backward_op)(dy, *ctx.saved_tensors, needs_scale or needs_shift)
+        modulation = needs_scale or needs_shift
+        dx, dmodulation = _impl.launcher(dy, _backward, _backward_op)(dy, *ctx.saved_tensors, modulation)
+        dscale, dshift = dmodulation if modulation else (None, None)
         return dx, dscale if needs_scale else None, dshift if needs_shift else None, None
 
 

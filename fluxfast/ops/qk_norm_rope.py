@@ -253,7 +253,7 @@ def qk_norm_rope(
     if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
         obstacle = "a norm weight or a table requires a gradient, which only the reference computes"
     inputs = (qkv, cos, sin) if txt_qkv is None else (qkv, txt_qkv, cos, sin)
-    if _impl.resolve("qk_norm_rope", impl, inputs, obstacle) == "ref":
+    if _impl.resolve("qk_norm_rope", impl, inputs, obstacle=obstacle) == "ref":
         return qk_norm_rope_ref(
             qkv, q_weight, k_weight, cos, sin, heads=heads,
             txt_qkv=txt_qkv, txt_q_weight=txt_q_weight, txt_k_weight=txt_k_weight, eps=eps, index=index,
