@@ -29,6 +29,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from fluxfast.files import sync_folder
+
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
@@ -102,7 +104,7 @@ class TensorCache:
             blob = self._blob(key, fingerprint)
             _write_whole(blob, _encode(key, fingerprint, tensors))
             rows.append(_row(key, fingerprint, blob))
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._index(rows)
 
     def missing(self, wanted: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -229,16 +231,6 @@ def _write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows can't open a folder, and needs no such call
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _is_alive(pid: int) -> bool:
