@@ -53,7 +53,7 @@ def test_rotation_and_choice(tmp_path):
     assert state.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20")).name == "checkpoint-20"
     assert state.find_checkpoint(tmp_path, "") is None
     assert state.find_checkpoint(tmp_path / "elsewhere", "latest") is None
-    with pytest.raises(state.ResumeError, match="checkpoint-7.*it has checkpoint-10"):
+    with pytest.raises(state.ResumeError, match=r"checkpoint-7.*it has checkpoint-10"):
         state.find_checkpoint(tmp_path, "checkpoint-7")
 
 

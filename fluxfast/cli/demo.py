@@ -1,0 +1,116 @@
+"""`fluxfast-train demo`: write a small pipeline, real photographs and a config, then train as any run is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluxfast.files import write_atomic
+
+STEPS = 600
+RESOLUTION = 256
+# one of the captions, and one that mixes words of two
+PROMPTS = {
+    "astronaut": "a portrait of an astronaut in an orange suit",
+    "coffee": "a cup of coffee on a wooden table",
+    "cat": "a close photo of a tabby cat",
+}
+
+
+def config_json(root: Path, steps: int) -> dict[str, object]:
+    """The demo's config.json: SimpleTuner's keys, as in any run."""
+    return {
+        "model_type": "lora",
+        "model_family": "flux",
+        "model_flavour": "dev",
+        "pretrained_model_name_or_path": str(root / "pipeline"),
+        "output_dir": str(root / "output"),
+        "data_backend_config": str(root / "multidatabackend.json"),
+        "seed": 42,
+        "lora_rank": 16,
+        "lora_dropout": 0.0,
+        "flux_lora_target": "all+ffs",
+        "optimizer": "torch-adamw",
+        "mixed_precision": "no",
+        "learning_rate": 3e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": min(20, steps // 4),
+        "train_batch_size": 2,
+        "gradient_checkpointing": False,
+        "caption_dropout_probability": 0.0,
+        "max_train_steps": steps,
+        "num_train_epochs": 0,
+        "checkpoint_step_interval": 200,
+        "validation_step_interval": 0,
+        "validation_resolution": f"{RESOLUTION}x{RESOLUTION}",
+        "validation_num_inference_steps": 20,
+        "validation_guidance": 1.0,
+        "validation_seed": 1,
+        "user_prompt_library": str(root / "user_prompt_library.json"),
+    }
+
+
+def dataset_json(root: Path) -> list[dict[str, object]]:
+    """The demo's multidatabackend.json."""
+    return [
+        {
+            "id": "photographs",
+            "type": "local",
+            "instance_data_dir": str(root / "images"),
+            "caption_strategy": "textfile",
+            "resolution": RESOLUTION,
+            "resolution_type": "pixel_area",
+            "crop": True,
+            "crop_style": "center",
+            "crop_aspect": "square",
+            "repeats": 100,
+            "cache_dir_vae": str(root / "cache" / "vae"),
+        },
+        {
+            "id": "text-embeds",
+            "type": "local",
+            "dataset_type": "text_embeds",
+            "default": True,
+            "cache_dir": str(root / "cache" / "text"),
+        },
+    ]
+
+
+def write_demo(root: Path, steps: int) -> Path:
+    """Write pipeline, images, captions and configs under `root`; returns the path of config.json."""
+    # the pipeline's libraries take seconds to import; `--help` doesn't need them
+    from fluxfast.cli.demo_pipeline import PHOTOGRAPHS, make_pipeline, photographs
+
+    make_pipeline(root / "pipeline")
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    for photograph in photographs():
+        shutil.copyfile(photograph, root / "images" / photograph.name)
+        write_atomic((root / "images" / photograph.name).with_suffix(".txt"), PHOTOGRAPHS[photograph.name].encode())
+    for name, content in (
+        ("user_prompt_library.json", PROMPTS),
+        ("multidatabackend.json", dataset_json(root)),
+        ("config.json", config_json(root, steps)),
+    ):
+        write_atomic(root / name, json.dumps(content, indent=2).encode())
+    return root / "config.json"
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "fluxfast-train demo",
+        description="Train a LoRA on a few photographs and a small FLUX.1-shaped model: no network, no GPU, no account.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("fluxfast-demo"), help="folder to write (%(default)s)")
+    parser.add_argument("--max-train-steps", type=int, default=STEPS, help="steps to train (%(default)s)")
+    arguments = parser.parse_args(words)
+    if arguments.max_train_steps < 1:
+        parser.error(f"--max-train-steps {arguments.max_train_steps}: expected at least 1")
+    root = arguments.output.resolve()
+    config = write_demo(root, arguments.max_train_steps)
+    print(f"config: {config}\ndata:   {root / 'multidatabackend.json'}\nimages: {root / 'images'}")
+    from fluxfast.cli import train
+
+    return train.main([str(config)])

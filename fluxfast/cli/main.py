@@ -1,0 +1,43 @@
+"""`fluxfast-train`: the command line. `fluxfast-train CONFIG.json` is `fluxfast-train train CONFIG.json`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from fluxfast import __version__
+
+# command: (module of fluxfast.cli, one line of help); a module is imported when its command runs
+COMMANDS = {
+    "train": ("train", "train a LoRA: fluxfast-train [train] [CONFIG.json] [--option=value ...]"),
+    "demo": ("demo", "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes"),
+}
+HELP_FLAGS = ("-h", "--help", "help")
+
+
+def usage() -> str:
+    lines = ["fluxfast-train: train FLUX.1 LoRAs", ""]
+    lines += [f"  fluxfast-train {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "  --version; `fluxfast-train COMMAND --help` says more"]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in HELP_FLAGS:
+        print(usage())
+        return 0
+    if words and words[0] == "--version":
+        print(__version__)
+        return 0
+    name = words.pop(0) if words and words[0] in COMMANDS else "train"
+    # what our libraries advise their own users to do is no concern of ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("fluxfast").setLevel(logging.INFO)
+    return importlib.import_module(f"fluxfast.cli.{COMMANDS[name][0]}").main(words)

@@ -1,0 +1,42 @@
+"""`fluxfast-train [train] [CONFIG.json] [--option=value ...]`"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fluxfast.data.settings import ConfigError
+from fluxfast.train.config import load_config
+
+HELP = """fluxfast-train [train] [CONFIG.json] [--option=value ...]
+
+Train a LoRA from a SimpleTuner config. Without CONFIG.json: $CONFIG_PATH, else config/$ENV/config.json, else
+config/config.json. Options are the config's keys and go before it: --max_train_steps=100. A run that was stopped goes on
+with the same command."""
+
+# as a shell reports a command that a signal ended
+SIGNAL_EXIT = 128
+
+
+def main(words: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0
+    path = words[0] if words and not words[0].startswith("-") else None
+    try:
+        config = load_config(path, list(words[1:] if path else words))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    # everything heavy is imported after the config is known to be right
+    from fluxfast.train.trainer import NonFiniteLoss, Stopped, train
+
+    try:
+        train(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return SIGNAL_EXIT + stopped.signal
+    except (ValueError, NonFiniteLoss) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

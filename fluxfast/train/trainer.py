@@ -1,0 +1,318 @@
+"""The training run, from a config to a LoRA: prepare the data, build the model, loop.
+
+Everything random in a step comes from the run's seed and the step's number, so that a resumed run needs no random state, and
+ends with the same bits as one that was never stopped. The loop itself is `Trainer.loop`; one step is `Trainer.train_step`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+
+from fluxfast.adapters.formats import load_lora, modelspec_metadata, save_lora
+from fluxfast.adapters.lora import adapter_state, add_lora, load_adapter_state, trainable_parameters
+from fluxfast.data.batches import Batch, BatchLoader
+from fluxfast.files import remove_leftovers
+from fluxfast.train import state
+from fluxfast.train.config import TrainConfig
+from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
+from fluxfast.train.objective import Objective, step_seed
+from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients
+from fluxfast.train.setup import Parts, RunData, load_data, load_parts
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite: the message names the step, the batch's files and the last good checkpoint."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after a step; `checkpoint` is where it goes on from."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by signal {number}; go on from {checkpoint} with the same command")
+        self.signal, self.checkpoint = number, checkpoint
+
+
+@dataclass
+class StepResult:
+    """What a step leaves to report; tensors, so that nobody waits for the device before the numbers are needed."""
+
+    step: int
+    epoch: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    batches: list[Batch]
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Run a config to its end; returns the LoRA's path. Raises `Stopped` after a signal, once a checkpoint is written."""
+    console = console or Console()
+    for note in config.notes:
+        console.print(f"· {note}", highlight=False, markup=False)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(config.output_dir)
+    trainer = Trainer(config, console)
+    trainer.resume()
+    return trainer.loop()
+
+
+class Trainer:
+    """A run's parts and state. Building one prepares the data, then loads the model: the two are never in memory together."""
+
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.accelerator = Accelerator(
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(config.output_dir / config.logging_dir),
+        )
+        self.device = self.accelerator.device
+        torch.backends.cuda.matmul.allow_tf32 = not config.disable_tf32
+        self.checkpoint = state.find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        self.saved = state.load_checkpoint(self.checkpoint) if self.checkpoint else None
+        self.seed = self._choose_seed()
+
+        self.data: RunData = load_data(config, self.seed, self.device, console)
+        self.parts: Parts = load_parts(config, self.data, self.seed, self.device)
+        self.transformer = self.parts.transformer
+        self.objective = Objective(config, self.transformer, self.seed, self.parts.shift_bounds)
+        self._add_adapter()
+        named = trainable_parameters(self.transformer)
+        self.parameters = list(named.values())
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            named,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.adam_weight_decay,
+            eps=config.epsilon,
+            seed=self.seed,
+        )
+        self.steps = self._count_steps()
+        self.scheduler = build_lr_scheduler(
+            self.optimizer,
+            config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=self.steps,
+            power=config.lr_power,
+            lr_end=config.lr_end,
+        )
+        self.step = 0
+        self.pending: StepResult | None = None
+        self.batches: BatchLoader | None = None
+
+    def _choose_seed(self) -> int:
+        if self.saved:
+            return self.saved[0]["seed"]
+        if self.config.seed is None or self.config.seed < 0:
+            return random.SystemRandom().randrange(2**31)
+        return self.config.seed
+
+    def _count_steps(self) -> int:
+        if self.config.max_train_steps:
+            return self.config.max_train_steps
+        per_epoch = math.ceil(self.data.sampler.batches_per_epoch / self.config.gradient_accumulation_steps)
+        return per_epoch * self.config.num_train_epochs
+
+    def _add_adapter(self) -> None:
+        config, transformer = self.config, self.transformer
+        dtype = torch.bfloat16 if config.optimizer == "adamw_bf16" else torch.float32
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step_seed(self.seed, 0, 0, "adapter"))
+            if config.init_lora:
+                parameters = load_lora(transformer, config.init_lora, dtype=dtype, dropout=config.lora_dropout)
+            else:
+                parameters = add_lora(
+                    transformer,
+                    targets=config.peft_lora_target_modules or config.flux_lora_target,
+                    rank=config.lora_rank,
+                    alpha=config.alpha,
+                    dropout=config.lora_dropout,
+                    # a checkpoint brings what an initialiser took from the base
+                    init="default" if self.saved else config.lora_init_type,
+                    dtype=dtype,
+                )
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+            transformer.gradient_checkpointing_interval = config.gradient_checkpointing_interval or 1
+        transformer.train()
+        count = sum(p.numel() for p in parameters)
+        self.console.print(f"training {count:,} parameters in {len(parameters)} tensors ({dtype})", highlight=False)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that the config names, if there is one."""
+        if self.saved is None or self.checkpoint is None:
+            return
+        saved, adapter, optimizer = self.saved
+        self.saved = None
+        for key, now in self._fixed().items():
+            if (then := saved["fixed"].get(key)) != now:
+                raise state.ResumeError(
+                    f"{self.checkpoint}: it was written with {key} {then}, this run has {now}; go on with the same "
+                    'value, or start anew in another output_dir (or with "resume_from_checkpoint": "")'
+                )
+        load_adapter_state(self.transformer, adapter)
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(saved["lr_scheduler"])
+        for note in self.data.sampler.load_state_dict(saved["sampler"]):
+            self.console.print(f"· {note}", highlight=False, markup=False)
+        self.step = saved["global_step"]
+        self.console.print(f"resumed from {self.checkpoint}: step {self.step} of {self.steps}", highlight=False)
+
+    def _fixed(self) -> dict[str, Any]:
+        """What can't change within a run: another value would be another run under the same name."""
+        c = self.config
+        return {
+            "train_batch_size": c.train_batch_size,
+            "gradient_accumulation_steps": c.gradient_accumulation_steps,
+            "optimizer": c.optimizer,
+            "lora_rank": c.lora_rank,
+        }
+
+    def loop(self) -> Path:
+        """Train to the last step, save, and return the final LoRA's path."""
+        config, bar_console = self.config, self.console
+        self._start_trackers()
+        if self.parts.validator and self.step == 0 and (config.validation_on_startup or not config.disable_benchmark):
+            self._validate(0)
+        self.metrics = Metrics(config.output_dir, self.step)
+        self.batches = self.data.loader(self.step * config.gradient_accumulation_steps)
+        with StopRequest() as stop, TrainingBar(bar_console, self.steps, self.step) as self.bar:
+            try:
+                while self.step < self.steps:
+                    result = self.train_step(self.step + 1)
+                    self.step += 1
+                    self._report(self.pending)
+                    self.pending = result
+                    last = self.step == self.steps
+                    if stop.signal is not None and not last:
+                        raise Stopped(stop.signal, self._save())
+                    if config.checkpoint_step_interval and self.step % config.checkpoint_step_interval == 0 and not last:
+                        self._save()
+                    if config.validation_step_interval and self.step % config.validation_step_interval == 0 and not last:
+                        self._validate(self.step)
+                self._save()
+            finally:
+                self.metrics.close()
+                self.batches.close()
+        self._validate(self.step)
+        return self._finish()
+
+    # ---- one optimisation step -------------------------------------------------------------------------------------------
+
+    def train_step(self, step: int) -> StepResult:
+        """Forward and backward of every micro-batch, clip, update; `step` counts from 1."""
+        assert self.batches is not None
+        accumulation = self.config.gradient_accumulation_steps
+        total, batches = torch.zeros((), device=self.device), []
+        for micro in range(accumulation):
+            batch = next(self.batches)
+            epoch = self.batches.epoch
+            loss = self.objective.loss(batch, step, micro)
+            (loss / accumulation).backward()
+            total += loss.detach() / accumulation
+            batches.append(batch)
+        norm = clip_gradients(self.parameters, self.config.grad_clip_method, self.config.max_grad_norm)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(step, epoch, total, norm, learning_rate, batches)
+
+    # ----------------------------------------------------------------------------------------------------------------------
+
+    def _report(self, result: StepResult | None) -> None:
+        """Read a step's numbers (the device is a step ahead by now), write them down, and stop if the loss is not finite."""
+        if result is None:
+            return
+        loss, norm = float(result.loss), float(result.grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            files = ", ".join(f"{file} ({batch.dataset})" for batch in result.batches for file in batch.files)
+            good = state.find_checkpoint(self.config.output_dir, "latest")
+            raise NonFiniteLoss(
+                f"step {result.step}: the loss is {loss}, the gradients' norm {norm}. The batch: {files}. "
+                f"The last good checkpoint: {good or 'none yet'}. A lower learning_rate or max_grad_norm may help, or "
+                "leaving out a damaged image"
+            )
+        line = {
+            "step": result.step,
+            "epoch": result.epoch,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": result.learning_rate,
+            "steps_per_second": round(self.bar.tick(), 4),
+            "memory_gib": round(memory_gib(self.device), 3),
+            "dataset": result.batches[-1].dataset,
+        }
+        self.metrics.write(line)
+        self.bar.show(result.step, line)
+        if self.config.report_to != "none":
+            values = {k: v for k, v in line.items() if k not in ("step", "dataset")}
+            self.accelerator.log(values, step=result.step)
+
+    def _flush(self) -> None:
+        self._report(self.pending)
+        self.pending = None
+
+    def _save(self) -> Path:
+        """A checkpoint of this step; never of a step whose loss nobody has looked at."""
+        assert self.batches is not None
+        self._flush()
+        path = state.save_checkpoint(
+            self.config.output_dir,
+            self.step,
+            adapter=adapter_state(self.transformer),
+            optimizer=self.optimizer,
+            state={
+                "seed": self.seed,
+                "sampler": self.batches.state_dict(),
+                "lr_scheduler": self.scheduler.state_dict(),
+                "fixed": self._fixed(),
+            },
+            save_lora=self._save_lora,
+            keep=self.config.checkpoints_total_limit,
+        )
+        self.bar.pause()
+        return path
+
+    def _save_lora(self, folder: Path) -> Path:
+        config = self.config
+        metadata = modelspec_metadata(
+            flavour=config.model_flavour,
+            title=config.tracker_run_name,
+            resolution=self.data.resolution,
+            global_step=self.step,
+            trained_words=self.data.instance_prompts,
+        )
+        return save_lora(self.transformer, folder, format=config.lora_format, metadata=metadata)
+
+    def _validate(self, step: int) -> None:
+        if self.parts.validator is None:
+            return
+        for path in self.parts.validator.run(step, self.console):
+            self.console.print(f"  {path}", highlight=False, markup=False)
+        if step > 0:
+            self.bar.pause()
+
+    def _start_trackers(self) -> None:
+        if self.config.report_to != "none":
+            flat = {k: v for k, v in self.config.model_dump().items() if isinstance(v, int | float | str | bool)}
+            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
+
+    def _finish(self) -> Path:
+        lora = self._save_lora(self.config.output_dir)
+        metrics = read_metrics(self.metrics.path)
+        if metrics:
+            plot_loss(metrics, self.config.output_dir / "loss.png")
+        if self.config.report_to != "none":
+            self.accelerator.end_training()
+        self.console.print(f"LoRA: {lora}", highlight=False, markup=False)
+        return lora
