@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SHOWN_KEYS = 5
+HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
 # below this a load is over before a progress bar could be read
 PROGRESS_BYTES = 2 << 30
 
@@ -130,6 +131,7 @@ def load_single_file(
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     axes_dims_rope: tuple[int, ...] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike | None = None,
 ) -> FluxTransformer:
     """See `FluxTransformer.from_single_file`."""
     path = Path(path)
@@ -140,12 +142,15 @@ def load_single_file(
             f"{path}: not a FLUX.1 transformer: expected keys double_blocks.* (BFL), {layouts.COMFY_PREFIX}double_blocks.* "
             f"(Comfy) or transformer_blocks.* (diffusers), found {_shown(sorted(files.shapes)) or 'no tensor at all'}"
         )
-    try:
-        config = layouts.infer_config(layout, files.shapes, axes_dims_rope)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: incomplete ({layout} layout): tensor {error.args[0]} is missing") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    if config is None:
+        try:
+            config = layouts.infer_config(layout, files.shapes, axes_dims_rope)
+        except KeyError as error:
+            raise CheckpointError(f"{path}: incomplete ({layout} layout): tensor {error.args[0]} is missing") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    elif not isinstance(config, Mapping):
+        config = _read_json(Path(config) / CONFIG_NAME if Path(config).is_dir() else Path(config))
     return _load(cls, config, files, str(path), layout, torch_dtype or dtype or torch.float32)
 
 
@@ -165,6 +170,8 @@ def load_folder(
 
     Loading never holds more than the model, so `low_cpu_mem_usage` changes nothing.
     """
+    if unknown := sorted(hub.keys() - HUB_ARGUMENTS):
+        raise TypeError(f"from_pretrained: unknown arguments {', '.join(unknown)}; see FluxTransformer.from_pretrained")
     if use_safetensors is False:
         raise ValueError("use_safetensors=False: only safetensors files are loaded (a pickle can run code)")
     folder = _resolve_folder(path, subfolder, variant, hub)

@@ -109,8 +109,9 @@ class FluxTransformer(FluxTransformer2DModel):
     def from_single_file(cls, pretrained_model_link_or_path_or_dict: str | os.PathLike, **kwargs: Any) -> FluxTransformer:
         """Load one safetensors file: BFL's, Comfy's (`model.diffusion_model.` prefix) or diffusers', told apart by its keys.
 
-        Sizes are inferred from the tensors. Arguments: torch_dtype (or dtype); axes_dims_rope, which no file stores, where
-        the head dimension is not FLUX.1's 128. Raises `checkpoint.CheckpointError` naming the file and the first keys
+        Sizes are inferred from the tensors, unless `config` (a dict, a config.json, or the folder of one) gives them.
+        Arguments: torch_dtype (or dtype); config; axes_dims_rope, which no file stores, where the head dimension is not
+        FLUX.1's 128. Raises `checkpoint.CheckpointError` naming the file and the first keys
         that are missing or unexpected.
         """
         return checkpoint.load_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs)

@@ -124,6 +124,17 @@ def test_head_size_without_flux_proportions(bfl_file):
     assert FluxTransformer.from_single_file(bfl_file(state), axes_dims_rope=(4, 4, 8)).config.axes_dims_rope == (4, 4, 8)
 
 
+def test_config_and_arguments(bfl_file, tmp_path, folder):
+    config = dict(FluxTransformer.from_single_file(bfl_file()).config) | {"axes_dims_rope": [8, 12, 12]}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}))
+    for given in (tmp_path, tmp_path / "config.json", {**config}):
+        assert list(FluxTransformer.from_single_file(bfl_file(), config=given).config.axes_dims_rope) == [8, 12, 12]
+    with pytest.raises(CheckpointError, match=r"missing: double_blocks\.1"):
+        FluxTransformer.from_single_file(bfl_file(), config=config | {"num_layers": 2})
+    with pytest.raises(TypeError, match="device_map"):
+        FluxTransformer.from_pretrained(folder, device_map="auto")
+
+
 def test_incomplete_folders(folder, tmp_path):
     def refused(message, path=folder, **kwargs):
         with pytest.raises(CheckpointError, match=message):
