@@ -53,13 +53,6 @@ VAE_CONFIG = {
     "use_post_quant_conv": False,
     "sample_size": 256,
 }
-
-
-def photographs() -> list[Path]:
-    root = Path(skimage.__file__).parent / "data"
-    return [root / name for name in PHOTOGRAPHS]
-
-
 TRANSFORMER_CONFIG = {
     "in_channels": 64,
     "num_layers": 2,
@@ -71,8 +64,24 @@ TRANSFORMER_CONFIG = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 14, 14),
 }
+# what a block adds to its residual stream, and what modulates it
+GAINS = {
+    "to_out.0.weight": 0.1,
+    "to_add_out.weight": 0.1,
+    "net.2.weight": 0.1,
+    "proj_out.weight": 0.1,
+    "norm.linear.weight": 0.3,
+    "norm1.linear.weight": 0.3,
+    "norm1_context.linear.weight": 0.3,
+    "norm_out.linear.weight": 0.1,
+}
 # of the latents of the photographs: what tools/fit_demo_vae.py printed
 LATENT_MEAN, LATENT_STD = -0.1369, 2.1449
+
+
+def photographs() -> list[Path]:
+    root = Path(skimage.__file__).parent / "data"
+    return [root / name for name in PHOTOGRAPHS]
 
 
 def make_pipeline(folder: Path, transformer_config: Mapping[str, Any] = TRANSFORMER_CONFIG) -> None:
@@ -123,14 +132,29 @@ MODEL_INDEX = {
 
 
 def _transformer(config: Mapping[str, Any]) -> FluxTransformer:
+    """A transformer as training from scratch would begin: tokens pass through, blocks add little, gates are half open.
+
+    A LoRA of low rank could neither undo a random output layer nor build the path from input to output that a model needs
+    that has to predict the noise in its input.
+    """
     model = FluxTransformer(**config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # torch's default init is a third of the usual size for a linear; a residual stream of noise needs to be heard
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.zero_()
+            elif parameter.ndim == 2:
+                gain = next((gain for ending, gain in GAINS.items() if name.endswith(ending)), 1.0)
+                parameter.normal_(std=gain * parameter.shape[1] ** -0.5)
+        dim = model.inner_dim
+        for block in model.transformer_blocks:
+            for norm in (block.norm1, block.norm1_context):
+                for gate in (2, 5):
+                    norm.linear.bias[gate * dim : (gate + 1) * dim] = 0.5
+        for block in model.single_transformer_blocks:
+            block.norm.linear.bias[2 * dim :] = 0.5
+        torch.nn.init.orthogonal_(model.x_embedder.weight)
+        # the last norm gives the token back with √dim as its length, whatever it had
+        model.proj_out.weight.copy_(model.x_embedder.weight.T * (config["in_channels"] / dim) ** 0.5)
     return model
 
 
