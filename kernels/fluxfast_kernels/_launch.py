@@ -38,7 +38,7 @@ LaunchTable = Mapping[str, Mapping[str, int]]
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
     "gated_residual_fwd": {"default": {"per_thread": 32}},
-    "gated_residual_bwd": {"default": {"per_thread": 32, "ROWS": 1}},
+    "gated_residual_bwd": {"default": {"per_thread": 16, "ROWS": 1}},
     "gated_residual_bwd_sums": {"default": {"per_thread": 16, "ROWS": 16}},
     "token_route": {"default": {"per_thread": 32}},
     "gelu_fwd": {"default": {"per_thread": 16, "widest": 2048}},

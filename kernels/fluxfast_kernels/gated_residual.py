@@ -111,6 +111,7 @@ def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate·y, in x's dtype. Raises ValueError if a last dimension is not contiguous."""
     check_rows("gated_residual", x=x, gate=gate, y=y)
     batch, tokens, width = x.shape
+    assert y.shape == x.shape and gate.shape == (batch, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         gated_residual_fwd_kernel, (tokens, batch),
@@ -129,6 +130,7 @@ def gated_residual_bwd(
     """
     check_rows("gated_residual", dout=dout, gate=gate, y=y, col_scale=col_scale)
     batch, tokens, width = dout.shape
+    assert gate.shape == (batch, width) and (y is None or y.shape == dout.shape)
     table = "gated_residual_bwd" if y is None else "gated_residual_bwd_sums"
     numbers = row_numbers(table, width, arch_key(dout.device))
     blocks = cdiv(tokens, numbers["ROWS"])

@@ -122,6 +122,7 @@ def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None, y: T
     """
     check_rows("gelu", x=x, prefix=prefix, y=y)
     batch, tokens, cols = x.shape
+    assert prefix is None or prefix.shape[:2] == x.shape[:2]
     width = cols if prefix is None else prefix.shape[-1] + cols
     values, q, q_scale = empty_outputs(x, out, width, y)
     numbers = _numbers("gelu_fwd", width, q is not None, x.device)
@@ -142,6 +143,7 @@ def gelu_bwd(
     """
     check_rows("gelu", dy=dy, x=x, col_scale=col_scale, dx=dx)
     batch, tokens, cols = x.shape
+    assert dy.shape == x.shape
     values, q, q_scale = empty_outputs(x, out, cols, dx)
     numbers = _numbers("gelu_bwd", cols, q is not None, x.device)
     launch(

@@ -235,6 +235,8 @@ def _fwd(
 ) -> LayerNormOut:
     check_rows("modulated_layer_norm", x=x, gate=gate, branch=branch, scale=scale, shift=shift)
     batch, tokens, width = x.shape
+    assert scale.shape == shift.shape == (batch, width)
+    assert gate is None or (branch is not None and gate.shape == scale.shape and branch.shape == x.shape)
     y, q, q_scale = empty_outputs(x, out)
     mean = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
@@ -269,6 +271,10 @@ def modulated_layer_norm_bwd(
     """
     check_rows("modulated_layer_norm", dy=dy, x=x, scale=scale, add_to=add_to, gate=gate, branch=branch)
     batch, tokens, width = x.shape
+    assert scale.shape == (batch, width) and dy.shape == x.shape and mean.is_contiguous() and rstd.is_contiguous()
+    assert add_to is None or add_to.shape == x.shape
+    assert gate is None or gate.shape == scale.shape
+    assert branch is None or (gate is not None and branch.shape == x.shape)
     table = "modulated_layer_norm_bwd_sums" if modulation else "modulated_layer_norm_bwd"
     numbers = row_numbers(table, width, arch_key(x.device))
     blocks = cdiv(tokens, numbers["ROWS"])

@@ -82,6 +82,7 @@ def token_gather(x: Tensor, idx: Tensor) -> Tensor:
     """The rows idx [B, K] of x [B, S, D]: [B, K, D]. Also the gradient that `token_scatter`'s y gets from dout."""
     check_rows("token_gather", x=x, idx=idx)
     batch, _, width = x.shape
+    assert idx.shape[0] == batch
     kept = idx.shape[1]
     out = torch.empty((batch, kept, width), dtype=x.dtype, device=x.device)
     launch(
