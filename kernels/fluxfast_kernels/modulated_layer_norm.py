@@ -291,8 +291,8 @@ def modulated_layer_norm_bwd(
         0 if gate is None else gate.stride(0), *row_strides(branch),
         tokens, D=width, **numbers,
     )  # fmt: skip
-    dmodulation = (None, None, None) if sums is None else (*sums.sum(2).to(scale.dtype), None)[:3]
-    return LayerNormGrads(dx, *dmodulation, *dbranch)
+    dscale, dshift, *dgate = (None, None) if sums is None else sums.sum(2).to(scale.dtype)
+    return LayerNormGrads(dx, dscale, dshift, dgate[0] if dgate else None, *dbranch)
 
 
 def _aot_cases() -> Iterator[AotCase]:

@@ -80,6 +80,7 @@ def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[
     if fmt not in FORMATS:
         raise ValueError(f"row_quant: the format is one of {sorted(FORMATS)}, not {fmt!r}")
     _, q, scale = empty_outputs(x, fmt)
+    assert q is not None and scale is not None
     check_rows("row_quant", x=x, col_scale=col_scale)
     rows, cols = x.shape
     numbers = row_numbers("row_quant", cols, arch_key(x.device))
