@@ -26,13 +26,13 @@ void gated_residual_bwd(Rows dout, PerSample gate, Rows y, float* dy, float* dga
   parallel_for(tasks.count(shape.batch), threads, [=](int64_t task) {
     const int64_t b = tasks.sample(task);
     const float* __restrict g = row_at(gate, b);
-    float* __restrict sum = partials + task * d;
     for (int64_t s = tasks.begin(task); s < tasks.end(task); ++s) {
       const float* __restrict dos = row_at(dout, b, s);
       float* __restrict dys = dy + (b * shape.rows + s) * d;
       for (int64_t j = 0; j < d; ++j) dys[j] = g[j] * dos[j];
       if (!dgate) continue;
       const float* __restrict ys = row_at(y, b, s);
+      float* __restrict sum = partials + task * d;
       for (int64_t j = 0; j < d; ++j) sum[j] += dos[j] * ys[j];
     }
   });

@@ -14,7 +14,8 @@ def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, gate[:, None], y)
 
 
-def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """out [B, S, D]; the launcher alone: fp32 on the CPU, no autograd."""
     x, gate, y = _impl.dense_rows(x), _impl.dense_rows(gate), _impl.dense_rows(y)
     out = _impl.contiguous_like(x)
     _impl.native.gated_residual_fwd(
@@ -26,7 +27,7 @@ def _forward(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def _backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def gated_residual_bwd(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """dy [B, S, D] and dgate [B, D]; without y there is no dgate (empty)."""
     dout, gate = _impl.dense_rows(dout), _impl.dense_rows(gate)
     dy = _impl.contiguous_like(dout)
@@ -44,16 +45,16 @@ def _backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Ten
     return dy, dgate
 
 
-_forward_op = torch.library.custom_op("fluxfast::gated_residual_fwd", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("fluxfast::gated_residual_bwd", _backward, mutates_args=())
+_fwd_op = torch.library.custom_op("fluxfast::gated_residual_fwd", gated_residual_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("fluxfast::gated_residual_bwd", gated_residual_bwd, mutates_args=())
 
 
-@_forward_op.register_fake
+@_fwd_op.register_fake
 def _(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_backward_op.register_fake
+@_bwd_op.register_fake
 def _(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     return dout.new_empty(dout.shape), dout.new_empty(gate.shape if y is not None else (0,))
 
@@ -62,7 +63,7 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
-        return _impl.launcher(x, _forward, _forward_op)(x, gate, y)
+        return _impl.launcher(x, gated_residual_fwd, _fwd_op)(x, gate, y)
 
     @staticmethod
     @once_differentiable
@@ -71,7 +72,7 @@ class _GatedResidual(torch.autograd.Function):
         if not needs_gate and not needs_y:
             return dout, None, None
         gate, y = ctx.saved_tensors
-        dy, dgate = _impl.launcher(dout, _backward, _backward_op)(dout, gate, y)
+        dy, dgate = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(dout, gate, y)
         return dout, dgate if needs_gate else None, dy if needs_y else None
 
 

@@ -14,14 +14,16 @@ def gelu_ref(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def _forward(x: Tensor) -> Tensor:
+def gelu_fwd(x: Tensor) -> Tensor:
+    """y, contiguous, of x's shape; the launcher alone: fp32 on the CPU, no autograd."""
     x, rows, cols, stride = _as_rows(x)
     y = _impl.contiguous_like(x)
     _impl.native.gelu_fwd(x.data_ptr(), stride, y.data_ptr(), rows, cols, torch.get_num_threads())
     return y
 
 
-def _backward(dy: Tensor, x: Tensor) -> Tensor:
+def gelu_bwd(dy: Tensor, x: Tensor) -> Tensor:
+    """dx, contiguous, of x's shape."""
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
     dx = _impl.contiguous_like(x)
@@ -42,16 +44,16 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x.contiguous(), rows, cols, cols
 
 
-_forward_op = torch.library.custom_op("fluxfast::gelu_fwd", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("fluxfast::gelu_bwd", _backward, mutates_args=())
+_fwd_op = torch.library.custom_op("fluxfast::gelu_fwd", gelu_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("fluxfast::gelu_bwd", gelu_bwd, mutates_args=())
 
 
-@_forward_op.register_fake
+@_fwd_op.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_backward_op.register_fake
+@_bwd_op.register_fake
 def _(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -60,13 +62,13 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _impl.launcher(x, _forward, _forward_op)(x)
+        return _impl.launcher(x, gelu_fwd, _fwd_op)(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return _impl.launcher(dy, _backward, _backward_op)(dy, x)
+        return _impl.launcher(dy, gelu_bwd, _bwd_op)(dy, x)
 
 
 def gelu(x: Tensor, impl: str = "auto") -> Tensor:

@@ -19,8 +19,11 @@ def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float
     return torch.addcmul(shift[:, None].to(dtype), xhat, 1 + scale[:, None].to(dtype)).to(x.dtype)
 
 
-def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y [B, S, D], and each row's mean and reciprocal standard deviation, stats [2, B, S]."""
+def modulated_layer_norm_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y [B, S, D], and each row's mean and reciprocal standard deviation, stats [2, B, S].
+
+    The launcher alone: fp32 on the CPU, no autograd.
+    """
     x, scale, shift = _impl.dense_rows(x), _impl.dense_rows(scale), _impl.dense_rows(shift)
     y = _impl.contiguous_like(x)
     stats = x.new_empty(2, *x.shape[:2])
@@ -33,7 +36,7 @@ def _forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tenso
     return y, stats
 
 
-def _backward(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
+def modulated_layer_norm_bwd(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
     """dx [B, S, D], and dscale and dshift as [2, B, D] (empty unless `modulation`)."""
     dy, x, scale = _impl.dense_rows(dy), _impl.dense_rows(x), _impl.dense_rows(scale)
     dx = _impl.contiguous_like(x)
@@ -47,16 +50,16 @@ def _backward(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: b
     return dx, dmodulation
 
 
-_forward_op = torch.library.custom_op("fluxfast::modulated_layer_norm_fwd", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("fluxfast::modulated_layer_norm_bwd", _backward, mutates_args=())
+_fwd_op = torch.library.custom_op("fluxfast::modulated_layer_norm_fwd", modulated_layer_norm_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("fluxfast::modulated_layer_norm_bwd", modulated_layer_norm_bwd, mutates_args=())
 
 
-@_forward_op.register_fake
+@_fwd_op.register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(2, *x.shape[:2])
 
 
-@_backward_op.register_fake
+@_bwd_op.register_fake
 def _(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
 
@@ -64,7 +67,7 @@ def _(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> 
 class _ModulatedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        y, stats = _impl.launcher(x, _forward, _forward_op)(x, scale, shift, eps)
+        y, stats = _impl.launcher(x, modulated_layer_norm_fwd, _fwd_op)(x, scale, shift, eps)
         ctx.save_for_backward(x, stats, scale)
         return y
 
@@ -73,7 +76,7 @@ class _ModulatedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, needs_scale, needs_shift, _ = ctx.needs_input_grad
         modulation = needs_scale or needs_shift
-        dx, dmodulation = _impl.launcher(dy, _backward, _backward_op)(dy, *ctx.saved_tensors, modulation)
+        dx, dmodulation = _impl.launcher(dy, modulated_layer_norm_bwd, _bwd_op)(dy, *ctx.saved_tensors, modulation)
         dscale, dshift = dmodulation if modulation else (None, None)
         return dx, dscale if needs_scale else None, dshift if needs_shift else None, None
 

@@ -58,7 +58,7 @@ def qk_norm_rope_ref(
     return _rotate(q, cos, sin).to(qkv.dtype), _rotate(k, cos, sin).to(qkv.dtype), v.contiguous()
 
 
-def _forward(
+def qk_norm_rope_fwd(
     qkv: Tensor,
     txt_qkv: Tensor | None,
     weights: Tensor,
@@ -70,7 +70,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v [B, S, heads, head_dim], and the reciprocal RMS of each head of q and k [B, S, 2, heads].
 
-    weights [2 or 4, head_dim] holds the rows q, k, and where there is text txt_q, txt_k.
+    weights [2 or 4, head_dim] holds the rows q, k, and where there is text txt_q, txt_k; it, cos and sin are contiguous.
+    The launcher alone: fp32 on the CPU, no autograd. Raises ValueError if index names a row that the tables don't have.
     """
     qkv = _impl.dense_rows(qkv)
     batch, s_img, width = qkv.shape
@@ -92,7 +93,7 @@ def _forward(
     return q, k, v, rstd
 
 
-def _backward(
+def qk_norm_rope_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -150,11 +151,11 @@ def _index_args(index: Tensor | None) -> tuple[int, int, int]:
     return index.data_ptr(), index.element_size(), index.stride(0) if index.ndim == 2 else 0
 
 
-_forward_op = torch.library.custom_op("fluxfast::qk_norm_rope_fwd", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("fluxfast::qk_norm_rope_bwd", _backward, mutates_args=())
+_fwd_op = torch.library.custom_op("fluxfast::qk_norm_rope_fwd", qk_norm_rope_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("fluxfast::qk_norm_rope_bwd", qk_norm_rope_bwd, mutates_args=())
 
 
-@_forward_op.register_fake
+@_fwd_op.register_fake
 def _(
     qkv: Tensor,
     txt_qkv: Tensor | None,
@@ -172,7 +173,7 @@ def _(
     return q, k, v, qkv.new_empty((batch, s_all, 2, heads))
 
 
-@_backward_op.register_fake
+@_bwd_op.register_fake
 def _(
     dq: Tensor,
     dk: Tensor,
@@ -206,10 +207,10 @@ class _QKNormRope(torch.autograd.Function):
         heads: int,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        launch = _impl.launcher(qkv, _forward, _forward_op)
+        launch = _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op)
         q, k, v, rstd = launch(qkv, txt_qkv, weights, cos, sin, index, heads, eps)
         ctx.s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
-        outputs_do = launch is _forward and _is_invertible(weights, cos, sin)
+        outputs_do = launch is qk_norm_rope_fwd and _is_invertible(weights, cos, sin)
         kept = (q, k, None, None) if outputs_do else (None, None, qkv, txt_qkv)
         ctx.save_for_backward(rstd, weights, cos, sin, index, *kept)
         return q, k, v
@@ -218,7 +219,7 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         rstd, weights, cos, sin, index, *kept = ctx.saved_tensors
-        launch = _impl.launcher(dq, _backward, _backward_op)
+        launch = _impl.launcher(dq, qk_norm_rope_bwd, _bwd_op)
         dqkv, dtxt_qkv = launch(dq, dk, dv, rstd, weights, cos, sin, index, ctx.s_txt, *kept)
         return dqkv, dtxt_qkv if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
