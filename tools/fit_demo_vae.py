@@ -51,7 +51,8 @@ def main(out: Path, steps: int) -> None:
         x = torch.stack([random_crop(photos, g) for _ in range(BATCH)])
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(g)).sample
-        loss = F.l1_loss(y, x) + 0.5 * F.l1_loss(gradients(y), gradients(x)) + 2e-4 * posterior.kl().sum() / posterior.mean.numel()
+        kl = posterior.kl().sum() / posterior.mean.numel()
+        loss = F.l1_loss(y, x) + 0.5 * F.l1_loss(gradients(y), gradients(x)) + 2e-4 * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
