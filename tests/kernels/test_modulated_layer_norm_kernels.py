@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from kernel_cases import DTYPES, bound, code_distance, quantize_rows, randn, widen
 
 from fluxfast_kernels.modulated_layer_norm import (
@@ -10,6 +9,7 @@ from fluxfast_kernels.modulated_layer_norm import (
     modulated_layer_norm_bwd,
     modulated_layer_norm_fwd,
 )
+from support import relative_error
 
 # batch, tokens, width: FLUX.1's width is no power of two either; 33 rows end inside a program that sums 16
 SIZES = [(1, 1, 96), (2, 33, 64), (2, 3, 1000), (1, 20, 17)]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import relative_error
 from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 
 from fluxfast.ops.qk_norm_rope import qk_norm_rope_ref
 from fluxfast_kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+from support import relative_error
 
 
 def inputs(batch, s_txt, s_img, heads, head_dim, dtype, index=None):

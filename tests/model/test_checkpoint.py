@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from bfl_reference import BflFlux
-from conftest import SMALL
 from safetensors.torch import load_file, save_file
 
 from fluxfast import FluxTransformer
 from fluxfast.model import layouts
 from fluxfast.model.checkpoint import CheckpointError
+from support import SMALL
 
 BFL = {"in_channels": 16, "dim": 64, "n_heads": 2, "depth": 1, "depth_single": 2, "context": 24, "pooled": 20}
 

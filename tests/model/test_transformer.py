@@ -3,12 +3,12 @@
 import pytest
 import torch
 from bfl_reference import BflFlux
-from conftest import SMALL, make_inputs, randomise, relative_error
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
 from fluxfast import FluxTransformer
 from fluxfast.model import checkpoint
+from support import SMALL, make_inputs, randomise, relative_error
 
 # fp32: two orders of summation differ by a few ulp per product, and depth adds them up
 FP32 = 1e-5

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import relative_error
 
 from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
+from support import relative_error
 
 
 def make(n_in, outs, ranks, *, dtype=torch.float64, store=None, bias=True, seed=0):
