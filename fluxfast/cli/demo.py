@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fluxfast.files import write_atomic
 
-STEPS = 600
+STEPS = 500
 RESOLUTION = 256
 # one of the captions, and one that mixes words of two
 PROMPTS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -62,8 +62,10 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The report for `rich.print` and `Console.print`."""
         table = Table(title="Datasets", title_justify="left")
-        for column in ("dataset", "found", "used", "left out", "repeats", "samples/epoch", "newly encoded", "buckets"):
-            table.add_column(column, justify="left" if column in ("dataset", "left out", "buckets") else "right")
+        for column in ("dataset", "found", "used", "left out", "repeats", "per epoch", "new", "buckets"):
+            justify: JustifyMethod = "left" if column in ("dataset", "left out", "buckets") else "right"
+            # a name that is cut off names nothing: wide columns fold
+            table.add_column(column, justify=justify, overflow="fold")
         for row in self.datasets:
             reasons = Counter(skipped.reason for skipped in row.skipped)
             table.add_row(

@@ -298,7 +298,7 @@ class Trainer:
         if self.parts.validator is None:
             return
         for path in self.parts.validator.run(step, self.console):
-            self.console.print(f"  {path}", highlight=False, markup=False)
+            self.console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
         if step > 0:
             self.bar.pause()
 
@@ -314,5 +314,5 @@ class Trainer:
             plot_loss(metrics, self.config.output_dir / "loss.png")
         if self.config.report_to != "none":
             self.accelerator.end_training()
-        self.console.print(f"LoRA: {lora}", highlight=False, markup=False)
+        self.console.print(f"LoRA: {lora}", highlight=False, markup=False, soft_wrap=True)
         return lora

@@ -5,8 +5,6 @@ import torch
 
 from fluxfast.ops import _impl
 
-# pytest keeps one module named conftest: whoever is collected after this folder still finds the shared helpers in it
-
 ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
 
 
