@@ -1,0 +1,383 @@
+"""Linears with low-rank adapters on a float base: y = x Wᵀ + b + s Bᵀ, where s = scale · x Aᵀ is the adapters' narrow half.
+
+Everything narrow is packed over the group of linears that share x: A [Σ ranks, K] of all adapters, their s and dS [M, Σ ranks],
+and B [N, max ranks], each linear's adapters side by side in its own rows. `scale` is folded into s and dS and never seen again:
+
+    forward    s  = scale · x Aᵀ            y  = x Wᵀ + s Bᵀ + b
+    backward   dS = scale · dy B            dx = dy W + dS A
+               dB = dyᵀ s                   dA = dSᵀ x
+
+The wide products carry the narrow ones in their epilogue (`_matmul`). What is left is as narrow as it gets: each reads a large
+matrix once to make a small one, so it is cut along the sum until the device is busy (`_slabs`), reproducibly.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxfast_kernels._launch import AOT_TARGETS, AotCase, LaunchTable, cdiv, launch, launch_numbers, record_variants
+from fluxfast_kernels._matmul import (
+    SEGMENT_UNIT,
+    Segments,
+    make_segments,
+    matmul,
+    order_of,
+    product_type,
+    rank_block,
+    segment_tile,
+)
+from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
+from fluxfast_kernels.row_quant import check_rows
+
+__all__ = ["AOT_VARIANTS", "Segments", "lora_down", "lora_grads", "lora_matmul", "lora_matmul_dgrad", "make_segments"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def lora_down_kernel(
+    p_x,
+    p_v,
+    p_s,
+    p_x_scale,
+    p_scale,
+    p_seg,
+    M,
+    C,
+    R,
+    r_tiles,
+    c_split,
+    stride_x,
+    stride_v,
+    stride_s,
+    stride_s_split,
+    DOT_TYPE: tl.constexpr,
+    V_C_MAJOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """s = scale · x_scale · x vᵀ over c_split columns of x; with segments, each over its own columns, to its own ranks."""
+    i_m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    i_seg = tl.program_id(1) // r_tiles
+    i_r0 = (tl.program_id(1) % r_tiles) * BLOCK_R
+    i_split = tl.program_id(2)
+    c_begin, c_end, r_begin, n_rank = 0, C, 0, R
+    if p_seg is not None:
+        c_begin = tl.load(p_seg + 4 * i_seg) * SEGMENT_UNIT
+        c_end = tl.load(p_seg + 4 * i_seg + 1) * SEGMENT_UNIT
+        r_begin = tl.load(p_seg + 4 * i_seg + 2)
+        n_rank = tl.load(p_seg + 4 * i_seg + 3)
+    i_c0 = c_begin + i_split * c_split
+    c_len = tl.minimum(c_end - i_c0, c_split)
+    o_m = tl.arange(0, BLOCK_M)
+    o_c = tl.arange(0, BLOCK_N)
+    o_r = i_r0 + tl.arange(0, BLOCK_R)
+    m_m = i_m0 + o_m < M
+    m_r = o_r < n_rank
+
+    p_x += i_m0 * stride_x + i_c0
+    o_x = o_m[:, None] * stride_x + o_c[None, :]
+    if V_C_MAJOR:
+        p_v += i_c0
+        o_v = o_r[None, :] * stride_v + o_c[:, None]
+    else:
+        p_v += i_c0.to(tl.int64) * stride_v
+        o_v = o_c[:, None] * stride_v + o_r[None, :]
+    b_s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for i_c in range(0, c_len, BLOCK_N):
+        m_c = o_c < c_len - i_c
+        b_x = tl.load(p_x + o_x, mask=m_m[:, None] & m_c[None, :], other=0.0)
+        b_v = tl.load(p_v + o_v, mask=m_c[:, None] & m_r[None, :], other=0.0)
+        b_s = tl.dot(b_x.to(DOT_TYPE), b_v.to(DOT_TYPE), b_s, input_precision="ieee")
+        p_x += BLOCK_N
+        p_v += BLOCK_N if V_C_MAJOR else BLOCK_N * stride_v
+
+    if p_x_scale is not None:
+        b_s *= tl.load(p_x_scale + i_m0 + o_m, mask=m_m, other=0.0)[:, None]
+    if p_scale is not None:
+        b_s *= tl.load(p_scale + r_begin + o_r, mask=m_r, other=0.0)[None, :]
+    p_s += i_m0 * stride_s + r_begin + i_split.to(tl.int64) * stride_s_split
+    tl.store(p_s + o_m[:, None] * stride_s + o_r[None, :], b_s.to(p_s.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def lora_outer_kernel(
+    p_x,
+    p_u,
+    p_g,
+    p_x_scale,
+    p_seg,
+    M,
+    N,
+    R,
+    n_seg,
+    m_split,
+    stride_x,
+    stride_u,
+    stride_g,
+    stride_g_split,
+    DOT_TYPE: tl.constexpr,
+    G_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """g [N, R] (or its transpose) = xᵀ (x_scale · u) over m_split rows; with segments, u's columns are those of x's segment."""
+    i_n = tl.program_id(0)
+    i_split = tl.program_id(2).to(tl.int64)
+    if p_seg is not None:
+        n_begin, n_end, r_begin, n_rank = segment_tile(p_seg, n_seg, i_n, BLOCK_N)
+    else:
+        n_begin, n_end, r_begin, n_rank = i_n * BLOCK_N, N, 0, R
+    i_n0 = n_begin.to(tl.int64)
+    i_m0 = i_split * m_split
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_n = n_begin + o_n < n_end
+    m_r = o_r < n_rank
+
+    p_x += i_m0 * stride_x + i_n0
+    p_u += i_m0 * stride_u + r_begin
+    o_x = o_m[:, None] * stride_x + o_n[None, :]
+    o_u = o_m[:, None] * stride_u + o_r[None, :]
+    if p_x_scale is not None:
+        p_x_scale += i_m0
+    m_len = tl.minimum(M - i_m0, m_split).to(tl.int32)
+    b_g = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for i_m in range(0, m_len, BLOCK_M):
+        m_m = o_m < m_len - i_m
+        b_x = tl.load(p_x + o_x, mask=m_m[:, None] & m_n[None, :], other=0.0).to(DOT_TYPE)
+        b_u = tl.load(p_u + o_u, mask=m_m[:, None] & m_r[None, :], other=0.0)
+        if p_x_scale is not None:
+            b_u = b_u.to(tl.float32) * tl.load(p_x_scale + o_m, mask=m_m, other=0.0)[:, None]
+            p_x_scale += BLOCK_M
+        b_g = tl.dot(tl.trans(b_x), b_u.to(DOT_TYPE), b_g, input_precision="ieee")
+        p_x += BLOCK_M * stride_x
+        p_u += BLOCK_M * stride_u
+
+    # ranks that this segment lacks are written too, as zeros
+    m_g = m_n[:, None] & (o_r < R)[None, :]
+    p_g += i_split * stride_g_split
+    if G_TRANSPOSED:
+        p_g += i_n0
+        o_g = o_r[None, :] * stride_g + o_n[:, None]
+    else:
+        p_g += i_n0 * stride_g
+        o_g = o_n[:, None] * stride_g + o_r[None, :]
+    tl.store(p_g + o_g, b_g.to(p_g.dtype.element_ty), mask=m_g)
+
+
+def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+# launch numbers: compiled ahead of time without a spill for every target, not yet tuned on a device. BLOCK_N is along the
+# columns of the large matrix; "wide" where products are taken in fp32
+DOWN: dict[str, LaunchTable] = {
+    "half": {
+        "default": _tile(32, 64, 4, 2),
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _tile(32, 128, 4, 3)),
+        "sm_90": _tile(32, 128, 4, 4),
+    },
+    "wide": {"default": _tile(32, 32, 4, 2)},
+}
+OUTER: dict[str, LaunchTable] = {
+    "half": {
+        "default": _tile(32, 64, 4, 2),
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"), _tile(64, 128, 8, 3)),
+        "gfx942": _tile(32, 128, 8, 2),
+    },
+    "wide": {"default": _tile(16, 32, 8, 2)},
+}
+
+
+def lora_matmul(
+    x: Tensor,
+    w: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_s: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    segments: Segments | None = None,
+    out: Tensor | None = None,
+    numbers: Mapping[str, int] | None = None,
+) -> Tensor:
+    """y = x wᵀ + s Bᵀ + bias, [M, N] in x's dtype, or written to `out` (a column slice of a wider buffer will do).
+
+    x [M, K], w [N, K] (packed over the group), bias [N], lora_s [M, Σ ranks] from `lora_down`, lora_b [N, max ranks]; several
+    linears need `segments`. w, bias and lora_b may be of other float dtypes: they are cast as they are read. fp32 accumulation.
+    """
+    return matmul(x, w, bias=bias, u=lora_s, v=lora_b, segments=segments, out=out, numbers=numbers)
+
+
+def lora_matmul_dgrad(
+    dy: Tensor,
+    w: Tensor,
+    *,
+    lora_ds: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    numbers: Mapping[str, int] | None = None,
+) -> Tensor:
+    """dx = dy w + dS A, [M, K] in dy's dtype; written to `out`, or added to what it holds.
+
+    dy [M, N], w [N, K] as in the forward pass, lora_ds [M, Σ ranks] from `lora_grads`, lora_a [Σ ranks, K].
+    """
+    v = None if lora_a is None else lora_a.T
+    return matmul(dy, w.T, u=lora_ds, v=v, out=out, accumulate=accumulate, numbers=numbers)
+
+
+def lora_down(
+    x: Tensor,
+    a: Tensor,
+    *,
+    scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    numbers: Mapping[str, int] | None = None,
+) -> Tensor:
+    """s = scale · x Aᵀ, [M, Σ ranks] in `out_dtype` (x's own), from fp32 sums.
+
+    x [M, K] float, or int8 / e4m3 with x_scale [M] fp32 (then out_dtype must be given); a [Σ ranks, K]; scale [Σ ranks] fp32.
+    """
+    s = torch.empty((x.shape[0], a.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
+    return _down(x, a, s, scale, x_scale, None, numbers)
+
+
+def lora_grads(
+    dy: Tensor,
+    s: Tensor,
+    x: Tensor,
+    b: Tensor,
+    *,
+    scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    segments: Segments | None = None,
+    grad_dtype: torch.dtype = torch.float32,
+    numbers: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS [M, Σ ranks] in dy's dtype, dA [Σ ranks, K] and dB [N, max ranks] in `grad_dtype`, from fp32 sums.
+
+    dy [M, N]; s as `lora_down` gave it; x [M, K] as there; b, scale and segments as in the forward pass. Where a segment has
+    fewer ranks than the widest, dB's spare columns are zero.
+    """
+    ds = torch.empty_like(s, dtype=dy.dtype)
+    _down(dy, b.T, ds, scale, None, segments, numbers)
+    db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
+    _outer(dy, s, db, None, segments, False, numbers)
+    da = torch.empty((s.shape[1], x.shape[1]), dtype=grad_dtype, device=x.device)
+    _outer(x, ds, da, x_scale, None, True, numbers)
+    return ds, da, db
+
+
+def _numbers(
+    table: dict[str, LaunchTable], product: tl.dtype, rank: int, x: Tensor, numbers: Mapping[str, int] | None
+) -> dict[str, int]:
+    wide = product == tl.float32
+    row = launch_numbers(table["wide" if wide else "half"], x.device)
+    return {**row, "BLOCK_R": rank_block(rank, 32 if wide else 64), **(numbers or {})}
+
+
+def _down(
+    x: Tensor,
+    v: Tensor,
+    s: Tensor,
+    scale: Tensor | None,
+    x_scale: Tensor | None,
+    segments: Segments | None,
+    numbers: Mapping[str, int] | None,
+) -> Tensor:
+    """s = scale · x_scale · x vᵀ, x [M, C], v [R, C]; segments divide C, and R is the widest one's."""
+    check_rows("lora_down", x=x, x_scale=x_scale, scale=scale)
+    (m, _), (rank, c) = x.shape, v.shape
+    if s.numel() == 0:
+        return s
+    product = product_type(x, v, s.dtype)
+    chosen = _numbers(DOWN, product, rank, x, numbers)
+    block_m, block_c, r_tiles = chosen["BLOCK_M"], chosen["BLOCK_N"], cdiv(rank, chosen["BLOCK_R"])
+    v_c_major, stride_v = order_of("lora_down", v)
+    seg, longest, n_seg = (None, c, 1) if segments is None else (segments.table, max(segments.outs), len(segments.outs))
+    grid = (cdiv(m, block_m), n_seg * r_tiles)
+    splits, c_split = split(longest, block_c, grid[0] * grid[1], x.device)
+    target, stride_s, stride_split = slabs_for(splits, s)
+    launch(
+        lora_down_kernel, (*grid, splits),
+        x, v, target, x_scale, scale, seg, m, c, rank, r_tiles, c_split,
+        x.stride(0), stride_v, stride_s, stride_split,
+        DOT_TYPE=product, V_C_MAJOR=v_c_major, **chosen,
+    )  # fmt: skip
+    if splits > 1:
+        sum_slabs(target, s)
+    return s
+
+
+def _outer(
+    x: Tensor,
+    u: Tensor,
+    g: Tensor,
+    x_scale: Tensor | None,
+    segments: Segments | None,
+    transposed: bool,
+    numbers: Mapping[str, int] | None,
+) -> Tensor:
+    """g = xᵀ (x_scale · u), [N, R], or [R, N] if `transposed`, for x [M, N]; segments divide N, and R is the widest one's."""
+    check_rows("lora_grads", x=x, u=u, x_scale=x_scale)
+    (m, n), rank = x.shape, g.shape[0 if transposed else 1]
+    if m == 0:
+        return g.zero_()
+    product = product_type(x, u, u.dtype)
+    chosen = _numbers(OUTER, product, rank, x, numbers)
+    block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
+    n_tiles = cdiv(n, block_n) if segments is None else sum(cdiv(outs, block_n) for outs in segments.outs)
+    grid = (n_tiles, cdiv(rank, chosen["BLOCK_R"]))
+    n_seg, seg = (0, None) if segments is None else (len(segments.outs), segments.table)
+    splits, m_split = split(m, block_m, grid[0] * grid[1], x.device)
+    target, stride_g, stride_split = slabs_for(splits, g)
+    launch(
+        lora_outer_kernel, (*grid, splits),
+        x, u, target, x_scale, seg, m, n, rank, n_seg, m_split, x.stride(0), u.stride(0), stride_g, stride_split,
+        DOT_TYPE=product, G_TRANSPOSED=transposed, **chosen,
+    )  # fmt: skip
+    if splits > 1:
+        sum_slabs(target, g)
+    return g
+
+
+def _aot_cases() -> Iterator[AotCase]:
+    meta = partial(torch.empty, device="meta")
+    targets = tuple(AOT_TARGETS)
+    # a single block's two linears: QKV and the MLP's first in one, and the last one over both
+    m, d, n_out = 4608, 3072, 15360
+    outs = (d, d, d, 4 * d)
+    n = sum(outs)
+    for name, dtype, ranks in (
+        ("bf16", torch.bfloat16, (16, 64, 128)),
+        ("fp16", torch.float16, (16,)),
+        ("fp32", torch.float32, (16, 64)),
+    ):
+        one = partial(meta, dtype=dtype)
+        x, x_out, w, w_out, dy = one(m, d), one(m, n_out), one(n, d), one(d, n_out), one(m, n)
+        yield f"{name}-fwd", partial(lora_matmul, x_out, w_out, bias=one(d)), targets
+        yield f"{name}-dgrad", partial(lora_matmul_dgrad, x, w_out, out=x_out, accumulate=True), targets
+        for rank in ranks:
+            segments, total = make_segments(outs, (rank,) * 4, "meta"), 4 * rank
+            s, a, b, scale = one(m, total), one(total, d), one(n, rank), meta(total)
+            fwd = partial(lora_matmul, x, w, bias=one(n), lora_s=s, lora_b=b, segments=segments)
+            yield f"{name}-fwd-r{rank}", fwd, targets
+            yield f"{name}-dgrad-r{rank}", partial(lora_matmul_dgrad, dy, w, lora_ds=s, lora_a=a), targets
+            yield f"{name}-s-r{rank}", partial(lora_down, x, a, scale=scale), targets
+            yield f"{name}-ds-r{rank}", partial(_down, dy, b.T, s, scale, None, segments, None), targets
+            yield f"{name}-db-r{rank}", partial(_outer, dy, s, meta(n, rank), None, segments, False, None), targets
+            yield f"{name}-da-r{rank}", partial(_outer, x, s, meta(total, d), None, None, True, None), targets
+    # few tokens, so that sums are cut, and x as codes
+    xq, x_scale, a, s = meta(512, d, dtype=torch.int8), meta(512), one(16, d), one(512, 16)
+    yield "int8-s-r16", partial(lora_down, xq, a, x_scale=x_scale, out_dtype=torch.bfloat16), targets
+    yield "int8-da-r16", partial(_outer, xq, s.bfloat16(), meta(16, d), x_scale, None, True, None), targets
+
+
+AOT_VARIANTS = record_variants(_aot_cases())
