@@ -1,0 +1,28 @@
+"""fp8_e4m3: a float8_e4m3fn a weight, a scale an output row. w = value · scale, scale = max|w| / 448."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fluxfast.quant._format import Format, Parts, Shape, quantize_rows
+
+
+class Fp8E4M3(Format):
+    """parts: packed [N, K] float8_e4m3fn, scale [N] fp32."""
+
+    name = "fp8_e4m3"
+    bits_per_weight = 8.01
+
+    def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"packed": (shape, torch.float8_e4m3fn), "scale": (shape[:1], torch.float32)}
+
+    def quantize_ref(self, weight: Tensor) -> Parts:
+        packed, scale = quantize_rows(weight, torch.float8_e4m3fn)
+        return {"packed": packed, "scale": scale}
+
+    def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        return parts["packed"].float() * parts["scale"][:, None]
+
+
+FP8_E4M3 = Fp8E4M3()

@@ -1,0 +1,161 @@
+"""A linear over a quantised, frozen weight: y = x Wᵀ + b, W dequantised for the product and dropped after it, both ways.
+
+`QuantLinear` is an `nn.Linear` by type, so that PEFT and everybody else's code takes it for one. Its state dict holds
+`weight.<part>` for each of its format's parts (see `Format.layout`), and `bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fluxfast.ops import _impl
+from fluxfast.quant import FORMATS
+from fluxfast.quant._format import Format, QuantWeight, Shape
+
+
+def _dequantize(parts: list[Tensor], format: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    names = FORMATS[format].layout((rows, cols))
+    return FORMATS[format].dequantize(dict(zip(names, parts, strict=True)), (rows, cols), dtype)
+
+
+_dequantize_op = torch.library.custom_op("fluxfast::dequantize", _dequantize, mutates_args=())
+
+
+@_dequantize_op.register_fake
+def _(parts: list[Tensor], format: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty((rows, cols), dtype=dtype)
+
+
+class _QuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, format: str, shape: Shape, *parts: Tensor) -> Tensor:
+        ctx.format, ctx.shape = format, shape
+        ctx.save_for_backward(*parts)
+        weight = _impl.launcher(x, _dequantize, _dequantize_op)(list(parts), format, *shape, x.dtype)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        parts = list(ctx.saved_tensors)
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ _impl.launcher(dy, _dequantize, _dequantize_op)(parts, ctx.format, *ctx.shape, dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.flatten(0, -2).sum(0)
+        return (dx, dbias, None, None, *(None for _ in parts))
+
+
+def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype. Gradients: x and bias, never the weight."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return _QuantLinear.apply(x, bias, weight.format.name, weight.shape, *weight.parts.values())
+
+
+class QuantLinear(nn.Linear):
+    """An `nn.Linear` whose weight is kept in a storage format. Construct it empty to load into, or by `from_linear`.
+
+    `compute_dtype` is the dtype that `weight` comes in, and that PEFT gives adapters; `forward` computes in x's own. Casts
+    (`.to(dtype)`, `.half()`) change it and the bias, never the stored parts.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: Format,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        # nn.Linear's own would allocate and initialise a weight
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.compute_dtype = format, compute_dtype
+        for name, part in format.empty((out_features, in_features), device).items():
+            self.register_buffer(f"weight_{name}", part, persistent=False)
+        empty = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, format: Format) -> QuantLinear:
+        """The quantised twin of `linear`, on its device, frozen; the bias is shared, the weight is not."""
+        weight = linear.weight
+        made = cls(
+            linear.in_features, linear.out_features, bias=False, format=format, compute_dtype=weight.dtype, device="meta"
+        )
+        for name, part in format.quantize(weight.detach()).items():
+            setattr(made, f"weight_{name}", part)
+        if linear.bias is not None:
+            made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return made.train(linear.training)
+
+    def packed(self) -> QuantWeight:
+        """The weight as it is stored: format, parts and shape, without a copy."""
+        shape = (self.out_features, self.in_features)
+        parts = {name: getattr(self, f"weight_{name}") for name in self.format.layout(shape)}
+        return QuantWeight(self.format, parts, shape, self.compute_dtype)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight [out, in] in `compute_dtype`, dequantised anew each time: writing to it changes nothing."""
+        return self.packed().dequantize()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] to [..., out] in its dtype, or in autocast's where that is on."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        return quant_linear(input, self.packed(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format.name}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        parts = self.packed().parts
+        for name in parts:
+            del self._buffers[f"weight_{name}"]
+        super()._apply(fn, recurse)
+        for name, part in parts.items():
+            # as bytes, which no cast touches
+            self._buffers[f"weight_{name}"] = fn(part.view(torch.uint8)).view(part.dtype)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, part in self.packed().parts.items():
+            destination[f"{prefix}weight.{name}"] = part
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, part in self.packed().parts.items():
+            key = f"{prefix}weight.{name}"
+            # nn.Module would call a key with a further dot unexpected, so it doesn't get to see it
+            loaded = state_dict.pop(key, None)
+            if loaded is None:
+                missing_keys.append(key)
+            elif loaded.shape != part.shape or loaded.dtype != part.dtype:
+                error_msgs.append(
+                    f"{key}: {self.format.name} of a weight [{self.out_features}, {self.in_features}] is {list(part.shape)} "
+                    f"{part.dtype}, the file has {list(loaded.shape)} {loaded.dtype}"
+                )
+            elif local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, f"weight_{name}", loaded)
+            else:
+                part.copy_(loaded)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

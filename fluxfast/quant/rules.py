@@ -1,0 +1,95 @@
+"""Which linears of a transformer are quantised, and to what: SimpleTuner's names and rules, our formats."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fluxfast.quant import FORMATS
+from fluxfast.quant._format import Format
+from fluxfast.quant.linear import QuantLinear
+
+logger = logging.getLogger("fluxfast")
+
+# full names, so a block's own proj_out is none of them; the modulation linears, norm_out.linear and the time and text embedders
+# are quantised, as upstream does
+KEPT = ("x_embedder", "context_embedder", "proj_out")
+
+# SimpleTuner's `base_model_precision`, and the format that each means here
+PRECISIONS: dict[str, str | None] = {
+    "no_change": None,
+    "int8-quanto": "int8",
+    "int8-torchao": "int8",
+    "int4-quanto": "int4",
+    "int2-quanto": "int2",
+    "nf4-bnb": "nf4",
+    "fp8-quanto": "fp8_e4m3",
+    "fp8-torchao": "fp8_e4m3",
+}
+
+
+@dataclass
+class QuantReport:
+    """What `quantize_model` did: the linears now in `format`, those kept, and the former's bytes before and after."""
+
+    format: str
+    quantized: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.quantized)} linears in {self.format}: {self.bytes_before / 2**30:.2f} GiB became "
+            f"{self.bytes_after / 2**30:.2f}; {len(self.kept)} kept: {', '.join(self.kept)}"
+        )
+
+
+def format_of(precision: str) -> Format | None:
+    """The format that a value of `base_model_precision` means, None for no_change; says so in one line of the log.
+
+    Raises ValueError on a name that is not in PRECISIONS.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"base_model_precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+    name = PRECISIONS[precision]
+    if name is None:
+        return None
+    format = FORMATS[name]
+    logger.info(
+        "base_model_precision %s: the base is kept in fluxfast's %s, %g bits a weight", precision, name, format.bits_per_weight
+    )
+    return format
+
+
+def quantize_model(
+    transformer: nn.Module, format: Format, *, kept: tuple[str, ...] = KEPT, device: torch.device | str | None = None
+) -> QuantReport:
+    """Replaces every `nn.Linear` of `transformer` by a `QuantLinear`, in place and one by one, so that only one is held twice.
+
+    `kept`: full names of linears to leave alone. `device`: where each is moved to be quantised, and stays; None leaves them
+    where they are. Raises ValueError if adapters are there already, or a linear that is quantised.
+    """
+    for name, module in transformer.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ValueError(f"{name} has an adapter: quantise the model first, then add adapters")
+        if isinstance(module, QuantLinear):
+            raise ValueError(f"{name} is in {module.format.name} already: quantise a model that is in a floating dtype")
+    report = QuantReport(format.name)
+    # names, because a list of the modules would keep them all alive
+    for name in [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]:
+        if name in kept:
+            report.kept.append(name)
+            continue
+        linear = transformer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        made = QuantLinear.from_linear(linear if device is None else linear.to(device), format)
+        parent, _, child = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), child, made)
+        report.quantized.append(name)
+        report.bytes_before += linear.weight.nbytes
+        report.bytes_after += made.packed().nbytes
+    return report
