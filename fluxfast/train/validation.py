@@ -121,7 +121,7 @@ class Validator:
         if s.guidance_real > 1:
             negative = self._embeds(s.negative_prompt)
             arguments |= {f"negative_{name}": self._on_device(tensor) for name, tensor in negative.items()}
-        return pipeline(
+        latents = pipeline(
             **arguments,
             width=size[0],
             height=size[1],
@@ -131,7 +131,14 @@ class Validator:
             # on the CPU, so that every device draws the same noise
             generator=torch.Generator().manual_seed(s.seed + index),
             callback_on_step_end=on_step,
-        ).images[0]
+            output_type="latent",
+        ).images
+        # decoded here, since the pipeline has no place for a VAE of another dtype than the latents'
+        vae = pipeline.vae
+        latents = pipeline._unpack_latents(latents, size[1], size[0], pipeline.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._transformer.device, self._dtype)

@@ -88,9 +88,10 @@ def test_sigkill_of_the_command(write_config, run, tmp_path):
     assert same_files(whole, killed)
 
 
-def test_what_a_run_leaves(run, tmp_path):
+@pytest.mark.parametrize("mode", [FP32, BF16 | {"vae_enable_tiling": True, "validation_guidance_real": 2.0}])
+def test_what_a_run_leaves(run, tmp_path, mode):
     lora, out = run(
-        **FP32,
+        **mode,
         checkpoints_total_limit=2,
         validation_disable=False,
         validation_step_interval=3,
