@@ -1,12 +1,14 @@
-"""Which implementation of an op runs: `triton`, `native` (the C++ module, on the CPU) or `ref` (plain torch).
+"""Which implementation of an op runs: `triton` (GPUs), `native` (the C++ module, on the CPU) or `ref` (plain torch).
 
 `impl="auto"` takes the fastest one that can do the call and says once, through logging, which one that is and why.
-An explicit request runs or raises: it never falls back.
+An explicit request runs or raises: it never falls back. Triton is imported when a kernel is first asked for, not before.
 """
 
+import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,38 +20,52 @@ try:
 except ModuleNotFoundError:
     HAS_NATIVE = False
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 Impl = Literal["auto", "triton", "native", "ref"]
+# what `resolve` makes of an Impl
+Backend = Literal["triton", "native", "ref"]
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("fluxfast")
 _announced: set[tuple[str, str]] = set()
 
 
 def resolve(
-    op: str, impl: str, tensors: Sequence[Tensor], *, obstacle: str | None = None, ref_suffices: str | None = None
-) -> Literal["native", "ref"]:
+    op: str,
+    impl: str,
+    tensors: Sequence[Tensor],
+    *,
+    obstacle: str | None = None,
+    native_obstacle: str | None = None,
+    ref_suffices: str | None = None,
+) -> Backend:
     """Chooses the implementation of one call of `op` on `tensors`.
 
-    `obstacle` says why only the reference can do this call, `ref_suffices` why nothing beats it on this call; None: neither.
+    `obstacle` says why only the reference can do this call, `native_obstacle` why the native module can't, and `ref_suffices`
+    why on the CPU nothing beats the reference; None: no such thing.
     Raises ValueError if `impl` is unknown, or names one that can't do this call.
     """
+    if impl not in get_args(Impl):
+        raise ValueError(f"{op}: impl must be 'auto', 'triton', 'native' or 'ref', not {impl!r}")
     if impl == "ref":
         return "ref"
-    if impl == "triton":
-        raise ValueError(
-            f"{op}: impl='triton' is not available for {tensors[0].device.type} tensors: "
-            "fluxfast has no Triton kernel for this op; use impl='auto' or impl='ref'"
-        )
-    if impl not in ("auto", "native"):
-        raise ValueError(f"{op}: impl must be 'auto', 'triton', 'native' or 'ref', not {impl!r}")
-    reason = obstacle or _native_obstacle(tensors)
-    if impl == "native" and reason is not None:
-        raise ValueError(f"{op}: impl='native' can't do this call: {reason}; use impl='auto' or impl='ref'")
+    wanted: Backend = cast(Backend, impl)
     if impl == "auto":
+        wanted = "triton" if tensors[0].is_cuda else "native"
+    reason = obstacle or (_triton_obstacle(tensors) if wanted == "triton" else native_obstacle or _native_obstacle(tensors))
+    if impl != "auto":
+        if reason is not None:
+            raise ValueError(f"{op}: impl={impl!r} can't do this call: {reason}; use impl='auto' or impl='ref'")
+        return wanted
+    if wanted == "native":
         reason = reason or ref_suffices
-    choice: Literal["native", "ref"] = "native" if reason is None else "ref"
-    if impl == "auto" and not torch.compiler.is_compiling() and (op, choice) not in _announced:
+    choice: Backend = wanted if reason is None else "ref"
+    if not torch.compiler.is_compiling() and (op, choice) not in _announced:
         _announced.add((op, choice))
-        logger.info("%s runs on '%s': %s", op, choice, reason or "float32 tensors on the CPU")
+        fits = "tensors on a GPU" if choice == "triton" else "float32 tensors on the CPU"
+        logger.info("%s runs on '%s': %s", op, choice, reason or fits)
     return choice
 
 
@@ -64,6 +80,48 @@ def _native_obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def _triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed"
+    for tensor in tensors:
+        if not (tensor.is_cuda or (tensor.is_cpu and _interpreted())):
+            return (
+                f"Triton's kernels run on a GPU and a tensor is on {tensor.device} "
+                "(TRITON_INTERPRET=1, set before Triton is imported, runs them on the CPU, slowly)"
+            )
+        if tensor.device != tensors[0].device:
+            return f"its tensors are on {tensors[0].device} and on {tensor.device}"
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"the Triton kernels take float32, float16 and bfloat16 and a tensor is {tensor.dtype}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from fluxfast_kernels._launch import interpreted
+
+    return interpreted()
+
+
+def register(plain: Callable[..., list[Tensor]]) -> Any:
+    """A launcher as the custom op fluxfast::<its name>; it returns a list, of which tensors that share memory are copied.
+
+    An op's outputs may not share any.
+    """
+
+    @functools.wraps(plain)
+    def op(*args: Any) -> list[Tensor]:
+        seen: set[int] = set()
+        separate = []
+        for out in plain(*args):
+            start = out.untyped_storage().data_ptr()
+            separate.append(out.clone() if start in seen else out)
+            seen.add(start)
+        return separate
+
+    return torch.library.custom_op(f"fluxfast::{plain.__name__}", op, mutates_args=())
+
+
 def launcher(tensor: Tensor, plain: Callable[..., Any], registered: Callable[..., Any]) -> Callable[..., Any]:
     """The plain Python launcher, or the registered op where something has to see the call in place of running it.
 
@@ -76,10 +134,15 @@ def launcher(tensor: Tensor, plain: Callable[..., Any], registered: Callable[...
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """`tensor` itself if its last dimension is contiguous, which is all that the native code asks for; else a copy."""
+    """`tensor` itself if its last dimension is contiguous, which is all that native code and kernels ask for; else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def contiguous_like(tensor: Tensor) -> Tensor:
     """Memory for a contiguous tensor of the same shape and dtype; at half the price of `torch.empty`."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def full_dtype(tensor: Tensor) -> torch.dtype:
+    """What references compute in: fp32, or fp64 where the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)

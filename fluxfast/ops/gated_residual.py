@@ -1,5 +1,6 @@
 """The gated residual of a FLUX.1 block: out = x + gate·y, one gate per sample and channel."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ from fluxfast.ops import _impl
 
 
 def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """The maths in plain, differentiable torch: x, y [B, S, D], gate [B, D] → [B, S, D]."""
-    return torch.addcmul(x, gate[:, None], y)
+    """The maths in plain, differentiable torch: x, y [B, S, D], gate [B, D] → [B, S, D], in x's dtype."""
+    return torch.addcmul(x, gate[:, None], y).to(x.dtype)
 
 
-def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """out [B, S, D]; the launcher alone: fp32 on the CPU, no autograd."""
+def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
+    """out [B, S, D]; the launcher alone, no autograd."""
     x, gate, y = _impl.dense_rows(x), _impl.dense_rows(gate), _impl.dense_rows(y)
+    if impl == "triton":
+        from fluxfast_kernels import gated_residual as kernels
+
+        return [kernels.gated_residual_fwd(x, gate, y)]
     out = _impl.contiguous_like(x)
     _impl.native.gated_residual_fwd(
         x.data_ptr(), *x.stride()[:2],
@@ -24,56 +29,90 @@ def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         y.data_ptr(), *y.stride()[:2],
         out.data_ptr(), *x.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return [out]
 
 
-def gated_residual_bwd(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dy [B, S, D] and dgate [B, D]; without y there is no dgate (empty)."""
+def gated_residual_bwd(dout: Tensor, gate: Tensor, y: Tensor | None, impl: str) -> list[Tensor]:
+    """dy [B, S, D], and with y dgate [B, D]."""
     dout, gate = _impl.dense_rows(dout), _impl.dense_rows(gate)
+    y = None if y is None else _impl.dense_rows(y)
+    if impl == "triton":
+        from fluxfast_kernels import gated_residual as kernels
+
+        grads = kernels.gated_residual_bwd(dout, gate, y)
+        return [grad for grad in (grads.dy, grads.dgate) if grad is not None]
     dy = _impl.contiguous_like(dout)
     dgate = _impl.contiguous_like(gate) if y is not None else gate.new_empty(0)
-    y_args: tuple[int, ...] = (0, 0, 0)
-    if y is not None:
-        y = _impl.dense_rows(y)
-        y_args = (y.data_ptr(), *y.stride()[:2])
     _impl.native.gated_residual_bwd(
         dout.data_ptr(), *dout.stride()[:2],
         gate.data_ptr(), gate.stride(0),
-        *y_args,
+        *((0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])),
         dy.data_ptr(), dgate.data_ptr(), *dout.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return dy, dgate
+    return [dy] if y is None else [dy, dgate]
 
 
-_fwd_op = torch.library.custom_op("fluxfast::gated_residual_fwd", gated_residual_fwd, mutates_args=())
-_bwd_op = torch.library.custom_op("fluxfast::gated_residual_bwd", gated_residual_bwd, mutates_args=())
+def _bwd_ref(dout: Tensor, gate: Tensor, y: Tensor | None) -> list[Tensor]:
+    dtype = _impl.full_dtype(dout)
+    dy = (dout * gate[:, None]).to(dout.dtype)
+    return [dy] if y is None else [dy, (dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)]
+
+
+_fwd_op = _impl.register(gated_residual_fwd)
+_bwd_op = _impl.register(gated_residual_bwd)
 
 
 @_fwd_op.register_fake
-def _(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
 
 
 @_bwd_op.register_fake
-def _(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    return dout.new_empty(dout.shape), dout.new_empty(gate.shape if y is not None else (0,))
+def _(dout: Tensor, gate: Tensor, y: Tensor | None, impl: str) -> list[Tensor]:
+    return [dout.new_empty(dout.shape)] + ([] if y is None else [gate.new_empty(gate.shape)])
+
+
+def forward(
+    x: Tensor, gate: Tensor, y: Tensor, *, keep_y: bool = True, impl: str
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """Raw interface: out, and (gate, y) to keep for backward; y only if `keep_y`, and without it there is no dgate."""
+    if impl == "ref":
+        out = gated_residual_ref(x, gate, y)
+    else:
+        (out,) = _impl.launcher(x, gated_residual_fwd, _fwd_op)(x, gate, y, impl)
+    return out, (gate, y if keep_y else None)
+
+
+def backward(
+    dout: Tensor, saved: Sequence[Tensor | None], needs: Sequence[bool], *, impl: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Raw interface: (dx, dgate, dy). dx is dout itself."""
+    needs_x, needs_gate, needs_y = needs
+    gate, y = saved
+    assert gate is not None and (y is not None or not needs_gate)
+    dx = dout if needs_x else None
+    if not needs_gate and not needs_y:
+        return dx, None, None
+    arguments = (dout, gate, y if needs_gate else None)
+    if impl == "ref":
+        dy, *dgate = _bwd_ref(*arguments)
+    else:
+        dy, *dgate = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
+    return dx, dgate[0] if needs_gate else None, dy if needs_y else None
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
-        return _impl.launcher(x, gated_residual_fwd, _fwd_op)(x, gate, y)
+    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor, impl: str) -> Tensor:
+        out, saved = forward(x, gate, y, keep_y=ctx.needs_input_grad[1], impl=impl)
+        ctx.save_for_backward(*saved)
+        ctx.impl = impl
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_gate, needs_y = ctx.needs_input_grad
-        if not needs_gate and not needs_y:
-            return dout, None, None
-        gate, y = ctx.saved_tensors
-        dy, dgate = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(dout, gate, y)
-        return dout, dgate if needs_gate else None, dy if needs_y else None
+        return *backward(dout, ctx.saved_tensors, ctx.needs_input_grad[:3], impl=ctx.impl), None
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor, impl: str = "auto") -> Tensor:
@@ -88,9 +127,8 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, impl: str = "auto") -> Te
             "gated_residual: expected x and y [B, S, D] and gate [B, D], "
             f"got x {list(x.shape)}, gate {list(gate.shape)}, y {list(y.shape)}"
         )
-    # the gain of a kernel of our own is the sum for dgate in the pass that gives dy
+    # the gain of native code of our own is the sum for dgate in the pass that gives dy
     needs_gate = gate.requires_grad and torch.is_grad_enabled()
     ref_suffices = None if needs_gate else "without a gradient of gate, torch.addcmul is one pass too"
-    if _impl.resolve("gated_residual", impl, (x, gate, y), ref_suffices=ref_suffices) == "ref":
-        return gated_residual_ref(x, gate, y)
-    return _GatedResidual.apply(x, gate, y)
+    backend = _impl.resolve("gated_residual", impl, (x, gate, y), ref_suffices=ref_suffices)
+    return gated_residual_ref(x, gate, y) if backend == "ref" else _GatedResidual.apply(x, gate, y, backend)

@@ -1,12 +1,24 @@
 """GELU in its tanh form, FLUX.1's activation: 0.5·x·(1 + tanh(u)), u = sqrt(2/π)·(x + 0.044715 x³)."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import _impl
+from fluxfast.ops.row_quant import (
+    CodesOut,
+    RowOutput,
+    autograd_outputs,
+    check_out,
+    fake_outputs,
+    public_output,
+    ref_outputs,
+    row_output,
+    values_and_codes,
+)
 
 
 def gelu_ref(x: Tensor) -> Tensor:
@@ -14,21 +26,32 @@ def gelu_ref(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def gelu_fwd(x: Tensor) -> Tensor:
-    """y, contiguous, of x's shape; the launcher alone: fp32 on the CPU, no autograd."""
+def gelu_fwd(x: Tensor, out: str, impl: str) -> list[Tensor]:
+    """What `out` asks for of y, codes and scales, contiguous, of x's shape; the launcher alone, no autograd."""
+    if impl == "triton":
+        from fluxfast_kernels import gelu as kernels
+
+        parts = [part for part in kernels.gelu_fwd(_as_tokens(x), out=out) if part is not None]
+        return [part.view(x.shape if part.ndim == 3 else x.shape[:-1]) for part in parts]
     x, rows, cols, stride = _as_rows(x)
     y = _impl.contiguous_like(x)
     _impl.native.gelu_fwd(x.data_ptr(), stride, y.data_ptr(), rows, cols, torch.get_num_threads())
-    return y
+    return values_and_codes(y, y.dtype, out)
 
 
-def gelu_bwd(dy: Tensor, x: Tensor) -> Tensor:
+def gelu_bwd(dy: Tensor, x: Tensor, impl: str) -> list[Tensor]:
     """dx, contiguous, of x's shape."""
+    if impl == "triton":
+        from fluxfast_kernels import gelu as kernels
+
+        dx = kernels.gelu_bwd(_as_tokens(dy), _as_tokens(x)).y
+        assert dx is not None
+        return [dx.view(x.shape)]
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
     dx = _impl.contiguous_like(x)
     _impl.native.gelu_bwd(dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), rows, cols, torch.get_num_threads())
-    return dx
+    return [dx]
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -44,38 +67,76 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x.contiguous(), rows, cols, cols
 
 
-_fwd_op = torch.library.custom_op("fluxfast::gelu_fwd", gelu_fwd, mutates_args=())
-_bwd_op = torch.library.custom_op("fluxfast::gelu_bwd", gelu_bwd, mutates_args=())
+def _as_tokens(x: Tensor) -> Tensor:
+    """x as the kernels take it, [B, S, K] with contiguous rows; a copy if it must be."""
+    if x.ndim == 3:
+        return _impl.dense_rows(x)
+    x, rows, cols, _ = _as_rows(x)
+    return x.reshape(1, rows, cols)
+
+
+_fwd_op = _impl.register(gelu_fwd)
+_bwd_op = _impl.register(gelu_bwd)
 
 
 @_fwd_op.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, out: str, impl: str) -> list[Tensor]:
+    return fake_outputs(x, out)
 
 
 @_bwd_op.register_fake
-def _(dy: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(dy: Tensor, x: Tensor, impl: str) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
+
+
+def forward(x: Tensor, *, out: str = "same", impl: str) -> tuple[RowOutput, tuple[Tensor]]:
+    """Raw interface: what `out` asks for, and (x,) to keep for backward."""
+    if impl == "ref":
+        parts = ref_outputs(gelu_ref, x, out=out)
+    else:
+        parts = _impl.launcher(x, gelu_fwd, _fwd_op)(x, out, impl)
+    return row_output(parts, out), (x,)
+
+
+def backward(dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str) -> tuple[Tensor | None]:
+    """Raw interface: (dx,)."""
+    (x,) = saved
+    if not needs[0]:
+        return (None,)
+    if impl == "ref":
+        return (torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),)
+    (dx,) = _impl.launcher(dy, gelu_bwd, _bwd_op)(dy, x, impl)
+    return (dx,)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _impl.launcher(x, gelu_fwd, _fwd_op)(x)
+    def forward(ctx: Any, x: Tensor, out: str, impl: str) -> tuple[Tensor, ...]:
+        output, saved = forward(x, out=out, impl=impl)
+        ctx.save_for_backward(*saved)
+        ctx.impl = impl
+        return autograd_outputs(ctx, output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _impl.launcher(dy, gelu_bwd, _bwd_op)(dy, x)
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if dy is None:
+            return None, None, None
+        return *backward(dy, ctx.saved_tensors, ctx.needs_input_grad, impl=ctx.impl), None, None
 
 
-def gelu(x: Tensor, impl: str = "auto") -> Tensor:
+@overload
+def gelu(x: Tensor, impl: str = "auto", *, out: Literal["same"] = "same") -> Tensor: ...
+@overload
+def gelu(x: Tensor, impl: str = "auto", *, out: CodesOut) -> RowOutput: ...
+def gelu(x: Tensor, impl: str = "auto", *, out: str = "same") -> Tensor | RowOutput:
     """GELU(x) in its tanh form; x of any shape. Backward keeps x only.
 
-    Raises ValueError if `impl` can't do this call. Source: diffusers' `GELU(approximate="tanh")`.
+    `out` asks for the values ("same"), for their row-quantised codes ("int8", "e4m3"), or for both ("both-int8", "both-e4m3");
+    but for "same", a RowOutput comes back. A gradient comes in through the values only.
+    Raises ValueError if `impl` can't do this call, or on another `out`. Source: diffusers' `GELU(approximate="tanh")`.
     """
-    if _impl.resolve("gelu", impl, (x,)) == "ref":
-        return gelu_ref(x)
-    return _Gelu.apply(x)
+    check_out("gelu", out)
+    backend = _impl.resolve("gelu", impl, (x,))
+    parts = ref_outputs(gelu_ref, x, out=out) if backend == "ref" else _Gelu.apply(x, out, backend)
+    return public_output(parts, out)

@@ -42,7 +42,7 @@ def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
-def _forward(x: Tensor, linears: Sequence[LinearParams]) -> tuple[Tensor, Tensor | None]:
+def forward(x: Tensor, linears: Sequence[LinearParams]) -> tuple[Tensor, Tensor | None]:
     """x [M, in] to the packed output [M, Σ out], and the adapters' down-projections x Aᵀ [M, Σ r] (None without any)."""
     dtype = x.dtype
     y = x.new_empty(x.shape[0], sum(p.weight.shape[0] for p in linears))
@@ -63,7 +63,7 @@ def _forward(x: Tensor, linears: Sequence[LinearParams]) -> tuple[Tensor, Tensor
     return y, s
 
 
-def _backward(
+def backward(
     dy: Tensor, x: Tensor, s: Tensor | None, linears: Sequence[LinearParams], need_dx: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
     """dx [M, in] (or None) and (dA, dB) of every adapter, in order."""
@@ -99,7 +99,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, layout: tuple[tuple[bool, tuple[float, ...]], ...], *tensors: Tensor) -> Tensor:
         # layout: of each linear, whether it has a bias, and the scales of its adapters; tensors: weight, bias?, a, b, …
         linears = _unflatten(layout, tensors)
-        y, s = _forward(x.reshape(-1, x.shape[-1]), linears)
+        y, s = forward(x.reshape(-1, x.shape[-1]), linears)
         ctx.layout, ctx.has_s = layout, s is not None
         ctx.save_for_backward(x, *([s] if s is not None else []), *tensors)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -111,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
         s = rest.pop(0) if ctx.has_s else None
         linears = _unflatten(ctx.layout, rest)
         x2 = x.reshape(-1, x.shape[-1])
-        dx, adapter_grads = _backward(dy.reshape(-1, dy.shape[-1]), x2, s, linears, ctx.needs_input_grad[0])
+        dx, adapter_grads = backward(dy.reshape(-1, dy.shape[-1]), x2, s, linears, ctx.needs_input_grad[0])
         pending = iter(adapter_grads)
         out: list[Tensor | None] = []
         for has_bias, scales in ctx.layout:

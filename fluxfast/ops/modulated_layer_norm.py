@@ -1,12 +1,24 @@
 """LayerNorm without an affine part, then a per-sample modulation: y = LayerNorm(x)·(1 + scale) + shift."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import _impl
+from fluxfast.ops.row_quant import (
+    CodesOut,
+    RowOutput,
+    autograd_outputs,
+    check_out,
+    fake_outputs,
+    public_output,
+    ref_outputs,
+    row_output,
+    values_and_codes,
+)
 
 
 def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -14,17 +26,22 @@ def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float
 
     Computes in fp32 (fp64 if x is) and rounds once, to x's dtype.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = _impl.full_dtype(x)
     xhat = torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, None].to(dtype), xhat, 1 + scale[:, None].to(dtype)).to(x.dtype)
 
 
-def modulated_layer_norm_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y [B, S, D], and each row's mean and reciprocal standard deviation, stats [2, B, S].
+def modulated_layer_norm_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str) -> list[Tensor]:
+    """Each row's mean and reciprocal standard deviation [B, S], then what `out` asks for of y [B, S, D], codes and scales.
 
-    The launcher alone: fp32 on the CPU, no autograd.
+    The launcher alone: no autograd.
     """
     x, scale, shift = _impl.dense_rows(x), _impl.dense_rows(scale), _impl.dense_rows(shift)
+    if impl == "triton":
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        y, q, q_scale, mean, rstd = kernels.modulated_layer_norm_fwd(x, scale, shift, eps, out=out)
+        return [mean, rstd, *(part for part in (y, q, q_scale) if part is not None)]
     y = _impl.contiguous_like(x)
     stats = x.new_empty(2, *x.shape[:2])
     _impl.native.modulated_layer_norm_fwd(
@@ -33,66 +50,134 @@ def modulated_layer_norm_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float
         shift.data_ptr(), shift.stride(0),
         y.data_ptr(), stats.data_ptr(), *x.shape, eps, torch.get_num_threads(),
     )  # fmt: skip
-    return y, stats
+    return [*stats.unbind(), *values_and_codes(y, y.dtype, out)]
 
 
-def modulated_layer_norm_bwd(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
-    """dx [B, S, D], and dscale and dshift as [2, B, D] (empty unless `modulation`)."""
+def modulated_layer_norm_bwd(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, add_to: Tensor | None, modulation: bool, impl: str
+) -> list[Tensor]:
+    """dx [B, S, D], to which add_to [B, S, D] is added; with `modulation` dscale and dshift [B, D] too."""
     dy, x, scale = _impl.dense_rows(dy), _impl.dense_rows(x), _impl.dense_rows(scale)
+    if impl == "triton":
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        add_to = None if add_to is None else _impl.dense_rows(add_to)
+        grads = kernels.modulated_layer_norm_bwd(dy, x, scale, mean, rstd, add_to=add_to, modulation=modulation)
+        return [grad for grad in grads[:3] if grad is not None]
     dx = _impl.contiguous_like(x)
     dmodulation = x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
+    stats = torch.stack((mean, rstd))
     _impl.native.modulated_layer_norm_bwd(
         dy.data_ptr(), *dy.stride()[:2],
         x.data_ptr(), *x.stride()[:2],
         scale.data_ptr(), scale.stride(0),
         stats.data_ptr(), dx.data_ptr(), dmodulation.data_ptr(), *x.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return dx, dmodulation
+    if add_to is not None:
+        dx += add_to
+    return [dx, *dmodulation] if modulation else [dx]
 
 
-_fwd_op = torch.library.custom_op("fluxfast::modulated_layer_norm_fwd", modulated_layer_norm_fwd, mutates_args=())
-_bwd_op = torch.library.custom_op("fluxfast::modulated_layer_norm_bwd", modulated_layer_norm_bwd, mutates_args=())
+def _bwd_ref(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, add_to: Tensor | None, modulation: bool
+) -> list[Tensor]:
+    dtype = _impl.full_dtype(x)
+    dy = dy.to(dtype)
+    xhat = (x.to(dtype) - mean[..., None]) * rstd[..., None]
+    g = dy * (1 + scale[:, None].to(dtype))
+    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[..., None]
+    if add_to is not None:
+        dx = dx + add_to
+    sums = [(dy * xhat).sum(1).to(scale.dtype), dy.sum(1).to(scale.dtype)] if modulation else []
+    return [dx.to(x.dtype), *sums]
+
+
+_fwd_op = _impl.register(modulated_layer_norm_fwd)
+_bwd_op = _impl.register(modulated_layer_norm_bwd)
 
 
 @_fwd_op.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(2, *x.shape[:2])
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str) -> list[Tensor]:
+    stats = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)]
+    return [*stats, *fake_outputs(x, out)]
 
 
 @_bwd_op.register_fake
-def _(dy: Tensor, x: Tensor, stats: Tensor, scale: Tensor, modulation: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
+def _(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, add_to: Tensor | None, modulation: bool, impl: str
+) -> list[Tensor]:
+    return [x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(2 if modulation else 0))]
+
+
+def forward(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, out: str = "same", impl: str
+) -> tuple[RowOutput, tuple[Tensor, ...]]:
+    """Raw interface: what `out` asks for, and (x, mean, rstd, scale) to keep for backward."""
+    if impl == "ref":
+        var, mean = torch.var_mean(x.to(_impl.full_dtype(x)), -1, correction=0)
+        rstd, parts = torch.rsqrt(var + eps), ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out)
+    else:
+        launch = _impl.launcher(x, modulated_layer_norm_fwd, _fwd_op)
+        mean, rstd, *parts = launch(x, scale, shift, eps, out, impl)
+    return row_output(parts, out), (x, mean, rstd, scale)
+
+
+def backward(
+    dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, add_to: Tensor | None = None, impl: str
+) -> tuple[Tensor | None, ...]:
+    """Raw interface: (dx, dscale, dshift). add_to [B, S, D], the gradient that reaches x past the norm, is added to dx."""
+    needs_scale, needs_shift = needs[1:]
+    arguments: tuple[Any, ...] = (dy, *saved, add_to, needs_scale or needs_shift)
+    if impl == "ref":
+        dx, *sums = _bwd_ref(*arguments)
+    else:
+        dx, *sums = _impl.launcher(dy, modulated_layer_norm_bwd, _bwd_op)(*arguments, impl)
+    return dx if needs[0] else None, sums[0] if needs_scale else None, sums[1] if needs_shift else None
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        y, stats = _impl.launcher(x, modulated_layer_norm_fwd, _fwd_op)(x, scale, shift, eps)
-        ctx.save_for_backward(x, stats, scale)
-        return y
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str) -> tuple[Tensor, ...]:
+        output, saved = forward(x, scale, shift, eps, out=out, impl=impl)
+        ctx.save_for_backward(*saved)
+        ctx.impl = impl
+        return autograd_outputs(ctx, output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_scale, needs_shift, _ = ctx.needs_input_grad
-        modulation = needs_scale or needs_shift
-        dx, dmodulation = _impl.launcher(dy, modulated_layer_norm_bwd, _bwd_op)(dy, *ctx.saved_tensors, modulation)
-        dscale, dshift = dmodulation if modulation else (None, None)
-        return dx, dscale if needs_scale else None, dshift if needs_shift else None, None
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 6
+        return *backward(dy, ctx.saved_tensors, ctx.needs_input_grad[:3], impl=ctx.impl), None, None, None
 
 
-def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+@overload
+def modulated_layer_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, impl: str = "auto", *, out: Literal["same"] = "same"
+) -> Tensor: ...
+@overload
+def modulated_layer_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, impl: str = "auto", *, out: CodesOut
+) -> RowOutput: ...
+def modulated_layer_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, impl: str = "auto", *, out: str = "same"
+) -> Tensor | RowOutput:
     """LayerNorm(x)·(1 + scale[:, None]) + shift[:, None].
 
     x [B, S, D]; scale, shift [B, D]. Returns [B, S, D]. Backward keeps x, scale, and each row's mean and reciprocal standard
     deviation; dscale and dshift are computed only where asked for.
-    Raises ValueError on shapes that don't fit, or if `impl` can't do this call. Source: diffusers' `AdaLayerNormZero`.
+    `out` asks for the values ("same"), for their row-quantised codes ("int8", "e4m3"), or for both ("both-int8", "both-e4m3");
+    but for "same", a RowOutput comes back. A gradient comes in through the values only.
+    Raises ValueError on shapes that don't fit, on another `out`, or if `impl` can't do this call.
+    Source: diffusers' `AdaLayerNormZero`.
     """
+    check_out("modulated_layer_norm", out)
     if x.ndim != 3 or scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
         raise ValueError(
             "modulated_layer_norm: expected x [B, S, D] and scale and shift [B, D], "
             f"got x {list(x.shape)}, scale {list(scale.shape)}, shift {list(shift.shape)}"
         )
-    if _impl.resolve("modulated_layer_norm", impl, (x, scale, shift)) == "ref":
-        return modulated_layer_norm_ref(x, scale, shift, eps)
-    return _ModulatedLayerNorm.apply(x, scale, shift, eps)
+    backend = _impl.resolve("modulated_layer_norm", impl, (x, scale, shift))
+    if backend == "ref":
+        return public_output(ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out), out)
+    return public_output(_ModulatedLayerNorm.apply(x, scale, shift, eps, out, backend), out)

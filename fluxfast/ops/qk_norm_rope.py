@@ -8,9 +8,11 @@ Everything between the load and the store is fp32. Tables hold one entry a pair 
 Backward, for one head of one token, with xhat = x·rstd, g = rot⁻¹(dy)·w:  dx = rstd·(g - xhat·mean(g·xhat)).
 It needs no x: xhat = rot⁻¹(y)/w, and attention keeps y anyway. Dividing by w loses what rounding y lost, and a zero loses all,
 so where two weights of a pair are more than 8 times apart, one is next to zero, or a table is no rotation (cos² + sin² ≠ 1),
-the packed inputs are kept instead; so they are under torch.compile, where a choice can't hang on a value.
+the packed inputs are kept instead. So they are where a choice can't hang on a value: under torch.compile, and on a GPU, which
+would have to be waited for. Whoever calls `forward` asks `outputs_suffice` once, ahead, for weights that don't change.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import _impl
+
+# beyond these, outputs don't give the normalised q and k back to fp32 precision; csrc/cpu/qk_norm_rope.cpp has them too
+_MAX_WEIGHT_RATIO = 8.0
+_MIN_WEIGHT = 1e-12
+_MAX_TABLE_ERROR = 1e-6
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,19 +74,24 @@ def qk_norm_rope_fwd(
     index: Tensor | None,
     heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    impl: str,
+) -> list[Tensor]:
     """q, k, v [B, S, heads, head_dim], and the reciprocal RMS of each head of q and k [B, S, 2, heads].
 
     weights [2 or 4, head_dim] holds the rows q, k, and where there is text txt_q, txt_k; it, cos and sin are contiguous.
-    The launcher alone: fp32 on the CPU, no autograd. Raises ValueError if index names a row that the tables don't have.
+    The launcher alone: no autograd. Raises ValueError if index names a row that the tables don't have (on a GPU, unchecked).
     """
     qkv = _impl.dense_rows(qkv)
+    txt_qkv = None if txt_qkv is None else _impl.dense_rows(txt_qkv)
+    if impl == "triton":
+        from fluxfast_kernels import qk_norm_rope as kernels
+
+        return list(kernels.qk_norm_rope_fwd(qkv, weights, cos, sin, heads=heads, txt_qkv=txt_qkv, eps=eps, index=index))
     batch, s_img, width = qkv.shape
     s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
     shape = (batch, s_txt + s_img, heads, width // (3 * heads))
     q, k, v = (torch.empty(shape, dtype=qkv.dtype) for _ in range(3))
     rstd = torch.empty((batch, s_txt + s_img, 2, heads), dtype=torch.float32)
-    txt_qkv = None if txt_qkv is None else _impl.dense_rows(txt_qkv)
     index_args = _index_args(index)
     if not _impl.native.rope_index_in_range(*index_args, batch, shape[1], cos.shape[0]):
         raise ValueError(f"qk_norm_rope: index names a row that the tables don't have; they have {cos.shape[0]}")
@@ -90,7 +102,7 @@ def qk_norm_rope_fwd(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), rstd.data_ptr(),
         batch, s_txt, s_img, heads, shape[3], eps, torch.get_num_threads(),
     )  # fmt: skip
-    return q, k, v, rstd
+    return [q, k, v, rstd]
 
 
 def qk_norm_rope_bwd(
@@ -102,22 +114,31 @@ def qk_norm_rope_bwd(
     cos: Tensor,
     sin: Tensor,
     index: Tensor | None,
-    s_txt: int,
     q: Tensor | None,
     k: Tensor | None,
     qkv: Tensor | None,
     txt_qkv: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    s_txt: int,
+    impl: str,
+) -> list[Tensor]:
     """dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, 3·heads·head_dim].
 
     What forward kept is either its outputs q and k, or its inputs qkv and txt_qkv.
     """
     dq, dk, dv = _impl.dense_rows(dq), _impl.dense_rows(dk), _impl.dense_rows(dv)
-    batch, s_all, heads, head_dim = dq.shape
-    dqkv = torch.empty((batch, s_all - s_txt, 3 * heads * head_dim), dtype=dq.dtype)
-    dtxt_qkv = torch.empty((batch, s_txt, 3 * heads * head_dim), dtype=dq.dtype)
     qkv = None if qkv is None else _impl.dense_rows(qkv)
     txt_qkv = None if txt_qkv is None else _impl.dense_rows(txt_qkv)
+    batch, s_all, heads, head_dim = dq.shape
+    dqkv = dq.new_empty((batch, s_all - s_txt, 3 * heads * head_dim))
+    dtxt_qkv = dq.new_empty((batch, s_txt, 3 * heads * head_dim))
+    if impl == "triton":
+        from fluxfast_kernels import qk_norm_rope as kernels
+
+        kernels.qk_norm_rope_bwd(
+            dq, dk, dv, rstd, weights, cos, sin, s_txt=s_txt, index=index,
+            q=q, k=k, qkv=qkv, txt_qkv=txt_qkv, dqkv=dqkv, dtxt_qkv=dtxt_qkv,
+        )  # fmt: skip
+        return [dqkv, dtxt_qkv]
     _impl.native.qk_norm_rope_bwd(
         dq.data_ptr(), *dq.stride()[:3],
         dk.data_ptr(), *dk.stride()[:3],
@@ -129,14 +150,7 @@ def qk_norm_rope_bwd(
         dqkv.data_ptr(), dtxt_qkv.data_ptr(),
         batch, s_txt, s_all - s_txt, heads, head_dim, torch.get_num_threads(),
     )  # fmt: skip
-    return dqkv, dtxt_qkv
-
-
-def _is_invertible(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether backward can get the normalised q and k back from the outputs, to fp32 precision."""
-    return _impl.native.qk_norm_rope_invertible(
-        weights.data_ptr(), weights.numel(), cos.data_ptr(), sin.data_ptr(), cos.numel()
-    )
+    return [dqkv, dtxt_qkv]
 
 
 def _packed_args(qkv: Tensor | None) -> tuple[int, ...]:
@@ -151,47 +165,115 @@ def _index_args(index: Tensor | None) -> tuple[int, int, int]:
     return index.data_ptr(), index.element_size(), index.stride(0) if index.ndim == 2 else 0
 
 
-_fwd_op = torch.library.custom_op("fluxfast::qk_norm_rope_fwd", qk_norm_rope_fwd, mutates_args=())
-_bwd_op = torch.library.custom_op("fluxfast::qk_norm_rope_bwd", qk_norm_rope_bwd, mutates_args=())
+def _joined_qk(qkv: Tensor, txt_qkv: Tensor | None, heads: int) -> Tensor:
+    """The text's and the image's q and k, one after the other: [B, S, 2, heads, head_dim]."""
+    parts = [qkv] if txt_qkv is None else [txt_qkv, qkv]
+    return torch.cat([part.unflatten(-1, (3, heads, -1))[:, :, :2] for part in parts], dim=1)
+
+
+def _bwd_ref(grads: Sequence[Tensor], saved: Sequence[Tensor | None], s_txt: int) -> list[Tensor]:
+    rstd, weights, cos, sin, index, q, k, qkv, txt_qkv = saved
+    assert rstd is not None and weights is not None and cos is not None and sin is not None
+    dq, dk, dv = grads
+    s_all, heads = dq.shape[1:3]
+    dtype = _impl.full_dtype(dq)
+    rows = slice(s_all) if index is None else index
+    # [S or B, S, 1, 1, head_dim / 2]
+    cos, sin = (table[rows].to(dtype)[..., None, None, :] for table in (cos, sin))
+    # each token's weights for q and k: [S, 2, 1, head_dim]
+    w = weights[:2].to(dtype).expand(s_all - s_txt, -1, -1)
+    if s_txt:
+        w = torch.cat((weights[2:].to(dtype).expand(s_txt, -1, -1), w))
+    w = w[:, :, None]
+    rstd = rstd[..., None]
+    d = _rotate(torch.stack((dq, dk), dim=2).to(dtype), cos, -sin)
+    if qkv is None:
+        assert q is not None and k is not None
+        n = _rotate(torch.stack((q, k), dim=2).to(dtype), cos, -sin)
+        xhat = n / w
+    else:
+        xhat = _joined_qk(qkv, txt_qkv, heads).to(dtype) * rstd
+        n = xhat * w
+    dqk = rstd * (d * w - xhat * (d * n).mean(-1, keepdim=True))
+    packed = torch.cat((dqk.to(dv.dtype), dv[:, :, None]), dim=2).flatten(2)
+    return [packed[:, s_txt:], packed[:, :s_txt]]
+
+
+_fwd_op = _impl.register(qk_norm_rope_fwd)
+_bwd_op = _impl.register(qk_norm_rope_bwd)
 
 
 @_fwd_op.register_fake
-def _(
+def _(qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, *rest: Any) -> list[Tensor]:
+    *_, heads, _, _ = rest
+    batch, s_all, width = qkv.shape
+    if txt_qkv is not None:
+        s_all = s_all + txt_qkv.shape[1]
+    q, k, v = (qkv.new_empty((batch, s_all, heads, width // (3 * heads))) for _ in range(3))
+    return [q, k, v, qkv.new_empty((batch, s_all, 2, heads), dtype=torch.float32)]
+
+
+@_bwd_op.register_fake
+def _(dq: Tensor, *rest: Any) -> list[Tensor]:
+    *_, s_txt, _ = rest
+    batch, s_all, heads, head_dim = dq.shape
+    width = 3 * heads * head_dim
+    return [dq.new_empty((batch, s_all - s_txt, width)), dq.new_empty((batch, s_txt, width))]
+
+
+def outputs_suffice(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether backward can get the normalised q and k back from the outputs, to fp32 precision; waits for a GPU.
+
+    weights [2 or 4, head_dim]; cos, sin [rows, head_dim / 2].
+    """
+    if _impl.HAS_NATIVE and all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (weights, cos, sin)):
+        return _impl.native.qk_norm_rope_invertible(
+            weights.data_ptr(), weights.numel(), cos.data_ptr(), sin.data_ptr(), cos.numel()
+        )
+    low, high = weights.abs().unflatten(-1, (-1, 2)).sort(dim=-1).values.unbind(-1)
+    rotation = ((cos * cos + sin * sin - 1).abs() <= _MAX_TABLE_ERROR).all()
+    return bool(((low >= _MIN_WEIGHT) & (high <= _MAX_WEIGHT_RATIO * low)).all() & rotation)
+
+
+def forward(
     qkv: Tensor,
     txt_qkv: Tensor | None,
     weights: Tensor,
     cos: Tensor,
     sin: Tensor,
-    index: Tensor | None,
+    index: Tensor | None = None,
+    *,
     heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, s_all, width = qkv.shape
-    if txt_qkv is not None:
-        s_all = s_all + txt_qkv.shape[1]
-    q, k, v = (qkv.new_empty((batch, s_all, heads, width // (3 * heads))) for _ in range(3))
-    return q, k, v, qkv.new_empty((batch, s_all, 2, heads))
+    eps: float = 1e-6,
+    keep_outputs: bool = False,
+    impl: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Raw interface: (q, k, v), and (rstd, weights, cos, sin, index, q, k, qkv, txt_qkv) to keep for backward.
+
+    Of the last four only q and k with `keep_outputs`, which only `outputs_suffice` allows, else only qkv and txt_qkv.
+    weights [2 or 4, head_dim], fp32, holds the rows q, k, and where there is text txt_q, txt_k; all constants are contiguous.
+    """
+    if impl == "ref":
+        text = {} if txt_qkv is None else {"txt_qkv": txt_qkv, "txt_q_weight": weights[2], "txt_k_weight": weights[3]}
+        q, k, v = qk_norm_rope_ref(qkv, weights[0], weights[1], cos, sin, heads=heads, eps=eps, index=index, **text)
+        qk = _joined_qk(qkv, txt_qkv, heads).to(_impl.full_dtype(qkv))
+        rstd = torch.rsqrt(qk.square().mean(-1) + eps)
+    else:
+        launch = _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op)
+        q, k, v, rstd = launch(qkv, txt_qkv, weights, cos, sin, index, heads, eps, impl)
+    kept = (q, k, None, None) if keep_outputs else (None, None, qkv, txt_qkv)
+    return (q, k, v), (rstd, weights, cos, sin, index, *kept)
 
 
-@_bwd_op.register_fake
-def _(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    rstd: Tensor,
-    weights: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    index: Tensor | None,
-    s_txt: int,
-    q: Tensor | None,
-    k: Tensor | None,
-    qkv: Tensor | None,
-    txt_qkv: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    batch, s_all, heads, head_dim = dq.shape
-    width = 3 * heads * head_dim
-    return dq.new_empty((batch, s_all - s_txt, width)), dq.new_empty((batch, s_txt, width))
+def backward(
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], *, s_txt: int, impl: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text."""
+    if impl == "ref":
+        dqkv, dtxt_qkv = _bwd_ref(grads, saved, s_txt)
+    else:
+        dqkv, dtxt_qkv = _impl.launcher(grads[0], qk_norm_rope_bwd, _bwd_op)(*grads, *saved, s_txt, impl)
+    return dqkv if needs[0] else None, dtxt_qkv if needs[1] else None
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -204,24 +286,19 @@ class _QKNormRope(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         index: Tensor | None,
-        heads: int,
-        eps: float,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        launch = _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op)
-        q, k, v, rstd = launch(qkv, txt_qkv, weights, cos, sin, index, heads, eps)
-        ctx.s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
-        outputs_do = launch is qk_norm_rope_fwd and _is_invertible(weights, cos, sin)
-        kept = (q, k, None, None) if outputs_do else (None, None, qkv, txt_qkv)
-        ctx.save_for_backward(rstd, weights, cos, sin, index, *kept)
-        return q, k, v
+        heads, eps, keep, impl = rest
+        outs, saved = forward(qkv, txt_qkv, weights, cos, sin, index, heads=heads, eps=eps, keep_outputs=keep, impl=impl)
+        ctx.save_for_backward(*saved)
+        ctx.s_txt, ctx.impl = 0 if txt_qkv is None else txt_qkv.shape[1], impl
+        return outs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        rstd, weights, cos, sin, index, *kept = ctx.saved_tensors
-        launch = _impl.launcher(dq, qk_norm_rope_bwd, _bwd_op)
-        dqkv, dtxt_qkv = launch(dq, dk, dv, rstd, weights, cos, sin, index, ctx.s_txt, *kept)
-        return dqkv, dtxt_qkv if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grads_in = backward(grads, ctx.saved_tensors, ctx.needs_input_grad[:2], s_txt=ctx.s_txt, impl=ctx.impl)
+        return *grads_in, *(None,) * 8
 
 
 def qk_norm_rope(
@@ -254,15 +331,18 @@ def qk_norm_rope(
     if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
         obstacle = "a norm weight or a table requires a gradient, which only the reference computes"
     inputs = (qkv, cos, sin) if txt_qkv is None else (qkv, txt_qkv, cos, sin)
-    if _impl.resolve("qk_norm_rope", impl, inputs, obstacle=obstacle) == "ref":
+    backend = _impl.resolve("qk_norm_rope", impl, inputs, obstacle=obstacle)
+    if backend == "ref":
         return qk_norm_rope_ref(
             qkv, q_weight, k_weight, cos, sin, heads=heads,
             txt_qkv=txt_qkv, txt_q_weight=txt_q_weight, txt_k_weight=txt_k_weight, eps=eps, index=index,
         )  # fmt: skip
     weights = torch.stack(constants[:-2]).to(torch.float32)
-    if index is not None:
-        index = _impl.dense_rows(index)
-    return _QKNormRope.apply(qkv, txt_qkv, weights, cos.contiguous(), sin.contiguous(), index, heads, eps)
+    index = None if index is None else _impl.dense_rows(index)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    runs_here = qkv.is_cpu and _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op) is qk_norm_rope_fwd
+    keep_outputs = runs_here and outputs_suffice(weights, cos, sin)
+    return _QKNormRope.apply(qkv, txt_qkv, weights, cos, sin, index, heads, eps, keep_outputs, backend)
 
 
 def _check(

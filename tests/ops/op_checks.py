@@ -11,6 +11,13 @@ from torch import Tensor
 
 FP32_TOLERANCE = 1e-6
 
+# 16 bits: one step, from the one rounding at the store. It costs half of one, but Triton's interpreter cuts fp32 to bf16
+TOLERANCES = {torch.float32: FP32_TOLERANCE} | {t: torch.finfo(t).eps for t in (torch.float16, torch.bfloat16)}
+DTYPES = list(TOLERANCES)
+
+# where Triton's kernels run: in its interpreter, if there is no GPU
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
@@ -20,15 +27,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def outputs_and_grads(
-    op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int = 7
+    op: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    seed: int = 7,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """What `op` gives for `inputs`, and their gradients for one fixed random gradient of each output."""
+    """What `op` gives for `inputs`, and their gradients for one fixed random gradient of each output (a grad_dtype's value)."""
     inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     outs = op(*inputs)
     outs = list(outs) if isinstance(outs, tuple) else [outs]
     generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outs]
-    torch.autograd.backward(outs, grads)
+    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(grad_dtype or out.dtype) for out in outs]
+    torch.autograd.backward(outs, [grad.to(out) for grad, out in zip(grads, outs, strict=True)])
     return [out.detach() for out in outs], [x.grad for x in inputs]
 
 
@@ -38,10 +48,10 @@ def assert_matches_fp64(
     inputs: Sequence[Tensor],
     tolerance: float = FP32_TOLERANCE,
 ) -> None:
-    """`op` on fp32 inputs against `ref` on the same values in fp64: every output and every gradient that was asked for."""
+    """`op` against `ref` on the same values in fp64: every output and every gradient that was asked for."""
     outs, grads = outputs_and_grads(op, inputs)
-    doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    expected_outs, expected_grads = outputs_and_grads(ref, doubles)
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    expected_outs, expected_grads = outputs_and_grads(ref, doubles, grad_dtype=outs[0].dtype)
     for i, (out, expected) in enumerate(zip(outs, expected_outs, strict=True)):
         error = relative_error(out, expected)
         assert error <= tolerance, f"output {i}: relative error {error:.2e}"

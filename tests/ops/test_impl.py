@@ -3,34 +3,52 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from op_checks import randn
+from op_checks import TRITON_DEVICE, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fluxfast.ops import _impl
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu, gelu_ref
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_ref
 from fluxfast.ops.qk_norm_rope import qk_norm_rope
+from fluxfast.ops.row_quant import row_quant
+from fluxfast.ops.token_route import token_gather, token_scatter
 
 needs_native = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
 
 
+needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
+
+
 def qk(x, **kwargs):
     head_dim = x.shape[-1] // 3
-    table = torch.ones(x.shape[1], head_dim // 2, dtype=x.dtype)
+    table = x.new_ones(x.shape[1], head_dim // 2)
     return qk_norm_rope(x, x.new_ones(head_dim), x.new_ones(head_dim), table, 0 * table, heads=1, **kwargs)
 
 
-OPS = {
-    "gated_residual": lambda x, **kwargs: gated_residual(x, x[:, 0], x, **kwargs),
+def modulation(x):
+    return x.new_ones(x.shape[0], x.shape[2], requires_grad=x.requires_grad)
+
+
+NATIVE_OPS = {
+    "gated_residual": lambda x, **kwargs: gated_residual(x, modulation(x), x, **kwargs),
     "gelu": gelu,
-    "modulated_layer_norm": lambda x, **kwargs: modulated_layer_norm(x, x[:, 0], x[:, 0], **kwargs),
+    "modulated_layer_norm": lambda x, **kwargs: modulated_layer_norm(x, modulation(x), modulation(x), **kwargs),
     "qk_norm_rope": qk,
 }
+OPS = NATIVE_OPS | {
+    "row_quant": lambda x, **kwargs: row_quant(x, "int8", **kwargs),
+    "token_gather": lambda x, **kwargs: token_gather(x, torch.arange(3, device=x.device), **kwargs),
+    "token_scatter": lambda x, **kwargs: token_scatter(x, 2 * x[:, :3], torch.arange(3, device=x.device), **kwargs),
+}
 every_op = pytest.mark.parametrize("op", OPS)
+every_native_op = pytest.mark.parametrize("op", NATIVE_OPS)
 
 
 @pytest.fixture
@@ -41,7 +59,7 @@ def log(caplog, monkeypatch):
 
 
 @needs_native
-@every_op
+@every_native_op
 def test_auto_says_once_what_it_took(log, op):
     x = randn(1, 5, 12)
     OPS[op](x)
@@ -50,7 +68,7 @@ def test_auto_says_once_what_it_took(log, op):
 
 
 @needs_native
-@every_op
+@every_native_op
 def test_auto_takes_the_reference_for_other_dtypes(log, op):
     OPS[op](randn(1, 5, 12).double())
     (message,) = log.messages
@@ -58,7 +76,7 @@ def test_auto_takes_the_reference_for_other_dtypes(log, op):
     assert "torch.float64" in message
 
 
-@every_op
+@every_native_op
 def test_without_the_native_module(log, monkeypatch, op):
     monkeypatch.setattr(_impl, "HAS_NATIVE", False)
     x = randn(1, 5, 12)
@@ -76,17 +94,68 @@ def test_gated_residual_of_a_frozen_gate_is_addcmul(log):
 
 
 @needs_native
-@every_op
+@every_native_op
 @pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")])
 def test_an_explicit_native_never_falls_back(op, dtype, device):
     with pytest.raises(ValueError, match=f"{op}: impl='native' can't do this call: .*({dtype}|{device})"):
         OPS[op](torch.ones(1, 5, 12, dtype=dtype, device=device), impl="native")
 
 
+@pytest.mark.parametrize("op", sorted(OPS.keys() - NATIVE_OPS.keys()))
+def test_ops_that_the_native_module_does_not_have(log, op):
+    with pytest.raises(ValueError, match=f"{op}: impl='native' can't do this call: the native module (has|doesn't)"):
+        OPS[op](randn(1, 5, 12), impl="native")
+    OPS[op](randn(1, 5, 12))
+    assert log.messages[0].startswith(f"{op} runs on 'ref': the native module")
+
+
+@needs_triton
 @every_op
-def test_triton_is_not_there_yet(op):
-    with pytest.raises(ValueError, match=f"{op}: impl='triton' is not available for cpu"):
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, TRITON_DEVICE), (torch.float32, "meta")])
+def test_an_explicit_triton_never_falls_back(op, dtype, device):
+    with pytest.raises(ValueError, match=f"{op}: impl='triton' can't do this call: .*({dtype}|{device})"):
+        OPS[op](torch.ones(1, 5, 12, dtype=dtype, device=device), impl="triton")
+
+
+@every_op
+def test_without_triton(monkeypatch, op):
+    monkeypatch.setattr(_impl, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match=f"{op}: impl='triton' can't do this call: triton is not installed"):
         OPS[op](randn(1, 5, 12), impl="triton")
+
+
+@every_op
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch, op):
+    monkeypatch.setattr(_impl, "HAS_TRITON", True)
+    monkeypatch.setattr(_impl, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match=f"{op}: impl='triton' .* run on a GPU and a tensor is on cpu .*TRITON_INTERPRET=1"):
+        OPS[op](randn(1, 5, 12), impl="triton")
+
+
+def test_auto_on_a_gpu(log, monkeypatch):
+    """On a fake one: nothing runs there, but the choice is the same."""
+    with FakeTensorMode():
+        tensors = [torch.empty(1, 5, 12, device="cuda", dtype=torch.bfloat16)]
+    for has_triton in (True, False):
+        monkeypatch.setattr(_impl, "HAS_TRITON", has_triton)
+        assert _impl.resolve("op", "auto", tensors) == ("triton" if has_triton else "ref")
+    assert _impl.resolve("other_op", "auto", tensors, obstacle="it is too hard") == "ref"
+    assert log.messages == [
+        "op runs on 'triton': tensors on a GPU",
+        "op runs on 'ref': triton is not installed",
+        "other_op runs on 'ref': it is too hard",
+    ]
+
+
+def test_triton_is_imported_only_when_a_kernel_is_asked_for():
+    script = (
+        "import sys, torch\n"
+        "from fluxfast.ops import gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant, token_route\n"
+        "gelu.gelu(torch.ones(3))\n"
+        "token_route.token_gather(torch.ones(1, 3, 4), torch.tensor([2]))\n"
+        "assert 'fluxfast_kernels' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @every_op
@@ -96,7 +165,7 @@ def test_unknown_implementation(op):
 
 
 @needs_native
-@every_op
+@every_native_op
 def test_second_derivatives_are_refused(op):
     x = randn(1, 5, 12)
     out = OPS[op](x, impl="native")
