@@ -5,7 +5,8 @@ src/flux/modules/layers.py), one line an op. They add no state, so that a block 
 our class (`adopt`) and keeps its parameters, adapters and hooks.
 
 Shapes: img [B, S_img, D], txt [B, S_txt, D], vec [B, D], pe = (cos, sin), each [S_txt + S_img, head_dim/2] fp32 with the
-text rows first; diffusers' own tables [S, head_dim], which hold every value twice, are taken as well.
+text rows first; diffusers' own tables [S, head_dim], which hold every value twice, are taken as well. A third entry of pe is
+the row of each token [B, S_txt + S_img], where a route has left tokens out.
 """
 
 from __future__ import annotations
@@ -28,20 +29,24 @@ from fluxfast.ops.gelu import gelu
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 from fluxfast.ops.qk_norm_rope import qk_norm_rope
 
-Tables = tuple[Tensor, Tensor]
+Tables = tuple[Tensor, ...]
 # names that diffusers' processors take without a word whether they use them or not
 QUIET_ATTENTION_KWARGS = {"attention_mask", "ip_hidden_states", "ip_adapter_masks"}
 
 
-def half_tables(pe: Tables, head_dim: int) -> Tables:
-    cos, sin = pe
+def _rope(pe: Tables, head_dim: int) -> dict[str, Any]:
+    """The tables as `qk_norm_rope` takes them."""
+    cos, sin, *index = pe
     if cos.shape[-1] == head_dim:
-        return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
-    return cos, sin
+        cos, sin = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
+    return {"cos": cos, "sin": sin, "index": index[0] if index else None}
 
 
-def _full_tables(pe: Tables, head_dim: int) -> Tables:
-    cos, sin = pe
+def _full_tables(pe: Tables, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The tables as diffusers' processors take them."""
+    cos, sin, *index = pe
+    if index:
+        raise ValueError("TREAD routes need FLUX.1's own attention; the processor that is set takes no token positions")
     if cos.shape[-1] == head_dim:
         return cos, sin
     return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
@@ -112,7 +117,7 @@ class DoubleStreamBlock(FluxTransformerBlock):
                 _qkv(attn, img_in),
                 attn.norm_q.weight,
                 attn.norm_k.weight,
-                *half_tables(image_rotary_emb, attn.head_dim),
+                **_rope(image_rotary_emb, attn.head_dim),
                 heads=attn.heads,
                 txt_qkv=_txt_qkv(attn, txt_in),
                 txt_q_weight=attn.norm_added_q.weight,
@@ -171,7 +176,7 @@ class SingleStreamBlock(FluxSingleTransformerBlock):
                 qkv,
                 attn.norm_q.weight,
                 attn.norm_k.weight,
-                *half_tables(pe, attn.head_dim),
+                **_rope(pe, attn.head_dim),
                 heads=attn.heads,
                 eps=attn.norm_q.eps,
             )

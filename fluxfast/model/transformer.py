@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +21,13 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from fluxfast.model import checkpoint
-from fluxfast.model.blocks import Tables, adopt
+from fluxfast.model.blocks import adopt
 from fluxfast.model.linear import project
+from fluxfast.model.routing import Router, RouteState, resolve_routes
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
 
-def rope_tables(ids: Tensor, axes_dims: tuple[int, ...], theta: float = 10000.0) -> Tables:
+def rope_tables(ids: Tensor, axes_dims: tuple[int, ...], theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """cos and sin [S, Σ axes_dims / 2] fp32 of position ids [S, axes]; frequencies in fp64, as in BFL's `rope`."""
     parts = []
     for axis, dim in enumerate(axes_dims):
@@ -88,6 +90,16 @@ class FluxTransformer(FluxTransformer2DModel):
         for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
             adopt(block)
         self.gradient_checkpointing_interval = 1
+        self.router: Router | None = None
+
+    def set_routes(self, routes: Iterable[Mapping[str, Any]] | None, seed: int = 42) -> None:
+        """TREAD: the `routes` of a `tread_config` (None: none), active in training mode with gradients enabled.
+
+        Each has selection_ratio (the part of the image tokens to drop), start_layer_idx and end_layer_idx. Raises ValueError
+        naming a route that is out of range, out of order, or overlaps the one before it.
+        """
+        blocks = len(self.transformer_blocks) + len(self.single_transformer_blocks)
+        self.router = None if routes is None else Router(resolve_routes(routes, blocks), seed)
 
     def to_json_string(self) -> str:
         # a saved config names diffusers' class, so that every program can load the folder
@@ -148,9 +160,12 @@ class FluxTransformer(FluxTransformer2DModel):
         controlnet_single_block_samples: list[Tensor] | None = None,
         return_dict: bool = True,
         controlnet_blocks_repeat: bool = False,
+        force_keep_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the flow: hidden_states [B, S_img, in_channels], encoder_hidden_states [B, S_txt, joint_attention_dim],
         pooled_projections [B, pooled], timestep and guidance [B] in 0..1 and as is, ids [S, 3]; returns [B, S_img, out].
+
+        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`).
         """
         kwargs = dict(joint_attention_kwargs or {})
         in_dtype = hidden_states.dtype
@@ -174,17 +189,25 @@ class FluxTransformer(FluxTransformer2DModel):
             if "ip_adapter_image_embeds" in kwargs:
                 kwargs["ip_hidden_states"] = self.encoder_hid_proj(kwargs.pop("ip_adapter_image_embeds"))
 
+            router = self.router if self.training and torch.is_grad_enabled() else None
+            route = RouteState(router, pe, txt.shape[1], force_keep_mask)
             for i, block in enumerate(self.transformer_blocks):
-                txt, img = self._run(i, block, img, txt, vec, pe, kwargs)
+                img = route.before(i, img)
+                txt, img = self._run(i, block, img, txt, vec, route.pe, kwargs)
                 if controlnet_block_samples is not None:
-                    img = img + _control(controlnet_block_samples, i, len(self.transformer_blocks), controlnet_blocks_repeat)
+                    sample = _control(controlnet_block_samples, i, len(self.transformer_blocks), controlnet_blocks_repeat)
+                    img = img + route.of_kept(sample)
+                img = route.after(i, img)
 
             x, txt_len = torch.cat([txt, img], dim=1), txt.shape[1]
             for i, block in enumerate(self.single_transformer_blocks):
-                x = self._run(len(self.transformer_blocks) + i, block, x, None, vec, pe, kwargs)
+                number = len(self.transformer_blocks) + i
+                x = route.before_joint(number, x)
+                x = self._run(number, block, x, None, vec, route.pe, kwargs)
                 if controlnet_single_block_samples is not None:
                     sample = _control(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
-                    x = torch.cat([x[:, :txt_len], x[:, txt_len:] + sample], dim=1)
+                    x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
+                x = route.after_joint(number, x)
 
             scale, shift = project(torch.nn.functional.silu(vec), self.norm_out.linear).chunk(2, dim=-1)
             img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)

@@ -6,6 +6,7 @@ options, `options` knows the keys that are none of them, `config_rules` what val
 see this object.
 """
 
+import ast
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,17 @@ class TrainConfig(TrainFields):
         if isinstance(value, str) and not value.lstrip().startswith("["):
             return read_json(Path(value))
         return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("tread_config", mode="before")
+    @classmethod
+    def _read_routes(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                # SimpleTuner writes it as Python does, a form may as JSON does
+                value = ast.literal_eval(value) if value.strip() else None
+            except (ValueError, SyntaxError):
+                raise ValueError(f"expects an object with routes, not {shown(value)}") from None
+        return value or None
 
     @field_validator("flow_custom_timesteps", mode="before")
     @classmethod
@@ -245,6 +257,7 @@ def _build(fields: dict[str, Any], origin: dict[str, str], file: str) -> tuple[T
             text = f"is {shown(fields[name])}: {later}; " if later else problem_text(wrong[name])
             if later:
                 text += f"fluxfast has {wrong[name]['ctx']['expected']}"
-            problems.append(f'{where}: "{name}" {text}')
+            place = ".".join(map(str, wrong[name]["loc"]))
+            problems.append(f'{where}: "{place}" {text}')
         aside |= wrong.keys()
         fields = {name: value for name, value in fields.items() if name not in wrong}

@@ -18,6 +18,24 @@ LoraTarget = Literal[
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
 
 
+class TreadRoute(Settings):
+    """A range of blocks that a part of the image tokens skips."""
+
+    selection_ratio: float = Field(ge=0, lt=1)
+    """Part of the image tokens to drop."""
+    start_layer_idx: int
+    """First block that sees fewer tokens, counted from 0 through both kinds; below 0 from the last."""
+    end_layer_idx: int
+    """Last such block."""
+
+
+class TreadConfig(Settings):
+    """TREAD's routes, in order."""
+
+    routes: tuple[TreadRoute, ...] = Field(min_length=1)
+    """The ranges; they may not overlap."""
+
+
 class TrainFields(Settings):
     """What a config file can say, each value valid by itself; `TrainConfig` adds what values do to each other."""
 
@@ -108,6 +126,8 @@ class TrainFields(Settings):
     """Recompute activations in the backward pass: less memory."""
     gradient_checkpointing_interval: int | None = Field(None, ge=1)
     """Checkpoint every nth block (unset: each)."""
+    tread_config: TreadConfig | None = None
+    """Token routing: {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}."""
     num_processes: int = Field(1, ge=1)
     """Training processes."""
     max_workers: int = Field(32, ge=1)

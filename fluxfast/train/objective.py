@@ -54,6 +54,8 @@ class Objective:
             target = self._base_prediction(inputs)
         # for the adapters' dropout, which draws from the device's own generator
         torch.manual_seed(step_seed(self.seed, step, micro, "dropout"))
+        if self.transformer.router is not None:
+            self.transformer.router.generator.manual_seed(step_seed(self.seed, step, micro, "tread"))
         prediction = self.transformer(**inputs, return_dict=False)[0]
         return flow.loss(
             prediction.float(),

@@ -83,6 +83,8 @@ class Trainer:
         self.data: RunData = load_data(config, self.seed, self.device, console)
         self.parts: Parts = load_parts(config, self.data, self.seed, self.device)
         self.transformer = self.parts.transformer
+        if config.tread_config:
+            self.transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
         self.objective = Objective(config, self.transformer, self.seed, self.parts.shift_bounds)
         self._add_adapter()
         named = trainable_parameters(self.transformer)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,29 @@ def test_dataset_defaults():
     defaults = config.dataset_defaults
     assert (defaults.resolution, defaults.caption_strategy, defaults.instance_prompt) == (512.0, "instanceprompt", "x")
     assert (defaults.cache_dir, defaults.minimum_image_size) == (Path("o/cache"), 0.0)
+
+
+TREAD = {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}
+
+
+@pytest.mark.parametrize("given", [TREAD, str(TREAD), json.dumps(TREAD)])
+def test_tread_routes(given):
+    (route,) = load(tread_config=given).tread_config.routes
+    assert route.model_dump() == TREAD["routes"][0]
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"routes": []}, "routes"),
+        ("{routes}", "expects an object with routes"),
+        ({"routes": [TREAD["routes"][0] | {"selection_ratio": 1.5}]}, "selection_ratio"),
+        ({"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2}]}, "end_layer_idx"),
+        ({"routes": [TREAD["routes"][0] | {"ratio": 1}]}, "ratio"),
+    ],
+)
+def test_wrong_tread_routes_are_refused(given, part):
+    only(refused(tread_config=given), '"tread_config', part)
 
 
 def test_all_problems_come_together():

@@ -53,7 +53,6 @@ def off_default(option: Option):
         ("group_offload_use_stream", True),
         ("group_offload_to_disk_path", "/fast-ssd/simpletuner-offload"),
         ("enable_model_cpu_offload", True),
-        ("tread_config", {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}),
         ("flux_attention_masked_training", True),
         ("validation_preview", True),
         ("num_processes", 2),

@@ -42,7 +42,12 @@ def same_files(a, b):
     return a.read_bytes() == b.read_bytes()
 
 
-@pytest.mark.parametrize("mode", [BF16, FP32 | {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}])
+TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]}}
+
+
+@pytest.mark.parametrize(
+    "mode", [BF16 | TREAD, FP32 | {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}], ids=["bf16-tread", "fp32"]
+)
 def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, mode):
     whole, _ = run(name="whole", **mode)
     for step in (2, 4, 6):
@@ -198,6 +203,14 @@ def test_gradient_checkpointing_changes_no_bit(run):
     plain, _ = run(name="plain", gradient_checkpointing=False, **FP32)
     recomputed, _ = run(name="recomputed", gradient_checkpointing=True, gradient_checkpointing_interval=2, **FP32)
     assert same_files(plain, recomputed)
+
+
+def test_tread_changes_the_training_alone(run):
+    plain, _ = run(name="plain", **FP32)
+    routed, _ = run(name="routed", **FP32, **TREAD)
+    assert not same_files(plain, routed)
+    with pytest.raises(ValueError, match="there is no block 9"):
+        run(name="bad", tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 9}]}, **FP32)
 
 
 def test_a_changed_run_is_not_resumed(run):
