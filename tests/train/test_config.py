@@ -232,8 +232,8 @@ def test_schedules():
         "flow_use_uniform_schedule and flow_use_beta_schedule",
     )
     only(refused(flux_fast_schedule=True, flow_custom_timesteps="0.5"), "flux_fast_schedule and flow_custom_timesteps")
-    only(refused(flow_custom_timesteps="0.5,2000"), '"flow_custom_timesteps"', "1000")
-    only(refused(flow_custom_timesteps="a,b"), '"flow_custom_timesteps"')
+    only(refused(flow_custom_timesteps="0.5,2000"), '"flow_custom_timesteps', "1000")
+    only(refused(flow_custom_timesteps="a,b"), '"flow_custom_timesteps')
 
 
 def test_shift():
