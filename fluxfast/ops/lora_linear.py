@@ -9,7 +9,7 @@ keeping the cast copy for backward would hold a second model in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,19 @@ class Adapter(NamedTuple):
     scale: float
 
 
+class FrozenWeight(Protocol):
+    """What a base weight must be able to do; a tensor can, and so can a quantised one, which is decoded when it is used."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def to(self, dtype: torch.dtype, /) -> Tensor: ...
+
+
 class LinearParams(NamedTuple):
     """One linear of a group: weight [out, in], bias [out] or None, and its adapters."""
 
-    weight: Tensor
+    weight: FrozenWeight
     bias: Tensor | None
     adapters: tuple[Adapter, ...] = ()
 
@@ -96,12 +105,12 @@ def backward(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layout: tuple[tuple[bool, tuple[float, ...]], ...], *tensors: Tensor) -> Tensor:
-        # layout: of each linear, whether it has a bias, and the scales of its adapters; tensors: weight, bias?, a, b, …
-        linears = _unflatten(layout, tensors)
-        y, s = forward(x.reshape(-1, x.shape[-1]), linears)
-        ctx.layout, ctx.has_s = layout, s is not None
-        ctx.save_for_backward(x, *([s] if s is not None else []), *tensors)
+    def forward(ctx, x: Tensor, bases: Sequence[LinearParams], *factors: Tensor) -> Tensor:
+        # the bases come with their adapters' scales; the adapters' tensors, which take gradients, one by one: a, b, a, b, …
+        y, s = forward(x.reshape(-1, x.shape[-1]), _with_factors(bases, factors))
+        ctx.bases, ctx.has_s = bases, s is not None
+        # frozen weights stay where they are: nobody has to keep, copy or move them for backward
+        ctx.save_for_backward(x, *([s] if s is not None else []), *factors)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -109,26 +118,15 @@ class _LoraLinear(torch.autograd.Function):
         dy = grads[0]
         x, *rest = ctx.saved_tensors
         s = rest.pop(0) if ctx.has_s else None
-        linears = _unflatten(ctx.layout, rest)
+        linears = _with_factors(ctx.bases, rest)
         x2 = x.reshape(-1, x.shape[-1])
         dx, adapter_grads = backward(dy.reshape(-1, dy.shape[-1]), x2, s, linears, ctx.needs_input_grad[0])
-        pending = iter(adapter_grads)
-        out: list[Tensor | None] = []
-        for has_bias, scales in ctx.layout:
-            out += [None] * (1 + has_bias)
-            for _ in scales:
-                out += next(pending)
-        return (None if dx is None else dx.view(x.shape), None, *out)
+        return (None if dx is None else dx.view(x.shape), None, *(grad for pair in adapter_grads for grad in pair))
 
 
-def _unflatten(layout: Sequence[tuple[bool, Sequence[float]]], tensors: Sequence[Tensor]) -> list[LinearParams]:
-    it = iter(tensors)
-    linears = []
-    for has_bias, scales in layout:
-        weight = next(it)
-        bias = next(it) if has_bias else None
-        linears.append(LinearParams(weight, bias, tuple(Adapter(next(it), next(it), scale) for scale in scales)))
-    return linears
+def _with_factors(bases: Sequence[LinearParams], factors: Sequence[Tensor]) -> list[LinearParams]:
+    it = iter(factors)
+    return [base._replace(adapters=tuple(Adapter(next(it), next(it), old.scale) for old in base.adapters)) for base in bases]
 
 
 def lora_linear(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
@@ -138,16 +136,12 @@ def lora_linear(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
     other floating types. Gradients: x and every A and B; a base weight or bias that requires a gradient is refused, since
     the point of this op is never to compute one (use `lora_linear_ref`). Source: LoRA, arXiv 2106.09685, section 4.1.
     """
-    for weight, bias, _ in linears:
-        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-            raise ValueError(
-                "lora_linear: a base weight or bias requires a gradient, and this op never computes one; freeze it "
-                "(requires_grad_(False)) or use lora_linear_ref"
-            )
-    layout = tuple((p.bias is not None, tuple(float(a.scale) for a in p.adapters)) for p in linears)
-    tensors: list[Tensor] = []
-    for weight, bias, adapters in linears:
-        tensors += [weight] if bias is None else [weight, bias]
-        for adapter in adapters:
-            tensors += [adapter.a, adapter.b]
-    return _LoraLinear.apply(x, layout, *tensors)
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for p in linears for t in (p.weight, p.bias)):
+        raise ValueError(
+            "lora_linear: a base weight or bias requires a gradient, and this op never computes one; freeze it "
+            "(requires_grad_(False)) or use lora_linear_ref"
+        )
+    factors = [t for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
+    # only the tensors passed one by one belong to the graph
+    detached = [p._replace(adapters=tuple(a._replace(a=a.a.detach(), b=a.b.detach()) for a in p.adapters)) for p in linears]
+    return _LoraLinear.apply(x, detached, *factors)

@@ -340,7 +340,7 @@ def qk_norm_rope(
     weights = torch.stack(constants[:-2]).to(torch.float32)
     index = None if index is None else _impl.dense_rows(index)
     cos, sin = cos.contiguous(), sin.contiguous()
-    runs_here = qkv.is_cpu and _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op) is qk_norm_rope_fwd
+    runs_here = backend == "native" and _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op) is qk_norm_rope_fwd
     keep_outputs = runs_here and outputs_suffice(weights, cos, sin)
     return _QKNormRope.apply(qkv, txt_qkv, weights, cos, sin, index, heads, eps, keep_outputs, backend)
 

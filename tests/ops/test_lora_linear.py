@@ -88,14 +88,13 @@ def test_non_contiguous_input_and_no_input_gradient():
     assert all(g is not None for g in torch.autograd.grad(y.sum(), leaves(linears)))
 
 
-def test_saves_weights_as_stored():
-    """Backward must not keep a compute-dtype copy of the base: that would be a second model."""
+def test_keeps_no_weight_for_backward():
+    """Backward must not keep the base, let alone a compute-dtype copy of it: that would be a second model."""
     linears = make(64, [64], [[2]], store=torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_linear(torch.randn(3, 64, requires_grad=True), linears)
-    assert any(t.data_ptr() == linears[0].weight.data_ptr() for t in saved)
-    assert not [t for t in saved if t.shape == (64, 64) and t.dtype != torch.bfloat16]
+    assert sorted(tuple(t.shape) for t in saved) == [(2, 64), (3, 2), (3, 64), (64, 2)]
 
 
 def test_base_that_wants_a_gradient_is_refused():
