@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl
-from fluxfast.ops.row_quant import (
-    CodesOut,
-    RowOutput,
-    autograd_outputs,
-    check_out,
-    fake_outputs,
-    public_output,
-    ref_outputs,
-    row_output,
-    values_and_codes,
-)
+from fluxfast.ops import _impl, row_quant
+from fluxfast.ops.row_quant import CodesOut, RowOutput
 
 
 def gelu_ref(x: Tensor) -> Tensor:
@@ -36,7 +26,7 @@ def gelu_fwd(x: Tensor, out: str, impl: str) -> list[Tensor]:
     x, rows, cols, stride = _as_rows(x)
     y = _impl.contiguous_like(x)
     _impl.native.gelu_fwd(x.data_ptr(), stride, y.data_ptr(), rows, cols, torch.get_num_threads())
-    return values_and_codes(y, y.dtype, out)
+    return row_quant.values_and_codes(y, y.dtype, out)
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, impl: str) -> list[Tensor]:
@@ -81,7 +71,7 @@ _bwd_op = _impl.register(gelu_bwd)
 
 @_fwd_op.register_fake
 def _(x: Tensor, out: str, impl: str) -> list[Tensor]:
-    return fake_outputs(x, out)
+    return row_quant.fake_outputs(x, out)
 
 
 @_bwd_op.register_fake
@@ -92,10 +82,10 @@ def _(dy: Tensor, x: Tensor, impl: str) -> list[Tensor]:
 def forward(x: Tensor, *, out: str = "same", impl: str) -> tuple[RowOutput, tuple[Tensor]]:
     """Raw interface: what `out` asks for, and (x,) to keep for backward."""
     if impl == "ref":
-        parts = ref_outputs(gelu_ref, x, out=out)
+        parts = row_quant.ref_outputs(gelu_ref, x, out=out)
     else:
         parts = _impl.launcher(x, gelu_fwd, _fwd_op)(x, out, impl)
-    return row_output(parts, out), (x,)
+    return row_quant.row_output(parts, out), (x,)
 
 
 def backward(dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str) -> tuple[Tensor | None]:
@@ -115,7 +105,7 @@ class _Gelu(torch.autograd.Function):
         output, saved = forward(x, out=out, impl=impl)
         ctx.save_for_backward(*saved)
         ctx.impl = impl
-        return autograd_outputs(ctx, output)
+        return row_quant.autograd_outputs(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -136,7 +126,7 @@ def gelu(x: Tensor, impl: str = "auto", *, out: str = "same") -> Tensor | RowOut
     but for "same", a RowOutput comes back. A gradient comes in through the values only.
     Raises ValueError if `impl` can't do this call, or on another `out`. Source: diffusers' `GELU(approximate="tanh")`.
     """
-    check_out("gelu", out)
+    row_quant.check_out("gelu", out)
     backend = _impl.resolve("gelu", impl, (x,))
-    parts = ref_outputs(gelu_ref, x, out=out) if backend == "ref" else _Gelu.apply(x, out, backend)
-    return public_output(parts, out)
+    parts = row_quant.ref_outputs(gelu_ref, x, out=out) if backend == "ref" else _Gelu.apply(x, out, backend)
+    return row_quant.public_output(parts, out)

@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl
-from fluxfast.ops.row_quant import (
-    CodesOut,
-    RowOutput,
-    autograd_outputs,
-    check_out,
-    fake_outputs,
-    public_output,
-    ref_outputs,
-    row_output,
-    values_and_codes,
-)
+from fluxfast.ops import _impl, row_quant
+from fluxfast.ops.row_quant import CodesOut, RowOutput
 
 
 def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -50,7 +40,7 @@ def modulated_layer_norm_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float
         shift.data_ptr(), shift.stride(0),
         y.data_ptr(), stats.data_ptr(), *x.shape, eps, torch.get_num_threads(),
     )  # fmt: skip
-    return [*stats.unbind(), *values_and_codes(y, y.dtype, out)]
+    return [*stats.unbind(), *row_quant.values_and_codes(y, y.dtype, out)]
 
 
 def modulated_layer_norm_bwd(
@@ -99,7 +89,7 @@ _bwd_op = _impl.register(modulated_layer_norm_bwd)
 @_fwd_op.register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str) -> list[Tensor]:
     stats = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)]
-    return [*stats, *fake_outputs(x, out)]
+    return [*stats, *row_quant.fake_outputs(x, out)]
 
 
 @_bwd_op.register_fake
@@ -115,11 +105,11 @@ def forward(
     """Raw interface: what `out` asks for, and (x, mean, rstd, scale) to keep for backward."""
     if impl == "ref":
         var, mean = torch.var_mean(x.to(_impl.full_dtype(x)), -1, correction=0)
-        rstd, parts = torch.rsqrt(var + eps), ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out)
+        rstd, parts = torch.rsqrt(var + eps), row_quant.ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out)
     else:
         launch = _impl.launcher(x, modulated_layer_norm_fwd, _fwd_op)
         mean, rstd, *parts = launch(x, scale, shift, eps, out, impl)
-    return row_output(parts, out), (x, mean, rstd, scale)
+    return row_quant.row_output(parts, out), (x, mean, rstd, scale)
 
 
 def backward(
@@ -141,7 +131,7 @@ class _ModulatedLayerNorm(torch.autograd.Function):
         output, saved = forward(x, scale, shift, eps, out=out, impl=impl)
         ctx.save_for_backward(*saved)
         ctx.impl = impl
-        return autograd_outputs(ctx, output)
+        return row_quant.autograd_outputs(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -171,7 +161,7 @@ def modulated_layer_norm(
     Raises ValueError on shapes that don't fit, on another `out`, or if `impl` can't do this call.
     Source: diffusers' `AdaLayerNormZero`.
     """
-    check_out("modulated_layer_norm", out)
+    row_quant.check_out("modulated_layer_norm", out)
     if x.ndim != 3 or scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
         raise ValueError(
             "modulated_layer_norm: expected x [B, S, D] and scale and shift [B, D], "
@@ -179,5 +169,5 @@ def modulated_layer_norm(
         )
     backend = _impl.resolve("modulated_layer_norm", impl, (x, scale, shift))
     if backend == "ref":
-        return public_output(ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out), out)
-    return public_output(_ModulatedLayerNorm.apply(x, scale, shift, eps, out, backend), out)
+        return row_quant.public_output(row_quant.ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out), out)
+    return row_quant.public_output(_ModulatedLayerNorm.apply(x, scale, shift, eps, out, backend), out)

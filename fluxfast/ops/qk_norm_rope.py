@@ -325,10 +325,10 @@ def qk_norm_rope(
     Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
     Source: diffusers' `FluxAttnProcessor`, `apply_rotary_emb`.
     """
-    _check(qkv, q_weight, k_weight, cos, sin, heads, txt_qkv, txt_q_weight, txt_k_weight, index)
-    constants = [t for t in (q_weight, k_weight, txt_q_weight, txt_k_weight, cos, sin) if t is not None]
+    weights = _weights(q_weight, k_weight, txt_qkv, txt_q_weight, txt_k_weight)
+    _check(qkv, txt_qkv, weights, cos, sin, index, heads)
     obstacle = None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, cos, sin)):
         obstacle = "a norm weight or a table requires a gradient, which only the reference computes"
     inputs = (qkv, cos, sin) if txt_qkv is None else (qkv, txt_qkv, cos, sin)
     backend = _impl.resolve("qk_norm_rope", impl, inputs, obstacle=obstacle)
@@ -337,25 +337,27 @@ def qk_norm_rope(
             qkv, q_weight, k_weight, cos, sin, heads=heads,
             txt_qkv=txt_qkv, txt_q_weight=txt_q_weight, txt_k_weight=txt_k_weight, eps=eps, index=index,
         )  # fmt: skip
-    weights = torch.stack(constants[:-2]).to(torch.float32)
+    stacked = torch.stack(weights).to(torch.float32)
     index = None if index is None else _impl.dense_rows(index)
     cos, sin = cos.contiguous(), sin.contiguous()
     runs_here = backend == "native" and _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op) is qk_norm_rope_fwd
-    keep_outputs = runs_here and outputs_suffice(weights, cos, sin)
-    return _QKNormRope.apply(qkv, txt_qkv, weights, cos, sin, index, heads, eps, keep_outputs, backend)
+    keep_outputs = runs_here and outputs_suffice(stacked, cos, sin)
+    return _QKNormRope.apply(qkv, txt_qkv, stacked, cos, sin, index, heads, eps, keep_outputs, backend)
+
+
+def _weights(
+    q_weight: Tensor, k_weight: Tensor, txt_qkv: Tensor | None, txt_q_weight: Tensor | None, txt_k_weight: Tensor | None
+) -> list[Tensor]:
+    """The norm weights that there must be: q, k, and where there is text txt_q, txt_k."""
+    if txt_qkv is None:
+        return [q_weight, k_weight]
+    if txt_q_weight is None or txt_k_weight is None:
+        raise ValueError("qk_norm_rope: txt_qkv needs txt_q_weight and txt_k_weight")
+    return [q_weight, k_weight, txt_q_weight, txt_k_weight]
 
 
 def _check(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    txt_qkv: Tensor | None,
-    txt_q_weight: Tensor | None,
-    txt_k_weight: Tensor | None,
-    index: Tensor | None,
+    qkv: Tensor, txt_qkv: Tensor | None, weights: list[Tensor], cos: Tensor, sin: Tensor, index: Tensor | None, heads: int
 ) -> None:
     if qkv.ndim != 3 or qkv.shape[2] % (6 * heads):
         raise ValueError(
@@ -363,16 +365,12 @@ def _check(
         )
     batch, s_all, width = qkv.shape
     head_dim = width // (3 * heads)
-    weights = [q_weight, k_weight]
     if txt_qkv is not None:
         if txt_qkv.ndim != 3 or txt_qkv.shape[0] != batch or txt_qkv.shape[2] != width:
             raise ValueError(
                 f"qk_norm_rope: expected txt_qkv [{batch}, S_txt, {width}], as qkv has it, got {list(txt_qkv.shape)}"
             )
-        if txt_q_weight is None or txt_k_weight is None:
-            raise ValueError("qk_norm_rope: txt_qkv needs txt_q_weight and txt_k_weight")
         s_all = s_all + txt_qkv.shape[1]
-        weights += [txt_q_weight, txt_k_weight]
     if any(w.shape != (head_dim,) for w in weights):
         raise ValueError(f"qk_norm_rope: expected norm weights [{head_dim}], got {[list(w.shape) for w in weights]}")
     if cos.ndim != 2 or cos.shape[1] != head_dim // 2 or sin.shape != cos.shape:
