@@ -1,8 +1,8 @@
-"""How the blocks apply the Linear modules they hold: plain, wrapped by PEFT, or anything else.
+"""How the blocks apply the Linear modules they hold: plain, quantised, wrapped by PEFT, or anything else.
 
-A plain `nn.Linear` and PEFT's plain LoRA over one are read in place and computed by `fluxfast.ops.lora_linear`; adapters
-whose dropout is active see their own dropped copy of x, so they are added to that result. Whatever else there is (DoRA,
-LoKr, another forward, a hook) is computed by the module itself: slower, never skipped.
+A plain `nn.Linear`, a `QuantLinear`, and PEFT's plain LoRA over one are read in place and computed by
+`fluxfast.ops.lora_linear`; adapters whose dropout is active see their own dropped copy of x, so they are added to that result.
+Whatever else there is (DoRA, LoKr, another forward, a hook) is computed by the module itself: slower, never skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
+from fluxfast.quant import QuantWeight
+from fluxfast.quant.linear import QuantLinear
 
 
 class LinearRead(NamedTuple):
@@ -29,25 +31,47 @@ def _untouched(module: nn.Module) -> bool:
     return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
+class StoredWeight(NamedTuple):
+    """A quantised weight as `lora_linear` takes it: decoded to the dtype that is asked for, each time."""
+
+    packed: QuantWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        return self.packed.dequantize(dtype)
+
+
+def _base(module: nn.Module) -> LinearParams | None:
+    """A linear without adapters, or None where its forward is not known."""
+    if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward and _untouched(module):
+        return LinearParams(StoredWeight(module.packed()), module.bias)
+    if _plain(module):
+        assert isinstance(module, nn.Linear)
+        return LinearParams(module.weight, module.bias)
+    return None
+
+
 def _plain(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward and _untouched(module)
 
 
 def read_linear(module: nn.Module) -> LinearRead | None:
     """The tensors of a module, if they say all that its forward does; else None."""
-    if _plain(module):
-        assert isinstance(module, nn.Linear)
-        return LinearRead(LinearParams(module.weight, module.bias))
+    if (base := _base(module)) is not None:
+        return LinearRead(base)
     return _read_peft(module) if type(module) is PeftLinear else None
 
 
 def _read_peft(module: PeftLinear) -> LinearRead | None:
-    if not _untouched(module) or not _plain(module.base_layer):
+    base = _base(module.base_layer)
+    if not _untouched(module) or base is None:
         return None
     if module.merged and module.disable_adapters:
         # only PEFT can take a merged adapter out of the base again
         return None
-    base = LinearParams(module.base_layer.weight, module.base_layer.bias)
     if module.merged or module.disable_adapters:
         return LinearRead(base)
     adapters: list[Adapter] = []
@@ -85,7 +109,7 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
 def _apply(x: Tensor, reads: list[LinearRead]) -> Tensor:
     params = [read.params for read in reads]
     trains_base = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for p in params for t in (p.weight, p.bias)
+        getattr(t, "requires_grad", False) for p in params for t in (p.weight, p.bias)
     )
     y = lora_linear_ref(x, params) if trains_base else lora_linear(x, params)
     if not any(read.terms for read in reads):

@@ -10,7 +10,9 @@ from pydantic import ConfigDict, Field
 
 from fluxfast.data.settings import Settings
 
-Precision = Literal["no_change"]
+Precision = Literal[
+    "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb", "fp8-quanto", "fp8-torchao",
+]  # fmt: skip
 LoraTarget = Literal[
     "mmdit", "context", "context+ffs", "all", "all+ffs", "ai-toolkit", "tiny", "nano", "all+ffs+embedder",
     "all+ffs+embedder+controlnet",
@@ -66,9 +68,9 @@ class TrainFields(Settings):
     """Storage format of the frozen transformer."""
     base_model_default_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of what a quantised base leaves unquantised."""
-    text_encoder_1_precision: Precision = "no_change"
+    text_encoder_1_precision: Literal["no_change"] = "no_change"
     """Storage format of CLIP."""
-    text_encoder_2_precision: Precision = "no_change"
+    text_encoder_2_precision: Literal["no_change"] = "no_change"
     """Storage format of T5."""
     quantize_via: Literal["cpu", "accelerator"] | None = None
     """Where a base is quantised (unset: on the accelerator if there is one)."""

@@ -49,7 +49,7 @@ def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
         force("validation_guidance_real", 6.0, why)
         force("validation_num_inference_steps", max(28, config.validation_num_inference_steps), why)
     notes += _flavour_notes(config)
-    if config.quantize_via:
+    if config.quantize_via and config.base_model_precision == "no_change":
         notes.append('"quantize_via" has no effect: the base is not quantised')
     if config.offload_during_startup:
         notes.append('"offload_during_startup" has no effect: text encoders and VAE are never on the device together')
@@ -145,6 +145,11 @@ def _objective_conflicts(config: "TrainConfig") -> list[str]:
 
 def _model_conflicts(config: "TrainConfig") -> list[str]:
     problems = []
+    if config.base_model_precision != "no_change" and config.lora_init_type in ("olora", "pissa"):
+        problems.append(
+            f'"lora_init_type" {config.lora_init_type} takes its start out of the base\'s weights, which '
+            f'"base_model_precision" {config.base_model_precision} has rounded: set lora_init_type to default or gaussian'
+        )
     if config.init_lora and config.lora_init_type in ("olora", "pissa"):
         problems.append(
             f'"lora_init_type" {config.lora_init_type} moves part of the base into the LoRA, which "init_lora" would then '

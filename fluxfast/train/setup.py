@@ -23,6 +23,7 @@ from fluxfast.data.sampler import Sampler
 from fluxfast.data.settings import ConfigError, read_json
 from fluxfast.data.sources import local_folder
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.quant.rules import format_of, quantize_model
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -130,12 +131,12 @@ def _encoder_settings(config: TrainConfig, device: torch.device) -> EncoderSetti
     )
 
 
-def load_parts(config: TrainConfig, data: RunData, seed: int, device: torch.device) -> Parts:
+def load_parts(config: TrainConfig, data: RunData, seed: int, device: torch.device, console: Console) -> Parts:
     """Load the transformer, frozen, and make ready for validation."""
     path, _, revision = config.base_source
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(local_folder((path, "scheduler", revision)))
     bounds = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    transformer = load_transformer(config).requires_grad_(False).to(device)
+    transformer = load_transformer(config, device, console)
     return Parts(
         transformer,
         {name: scheduler.config[name] for name in bounds},
@@ -143,14 +144,21 @@ def load_parts(config: TrainConfig, data: RunData, seed: int, device: torch.devi
     )
 
 
-def load_transformer(config: TrainConfig) -> FluxTransformer:
-    """The transformer that the config names: a single file, a diffusers folder, or a repository."""
+def load_transformer(config: TrainConfig, device: torch.device, console: Console) -> FluxTransformer:
+    """The transformer that the config names (a single file, a folder, a repository), frozen, quantised, on the device."""
     path, subfolder, revision = config.transformer_source
     if Path(path).suffix == ".safetensors":
-        return FluxTransformer.from_single_file(path, torch_dtype=config.weight_dtype)
-    return FluxTransformer.from_pretrained(
-        path, subfolder=subfolder, revision=revision, variant=config.variant, torch_dtype=config.weight_dtype
-    )
+        transformer = FluxTransformer.from_single_file(path, torch_dtype=config.weight_dtype)
+    else:
+        transformer = FluxTransformer.from_pretrained(
+            path, subfolder=subfolder, revision=revision, variant=config.variant, torch_dtype=config.weight_dtype
+        )
+    transformer.requires_grad_(False)
+    format = format_of(config.base_model_precision)
+    if format is not None:
+        report = quantize_model(transformer, format, device=None if config.quantize_via == "cpu" else device)
+        console.print(str(report), highlight=False, markup=False)
+    return transformer.to(device)
 
 
 def _validator(

@@ -81,7 +81,7 @@ class Trainer:
         self.seed = self._choose_seed()
 
         self.data: RunData = load_data(config, self.seed, self.device, console)
-        self.parts: Parts = load_parts(config, self.data, self.seed, self.device)
+        self.parts: Parts = load_parts(config, self.data, self.seed, self.device, console)
         self.transformer = self.parts.transformer
         if config.tread_config:
             self.transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
@@ -176,6 +176,7 @@ class Trainer:
             "train_batch_size": c.train_batch_size,
             "gradient_accumulation_steps": c.gradient_accumulation_steps,
             "optimizer": c.optimizer,
+            "base_model_precision": c.base_model_precision,
             "lora_rank": c.lora_rank,
         }
 

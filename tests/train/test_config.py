@@ -143,14 +143,14 @@ def test_wrong_tread_routes_are_refused(given, part):
 
 def test_all_problems_come_together():
     problems = refused(
-        ["--nope=1"], lora_rnak=1, lora_rank="x", base_model_precision="int8-quanto", lora_init_type="loftq",
+        ["--nope=1"], lora_rnak=1, lora_rank="x", base_model_precision="int8-sdnq", lora_init_type="loftq",
         tread_config={"a": 1}, max_train_steps=4, num_train_epochs=4, validation_steps=1, validation_step_interval=1,
     )  # fmt: skip
     for part in (
         "nope",
         "lora_rnak",
         "lora_rank",
-        "int8-quanto",
+        "int8-sdnq",
         "loftq",
         "tread_config",
         "num_train_epochs",

@@ -28,10 +28,7 @@ def off_default(option: Option):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("base_model_precision", "int8-quanto"),
-        ("base_model_precision", "int4-quanto"),
-        ("base_model_precision", "int2-quanto"),
-        ("base_model_precision", "nf4-bnb"),
+        ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-quanto"),
         ("lora_init_type", "loftq"),
         ("lora_type", "lycoris"),

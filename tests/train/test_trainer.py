@@ -213,6 +213,18 @@ def test_tread_changes_the_training_alone(run):
         run(name="bad", tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 9}]}, **FP32)
 
 
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "nf4-bnb", "int2-quanto", "fp8-torchao"])
+def test_quantised_bases_train_and_resume(run, monkeypatch, precision):
+    mode = BF16 | {"base_model_precision": precision, "max_train_steps": 3}
+    whole, out = run(name="whole", **mode)
+    assert f"linears in {precision.split('-')[0]}" in out.getvalue()
+    kill_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        run(name="killed", **mode)
+    killed, _ = run(name="killed", **mode)
+    assert same_files(whole, killed)
+
+
 def test_a_changed_run_is_not_resumed(run):
     run(max_train_steps=2, **FP32)
     with pytest.raises(ValueError, match="lora_rank 3, this run has 4"):
