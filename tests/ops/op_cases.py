@@ -2,15 +2,24 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from op_checks import randn
+from op_checks import TRITON_DEVICE, randn
 from torch import Tensor
 
+from fluxfast.ops import _impl
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 from fluxfast.ops.qk_norm_rope import qk_norm_rope
 from fluxfast.ops.token_route import token_gather, token_scatter
+
+needs_native = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
+needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
+
+every_impl = pytest.mark.parametrize(
+    "impl", ["ref", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
+)
 
 # an op bound to an implementation, and its inputs, for so many tokens
 Case = tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[Tensor]]
@@ -90,16 +99,21 @@ def token_scatter_case(tokens: int, impl: str) -> Case:
     return lambda base, y, idx: token_scatter(base, y, idx, impl=impl), inputs
 
 
-CASES = [
-    gated_residual_case,
-    gelu_case,
-    quantizing_gelu_case,
-    modulated_layer_norm_case,
-    quantizing_modulated_layer_norm_case,
-    qk_norm_rope_case,
-    joint_qk_norm_rope_case,
-    token_gather_case,
-    token_scatter_case,
-]
-# the native module doesn't have these
-WITHOUT_NATIVE = [token_gather_case, token_scatter_case]
+# the native module has all of the first, and none of the last
+PLAIN_CASES = [gated_residual_case, gelu_case, modulated_layer_norm_case, qk_norm_rope_case, joint_qk_norm_rope_case]
+QUANTIZING_CASES = [quantizing_gelu_case, quantizing_modulated_layer_norm_case]
+ROUTE_CASES = [token_gather_case, token_scatter_case]
+CASES = PLAIN_CASES + QUANTIZING_CASES + ROUTE_CASES
+
+every_case = pytest.mark.parametrize(
+    ("case", "impl"),
+    [pytest.param(case, "triton", marks=needs_triton) for case in CASES]
+    + [pytest.param(case, "native", marks=needs_native) for case in PLAIN_CASES],
+)
+
+
+def make(case: Callable[[int, str], Case], tokens: int, impl: str) -> Case:
+    """The case on the device where `impl` runs."""
+    op, inputs = case(tokens, impl)
+    device = TRITON_DEVICE if impl == "triton" else "cpu"
+    return op, [x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from op_cases import needs_native, needs_triton
 from op_checks import TRITON_DEVICE, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,11 +20,6 @@ from fluxfast.ops.modulated_layer_norm import modulated_layer_norm, modulated_la
 from fluxfast.ops.qk_norm_rope import qk_norm_rope
 from fluxfast.ops.row_quant import row_quant
 from fluxfast.ops.token_route import token_gather, token_scatter
-
-needs_native = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
-
-
-needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
 
 
 def qk(x, **kwargs):

@@ -1,30 +1,8 @@
-"""The ops under torch.compile and under fake tensors, where a registered op stands for the launcher."""
+"""The ops under torch.compile: one graph, the values of eager, and no recompilation for another number of tokens."""
 
-import pytest
 import torch
-from op_cases import CASES, WITHOUT_NATIVE
-from op_checks import TRITON_DEVICE, outputs_and_grads, randn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from fluxfast.ops import _impl
-
-needs_native = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
-needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
-
-HEADS, DIM = 2, 8
-WIDTH = 3 * HEADS * DIM
-
-every_case = pytest.mark.parametrize(
-    ("case", "impl"),
-    [pytest.param(case, "triton", marks=needs_triton) for case in CASES]
-    + [pytest.param(case, "native", marks=needs_native) for case in CASES if case not in WITHOUT_NATIVE],
-)
-
-
-def make(case, tokens, impl):
-    op, inputs = case(tokens, impl)
-    device = TRITON_DEVICE if impl == "triton" else "cpu"
-    return op, [x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs]
+from op_cases import every_case, make
+from op_checks import outputs_and_grads
 
 
 @every_case
@@ -41,63 +19,3 @@ def test_compiled_equals_eager(case, impl):
         for actual, expected in zip(outs + grads, expected_outs + expected_grads, strict=True):
             # the native qk_norm_rope keeps other tensors when compiled, and so rounds elsewhere
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@every_case
-def test_fake_tensors_go_through(case, impl):
-    op, inputs = make(case, 6, impl)
-    expected_outs, expected_grads = outputs_and_grads(op, inputs)
-    mode = FakeTensorMode()
-    fakes = [mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for t in inputs]
-    with mode:
-        outs = op(*fakes)
-        outs = list(outs) if isinstance(outs, tuple) else [outs]
-        torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
-    for fake, real in zip(outs + [t.grad for t in fakes], expected_outs + expected_grads, strict=True):
-        assert (fake is None) == (real is None)
-        if real is not None:
-            assert fake.shape == real.shape
-            assert fake.stride() == real.stride()
-            assert fake.dtype == real.dtype
-
-
-def registered_calls(impl):
-    device = TRITON_DEVICE if impl == "triton" else "cpu"
-    x, y = (randn(2, 6, 12, seed=seed, grad=False).to(device) for seed in (0, 1))
-    gate = randn(2, 12, seed=2, grad=False).to(device)
-    ops = torch.ops.fluxfast
-    for out in ("same", "int8", "both-e4m3"):
-        yield ops.gelu_fwd, (x, out, impl)
-        yield ops.modulated_layer_norm_fwd, (x, gate, gate, 1e-6, out, impl)
-    yield ops.gelu_bwd, (y, x, impl)
-    yield ops.gated_residual_fwd, (x, gate, y, impl)
-    yield ops.gated_residual_bwd, (x, gate, y, impl)
-    yield ops.gated_residual_bwd, (x, gate, None, impl)
-    mean, rstd, _ = ops.modulated_layer_norm_fwd(x, gate, gate, 1e-6, "same", impl)
-    yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, None, True, impl)
-    yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, x, False, impl)
-
-    qkv, txt_qkv = (randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device) for tokens in (6, 3))
-    weights = (1 + randn(4, DIM, seed=2, grad=False)).to(device)
-    angle = randn(9, DIM // 2, seed=3, grad=False).to(device)
-    constants = (weights, angle.cos(), angle.sin(), None)
-    yield ops.qk_norm_rope_fwd, (qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
-    yield ops.qk_norm_rope_fwd, (qkv, None, *constants, HEADS, 1e-6, impl)
-    q, k, v, rstd = ops.qk_norm_rope_fwd(qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
-    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, q, k, None, None, 3, impl)
-    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, None, None, qkv, txt_qkv, 3, impl)
-
-    if impl == "triton":
-        idx = torch.tensor([[0, 4, 2], [5, 1, 3]], device=device)
-        yield ops.token_gather_fwd, (x, idx)
-        yield ops.token_scatter_fwd, (x, y[:, :3], idx, 6)
-        yield ops.token_scatter_fwd, (None, y[:, :3], idx, 6)
-        yield ops.token_scatter_fwd, (x, None, idx, 6)
-        yield ops.row_quant_fwd, (x[0], "int8", gate[0])
-        yield ops.row_quant_fwd, (x[0], "e4m3", None)
-
-
-@pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)])
-def test_registration(impl):
-    for op, arguments in registered_calls(impl):
-        torch.library.opcheck(op, arguments)

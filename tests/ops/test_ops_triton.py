@@ -2,19 +2,22 @@
 
 import pytest
 import torch
-from op_cases import CASES, WITHOUT_NATIVE, gelu_case, modulated_layer_norm_case, qk_norm_rope_case
+from op_cases import (
+    CASES,
+    PLAIN_CASES,
+    QUANTIZING_CASES,
+    every_impl,
+    gelu_case,
+    modulated_layer_norm_case,
+    needs_triton,
+    qk_norm_rope_case,
+)
 from op_checks import DTYPES, TOLERANCES, TRITON_DEVICE, assert_matches_fp64, saved_shapes
 
-from fluxfast.ops import _impl
 from fluxfast.ops.gelu import gelu, gelu_ref
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 from fluxfast.ops.row_quant import row_quant_ref
 
-needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
-needs_native = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
-every_impl = pytest.mark.parametrize(
-    "impl", ["ref", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
-)
 every_out = pytest.mark.parametrize("out", ["int8", "e4m3", "both-int8", "both-e4m3"])
 
 
@@ -73,7 +76,7 @@ def test_only_the_gradients_asked_for(case):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT_NATIVE])
+@pytest.mark.parametrize("case", PLAIN_CASES + QUANTIZING_CASES)
 def test_no_tokens(case):
     op, ref, inputs = make(case, 0)
     assert_matches_fp64(op, ref, inputs)

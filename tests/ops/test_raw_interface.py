@@ -5,6 +5,7 @@ import torch
 from op_cases import (
     HEADS,
     TXT,
+    every_impl,
     gated_residual_case,
     gelu_case,
     joint_qk_norm_rope_case,
@@ -16,12 +17,6 @@ from op_cases import (
 from op_checks import TRITON_DEVICE, outputs_and_grads, relative_error
 
 from fluxfast.ops import _impl, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant, token_route
-
-needs_native = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
-needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
-every_impl = pytest.mark.parametrize(
-    "impl", ["ref", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
-)
 
 # each takes an implementation and inputs, and returns the outputs, and what makes gradients of theirs, given which are needed
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from op_cases import needs_triton
 from op_checks import DTYPES, TRITON_DEVICE, randn
 
 from fluxfast.ops import _impl
 from fluxfast.ops.row_quant import row_quant, row_quant_ref
 
-needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
 # half of a code's step, relative to the scale (int8) or, above the subnormals, to the value (e4m3)
 HALF_STEP = {"int8": 0.5, "e4m3": 2.0**-4}
 

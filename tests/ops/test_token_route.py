@@ -1,12 +1,9 @@
 import pytest
 import torch
-from op_cases import places
+from op_cases import needs_triton, places
 from op_checks import DTYPES, TRITON_DEVICE, outputs_and_grads, randn
 
-from fluxfast.ops import _impl
 from fluxfast.ops.token_route import token_gather, token_gather_ref, token_scatter, token_scatter_ref
-
-needs_triton = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
 
 
 def test_refs_are_loops_over_rows():
