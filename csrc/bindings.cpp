@@ -12,6 +12,17 @@ namespace {
 
 const float* in(Address address) { return reinterpret_cast<const float*>(address); }
 float* out(Address address) { return reinterpret_cast<float*>(address); }
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t row_stride) {
+  return {at<const void>(data), static_cast<Float>(type), rows, cols, row_stride};
+}
+DenseWeight weight_out(Address data, int64_t type, int64_t rows, int64_t cols) {
+  return {at<void>(data), static_cast<Float>(type), rows, cols};
+}
 
 }  // namespace
 
@@ -104,4 +115,72 @@ PYBIND11_MODULE(_C, m) {
                                     &in_range);
           return in_range;
         });
+
+  m.def(
+      "quantize_int8",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, int threads) {
+        cpu().quantize_int8(weight_in(w, type, rows, cols, stride), at<int8_t>(packed), out(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "quantize_fp8",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, int threads) {
+        cpu().quantize_fp8(weight_in(w, type, rows, cols, stride), at<uint8_t>(packed), out(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "quantize_int4",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, Address zero,
+         int threads) {
+        cpu().quantize_int4(weight_in(w, type, rows, cols, stride),
+                            {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)}, threads);
+      },
+      no_gil);
+  m.def(
+      "quantize_int2",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, Address zero,
+         Address global_scale, int threads) {
+        cpu().quantize_int2(weight_in(w, type, rows, cols, stride),
+                            {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
+      },
+      no_gil);
+  m.def(
+      "quantize_nf4",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address absmax, int threads) {
+        cpu().quantize_nf4(weight_in(w, type, rows, cols, stride), at<uint8_t>(packed), out(absmax), threads);
+      },
+      no_gil);
+  m.def(
+      "dequantize_int8",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
+        cpu().dequantize_int8(weight_out(w, type, rows, cols), at<int8_t>(packed), in(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "dequantize_fp8",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
+        cpu().dequantize_fp8(weight_out(w, type, rows, cols), at<uint8_t>(packed), in(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "dequantize_int4",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, Address zero, int threads) {
+        cpu().dequantize_int4(weight_out(w, type, rows, cols), {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)},
+                              threads);
+      },
+      no_gil);
+  m.def(
+      "dequantize_int2",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
+         Address global_scale, int threads) {
+        cpu().dequantize_int2(weight_out(w, type, rows, cols),
+                              {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
+      },
+      no_gil);
+  m.def(
+      "dequantize_nf4",
+      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address absmax, int threads) {
+        cpu().dequantize_nf4(weight_out(w, type, rows, cols), at<uint8_t>(packed), in(absmax), threads);
+      },
+      no_gil);
 }

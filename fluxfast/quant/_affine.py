@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# a group whose step is smaller is all zeros: its inverse, and what is computed with it, would leave fp32
+# a group whose step is smaller becomes all zeros: its inverse, and what is computed with it, would leave fp32
 LEAST_STEP = 2.0**-100
 
 
@@ -51,14 +51,17 @@ def groups_of(weight: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
 
 
-def search(w: Tensor, affine: Affine, store: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Grid:
+def search(
+    w: Tensor, affine: Affine, store: Callable[[Tensor], tuple[Tensor, Tensor]], least_step: float | Tensor = LEAST_STEP
+) -> Grid:
     """The best grid found for each group of w [N, groups, group] fp32.
 
-    `store` rounds scales [N, groups] fp32 to what the format keeps, and gives that and its value in fp32.
+    `store` rounds scales [N, groups] fp32 to what the format keeps, and gives that and its value in fp32; steps of at least
+    `least_step` must be in its range.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     step = high * (1 / affine.top) - low * (1 / affine.top)
-    step = torch.where(step < LEAST_STEP, 0.0, step)
+    step = torch.where(step < least_step, 0.0, step)
     per_step = torch.where(step == 0, 0.0, 1 / step)
     u = torch.round(w * per_step[..., None] * (1 / affine.grain)) * affine.grain
     u_low, u_high, u_sum = low * per_step, high * per_step, u.sum(-1)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.quant._format import Format, Parts, Shape, quantize_rows
+from fluxfast.ops import _impl
+from fluxfast.quant._format import Format, Parts, Shape
+from fluxfast.quant._rows import quantize_rows, write_args
 
 
 class Fp8E4M3(Format):
@@ -18,11 +20,19 @@ class Fp8E4M3(Format):
         return {"packed": (shape, torch.float8_e4m3fn), "scale": (shape[:1], torch.float32)}
 
     def quantize_ref(self, weight: Tensor) -> Parts:
-        packed, scale = quantize_rows(weight, torch.float8_e4m3fn)
+        packed, scale = quantize_rows(weight, torch.float8_e4m3fn, "ref")
+        return {"packed": packed, "scale": scale}
+
+    def quantize_native(self, weight: Tensor) -> Parts:
+        packed, scale = quantize_rows(weight, torch.float8_e4m3fn, "native")
         return {"packed": packed, "scale": scale}
 
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return parts["packed"].float() * parts["scale"][:, None]
+
+    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        packed, scale = parts["packed"].data_ptr(), parts["scale"].data_ptr()
+        _impl.native.dequantize_fp8(*write_args(out), packed, scale, torch.get_num_threads())
 
 
 FP8_E4M3 = Fp8E4M3()

@@ -16,8 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, search, unpack
-from fluxfast.quant._format import LEAST_NORMAL, Format, Parts, Shape
+from fluxfast.ops import _impl
+from fluxfast.quant._affine import LEAST_STEP, Affine, evaluate, groups_of, pack, search, unpack
+from fluxfast.quant._format import Format, Parts, Shape
+from fluxfast.quant._rows import LEAST_NORMAL, read_args, write_args
 
 AFFINE = Affine(group=16, top=3, unit=5, grain=2**-10, shrinks=(1.0, 0.75, 0.5), refits=1)
 # a step is at most 2·max|w| / 3, the scale a fifth of it, and a byte's highest value 1.875
@@ -56,7 +58,7 @@ class Int2(Format):
             stored = ((bits >> _SHIFT) - _BIAS).clamp(0, 255)
             return stored, byte_values(stored) * global_scale
 
-        grid = search(groups_of(weight, AFFINE.group), AFFINE, store)
+        grid = search(groups_of(weight, AFFINE.group), AFFINE, store, least_step(global_scale))
         zero = torch.nn.functional.pad(grid.zero, (0, grid.zero.shape[1] % 2))
         return {
             "packed": pack(grid.codes, 2).flatten(1),
@@ -65,16 +67,31 @@ class Int2(Format):
             "global_scale": global_scale,
         }
 
+    def quantize_native(self, weight: Tensor) -> Parts:
+        parts = self.empty((weight.shape[0], weight.shape[1]))
+        addresses = (part.data_ptr() for part in parts.values())
+        _impl.native.quantize_int2(*read_args(weight), *addresses, torch.get_num_threads())
+        return parts
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         codes = unpack(parts["packed"], 2).unflatten(1, (-1, AFFINE.group))
         scale = byte_values(parts["scale"]) * parts["global_scale"]
         return evaluate(codes, unpack(parts["zero"], 4)[:, : scale.shape[1]], scale, AFFINE, shape[1])
+
+    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        addresses = (parts[name].data_ptr() for name in ("packed", "scale", "zero", "global_scale"))
+        _impl.native.dequantize_int2(*write_args(out), *addresses, torch.get_num_threads())
 
 
 def global_scale_of(largest: Tensor) -> Tensor:
     """global_scale [1] fp32 of a weight whose largest magnitude is `largest` (fp32, no dimensions)."""
     scale = (largest / torch.tensor(GLOBAL, device=largest.device)).reshape(1)
     return torch.where(scale < LEAST_NORMAL, 1.0, scale)
+
+
+def least_step(global_scale: Tensor) -> Tensor:
+    """The step below which a group is all zeros: half of the one that belongs to byte 0."""
+    return (global_scale * (AFFINE.unit * 2.0**-32)).clamp(min=LEAST_STEP)
 
 
 def byte_values(stored: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fluxfast.ops import _impl
 from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
+from fluxfast.quant._rows import read_args, write_args
 
 AFFINE = Affine(group=64, top=15, unit=16, grain=2**-8, shrinks=(1.0, 0.92), refits=2)
 
@@ -43,9 +45,19 @@ class Int4(Format):
         grid = search(groups_of(weight, AFFINE.group), AFFINE, _store)
         return {"packed": pack(grid.codes, 4).flatten(1), "scale": grid.stored, "zero": grid.zero.to(torch.uint8)}
 
+    def quantize_native(self, weight: Tensor) -> Parts:
+        parts = self.empty((weight.shape[0], weight.shape[1]))
+        addresses = (part.data_ptr() for part in parts.values())
+        _impl.native.quantize_int4(*read_args(weight), *addresses, torch.get_num_threads())
+        return parts
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         codes = unpack(parts["packed"], 4).unflatten(1, (-1, AFFINE.group))
         return evaluate(codes, parts["zero"], parts["scale"].float(), AFFINE, shape[1])
+
+    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        addresses = (parts[name].data_ptr() for name in ("packed", "scale", "zero"))
+        _impl.native.dequantize_int4(*write_args(out), *addresses, torch.get_num_threads())
 
 
 def _store(scale: Tensor) -> tuple[Tensor, Tensor]:

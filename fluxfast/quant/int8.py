@@ -9,7 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.quant._format import Format, Parts, Shape, quantize_rows
+from fluxfast.ops import _impl
+from fluxfast.quant._format import Format, Parts, Shape
+from fluxfast.quant._rows import quantize_rows, write_args
 
 
 class Int8(Format):
@@ -22,13 +24,21 @@ class Int8(Format):
         return {"packed": (shape, torch.int8), "scale": (shape[:1], torch.float32)}
 
     def quantize_ref(self, weight: Tensor) -> Parts:
-        packed, scale = quantize_rows(weight, torch.int8)
+        packed, scale = quantize_rows(weight, torch.int8, "ref")
+        return {"packed": packed, "scale": scale}
+
+    def quantize_native(self, weight: Tensor) -> Parts:
+        packed, scale = quantize_rows(weight, torch.int8, "native")
         return {"packed": packed, "scale": scale}
 
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return parts["packed"].float() * parts["scale"][:, None]
 
-    def to_int8(self, parts: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor]:
+    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        packed, scale = parts["packed"].data_ptr(), parts["scale"].data_ptr()
+        _impl.native.dequantize_int8(*write_args(out), packed, scale, torch.get_num_threads())
+
+    def to_int8(self, parts: Mapping[str, Tensor], shape: Shape, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         return parts["packed"], parts["scale"]
 
 

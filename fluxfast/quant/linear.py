@@ -13,22 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl
-from fluxfast.quant import FORMATS
-from fluxfast.quant._format import Format, QuantWeight, Shape
+from fluxfast.quant import FORMATS, Format, QuantWeight
+from fluxfast.quant._format import Shape
 
 
-def _dequantize(parts: list[Tensor], format: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    names = FORMATS[format].layout((rows, cols))
-    return FORMATS[format].dequantize(dict(zip(names, parts, strict=True)), (rows, cols), dtype)
-
-
-_dequantize_op = torch.library.custom_op("fluxfast::dequantize", _dequantize, mutates_args=())
-
-
-@_dequantize_op.register_fake
-def _(parts: list[Tensor], format: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    return parts[0].new_empty((rows, cols), dtype=dtype)
+def _dequantized(parts: tuple[Tensor, ...], format: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+    named = dict(zip(FORMATS[format].layout(shape), parts, strict=True))
+    return QuantWeight(FORMATS[format], named, shape, dtype).dequantize()
 
 
 class _QuantLinear(torch.autograd.Function):
@@ -36,19 +27,17 @@ class _QuantLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, format: str, shape: Shape, *parts: Tensor) -> Tensor:
         ctx.format, ctx.shape = format, shape
         ctx.save_for_backward(*parts)
-        weight = _impl.launcher(x, _dequantize, _dequantize_op)(list(parts), format, *shape, x.dtype)
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(x, _dequantized(parts, format, shape, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        parts = list(ctx.saved_tensors)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ _impl.launcher(dy, _dequantize, _dequantize_op)(parts, ctx.format, *ctx.shape, dy.dtype)
+            dx = dy @ _dequantized(ctx.saved_tensors, ctx.format, ctx.shape, dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.flatten(0, -2).sum(0)
-        return (dx, dbias, None, None, *(None for _ in parts))
+        return (dx, dbias, None, None, *(None for _ in ctx.saved_tensors))
 
 
 def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fluxfast.ops import _impl
 from fluxfast.quant._affine import pack, unpack
 from fluxfast.quant._format import Format, Parts, Shape
+from fluxfast.quant._rows import read_args, write_args
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -63,11 +65,22 @@ class Nf4(Format):
         codes = torch.bucketize(scaled, bounds(weight.device))
         return {"packed": pack(codes, 4), **quantize_absmax(absmax)}
 
+    def quantize_native(self, weight: Tensor) -> Parts:
+        weight = weight.contiguous()
+        packed = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8)
+        absmax = torch.empty(-(-weight.numel() // BLOCK))
+        _impl.native.quantize_nf4(*read_args(weight), packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads())
+        return {"packed": packed, **quantize_absmax(absmax)}
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         count = shape[0] * shape[1]
         levels = code(parts["packed"].device)[unpack(parts["packed"], 4)[:count].int()]
         levels = torch.nn.functional.pad(levels, (0, -count % BLOCK)).view(-1, BLOCK)
         return (levels * dequantize_absmax(parts)[:, None]).flatten()[:count].view(shape)
+
+    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        absmax = dequantize_absmax(parts)
+        _impl.native.dequantize_nf4(*write_args(out), parts["packed"].data_ptr(), absmax.data_ptr(), torch.get_num_threads())
 
 
 def quantize_absmax(absmax: Tensor) -> Parts:

@@ -200,6 +200,14 @@ def test_a_weight_that_is_not_finite_is_refused(format, dtype, value, place):
 
 
 @every_format
+def test_a_weight_that_is_too_large_is_refused(format):
+    weight = gaussian(5, 63).double()
+    weight[3, 4] = 1e39
+    with pytest.raises(ValueError, match=r"reaches 1e\+39, which is too large for fp32 scales"):
+        format.quantize(weight)
+
+
+@every_format
 @pytest.mark.parametrize("weight", [torch.zeros(4), torch.zeros(2, 3, 4), torch.zeros(0, 4), torch.zeros(4, 4).int()])
 def test_what_is_no_weight_is_refused(format, weight):
     with pytest.raises(ValueError, match=f"{format.name}: expected a weight"):

@@ -1,0 +1,45 @@
+"""Codes with one scale a row, which int8, fp8_e4m3 and the 8-bit product share; and weights as the native module takes them.
+
+    scale = max|w| / top,  code = round(w · (1/scale)), halves to even       top = 127 for int8, 448 for float8_e4m3fn
+
+A row whose scale would not be a normal number gets scale 1.
+"""
+
+import torch
+from torch import Tensor
+
+from fluxfast.ops import _impl
+
+# the native module's numbers for the dtypes that it reads and writes
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# the least fp32 number that keeps all its bits
+LEAST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def quantize_rows(weight: Tensor, dtype: torch.dtype, backend: _impl.Backend) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] of `dtype` (int8 or float8_e4m3fn) and scales [N] fp32 of weight [N, K].
+
+    fp32 for the reference; for the native module a dtype of FLOAT_TYPES, on the CPU, with contiguous columns.
+    """
+    if backend == "native":
+        codes = torch.empty(weight.shape, dtype=dtype)
+        scale = torch.empty(weight.shape[0])
+        run = _impl.native.quantize_int8 if dtype == torch.int8 else _impl.native.quantize_fp8
+        run(*read_args(weight), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+        return codes, scale
+    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    # a tensor, because on a GPU torch divides by a plain number as a product with its inverse
+    scale = weight.abs().amax(1) / torch.tensor(top, device=weight.device)
+    scale = torch.where(scale < LEAST_NORMAL, 1.0, scale)
+    values = weight * (1 / scale)[:, None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+def read_args(weight: Tensor) -> tuple[int, int, int, int, int]:
+    """A weight for the native module to read: address, type, rows, columns, elements from one row to the next."""
+    return weight.data_ptr(), FLOAT_TYPES[weight.dtype], *weight.shape, weight.stride(0)
+
+
+def write_args(out: Tensor) -> tuple[int, int, int, int]:
+    """A contiguous weight for the native module to write: address, type, rows, columns."""
+    return out.data_ptr(), FLOAT_TYPES[out.dtype], *out.shape
