@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "csrc", "fluxfast", "kernels", "pyproject.toml", "setup.py"]
+SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "bench", "csrc", "fluxfast", "kernels", "pyproject.toml", "setup.py"]
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
@@ -96,9 +96,11 @@ def test_native_wheel_holds_everything(native_wheel):
     assert extensions.pop().startswith("fluxfast/_C.")
     assert names >= python_files(ROOT / "fluxfast", "fluxfast")
     assert names >= python_files(ROOT / "kernels/fluxfast_kernels", "fluxfast_kernels")
+    assert names >= python_files(ROOT / "bench/fluxfast_bench", "fluxfast_bench")
     assert names >= {"fluxfast/py.typed", "fluxfast/_C.pyi", "fluxfast/train/options.tsv"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fluxfast", "fluxfast_kernels"}
+    packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert packages == {"fluxfast", "fluxfast_bench", "fluxfast_kernels"}
 
 
 @needs_compiler

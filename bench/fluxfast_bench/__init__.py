@@ -1,0 +1,1 @@
+"""What `fluxfast-bench` measures; nothing that trains imports it."""
