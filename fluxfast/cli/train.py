@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,9 @@ def main(words: Sequence[str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return SIGNAL_EXIT + stopped.signal
+    except KeyboardInterrupt:
+        print("interrupted before a step could be saved; the same command goes on from the last checkpoint", file=sys.stderr)
+        return SIGNAL_EXIT + signal.SIGINT
     except (ValueError, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -71,7 +71,9 @@ def save_checkpoint(
         save_file(tensors, folder / OPTIMIZER_NAME)
         content = {"version": VERSION, "global_step": step, **state, "optimizer": numbers}
         (folder / STATE_NAME).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-    for old in checkpoints(output_dir)[:-keep]:
+    # the new one stays, also where a run went back to an older step than those that are there
+    others = [other for other in checkpoints(output_dir) if other != path]
+    for old in others[: max(0, len(others) - keep + 1)]:
         remove_folder(old)
     return path
 

@@ -153,7 +153,7 @@ class Trainer:
         """Go on from the checkpoint that the config names, if there is one."""
         if self.saved is None or self.checkpoint is None:
             return
-        saved, adapter, optimizer = self.saved
+        config, (saved, adapter, optimizer) = self.config, self.saved
         self.saved = None
         for key, now in self._fixed().items():
             if (then := saved["fixed"].get(key)) != now:
@@ -167,6 +167,11 @@ class Trainer:
         for note in self.data.sampler.load_state_dict(saved["sampler"]):
             self.console.print(f"· {note}", highlight=False, markup=False)
         self.step = saved["global_step"]
+        newer = [path.name for path in state.checkpoints(config.output_dir) if int(path.name.split("-")[1]) > self.step]
+        if newer:
+            self.console.print(
+                f"· {', '.join(newer)} are of a longer run: remove them, or the next \"latest\" is theirs", highlight=False
+            )
         self.console.print(f"resumed from {self.checkpoint}: step {self.step} of {self.steps}", highlight=False)
 
     def _fixed(self) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def test_round_trip_is_exact(tmp_path):
 def test_rotation_and_choice(tmp_path):
     for step in (5, 10, 100, 20):
         save(tmp_path, step, keep=3)
+    # a run that went back: what it has just written is never what is removed
+    path, _, _ = save(tmp_path, 7, keep=3)
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["checkpoint-7", "checkpoint-20", "checkpoint-100"]
+    save(tmp_path, 10, keep=4)
+    state.remove_folder(path)
     assert [p.name for p in state.checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20", "checkpoint-100"]
     assert state.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
     assert state.find_checkpoint(tmp_path, "checkpoint-10").name == "checkpoint-10"
