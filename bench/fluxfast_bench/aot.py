@@ -13,7 +13,7 @@ import pkgutil
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,6 +30,8 @@ from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task
 from fluxfast_bench.conditions import commit
 
 Results = dict[Task, Compiled]
+# every variant that there is of an op for a target
+Known = dict[tuple[str, str], list[Task]]
 
 
 def op_names() -> list[str]:
@@ -43,14 +45,6 @@ def spread(tasks: Sequence[Task], count: int) -> list[Task]:
     return [tasks[(2 * i + 1) * len(tasks) // (2 * count)] for i in range(count)]
 
 
-def sample(tasks: Iterable[Task], count: int) -> list[Task]:
-    """`count` tasks of each op and target."""
-    groups: dict[tuple[str, str], list[Task]] = {}
-    for task in tasks:
-        groups.setdefault((task.op, task.target), []).append(task)
-    return [task for group in groups.values() for task in spread(group, count)]
-
-
 def read(path: Path) -> dict[str, Any]:
     """What `write` wrote. Raises ValueError for a file that holds something else."""
     if not path.exists():
@@ -62,17 +56,13 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a result of `fluxfast-bench aot` ({error}); remove it or name another --out") from None
 
 
-def merge(stored: Mapping[str, Any], results: Results, known: Iterable[Task], run: Mapping[str, str]) -> dict[str, Any]:
-    """The stored variants, the compiled ones in their place, less those that are no more.
-
-    known: every variant that there is, for the ops and targets that were looked at.
-    """
-    known = set(known)
-    looked_at = {(task.op, task.target) for task in known}
+def merge(stored: Mapping[str, Any], results: Results, known: Known, run: Mapping[str, str]) -> dict[str, Any]:
+    """The stored variants, the compiled ones in their place, less those that are in `known` no more."""
+    ops = op_names()
     variants = {}
     for line in stored["variants"]:
         task = Task(line["op"], line["variant"], line["target"])
-        if task.op in op_names() and (task in known or (task.op, task.target) not in looked_at):
+        if task.op in ops and task in known.get((task.op, task.target), [task]):
             variants[task] = line
     for task, compiled in results.items():
         figures = {key: value for key, value in asdict(compiled).items() if value is not None}
@@ -109,8 +99,9 @@ def table_of(results: Results) -> Table:
 
 def compile_all(
     ops: Sequence[str], targets: Sequence[str], count: int | None, jobs: int, console: Console
-) -> tuple[Results, list[Task]]:
-    """The results, and every variant there is of these ops for these targets; `count` as in --sample."""
+) -> tuple[Results, Known]:
+    """The results, and what there is of these ops for these targets; `count` as in --sample."""
+    known: Known = {(op, target): [] for op in ops for target in targets}
     # Windows can't remove what a dying worker still has open
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
@@ -118,8 +109,9 @@ def compile_all(
         Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress,
     ):
         bar = progress.add_task("listing kernels", total=None)
-        known = [task for op in ops for task in compilers.tasks(op) if task.target in targets]
-        chosen = known if count is None else sample(known, count)
+        for task in (task for op in ops for task in compilers.tasks(op) if task.target in targets):
+            known[task.op, task.target].append(task)
+        chosen = [task for group in known.values() for task in (group if count is None else spread(group, count))]
         progress.update(bar, description="compiling", total=len(chosen))
         results = {}
         for task, compiled in compilers.compile(chosen):

@@ -38,8 +38,8 @@ class Compiled:
     """What came of a task.
 
     registers: of a thread (NVIDIA; AMD: vector registers). spills: what of them went to memory, in bytes of stores a thread
-    (NVIDIA) or in registers (AMD). shared: bytes a program. seconds: of compiling. These but the seconds are None where the compiler failed.
-    error: why the kernel can't run; None where it can.
+    (NVIDIA) or in registers (AMD). shared: bytes a program. All three are None where the compiler failed. seconds: of
+    compiling. error: why the kernel can't run; None where it can.
     """
 
     seconds: float
