@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import queue
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,16 @@ def amdgcn_figures(assembly: str) -> tuple[int, int]:
     return int(used), int(spilled)
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def prepare_worker(cache: str) -> None:
+    # the pool's own processes wait for ever where the command was killed
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.pop("TRITON_INTERPRET", None)
     # a cached kernel has no compile time, and no ptxas to speak
     os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}

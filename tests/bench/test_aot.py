@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
@@ -90,6 +93,20 @@ def test_a_crash_takes_one_worker_and_no_more(tmp_path):
         assert worker.call(sum, [1, 2]) == 3
     finally:
         worker.close()
+
+
+def test_no_worker_outlives_the_command(tmp_path):
+    killed = (
+        "import os, signal, sys\n"
+        f"sys.path[:] = {sys.path}\n"
+        "from fluxfast_bench.compilers import Worker\n"
+        f"print(Worker({str(tmp_path)!r}).call(os.getpid), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # returns when nobody holds stdout any more, which the worker inherits
+    process = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert int(process.stdout) > 0
 
 
 def test_a_crash_is_a_failed_variant(tmp_path, monkeypatch):
