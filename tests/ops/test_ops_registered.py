@@ -29,8 +29,8 @@ def test_fake_tensors_go_through(case, impl):
 
 
 def registered_calls(impl):
-    device = TRITON_DEVICE if impl == "triton" else "cpu"
-    x, y = (randn(2, 6, 12, seed=seed, grad=False).to(device) for seed in (0, 1))
+    device, dtype = (TRITON_DEVICE, torch.bfloat16) if impl == "triton" else ("cpu", torch.float32)
+    x, y = (randn(2, 6, 12, seed=seed, grad=False).to(device, dtype) for seed in (0, 1))
     gate = randn(2, 12, seed=2, grad=False).to(device)
     ops = torch.ops.fluxfast
     for out in ("same", "int8", "both-e4m3"):
@@ -44,7 +44,7 @@ def registered_calls(impl):
     yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, None, True, impl)
     yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, x, False, impl)
 
-    qkv, txt_qkv = (randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device) for tokens in (6, 3))
+    qkv, txt_qkv = (randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device, dtype) for tokens in (6, 3))
     weights = (1 + randn(4, DIM, seed=2, grad=False)).to(device)
     angle = randn(9, DIM // 2, seed=3, grad=False).to(device)
     constants = (weights, angle.cos(), angle.sin(), None)
