@@ -14,7 +14,7 @@ any particular order, and so are products with a code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,6 +113,26 @@ def _grid(
     zero = torch.round((-start * per_size * affine.unit).clamp(0, affine.unit * affine.top))
     codes = torch.round((u * per_size[..., None] + (zero * (1 / affine.unit))[..., None]).clamp(0, affine.top))
     return Grid(stored, scale, zero, codes), size
+
+
+def quantize_triton(weight: Tensor, parts: Mapping[str, Tensor], affine: Affine) -> None:
+    """The search by Triton's kernel: weight [N, K] into int4's parts, or int2's, whose global_scale is there already."""
+    from fluxfast_kernels.quantize_affine import quantize_affine
+
+    quantize_affine(
+        weight,
+        parts["packed"],
+        parts["scale"],
+        parts["zero"],
+        parts.get("global_scale"),
+        group=affine.group,
+        top=affine.top,
+        unit=affine.unit,
+        grain=affine.grain,
+        shrinks=affine.shrinks,
+        refits=affine.refits,
+        least_step=LEAST_STEP,
+    )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

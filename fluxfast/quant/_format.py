@@ -41,12 +41,20 @@ class Format:
         """The same by the native module, of a weight on the CPU in a dtype of FLOAT_TYPES whose columns are contiguous."""
         raise NotImplementedError
 
+    def quantize_triton(self, weight: Tensor) -> Parts:
+        """The same by Triton's kernels."""
+        raise NotImplementedError
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         """The weight [N, K] fp32, in plain torch."""
         raise NotImplementedError
 
     def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """The same by the native module, into `out` [N, K]: contiguous, on the CPU, in a dtype of FLOAT_TYPES."""
+        raise NotImplementedError
+
+    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The same by Triton's kernels in a dtype of FLOAT_TYPES, and None; or, in int8, what `to_int8` gives."""
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, *, impl: str = "auto") -> Parts:
@@ -58,27 +66,34 @@ class Format:
             raise ValueError(
                 f"{self.name}: expected a weight [out, in] of a floating dtype, got {list(weight.shape)} {weight.dtype}"
             )
-        rows = weight.detach()
-        if self._implementation("quantize", impl, rows) == "native":
-            rows = rows.float() if rows.dtype == torch.float64 else rows
-            parts = self.quantize_native(_impl.dense_rows(rows))
-        else:
-            parts = self.quantize_ref(rows.float())
+        backend = self._implementation("quantize", impl, weight)
+        rows = weight.detach().to(weight.dtype if weight.dtype in FLOAT_TYPES and backend != "ref" else torch.float32)
+        run = {"ref": self.quantize_ref, "native": self.quantize_native, "triton": self.quantize_triton}[backend]
+        parts = run(_impl.dense_rows(rows))
         if not parts[self.witness].isfinite().all():
             raise ValueError(f"{self.name}: {_why_not_finite(weight)}; check the checkpoint that it came from")
         return parts
 
     def dequantize(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
         """The weight [N, K] in `dtype`: computed in fp32, rounded once. Raises ValueError on an `impl` that can't."""
-        if self._implementation("dequantize", impl, parts["packed"]) == "native":
-            out = torch.empty(shape, dtype=dtype if dtype in FLOAT_TYPES else torch.float32)
-            self.dequantize_native({name: part.contiguous() for name, part in parts.items()}, out)
-            return out.to(dtype)
-        return self.dequantize_ref(parts, shape).to(dtype)
+        backend = self._implementation("dequantize", impl, parts["packed"])
+        if backend == "ref":
+            return self.dequantize_ref(parts, shape).to(dtype)
+        written = dtype if dtype in FLOAT_TYPES else torch.float32
+        dense = {name: part.contiguous() for name, part in parts.items()}
+        if backend == "triton":
+            return self.dequantize_triton(dense, shape, written)[0].to(dtype)
+        out = torch.empty(shape, dtype=written)
+        self.dequantize_native(dense, out)
+        return out.to(dtype)
 
     def to_int8(self, parts: Mapping[str, Tensor], shape: Shape, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         """The weight for an 8-bit product: codes [N, K] int8 and a scale per row [N] fp32, as `_rows` says."""
         backend = self._implementation("to_int8", impl, parts["packed"])
+        if backend == "triton":
+            codes, scale = self.dequantize_triton({name: part.contiguous() for name, part in parts.items()}, shape, torch.int8)
+            assert scale is not None
+            return codes, scale
         return quantize_rows(self.dequantize(parts, shape, torch.float32, impl=backend), torch.int8, backend)
 
     def empty(self, shape: Shape, device: torch.device | str | None = None) -> Parts:

@@ -27,12 +27,23 @@ class Fp8E4M3(Format):
         packed, scale = quantize_rows(weight, torch.float8_e4m3fn, "native")
         return {"packed": packed, "scale": scale}
 
+    def quantize_triton(self, weight: Tensor) -> Parts:
+        from fluxfast_kernels.quantize_e4m3 import quantize_e4m3
+
+        packed, scale = quantize_e4m3(weight)
+        return {"packed": packed, "scale": scale}
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return parts["packed"].float() * parts["scale"][:, None]
 
     def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         packed, scale = parts["packed"].data_ptr(), parts["scale"].data_ptr()
         _impl.native.dequantize_fp8(*write_args(out), packed, scale, torch.get_num_threads())
+
+    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        from fluxfast_kernels.dequant_rows import dequant_rows
+
+        return dequant_rows(parts["packed"], parts["scale"], dtype)
 
 
 FP8_E4M3 = Fp8E4M3()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import _impl
-from fluxfast.quant._affine import LEAST_STEP, Affine, evaluate, groups_of, pack, search, unpack
+from fluxfast.quant._affine import LEAST_STEP, Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
 from fluxfast.quant._rows import LEAST_NORMAL, read_args, write_args
 
@@ -73,6 +73,13 @@ class Int2(Format):
         _impl.native.quantize_int2(*read_args(weight), *addresses, torch.get_num_threads())
         return parts
 
+    def quantize_triton(self, weight: Tensor) -> Parts:
+        parts = self.empty((weight.shape[0], weight.shape[1]), weight.device)
+        low, high = torch.aminmax(weight)
+        parts["global_scale"] = global_scale_of(torch.maximum(-low, high).float())
+        quantize_triton(weight, parts, AFFINE)
+        return parts
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         codes = unpack(parts["packed"], 2).unflatten(1, (-1, AFFINE.group))
         scale = byte_values(parts["scale"]) * parts["global_scale"]
@@ -81,6 +88,11 @@ class Int2(Format):
     def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         addresses = (parts[name].data_ptr() for name in ("packed", "scale", "zero", "global_scale"))
         _impl.native.dequantize_int2(*write_args(out), *addresses, torch.get_num_threads())
+
+    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        from fluxfast_kernels.dequant_int2 import dequant_int2
+
+        return dequant_int2(**parts, cols=shape[1], dtype=dtype)
 
 
 def global_scale_of(largest: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import _impl
-from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, search, unpack
+from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
 from fluxfast.quant._rows import read_args, write_args
 
@@ -51,6 +51,11 @@ class Int4(Format):
         _impl.native.quantize_int4(*read_args(weight), *addresses, torch.get_num_threads())
         return parts
 
+    def quantize_triton(self, weight: Tensor) -> Parts:
+        parts = self.empty((weight.shape[0], weight.shape[1]), weight.device)
+        quantize_triton(weight, parts, AFFINE)
+        return parts
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         codes = unpack(parts["packed"], 4).unflatten(1, (-1, AFFINE.group))
         return evaluate(codes, parts["zero"], parts["scale"].float(), AFFINE, shape[1])
@@ -58,6 +63,11 @@ class Int4(Format):
     def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         addresses = (parts[name].data_ptr() for name in ("packed", "scale", "zero"))
         _impl.native.dequantize_int4(*write_args(out), *addresses, torch.get_num_threads())
+
+    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        from fluxfast_kernels.dequant_int4 import dequant_int4
+
+        return dequant_int4(**parts, cols=shape[1], dtype=dtype)
 
 
 def _store(scale: Tensor) -> tuple[Tensor, Tensor]:

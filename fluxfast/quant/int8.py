@@ -31,12 +31,23 @@ class Int8(Format):
         packed, scale = quantize_rows(weight, torch.int8, "native")
         return {"packed": packed, "scale": scale}
 
+    def quantize_triton(self, weight: Tensor) -> Parts:
+        from fluxfast_kernels.row_quant import row_quant
+
+        packed, scale = row_quant(weight, "int8")
+        return {"packed": packed, "scale": scale}
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return parts["packed"].float() * parts["scale"][:, None]
 
     def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         packed, scale = parts["packed"].data_ptr(), parts["scale"].data_ptr()
         _impl.native.dequantize_int8(*write_args(out), packed, scale, torch.get_num_threads())
+
+    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        from fluxfast_kernels.dequant_rows import dequant_rows
+
+        return dequant_rows(parts["packed"], parts["scale"], dtype)
 
     def to_int8(self, parts: Mapping[str, Tensor], shape: Shape, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         return parts["packed"], parts["scale"]

@@ -72,6 +72,12 @@ class Nf4(Format):
         _impl.native.quantize_nf4(*read_args(weight), packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads())
         return {"packed": packed, **quantize_absmax(absmax)}
 
+    def quantize_triton(self, weight: Tensor) -> Parts:
+        from fluxfast_kernels.quantize_nf4 import quantize_nf4
+
+        packed, absmax = quantize_nf4(weight.contiguous(), bounds(weight.device))
+        return {"packed": packed, **quantize_absmax(absmax)}
+
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         count = shape[0] * shape[1]
         levels = code(parts["packed"].device)[unpack(parts["packed"], 4)[:count].int()]
@@ -81,6 +87,12 @@ class Nf4(Format):
     def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         absmax = dequantize_absmax(parts)
         _impl.native.dequantize_nf4(*write_args(out), parts["packed"].data_ptr(), absmax.data_ptr(), torch.get_num_threads())
+
+    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        from fluxfast_kernels.dequant_nf4 import dequant_nf4
+
+        device = parts["packed"].device
+        return dequant_nf4(**parts, shape=shape, tables=(code(device), absmax_code(device)), dtype=dtype)
 
 
 def quantize_absmax(absmax: Tensor) -> Parts:

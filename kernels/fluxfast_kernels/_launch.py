@@ -37,6 +37,10 @@ LaunchTable = Mapping[str, Mapping[str, int]]
 # of a row that a program takes, where it need not take the whole; rows per program, where it sums over them
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
+    "dequant": {"default": {"per_thread": 16, "widest": 2048}},
+    "dequant_quantized": {"default": {"per_thread": 32}},
+    "quantize_affine": {"default": {"per_thread": 16, "widest": 1024}},
+    "quantize_nf4": {"default": {"per_thread": 16, "widest": 2048}},
     "gated_residual_fwd": {"default": {"per_thread": 32}},
     "gated_residual_bwd": {"default": {"per_thread": 16, "ROWS": 1}},
     "gated_residual_bwd_sums": {"default": {"per_thread": 16, "ROWS": 16}},
@@ -177,6 +181,7 @@ _TRITON_TYPES = {
     torch.bfloat16: "bf16",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
