@@ -1,0 +1,161 @@
+"""Attention's forward and backward apart, so that a block's own backward can keep the output and the log-sum-exp.
+
+The kernels are PyTorch's: cuDNN, Flash, memory-efficient, the CPU's, and the maths in plain torch ("ref"). Shapes here are
+FLUX.1's, [B, S, heads, head_dim]; no dropout, not causal, scale 1/sqrt(head_dim).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cudnn", "flash", "efficient", "cpu", "ref")
+_HALF = (torch.float16, torch.bfloat16)
+
+logger = logging.getLogger("fluxfast")
+
+
+def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
+    """The back end for q [B, S, heads, head_dim]; raises ValueError where the one that was asked for can't do the call."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
+    if backend == "auto":
+        return _automatic(q.device.type, q.dtype, q.shape[-1], mask is not None, _capability(q))
+    if backend != "ref" and (backend == "cpu") != (q.device.type == "cpu"):
+        raise ValueError(f"attention: the back end {backend!r} does not run on {q.device.type}; use 'auto' or 'ref'")
+    if backend in ("cudnn", "flash") and q.dtype not in _HALF:
+        raise ValueError(f"attention: the back end {backend!r} takes float16 and bfloat16, not {q.dtype}; use 'efficient'")
+    if backend == "flash" and mask is not None:
+        raise ValueError("attention: the back end 'flash' takes no mask; use 'cudnn' or 'efficient'")
+    return backend
+
+
+def _capability(q: Tensor) -> int:
+    # fake tensors have a device, but there may be none to ask
+    if q.device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_capability(q.device)[0]
+
+
+@functools.cache
+def _automatic(device: str, dtype: torch.dtype, head_dim: int, masked: bool, capability: int) -> str:
+    if device == "cpu":
+        chosen, why = ("ref", "float64") if dtype == torch.float64 else ("cpu", "tensors on the CPU")
+    elif device != "cuda":
+        chosen, why = "ref", f"tensors on {device}"
+    elif dtype not in _HALF or head_dim % 8:
+        chosen, why = "efficient", f"{dtype}, heads of {head_dim}"
+    elif capability in (9, 10):
+        chosen, why = "cudnn", "its kernels for this generation are the fastest of PyTorch's own"
+    elif masked:
+        chosen, why = "efficient", "there is a mask"
+    else:
+        chosen, why = "flash", "16 bit, no mask"
+    logger.info("attention runs on '%s': %s", chosen, why)
+    return chosen
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The maths in plain, differentiable torch: q, k, v [B, S, heads, head_dim] to the same; mask as `forward` takes it."""
+    return _ref(q, k, v, mask)[0]
+
+
+def _ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    lse = scores.logsumexp(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", (scores - lse[..., None]).exp(), v), lse
+
+
+def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as it is added to the scores [B, heads, S, S]: zeros and minus infinities of a boolean one."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    return mask.to(q.dtype).expand(q.shape[0], q.shape[2], q.shape[1], q.shape[1])
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """out [B, S, heads, head_dim], and what `backward` wants beside out and the inputs: the log-sum-exp first.
+
+    mask: None, or broadcastable to [B, heads, S, S]: bool (True attends) or added to the scores. backend from `resolve`.
+    """
+    if backend == "ref":
+        out, lse = _ref(q, k, v, mask)
+        return out, (lse,)
+    aten, heads_first = torch.ops.aten, [x.transpose(1, 2) for x in (q, k, v)]
+    if backend == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, attn_mask=_bias(mask, q))
+        saved: tuple[Tensor | None, ...] = (lse,)
+    elif backend == "flash":
+        out, lse, *_, seed, offset, _ = aten._scaled_dot_product_flash_attention(*heads_first)
+        saved = (lse, seed, offset)
+    elif backend == "cudnn":
+        out, lse, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(*heads_first, _bias(mask, q), True)
+        saved = (lse, seed, offset)
+    else:
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(*heads_first, _bias(mask, q), True)
+        saved = (lse, seed, offset)
+    return out.transpose(1, 2), saved
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    saved: Sequence[Tensor | None],
+    mask: Tensor | None = None,
+    *,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv [B, S, heads, head_dim]; `saved` and the rest as `forward` had and gave them."""
+    if backend == "ref":
+        return _ref_backward(dout, q, k, v, out, saved[0], mask)
+    aten, tensors = torch.ops.aten, [x.transpose(1, 2) for x in (dout, q, k, v)]
+    out, tokens = out.transpose(1, 2), q.shape[1]
+    if backend == "cpu":
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, out, saved[0], 0.0, False, attn_mask=_bias(mask, q)
+        )
+    elif backend == "flash":
+        lse, seed, offset = saved
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            *tensors, out, lse, None, None, tokens, tokens, 0.0, False, seed, offset
+        )
+    elif backend == "cudnn":
+        lse, seed, offset = saved
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            *tensors, out, lse, seed, offset, _bias(mask, q), None, None, tokens, tokens, 0.0, False
+        )
+    else:
+        lse, seed, offset = saved
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            *tensors, _bias(mask, q), out, lse, seed, offset, 0.0, [True, True, True, False]
+        )
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads[:3])
+    return dq, dk, dv
+
+
+def _ref_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert lse is not None
+    scale = q.shape[-1] ** -0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    p = (scores - lse[..., None]).exp()
+    dp = torch.einsum("bqhd,bkhd->bhqk", dout, v)
+    ds = p * (dp - (dout * out).sum(-1).transpose(1, 2)[..., None]) * scale
+    dq, dk = torch.einsum("bhqk,bkhd->bqhd", ds, k), torch.einsum("bhqk,bqhd->bkhd", ds, q)
+    return dq, dk, torch.einsum("bhqk,bqhd->bkhd", p, dout)
