@@ -187,6 +187,10 @@ class LinearGroup:
         _dgrad_torch(self, d_rows, parts, ds, dx.view(-1, width))
         return dx, grads
 
+    def down(self, x: RowOutput) -> Tensor | None:
+        """s alone, for who has forward's y already."""
+        return self._down(_rows(x))
+
     def _down(self, x: RowOutput) -> Tensor | None:
         """s = scale · x Aᵀ [M, Σ ranks], each adapter on its own dropped x."""
         if not self.adapters:
