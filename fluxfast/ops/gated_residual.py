@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl
+from fluxfast.ops import _impl, row_quant
+from fluxfast.ops.row_quant import RowOutput
 
 
 def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -32,15 +33,17 @@ def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Te
     return [out]
 
 
-def gated_residual_bwd(dout: Tensor, gate: Tensor, y: Tensor | None, impl: str) -> list[Tensor]:
-    """dy [B, S, D], and with y dgate [B, D]."""
+def gated_residual_bwd(
+    dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str
+) -> list[Tensor]:
+    """With y dgate [B, D], then what `out` asks for of dy [B, S, D], the codes of dy·col_scale and their scales."""
     dout, gate = _impl.dense_rows(dout), _impl.dense_rows(gate)
     y = None if y is None else _impl.dense_rows(y)
     if impl == "triton":
         from fluxfast_kernels import gated_residual as kernels
 
-        grads = kernels.gated_residual_bwd(dout, gate, y)
-        return [grad for grad in (grads.dy, grads.dgate) if grad is not None]
+        *rows, dgate = kernels.gated_residual_bwd(dout, gate, y, out=out, col_scale=col_scale)
+        return [grad for grad in (dgate, *rows) if grad is not None]
     dy = _impl.contiguous_like(dout)
     dgate = _impl.contiguous_like(gate) if y is not None else gate.new_empty(0)
     _impl.native.gated_residual_bwd(
@@ -49,13 +52,14 @@ def gated_residual_bwd(dout: Tensor, gate: Tensor, y: Tensor | None, impl: str) 
         *((0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])),
         dy.data_ptr(), dgate.data_ptr(), *dout.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return [dy] if y is None else [dy, dgate]
+    return ([] if y is None else [dgate]) + row_quant.values_and_codes(dy, dy.dtype, out, col_scale)
 
 
-def _bwd_ref(dout: Tensor, gate: Tensor, y: Tensor | None) -> list[Tensor]:
+def _bwd_ref(dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None) -> list[Tensor]:
     dtype = _impl.full_dtype(dout)
-    dy = (dout * gate[:, None]).to(dout.dtype)
-    return [dy] if y is None else [dy, (dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)]
+    dy = dout * gate[:, None] if out == "same" else dout.to(dtype) * gate[:, None]
+    dgate = [] if y is None else [(dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)]
+    return dgate + row_quant.values_and_codes(dy, dout.dtype, out, col_scale)
 
 
 _fwd_op = _impl.register(gated_residual_fwd)
@@ -68,8 +72,8 @@ def _(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
 
 
 @_bwd_op.register_fake
-def _(dout: Tensor, gate: Tensor, y: Tensor | None, impl: str) -> list[Tensor]:
-    return [dout.new_empty(dout.shape)] + ([] if y is None else [gate.new_empty(gate.shape)])
+def _(dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str) -> list[Tensor]:
+    return ([] if y is None else [gate.new_empty(gate.shape)]) + row_quant.fake_outputs(dout, out)
 
 
 def forward(
@@ -88,17 +92,35 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Raw interface: (dx, dgate, dy). dx is dout itself."""
     needs_x, needs_gate, needs_y = needs
-    gate, y = saved
-    assert gate is not None and (y is not None or not needs_gate)
     dx = dout if needs_x else None
     if not needs_gate and not needs_y:
         return dx, None, None
-    arguments = (dout, gate, y if needs_gate else None)
+    rows, dgate = backward_rows(dout, saved, needs_gate=needs_gate, impl=impl)
+    return dx, dgate, rows.y if needs_y else None
+
+
+def backward_rows(
+    dout: Tensor,
+    saved: Sequence[Tensor | None],
+    *,
+    out: str = "same",
+    col_scale: Tensor | None = None,
+    needs_gate: bool = False,
+    impl: str,
+) -> tuple[RowOutput, Tensor | None]:
+    """Raw interface: dy in the form that dgrad reads, and dgate if needed; x's gradient is dout itself.
+
+    `out` as an op's that can quantise its output; the codes are those of dy·col_scale, col_scale [D].
+    """
+    gate, y = saved
+    assert gate is not None and (y is not None or not needs_gate)
+    arguments = (dout, gate, y if needs_gate else None, out, col_scale)
     if impl == "ref":
-        dy, *dgate = _bwd_ref(*arguments)
+        parts = _bwd_ref(*arguments)
     else:
-        dy, *dgate = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
-    return dx, dgate[0] if needs_gate else None, dy if needs_y else None
+        parts = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
+    dgate = parts.pop(0) if needs_gate else None
+    return row_quant.row_output(parts, out), dgate
 
 
 class _GatedResidual(torch.autograd.Function):

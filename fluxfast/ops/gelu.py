@@ -16,32 +16,35 @@ def gelu_ref(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def gelu_fwd(x: Tensor, out: str, impl: str) -> list[Tensor]:
-    """What `out` asks for of y, codes and scales, contiguous, of x's shape; the launcher alone, no autograd."""
+def gelu_fwd(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tensor]:
+    """What `out` asks for of y, codes and scales, contiguous, of x's shape behind the prefix; the launcher alone."""
     if impl == "triton":
         from fluxfast_kernels import gelu as kernels
 
-        parts = [part for part in kernels.gelu_fwd(_as_tokens(x), out=out) if part is not None]
-        return [part.view(x.shape if part.ndim == 3 else x.shape[:-1]) for part in parts]
+        made = kernels.gelu_fwd(_as_tokens(x), out=out, prefix=None if prefix is None else _as_tokens(prefix))
+        return [_like_rows(part, x) for part in made if part is not None]
     x, rows, cols, stride = _as_rows(x)
     y = _impl.contiguous_like(x)
     _impl.native.gelu_fwd(x.data_ptr(), stride, y.data_ptr(), rows, cols, torch.get_num_threads())
+    y = y if prefix is None else torch.cat((prefix, y), dim=-1)
     return row_quant.values_and_codes(y, y.dtype, out)
 
 
-def gelu_bwd(dy: Tensor, x: Tensor, impl: str) -> list[Tensor]:
-    """dx, contiguous, of x's shape."""
+def gelu_bwd(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str) -> list[Tensor]:
+    """What `out` asks for of dx, the codes of dx·col_scale and their scales; dx is written to `into` where that is given."""
     if impl == "triton":
         from fluxfast_kernels import gelu as kernels
 
-        dx = kernels.gelu_bwd(_as_tokens(dy), _as_tokens(x)).y
-        assert dx is not None
-        return [dx.view(x.shape)]
+        target = None if into is None else _as_tokens(into)
+        # a copy would be written in its place
+        assert into is None or (target is not None and target.data_ptr() == into.data_ptr())
+        made = kernels.gelu_bwd(_as_tokens(dy), _as_tokens(x), out=out, col_scale=col_scale, dx=target)
+        return [_like_rows(part, x) for part in made if part is not None and part is not target]
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
     dx = _impl.contiguous_like(x)
     _impl.native.gelu_bwd(dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), rows, cols, torch.get_num_threads())
-    return [dx]
+    return row_quant.values_and_codes(dx, dx.dtype, out, col_scale, into)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -65,38 +68,71 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x.reshape(1, rows, cols)
 
 
+def _like_rows(part: Tensor, x: Tensor) -> Tensor:
+    """What a kernel made of tokens [B, S, …], with x's leading dimensions."""
+    cols = part.shape[2:] if x.ndim else ()
+    return part.view(*x.shape[:-1], *cols)
+
+
 _fwd_op = _impl.register(gelu_fwd)
-_bwd_op = _impl.register(gelu_bwd)
+_bwd_op = _impl.WritingOp(gelu_bwd, writes=["into"])
 
 
 @_fwd_op.register_fake
-def _(x: Tensor, out: str, impl: str) -> list[Tensor]:
-    return row_quant.fake_outputs(x, out)
+def _(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tensor]:
+    return row_quant.fake_outputs(x, out, None if prefix is None else prefix.shape[-1] + x.shape[-1])
 
 
 @_bwd_op.register_fake
-def _(dy: Tensor, x: Tensor, impl: str) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
+def _(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str) -> list[Tensor]:
+    return row_quant.fake_outputs(x, out, into=into)
 
 
-def forward(x: Tensor, *, out: str = "same", impl: str) -> tuple[RowOutput, tuple[Tensor]]:
-    """Raw interface: what `out` asks for, and (x,) to keep for backward."""
+def forward(x: Tensor, *, prefix: Tensor | None = None, out: str = "same", impl: str) -> tuple[RowOutput, tuple[Tensor]]:
+    """Raw interface: what `out` asks for of [prefix | gelu(x)], and (x,) to keep for backward.
+
+    x [..., K] and prefix [..., P], of the same dtype, whose gradient is the first P columns of the output's: the rest of it is
+    what `backward` takes.
+    """
     if impl == "ref":
-        parts = row_quant.ref_outputs(gelu_ref, x, out=out)
+        parts = row_quant.ref_outputs(lambda x: gelu_ref(x) if prefix is None else _joined(prefix, gelu_ref(x)), x, out=out)
     else:
-        parts = _impl.launcher(x, gelu_fwd, _fwd_op)(x, out, impl)
+        parts = _impl.launcher(x, gelu_fwd, _fwd_op)(x, prefix, out, impl)
     return row_quant.row_output(parts, out), (x,)
+
+
+def _joined(prefix: Tensor, y: Tensor) -> Tensor:
+    return torch.cat((prefix.to(y.dtype), y), dim=-1)
 
 
 def backward(dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str) -> tuple[Tensor | None]:
     """Raw interface: (dx,)."""
+    return (backward_rows(dy, saved, impl=impl).y if needs[0] else None,)
+
+
+def backward_rows(
+    dy: Tensor,
+    saved: Sequence[Tensor],
+    *,
+    out: str = "same",
+    col_scale: Tensor | None = None,
+    into: Tensor | None = None,
+    impl: str,
+) -> RowOutput:
+    """Raw interface: dx in the form that dgrad reads; `out` as forward's.
+
+    The codes are those of dx·col_scale, col_scale [K]. The values are written to `into` [..., K] where it is given, and `out`
+    asks for values: a column slice of a wider buffer will do.
+    """
     (x,) = saved
-    if not needs[0]:
-        return (None,)
+    assert into is None or out not in row_quant.FORMATS
     if impl == "ref":
-        return (torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),)
-    (dx,) = _impl.launcher(dy, gelu_bwd, _bwd_op)(dy, x, impl)
-    return (dx,)
+        dtype = x.dtype if out == "same" else _impl.full_dtype(x)
+        dx = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype), approximate="tanh")
+        parts = row_quant.values_and_codes(dx, x.dtype, out, col_scale, into)
+    else:
+        parts = _impl.launcher(dy, gelu_bwd, _bwd_op)(dy, x, out, col_scale, into, impl)
+    return row_quant.row_output(parts, out, into)
 
 
 class _Gelu(torch.autograd.Function):

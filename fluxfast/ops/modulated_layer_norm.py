@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl, row_quant
+from fluxfast.ops import _impl, gated_residual, row_quant
 from fluxfast.ops.row_quant import CodesOut, RowOutput
 
 
@@ -68,6 +68,50 @@ def modulated_layer_norm_bwd(
     return [dx, *dmodulation] if modulation else [dx]
 
 
+def gated_residual_layer_norm_fwd(
+    residual: Tensor, gate: Tensor, branch: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str
+) -> list[Tensor]:
+    """x = residual + gate·branch [B, S, D], then what `modulated_layer_norm_fwd` makes of it; the launcher alone."""
+    if impl == "triton":
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        rows = (_impl.dense_rows(t) for t in (residual, gate, branch, scale, shift))
+        x, (y, q, q_scale, mean, rstd) = kernels.gated_residual_layer_norm_fwd(*rows, eps, out=out)
+        return [x, mean, rstd, *(part for part in (y, q, q_scale) if part is not None)]
+    x = torch.addcmul(residual, gate[:, None], branch)
+    return [x, *modulated_layer_norm_fwd(x, scale, shift, eps, out, impl)]
+
+
+def gated_residual_layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    branch: Tensor | None,
+    add_to: Tensor | None,
+    modulation: bool,
+    out: str,
+    col_scale: Tensor | None,
+    impl: str,
+) -> list[Tensor]:
+    """dx [B, S, D]; with `modulation` dscale, dshift and, given the branch, dgate [B, D]; what `out` asks for of dbranch."""
+    if impl == "triton":
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        dy, x, scale, gate = (_impl.dense_rows(t) for t in (dy, x, scale, gate))
+        add_to, branch = (None if t is None else _impl.dense_rows(t) for t in (add_to, branch))
+        grads = kernels.modulated_layer_norm_bwd(
+            dy, x, scale, mean, rstd, add_to=add_to, modulation=modulation, gate=gate,
+            branch=branch if modulation else None, out=out, col_scale=col_scale,
+        )  # fmt: skip
+        return [grad for grad in grads if grad is not None]
+    dx, *sums = modulated_layer_norm_bwd(dy, x, mean, rstd, scale, add_to, modulation, impl)
+    branch = branch if modulation else None
+    return [dx, *sums, *gated_residual.gated_residual_bwd(dx, gate, branch, out, col_scale, impl)]
+
+
 def _bwd_ref(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, add_to: Tensor | None, modulation: bool
 ) -> list[Tensor]:
@@ -99,6 +143,24 @@ def _(
     return [x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(2 if modulation else 0))]
 
 
+_residual_fwd_op = _impl.register(gated_residual_layer_norm_fwd)
+_residual_bwd_op = _impl.register(gated_residual_layer_norm_bwd)
+
+
+@_residual_fwd_op.register_fake
+def _(residual: Tensor, *rest: Any) -> list[Tensor]:
+    *_, out, _ = rest
+    stats = [residual.new_empty(residual.shape[:2], dtype=torch.float32) for _ in range(2)]
+    return [residual.new_empty(residual.shape), *stats, *row_quant.fake_outputs(residual, out)]
+
+
+@_residual_bwd_op.register_fake
+def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, *rest: Any) -> list[Tensor]:
+    gate, branch, _, modulation, out, _, _ = rest
+    sums = [scale, scale, *([] if branch is None else [gate])] if modulation else []
+    return [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in sums), *row_quant.fake_outputs(x, out)]
+
+
 def forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, out: str = "same", impl: str
 ) -> tuple[RowOutput, tuple[Tensor, ...]]:
@@ -123,6 +185,63 @@ def backward(
     else:
         dx, *sums = _impl.launcher(dy, modulated_layer_norm_bwd, _bwd_op)(*arguments, impl)
     return dx if needs[0] else None, sums[0] if needs_scale else None, sums[1] if needs_shift else None
+
+
+def forward_residual(
+    residual: Tensor,
+    gate: Tensor,
+    branch: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float = 1e-6,
+    *,
+    out: str = "same",
+    keep_branch: bool = False,
+    impl: str,
+) -> tuple[Tensor, RowOutput, tuple[Tensor | None, ...]]:
+    """Raw interface: x = residual + gate·branch, what `out` asks for of its modulated LayerNorm, and what backward keeps.
+
+    residual, branch [B, S, D]; gate, scale, shift [B, D]. Kept: (x, mean, rstd, scale, gate, branch), the branch only if
+    `keep_branch`, and without it there is no dgate. The first four are what `forward` of x would keep.
+    """
+    if impl == "ref":
+        x = gated_residual.gated_residual_ref(residual, gate, branch)
+        output, kept = forward(x, scale, shift, eps, out=out, impl=impl)
+    else:
+        launch = _impl.launcher(residual, gated_residual_layer_norm_fwd, _residual_fwd_op)
+        x, mean, rstd, *parts = launch(residual, gate, branch, scale, shift, eps, out, impl)
+        output, kept = row_quant.row_output(parts, out), (x, mean, rstd, scale)
+    return x, output, (*kept, gate, branch if keep_branch else None)
+
+
+def backward_residual(
+    dy: Tensor,
+    saved: Sequence[Tensor | None],
+    *,
+    add_to: Tensor | None = None,
+    out: str = "same",
+    col_scale: Tensor | None = None,
+    modulation: bool = False,
+    impl: str,
+) -> tuple[Tensor, RowOutput, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Raw interface: dx, which is the residual's gradient too; dbranch = gate·dx as `out` says; (dscale, dshift, dgate).
+
+    dy [B, S, D]: the gradient of the norm's values. add_to [B, S, D], the gradient that reaches x past the norm, is added to
+    dx. The codes are those of dbranch·col_scale, col_scale [D]. The last three are None without `modulation`, dgate without a
+    branch kept as well.
+    """
+    x, mean, rstd, scale, gate, branch = saved
+    assert x is not None and mean is not None and rstd is not None and scale is not None and gate is not None
+    if impl == "ref":
+        dx, *sums = _bwd_ref(dy, x, mean, rstd, scale, add_to, modulation)
+        options: dict[str, Any] = {"needs_gate": modulation and branch is not None, "impl": impl}
+        dbranch, dgate = gated_residual.backward_rows(dx, (gate, branch), out=out, col_scale=col_scale, **options)
+        return dx, dbranch, (sums[0], sums[1], dgate) if modulation else (None, None, None)
+    launch = _impl.launcher(dy, gated_residual_layer_norm_bwd, _residual_bwd_op)
+    dx, *rest = launch(dy, x, mean, rstd, scale, gate, branch, add_to, modulation, out, col_scale, impl)
+    sums = [rest.pop(0) for _ in range(0 if not modulation else 2 if branch is None else 3)]
+    dscale, dshift, dgate = (*sums, None, None, None)[:3]
+    return dx, row_quant.row_output(rest, out), (dscale, dshift, dgate)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):

@@ -119,9 +119,11 @@ def qk_norm_rope_bwd(
     qkv: Tensor | None,
     txt_qkv: Tensor | None,
     s_txt: int,
+    dqkv: Tensor | None,
+    dtxt_qkv: Tensor | None,
     impl: str,
 ) -> list[Tensor]:
-    """dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, 3·heads·head_dim].
+    """dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, 3·heads·head_dim]: each given, to be written, or returned.
 
     What forward kept is either its outputs q and k, or its inputs qkv and txt_qkv.
     """
@@ -129,16 +131,21 @@ def qk_norm_rope_bwd(
     qkv = None if qkv is None else _impl.dense_rows(qkv)
     txt_qkv = None if txt_qkv is None else _impl.dense_rows(txt_qkv)
     batch, s_all, heads, head_dim = dq.shape
-    dqkv = dq.new_empty((batch, s_all - s_txt, 3 * heads * head_dim))
-    dtxt_qkv = dq.new_empty((batch, s_txt, 3 * heads * head_dim))
+    given = (dqkv, dtxt_qkv)
+    # the native module writes contiguous rows only
+    strided = impl == "triton"
+    img, txt = (
+        out if out is not None and (strided or out.is_contiguous()) else dq.new_empty((batch, tokens, 3 * heads * head_dim))
+        for out, tokens in ((dqkv, s_all - s_txt), (dtxt_qkv, s_txt))
+    )
     if impl == "triton":
         from fluxfast_kernels import qk_norm_rope as kernels
 
         kernels.qk_norm_rope_bwd(
             dq, dk, dv, rstd, weights, cos, sin, s_txt=s_txt, index=index,
-            q=q, k=k, qkv=qkv, txt_qkv=txt_qkv, dqkv=dqkv, dtxt_qkv=dtxt_qkv,
+            q=q, k=k, qkv=qkv, txt_qkv=txt_qkv, dqkv=img, dtxt_qkv=txt,
         )  # fmt: skip
-        return [dqkv, dtxt_qkv]
+        return _written((img, txt), given)
     _impl.native.qk_norm_rope_bwd(
         dq.data_ptr(), *dq.stride()[:3],
         dk.data_ptr(), *dk.stride()[:3],
@@ -147,10 +154,18 @@ def qk_norm_rope_bwd(
         *_packed_args(qkv),
         *_packed_args(txt_qkv),
         rstd.data_ptr(), weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *_index_args(index),
-        dqkv.data_ptr(), dtxt_qkv.data_ptr(),
+        img.data_ptr(), txt.data_ptr(),
         batch, s_txt, s_all - s_txt, heads, head_dim, torch.get_num_threads(),
     )  # fmt: skip
-    return [dqkv, dtxt_qkv]
+    return _written((img, txt), given)
+
+
+def _written(grads: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Sees that each gradient is in the tensor given for it, and returns those for which none was."""
+    for grad, out in zip(grads, given, strict=True):
+        if out is not None and out is not grad:
+            out.copy_(grad)
+    return [grad for grad, out in zip(grads, given, strict=True) if out is None]
 
 
 def _packed_args(qkv: Tensor | None) -> tuple[int, ...]:
@@ -200,7 +215,7 @@ def _bwd_ref(grads: Sequence[Tensor], saved: Sequence[Tensor | None], s_txt: int
 
 
 _fwd_op = _impl.register(qk_norm_rope_fwd)
-_bwd_op = _impl.register(qk_norm_rope_bwd)
+_bwd_op = _impl.WritingOp(qk_norm_rope_bwd, writes=["dqkv", "dtxt_qkv"])
 
 
 @_fwd_op.register_fake
@@ -215,10 +230,10 @@ def _(qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, *rest: Any) -> list[
 
 @_bwd_op.register_fake
 def _(dq: Tensor, *rest: Any) -> list[Tensor]:
-    *_, s_txt, _ = rest
+    *_, s_txt, dqkv, dtxt_qkv, _ = rest
     batch, s_all, heads, head_dim = dq.shape
-    width = 3 * heads * head_dim
-    return [dq.new_empty((batch, s_all - s_txt, width)), dq.new_empty((batch, s_txt, width))]
+    outs = ((dqkv, s_all - s_txt), (dtxt_qkv, s_txt))
+    return [dq.new_empty((batch, tokens, 3 * heads * head_dim)) for out, tokens in outs if out is None]
 
 
 def outputs_suffice(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -266,14 +281,27 @@ def forward(
 
 
 def backward(
-    grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], *, s_txt: int, impl: str
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    *,
+    s_txt: int,
+    dqkv: Tensor | None = None,
+    dtxt_qkv: Tensor | None = None,
+    impl: str,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text."""
+    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text.
+
+    Written to dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, …] where given: column slices of wider buffers will do.
+    """
+    given = (dqkv, dtxt_qkv)
     if impl == "ref":
-        dqkv, dtxt_qkv = _bwd_ref(grads, saved, s_txt)
+        made = _written(_bwd_ref(grads, saved, s_txt), given)
     else:
-        dqkv, dtxt_qkv = _impl.launcher(grads[0], qk_norm_rope_bwd, _bwd_op)(*grads, *saved, s_txt, impl)
-    return dqkv if needs[0] else None, dtxt_qkv if needs[1] else None
+        made = _impl.launcher(grads[0], qk_norm_rope_bwd, _bwd_op)(*grads, *saved, s_txt, *given, impl)
+    new = iter(made)
+    img, txt = (next(new) if out is None else out for out in given)
+    return img if needs[0] else None, txt if needs[1] else None
 
 
 class _QKNormRope(torch.autograd.Function):

@@ -98,11 +98,20 @@ def check_out(op: str, out: str) -> None:
         raise ValueError(f"{op}: out must be one of {('same', *get_args(CodesOut))}, not {out!r}")
 
 
-def values_and_codes(values: Tensor, dtype: torch.dtype, out: str) -> list[Tensor]:
-    """Of an op's values before rounding: those of values in `dtype`, codes and scales that `out` asks for."""
-    parts = [] if out in FORMATS else [values.to(dtype)]
+def values_and_codes(
+    values: Tensor, dtype: torch.dtype, out: str, col_scale: Tensor | None = None, into: Tensor | None = None
+) -> list[Tensor]:
+    """Of an op's values before rounding: those of values in `dtype`, codes and scales that `out` asks for.
+
+    The codes are those of values·col_scale. With `into` the values are written there and not returned.
+    """
+    parts = []
+    if into is not None:
+        into.copy_(values)
+    elif out not in FORMATS:
+        parts.append(values.to(dtype))
     if out != "same":
-        parts += row_quant_ref(values.detach(), out.removeprefix("both-"))
+        parts += row_quant_ref(values.detach(), out.removeprefix("both-"), col_scale)
     return parts
 
 
@@ -111,20 +120,22 @@ def ref_outputs(ref: Callable[..., Tensor], x: Tensor, *args: Any, out: str) -> 
     return values_and_codes(ref(x if out == "same" else x.to(_impl.full_dtype(x)), *args), x.dtype, out)
 
 
-def fake_outputs(x: Tensor, out: str) -> list[Tensor]:
-    """Fake tensors for what `values_and_codes` gives, of x's shape."""
-    parts = [] if out in FORMATS else [x.new_empty(x.shape)]
+def fake_outputs(x: Tensor, out: str, width: int | None = None, into: Tensor | None = None) -> list[Tensor]:
+    """Fake tensors for what `values_and_codes` gives, of x's shape but for the number of columns, where `width` gives that."""
+    shape = (*x.shape[:-1], x.shape[-1] if width is None else width)
+    parts = [] if out in FORMATS or into is not None else [x.new_empty(shape)]
     if out != "same":
         dtype, _ = FORMATS[out.removeprefix("both-")]
-        parts += [x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)]
+        parts += [x.new_empty(shape, dtype=dtype), x.new_empty(shape[:-1], dtype=torch.float32)]
     return parts
 
 
-def row_output(parts: Sequence[Tensor], out: str) -> RowOutput:
+def row_output(parts: Sequence[Tensor], out: str, into: Tensor | None = None) -> RowOutput:
     """Names the tensors that `values_and_codes` gives."""
-    if out == "same":
-        return RowOutput(parts[0], None, None)
-    *values, q, q_scale = parts
+    values, codes = (list(parts), []) if out == "same" else (list(parts[:-2]), list(parts[-2:]))
+    if into is not None:
+        values.append(into)
+    q, q_scale = codes or (None, None)
     return RowOutput(values[0] if values else None, q, q_scale)
 
 

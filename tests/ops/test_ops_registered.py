@@ -34,15 +34,24 @@ def registered_calls(impl):
     gate = randn(2, 12, seed=2, grad=False).to(device)
     ops = torch.ops.fluxfast
     for out in ("same", "int8", "both-e4m3"):
-        yield ops.gelu_fwd, (x, out, impl)
+        yield ops.gelu_fwd, (x, None, out, impl)
         yield ops.modulated_layer_norm_fwd, (x, gate, gate, 1e-6, out, impl)
-    yield ops.gelu_bwd, (y, x, impl)
+    wide, col_scale = randn(2, 6, 20, seed=9, grad=False).to(device, dtype), gate[0].float()
+    yield ops.gelu_fwd, (x, y, "both-int8", impl)
+    yield ops.gelu_bwd, (y, x, "same", None, None, impl)
+    yield ops.gelu_bwd, (y, x, "both-int8", col_scale, None, impl)
+    codes = [torch.empty_like(x, dtype=torch.int8), gate.new_empty(2, 6)]
+    yield ops.gelu_bwd_into, (y, x, "both-int8", col_scale, wide[..., 3:15], impl, codes)
     yield ops.gated_residual_fwd, (x, gate, y, impl)
-    yield ops.gated_residual_bwd, (x, gate, y, impl)
-    yield ops.gated_residual_bwd, (x, gate, None, impl)
+    yield ops.gated_residual_bwd, (x, gate, y, "same", None, impl)
+    yield ops.gated_residual_bwd, (x, gate, None, "int8", col_scale, impl)
     mean, rstd, _ = ops.modulated_layer_norm_fwd(x, gate, gate, 1e-6, "same", impl)
     yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, None, True, impl)
     yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, x, False, impl)
+    yield ops.gated_residual_layer_norm_fwd, (x, gate, y, gate, gate, 1e-6, "both-int8", impl)
+    kept = (y, x, mean, rstd, gate, gate)
+    yield ops.gated_residual_layer_norm_bwd, (*kept, None, x, False, "int8", col_scale, impl)
+    yield ops.gated_residual_layer_norm_bwd, (*kept, y, None, True, "same", None, impl)
 
     qkv, txt_qkv = (randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device, dtype) for tokens in (6, 3))
     weights = (1 + randn(4, DIM, seed=2, grad=False)).to(device)
@@ -51,8 +60,11 @@ def registered_calls(impl):
     yield ops.qk_norm_rope_fwd, (qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
     yield ops.qk_norm_rope_fwd, (qkv, None, *constants, HEADS, 1e-6, impl)
     q, k, v, rstd = ops.qk_norm_rope_fwd(qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
-    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, q, k, None, None, 3, impl)
-    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, None, None, qkv, txt_qkv, 3, impl)
+    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, q, k, None, None, 3, None, None, impl)
+    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, None, None, qkv, txt_qkv, 3, None, None, impl)
+    packed = randn(2, 6, WIDTH + 10, seed=9, grad=False).to(device, dtype)[..., :WIDTH]
+    kept = (q, k, v, rstd, *constants, q, k, None, None)
+    yield ops.qk_norm_rope_bwd_into, (*kept, 3, packed, None, impl, [torch.empty_like(packed[:, :3]).contiguous()])
 
     if impl == "triton":
         idx = torch.tensor([[0, 4, 2], [5, 1, 3]], device=device)

@@ -1,0 +1,139 @@
+"""Gradients as dgrad and packed buffers want them: codes of dx·col_scale, values in a slice of a wider buffer; fused norms."""
+
+import pytest
+import torch
+from op_cases import HEADS, TXT, every_impl, gelu_case, modulated_layer_norm_case, qk_norm_rope_case
+from op_checks import TRITON_DEVICE, randn, relative_error
+
+from fluxfast.ops import gated_residual, gelu, modulated_layer_norm, qk_norm_rope
+from fluxfast.ops.row_quant import FORMATS, row_quant_ref
+
+every_output = pytest.mark.parametrize("out", ["same", "int8", "e4m3", "both-int8", "both-e4m3"])
+
+# codes are those of the values before they are rounded; an implementation that computes those in another order may land on the
+# other side of a rounding, which costs one code of 127, or a step of e4m3
+CODE_STEP = {"int8": 1 / 127, "e4m3": 2**-3}
+
+
+def on_device(impl, *tensors):
+    return [t.detach().to(TRITON_DEVICE if impl == "triton" else "cpu") for t in tensors]
+
+
+def assert_rows(actual, expected, out, col_scale=None):
+    """Values and codes that `out` asks for, and nothing else."""
+    assert (actual.y is None) == (out in FORMATS) and (actual.q is None) == (out == "same")
+    if actual.y is not None:
+        assert relative_error(actual.y, expected) <= 2e-6
+    if actual.q is not None:
+        fmt = out.removeprefix("both-")
+        wanted = row_quant_ref(expected, fmt, col_scale)
+        assert actual.q.is_contiguous() and actual.q.dtype == wanted.q.dtype
+        torch.testing.assert_close(actual.q_scale, wanted.scale, rtol=2e-6, atol=0)
+        differ = (actual.q.float() - wanted.q.float()).abs() > 0
+        assert differ.float().mean() < 0.02
+        step = actual.q_scale[..., None] * wanted.q.float().abs().clamp_min(127 if fmt == "int8" else 2**-6) * CODE_STEP[fmt]
+        values = [codes.float() * scale[..., None] for codes, scale in ((actual.q, actual.q_scale), wanted)]
+        assert ((values[0] - values[1]).abs() <= 1.001 * step).all()
+
+
+@every_impl
+@every_output
+def test_gelu_behind_a_prefix(impl, out):
+    x, prefix = on_device(impl, gelu_case(5, impl)[1][0], randn(2, 5, 7, seed=4))
+    rows, saved = gelu.forward(x, prefix=prefix, out=out, impl=impl)
+    assert_rows(rows, torch.cat((prefix, gelu.gelu_ref(x)), dim=-1), out)
+    assert len(saved) == 1 and saved[0] is x
+
+
+@every_impl
+@every_output
+def test_gelu_gradient_as_rows(impl, out):
+    x, dy, col_scale = on_device(impl, randn(2, 5, 12), randn(2, 5, 12, seed=1), randn(12, seed=2).abs() + 0.1)
+    scale = None if out == "same" else col_scale
+    expected = gelu.backward(dy.double(), (x.double(),), [True], impl="ref")[0].float()
+    rows = gelu.backward_rows(dy, (x,), out=out, col_scale=scale, impl=impl)
+    assert_rows(rows, expected, out, scale)
+    if out in FORMATS:
+        return
+    wide = torch.full((2, 5, 30), 7.0, device=x.device)
+    rows = gelu.backward_rows(dy, (x,), out=out, col_scale=scale, into=wide[..., 9:21], impl=impl)
+    assert rows.y.data_ptr() == wide[..., 9:].data_ptr()
+    assert_rows(rows, expected, out, scale)
+    assert (wide[..., :9] == 7).all() and (wide[..., 21:] == 7).all()
+
+
+@every_impl
+@every_output
+@pytest.mark.parametrize("needs_gate", [False, True])
+def test_gated_residual_gradient_as_rows(impl, out, needs_gate):
+    dout, y, gate = on_device(impl, randn(2, 5, 12), randn(2, 5, 12, seed=1), randn(2, 12, seed=2))
+    (col_scale,) = on_device(impl, randn(12, seed=3).abs() + 0.1)
+    scale = None if out == "same" else col_scale
+    rows, dgate = gated_residual.backward_rows(dout, (gate, y), out=out, col_scale=scale, needs_gate=needs_gate, impl=impl)
+    assert_rows(rows, dout * gate[:, None], out, scale)
+    assert (dgate is not None) == needs_gate
+    if needs_gate:
+        assert relative_error(dgate, (dout.double() * y.double()).sum(1)) < 2e-6
+
+
+@every_impl
+@pytest.mark.parametrize("keep_outputs", [False, True])
+def test_qk_norm_rope_gradient_into_wider_buffers(impl, keep_outputs):
+    _, inputs = qk_norm_rope_case(5, impl)
+    qkv, txt_qkv, *constants = on_device(impl, *inputs)
+    outs, saved = qk_norm_rope.forward(qkv, txt_qkv, *constants, heads=HEADS, keep_outputs=keep_outputs, impl=impl)
+    douts = on_device(impl, *(randn(*out.shape, seed=i) for i, out in enumerate(outs)))
+    expected = qk_norm_rope.backward(douts, saved, (True, True), s_txt=TXT, impl=impl)
+    for given in ((True, True), (True, False), (False, True)):
+        wide = [torch.full((2, tokens, qkv.shape[2] + 11), 7.0, device=qkv.device) for tokens in (5, TXT)]
+        slices = [w[..., 4:-7] for w in wide]
+        dqkv, dtxt_qkv = (s if use else None for s, use in zip(slices, given, strict=True))
+        actual = qk_norm_rope.backward(douts, saved, (True, True), s_txt=TXT, dqkv=dqkv, dtxt_qkv=dtxt_qkv, impl=impl)
+        for grad, reference, target, w, use in zip(actual, expected, slices, wide, given, strict=True):
+            assert torch.equal(grad, reference)
+            assert (grad is target) == use
+            assert (w[..., :4] == 7).all() and (w[..., -7:] == 7).all()
+
+
+@every_impl
+@every_output
+def test_gated_residual_and_norm_in_one(impl, out):
+    _, inputs = modulated_layer_norm_case(5, impl)
+    residual, scale, shift, branch, gate = on_device(impl, *inputs, randn(2, 5, 12, seed=8), randn(2, 12, seed=9))
+    x, rows, saved = modulated_layer_norm.forward_residual(residual, gate, branch, scale, shift, 1e-5, out=out, impl=impl)
+    assert relative_error(x, residual.double() + gate[:, None].double() * branch.double()) < 2e-7
+    assert_rows(rows, modulated_layer_norm.modulated_layer_norm_ref(x.double(), scale, shift, 1e-5).float(), out)
+    _, kept = modulated_layer_norm.forward(x, scale, shift, 1e-5, impl=impl)
+    assert saved[0] is x and saved[4] is gate and saved[5] is None
+    for mine, theirs in zip(saved[:4], kept, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@every_impl
+@every_output
+@pytest.mark.parametrize(("modulation", "keep_branch"), [(False, False), (True, False), (True, True)])
+def test_gradients_of_gated_residual_and_norm(impl, out, modulation, keep_branch):
+    """Against autograd through both ops in fp64, `past` being the gradient that reaches x past the norm."""
+    _, inputs = modulated_layer_norm_case(5, impl)
+    tensors = on_device(impl, *inputs, randn(2, 5, 12, seed=8), randn(2, 12, seed=9))
+    dy, past, col_scale = on_device(impl, randn(2, 5, 12, seed=3), randn(2, 5, 12, seed=4), randn(12, seed=5).abs() + 0.1)
+    col_scale = None if out == "same" else col_scale
+    residual, scale, shift, branch, gate = tensors
+    leaves = [t.double().requires_grad_() for t in tensors]
+    x = gated_residual.gated_residual_ref(leaves[0], leaves[4], leaves[3])
+    y = modulated_layer_norm.modulated_layer_norm_ref(x, leaves[1], leaves[2])
+    expected = torch.autograd.grad((y, x), leaves, (dy.double(), past.double()))
+
+    args = {"keep_branch": keep_branch, "impl": impl}
+    _, _, saved = modulated_layer_norm.forward_residual(residual, gate, branch, scale, shift, **args)
+    dx, dbranch, sums = modulated_layer_norm.backward_residual(
+        dy, saved, add_to=past, out=out, col_scale=col_scale, modulation=modulation, impl=impl
+    )
+    assert relative_error(dx, expected[0]) < 2e-6
+    assert_rows(dbranch, expected[3].float(), out, col_scale)
+    for grad, wanted, reference in zip(sums, (modulation, modulation, keep_branch), (*expected[1:3], expected[4]), strict=True):
+        assert (grad is not None) == wanted
+        if grad is not None:
+            assert relative_error(grad, reference) < 2e-6
+    plain, _, _ = modulated_layer_norm.backward_residual(dy, saved, impl=impl)
+    torch.testing.assert_close(plain + past, dx)
