@@ -1,0 +1,83 @@
+"""How many bytes are alive during a step on meta tensors: what the caching allocator of a GPU would count.
+
+Every storage that an op makes is watched until it is freed, whoever holds it: Python, autograd's graph, a view. Sizes are
+rounded as CUDA's caching allocator rounds them. The peak is `torch.cuda.max_memory_allocated`'s: the allocator's own
+fragmentation, and the CUDA context, are not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# c10/cuda/CUDACachingAllocator: kMinBlockSize
+BLOCK = 512
+
+
+def rounded(nbytes: int) -> int:
+    """What the allocator hands out for a request of `nbytes`."""
+    return -(-nbytes // BLOCK) * BLOCK
+
+
+def workspace(name: str, args: tuple[Any, ...]) -> int:
+    """Bytes that a GPU's kernel of an op takes and frees within the call."""
+    if name in ("_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_cudnn_attention_backward"):
+        # dq is summed up in fp32, and the softmax's row sums: flash_api.cpp, mha_bwd
+        query = args[1]
+        batch, heads, tokens, head_dim = query.shape
+        tokens = -(-tokens // 128) * 128
+        return rounded(batch * heads * tokens * head_dim * 4) + rounded(batch * heads * tokens * 4)
+    return 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """Watches storages on `device`; `live` and `peak` in bytes, and `at_peak`: the op that made the peak."""
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self.live = self.peak = 0
+        self.at_peak = ""
+        self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were there before."""
+        for tensor in tensors:
+            self._watch(tensor)
+        self._mark("start")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf)
+        name = func._schema.name.split("::")[-1]
+        self._mark(name, workspace(name, args))
+        return out
+
+    def _watch(self, tensor: Tensor) -> None:
+        if tensor.device != self.device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._held:
+            return
+        size = rounded(storage.nbytes())
+
+        def freed(_: Any) -> None:
+            del self._held[key]
+            self.live -= size
+
+        self._held[key] = (weakref.ref(storage, freed), size)
+        self.live += size
+
+    def _mark(self, name: str, extra: int = 0) -> None:
+        if self.live + extra > self.peak:
+            self.peak = self.live + extra
+            self.at_peak = name

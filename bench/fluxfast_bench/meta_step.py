@@ -1,0 +1,163 @@
+"""One full-size training step without memory: on meta tensors, whose ops allocate shapes and compute nothing.
+
+Meta tensors stand for tensors on a GPU. What depends on the device is chosen as on one: attention is a flash kernel, RMSNorm
+one kernel each way, and fluxfast's ops call their Triton launchers, which report what they would launch. (Fake tensors on
+"cuda" won't do: on a build of torch without CUDA, autograd aborts on them.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+import fluxfast_kernels
+from fluxfast.adapters.lora import add_lora
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.ops import _impl, attention
+from fluxfast.quant import FORMATS
+from fluxfast.quant.linear import QuantLinear
+from fluxfast.quant.rules import KEPT
+from fluxfast_bench.cases import Shape, model_inputs
+
+# a kernel, its arguments in order, its launch numbers
+OnLaunch = Callable[[Any, tuple[Any, ...], Any], None]
+
+
+# the reference workload: rank 16 on every linear of the blocks
+TARGETS, RANK = "all+ffs", 16
+
+
+def build(cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A frozen transformer of class `cls` on meta tensors."""
+    with torch.device("meta"):
+        model = cls(**shape.config)
+    return model.to(dtype).requires_grad_(False).train()
+
+
+def store_quantized(model: nn.Module, format: str) -> None:
+    """Puts a QuantLinear in the place of each linear that `quantize_model` would quantise; nothing is computed."""
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name not in KEPT}
+    for name, linear in linears.items():
+        made = QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            format=FORMATS[format],
+            compute_dtype=linear.weight.dtype,
+            device="meta",
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made)
+
+
+def diffusers_model(shape: Shape, *, adapters: torch.dtype, checkpointing: bool = True) -> Any:
+    """diffusers' transformer with PEFT's LoRA, in training mode."""
+    model = build(FluxTransformer2DModel, shape)
+    add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def fluxfast_model(
+    shape: Shape, *, adapters: torch.dtype, format: str | None = None, compute: str = "same", recompute: str = "full"
+) -> Any:
+    """fluxfast's transformer with the same LoRA: the base stored in `format` (None: bf16), computing in `compute`."""
+    model = build(FluxTransformer, shape)
+    if format is not None:
+        store_quantized(model, format)
+    add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
+    model.set_compute(compute)
+    model.set_recompute(recompute)
+    return model.train()
+
+
+def inputs_of(shape: Shape) -> dict[str, Tensor]:
+    """A batch's inputs in bf16, and the fp32 target as "target"."""
+    inputs = model_inputs(shape, torch.device("meta"), torch.bfloat16)
+    return inputs | {"target": torch.empty_like(inputs["hidden_states"], dtype=torch.float32)}
+
+
+def forward_backward(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Forward, loss and backward, as the trainer has them."""
+    inputs = dict(inputs)
+    target = inputs.pop("target")
+    prediction = model(**inputs, return_dict=False)[0]
+    torch.nn.functional.mse_loss(prediction.float(), target).backward()
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm as on a GPU: a kernel each way; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        y, rstd = _rms_norm_fwd(x, weight)
+        ctx.save_for_backward(x, rstd, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _rms_norm_bwd(grads[0], *ctx.saved_tensors), None
+
+
+@torch.library.custom_op("fluxfast_bench::rms_norm_fwd", mutates_args=())
+def _rms_norm_fwd(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("it has shapes only")
+
+
+@torch.library.custom_op("fluxfast_bench::rms_norm_bwd", mutates_args=())
+def _rms_norm_bwd(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    raise NotImplementedError("it has shapes only")
+
+
+@_rms_norm_fwd.register_fake
+def _(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@_rms_norm_bwd.register_fake
+def _(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    assert attn_mask is None, "flash attention takes no mask"
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def _one_rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return _RmsNorm.apply(x, weight)
+
+
+def _resolve(
+    op: str, impl: str, tensors: Any, *, obstacle: str | None = None, native_obstacle: str | None = None, **_: Any
+) -> str:
+    return "ref" if impl == "ref" or obstacle else "triton"
+
+
+@contextlib.contextmanager
+def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
+    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher launches for `target`."""
+    from fluxfast_kernels import _launch
+
+    for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
+        # at its first import, a module records its own variants
+        importlib.import_module(f"fluxfast_kernels.{module.name}")
+    functional = torch.nn.functional
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
+        mock.patch.object(functional, "rms_norm", _one_rms_norm),
+        mock.patch.object(_impl, "resolve", _resolve),
+        mock.patch.object(attention, "_automatic", return_value="flash"),
+        mock.patch.object(_launch, "_record", on_launch),
+        mock.patch.object(_launch, "_aot_target", target),
+    ):
+        yield
