@@ -78,8 +78,10 @@ void gelu_fwd(Rows x, float* y, Shape shape, int threads) {
 void gelu_bwd(Rows dy, Rows x, float* dx, Shape shape, int threads) {
   for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t first, int64_t length) {
     const float* __restrict dys = row_at(dy, 0, row) + col;
-    const float* __restrict xs = row_at(x, 0, row) + col;
-    float* __restrict dxs = dx + first;
+    // dx may be x
+    const float* xs = row_at(x, 0, row) + col;
+    float* dxs = dx + first;
+#pragma omp simd
     for (int64_t j = 0; j < length; ++j) dxs[j] = dys[j] * gelu_derivative(xs[j]);
   });
 }

@@ -83,20 +83,27 @@ static inline void norm_rope_bwd_from_output(const float* __restrict dy, const f
   }
 }
 
-static inline void norm_rope_bwd_from_input(const float* __restrict dy, const float* __restrict x,
-                                            const float* __restrict w, const Token& token, float rstd,
-                                            float* __restrict dx, int64_t head_dim) {
+// dx may be x: each number is read before its gradient takes its place
+static inline void norm_rope_bwd_from_input(const float* __restrict dy, const float* x, const float* __restrict w,
+                                            const Token& token, float rstd, float* dx, int64_t head_dim) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
   for (int64_t p = 0; p < head_dim / 2; ++p) {
     const float c = token.cos[p];
     const float s = token.sin[p];
-    dx[2 * p] = (dy[2 * p] * c + dy[2 * p + 1] * s) * w[2 * p];
-    dx[2 * p + 1] = (dy[2 * p + 1] * c - dy[2 * p] * s) * w[2 * p + 1];
+    sum += (dy[2 * p] * c + dy[2 * p + 1] * s) * w[2 * p] * (x[2 * p] * rstd);
+    sum += (dy[2 * p + 1] * c - dy[2 * p] * s) * w[2 * p + 1] * (x[2 * p + 1] * rstd);
   }
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < head_dim; ++j) sum += dx[j] * (x[j] * rstd);
   const float mean = sum / head_dim;
-  for (int64_t j = 0; j < head_dim; ++j) dx[j] = rstd * (dx[j] - x[j] * rstd * mean);
+#pragma omp simd
+  for (int64_t p = 0; p < head_dim / 2; ++p) {
+    const float c = token.cos[p];
+    const float s = token.sin[p];
+    const float g0 = (dy[2 * p] * c + dy[2 * p + 1] * s) * w[2 * p];
+    const float g1 = (dy[2 * p + 1] * c - dy[2 * p] * s) * w[2 * p + 1];
+    dx[2 * p] = rstd * (g0 - x[2 * p] * rstd * mean);
+    dx[2 * p + 1] = rstd * (g1 - x[2 * p + 1] * rstd * mean);
+  }
 }
 
 void qk_norm_rope_fwd(Rows qkv, Rows txt_qkv, const float* weights, Rope rope, float* q, float* k, float* v, float* rstd,

@@ -1,29 +1,23 @@
 """How the blocks apply the Linear modules they hold: plain, quantised, wrapped by PEFT, or anything else.
 
 A plain `nn.Linear`, a `QuantLinear`, and PEFT's plain LoRA over one are read in place and computed by
-`fluxfast.ops.lora_linear`; adapters whose dropout is active see their own dropped copy of x, so they are added to that result.
-Whatever else there is (DoRA, LoKr, another forward, a hook) is computed by the module itself: slower, never skipped.
+`fluxfast.ops.lora_linear`; adapters with dropout that read the same x share one mask (PEFT draws one each).
+Whatever else there is (DoRA, LoKr, a bias in B, another forward, a hook, a base that trains) is computed by the module itself:
+slower, never skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
+from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear
+from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import QuantWeight
 from fluxfast.quant.linear import QuantLinear
-
-
-class LinearRead(NamedTuple):
-    """What a module computes: a linear with adapters, plus terms (functions of x) that are added to it."""
-
-    params: LinearParams
-    terms: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -32,7 +26,7 @@ def _untouched(module: nn.Module) -> bool:
 
 
 class StoredWeight(NamedTuple):
-    """A quantised weight as `lora_linear` takes it: decoded to the dtype that is asked for, each time."""
+    """A quantised weight as `lora_linear` takes it: decoded when it is used, each time."""
 
     packed: QuantWeight
 
@@ -42,6 +36,9 @@ class StoredWeight(NamedTuple):
 
     def to(self, dtype: torch.dtype, /) -> Tensor:
         return self.packed.dequantize(dtype)
+
+    def codes(self, fmt: str, /) -> Quantized:
+        return Quantized(*self.packed.codes(fmt))
 
 
 def _base(module: nn.Module) -> LinearParams | None:
@@ -58,14 +55,15 @@ def _plain(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward and _untouched(module)
 
 
-def read_linear(module: nn.Module) -> LinearRead | None:
-    """The tensors of a module, if they say all that its forward does; else None."""
-    if (base := _base(module)) is not None:
-        return LinearRead(base)
-    return _read_peft(module) if type(module) is PeftLinear else None
+def read_linear(module: nn.Module) -> LinearParams | None:
+    """The tensors of a module with a frozen base, if they say all that its forward does; else None."""
+    params = _base(module) if type(module) is not PeftLinear else _read_peft(module)
+    if params is None or any(getattr(t, "requires_grad", False) for t in params[:2]):
+        return None
+    return params
 
 
-def _read_peft(module: PeftLinear) -> LinearRead | None:
+def _read_peft(module: PeftLinear) -> LinearParams | None:
     base = _base(module.base_layer)
     if not _untouched(module) or base is None:
         return None
@@ -73,29 +71,17 @@ def _read_peft(module: PeftLinear) -> LinearRead | None:
         # only PEFT can take a merged adapter out of the base again
         return None
     if module.merged or module.disable_adapters:
-        return LinearRead(base)
+        return base
     adapters: list[Adapter] = []
-    terms: list[Callable[[Tensor], Tensor]] = []
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
         dropout, a, b = module.lora_dropout[name], module.lora_A[name], module.lora_B[name]
-        if name in module.lora_variant or not (_plain(a) and _plain(b)):
+        if name in module.lora_variant or not (_plain(a) and _plain(b)) or b.bias is not None:
             return None
-        adapter = Adapter(a.weight, b.weight, module.scaling[name])
-        if b.bias is not None or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training):
-            terms.append(_dropped_term(dropout, adapter, b.bias))
-        else:
-            adapters.append(adapter)
-    return LinearRead(base._replace(adapters=tuple(adapters)), tuple(terms))
-
-
-def _dropped_term(dropout: nn.Module, adapter: Adapter, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def term(x: Tensor) -> Tensor:
-        y = (dropout(x) @ adapter.a.to(x.dtype).T) @ adapter.b.to(x.dtype).T
-        return (y if bias is None else y + bias.to(x.dtype)) * adapter.scale
-
-    return term
+        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        adapters.append(Adapter(a.weight, b.weight, module.scaling[name], p))
+    return base._replace(adapters=tuple(adapters))
 
 
 def _call(module: nn.Module, x: Tensor) -> Tensor:
@@ -106,28 +92,24 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
     return module(x).to(x.dtype)
 
 
-def _apply(x: Tensor, reads: list[LinearRead]) -> Tensor:
-    params = [read.params for read in reads]
-    trains_base = torch.is_grad_enabled() and any(
-        getattr(t, "requires_grad", False) for p in params for t in (p.weight, p.bias)
-    )
-    y = lora_linear_ref(x, params) if trains_base else lora_linear(x, params)
-    if not any(read.terms for read in reads):
-        return y
-    added = []
-    for read in reads:
-        delta = x.new_zeros(*x.shape[:-1], read.params.weight.shape[0])
-        for term in read.terms:
-            delta = delta + term(x)
-        added.append(delta)
-    return y + torch.cat(added, dim=-1)
+def draw_seed() -> int:
+    """A seed for dropout masks, from torch's default generator, which whoever replays a step has set as it was."""
+    return int(torch.randint(2**62, ()).item())
 
 
-def project(x: Tensor, *modules: nn.Module) -> Tensor:
-    """Apply several Linear modules to the same x [..., in]; returns their outputs side by side [..., Σ out], in x's dtype."""
+def _apply(x: Tensor, params: list[LinearParams], compute: str) -> Tensor:
+    drops = any(adapter.dropout > 0 for p in params for adapter in p.adapters)
+    return lora_linear(x, params, compute=compute, dropout_seed=draw_seed() if drops else None)
+
+
+def project(x: Tensor, *modules: nn.Module, compute: str = "same") -> Tensor:
+    """Apply several Linear modules to the same x [..., in]; returns their outputs side by side [..., Σ out], in x's dtype.
+
+    compute: as `lora_linear` takes it, for the modules that it computes.
+    """
     reads = [read_linear(module) for module in modules]
     known = [read for read in reads if read is not None]
     if len(known) == len(reads):
-        return _apply(x, known)
-    outs = [_call(m, x) if read is None else _apply(x, [read]) for m, read in zip(modules, reads, strict=True)]
+        return _apply(x, known, compute)
+    outs = [_call(m, x) if p is None else _apply(x, [p], compute) for m, p in zip(modules, reads, strict=True)]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from fluxfast.model import checkpoint
 from fluxfast.model.blocks import adopt
+from fluxfast.model.fused import POLICIES
 from fluxfast.model.linear import project
 from fluxfast.model.routing import Router, RouteState, resolve_routes
+from fluxfast.ops.linear_group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
 
@@ -87,9 +89,11 @@ class FluxTransformer(FluxTransformer2DModel):
             guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope,
         )
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+        for block in self.blocks:
             adopt(block)
         self.gradient_checkpointing_interval = 1
+        self._checkpoints_itself = True
+        self.recompute: list[str] | None = None
         self.router: Router | None = None
 
     def set_routes(self, routes: Iterable[Mapping[str, Any]] | None, seed: int = 42) -> None:
@@ -140,10 +144,46 @@ class FluxTransformer(FluxTransformer2DModel):
             vec = vec + mlp(embed.guidance_embedder, embed.time_proj(guidance))
         return vec + mlp(embed.text_embedder, pooled)
 
-    def _run(self, index: int, block: nn.Module, *args: Any) -> Any:
+    def set_compute(self, compute: str) -> None:
+        """What the blocks' wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes, a scale a row).
+
+        Independent of how weights are stored. Raises ValueError on another name.
+        """
+        if compute not in COMPUTE:
+            raise ValueError(f"compute must be one of {COMPUTE}, not {compute!r}")
+        for block in self.blocks:
+            block.compute = compute
+
+    def set_recompute(self, policy: str | Sequence[str] | None) -> None:
+        """What each block recomputes in backward: "none", "selective" or "full" (`model.fused`), one for all or one a block.
+
+        None, the default: "full" for the blocks that gradient checkpointing asks for, "none" for the others.
+        """
+        policies = [policy] * len(self.blocks) if isinstance(policy, str) else policy
+        if policies is not None and len(policies) != len(self.blocks):
+            raise ValueError(f"recompute: expected a policy for each of {len(self.blocks)} blocks, got {len(policies)}")
+        for name in policies or ():
+            if name not in POLICIES:
+                raise ValueError(f"recompute: a policy is one of {POLICIES}, not {name!r}")
+        self.recompute = None if policies is None else list(policies)
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The double blocks, then the single ones: the order in which they run and are numbered."""
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Recompute blocks in backward: by their own policy, or through `gradient_checkpointing_func` where one is given."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func)
+        self._checkpoints_itself = gradient_checkpointing_func is None
+
+    def _run(self, index: int, block: Any, *args: Any) -> Any:
         """A block, numbered through both kinds, checkpointed if it is one of every `gradient_checkpointing_interval`."""
-        if self.gradient_checkpointing and torch.is_grad_enabled() and index % self.gradient_checkpointing_interval == 0:
+        asked = self.gradient_checkpointing and index % self.gradient_checkpointing_interval == 0
+        if self.recompute is None and asked and not self._checkpoints_itself and torch.is_grad_enabled():
+            block.policy = "none"
             return self._gradient_checkpointing_func(block, *args)
+        block.policy = self.recompute[index] if self.recompute is not None else "full" if asked else "none"
         return block(*args)
 
     def forward(

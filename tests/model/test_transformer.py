@@ -1,10 +1,13 @@
 """`FluxTransformer` beside diffusers' own model and beside an independent BFL-style one, on shared weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from bfl_reference import BflFlux
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fluxfast import FluxTransformer
 from fluxfast.model import checkpoint
@@ -87,14 +90,67 @@ def test_lora_gradients_equal_diffusers(guidance, interval, batch, height, width
     assert all(p.grad is None for n, p in ours.named_parameters() if "lora_" not in n)
 
 
-def test_checkpointing_recomputes_every_nth_block(monkeypatch):
+def test_checkpointing_recomputes_every_nth_block():
     _, ours = pair()
+    ours(**make_inputs(1, 2, 2))
+    assert [block.policy for block in ours.blocks] == ["none"] * 5
     ours.enable_gradient_checkpointing()
     ours.gradient_checkpointing_interval = 2
-    seen = []
-    monkeypatch.setattr(ours, "_gradient_checkpointing_func", lambda block, *args: seen.append(block) or block(*args))
     ours(**make_inputs(1, 2, 2))
-    assert seen == [b for i, b in enumerate([*ours.transformer_blocks, *ours.single_transformer_blocks]) if i % 2 == 0]
+    assert [block.policy for block in ours.blocks] == ["full", "none", "full", "none", "full"]
+    ours.set_recompute("selective")
+    ours(**make_inputs(1, 2, 2))
+    assert [block.policy for block in ours.blocks] == ["selective"] * 5
+    ours.set_recompute(None)
+    ours.disable_gradient_checkpointing()
+    ours(**make_inputs(1, 2, 2))
+    assert [block.policy for block in ours.blocks] == ["none"] * 5
+
+
+def test_a_checkpointing_function_of_the_callers_own_is_called():
+    _, ours = pair()
+    seen = []
+    ours.enable_gradient_checkpointing(lambda block, *args: seen.append(block) or block(*args))
+    ours(**make_inputs(1, 2, 2))
+    assert seen == ours.blocks and all(block.policy == "none" for block in ours.blocks)
+    with torch.no_grad():
+        ours(**make_inputs(1, 2, 2))
+    assert len(seen) == len(ours.blocks)
+
+
+@pytest.mark.parametrize("policy", [["none", "selective", "full", "selective", "none"], "full"])
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_recomputing_changes_no_bit(policy, reentrant):
+    """By policies of the blocks, inside somebody's checkpoint as well: the same ops on the same numbers."""
+    _, ours = pair(lora=True, dropout=0.3)
+    inputs = make_inputs(2, 3, 4)
+
+    def grads():
+        ours.zero_grad()
+        torch.manual_seed(0)
+        loss_of(ours, inputs)[1].backward()
+        return lora_grads(ours)
+
+    expected = grads()
+    ours.set_recompute(policy)
+    if reentrant is not None:
+        ours.set_recompute(None)
+        ours.enable_gradient_checkpointing(partial(torch_checkpoint, use_reentrant=reentrant))
+        # a reentrant checkpoint hands on gradients only where an input asks for one
+        inputs["hidden_states"].requires_grad_()
+        inputs["encoder_hidden_states"].requires_grad_()
+    for name, grad in grads().items():
+        assert torch.equal(grad, expected[name]), name
+
+
+def test_choices_are_checked():
+    _, ours = pair()
+    with pytest.raises(ValueError, match="not 'int4'"):
+        ours.set_compute("int4")
+    with pytest.raises(ValueError, match="not 'some'"):
+        ours.set_recompute("some")
+    with pytest.raises(ValueError, match="each of 5 blocks, got 2"):
+        ours.set_recompute(["full", "none"])
 
 
 @pytest.mark.parametrize("guidance", [True, False])

@@ -1,0 +1,147 @@
+"""A block's forward and backward as one autograd.Function, chained from the ops' raw launchers.
+
+Autograd sees one node a block: its inputs are the streams, their modulation and the adapters' factors. What lies between
+forward and backward is what `policy` keeps; backward recomputes the rest by the same code that forward ran. In units of
+E = one [B, S, D] tensor of the joint sequence, beside the block's own input (1 E) and what is a few numbers a token:
+
+    policy      single block                                         double block
+    none        packed qkv and MLP input 7, attention's output 1     qkv 3, attention's output 1, stream after it 1, MLP input 4
+    selective   attention's output 1                                 attention's output 1
+    full        -                                                    -
+
+No policy recomputes a block's last product (ff.net.2, proj_out): backward does not need it. LayerNorm, RoPE and GELU are
+recomputed by all of them; they cost less than reading what they would have kept. Weights are read anew in backward, so that
+nobody has to keep them where forward saw them (`residency`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fluxfast.model.linear import draw_seed, read_linear
+from fluxfast.ops import attention, row_quant
+from fluxfast.ops.linear_group import LinearGroup, LinearParams
+from fluxfast.ops.row_quant import Quantized, RowOutput
+
+Policy = Literal["none", "selective", "full"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+Reads = list[list[LinearParams]]
+Kept = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of a block does with its weights: implementation, precision, policy, and the tokens' positions."""
+
+    cos: Tensor
+    sin: Tensor
+    index: Tensor | None
+    mask: Tensor | None
+    impl: str
+    attention: str
+    compute: str
+    policy: str
+    seed: int | None
+
+    def groups(self, reads: Reads, dtype: torch.dtype) -> list[LinearGroup]:
+        """A group for each list of linears that share their input, ready for one direction."""
+        groups = []
+        for i, linears in enumerate(reads):
+            seed = None if self.seed is None else self.seed + i
+            groups.append(LinearGroup(linears, dtype, compute=self.compute, impl=self.impl, dropout_seed=seed))
+        return groups
+
+    @property
+    def grad_form(self) -> str:
+        """What a product wants of its output's gradient: values, for the adapters, and codes where it runs on codes."""
+        return "same" if self.compute == "same" else f"both-{self.compute}"
+
+
+def read_groups(groups: Sequence[Sequence[nn.Module]]) -> Reads | None:
+    """What the linears of each group hold; None if one of them has to be called as it is."""
+    reads: Reads = []
+    for modules in groups:
+        linears = []
+        for module in modules:
+            params = read_linear(module)
+            if params is None:
+                return None
+            linears.append(params)
+        reads.append(linears)
+    return reads
+
+
+def seed_for(reads: Reads) -> int | None:
+    """A seed for dropout masks where an adapter has a dropout."""
+    drops = any(adapter.dropout > 0 for linears in reads for p in linears for adapter in p.adapters)
+    return draw_seed() if drops else None
+
+
+def factors_of(reads: Reads) -> list[Tensor]:
+    """The adapters' tensors, a, b, a, b, …, in the order of the groups."""
+    return [t for linears in reads for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
+
+
+def with_factors(reads: Reads, factors: Sequence[Tensor]) -> Reads:
+    it = iter(factors)
+    return [
+        [p._replace(adapters=tuple(old._replace(a=next(it), b=next(it)) for old in p.adapters)) for p in linears]
+        for linears in reads
+    ]
+
+
+def norm_weights(*norms: Any) -> Tensor:
+    """The RMS norms' weights [norms, head_dim] fp32, as `qk_norm_rope` takes them."""
+    return torch.stack([norm.weight.detach() for norm in norms]).float()
+
+
+def save(ctx: Any, inputs: Sequence[Tensor], factors: Sequence[Tensor], kept: Kept) -> None:
+    ctx.counts, ctx.names = (len(inputs), len(factors)), tuple(kept)
+    ctx.save_for_backward(*inputs, *factors, *kept.values())
+
+
+def saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Kept]:
+    tensors, (n_inputs, n_factors) = list(ctx.saved_tensors), ctx.counts
+    inputs, factors = tensors[:n_inputs], tensors[n_inputs : n_inputs + n_factors]
+    return inputs, factors, dict(zip(ctx.names, tensors[n_inputs + n_factors :], strict=True))
+
+
+def attend(run: Run, q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Attention's output [B, S, heads, head_dim] and what its backward wants: what was kept, or computed."""
+    if "attn" in kept:
+        out = kept["attn"]
+        assert out is not None
+        return out, tuple(kept[name] for name in kept if name.startswith("attn."))
+    return attention.forward(q, k, v, run.mask, backend=run.attention)
+
+
+def keep_attention(out: Tensor, saved: Sequence[Tensor | None]) -> Kept:
+    return {"attn": out, **{f"attn.{i}": tensor for i, tensor in enumerate(saved)}}
+
+
+def as_input(x: Tensor, group: LinearGroup) -> RowOutput:
+    """Values in the form that the group reads; for x that no op of ours wrote."""
+    if group.form == "same":
+        return RowOutput(x, None, None)
+    codes = row_quant.forward(x, group.compute, impl=group.impl)
+    return RowOutput(x if group.form.startswith("both") else None, *codes)
+
+
+def codes_of(rows: RowOutput, col: int = 0) -> list[tuple[int, Quantized]]:
+    """A gradient's codes as `LinearGroup.backward` takes them."""
+    return [] if rows.q is None or rows.q_scale is None else [(col, Quantized(rows.q, rows.q_scale))]
+
+
+def values_of(rows: RowOutput) -> Tensor:
+    assert rows.y is not None
+    return rows.y
+
+
+def flat(grads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Iterator[Tensor]:
+    return (grad for group in grads for pair in group for grad in pair)

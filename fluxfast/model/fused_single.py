@@ -1,0 +1,137 @@
+"""The single block as one autograd.Function: attention and MLP in parallel on one normalised input (see `fused`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fluxfast.model.fused import (
+    Kept,
+    Reads,
+    Run,
+    attend,
+    codes_of,
+    flat,
+    keep_attention,
+    norm_weights,
+    read_groups,
+    save,
+    saved,
+    values_of,
+    with_factors,
+)
+from fluxfast.model.residency import resident
+from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant
+from fluxfast.ops.linear_group import LinearGroup
+
+
+class _SingleActs:
+    """A single block up to its last product's input; `kept` holds what need not be computed."""
+
+    def __init__(self, block: Any, run: Run, first: LinearGroup, last: LinearGroup, x: Tensor, mod: Tensor, kept: Kept) -> None:
+        attn, impl = block.attn, run.impl
+        shift, scale, _ = mod.chunk(3, dim=-1)
+        self.x_in, self.norm = modulated_layer_norm.forward(x, scale, shift, block.norm.norm.eps, out=first.form, impl=impl)
+        if "y" in kept:
+            y, self.s_first = kept["y"], kept["s_first"]
+            assert y is not None
+        else:
+            y, self.s_first = first.forward(self.x_in)
+        self.y = y
+        self.qkv, self.h = y.split([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
+        weights = norm_weights(attn.norm_q, attn.norm_k)
+        (self.q, self.k, self.v), self.qk = qk_norm_rope.forward(
+            self.qkv, None, weights, run.cos, run.sin, run.index, heads=attn.heads, eps=attn.norm_q.eps, impl=impl
+        )
+        self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
+        self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=impl)
+
+
+class SingleBlock(torch.autograd.Function):
+    """x [B, S, D], mod [B, 3·D] (shift, scale, gate), and the factors, to the block's output [B, S, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Any, run: Run, reads: Reads, x: Tensor, mod: Tensor, *factors: Tensor) -> Tensor:
+        first, last = run.groups(reads, x.dtype)
+        acts = _SingleActs(block, run, first, last, x, mod, {})
+        out, s_last = last.forward(acts.last_in)
+        kept: Kept = {}
+        if run.policy != "full":
+            kept = {**keep_attention(acts.attn, acts.attn_saved), "s_last": s_last}
+        if run.policy == "none":
+            kept |= {"y": acts.y, "s_first": acts.s_first}
+        ctx.block, ctx.run = block, run
+        save(ctx, (x, mod), factors, kept)
+        gate = mod.chunk(3, dim=-1)[2]
+        return gated_residual.forward(x, gate, out, keep_y=False, impl=run.impl)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        block, run = ctx.block, ctx.run
+        (x, mod), factors, kept = saved(ctx)
+        *_, need_x, need_mod = ctx.needs_input_grad[:5]
+        with resident(block, "backward"):
+            reads = read_groups(block.linear_groups())
+            assert reads is not None, "the adapters of a block changed between forward and backward"
+            first, last = run.groups(with_factors(reads, factors), x.dtype)
+            acts = _SingleActs(block, run, first, last, x, mod, kept)
+            return (None, None, None, *_single_backward(run, first, last, acts, kept, mod, dout, need_x, need_mod))
+
+
+def _single_backward(
+    run: Run,
+    first: LinearGroup,
+    last: LinearGroup,
+    acts: _SingleActs,
+    kept: Kept,
+    mod: Tensor,
+    dout: Tensor,
+    need_x: bool,
+    need_mod: bool,
+) -> Iterator[Tensor | None]:
+    """dx, dmod, then the factors' gradients."""
+    impl, gate = run.impl, mod.chunk(3, dim=-1)[2]
+    if "s_last" in kept and not need_mod:
+        branch, s_last = None, kept["s_last"]
+    elif need_mod:
+        branch, s_last = last.forward(acts.last_in)
+    else:
+        branch, s_last = None, last.down(acts.last_in)
+    dbranch, dgate = gated_residual.backward_rows(
+        dout, (gate, branch), out=run.grad_form, col_scale=last.fold(), needs_gate=need_mod, impl=impl
+    )
+    dlast, last_grads = last.backward(values_of(dbranch), acts.last_in, s_last, codes=codes_of(dbranch))
+    assert dlast is not None
+    del dbranch, branch, acts.last_in
+
+    inner, fold = acts.q.shape[2] * acts.q.shape[3], first.fold()
+    dattn, dmlp = dlast.split([inner, dlast.shape[-1] - inner], dim=-1)
+    # a recomputed y is nobody else's, and each of its numbers is read before its gradient takes its place
+    dy = torch.empty_like(acts.y) if "y" in kept else acts.y
+    dqkv, dh = dy.split([3 * inner, acts.h.shape[-1]], dim=-1)
+    dh_rows = gelu.backward_rows(
+        dmlp, (acts.h,), out=run.grad_form, col_scale=None if fold is None else fold[3 * inner :], into=dh, impl=impl
+    )
+    dq, dk, dv = attention.backward(
+        dattn.unflatten(-1, acts.q.shape[2:]), acts.q, acts.k, acts.v, acts.attn, acts.attn_saved, run.mask,
+        backend=run.attention,
+    )  # fmt: skip
+    del dlast, dattn, dmlp, acts.attn, acts.q, acts.k, acts.v
+    qk_norm_rope.backward((dq, dk, dv), acts.qk, (True, False), s_txt=0, dqkv=dqkv, impl=impl)
+    del dq, dk, dv
+
+    codes = [] if fold is None else [(0, row_quant.forward(dqkv, run.compute, fold[: 3 * inner], impl=impl))]
+    codes += codes_of(dh_rows, 3 * inner)
+    dx_in, first_grads = first.backward(dy, acts.x_in, acts.s_first, codes=codes, need_dx=need_x or need_mod)
+    dx = dscale = dshift = None
+    if dx_in is not None:
+        dx, dscale, dshift = modulated_layer_norm.backward(
+            dx_in, acts.norm, (need_x, need_mod, need_mod), add_to=dout, impl=impl
+        )
+    dmod = torch.cat([part for part in (dshift, dscale, dgate) if part is not None], dim=-1) if need_mod else None
+    return iter([dx, dmod, *flat((first_grads, last_grads))])
