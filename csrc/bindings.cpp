@@ -20,6 +20,9 @@ T* at(Address address) {
 Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t row_stride) {
   return {at<const void>(data), static_cast<Float>(type), rows, cols, row_stride};
 }
+Codes codes_out(Address data, int64_t type, Address scale, int64_t rows, int64_t cols) {
+  return {at<void>(data), static_cast<Code>(type), at<float>(scale), rows, cols};
+}
 DenseWeight weight_out(Address data, int64_t type, int64_t rows, int64_t cols) {
   return {at<void>(data), static_cast<Float>(type), rows, cols};
 }
@@ -181,6 +184,41 @@ PYBIND11_MODULE(_C, m) {
       "dequantize_nf4",
       [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address absmax, int threads) {
         cpu().dequantize_nf4(weight_out(w, type, rows, cols), at<uint8_t>(packed), in(absmax), threads);
+      },
+      no_gil);
+
+  m.def(
+      "codes_from_int8",
+      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
+        cpu().codes_from_int8(codes_out(q, type, q_scale, rows, cols), at<int8_t>(packed), in(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "codes_from_fp8",
+      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
+        cpu().codes_from_fp8(codes_out(q, type, q_scale, rows, cols), at<uint8_t>(packed), in(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "codes_from_int4",
+      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
+         int threads) {
+        cpu().codes_from_int4(codes_out(q, type, q_scale, rows, cols),
+                              {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)}, threads);
+      },
+      no_gil);
+  m.def(
+      "codes_from_int2",
+      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
+         Address global_scale, int threads) {
+        cpu().codes_from_int2(codes_out(q, type, q_scale, rows, cols),
+                              {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
+      },
+      no_gil);
+  m.def(
+      "codes_from_nf4",
+      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address absmax, int threads) {
+        cpu().codes_from_nf4(codes_out(q, type, q_scale, rows, cols), at<uint8_t>(packed), in(absmax), threads);
       },
       no_gil);
 }

@@ -1,6 +1,11 @@
-"""Weights to quantise: as FLUX.1's are (gaussian, rows of different size), heavy-tailed, and awkward ones."""
+"""Weights to quantise: as FLUX.1's are (gaussian, rows of different size), heavy-tailed, and awkward ones;
+and what every back end is held to.
+"""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fluxfast.quant import Format, QuantWeight
 
 AWKWARD = [(1, 64), (1, 1), (5, 63), (3, 1000), (7, 24), (2, 129), (64, 16), (33, 320)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -35,3 +40,57 @@ def hard(cols: int = 192) -> torch.Tensor:
     w[10, : cols // 2] = 0
     w[11] = torch.arange(cols) % 16 - 7.5
     return w
+
+
+def same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors are of one shape and dtype and equal in every bit: zeros have signs, and NaN is a number."""
+    return (
+        actual.shape == expected.shape
+        and actual.dtype == expected.dtype
+        and torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    )
+
+
+class FloatsHeld(TorchDispatchMode):
+    """Counts the elements of the largest fp32 tensor that torch makes inside it."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def assert_shares_a_scratch(format: Format, device: str, impl: str) -> None:
+    """Two linears of 3 and 6 rows decode into rows of one [ΣN, K], as values and as codes, and nothing beside them changes.
+
+    But for the reference, none of them is held in fp32 on the way.
+    """
+    rows, cols = (3, 6), 128
+    weights = [
+        QuantWeight(format, format.quantize(gaussian(n, cols, seed=n).to(device)), (n, cols), torch.bfloat16) for n in rows
+    ]
+    places = [slice(1, 4), slice(4, 10)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = torch.full((11, cols), 77.0, dtype=dtype, device=device)
+        for weight, place in zip(weights, places, strict=True):
+            out = values[place]
+            with FloatsHeld() as held:
+                weight.decode_into(out, impl)
+            # the interpreter copies what it is given
+            assert impl == "ref" or dtype == torch.float32 or held.largest < out.numel()
+            assert same_bytes(values[place], weight.dequantize(dtype, "ref"))
+        assert (values[0] == 77).all() and (values[10] == 77).all()
+    for fmt, dtype in (("int8", torch.int8), ("e4m3", torch.float8_e4m3fn)):
+        q = torch.full((11, cols), 77.0, device=device).to(dtype)
+        untouched, scale = q[0].clone(), torch.full((11,), 77.0, device=device)
+        for weight, place in zip(weights, places, strict=True):
+            codes, scales = q[place], scale[place]
+            with FloatsHeld() as held:
+                weight.codes_into(codes, scales, impl)
+            assert impl == "ref" or held.largest < codes.numel()
+            expected = weight.codes(fmt, "ref")
+            assert same_bytes(q[place], expected.q) and same_bytes(scale[place], expected.scale)
+        assert all(same_bytes(q[row], untouched) and scale[row] == 77 for row in (0, 10))

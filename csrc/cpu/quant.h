@@ -1,13 +1,12 @@
-// The storage formats' CPU ops: quantise a weight, and give it back. What the parts mean is in fluxfast/quant/<format>.py, whose
+// The storage formats' CPU ops: quantise a weight, and give it back, as floats or as codes with one scale a row. What the parts mean is in fluxfast/quant/<format>.py, whose
 // plain-torch references these equal byte for byte; so these sources are compiled without contraction of a * b + c.
 #pragma once
 
 #include <stdint.h>
 
-namespace fluxfast {
+#include "types.h"
 
-// of floats in memory; the numbers are fluxfast/quant/_format.py's
-enum class Float : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
+namespace fluxfast {
 
 // [rows, cols] to read, rows apart by row_stride elements
 struct Weight {
@@ -20,6 +19,14 @@ struct Weight {
 struct DenseWeight {
   void* data;
   Float type;
+  int64_t rows, cols;
+};
+
+// codes [rows, cols] of `type` to write, contiguous, and a scale for each row
+struct Codes {
+  void* data;
+  Code type;
+  float* scale;
   int64_t rows, cols;
 };
 
@@ -37,16 +44,21 @@ struct Int2Parts {
 };
 
 // name and arguments of every op. A weight that isn't finite gives a scale that isn't (int2: global_scale, nf4: absmax)
-#define FLUXFAST_QUANT_OPS(OP)                                                                   \
-  OP(quantize_int8, (Weight weight, int8_t* packed, float* scale, int threads))                  \
-  OP(quantize_fp8, (Weight weight, uint8_t* packed, float* scale, int threads))                  \
-  OP(quantize_int4, (Weight weight, Int4Parts parts, int threads))                               \
-  OP(quantize_int2, (Weight weight, Int2Parts parts, int threads))                               \
-  OP(quantize_nf4, (Weight weight, uint8_t* packed, float* absmax, int threads))                 \
+#define FLUXFAST_QUANT_OPS(OP)                                                                     \
+  OP(quantize_int8, (Weight weight, int8_t* packed, float* scale, int threads))                    \
+  OP(quantize_fp8, (Weight weight, uint8_t* packed, float* scale, int threads))                    \
+  OP(quantize_int4, (Weight weight, Int4Parts parts, int threads))                                 \
+  OP(quantize_int2, (Weight weight, Int2Parts parts, int threads))                                 \
+  OP(quantize_nf4, (Weight weight, uint8_t* packed, float* absmax, int threads))                   \
   OP(dequantize_int8, (DenseWeight weight, const int8_t* packed, const float* scale, int threads)) \
   OP(dequantize_fp8, (DenseWeight weight, const uint8_t* packed, const float* scale, int threads)) \
-  OP(dequantize_int4, (DenseWeight weight, Int4Parts parts, int threads))                        \
-  OP(dequantize_int2, (DenseWeight weight, Int2Parts parts, int threads))                        \
-  OP(dequantize_nf4, (DenseWeight weight, const uint8_t* packed, const float* absmax, int threads))
+  OP(dequantize_int4, (DenseWeight weight, Int4Parts parts, int threads))                          \
+  OP(dequantize_int2, (DenseWeight weight, Int2Parts parts, int threads))                          \
+  OP(dequantize_nf4, (DenseWeight weight, const uint8_t* packed, const float* absmax, int threads))\
+  OP(codes_from_int8, (Codes codes, const int8_t* packed, const float* scale, int threads))        \
+  OP(codes_from_fp8, (Codes codes, const uint8_t* packed, const float* scale, int threads))        \
+  OP(codes_from_int4, (Codes codes, Int4Parts parts, int threads))                                 \
+  OP(codes_from_int2, (Codes codes, Int2Parts parts, int threads))                                 \
+  OP(codes_from_nf4, (Codes codes, const uint8_t* packed, const float* absmax, int threads))
 
 }  // namespace fluxfast

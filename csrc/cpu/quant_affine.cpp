@@ -13,8 +13,8 @@ static constexpr float kLeastStep = 7.888609052210118e-31f;
 // more than any error
 static constexpr float kHuge = 1e38f;
 
-struct Int4Grid {
-  static constexpr int kGroup = 64, kTop = 15, kUnit = 16, kStarts = 2, kRefits = 2;
+struct Int4Grid : Int4Format {
+  static constexpr int kTop = 15, kStarts = 2, kRefits = 2;
   static constexpr float kPerGrain = 256.0f;
   static constexpr float kShrinks[kStarts] = {1.0f, 0.92f};
   static constexpr int kBits = 4;
@@ -24,13 +24,11 @@ struct Int4Grid {
   static inline float value(int32_t stored) { return BF16::load(static_cast<uint16_t>(stored)); }
 };
 
-struct Int2Grid {
-  static constexpr int kGroup = 16, kTop = 3, kUnit = 5, kStarts = 3, kRefits = 1;
+struct Int2Grid : Int2Format {
+  static constexpr int kTop = 3, kStarts = 3, kRefits = 1;
   static constexpr float kPerGrain = 1024.0f;
   static constexpr float kShrinks[kStarts] = {1.0f, 0.75f, 0.5f};
   static constexpr int kBits = 2;
-  static constexpr int kShift = 20;
-  static constexpr int32_t kBias = (127 - 31) << 3;
 
   float global_scale, per_global;
 
@@ -47,7 +45,7 @@ struct Int2Grid {
     stored = stored < 0 ? 0 : stored;
     return stored > 255 ? 255 : stored;
   }
-  inline float value(int32_t stored) const { return float_of(static_cast<uint32_t>(stored + kBias) << kShift) * global_scale; }
+  inline float value(int32_t stored) const { return Int2Format::value(stored, global_scale); }
 };
 
 static inline float clamped(float x, float top) {
@@ -298,56 +296,6 @@ void quantize_int2(Weight weight, Int2Parts parts, int threads) {
           store_codes(tile, g, parts.packed + (row * groups + first + g) * kBytes);
         }
       });
-    });
-  });
-}
-
-// scale * (unit * code - zero) for a group, of whose columns y has the first n
-template <class T, class Grid>
-static inline void evaluate(const uint8_t (&codes)[Grid::kGroup], int zero, float scale, typename T::Stored* y, int64_t n) {
-  typename T::Stored values[Grid::kGroup];
-  for (int k = 0; k < Grid::kGroup; ++k) values[k] = T::store(scale * static_cast<float>(Grid::kUnit * codes[k] - zero));
-  memcpy(y, values, sizeof values[0] * min64(n, Grid::kGroup));
-}
-
-void dequantize_int4(DenseWeight weight, Int4Parts parts, int threads) {
-  constexpr int kGroup = Int4Grid::kGroup;
-  const int64_t groups = ceil_div(weight.cols, kGroup);
-  with_type(weight.type, [&](auto type) {
-    using T = decltype(type);
-    for_each_row(weight.rows, weight.cols, threads, [&](int64_t row) {
-      typename T::Stored* y = static_cast<typename T::Stored*>(weight.data) + row * weight.cols;
-      for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* bytes = parts.packed + (row * groups + g) * (kGroup / 2);
-        uint8_t codes[kGroup];
-        for (int i = 0; i < kGroup / 2; ++i) {
-          codes[2 * i] = bytes[i] >> 4;
-          codes[2 * i + 1] = bytes[i] & 15;
-        }
-        const float scale = BF16::load(parts.scale[row * groups + g]);
-        evaluate<T, Int4Grid>(codes, parts.zero[row * groups + g], scale, y + g * kGroup, weight.cols - g * kGroup);
-      }
-    });
-  });
-}
-
-void dequantize_int2(DenseWeight weight, Int2Parts parts, int threads) {
-  constexpr int kGroup = Int2Grid::kGroup;
-  const int64_t groups = ceil_div(weight.cols, kGroup);
-  const int64_t zero_bytes = ceil_div(groups, 2);
-  const Int2Grid grid(*parts.global_scale);
-  with_type(weight.type, [&](auto type) {
-    using T = decltype(type);
-    for_each_row(weight.rows, weight.cols, threads, [&](int64_t row) {
-      typename T::Stored* y = static_cast<typename T::Stored*>(weight.data) + row * weight.cols;
-      for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* bytes = parts.packed + (row * groups + g) * (kGroup / 4);
-        uint8_t codes[kGroup];
-        for (int i = 0; i < kGroup; ++i) codes[i] = bytes[i / 4] >> (6 - i % 4 * 2) & 3;
-        const int zero = parts.zero[row * zero_bytes + g / 2] >> (g % 2 ? 0 : 4) & 15;
-        const float scale = grid.value(parts.scale[row * groups + g]);
-        evaluate<T, Int2Grid>(codes, zero, scale, y + g * kGroup, weight.cols - g * kGroup);
-      }
     });
   });
 }

@@ -1,11 +1,11 @@
 // nf4: blocks of 64 along the flattened weight, sixteen levels. max|w| of a block goes in and out as fp32; that it is quantised
 // in turn is the caller's business, and 1/64 of the work.
-#include "quant_rows.h"
+#include "quant_decode.h"
 
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-static constexpr int kBlock = 64;
+static constexpr int kBlock = Nf4Format::kBlock;
 // blocks of one task
 static constexpr int64_t kTaskBlocks = kTaskElements / kBlock;
 // bitsandbytes bounds the inverse of max|w| with this, which is not a normal number
@@ -88,23 +88,41 @@ void quantize_nf4(Weight weight, uint8_t* packed, float* absmax, int threads) {
   });
 }
 
-void dequantize_nf4(DenseWeight weight, const uint8_t* packed, const float* absmax, int threads) {
-  const int64_t count = weight.rows * weight.cols;
-  const int64_t blocks = ceil_div(count, kBlock);
-  with_type(weight.type, [&](auto type) {
-    using T = decltype(type);
-    parallel_for(ceil_div(blocks, kTaskBlocks), threads, [&](int64_t task) {
-      for (int64_t block = task * kTaskBlocks; block < min64((task + 1) * kTaskBlocks, blocks); ++block) {
-        const uint8_t* __restrict bytes = packed + block * kBlock / 2;
-        typename T::Stored* __restrict y = static_cast<typename T::Stored*>(weight.data) + block * kBlock;
-        const int64_t n = min64(kBlock, count - block * kBlock);
-        float levels[kBlock];
-        for (int64_t j = 0; j < n; j += 2) memcpy(levels + j, kPairs.levels[bytes[j / 2]], sizeof kPairs.levels[0]);
-        const float top = absmax[block];
-        for (int64_t j = 0; j < n; ++j) y[j] = T::store(levels[j] * top);
+struct Nf4Decoder {
+  const uint8_t* packed;
+  const float* absmax;
+  int64_t cols;
+
+  template <class T>
+  void decode(int64_t row, typename T::Stored* y) const {
+    int64_t index = row * cols;
+    const int64_t end = index + cols;
+    // a row may begin and end within a block
+    while (index < end) {
+      const int64_t block = index / kBlock;
+      const int64_t stop = min64((block + 1) * kBlock, end);
+      const int n = static_cast<int>(stop - index);
+      float levels[kBlock];
+      if (n == kBlock) {
+        const uint8_t* __restrict bytes = packed + index / 2;
+        for (int j = 0; j < kBlock / 2; ++j) memcpy(levels + 2 * j, kPairs.levels[bytes[j]], sizeof kPairs.levels[0]);
+      } else {
+        for (int j = 0; j < n; ++j) levels[j] = kPairs.levels[packed[(index + j) / 2]][(index + j) % 2];
       }
-    });
-  });
+      const float top = absmax[block];
+      for (int j = 0; j < n; ++j) y[j] = T::store(levels[j] * top);
+      y += n;
+      index = stop;
+    }
+  }
+};
+
+void dequantize_nf4(DenseWeight weight, const uint8_t* packed, const float* absmax, int threads) {
+  decode_rows(Nf4Decoder{packed, absmax, weight.cols}, weight, threads);
+}
+
+void codes_from_nf4(Codes codes, const uint8_t* packed, const float* absmax, int threads) {
+  recode_rows(Nf4Decoder{packed, absmax, codes.cols}, codes, threads);
 }
 
 }  // namespace FLUXFAST_ISA

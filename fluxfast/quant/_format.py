@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import _impl
+from fluxfast.ops.row_quant import FORMATS as CODES
+from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant._rows import FLOAT_TYPES, quantize_rows
 
 Parts = dict[str, Tensor]
@@ -28,6 +30,8 @@ class Format:
     bits_per_weight: ClassVar[float]
     # the part in which a NaN or an infinity anywhere in the weight leaves a NaN or an infinity
     witness: ClassVar[str] = "scale"
+    # the key of CODES whose codes and scales the parts packed and scale are
+    stored_codes: ClassVar[str | None] = None
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part of a weight of `shape`."""
@@ -49,12 +53,14 @@ class Format:
         """The weight [N, K] fp32, in plain torch."""
         raise NotImplementedError
 
-    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        """The same by the native module, into `out` [N, K]: contiguous, on the CPU, in a dtype of FLOAT_TYPES."""
+    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        """The same by the native module, on the CPU, into `out` [N, K], contiguous: values, in a dtype of FLOAT_TYPES; or codes
+        of a dtype in CODES, and their scales into `out_scale` [N] fp32.
+        """
         raise NotImplementedError
 
-    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The same by Triton's kernels in a dtype of FLOAT_TYPES, and None; or, in int8, what `to_int8` gives."""
+    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        """The same by Triton's kernels."""
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, *, impl: str = "auto") -> Parts:
@@ -76,25 +82,65 @@ class Format:
 
     def dequantize(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
         """The weight [N, K] in `dtype`: computed in fp32, rounded once. Raises ValueError on an `impl` that can't."""
+        out = torch.empty(shape, dtype=dtype, device=parts["packed"].device)
+        self.decode_into(parts, out, impl=impl)
+        return out
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, *, impl: str = "auto") -> None:
+        """Writes the weight into `out` [N, K], contiguous, of a floating dtype: some rows of a larger tensor, for one.
+
+        Raises ValueError on an `impl` that can't.
+        """
         backend = self._implementation("dequantize", impl, parts["packed"])
         if backend == "ref":
-            return self.dequantize_ref(parts, shape).to(dtype)
-        written = dtype if dtype in FLOAT_TYPES else torch.float32
-        dense = {name: part.contiguous() for name, part in parts.items()}
-        if backend == "triton":
-            return self.dequantize_triton(dense, shape, written)[0].to(dtype)
-        out = torch.empty(shape, dtype=written)
-        self.dequantize_native(dense, out)
-        return out.to(dtype)
+            out.copy_(self.dequantize_ref(parts, _shape_of(out)))
+        elif out.dtype in FLOAT_TYPES:
+            self._decode(backend, parts, out, None)
+        else:
+            values = torch.empty(out.shape, device=out.device)
+            self._decode(backend, parts, values, None)
+            out.copy_(values)
 
-    def to_int8(self, parts: Mapping[str, Tensor], shape: Shape, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-        """The weight for an 8-bit product: codes [N, K] int8 and a scale per row [N] fp32, as `_rows` says."""
-        backend = self._implementation("to_int8", impl, parts["packed"])
-        if backend == "triton":
-            codes, scale = self.dequantize_triton({name: part.contiguous() for name, part in parts.items()}, shape, torch.int8)
-            assert scale is not None
-            return codes, scale
-        return quantize_rows(self.dequantize(parts, shape, torch.float32, impl=backend), torch.int8, backend)
+    def codes(self, parts: Mapping[str, Tensor], shape: Shape, fmt: str, *, impl: str = "auto") -> Quantized:
+        """The weight for an 8-bit product: codes [N, K] and a scale a row [N] fp32, by the formula of `ops.row_quant`.
+
+        fmt: "int8" or "e4m3". Of a format that stores just these, they are its own parts, not copies. Raises ValueError on
+        another fmt, and on an `impl` that can't.
+        """
+        if fmt not in CODES:
+            raise ValueError(f"{self.name}: codes are one of {', '.join(CODES)}, not {fmt!r}")
+        if fmt == self.stored_codes:
+            return Quantized(parts["packed"], parts["scale"])
+        device = parts["packed"].device
+        codes = Quantized(torch.empty(shape, dtype=CODES[fmt][0], device=device), torch.empty(shape[0], device=device))
+        self.codes_into(parts, *codes, impl=impl)
+        return codes
+
+    def codes_into(self, parts: Mapping[str, Tensor], q: Tensor, scale: Tensor, *, impl: str = "auto") -> None:
+        """Writes what `codes` gives into q [N, K], int8 or float8_e4m3fn, and scale [N] fp32, both contiguous.
+
+        Raises ValueError on an `impl` that can't.
+        """
+        if self.stored_codes is not None and q.dtype == CODES[self.stored_codes][0]:
+            q.copy_(parts["packed"])
+            scale.copy_(parts["scale"])
+            return
+        backend = self._implementation("codes", impl, parts["packed"])
+        if backend == "ref":
+            codes, scales = quantize_rows(self.dequantize_ref(parts, _shape_of(q)), q.dtype, "ref")
+            q.copy_(codes)
+            scale.copy_(scales)
+        else:
+            self._decode(backend, parts, q, scale)
+
+    def _decode(self, backend: _impl.Backend, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        # both write where they are told to
+        assert all(parts[name].shape == shape for name, (shape, _) in self.layout(_shape_of(out)).items())
+        assert out.is_contiguous() and out.device == parts["packed"].device
+        if out_scale is not None:
+            assert out_scale.is_contiguous() and out_scale.shape == out.shape[:1] and out_scale.dtype == torch.float32
+        run = self.decode_native if backend == "native" else self.decode_triton
+        run({name: part.contiguous() for name, part in parts.items()}, out, out_scale)
 
     def empty(self, shape: Shape, device: torch.device | str | None = None) -> Parts:
         """Uninitialised parts of a weight of `shape`, to load into."""
@@ -106,6 +152,11 @@ class Format:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def _shape_of(tensor: Tensor) -> Shape:
+    rows, cols = tensor.shape
+    return rows, cols
 
 
 def _why_not_finite(weight: Tensor) -> str:

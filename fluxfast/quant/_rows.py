@@ -5,6 +5,8 @@
 A row whose scale would not be a normal number gets scale 1.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from fluxfast.ops import _impl
 
 # the native module's numbers for the dtypes that it reads and writes
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# and for the dtypes of codes
+CODE_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 1}
 # the least fp32 number that keeps all its bits
 LEAST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -40,6 +44,10 @@ def read_args(weight: Tensor) -> tuple[int, int, int, int, int]:
     return weight.data_ptr(), FLOAT_TYPES[weight.dtype], *weight.shape, weight.stride(0)
 
 
-def write_args(out: Tensor) -> tuple[int, int, int, int]:
-    """A contiguous weight for the native module to write: address, type, rows, columns."""
-    return out.data_ptr(), FLOAT_TYPES[out.dtype], *out.shape
+def decode(name: str, out: Tensor, out_scale: Tensor | None, parts: Sequence[Tensor]) -> None:
+    """Calls the native module's decoder of the format that it knows as `name`, as `Format.decode_native` says."""
+    rest = (*out.shape, *(part.data_ptr() for part in parts), torch.get_num_threads())
+    if out_scale is None:
+        getattr(_impl.native, f"dequantize_{name}")(out.data_ptr(), FLOAT_TYPES[out.dtype], *rest)
+    else:
+        getattr(_impl.native, f"codes_from_{name}")(out.data_ptr(), CODE_TYPES[out.dtype], out_scale.data_ptr(), *rest)

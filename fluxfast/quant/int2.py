@@ -19,7 +19,7 @@ from torch import Tensor
 from fluxfast.ops import _impl
 from fluxfast.quant._affine import LEAST_STEP, Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import LEAST_NORMAL, read_args, write_args
+from fluxfast.quant._rows import LEAST_NORMAL, decode, read_args
 
 AFFINE = Affine(group=16, top=3, unit=5, grain=2**-10, shrinks=(1.0, 0.75, 0.5), refits=1)
 # a step is at most 2·max|w| / 3, the scale a fifth of it, and a byte's highest value 1.875
@@ -85,14 +85,13 @@ class Int2(Format):
         scale = byte_values(parts["scale"]) * parts["global_scale"]
         return evaluate(codes, unpack(parts["zero"], 4)[:, : scale.shape[1]], scale, AFFINE, shape[1])
 
-    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        addresses = (parts[name].data_ptr() for name in ("packed", "scale", "zero", "global_scale"))
-        _impl.native.dequantize_int2(*write_args(out), *addresses, torch.get_num_threads())
+    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        decode("int2", out, out_scale, [parts[name] for name in ("packed", "scale", "zero", "global_scale")])
 
-    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
         from fluxfast_kernels.dequant_int2 import dequant_int2
 
-        return dequant_int2(**parts, cols=shape[1], dtype=dtype)
+        dequant_int2(**parts, out=out, out_scale=out_scale)
 
 
 def global_scale_of(largest: Tensor) -> Tensor:

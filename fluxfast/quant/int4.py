@@ -19,7 +19,7 @@ from torch import Tensor
 from fluxfast.ops import _impl
 from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import read_args, write_args
+from fluxfast.quant._rows import decode, read_args
 
 AFFINE = Affine(group=64, top=15, unit=16, grain=2**-8, shrinks=(1.0, 0.92), refits=2)
 
@@ -60,14 +60,13 @@ class Int4(Format):
         codes = unpack(parts["packed"], 4).unflatten(1, (-1, AFFINE.group))
         return evaluate(codes, parts["zero"], parts["scale"].float(), AFFINE, shape[1])
 
-    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        addresses = (parts[name].data_ptr() for name in ("packed", "scale", "zero"))
-        _impl.native.dequantize_int4(*write_args(out), *addresses, torch.get_num_threads())
+    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        decode("int4", out, out_scale, [parts[name] for name in ("packed", "scale", "zero")])
 
-    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
         from fluxfast_kernels.dequant_int4 import dequant_int4
 
-        return dequant_int4(**parts, cols=shape[1], dtype=dtype)
+        dequant_int4(**parts, out=out, out_scale=out_scale)
 
 
 def _store(scale: Tensor) -> tuple[Tensor, Tensor]:

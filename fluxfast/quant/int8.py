@@ -9,9 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.ops import _impl
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import quantize_rows, write_args
+from fluxfast.quant._rows import decode, quantize_rows
 
 
 class Int8(Format):
@@ -19,6 +18,7 @@ class Int8(Format):
 
     name = "int8"
     bits_per_weight = 8.01
+    stored_codes = "int8"
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"packed": (shape, torch.int8), "scale": (shape[:1], torch.float32)}
@@ -40,17 +40,13 @@ class Int8(Format):
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         return parts["packed"].float() * parts["scale"][:, None]
 
-    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        packed, scale = parts["packed"].data_ptr(), parts["scale"].data_ptr()
-        _impl.native.dequantize_int8(*write_args(out), packed, scale, torch.get_num_threads())
+    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        decode("int8", out, out_scale, (parts["packed"], parts["scale"]))
 
-    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
         from fluxfast_kernels.dequant_rows import dequant_rows
 
-        return dequant_rows(parts["packed"], parts["scale"], dtype)
-
-    def to_int8(self, parts: Mapping[str, Tensor], shape: Shape, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-        return parts["packed"], parts["scale"]
+        dequant_rows(parts["packed"], parts["scale"], out, out_scale)
 
 
 INT8 = Int8()

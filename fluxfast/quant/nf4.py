@@ -16,7 +16,7 @@ from torch import Tensor
 from fluxfast.ops import _impl
 from fluxfast.quant._affine import pack, unpack
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import read_args, write_args
+from fluxfast.quant._rows import decode, read_args
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -84,15 +84,13 @@ class Nf4(Format):
         levels = torch.nn.functional.pad(levels, (0, -count % BLOCK)).view(-1, BLOCK)
         return (levels * dequantize_absmax(parts)[:, None]).flatten()[:count].view(shape)
 
-    def dequantize_native(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        absmax = dequantize_absmax(parts)
-        _impl.native.dequantize_nf4(*write_args(out), parts["packed"].data_ptr(), absmax.data_ptr(), torch.get_num_threads())
+    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+        decode("nf4", out, out_scale, (parts["packed"], dequantize_absmax(parts)))
 
-    def dequantize_triton(self, parts: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
         from fluxfast_kernels.dequant_nf4 import dequant_nf4
 
-        device = parts["packed"].device
-        return dequant_nf4(**parts, shape=shape, tables=(code(device), absmax_code(device)), dtype=dtype)
+        dequant_nf4(**parts, tables=(code(out.device), absmax_code(out.device)), out=out, out_scale=out_scale)
 
 
 def quantize_absmax(absmax: Tensor) -> Parts:

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, record_variants
-from fluxfast_kernels.dequant_rows import decoder_outputs, launch_decoder, store_row
+from fluxfast_kernels._launch import AotCase, cdiv, record_variants
+from fluxfast_kernels.dequant_rows import decoder_cases, launch_decoder, row_and_block, store_row
 
 GROUP = tl.constexpr(16)
 UNIT = tl.constexpr(5)
@@ -42,39 +42,28 @@ def decode_int2(p_packed, p_scale, p_zero, p_global_scale, i_row, o_g, n_group):
 
 @triton.jit
 def dequant_int2_kernel(
-    p_packed, p_scale, p_zero, p_global_scale, p_y, p_q, p_q_scale, K: tl.constexpr, BLOCK: tl.constexpr
+    p_packed, p_scale, p_zero, p_global_scale, p_out, p_out_scale,
+    K: tl.constexpr, TO_E4M3: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(1).to(tl.int64)
-    i_block = tl.program_id(0)
+    i_row, i_block = row_and_block(K, BLOCK)
     o_g = i_block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     b_w = decode_int2(p_packed, p_scale, p_zero, p_global_scale, i_row, o_g, (K + GROUP - 1) // GROUP)
-    o_k = i_block * BLOCK + tl.arange(0, BLOCK)
-    store_row(b_w, o_k < K, o_k, i_row, K, p_y, p_q, p_q_scale)
+    store_row(b_w, i_row, i_block * BLOCK + tl.arange(0, BLOCK), p_out, p_out_scale, K, TO_E4M3)
 
 
 def dequant_int2(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    global_scale: Tensor,
-    cols: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    out: Tensor | None = None,
-    out_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The weight [N, cols] of packed [N, 4 · groups], scale [N, groups], zero [N, ceil(groups / 2)] uint8 and global_scale [1].
+    packed: Tensor, scale: Tensor, zero: Tensor, global_scale: Tensor, out: Tensor, out_scale: Tensor | None = None
+) -> None:
+    """Decodes packed [N, 4 · groups], scale [N, groups], zero [N, ceil(groups / 2)] uint8 and global_scale [1] into out [N, K].
 
-    Outputs as `dequant_rows`.
+    Outputs as `dequant_rows`; groups = ceil(K / 16).
     """
-    rows, groups = scale.shape
-    assert groups == -(-cols // GROUP.value) and packed.shape == (rows, groups * GROUP.value // 4)
-    assert zero.shape == (rows, -(-groups // 2))
+    rows, groups = out.shape[0], cdiv(out.shape[1], GROUP.value)
+    assert packed.shape == (rows, groups * GROUP.value // 4) and scale.shape == (rows, groups)
+    assert zero.shape == (rows, cdiv(groups, 2))
     assert packed.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
-    out, out_scale = decoder_outputs(rows, cols, dtype, packed.device, out, out_scale)
     parts = (*(part.view(torch.int8) for part in (packed, scale, zero)), global_scale)
     launch_decoder(dequant_int2_kernel, parts, groups * GROUP.value, out, out_scale)
-    return out, out_scale
 
 
 def _aot_cases() -> Iterator[AotCase]:
@@ -82,9 +71,7 @@ def _aot_cases() -> Iterator[AotCase]:
     for cols in (3072, 15360):
         groups = cols // GROUP.value
         parts = meta(3072, cols // 4), meta(3072, groups), meta(3072, groups // 2), meta(1, dtype=torch.float32)
-        for dtype in (torch.bfloat16, torch.int8):
-            name = f"{cols}-{str(dtype).removeprefix('torch.')}"
-            yield name, partial(dequant_int2, *parts, cols, dtype), tuple(AOT_TARGETS)
+        yield from decoder_cases(dequant_int2, parts, (3072, cols))
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

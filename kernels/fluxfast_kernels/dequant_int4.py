@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, record_variants
-from fluxfast_kernels.dequant_rows import decoder_outputs, launch_decoder, store_row
+from fluxfast_kernels._launch import AotCase, cdiv, record_variants
+from fluxfast_kernels.dequant_rows import decoder_cases, launch_decoder, row_and_block, store_row
 
 GROUP = tl.constexpr(64)
 UNIT = tl.constexpr(16)
@@ -32,48 +32,32 @@ def decode_int4(p_packed, p_scale, p_zero, i_row, o_g, n_group):
 
 @triton.jit
 def dequant_int4_kernel(
-    p_packed, p_scale, p_zero, p_y, p_q, p_q_scale, K: tl.constexpr, BLOCK: tl.constexpr
+    p_packed, p_scale, p_zero, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    i_row = tl.program_id(1).to(tl.int64)
-    i_block = tl.program_id(0)
+    i_row, i_block = row_and_block(K, BLOCK)
     o_g = i_block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     b_w = decode_int4(p_packed, p_scale, p_zero, i_row, o_g, (K + GROUP - 1) // GROUP)
-    o_k = i_block * BLOCK + tl.arange(0, BLOCK)
-    store_row(b_w, o_k < K, o_k, i_row, K, p_y, p_q, p_q_scale)
+    store_row(b_w, i_row, i_block * BLOCK + tl.arange(0, BLOCK), p_out, p_out_scale, K, TO_E4M3)
 
 
-def dequant_int4(
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    cols: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    out: Tensor | None = None,
-    out_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The weight [N, cols] of packed [N, 32 · groups] uint8, scale [N, groups] bf16 and zero [N, groups] uint8.
+def dequant_int4(packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor, out_scale: Tensor | None = None) -> None:
+    """Decodes packed [N, 32 · groups] uint8, scale [N, groups] bf16 and zero [N, groups] uint8 into out [N, K].
 
-    Outputs as `dequant_rows`.
+    Outputs as `dequant_rows`; groups = ceil(K / 64).
     """
-    rows, groups = scale.shape
-    assert groups == -(-cols // GROUP.value) and packed.shape == (rows, groups * GROUP.value // 2) and zero.shape == scale.shape
+    rows, groups = out.shape[0], cdiv(out.shape[1], GROUP.value)
+    assert packed.shape == (rows, groups * GROUP.value // 2) and scale.shape == zero.shape == (rows, groups)
     assert packed.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
-    out, out_scale = decoder_outputs(rows, cols, dtype, packed.device, out, out_scale)
     parts = (packed.view(torch.int8), scale, zero.view(torch.int8))
     launch_decoder(dequant_int4_kernel, parts, groups * GROUP.value, out, out_scale)
-    return out, out_scale
 
 
 def _aot_cases() -> Iterator[AotCase]:
-    meta = partial(torch.empty, device="meta")
+    meta = partial(torch.empty, dtype=torch.uint8, device="meta")
     for cols in (3072, 15360):
         groups = cols // GROUP.value
-        packed, zero = meta(3072, cols // 2, dtype=torch.uint8), meta(3072, groups, dtype=torch.uint8)
-        scale = meta(3072, groups, dtype=torch.bfloat16)
-        for dtype in (torch.bfloat16, torch.int8):
-            name = f"{cols}-{str(dtype).removeprefix('torch.')}"
-            yield name, partial(dequant_int4, packed, scale, zero, cols, dtype), tuple(AOT_TARGETS)
+        parts = meta(3072, cols // 2), meta(3072, groups, dtype=torch.bfloat16), meta(3072, groups)
+        yield from decoder_cases(dequant_int4, parts, (3072, cols))
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

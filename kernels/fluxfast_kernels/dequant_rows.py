@@ -2,9 +2,9 @@
 
     w = code · scale
 
-A decoder gives the weight in a float dtype, or as int8 codes with one scale a row, which is what an 8-bit product takes: a
-scratch that is written once a direction. Values are computed in fp32 as `fluxfast.quant` says, product by product (launched
-without contraction of a·b + c), so that they equal its references bit for bit.
+A decoder writes the weight in a float dtype, or as int8 or e4m3 codes with one scale a row, which is what an 8-bit product
+takes: a scratch that is written once a direction. Values are computed in fp32 as `fluxfast.quant` says, product by product
+(launched without contraction of a·b + c), so that they equal its references bit for bit.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, interpreted, launch, record_variants, row_numbers
+from fluxfast_kernels.quantize_e4m3 import quantize_row_e4m3
 from fluxfast_kernels.row_quant import quantize_row
+
+# what a decoder's cases ahead of time write
+OUTPUTS = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 _INTERPRETED = tl.constexpr(interpreted())
 
@@ -30,17 +34,30 @@ def round_to_bf16(b_y):
 
 
 @triton.jit
-def store_row(b_y, m_k, o_k, i_row, K, p_y, p_q, p_q_scale):
-    """Writes decoded weights b_y [BLOCK] fp32 of row i_row, columns o_k: as values to p_y, or, a whole row, as codes to p_q."""
-    if p_y is not None:
-        if _INTERPRETED and p_y.dtype.element_ty == tl.bfloat16:
+def row_and_block(K: tl.constexpr, BLOCK: tl.constexpr):
+    """The row and the piece of it, columns [BLOCK · piece, BLOCK · (piece + 1)), that this program decodes."""
+    N_BLOCK: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    return (tl.program_id(0) // N_BLOCK).to(tl.int64), tl.program_id(0) % N_BLOCK
+
+
+@triton.jit
+def store_row(b_y, i_row, o_k, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr):
+    """Writes decoded weights b_y fp32 of row i_row, columns o_k: as values, or, a whole row and its scale, as codes."""
+    m_k = o_k < K
+    p_out += i_row * K + o_k
+    if p_out_scale is None:
+        if _INTERPRETED and p_out.dtype.element_ty == tl.bfloat16:
             # the interpreter cuts bits off
             b_y = (round_to_bf16(b_y) << 16).to(tl.float32, bitcast=True)
-        tl.store(p_y + i_row * K + o_k, b_y.to(p_y.dtype.element_ty), mask=m_k)
-    if p_q is not None:
-        b_q, b_scale = quantize_row(tl.where(m_k, b_y, 0.0), p_q.dtype.element_ty)
-        tl.store(p_q + i_row * K + o_k, b_q, mask=m_k)
-        tl.store(p_q_scale + i_row, b_scale)
+        tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=m_k)
+    else:
+        b_y = tl.where(m_k, b_y, 0.0)
+        if TO_E4M3:
+            b_q, b_scale = quantize_row_e4m3(b_y)
+        else:
+            b_q, b_scale = quantize_row(b_y, tl.int8)
+        tl.store(p_out, b_q, mask=m_k)
+        tl.store(p_out_scale + i_row, b_scale)
 
 
 @triton.jit
@@ -54,72 +71,58 @@ def decode_e4m3(b_code):
 
 @triton.jit
 def dequant_rows_kernel(
-    p_code, p_scale, p_y, p_q, p_q_scale, K: tl.constexpr, E4M3: tl.constexpr, BLOCK: tl.constexpr
+    p_code, p_scale, p_out, p_out_scale,
+    K: tl.constexpr, FROM_E4M3: tl.constexpr, TO_E4M3: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(1).to(tl.int64)
-    o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_k = o_k < K
-    b_code = tl.load(p_code + i_row * K + o_k, mask=m_k, other=0)
-    b_w = (decode_e4m3(b_code) if E4M3 else b_code.to(tl.float32)) * tl.load(p_scale + i_row)
-    store_row(b_w, m_k, o_k, i_row, K, p_y, p_q, p_q_scale)
-
-
-def decoder_outputs(
-    rows: int, cols: int, dtype: torch.dtype, device: torch.device, out: Tensor | None, out_scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Room for a decoder's output [rows, cols] in `dtype`, and for scales [rows] where that is int8, unless it is given."""
-    out = torch.empty((rows, cols), dtype=dtype, device=device) if out is None else out
-    assert out.shape == (rows, cols) and out.dtype == dtype and out.is_contiguous()
-    if dtype != torch.int8:
-        return out, None
-    out_scale = torch.empty(rows, device=device) if out_scale is None else out_scale
-    assert out_scale.shape == (rows,) and out_scale.is_contiguous()
-    return out, out_scale
+    i_row, i_block = row_and_block(K, BLOCK)
+    o_k = i_block * BLOCK + tl.arange(0, BLOCK)
+    b_code = tl.load(p_code + i_row * K + o_k, mask=o_k < K, other=0)
+    b_w = (decode_e4m3(b_code) if FROM_E4M3 else b_code.to(tl.float32)) * tl.load(p_scale + i_row)
+    store_row(b_w, i_row, o_k, p_out, p_out_scale, K, TO_E4M3)
 
 
 def launch_decoder(
-    kernel: Any, parts: tuple[Tensor | int, ...], width: int, out: Tensor, out_scale: Tensor | None, **constants: int
+    kernel: Any, parts: tuple[Tensor, ...], width: int, out: Tensor, out_scale: Tensor | None, **constants: int
 ) -> None:
-    """Launches `kernel(*parts, values, codes, code scales, ...)` over the rows of `out`, each `width` columns with padding."""
+    """Launches `kernel(*parts, out, out_scale, ...)` over the rows of `out`, each of `width` columns with its padding."""
     rows, cols = out.shape
-    op = "dequant" if out_scale is None else "dequant_quantized"
-    numbers = row_numbers(op, width, arch_key(out.device))
-    outputs = (out, None, None) if out_scale is None else (None, out, out_scale)
+    assert out.is_contiguous() and (out_scale is None) == (out.itemsize > 1)
+    assert out_scale is None or (out_scale.shape == (rows,) and out_scale.is_contiguous())
+    numbers = row_numbers("dequant" if out_scale is None else "dequant_quantized", width, arch_key(out.device))
+    is_e4m3 = out.dtype == torch.float8_e4m3fn
     launch(
-        kernel, (cdiv(width, numbers["BLOCK"]), rows), *parts, *outputs,
-        K=cols, **constants, **numbers, enable_fp_fusion=False,
+        kernel, (rows * cdiv(width, numbers["BLOCK"]),), *parts, out.view(torch.int8) if is_e4m3 else out, out_scale,
+        K=cols, TO_E4M3=int(is_e4m3), **constants, **numbers, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def dequant_rows(
-    packed: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    out: Tensor | None = None,
-    out_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The weight [N, K] of packed [N, K] int8 or float8_e4m3fn and scale [N] fp32.
+def dequant_rows(packed: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor | None = None) -> None:
+    """Decodes packed [N, K], int8 or float8_e4m3fn, with scale [N] fp32, into out [N, K], contiguous.
 
-    `dtype`: a float one, for values (and None); int8, for codes and their scales [N] fp32. They go to `out` and `out_scale`
-    where these are given.
+    out in a float dtype: values. int8 or float8_e4m3fn: codes, whose scales [N] fp32 go to out_scale.
     """
-    assert packed.is_contiguous() and packed.itemsize == 1 and scale.shape == packed.shape[:1]
-    rows, cols = packed.shape
-    out, out_scale = decoder_outputs(rows, cols, dtype, packed.device, out, out_scale)
+    assert packed.is_contiguous() and packed.itemsize == 1 and packed.shape == out.shape and scale.shape == packed.shape[:1]
     is_e4m3 = int(packed.dtype == torch.float8_e4m3fn)
-    launch_decoder(dequant_rows_kernel, (packed.view(torch.int8), scale), cols, out, out_scale, E4M3=is_e4m3)
-    return out, out_scale
+    launch_decoder(dequant_rows_kernel, (packed.view(torch.int8), scale), out.shape[1], out, out_scale, FROM_E4M3=is_e4m3)
+
+
+def decoder_cases(decode: Any, parts: tuple[Any, ...], shape: tuple[int, int], name: str = "") -> Iterator[AotCase]:
+    """`decode(*parts, out, out_scale)` ahead of time, for each of OUTPUTS."""
+    for dtype in OUTPUTS:
+        out = torch.empty(shape, dtype=dtype, device="meta")
+        out_scale = torch.empty(shape[0], device="meta") if out.itemsize == 1 else None
+        case = f"{name}{shape[1]}-{str(dtype).removeprefix('torch.')}"
+        yield case, partial(decode, *parts, out, out_scale), tuple(AOT_TARGETS)
 
 
 def _aot_cases() -> Iterator[AotCase]:
-    packed = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
-    for name, stored in packed.items():
+    for stored in (torch.int8, torch.float8_e4m3fn):
         for cols in (3072, 15360):
             codes, scale = torch.empty(3072, cols, dtype=stored, device="meta"), torch.empty(3072, device="meta")
-            yield f"{name}-{cols}-bf16", partial(dequant_rows, codes, scale), tuple(AOT_TARGETS)
-            if name == "e4m3":
-                yield f"{name}-{cols}-int8", partial(dequant_rows, codes, scale, torch.int8), tuple(AOT_TARGETS)
+            name = f"{str(stored).removeprefix('torch.')}-"
+            # codes of the type that is stored are copied, not made
+            cases = decoder_cases(dequant_rows, (codes, scale), (3072, cols), name)
+            yield from (case for case in cases if not case[0].endswith(name.removesuffix("-")))
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

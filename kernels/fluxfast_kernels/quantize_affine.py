@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, launch, record_variants, row_numbers
 from fluxfast_kernels.dequant_int2 import BIAS, SHIFT
-from fluxfast_kernels.dequant_rows import round_to_bf16
+from fluxfast_kernels.dequant_rows import round_to_bf16, row_and_block
 
 _ROUND = tl.constexpr(12582912.0)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -76,8 +76,8 @@ def quantize_affine_kernel(
 ):
     GROUPS: tl.constexpr = BLOCK // GROUP
     N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP
-    i_row = tl.program_id(1).to(tl.int64)
-    o_g = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    i_row, i_block = row_and_block(N_GROUP * GROUP, BLOCK)
+    o_g = i_block * GROUPS + tl.arange(0, GROUPS)
     m_g = o_g < N_GROUP
     o_k = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     b_w = tl.load(p_w + i_row * stride_w + o_k, mask=o_k < K, other=0.0).to(tl.float32)
@@ -133,7 +133,7 @@ def quantize_affine_kernel(
     else:
         tl.store(p_scale + o_group, b_best_stored.to(tl.int8), mask=m_g)
         b_even, b_odd = tl.split(tl.reshape(b_best_zero.to(tl.int32), [GROUPS // 2, 2]))
-        o_pair = tl.program_id(0) * (GROUPS // 2) + tl.arange(0, GROUPS // 2)
+        o_pair = i_block * (GROUPS // 2) + tl.arange(0, GROUPS // 2)
         p_pair = p_zero + i_row * ((N_GROUP + 1) // 2) + o_pair
         tl.store(p_pair, ((b_even << 4) | b_odd).to(tl.int8), mask=o_pair * 2 < N_GROUP)
         b_02, b_13 = tl.split(tl.reshape(b_code, [GROUPS, GROUP // 4, 2, 2]))
@@ -167,7 +167,7 @@ def quantize_affine(
     assert weight.stride(1) == 1 and scale.shape == (rows, cdiv(cols, group))
     numbers = row_numbers("quantize_affine", max(scale.shape[1], 2) * group, arch_key(weight.device))
     launch(
-        quantize_affine_kernel, (cdiv(scale.shape[1] * group, numbers["BLOCK"]), rows),
+        quantize_affine_kernel, (rows * cdiv(scale.shape[1] * group, numbers["BLOCK"]),),
         weight, packed.view(torch.int8), scale.view(torch.int16 if global_scale is None else torch.int8),
         zero.view(torch.int8), global_scale, weight.stride(0), least_step,
         K=cols, GROUP=group, TOP=top, UNIT=unit, PER_GRAIN=1 / grain, SHRINKS=shrinks, REFITS=refits,

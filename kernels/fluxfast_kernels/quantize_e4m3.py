@@ -28,16 +28,23 @@ def encode_e4m3(b_x):
 
 
 @triton.jit
+def quantize_row_e4m3(b_w):
+    """Codes [int8] and the scale of one row; b_w [BLOCK] fp32 is zero where it is masked."""
+    # as integers, magnitudes keep their order, and NaN comes out on top
+    b_top = tl.max(b_w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    b_scale = tl.div_rn(b_top, 448.0)
+    b_scale = tl.where(b_scale < _LEAST_NORMAL, 1.0, b_scale)
+    return encode_e4m3(b_w * tl.div_rn(1.0, b_scale)), b_scale
+
+
+@triton.jit
 def quantize_e4m3_kernel(p_w, p_q, p_scale, stride_w, K: tl.constexpr, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < K
     b_w = tl.load(p_w + i_row * stride_w + o_k, mask=m_k, other=0.0).to(tl.float32)
-    # as integers, magnitudes keep their order, and NaN comes out on top
-    b_top = tl.max(b_w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
-    b_scale = tl.div_rn(b_top, 448.0)
-    b_scale = tl.where(b_scale < _LEAST_NORMAL, 1.0, b_scale)
-    tl.store(p_q + i_row * K + o_k, encode_e4m3(b_w * tl.div_rn(1.0, b_scale)), mask=m_k)
+    b_q, b_scale = quantize_row_e4m3(b_w)
+    tl.store(p_q + i_row * K + o_k, b_q, mask=m_k)
     tl.store(p_scale + i_row, b_scale)
 
 

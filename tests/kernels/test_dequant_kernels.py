@@ -4,23 +4,13 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, widen
 
-from fluxfast.quant import FORMATS, nf4
-from fluxfast_kernels.dequant_int4 import dequant_int4
-from fluxfast_kernels.dequant_nf4 import dequant_nf4
+from fluxfast.quant import FORMATS
 from fluxfast_kernels.dequant_rows import dequant_rows
 from fluxfast_kernels.quantize_e4m3 import quantize_e4m3
-from quant_cases import gaussian, hard, heavy_tailed
+from quant_cases import assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 SHAPES = [(1, 64), (1, 1), (5, 63), (3, 1000), (7, 24), (2, 129), (5, 320)]
-
-
-def same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    return (
-        actual.shape == expected.shape
-        and actual.dtype == expected.dtype
-        and torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
-    )
 
 
 def assert_quantizes_as_ref(format, weight):
@@ -78,47 +68,42 @@ def test_values_are_the_references(format, shape, dtype):
 
 
 @every_format
+@pytest.mark.parametrize("fmt", ["int8", "e4m3"])
 @pytest.mark.parametrize("shape", [*SHAPES, (12, 192)])
-def test_int8_is_the_references(format, shape):
+def test_codes_are_the_references(format, fmt, shape):
     weight = hard() if shape == (12, 192) else heavy_tailed(*shape)
     parts = format.quantize(weight.to(DEVICE), impl="ref")
-    codes, scale = format.to_int8(parts, shape, impl="triton")
-    expected, expected_scale = format.to_int8(parts, shape, impl="ref")
-    assert same_bytes(codes, expected) and same_bytes(scale, expected_scale)
+    codes, expected = (format.codes(parts, shape, fmt, impl=impl) for impl in ("triton", "ref"))
+    assert same_bytes(codes.q, expected.q) and same_bytes(codes.scale, expected.scale)
 
 
 def test_all_e4m3_codes():
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
     # 0x7F and 0xFF are NaN, which no quantiser writes
     codes = torch.cat([codes[:127], codes[128:255]])[None]
-    values, _ = dequant_rows(codes.view(torch.float8_e4m3fn), torch.ones(1, device=DEVICE), torch.float32)
+    values = torch.empty(codes.shape, device=DEVICE)
+    dequant_rows(codes.view(torch.float8_e4m3fn), torch.ones(1, device=DEVICE), values)
     assert same_bytes(values, codes.view(torch.float8_e4m3fn).float())
     back, scale = quantize_e4m3(values)
     assert scale.item() == 1 and same_bytes(back.view(torch.uint8), codes)
 
 
-def test_outputs_go_where_they_are_wanted():
-    # rows of a scratch that several linears share
-    shape = (6, 128)
-    codes = torch.full((10, 128), 77, dtype=torch.int8, device=DEVICE)
-    scales, values = torch.zeros(10, device=DEVICE), torch.zeros(10, 128, dtype=torch.bfloat16, device=DEVICE)
-    parts = FORMATS["int4"].quantize(gaussian(*shape).to(DEVICE))
-    dequant_int4(**parts, cols=128, dtype=torch.int8, out=codes[2:8], out_scale=scales[2:8])
-    dequant_int4(**parts, cols=128, out=values[2:8])
-    expected, expected_scale = FORMATS["int4"].to_int8(parts, shape)
-    assert torch.equal(codes[2:8], expected) and torch.equal(scales[2:8], expected_scale)
-    assert torch.equal(values[2:8], FORMATS["int4"].dequantize(parts, shape, torch.bfloat16))
-    assert (codes[:2] == 77).all() and (codes[8:] == 77).all() and not scales[8:].any() and not values[:2].any()
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_rows_wider_than_a_program(format, dtype):
+    # three programs to a row where values are wanted, one that is not full where codes are; the second one's rows begin
+    # within nf4's blocks
+    for shape in ((2, 4160), (2, 4104)):
+        parts = format.quantize(gaussian(*shape).to(DEVICE))
+        if dtype == torch.bfloat16:
+            values = format.dequantize(parts, shape, dtype, impl="triton")
+            assert same_bytes(values, format.dequantize(parts, shape, dtype, impl="ref"))
+        else:
+            fmt = "int8" if dtype == torch.int8 else "e4m3"
+            codes, expected = (format.codes(parts, shape, fmt, impl=impl) for impl in ("triton", "ref"))
+            assert same_bytes(codes.q, expected.q) and same_bytes(codes.scale, expected.scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_nf4_rows_wider_than_a_program(dtype):
-    # three programs to a row where values are wanted, one that is not full where codes are
-    shape, device = (2, 4160), torch.device(DEVICE)
-    parts = FORMATS["nf4"].quantize(gaussian(*shape).to(DEVICE))
-    out, out_scale = dequant_nf4(**parts, shape=shape, tables=(nf4.code(device), nf4.absmax_code(device)), dtype=dtype)
-    if dtype == torch.int8:
-        expected, expected_scale = FORMATS["nf4"].to_int8(parts, shape, impl="ref")
-        assert same_bytes(out, expected) and same_bytes(out_scale, expected_scale)
-    else:
-        assert out_scale is None and same_bytes(out, FORMATS["nf4"].dequantize(parts, shape, dtype, impl="ref"))
+@every_format
+def test_linears_share_a_scratch(format):
+    assert_shares_a_scratch(format, DEVICE, "triton")

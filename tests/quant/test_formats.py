@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from quant_cases import AWKWARD, DTYPES, gaussian, hard, heavy_tailed
 
+from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, Format, QuantWeight, int2, int4, nf4
 from fluxfast.quant._affine import Affine
+from quant_cases import AWKWARD, DTYPES, assert_shares_a_scratch, gaussian, hard, heavy_tailed
 from support import relative_error
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
@@ -215,13 +216,43 @@ def test_what_is_no_weight_is_refused(format, weight):
 
 
 @every_format
+@pytest.mark.parametrize("fmt", ["int8", "e4m3"])
 @pytest.mark.parametrize("shape", [(33, 320), (5, 63)])
-def test_to_int8(format, shape):
+def test_codes(format, fmt, shape):
     parts = format.quantize(heavy_tailed(*shape))
-    codes, scale = format.to_int8(parts, shape)
-    assert codes.dtype == torch.int8 and codes.shape == shape and scale.dtype == torch.float32 and scale.shape == shape[:1]
+    codes = format.codes(parts, shape, fmt)
+    dtype = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}[fmt]
+    assert codes.q.dtype == dtype and codes.q.shape == shape
+    assert codes.scale.dtype == torch.float32 and codes.scale.shape == shape[:1]
     weight = format.dequantize(parts, shape, torch.float32)
-    # half a step of an int8 grid that spans the row
-    assert ((codes * scale[:, None] - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all()
-    if format.name == "int8":
-        assert codes is parts["packed"] and scale is parts["scale"]
+    error = (codes.q.float() * codes.scale[:, None] - weight).abs()
+    if fmt == "int8":
+        # half a step of a grid that spans the row
+        assert (error <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all()
+    else:
+        # three bits of mantissa, and a smallest step of 2^-9
+        assert (error <= (weight.abs() * 2**-4).maximum(codes.scale[:, None] * 2**-10) * 1.0001).all()
+    if fmt == format.stored_codes:
+        assert codes.q is parts["packed"] and codes.scale is parts["scale"]
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(codes, row_quant_ref(weight, fmt), strict=True))
+
+
+@every_format
+def test_linears_share_a_scratch(format):
+    assert_shares_a_scratch(format, "cpu", "ref")
+
+
+@every_format
+def test_what_cannot_be_decoded_into_is_refused(format):
+    weight = QuantWeight(format, format.quantize(gaussian(4, 64)), (4, 64), torch.float32)
+    out = torch.empty(4, 64)
+    for bad in (out[:, :63], torch.empty(64, 4).T, torch.empty(4, 70)[:, 6:], out.char(), out.to("meta")):
+        with pytest.raises(ValueError, match=rf"{format.name}: out must be a contiguous \[4, 64\] torch.float32 on cpu, got "):
+            weight.decode_into(bad)
+    q, scale = torch.empty(4, 64, dtype=torch.int8), torch.empty(4)
+    for bad_q, bad_scale in ((q.float(), scale), (q[:3], scale), (q, scale.double()), (q, torch.empty(8)[::2])):
+        with pytest.raises(ValueError, match=f"{format.name}: (q|scale) must be a contiguous"):
+            weight.codes_into(bad_q, bad_scale)
+    with pytest.raises(ValueError, match=f"{format.name}: codes are one of int8, e4m3, not 'int4'"):
+        weight.codes("int4")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
-from quant_cases import gaussian
 from torch import nn
 
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.linear import QuantLinear, quant_linear
+from quant_cases import gaussian
 from support import relative_error
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
@@ -171,9 +171,34 @@ def test_compiles_in_one_graph_for_every_token_count(format):
 
 
 @every_format
-def test_the_registered_op(format):
+def test_the_registered_ops(format):
     parts = list(QuantLinear.from_linear(plain(), format).packed().parts.values())
     # torch's schema test can't compare float8 tensors
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    checks += () if format.name == "fp8_e4m3" else ("test_schema",)
-    torch.library.opcheck(torch.ops.fluxfast.dequantize.default, (parts, format.name, 24, 63, torch.float32), test_utils=checks)
+    ops, size, scale = torch.ops.fluxfast, (24, 63), torch.zeros(24)
+    other = "int8" if format.stored_codes == "e4m3" else "e4m3"
+    q = torch.zeros(size, dtype=torch.int8 if other == "int8" else torch.float8_e4m3fn)
+    for op, args in (
+        (ops.dequantize, (parts, format.name, *size, torch.float32, "auto")),
+        (ops.decode_into, (parts, format.name, torch.zeros(size), "auto")),
+        (ops.codes, (parts, format.name, *size, other, "auto")),
+        (ops.codes_into, (parts, format.name, q, scale, "auto")),
+    ):
+        has_float8 = format.name == "fp8_e4m3" or (other == "e4m3" and op in (ops.codes, ops.codes_into))
+        torch.library.opcheck(op.default, args, test_utils=checks if has_float8 else (*checks, "test_schema"))
+
+
+@every_format
+def test_decoding_into_a_scratch_compiles(format):
+    weight = QuantLinear.from_linear(plain(), format).packed()
+
+    def scaled(out, q, scale):
+        weight.decode_into(out[2:26])
+        weight.codes_into(q, scale)
+        return out[2:26] + 1, weight.codes("int8").scale * 2
+
+    out, q, scale = torch.zeros(30, 63), torch.zeros(24, 63, dtype=torch.int8), torch.zeros(24)
+    values, doubled = torch.compile(scaled, fullgraph=True, backend="aot_eager")(out, q, scale)
+    assert torch.equal(out[2:26], weight.dequantize()) and torch.equal(values, weight.dequantize() + 1)
+    codes = weight.codes("int8")
+    assert torch.equal(q, codes.q) and torch.equal(scale, codes.scale) and torch.equal(doubled, codes.scale * 2)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from quant_cases import AWKWARD, gaussian, hard, heavy_tailed
 
 from fluxfast.ops import _impl
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
+from quant_cases import AWKWARD, assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
 
 ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,14 +35,6 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
-def same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    return (
-        actual.shape == expected.shape
-        and actual.dtype == expected.dtype
-        and torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
-    )
-
-
 def assert_equals_ref(format, weight):
     shape = tuple(weight.shape)
     parts, expected = format.quantize(weight, impl="native"), format.quantize(weight, impl="ref")
@@ -52,10 +44,9 @@ def assert_equals_ref(format, weight):
     for dtype in (*DTYPES, torch.float64):
         out = format.dequantize(expected, shape, dtype, impl="native")
         assert same_bytes(out, format.dequantize(expected, shape, dtype, impl="ref")), dtype
-    for out, reference in zip(
-        format.to_int8(expected, shape, impl="native"), format.to_int8(expected, shape, impl="ref"), strict=True
-    ):
-        assert same_bytes(out, reference)
+    for fmt in ("int8", "e4m3"):
+        codes, reference = (format.codes(expected, shape, fmt, impl=impl) for impl in ("native", "ref"))
+        assert same_bytes(codes.q, reference.q) and same_bytes(codes.scale, reference.scale), fmt
 
 
 @every_format
@@ -104,11 +95,17 @@ def test_same_for_any_thread_count(format):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             parts = format.quantize(weight, impl="native")
-            results.append([*parts.values(), format.dequantize(parts, (61, 1088), torch.float32, impl="native")])
+            values = format.dequantize(parts, (61, 1088), torch.float32, impl="native")
+            results.append([*parts.values(), values, *format.codes(parts, (61, 1088), "int8", impl="native")])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(same_bytes(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@every_format
+def test_linears_share_a_scratch(isa, format):
+    assert_shares_a_scratch(format, "cpu", "native")
 
 
 @every_format
