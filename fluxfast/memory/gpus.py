@@ -1,4 +1,4 @@
-"""Common GPUs: what `plan` reckons with. Rates are the makers' peaks, dense, with fp32 sums where the maker tells them apart."""
+"""Common GPUs: what `plan` reckons with. Rates are the makers' peaks: dense, and with fp32 sums where they tell those apart."""
 
 from __future__ import annotations
 

@@ -1,0 +1,179 @@
+"""How much memory a run takes, part by part, and which choices make it fit: in closed form, without a model or a device.
+
+What the user fixed is a `Workload`; what is ours to choose is `Choices`. `account` adds up; `fit` chooses. A step's peak is at
+some block, most often in its backward: there is what the blocks before it keep, the gradients of those after it, and what it
+works with. The sums are held to a full-size step's (`fluxfast-bench vram`) within 3 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from fluxfast.memory.gpus import Gpu
+from fluxfast.memory.sizes import Workload
+from fluxfast.memory.step_time import BlockWork, StepTime, step_seconds
+from fluxfast.memory.working_set import backward_bytes, forward_bytes, saved_bytes
+
+GIB = 2**30
+# the driver's context and the kernels that are loaded into it: not the allocator's, but the GPU's
+CUDA_CONTEXT = GIB // 2
+# what the allocator holds beyond what is in use, of its peak
+FRAGMENTATION = 0.03
+# cuBLAS's, from the caching allocator, for each stream that computes (Hopper's size, which is the largest)
+GEMM_WORKSPACE = 32 * 2**20
+# bytes of an optimiser's state for each element, by the elements' size
+OPTIMIZER_STATE = {
+    "adamw_bf16": lambda itemsize: 2 * itemsize,
+    "torch-adamw": lambda itemsize: 2 * itemsize,
+    # two codes, and an fp32 absmax for each 256 of them
+    "adamw8bit": lambda itemsize: 2 + 2 * 4 / 256,
+}
+# Python with PyTorch and its CUDA libraries
+PROCESS = 2 * GIB
+# what loading holds beside the model (the bound that it keeps)
+LOADING = 3 * 10**9
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is ours to choose. recompute: a policy for each block. slots: of the ring that blocks stream through, 0: resident.
+
+    modulation_ahead: its weights stay in host memory. host_inputs: blocks' inputs wait for backward in host memory.
+    """
+
+    recompute: tuple[str, ...]
+    slots: int = 0
+    blocks_per_group: int = 1
+    modulation_ahead: bool = False
+    host_inputs: bool = False
+
+    @property
+    def streams(self) -> bool:
+        return self.slots > 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part, at the step's peak: of VRAM, which add up to it; of host memory; and of each block's copies."""
+
+    vram: dict[str, int]
+    host: dict[str, int]
+    streamed: tuple[int, ...] = field(default=())
+
+    @property
+    def peak(self) -> int:
+        """What the allocator has handed out at most: without the CUDA context."""
+        return sum(self.vram.values()) - self.vram["CUDA context"]
+
+    @property
+    def needed(self) -> int:
+        """What the GPU must have free."""
+        return round(self.peak * (1 + FRAGMENTATION)) + self.vram["CUDA context"]
+
+
+def account(workload: Workload, choices: Choices) -> Plan:
+    """What a step takes with these choices."""
+    sizes = workload.sizes
+    # modulation has a place of its own, unless it streams with the blocks
+    apart = choices.modulation_ahead or not choices.streams
+    blocks = [
+        of_block + (0 if apart else of_modulation)
+        for of_block, of_modulation in zip(workload.block_weights, workload.modulation_weights, strict=True)
+    ]
+    modulation = sum(workload.modulation_weights) if apart else 0
+    step = choices.blocks_per_group
+    groups = [sum(blocks[i : i + step]) for i in range(0, sizes.blocks, step)]
+    saved, gradients, working = _at_peak(workload, choices)
+    state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
+    vram = {
+        "weights": workload.outer_weights + (0 if choices.streams else sum(blocks)),
+        "modulation": 0 if choices.modulation_ahead else modulation,
+        "adapters": workload.adapters * workload.adapter_itemsize,
+        "gradients": gradients,
+        "optimiser": round(workload.adapters * state),
+        "saved activations": saved,
+        "working set": working + GEMM_WORKSPACE,
+        "ring": choices.slots * max(groups) if choices.streams else 0,
+        "CUDA context": CUDA_CONTEXT,
+    }
+    kept = sum(_input_bytes(workload, index) for index in range(sizes.blocks)) if choices.host_inputs else 0
+    host = {
+        "process": PROCESS,
+        "streamed blocks": sum(blocks) if choices.streams else 0,
+        "modulation": modulation if choices.modulation_ahead else 0,
+        "blocks' inputs": kept,
+    }
+    return Plan(vram, host, tuple(blocks) if choices.streams else ())
+
+
+def loading_bytes(workload: Workload) -> int:
+    """Host memory that loading and quantising take at most."""
+    return workload.outer_weights + sum(workload.block_weights) + sum(workload.modulation_weights) + LOADING
+
+
+def _input_bytes(workload: Workload, index: int) -> int:
+    return workload.batch * workload.tokens[index] * workload.sizes.dim * 2
+
+
+def _at_peak(workload: Workload, choices: Choices) -> tuple[int, int, int]:
+    """(saved activations, gradients, working set) of the moment at which they are the most, together."""
+    blocks = workload.sizes.blocks
+    kept = [saved_bytes(workload, index, choices.recompute[index], choices.host_inputs) for index in range(blocks)]
+    own = [elements * workload.adapter_itemsize for elements in workload.block_adapters]
+    outside = (workload.adapters * workload.adapter_itemsize) - sum(own)
+    moments = []
+    for index in range(blocks):
+        policy = choices.recompute[index]
+        before = sum(kept[:index])
+        moments.append((before + _input_bytes(workload, index), 0, forward_bytes(workload, index)))
+        working = backward_bytes(workload, index, policy, choices.host_inputs)
+        moments.append((before + kept[index], outside + sum(own[index:]), working))
+    return max(moments, key=sum)
+
+
+def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
+    """The time of one forward and backward pass."""
+    works = [
+        BlockWork(tokens, index < workload.sizes.num_layers, policy)
+        for index, (tokens, policy) in enumerate(zip(workload.tokens, choices.recompute, strict=True))
+    ]
+    return step_seconds(
+        works,
+        workload.sizes,
+        gpu,
+        batch=workload.batch,
+        rank=workload.rank,
+        compute=workload.compute,
+        streamed=account(workload, choices).streamed,
+        modulation=0 if choices.modulation_ahead else sum(workload.modulation_weights),
+    )
+
+
+def fit(workload: Workload, gpu: Gpu, budget: int, *, modulation_ahead: bool) -> Choices | None:
+    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM; None where none are enough.
+
+    modulation_ahead: whether it can be had (no adapter trains modulation).
+    """
+    fitting = [c for c in candidates(workload, modulation_ahead) if account(workload, c).needed <= budget]
+    # of equally fast ones the one that leaves more free
+    return min(fitting, key=lambda c: (predict(workload, c, gpu).total, account(workload, c).needed), default=None)
+
+
+def candidates(workload: Workload, modulation_ahead: bool) -> Iterator[Choices]:
+    """Every combination worth looking at."""
+    blocks = workload.sizes.blocks
+    residencies = [Choices((), 0, 1, modulation_ahead)]
+    for host_inputs in (False, True):
+        residencies += [Choices((), slots, 1, modulation_ahead, host_inputs) for slots in (4, 3, 2)]
+    for residency in residencies:
+        for recompute in policies(blocks):
+            yield replace(residency, recompute=recompute)
+
+
+def policies(blocks: int) -> Iterator[tuple[str, ...]]:
+    """Policies from "none" to "full", block by block; the last blocks keep most, as backward frees them first."""
+    for lean, rich in (("selective", "none"), ("full", "selective")):
+        for rich_blocks in range(blocks, 0, -1):
+            yield (lean,) * (blocks - rich_blocks) + (rich,) * rich_blocks
+    yield ("full",) * blocks

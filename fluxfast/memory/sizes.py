@@ -1,0 +1,173 @@
+"""What a FLUX.1 transformer is made of, and how many bytes each part takes: from its config alone, without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import KEPT
+
+
+class Linear(NamedTuple):
+    """One of the model's linears, by its full name."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def is_modulation(self) -> bool:
+        """Whether it gives a block its shifts, scales and gates."""
+        return self.name.endswith(("norm1.linear", "norm1_context.linear", ".norm.linear"))
+
+    def matches(self, targets: Sequence[str]) -> bool:
+        """Whether an adapter's targets name it, by PEFT's rule."""
+        return any(self.name == target or self.name.endswith(f".{target}") for target in targets)
+
+
+@dataclass(frozen=True)
+class FluxSizes:
+    """The part of a FLUX.1 transformer's config that sizes follow from; defaults are FLUX.1-dev's."""
+
+    num_layers: int = 19
+    num_single_layers: int = 38
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    in_channels: int = 64
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FluxSizes:
+        """Of a transformer's `config.json`."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def blocks(self) -> int:
+        return self.num_layers + self.num_single_layers
+
+    def block_linears(self, index: int) -> list[Linear]:
+        """Those of a block; `index` counts both kinds, the double blocks first."""
+        d, mlp = self.dim, 4 * self.dim
+        if index < self.num_layers:
+            shapes = {
+                "norm1.linear": (6 * d, d),
+                "norm1_context.linear": (6 * d, d),
+                **{f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+                **{f"attn.{name}": (d, d) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
+                **{f"{ff}.net.0.proj": (mlp, d) for ff in ("ff", "ff_context")},
+                **{f"{ff}.net.2": (d, mlp) for ff in ("ff", "ff_context")},
+            }
+            prefix = f"transformer_blocks.{index}"
+        else:
+            shapes = {
+                "norm.linear": (3 * d, d),
+                **{f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v")},
+                "proj_mlp": (mlp, d),
+                "proj_out": (d, d + mlp),
+            }
+            prefix = f"single_transformer_blocks.{index - self.num_layers}"
+        return [Linear(f"{prefix}.{name}", *shape) for name, shape in shapes.items()]
+
+    def outer_linears(self) -> list[Linear]:
+        """Those that belong to no block."""
+        d = self.dim
+        embedders = {"timestep_embedder": 256, "text_embedder": self.pooled_projection_dim}
+        if self.guidance_embeds:
+            embedders["guidance_embedder"] = 256
+        found = [Linear("x_embedder", d, self.in_channels), Linear("context_embedder", d, self.joint_attention_dim)]
+        for name, width in embedders.items():
+            found += [Linear(f"time_text_embed.{name}.linear_1", d, width), Linear(f"time_text_embed.{name}.linear_2", d, d)]
+        return [*found, Linear("norm_out.linear", 2 * d, d), Linear("proj_out", self.in_channels, d)]
+
+    def linears(self) -> Iterator[Linear]:
+        for index in range(self.blocks):
+            yield from self.block_linears(index)
+        yield from self.outer_linears()
+
+    def norms(self, index: int) -> int:
+        """Weights of a block's RMS norms."""
+        return self.attention_head_dim * (4 if index < self.num_layers else 2)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the frozen weights are kept: a format's name or None, and the bytes an element of what is in no format."""
+
+    format: str | None
+    itemsize: int = 2
+
+    def weight(self, linear: Linear) -> int:
+        """Bytes of a linear's weight, with whatever scales it."""
+        shape = (linear.out_features, linear.in_features)
+        if self.format is None or linear.name in KEPT:
+            return math.prod(shape) * self.itemsize
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in FORMATS[self.format].layout(shape).values())
+
+    def linear(self, linear: Linear) -> int:
+        """Bytes of its weight and bias."""
+        return self.weight(linear) + linear.out_features * self.itemsize
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the config fixes. tokens: those that each block sees, text and image, a sample. targets: what adapters sit on."""
+
+    sizes: FluxSizes
+    tokens: tuple[int, ...]
+    text_tokens: int
+    batch: int
+    storage: Storage
+    targets: tuple[str, ...]
+    rank: int
+    adapter_itemsize: int = 2
+    optimizer: str = "adamw_bf16"
+    compute: str = "same"
+
+    @cached_property
+    def trains_modulation(self) -> bool:
+        return any(linear.is_modulation and linear.matches(self.targets) for linear in self.sizes.linears())
+
+    @cached_property
+    def block_weights(self) -> list[int]:
+        """Bytes of each block's frozen tensors, without modulation."""
+        return [
+            sum(self.storage.linear(linear) for linear in self.sizes.block_linears(index) if not linear.is_modulation)
+            + self.sizes.norms(index) * self.storage.itemsize
+            for index in range(self.sizes.blocks)
+        ]
+
+    @cached_property
+    def modulation_weights(self) -> list[int]:
+        """Bytes of each block's modulation linears."""
+        return [
+            sum(self.storage.linear(linear) for linear in self.sizes.block_linears(index) if linear.is_modulation)
+            for index in range(self.sizes.blocks)
+        ]
+
+    @cached_property
+    def outer_weights(self) -> int:
+        """Bytes of the linears that belong to no block."""
+        return sum(map(self.storage.linear, self.sizes.outer_linears()))
+
+    @cached_property
+    def block_adapters(self) -> list[int]:
+        """Elements of the adapters on each block."""
+        return [self._adapters(self.sizes.block_linears(index)) for index in range(self.sizes.blocks)]
+
+    @cached_property
+    def adapters(self) -> int:
+        """Elements of all adapters."""
+        return self._adapters(self.sizes.linears())
+
+    def _adapters(self, linears: Iterable[Linear]) -> int:
+        return sum(self.rank * (linear.in_features + linear.out_features) for linear in linears if linear.matches(self.targets))

@@ -1,0 +1,115 @@
+"""What a block keeps for its backward, and what its forward and backward work with: bytes, read off the blocks' own code.
+
+E is one [B, S, D] tensor of activations, image and text together; `img` and `txt` are the streams' parts of it. The counts
+follow `fluxfast.model.fused_single` and `fused_double`, line by line: where those change, these do (`fluxfast-bench vram`
+compares them with a full-size step's).
+"""
+
+from __future__ import annotations
+
+from fluxfast.memory.sizes import Workload
+
+# E that a policy keeps beside the block's input: packed qkv and MLP input 7, attention's output 1; qkv 3, attention's output 1,
+# the stream after it 1, MLP input 4
+KEPT_SINGLE = {"none": 8, "selective": 1, "full": 0}
+KEPT_DOUBLE = {"none": 9, "selective": 1, "full": 0}
+ACTIVATION = 2
+
+
+def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bool = False) -> int:
+    """What a block's forward leaves for its backward; `input_elsewhere`: its input is in host memory."""
+    rows, e = _rows(workload, index)
+    double = index < workload.sizes.num_layers
+    kept = (KEPT_DOUBLE if double else KEPT_SINGLE)[policy] * e
+    if policy != "full":
+        # log-sum-exp in fp32, and the narrow halves of the last linears' adapters
+        kept += rows * (4 * workload.sizes.num_attention_heads + ACTIVATION * workload.rank)
+    if policy == "none":
+        kept += rows * ACTIVATION * workload.rank * (5 if double else 4)
+    return kept + (0 if input_elsewhere else e)
+
+
+def forward_bytes(workload: Workload, index: int) -> int:
+    """What is alive at most during a block's forward, beside weights, its input, and what the blocks before it keep."""
+    _, e = _rows(workload, index)
+    txt = _text_bytes(workload)
+    # x_in 1, qkv 3, q k v 3, attn 1, x1 1, mlp_in 1, h 4, ff2_in 4; the image's result, the text's with its last product
+    double = 18 * e + (e - txt) + 2 * txt
+    # x_in 1, y 7, q k v 3, attn 1, last_in 5, the last product and the result
+    most = double if index < workload.sizes.num_layers else 19 * e
+    return most + _scratch(workload, index) + _small(workload, index, "full")
+
+
+def backward_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bool = False) -> int:
+    """What is alive at most during a block's backward, beside weights, gradients of adapters, and what blocks keep."""
+    _, e = _rows(workload, index)
+    moments = _double_moments if index < workload.sizes.num_layers else _single_moments
+    # an input that was put aside, and that of the block before it on its way
+    put_aside = 2 * e if input_elsewhere else 0
+    return max(moments(workload, index, policy)) + _small(workload, index, policy) + put_aside
+
+
+def _small(workload: Workload, index: int, policy: str) -> int:
+    """Norms' statistics and reciprocal RMS of q and k in fp32, a log-sum-exp, adapters' narrow halves, RoPE's tables."""
+    rows, _ = _rows(workload, index)
+    double, heads = index < workload.sizes.num_layers, workload.sizes.num_attention_heads
+    a_row = 4 * 2 * (2 if double else 1) + 4 * 2 * heads + ACTIVATION * workload.rank * (6 if double else 5)
+    if policy == "full":
+        a_row += 4 * heads
+    return rows * a_row + max(workload.tokens) * workload.sizes.attention_head_dim * 4
+
+
+def _rows(workload: Workload, index: int) -> tuple[int, int]:
+    rows = workload.batch * workload.tokens[index]
+    return rows, rows * workload.sizes.dim * ACTIVATION
+
+
+def _text_bytes(workload: Workload) -> int:
+    return workload.batch * workload.text_tokens * workload.sizes.dim * ACTIVATION
+
+
+def _single_moments(workload: Workload, index: int, policy: str) -> list[int]:
+    rows, e = _rows(workload, index)
+    scratch = _scratch(workload, index)
+    there = 8 if policy == "none" else 1 if policy == "selective" else 0
+    # attention's backward sums dq up in fp32
+    accumulator = 2 * e + 4 * rows * workload.sizes.num_attention_heads
+    # dout 1, x_in 1, y 7, q k v 3, attn 1, last_in 5, dbranch 1, dlast 5
+    last = (24 - there) * e
+    # dout 1, x_in 1, y 7 (its gradient's place, or another 7), q k v 3, attn 1, dlast 5, dq dk dv 3
+    attention = (21 - there + (7 if policy == "none" else 0)) * e + accumulator
+    return [last + scratch, attention + scratch]
+
+
+def _double_moments(workload: Workload, index: int, policy: str) -> list[int]:
+    _, e = _rows(workload, index)
+    txt = _text_bytes(workload)
+    img = e - txt
+    scratch = _scratch(workload, index)
+    there = 9 if policy == "none" else 1 if policy == "selective" else 0
+    # dout 1, x_in 1, qkv 3, q k v 3, attn 1
+    base = 9 * e
+    # of a stream: x1 1, mlp_in 1, h 4, ff2_in 4; dbranch 1, dff2 4
+    mlp, grads = 10, 5
+    kept_mlp = 5 if policy == "none" else 0
+    kept_base = (there - kept_mlp) * e
+    image = base - kept_base + (mlp - kept_mlp) * e + grads * img
+    # the image's dx1 and dattn are there by then; its own are gone
+    text = base - kept_base + 2 * img + (mlp - kept_mlp + grads) * txt
+    # the text's second MLP linear is decoded only for the text
+    text_ff2 = 4 * workload.sizes.dim**2 * _scratch_itemsize(workload)
+    return [image + scratch - text_ff2, text + scratch]
+
+
+def _scratch_itemsize(workload: Workload) -> int:
+    """Bytes an element of weights that are decoded, or turned into codes, for the products."""
+    if workload.compute == "same":
+        return 0 if workload.storage.format is None else ACTIVATION
+    same_codes = {"int8": "int8", "e4m3": "fp8_e4m3"}[workload.compute]
+    return 0 if workload.storage.format == same_codes else 1
+
+
+def _scratch(workload: Workload, index: int) -> int:
+    """A block's weights as its products read them, where that is not how they are stored; alive for one direction."""
+    linears = (linear for linear in workload.sizes.block_linears(index) if not linear.is_modulation)
+    return sum(linear.in_features * linear.out_features for linear in linears) * _scratch_itemsize(workload)
