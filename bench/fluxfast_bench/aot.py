@@ -28,6 +28,7 @@ import fluxfast_kernels
 from fluxfast.files import write_atomic
 from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task
 from fluxfast_bench.conditions import commit
+from fluxfast_bench.options import chosen
 
 Results = dict[Task, Compiled]
 # every variant that there is of an op for a target
@@ -130,15 +131,6 @@ def report(results: Results, console: Console) -> int:
     return 1 if bad else 0
 
 
-def chosen_of(option: str, text: str | None, allowed: Sequence[str]) -> list[str]:
-    """A comma-separated option; all that is allowed where it is absent."""
-    names = list(allowed) if text is None else text.split(",")
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise ValueError(f"{option}: there is no {', '.join(map(repr, unknown))}; there are {', '.join(allowed)}")
-    return names
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench aot",
@@ -160,8 +152,8 @@ def main(argv: Sequence[str]) -> int:
         for option, number in (("--jobs", options.jobs), ("--sample", options.sample)):
             if number is not None and number < 1:
                 raise ValueError(f"{option}: expected 1 or more, got {number}")
-        targets = chosen_of("--targets", options.targets, list(SHARED_LIMITS))
-        ops = chosen_of("--ops", options.ops, op_names())
+        targets = chosen("--targets", options.targets, list(SHARED_LIMITS))
+        ops = chosen("--ops", options.ops, op_names())
         stored = read(options.out)
     except ValueError as error:
         print(f"fluxfast-bench aot: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,13 +11,20 @@ from fluxfast import __version__
 
 # command: (module of fluxfast_bench, one line of help); a module is imported when its command runs
 COMMANDS = {
+    "ops": ("ops", "time each fused op beside eager PyTorch and torch.compile"),
+    "step": ("step", "time whole training steps beside the peers: diffusers + PEFT, quanto, bitsandbytes, SDNQ, torchao"),
+    "startup": ("startup", "time and memory from a checkpoint to the first step"),
     "aot": ("aot", "compile every Triton kernel for every GPU, without one: registers, spills, shared memory"),
+    "report": ("report", "make the README's tables and the plots from stored results"),
+    "check": ("check", "hold stored results against bench/targets.toml and the runs before them"),
+    "convergence": ("convergence", "train the demo in every precision with several seeds: do they end at the same loss?"),
+    "make-checkpoint": ("make_checkpoint", "write a FLUX.1-shaped transformer with random weights, of any size up to 24 GB"),
 }
 
 
 def usage() -> str:
     lines = ["fluxfast-bench: measure fluxfast's kernels and training step", ""]
-    lines += [f"  fluxfast-bench {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  fluxfast-bench {name:15} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "  --version; `fluxfast-bench COMMAND --help` says more"])
 
 
@@ -27,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words and words[0] in COMMANDS:
+        # what our libraries advise their own users to do is no concern of ours
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         return importlib.import_module(f"fluxfast_bench.{COMMANDS[words[0]][0]}").main(words[1:])
     asked = bool(words) and words[0] in ("-h", "--help", "help")
     print(usage(), file=sys.stdout if asked else sys.stderr)

@@ -1,0 +1,112 @@
+"""What runs in a benchmark of a step: fluxfast in its modes, and its peers, all built the same way from a config.
+
+A model is made on the meta device, and then module by module filled with random weights on the device and quantised, so
+that no more than one block is there in full size. The adapters, the loss and the optimiser are the same for all (`runner.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from fluxfast.quant.rules import KEPT
+from fluxfast_bench.floor import Route
+
+
+def do_nothing(model: nn.Module) -> None:
+    pass
+
+
+def checkpointing(model: Any, recompute: str) -> None:
+    """The policies that diffusers has."""
+    if recompute not in ("none", "full"):
+        raise ValueError(f"diffusers recomputes whole blocks or nothing: full or none, not {recompute}")
+    if recompute == "full":
+        model.enable_gradient_checkpointing()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train a LoRA.
+
+    title: for tables. modules: what must be importable. storage: of the base's linears, `bytes_per_weight`; compute: of their
+    products. quantize: a module on the device, in place; policy: sets a recompute policy; finish: the model with its adapters.
+    error: the most that its prediction and gradients may be off (`runner.verify`); with `exact`, on the weights as they are
+    stored. The default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
+    """
+
+    name: str
+    title: str
+    model: type[nn.Module] = FluxTransformer2DModel
+    modules: tuple[str, ...] = ()
+    storage: str = "bf16"
+    bytes_per_weight: float = 2.0
+    compute: str = "float"
+    quantize: Callable[[nn.Module], None] = do_nothing
+    policy: Callable[[Any, str], None] = checkpointing
+    finish: Callable[[Any], None] = do_nothing
+    error: float = 0.04
+    exact: bool = False
+    ours: bool = False
+    cpu: bool = False
+    route: Route | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights or products are in another format than activations."""
+        return self.storage != "bf16" or self.compute != "float"
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it can't run here; None where it can."""
+        absent = [name for name in self.modules if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"not installed: {', '.join(absent)}"
+        if device.type == "cpu" and not self.cpu:
+            return "needs a GPU"
+        return None
+
+
+# what all are held against
+REFERENCE = Contestant("reference", "diffusers + PEFT, fp32", cpu=True)
+
+
+def build(contestant: Contestant, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """The contestant's base: random weights, the same for all on a kind of device, frozen, quantised."""
+    with torch.device("meta"):
+        model = contestant.model(**config)
+    model.requires_grad_(False).to(dtype).train()
+    for name, child in model.named_children():
+        for part_name, part in _parts(name, child):
+            part.to_empty(device=device)
+            _fill(part, part_name)
+            if name not in KEPT:
+                contestant.quantize(part)
+    return model
+
+
+def _parts(name: str, child: nn.Module) -> list[tuple[str, nn.Module]]:
+    if isinstance(child, nn.ModuleList):
+        return [(f"{name}.{i}", block) for i, block in enumerate(child)]
+    return [(name, child)]
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, prefix: str) -> None:
+    for name, parameter in module.named_parameters():
+        # by name, so that every contestant has the same weights
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{prefix}.{name}".encode()))
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        if parameter.ndim > 1:
+            noise *= parameter.shape[1] ** -0.5
+        elif name.endswith("bias"):
+            noise *= 0.1
+        else:
+            noise = 1 + 0.1 * noise
+        parameter.copy_(noise)

@@ -1,0 +1,59 @@
+"""fluxfast's own contestants: storage formats, 8-bit products, TREAD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import quantize_model
+from fluxfast_bench.contestants import Contestant
+from fluxfast_bench.floor import Route
+
+TREAD = Route(ratio=0.5)
+# against weights as they are stored, so what is left is rounding: of activations, and of weights to 8 bits
+ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
+
+
+def _contestant(storage: str = "bf16", compute: str = "float", route: Route | None = None) -> Contestant:
+    def quantize(module: nn.Module) -> None:
+        if storage != "bf16":
+            # a part of the model: what must be kept has been left out
+            quantize_model(module, FORMATS[storage], kept=())
+
+    def finish(model: Any) -> None:
+        if compute != "float":
+            model.set_compute(compute)
+
+    words = [storage, *([compute] if compute != "float" else []), *(["tread"] if route else [])]
+    return Contestant(
+        f"fluxfast-{'+'.join(words)}",
+        f"fluxfast, {storage} weights{f', {compute} products' if compute != 'float' else ''}{', TREAD 0.5' if route else ''}",
+        model=FluxTransformer,
+        storage=storage,
+        bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,
+        compute=compute,
+        quantize=quantize,
+        policy=lambda model, recompute: model.set_recompute(recompute),
+        finish=finish,
+        error=ERRORS[compute],
+        exact=True,
+        ours=True,
+        cpu=compute == "float",
+        route=route,
+    )
+
+
+CONTESTANTS = [
+    _contestant(),
+    _contestant(compute="int8"),
+    _contestant("int8", "int8"),
+    _contestant("int8", "int8", TREAD),
+    _contestant("nf4", "int8"),
+    _contestant("int4", "int8"),
+    _contestant("fp8_e4m3", "e4m3"),
+    _contestant(route=TREAD),
+    *(_contestant(storage) for storage in FORMATS),
+]

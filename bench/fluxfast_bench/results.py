@@ -1,0 +1,88 @@
+"""Stored results: one JSON file a run, under `<root>/<device>/<date>.json`.
+
+    {"kind": "step", "conditions": {…}, "ceilings": {…}, "records": [{"case": …, …}, …]}
+
+What the records hold is the command's own; `figures` says which of it is compared from run to run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxfast.files import write_atomic
+from fluxfast_bench.conditions import slug
+
+ROOT = Path("bench/results")
+KINDS = ("ops", "step", "startup")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run as it is stored. device: the folder's name. date: of the run, as in its conditions."""
+
+    device: str
+    path: Path
+    data: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.data["kind"]
+
+    @property
+    def date(self) -> str:
+        return self.data["conditions"]["date"]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return self.data["records"]
+
+
+def write(root: Path, data: dict[str, Any]) -> Path:
+    """Stores a run where `read_all` finds it; returns the path."""
+    conditions = data["conditions"]
+    folder = root / slug(conditions["device"])
+    path = folder / f"{conditions['date'].replace(':', '')}-{data['kind']}.json"
+    records = ",\n".join(f"  {json.dumps(record)}" for record in data["records"])
+    head = json.dumps({key: value for key, value in data.items() if key != "records"}, indent=1)
+    write_atomic(path, f'{head[:-2]},\n "records": [\n{records}\n ]\n}}\n'.encode())
+    return path
+
+
+def read(path: Path) -> Result:
+    """Raises ValueError for a file that holds something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        assert data["kind"] in KINDS and isinstance(data["records"], list) and data["conditions"]["date"]
+    except (json.JSONDecodeError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{path}: not a result of fluxfast-bench {', '.join(KINDS)}; remove it from there") from None
+    return Result(path.parent.name, path, data)
+
+
+def read_all(root: Path) -> list[Result]:
+    """Every stored run, by device and then by date."""
+    found = [read(path) for path in sorted(root.glob("*/*.json"))]
+    return sorted(found, key=lambda result: (result.device, result.date))
+
+
+def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
+    """(name, value, whether more is better) of each figure that a later run on the same device may not worsen.
+
+    On a CPU, which other programs use too, those are ratios of times that were measured in turn; elsewhere times as well.
+    """
+    shared = not result.data["conditions"].get("gpu")
+    for record in result.records:
+        if "error" in record:
+            continue
+        name = " ".join(str(record[key]) for key in ("case", "contestant", "mode") if key in record)
+        ours = record.get("ours", False)
+        if not ours:
+            continue
+        for key, more in (("seconds", False), ("peak_gib", False), ("peak_rss_gib", False)):
+            if record.get(key) is not None and not (shared and key == "seconds"):
+                yield f"{result.kind} {name} {key}", record[key], more
+        for peer, ratio in record.get("ratios", {}).items():
+            yield f"{result.kind} {name} vs {peer}", ratio, True

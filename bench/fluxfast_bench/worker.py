@@ -1,0 +1,194 @@
+"""Contestants measured in turn, A B A B, in one process that they may take down with them.
+
+The parent learns of each thing as it happens, so that a crash or a hang costs one contestant and not the run.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fluxfast_bench import ceilings
+from fluxfast_bench.baselines import PEERS
+from fluxfast_bench.cases import SHAPES
+from fluxfast_bench.contestants import Contestant
+from fluxfast_bench.ours import CONTESTANTS as OURS
+from fluxfast_bench.runner import Runner, Setup, WrongResult, free, verify
+from fluxfast_bench.timing import time_each
+
+CONTESTANTS: dict[str, Contestant] = {contestant.name: contestant for contestant in [*OURS, *PEERS]}
+# steps before the clock runs: compilation, autotuning, the optimiser's states, the allocator
+WARM_STEPS = 3
+# activations that a block keeps, and that one block at work needs, in [tokens, dim] tensors: generous, to decide what fits
+KEPT = {"none": 45, "selective": 3, "full": 2}
+AT_WORK = 120
+
+Event = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant and its recompute policy: "diffusers:full"."""
+
+    contestant: Contestant
+    recompute: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.contestant.name}:{self.recompute}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a case is measured: `rounds` times round, about `seconds` of steps at each turn."""
+
+    shape: str
+    device: str
+    rank: int
+    optimizer: str
+    rounds: int
+    seconds: float
+    profile: str | None = None
+
+    def setup(self, recompute: str) -> Setup:
+        return Setup(SHAPES[self.shape], recompute, self.rank, self.optimizer, torch.device(self.device))
+
+
+def entry_of(text: str, default: str) -> Entry:
+    """Of "NAME" or "NAME:POLICY"; raises KeyError for a name that isn't there."""
+    name, _, recompute = text.partition(":")
+    return Entry(CONTESTANTS[name], recompute or default)
+
+
+class DoesNotFit(Exception):
+    """Beside those that are there; alone it might."""
+
+
+def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) -> None:
+    """Builds the entries, times them in turn, and sends what comes of it:
+
+    ("start", key), then ("ready", key, figures) or ("failed", key, reason) or ("later", key); ("round", key, seconds of
+    each step) many times; ("done",).
+    """
+    runners: dict[str, tuple[Runner, int]] = {}
+    for key in keys:
+        send(("start", key))
+        entry = entry_of(key, "full")
+        device = torch.device(plan.device)
+        try:
+            runner, figures = _prepare(entry, plan.setup(entry.recompute), alone=not runners)
+        except (DoesNotFit, torch.OutOfMemoryError) as error:
+            send(("later", key) if runners else ("failed", key, f"out of memory: {str(error).splitlines()[0]}"))
+        except WrongResult as error:
+            send(("failed", key, str(error)))
+        except Exception as error:
+            # a peer's own code may raise anything; what it was is in the table
+            text = " ".join(str(error).split())
+            send(("failed", key, f"{type(error).__name__}: {text[:200]}"))
+        else:
+            each = median(time_each(runner.step, 2, device))
+            runners[key] = runner, max(2, min(30, math.ceil(plan.seconds / each)))
+            send(("ready", key, figures))
+        free(device)
+    for _ in range(plan.rounds):
+        for key, (runner, count) in runners.items():
+            send(("round", key, time_each(runner.step, count, torch.device(plan.device))))
+    if plan.profile is not None:
+        for key, (runner, _) in runners.items():
+            _profile(runner, Path(plan.profile) / f"{plan.shape}-{key.replace(':', '-')}.json.gz")
+    send(("done",))
+
+
+def _prepare(entry: Entry, setup: Setup, alone: bool) -> tuple[Runner, dict[str, Any]]:
+    """A warm runner that was found to be right, its error, and its peak memory in GiB, of which others have no part."""
+    device, cuda = setup.device, setup.device.type == "cuda"
+    error = verify(entry.contestant, setup)
+    free(device)
+    if cuda and not alone and _need(entry, setup) > torch.cuda.mem_get_info(device)[0]:
+        raise DoesNotFit(entry.key)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    runner = Runner(entry.contestant, setup)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    losses = torch.stack([runner.step() for _ in range(WARM_STEPS)])
+    if not losses.isfinite().all():
+        raise WrongResult(f"wrong: its losses are {losses.tolist()}")
+    figures: dict[str, Any] = {"relative_error": float(f"{error:.3g}")}
+    if cuda:
+        figures["peak_gib"] = round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)
+    return runner, figures
+
+
+def _need(entry: Entry, setup: Setup) -> float:
+    shape, config = setup.shape, setup.shape.config
+    blocks = config["num_layers"] * 2 + config["num_single_layers"]
+    # a single block has 12 dim² in its linears and 3 in its modulation, a double block about twice as many
+    weights = blocks * 16 * shape.dim**2 * entry.contestant.bytes_per_weight
+    activations = shape.tokens * shape.batch * shape.dim * setup.dtype.itemsize
+    return weights + activations * (KEPT[entry.recompute] * blocks + AT_WORK)
+
+
+def _profile(runner: Runner, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profile:
+        for _ in range(2):
+            runner.step()
+    profile.export_chrome_trace(str(path))
+
+
+def run(job: str, *args: Any) -> Iterator[Event]:
+    """A job of this module in this process: "measure" or "ceilings"."""
+    events: list[Event] = []
+    _JOBS[job](*args, events.append)
+    yield from events
+
+
+def run_apart(job: str, *args: Any, limit: float) -> Iterator[Event]:
+    """The same in a process of its own; ends with ("died", reason) where that did not end by itself.
+
+    limit: seconds that may pass without an event.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, job, args), daemon=True)
+    with ExitStack() as stack:
+        stack.callback(process.join)
+        process.start()
+        stack.callback(process.kill)
+        sender.close()
+        while receiver.poll(limit):
+            try:
+                event = receiver.recv()
+            except EOFError:
+                process.join()
+                yield ("died", f"its process died with exit code {process.exitcode}")
+                return
+            yield event
+            if event[0] == "done":
+                process.join(30)
+                return
+        yield ("died", f"no answer for {limit:g} s")
+
+
+def _child(connection: Any, job: str, args: tuple[Any, ...]) -> None:
+    # both say more than their users can act on
+    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+    _JOBS[job](*args, connection.send)
+
+
+def _ceilings(plan: Plan, send: Callable[[Event], object]) -> None:
+    device = torch.device(plan.device)
+    send(("ceilings", ceilings.measure(SHAPES[plan.shape], device)))
+    send(("done",))
+
+
+_JOBS: dict[str, Callable[..., None]] = {"measure": measure, "ceilings": _ceilings}
