@@ -1,14 +1,17 @@
-"""Loading FLUX.1 transformers from safetensors: a diffusers folder, or one file in diffusers', BFL's or Comfy's layout.
+"""Loading FLUX.1 transformers from safetensors: a diffusers folder, one file in diffusers', BFL's or Comfy's layout, or what
+fluxfast quantised.
 
-Files are memory-mapped and read tensor by tensor. Before the first one is read, names and shapes are compared with the model
-that the config (or the file's own sizes) describes: a wrong, truncated or incomplete file is refused by name.
+Tensors are read one by one into a model whose memory is all that is allocated; a quantised file is mapped. Before the first
+one is read, names and shapes are compared with the model that the config (or the file's own sizes) describes: a wrong,
+truncated or incomplete file is refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +19,12 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from fluxfast.model import layouts
+from fluxfast.model import layouts, packing, quantized_file, streaming
+from fluxfast.model.tensor_files import BrokenFile, CheckpointError, TensorFiles, broken_file
+from fluxfast.model.tensor_writer import write_tensors
+from fluxfast.quant import Format
+from fluxfast.quant.rules import KEPT
 
 if TYPE_CHECKING:
     from fluxfast.model.transformer import FluxTransformer
@@ -29,48 +33,6 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SHOWN_KEYS = 5
 HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
-# below this a load is over before a progress bar could be read
-PROGRESS_BYTES = 2 << 30
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be loaded: the message names the file, what was expected and what came."""
-
-
-class TensorFiles:
-    """The tensors of one or several safetensors files, by key; nothing is read before it is asked for."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._files: dict[str, Any] = {}
-        self.shapes: dict[str, layouts.Shape] = {}
-        self.paths: dict[str, Path] = {}
-        for path in paths:
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(_broken_file(path, error)) from error
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                if key in self._files:
-                    raise CheckpointError(f"{path}: tensor {key} is in {self.paths[key].name} as well; expected it once")
-                self._files[key], self.paths[key] = handle, path
-                self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-
-    def read(self, source: layouts.Source) -> Tensor:
-        view = self._files[source.key].get_slice(source.key)
-        tensor = view[:] if source.rows is None else view[source.rows[0] : source.rows[1]]
-        return torch.cat(tensor.chunk(2)[::-1]) if source.swap else tensor
-
-
-def _broken_file(path: Path, error: Exception) -> str:
-    if not path.is_file():
-        return f"{path}: no such file"
-    size = path.stat().st_size
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return f"{path}: a pickle file; only safetensors files are loaded (a pickle can run code): convert it first"
-    return (
-        f"{path}: not a whole safetensors file ({error}); it has {size:,} bytes: an interrupted download, or another kind "
-        "of file. Fetch it again"
-    )
 
 
 def _shown(keys: list[str]) -> str:
@@ -104,38 +66,133 @@ def _check(where: str, layout: str, files: TensorFiles, ours: Mapping[str, layou
     return sources
 
 
-def _load(
-    cls: type[FluxTransformer], config: Mapping[str, Any], files: TensorFiles, where: str, layout: str, dtype: torch.dtype
-) -> FluxTransformer:
-    with init_empty_weights():
-        model = cls.from_config(dict(config))
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    sources = _check(where, layout, files, ours)
-    size = sum(t.numel() for t in model.state_dict().values()) * dtype.itemsize
-    state = {}
-    for name, source in track(sources.items(), "loading the transformer", disable=size < PROGRESS_BYTES, transient=True):
-        tensor = files.read(source)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{files.paths[source.key]}: {source.key} holds {tensor.dtype}, expected floating point")
-        # contiguous copies, or each of q, k, v would keep the whole packed tensor of the file alive
-        state[name] = tensor.to(dtype).contiguous()
-    model.load_state_dict(state, strict=True, assign=True)
-    model.register_to_config(_name_or_path=where)
-    return model.eval()
+@dataclass(frozen=True)
+class Checkpoint:
+    """A transformer's files, opened but not read: where they are, the model's config, and how its tensors are named in them."""
+
+    where: str
+    config: Mapping[str, Any]
+    files: TensorFiles
+    layout: str
+
+    @property
+    def quantized(self) -> quantized_file.QuantizedInfo | None:
+        """What the file says of itself if fluxfast quantised it, else None."""
+        return quantized_file.read_info(self.files) if quantized_file.is_quantized(self.files) else None
+
+    def load(
+        self,
+        cls: type[FluxTransformer],
+        dtype: torch.dtype,
+        *,
+        device: torch.device | str = "cpu",
+        format: Format | None = None,
+        quantize_on: torch.device | str = "cpu",
+    ) -> FluxTransformer:
+        """The model on `device`; floats in `dtype`, linears in `format` if one is given, quantised where `quantize_on` says.
+
+        A checkpoint that is quantised already is mapped on a CPU, read into place elsewhere; `format` must be None or its own.
+        """
+        model = self._empty(cls)
+        if (info := self.quantized) is not None:
+            if format not in (None, info.format):
+                raise CheckpointError(f"{self.where}: holds {info.format.name}, asked for {format.name if format else None}")
+            self._load_quantized(model, info, dtype, device)
+        else:
+            sources = _check(self.where, self.layout, self.files, _shapes(model))
+            tensors = streaming.float_tensors(
+                self.files, sources, "loading the transformer", quantize_on if format is not None else None
+            )
+            if format is not None:
+                names = streaming.linears(model, KEPT)
+                tensors = streaming.quantized(tensors, format, names, self.where)
+                streaming.quantize_empty(model, format, names, dtype)
+            streaming.place(model, tensors, dtype, device)
+        model.register_to_config(_name_or_path=self.where)
+        return model.eval()
+
+    def _load_quantized(
+        self, model: FluxTransformer, info: quantized_file.QuantizedInfo, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        streaming.quantize_empty(model, info.format, streaming.linears(model, KEPT), dtype)
+        wanted = model.state_dict()
+        sources = _check(self.where, "diffusers", self.files, _shapes(model))
+        floats = dict(model.named_parameters())
+        for name, tensor in wanted.items():
+            stored = self.files.dtypes[name]
+            if not stored.is_floating_point if name in floats else stored != tensor.dtype:
+                raise CheckpointError(f"{self.where}: {name} holds {stored}, expected {tensor.dtype} in {info.format.name}")
+        if torch.device(device).type == "cpu":
+            streaming.adopt(model, self.files.mapped(), dtype)
+            # biases that were cast have left the file's order
+            packing.pack_groups(model)
+        else:
+            streaming.place(model, self.files.stream(sources), dtype, device)
+
+    def quantize(
+        self, cls: type[FluxTransformer], path: Path, format: Format, *, quantize_on: torch.device | str = "cpu"
+    ) -> int:
+        """Write this checkpoint's transformer in `format` to `path`, tensor by tensor; returns the new file's bytes.
+
+        Raises CheckpointError if it is quantised already, or if `path` is one of its own files or somebody else's.
+        """
+        if quantized_file.is_quantized(self.files):
+            raise CheckpointError(f"{self.where}: is quantised already; quantise the checkpoint that it was made from")
+        _check_target(path, self.files)
+        model = self._empty(cls)
+        ours = _shapes(model)
+        sources = _check(self.where, self.layout, self.files, ours)
+        names = streaming.linears(model, KEPT)
+        specs = streaming.quantized_specs(self.files, sources, ours, format, names)
+        # before the weights are read: what changes from here on makes the file stale
+        metadata = quantized_file.metadata(self.where, self.files, format, model.config)
+        tensors = streaming.float_tensors(self.files, sources, f"quantising to {format.name}", quantize_on)
+        return write_tensors(path, specs, metadata, streaming.quantized(tensors, format, names, self.where))
+
+    def config_json(self, cls: type[FluxTransformer], format: Format) -> str:
+        """The config.json to lie beside what `quantize` wrote: other programs see by it that they can't read the weights."""
+        config = json.loads(self._empty(cls).to_json_string())
+        config["quantization_config"] = {"quant_method": "fluxfast", "format": format.name}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.files.files)
+
+    def _empty(self, cls: type[FluxTransformer]) -> FluxTransformer:
+        with init_empty_weights():
+            return cls.from_config(dict(self.config))
 
 
-def load_single_file(
-    cls: type[FluxTransformer],
+def _shapes(model: FluxTransformer) -> dict[str, layouts.Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_target(path: Path, source: TensorFiles) -> None:
+    if any(path.resolve() == file.resolve() for file in source.files):
+        raise CheckpointError(f"{path}: is the checkpoint itself; write to another file")
+    if not path.exists():
+        return
+    try:
+        ours = quantized_file.is_quantized(TensorFiles([path]))
+    except BrokenFile:
+        ours = False
+    if not ours:
+        raise CheckpointError(f"{path}: is there already, and not made by fluxfast: move it away, or write elsewhere")
+
+
+def open_single_file(
     path: str | os.PathLike,
     *,
-    torch_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
     axes_dims_rope: tuple[int, ...] | None = None,
     config: Mapping[str, Any] | str | os.PathLike | None = None,
-) -> FluxTransformer:
-    """See `FluxTransformer.from_single_file`."""
+) -> Checkpoint:
+    """Open one safetensors file; see `FluxTransformer.from_single_file`."""
     path = Path(path)
     files = TensorFiles([path])
+    if quantized_file.is_quantized(files):
+        return Checkpoint(str(path), quantized_file.read_info(files).config, files, "diffusers")
     layout = layouts.detect(files.shapes)
     if layout is None:
         raise CheckpointError(
@@ -151,7 +208,35 @@ def load_single_file(
             raise CheckpointError(f"{path}: {error}") from error
     elif not isinstance(config, Mapping):
         config = _read_json(Path(config) / CONFIG_NAME if Path(config).is_dir() else Path(config))
-    return _load(cls, config, files, str(path), layout, torch_dtype or dtype or torch.float32)
+    return Checkpoint(str(path), config, files, layout)
+
+
+def load_single_file(
+    cls: type[FluxTransformer],
+    path: str | os.PathLike,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    axes_dims_rope: tuple[int, ...] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike | None = None,
+) -> FluxTransformer:
+    """See `FluxTransformer.from_single_file`."""
+    checkpoint = open_single_file(path, axes_dims_rope=axes_dims_rope, config=config)
+    return checkpoint.load(cls, torch_dtype or dtype or torch.float32)
+
+
+def open_folder(path: str | os.PathLike, *, subfolder: str | None = None, variant: str | None = None, **hub: Any) -> Checkpoint:
+    """Open a folder in diffusers' layout, or a repository of the hub; `hub` goes to huggingface_hub's `snapshot_download`."""
+    if unknown := sorted(hub.keys() - HUB_ARGUMENTS):
+        raise TypeError(f"from_pretrained: unknown arguments {', '.join(unknown)}; see FluxTransformer.from_pretrained")
+    folder = _resolve_folder(path, subfolder, variant, hub)
+    config = _read_json(folder / CONFIG_NAME)
+    if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
+        raise CheckpointError(f"{folder / CONFIG_NAME}: describes a {name}, expected a FluxTransformer2DModel")
+    files = TensorFiles(weight_files(folder, variant))
+    if quantized_file.is_quantized(files):
+        config = dict(quantized_file.read_info(files).config)
+    return Checkpoint(str(folder), config, files, "diffusers")
 
 
 def load_folder(
@@ -170,16 +255,10 @@ def load_folder(
 
     Loading never holds more than the model, so `low_cpu_mem_usage` changes nothing.
     """
-    if unknown := sorted(hub.keys() - HUB_ARGUMENTS):
-        raise TypeError(f"from_pretrained: unknown arguments {', '.join(unknown)}; see FluxTransformer.from_pretrained")
     if use_safetensors is False:
         raise ValueError("use_safetensors=False: only safetensors files are loaded (a pickle can run code)")
-    folder = _resolve_folder(path, subfolder, variant, hub)
-    config = _read_json(folder / CONFIG_NAME)
-    if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
-        raise CheckpointError(f"{folder / CONFIG_NAME}: describes a {name}, expected a FluxTransformer2DModel")
-    files = TensorFiles(_weight_files(folder, variant))
-    return _load(cls, config, files, str(folder), "diffusers", torch_dtype or dtype or torch.float32)
+    checkpoint = open_folder(path, subfolder=subfolder, variant=variant, **hub)
+    return checkpoint.load(cls, torch_dtype or dtype or torch.float32)
 
 
 def _resolve_folder(path: str | os.PathLike, subfolder: str | None, variant: str | None, hub: dict[str, Any]) -> Path:
@@ -213,15 +292,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    stem = f"{WEIGHTS_NAME}.{variant}" if variant else WEIGHTS_NAME
-    index = folder / (
-        f"{WEIGHTS_NAME}.safetensors.index.{variant}.json" if variant else f"{WEIGHTS_NAME}.safetensors.index.json"
-    )
+def weight_files(folder: Path, variant: str | None, name: str = WEIGHTS_NAME) -> list[Path]:
+    """The safetensors files of a model's folder: one, or those that its index lists."""
+    stem = f"{name}.{variant}" if variant else name
+    index = folder / (f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json")
     if not index.is_file():
         single = folder / f"{stem}.safetensors"
         if not single.is_file() and list(folder.glob("*.bin")):
-            raise CheckpointError(_broken_file(next(folder.glob("*.bin")), ValueError()))
+            raise BrokenFile(broken_file(next(folder.glob("*.bin")), ValueError()))
         if not single.is_file():
             raise CheckpointError(f"{folder}: neither {index.name} nor {single.name} is there")
         return [single]

@@ -1,0 +1,126 @@
+"""From a checkpoint to a model without holding the checkpoint: each tensor is read, quantised, placed or written, dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fluxfast.model import packing
+from fluxfast.model.layouts import Source
+from fluxfast.model.tensor_files import CheckpointError, TensorFiles, with_progress
+from fluxfast.model.tensor_writer import Spec
+from fluxfast.quant import Format
+from fluxfast.quant.linear import QuantLinear
+
+
+def quantize_empty(model: nn.Module, format: Format, names: Iterable[str], dtype: torch.dtype) -> None:
+    """Replace the `nn.Linear`s of these names in a model on the meta device by empty `QuantLinear`s that compute in `dtype`."""
+    for name in list(names):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear) and linear.weight.is_meta
+        made = QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            format=format,
+            compute_dtype=dtype,
+            device="meta",
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made.train(linear.training))
+
+
+def linears(model: nn.Module, kept: Collection[str]) -> list[str]:
+    """The full names of a model's linears, without those in `kept`."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in kept]
+
+
+def float_tensors(
+    files: TensorFiles, sources: Mapping[str, Source], description: str, device: torch.device | str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as the files hold them, each good until the next is asked for; `device` is where they go.
+
+    Raises CheckpointError on a tensor that is not floating point.
+    """
+    for source in sources.values():
+        if not files.dtypes[source.key].is_floating_point:
+            raise CheckpointError(
+                f"{files.paths[source.key]}: {source.key} holds {files.dtypes[source.key]}, expected floating point"
+            )
+    sizes = {name: files.nbytes([source]) for name, source in sources.items()}
+    for name, tensor in with_progress(files.stream(sources), sizes, description):
+        yield name, tensor if device is None else tensor.to(device)
+
+
+def quantized(
+    tensors: Iterable[tuple[str, Tensor]], format: Format, names: Collection[str], where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with `<name>.weight` of each linear in `names` as its parts, `<name>.weight.<part>`; all of them copies.
+
+    Quantised from the values as they are stored, where the tensor is. Raises CheckpointError naming a weight that can't be,
+    and `where` it came from.
+    """
+    chosen = {f"{name}.weight" for name in names}
+    for name, tensor in tensors:
+        if name not in chosen:
+            yield name, tensor.clone()
+            continue
+        try:
+            # every 8-bit float is a bf16 number
+            parts = format.quantize(tensor.bfloat16() if tensor.itemsize == 1 else tensor)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {name}: {error}") from error
+        for part, value in parts.items():
+            yield f"{name}.{part}", value
+
+
+def quantized_specs(
+    files: TensorFiles,
+    sources: Mapping[str, Source],
+    ours: Mapping[str, tuple[int, ...]],
+    format: Format,
+    names: Collection[str],
+) -> dict[str, Spec]:
+    """What `quantized` will give for these sources: shapes and dtypes by name, those that belong side by side in a row."""
+    chosen = {f"{name}.weight" for name in names}
+    specs: dict[str, Spec] = {}
+    for name, source in sources.items():
+        if name in chosen:
+            rows, cols = ours[name]
+            layout = format.layout((rows, cols))
+            specs |= {f"{name}.{part}": Spec(shape, dtype) for part, (shape, dtype) in layout.items()}
+        else:
+            specs[name] = Spec(ours[name], files.dtypes[source.key])
+    return {name: specs[name] for name in packing.ordered(specs)}
+
+
+def place(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device | str) -> None:
+    """Fill a model on the meta device: memory of its own on `device`, packed by groups, its parameters in `dtype`.
+
+    `tensors` must be those of the model's state dict, in any order; each is copied and let go.
+    """
+    cast_empty(model, dtype)
+    homes = packing.allocate(model.state_dict(), device)
+    missing = set(homes)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            homes[name].copy_(tensor)
+            missing.remove(name)
+    assert not missing, missing
+    model.load_state_dict(homes, strict=True, assign=True)
+
+
+def adopt(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Make a model on the meta device of these very tensors, such as a file's map; only floats of another dtype are copied."""
+    cast_empty(model, dtype)
+    wanted = model.state_dict()
+    model.load_state_dict({name: tensors[name].to(like.dtype) for name, like in wanted.items()}, strict=True, assign=True)
+
+
+def cast_empty(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters of a model on the meta device a dtype; a quantised linear's parts keep theirs."""
+    for parameter in model.parameters():
+        assert parameter.is_meta
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,230 @@
+"""Reading safetensors files tensor by tensor, without holding them: through a few buffers that are used again and again.
+
+Where a file lies in memory counts: pages of a map that were touched stay with the process, so a checkpoint is read into buffers
+by a thread that runs a few tensors ahead; only what is used as it is stored (a quantised base) is mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fluxfast.model.layouts import Shape, Source
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# tensors that are read before they are asked for
+AHEAD = 2
+# below this a load is over before a progress bar could be read
+PROGRESS_BYTES = 2 << 30
+# how many places of a file its fingerprint looks at, and how much of each
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be loaded: the message names the file, what was expected and what came."""
+
+
+class BrokenFile(CheckpointError):
+    """A file that is missing, truncated, or no safetensors file at all."""
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: the file, the bytes from `begin` to `end` of it."""
+
+    file: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a file from another of the same name: its size, and a hash of its header and of samples of its data."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files, by key; nothing is read before it is asked for.
+
+    Raises BrokenFile naming a file that is not whole, CheckpointError where two files hold the same tensor.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.files = list(paths)
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.paths: dict[str, Path] = {}
+        self.metadata: dict[str, str] = {}
+        self._places: dict[str, Place] = {}
+        for number, path in enumerate(self.files):
+            self._open(number, path)
+
+    def _open(self, number: int, path: Path) -> None:
+        try:
+            # the library checks the header against the file's size
+            with safe_open(path, framework="pt"), path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
+        except (SafetensorError, OSError) as error:
+            raise BrokenFile(broken_file(path, error)) from error
+        self.metadata |= header.pop("__metadata__", {})
+        for key, entry in header.items():
+            if key in self.shapes:
+                raise CheckpointError(f"{path}: tensor {key} is in {self.paths[key].name} as well; expected it once")
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path}: {key} holds {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+            begin, end = entry["data_offsets"]
+            self.paths[key], self.shapes[key] = path, tuple(entry["shape"])
+            self.dtypes[key] = DTYPES[entry["dtype"]]
+            self._places[key] = Place(number, 8 + size + begin, 8 + size + end)
+
+    def nbytes(self, sources: Iterable[Source]) -> int:
+        """Bytes that these tensors have in the files."""
+        return sum(end - begin for _, begin, end in map(self._place, sources))
+
+    def _place(self, source: Source) -> Place:
+        place = self._places[source.key]
+        if source.rows is None:
+            return place
+        row = (place.end - place.begin) // max(self.shapes[source.key][0], 1)
+        return Place(place.file, place.begin + source.rows[0] * row, place.begin + source.rows[1] * row)
+
+    def stream(self, sources: Mapping[str, Source]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in the order of their bytes in the files, under the names that `sources` gives them.
+
+        A tensor is good until the next one is asked for: then its memory is read into again.
+        """
+        plan = sorted(((self._place(source), name) for name, source in sources.items()), key=lambda entry: entry[0])
+        ring = AHEAD + 1
+        largest = max((place.end - place.begin for place, _ in plan), default=0)
+        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(ring, len(plan)))]
+        with _opened(self.files) as streams, _reader() as pool:
+            pending = deque(
+                pool.submit(_fill, streams[place.file], place, buffer)
+                for (place, _), buffer in zip(plan, buffers, strict=False)
+            )
+            for i, (_, name) in enumerate(plan):
+                yield name, self._shaped(pending.popleft().result(), sources[name])
+                if i + ring < len(plan):
+                    place = plan[i + ring][0]
+                    pending.append(pool.submit(_fill, streams[place.file], place, buffers[i % ring]))
+
+    def _shaped(self, data: Tensor, source: Source) -> Tensor:
+        shape = self.shapes[source.key]
+        if source.rows is not None:
+            shape = (source.rows[1] - source.rows[0], *shape[1:])
+        tensor = data.view(self.dtypes[source.key]).view(shape)
+        return torch.cat(tensor.chunk(2)[::-1]) if source.swap else tensor
+
+    def mapped(self) -> dict[str, Tensor]:
+        """Every tensor as a view of its file's map: read when it is touched, and not kept where memory is short.
+
+        Writing to one changes the process's own copy. Only for files whose tensors are aligned to their dtype.
+        """
+        maps = [torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8) for path in self.files]
+        return {key: self._shaped(maps[p.file][p.begin : p.end], Source(key)) for key, p in self._places.items()}
+
+    def fingerprints(self) -> list[Fingerprint]:
+        """One of each file; reads its header and a few hundred KB of it."""
+        return [fingerprint(path) for path in self.files]
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """The fingerprint of one safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        digest = hashlib.sha256(length + stream.read(int.from_bytes(length, "little")))
+        begin = stream.tell()
+        # checkpoints of one architecture have one header and one size: what differs is in the data
+        for i in range(SAMPLES):
+            stream.seek(begin + (size - begin) * i // SAMPLES)
+            digest.update(stream.read(SAMPLE_BYTES))
+    return Fingerprint(path.name, size, digest.hexdigest())
+
+
+@contextmanager
+def _opened(paths: list[Path]) -> Iterator[list[BinaryIO]]:
+    streams: list[BinaryIO] = []
+    try:
+        for path in paths:
+            # unbuffered: reads are large, and go straight to their place
+            streams.append(path.open("rb", buffering=0))
+        yield streams
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+@contextmanager
+def _reader() -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _fill(stream: BinaryIO, place: Place, buffer: Tensor) -> Tensor:
+    data = buffer[: place.end - place.begin]
+    view = memoryview(data.numpy())
+    stream.seek(place.begin)
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise BrokenFile(f"{stream.name}: became shorter while it was read")
+        view = view[count:]
+    return data
+
+
+def broken_file(path: Path, error: Exception) -> str:
+    """Why a file can't be opened as safetensors, for the user."""
+    if not path.is_file():
+        return f"{path}: no such file"
+    size = path.stat().st_size
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return f"{path}: a pickle file; only safetensors files are loaded (a pickle can run code): convert it first"
+    return (
+        f"{path}: not a whole safetensors file ({error}); it has {size:,} bytes: an interrupted download, or another kind "
+        "of file. Fetch it again"
+    )
+
+
+def with_progress(
+    tensors: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], description: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The same (name, tensor) pairs, with a bar in bytes where there are many; `sizes` is what each name counts for."""
+    total = sum(sizes.values())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=total < PROGRESS_BYTES, transient=True) as progress:
+        bar = progress.add_task(description, total=total)
+        for name, tensor in tensors:
+            yield name, tensor
+            progress.advance(bar, sizes.get(name, 0))

@@ -1,0 +1,143 @@
+"""Writing a safetensors file tensor by tensor: the header first, for sizes are known, then bytes as they come."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxfast.files import TEMPORARY, sync_folder, temporary_name
+from fluxfast.model.tensor_files import DTYPES
+
+# where the data begins: a map of the file starts on a page, so tensors are aligned as they are in the file
+ALIGNMENT = 4096
+# tensors that wait to be written
+BEHIND = 2
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Spec(NamedTuple):
+    """A tensor that is to come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of the file, and where in it each tensor begins.
+
+    Tensors lie in the order of `specs`, those of wider dtypes first: so each is aligned without gaps, which the format forbids.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    begins: dict[str, int] = {}
+    end = 0
+    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+        spec = specs[name]
+        begins[name], begin, end = end, end, end + spec.nbytes
+        entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
+
+
+def write_tensors(
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
+) -> int:
+    """Write the tensors, in whatever order they come, and return the file's size in bytes.
+
+    The file has its name only when it is whole and on the disk; what killed writers of the same name left behind is removed.
+    A thread writes while the next tensors are made, so a tensor handed over must not change. Raises ValueError where the disk
+    has no room.
+    """
+    first, begins = header(specs, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
+    with _temporary(path) as stream:
+        size = len(first) + sum(spec.nbytes for spec in specs.values())
+        require_room(path, size)
+        stream.write(first)
+        missing = set(specs)
+        with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
+            pending: list[Future[None]] = []
+            for name, tensor in tensors:
+                assert Spec(tuple(tensor.shape), tensor.dtype) == specs[name], name
+                missing.remove(name)
+                pending.append(pool.submit(_write, stream, begins[name], tensor.to("cpu").contiguous()))
+                while len(pending) > BEHIND:
+                    pending.pop(0).result()
+            for future in pending:
+                future.result()
+        assert not missing, missing
+    return size
+
+
+def require_room(path: Path, size: int) -> None:
+    """Raise ValueError unless the disk that holds `path` has room for `size` bytes."""
+    if (free := free_bytes(path)) < size:
+        raise ValueError(
+            f"{path}: needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left: make room, or write elsewhere"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes left on the disk of the nearest folder above `path` that exists."""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return shutil.disk_usage(folder).free
+
+
+def _write(stream: BinaryIO, begin: int, tensor: Tensor) -> None:
+    stream.seek(begin)
+    stream.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name; it takes its own when the block ends without an exception, and is removed otherwise."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as stream:
+            _claim(stream)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what writers of `path` left that were killed; one that is still at work holds a lock on its file."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        with leftover.open("rb") as stream:
+            abandoned = _claim(stream)
+        if abandoned:
+            leftover.unlink(missing_ok=True)
+
+
+def _claim(stream: BinaryIO) -> bool:
+    """Lock a file for as long as it is open; False if another process has it, or its disk knows no locks."""
+    # Windows has no such locks; there, what a killed writer left is the user's to remove
+    if os.name != "posix":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
