@@ -14,6 +14,7 @@ from fluxfast import __version__
 COMMANDS = {
     "train": ("train", "train a LoRA: fluxfast-train [train] [CONFIG.json] [--option=value ...]"),
     "demo": ("demo", "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes"),
+    "quantize": ("quantize", "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT"),
 }
 HELP_FLAGS = ("-h", "--help", "help")
 

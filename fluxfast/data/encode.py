@@ -18,6 +18,7 @@ from fluxfast.data.images import UnreadableImage, load_image, to_tensor
 from fluxfast.data.prepared import PromptCache
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
 from fluxfast.data.sources import Source, identity, local_folder
+from fluxfast.quant.rules import PRECISIONS, format_of
 
 T = TypeVar("T")
 # ((key, fingerprint), image)
@@ -38,6 +39,8 @@ class EncoderSettings:
         variant: variant of the weight files, such as "fp16".
         device: where they run; on "cpu" everything computes in fp32.
         text_dtype, vae_dtype: what they compute in elsewhere.
+        clip_precision, t5_precision: how their weights are kept, by SimpleTuner's names.
+        quantize_on: where they are quantised for that.
         max_length: T5 tokens per caption.
         vae_batch_size: images per VAE pass.
     """
@@ -49,6 +52,9 @@ class EncoderSettings:
     device: str | torch.device = "cpu"
     text_dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.bfloat16
+    clip_precision: str = "no_change"
+    t5_precision: str = "no_change"
+    quantize_on: str | torch.device = "cpu"
     max_length: int = 512
     t5_padding: T5Padding = "unmodified"
     vae_batch_size: int = 4
@@ -70,7 +76,9 @@ def encode_prompts(
     identities = [identity(local_folder(source), cache) for source in sources]
     progress.remove_task(reading)
     dtype = compute_dtype(settings.device, settings.text_dtype)
-    made_by = fingerprint("text", _TEXT_VERSION, identities, settings.max_length, settings.t5_padding, str(dtype))
+    quantised = [PRECISIONS[name] for name in (settings.clip_precision, settings.t5_precision)]
+    parts = [identities, settings.max_length, settings.t5_padding, str(dtype), *(quantised if any(quantised) else ())]
+    made_by = fingerprint("text", _TEXT_VERSION, *parts)
     missing = [prompt for prompt, _ in cache.missing((prompt, made_by) for prompt in prompts)]
     if missing:
         encoders = TextEncoders.from_pretrained(
@@ -79,6 +87,9 @@ def encode_prompts(
             device=settings.device,
             dtype=settings.text_dtype,
             variant=settings.variant,
+            clip_format=format_of(settings.clip_precision, "text_encoder_1_precision"),
+            t5_format=format_of(settings.t5_precision, "text_encoder_2_precision"),
+            quantize_on=settings.quantize_on,
             max_length=settings.max_length,
             t5_padding=settings.t5_padding,
         )

@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from fluxfast.data.sources import Source, local_folder
+from fluxfast.data.t5 import load_t5
+from fluxfast.quant import Format
+from fluxfast.quant.rules import quantize_model
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +57,15 @@ class TextEncoders:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         variant: str | None = None,
+        clip_format: Format | None = None,
+        t5_format: Format | None = None,
+        quantize_on: str | torch.device = "cpu",
         max_length: int = 512,
         t5_padding: T5Padding = "unmodified",
     ) -> "TextEncoders":
         """Load from a pipeline in diffusers' layout; `t5_source` takes T5's weights (not its tokenizer) from elsewhere.
+
+        `clip_format` and `t5_format` are how the linears' weights are kept; T5's are quantised while they are read.
 
         Raises:
             ValueError: a folder is missing, or doesn't hold what it should.
@@ -65,15 +73,22 @@ class TextEncoders:
         path, _, revision = source
         folders = {part: local_folder((path, part, revision)) for part in ("tokenizer", "tokenizer_2", "text_encoder")}
         t5_folder = local_folder(t5_source or (path, "text_encoder_2", revision))
-        options = {"dtype": compute_dtype(device, dtype), "use_safetensors": True, "variant": variant}
+        options: dict[str, Any] = {"dtype": compute_dtype(device, dtype), "use_safetensors": True, "variant": variant}
         if torch.device(device).type != "cpu":
             # weights go straight to the device, without a copy in host memory
             options["device_map"] = {"": device}
+        clip = _load_model(CLIPTextModel, folders["text_encoder"], **options)
+        if clip_format is not None:
+            quantize_model(clip, clip_format)
+        if t5_format is None:
+            t5 = _load_model(T5EncoderModel, t5_folder, **options)
+        else:
+            t5 = load_t5(t5_folder, t5_format, options["dtype"], device=device, quantize_on=quantize_on, variant=variant)
         return cls(
             _load(CLIPTokenizer, folders["tokenizer"]),
-            _load_model(CLIPTextModel, folders["text_encoder"], **options),
+            clip,
             _load(T5TokenizerFast, folders["tokenizer_2"]),
-            _load_model(T5EncoderModel, t5_folder, **options),
+            t5,
             max_length=max_length,
             t5_padding=t5_padding,
         )

@@ -48,20 +48,18 @@ class QuantReport:
         )
 
 
-def format_of(precision: str) -> Format | None:
-    """The format that a value of `base_model_precision` means, None for no_change; says so in one line of the log.
+def format_of(precision: str, key: str = "base_model_precision") -> Format | None:
+    """The format that a value of `base_model_precision` (or `key`) means, None for no_change; one line of the log says so.
 
     Raises ValueError on a name that is not in PRECISIONS.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"base_model_precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+        raise ValueError(f"{key}: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
     name = PRECISIONS[precision]
     if name is None:
         return None
     format = FORMATS[name]
-    logger.info(
-        "base_model_precision %s: the base is kept in fluxfast's %s, %g bits a weight", precision, name, format.bits_per_weight
-    )
+    logger.info("%s %s: kept in fluxfast's %s, %g bits a weight", key, precision, name, format.bits_per_weight)
     return format
 
 

@@ -119,16 +119,26 @@ class TrainConfig(TrainFields):
 
     @property
     def weight_dtype_name(self) -> Literal["bf16", "fp32"]:
-        """Type of the model's weights and inputs, by name."""
-        return "bf16" if self.mixed_precision == "bf16" else "fp32"
+        """Type of the model's inputs, and of its weights where they are not quantised, by name."""
+        quantised = self.base_model_precision != "no_change"
+        return "bf16" if self.mixed_precision == "bf16" or (quantised and self.base_model_default_dtype == "bf16") else "fp32"
 
     @property
     def weight_dtype(self) -> "torch.dtype":
-        """Type of the model's weights and inputs."""
+        """Type of the model's inputs, and of its weights where they are not quantised."""
         # here, so that a mistake in a config is named before torch has loaded
         import torch
 
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.weight_dtype_name]
+
+    @property
+    def base_dtype(self) -> "torch.dtype":
+        """Type of the transformer's weights that are not quantised."""
+        import torch
+
+        if self.base_model_precision == "no_change":
+            return self.weight_dtype
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.base_model_default_dtype]
 
     @property
     def schedule(self) -> Literal["sigmoid", "uniform", "beta", "fast", "custom"]:

@@ -68,12 +68,12 @@ class TrainFields(Settings):
     """Storage format of the frozen transformer."""
     base_model_default_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of what a quantised base leaves unquantised."""
-    text_encoder_1_precision: Literal["no_change"] = "no_change"
+    text_encoder_1_precision: Precision = "no_change"
     """Storage format of CLIP."""
-    text_encoder_2_precision: Literal["no_change"] = "no_change"
+    text_encoder_2_precision: Precision = "no_change"
     """Storage format of T5."""
     quantize_via: Literal["cpu", "accelerator"] | None = None
-    """Where a base is quantised (unset: on the accelerator if there is one)."""
+    """Where weights are quantised (unset: on the accelerator if there is one)."""
     offload_during_startup: bool = False
     """Text encoders and VAE take turns on the device; here they always do."""
     attention_mechanism: Literal["diffusers"] = "diffusers"
@@ -124,6 +124,10 @@ class TrainFields(Settings):
     """Forward passes per optimiser step."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Type of weights and activations; no is fp32."""
+    compute_precision: Literal["auto", "same", "int8", "fp8"] = "auto"
+    """What the blocks' matrix products run in; "same" is the activations' type, auto 8 bit for a quantised base on a GPU."""
+    recompute: Literal["none", "selective", "full"] | None = None
+    """What every block recomputes in the backward pass (unset: all of it where gradient_checkpointing says so)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory."""
     gradient_checkpointing_interval: int | None = Field(None, ge=1)

@@ -49,8 +49,9 @@ def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
         force("validation_guidance_real", 6.0, why)
         force("validation_num_inference_steps", max(28, config.validation_num_inference_steps), why)
     notes += _flavour_notes(config)
-    if config.quantize_via and config.base_model_precision == "no_change":
-        notes.append('"quantize_via" has no effect: the base is not quantised')
+    precisions = (config.base_model_precision, config.text_encoder_1_precision, config.text_encoder_2_precision)
+    if config.quantize_via and set(precisions) == {"no_change"}:
+        notes.append('"quantize_via" has no effect: nothing is quantised')
     if config.offload_during_startup:
         notes.append('"offload_during_startup" has no effect: text encoders and VAE are never on the device together')
     return forced, notes

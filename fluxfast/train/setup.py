@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fluxfast.data.sampler import Sampler
 from fluxfast.data.settings import ConfigError, read_json
 from fluxfast.data.sources import local_folder
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.quant.rules import format_of, quantize_model
+from fluxfast.train.base_model import load_transformer, quantizing_device
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -115,6 +114,7 @@ def validation_prompts(config: TrainConfig) -> dict[str, str]:
 
 
 def _encoder_settings(config: TrainConfig, device: torch.device) -> EncoderSettings:
+    quantised = {config.text_encoder_1_precision, config.text_encoder_2_precision} != {"no_change"}
     return EncoderSettings(
         pipeline=config.base_source,
         vae=config.vae_source,
@@ -122,6 +122,9 @@ def _encoder_settings(config: TrainConfig, device: torch.device) -> EncoderSetti
         variant=config.variant,
         device=device,
         text_dtype=config.weight_dtype,
+        clip_precision=config.text_encoder_1_precision,
+        t5_precision=config.text_encoder_2_precision,
+        quantize_on=quantizing_device(config.quantize_via, device) if quantised else "cpu",
         vae_dtype=VAE_DTYPES[config.vae_dtype],
         max_length=config.tokenizer_max_length,
         t5_padding=config.t5_padding,
@@ -142,23 +145,6 @@ def load_parts(config: TrainConfig, data: RunData, seed: int, device: torch.devi
         {name: scheduler.config[name] for name in bounds},
         _validator(config, data, seed, transformer, scheduler),
     )
-
-
-def load_transformer(config: TrainConfig, device: torch.device, console: Console) -> FluxTransformer:
-    """The transformer that the config names (a single file, a folder, a repository), frozen, quantised, on the device."""
-    path, subfolder, revision = config.transformer_source
-    if Path(path).suffix == ".safetensors":
-        transformer = FluxTransformer.from_single_file(path, torch_dtype=config.weight_dtype)
-    else:
-        transformer = FluxTransformer.from_pretrained(
-            path, subfolder=subfolder, revision=revision, variant=config.variant, torch_dtype=config.weight_dtype
-        )
-    transformer.requires_grad_(False)
-    format = format_of(config.base_model_precision)
-    if format is not None:
-        report = quantize_model(transformer, format, device=None if config.quantize_via == "cpu" else device)
-        console.print(str(report), highlight=False, markup=False)
-    return transformer.to(device)
 
 
 def _validator(

@@ -114,7 +114,7 @@ def test_precision_names(caplog):
         assert format_of(precision) is FORMATS[name]
         bits = f"{FORMATS[name].bits_per_weight:g}"
         assert caplog.messages == [
-            f"base_model_precision {precision}: the base is kept in fluxfast's {name}, {bits} bits a weight"
+            f"base_model_precision {precision}: kept in fluxfast's {name}, {bits} bits a weight"
         ]
     caplog.clear()
     assert format_of("no_change") is None and not caplog.messages

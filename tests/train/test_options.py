@@ -29,7 +29,7 @@ def off_default(option: Option):
     ("key", "value"),
     [
         ("base_model_precision", "int8-sdnq"),
-        ("text_encoder_2_precision", "int8-quanto"),
+        ("text_encoder_2_precision", "int8-sdnq"),
         ("lora_init_type", "loftq"),
         ("lora_type", "lycoris"),
         ("optimizer", "optimi-lion"),
