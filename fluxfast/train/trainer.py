@@ -22,6 +22,7 @@ from fluxfast.adapters.lora import adapter_state, add_lora, load_adapter_state, 
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.train import state
+from fluxfast.train.compute import choose_compute
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
 from fluxfast.train.objective import Objective, step_seed
@@ -145,6 +146,11 @@ class Trainer:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
             transformer.gradient_checkpointing_interval = config.gradient_checkpointing_interval or 1
+        transformer.set_recompute(config.recompute)
+        compute, why = choose_compute(config.compute_precision, transformer, self.device)
+        transformer.set_compute(compute)
+        told = "in the activations' type" if compute == "same" else f"in {compute}"
+        self.console.print(f"matrix products run {told}: {why}", highlight=False)
         transformer.train()
         count = sum(p.numel() for p in parameters)
         self.console.print(f"training {count:,} parameters in {len(parameters)} tensors ({dtype})", highlight=False)

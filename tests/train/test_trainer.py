@@ -225,6 +225,20 @@ def test_quantised_bases_train_and_resume(run, monkeypatch, precision):
     assert same_files(whole, killed)
 
 
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_eight_bit_products_train_and_resume(run, monkeypatch, compute):
+    mode = BF16 | {"base_model_precision": "int8-quanto", "compute_precision": compute, "recompute": "selective"}
+    whole, out = run(name="whole", **mode)
+    assert f"matrix products run in {'int8' if compute == 'int8' else 'e4m3'}" in out.getvalue()
+    kill_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        run(name="killed", **mode)
+    killed, _ = run(name="killed", **mode)
+    assert same_files(whole, killed)
+    storage, out = run(name="storage", **mode | {"compute_precision": "auto"})
+    assert not same_files(whole, storage) and "in the activations' type" in out.getvalue()
+
+
 def test_a_changed_run_is_not_resumed(run):
     run(max_train_steps=2, **FP32)
     with pytest.raises(ValueError, match="lora_rank 3, this run has 4"):

@@ -1,0 +1,46 @@
+"""What a run's matrix products run in: the activations' type, or 8 bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fluxfast.quant.linear import QuantLinear
+
+# compute capabilities from which tensor cores multiply these
+_LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
+
+
+def choose_compute(asked: str, transformer: nn.Module, device: torch.device) -> tuple[str, str]:
+    """(`FluxTransformer.set_compute`'s word for compute_precision, why), for a transformer whose base is loaded.
+
+    Raises ValueError where the device has no tensor cores for what was asked for.
+    """
+    if asked in ("int8", "fp8"):
+        compute = "e4m3" if asked == "fp8" else asked
+        if not _has_tensor_cores(compute, device):
+            raise ValueError(
+                f'"compute_precision" is {asked}, which {torch.cuda.get_device_name(device)} has no tensor cores for: '
+                'set it to "same"'
+            )
+        return compute, f'"compute_precision" is {asked}'
+    if asked == "same":
+        return "same", '"compute_precision" is same'
+    formats = {module.format.name for module in transformer.modules() if isinstance(module, QuantLinear)}
+    if not formats:
+        return "same", "the base is not quantised"
+    if device.type != "cuda":
+        return "same", "on a CPU 8 bit is asked for or left alone"
+    compute = "e4m3" if formats == {"fp8_e4m3"} else "int8"
+    if not _has_tensor_cores(compute, device):
+        return "same", f"{torch.cuda.get_device_name(device)} has no tensor cores for {compute}"
+    return compute, 'the base is quantised ("compute_precision": "same" turns it off)'
+
+
+def _has_tensor_cores(compute: str, device: torch.device) -> bool:
+    if device.type != "cuda":
+        # codes are multiplied all the same
+        return True
+    if torch.version.hip is not None:
+        return compute == "int8" or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94")
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY[compute]
