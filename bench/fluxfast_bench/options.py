@@ -6,8 +6,15 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from rich.console import Console
 
 from fluxfast_bench.cases import SHAPES
+
+
+def wide_console() -> Console:
+    """Standard output; where that is no terminal, with room for a table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
 
 
 def add_case_options(parser: argparse.ArgumentParser) -> None:

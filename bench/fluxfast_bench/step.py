@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +24,7 @@ from fluxfast_bench import results, worker
 from fluxfast_bench.cases import SHAPES, default_shapes
 from fluxfast_bench.conditions import conditions, installed
 from fluxfast_bench.floor import RECOMPUTE, floor_seconds, step_work
-from fluxfast_bench.options import add_case_options, chosen, chosen_device
+from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
 from fluxfast_bench.runner import OPTIMIZERS
 from fluxfast_bench.timing import stats
 from fluxfast_bench.worker import CONTESTANTS, Entry, Plan, entry_of
@@ -242,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench step: {error}", file=sys.stderr)
         return 1
-    console = Console()
+    console = wide_console()
     data: dict[str, Any] = {"kind": "step", "conditions": conditions(device, ["step", *argv]), "ceilings": {}, "records": []}
     for shape in shapes:
         plan = Plan(
