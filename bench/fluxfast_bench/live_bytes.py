@@ -45,6 +45,11 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self.at_peak = ""
         self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._ignored: set[int] = set()
+
+    def ignore(self, storages: Iterable[int]) -> None:
+        """Storages (their `_cdata`) that outlive this and are not the device's, whatever their tensors say."""
+        self._ignored |= set(storages)
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that were there before."""
@@ -66,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._held:
+        if key in self._held or key in self._ignored:
             return
         size = rounded(storage.nbytes())
 

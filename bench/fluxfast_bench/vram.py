@@ -1,0 +1,228 @@
+"""`fluxfast-bench vram`: the memory that a full-size training step takes, for every preset. No GPU is needed.
+
+The 12 B model goes through one step on meta tensors, and every byte alive is counted (`live_bytes`): weights, adapters (fp32),
+gradients, AdamW 8-bit's states, activations, what kernels take for the time of a call. Beside it stand what
+`fluxfast-train plan` predicts, the target, and what the quickstart of SimpleTuner says it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fluxfast.adapters.presets import preset_targets
+from fluxfast.files import write_atomic
+from fluxfast.memory import plan
+from fluxfast.memory.host import HostMemory
+from fluxfast.memory.offload import stream_blocks
+from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast_bench.cases import SHAPES, Shape
+from fluxfast_bench.conditions import conditions
+from fluxfast_bench.live_bytes import LiveBytes
+from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, inputs_of
+from fluxfast_bench.options import chosen
+
+BASES = ("bf16", "int8", "int4", "nf4", "int2", "fp8_e4m3")
+DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
+RECOMPUTE = ("full", "selective", "none")
+SLOTS = 2
+# as the trainer makes them for every optimiser but adamw_bf16
+ADAPTERS = torch.float32
+# how far the plan may be off
+TOLERANCE = 0.03
+
+# base: GiB at most with full recomputation at 512 and 1024 px, resident, then streamed; and what the quickstart says
+LIMITS = {
+    "bf16": ((18.5, 20.0), (3.0, 3.5)),
+    "int8": ((10.5, 12.0), (2.5, 3.0)),
+    "int4": ((6.8, 8.2), (2.2, 2.8)),
+    "nf4": ((6.6, 8.0), (2.2, 2.8)),
+    "int2": ((4.8, 6.2), (2.0, 2.6)),
+}
+QUICKSTART = {"bf16": 30, "int8": 18, "int4": 13, "nf4": 9, "int2": 9}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """base: bf16 or a storage format. shape: one of `cases.SHAPES`. streamed: blocks come from host memory."""
+
+    base: str
+    shape: str
+    streamed: bool
+    recompute: str
+
+    @property
+    def limit(self) -> float | None:
+        """The target in GiB, where this preset has one."""
+        if self.recompute != "full" or self.base not in LIMITS or self.shape not in DEFAULT_SHAPES:
+            return None
+        return LIMITS[self.base][self.streamed][DEFAULT_SHAPES.index(self.shape)]
+
+    @property
+    def format(self) -> str | None:
+        return None if self.base == "bf16" else self.base
+
+
+def presets(bases: Iterable[str], shapes: Iterable[str]) -> list[Preset]:
+    """Every combination."""
+    shapes = list(shapes)
+    return [Preset(b, s, streamed, r) for b in bases for s in shapes for streamed in (False, True) for r in RECOMPUTE]
+
+
+def measure(preset: Preset) -> int:
+    """The peak, in bytes, of a step."""
+    shape = SHAPES[preset.shape]
+    model = fluxfast_model(shape, adapters=ADAPTERS, format=preset.format, recompute=preset.recompute)
+    on_host: set[int] = set()
+    if preset.streamed:
+        with mock.patch.object(HostMemory, "allocate", _meta_host(on_host)):
+            stream_blocks(model, "meta", slots=SLOTS)
+    inputs = inputs_of(shape)
+    elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # made by the first step and kept from then on
+    state = plan.OPTIMIZER_STATE["adamw8bit"](ADAPTERS.itemsize) * elements
+    others = [_bytes(round(state)), _bytes(plan.GEMM_WORKSPACE)]
+    rings = _rings(model)
+    with as_on_gpu(lambda *_: None), LiveBytes() as live:
+        live.ignore(on_host)
+        live.hold([*model.parameters(), *model.buffers(), *inputs.values(), *others, *rings])
+        forward_backward(model, inputs)
+    return live.peak
+
+
+def _bytes(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="meta")
+
+
+def _meta_host(made: set[int]) -> Any:
+    """`HostMemory.allocate` that makes meta tensors, and notes that they are the host's."""
+    kept = []
+
+    def allocate(self: HostMemory, nbytes: int) -> torch.Tensor:
+        buffer = _bytes(nbytes)
+        kept.append(buffer)
+        made.add(buffer.untyped_storage()._cdata)
+        self.nbytes += nbytes
+        return buffer
+
+    return allocate
+
+
+def _rings(model: Any) -> list[torch.Tensor]:
+    residency = model.blocks[0].residency
+    return [] if residency is None else residency._stream._ring
+
+
+def workload_of(preset: Preset, shape: Shape) -> Workload:
+    """The preset as the plan sees it."""
+    sizes = FluxSizes.from_config(shape.config)
+    return Workload(
+        sizes=sizes,
+        tokens=(shape.tokens,) * sizes.blocks,
+        text_tokens=shape.txt,
+        batch=shape.batch,
+        storage=Storage(preset.format),
+        targets=preset_targets(TARGETS),
+        rank=RANK,
+        adapter_itemsize=ADAPTERS.itemsize,
+        optimizer="adamw8bit",
+    )
+
+
+def predict(preset: Preset) -> int:
+    """The peak, in bytes, by the plan."""
+    workload = workload_of(preset, SHAPES[preset.shape])
+    choices = plan.Choices((preset.recompute,) * workload.sizes.blocks, slots=SLOTS if preset.streamed else 0)
+    return plan.account(workload, choices).peak
+
+
+def record_of(preset: Preset) -> dict[str, Any]:
+    """What is stored of a preset."""
+    peak, predicted = measure(preset), predict(preset)
+    return {
+        "base": preset.base,
+        "shape": preset.shape,
+        "streamed": preset.streamed,
+        "recompute": preset.recompute,
+        "gib": round(peak / 2**30, 3),
+        "plan_gib": round(predicted / 2**30, 3),
+        "plan_error": round(predicted / peak - 1, 4),
+        "limit_gib": preset.limit,
+    }
+
+
+def violations(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What is above its target, or off the plan: a line each."""
+    found = []
+    for r in records:
+        name = f"{r['base']} {r['shape']} {'streamed' if r['streamed'] else 'resident'} {r['recompute']}"
+        if r["limit_gib"] is not None and r["gib"] > r["limit_gib"]:
+            found.append(f"{name}: {r['gib']:.2f} GiB, at most {r['limit_gib']}")
+        if abs(r["plan_error"]) > TOLERANCE:
+            found.append(f"{name}: the plan says {r['plan_gib']:.2f} GiB, it is {r['gib']:.2f} ({r['plan_error']:+.1%})")
+    return found
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="peak of the allocator in GiB; the CUDA context, about 0.5, comes on top", title_justify="left")
+    for column in ("base", "shape", "blocks", "recompute"):
+        table.add_column(column, no_wrap=True)
+    for column in ("GiB", "plan", "off by", "target", "quickstart"):
+        table.add_column(column, justify="right")
+    for r in records:
+        limit = r["limit_gib"]
+        quickstart = QUICKSTART.get(r["base"]) if limit is not None and not r["streamed"] else None
+        table.add_row(
+            r["base"], r["shape"], "streamed" if r["streamed"] else "resident", r["recompute"],
+            f"{r['gib']:.2f}", f"{r['plan_gib']:.2f}", f"{r['plan_error']:+.1%}",
+            "" if limit is None else f"{limit}", "" if quickstart is None else f"{quickstart}",
+            style="red" if violations([r]) else None,
+        )  # fmt: skip
+    return table
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench vram",
+        description="Memory of a full-size training step. Exit status 1: one is above its target, or the plan is off.",
+    )
+    parser.add_argument("--bases", metavar="B,…", help=f"of {', '.join(BASES)} (default: all)")
+    parser.add_argument("--shapes", metavar="S,…", help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/vram.json"), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    options, console, errors = parse(argv), Console(), Console(stderr=True)
+    try:
+        bases = chosen("--bases", options.bases, BASES)
+        todo = presets(bases, chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES))
+    except ValueError as error:
+        errors.print(f"fluxfast-bench vram: {error}", markup=False)
+        return 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool, Progress(console=errors) as progress:
+        records = list(progress.track(pool.map(record_of, todo), total=len(todo), description="presets"))
+    run = conditions(torch.device("cpu"), ["vram", *argv])
+    head = {key: run[key] for key in ("date", "commit", "command", "versions")}
+    lines = ",\n".join(f"  {json.dumps(record)}" for record in records)
+    write_atomic(options.out, f'{{\n"run": {json.dumps(head)},\n"records": [\n{lines}\n]\n}}\n'.encode())
+    console.print(table_of(records))
+    bad = violations(records)
+    for line in bad:
+        errors.print(line, style="red", markup=False, soft_wrap=True)
+    return 1 if bad else 0
