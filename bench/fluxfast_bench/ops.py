@@ -86,7 +86,9 @@ def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[
         if record["ours"]:
             others = [timing._replace(contender=name) for name in CONTENDERS[1:]]
             record["ratios"] = {
-                other.contender: round(by_timing[other]["seconds"] / found["seconds"], 4) for other in others if other in by_timing
+                other.contender: round(by_timing[other]["seconds"] / found["seconds"], 4)
+                for other in others
+                if other in by_timing
             }
         records.append(record)
     return records
@@ -105,7 +107,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
             continue
         rate = f"{record['tflops']:.2f} TFLOP/s" if "tflops" in record else f"{record['gb_s']:.1f} GB/s"
         ratios = record.get("ratios", {})
-        shown = [f"{ratios[name]:.2f}×" if name in ratios else "" for name in CONTENDERS[1:]]
+        shown = [f"{ratios[name]:.2f}" if name in ratios else "" for name in CONTENDERS[1:]]
         table.add_row(*names, f"{record['seconds'] * 1e6:.1f}", rate, f"{record['ceiling_share']:.0%}", *shown)
     return table
 

@@ -27,10 +27,10 @@ def _contestant(storage: str = "bf16", compute: str = "float", route: Route | No
         if compute != "float":
             model.set_compute(compute)
 
-    words = [storage, *([compute] if compute != "float" else []), *(["tread"] if route else [])]
+    products = [] if compute == "float" else [compute]
     return Contestant(
-        f"fluxfast-{'+'.join(words)}",
-        f"fluxfast, {storage} weights{f', {compute} products' if compute != 'float' else ''}{', TREAD 0.5' if route else ''}",
+        "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *(["tread"] if route else [])]),
+        ", ".join(["fluxfast", f"{storage} weights", *(f"{p} products" for p in products), *(["TREAD 0.5"] if route else [])]),
         model=FluxTransformer,
         storage=storage,
         bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,

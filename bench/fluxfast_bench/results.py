@@ -69,20 +69,19 @@ def read_all(root: Path) -> list[Result]:
 
 
 def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
-    """(name, value, whether more is better) of each figure that a later run on the same device may not worsen.
+    """(name, value, whether more is better) of each figure of ours that a later run on the same device may not worsen.
 
-    On a CPU, which other programs use too, those are ratios of times that were measured in turn; elsewhere times as well.
+    On a CPU, which other programs use too, those are ratios of steps that were timed in turn, and memory; elsewhere times as
+    well.
     """
-    shared = not result.data["conditions"].get("gpu")
+    shared = "cuda" not in result.data["conditions"]
     for record in result.records:
-        if "error" in record:
+        if "reason" in record or not record["ours"]:
             continue
-        name = " ".join(str(record[key]) for key in ("case", "contestant", "mode") if key in record)
-        ours = record.get("ours", False)
-        if not ours:
-            continue
-        for key, more in (("seconds", False), ("peak_gib", False), ("peak_rss_gib", False)):
+        name = " ".join([result.kind, *(str(record[key]) for key in ("case", "contestant", "mode") if key in record)])
+        for key in ("seconds", "peak_gib", "peak_rss_gib"):
             if record.get(key) is not None and not (shared and key == "seconds"):
-                yield f"{result.kind} {name} {key}", record[key], more
-        for peer, ratio in record.get("ratios", {}).items():
-            yield f"{result.kind} {name} vs {peer}", ratio, True
+                yield f"{name} {key}", record[key], False
+        if result.kind == "step":
+            for peer, ratio in record["ratios"].items():
+                yield f"{name} vs {peer}", ratio, True

@@ -29,11 +29,11 @@ from fluxfast_bench.runner import OPTIMIZERS
 from fluxfast_bench.timing import stats
 from fluxfast_bench.worker import CONTESTANTS, Entry, Plan, entry_of
 
-CPU_DEFAULT = ("diffusers", "fluxfast-bf16", *(f"fluxfast-{name}" for name in FORMATS))
+CPU_DEFAULT = ("diffusers", "fluxfast", *(f"fluxfast-{name}" for name in FORMATS))
 # the targets' pairs first, so that a run that is cut has them
 GPU_DEFAULT = (
-    *("diffusers-compile", "fluxfast-int8+int8", "diffusers", "fluxfast-bf16", "quanto-int8", "fluxfast-int8+int8:none"),
-    *("sdnq-int8", "fluxfast-int8+int8+tread", "bnb-nf4", "fluxfast-nf4+int8", "fluxfast-bf16+int8", "fluxfast-int4+int8"),
+    *("diffusers-compile", "fluxfast-int8+int8", "diffusers", "fluxfast", "quanto-int8", "fluxfast-int8+int8:none"),
+    *("sdnq-int8", "fluxfast-int8+int8+tread", "bnb-nf4", "fluxfast-nf4+int8", "fluxfast+int8", "fluxfast-int4+int8"),
     *("fluxfast-fp8_e4m3+e4m3", "torchao-fp8", "torchao-int8", "quanto-int4", "quanto-int2"),
 )
 
@@ -262,7 +262,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _ceilings(plan: Plan, options: argparse.Namespace) -> dict[str, float]:
-    events = (
-        worker.run("ceilings", plan) if options.one_process else worker.run_apart("ceilings", plan, limit=options.limit)
-    )
+    events = worker.run("ceilings", plan) if options.one_process else worker.run_apart("ceilings", plan, limit=options.limit)
     return next((event[1] for event in events if event[0] == "ceilings"), {})

@@ -1,0 +1,197 @@
+"""`fluxfast-bench check`: stored results against `bench/targets.toml` and against the runs before them.
+
+A figure that nobody has measured is listed as such: it has not passed. On each device the newest figure counts, and it may be
+no more than 5 % worse than the one before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fluxfast_bench import results, targets
+from fluxfast_bench.options import wide_console
+from fluxfast_bench.results import Result
+
+WORSE = 0.05
+MET, MISSED, WORSENED, UNMEASURED = "met", "missed", "worse", "not measured"
+COLOURS = {MET: "green", MISSED: "red", WORSENED: "red", UNMEASURED: "yellow"}
+# what runs anywhere and fails by itself where a target is missed; {} is a folder to write to
+GUARDS = (("aot", "--sample", "1", "--out", "{}/aot.json"), ("vram",), ("counts",))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line: what was asked, of whom, what was wanted, what was found."""
+
+    name: str
+    where: str
+    wanted: str
+    found: str
+    verdict: str
+
+    @property
+    def red(self) -> bool:
+        return self.verdict in (MISSED, WORSENED)
+
+
+def _on(result: Result, device: str) -> bool:
+    """Whether a target for `device` is about this result."""
+    return result.device == device or (device == "cpu" and "cuda" not in result.data["conditions"])
+
+
+def _measured(stored: Sequence[Result], kind: str, device: str | None = None) -> Iterator[tuple[Result, dict[str, Any]]]:
+    """Every measured record of a kind, the newest first."""
+    for result in sorted(stored, key=lambda r: r.date, reverse=True):
+        if result.kind == kind and (device is None or _on(result, device)):
+            for record in result.records:
+                if "reason" not in record:
+                    yield result, record
+
+
+def ratio_verdicts(stored: Sequence[Result], wanted: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
+    for target in wanted:
+        least, where = target["at_least"], f"{target['device']}, {target['case']}"
+        found = next(
+            (
+                record["ratios"][target["peer"]]
+                for _, record in _measured(stored, "step", target["device"])
+                if (record["case"], record["contestant"]) == (target["case"], target["ours"])
+                and target["peer"] in record["ratios"]
+            ),
+            None,
+        )
+        verdict = UNMEASURED if found is None else MET if found >= least else MISSED
+        yield Verdict(target["name"], where, f"at least {least:.2f}", "" if found is None else f"{found:.2f}", verdict)
+
+
+def _newest_of_ours(stored: Sequence[Result], device: str | None = None) -> list[tuple[Result, dict[str, Any]]]:
+    """The newest step of each of our contestants on each device and case."""
+    newest: dict[tuple[str, str, str], tuple[Result, dict[str, Any]]] = {}
+    for result, record in _measured(stored, "step", device):
+        if record["ours"]:
+            newest.setdefault((result.device, record["case"], record["contestant"]), (result, record))
+    return list(newest.values())
+
+
+def floor_verdicts(stored: Sequence[Result], wanted: dict[str, Any]) -> Iterator[Verdict]:
+    least, rows = wanted["at_least"], _newest_of_ours(stored, wanted["device"])
+    for result, record in rows:
+        share = record.get("floor_share")
+        if share is not None:
+            name = f"{record['contestant']}, share of the floor's rate"
+            verdict = MET if share >= least else MISSED
+            yield Verdict(name, f"{result.device}, {record['case']}", f"at least {least:.0%}", f"{share:.0%}", verdict)
+    if not rows:
+        yield Verdict("share of the floor's rate", wanted["device"], f"at least {least:.0%}", "", UNMEASURED)
+
+
+def vram_verdicts(stored: Sequence[Result], wanted: dict[str, dict[str, float]]) -> Iterator[Verdict]:
+    """Peaks that a device's allocator reported; `vram` predicts them all."""
+    peaks = {
+        (record["storage"], record["case"]): (result, record["peak_gib"])
+        for result, record in reversed(_newest_of_ours(stored))
+        if "peak_gib" in record and record["recompute"] == "full" and "tread" not in record["contestant"]
+        and record["optimizer"] == "adamw8bit"
+    }  # fmt: skip
+    for storage, limits in wanted.items():
+        for place, most in limits.items():
+            residency, px = place.split("-")
+            key = (storage, f"{px}px-b1")
+            name, limit = f"peak VRAM, {storage}, {residency}", f"at most {most:g} GiB"
+            if residency == "resident" and key in peaks:
+                result, peak = peaks[key]
+                verdict = MET if peak <= most else MISSED
+                yield Verdict(name, f"{result.device}, {px} px", limit, f"{peak:.2f} GiB", verdict)
+            else:
+                yield Verdict(name, f"{px} px", limit, "", UNMEASURED)
+
+
+def startup_verdicts(stored: Sequence[Result], wanted: dict[str, float]) -> Iterator[Verdict]:
+    for key, name in (("extra_gib", "host memory above the quantised size, GiB"), ("times_copy", "time to load, in copies")):
+        most = wanted[key]
+        found = next(((r, record[key]) for r, record in _measured(stored, "startup") if record.get(key) is not None), None)
+        if found is None:
+            yield Verdict(f"start-up: {name}", "", f"at most {most:g}", "", UNMEASURED)
+        else:
+            verdict = MET if found[1] <= most else MISSED
+            yield Verdict(f"start-up: {name}", found[0].device, f"at most {most:g}", f"{found[1]:.2f}", verdict)
+
+
+def regressions(stored: Sequence[Result]) -> Iterator[Verdict]:
+    """Of each figure on each device the newest, where it is worse than the one before it."""
+    history: dict[tuple[str, str], list[tuple[float, bool]]] = {}
+    for result in sorted(stored, key=lambda r: r.date):
+        for name, value, more in results.figures(result):
+            history.setdefault((result.device, name), []).append((value, more))
+    for (device, name), values in history.items():
+        if len(values) < 2:
+            continue
+        (last, _), (now, more) = values[-2], values[-1]
+        if now < last * (1 - WORSE) if more else now > last * (1 + WORSE):
+            yield Verdict(name, device, f"within 5 % of {last:.4g}", f"{now:.4g}", WORSENED)
+
+
+def guard_verdicts(commands: dict[str, tuple[str, str]]) -> Iterator[Verdict]:
+    """Runs what needs no device."""
+    for name, *arguments in GUARDS:
+        if name not in commands:
+            yield Verdict(f"fluxfast-bench {name}", "", "exit status 0", "no such command", UNMEASURED)
+            continue
+        module = importlib.import_module(f"fluxfast_bench.{commands[name][0]}")
+        with tempfile.TemporaryDirectory() as folder:
+            status = module.main([argument.format(folder) for argument in arguments])
+        yield Verdict(f"fluxfast-bench {name}", "", "exit status 0", str(status), MET if status == 0 else MISSED)
+
+
+def verdicts_of(stored: Sequence[Result], wanted: dict[str, Any]) -> list[Verdict]:
+    return [
+        *ratio_verdicts(stored, wanted["ratio"]),
+        *floor_verdicts(stored, wanted["floor"]),
+        *vram_verdicts(stored, wanted["vram"]),
+        *startup_verdicts(stored, wanted["startup"]),
+        *regressions(stored),
+    ]
+
+
+def table_of(verdicts: Sequence[Verdict]) -> Table:
+    table = Table()
+    for column in ("figure", "where", "wanted", "found", ""):
+        table.add_column(column)
+    for line in verdicts:
+        table.add_row(line.name, line.where, line.wanted, line.found, f"[{COLOURS[line.verdict]}]{line.verdict}")
+    return table
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench check",
+        description="Hold stored results against the targets and the runs before them. Exit status 1: one is missed or worse.",
+    )
+    parser.add_argument("--ci", action="store_true", help="also run the guards that need no device: aot, vram, counts")
+    parser.add_argument("--targets", type=Path, default=targets.TARGETS, help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
+    options = parser.parse_args(argv)
+    try:
+        verdicts = verdicts_of(results.read_all(options.results), targets.read(options.targets))
+    except ValueError as error:
+        print(f"fluxfast-bench check: {error}", file=sys.stderr)
+        return 1
+    if options.ci:
+        from fluxfast_bench.main import COMMANDS
+
+        verdicts += guard_verdicts(COMMANDS)
+    console = wide_console()
+    console.print(table_of(verdicts))
+    counts = Counter(line.verdict for line in verdicts)
+    console.print(", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS), highlight=False)
+    return 1 if any(line.red for line in verdicts) else 0
