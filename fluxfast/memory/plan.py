@@ -150,24 +150,25 @@ def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
     )
 
 
-def fit(workload: Workload, gpu: Gpu, budget: int, *, modulation_ahead: bool) -> Choices | None:
-    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM; None where none are enough.
+def fit(workload: Workload, gpu: Gpu, budget: int) -> Choices | None:
+    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM; None where none are enough."""
+    best: tuple[float, int] | None = None
+    chosen = None
+    for choices in candidates(workload):
+        needed = account(workload, choices).needed
+        if needed <= budget:
+            # of equally fast ones the one that leaves more free
+            rank = (round(predict(workload, choices, gpu).total, 6), needed)
+            if best is None or rank < best:
+                best, chosen = rank, choices
+    return chosen
 
-    modulation_ahead: whether it can be had (no adapter trains modulation).
-    """
-    fitting = [c for c in candidates(workload, modulation_ahead) if account(workload, c).needed <= budget]
-    # of equally fast ones the one that leaves more free
-    return min(fitting, key=lambda c: (predict(workload, c, gpu).total, account(workload, c).needed), default=None)
 
-
-def candidates(workload: Workload, modulation_ahead: bool) -> Iterator[Choices]:
+def candidates(workload: Workload) -> Iterator[Choices]:
     """Every combination worth looking at."""
-    blocks = workload.sizes.blocks
-    residencies = [Choices((), 0, 1, modulation_ahead)]
-    for host_inputs in (False, True):
-        residencies += [Choices((), slots, 1, modulation_ahead, host_inputs) for slots in (4, 3, 2)]
+    residencies = [Choices((), 0), *(Choices((), slots) for slots in (4, 3, 2))]
     for residency in residencies:
-        for recompute in policies(blocks):
+        for recompute in policies(workload.sizes.blocks):
             yield replace(residency, recompute=recompute)
 
 

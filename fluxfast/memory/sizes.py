@@ -118,7 +118,8 @@ class Storage:
         return self.weight(linear) + linear.out_features * self.itemsize
 
 
-@dataclass(frozen=True)
+# compared by identity, which makes it a quick key of caches
+@dataclass(frozen=True, eq=False)
 class Workload:
     """What the config fixes. tokens: those that each block sees, text and image, a sample. targets: what adapters sit on."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.sizes import FluxSizes
@@ -47,6 +48,7 @@ class StepTime:
         return self.products + self.attention + self.memory + self.transfers
 
 
+@lru_cache(maxsize=4096)
 def block_seconds(
     work: BlockWork, sizes: FluxSizes, gpu: Gpu, *, batch: int, rank: int, compute: str
 ) -> tuple[StepTime, StepTime]:

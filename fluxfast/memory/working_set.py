@@ -7,6 +7,8 @@ compares them with a full-size step's).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from fluxfast.memory.sizes import Workload
 
 # E that a policy keeps beside the block's input: packed qkv and MLP input 7, attention's output 1; qkv 3, attention's output 1,
@@ -16,6 +18,7 @@ KEPT_DOUBLE = {"none": 9, "selective": 1, "full": 0}
 ACTIVATION = 2
 
 
+@lru_cache(maxsize=4096)
 def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bool = False) -> int:
     """What a block's forward leaves for its backward; `input_elsewhere`: its input is in host memory."""
     rows, e = _rows(workload, index)
@@ -29,6 +32,7 @@ def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bo
     return kept + (0 if input_elsewhere else e)
 
 
+@lru_cache(maxsize=4096)
 def forward_bytes(workload: Workload, index: int) -> int:
     """What is alive at most during a block's forward, beside weights, its input, and what the blocks before it keep."""
     _, e = _rows(workload, index)
@@ -40,6 +44,7 @@ def forward_bytes(workload: Workload, index: int) -> int:
     return most + _scratch(workload, index) + _small(workload, index, "full")
 
 
+@lru_cache(maxsize=4096)
 def backward_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bool = False) -> int:
     """What is alive at most during a block's backward, beside weights, gradients of adapters, and what blocks keep."""
     _, e = _rows(workload, index)
