@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +94,12 @@ def default_shapes(device: torch.device) -> list[str]:
     return ["small-b2"] if device.type == "cpu" else ["1024px-b1", "512px-b1"]
 
 
-def model_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of the transformer, by its forward's names: random, in `dtype`; ids in fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    config, batch = shape.config, shape.batch
+def model_inputs(
+    shape: Shape, device: torch.device, dtype: torch.dtype, *, config: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Inputs of the shape's model, or one of that config, by its forward's names: random, in `dtype`; ids in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    config, batch = config or shape.config, shape.batch
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(device, dtype)

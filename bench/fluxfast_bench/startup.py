@@ -1,0 +1,196 @@
+"""`fluxfast-bench startup`: time and host memory from a checkpoint to the first training step, each in a fresh process.
+
+    diffusers    the checkpoint as it is, loaded by diffusers, with PEFT's LoRA
+    quantise     the checkpoint, quantised while it is read
+    cached       the file that fluxfast quantised before, opened
+
+The page cache is warm for all: each reads what a plain copy of the same files, timed just before, has read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from rich.table import Table
+from rich.text import Text
+
+from fluxfast.adapters.lora import add_lora
+from fluxfast.model.checkpoint import Checkpoint, open_folder, open_single_file
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.quant import FORMATS
+from fluxfast_bench import results
+from fluxfast_bench.cases import CONFIGS, Shape, model_inputs
+from fluxfast_bench.conditions import conditions
+from fluxfast_bench.make_checkpoint import make_checkpoint
+from fluxfast_bench.options import chosen_device, wide_console
+from fluxfast_bench.runner import MAX_GRAD_NORM, TARGETS, flow_loss, make_optimizer
+
+WAYS = ("diffusers", "quantise", "cached")
+# below this a checkpoint loads in no time, and says nothing of a target
+LARGE = 1 << 30
+RANK = 16
+
+
+def peak_rss() -> int:
+    """The most bytes that this process has held in memory."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            # of this program alone; getrusage's figure starts at that of the process that started it
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    except FileNotFoundError:
+        pass
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    return open_single_file(path) if path.suffix == ".safetensors" else open_folder(path)
+
+
+def start(way: str, path: Path, format: str, device: torch.device) -> dict[str, Any]:
+    """In a process of its own: loads, adds a LoRA, steps once."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    begun, imported = time.perf_counter(), peak_rss()
+    model: Any
+    if way == "diffusers":
+        model = FluxTransformer2DModel.from_pretrained(path, torch_dtype=dtype).to(device)
+    elif way == "quantise":
+        checkpoint = open_checkpoint(path)
+        model = checkpoint.load(FluxTransformer, dtype, device=device, format=FORMATS[format], quantize_on=device)
+    else:
+        model = open_checkpoint(path).load(FluxTransformer, dtype, device=device)
+    loaded, held = time.perf_counter(), peak_rss()
+    parameters = add_lora(model.train(), targets=TARGETS, rank=RANK, dtype=dtype)
+    # few tokens on a CPU, where a step of a whole model is not for waiting
+    shape = Shape("first", "", 32 if device.type == "cuda" else 4, 512 if device.type == "cuda" else 16, 1)
+    inputs = model_inputs(shape, device, dtype, config=model.config)
+    optimizer = make_optimizer("torch-adamw", parameters)
+    loss, prediction = flow_loss(model, inputs, torch.zeros_like(inputs["hidden_states"]))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+    optimizer.step()
+    if not torch.isfinite(loss) or prediction.shape != inputs["hidden_states"].shape:
+        return {"reason": f"wrong: the first loss is {loss.item()}"}
+    return {
+        "load_seconds": round(loaded - begun, 3),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "load_rss_gib": round((held - imported) / 2**30, 3),
+        "peak_rss_gib": round(peak_rss() / 2**30, 3),
+    }
+
+
+def _child(sender: Any, *args: Any) -> None:
+    sender.send(start(*args))
+
+
+def started(way: str, path: Path, format: str, device: torch.device, limit: float) -> dict[str, Any]:
+    """`start` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, way, path, format, device), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(limit):
+            return receiver.recv()
+        return {"reason": f"no answer for {limit:g} s"}
+    except EOFError:
+        process.join()
+        return {"reason": f"its process died with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def copy_seconds(files: Sequence[Path], folder: Path) -> float:
+    """Of a copy of the files, the second one, for which they are in the page cache."""
+    for _ in range(2):
+        begun = time.perf_counter()
+        for file in files:
+            shutil.copyfile(file, folder / "copy")
+        seconds = time.perf_counter() - begun
+        (folder / "copy").unlink()
+    return seconds
+
+
+def measure(path: Path, format: str, ways: Sequence[str], device: torch.device, limit: float) -> list[dict[str, Any]]:
+    """A record for each way; what is compared with targets only of a large checkpoint."""
+    checkpoint = open_checkpoint(path)
+    records = []
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".startup-") as temporary:
+        folder = Path(temporary)
+        copied = copy_seconds(checkpoint.files.files, folder)
+        quantised = folder / "quantised.safetensors"
+        size = checkpoint.quantize(FluxTransformer, quantised, FORMATS[format], quantize_on=device)
+        for way in ways:
+            record: dict[str, Any] = {
+                "case": f"{checkpoint.nbytes / 1e9:.3g} GB", "contestant": way if way == "diffusers" else f"{way} {format}",
+                "ours": way != "diffusers", "copy_seconds": round(copied, 4), "quantised_gib": round(size / 2**30, 3),
+            }  # fmt: skip
+            record |= started(way, quantised if way == "cached" else path, format, device, limit)
+            if way == "quantise" and checkpoint.nbytes >= LARGE and "reason" not in record:
+                held = record["load_rss_gib"] - (record["quantised_gib"] if device.type == "cpu" else 0)
+                record |= {"extra_gib": round(held, 3), "times_copy": round(record["load_seconds"] / copied, 3)}
+            records.append(record)
+    return records
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> Table:
+    table = Table()
+    for column in ("checkpoint", "way", "loaded s", "first step s", "loading took GiB", "peak RSS GiB", "a copy takes s"):
+        table.add_column(column, no_wrap=True)
+    for record in records:
+        names = record["case"], record["contestant"]
+        if "reason" in record:
+            table.add_row(*names, Text(record["reason"], style="red"))
+            continue
+        keys = ("load_seconds", "seconds", "load_rss_gib", "peak_rss_gib", "copy_seconds")
+        table.add_row(*names, *(f"{record[key]:.2f}" for key in keys))
+    return table
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench startup",
+        description="Measure the way from a checkpoint to the first step. Exit status 1: one of ours fails.",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="folder or file (default: a small one, made for the purpose)")
+    parser.add_argument("--format", choices=list(FORMATS), default="int8", help="to quantise to (default: %(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds that one start may take (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
+    options = parser.parse_args(argv)
+    try:
+        device = chosen_device(options.device)
+        ways = options.ways.split(",")
+        if not set(ways) <= set(WAYS):
+            raise ValueError(f"--ways: expected some of {', '.join(WAYS)}, got {options.ways}")
+        with tempfile.TemporaryDirectory() as folder:
+            path = options.checkpoint
+            if path is None:
+                path = Path(folder, "checkpoint")
+                make_checkpoint(path, CONFIGS["small"])
+            found = conditions(device, ["startup", *argv])
+            records = measure(path, options.format, ways, device, options.limit)
+    except ValueError as error:
+        print(f"fluxfast-bench startup: {error}", file=sys.stderr)
+        return 1
+    console = wide_console()
+    console.print(table_of(records))
+    path = results.write(options.results, {"kind": "startup", "conditions": found, "records": records})
+    console.print(f"{path}", highlight=False, soft_wrap=True)
+    return 1 if any(record["ours"] and "reason" in record for record in records) else 0
