@@ -27,10 +27,11 @@ def _contestant(storage: str = "bf16", compute: str = "float", route: Route | No
         if compute != "float":
             model.set_compute(compute)
 
-    products = [] if compute == "float" else [compute]
+    products, routes = [] if compute == "float" else [compute], [] if route is None else ["tread"]
+    weights = "unquantised" if storage == "bf16" else f"{storage} weights"
     return Contestant(
-        "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *(["tread"] if route else [])]),
-        ", ".join(["fluxfast", f"{storage} weights", *(f"{p} products" for p in products), *(["TREAD 0.5"] if route else [])]),
+        "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *routes]),
+        ", ".join(["fluxfast", weights, *(f"{name} products" for name in products), *("TREAD 0.5" for _ in routes)]),
         model=FluxTransformer,
         storage=storage,
         bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,
