@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#ifdef FLUXFAST_GPU_BACKEND
+#include "gpu/ops.h"
+#endif
 
 namespace py = pybind11;
 using namespace fluxfast;
@@ -23,6 +26,12 @@ Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t
 Codes codes_out(Address data, int64_t type, Address scale, int64_t rows, int64_t cols) {
   return {at<void>(data), static_cast<Code>(type), at<float>(scale), rows, cols};
 }
+#ifdef FLUXFAST_GPU_BACKEND
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string(FLUXFAST_GPU_BACKEND) + ": " + error);
+}
+#endif
+
 DenseWeight weight_out(Address data, int64_t type, int64_t rows, int64_t cols) {
   return {at<void>(data), static_cast<Float>(type), rows, cols};
 }
@@ -221,4 +230,89 @@ PYBIND11_MODULE(_C, m) {
         cpu().codes_from_nf4(codes_out(q, type, q_scale, rows, cols), at<uint8_t>(packed), in(absmax), threads);
       },
       no_gil);
+
+  m.def(
+      "gemv_float",
+      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address w, int64_t type, int64_t stride,
+         int threads) {
+        cpu().gemv_float({in(x), out(y), batch, rows, cols}, weight_in(w, type, rows, cols, stride), threads);
+      },
+      no_gil);
+  m.def(
+      "gemv_int8",
+      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
+        cpu().gemv_int8({in(x), out(y), batch, rows, cols}, at<int8_t>(packed), in(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "gemv_fp8_e4m3",
+      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
+        cpu().gemv_fp8_e4m3({in(x), out(y), batch, rows, cols}, at<uint8_t>(packed), in(scale), threads);
+      },
+      no_gil);
+  m.def(
+      "gemv_int4",
+      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
+         int threads) {
+        cpu().gemv_int4({in(x), out(y), batch, rows, cols}, {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)},
+                        threads);
+      },
+      no_gil);
+  m.def(
+      "gemv_int2",
+      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
+         Address global_scale, int threads) {
+        cpu().gemv_int2({in(x), out(y), batch, rows, cols},
+                        {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
+      },
+      no_gil);
+  m.def(
+      "gemv_nf4",
+      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address absmax,
+         Address nested_absmax, Address offset, Address values, int threads) {
+        cpu().gemv_nf4({in(x), out(y), batch, rows, cols},
+                       {at<uint8_t>(packed), at<uint8_t>(absmax), in(nested_absmax), in(offset), in(values)}, threads);
+      },
+      no_gil);
+
+#ifndef FLUXFAST_GPU_BACKEND
+  m.def("gpu_backend", [] { return ""; });
+#else
+  m.def("gpu_backend", [] { return FLUXFAST_GPU_BACKEND; });
+  m.def("gpu_error", &gpu_error, no_gil);
+  m.def(
+      "gpu_row_quant",
+      [](Address x, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address col_scale, Address q, int64_t q_type,
+         Address q_scale, int device, Address stream) {
+        check(gpu_row_quant(weight_in(x, type, rows, cols, stride), in(col_scale), codes_out(q, q_type, q_scale, rows, cols),
+                            {device, stream}));
+      },
+      no_gil);
+  m.def(
+      "gpu_dequantize_int4",
+      [](Address w, int64_t rows, int64_t cols, Address packed, Address scale, Address zero, int device, Address stream) {
+        check(gpu_dequantize_int4(at<uint16_t>(w), rows, cols, {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)},
+                                  {device, stream}));
+      },
+      no_gil);
+  m.def(
+      "gpu_dequantize_int2",
+      [](Address w, int64_t rows, int64_t cols, Address packed, Address scale, Address zero, Address global_scale, int device,
+         Address stream) {
+        check(gpu_dequantize_int2(at<uint16_t>(w), rows, cols,
+                                  {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)},
+                                  {device, stream}));
+      },
+      no_gil);
+  m.def(
+      "gpu_dequantize_nf4",
+      [](Address w, int64_t rows, int64_t cols, Address packed, Address absmax, Address nested_absmax, Address offset,
+         Address levels, Address values, int device, Address stream) {
+        check(gpu_dequantize_nf4(at<uint16_t>(w), rows, cols,
+                                 {at<uint8_t>(packed), at<uint8_t>(absmax), in(nested_absmax), in(offset), in(levels),
+                                  in(values)},
+                                 {device, stream}));
+      },
+      no_gil);
+#endif
 }

@@ -8,9 +8,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define FLUXFAST_FN __host__ __device__ inline
-#else
+#include "types.h"
+
+// a function for whatever the target runs; gpu/compat.cuh has its own
+#ifndef FLUXFAST_FN
 #define FLUXFAST_FN inline
 #endif
 
@@ -101,6 +102,14 @@ struct E4M3Code {
     return float_of(bits_of(magnitude) | static_cast<uint32_t>(code & 0x80u) << 24);
   }
 };
+
+// calls body(F32{}) or its like for a type known at run time
+template <class Body>
+static inline void with_type(Float type, const Body& body) {
+  if (type == Float::f32) return body(F32{});
+  if (type == Float::bf16) return body(BF16{});
+  body(F16{});
+}
 
 // of a row's codes, given the bits of its largest magnitude
 template <class C>

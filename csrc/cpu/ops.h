@@ -10,6 +10,7 @@
 
 #include <stdint.h>
 
+#include "gemv.h"
 #include "quant.h"
 
 namespace fluxfast {
@@ -72,7 +73,8 @@ struct HeadsShape {
   OP(qk_norm_rope_invertible, (const float* weights, int64_t weight_count, const float* cos, const float* sin,            \
                                int64_t table_count, bool* invertible))                                                    \
   OP(rope_index_in_range, (RowIndex index, int64_t batch, int64_t tokens, int64_t table_rows, bool* in_range))            \
-  FLUXFAST_QUANT_OPS(OP)
+  FLUXFAST_QUANT_OPS(OP)                                                                                                  \
+  FLUXFAST_GEMV_OPS(OP)
 
 struct CpuOps {
   const char* isa;

@@ -2,46 +2,9 @@
 // plain-torch references these equal byte for byte; so these sources are compiled without contraction of a * b + c.
 #pragma once
 
-#include <stdint.h>
-
 #include "types.h"
 
 namespace fluxfast {
-
-// [rows, cols] to read, rows apart by row_stride elements
-struct Weight {
-  const void* data;
-  Float type;
-  int64_t rows, cols, row_stride;
-};
-
-// [rows, cols] to write, contiguous
-struct DenseWeight {
-  void* data;
-  Float type;
-  int64_t rows, cols;
-};
-
-// codes [rows, cols] of `type` to write, contiguous, and a scale for each row
-struct Codes {
-  void* data;
-  Code type;
-  float* scale;
-  int64_t rows, cols;
-};
-
-struct Int4Parts {
-  uint8_t* packed;
-  uint16_t* scale;
-  uint8_t* zero;
-};
-
-struct Int2Parts {
-  uint8_t* packed;
-  uint8_t* scale;
-  uint8_t* zero;
-  float* global_scale;
-};
 
 // name and arguments of every op. A weight that isn't finite gives a scale that isn't (int2: global_scale, nf4: absmax)
 #define FLUXFAST_QUANT_OPS(OP)                                                                     \

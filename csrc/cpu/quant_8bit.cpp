@@ -1,5 +1,5 @@
 // int8 and fp8_e4m3: one scale a row, top = 127 or 448.  scale = max|w| / top, code = round(w * (1 / scale)).
-#include "quant_decode.h"
+#include "quant_decoders.h"
 
 namespace fluxfast {
 namespace FLUXFAST_ISA {
@@ -13,20 +13,6 @@ static void quantize_8bit(const Weight& weight, typename C::Stored* packed, floa
     });
   });
 }
-
-template <class C>
-struct EightBitDecoder {
-  const typename C::Stored* packed;
-  const float* scales;
-  int64_t cols;
-
-  template <class T>
-  void decode(int64_t row, typename T::Stored* __restrict y) const {
-    const typename C::Stored* __restrict codes = packed + row * cols;
-    const float scale = scales[row];
-    for (int64_t j = 0; j < cols; ++j) y[j] = T::store(C::decode(codes[j]) * scale);
-  }
-};
 
 void quantize_int8(Weight weight, int8_t* packed, float* scale, int threads) {
   quantize_8bit<Int8Code>(weight, packed, scale, threads);

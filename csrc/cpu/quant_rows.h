@@ -7,14 +7,6 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// calls body(F32{}) or its like for a type known at run time
-template <class Body>
-static inline void with_type(Float type, const Body& body) {
-  if (type == Float::f32) return body(F32{});
-  if (type == Float::bf16) return body(BF16{});
-  body(F16{});
-}
-
 template <class T>
 static inline const typename T::Stored* row_of(const Weight& weight, int64_t row) {
   return static_cast<const typename T::Stored*>(weight.data) + row * weight.row_stride;

@@ -15,6 +15,7 @@ from torch import Tensor
 from fluxfast.ops import _impl
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.ops.row_quant import Quantized
+from fluxfast.quant import _gpu
 from fluxfast.quant._rows import FLOAT_TYPES, quantize_rows
 
 Parts = dict[str, Tensor]
@@ -32,6 +33,8 @@ class Format:
     witness: ClassVar[str] = "scale"
     # the key of CODES whose codes and scales the parts packed and scale are
     stored_codes: ClassVar[str | None] = None
+    # what the native module does on a GPU, too: "quantize"; "dequantize", to bf16
+    gpu_tasks: ClassVar[tuple[str, ...]] = ()
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part of a weight of `shape`."""
@@ -42,7 +45,9 @@ class Format:
         raise NotImplementedError
 
     def quantize_native(self, weight: Tensor) -> Parts:
-        """The same by the native module, of a weight on the CPU in a dtype of FLOAT_TYPES whose columns are contiguous."""
+        """The same by the native module, of a weight in a dtype of FLOAT_TYPES whose columns are contiguous; on the CPU, or on
+        a GPU if "quantize" is in gpu_tasks.
+        """
         raise NotImplementedError
 
     def quantize_triton(self, weight: Tensor) -> Parts:
@@ -54,8 +59,8 @@ class Format:
         raise NotImplementedError
 
     def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
-        """The same by the native module, on the CPU, into `out` [N, K], contiguous: values, in a dtype of FLOAT_TYPES; or codes
-        of a dtype in CODES, and their scales into `out_scale` [N] fp32.
+        """The same by the native module into `out` [N, K], contiguous: values, in a dtype of FLOAT_TYPES; or codes, in one of
+        CODES, and their scales into `out_scale` [N] fp32. On the CPU; on a GPU values in bf16, if "dequantize" is in gpu_tasks.
         """
         raise NotImplementedError
 
@@ -91,7 +96,7 @@ class Format:
 
         Raises ValueError on an `impl` that can't.
         """
-        backend = self._implementation("dequantize", impl, parts["packed"])
+        backend = self._implementation("dequantize", impl, parts["packed"], out.dtype)
         if backend == "ref":
             out.copy_(self.dequantize_ref(parts, _shape_of(out)))
         elif out.dtype in FLOAT_TYPES:
@@ -146,7 +151,16 @@ class Format:
         """Uninitialised parts of a weight of `shape`, to load into."""
         return {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in self.layout(shape).items()}
 
-    def _implementation(self, task: str, impl: str, tensor: Tensor) -> _impl.Backend:
+    def _implementation(self, task: str, impl: str, tensor: Tensor, dtype: torch.dtype = torch.bfloat16) -> _impl.Backend:
+        if impl == "native" and tensor.is_cuda:
+            why = _gpu.obstacle()
+            if task not in self.gpu_tasks:
+                why = f"on a GPU the native module doesn't {task} this format"
+            elif dtype != torch.bfloat16:
+                why = f"on a GPU the native module decodes to torch.bfloat16, not to {dtype}"
+            if why is not None:
+                raise ValueError(f"{self.name}.{task}: impl='native' can't do this call: {why}; use impl='auto' or impl='ref'")
+            return "native"
         # what is computed is fp32, whatever it is stored in
         return _impl.resolve(f"{self.name}.{task}", impl, (tensor.new_empty(0, dtype=torch.float32),))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import _impl
+from fluxfast.quant import _gpu
 
 # the native module's numbers for the dtypes that it reads and writes
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,11 +24,15 @@ LEAST_NORMAL = torch.finfo(torch.float32).tiny
 def quantize_rows(weight: Tensor, dtype: torch.dtype, backend: _impl.Backend) -> tuple[Tensor, Tensor]:
     """Codes [N, K] of `dtype` (int8 or float8_e4m3fn) and scales [N] fp32 of weight [N, K].
 
-    fp32 for the reference; for the native module a dtype of FLOAT_TYPES, on the CPU, with contiguous columns.
+    fp32 for the reference; for the native module a dtype of FLOAT_TYPES, with contiguous columns.
     """
     if backend == "native":
-        codes = torch.empty(weight.shape, dtype=dtype)
-        scale = torch.empty(weight.shape[0])
+        codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        scale = torch.empty(weight.shape[0], device=weight.device)
+        if weight.is_cuda:
+            outputs = (codes.data_ptr(), CODE_TYPES[dtype], scale.data_ptr())
+            _impl.native.gpu_row_quant(*read_args(weight), 0, *outputs, *_gpu.queue(weight))
+            return codes, scale
         run = _impl.native.quantize_int8 if dtype == torch.int8 else _impl.native.quantize_fp8
         run(*read_args(weight), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads())
         return codes, scale
@@ -46,6 +51,10 @@ def read_args(weight: Tensor) -> tuple[int, int, int, int, int]:
 
 def decode(name: str, out: Tensor, out_scale: Tensor | None, parts: Sequence[Tensor]) -> None:
     """Calls the native module's decoder of the format that it knows as `name`, as `Format.decode_native` says."""
+    if out.is_cuda:
+        addresses = (part.data_ptr() for part in parts)
+        getattr(_impl.native, f"gpu_dequantize_{name}")(out.data_ptr(), *out.shape, *addresses, *_gpu.queue(out))
+        return
     rest = (*out.shape, *(part.data_ptr() for part in parts), torch.get_num_threads())
     if out_scale is None:
         getattr(_impl.native, f"dequantize_{name}")(out.data_ptr(), FLOAT_TYPES[out.dtype], *rest)

@@ -14,6 +14,7 @@ class Fp8E4M3(Format):
 
     name = "fp8_e4m3"
     bits_per_weight = 8.01
+    gpu_tasks = ("quantize",)
     stored_codes = "e4m3"
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

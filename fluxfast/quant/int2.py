@@ -37,6 +37,7 @@ class Int2(Format):
 
     name = "int2"
     bits_per_weight = 2.75
+    gpu_tasks = ("dequantize",)
     witness = "global_scale"
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

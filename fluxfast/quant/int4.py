@@ -32,6 +32,7 @@ class Int4(Format):
 
     name = "int4"
     bits_per_weight = 4.375
+    gpu_tasks = ("dequantize",)
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, groups = shape[0], -(-shape[1] // AFFINE.group)

@@ -18,6 +18,7 @@ class Int8(Format):
 
     name = "int8"
     bits_per_weight = 8.01
+    gpu_tasks = ("quantize",)
     stored_codes = "int8"
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

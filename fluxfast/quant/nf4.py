@@ -39,6 +39,7 @@ class Nf4(Format):
 
     name = "nf4"
     bits_per_weight = 4.127
+    gpu_tasks = ("dequantize",)
     witness = "offset"
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -85,7 +86,11 @@ class Nf4(Format):
         return (levels * dequantize_absmax(parts)[:, None]).flatten()[:count].view(shape)
 
     def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
-        decode("nf4", out, out_scale, (parts["packed"], dequantize_absmax(parts)))
+        if out.is_cuda:
+            names = ("packed", "absmax", "nested_absmax", "offset")
+            decode("nf4", out, out_scale, [*(parts[name] for name in names), code(out.device), absmax_code(out.device)])
+        else:
+            decode("nf4", out, out_scale, (parts["packed"], dequantize_absmax(parts)))
 
     def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
         from fluxfast_kernels.dequant_nf4 import dequant_nf4
