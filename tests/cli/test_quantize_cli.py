@@ -1,0 +1,102 @@
+"""fluxfast-train quantize: what it finds, writes, says and refuses."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fluxfast import FluxTransformer
+from fluxfast.cli import quantize
+from fluxfast.cli.main import main
+from fluxfast.model.checkpoint import open_single_file
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import quantize_model
+from support import SMALL, randomise
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    model = FluxTransformer(**SMALL | {"num_layers": 1, "num_single_layers": 1})
+    randomise(model)
+    model.bfloat16().save_pretrained(tmp_path / "pipeline" / "transformer")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    return tmp_path / "pipeline"
+
+
+def expected(pipeline, format):
+    model = FluxTransformer.from_pretrained(pipeline / "transformer", torch_dtype=torch.bfloat16)
+    quantize_model(model, FORMATS[format])
+    return model.state_dict()
+
+
+def same(model, state):
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t.view(torch.uint8), state[name].view(torch.uint8)) for name, t in model.state_dict().items())
+
+
+def test_a_file_and_a_folder(tmp_path, pipeline, capsys):
+    assert main(["quantize", str(pipeline), str(tmp_path / "base.safetensors"), "--format", "int4"]) == 0
+    out = capsys.readouterr().out
+    size = (tmp_path / "base.safetensors").stat().st_size
+    source = next(pipeline.glob("transformer/*.safetensors")).stat().st_size
+    assert f"base.safetensors: int4, {size:,} bytes from {source:,}" in out
+    assert re.search(r"[\d.]+ s on (cpu|cuda): [\d.]+ GB/s read, [\d.]+ GB/s written; peak memory [\d.]+ GB", out)
+    same(
+        FluxTransformer.from_single_file(tmp_path / "base.safetensors", torch_dtype=torch.bfloat16), expected(pipeline, "int4")
+    )
+
+    assert main(["quantize", str(pipeline / "transformer"), str(tmp_path / "base"), "--format", "int8"]) == 0
+    same(FluxTransformer.from_pretrained(tmp_path / "base", torch_dtype=torch.bfloat16), expected(pipeline, "int8"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert config["num_single_layers"] == 1 and config["quantization_config"] == {"quant_method": "fluxfast", "format": "int8"}
+
+
+def test_diffusers_refuses_the_folder(tmp_path, pipeline):
+    """Rather than to load codes as weights."""
+    from diffusers import FluxTransformer2DModel
+
+    assert main(["quantize", str(pipeline), str(tmp_path / "base"), "--format", "int8"]) == 0
+    with pytest.raises(ValueError, match="fluxfast"):
+        FluxTransformer2DModel.from_pretrained(tmp_path / "base")
+
+
+def test_compared_with_a_copy(tmp_path, pipeline, capsys):
+    target = tmp_path / "out" / "base.safetensors"
+    assert main(["quantize", str(pipeline), str(target), "--format", "nf4", "--quantize-via", "cpu", "--compare-cp"]) == 0
+    assert re.search(r"copying the source: [\d.]+ s; quantising took [\d.]+ times as long", capsys.readouterr().out)
+    assert list(target.parent.iterdir()) == [target]
+    assert open_single_file(target).quantized.format is FORMATS["nf4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{pipeline}/transformer/diffusion_pytorch_model.safetensors", "{pipeline}/transformer"], "is the checkpoint itself"),
+        (["{pipeline}/absent.safetensors", "{pipeline}/x"], "absent.safetensors: no such file"),
+        (["{pipeline}/absent", "{pipeline}/x"], "absent: no such folder"),
+        (["{pipeline}", "{pipeline}/x", "--subfolder", "vae"], "vae/config.json: no such file"),
+        (["{pipeline}", "{pipeline}/theirs.safetensors"], "theirs.safetensors: is there already, and not made by fluxfast"),
+    ],
+)
+def test_refused(pipeline, capsys, words, message):
+    (pipeline / "theirs.safetensors").write_bytes(b"theirs")
+    words = [word.format(pipeline=pipeline) for word in words]
+    assert main(["quantize", *words, "--format", "int8"]) == 1
+    assert message in capsys.readouterr().err
+    assert (pipeline / "theirs.safetensors").read_bytes() == b"theirs"
+    assert load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_no_accelerator(pipeline, tmp_path, capsys):
+    words = ["quantize", str(pipeline), str(tmp_path / "x"), "--format", "int8", "--quantize-via", "accelerator"]
+    assert main(words) == 1 and "no CUDA or ROCm device" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_interrupted(tmp_path, pipeline, capsys, monkeypatch):
+    monkeypatch.setattr(quantize, "run", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["quantize", str(pipeline), str(tmp_path / "x"), "--format", "int8"]) == 130
+    assert "interrupted" in capsys.readouterr().err

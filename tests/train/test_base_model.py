@@ -1,0 +1,203 @@
+"""A run's frozen base: quantised once, opened from the cache after that, never from a file that is not what it should be."""
+
+import gc
+import io
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, T5EncoderModel
+
+from fluxfast import FluxTransformer
+from fluxfast.data import encode, encoders
+from fluxfast.model import checkpoint, tensor_files
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import quantize_model
+from fluxfast.train import base_model, setup
+from fluxfast.train.base_model import load_transformer, quantizing_device
+from fluxfast.train.config import load_config
+from support import SMALL, randomise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def transformer(tmp_path):
+    """A pipeline's folder with a transformer, whose weights are the test's own to change."""
+    model = FluxTransformer(**SMALL | {"num_layers": 1, "num_single_layers": 1})
+    randomise(model)
+    model.bfloat16().save_pretrained(tmp_path / "pipeline" / "transformer")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def load(transformer, write_config):
+    """Load the base as a run with these keys would; returns it, and what was printed."""
+
+    def load_base(**changes):
+        changes = {"pretrained_transformer_model_name_or_path": str(transformer), "quantize_via": "cpu"} | changes
+        out = io.StringIO()
+        return load_transformer(load_config(write_config(**changes)), CPU, Console(file=out, width=200)), out.getvalue()
+
+    return load_base
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The files whose tensors were read from then on."""
+    files, stream = [], tensor_files.TensorFiles.stream
+
+    def noted(self, sources):
+        files.extend(path.name for path in self.files)
+        return stream(self, sources)
+
+    monkeypatch.setattr(tensor_files.TensorFiles, "stream", noted)
+    return files
+
+
+def cached(tmp_path):
+    return sorted((tmp_path / "output" / "cache" / "transformer").iterdir())
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a
+    )
+
+
+def in_memory(transformer, format, dtype=torch.bfloat16):
+    model = FluxTransformer.from_pretrained(transformer / "transformer", torch_dtype=dtype)
+    quantize_model(model, FORMATS[format])
+    return model
+
+
+@pytest.mark.parametrize(("precision", "format"), [("int8-quanto", "int8"), ("nf4-bnb", "nf4")])
+def test_the_second_start_reads_the_cache_only(tmp_path, transformer, load, reads, precision, format):
+    first, said = load(base_model_precision=precision)
+    (file,) = cached(tmp_path)
+    assert f"in {format}, kept in {file}" in said and reads == ["diffusion_pytorch_model.safetensors"]
+    same(first, in_memory(transformer, format))
+    reads.clear()
+    second, said = load(base_model_precision=precision)
+    assert f"base: {format} from {file}" in said and reads == []
+    same(first, second)
+    assert not any(parameter.requires_grad for parameter in second.parameters())
+
+
+def test_one_file_for_each_format(tmp_path, load):
+    load(base_model_precision="int8-quanto")
+    load(base_model_precision="int4-quanto")
+    assert [path.name.rsplit("-", 1)[1] for path in cached(tmp_path)] == ["int4.safetensors", "int8.safetensors"]
+
+
+def test_no_cache_of_what_is_not_quantised(tmp_path, load):
+    load()
+    assert not (tmp_path / "output" / "cache" / "transformer").exists()
+
+
+def test_a_changed_source_is_quantised_anew(tmp_path, transformer, load):
+    load(base_model_precision="int8-quanto")
+    file = transformer / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in state.items()}, file)
+    model, said = load(base_model_precision="int8-quanto")
+    assert f"{cached(tmp_path)[0]}: made from" in said and "which has changed since" in said
+    same(model, in_memory(transformer, "int8"))
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, transformer, load):
+    load(base_model_precision="int8-quanto")
+    (file,) = cached(tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    model, said = load(base_model_precision="int8-quanto")
+    assert f"{file}: not a whole safetensors file" in said
+    same(model, in_memory(transformer, "int8"))
+
+
+def test_somebody_elses_file_is_refused_and_kept(tmp_path, transformer, load):
+    load(base_model_precision="int8-quanto")
+    (file,) = cached(tmp_path)
+    file.write_bytes((transformer / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+    before = file.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match="not made by fluxfast"):
+        load(base_model_precision="int8-quanto")
+    assert file.read_bytes() == before
+
+
+def test_without_room_it_is_placed_in_memory(tmp_path, transformer, load, monkeypatch):
+    monkeypatch.setattr(base_model, "free_bytes", lambda path: 1 << 30)
+    model, said = load(base_model_precision="int8-quanto")
+    assert "int8, not kept" in said and "has 1.1 GB left" in said
+    assert not (tmp_path / "output" / "cache" / "transformer").exists()
+    same(model, in_memory(transformer, "int8"))
+
+
+def test_a_quantised_file_by_name(tmp_path, transformer, load):
+    target = tmp_path / "mine.safetensors"
+    checkpoint.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int4"])
+    for changes in ({}, {"base_model_precision": "int4-quanto"}):
+        model, said = load(pretrained_transformer_model_name_or_path=str(target), **changes)
+        assert f"{target}: int4, quantised before" in said
+        same(model, in_memory(transformer, "int4"))
+    with pytest.raises(ValueError, match=r"mine\.safetensors: is quantised to int4, but base_model_precision is int8-quanto"):
+        load(pretrained_transformer_model_name_or_path=str(target), base_model_precision="int8-quanto")
+    file = transformer / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"mine\.safetensors: made from .*, which has changed since"):
+        load(pretrained_transformer_model_name_or_path=str(target))
+
+
+def test_default_dtype(transformer, load):
+    keys = {"base_model_precision": "int8-quanto", "optimizer": "torch-adamw"}
+    for changes, dtype in (
+        ({}, torch.bfloat16),
+        ({"base_model_default_dtype": "fp32"}, torch.float32),
+        ({"mixed_precision": "no"}, torch.bfloat16),
+        ({"mixed_precision": "no", "base_model_default_dtype": "fp32"}, torch.float32),
+    ):
+        model, _ = load(**keys, **changes)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    model, _ = load(optimizer="torch-adamw", mixed_precision="no")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_where_it_is_quantised():
+    cuda = torch.device("cuda", 1)
+    assert quantizing_device(None, cuda) == quantizing_device("accelerator", cuda) == cuda
+    assert quantizing_device("cpu", cuda) == quantizing_device(None, CPU) == quantizing_device("cpu", CPU) == CPU
+    with pytest.raises(ValueError, match='quantize_via is "accelerator", and there is no CUDA'):
+        quantizing_device("accelerator", CPU)
+
+
+def test_one_model_at_a_time(run, monkeypatch, tmp_path):
+    """Text encoders, VAE and transformer are loaded with none of the others in memory."""
+    seen: dict[str, list[str]] = {}
+    kinds = {kind.__name__: kind for kind in (T5EncoderModel, CLIPTextModel, AutoencoderKL, FluxTransformer)}
+
+    def noting(place, name, what):
+        load = getattr(place, name)
+
+        def noted(*args, **kwargs):
+            seen[what] = [kind.__name__ for thing in gc.get_objects() for kind in kinds.values() if type(thing) is kind]
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, noted)
+
+    noting(encoders, "load_t5", "T5")
+    noting(encode.LatentEncoder, "from_pretrained", "VAE")
+    noting(setup, "load_transformer", "transformer")
+    gc.collect()
+    # caches of its own, so that the encoders are needed
+    run(
+        dataset={"cache_dir_vae": str(tmp_path / "vae")},
+        text_encoder_1_precision="int8-quanto",
+        text_encoder_2_precision="int8-quanto",
+        base_model_precision="int8-quanto",
+        max_train_steps=1,
+    )
+    # CLIP, of 250 MB, is beside T5
+    assert seen == {"T5": ["CLIPTextModel"], "VAE": [], "transformer": []}
