@@ -76,6 +76,16 @@ class TrainConfig(TrainFields):
             raise ValueError("expects sigmas from 0 to 1 or timesteps from 0 to 1000")
         return value
 
+    @field_validator("vram_budget", mode="before")
+    @classmethod
+    def _read_budget(cls, value: Any) -> Any:
+        try:
+            if value in (None, "auto") or float(value) > 0:
+                return value
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(f'expects GiB, a number above 0, or "auto", not {shown(value)}')
+
     @field_validator("validation_resolution")
     @classmethod
     def _check_sizes(cls, value: str) -> str:

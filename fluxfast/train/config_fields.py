@@ -132,7 +132,7 @@ class TrainFields(Settings):
     """Recompute activations in the backward pass: less memory."""
     gradient_checkpointing_interval: int | None = Field(None, ge=1)
     """Checkpoint every nth block (unset: each)."""
-    vram_budget: Literal["auto"] | float | None = Field(None, gt=0)
+    vram_budget: float | Literal["auto"] | None = None
     """GiB of VRAM for the run, or auto: all there is; recompute and streaming are chosen to fit (unset: as the config says)."""
     tread_config: TreadConfig | None = None
     """Token routing: {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}."""

@@ -171,7 +171,10 @@ def _malformed(option: Option, value: Any) -> str | None:
 
 def not_yet(name: str, value: Any) -> str | None:
     """Why a value that a field refuses, but SimpleTuner knows, is refused; None for one that SimpleTuner doesn't know."""
-    option = options()[name]
+    option = options().get(name)
+    if option is None:
+        # one of fluxfast's own
+        return None
     known = value in option.choices or any(fnmatchcase(str(value), pattern) for pattern in _KNOWN_VALUES.get(name, ()))
     if not known:
         return None

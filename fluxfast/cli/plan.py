@@ -1,0 +1,270 @@
+"""`fluxfast-train plan CONFIG.json [--gpu NAME] [--json] [--option=value ...]`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fluxfast.data.config import load_data_config
+from fluxfast.data.config_fields import ImageDataset
+from fluxfast.data.settings import ConfigError
+from fluxfast.train.config import TrainConfig, load_config
+
+HELP = """fluxfast-train plan CONFIG.json [--gpu NAME] [--json] [--option=value ...]
+
+What a run takes, before anything is downloaded: VRAM by part, host memory, disk, and the time of a step on that GPU; where
+it does not fit, what makes it fit. Needs no weights, network or GPU.
+
+  --gpu NAME   such as "RTX 3080" (default: this machine's, if it has one); `--gpu list` shows the table
+  --json       the same as one JSON object"""
+
+GIB = 2**30
+
+
+def main(words: Sequence[str]) -> int:
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0 if words else 2
+    from fluxfast.memory.gpus import GPUS
+
+    try:
+        gpu_name, as_json, rest = _options(words)
+        if gpu_name == "list":
+            Console().print(_gpu_table(GPUS))
+            return 0
+        path = rest[0] if rest and not rest[0].startswith("-") else None
+        config = load_config(path, rest[1:] if path else rest)
+        report = plan_report(config, gpu_name)
+    except (ConfigError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report, Console())
+    return 0 if report["fits"] is not False else 1
+
+
+def _options(words: Sequence[str]) -> tuple[str | None, bool, list[str]]:
+    """(--gpu, --json, everything else)."""
+    gpu, as_json = None, False
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--json":
+            as_json = True
+        elif word.startswith("--gpu="):
+            gpu = word.removeprefix("--gpu=")
+        elif word == "--gpu":
+            if not left:
+                raise ValueError('--gpu needs a name, such as --gpu "RTX 3080"')
+            gpu = left.pop(0)
+        else:
+            rest.append(word)
+    return gpu, as_json, rest
+
+
+def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
+    """Everything that is printed, in bytes and seconds. Raises ValueError for a GPU that isn't in the table."""
+    import torch
+
+    from fluxfast.memory import plan
+    from fluxfast.memory.gpus import GPUS, find_gpu
+    from fluxfast.train import budget
+
+    datasets, notes = _datasets(config)
+    batch = budget.largest_batch(config, datasets)
+    gpu = find_gpu(gpu_name) if gpu_name else budget.gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
+    # without a GPU to ask, one that has everything
+    compute = budget.compute_of(config, gpu or find_gpu("RTX 4090"))
+    workload = budget.workload_of(config, batch, compute)
+    choices = budget.stated_choices(config, workload.sizes.blocks)
+    limit = None if gpu is None else budget.budget_bytes(config, gpu.memory)
+    if config.vram_budget is not None and gpu is not None and limit is not None:
+        choices = plan.fit(workload, gpu, limit) or choices
+    taken = plan.account(workload, choices)
+    fits = None if limit is None else taken.needed <= limit
+    report: dict[str, Any] = {
+        "batch": {"size": list(batch.size), "samples": batch.samples, "dataset": batch.dataset},
+        "compute": compute,
+        "choices": _choices_text(choices),
+        "vram": taken.vram,
+        "vram_peak": taken.peak,
+        "vram_needed": taken.needed,
+        "host": taken.host | {"while loading, at most": plan.loading_bytes(workload)},
+        "preparing": _preparing(config),
+        "disk": _disk(config, workload, datasets),
+        "notes": notes,
+        "gpu": None if gpu is None else gpu._asdict(),
+        "budget": limit,
+        "fits": fits,
+        "fits_on": [g.name for g in GPUS if taken.needed <= budget.usable_bytes(g.memory)],
+    }
+    if gpu is not None:
+        report["step"] = _step(config, plan.predict(workload, choices, gpu), batch.samples)
+    if fits is False and gpu is not None and limit is not None:
+        report["changes"] = _changes(config, workload, gpu, limit, batch.samples)
+    return report
+
+
+def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
+    """The datasets whose sizes count, and what has to be said about them."""
+    if config.data_backend_config.exists():
+        data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
+        return list(data.images), []
+    defaults = {"caption_strategy": "filename", "instance_data_dir": ".", "cache_dir_vae": "."}
+    stand_in = ImageDataset(id="?", resolution=config.resolution, resolution_type=config.resolution_type, **defaults)
+    return [stand_in], [f"{config.data_backend_config} is not there: reckoned with the config's own resolution"]
+
+
+def _changes(config: TrainConfig, workload: Any, gpu: Any, limit: int, samples: int) -> dict[str, Any]:
+    """The cheapest choices that fit, or why none do."""
+    from fluxfast.memory import plan
+    from fluxfast.train import budget
+
+    choices = plan.fit(workload, gpu, limit)
+    if choices is None:
+        return {"possible": False, "why": budget.why_not(workload, limit)}
+    taken = plan.account(workload, choices)
+    return {
+        "possible": True,
+        "config": {"vram_budget": config.vram_budget or "auto"},
+        "choices": _choices_text(choices),
+        "vram": taken.vram,
+        "vram_needed": taken.needed,
+        "host": taken.host,
+        "step": _step(config, plan.predict(workload, choices, gpu), samples),
+    }
+
+
+def _choices_text(choices: Any) -> dict[str, Any]:
+    counts = {policy: choices.recompute.count(policy) for policy in ("none", "selective", "full")}
+    return {
+        "recompute": {policy: count for policy, count in counts.items() if count},
+        "blocks": f"streamed through a ring of {choices.slots}" if choices.streams else "resident",
+    }
+
+
+def _step(config: TrainConfig, time: Any, samples: int) -> dict[str, float]:
+    """Seconds of an optimiser step, by part."""
+    times = config.gradient_accumulation_steps
+    parts = {name: getattr(time, name) * times for name in ("products", "attention", "memory", "transfers")}
+    return {**parts, "seconds": time.total * times, "images_per_second": samples / time.total}
+
+
+def _preparing(config: TrainConfig) -> dict[str, int]:
+    """VRAM that the encoders take before the transformer is loaded, one after the other."""
+    from fluxfast.quant import FORMATS
+    from fluxfast.quant.rules import PRECISIONS
+
+    def encoder(parameters: int, precision: str) -> int:
+        format = PRECISIONS[precision]
+        bits = 8 * config.weight_dtype.itemsize if format is None else FORMATS[format].bits_per_weight
+        return round(parameters * bits / 8)
+
+    # T5 v1.1 XXL's encoder, CLIP ViT-L/14's text encoder, FLUX.1's autoencoder
+    text = encoder(4_762_310_656, config.text_encoder_2_precision) + encoder(123_060_480, config.text_encoder_1_precision)
+    return {"text encoders": text, "autoencoder": 2 * 83_819_683}
+
+
+def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) -> dict[str, int]:
+    """Bytes of caches and checkpoints; images are counted where their folder is there already."""
+    from fluxfast.data.images import discover
+    from fluxfast.memory.plan import OPTIMIZER_STATE
+    from fluxfast.train.budget import largest_batch
+
+    latents = captions = 0
+    for dataset in datasets:
+        if dataset.id == "?" or not dataset.instance_data_dir.is_dir():
+            continue
+        images = len(discover(dataset.instance_data_dir, skip=[]))
+        width, height = largest_batch(config, [dataset]).size
+        # 16 channels, an eighth of the size each way, bf16
+        latents += images * 16 * (width // 8) * (height // 8) * 2
+        captions += 1 if dataset.caption_strategy == "instanceprompt" else images
+    state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
+    base = sum(workload.block_weights) + sum(workload.modulation_weights) + workload.outer_weights
+    return {
+        "latents": latents,
+        "text embeddings": captions * (workload.text_tokens * 4096 + 768) * 2,
+        "quantised base": base if workload.storage.format else 0,
+        "checkpoints": round(config.checkpoints_total_limit * workload.adapters * (2 * workload.adapter_itemsize + state)),
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the report for people."""
+    batch, say = report["batch"], _sayer(console)
+    width, height = batch["size"]
+    say(f"largest batch: {batch['samples']} of {width}x{height} ({batch['dataset']}); products run in {report['compute']}")
+    for note in report["notes"]:
+        say(f"· {note}")
+    say(_choices_line(report["choices"]))
+    console.print(_bytes_table("VRAM, at a step's peak", report["vram"], "needed", report["vram_needed"]))
+    console.print(_bytes_table("host memory", report["host"]))
+    console.print(_bytes_table("VRAM before the transformer is loaded", report["preparing"]))
+    console.print(_bytes_table("disk, beside the downloads", report["disk"]))
+    if report["gpu"] is None:
+        say(f"fits on: {', '.join(report['fits_on']) or 'no GPU of the table'}")
+        return
+    name = report["gpu"]["name"]
+    if (encoders := report["preparing"]["text encoders"]) > report["gpu"]["memory"] * GIB * 0.95:
+        say(f'· the text encoders take {encoders / GIB:.1f} GiB before that: set "text_encoder_2_precision": "int8-quanto"')
+    say(f"{name}: a step in {_step_line(report['step'])}, predicted from its peak rates")
+    budget = report["budget"] / GIB
+    if report["fits"]:
+        say(f"fits: {report['vram_needed'] / GIB:.2f} of {budget:.2f} GiB")
+        return
+    say(f"does not fit: {report['vram_needed'] / GIB:.2f} GiB of {budget:.2f}")
+    changes = report["changes"]
+    if not changes["possible"]:
+        for line in changes["why"]:
+            say(f"· {line}")
+        return
+    asked = json.dumps(changes["config"]["vram_budget"])
+    say(f'"vram_budget": {asked} makes it fit, in {changes["vram_needed"] / GIB:.2f} GiB:')
+    say(f"· {_choices_line(changes['choices'])}")
+    say(f"· a step in {_step_line(changes['step'])}")
+
+
+def _sayer(console: Console) -> Any:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _choices_line(choices: dict[str, Any]) -> str:
+    recompute = ", ".join(f"{policy} in {count}" for policy, count in choices["recompute"].items())
+    return f"recomputation of blocks: {recompute}; blocks {choices['blocks']}"
+
+
+def _step_line(step: dict[str, float]) -> str:
+    parts = ", ".join(
+        f"{name} {step[name]:.2f}" for name in ("products", "attention", "memory", "transfers") if step[name] > 0.005
+    )
+    return f"{step['seconds']:.2f} s ({parts}), {step['images_per_second']:.2f} images a second"
+
+
+def _bytes_table(title: str, parts: dict[str, int], total: str | None = None, amount: int = 0) -> Table:
+    table = Table("", "GiB", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    for name, count in parts.items():
+        if count:
+            table.add_row(name, f"{count / GIB:.2f}")
+    if total is not None:
+        table.add_section()
+        table.add_row(total, f"{amount / GIB:.2f}")
+    return table
+
+
+def _gpu_table(gpus: Sequence[Any]) -> Table:
+    table = Table(title="rates in tera-operations a second, bandwidths in GB/s", title_justify="left")
+    for column in ("GPU", "GiB", "bandwidth", "bf16", "int8", "fp8", "PCIe", "source"):
+        table.add_column(column, justify="left" if column in ("GPU", "source") else "right")
+    for gpu in gpus:
+        table.add_row(gpu.name, *(f"{value:g}" if value else "-" for value in gpu[1:-1]), gpu.source)
+    return table
