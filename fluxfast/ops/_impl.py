@@ -8,8 +8,9 @@ import functools
 import importlib.util
 import inspect
 import logging
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,11 +39,12 @@ def resolve(
     impl: str,
     tensors: Sequence[Tensor],
     *,
+    cast: Sequence[Tensor] = (),
     obstacle: str | None = None,
     native_obstacle: str | None = None,
     ref_suffices: str | None = None,
 ) -> Backend:
-    """Chooses the implementation of one call of `op` on `tensors`.
+    """Chooses the implementation of one call of `op` on `tensors`, and on tensors that it will `cast` to their dtype.
 
     `obstacle` says why only the reference can do this call, `native_obstacle` why the native module can't, and `ref_suffices`
     why on the CPU nothing beats the reference; None: no such thing.
@@ -52,10 +54,13 @@ def resolve(
         raise ValueError(f"{op}: impl must be 'auto', 'triton', 'native' or 'ref', not {impl!r}")
     if impl == "ref":
         return "ref"
-    wanted: Backend = cast(Backend, impl)
+    wanted: Backend = typing.cast(Backend, impl)
     if impl == "auto":
         wanted = "triton" if tensors[0].is_cuda else "native"
-    reason = obstacle or (_triton_obstacle(tensors) if wanted == "triton" else native_obstacle or _native_obstacle(tensors))
+    if wanted == "triton":
+        reason = obstacle or _triton_obstacle((*tensors, *cast))
+    else:
+        reason = obstacle or native_obstacle or _native_obstacle(tensors)
     if impl != "auto":
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't do this call: {reason}; use impl='auto' or impl='ref'")

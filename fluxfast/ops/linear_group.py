@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fluxfast.ops import row_quant
+from fluxfast.ops import _linear_torch, _linear_triton, row_quant
+from fluxfast.ops._linear_torch import adjoining, stack
 from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput
 
 COMPUTE = ("same", *FORMATS)
@@ -33,14 +34,28 @@ class Adapter(NamedTuple):
 
 
 class FrozenWeight(Protocol):
-    """A base weight that is no tensor but can be made one, each time that it is used."""
+    """A base weight [N, K] that is no tensor but can be made one, each time that it is used; on one device."""
 
     @property
     def shape(self) -> Sequence[int]: ...
 
-    def to(self, dtype: torch.dtype, /) -> Tensor: ...
+    @property
+    def device(self) -> torch.device: ...
 
-    def codes(self, fmt: str, /) -> Quantized: ...
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        """The weight as a tensor of its own."""
+
+    def stores(self, fmt: str, /) -> bool:
+        """Whether `codes(fmt)` are its own bytes, so that nothing has to be computed."""
+
+    def codes(self, fmt: str, /) -> Quantized:
+        """Codes [N, K] and row scales [N], fp32, for an 8-bit product."""
+
+    def codes_into(self, q: Tensor, scale: Tensor, /) -> None:
+        """`codes`, written to contiguous tensors that are given."""
+
+    def decode_into(self, out: Tensor, /) -> None:
+        """The weight, written to a contiguous tensor of a floating dtype."""
 
 
 class LinearParams(NamedTuple):
@@ -51,35 +66,11 @@ class LinearParams(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
 
 
-class _Piece(NamedTuple):
-    """Linears whose weight is one tensor: columns [col, col + N) of y, and that weight, or its codes and their scales [N]."""
+class _Weights(NamedTuple):
+    """Each linear's weight [out, in] as products read it, and its row scales [out] where those are codes, else nothing."""
 
-    col: int
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-
-def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors as one along the first dimension, if that is how they lie in memory; else None. Nothing is copied."""
-    first, end = tensors[0], tensors[0].storage_offset()
-    for t in tensors:
-        if not t.is_contiguous() or t.dtype != first.dtype or t.shape[1:] != first.shape[1:] or t.storage_offset() != end:
-            return None
-        if t.untyped_storage()._cdata != first.untyped_storage()._cdata:
-            return None
-        end += t.numel()
-    rows = sum(t.shape[0] for t in tensors)
-    return first if len(tensors) == 1 else first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def _bias(linears: Sequence[LinearParams], like: Tensor) -> Tensor | None:
-    """The linears' biases as one vector, zeros for those that have none; None if none has."""
-    if all(p.bias is None for p in linears):
-        return None
-    biases = [like.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach() for p in linears]
-    joined = adjoining(biases)
-    return torch.cat(biases) if joined is None else joined
+    weights: list[Tensor]
+    scales: list[Tensor]
 
 
 class LinearGroup:
@@ -102,7 +93,9 @@ class LinearGroup:
         self.dropout_seed = dropout_seed
         self.outs = [p.weight.shape[0] for p in linears]
         self.adapters = [adapter for p in linears for adapter in p.adapters]
-        self._pieces: list[_Piece] | None = None
+        self._counts = [len(p.adapters) for p in linears]
+        self._products = _linear_triton if impl == "triton" else _linear_torch
+        self._ready: _Weights | None = None
 
     @property
     def form(self) -> str:
@@ -117,48 +110,83 @@ class LinearGroup:
 
     def fold(self) -> Tensor | None:
         """What goes into dy [..., N] before it is quantised for dgrad: W's row scales [N] fp32; None where dy is not."""
-        scales = [piece.scale for piece in self._weights()]
-        if scales[0] is None:
-            return None
-        return scales[0] if len(scales) == 1 else torch.cat([scale for scale in scales if scale is not None])
+        return None if self.compute == "same" else stack(self._weights(0).scales)
 
-    def _weights(self) -> list[_Piece]:
-        if self._pieces is None:
-            self._pieces = self._prepare()
-        return self._pieces
+    def _weights(self, tokens: int) -> _Weights:
+        """The weights for products with so many tokens; made once a group."""
+        if self._ready is None:
+            self._ready = self._codes() if self.compute != "same" else self._floats(tokens)
+        return self._ready
 
-    def _prepare(self) -> list[_Piece]:
-        weights, scales = [], []
-        for p in self.linears:
-            if self.compute == "same":
-                weights.append(p.weight.detach() if isinstance(p.weight, Tensor) else p.weight.to(self.dtype))
-                continue
+    def _floats(self, tokens: int) -> _Weights:
+        tensors, frozen = self._kinds()
+        if not frozen:
+            return _Weights(tensors, [])
+        if self.impl == "triton" and not tensors:
+            for fmt in FORMATS:
+                if all(w.stores(fmt) for w in frozen) and _linear_triton.keeps_codes(fmt, tokens, frozen[0].device):
+                    codes = [w.codes(fmt) for w in frozen]
+                    return _Weights([c.q for c in codes], [c.scale for c in codes])
+        scratch = torch.empty(sum(self.outs), frozen[0].shape[1], dtype=self.dtype, device=frozen[0].device)
+        rows = list(scratch.split(self.outs))
+        for p, out in zip(self.linears, rows, strict=True):
+            if isinstance(p.weight, Tensor):
+                out.copy_(p.weight.detach())
+            else:
+                p.weight.decode_into(out)
+        return _Weights(rows, [])
+
+    def _codes(self) -> _Weights:
+        tensors, frozen = self._kinds()
+        if not tensors and all(w.stores(self.compute) for w in frozen):
+            codes = [w.codes(self.compute) for w in frozen]
+            weights, scales = [c.q for c in codes], [c.scale for c in codes]
+        elif not frozen and (joined := adjoining(tensors)) is not None:
+            q, scale = row_quant.forward(joined, self.compute, impl=self.impl)
+            weights, scales = list(q.split(self.outs)), list(scale.split(self.outs))
+        else:
+            weights, scales = self._coded()
+        if self.impl == "triton":
+            return _Weights(weights, scales)
+        joined = adjoining(weights)
+        whole = [_linear_torch.readable(q, self.impl, self.dtype) for q in (weights if joined is None else [joined])]
+        return _Weights(whole if joined is None else list(whole[0].split(self.outs)), scales)
+
+    def _coded(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes and scales made for the occasion, side by side in one scratch."""
+        n, k = sum(self.outs), self.linears[0].weight.shape[1]
+        device = self.linears[0].weight.device
+        q = torch.empty(n, k, dtype=FORMATS[self.compute][0], device=device)
+        scale = torch.empty(n, dtype=torch.float32, device=device)
+        weights, scales = list(q.split(self.outs)), list(scale.split(self.outs))
+        for p, q_i, scale_i in zip(self.linears, weights, scales, strict=True):
             if isinstance(p.weight, Tensor):
                 codes = row_quant.forward(p.weight.detach(), self.compute, impl=self.impl)
+                q_i.copy_(codes.q)
+                scale_i.copy_(codes.scale)
             else:
-                codes = p.weight.codes(self.compute)
-            weights.append(codes.q)
-            scales.append(codes.scale)
-        joined = adjoining(weights)
-        if joined is not None:
-            scale = None if not scales else adjoining(scales)
-            if scales and scale is None:
-                scale = torch.cat(scales)
-            return [_Piece(0, joined, scale, _bias(self.linears, joined))]
-        pieces, col = [], 0
-        for i, p in enumerate(self.linears):
-            bias = None if p.bias is None else p.bias.detach()
-            pieces.append(_Piece(col, weights[i], scales[i] if scales else None, bias))
-            col += self.outs[i]
-        return pieces
+                p.weight.codes_into(q_i, scale_i)
+        return weights, scales
+
+    def _kinds(self) -> tuple[list[Tensor], list[FrozenWeight]]:
+        weights = [p.weight for p in self.linears]
+        tensors = [w.detach() for w in weights if isinstance(w, Tensor)]
+        return tensors, [w for w in weights if not isinstance(w, Tensor)]
 
     def forward(self, x: RowOutput, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """y [..., N], written to `out` where given, and s [M, Σ ranks] to keep for backward; None without adapters."""
-        lead, rows = _lead(x), _rows(x)
-        y = torch.empty(*lead, sum(self.outs), dtype=self.dtype, device=_device(x)) if out is None else out
+        lead, rows = _present(x).shape[:-1], _rows(x)
+        y = torch.empty(*lead, sum(self.outs), dtype=self.dtype, device=_present(x).device) if out is None else out
         s = self._down(rows)
-        _forward_torch(self, rows, s, y.view(-1, y.shape[-1]))
+        weights, w_scales = self._weights(len(_present(rows)))
+        biases = [None if p.bias is None else p.bias.detach() for p in self.linears]
+        b = [adapter.b.detach() for adapter in self.adapters]
+        self._products.wide(*self._operand(rows), weights, w_scales, biases, s, b, self._counts, y.view(-1, y.shape[-1]))
         return y, s
+
+    def down(self, x: RowOutput) -> Tensor | None:
+        """s alone, for who has forward's y already."""
+        return self._down(_rows(x))
 
     def backward(
         self,
@@ -179,157 +207,92 @@ class LinearGroup:
         ds, grads = self._adapter_grads(d_rows, _rows(x), s)
         if not need_dx:
             return None, grads
-        if self.compute != "same" and not codes:
-            codes = [(0, row_quant.forward(d_rows, self.compute, self.fold(), impl=self.impl))]
+        parts: list[tuple[int, Tensor, Tensor | None]] = [(0, d_rows, None)]
+        if self.compute != "same":
+            if not codes:
+                codes = [(0, row_quant.forward(d_rows, self.compute, self.fold(), impl=self.impl))]
+            parts = [(col, part.q.reshape(-1, part.q.shape[-1]), part.scale.reshape(-1)) for col, part in codes]
         width = self.linears[0].weight.shape[1]
         dx = torch.empty(*dy.shape[:-1], width, dtype=self.dtype, device=dy.device) if out is None else out
-        parts = [(col, Quantized(part.q.reshape(len(d_rows), -1), part.scale.reshape(-1))) for col, part in codes]
-        _dgrad_torch(self, d_rows, parts, ds, dx.view(-1, width))
+        self._dgrad(parts, ds, dx.view(-1, width))
         return dx, grads
 
-    def down(self, x: RowOutput) -> Tensor | None:
-        """s alone, for who has forward's y already."""
-        return self._down(_rows(x))
+    def _dgrad(self, parts: Sequence[tuple[int, Tensor, Tensor | None]], ds: Tensor | None, dx: Tensor) -> None:
+        weights, w_scales = self._weights(len(dx))
+        whole = ds is not None and not self._drops
+        for i, (col, part, scale) in enumerate(parts):
+            a = [adapter.a.detach() for adapter in self.adapters] if whole and i == 0 else []
+            self._products.wide_dgrad(part, scale, col, weights, w_scales, ds if a else None, a, i > 0, dx)
+        if ds is None or whole:
+            return
+        for p, ranks, run in self._runs():
+            delta = ds[:, ranks] @ stack([adapter.a for adapter in run]).to(self.dtype)
+            dx += delta if p == 0 else self._dropped(delta, p)
+
+    def _operand(self, x: RowOutput) -> tuple[Tensor, Tensor | None]:
+        """What products read of x: its codes and their scales where there are any."""
+        if x.q is not None:
+            return x.q, x.q_scale
+        assert x.y is not None
+        return x.y, None
+
+    def _runs(self) -> list[tuple[float, slice, list[Adapter]]]:
+        """Neighbouring adapters whose dropout is the same: that, their columns of s, and they themselves."""
+        runs: list[tuple[float, slice, list[Adapter]]] = []
+        rank = 0
+        for adapter in self.adapters:
+            p, stop = adapter.dropout if self._drops else 0.0, rank + adapter.a.shape[0]
+            if runs and runs[-1][0] == p:
+                runs[-1] = (p, slice(runs[-1][1].start, stop), [*runs[-1][2], adapter])
+            else:
+                runs.append((p, slice(rank, stop), [adapter]))
+            rank = stop
+        return runs
+
+    def _dropped(self, x: Tensor, p: float) -> Tensor:
+        """x [M, K] with the mask of dropout p, which is the same for all adapters of the group."""
+        assert self.dropout_seed is not None
+        return self._products.dropped(x, p, self.dropout_seed)
+
+    def _adapter_x(self, x: RowOutput, p: float) -> tuple[Tensor, Tensor | None]:
+        """The x that adapters with dropout p see."""
+        if p == 0:
+            return self._operand(x)
+        assert x.y is not None
+        return self._dropped(x.y, p), None
 
     def _down(self, x: RowOutput) -> Tensor | None:
         """s = scale · x Aᵀ [M, Σ ranks], each adapter on its own dropped x."""
-        if not self.adapters:
-            return None
-        return torch.cat([self._adapter_x(x, p) @ _stack([a.a for a in run], self.dtype).T for p, run in self._runs()], dim=1)
-
-    def _runs(self) -> list[tuple[float, list[Adapter]]]:
-        """Neighbouring adapters whose dropout is the same."""
-        runs: list[tuple[float, list[Adapter]]] = []
-        for adapter in self.adapters:
-            p = adapter.dropout if self._drops else 0.0
-            if not runs or runs[-1][0] != p:
-                runs.append((p, []))
-            runs[-1][1].append(adapter)
-        return runs
-
-    def _ranks(self, first: int, count: int) -> slice:
-        """The columns of s that belong to `count` adapters from the first one on."""
-        start = sum(adapter.a.shape[0] for adapter in self.adapters[:first])
-        return slice(start, start + sum(adapter.a.shape[0] for adapter in self.adapters[first : first + count]))
-
-    def _mask(self, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
-        """What dropout multiplies x by: 0 with probability p, else 1 / (1 - p); the same for all adapters of the group."""
-        assert self.dropout_seed is not None
-        generator = torch.Generator(device).manual_seed(self.dropout_seed)
-        keep = torch.empty(tuple(shape), dtype=self.dtype, device=device).bernoulli_(1 - p, generator=generator)
-        return keep.div_(1 - p) if p < 1 else keep
-
-    def _adapter_x(self, x: RowOutput, p: float) -> Tensor:
-        """The x that adapters with dropout p see, as values."""
-        values = x.y if x.y is not None else _values(x, self.dtype)
-        return values if p == 0 else values * self._mask(values.shape, p, values.device)
+        columns = [
+            self._products.down(*self._adapter_x(x, p), [a.a.detach() for a in run], [a.scale for a in run], self.dtype)
+            for p, _, run in self._runs()
+        ]
+        return None if not columns else columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
     def _adapter_grads(self, dy: Tensor, x: RowOutput, s: Tensor | None) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
         """dS [M, Σ ranks], and (dA, dB) of every adapter."""
         if s is None:
             return None, []
-        ds, d_b = torch.empty_like(s), []
-        col = rank = 0
-        for p, width in zip(self.linears, self.outs, strict=True):
-            dy_i = dy[:, col : col + width]
-            col += width
-            for adapter in p.adapters:
-                ranks = slice(rank, rank + adapter.a.shape[0])
-                torch.mm(dy_i, adapter.b.detach().to(self.dtype), out=ds[:, ranks]).mul_(adapter.scale)
-                d_b.append((dy_i.T @ s[:, ranks]).mul_(adapter.scale).to(adapter.b.dtype))
-                rank = ranks.stop
+        ranks = [sum(adapter.a.shape[0] for adapter in p.adapters) for p in self.linears]
+        b, scales = [adapter.b.detach() for adapter in self.adapters], [adapter.scale for adapter in self.adapters]
+        ds = self._products.down_grad(dy, b, scales, self._counts, self.outs)
+        packed = self._products.grad_b(dy, s, self.outs, ranks, b[0].dtype)
+        d_b: list[Tensor] = []
+        for p, rows in zip(self.linears, packed.split(self.outs), strict=True):
+            widths = [adapter.b.shape[1] for adapter in p.adapters]
+            d_b += rows[:, : sum(widths)].split(widths, dim=1) if widths else []
         d_a: list[Tensor] = []
-        for dropout, run in self._runs():
-            first = len(d_a)
-            grad = ds[:, self._ranks(first, len(run))].T @ self._adapter_x(x, dropout)
-            d_a += [g.to(a.a.dtype) for g, a in zip(grad.split([a.a.shape[0] for a in run]), run, strict=True)]
-        return ds, list(zip(d_a, d_b, strict=True))
+        for dropout, columns, run in self._runs():
+            grad = self._products.grad_a(ds[:, columns], *self._adapter_x(x, dropout), run[0].a.dtype)
+            d_a += grad.split([adapter.a.shape[0] for adapter in run])
+        pairs = zip(self.adapters, d_a, d_b, strict=True)
+        return ds, [(g_a.to(adapter.a.dtype), g_b.to(adapter.b.dtype).contiguous()) for adapter, g_a, g_b in pairs]
 
 
-def _forward_torch(group: LinearGroup, x: RowOutput, s: Tensor | None, y: Tensor) -> None:
-    """y [M, N] by torch's own products."""
-    for col, weight, scale, bias in group._weights():
-        y_i = y[:, col : col + weight.shape[0]]
-        if scale is not None:
-            assert x.q is not None and x.q_scale is not None
-            y_i.copy_(_scaled_product(Quantized(x.q, x.q_scale), weight.T) * scale)
-            if bias is not None:
-                y_i += bias
-            continue
-        assert x.y is not None
-        if bias is None:
-            torch.mm(x.y, weight.to(group.dtype).T, out=y_i)
-        else:
-            torch.addmm(bias.to(group.dtype), x.y, weight.to(group.dtype).T, out=y_i)
-    col = rank = 0
-    for p, width in zip(group.linears, group.outs, strict=True):
-        for adapter in p.adapters:
-            assert s is not None
-            ranks = slice(rank, rank + adapter.b.shape[1])
-            y[:, col : col + width].addmm_(s[:, ranks], adapter.b.detach().to(group.dtype).T, alpha=adapter.scale)
-            rank = ranks.stop
-        col += width
-
-
-def _dgrad_torch(
-    group: LinearGroup, dy: Tensor, codes: Sequence[tuple[int, Quantized]], ds: Tensor | None, dx: Tensor
-) -> None:
-    """dx [M, K] by torch's own products."""
-    written = False
-    for col, weight, scale, _ in group._weights():
-        stop = col + weight.shape[0]
-        if scale is None:
-            left, right = dy[:, col:stop], weight.to(group.dtype)
-            dx.addmm_(left, right) if written else torch.mm(left, right, out=dx)
-            written = True
-            continue
-        for start, part in codes:
-            # the columns that this piece of W and this part of dy share
-            lo, hi = max(col, start), min(stop, start + part.q.shape[1])
-            if lo < hi:
-                shared = Quantized(part.q[:, lo - start : hi - start], part.scale)
-                product = _scaled_product(shared, weight[lo - col : hi - col])
-                dx.add_(product) if written else dx.copy_(product)
-                written = True
-    first = 0
-    for p, run in group._runs() if ds is not None else []:
-        assert ds is not None
-        ranks = group._ranks(first, len(run))
-        first += len(run)
-        a = _stack([adapter.a for adapter in run], group.dtype)
-        if p == 0:
-            dx.addmm_(ds[:, ranks], a)
-        else:
-            dx.addcmul_(ds[:, ranks] @ a, group._mask(dx.shape, p, dx.device))
-
-
-def _scaled_product(x: Quantized, w: Tensor) -> Tensor:
-    """x_scale · (codes of x) w in fp32, for codes w [K, N]."""
-    product = torch._int_mm(x.q, w) if x.q.dtype == torch.int8 else x.q.float() @ w.float()
-    return product * x.scale[:, None]
-
-
-def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    factors = [factor.detach() for factor in factors]
-    joined = adjoining(factors)
-    return (torch.cat(factors) if joined is None else joined).to(dtype)
-
-
-def _values(x: RowOutput, dtype: torch.dtype) -> Tensor:
-    assert x.q is not None and x.q_scale is not None
-    return (x.q.float() * x.q_scale[..., None]).to(dtype)
-
-
-def _lead(x: RowOutput) -> Sequence[int]:
+def _present(x: RowOutput) -> Tensor:
     present = x.q if x.y is None else x.y
     assert present is not None
-    return present.shape[:-1]
-
-
-def _device(x: RowOutput) -> torch.device:
-    present = x.q if x.y is None else x.y
-    assert present is not None
-    return present.device
+    return present
 
 
 def _rows(x: RowOutput) -> RowOutput:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import row_quant
+from fluxfast.ops import _impl, row_quant
 from fluxfast.ops.linear_group import COMPUTE, Adapter, FrozenWeight, LinearGroup, LinearParams
 from fluxfast.ops.row_quant import RowOutput
 
@@ -80,16 +80,48 @@ def lora_linear(
     other floating types. compute "int8" or "e4m3" runs the wide products on codes of x, of W and, in backward, of dy (scales a
     row). dropout_seed: draws the masks of adapters that have a dropout; None: no dropout. Gradients: x and every A and B; a
     base weight or bias that requires a gradient is refused, since the point of this op is never to compute one (use
-    `lora_linear_ref`). Source: LoRA, arXiv 2106.09685, section 4.1.
+    `lora_linear_ref`). Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
+    Source: LoRA, arXiv 2106.09685, section 4.1.
     """
-    if compute not in COMPUTE:
-        raise ValueError(f"lora_linear: compute must be one of {COMPUTE}, not {compute!r}")
+    _check(x, linears, compute)
     if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for p in linears for t in (p.weight, p.bias)):
         raise ValueError(
             "lora_linear: a base weight or bias requires a gradient, and this op never computes one; freeze it "
             "(requires_grad_(False)) or use lora_linear_ref"
         )
     factors = [t for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
+    stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]
+    obstacle = "this GPU has no products of e4m3" if compute == "e4m3" and not _multiplies_e4m3(x) else None
+    backend = _impl.resolve("lora_linear", impl, (x,), cast=(*stored, *factors), obstacle=obstacle)
     # only the tensors passed one by one belong to the graph
     detached = [p._replace(adapters=tuple(a._replace(a=a.a.detach(), b=a.b.detach()) for a in p.adapters)) for p in linears]
-    return _LoraLinear.apply(x, detached, compute, "ref", dropout_seed, *factors)
+    return _LoraLinear.apply(x, detached, compute, backend, dropout_seed, *factors)
+
+
+def _multiplies_e4m3(x: Tensor) -> bool:
+    if not x.is_cuda or not _impl.HAS_TRITON:
+        return True
+    from fluxfast_kernels._launch import multiplies_e4m3
+
+    return multiplies_e4m3(x.device)
+
+
+def _check(x: Tensor, linears: Sequence[LinearParams], compute: str) -> None:
+    if compute not in COMPUTE:
+        raise ValueError(f"lora_linear: compute must be one of {COMPUTE}, not {compute!r}")
+    if not linears or x.ndim == 0:
+        raise ValueError(f"lora_linear: expected x [..., in] and at least one linear, got x {list(x.shape)} and {len(linears)}")
+    for i, p in enumerate(linears):
+        n, k = p.weight.shape
+        if k != x.shape[-1] or (p.bias is not None and p.bias.shape != (n,)):
+            bias = None if p.bias is None else list(p.bias.shape)
+            raise ValueError(
+                f"lora_linear: expected weight [out, {x.shape[-1]}] and bias [out], "
+                f"got linear {i}: weight {[n, k]}, bias {bias}"
+            )
+        for adapter in p.adapters:
+            if adapter.a.ndim != 2 or adapter.b.shape != (n, adapter.a.shape[0]) or adapter.a.shape[1] != k:
+                raise ValueError(
+                    f"lora_linear: expected A [r, {k}] and B [{n}, r], "
+                    f"got linear {i}: A {list(adapter.a.shape)}, B {list(adapter.b.shape)}"
+                )

@@ -75,8 +75,10 @@ def gated_residual_layer_norm_fwd(
     if impl == "triton":
         from fluxfast_kernels import modulated_layer_norm as kernels
 
-        rows = (_impl.dense_rows(t) for t in (residual, gate, branch, scale, shift))
-        x, (y, q, q_scale, mean, rstd) = kernels.gated_residual_layer_norm_fwd(*rows, eps, out=out)
+        residual, gate, branch, scale, shift = (_impl.dense_rows(t) for t in (residual, gate, branch, scale, shift))
+        x, (y, q, q_scale, mean, rstd) = kernels.gated_residual_layer_norm_fwd(
+            residual, gate, branch, scale, shift, eps, out=out
+        )
         return [x, mean, rstd, *(part for part in (y, q, q_scale) if part is not None)]
     x = torch.addcmul(residual, gate[:, None], branch)
     return [x, *modulated_layer_norm_fwd(x, scale, shift, eps, out, impl)]

@@ -45,6 +45,7 @@ ROW_LAUNCH: dict[str, LaunchTable] = {
     "gated_residual_bwd": {"default": {"per_thread": 16, "ROWS": 1}},
     "gated_residual_bwd_sums": {"default": {"per_thread": 16, "ROWS": 16}},
     "token_route": {"default": {"per_thread": 32}},
+    "dropout": {"default": {"per_thread": 8, "widest": 1024}},
     "gelu_fwd": {"default": {"per_thread": 16, "widest": 2048}},
     "gelu_fwd_quantized": {"default": {"per_thread": 32}},
     "gelu_bwd": {"default": {"per_thread": 16, "widest": 2048}},
@@ -65,6 +66,33 @@ OPTIM_LAUNCH: LaunchTable = {
     "default": {"BLOCK": 1024, "num_warps": 4},
     "gfx942": {"BLOCK": 2048, "num_warps": 4},
 }
+
+# which engine takes a wide product with float activations, by what W is and up to how many tokens (None: any number):
+#   "library"  torch's GEMM, then bias and a thin product for the adapters;    "fused"  our kernel, with those in its epilogue
+#   "codes"    our kernel on W's stored codes, converted in registers;         "decode" W decoded to a scratch, then as "float"
+# None of these is measured yet. They are where others' measurements point: a library's GEMM is the faster one by more than the
+# epilogue saves on chips with asynchronous tensor cores, and about as fast as ours before them; a kernel that converts codes as
+# it reads them wins while a weight tile is read once, up to about 64 tokens. `fluxfast-bench ops` times both sides of each row
+# on a device: put its architecture's rows here.
+WideRows = tuple[tuple[int | None, str], ...]
+WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
+    "float": {
+        "default": ((None, "library"),),
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89"), ((None, "fused"),)),
+    },
+    "int8": {"default": ((64, "codes"), (None, "decode"))},
+    # Triton converts e4m3 on these only
+    "e4m3": {
+        "default": ((None, "decode"),),
+        **dict.fromkeys(("sm_89", "sm_90", "gfx942"), ((64, "codes"), (None, "decode"))),
+    },
+}
+
+
+def wide_engine(kind: str, tokens: int, device: torch.device) -> str:
+    """The engine of WIDE_ENGINES for a W of `kind` ("float", or its codes' format) and so many tokens."""
+    rows = WIDE_ENGINES[kind]
+    return next(name for most, name in rows.get(arch_key(device)) or rows["default"] if most is None or tokens <= most)
 
 
 @dataclass(frozen=True)
@@ -132,9 +160,18 @@ def arch_key(device: torch.device) -> str:
     """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU; for meta, the recorded target."""
     if device.type == "meta":
         return _aot_target
-    if device.type != "cuda":
+    # a fake tensor may say "cuda" where there is none
+    if device.type != "cuda" or not torch.cuda.is_available():
         return "default"
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def multiplies_e4m3(device: torch.device) -> bool:
+    """Whether the device has products of e4m3 operands; the interpreter does."""
+    key = arch_key(device)
+    if key.startswith("sm_"):
+        return int(key.removeprefix("sm_")) >= 89
+    return key.startswith(("default", "gfx94", "gfx95", "gfx12"))
 
 
 def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int]:

@@ -33,7 +33,18 @@ from fluxfast_kernels._matmul import (
 from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
 from fluxfast_kernels.row_quant import check_rows
 
-__all__ = ["AOT_VARIANTS", "Segments", "lora_down", "lora_grads", "lora_matmul", "lora_matmul_dgrad", "make_segments"]
+__all__ = [
+    "AOT_VARIANTS",
+    "Segments",
+    "lora_da",
+    "lora_db",
+    "lora_down",
+    "lora_ds",
+    "lora_grads",
+    "lora_matmul",
+    "lora_matmul_dgrad",
+    "make_segments",
+]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -266,13 +277,48 @@ def lora_grads(
     dy [M, N]; s as `lora_down` gave it; x [M, K] as there; b, scale and segments as in the forward pass. Where a segment has
     fewer ranks than the widest, dB's spare columns are zero.
     """
-    ds = torch.empty_like(s, dtype=dy.dtype)
-    _down(dy, b.T, ds, scale, None, segments, numbers)
+    ds = lora_ds(dy, b, torch.empty_like(s, dtype=dy.dtype), scale=scale, segments=segments, numbers=numbers)
     db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
-    _outer(dy, s, db, None, segments, False, numbers)
-    da = torch.empty((s.shape[1], x.shape[1]), dtype=grad_dtype, device=x.device)
-    _outer(x, ds, da, x_scale, None, True, numbers)
-    return ds, da, db
+    lora_db(dy, s, db, segments=segments, numbers=numbers)
+    return ds, lora_da(x, ds, x_scale=x_scale, grad_dtype=grad_dtype, numbers=numbers), db
+
+
+def lora_ds(
+    dy: Tensor,
+    b: Tensor,
+    ds: Tensor,
+    *,
+    scale: Tensor | None = None,
+    segments: Segments | None = None,
+    numbers: Mapping[str, int] | None = None,
+) -> Tensor:
+    """dS = scale · dy B, written to ds [M, Σ ranks], whose rows may lie any distance apart; the rest as in `lora_grads`."""
+    return _down(dy, b.T, ds, scale, None, segments, numbers)
+
+
+def lora_db(
+    dy: Tensor,
+    s: Tensor,
+    db: Tensor,
+    *,
+    segments: Segments | None = None,
+    numbers: Mapping[str, int] | None = None,
+) -> Tensor:
+    """dB = dyᵀ s, written to db [N, max ranks], whose rows may lie any distance apart; the rest as in `lora_grads`."""
+    return _outer(dy, s, db, None, segments, False, numbers)
+
+
+def lora_da(
+    x: Tensor,
+    ds: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    grad_dtype: torch.dtype = torch.float32,
+    numbers: Mapping[str, int] | None = None,
+) -> Tensor:
+    """dA = dSᵀ x, [Σ ranks, K] in `grad_dtype`; x and x_scale as `lora_down` takes them."""
+    da = torch.empty((ds.shape[1], x.shape[1]), dtype=grad_dtype, device=x.device)
+    return _outer(x, ds, da, x_scale, None, True, numbers)
 
 
 def _numbers(

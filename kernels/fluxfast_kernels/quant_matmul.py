@@ -36,7 +36,15 @@ from fluxfast_kernels._launch import (
 )
 from fluxfast_kernels._matmul import Segments, make_segments, matmul
 
-__all__ = ["AOT_VARIANTS", "Segments", "make_segments", "quant_matmul", "quant_matmul_dgrad", "transpose_codes"]
+__all__ = [
+    "AOT_VARIANTS",
+    "Segments",
+    "dgrad_codes",
+    "make_segments",
+    "quant_matmul",
+    "quant_matmul_dgrad",
+    "transpose_codes",
+]
 
 
 @triton.jit
@@ -61,6 +69,17 @@ def transpose_codes(w: Tensor, *, out: Tensor | None = None) -> Tensor:
     grid = (cdiv(n, chosen["BLOCK_N"]), cdiv(k, chosen["BLOCK_K"]))
     launch(transpose_codes_kernel, grid, w.view(torch.int8), t.view(torch.int8), n, k, **chosen)
     return t
+
+
+# rows of dy from which dgrad in 8 bits on a transposed copy of W's codes pays for making it, 0: never. Not measured yet: sm_90
+# has no 8-bit product of another order, and 512 rows are three times as much arithmetic as the copy is traffic
+TRANSPOSE_FROM: LaunchTable = {"default": {"rows": 0}, "sm_90": {"rows": 512}}
+
+
+def dgrad_codes(w: Tensor, rows: int) -> Tensor:
+    """Codes w [N, K] in the order in memory that dgrad of so many rows wants: w itself, or `.T` of a transposed copy."""
+    least = launch_numbers(TRANSPOSE_FROM, w.device)["rows"]
+    return transpose_codes(w).T if 0 < least <= rows else w
 
 
 def quant_matmul(

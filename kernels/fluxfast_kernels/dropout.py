@@ -1,0 +1,50 @@
+"""Dropout whose mask is never stored: Philox of a seed, a row and a column, so that backward draws it again.
+
+y = x / (1 - p) where the element is kept, with probability 1 - p; else 0
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels.row_quant import check_rows
+
+
+@triton.jit(do_not_specialize=["seed"])
+def dropout_kernel(p_x, p_y, stride_x, seed, p, K: tl.constexpr, BLOCK: tl.constexpr):
+    i_m = tl.program_id(0)
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_k = o_k < K
+    b_x = tl.load(p_x + i_m.to(tl.int64) * stride_x + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_col = o_k.to(tl.uint32)
+    b_zero = tl.zeros_like(b_col)
+    b_word, _, _, _ = tl.philox(seed, b_col, b_zero + i_m.to(tl.uint32), b_zero, b_zero)
+    b_y = tl.where(tl.uint_to_uniform_float(b_word) >= p, b_x / (1.0 - p), 0.0)
+    tl.store(p_y + i_m.to(tl.int64) * K + o_k, b_y.to(p_y.dtype.element_ty), mask=m_k)
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """x [M, K], any distance between rows, with each element dropped with probability p, 0 to 1; seed is any int64."""
+    check_rows("dropout", x=x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if p >= 1:
+        return y.zero_()
+    numbers = row_numbers("dropout", x.shape[1], arch_key(x.device))
+    grid = (x.shape[0], cdiv(x.shape[1], numbers["BLOCK"]))
+    if x.numel():
+        launch(dropout_kernel, grid, x, y, x.stride(0), seed, float(p), K=x.shape[1], **numbers)
+    return y
+
+
+def _aot_cases() -> Iterator[AotCase]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.empty(4608, 3072, dtype=dtype, device="meta")
+        yield str(dtype).removeprefix("torch."), partial(dropout, x, 0.1, 1 << 40), tuple(AOT_TARGETS)
+
+
+AOT_VARIANTS = record_variants(_aot_cases())
