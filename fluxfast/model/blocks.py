@@ -28,7 +28,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fluxfast.model.fused import Reads, Run, factors_of, read_groups, seed_for
+from fluxfast.model.fused import Reads, Run, factors_of, norm_weights, read_groups, seed_for
 from fluxfast.model.fused_double import DoubleBlock
 from fluxfast.model.fused_single import SingleBlock
 from fluxfast.model.linear import project
@@ -115,8 +115,9 @@ class _Block:
     impl: str = "auto"
     policy: str = "none"
     residency: Any = None
-    # diffusers'
+    # diffusers', and its RMS norms in the order of `qk_norm_rope`
     attn: Any
+    qk_norms: tuple[str, ...]
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
         """The block's linears, those that share their input together, in the order of the fused Function's."""
@@ -133,14 +134,22 @@ class _Block:
             return None
         if processor._parallel_config is not None or processor._attention_backend not in _FUSED_BACKENDS:
             return None
-        if any(norm.weight.requires_grad for name, norm in attn.named_children() if name.startswith("norm_")):
+        if any(getattr(attn, name).weight.requires_grad for name in self.qk_norms):
             return None
         rope, mask = _rope(pe, attn.head_dim), kwargs.get("attention_mask")
         impl = _impl.resolve("a block", self.impl, (x, rope["cos"], rope["sin"]))
         heads = x.new_empty((0, 0, attn.heads, attn.head_dim))
         chosen = attention.resolve(_FUSED_BACKENDS[processor._attention_backend], heads, mask)
+        norms = norm_weights(*(getattr(attn, name) for name in self.qk_norms))
         return Run(
-            **rope, mask=mask, impl=impl, attention=chosen, compute=self.compute, policy=self.policy, seed=seed_for(reads)
+            **rope,
+            mask=mask,
+            norms=norms,
+            impl=impl,
+            attention=chosen,
+            compute=self.compute,
+            policy=self.policy,
+            seed=seed_for(reads),
         )
 
     def _composed_by_policy(self, *args: Any) -> Any:
@@ -152,6 +161,8 @@ class _Block:
 
 class DoubleStreamBlock(_Block, FluxTransformerBlock):
     """Text and image with weights of their own, joined in attention."""
+
+    qk_norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
         attn = self.attn
@@ -228,6 +239,8 @@ class DoubleStreamBlock(_Block, FluxTransformerBlock):
 
 class SingleStreamBlock(_Block, FluxSingleTransformerBlock):
     """One joint sequence; attention and MLP in parallel on the same normalised input."""
+
+    qk_norms = ("norm_q", "norm_k")
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
         return [(*_qkv(self.attn), self.proj_mlp), (self.proj_out,)]

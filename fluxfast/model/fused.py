@@ -43,6 +43,7 @@ class Run:
     sin: Tensor
     index: Tensor | None
     mask: Tensor | None
+    norms: Tensor
     impl: str
     attention: str
     compute: str

@@ -18,7 +18,6 @@ from fluxfast.model.fused import (
     codes_of,
     flat,
     keep_attention,
-    norm_weights,
     read_groups,
     save,
     saved,
@@ -150,9 +149,8 @@ class _DoubleActs:
         self.txt = _Stream("txt", run, txt_eps, groups[4:], txt, txt_mod, kept)
         self.img.project_qkv()
         self.txt.project_qkv()
-        weights = norm_weights(attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         (self.q, self.k, self.v), self.qk = qk_norm_rope.forward(
-            self.img.qkv, self.txt.qkv, weights, run.cos, run.sin, run.index,
+            self.img.qkv, self.txt.qkv, run.norms, run.cos, run.sin, run.index,
             heads=attn.heads, eps=attn.norm_q.eps, impl=run.impl,
         )  # fmt: skip
         self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)

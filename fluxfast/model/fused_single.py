@@ -17,7 +17,6 @@ from fluxfast.model.fused import (
     codes_of,
     flat,
     keep_attention,
-    norm_weights,
     read_groups,
     save,
     saved,
@@ -43,9 +42,8 @@ class _SingleActs:
             y, self.s_first = first.forward(self.x_in)
         self.y = y
         self.qkv, self.h = y.split([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
-        weights = norm_weights(attn.norm_q, attn.norm_k)
         (self.q, self.k, self.v), self.qk = qk_norm_rope.forward(
-            self.qkv, None, weights, run.cos, run.sin, run.index, heads=attn.heads, eps=attn.norm_q.eps, impl=impl
+            self.qkv, None, run.norms, run.cos, run.sin, run.index, heads=attn.heads, eps=attn.norm_q.eps, impl=impl
         )
         self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
         self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=impl)

@@ -63,15 +63,18 @@ def allocate(like: Mapping[str, Tensor], device: torch.device | str) -> dict[str
 def pack_groups(model: nn.Module) -> None:
     """Bring the linears of each group of a loaded model side by side, in place, one group's tensors at a time.
 
-    Plain and quantised linears, also under PEFT's; members that differ in device, dtype or width are left where they are, and
-    what lies side by side already is not touched, so that a second call does nothing. Call it after the model has been moved:
-    `.to()` gives each tensor memory of its own.
+    Plain and quantised linears, also under PEFT's, and the factors of adapters that all members carry (an adapter's A's, and
+    its B's). Members that differ in device, dtype or width are left where they are, and what lies side by side already is not
+    touched, so that a second call does nothing. Call it after the model has been moved: `.to()` gives each tensor memory of
+    its own.
     """
     # a member itself, not what an adapter has put into it
     found = {name: module for name, module in model.named_modules() if (m := _MEMBER.fullmatch(name)) and not m[3]}
     modules = {name: getattr(module, "base_layer", module) for name, module in found.items()}
     for members in groups(modules):
         linears = [modules[name] for name in members]
+        for factor in ("lora_A", "lora_B"):
+            _pack_factors([getattr(found[name], factor, {}) for name in members])
         if any(type(linear) not in (nn.Linear, QuantLinear) for linear in linears):
             continue
         tensors = [{**dict(linear.named_parameters()), **dict(linear.named_buffers())} for linear in linears]
@@ -80,8 +83,16 @@ def pack_groups(model: nn.Module) -> None:
                 _pack(linears, name, [each[name] for each in tensors])
 
 
+def _pack_factors(factors: Sequence[Mapping[str, nn.Module]]) -> None:
+    """One of PEFT's two factors, by adapter, of each member."""
+    for adapter in factors[0]:
+        if all(adapter in each for each in factors):
+            linears = [each[adapter] for each in factors]
+            _pack(linears, "weight", [linear.weight for linear in linears])  # type: ignore[misc]
+
+
 def _pack(linears: Sequence[nn.Module], name: str, tensors: Sequence[Tensor]) -> None:
-    if tensors[0].is_meta or not _alike(tensors) or side_by_side(tensors):
+    if not _alike(tensors) or side_by_side(tensors):
         return
     for linear, tensor, place in zip(linears, tensors, _slices(tensors, tensors[0].device), strict=True):
         place.copy_(tensor.detach())

@@ -21,6 +21,7 @@ from fluxfast.adapters.formats import load_lora, modelspec_metadata, save_lora
 from fluxfast.adapters.lora import adapter_state, add_lora, load_adapter_state, trainable_parameters
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
+from fluxfast.model.packing import pack_groups
 from fluxfast.train import state
 from fluxfast.train.compute import choose_compute
 from fluxfast.train.config import TrainConfig
@@ -143,6 +144,7 @@ class Trainer:
                     init="default" if self.saved else config.lora_init_type,
                     dtype=dtype,
                 )
+        pack_groups(transformer)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
             transformer.gradient_checkpointing_interval = config.gradient_checkpointing_interval or 1

@@ -98,6 +98,23 @@ def test_under_adapters():
     assert side_by_side([linear.bias for linear in linears])
 
 
+def test_factors_of_adapters():
+    model = make_model()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "proj_mlp", "add_q_proj"]))
+    model.add_adapter(LoraConfig(r=3, target_modules=["to_q", "to_k", "to_v"]), "second")
+    before = copy.deepcopy(model.state_dict())
+    factors = [p for n, p in model.named_parameters() if "lora_" in n]
+    pack_groups(model)
+    assert all(p is q for p, q in zip(factors, [p for n, p in model.named_parameters() if "lora_" in n], strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    block = model.single_transformer_blocks[0]
+    for factor in ("lora_A", "lora_B"):
+        group = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+        assert side_by_side([getattr(linear, factor)["default"].weight for linear in group])
+        double = model.transformer_blocks[0].attn
+        assert side_by_side([getattr(linear, factor)["second"].weight for linear in (double.to_q, double.to_k, double.to_v)])
+
+
 def test_unlike_members_stay():
     model = make_model()
     attn = model.transformer_blocks[0].attn
