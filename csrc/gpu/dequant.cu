@@ -47,7 +47,7 @@ struct Int2Eight {
 };
 
 struct Nf4Eight {
-  Nf4Parts parts;
+  GpuNf4Parts parts;
   int64_t cols;
 
   FLUXFAST_FN float absmax(int64_t block) const {
@@ -109,7 +109,7 @@ const char* gpu_dequantize_int2(uint16_t* out, int64_t rows, int64_t cols, Int2P
   return dequant(Int2Eight{parts, ceil_div(cols, Int2Format::kGroup)}, out, rows, cols, queue);
 }
 
-const char* gpu_dequantize_nf4(uint16_t* out, int64_t rows, int64_t cols, Nf4Parts parts, GpuQueue queue) {
+const char* gpu_dequantize_nf4(uint16_t* out, int64_t rows, int64_t cols, GpuNf4Parts parts, GpuQueue queue) {
   return dequant(Nf4Eight{parts, cols}, out, rows, cols, queue);
 }
 

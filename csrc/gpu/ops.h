@@ -13,7 +13,7 @@ struct GpuQueue {
 };
 
 // nf4's parts, its levels [16], and the values [256] of absmax
-struct Nf4Parts {
+struct GpuNf4Parts {
   const uint8_t* packed;
   const uint8_t* absmax;
   const float* nested_absmax;
@@ -31,6 +31,6 @@ const char* gpu_row_quant(Weight x, const float* col_scale, Codes codes, GpuQueu
 // [rows, cols] of bf16
 const char* gpu_dequantize_int4(uint16_t* out, int64_t rows, int64_t cols, Int4Parts parts, GpuQueue queue);
 const char* gpu_dequantize_int2(uint16_t* out, int64_t rows, int64_t cols, Int2Parts parts, GpuQueue queue);
-const char* gpu_dequantize_nf4(uint16_t* out, int64_t rows, int64_t cols, Nf4Parts parts, GpuQueue queue);
+const char* gpu_dequantize_nf4(uint16_t* out, int64_t rows, int64_t cols, GpuNf4Parts parts, GpuQueue queue);
 
 }  // namespace fluxfast
