@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fluxfast_kernels
 from fluxfast.adapters.lora import add_lora
+from fluxfast.model.packing import pack_groups
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import _impl, attention
 from fluxfast.quant import FORMATS
@@ -39,7 +40,8 @@ def build(cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = 
     """A frozen transformer of class `cls` on meta tensors."""
     with torch.device("meta"):
         model = cls(**shape.config)
-    return model.to(dtype).requires_grad_(False).train()
+    # diffusers' own `to` warns of modules that it would rather see in fp32, of which there are none
+    return nn.Module.to(model, dtype).requires_grad_(False).train()
 
 
 def store_quantized(model: nn.Module, format: str) -> None:
@@ -75,6 +77,7 @@ def fluxfast_model(
     if format is not None:
         store_quantized(model, format)
     add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
+    pack_groups(model)
     model.set_compute(compute)
     model.set_recompute(recompute)
     return model.train()
