@@ -152,7 +152,7 @@ def sizes_of(transformer: nn.Module) -> FluxSizes:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The table's entry of a device; of one that it lacks, its memory with an RTX 3090's rates, which only order the choices."""
+    """The table's entry of a device; where it has none, an RTX 3090's rates, which only order the choices."""
     properties = torch.cuda.get_device_properties(device)
     try:
         gpu = find_gpu(properties.name)
