@@ -70,15 +70,14 @@ OPTIM_LAUNCH: LaunchTable = {
 # which engine takes a wide product with float activations, by what W is and up to how many tokens (None: any number):
 #   "library"  torch's GEMM, then bias and a thin product for the adapters;    "fused"  our kernel, with those in its epilogue
 #   "codes"    our kernel on W's stored codes, converted in registers;         "decode" W decoded to a scratch, then as "float"
-# None of these is measured yet. They are where others' measurements point: a library's GEMM is the faster one by more than the
-# epilogue saves on chips with asynchronous tensor cores, and about as fast as ours before them; a kernel that converts codes as
-# it reads them wins while a weight tile is read once, up to about 64 tokens. `fluxfast-bench ops` times both sides of each row
+# None of these is measured yet. "fused" saves a launch and a pass over y for each linear with an adapter, which a library's GEMM
+# must be faster by (on chips with asynchronous tensor cores it may be); a kernel that converts codes as it reads them wins while
+# a weight tile is read once, up to about 64 tokens. `fluxfast-bench ops` times both sides of each row
 # on a device: put its architecture's rows here.
 WideRows = tuple[tuple[int | None, str], ...]
 WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
     "float": {
-        "default": ((None, "library"),),
-        **dict.fromkeys(("sm_80", "sm_86", "sm_89"), ((None, "fused"),)),
+        "default": ((None, "fused"),),
     },
     "int8": {"default": ((64, "codes"), (None, "decode"))},
     # Triton converts e4m3 on these only

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from fluxfast_kernels._launch import LaunchTable, cdiv, launch, launch_numbers, next_pow2
 
-# programs that keep a device busy
+# programs that fill a device
 PROGRAMS: LaunchTable = {
     "default": {"programs": 128},
-    "sm_80": {"programs": 216},
-    "sm_89": {"programs": 256},
-    "sm_90": {"programs": 264},
+    "sm_80": {"programs": 108},
     "gfx942": {"programs": 304},
 }
 
@@ -35,8 +33,12 @@ def sum_slabs_kernel(p_slabs, p_out, M, N, n_slabs, stride_slab, stride_out, BLO
 
 
 def split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts to cut a sum that `programs` would take, and their length, which is at least four blocks."""
-    parts = max(1, launch_numbers(PROGRAMS, device)["programs"] // programs)
+    """Into how many parts to cut a sum that `programs` would take, and their length, which is at least four blocks.
+
+    One, unless it would leave three quarters of the device idle: adding parts up is a launch of its own.
+    """
+    full = launch_numbers(PROGRAMS, device)["programs"]
+    parts = 1 if 4 * programs >= full else full // programs
     part = max(cdiv(cdiv(length, parts), block), 4) * block
     return cdiv(length, part), part
 

@@ -192,14 +192,14 @@ DOWN: dict[str, LaunchTable] = {
     "half": {
         "default": _tile(32, 64, 4, 2),
         **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _tile(32, 128, 4, 3)),
-        "sm_90": _tile(32, 128, 4, 4),
+        "sm_90": _tile(16, 128, 4, 4),
     },
     "wide": {"default": _tile(32, 32, 4, 2)},
 }
 OUTER: dict[str, LaunchTable] = {
     "half": {
         "default": _tile(32, 64, 4, 2),
-        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"), _tile(64, 128, 8, 3)),
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"), _tile(64, 32, 4, 3)),
         "gfx942": _tile(32, 128, 8, 2),
     },
     "wide": {"default": _tile(16, 32, 8, 2)},
