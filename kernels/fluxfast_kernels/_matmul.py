@@ -245,7 +245,7 @@ MATMUL: dict[str, LaunchTable] = {
         sm_90=_tile(128, 256, 64, 8, 4),
         gfx942=_tile(128, 128, 64, 8, 2),
     ),
-    "fp32": _tiles(_tile(64, 64, 32, 8, 2), _tile(64, 64, 16, 8, 3), sm_90=_tile(64, 64, 16, 8, 3)),
+    "fp32": _tiles(_tile(64, 64, 32, 8, 2), _tile(64, 64, 16, 8, 3), sm_90=_tile(64, 64, 32, 8, 3)),
 }
 # where w's contraction is not the contiguous dimension. sm_90's 8-bit tensor cores take K-major operands only, so its tile is
 # transposed byte by byte, which a wider tile doesn't make cheaper
