@@ -15,6 +15,7 @@ COMMANDS = {
     "step": ("step", "time whole training steps beside the peers: diffusers + PEFT, quanto, bitsandbytes, SDNQ, torchao"),
     "startup": ("startup", "time and memory from a checkpoint to the first step"),
     "aot": ("aot", "compile every Triton kernel for every GPU, without one: registers, spills, shared memory"),
+    "formats": ("formats", "error of each storage format beside optimum-quanto's and bitsandbytes'"),
     "counts": ("counts", "count what a full-size step launches and moves, beside diffusers + PEFT; no GPU is needed"),
     "vram": ("vram", "the memory of a full-size step for every preset, beside its target and the plan's; no GPU is needed"),
     "report": ("report", "make the README's tables and the plots from stored results"),
