@@ -1,0 +1,60 @@
+"""`LinearGroup` on the CPU: adapters that go into a copy of W where that is the shorter way."""
+
+import pytest
+import torch
+
+from fluxfast.ops.linear_group import Adapter, LinearGroup, LinearParams
+from fluxfast.ops.row_quant import RowOutput
+from support import relative_error
+
+
+def linears(counts=(1, 0, 2), weight_dtype=torch.float32, dropout=0.0):
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def adapter():
+        return Adapter(randn(3, 24), randn(16, 3), 0.7, dropout)
+
+    return [LinearParams(randn(16, 24).to(weight_dtype), randn(16), tuple(adapter() for _ in range(n))) for n in counts]
+
+
+def both_ways(params, tokens, impl, dtype, **options):
+    """Forward's y and s, backward's dx and gradients, and whether W was replaced by a copy with the adapters in it."""
+    g = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(tokens, n, generator=g, dtype=torch.float64).to(dtype) for n in (24, 48))
+    group = LinearGroup(params, dtype, impl=impl, **options)
+    y, s = group.forward(RowOutput(x, None, None))
+    dx, grads = group.backward(dy, RowOutput(x, None, None), s)
+    return [y, s, dx, *(grad for pair in grads for grad in pair)], group._merges(tokens)
+
+
+# fp32 against fp64: sums of up to 64 products, 6e-8 each
+FP32 = 3e-6
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "merged"), [(1, False), (47, False), (48, True), (63, True)])
+def test_adapters_within_the_weight(tokens, merged, weight_dtype):
+    params = linears(weight_dtype=weight_dtype)
+    before = [p.weight.clone() for p in params]
+    actual, merges = both_ways(params, tokens, "native", torch.float32)
+    assert merges == merged
+    doubles = [
+        LinearParams(p.weight.double(), p.bias.double(), tuple(a._replace(a=a.a.double(), b=a.b.double()) for a in p.adapters))
+        for p in params
+    ]
+    expected, _ = both_ways(doubles, tokens, "ref", torch.float64)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < FP32
+    assert all(torch.equal(p.weight, w) for p, w in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"compute": "int8"}, {"dropout_seed": 3}, {"params": linears(counts=(0, 0, 0))}, {"impl": "ref"}]
+)
+def test_where_they_stay_apart(options):
+    params = options.pop("params", linears(dropout=0.5))
+    impl = options.pop("impl", "native")
+    assert not LinearGroup(params, torch.float32, impl=impl, **options)._merges(1000)
