@@ -194,7 +194,7 @@ def _reader() -> Iterator[ThreadPoolExecutor]:
 
 def _fill(stream: BinaryIO, place: Place, buffer: Tensor) -> Tensor:
     data = buffer[: place.end - place.begin]
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     stream.seek(place.begin)
     while view:
         count = stream.readinto(view)  # type: ignore[attr-defined]

@@ -101,7 +101,7 @@ def free_bytes(path: Path) -> int:
 
 def _write(stream: BinaryIO, begin: int, tensor: Tensor) -> None:
     stream.seek(begin)
-    stream.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    stream.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
