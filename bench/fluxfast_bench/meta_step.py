@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fluxfast_kernels
 from fluxfast.adapters.lora import add_lora
 from fluxfast.model.packing import pack_groups
+from fluxfast.model.packing import pack_groups
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import _impl, attention
 from fluxfast.quant import FORMATS
@@ -156,6 +157,8 @@ def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
         importlib.import_module(f"fluxfast_kernels.{module.name}")
     functional = torch.nn.functional
     with (
+        # torch knows no autocast of meta tensors, not even that it is off
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
         mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
         mock.patch.object(functional, "rms_norm", _one_rms_norm),
         mock.patch.object(_impl, "resolve", _resolve),

@@ -128,7 +128,11 @@ class Counting(TorchDispatchMode):
         """A Triton kernel's tensors, each read or written once."""
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
         moved = sum(map(touched_bytes, _distinct(arg for arg in args if isinstance(arg, Tensor))))
-        self.tally.add("gemm" if name == "matmul_kernel" else "memory", name, 1, moved)
+        category: Category = "memory"
+        if name == "matmul_kernel":
+            # its first argument is x [rows, columns]
+            category = "gemv" if args[0].shape[0] <= self.batch else "gemm"
+        self.tally.add(category, name, 1, moved)
 
 
 def _tensors(value: Any) -> list[Tensor]:
