@@ -25,7 +25,7 @@ template <class T>
 struct FloatDecoder {
   Weight weight;
 
-  template <class Out>
+  template <class>
   void decode(int64_t row, float* __restrict y) const {
     const typename T::Stored* __restrict x = row_of<T>(weight, row);
     for (int64_t j = 0; j < weight.cols; ++j) y[j] = T::load(x[j]);
@@ -48,7 +48,7 @@ void gemv_int4(Gemv gemv, Int4Parts parts, int threads) { gemv_rows(Int4Decoder(
 
 void gemv_int2(Gemv gemv, Int2Parts parts, int threads) { gemv_rows(Int2Decoder(parts, gemv.cols), gemv, threads); }
 
-void gemv_nf4(Gemv gemv, Nf4Parts parts, int threads) {
+void gemv_nf4(Gemv gemv, StoredNf4 parts, int threads) {
   const NestedAbsmax absmax{parts.absmax, parts.nested_absmax, parts.offset, parts.values};
   gemv_rows(Nf4Decoder<NestedAbsmax>{parts.packed, absmax, gemv.cols}, gemv, threads);
 }

@@ -13,7 +13,7 @@ struct Gemv {
 };
 
 // nf4 as it is stored; values [256] are the numbers that codes of max|w| stand for
-struct Nf4Parts {
+struct StoredNf4 {
   const uint8_t* packed;
   const uint8_t* absmax;
   const float* nested_absmax;
@@ -28,6 +28,6 @@ struct Nf4Parts {
   OP(gemv_fp8_e4m3, (Gemv gemv, const uint8_t* packed, const float* scale, int threads)) \
   OP(gemv_int4, (Gemv gemv, Int4Parts parts, int threads))                               \
   OP(gemv_int2, (Gemv gemv, Int2Parts parts, int threads))                               \
-  OP(gemv_nf4, (Gemv gemv, Nf4Parts parts, int threads))
+  OP(gemv_nf4, (Gemv gemv, StoredNf4 parts, int threads))
 
 }  // namespace fluxfast
