@@ -26,7 +26,8 @@ input whether its gradient is wanted, in the inputs' order; `grads` answers in t
 What an 8-bit product or a wider buffer wants of a gradient, its producer writes: `gelu.backward_rows`,
 `gated_residual.backward_rows` and `modulated_layer_norm.backward_residual` give a RowOutput, `qk_norm_rope.backward` and
 `gelu.backward_rows` write to slices that they are given. `modulated_layer_norm.forward_residual` is a gated residual and the
-norm after it in one pass. `linear_group` and `attention` have shapes of their own: see there.
+norm after it in one pass. `linear_group`, which `lora_linear` and `quant_matmul` are made of, and `attention` have shapes of
+their own: see there.
 
 A RowOutput has values, codes of a row-quantised form, or both, as `out=` asks; the gradient is that of the values, written or
 not. Inside `forward` of an autograd.Function torch records nothing; elsewhere, call these under `torch.no_grad()`.

@@ -91,19 +91,19 @@ def lora_linear(
         )
     factors = [t for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
     stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]
-    obstacle = "this GPU has no products of e4m3" if compute == "e4m3" and not _multiplies_e4m3(x) else None
-    backend = _impl.resolve("lora_linear", impl, (x,), cast=(*stored, *factors), obstacle=obstacle)
+    backend = _impl.resolve("lora_linear", impl, (x,), cast=(*stored, *factors), obstacle=codes_obstacle(x, compute))
     # only the tensors passed one by one belong to the graph
     detached = [p._replace(adapters=tuple(a._replace(a=a.a.detach(), b=a.b.detach()) for a in p.adapters)) for p in linears]
     return _LoraLinear.apply(x, detached, compute, backend, dropout_seed, *factors)
 
 
-def _multiplies_e4m3(x: Tensor) -> bool:
-    if not x.is_cuda or not _impl.HAS_TRITON:
-        return True
+def codes_obstacle(x: Tensor, compute: str) -> str | None:
+    """Why only the reference has products of `compute` where x is; None where there is no such reason."""
+    if compute != "e4m3" or not x.is_cuda or not _impl.HAS_TRITON:
+        return None
     from fluxfast_kernels._launch import multiplies_e4m3
 
-    return multiplies_e4m3(x.device)
+    return None if multiplies_e4m3(x.device) else "this GPU has no products of e4m3"
 
 
 def _check(x: Tensor, linears: Sequence[LinearParams], compute: str) -> None:

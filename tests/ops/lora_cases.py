@@ -1,7 +1,7 @@
 """Groups of linears for `lora_linear`, and what it must give: its formula in fp64 on the codes that it is to read."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from op_checks import TRITON_DEVICE
@@ -9,41 +9,9 @@ from torch import Tensor
 
 from fluxfast.ops.linear_group import Adapter, LinearParams
 from fluxfast.ops.lora_linear import lora_linear
+from fluxfast.ops.quant_matmul import CodedWeight
 from fluxfast.ops.row_quant import Quantized, row_quant_ref
 from support import relative_error
-
-
-class Codes(NamedTuple):
-    """A frozen weight that is stored as codes, or, with `fmt` None, as floats that have to be decoded."""
-
-    q: Tensor
-    scale: Tensor
-    fmt: str | None
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.q.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
-
-    def stores(self, fmt: str) -> bool:
-        return fmt == self.fmt
-
-    def to(self, dtype: torch.dtype) -> Tensor:
-        return (self.q.float() * self.scale[:, None]).to(dtype)
-
-    def decode_into(self, out: Tensor) -> None:
-        out.copy_(self.to(out.dtype))
-
-    def codes(self, fmt: str) -> Quantized:
-        return Quantized(self.q, self.scale) if fmt == self.fmt else row_quant_ref(self.to(torch.float32), fmt)
-
-    def codes_into(self, q: Tensor, scale: Tensor) -> None:
-        codes = self.codes("int8" if q.dtype == torch.int8 else "e4m3")
-        q.copy_(codes.q)
-        scale.copy_(codes.scale)
 
 
 def make_group(
@@ -90,7 +58,7 @@ def as_codes(linears: Sequence[LinearParams], stored: str | None, packed: bool) 
     outs = [len(w) for w in weights]
     pieces = zip(q.split(outs), scale.split(outs), strict=True)
     return [
-        p._replace(weight=Codes(*((q_i, scale_i) if packed else (q_i.clone(), scale_i.clone())), stored))
+        p._replace(weight=CodedWeight(*((q_i, scale_i) if packed else (q_i.clone(), scale_i.clone())), stored or "none"))
         for p, (q_i, scale_i) in zip(linears, pieces, strict=True)
     ]
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from lora_cases import CASES, TOLERANCES, Codes, as_codes, check, device_of, expected, leaves, make_group
+from lora_cases import CASES, TOLERANCES, as_codes, check, device_of, expected, leaves, make_group
 from op_cases import every_impl
 
 from fluxfast.ops import _linear_triton
 from fluxfast.ops.linear_group import Adapter, LinearGroup, LinearParams
 from fluxfast.ops.lora_linear import lora_linear, lora_linear_ref
+from fluxfast.ops.quant_matmul import CodedWeight
 from fluxfast.ops.row_quant import Quantized, RowOutput, row_quant_ref
 from support import relative_error
 
@@ -103,7 +104,9 @@ def test_int8_products_are_exact_at_any_shape(compute):
             g = torch.Generator().manual_seed(k)
             x = torch.randn(m, k, generator=g)
             codes = row_quant_ref(torch.randn(n, k, generator=g), compute)
-            group = LinearGroup([LinearParams(Codes(*codes, compute), None)], torch.float32, compute=compute, impl="native")
+            group = LinearGroup(
+                [LinearParams(CodedWeight(*codes, compute), None)], torch.float32, compute=compute, impl="native"
+            )
             xq = row_quant_ref(x, compute)
             wide = torch.empty(m, k + 5, dtype=xq.q.dtype)
             wide[:, 2 : k + 2].copy_(xq.q)
