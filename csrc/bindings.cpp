@@ -63,14 +63,15 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "gelu_fwd",
-      [](Address x, int64_t x_s, Address y, int64_t rows, int64_t cols, int threads) {
-        cpu().gelu_fwd({in(x), 0, x_s}, out(y), {1, rows, cols}, threads);
+      [](Address x, int64_t x_s, Address y, int64_t y_s, int64_t rows, int64_t cols, int threads) {
+        cpu().gelu_fwd({in(x), 0, x_s}, {out(y), 0, y_s}, {1, rows, cols}, threads);
       },
       no_gil);
   m.def(
       "gelu_bwd",
-      [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address dx, int64_t rows, int64_t cols, int threads) {
-        cpu().gelu_bwd({in(dy), 0, dy_s}, {in(x), 0, x_s}, out(dx), {1, rows, cols}, threads);
+      [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address dx, int64_t dx_s, int64_t rows, int64_t cols,
+         int threads) {
+        cpu().gelu_bwd({in(dy), 0, dy_s}, {in(x), 0, x_s}, {out(dx), 0, dx_s}, {1, rows, cols}, threads);
       },
       no_gil);
   m.def(
@@ -105,12 +106,13 @@ PYBIND11_MODULE(_C, m) {
       [](Address dq, int64_t dq_b, int64_t dq_s, int64_t dq_h, Address dk, int64_t dk_b, int64_t dk_s, int64_t dk_h,
          Address dv, int64_t dv_b, int64_t dv_s, int64_t dv_h, Address q, Address k, Address qkv, int64_t qkv_b,
          int64_t qkv_s, Address txt, int64_t txt_b, int64_t txt_s, Address rstd, Address weights, Address cos, Address sin,
-         Address index, int64_t index_bytes, int64_t index_b, Address dqkv, Address dtxt, int64_t batch, int64_t txt_rows,
-         int64_t img_rows, int64_t heads, int64_t head_dim, int threads) {
+         Address index, int64_t index_bytes, int64_t index_b, Address dqkv, int64_t dqkv_b, int64_t dqkv_s, Address dtxt,
+         int64_t dtxt_b, int64_t dtxt_s, int64_t batch, int64_t txt_rows, int64_t img_rows, int64_t heads,
+         int64_t head_dim, int threads) {
         const RowIndex rows{reinterpret_cast<const void*>(index), index_bytes, index_b};
         cpu().qk_norm_rope_bwd({in(dq), dq_b, dq_s, dq_h}, {in(dk), dk_b, dk_s, dk_h}, {in(dv), dv_b, dv_s, dv_h}, in(q),
                                in(k), {in(qkv), qkv_b, qkv_s}, {in(txt), txt_b, txt_s}, in(rstd), in(weights),
-                               {in(cos), in(sin), rows}, out(dqkv), out(dtxt),
+                               {in(cos), in(sin), rows}, {out(dqkv), dqkv_b, dqkv_s}, {out(dtxt), dtxt_b, dtxt_s},
                                {batch, txt_rows, img_rows, heads, head_dim}, threads);
       },
       no_gil);

@@ -51,7 +51,7 @@ static inline float gelu_derivative(float x) {
   return sigmoid + z * (kLinear + 3.0f * kCubic * z * z) * sigmoid * (e * sigmoid);
 }
 
-// calls body(first element in x's row, first element overall, length) for the rows' pieces in one task's share of the elements
+// calls body(row, first element in it, length) for the rows' pieces in one task's share of the elements
 template <class Body>
 static void for_each_piece(const Shape& shape, int threads, const Body& body) {
   const int64_t elements = shape.rows * shape.cols;
@@ -61,26 +61,26 @@ static void for_each_piece(const Shape& shape, int threads, const Body& body) {
     while (i < end) {
       const int64_t col = i % shape.cols;
       const int64_t length = min64(shape.cols - col, end - i);
-      body(i / shape.cols, col, i, length);
+      body(i / shape.cols, col, length);
       i += length;
     }
   });
 }
 
-void gelu_fwd(Rows x, float* y, Shape shape, int threads) {
-  for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t first, int64_t length) {
+void gelu_fwd(Rows x, OutRows y, Shape shape, int threads) {
+  for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t length) {
     const float* __restrict xs = row_at(x, 0, row) + col;
-    float* __restrict ys = y + first;
+    float* __restrict ys = row_at(y, 0, row) + col;
     for (int64_t j = 0; j < length; ++j) ys[j] = gelu(xs[j]);
   });
 }
 
-void gelu_bwd(Rows dy, Rows x, float* dx, Shape shape, int threads) {
-  for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t first, int64_t length) {
+void gelu_bwd(Rows dy, Rows x, OutRows dx, Shape shape, int threads) {
+  for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t length) {
     const float* __restrict dys = row_at(dy, 0, row) + col;
     // dx may be x
     const float* xs = row_at(x, 0, row) + col;
-    float* dxs = dx + first;
+    float* dxs = row_at(dx, 0, row) + col;
 #pragma omp simd
     for (int64_t j = 0; j < length; ++j) dxs[j] = dys[j] * gelu_derivative(xs[j]);
   });

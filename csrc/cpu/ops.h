@@ -21,6 +21,12 @@ struct Rows {
   int64_t batch_stride, row_stride;
 };
 
+// [B, S, D] to write
+struct OutRows {
+  float* data;
+  int64_t batch_stride, row_stride;
+};
+
 // [B, D] to read
 struct PerSample {
   const float* data;
@@ -59,8 +65,8 @@ struct HeadsShape {
   OP(gated_residual_fwd, (Rows x, PerSample gate, Rows y, float* out, Shape shape, int threads))                          \
   OP(gated_residual_bwd,                                                                                                  \
      (Rows dout, PerSample gate, Rows y, float* dy, float* dgate, Shape shape, int threads))                              \
-  OP(gelu_fwd, (Rows x, float* y, Shape shape, int threads))                                                              \
-  OP(gelu_bwd, (Rows dy, Rows x, float* dx, Shape shape, int threads))                                                    \
+  OP(gelu_fwd, (Rows x, OutRows y, Shape shape, int threads))                                                             \
+  OP(gelu_bwd, (Rows dy, Rows x, OutRows dx, Shape shape, int threads))                                                   \
   OP(modulated_layer_norm_fwd, (Rows x, PerSample scale, PerSample shift, float* y, float* stats, Shape shape, float eps,  \
                                 int threads))                                                                             \
   OP(modulated_layer_norm_bwd, (Rows dy, Rows x, PerSample scale, const float* stats, float* dx, float* dmodulation,      \
@@ -68,7 +74,7 @@ struct HeadsShape {
   OP(qk_norm_rope_fwd, (Rows qkv, Rows txt_qkv, const float* weights, Rope rope, float* q, float* k, float* v,            \
                         float* rstd, HeadsShape shape, float eps, int threads))                                           \
   OP(qk_norm_rope_bwd, (Heads dq, Heads dk, Heads dv, const float* q, const float* k, Rows qkv, Rows txt_qkv,             \
-                        const float* rstd, const float* weights, Rope rope, float* dqkv, float* dtxt_qkv,                 \
+                        const float* rstd, const float* weights, Rope rope, OutRows dqkv, OutRows dtxt_qkv,               \
                         HeadsShape shape, int threads))                                                                   \
   OP(qk_norm_rope_invertible, (const float* weights, int64_t weight_count, const float* cos, const float* sin,            \
                                int64_t table_count, bool* invertible))                                                    \

@@ -130,7 +130,7 @@ void qk_norm_rope_fwd(Rows qkv, Rows txt_qkv, const float* weights, Rope rope, f
 }
 
 void qk_norm_rope_bwd(Heads dq, Heads dk, Heads dv, const float* q, const float* k, Rows qkv, Rows txt_qkv,
-                      const float* rstd, const float* weights, Rope rope, float* dqkv, float* dtxt_qkv, HeadsShape shape,
+                      const float* rstd, const float* weights, Rope rope, OutRows dqkv, OutRows dtxt_qkv, HeadsShape shape,
                       int threads) {
   const int64_t head_dim = shape.head_dim;
   const int64_t width = shape.heads * head_dim;
@@ -146,8 +146,7 @@ void qk_norm_rope_bwd(Heads dq, Heads dk, Heads dv, const float* q, const float*
       const float* r = rstd + token.joint_row * 2 * shape.heads;
       const Heads dys[2] = {dq, dk};
       const float* ys[2] = {q, k};
-      float* dpacked = token.is_txt ? dtxt_qkv + (token.b * shape.txt_rows + token.txt_row) * 3 * width
-                                    : dqkv + (token.b * shape.img_rows + token.img_row) * 3 * width;
+      float* dpacked = token.is_txt ? row_at(dtxt_qkv, token.b, token.txt_row) : row_at(dqkv, token.b, token.img_row);
       for (int64_t i = 0; i < 2; ++i) {
         const float* w = weights + weight_row + i * head_dim;
         for (int64_t head = 0; head < shape.heads; ++head) {

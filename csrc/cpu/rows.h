@@ -26,6 +26,10 @@ static inline const float* row_at(const Rows& x, int64_t b, int64_t s) {
   return x.data + b * x.batch_stride + s * x.row_stride;
 }
 
+static inline float* row_at(const OutRows& y, int64_t b, int64_t s) {
+  return y.data + b * y.batch_stride + s * y.row_stride;
+}
+
 static inline const float* row_at(const PerSample& x, int64_t b) { return x.data + b * x.batch_stride; }
 
 // enough running sums to fill four vectors of 512 bits: one vector alone would wait for each addition before the next

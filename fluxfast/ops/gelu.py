@@ -24,9 +24,12 @@ def gelu_fwd(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tens
         made = kernels.gelu_fwd(_as_tokens(x), out=out, prefix=None if prefix is None else _as_tokens(prefix))
         return [_like_rows(part, x) for part in made if part is not None]
     x, rows, cols, stride = _as_rows(x)
-    y = _impl.contiguous_like(x)
-    _impl.native.gelu_fwd(x.data_ptr(), stride, y.data_ptr(), rows, cols, torch.get_num_threads())
-    y = y if prefix is None else torch.cat((prefix, y), dim=-1)
+    first = 0 if prefix is None else prefix.shape[-1]
+    y = x.new_empty(*x.shape[:-1], first + cols) if x.ndim else torch.empty_like(x)
+    if prefix is not None:
+        y[..., :first] = prefix
+    start = y.data_ptr() + first * y.element_size()
+    _impl.native.gelu_fwd(x.data_ptr(), stride, start, first + cols, rows, cols, torch.get_num_threads())
     return row_quant.values_and_codes(y, y.dtype, out)
 
 
@@ -42,8 +45,11 @@ def gelu_bwd(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Te
         return [_like_rows(part, x) for part in made if part is not None and part is not target]
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
-    dx = _impl.contiguous_like(x)
-    _impl.native.gelu_bwd(dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), rows, cols, torch.get_num_threads())
+    # rows that lie evenly apart are written where they are wanted, others are copied there
+    dx, _, _, dx_stride = _as_rows(_impl.contiguous_like(x) if into is None else into)
+    _impl.native.gelu_bwd(
+        dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), dx_stride, rows, cols, torch.get_num_threads()
+    )
     return row_quant.values_and_codes(dx, dx.dtype, out, col_scale, into)
 
 

@@ -132,10 +132,8 @@ def qk_norm_rope_bwd(
     txt_qkv = None if txt_qkv is None else _impl.dense_rows(txt_qkv)
     batch, s_all, heads, head_dim = dq.shape
     given = (dqkv, dtxt_qkv)
-    # the native module writes contiguous rows only
-    strided = impl == "triton"
     img, txt = (
-        out if out is not None and (strided or out.is_contiguous()) else dq.new_empty((batch, tokens, 3 * heads * head_dim))
+        out if out is not None and out.stride(-1) == 1 else dq.new_empty((batch, tokens, 3 * heads * head_dim))
         for out, tokens in ((dqkv, s_all - s_txt), (dtxt_qkv, s_txt))
     )
     if impl == "triton":
@@ -154,7 +152,7 @@ def qk_norm_rope_bwd(
         *_packed_args(qkv),
         *_packed_args(txt_qkv),
         rstd.data_ptr(), weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *_index_args(index),
-        img.data_ptr(), txt.data_ptr(),
+        img.data_ptr(), *img.stride()[:2], txt.data_ptr(), *txt.stride()[:2],
         batch, s_txt, s_all - s_txt, heads, head_dim, torch.get_num_threads(),
     )  # fmt: skip
     return _written((img, txt), given)

@@ -107,7 +107,8 @@ def values_and_codes(
     """
     parts = []
     if into is not None:
-        into.copy_(values)
+        if into is not values:
+            into.copy_(values)
     elif out not in FORMATS:
         parts.append(values.to(dtype))
     if out != "same":
