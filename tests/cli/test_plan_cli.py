@@ -75,9 +75,8 @@ def test_what_fits_nowhere_comes_with_what_would_help(report):
 
 @pytest.mark.parametrize(("gpu", "compute"), [("RTX 3090", "same"), ("RTX 4090", "e4m3")])
 def test_products_run_in_what_the_gpu_has(report, gpu, compute):
-    assert (
-        report("--gpu", gpu, "--base_model_precision=fp8-quanto", "--gradient_checkpointing_interval=1")["compute"] == compute
-    )
+    found = report("--gpu", gpu, "--base_model_precision=fp8-quanto", "--gradient_checkpointing_interval=1")
+    assert found["compute"] == compute
 
 
 def test_the_largest_batch_counts(report, tmp_path):
