@@ -55,9 +55,9 @@ command -v nvidia-smi >/dev/null && nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 
 if [ -n "${SMALL:-}" ]; then
   stage tests 240 python3 -m pytest tests/kernels/test_gelu_kernels.py -x -q -p no:cacheprovider
-  measure step 240 step --results "$results" --shapes small-b1 --rounds 2 --seconds 0.2 \
+  measure step 240 step --results "$results" --shapes tiny --rounds 2 --seconds 0.2 \
     --contestants diffusers,fluxfast,fluxfast-int8,quanto-int8
-  measure ops 180 ops --results "$results" --shapes small-b1 --seconds 0.05 --ops gelu,gated_residual --contenders fluxfast,eager
+  measure ops 180 ops --results "$results" --shapes tiny --seconds 0.05 --ops gelu,gated_residual --contenders fluxfast,eager
   measure startup 120 startup --results "$results"
   exit 0
 fi
@@ -72,7 +72,7 @@ measure step-512 240 step --results "$results" --shapes 512px-b1 --rounds 3 --se
 measure ops 180 ops --results "$results" --shapes 1024px-b1 --seconds 0.2
 # the other peers, beside ours again: an anchor makes runs comparable, but a table is of one run
 measure step-peers 330 step --results "$results" --shapes 1024px-b1 --rounds 3 --seconds 2 --limit 120 \
-  --contestants diffusers-compile,fluxfast-int8+int8,sdnq-int8,bnb-nf4,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-int8+int8+tread,fluxfast-fp8_e4m3+e4m3,torchao-fp8,torchao-int8,quanto-int4,quanto-int2
+  --contestants diffusers-compile,fluxfast-int8+int8,sdnq-int8,bnb-nf4,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-int8+int8+tread,fluxfast-fp8_e4m3+e4m3,torchao-fp8,torchao-int8,quanto-int4,quanto-int2
 measure step-scaling 240 step --results "$results" --shapes 512px-b2,512px-b4,768px-b1,1024px-b2 --rounds 2 --seconds 1.5 --limit 120 \
   --contestants diffusers-compile,fluxfast-int8+int8
 measure vram 240 vram

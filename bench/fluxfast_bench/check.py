@@ -97,19 +97,19 @@ def floor_verdicts(stored: Sequence[Result], wanted: dict[str, Any]) -> Iterator
 
 def vram_verdicts(stored: Sequence[Result], wanted: dict[str, dict[str, float]]) -> Iterator[Verdict]:
     """Peaks that a device's allocator reported; `vram` predicts them all."""
-    peaks: dict[tuple[str, str], tuple[float, str]] = {}
+    peaks: dict[tuple[str, str, str], tuple[float, str]] = {}
     for result, record in _newest_of_ours(stored):
-        resident = "tread" not in record["contestant"] and "streamed" not in record["contestant"]
-        if "peak_gib" in record and record["recompute"] == "full" and record["optimizer"] == "adamw8bit" and resident:
-            key = record["storage"], record["case"]
+        if "peak_gib" in record and record["recompute"] == "full" and record["optimizer"] == "adamw8bit":
+            residency = "streamed" if "streamed" in record["contestant"] else "resident"
+            key = record["storage"], residency, record["case"]
             # the worst, where a storage format has several ways to compute
             peaks[key] = max(peaks.get(key, (0.0, "")), (record["peak_gib"], result.device))
     for storage, limits in wanted.items():
         for place, most in limits.items():
             residency, px = place.split("-")
-            key = (storage, f"{px}px-b1")
+            key = storage, residency, f"{px}px-b1"
             name, limit = f"peak VRAM, {storage}, {residency}", f"at most {most:g} GiB"
-            if residency == "resident" and key in peaks:
+            if key in peaks:
                 peak, device = peaks[key]
                 verdict = MET if peak <= most else MISSED
                 yield Verdict(name, f"{device}, {px} px", limit, f"{peak:.2f} GiB", verdict)

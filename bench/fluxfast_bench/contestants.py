@@ -81,7 +81,8 @@ def build(contestant: Contestant, config: dict[str, Any], device: torch.device, 
     """The contestant's base: random weights, the same for all on a kind of device, frozen, quantised."""
     with torch.device("meta"):
         model = contestant.model(**config)
-    model.requires_grad_(False).to(dtype).train()
+    # not diffusers' own `to`, which warns of modules that must stay in fp32: there are none
+    nn.Module.to(model.requires_grad_(False).train(), dtype)
     for name, child in model.named_children():
         for part_name, part in _parts(name, child):
             part.to_empty(device=device)

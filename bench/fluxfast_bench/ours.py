@@ -1,4 +1,4 @@
-"""fluxfast's own contestants: storage formats, 8-bit products, TREAD."""
+"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks that are streamed from host memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ TREAD = Route(ratio=0.5)
 ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
 
 
-def _contestant(storage: str = "bf16", compute: str = "float", route: Route | None = None) -> Contestant:
+def _contestant(
+    storage: str = "bf16", compute: str = "float", route: Route | None = None, *, streamed: bool = False
+) -> Contestant:
     def quantize(module: nn.Module) -> None:
         if storage != "bf16":
             # a part of the model: what must be kept has been left out
@@ -26,12 +28,17 @@ def _contestant(storage: str = "bf16", compute: str = "float", route: Route | No
     def finish(model: Any) -> None:
         if compute != "float":
             model.set_compute(compute)
+        if streamed:
+            from fluxfast.memory.offload import stream_blocks
 
-    products, routes = [] if compute == "float" else [compute], [] if route is None else ["tread"]
+            stream_blocks(model, model.device)
+
+    products = [] if compute == "float" else [compute]
+    modes = {"tread": "TREAD 0.5"} if route is not None else {"streamed": "streamed"} if streamed else {}
     weights = "unquantised" if storage == "bf16" else f"{storage} weights"
     return Contestant(
-        "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *routes]),
-        ", ".join(["fluxfast", weights, *(f"{name} products" for name in products), *("TREAD 0.5" for _ in routes)]),
+        "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *modes]),
+        ", ".join(["fluxfast", weights, *(f"{name} products" for name in products), *modes.values()]),
         model=FluxTransformer,
         storage=storage,
         bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,
@@ -54,6 +61,7 @@ CONTESTANTS = [
     _contestant("int8", "int8", TREAD),
     _contestant("nf4", "int8"),
     _contestant("int4", "int8"),
+    _contestant("int4", "int8", streamed=True),
     _contestant("fp8_e4m3", "e4m3"),
     _contestant(route=TREAD),
     *(_contestant(storage) for storage in FORMATS),

@@ -34,6 +34,7 @@ CPU_DEFAULT = ("diffusers", "fluxfast", *(f"fluxfast-{name}" for name in FORMATS
 GPU_DEFAULT = (
     *("diffusers-compile", "fluxfast-int8+int8", "diffusers", "fluxfast", "quanto-int8", "fluxfast-int8+int8:none"),
     *("sdnq-int8", "fluxfast-int8+int8+tread", "bnb-nf4", "fluxfast-nf4+int8", "fluxfast+int8", "fluxfast-int4+int8"),
+    "fluxfast-int4+int8+streamed",
     *("fluxfast-fp8_e4m3+e4m3", "torchao-fp8", "torchao-int8", "quanto-int4", "quanto-int2"),
 )
 
@@ -74,14 +75,12 @@ class Case:
         while anchor is not None and (waiting or first):
             before = list(waiting)
             waiting = self._group(anchor, waiting)
-            if self.outcomes[anchor].reason is not None:
-                # without an anchor the next one is it
-                anchor, waiting = (before[0], before[1:]) if before else (None, [])
-                first = True
-                continue
-            if waiting == before and waiting:
+            first = self.outcomes[anchor].reason is not None
+            if first:
+                # the next one takes its place
+                anchor = waiting.pop(0) if waiting else None
+            elif waiting == before and waiting:
                 self._alone(anchor, waiting.pop(0))
-            first = False
         return list(self.outcomes.values())
 
     def _run(self, keys: list[str], plan: Plan) -> Iterable[worker.Event]:

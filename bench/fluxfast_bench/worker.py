@@ -74,7 +74,7 @@ class DoesNotFit(Exception):
 
 
 def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) -> None:
-    """Builds the entries, times them in turn, and sends what comes of it:
+    """Builds the entries, times them in turn, and sends what comes of it; ends at once where the first, the anchor, fails.
 
     ("start", key), then ("ready", key, figures) or ("failed", key, reason) or ("later", key); ("round", key, seconds of
     each step) many times; ("done",).
@@ -99,6 +99,9 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
             runners[key] = runner, max(2, min(30, math.ceil(plan.seconds / each)))
             send(("ready", key, figures))
         free(device)
+        if not runners:
+            send(("done",))
+            return
     for _ in range(plan.rounds):
         for key, (runner, count) in runners.items():
             send(("round", key, time_each(runner.step, count, torch.device(plan.device))))

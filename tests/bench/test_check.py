@@ -1,0 +1,247 @@
+"""`fluxfast-bench check`, `report` and `startup`: what turns red, and what the tables hold."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxfast_bench import check, report, results, startup, targets
+from fluxfast_bench.conditions import slug
+from fluxfast_bench.main import main
+from fluxfast_bench.worker import CONTESTANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = {"device": "NVIDIA H200", "cuda": "13.0", "gpu": {"driver_version": "580", "clocks.sm": "1980", "clocks.max.sm": "1980"}}
+
+
+def record(contestant, seconds, **more):
+    name, policy = contestant.split(":")
+    known = CONTESTANTS[name]
+    return {
+        "case": "1024px-b1", "contestant": contestant, "title": known.title, "ours": known.ours, "storage": known.storage,
+        "recompute": policy, "batch": 1, "tokens": 4608, "rank": 16, "optimizer": "adamw8bit", "seconds": seconds,
+        "low": seconds, "high": seconds, "count": 9, "relative_error": 0.01, "floor_share": 0.8, "peak_gib": 15.0,
+        **({"ratios": {}} if known.ours else {}), **more,
+    }  # fmt: skip
+
+
+def run_of(*records, day=1, kind="step", device=None):
+    found = {
+        "date": f"2026-11-{day:02}T00:00:00Z", "commit": "abc", "command": "fluxfast-bench step", "versions": {"torch": "2.13"},
+        **(H200 if device is None else {"device": device}),
+    }  # fmt: skip
+    return {"kind": kind, "conditions": found, "records": list(records)}
+
+
+def store(root, *runs):
+    for run in runs:
+        results.write(root, run)
+    return results.read_all(root)
+
+
+@pytest.fixture
+def wanted():
+    return targets.read(ROOT / "bench" / "targets.toml")
+
+
+def found(verdicts, name):
+    (line,) = [v for v in verdicts if v.name == name and "1024" in v.where]
+    return line
+
+
+EAGER = "bf16, checkpointed, against diffusers + PEFT eager"
+
+
+def test_nothing_measured_is_not_passed(tmp_path, wanted, capsys):
+    verdicts = check.verdicts_of([], wanted)
+    assert {v.verdict for v in verdicts} == {check.UNMEASURED}
+    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 2
+    assert main(["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]) == 0
+    assert f"0 met, 0 missed, 0 worse, {len(verdicts)} not measured" in capsys.readouterr().out
+
+
+def test_a_target_tightened_turns_red(tmp_path, wanted):
+    stored = store(
+        tmp_path, run_of(record("diffusers:full", 1.5), record("fluxfast:full", 1.0, ratios={"diffusers:full": 1.5}))
+    )
+    verdicts = check.verdicts_of(stored, wanted)
+    assert found(verdicts, EAGER).verdict == check.MET
+    assert found(verdicts, "fluxfast:full, share of the floor's rate").verdict == check.MET
+    assert found(verdicts, "peak VRAM, bf16, resident").verdict == check.MET
+    assert not any(v.red for v in verdicts)
+    tight = copy.deepcopy(wanted)
+    tight["ratio"][0]["at_least"], tight["floor"]["at_least"], tight["vram"]["bf16"]["resident-1024"] = 1.51, 0.81, 14.9
+    verdicts = check.verdicts_of(stored, tight)
+    assert found(verdicts, EAGER).verdict == check.MISSED
+    assert found(verdicts, "fluxfast:full, share of the floor's rate").verdict == check.MISSED
+    assert found(verdicts, "peak VRAM, bf16, resident").verdict == check.MISSED
+    assert sum(v.red for v in verdicts) == 3
+
+
+def test_the_command_fails_where_a_target_is_missed(tmp_path, capsys):
+    store(tmp_path, run_of(record("fluxfast:full", 1.0, ratios={"diffusers:full": 1.39})))
+    assert main(["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]) == 1
+    assert "1 missed" in capsys.readouterr().out
+
+
+def test_the_newest_measurement_counts(tmp_path, wanted):
+    old, new = (record("fluxfast:full", 1.0, ratios={"diffusers:full": ratio}) for ratio in (1.3, 1.5))
+    stored = store(tmp_path, run_of(new, day=3), run_of(old, day=2), run_of(record("fluxfast:full", 1, reason="failed"), day=4))
+    assert found(check.verdicts_of(stored, wanted), EAGER).found == "1.50"
+
+
+@pytest.mark.parametrize(("seconds", "red"), [(1.04, False), (1.06, True), (0.5, False)])
+def test_worse_than_the_last_run_on_the_device(tmp_path, seconds, red):
+    stored = store(tmp_path, run_of(record("fluxfast:full", 1.0)), run_of(record("fluxfast:full", seconds), day=2))
+    lines = list(check.regressions(stored))
+    assert [line.name for line in lines] == (["step 1024px-b1 fluxfast:full seconds"] if red else [])
+
+
+def test_another_device_and_a_peer_are_no_regression(tmp_path):
+    other = run_of(record("fluxfast:full", 9.0), day=2) | {}
+    other["conditions"]["device"] = "NVIDIA L4"
+    runs = [
+        run_of(record("fluxfast:full", 1.0), record("diffusers:full", 1.0)),
+        other,
+        run_of(record("diffusers:full", 9.0), day=3),
+    ]
+    assert not list(check.regressions(store(tmp_path, *runs)))
+
+
+def test_on_a_cpu_ratios_are_compared_and_times_are_not(tmp_path, wanted):
+    runs = [
+        run_of(record("fluxfast:none", seconds, case="small-b2", ratios={"diffusers:none": ratio}), day=day, device="Some CPU")
+        for day, seconds, ratio in ((1, 1.0, 1.5), (2, 3.0, 1.4))
+    ]
+    stored = store(tmp_path, *runs)
+    assert [line.name for line in check.regressions(stored)] == ["step small-b2 fluxfast:none vs diffusers:none"]
+    (line,) = [v for v in check.verdicts_of(stored, wanted) if v.name == "the small model in fp32, against diffusers + PEFT"]
+    assert (line.verdict, line.found) == (check.MET, "1.40")
+
+
+def test_every_target_names_contestants_that_there_are(wanted):
+    names = {target[key].partition(":")[0] for target in wanted["ratio"] for key in ("ours", "peer")}
+    assert names - set(CONTESTANTS) == set()
+
+
+def test_guards_run_their_commands(monkeypatch):
+    ran = []
+
+    def guard(status):
+        return lambda argv: ran.append(argv) or status
+
+    monkeypatch.setattr("fluxfast_bench.aot.main", guard(0))
+    monkeypatch.setattr("fluxfast_bench.check.main", guard(1))
+    lines = list(check.guard_verdicts({"aot": ("aot", ""), "vram": ("check", "")}))
+    assert [line.verdict for line in lines] == [check.MET, check.MISSED, check.UNMEASURED]
+    assert ran[0][:2] == ["--sample", "1"] and ran[1] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("ratio = [", "targets.toml: "), ("a = 1", "expected the tables"), (None, "not found; run this in")]
+)
+def test_targets_that_can_not_be_read(tmp_path, text, message):
+    path = tmp_path / "targets.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        targets.read(path)
+
+
+def test_device_names_as_folders():
+    assert slug("NVIDIA H200") == "nvidia-h200"
+    assert slug("Intel(R) Xeon(R) CPU @ 2.20GHz, 2 threads") == "intel-xeon-cpu-2-20ghz-2-threads"
+
+
+# ---- report
+
+
+README = "# name\n\n<!-- bench:step -->\nold\n<!-- /bench -->\n\nwords\n\n<!-- bench:plots -->\n<!-- /bench -->\n"
+
+
+def test_the_tables_are_made_from_the_newest_results(tmp_path, capsys):
+    root, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.write_text(README)
+    old = run_of(record("fluxfast:full", 9.0))
+    new = run_of(record("diffusers:full", 1.5), record("fluxfast:full", 1.0), record("bnb-nf4:full", 0, reason="no GPU"), day=2)
+    store(root, old, new)
+    words = ["--results", str(root), "--readme", str(readme)]
+    assert main(["report", *words, "--check"]) == 1
+    assert readme.read_text() == README
+    assert main(["report", *words]) == 0
+    text = readme.read_text()
+    assert "| **fluxfast, unquantised** | full | 1000.0 | 1000.0 … 1000.0 | 1.50 | 15.0 | 80% |" in text
+    assert text.index("fluxfast, unquantised") < text.index("diffusers + PEFT, eager | full")
+    assert "Not measured: bnb-nf4:full (no GPU)." in text and "9000" not in text and "\nold\n" not in text
+    assert "driver 580" in text and "words" in text
+    assert "![step on nvidia-h200](results/nvidia-h200/step.png)" in text
+    assert (root / "nvidia-h200" / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", *words, "--check"]) == 0
+    capsys.readouterr()
+
+
+def test_scaling_is_drawn_where_there_are_several_cases(tmp_path):
+    one = record("fluxfast:full", 1.0)
+    more = [
+        record("fluxfast:full", 0.4, case="512px-b1", tokens=1536),
+        record("fluxfast:full", 0.7, case="512px-b2", tokens=1536, batch=2),
+    ]
+    store(tmp_path, run_of(one, *more))
+    page = tmp_path / "out" / "summary.md"
+    assert main(["report", "--results", str(tmp_path), "--summary", str(page)]) == 0
+    text = page.read_text()
+    assert "![scaling on nvidia-h200](../nvidia-h200/scaling.png)" in text
+    assert text.count("**fluxfast, unquantised**") == 3
+
+
+def test_a_readme_without_places_and_one_with_a_wrong_one(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    for text, message in (("nothing", "has no place for a table"), ("<!-- bench:luck -->\n<!-- /bench -->", "no such table")):
+        readme.write_text(text)
+        assert main(["report", "--results", str(tmp_path), "--readme", str(readme)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_this_readme_is_what_report_makes():
+    readme, root = ROOT / "README.md", ROOT / results.ROOT
+    text = readme.read_text(encoding="utf-8")
+    stored = [results.Result(r.device, r.path, r.data) for r in results.read_all(root)]
+    assert report.render(text, stored, report.pictures(root, readme)) == text
+
+
+# ---- startup
+
+
+def test_startup_measures_each_way_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    steps = {"load_seconds": 2.0, "seconds": 3.0, "load_rss_gib": 1.5, "peak_rss_gib": 4.0}
+    asked = []
+
+    def started(way, path, format, device, limit):
+        asked.append((way, path.name, format))
+        return {"reason": "its process died with exit code 9"} if way == "diffusers" else dict(steps)
+
+    monkeypatch.setattr(startup, "started", started)
+    monkeypatch.setattr(startup, "LARGE", 0)
+    monkeypatch.setattr(startup, "copy_seconds", lambda files, folder: 1.6)
+    assert main(["startup", "--device", "cpu", "--format", "int4", "--results", str(tmp_path)]) == 0
+    assert asked == [
+        ("diffusers", "checkpoint", "int4"),
+        ("quantise", "checkpoint", "int4"),
+        ("cached", "quantised.safetensors", "int4"),
+    ]
+    peer, quantised, cached = results.read_all(tmp_path)[0].records
+    assert peer["reason"].endswith("exit code 9") and cached["seconds"] == 3.0
+    assert quantised["times_copy"] == 1.25 and "times_copy" not in cached
+    # of what loading took, what is beyond the model itself
+    assert quantised["extra_gib"] == pytest.approx(1.5 - quantised["quantised_gib"], abs=1e-3)
+    assert "died" in capsys.readouterr().out
+
+
+def test_a_start_really_ends_with_a_step(tmp_path, capsys):
+    assert main(["startup", "--device", "cpu", "--ways", "quantise", "--results", str(tmp_path)]) == 0
+    (line,) = results.read_all(tmp_path)[0].records
+    assert 0 < line["load_seconds"] < line["seconds"] and 0 <= line["load_rss_gib"] < line["peak_rss_gib"]
+    assert "extra_gib" not in line
+    assert json.loads(results.read_all(tmp_path)[0].path.read_text())["kind"] == "startup"
+    capsys.readouterr()
