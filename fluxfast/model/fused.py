@@ -10,13 +10,15 @@ E = one [B, S, D] tensor of the joint sequence, beside the block's own input (1 
     full        -                                                    -
 
 No policy recomputes a block's last product (ff.net.2, proj_out): backward does not need it. LayerNorm, RoPE and GELU are
-recomputed by all of them; they cost less than reading what they would have kept. Weights are read anew in backward, so that
+recomputed by all of them on a GPU, where they cost little beside products; on a CPU policy `none` keeps what they made as
+well: 9 more in a single block (normalised input 1, q, k and v 3, proj_out's input 5), 9 in a double one (normalised inputs 2,
+q, k and v 3, ff.net.2's input 4). Weights are read anew in backward, so that
 nobody has to keep them where forward saw them (`residency`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.model.linear import draw_seed, read_linear
-from fluxfast.ops import attention, row_quant
+from fluxfast.ops import attention, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup, LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput
 
@@ -59,13 +61,18 @@ class Run:
         return groups
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether backward finds everything where forward left it."""
+        return self.policy == "none" and self.impl == "native"
+
+    @property
     def grad_form(self) -> str:
         """What a product wants of its output's gradient: values, for the adapters, and codes where it runs on codes."""
         return "same" if self.compute == "same" else f"both-{self.compute}"
 
 
 def read_groups(groups: Sequence[Sequence[nn.Module]]) -> Reads | None:
-    """What the linears of each group hold; None if one of them has to be called as it is."""
+    """What the linears of each group hold; None if one of them has to be called as it is (`read_linear`)."""
     reads: Reads = []
     for modules in groups:
         linears = []
@@ -113,17 +120,43 @@ def saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Kept]:
     return inputs, factors, dict(zip(ctx.names, tensors[n_inputs + n_factors :], strict=True))
 
 
+def keep(name: str, tensors: Sequence[Tensor | None]) -> Kept:
+    """Several tensors under one name."""
+    return {f"{name}.{i}": tensor for i, tensor in enumerate(tensors)}
+
+
+def take(kept: Kept, name: str) -> tuple[Tensor | None, ...]:
+    """What was kept under a name; an empty tuple if nothing was."""
+    return tuple(tensor for key, tensor in kept.items() if key.rpartition(".")[0] == name)
+
+
+def normed(
+    kept: Kept, name: str, compute: Callable[[], tuple[RowOutput, tuple[Any, ...]]]
+) -> tuple[RowOutput, tuple[Any, ...]]:
+    """A norm's output and what its backward wants: what was kept, or computed."""
+    if rows := take(kept, name):
+        return RowOutput(*rows), take(kept, f"{name}.saved")
+    return compute()
+
+
+def rotated(
+    run: Run, qkv: Tensor, txt_qkv: Tensor | None, kept: Kept, *, heads: int, eps: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """(q, k, v) and what `qk_norm_rope`'s backward wants: what was kept, or computed."""
+    if made := take(kept, "qkv"):
+        q, k, v, rstd = made
+        assert q is not None and k is not None and v is not None
+        return (q, k, v), (rstd, run.norms, run.cos, run.sin, run.index, None, None, qkv, txt_qkv)
+    return qk_norm_rope.forward(qkv, txt_qkv, run.norms, run.cos, run.sin, run.index, heads=heads, eps=eps, impl=run.impl)
+
+
 def attend(run: Run, q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Attention's output [B, S, heads, head_dim] and what its backward wants: what was kept, or computed."""
-    if "attn" in kept:
-        out = kept["attn"]
+    if made := take(kept, "attn"):
+        out, *saved = made
         assert out is not None
-        return out, tuple(kept[name] for name in kept if name.startswith("attn."))
+        return out, tuple(saved)
     return attention.forward(q, k, v, run.mask, backend=run.attention)
-
-
-def keep_attention(out: Tensor, saved: Sequence[Tensor | None]) -> Kept:
-    return {"attn": out, **{f"attn.{i}": tensor for i, tensor in enumerate(saved)}}
 
 
 def as_input(x: Tensor, group: LinearGroup) -> RowOutput:

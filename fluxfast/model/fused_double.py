@@ -17,16 +17,20 @@ from fluxfast.model.fused import (
     attend,
     codes_of,
     flat,
-    keep_attention,
+    keep,
+    normed,
     read_groups,
+    rotated,
     save,
     saved,
+    take,
     values_of,
     with_factors,
 )
 from fluxfast.model.residency import resident
 from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope
 from fluxfast.ops.linear_group import LinearGroup
+from fluxfast.ops.row_quant import RowOutput
 
 Grads = list[tuple[Tensor, Tensor]]
 
@@ -41,13 +45,16 @@ class _Stream:
         self, name: str, run: Run, eps: Sequence[float], groups: Sequence[LinearGroup], x: Tensor, mod: Tensor, kept: Kept
     ) -> None:
         self.name, self.run, self.eps, self.x, self.kept = name, run, eps, x, kept
-        self.norm2: tuple[Tensor | None, ...]
+        self.norm2: tuple[Any, ...]
         self.qkv_linears, self.out, self.ff1, self.ff2 = groups
         self.shift, self.scale, self.gate, self.shift2, self.scale2, self.gate2 = mod.chunk(6, dim=-1)
 
     def project_qkv(self) -> None:
-        self.x_in, self.norm = modulated_layer_norm.forward(
-            self.x, self.scale, self.shift, self.eps[0], out=self.qkv_linears.form, impl=self.run.impl
+        form, impl = self.qkv_linears.form, self.run.impl
+        self.x_in, self.norm = normed(
+            self.kept,
+            f"{self.name}.x_in",
+            lambda: modulated_layer_norm.forward(self.x, self.scale, self.shift, self.eps[0], out=form, impl=impl),
         )
         self.qkv, self.s_qkv = self._kept("qkv") or self.qkv_linears.forward(self.x_in)
 
@@ -57,8 +64,11 @@ class _Stream:
         self.attn_in = as_input(attn, self.out)
         if (first := self._kept("x1")) is not None:
             self.x1, self.s_out = first
-            self.mlp_in, self.norm2 = modulated_layer_norm.forward(
-                self.x1, self.scale2, self.shift2, self.eps[1], out=self.ff1.form, impl=run.impl
+            form, x1 = self.ff1.form, self.x1
+            self.mlp_in, self.norm2 = normed(
+                self.kept,
+                f"{self.name}.mlp_in",
+                lambda: modulated_layer_norm.forward(x1, self.scale2, self.shift2, self.eps[1], out=form, impl=run.impl),
             )
         else:
             branch, self.s_out = self.out.forward(self.attn_in)
@@ -67,7 +77,10 @@ class _Stream:
             )
             self.norm2 = saved[:4]
         self.h, self.s_ff1 = self._kept("h") or self.ff1.forward(self.mlp_in)
-        self.ff2_in, _ = gelu.forward(self.h, out=self.ff2.form, impl=run.impl)
+        if ff2_in := take(self.kept, f"{self.name}.ff2_in"):
+            self.ff2_in = RowOutput(*ff2_in)
+        else:
+            self.ff2_in, _ = gelu.forward(self.h, out=self.ff2.form, impl=run.impl)
 
     def finish(self) -> Tensor:
         branch, self.s_ff2 = self.ff2.forward(self.ff2_in)
@@ -82,6 +95,14 @@ class _Stream:
         """What policy `none` keeps of this stream; `s_ff2`, alone, what `selective` does."""
         kept = {"qkv": self.qkv, "qkv.s": self.s_qkv, "x1": self.x1, "x1.s": self.s_out, "h": self.h, "h.s": self.s_ff1}
         return {f"{self.name}.{name}": tensor for name, tensor in kept.items()}
+
+    def keep_all(self) -> Kept:
+        """What `Run.keeps_all` keeps beside that."""
+        rows = {"x_in": self.x_in, "x_in.saved": self.norm, "mlp_in": self.mlp_in, "mlp_in.saved": self.norm2}
+        kept: Kept = keep(f"{self.name}.ff2_in", self.ff2_in)
+        for name, tensors in rows.items():
+            kept |= keep(f"{self.name}.{name}", tensors)
+        return kept
 
     def mlp_backward(self, dout: Tensor, need_mod: bool) -> None:
         """From the gradient of the stream's output to that of attention's output (`dattn`) and of the stream before it."""
@@ -149,10 +170,9 @@ class _DoubleActs:
         self.txt = _Stream("txt", run, txt_eps, groups[4:], txt, txt_mod, kept)
         self.img.project_qkv()
         self.txt.project_qkv()
-        (self.q, self.k, self.v), self.qk = qk_norm_rope.forward(
-            self.img.qkv, self.txt.qkv, run.norms, run.cos, run.sin, run.index,
-            heads=attn.heads, eps=attn.norm_q.eps, impl=run.impl,
-        )  # fmt: skip
+        (self.q, self.k, self.v), self.qk = rotated(
+            run, self.img.qkv, self.txt.qkv, kept, heads=attn.heads, eps=attn.norm_q.eps
+        )
         self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
         joint = self.attn.flatten(2)
         self.txt.after_attention(joint[:, : txt.shape[1]])
@@ -179,9 +199,11 @@ class DoubleBlock(torch.autograd.Function):
         img_out, txt_out = acts.img.finish(), acts.txt.finish()
         kept: Kept = {}
         if run.policy != "full":
-            kept = {**keep_attention(acts.attn, acts.attn_saved), "img.s_ff2": acts.img.s_ff2, "txt.s_ff2": acts.txt.s_ff2}
+            kept = keep("attn", (acts.attn, *acts.attn_saved)) | {"img.s_ff2": acts.img.s_ff2, "txt.s_ff2": acts.txt.s_ff2}
         if run.policy == "none":
             kept |= acts.img.keep() | acts.txt.keep()
+        if run.keeps_all:
+            kept |= keep("qkv", (acts.q, acts.k, acts.v, acts.qk[0])) | acts.img.keep_all() | acts.txt.keep_all()
         ctx.block, ctx.run = block, run
         save(ctx, inputs, factors, kept)
         return txt_out, img_out

@@ -16,25 +16,31 @@ from fluxfast.model.fused import (
     attend,
     codes_of,
     flat,
-    keep_attention,
+    keep,
+    normed,
     read_groups,
+    rotated,
     save,
     saved,
+    take,
     values_of,
     with_factors,
 )
 from fluxfast.model.residency import resident
 from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup
+from fluxfast.ops.row_quant import RowOutput
 
 
 class _SingleActs:
     """A single block up to its last product's input; `kept` holds what need not be computed."""
 
     def __init__(self, block: Any, run: Run, first: LinearGroup, last: LinearGroup, x: Tensor, mod: Tensor, kept: Kept) -> None:
-        attn, impl = block.attn, run.impl
+        attn, eps = block.attn, block.norm.norm.eps
         shift, scale, _ = mod.chunk(3, dim=-1)
-        self.x_in, self.norm = modulated_layer_norm.forward(x, scale, shift, block.norm.norm.eps, out=first.form, impl=impl)
+        self.x_in, self.norm = normed(
+            kept, "x_in", lambda: modulated_layer_norm.forward(x, scale, shift, eps, out=first.form, impl=run.impl)
+        )
         if "y" in kept:
             y, self.s_first = kept["y"], kept["s_first"]
             assert y is not None
@@ -42,11 +48,17 @@ class _SingleActs:
             y, self.s_first = first.forward(self.x_in)
         self.y = y
         self.qkv, self.h = y.split([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
-        (self.q, self.k, self.v), self.qk = qk_norm_rope.forward(
-            self.qkv, None, run.norms, run.cos, run.sin, run.index, heads=attn.heads, eps=attn.norm_q.eps, impl=impl
-        )
+        (self.q, self.k, self.v), self.qk = rotated(run, self.qkv, None, kept, heads=attn.heads, eps=attn.norm_q.eps)
         self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
-        self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=impl)
+        if last_in := take(kept, "last_in"):
+            self.last_in = RowOutput(*last_in)
+        else:
+            self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=run.impl)
+
+    def keep_all(self) -> Kept:
+        """What `Run.keeps_all` keeps beside what policy `none` does anyway."""
+        made = keep("qkv", (self.q, self.k, self.v, self.qk[0]))
+        return keep("x_in", self.x_in) | keep("x_in.saved", self.norm) | made | keep("last_in", self.last_in)
 
 
 class SingleBlock(torch.autograd.Function):
@@ -59,9 +71,11 @@ class SingleBlock(torch.autograd.Function):
         out, s_last = last.forward(acts.last_in)
         kept: Kept = {}
         if run.policy != "full":
-            kept = {**keep_attention(acts.attn, acts.attn_saved), "s_last": s_last}
+            kept = keep("attn", (acts.attn, *acts.attn_saved)) | {"s_last": s_last}
         if run.policy == "none":
             kept |= {"y": acts.y, "s_first": acts.s_first}
+        if run.keeps_all:
+            kept |= acts.keep_all()
         ctx.block, ctx.run = block, run
         save(ctx, (x, mod), factors, kept)
         gate = mod.chunk(3, dim=-1)[2]
