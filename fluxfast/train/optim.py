@@ -8,7 +8,7 @@ steps), half that in the step's size; fp32 moments would buy it off for twice th
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from fluxfast.ops import _impl
 
 OPTIMIZERS = ("adamw_bf16", "torch-adamw")
 LR_SCHEDULERS = (
@@ -62,6 +64,8 @@ class AdamWBF16(Optimizer):
     Moments have their parameter's dtype. The rounding's noise depends on `seed`, the step and the order of the
     parameters, which `state_dict` holds, and on nothing else: a resumed run goes on bit for bit on the same kind of
     device, and ranks that reduced the same gradients stay equal.
+    impl: "auto" takes Triton's fused kernel on a GPU, one launch for all parameters that are alike, and torch elsewhere;
+    "triton" or "ref" asks for one of them, and `step` raises ValueError where that can't do it.
     """
 
     def __init__(
@@ -73,7 +77,11 @@ class AdamWBF16(Optimizer):
         weight_decay: float = 0.01,
         *,
         seed: int = 0,
+        impl: str = "auto",
     ) -> None:
+        self.impl = impl
+        # by param group and place in it, the addresses that a table was made for, and the table
+        self._tables: dict[tuple[int, int], tuple[list[int], Any]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         if not dtypes <= {torch.bfloat16, torch.float32}:
@@ -95,7 +103,10 @@ class AdamWBF16(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     alike.setdefault((p.device, p.dtype, self._age(p)), []).append(p)
-            for (device, _, step), params in alike.items():
+            for part, ((device, _, step), params) in enumerate(alike.items()):
+                if self._is_fused(params):
+                    self._fused_update(params, group, step, (index, part))
+                    continue
                 seed = np.random.SeedSequence((group["seed"], index, step)).generate_state(1)[0]
                 generator = torch.Generator(device).manual_seed(int(seed))
                 for chunk in _chunks(params, _PASS_ELEMENTS["cpu" if device.type == "cpu" else "gpu"]):
@@ -110,6 +121,46 @@ class AdamWBF16(Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
         return state["step"]
+
+    def _is_fused(self, params: Sequence[Parameter]) -> bool:
+        scattered = None if all(p.is_contiguous() for p in params) else "a parameter is not contiguous"
+        backend = _impl.resolve("adamw_bf16", self.impl, params, obstacle=scattered, native_obstacle="there is no native AdamW")
+        return backend == "triton"
+
+    def _fused_update(self, params: list[Parameter], group: dict[str, Any], step: int, place: tuple[int, int]) -> None:
+        """The same update in one launch. place: of the param group, and of these parameters among those of the group."""
+        from fluxfast_kernels.optim import adamw_step
+
+        # the kernel's noise is a function of this, the step and the element
+        seed = int(np.random.SeedSequence((group["seed"], *place)).generate_state(1, np.uint64)[0] >> 1)
+        adamw_step(
+            self._table(params, place),
+            [p.grad.contiguous() for p in params if p.grad is not None],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+            seed=seed,
+        )
+
+    def _table(self, params: list[Parameter], place: tuple[int, int]) -> Any:
+        """Where the kernel finds parameters and moments: made anew when one of them has other memory than at the last step."""
+        from fluxfast_kernels.optim import adamw_table
+
+        tensors = [list(params), *([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))]
+        addresses = [t.data_ptr() for each in tensors for t in each]
+        known = self._tables.get(place)
+        if known is None or known[0] != addresses:
+            known = self._tables[place] = (addresses, adamw_table(*([t.detach() for t in each] for each in tensors)))
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "impl": self.impl}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tables = {}
 
     def _update(self, params: list[Parameter], group: dict[str, Any], step: int, generator: torch.Generator) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
