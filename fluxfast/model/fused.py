@@ -12,8 +12,8 @@ E = one [B, S, D] tensor of the joint sequence, beside the block's own input (1 
 No policy recomputes a block's last product (ff.net.2, proj_out): backward does not need it. LayerNorm, RoPE and GELU are
 recomputed by all of them on a GPU, where they cost little beside products; on a CPU policy `none` keeps what they made as
 well: 9 more in a single block (normalised input 1, q, k and v 3, proj_out's input 5), 9 in a double one (normalised inputs 2,
-q, k and v 3, ff.net.2's input 4). Weights are read anew in backward, so that
-nobody has to keep them where forward saw them (`residency`).
+q, k and v 3, ff.net.2's input 4). Weights that a residency moves are read anew in
+backward: nobody has to keep them where forward saw them.
 """
 
 from __future__ import annotations
@@ -82,6 +82,15 @@ def read_groups(groups: Sequence[Sequence[nn.Module]]) -> Reads | None:
                 return None
             linears.append(params)
         reads.append(linears)
+    return reads
+
+
+def reads_again(ctx: Any) -> Reads:
+    """What the linears hold now: what forward read, or, where a residency has moved weights since, read anew."""
+    if ctx.reads is not None:
+        return ctx.reads
+    reads = read_groups(ctx.block.linear_groups())
+    assert reads is not None, "the adapters of a block changed between forward and backward"
     return reads
 
 

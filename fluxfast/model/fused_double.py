@@ -19,7 +19,7 @@ from fluxfast.model.fused import (
     flat,
     keep,
     normed,
-    read_groups,
+    reads_again,
     rotated,
     save,
     saved,
@@ -27,7 +27,7 @@ from fluxfast.model.fused import (
     values_of,
     with_factors,
 )
-from fluxfast.model.residency import resident
+from fluxfast.model.residency import residency_of, resident
 from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope
 from fluxfast.ops.linear_group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
@@ -204,7 +204,7 @@ class DoubleBlock(torch.autograd.Function):
             kept |= acts.img.keep() | acts.txt.keep()
         if run.keeps_all:
             kept |= keep("qkv", (acts.q, acts.k, acts.v, acts.qk[0])) | acts.img.keep_all() | acts.txt.keep_all()
-        ctx.block, ctx.run = block, run
+        ctx.block, ctx.run, ctx.reads = block, run, reads if residency_of(block) is None else None
         save(ctx, inputs, factors, kept)
         return txt_out, img_out
 
@@ -215,8 +215,7 @@ class DoubleBlock(torch.autograd.Function):
         inputs, factors, kept = saved(ctx)
         needs = ctx.needs_input_grad[3:7]
         with resident(block, "backward"):
-            reads = read_groups(block.linear_groups())
-            assert reads is not None, "the adapters of a block changed between forward and backward"
+            reads = reads_again(ctx)
             acts = _DoubleActs(block, run, with_factors(reads, factors), inputs, kept)
             return (None, None, None, *_double_backward(run, acts, dimg, dtxt, needs))
 

@@ -18,7 +18,7 @@ from fluxfast.model.fused import (
     flat,
     keep,
     normed,
-    read_groups,
+    reads_again,
     rotated,
     save,
     saved,
@@ -26,7 +26,7 @@ from fluxfast.model.fused import (
     values_of,
     with_factors,
 )
-from fluxfast.model.residency import resident
+from fluxfast.model.residency import residency_of, resident
 from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
@@ -76,7 +76,7 @@ class SingleBlock(torch.autograd.Function):
             kept |= {"y": acts.y, "s_first": acts.s_first}
         if run.keeps_all:
             kept |= acts.keep_all()
-        ctx.block, ctx.run = block, run
+        ctx.block, ctx.run, ctx.reads = block, run, reads if residency_of(block) is None else None
         save(ctx, (x, mod), factors, kept)
         gate = mod.chunk(3, dim=-1)[2]
         return gated_residual.forward(x, gate, out, keep_y=False, impl=run.impl)[0]
@@ -88,8 +88,7 @@ class SingleBlock(torch.autograd.Function):
         (x, mod), factors, kept = saved(ctx)
         *_, need_x, need_mod = ctx.needs_input_grad[:5]
         with resident(block, "backward"):
-            reads = read_groups(block.linear_groups())
-            assert reads is not None, "the adapters of a block changed between forward and backward"
+            reads = reads_again(ctx)
             first, last = run.groups(with_factors(reads, factors), x.dtype)
             acts = _SingleActs(block, run, first, last, x, mod, kept)
             return (None, None, None, *_single_backward(run, first, last, acts, kept, mod, dout, need_x, need_mod))
