@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.events import read_metrics
 from fluxfast.train.objective import Objective, step_seed
 from fluxfast.train.trainer import NonFiniteLoss, Stopped, Trainer
@@ -217,7 +218,7 @@ def test_tread_changes_the_training_alone(run):
 def test_quantised_bases_train_and_resume(run, monkeypatch, precision):
     mode = BF16 | {"base_model_precision": precision, "max_train_steps": 3}
     whole, out = run(name="whole", **mode)
-    assert f"linears in {precision.split('-')[0]}" in out.getvalue()
+    assert f" in {PRECISIONS[precision]}, kept in " in out.getvalue() or f"base: {PRECISIONS[precision]} from" in out.getvalue()
     kill_at(monkeypatch, 3)
     with pytest.raises(Killed):
         run(name="killed", **mode)
