@@ -28,15 +28,17 @@ class Copy(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """What is issued from here on runs after this copy."""
+    """What is issued from here on runs after this copy, the last one into `slot`."""
 
     copy: int
+    slot: int
 
 
 class Mark(NamedTuple):
-    """The use with this number ends here: what was issued up to now is all there is of it."""
+    """The use with this number, of what is in `slot`, ends here: what was issued up to now is all there is of it."""
 
     use: int
+    slot: int
 
 
 Action = Copy | Wait | Mark
@@ -94,7 +96,7 @@ class Schedule:
             assert slot is not None, "every slot is in use: a group was entered and never left"
             actions.append(self._copy(group, slot))
         slot.depth = 1
-        actions.append(Wait(slot.copy))
+        actions.append(Wait(slot.copy, self._slots.index(slot)))
         for ahead in wanted[1:]:
             if self._find(ahead) is None and (free := self._victim(wanted, keep_wanted=True)) is not None:
                 actions.append(self._copy(ahead, free))
@@ -158,4 +160,4 @@ class Schedule:
     def _mark(self, slot: _Slot) -> Mark:
         slot.use = self._uses
         self._uses += 1
-        return Mark(slot.use)
+        return Mark(slot.use, self._slots.index(slot))

@@ -148,11 +148,11 @@ def no_wait(action):
 
 
 def late_mark(action):
-    return Mark(-1) if isinstance(action, Mark) else action
+    return action._replace(use=-1) if isinstance(action, Mark) else action
 
 
 def old_copy(action):
-    return Wait(max(0, action.copy - 1)) if isinstance(action, Wait) else action
+    return action._replace(copy=max(0, action.copy - 1)) if isinstance(action, Wait) else action
 
 
 def other_slot(action):
@@ -227,9 +227,9 @@ def test_a_broken_pass_is_over_when_the_next_begins():
     schedule.begin()
     schedule.enter(2, "forward")
     schedule.enter(2, "forward")
-    assert schedule.begin() == [Mark(0)]
+    assert schedule.begin() == [Mark(0, 0)]
     assert not [a for a in schedule.enter(2, "forward") if isinstance(a, Copy) and a.group == 2]
-    assert schedule.leave(2) == [Mark(1)]
+    assert schedule.leave(2) == [Mark(1, 0)]
 
 
 def test_what_changed_is_copied_again():

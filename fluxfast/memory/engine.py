@@ -1,0 +1,97 @@
+"""Who carries a copy out: a CUDA stream beside the one that computes, or, on a CPU, the processor, there and then.
+
+Copies are carried out in the order in which they are given; each may be told to start after an event of the compute stream,
+and that stream to wait for the end of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxfast.memory.host import HostMemory, cuda_pin, cuda_unpin
+
+Event = Any
+
+
+class Engine:
+    """Plain copies, in the order of the program: every event has happened by the time it is made."""
+
+    # whether a copy may be given from another thread than the one that computes
+    any_thread = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory = HostMemory()
+
+    def slot(self, nbytes: int) -> Tensor:
+        """Bytes [nbytes] on the device."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event:
+        """Start copying bytes from the host to the device after an event; returns that of the end."""
+        target.copy_(source)
+        return None
+
+    def wait(self, event: Event) -> None:
+        """What is issued on the compute stream from here on runs after the event."""
+
+    def mark(self) -> Event:
+        """The event that everything issued on the compute stream so far has run."""
+        return None
+
+    def synchronize(self, event: Event) -> None:
+        """Wait for an event here and now."""
+
+    def close(self) -> None:
+        """Wait for all copies, and unpin the host's memory."""
+        self.memory.release()
+
+
+class CudaEngine(Engine):
+    """Asynchronous copies, on a stream of their own, or (`use_stream` false) between the kernels of the compute stream."""
+
+    def __init__(self, device: torch.device, use_stream: bool = True) -> None:
+        super().__init__(device)
+        self.memory = HostMemory(cuda_pin, cuda_unpin)
+        self._side = torch.cuda.Stream(device) if use_stream else None
+        self.any_thread = use_stream
+
+    @property
+    def _compute(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def slot(self, nbytes: int) -> Tensor:
+        slot = super().slot(nbytes)
+        if self._side is not None:
+            # the allocator may have handed out memory that kernels still to run are using
+            self._side.wait_stream(self._compute)
+        return slot
+
+    def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event:
+        stream = self._side or self._compute
+        if after is not None:
+            stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            return stream.record_event()
+
+    def wait(self, event: Event) -> None:
+        self._compute.wait_event(event)
+
+    def mark(self) -> Event:
+        return self._compute.record_event()
+
+    def synchronize(self, event: Event) -> None:
+        event.synchronize()
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.device)
+        super().close()
+
+
+def engine_for(device: torch.device, use_stream: bool = True) -> Engine:
+    """The engine of a device; `use_stream` concerns CUDA devices alone."""
+    return CudaEngine(device, use_stream) if device.type == "cuda" else Engine(device)

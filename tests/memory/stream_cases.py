@@ -1,0 +1,127 @@
+"""A small model to stream, and engines that show what a real device would hide: stale reads, early reads, broken copies."""
+
+import random
+import threading
+import time
+
+import torch
+from peft import LoraConfig
+
+from fluxfast import FluxTransformer
+from fluxfast.memory.engine import Engine
+from fluxfast.memory.offload import BlockStream
+from fluxfast.model.packing import pack_groups
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import quantize_model
+from support import SMALL, make_inputs, randomise
+
+TARGETS = ["to_q", "to_v", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2", "norm1.linear"]
+ROUTES = [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 3}]
+
+
+class LateEngine(Engine):
+    """A copy leaves garbage (0xff: NaN in every float) behind until somebody waits for it."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.copies = 0
+        self._pending = []
+        self._lock = threading.RLock()
+
+    def copy(self, source, target, after):
+        with self._lock:
+            target.fill_(255)
+            self._pending.append((source, target))
+            self.copies += 1
+            return self.copies
+
+    def wait(self, event):
+        with self._lock:
+            while self._pending and self.copies - len(self._pending) < event:
+                source, target = self._pending.pop(0)
+                target.copy_(source)
+
+    def synchronize(self, event):
+        self.wait(event)
+
+
+class SlowEngine(LateEngine):
+    """The same, and each copy takes some time to be given."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self._rng = random.Random(seed)
+
+    def copy(self, source, target, after):
+        time.sleep(self._rng.random() * 1e-3)
+        return super().copy(source, target, after)
+
+
+class FailingEngine(LateEngine):
+    """Copy number `at`, counted from 0, raises, once."""
+
+    def __init__(self, at):
+        super().__init__()
+        self._at = at
+
+    def copy(self, source, target, after):
+        self._at -= 1
+        if self._at == -1:
+            raise OSError("the copy failed")
+        return super().copy(source, target, after)
+
+
+def make_model(format=None, routes=None, checkpointing=False):
+    """Frozen base, packed as a run's is; LoRA of nonzero B on linears of all kinds."""
+    model = FluxTransformer(**SMALL | {"guidance_embeds": True})
+    randomise(model)
+    model.requires_grad_(False)
+    if format:
+        quantize_model(model, FORMATS[format])
+    model.add_adapter(LoraConfig(r=3, target_modules=TARGETS))
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    pack_groups(model)
+    if routes:
+        model.set_routes(routes, seed=5)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def blocks_of(model):
+    return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+
+def stream(model, engine=None, poison=True, **options):
+    """Stream a model's blocks. poison: what the tensors hold between uses is garbage, as nobody may read it."""
+    made = BlockStream(blocks_of(model), engine or LateEngine(), **options)
+    made.watch(model)
+    if poison:
+        for block in made._blocks:
+            block.host = [torch.full_like(view.view(torch.uint8), 255).view(view.dtype) for view in block.host]
+            block.layout.point_at(block.host)
+    return made
+
+
+def step(model, seed=0):
+    """Loss and gradients of a batch; the model's gradients are left as they were found."""
+    if model.router is not None:
+        model.router.generator.manual_seed(seed)
+    out = model(**make_inputs(2, 3, 4, seed=seed)).sample
+    out.square().mean().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return out.detach(), grads
+
+
+def same(actual, expected):
+    """Output and every gradient, bit for bit."""
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    different = [name for name in expected[1] if not torch.equal(actual[1][name], expected[1][name])]
+    assert not different
+    assert all(grad.isfinite().all() for grad in expected[1].values())
