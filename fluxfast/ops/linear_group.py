@@ -5,8 +5,15 @@
 
 `compute` says in what the wide products run: "same" (x's dtype), or "int8" / "e4m3": x comes as codes and a scale a row, W as
 codes and a scale a row of its own, and dy is quantised after W's scales went into it, so that one W serves both directions.
-The low-rank products read the same codes. A group holds weights ready for one direction of one block and is then dropped:
-decoded weights live as long as it does, once a direction.
+The low-rank products read the same codes.
+
+A few channels of x that are far larger than the others would leave those no codes to speak of (FLUX.1's normalised inputs have
+such channels). With `outliers` = n, the n largest channels of x stay out of the codes and meet their columns of W in x's
+dtype, in the epilogue, like one more adapter. They are chosen anew in each product, on the device: nothing is calibrated,
+nothing has to be remembered for backward, and who recomputes a forward pass finds the same ones.
+
+A group holds weights ready for one direction of one block and is then dropped: decoded weights live as long as it does, once
+a direction.
 """
 
 from __future__ import annotations
@@ -76,8 +83,9 @@ class _Weights(NamedTuple):
 class LinearGroup:
     """Linears with their adapters, ready for products with x [..., in] of `dtype`.
 
-    compute: one of COMPUTE. impl: as `_impl.resolve` gave it. dropout_seed: what the masks of the adapters' dropout are drawn
-    from; None where dropout is off. Whoever recomputes a forward pass gives the same one.
+    compute: one of COMPUTE. outliers: how many channels of x 8-bit products leave out. impl: as `_impl.resolve` gave it.
+    dropout_seed: what the masks of the adapters' dropout are drawn from; None where dropout is off. Whoever recomputes a
+    forward pass gives the same one.
     """
 
     def __init__(
@@ -86,10 +94,12 @@ class LinearGroup:
         dtype: torch.dtype,
         *,
         compute: str = "same",
+        outliers: int = 0,
         impl: str,
         dropout_seed: int | None = None,
     ) -> None:
         self.linears, self.dtype, self.compute, self.impl = linears, dtype, compute, impl
+        self.outliers = 0 if compute == "same" else min(outliers, linears[0].weight.shape[1])
         self.dropout_seed = dropout_seed
         self.outs = [p.weight.shape[0] for p in linears]
         self.adapters = [adapter for p in linears for adapter in p.adapters]
@@ -100,7 +110,7 @@ class LinearGroup:
     @property
     def form(self) -> str:
         """What forward and backward want of x: the `out=` of the op that makes it."""
-        if self.compute == "same":
+        if self.compute == "same" or self.outliers:
             return "same"
         return f"both-{self.compute}" if self._drops else self.compute
 
@@ -206,8 +216,29 @@ class LinearGroup:
         biases = [None if p.bias is None else p.bias.detach() for p in self.linears]
         b = [adapter.b.detach() for adapter in self.adapters]
         up = None if self._merges(len(_present(rows))) else s
-        self._products.wide(*self._operand(rows), weights, w_scales, biases, up, b, self._counts, y.view(-1, y.shape[-1]))
+        counts, operand = self._counts, self._operand(rows)
+        if self.outliers:
+            operand, up, b, counts = self._apart(operand[0], s, weights, w_scales)
+        self._products.wide(*operand, weights, w_scales, biases, up, b, counts, y.view(-1, y.shape[-1]))
         return y, s
+
+    def _apart(
+        self, x: Tensor, s: Tensor | None, weights: list[Tensor], w_scales: list[Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, list[Tensor], list[int]]:
+        """x [M, K] as codes without its outliers; these as an adapter of each linear: s, b and counts with them."""
+        largest = x.abs().amax(0).topk(self.outliers).indices
+        codes = row_quant.forward(
+            x, self.compute, torch.ones(x.shape[1], device=x.device).index_fill_(0, largest, 0), impl=self.impl
+        )
+        apart, columns, b, rank = x[:, largest], [], [], 0
+        for p, w, scale in zip(self.linears, weights, w_scales, strict=True):
+            width = sum(adapter.a.shape[0] for adapter in p.adapters)
+            columns += [] if s is None else [s[:, rank : rank + width]]
+            columns.append(apart)
+            rank += width
+            b += [adapter.b.detach().to(self.dtype) for adapter in p.adapters]
+            b.append((w[:, largest].to(scale.dtype) * scale[:, None]).to(self.dtype))
+        return (codes.q, codes.scale), torch.cat(columns, dim=1), b, [count + 1 for count in self._counts]
 
     def down(self, x: RowOutput) -> Tensor | None:
         """s alone, for who has forward's y already."""

@@ -44,10 +44,17 @@ def input_form(x: Tensor, group: LinearGroup) -> RowOutput:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: Sequence[LinearParams], compute: str, impl: str, seed: int | None, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        bases: Sequence[LinearParams],
+        compute: str,
+        outliers: int,
+        impl: str,
+        seed: int | None,
+        *factors: Tensor,
     ) -> Tensor:
         # the bases come with their adapters' scales; the adapters' tensors, which take gradients, one by one: a, b, a, b, …
-        ctx.bases, ctx.options = bases, {"compute": compute, "impl": impl, "dropout_seed": seed}
+        ctx.bases, ctx.options = bases, {"compute": compute, "outliers": outliers, "impl": impl, "dropout_seed": seed}
         group = LinearGroup(_with_factors(bases, factors), x.dtype, **ctx.options)
         y, s = group.forward(input_form(x, group))
         ctx.has_s = s is not None
@@ -63,7 +70,7 @@ class _LoraLinear(torch.autograd.Function):
         group = LinearGroup(_with_factors(ctx.bases, rest), x.dtype, **ctx.options)
         need_dx = ctx.needs_input_grad[0]
         dx, grads = group.backward(dy, input_form(x, group), s, need_dx=need_dx)
-        return dx, None, None, None, None, *(grad for pair in grads for grad in pair)
+        return dx, None, None, None, None, None, *(grad for pair in grads for grad in pair)
 
 
 def _with_factors(bases: Sequence[LinearParams], factors: Sequence[Tensor]) -> list[LinearParams]:
@@ -72,15 +79,22 @@ def _with_factors(bases: Sequence[LinearParams], factors: Sequence[Tensor]) -> l
 
 
 def lora_linear(
-    x: Tensor, linears: Sequence[LinearParams], impl: str = "auto", *, compute: str = "same", dropout_seed: int | None = None
+    x: Tensor,
+    linears: Sequence[LinearParams],
+    impl: str = "auto",
+    *,
+    compute: str = "same",
+    outliers: int = 0,
+    dropout_seed: int | None = None,
 ) -> Tensor:
     """Apply one or several linears with their adapters to the same x.
 
     x [..., in]; returns [..., Σ out], the linears' outputs side by side, in x's dtype. Weights and adapters may be stored in
     other floating types. compute "int8" or "e4m3" runs the wide products on codes of x, of W and, in backward, of dy (scales a
-    row). dropout_seed: draws the masks of adapters that have a dropout; None: no dropout. Gradients: x and every A and B; a
-    base weight or bias that requires a gradient is refused, since the point of this op is never to compute one (use
-    `lora_linear_ref`). Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
+    row); the `outliers` largest channels of x stay out of its codes and are multiplied in its dtype. dropout_seed: draws the
+    masks of adapters that have a dropout; None: no dropout. Gradients: x and every A and B; a base weight or bias that
+    requires a gradient is refused, since the point of this op is never to compute one (use `lora_linear_ref`).
+    Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
     Source: LoRA, arXiv 2106.09685, section 4.1.
     """
     _check(x, linears, compute)
@@ -94,7 +108,7 @@ def lora_linear(
     backend = _impl.resolve("lora_linear", impl, (x,), cast=(*stored, *factors), obstacle=codes_obstacle(x, compute))
     # only the tensors passed one by one belong to the graph
     detached = [p._replace(adapters=tuple(a._replace(a=a.a.detach(), b=a.b.detach()) for a in p.adapters)) for p in linears]
-    return _LoraLinear.apply(x, detached, compute, backend, dropout_seed, *factors)
+    return _LoraLinear.apply(x, detached, compute, outliers, backend, dropout_seed, *factors)
 
 
 def codes_obstacle(x: Tensor, compute: str) -> str | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fluxfast.ops.linear_group import Adapter, LinearGroup, LinearParams
-from fluxfast.ops.row_quant import RowOutput
+from fluxfast.ops.row_quant import RowOutput, row_quant_ref
 from support import relative_error
 
 
@@ -58,3 +58,47 @@ def test_where_they_stay_apart(options):
     params = options.pop("params", linears(dropout=0.5))
     impl = options.pop("impl", "native")
     assert not LinearGroup(params, torch.float32, impl=impl, **options)._merges(1000)
+
+
+def with_outliers(channels=4, size=40.0):
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(63, 24, generator=g)
+    x[:, torch.randperm(24, generator=g)[:channels]] *= size
+    return x
+
+
+@pytest.mark.parametrize("impl", ["native", "ref", "triton"])
+@pytest.mark.parametrize("compute", ["int8", "e4m3"])
+@pytest.mark.parametrize("counts", [(1, 0, 2), (0, 0, 0)])
+def test_outliers_stay_out_of_the_codes(impl, compute, counts):
+    params, x = linears(counts=counts), RowOutput(with_outliers(), None, None)
+    exact = LinearGroup(params, torch.float32, impl="ref").forward(x)[0]
+    group = LinearGroup(params, torch.float32, compute=compute, outliers=4, impl=impl)
+    assert group.form == "same"
+    y, s = group.forward(x)
+    codes = x._replace(y=None, **row_codes(x.y, compute))
+    plain = LinearGroup(params, torch.float32, compute=compute, impl=impl).forward(codes)[0]
+    # against the part of y that the other channels make: the outliers' own is 40 times as large, and exact but for W's codes
+    small = x.y.abs().amax(0) < 20
+    rest = LinearGroup(
+        [p._replace(weight=p.weight[:, small], bias=None, adapters=()) for p in params], torch.float32, impl="ref"
+    ).forward(RowOutput(x.y[:, small], None, None))[0]
+    w_error = 0.007 * exact.norm() if compute == "int8" else 0.03 * exact.norm()
+    assert (y - exact).norm() < 0.015 * rest.norm() + w_error
+    if compute == "int8":
+        assert (plain - exact).norm() > 1.5 * (y - exact).norm()
+    if s is not None:
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        dx, grads = group.backward(dy, x, s)
+        expected_dx, expected = LinearGroup(params, torch.float32, impl="ref").backward(
+            dy, x, LinearGroup(params, torch.float32, impl="ref").down(x)
+        )
+        assert relative_error(dx, expected_dx) < (0.02 if compute == "int8" else 0.06)
+        for pair, wanted in zip(grads, expected, strict=True):
+            # no codes of x in these
+            assert all(relative_error(a, e) < 3e-6 for a, e in zip(pair, wanted, strict=True))
+
+
+def row_codes(x, compute):
+    q, scale = row_quant_ref(x, compute)
+    return {"q": q, "q_scale": scale}
