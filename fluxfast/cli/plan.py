@@ -84,7 +84,7 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     # without a GPU to ask, one that has everything
     compute = budget.compute_of(config, gpu or find_gpu("RTX 4090"))
     workload = budget.workload_of(config, batch, compute)
-    choices = budget.stated_choices(config, workload.sizes.blocks)
+    choices = budget.stated_choices(config, workload)
     limit = None if gpu is None else budget.budget_bytes(config, gpu.memory)
     if config.vram_budget is not None and gpu is not None and limit is not None:
         choices = plan.fit(workload, gpu, limit) or choices
@@ -189,11 +189,10 @@ def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) 
         latents += images * 16 * (width // 8) * (height // 8) * 2
         captions += 1 if dataset.caption_strategy == "instanceprompt" else images
     state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
-    base = sum(workload.block_weights) + sum(workload.modulation_weights) + workload.outer_weights
     return {
         "latents": latents,
         "text embeddings": captions * (workload.text_tokens * 4096 + 768) * 2,
-        "quantised base": base if workload.storage.format else 0,
+        "quantised base": workload.frozen_bytes if workload.storage.format else 0,
         "checkpoints": round(config.checkpoints_total_limit * workload.adapters * (2 * workload.adapter_itemsize + state)),
     }
 

@@ -39,7 +39,7 @@ LOADING = 3 * 10**9
 class Choices:
     """What is ours to choose. recompute: a policy for each block. slots: of the ring that blocks stream through, 0: resident.
 
-    modulation_ahead: its weights stay in host memory. host_inputs: blocks' inputs wait for backward in host memory.
+    modulation_ahead: its weights, and the embedders', stay in host memory. host_inputs: blocks' inputs wait there for backward.
     """
 
     recompute: tuple[str, ...]
@@ -81,14 +81,14 @@ def account(workload: Workload, choices: Choices) -> Plan:
         of_block + (0 if apart else of_modulation)
         for of_block, of_modulation in zip(workload.block_weights, workload.modulation_weights, strict=True)
     ]
-    modulation = sum(workload.modulation_weights) if apart else 0
+    modulation = workload.outer_modulation_weights + (sum(workload.modulation_weights) if apart else 0)
     step = choices.blocks_per_group
     groups = [sum(blocks[i : i + step]) for i in range(0, sizes.blocks, step)]
     saved, gradients, working = _at_peak(workload, choices)
     state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
     vram = {
         "weights": workload.outer_weights + (0 if choices.streams else sum(blocks)),
-        "modulation": 0 if choices.modulation_ahead else modulation,
+        "modulation": workload.modulation_vectors if choices.modulation_ahead else modulation,
         "adapters": workload.adapters * workload.adapter_itemsize,
         "gradients": gradients,
         "optimiser": round(workload.adapters * state),
@@ -109,7 +109,7 @@ def account(workload: Workload, choices: Choices) -> Plan:
 
 def loading_bytes(workload: Workload) -> int:
     """Host memory that loading and quantising take at most."""
-    return workload.outer_weights + sum(workload.block_weights) + sum(workload.modulation_weights) + LOADING
+    return workload.frozen_bytes + LOADING
 
 
 def _input_bytes(workload: Workload, index: int) -> int:
@@ -166,7 +166,8 @@ def fit(workload: Workload, gpu: Gpu, budget: int) -> Choices | None:
 
 def candidates(workload: Workload) -> Iterator[Choices]:
     """Every combination worth looking at."""
-    residencies = [Choices((), 0), *(Choices((), slots) for slots in (4, 3, 2))]
+    ahead = not workload.trains_modulation
+    residencies = [Choices((), slots, modulation_ahead=ahead) for slots in (0, 4, 3, 2)]
     for residency in residencies:
         for recompute in policies(workload.sizes.blocks):
             yield replace(residency, recompute=recompute)

@@ -21,8 +21,10 @@ class Linear(NamedTuple):
 
     @property
     def is_modulation(self) -> bool:
-        """Whether it gives a block its shifts, scales and gates."""
-        return self.name.endswith(("norm1.linear", "norm1_context.linear", ".norm.linear"))
+        """Whether it gives a block its shifts, scales and gates, or makes the vector that they are made of."""
+        return self.name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")) or (
+            self.name.startswith("time_text_embed.")
+        )
 
     def matches(self, targets: Sequence[str]) -> bool:
         """Whether an adapter's targets name it, by PEFT's rule."""
@@ -157,8 +159,25 @@ class Workload:
 
     @cached_property
     def outer_weights(self) -> int:
-        """Bytes of the linears that belong to no block."""
-        return sum(map(self.storage.linear, self.sizes.outer_linears()))
+        """Bytes of the linears that belong to no block, without modulation's."""
+        return sum(self.storage.linear(linear) for linear in self.sizes.outer_linears() if not linear.is_modulation)
+
+    @cached_property
+    def outer_modulation_weights(self) -> int:
+        """Bytes of the time and text embedders' linears and of norm_out's."""
+        return sum(self.storage.linear(linear) for linear in self.sizes.outer_linears() if linear.is_modulation)
+
+    @cached_property
+    def frozen_bytes(self) -> int:
+        """Bytes of everything frozen."""
+        outer = self.outer_weights + self.outer_modulation_weights
+        return sum(self.block_weights) + sum(self.modulation_weights) + outer
+
+    @cached_property
+    def modulation_vectors(self) -> int:
+        """Bytes of a batch's shifts, scales and gates."""
+        wide = [linear for linear in self.sizes.linears() if linear.is_modulation and "time_text_embed" not in linear.name]
+        return 2 * self.batch * sum(linear.out_features for linear in wide)
 
     @cached_property
     def block_adapters(self) -> list[int]:

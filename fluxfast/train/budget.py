@@ -88,8 +88,9 @@ def compute_of(config: TrainConfig, gpu: Gpu) -> str:
     return compute if gpu.rate(compute) else "same"
 
 
-def stated_choices(config: TrainConfig, blocks: int) -> Choices:
+def stated_choices(config: TrainConfig, workload: Workload) -> Choices:
     """What the config says about recomputation and streaming, without a budget."""
+    blocks = workload.sizes.blocks
     if config.recompute is not None:
         recompute = [config.recompute] * blocks
     else:
@@ -100,6 +101,7 @@ def stated_choices(config: TrainConfig, blocks: int) -> Choices:
         tuple(recompute),
         slots=DEFAULT_RING if streams else 0,
         blocks_per_group=getattr(config, "group_offload_blocks_per_group", 1) if streams else 1,
+        modulation_ahead=not workload.trains_modulation,
     )
 
 
@@ -126,7 +128,7 @@ def choose(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tu
 def why_not(workload: Workload, budget: int) -> list[str]:
     """Lines on what a step takes at the very least, and which settings would make it fit."""
     blocks = workload.sizes.blocks
-    least = Choices(("full",) * blocks, slots=DEFAULT_RING)
+    least = Choices(("full",) * blocks, slots=DEFAULT_RING, modulation_ahead=not workload.trains_modulation)
     needed = account(workload, least).needed
     lines = [f"a step takes {needed / GIB:.2f} GiB at the least (blocks streamed, recomputed), there are {budget / GIB:.2f}"]
     smaller = {

@@ -52,7 +52,7 @@ def test_it_fits_a_large_one(report):
 
 
 def test_without_a_gpu_it_says_where_the_run_fits(report):
-    found = report("--base_model_precision=nf4-bnb", "--gradient_checkpointing_interval=1")
+    found = report("--base_model_precision=int8-quanto", "--gradient_checkpointing_interval=1")
     assert found["gpu"] is None and "step" not in found
     assert "RTX 4090" in found["fits_on"] and "RTX 4060" not in found["fits_on"]
 
