@@ -55,11 +55,18 @@ def readable(q: Tensor, impl: str, dtype: torch.dtype) -> Tensor:
     """Codes [N, K] in the form that products read: int8 itself where the CPU has products of it, else floats."""
     if impl == "ref":
         return q.to(torch.promote_types(dtype, torch.float32))
-    return q if q.dtype == torch.int8 else _impl.launcher(q, linear_code_values, _values_op)(q)[0]
+    return q if q.dtype == torch.int8 else _code_values(q, torch.float32)
+
+
+def _code_values(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes [M, K] as floats. torch's own cast of e4m3 takes as long as a product on the CPU."""
+    if not _impl.HAS_NATIVE or not q.is_cpu or q.dtype != torch.float8_e4m3fn or dtype != torch.float32 or q.numel() == 0:
+        return q.to(dtype)
+    return _impl.launcher(q, linear_code_values, _values_op)(q)[0]
 
 
 def linear_code_values(q: Tensor) -> list[Tensor]:
-    """The values of e4m3 codes [N, K] in fp32: torch's own cast takes as long as the product."""
+    """The values of e4m3 codes [M, K] in fp32, by the native module."""
     values = torch.empty(q.shape)
     ones, q = torch.ones(q.shape[0]), q.contiguous()
     fp32 = 0
@@ -78,7 +85,7 @@ def _(q: Tensor) -> list[Tensor]:
 def scaled_product(q: Tensor, scale: Tensor, w: Tensor) -> Tensor:
     """scale · (codes q) w, [M, N] in fp32 (fp64 if w is), for `readable` codes w [K, N]."""
     if w.dtype != torch.int8:
-        return (q.to(w.dtype) @ w).mul_(scale[:, None])
+        return (_code_values(q, w.dtype) @ w).mul_(scale[:, None])
     # torch 2.13 misreads a transposed matrix of one row, whose strides don't tell that it is one
     exact = torch._int_mm(q, w) if q.shape[1] > 1 else q.int() * w.int()
     return exact * scale[:, None]
@@ -195,7 +202,7 @@ def _(x: Tensor, p: float, seed: int) -> list[Tensor]:
 
 
 def _values(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x if x_scale is None else (x.float() * x_scale[:, None]).to(dtype)
+    return x if x_scale is None else _code_values(x, torch.float32).mul(x_scale[:, None]).to(dtype)
 
 
 def _rescale(s: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor:

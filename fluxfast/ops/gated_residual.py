@@ -52,7 +52,7 @@ def gated_residual_bwd(
         *((0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])),
         dy.data_ptr(), dgate.data_ptr(), *dout.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return ([] if y is None else [dgate]) + row_quant.values_and_codes(dy, dy.dtype, out, col_scale)
+    return ([] if y is None else [dgate]) + row_quant.values_and_codes(dy, dy.dtype, out, col_scale, impl=impl)
 
 
 def _bwd_ref(dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None) -> list[Tensor]:

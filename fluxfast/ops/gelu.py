@@ -30,7 +30,7 @@ def gelu_fwd(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tens
         y[..., :first] = prefix
     start = y.data_ptr() + first * y.element_size()
     _impl.native.gelu_fwd(x.data_ptr(), stride, start, first + cols, rows, cols, torch.get_num_threads())
-    return row_quant.values_and_codes(y, y.dtype, out)
+    return row_quant.values_and_codes(y, y.dtype, out, impl=impl)
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str) -> list[Tensor]:
@@ -50,7 +50,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Te
     _impl.native.gelu_bwd(
         dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), dx_stride, rows, cols, torch.get_num_threads()
     )
-    return row_quant.values_and_codes(dx, dx.dtype, out, col_scale, into)
+    return row_quant.values_and_codes(dx, dx.dtype, out, col_scale, into, impl=impl)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -40,7 +40,7 @@ def modulated_layer_norm_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float
         shift.data_ptr(), shift.stride(0),
         y.data_ptr(), stats.data_ptr(), *x.shape, eps, torch.get_num_threads(),
     )  # fmt: skip
-    return [*stats.unbind(), *row_quant.values_and_codes(y, y.dtype, out)]
+    return [*stats.unbind(), *row_quant.values_and_codes(y, y.dtype, out, impl=impl)]
 
 
 def modulated_layer_norm_bwd(

@@ -20,6 +20,9 @@ from fluxfast.ops import _impl
 # of each format, the type of its codes and the largest
 FORMATS = {"int8": (torch.int8, 127.0), "e4m3": (torch.float8_e4m3fn, 448.0)}
 
+# the native module's numbers for the dtypes that it reads
+_NATIVE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 # what an op that can quantise its own output is asked for, besides "same" (its values alone): codes alone, or both
 CodesOut = Literal["int8", "e4m3", "both-int8", "both-e4m3"]
 
@@ -51,19 +54,25 @@ def row_quant_ref(x: Tensor, fmt: str, col_scale: Tensor | None = None) -> Quant
     return Quantized(q, scale.squeeze(-1))
 
 
-def row_quant_fwd(x: Tensor, fmt: str, col_scale: Tensor | None) -> list[Tensor]:
-    """Codes and scales of x [M, K]: the launcher alone, on Triton."""
-    from fluxfast_kernels.row_quant import row_quant as launch
+def row_quant_fwd(x: Tensor, fmt: str, col_scale: Tensor | None, impl: str) -> list[Tensor]:
+    """Codes and scales of x [M, K]; the launcher alone."""
+    x, col_scale = _impl.dense_rows(x), None if col_scale is None else _impl.dense_rows(col_scale)
+    if impl == "triton":
+        from fluxfast_kernels.row_quant import row_quant as launch
 
-    col_scale = None if col_scale is None else _impl.dense_rows(col_scale)
-    return list(launch(_impl.dense_rows(x), fmt, col_scale=col_scale))
+        return list(launch(x, fmt, col_scale=col_scale))
+    y = x if col_scale is None else x.float() * col_scale.float()
+    q, scale = torch.empty(y.shape, dtype=FORMATS[fmt][0]), torch.empty(len(y), dtype=torch.float32)
+    run = _impl.native.quantize_int8 if fmt == "int8" else _impl.native.quantize_fp8
+    run(y.data_ptr(), _NATIVE_TYPES[y.dtype], *y.shape, y.stride(0), q.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+    return [q, scale]
 
 
 _fwd_op = _impl.register(row_quant_fwd)
 
 
 @_fwd_op.register_fake
-def _(x: Tensor, fmt: str, col_scale: Tensor | None) -> list[Tensor]:
+def _(x: Tensor, fmt: str, col_scale: Tensor | None, impl: str) -> list[Tensor]:
     return [x.new_empty(x.shape, dtype=FORMATS[fmt][0]), x.new_empty(x.shape[:1], dtype=torch.float32)]
 
 
@@ -79,16 +88,16 @@ def row_quant(x: Tensor, fmt: str, col_scale: Tensor | None = None, impl: str = 
         got = None if col_scale is None else list(col_scale.shape)
         raise ValueError(f"row_quant: expected x [..., K] and col_scale [K], got x {list(x.shape)}, col_scale {got}")
     tensors = (x,) if col_scale is None else (x, col_scale)
-    backend = _impl.resolve("row_quant", impl, tensors, native_obstacle="the native module has no row_quant")
+    backend = _impl.resolve("row_quant", impl, tensors)
     return forward(x.detach(), fmt, None if col_scale is None else col_scale.detach(), impl=backend)
 
 
 def forward(x: Tensor, fmt: str, col_scale: Tensor | None = None, *, impl: str) -> Quantized:
-    """`row_quant` without its checks, `impl` resolved; there is no backward. The native module's part is the reference's."""
-    if impl != "triton":
+    """`row_quant` without its checks, `impl` resolved; there is no backward. Native code takes 16 bits, too."""
+    if impl == "ref" or (impl == "native" and x.dtype not in _NATIVE_TYPES) or x.numel() == 0:
         return row_quant_ref(x, fmt, col_scale)
     rows = x.reshape(-1, x.shape[-1])
-    q, scale = _impl.launcher(x, row_quant_fwd, _fwd_op)(rows, fmt, col_scale)
+    q, scale = _impl.launcher(x, row_quant_fwd, _fwd_op)(rows, fmt, col_scale, impl)
     return Quantized(q.view(x.shape), scale.view(x.shape[:-1]))
 
 
@@ -99,11 +108,17 @@ def check_out(op: str, out: str) -> None:
 
 
 def values_and_codes(
-    values: Tensor, dtype: torch.dtype, out: str, col_scale: Tensor | None = None, into: Tensor | None = None
+    values: Tensor,
+    dtype: torch.dtype,
+    out: str,
+    col_scale: Tensor | None = None,
+    into: Tensor | None = None,
+    *,
+    impl: str = "ref",
 ) -> list[Tensor]:
     """Of an op's values before rounding: those of values in `dtype`, codes and scales that `out` asks for.
 
-    The codes are those of values·col_scale. With `into` the values are written there and not returned.
+    The codes are those of values·col_scale. With `into` the values are written there and not returned. impl: "ref" or "native".
     """
     parts = []
     if into is not None:
@@ -112,7 +127,7 @@ def values_and_codes(
     elif out not in FORMATS:
         parts.append(values.to(dtype))
     if out != "same":
-        parts += row_quant_ref(values.detach(), out.removeprefix("both-"), col_scale)
+        parts += forward(values.detach(), out.removeprefix("both-"), col_scale, impl=impl)
     return parts
 
 

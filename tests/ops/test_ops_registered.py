@@ -66,14 +66,14 @@ def registered_calls(impl):
     kept = (q, k, v, rstd, *constants, q, k, None, None)
     yield ops.qk_norm_rope_bwd_into, (*kept, 3, packed, None, impl, [torch.empty_like(packed[:, :3]).contiguous()])
 
+    yield ops.row_quant_fwd, (x[0], "int8", gate[0], impl)
+    yield ops.row_quant_fwd, (x[0], "e4m3", None, impl)
     if impl == "triton":
         idx = torch.tensor([[0, 4, 2], [5, 1, 3]], device=device)
         yield ops.token_gather_fwd, (x, idx)
         yield ops.token_scatter_fwd, (x, y[:, :3], idx, 6)
         yield ops.token_scatter_fwd, (None, y[:, :3], idx, 6)
         yield ops.token_scatter_fwd, (x, None, idx, 6)
-        yield ops.row_quant_fwd, (x[0], "int8", gate[0])
-        yield ops.row_quant_fwd, (x[0], "e4m3", None)
 
 
 @pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)])

@@ -4,7 +4,7 @@ from op_cases import needs_triton
 from op_checks import DTYPES, TRITON_DEVICE, randn
 
 from fluxfast.ops import _impl
-from fluxfast.ops.row_quant import row_quant, row_quant_ref
+from fluxfast.ops.row_quant import forward, row_quant, row_quant_ref
 
 # half of a code's step, relative to the scale (int8) or, above the subnormals, to the value (e4m3)
 HALF_STEP = {"int8": 0.5, "e4m3": 2.0**-4}
@@ -76,6 +76,31 @@ def test_triton_gives_the_same_codes(poisoned, fmt, dtype, scaled):
         # as numbers: the interpreter loses the sign of a zero
         assert torch.equal(quantized.q.float().view(x.shape), expected.q.float())
         assert torch.equal(quantized.scale.flatten(), expected.scale)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "e4m3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 63, 1000])
+def test_native_gives_the_same_codes(poisoned, isa, fmt, dtype, width):
+    x = rows(dtype, width) if width > 5 else randn(6, width, grad=False).to(dtype)
+    for value in (float("nan"), float("inf")):
+        x = torch.cat([x, torch.full((1, width), 2.0, dtype=dtype)])
+        x[-1, width // 2] = value
+    for col_scale in (None, randn(width, seed=9, grad=False)):
+        expected = row_quant_ref(x, fmt, col_scale)
+        finite = expected.scale.isfinite()
+        for layout in (x, torch.nn.functional.pad(x, (2, 5))[:, 2:-5], x.t().contiguous().t(), x.unflatten(0, (4, 2))):
+            q, scale = forward(layout, fmt, col_scale, impl="native")
+            assert q.shape == layout.shape and scale.shape == layout.shape[:-1]
+            assert torch.equal(q.view(x.shape)[finite].float(), expected.q[finite].float())
+            torch.testing.assert_close(scale.flatten(), expected.scale, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_to_quantise():
+    for impl in ("ref", "native", "triton"):
+        for shape in ((0, 5), (3, 0, 5)):
+            q, scale = forward(torch.zeros(shape, device="cpu"), "int8", impl=impl)
+            assert q.shape == shape and scale.shape == shape[:-1]
 
 
 def test_codes_have_no_gradient():
