@@ -71,12 +71,10 @@ class Case:
         able = [key for key, outcome in self.outcomes.items() if outcome.reason is None]
         anchor = able[0] if able else None
         waiting = able[1:]
-        first = True
-        while anchor is not None and (waiting or first):
+        while anchor is not None and (waiting or not self.outcomes[anchor].rounds):
             before = list(waiting)
             waiting = self._group(anchor, waiting)
-            first = self.outcomes[anchor].reason is not None
-            if first:
+            if self.outcomes[anchor].reason is not None:
                 # the next one takes its place
                 anchor = waiting.pop(0) if waiting else None
             elif waiting == before and waiting:
@@ -108,7 +106,7 @@ class Case:
                 turns[rest[0]].append(rest[1])
             elif kind == "died" and started not in settled:
                 self.outcomes[started].reason = rest[0]
-            elif kind == "died" and not turns[started]:
+            elif kind == "died" and self.outcomes[started].reason is None and not turns[started]:
                 # everybody was ready: the first turn of one of them did it
                 culprit = next(key for key in [anchor, *keys] if key in settled and not turns[key])
                 self.outcomes[culprit].reason = rest[0]
@@ -237,6 +235,8 @@ def main(argv: Sequence[str]) -> int:
         device = chosen_device(options.device)
         shapes = chosen("--shapes", options.shapes, list(SHAPES), default_shapes(device))
         entries = entries_of(options, device)
+        if options.rounds < 1:
+            raise ValueError(f"--rounds: expected 1 or more, got {options.rounds}")
     except ValueError as error:
         print(f"fluxfast-bench step: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from fluxfast_bench.cases import SHAPES
 from fluxfast_bench.contestants import Contestant
 from fluxfast_bench.ours import CONTESTANTS as OURS
 from fluxfast_bench.runner import Runner, Setup, WrongResult, free, verify
-from fluxfast_bench.timing import time_each
+from fluxfast_bench.timing import synchronize, time_each
 
 CONTESTANTS: dict[str, Contestant] = {contestant.name: contestant for contestant in [*OURS, *PEERS]}
 # steps before the clock runs: compilation, autotuning, the optimiser's states, the allocator
@@ -94,6 +94,8 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
             # a peer's own code may raise anything; what it was is in the table
             text = " ".join(str(error).split())
             send(("failed", key, f"{type(error).__name__}: {text[:200]}"))
+            # a GPU that has failed for good raises again, which ends this process: the others get another
+            synchronize(device)
         else:
             each = median(time_each(runner.step, 2, device))
             runners[key] = runner, max(2, min(30, math.ceil(plan.seconds / each)))

@@ -148,6 +148,28 @@ def test_a_crash_costs_one_contestant(monkeypatch):
     assert c.slowness == pytest.approx(0.375)
 
 
+def test_a_failure_that_breaks_the_gpu_is_blamed_on_nobody_else(monkeypatch):
+    script = Script(
+        monkeypatch,
+        [*ready("a:none"), ("start", "b:none"), ("failed", "b:none", "illegal access"), ("died", "its process died")],
+        [*ready("a:none", "c:none"), *times("a:none", 1), *times("c:none", 1), ("done",)],
+    )
+    a, b, c = case_of("a", "b", "c").measure()
+    assert script.asked[1] == ["a:none", "c:none"]
+    assert (a.reason, b.reason, c.reason) == (None, "illegal access", None)
+
+
+def test_a_first_turn_that_crashes(monkeypatch):
+    script = Script(
+        monkeypatch,
+        [*ready("a:none", "b:none"), *times("a:none", 1), ("died", "its process died")],
+        [*ready("a:none"), *times("a:none", 1), ("done",)],
+    )
+    a, b = case_of("a", "b").measure()
+    assert (a.reason, b.reason) == (None, "its process died")
+    assert a.rounds and len(script.asked) == 1
+
+
 def test_what_does_not_fit_is_measured_beside_the_anchor_then_alone(monkeypatch):
     no_room = [("start", "c:none"), ("later", "c:none"), *times("a:none", 2)]
     script = Script(
@@ -223,6 +245,7 @@ def test_the_floor_takes_each_product_at_its_own_rate():
     [
         (["--contestants", "nobody"], "there is no 'nobody'"),
         (["--contestants", "fluxfast:sometimes"], "there is no 'sometimes'; there are none, selective, full"),
+        (["--rounds", "0"], "--rounds: expected 1 or more"),
         (["--shapes", "huge"], "there is no 'huge'"),
         (["--device", "cuda:7"], "--device cuda:7: this PyTorch"),
         (["--device", "abacus"], "expected cpu, cuda or cuda:N, got 'abacus'"),
