@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,14 @@ PAGE = 4096
 # two of these are enough to read one while the other is copied
 STAGING_BYTES = 32 << 20
 STAGING_BUFFERS = 2
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Make the folder. ValueError where its disk has no room for so much beside what earlier runs left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("block_*.safetensors"))
+    if free < nbytes:
+        raise ValueError(f"{folder}: the blocks take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: name another disk")
 
 
 class BlockFile:

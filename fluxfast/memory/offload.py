@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fluxfast.memory.disk import BlockFile, Reader
+from fluxfast.memory.disk import BlockFile, Reader, check_room
 from fluxfast.memory.engine import Engine, Event, engine_for
 from fluxfast.memory.host_inputs import HostInputs
 from fluxfast.memory.layout import BlockLayout
@@ -32,6 +32,8 @@ from fluxfast.memory.schedule import Action, Copy, Mark, Schedule, Wait
 from fluxfast.model.residency import Direction
 
 DEFAULT_SLOTS = 2
+# a block's modulation, which stays where it is when the model computes it ahead
+MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 
 
 class _Saved(NamedTuple):
@@ -95,19 +97,19 @@ class BlockStream:
         """Moves the blocks' frozen tensors, one block at a time. Blocks are given in the order of forward.
 
         leave: names inside a block of modules to leave where they are. Raises ValueError on a number that makes no ring, on a
-        block that has nothing frozen, or one that is streamed already.
+        block that has nothing frozen or is streamed already, and on a disk without room.
         """
         if blocks_per_group < 1:
             raise ValueError(f"blocks_per_group is {blocks_per_group}: at least 1 block moves at a time")
         self._modules, self._engine, self._inputs = list(blocks), engine, inputs
         self.schedule = Schedule(-(-len(blocks) // blocks_per_group), slots)
         self._reader: Reader | None = None
-        if disk_path is not None:
-            disk_path.mkdir(parents=True, exist_ok=True)
-            self._reader = Reader(engine)
         self._blocks: list[_Block] = []
         self._groups: list[list[_Block]] = [[] for _ in range(self.schedule.groups)]
         layouts = [_layout(block, number, leave) for number, block in enumerate(blocks)]
+        if disk_path is not None:
+            check_room(disk_path, sum(layout.nbytes for layout in layouts))
+            self._reader = Reader(engine)
         for number, layout in enumerate(layouts):
             members = self._groups[number // blocks_per_group]
             self._blocks.append(self._move(layout, number, number // blocks_per_group, members, disk_path))
@@ -376,15 +378,18 @@ def stream_blocks(
     use_stream: bool = True,
     disk_path: Path | None = None,
     inputs_on_host: bool = False,
-    leave: Collection[str] = (),
+    leave: Collection[str] | None = None,
 ) -> BlockStream:
     """Stream the blocks of a FLUX.1 transformer whose base is frozen; everything else, adapters too, moves to the device.
 
     slots: groups on the device at a time. blocks_per_group: blocks that move together. use_stream: copy beside the computation
     (CUDA devices). disk_path: a folder for the blocks, instead of host memory. inputs_on_host: what checkpointing keeps goes to
-    host memory (blocks of fluxfast's own autograd functions). leave: names inside a block of modules to leave resident.
+    host memory (blocks of fluxfast's own autograd functions). leave: names inside a block of modules to leave alone
+    (None: modulation's, if it is computed ahead).
     """
     device = torch.device(device)
+    if leave is None:
+        leave = MODULATION if getattr(transformer, "modulation", None) is not None else ()
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
     stream = BlockStream(
         blocks,

@@ -134,6 +134,16 @@ class TrainFields(Settings):
     """Checkpoint every nth block (unset: each)."""
     vram_budget: float | Literal["auto"] | None = None
     """GiB of VRAM for the run, or auto: all there is; recompute and streaming are chosen to fit (unset: as the config says)."""
+    enable_group_offload: bool = False
+    """Keep the blocks' weights in host memory and stream them to the device as they are used."""
+    group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
+    """What moves at a time; leaf by leaf would copy the same bytes in more pieces, so it is blocks either way."""
+    group_offload_blocks_per_group: int = Field(1, ge=1)
+    """Blocks that move together."""
+    group_offload_use_stream: bool = False
+    """Copy on a CUDA stream of its own, beside the computation."""
+    group_offload_to_disk_path: str = ""
+    """Folder for the streamed weights ("": they are in host memory)."""
     tread_config: TreadConfig | None = None
     """Token routing: {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}."""
     num_processes: int = Field(1, ge=1)

@@ -6,6 +6,12 @@ if TYPE_CHECKING:
     from fluxfast.train.config import TrainConfig
 
 _BF16_OPTIMIZERS = ("adamw_bf16",)
+_OFFLOAD_OPTIONS = (
+    "group_offload_type",
+    "group_offload_blocks_per_group",
+    "group_offload_use_stream",
+    "group_offload_to_disk_path",
+)
 # megapixels; above it, someone has almost surely written pixels
 _LARGEST_AREA = 5
 
@@ -54,6 +60,11 @@ def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
         notes.append('"quantize_via" has no effect: nothing is quantised')
     if config.offload_during_startup:
         notes.append('"offload_during_startup" has no effect: text encoders and VAE are never on the device together')
+    if config.enable_group_offload:
+        force("group_offload_type", "block_level", "leaf by leaf the same bytes would be copied, in more pieces")
+    else:
+        unread = [name for name in _OFFLOAD_OPTIONS if name in config.model_fields_set]
+        notes += [f'"{name}" has no effect: "enable_group_offload" is false' for name in unread]
     return forced, notes
 
 

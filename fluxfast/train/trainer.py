@@ -27,6 +27,7 @@ from fluxfast.train.compute import choose_compute
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
 from fluxfast.train.objective import Objective, step_seed
+from fluxfast.train.offload import stream
 from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients
 from fluxfast.train.setup import Parts, RunData, load_data, load_parts
 
@@ -64,7 +65,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     remove_leftovers(config.output_dir)
     trainer = Trainer(config, console)
     trainer.resume()
-    return trainer.loop()
+    try:
+        return trainer.loop()
+    finally:
+        trainer.close()
 
 
 class Trainer:
@@ -89,6 +93,7 @@ class Trainer:
             self.transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
         self.objective = Objective(config, self.transformer, self.seed, self.parts.shift_bounds)
         self._add_adapter()
+        self.stream = stream(config, self.transformer, self.device, console)
         named = trainable_parameters(self.transformer)
         self.parameters = list(named.values())
         self.optimizer = build_optimizer(
@@ -170,6 +175,9 @@ class Trainer:
                     'value, or start anew in another output_dir (or with "resume_from_checkpoint": "")'
                 )
         load_adapter_state(self.transformer, adapter)
+        if self.stream is not None:
+            # an initialiser's adapter takes its start out of the base again
+            self.stream.refresh()
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(saved["lr_scheduler"])
         for note in self.data.sampler.load_state_dict(saved["sampler"]):
@@ -192,6 +200,11 @@ class Trainer:
             "base_model_precision": c.base_model_precision,
             "lora_rank": c.lora_rank,
         }
+
+    def close(self) -> None:
+        """Let go of what outlives the objects: streamed blocks' pinned memory or files."""
+        if self.stream is not None:
+            self.stream.close()
 
     def loop(self) -> Path:
         """Train to the last step, save, and return the final LoRA's path."""
