@@ -1,0 +1,61 @@
+"""y = x Wᵀ for a few vectors x, on the CPU: W, in whatever format it is stored, is read once and never decoded as a whole.
+
+What a row of W decodes to is rounded to fp32 once, and products are summed in fp32, row by row: the result does not depend on
+the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fluxfast.ops import _impl
+from fluxfast.quant._rows import FLOAT_TYPES, read_args
+from fluxfast.quant.nf4 import absmax_code
+from fluxfast.quant.weight import QuantWeight
+
+
+def gemv_ref(x: Tensor, weight: Tensor | QuantWeight) -> Tensor:
+    """y [B, N] of x [B, K], fp32 or wider, and weight [N, K] of any floating dtype or format, in x's dtype."""
+    decoded = weight.dequantize(torch.float32, impl="ref") if isinstance(weight, QuantWeight) else weight
+    return torch.nn.functional.linear(x, decoded.to(x.dtype))
+
+
+def gemv(x: Tensor, weight: Tensor | QuantWeight, out: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """y [B, N] of x [B, K] and weight [N, K]: x and y fp32; the weight fp32, bf16, fp16 or quantised; all on the CPU.
+
+    `out`: where to write y, contiguous. No gradients. Raises ValueError on an `impl` ("native" or "ref") that can't.
+    """
+    with torch.no_grad():
+        backend = _impl.resolve("gemv", impl, (x,), native_obstacle=_obstacle(weight))
+        if out is None:
+            out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+        assert out.shape == (x.shape[0], weight.shape[0]) and x.shape[1] == weight.shape[1]
+        if backend == "ref":
+            return out.copy_(gemv_ref(x, weight))
+        # native code reads and writes by address
+        assert out.is_cpu and out.is_contiguous() and out.dtype == torch.float32
+        x = x.contiguous()
+        vectors = (x.data_ptr(), out.data_ptr(), x.shape[0], *weight.shape)
+        if isinstance(weight, QuantWeight):
+            parts = [part.contiguous() for part in weight.parts.values()]
+            if weight.format.name == "nf4":
+                parts.append(absmax_code(x.device))
+            run = getattr(_impl.native, f"gemv_{weight.format.name}")
+            run(*vectors, *(part.data_ptr() for part in parts), torch.get_num_threads())
+        else:
+            weight = _impl.dense_rows(weight)
+            address, dtype, _, _, stride = read_args(weight)
+            _impl.native.gemv_float(*vectors, address, dtype, stride, torch.get_num_threads())
+        return out
+
+
+def _obstacle(weight: Tensor | QuantWeight) -> str | None:
+    if isinstance(weight, QuantWeight):
+        device = weight.parts["packed"].device
+        known = not _impl.HAS_NATIVE or hasattr(_impl.native, f"gemv_{weight.format.name}")
+        reason = None if known else f"the native module has none for {weight.format.name}"
+    else:
+        device = weight.device
+        reason = None if weight.dtype in FLOAT_TYPES else f"the native module doesn't read {weight.dtype}"
+    return reason if device.type == "cpu" else f"the weight is on {device}"
