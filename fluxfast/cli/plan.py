@@ -118,8 +118,16 @@ def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
     if config.data_backend_config.exists():
         data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
         return list(data.images), []
-    defaults = {"caption_strategy": "filename", "instance_data_dir": ".", "cache_dir_vae": "."}
-    stand_in = ImageDataset(id="?", resolution=config.resolution, resolution_type=config.resolution_type, **defaults)
+    stand_in = ImageDataset.model_validate(
+        {
+            "id": "?",
+            "resolution": config.resolution,
+            "resolution_type": config.resolution_type,
+            "caption_strategy": "filename",
+            "instance_data_dir": ".",
+            "cache_dir_vae": ".",
+        }
+    )
     return [stand_in], [f"{config.data_backend_config} is not there: reckoned with the config's own resolution"]
 
 
