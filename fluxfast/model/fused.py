@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.model.linear import draw_seed, read_linear
+from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops import attention, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup, LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput
@@ -71,13 +72,13 @@ class Run:
         return "same" if self.compute == "same" else f"both-{self.compute}"
 
 
-def read_groups(groups: Sequence[Sequence[nn.Module]]) -> Reads | None:
+def read_groups(groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = True) -> Reads | None:
     """What the linears of each group hold; None if one of them has to be called as it is (`read_linear`)."""
     reads: Reads = []
     for modules in groups:
         linears = []
         for module in modules:
-            params = read_linear(module)
+            params = read_linear(module, share_dropout=share_dropout)
             if params is None:
                 return None
             linears.append(params)
@@ -118,15 +119,22 @@ def norm_weights(*norms: Any) -> Tensor:
     return torch.stack([norm.weight.detach() for norm in norms]).float()
 
 
-def save(ctx: Any, inputs: Sequence[Tensor], factors: Sequence[Tensor], kept: Kept) -> None:
+def save(ctx: Any, streams: Sequence[Tensor], mods: Sequence[Tensor], factors: Sequence[Tensor], kept: Kept) -> None:
+    """What backward finds again with `saved`; a residency may have a place of its own for the streams."""
+    # policy `none` keeps tensors that share the streams' memory, which would stay where it is
+    puts_aside = residency_of(ctx.block) is not None and ctx.run.policy != "none"
+    ctx.aside = [keep_input(ctx.block, x) for x in streams] if puts_aside else None
+    inputs = mods if puts_aside else (*streams, *mods)
     ctx.counts, ctx.names = (len(inputs), len(factors)), tuple(kept)
     ctx.save_for_backward(*inputs, *factors, *kept.values())
 
 
 def saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Kept]:
+    """The streams and their modulation, the factors, and what the policy kept."""
     tensors, (n_inputs, n_factors) = list(ctx.saved_tensors), ctx.counts
     inputs, factors = tensors[:n_inputs], tensors[n_inputs : n_inputs + n_factors]
-    return inputs, factors, dict(zip(ctx.names, tensors[n_inputs + n_factors :], strict=True))
+    streams = [] if ctx.aside is None else [fetch_input(ctx.block, handle) for handle in ctx.aside]
+    return streams + inputs, factors, dict(zip(ctx.names, tensors[n_inputs + n_factors :], strict=True))
 
 
 def keep(name: str, tensors: Sequence[Tensor | None]) -> Kept:

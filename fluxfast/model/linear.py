@@ -1,28 +1,43 @@
 """How the blocks apply the Linear modules they hold: plain, quantised, wrapped by PEFT, or anything else.
 
-A plain `nn.Linear`, a `QuantLinear`, and PEFT's plain LoRA over one are read in place and computed by
-`fluxfast.ops.lora_linear`; adapters with dropout that read the same x share one mask (PEFT draws one each).
-Whatever else there is (DoRA, LoKr, a bias in B, another forward, a hook, a base that trains) is computed by the module itself:
-slower, never skipped.
+A plain `nn.Linear`, a `QuantLinear`, another library's quantised linear (`bases`), and PEFT's plain LoRA over one are read in
+place and computed by `fluxfast.ops.lora_linear`; adapters with dropout that read the same x share one mask (PEFT draws one
+each). Whatever else there is (DoRA, LoKr, a bias in B, another forward, a hook, a base that trains) is computed by the module
+itself: slower, never skipped.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from fluxfast.model.bases import foreign_weight
 from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear
 from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import QuantWeight
 from fluxfast.quant.linear import QuantLinear
 
+# PEFT's wrappers whose forward is LoRA's formula and nothing more, by name, so that no library is imported for its own
+_PEFT_WRAPPERS = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+}
 
-def _untouched(module: nn.Module) -> bool:
+
+def untouched(module: nn.Module) -> bool:
     """Whether calling the module would run its class's own forward and nothing else: no hook, no replaced forward."""
-    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+    return not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class StoredWeight(NamedTuple):
@@ -34,58 +49,112 @@ class StoredWeight(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.packed.shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.packed.parts["packed"].device
+
     def to(self, dtype: torch.dtype, /) -> Tensor:
         return self.packed.dequantize(dtype)
+
+    def decode_into(self, out: Tensor, /) -> None:
+        self.packed.decode_into(out)
+
+    def stores(self, fmt: str, /) -> bool:
+        return self.packed.format.stored_codes == fmt
 
     def codes(self, fmt: str, /) -> Quantized:
         return Quantized(*self.packed.codes(fmt))
 
+    def codes_into(self, q: Tensor, scale: Tensor, /) -> None:
+        self.packed.codes_into(q, scale)
 
-def _base(module: nn.Module) -> LinearParams | None:
-    """A linear without adapters, or None where its forward is not known."""
-    if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward and _untouched(module):
+
+def _base(module: nn.Module) -> LinearParams | str:
+    """A linear without adapters, or why its forward can't be read."""
+    if not untouched(module):
+        return "its forward was replaced" if "forward" in module.__dict__ else "it has hooks"
+    if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
         return LinearParams(StoredWeight(module.packed()), module.bias)
-    if _plain(module):
+    weight = foreign_weight(module)
+    if isinstance(weight, str):
+        return weight
+    if weight is not None:
+        if torch.compiler.is_compiling():
+            return "torch.compile traces its library's own product"
+        if getattr(module.weight, "requires_grad", False):
+            return "its base is trained"
+        return LinearParams(StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, _bias_of(module))
+    if type(module).forward is nn.Linear.forward:
         assert isinstance(module, nn.Linear)
         return LinearParams(module.weight, module.bias)
-    return None
+    return f"{type(module).__name__} is not known"
+
+
+def _bias_of(module: Any) -> Tensor | None:
+    return module.bias
 
 
 def _plain(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward and _untouched(module)
+    return type(module).forward is nn.Linear.forward and untouched(module)
 
 
-def read_linear(module: nn.Module) -> LinearParams | None:
-    """The tensors of a module with a frozen base, if they say all that its forward does; else None."""
-    params = _base(module) if type(module) is not PeftLinear else _read_peft(module)
-    if params is None or any(getattr(t, "requires_grad", False) for t in params[:2]):
-        return None
+def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
+    """The tensors of a module with a frozen base, if they say all that its forward does; else None.
+
+    share_dropout: False leaves an adapter with an active dropout to its module, whose masks are drawn as PEFT draws them.
+    """
+    params = _read(module, share_dropout)
+    return None if isinstance(params, str) else params
+
+
+def obstacle(module: nn.Module, *, share_dropout: bool = True) -> str | None:
+    """Why `read_linear` gives None for a module; None where it doesn't."""
+    params = _read(module, share_dropout)
+    return params if isinstance(params, str) else None
+
+
+def _read(module: nn.Module, share_dropout: bool) -> LinearParams | str:
+    kind = type(module)
+    wrapped = (kind.__module__, kind.__name__) in _PEFT_WRAPPERS
+    params = _read_peft(module, share_dropout) if wrapped else _base(module)
+    if not isinstance(params, str) and any(getattr(t, "requires_grad", False) for t in params[:2]):
+        return "its base is trained"
     return params
 
 
-def _read_peft(module: PeftLinear) -> LinearParams | None:
+def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
+    if not untouched(module):
+        return "its forward was replaced" if "forward" in module.__dict__ else "it has hooks"
     base = _base(module.base_layer)
-    if not _untouched(module) or base is None:
-        return None
+    if isinstance(base, str):
+        return base
     if module.merged and module.disable_adapters:
-        # only PEFT can take a merged adapter out of the base again
-        return None
+        return "only PEFT can take its merged adapter out of the base again"
     if module.merged or module.disable_adapters:
         return base
     adapters: list[Adapter] = []
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
-        dropout, a, b = module.lora_dropout[name], module.lora_A[name], module.lora_B[name]
-        if name in module.lora_variant or not (_plain(a) and _plain(b)) or b.bias is not None:
-            return None
+        dropout, a, b, scale = module.lora_dropout[name], module.lora_A[name], module.lora_B[name], module.scaling[name]
+        if name in module.lora_variant:
+            return f"adapter {name!r} is no plain LoRA but {type(module.lora_variant[name]).__name__}"
+        if not (_plain(a) and _plain(b)) or b.bias is not None:
+            return f"adapter {name!r} has a bias, hooks or layers of its own"
+        if isinstance(scale, Tensor):
+            return f"adapter {name!r} keeps its scale in a tensor, for hot-swapping"
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        adapters.append(Adapter(a.weight, b.weight, module.scaling[name], p))
+        if p > 0 and not share_dropout:
+            return f"adapter {name!r} has a dropout"
+        adapters.append(Adapter(a.weight, b.weight, scale, p))
     return base._replace(adapters=tuple(adapters))
 
 
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """The module's own forward, in the dtype that it computes in, back in x's."""
+def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None) -> Tensor:
+    """The module's own forward, in the dtype that it computes in, back in x's; `autocast` as its caller had it."""
+    if autocast is not None:
+        with torch.autocast(x.device.type, autocast):
+            return module(x).to(x.dtype)
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     if isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
         return module(x.to(weight.dtype)).to(x.dtype)
@@ -102,14 +171,32 @@ def _apply(x: Tensor, params: list[LinearParams], compute: str) -> Tensor:
     return lora_linear(x, params, compute=compute, dropout_seed=draw_seed() if drops else None)
 
 
-def project(x: Tensor, *modules: nn.Module, compute: str = "same") -> Tensor:
+def without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A context in which our own arithmetic runs in the dtypes that it is given, whatever `autocast` its caller is under."""
+    return nullcontext() if autocast is None else torch.autocast(device, enabled=False)
+
+
+def project(
+    x: Tensor,
+    *modules: nn.Module,
+    compute: str = "same",
+    share_dropout: bool = True,
+    autocast: torch.dtype | None = None,
+    last: int = 0,
+) -> Tensor:
     """Apply several Linear modules to the same x [..., in]; returns their outputs side by side [..., Σ out], in x's dtype.
 
-    compute: as `lora_linear` takes it, for the modules that it computes.
+    compute: as `lora_linear` takes it, for the modules that it computes. share_dropout: as in `read_linear`. autocast: the
+    dtype that the caller of the model chose, under which modules that can't be read are called. last: how many of the first
+    modules are called after the others, where the order of their random numbers matters.
     """
-    reads = [read_linear(module) for module in modules]
+    reads = [read_linear(module, share_dropout=share_dropout) for module in modules]
     known = [read for read in reads if read is not None]
     if len(known) == len(reads):
         return _apply(x, known, compute)
-    outs = [_call(m, x) if p is None else _apply(x, [p], compute) for m, p in zip(modules, reads, strict=True)]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+    outs: list[Tensor | None] = [None] * len(modules)
+    for i in (*range(last, len(modules)), *range(last)):
+        read = reads[i]
+        outs[i] = _call(modules[i], x, autocast) if read is None else _apply(x, [read], compute)
+    made = [out for out in outs if out is not None]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)

@@ -1,0 +1,329 @@
+"""FLUX.1's two kinds of block as maths, on fluxfast's ops, whoever holds the modules: BFL's, one line an op
+(black-forest-labs/flux, src/flux/modules/layers.py).
+
+`DoubleMaths` and `SingleMaths` read their modules by diffusers' names from `self`. Where all of a block's linears can be read
+(`linear.read_linear`) and attention is FLUX.1's own, the block runs as one autograd.Function (`fused_double`,
+`fused_single`). Else, and under torch.compile, `_composed` is the same maths with a node for each op.
+
+Shapes: img [B, S_img, D], txt [B, S_txt, D], vec [B, D] or the vectors that `modulation` has made of it, pe = (cos, sin), each
+[S_txt + S_img, head_dim/2] fp32 with the text rows first; diffusers' own tables [S, head_dim], which hold every value twice,
+are taken as well, and tables of each sample. A third entry of pe is the row of each token [B, S_txt + S_img], where a route
+has left tokens out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from fluxfast.model import processors
+from fluxfast.model.fused import Reads, Run, factors_of, norm_weights, read_groups, seed_for
+from fluxfast.model.fused_double import DoubleBlock
+from fluxfast.model.fused_single import SingleBlock
+from fluxfast.model.linear import project, without_autocast
+from fluxfast.model.modulation import Vectors
+from fluxfast.model.processors import Tables
+from fluxfast.model.residency import resident
+from fluxfast.ops import _impl, attention
+from fluxfast.ops.gated_residual import gated_residual
+from fluxfast.ops.gelu import gelu
+from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
+from fluxfast.ops.qk_norm_rope import qk_norm_rope
+
+
+def arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype that a block computes in on x, and the one that autocast has chosen, if it is on.
+
+    That is autocast's or x's own, but at least fp32 on a CPU, where 16 bits are many times slower, and worse.
+    """
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+    return (torch.float32 if device == "cpu" and dtype.itemsize < 4 else dtype), autocast
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _checkpointed() -> bool:
+    """Whether somebody's non-reentrant checkpoint is about to take what is saved for backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
+
+
+@contextmanager
+def _saving_for_itself() -> Iterator[None]:
+    # the innermost hooks are the ones that count
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
+
+
+class Choices:
+    """How a block runs: choices, not state. `set_compute` and its like set them on a model."""
+
+    # what the wide products run in, which implementation of the ops runs, attention's back end, and what is recomputed in
+    # backward: by `policy`, or as a checkpoint around the block asks unless that is `fixed_policy`
+    compute: str = "same"
+    impl: str = "auto"
+    attention: str = "auto"
+    policy: str = "none"
+    fixed_policy: bool = False
+    # whether adapters that read the same x may share a dropout mask; PEFT draws one each
+    share_dropout: bool = True
+    residency: Any = None
+
+
+class BlockMaths(Choices):
+    """What both kinds share."""
+
+    training: bool
+    # attention's modules, and its RMS norms in the order of `qk_norm_rope`
+    attn: Any
+    qk_norms: tuple[str, ...]
+
+    def linear_groups(self) -> list[tuple[nn.Module, ...]]:
+        """The block's linears, those that share their input together, in the order of the fused Function's."""
+        raise NotImplementedError
+
+    def modulation_linears(self) -> tuple[nn.Module, ...]:
+        raise NotImplementedError
+
+    def bypassed(self) -> tuple[nn.Module, ...]:
+        """The modules beside linears and attention whose work is done without calling them."""
+        raise NotImplementedError
+
+    def _composed(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
+        """Why attention's own module has to compute it; None where it is FLUX.1's."""
+        return processors.foreign_attention(self.attn, kwargs)
+
+    def _norms(self) -> list[Any]:
+        return [getattr(self.attn, name) for name in self.qk_norms]
+
+    def composed_because(self, kwargs: dict[str, Any]) -> str | None:
+        """Why a call can't run as one Function, for other reasons than its linears; None where it can."""
+        if torch.compiler.is_compiling():
+            return "torch.compile traces the block op by op"
+        if (foreign := self.foreign_attention(kwargs)) is not None:
+            return foreign
+        if processors.backend_of(self.attn, self.attention) is None:
+            return "its attention back end is not one of PyTorch's own"
+        if any(norm.weight.requires_grad for norm in self._norms()):
+            return "an RMS norm of its q or k is trained"
+        return None
+
+    def _reads(self) -> Reads | None:
+        return read_groups(self.linear_groups(), share_dropout=self.share_dropout)
+
+    def _fused_run(self, reads: Reads | None, x: Tensor, pe: Tables, kwargs: dict[str, Any]) -> Run | None:
+        """How the fused Function runs this call, or None where the composed path has to."""
+        if reads is None or self.composed_because(kwargs) is not None:
+            return None
+        attn = self.attn
+        tables, mask = processors.rope(pe, processors.head_dim(attn)), kwargs.get("attention_mask")
+        impl = _impl.resolve("a block", self.impl, (x, tables["cos"], tables["sin"]))
+        heads = x.new_empty((0, 0, attn.heads, processors.head_dim(attn)))
+        backend = processors.backend_of(attn, self.attention)
+        assert backend is not None
+        chosen = attention.resolve(backend, heads, mask)
+        policy = "full" if self.policy == "none" and not self.fixed_policy and _checkpointed() else self.policy
+        return Run(
+            **tables, mask=mask, norms=norm_weights(*self._norms()), impl=impl, attention=chosen,
+            compute=self.compute, policy=policy, seed=seed_for(reads),
+        )  # fmt: skip
+
+    def _modulation(
+        self, vecs: tuple[Tensor | Vectors, ...], dtype: torch.dtype, autocast: torch.dtype | None
+    ) -> Vectors:
+        """Shifts, scales and gates [B, n · D] of each stream, from its vec, or as `modulation` has computed them ahead."""
+        if isinstance(vecs[0], tuple):
+            return vecs[0]
+        apply = functools.partial(project, share_dropout=self.share_dropout, autocast=autocast)
+        return tuple(
+            apply(torch.nn.functional.silu(vec.to(dtype)), linear)  # type: ignore[union-attr]
+            for vec, linear in zip(vecs, self.modulation_linears(), strict=True)
+        )
+
+    def _saving(self) -> AbstractContextManager[None]:
+        """Where the block itself says what is kept for backward: a checkpoint around it would compute all of it again."""
+        return _saving_for_itself() if torch.is_grad_enabled() and _checkpointed() else nullcontext()
+
+    def _composed_by_policy(self, *args: Any) -> Any:
+        """The composed path, checkpointed as a whole where the policy is to recompute."""
+        if self.policy == "none" or not torch.is_grad_enabled():
+            return self._composed(*args)
+        return checkpoint(self._composed, *args, use_reentrant=False)
+
+
+class DoubleMaths(BlockMaths):
+    """Text and image with weights of their own, joined in attention."""
+
+    qk_norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    norm1: Any
+    norm1_context: Any
+    norm2: Any
+    norm2_context: Any
+    ff: Any
+    ff_context: Any
+
+    def linear_groups(self) -> list[tuple[nn.Module, ...]]:
+        attn = self.attn
+        img = [processors.qkv(attn), (attn.to_out[0],), (self.ff.net[0].proj,), (self.ff.net[2],)]
+        txt = [processors.txt_qkv(attn), (attn.to_add_out,), (self.ff_context.net[0].proj,), (self.ff_context.net[2],)]
+        return img + txt
+
+    def modulation_linears(self) -> tuple[nn.Module, ...]:
+        return self.norm1.linear, self.norm1_context.linear
+
+    def bypassed(self) -> tuple[nn.Module, ...]:
+        norms = (self.norm1, self.norm1.norm, self.norm1_context, self.norm1_context.norm, self.norm2, self.norm2_context)
+        return *norms, self.ff, self.ff.net[0], self.ff_context, self.ff_context.net[0]
+
+    def run(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor | Vectors,
+        pe: Tables,
+        kwargs: dict[str, Any],
+        txt_vec: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(txt, img) after the block; txt_vec [B, D]: what modulates the text, where that is not vec."""
+        dtype, autocast = arithmetic(img)
+        with resident(self, "forward"), without_autocast(img.device.type, autocast):  # type: ignore[arg-type]
+            reads, img_in, txt_in = self._reads(), img.to(dtype), txt.to(dtype)
+            run = self._fused_run(reads, img_in, pe, kwargs)
+            if self.training and self.attn.to_out[1].p > 0:
+                run = None
+            with self._saving() if run is not None else nullcontext():
+                img_mod, txt_mod = self._modulation((vec, vec if txt_vec is None else txt_vec), dtype, autocast)
+                if run is None:
+                    txt_in, img_in = self._composed_by_policy(img_in, txt_in, img_mod, txt_mod, pe, kwargs, autocast)
+                else:
+                    assert reads is not None
+                    txt_in, img_in = DoubleBlock.apply(self, run, reads, img_in, txt_in, img_mod, txt_mod, *factors_of(reads))
+        return _finite(txt_in.to(txt.dtype)), img_in.to(img.dtype)
+
+    def _composed(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod: Tensor,
+        txt_mod: Tensor,
+        pe: Tables,
+        kwargs: dict[str, Any],
+        autocast: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        attn = self.attn
+        apply = functools.partial(project, compute=self.compute, share_dropout=self.share_dropout, autocast=autocast)
+        img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
+        txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
+
+        img_in = modulated_layer_norm(img, img_scale, img_shift, eps=self.norm1.norm.eps)
+        txt_in = modulated_layer_norm(txt, txt_scale, txt_shift, eps=self.norm1_context.norm.eps)
+
+        extra: list[Tensor] = []
+        if self.foreign_attention(kwargs) is None:
+            q, k, v = qk_norm_rope(
+                apply(img_in, *processors.qkv(attn)),
+                attn.norm_q.weight,
+                attn.norm_k.weight,
+                **processors.rope(pe, processors.head_dim(attn)),
+                heads=attn.heads,
+                txt_qkv=apply(txt_in, *processors.txt_qkv(attn)),
+                txt_q_weight=attn.norm_added_q.weight,
+                txt_k_weight=attn.norm_added_k.weight,
+                eps=attn.norm_q.eps,
+            )
+            joint = processors.dispatched(attn, self.attention, q, k, v, kwargs.get("attention_mask"))
+            img_attn = attn.to_out[1](apply(joint[:, txt.shape[1] :], attn.to_out[0]))
+            txt_attn = apply(joint[:, : txt.shape[1]], attn.to_add_out)
+        else:
+            img_attn, txt_attn, *extra = processors.by_processor(
+                attn, pe, kwargs, autocast, hidden_states=img_in, encoder_hidden_states=txt_in
+            )
+
+        img = gated_residual(img, img_gate, img_attn)
+        img_mlp = modulated_layer_norm(img, img_scale2, img_shift2, eps=self.norm2.eps)
+        img_mlp = gelu(apply(img_mlp, self.ff.net[0].proj))
+        img = gated_residual(img, img_gate2, apply(img_mlp, self.ff.net[2]))
+
+        txt = gated_residual(txt, txt_gate, txt_attn)
+        txt_mlp = modulated_layer_norm(txt, txt_scale2, txt_shift2, eps=self.norm2_context.eps)
+        txt_mlp = gelu(apply(txt_mlp, self.ff_context.net[0].proj))
+        txt = gated_residual(txt, txt_gate2, apply(txt_mlp, self.ff_context.net[2]))
+
+        for ip_attn in extra:
+            img = img + ip_attn
+        return txt, img
+
+
+class SingleMaths(BlockMaths):
+    """One joint sequence; attention and MLP in parallel on the same normalised input."""
+
+    qk_norms = ("norm_q", "norm_k")
+    norm: Any
+    mlp_hidden_dim: int
+    proj_mlp: Any
+    proj_out: Any
+    act_mlp: Any
+
+    def linear_groups(self) -> list[tuple[nn.Module, ...]]:
+        return [(*processors.qkv(self.attn), self.proj_mlp), (self.proj_out,)]
+
+    def modulation_linears(self) -> tuple[nn.Module, ...]:
+        return (self.norm.linear,)
+
+    def bypassed(self) -> tuple[nn.Module, ...]:
+        return self.norm, self.norm.norm, self.act_mlp
+
+    def run(self, x: Tensor, vec: Tensor | Vectors, pe: Tables, kwargs: dict[str, Any]) -> Tensor:
+        """The joint sequence x [B, S, D] after the block."""
+        dtype, autocast = arithmetic(x)
+        with resident(self, "forward"), without_autocast(x.device.type, autocast):  # type: ignore[arg-type]
+            reads, x_in = self._reads(), x.to(dtype)
+            run = self._fused_run(reads, x_in, pe, kwargs)
+            with self._saving() if run is not None else nullcontext():
+                (mod,) = self._modulation((vec,), dtype, autocast)
+                if run is None:
+                    x_in = self._composed_by_policy(x_in, mod, pe, kwargs, autocast)
+                else:
+                    assert reads is not None
+                    x_in = SingleBlock.apply(self, run, reads, x_in, mod, *factors_of(reads))
+        return _finite(x_in.to(x.dtype))
+
+    def _composed(
+        self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None
+    ) -> Tensor:
+        attn, (first, last) = self.attn, self.linear_groups()
+        apply = functools.partial(project, compute=self.compute, share_dropout=self.share_dropout, autocast=autocast)
+        shift, scale, gate = mod.chunk(3, dim=-1)
+        x_in = modulated_layer_norm(x, scale, shift, eps=self.norm.norm.eps)
+        if self.foreign_attention(kwargs) is None:
+            # diffusers' block applies the MLP's first linear before q, k and v
+            both = apply(x_in, *first, last=len(first) - 1)
+            qkv, mlp = both.split([3 * attn.inner_dim, self.mlp_hidden_dim], dim=-1)
+            q, k, v = qk_norm_rope(
+                qkv,
+                attn.norm_q.weight,
+                attn.norm_k.weight,
+                **processors.rope(pe, processors.head_dim(attn)),
+                heads=attn.heads,
+                eps=attn.norm_q.eps,
+            )
+            attn_out = processors.dispatched(attn, self.attention, q, k, v, kwargs.get("attention_mask"))
+        else:
+            mlp = apply(x_in, self.proj_mlp)
+            (attn_out,) = processors.by_processor(attn, pe, kwargs, autocast, hidden_states=x_in)
+        out = apply(torch.cat([attn_out, gelu(mlp)], dim=-1), *last)
+        return gated_residual(x, gate, out)
