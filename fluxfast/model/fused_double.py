@@ -205,7 +205,7 @@ class DoubleBlock(torch.autograd.Function):
         if run.keeps_all:
             kept |= keep("qkv", (acts.q, acts.k, acts.v, acts.qk[0])) | acts.img.keep_all() | acts.txt.keep_all()
         ctx.block, ctx.run, ctx.reads = block, run, reads if residency_of(block) is None else None
-        save(ctx, inputs, factors, kept)
+        save(ctx, (img, txt), (img_mod, txt_mod), factors, kept)
         return txt_out, img_out
 
     @staticmethod

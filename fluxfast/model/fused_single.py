@@ -77,7 +77,7 @@ class SingleBlock(torch.autograd.Function):
         if run.keeps_all:
             kept |= acts.keep_all()
         ctx.block, ctx.run, ctx.reads = block, run, reads if residency_of(block) is None else None
-        save(ctx, (x, mod), factors, kept)
+        save(ctx, (x,), (mod,), factors, kept)
         gate = mod.chunk(3, dim=-1)[2]
         return gated_residual.forward(x, gate, out, keep_y=False, impl=run.impl)[0]
 

@@ -218,10 +218,22 @@ def test_weights_are_read_where_residency_puts_them(kind):
             for p in frozen:
                 p.data = torch.full_like(p.data, torch.nan)
 
+        def keep(self, x):
+            kept.append(x.detach().clone())
+            return len(kept) - 1
+
+        def fetch(self, handle):
+            return kept[handle]
+
+    kept = []
     block.residency = Residency()
     block.residency.__exit__()
     assert_same(run(model, kind, torch.float64, policy="selective"), expected, 1e-12)
     assert directions == ["forward", "backward"]
+    # the streams, and nothing else, were put aside
+    img, txt, *_ = inputs(model, torch.float64)
+    both = [torch.cat([txt, img], dim=1)] if kind == "single" else [img, txt]
+    assert len(kept) == len(both) and all(torch.equal(a, b) for a, b in zip(kept, both, strict=True))
 
 
 @both_kinds
