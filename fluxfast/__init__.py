@@ -1,7 +1,7 @@
 """fluxfast: fast, lean FLUX.1 LoRA training."""
 
 __version__ = "0.1.0"
-__all__ = ["FluxTransformer", "__version__"]
+__all__ = ["FluxTransformer", "__version__", "accelerate", "restore"]
 
 
 def __getattr__(name: str):
@@ -10,4 +10,8 @@ def __getattr__(name: str):
         from fluxfast.model.transformer import FluxTransformer
 
         return FluxTransformer
+    if name in ("accelerate", "restore"):
+        from fluxfast import dropin
+
+        return getattr(dropin, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

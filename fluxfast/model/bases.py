@@ -150,8 +150,8 @@ def _tensor_subclass(weight: Any) -> QuantWeight | Decoded | str:
         return f"{name} quantises its activations"
     codes: Any = getattr(weight, "qdata", None)
     names = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3"}
-    if codes is None or codes.dtype not in names or not codes.is_contiguous() or getattr(weight, "zero_point", None) is not None:
+    if codes is None or codes.dtype not in names or not codes.is_contiguous() or codes.shape != weight.shape:
         return Decoded(weight.shape, weight.device, weight.dequantize)
-    if codes.shape != weight.shape or weight.scale.numel() != weight.shape[0]:
+    if weight.scale.numel() != weight.shape[0] or getattr(weight, "zero_point", None) is not None:
         return Decoded(weight.shape, weight.device, weight.dequantize)
     return _rows(names[codes.dtype], codes, weight.scale, weight.dtype)

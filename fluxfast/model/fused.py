@@ -72,13 +72,13 @@ class Run:
         return "same" if self.compute == "same" else f"both-{self.compute}"
 
 
-def read_groups(groups: Sequence[Sequence[nn.Module]]) -> Reads | None:
+def read_groups(groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = True) -> Reads | None:
     """What the linears of each group hold; None if one of them has to be called as it is (`read_linear`)."""
     reads: Reads = []
     for modules in groups:
         linears = []
         for module in modules:
-            params = read_linear(module)
+            params = read_linear(module, share_dropout=share_dropout)
             if params is None:
                 return None
             linears.append(params)

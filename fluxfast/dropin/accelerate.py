@@ -1,0 +1,146 @@
+"""`accelerate` and `restore`: the FLUX.1 transformer of another program on our blocks, in place, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from fluxfast.dropin.layouts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
+from fluxfast.dropin.report import Report, inspect
+from fluxfast.dropin.tread import set_router
+from fluxfast.model.fused import POLICIES
+from fluxfast.model.linear import StoredWeight, read_linear
+from fluxfast.model.routing import Router, resolve_routes
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.ops._impl import Impl
+from fluxfast.ops.attention import BACKENDS
+from fluxfast.ops.linear_group import COMPUTE
+
+# int8 tensor cores are as old as this; below it a product of codes is slower than one of halves
+LEAST_CAPABILITY = (8, 0)
+
+
+def accelerate(
+    transformer: nn.Module,
+    compute: str = "auto",
+    attention: str = "auto",
+    tread: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+    recompute: str | Sequence[str] | None = None,
+    impl: str = "auto",
+    seed: int = 42,
+) -> Report:
+    """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place; `restore` undoes it.
+
+    The object, its parameters, names, hooks and state dict stay as they are; only what its blocks compute with changes. Call
+    it before or after adapters are injected, and again at any time: the last call's choices hold.
+
+    compute: what the wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes of 8 bits, which rounds
+    activations and gradients), or "auto": "int8" where the base is stored in int8 on a GPU that gains from it, else "same".
+    The report says which and why. attention: a back end of `fluxfast.ops.attention`, or "auto": what the host has set, or
+    else the fastest. tread: routes, as in SimpleTuner's `tread_config` (a list of them, or a mapping with "routes"), for
+    diffusers' own model; drawn from `seed`. recompute: "none", "selective" or "full" for all blocks or a list of them, one a
+    block, whatever the host checkpoints; None: as it does. impl: the kernels: "auto", "triton", "native" or "ref".
+
+    Raises TypeError for a model that has no block of a known layout, ValueError for a choice that can't be made.
+    """
+    found = _blocks(transformer)
+    new = [(block, layout_of(block)) for block in found]
+    policies = _checked(compute, attention, recompute, impl, len(found))
+    router = None if tread is None else Router(_routes(tread, len(found)), seed)
+    model = _root(transformer)
+    if model is None and router is not None:
+        raise ValueError(f"tread: routes run in diffusers' FluxTransformer2DModel, and this is a {type(transformer).__name__}")
+    if model is not None:
+        set_router(model, router)
+    for block, layout in new:
+        if layout is not None:
+            adopt(block, *layout)
+            block.replaced = "forward" in block.__dict__
+    chosen, because = (compute, "asked for") if compute != "auto" else _automatic(found, impl)
+    for block, policy in zip(found, policies, strict=True):
+        block.compute, block.attention, block.impl = chosen, attention, impl
+        block.policy, block.fixed_policy = policy or "none", policy is not None
+        block.share_dropout = False
+    return inspect(transformer, because)
+
+
+def restore(transformer: nn.Module) -> None:
+    """Give a model's blocks back what they computed with before `accelerate`; adapters stay, trained as they are."""
+    model = _root(transformer)
+    if model is not None:
+        set_router(model, None)
+    for _, block in accelerated_blocks(transformer):
+        give_back(block)
+
+
+def _blocks(transformer: nn.Module) -> list[Any]:
+    """The blocks, ours already or not yet, in the order of the model."""
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(f"accelerate: expected {EXPECTED}; got {type(transformer).__name__}")
+    if any(isinstance(module, FluxTransformer) for module in transformer.modules()):
+        raise TypeError(
+            "accelerate: a FluxTransformer is fluxfast's own model already; use set_compute, set_recompute and set_routes"
+        )
+    ours = {id(block) for _, block in accelerated_blocks(transformer)}
+    found = [module for module in transformer.modules() if id(module) in ours or layout_of(module) is not None]
+    if not found:
+        names = sorted({type(module).__name__ for module in transformer.modules()})
+        raise TypeError(
+            f"accelerate: expected {EXPECTED}; got {type(transformer).__name__}, whose modules are {', '.join(names[:12])}"
+        )
+    return found
+
+
+def _root(transformer: nn.Module) -> FluxTransformer2DModel | None:
+    """diffusers' model, in whatever wraps it."""
+    return next((module for module in transformer.modules() if isinstance(module, FluxTransformer2DModel)), None)
+
+
+def _checked(
+    compute: str, attention: str, recompute: str | Sequence[str] | None, impl: str, blocks: int
+) -> list[str | None]:
+    """A recompute policy for each block; raises ValueError on a choice that is none."""
+    for name, value, known in (
+        ("compute", compute, ("auto", *COMPUTE)),
+        ("attention", attention, BACKENDS),
+        ("impl", impl, get_args(Impl)),
+    ):
+        if value not in known:
+            raise ValueError(f"accelerate: {name} must be one of {known}, not {value!r}")
+    policies = [recompute] * blocks if recompute is None or isinstance(recompute, str) else list(recompute)
+    if len(policies) != blocks:
+        raise ValueError(f"accelerate: recompute has {len(policies)} policies for {blocks} blocks; give one a block")
+    for policy in policies:
+        if policy is not None and policy not in POLICIES:
+            raise ValueError(f"accelerate: recompute is one of {POLICIES}, or None, not {policy!r}")
+    return policies
+
+
+def _routes(tread: Mapping[str, Any] | Iterable[Mapping[str, Any]], blocks: int) -> Any:
+    return resolve_routes(tread["routes"] if isinstance(tread, Mapping) else tread, blocks)
+
+
+def _automatic(blocks: list[Any], impl: str) -> tuple[str, str]:
+    """What compute="auto" comes to, and why."""
+    formats: Counter[str] = Counter()
+    device = torch.device("cpu")
+    for block in blocks:
+        for group in block.maths().linear_groups():
+            for module in group:
+                params = read_linear(module)
+                if params is not None:
+                    stored = isinstance(params.weight, StoredWeight)
+                    formats[params.weight.packed.format.name if stored else "other"] += 1  # type: ignore[union-attr]
+                    device = params.weight.device
+    if formats["int8"] <= formats.total() / 2 if formats else True:
+        return "same", "auto: the base is not stored in int8"
+    if device.type != "cuda" or impl in ("native", "ref"):
+        return "same", f"auto: products of int8 codes gain nothing on {device.type if device.type != 'cuda' else repr(impl)}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return "same", "auto: this GPU's int8 products are slower than its products of halves"
+    return "int8", "auto: the base is stored in int8 and this GPU multiplies it fast; activations are rounded to 8 bits"

@@ -1,0 +1,79 @@
+"""How a host's block becomes ours and back: by a class of the same name over the host's own.
+
+A layout has a mixin for each kind of block, which reads the host's modules and runs `model.block_maths` on them. The class
+that a block gets has the mixin before the host's class, and the host's name, so that `isinstance`, class-name checks and every
+method stay; parameters, hooks and attributes are the instance's, which stays the same object. Everything that a layout does
+not know (an argument, a processor, a hook on a module that would be passed by) goes to the host's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+from torch import nn
+
+from fluxfast.dropin import layout_bfl, layout_concatenated, layout_diffusers
+
+# of an accelerated block, what `accelerate` set
+CHOICES = ("compute", "impl", "attention", "policy", "fixed_policy", "share_dropout", "replaced")
+LAYOUTS: dict[str, Any] = {
+    "diffusers": layout_diffusers,
+    "concatenated": layout_concatenated,
+    "bfl": layout_bfl,
+}
+EXPECTED = (
+    "diffusers' FluxTransformer2DModel (0.36 or later), a model of its older blocks, whose single block takes one concatenated "
+    "tensor (SimpleTuner's), or one in Black Forest Labs' layout (`double_blocks`, `single_blocks`; sd-scripts, musubi-tuner)"
+)
+
+
+def layout_of(block: nn.Module) -> tuple[str, type] | None:
+    """The name of a block's layout and its mixin; None for a module that is no block of FLUX.1's."""
+    for name, layout in LAYOUTS.items():
+        mixin = layout.mixin_for(block)
+        if mixin is not None:
+            return name, mixin
+    return None
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    return "host_class" in type(module).__dict__
+
+
+def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and blocks of ours in a model, wherever wrappers have put them."""
+    return [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
+
+
+def adopt(block: nn.Module, layout: str, mixin: type) -> None:
+    """Give a block the class that runs our maths."""
+    cast(Any, block).__class__ = _class_for(type(block), layout, mixin)
+
+
+def give_back(block: Any) -> None:
+    """Make a block the host's again; what `accelerate` set on it is gone, everything else stays."""
+    for name in CHOICES:
+        block.__dict__.pop(name, None)
+    block.__class__ = type(block).host_class
+
+
+@functools.cache
+def _class_for(host: type, layout: str, mixin: type) -> type:
+    body = {
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+        "__reduce_ex__": lambda block, protocol: (_rebuild, (host, layout, mixin), block.__dict__),
+        "host_class": host,
+        "layout": layout,
+    }
+    made = type(host.__name__, (mixin, host), body)
+    LAYOUTS[layout].register(host, made)
+    return made
+
+
+def _rebuild(host: type, layout: str, mixin: type) -> Any:
+    """An empty block, to be given its attributes: how a copy or an unpickled block starts, as its class has no module."""
+    made = _class_for(host, layout, mixin)
+    return made.__new__(made)

@@ -1,0 +1,163 @@
+"""What runs how in an accelerated model, and why: to read, and as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from fluxfast.dropin.layouts import accelerated_blocks
+from fluxfast.model.bases import Decoded
+from fluxfast.model.linear import StoredWeight, obstacle, read_linear
+
+# a linear in a block that is one autograd.Function; by our kernels, one at a time; by calling the module
+Runs = Literal["fused", "alone", "module"]
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear of a block: how it runs, its base ("bfloat16", "int8", "nf4", …), its adapters, and what is in the way."""
+
+    name: str
+    runs: Runs
+    base: str
+    adapters: int
+    because: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: whether it is one autograd.Function, and if not, why."""
+
+    name: str
+    fused: bool
+    because: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of an accelerated model when it was asked; `because` fields say why.
+
+    layout: "diffusers", "concatenated" or "bfl". compute, attention, recompute, impl: what the blocks were told; compute with
+    what "auto" came to.
+    """
+
+    layout: str
+    blocks: tuple[BlockReport, ...]
+    linears: tuple[LinearReport, ...]
+    compute: str
+    compute_because: str
+    attention: str
+    recompute: str
+    impl: str
+    routes: int
+
+    def count(self, runs: Runs) -> int:
+        """How many of the blocks' linears run that way."""
+        return sum(linear.runs == runs for linear in self.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    def _lines(self) -> Iterator[str]:
+        fused = sum(block.fused for block in self.blocks)
+        yield f"fluxfast: {self.layout} layout, {fused} of {len(self.blocks)} blocks fused"
+        yield f"  compute {self.compute}: {self.compute_because}"
+        yield f"  attention {self.attention}, recompute {self.recompute}, kernels {self.impl}, TREAD routes {self.routes}"
+        bases = Counter(linear.base for linear in self.linears)
+        yield (
+            f"  linears: {self.count('fused')} fused, {self.count('alone')} alone, {self.count('module')} by their module; "
+            f"base {', '.join(f'{base} {count}' for base, count in bases.most_common())}; "
+            f"{sum(linear.adapters for linear in self.linears)} adapters"
+        )
+        for what, parts in (("blocks not fused", self.blocks), ("linears by their module", self.linears)):
+            reasons: dict[str, list[str]] = {}
+            for part in parts:
+                if part.because is not None:
+                    reasons.setdefault(part.because, []).append(part.name)
+            for reason, names in reasons.items():
+                yield f"  {what}: {len(names)}, {reason} ({names[0]}{', …' if len(names) > 1 else ''})"
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+
+def inspect(transformer: nn.Module, compute_because: str = "asked for") -> Report:
+    """What runs how in a model that `accelerate` has changed, as it is now: call it again when adapters have come or gone.
+
+    Raises ValueError where no block is accelerated.
+    """
+    found = accelerated_blocks(transformer)
+    if not found:
+        raise ValueError(f"inspect: no block of this {type(transformer).__name__} is ours: call fluxfast.accelerate first")
+    names = {id(module): name for name, module in transformer.named_modules()}
+    blocks: list[BlockReport] = []
+    linears: list[LinearReport] = []
+    for name, block in found:
+        of_block, mine = _block(name, block, names)
+        blocks.append(of_block)
+        linears += mine
+    first = found[0][1]
+    router = next((m.__dict__["_fluxfast_router"] for m in transformer.modules() if "_fluxfast_router" in m.__dict__), None)
+    return Report(
+        layout=type(first).layout,
+        blocks=tuple(blocks),
+        linears=tuple(linears),
+        compute=first.compute,
+        compute_because=compute_because,
+        attention=first.attention,
+        recompute=_recompute([block for _, block in found]),
+        impl=first.impl,
+        routes=0 if router is None else len(router.routes),
+    )
+
+
+def _recompute(blocks: list[Any]) -> str:
+    if not blocks[0].fixed_policy:
+        return "as the host checkpoints"
+    policies = Counter(block.policy for block in blocks)
+    return ", ".join(policies) if len(policies) == 1 else ", ".join(f"{n} {policy}" for policy, n in policies.items())
+
+
+def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, list[LinearReport]]:
+    maths = block.maths()
+    because = block.host_runs_because()
+    if block.__dict__.get("replaced"):
+        because = "its forward was replaced before accelerate()"
+    hosts = because is not None
+    groups = [module for group in maths.linear_groups() for module in group]
+    obstacles = [obstacle(module, share_dropout=maths.share_dropout) for module in groups]
+    if because is None:
+        because = maths.composed_because({})
+    if because is None:
+        count = sum(reason is not None for reason in obstacles)
+        because = f"{count} of its linears can't be read" if count else None
+    linears = []
+    for module in (*groups, *maths.modulation_linears()):
+        # a modulation is a call of its own in either case
+        alone = because is not None or module in maths.modulation_linears()
+        linears.append(_linear(names[id(module)], module, maths.share_dropout, "alone" if alone else "fused", hosts))
+    return BlockReport(name, because is None, because), linears
+
+
+def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool) -> LinearReport:
+    params = read_linear(module, share_dropout=share_dropout)
+    if params is None:
+        adapters = len(getattr(module, "active_adapters", ()))
+        base = getattr(module, "base_layer", module)
+        return LinearReport(name, "module", type(base).__name__, adapters, obstacle(module, share_dropout=share_dropout))
+    weight = params.weight
+    if isinstance(weight, StoredWeight):
+        base = weight.packed.format.name
+    elif isinstance(weight, Decoded):
+        base = "decoded by its library"
+    else:
+        base = str(weight.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+    if hosts:
+        return LinearReport(name, "module", base, len(params.adapters), "its block's own forward runs")
+    return LinearReport(name, runs, base, len(params.adapters))
