@@ -33,11 +33,13 @@ class _QuantLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dbias = None
+        # once: a checkpoint gives what it saved no second time
+        parts = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            dx = dy @ _dequantized(ctx.saved_tensors, ctx.format, ctx.shape, dy.dtype)
+            dx = dy @ _dequantized(parts, ctx.format, ctx.shape, dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.flatten(0, -2).sum(0)
-        return (dx, dbias, None, None, *(None for _ in ctx.saved_tensors))
+        return (dx, dbias, None, None, *(None for _ in parts))
 
 
 def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
