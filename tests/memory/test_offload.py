@@ -84,6 +84,30 @@ def test_some_blocks_checkpointed(interval):
     same(step(model), expected("int8"))
 
 
+@pytest.mark.parametrize("checkpoints", ["none", "the block's", "torch's"])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_blocks_that_are_a_node_an_op(format, checkpoints):
+    """Autograd itself saves weights, and views of them, that are somewhere else by the time it wants them."""
+
+    def composed():
+        model = make_model(format)
+        for block in blocks_of(model):
+            # a linear that has to be called keeps a block from being one function
+            block.attn.to_k.register_forward_hook(lambda *_: None)
+        if checkpoints == "the block's":
+            model.enable_gradient_checkpointing()
+        elif checkpoints == "torch's":
+            model.enable_gradient_checkpointing(lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=False))
+        return model
+
+    reference = step(composed())
+    for slots in (2, 4):
+        model = composed()
+        stream(model, SlowEngine(), slots=slots)
+        for _ in range(2):
+            same(step(model), reference)
+
+
 def test_reentrant_checkpoints():
     model = make_model("int8")
     model.enable_gradient_checkpointing(
