@@ -70,10 +70,11 @@ OPTIM_LAUNCH: LaunchTable = {
 # which engine takes a wide product with float activations, by what W is and up to how many tokens (None: any number):
 #   "library"  torch's GEMM, then bias and a thin product for the adapters;    "fused"  our kernel, with those in its epilogue
 #   "codes"    our kernel on W's stored codes, converted in registers;         "decode" W decoded to a scratch, then as "float"
-# None of these is measured yet. "fused" saves a launch and a pass over y for each linear with an adapter, which a library's GEMM
-# must be faster by (on chips with asynchronous tensor cores it may be); a kernel that converts codes as it reads them wins while
-# a weight tile is read once, up to about 64 tokens. `fluxfast-bench ops` times both sides of each row
-# on a device: put its architecture's rows here.
+# None of these is measured yet. "fused" saves a launch and a pass over y for each linear with an adapter, which a library's
+# GEMM must be faster by (on chips with asynchronous tensor cores it may be); a kernel that converts codes as it reads them wins
+# while a weight tile is read once, up to about 64 tokens. To measure on a device: time `lora_linear`, forward and backward, at
+# FLUX.1's shapes and 16 to 4608 tokens with one engine a kind as "default" here, then with the other; the numbers of tokens
+# where the faster one changes are the bounds of that architecture's row.
 WideRows = tuple[tuple[int | None, str], ...]
 WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
     "float": {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fluxfast_kernels import _launch
 from fluxfast_kernels._launch import ROW_LAUNCH, arch_key, cdiv, launch_numbers, next_pow2, row_numbers
 
 # in a process of its own: under the interpreter nothing is recorded
@@ -96,3 +97,31 @@ def test_helpers():
     assert arch_key(torch.device("cpu")) == "default"
     table = {"default": {"BLOCK": 1}, "sm_90": {"BLOCK": 2}}
     assert launch_numbers(table, torch.device("cpu")) == {"BLOCK": 1}
+
+
+def test_engines_cover_every_number_of_tokens():
+    device = torch.device("cpu")
+    for kind, table in _launch.WIDE_ENGINES.items():
+        known = {"library", "fused"} if kind == "float" else {"codes", "decode"}
+        for rows in table.values():
+            bounds = [most for most, _ in rows]
+            assert bounds[-1] is None and bounds[:-1] == sorted(bounds[:-1]) and {name for _, name in rows} <= known
+        for tokens in (0, 1, 64, 65, 4608):
+            assert _launch.wide_engine(kind, tokens, device) in known
+    assert [_launch.wide_engine("int8", tokens, device) for tokens in (64, 65)] == ["codes", "decode"]
+
+
+def test_where_e4m3_has_products(monkeypatch):
+    keys = {
+        "sm_80": False,
+        "sm_86": False,
+        "sm_89": True,
+        "sm_90": True,
+        "sm_120": True,
+        "gfx90a": False,
+        "gfx942": True,
+        "gfx1100": False,
+    }
+    for key, expected in keys.items():
+        monkeypatch.setattr(_launch, "arch_key", lambda device, key=key: key)
+        assert _launch.multiplies_e4m3(torch.device("cuda")) == expected
