@@ -16,7 +16,7 @@ from torch import nn
 from fluxfast.dropin import layout_bfl, layout_concatenated, layout_diffusers
 
 # of an accelerated block, what `accelerate` set
-CHOICES = ("compute", "impl", "attention", "policy", "fixed_policy", "share_dropout", "replaced")
+CHOICES = ("compute", "outliers", "impl", "attention", "policy", "fixed_policy", "share_dropout", "replaced")
 LAYOUTS: dict[str, Any] = {
     "diffusers": layout_diffusers,
     "concatenated": layout_concatenated,

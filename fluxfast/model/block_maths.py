@@ -69,9 +69,11 @@ def _saving_for_itself() -> Iterator[None]:
 class Choices:
     """How a block runs: choices, not state. `set_compute` and its like set them on a model."""
 
-    # what the wide products run in, which implementation of the ops runs, attention's back end, and what is recomputed in
-    # backward: by `policy`, or as a checkpoint around the block asks unless that is `fixed_policy`
+    # what the wide products run in, how many channels of their input stay out of that, which implementation of the ops runs,
+    # attention's back end, and what is recomputed in backward: by `policy`, or as a checkpoint around the block asks unless
+    # that is `fixed_policy`
     compute: str = "same"
+    outliers: int = 0
     impl: str = "auto"
     attention: str = "auto"
     policy: str = "none"
@@ -139,12 +141,10 @@ class BlockMaths(Choices):
         policy = "full" if self.policy == "none" and not self.fixed_policy and _checkpointed() else self.policy
         return Run(
             **tables, mask=mask, norms=norm_weights(*self._norms()), impl=impl, attention=chosen,
-            compute=self.compute, policy=policy, seed=seed_for(reads),
+            compute=self.compute, outliers=self.outliers, policy=policy, seed=seed_for(reads),
         )  # fmt: skip
 
-    def _modulation(
-        self, vecs: tuple[Tensor | Vectors, ...], dtype: torch.dtype, autocast: torch.dtype | None
-    ) -> Vectors:
+    def _modulation(self, vecs: tuple[Tensor | Vectors, ...], dtype: torch.dtype, autocast: torch.dtype | None) -> Vectors:
         """Shifts, scales and gates [B, n · D] of each stream, from its vec, or as `modulation` has computed them ahead."""
         if isinstance(vecs[0], tuple):
             return vecs[0]
@@ -225,7 +225,8 @@ class DoubleMaths(BlockMaths):
         autocast: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         attn = self.attn
-        apply = functools.partial(project, compute=self.compute, share_dropout=self.share_dropout, autocast=autocast)
+        chosen = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
+        apply = functools.partial(project, **chosen, autocast=autocast)
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
 
@@ -302,11 +303,10 @@ class SingleMaths(BlockMaths):
                     x_in = SingleBlock.apply(self, run, reads, x_in, mod, *factors_of(reads))
         return _finite(x_in.to(x.dtype))
 
-    def _composed(
-        self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None
-    ) -> Tensor:
+    def _composed(self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None) -> Tensor:
         attn, (first, last) = self.attn, self.linear_groups()
-        apply = functools.partial(project, compute=self.compute, share_dropout=self.share_dropout, autocast=autocast)
+        chosen = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
+        apply = functools.partial(project, **chosen, autocast=autocast)
         shift, scale, gate = mod.chunk(3, dim=-1)
         x_in = modulated_layer_norm(x, scale, shift, eps=self.norm.norm.eps)
         if self.foreign_attention(kwargs) is None:

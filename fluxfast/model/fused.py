@@ -50,6 +50,7 @@ class Run:
     impl: str
     attention: str
     compute: str
+    outliers: int
     policy: str
     seed: int | None
 
@@ -58,7 +59,8 @@ class Run:
         groups = []
         for i, linears in enumerate(reads):
             seed = None if self.seed is None else self.seed + i
-            groups.append(LinearGroup(linears, dtype, compute=self.compute, impl=self.impl, dropout_seed=seed))
+            options: dict[str, Any] = {"outliers": self.outliers, "impl": self.impl, "dropout_seed": seed}
+            groups.append(LinearGroup(linears, dtype, compute=self.compute, **options))
         return groups
 
     @property

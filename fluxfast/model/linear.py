@@ -166,9 +166,9 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-def _apply(x: Tensor, params: list[LinearParams], compute: str) -> Tensor:
+def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -> Tensor:
     drops = any(adapter.dropout > 0 for p in params for adapter in p.adapters)
-    return lora_linear(x, params, compute=compute, dropout_seed=draw_seed() if drops else None)
+    return lora_linear(x, params, compute=compute, outliers=outliers, dropout_seed=draw_seed() if drops else None)
 
 
 def without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -180,23 +180,24 @@ def project(
     x: Tensor,
     *modules: nn.Module,
     compute: str = "same",
+    outliers: int = 0,
     share_dropout: bool = True,
     autocast: torch.dtype | None = None,
     last: int = 0,
 ) -> Tensor:
     """Apply several Linear modules to the same x [..., in]; returns their outputs side by side [..., Σ out], in x's dtype.
 
-    compute: as `lora_linear` takes it, for the modules that it computes. share_dropout: as in `read_linear`. autocast: the
-    dtype that the caller of the model chose, under which modules that can't be read are called. last: how many of the first
-    modules are called after the others, where the order of their random numbers matters.
+    compute, outliers: as `lora_linear` takes them, for the modules that it computes. share_dropout: as in `read_linear`.
+    autocast: the dtype that the caller of the model chose, under which modules that can't be read are called. last: how many
+    of the first modules are called after the others, where the order of their random numbers matters.
     """
     reads = [read_linear(module, share_dropout=share_dropout) for module in modules]
     known = [read for read in reads if read is not None]
     if len(known) == len(reads):
-        return _apply(x, known, compute)
+        return _apply(x, known, compute, outliers)
     outs: list[Tensor | None] = [None] * len(modules)
     for i in (*range(last, len(modules)), *range(last)):
         read = reads[i]
-        outs[i] = _call(modules[i], x, autocast) if read is None else _apply(x, [read], compute)
+        outs[i] = _call(modules[i], x, autocast) if read is None else _apply(x, [read], compute, outliers)
     made = [out for out in outs if out is not None]
     return made[0] if len(made) == 1 else torch.cat(made, dim=-1)

@@ -144,15 +144,16 @@ class FluxTransformer(FluxTransformer2DModel):
             vec = vec + mlp(embed.guidance_embedder, embed.time_proj(guidance))
         return vec + mlp(embed.text_embedder, pooled)
 
-    def set_compute(self, compute: str) -> None:
+    def set_compute(self, compute: str, outliers: int = 0) -> None:
         """What the blocks' wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes, a scale a row).
 
-        Independent of how weights are stored. Raises ValueError on another name.
+        Independent of how weights are stored. outliers: how many channels of each product's input, the largest, stay out of
+        the codes (`ops.linear_group`). Raises ValueError on another name or a negative number.
         """
-        if compute not in COMPUTE:
-            raise ValueError(f"compute must be one of {COMPUTE}, not {compute!r}")
+        if compute not in COMPUTE or outliers < 0:
+            raise ValueError(f"compute must be one of {COMPUTE} and outliers not negative, not {compute!r} and {outliers}")
         for block in self.blocks:
-            block.compute = compute
+            block.compute, block.outliers = compute, outliers
 
     def set_recompute(self, policy: str | Sequence[str] | None) -> None:
         """What each block recomputes in backward: "none", "selective" or "full" (`model.fused`), one for all or one a block.

@@ -126,6 +126,8 @@ class TrainFields(Settings):
     """Type of weights and activations; no is fp32."""
     compute_precision: Literal["auto", "same", "int8", "fp8"] = "auto"
     """What the blocks' matrix products run in; "same" is the activations' type, auto 8 bit for a quantised base on a GPU."""
+    compute_outliers: int = Field(0, ge=0)
+    """Channels of each product's input, the largest, that are kept out of 8 bits."""
     recompute: Literal["none", "selective", "full"] | None = None
     """What every block recomputes in the backward pass (unset: all of it where gradient_checkpointing says so)."""
     gradient_checkpointing: bool = True

@@ -155,8 +155,10 @@ class Trainer:
             transformer.gradient_checkpointing_interval = config.gradient_checkpointing_interval or 1
         transformer.set_recompute(config.recompute)
         compute, why = choose_compute(config.compute_precision, transformer, self.device)
-        transformer.set_compute(compute)
+        transformer.set_compute(compute, config.compute_outliers)
         told = "in the activations' type" if compute == "same" else f"in {compute}"
+        if compute != "same" and config.compute_outliers:
+            told += f", {config.compute_outliers} channels apart"
         self.console.print(f"matrix products run {told}: {why}", highlight=False)
         transformer.train()
         count = sum(p.numel() for p in parameters)

@@ -148,6 +148,25 @@ def test_products_of_codes(kind, policy, compute):
     assert_same(actual, run(model, kind, torch.float32, compute=compute), 1e-6)
 
 
+@both_kinds
+@every_policy
+def test_outlier_channels(kind, policy):
+    """Channels that modulation blows up, as FLUX.1's does: out of the codes they cost the others nothing."""
+    model = make_model()
+    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
+    with torch.no_grad():
+        for linear in block.modulation_linears():
+            # the first chunk shifts the normalised input
+            linear.bias[:4] += 300
+    exact = run(model, kind, torch.float32, composed=True)
+    plain = run(model, kind, torch.float32, policy=policy, compute="int8")
+    apart = run(model, kind, torch.float32, policy=policy, compute="int8", outliers=4)
+    assert_same(apart, run(model, kind, torch.float32, composed=True, compute="int8", outliers=4), 0.03)
+    better = [relative_error(a, e) < 0.7 * relative_error(p, e) for a, p, e in zip(apart, plain, exact, strict=True)]
+    assert sum(better) > 0.7 * len(better)
+    assert all(relative_error(a, e) < 0.06 for a, e in zip(apart, exact, strict=True))
+
+
 def saved_bytes(model, kind, policy, impl="ref"):
     """Bytes that autograd keeps between a block's forward and its backward, other than parameters."""
     block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]

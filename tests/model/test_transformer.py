@@ -147,6 +147,8 @@ def test_choices_are_checked():
     _, ours = pair()
     with pytest.raises(ValueError, match="not 'int4'"):
         ours.set_compute("int4")
+    with pytest.raises(ValueError, match="outliers not negative"):
+        ours.set_compute("int8", -1)
     with pytest.raises(ValueError, match="not 'some'"):
         ours.set_recompute("some")
     with pytest.raises(ValueError, match="each of 5 blocks, got 2"):
