@@ -225,7 +225,7 @@ class DoubleMaths(BlockMaths):
         autocast: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         attn = self.attn
-        chosen = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
+        chosen: dict[str, Any] = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
         apply = functools.partial(project, **chosen, autocast=autocast)
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
@@ -305,7 +305,7 @@ class SingleMaths(BlockMaths):
 
     def _composed(self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None) -> Tensor:
         attn, (first, last) = self.attn, self.linear_groups()
-        chosen = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
+        chosen: dict[str, Any] = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
         apply = functools.partial(project, **chosen, autocast=autocast)
         shift, scale, gate = mod.chunk(3, dim=-1)
         x_in = modulated_layer_norm(x, scale, shift, eps=self.norm.norm.eps)
