@@ -14,7 +14,7 @@ has left tokens out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -226,7 +226,7 @@ class DoubleMaths(BlockMaths):
     ) -> tuple[Tensor, Tensor]:
         attn = self.attn
         chosen: dict[str, Any] = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
-        apply = functools.partial(project, **chosen, autocast=autocast)
+        apply: Callable[..., Tensor] = functools.partial(project, **chosen, autocast=autocast)
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
 
@@ -306,7 +306,7 @@ class SingleMaths(BlockMaths):
     def _composed(self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None) -> Tensor:
         attn, (first, last) = self.attn, self.linear_groups()
         chosen: dict[str, Any] = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
-        apply = functools.partial(project, **chosen, autocast=autocast)
+        apply: Callable[..., Tensor] = functools.partial(project, **chosen, autocast=autocast)
         shift, scale, gate = mod.chunk(3, dim=-1)
         x_in = modulated_layer_norm(x, scale, shift, eps=self.norm.norm.eps)
         if self.foreign_attention(kwargs) is None:
