@@ -30,6 +30,7 @@ class Kept:
         self.shape, self.dtype, self.device, self.place = x.shape, x.dtype, x.device, place
         self.near: Tensor | None = x
         self.arrival: Event = None
+        self.fetched = False
 
     @property
     def far(self) -> Tensor:
@@ -121,14 +122,16 @@ class HostInputs:
         return kept
 
     def fetch(self, kept: Kept) -> Tensor:
-        """The tensor, on the device it came from; the one kept before it comes next."""
+        """The tensor, on the device it came from; of those kept before it, the last one not fetched yet starts on its way."""
         x = self._come(kept)
         if kept.arrival is not None:
             self._mover.wait(kept.arrival)
         live = self._live()
-        place = live.index(kept)
-        if place > 0:
-            self._come(live[place - 1])
+        kept.fetched = True
+        # a block may keep several and fetch them in that order: one that has been fetched is not the next
+        waiting = (other for other in reversed(live[: live.index(kept)]) if not other.fetched and other.near is None)
+        if (ahead := next(waiting, None)) is not None:
+            self._come(ahead)
         kept.near = kept.arrival = None
         return x
 

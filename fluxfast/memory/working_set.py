@@ -29,7 +29,8 @@ def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bo
         kept += rows * (4 * workload.sizes.num_attention_heads + ACTIVATION * workload.rank)
     if policy == "none":
         kept += rows * ACTIVATION * workload.rank * (5 if double else 4)
-    return kept + (0 if input_elsewhere else e)
+    # what "none" keeps shares memory with the input, which stays
+    return kept + (0 if input_elsewhere and policy != "none" else e)
 
 
 @lru_cache(maxsize=4096)
@@ -50,7 +51,7 @@ def backward_bytes(workload: Workload, index: int, policy: str, input_elsewhere:
     _, e = _rows(workload, index)
     moments = _double_moments if index < workload.sizes.num_layers else _single_moments
     # an input that was put aside, and that of the block before it on its way
-    put_aside = 2 * e if input_elsewhere else 0
+    put_aside = 2 * e if input_elsewhere and policy != "none" else 0
     return max(moments(workload, index, policy)) + _small(workload, index, policy) + put_aside
 
 

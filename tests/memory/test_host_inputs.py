@@ -56,6 +56,16 @@ def test_the_one_before_is_on_its_way():
     assert handles[1].near is None and handles[0].near is not None
 
 
+def test_blocks_that_keep_two_get_both_ahead_and_leave_none_behind():
+    inputs = HostInputs(CPU)
+    blocks = [[inputs.keep(torch.full((2,), 2.0 * i + j)) for j in range(2)] for i in range(4)]
+    for number in reversed(range(4)):
+        for j, handle in enumerate(blocks[number]):
+            assert torch.equal(inputs.fetch(handle), torch.full((2,), 2.0 * number + j))
+        here = {(i, j) for i in range(4) for j in range(2) if blocks[i][j].near is not None}
+        assert here == ({(number - 1, 0), (number - 1, 1)} if number else set())
+
+
 def test_buffers_are_used_again():
     inputs = HostInputs(CPU)
     for _ in range(4):
