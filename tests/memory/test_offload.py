@@ -108,6 +108,43 @@ def test_blocks_that_are_a_node_an_op(format, checkpoints):
             same(step(model), reference)
 
 
+class Transposed(torch.nn.Module):
+    """Any block of anybody: autograd saves a view of its weight."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(8, 8), requires_grad=False)
+        torch.nn.init.normal_(self.weight, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, x):
+        return (x @ self.weight.T[:, 1:] @ self.weight.T[1:]).tanh()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("slots", [2, 3])
+def test_views_of_weights_that_autograd_saves(slots, checkpointing):
+    blocks = [Transposed(seed) for seed in range(6)]
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def run():
+        h = x
+        for block in blocks:
+            h = checkpoint(block, h, use_reentrant=False) if checkpointing else block(h)
+        with torch.no_grad():
+            # else every block comes back into the very slot that it was in
+            for i in (0, 3, 1, 5, 2):
+                blocks[i](x)
+        return (h, *torch.autograd.grad(h.square().sum(), x))
+
+    reference = run()
+    streamed = BlockStream(blocks, LateEngine(), slots=slots)
+    for block in streamed._blocks:
+        block.host = [torch.full_like(view, float("nan")) for view in block.host]
+        block.layout.point_at(block.host)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(run(), reference, strict=True))
+
+
 def test_reentrant_checkpoints():
     model = make_model("int8")
     model.enable_gradient_checkpointing(
