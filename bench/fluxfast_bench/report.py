@@ -14,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.files import write_atomic
-from fluxfast_bench import check, plots, results, targets
+from fluxfast_bench import check, plots, proofs, results, targets
+from fluxfast_bench.proofs import markdown_table
 from fluxfast_bench.results import Result
 
 # the marker behind which the plots stand
 PLOTS = "plots"
 MARKED = re.compile(r"(<!-- bench:([a-z]+) -->\n).*?(<!-- /bench -->)", flags=re.DOTALL)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The first `left` columns to the left, numbers to the right."""
-    lines = [head, ["---" if i < left else "---:" for i in range(len(head))], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def newest_cases(stored: Sequence[Result], kind: str) -> list[tuple[Result, str, list[dict[str, Any]]]]:
@@ -118,14 +113,21 @@ SECTIONS: dict[str, Callable[[Sequence[Result]], str]] = {
 }
 
 
-def render(text: str, stored: Sequence[Result], links: str) -> str:
+# every marker that there may be
+NAMES = (*SECTIONS, *proofs.SECTIONS, PLOTS)
+
+
+def render(text: str, stored: Sequence[Result], root: Path, links: str) -> str:
     """`text` with every marked table made anew. Raises ValueError for a marker that nothing stands behind."""
 
     def filled(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
-        if name not in (*SECTIONS, PLOTS):
-            raise ValueError(f"{opening.strip()}: there is no such table; there are {', '.join([*SECTIONS, PLOTS])}")
-        made = links if name == PLOTS else SECTIONS[name](stored)
+        if name not in NAMES:
+            raise ValueError(f"{opening.strip()}: there is no such table; there are {', '.join(NAMES)}")
+        if name in proofs.SECTIONS:
+            made = proofs.section(name, root)
+        else:
+            made = links if name == PLOTS else SECTIONS[name](stored)
         return f"{opening}\n{made or 'Not measured yet.'}\n\n{closing}"
 
     return MARKED.sub(filled, text)
@@ -169,11 +171,11 @@ def main(argv: Sequence[str]) -> int:
             return 0
         before = options.readme.read_text(encoding="utf-8")
         if not MARKED.search(before):
-            places = ", ".join(f"<!-- bench:{name} -->" for name in [*SECTIONS, PLOTS])
+            places = ", ".join(f"<!-- bench:{name} -->" for name in NAMES)
             raise ValueError(f"{options.readme}: has no place for a table, one of {places}")
         if not options.check:
             plots.draw(stored, options.results)
-        after = render(before, stored, pictures(options.results, options.readme))
+        after = render(before, stored, options.results, pictures(options.results, options.readme))
     except (ValueError, FileNotFoundError) as error:
         print(f"fluxfast-bench report: {error}", file=sys.stderr)
         return 1
