@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,16 +88,18 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         format: Format | None = None,
         quantize_on: torch.device | str = "cpu",
+        on_host: Collection[str] = (),
     ) -> FluxTransformer:
         """The model on `device`; floats in `dtype`, linears in `format` if one is given, quantised where `quantize_on` says.
 
         A checkpoint that is quantised already is mapped on a CPU, read into place elsewhere; `format` must be None or its own.
+        on_host: full names of modules whose tensors go to host memory, and never to the device.
         """
         model = self._empty(cls)
         if (info := self.quantized) is not None:
             if format not in (None, info.format):
                 raise CheckpointError(f"{self.where}: holds {info.format.name}, asked for {format.name if format else None}")
-            self._load_quantized(model, info, dtype, device)
+            self._load_quantized(model, info, dtype, device, on_host)
         else:
             sources = _check(self.where, self.layout, self.files, _shapes(model))
             tensors = streaming.float_tensors(
@@ -107,12 +109,17 @@ class Checkpoint:
                 names = streaming.linears(model, KEPT)
                 tensors = streaming.quantized(tensors, format, names, self.where)
                 streaming.quantize_empty(model, format, names, dtype)
-            streaming.place(model, tensors, dtype, device)
+            streaming.place(model, tensors, dtype, device, on_host)
         model.register_to_config(_name_or_path=self.where)
         return model.eval()
 
     def _load_quantized(
-        self, model: FluxTransformer, info: quantized_file.QuantizedInfo, dtype: torch.dtype, device: torch.device | str
+        self,
+        model: FluxTransformer,
+        info: quantized_file.QuantizedInfo,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        on_host: Collection[str],
     ) -> None:
         streaming.quantize_empty(model, info.format, streaming.linears(model, KEPT), dtype)
         wanted = model.state_dict()
@@ -127,7 +134,7 @@ class Checkpoint:
             # biases that were cast have left the file's order
             packing.pack_groups(model)
         else:
-            streaming.place(model, self.files.stream(sources), dtype, device)
+            streaming.place(model, self.files.stream(sources), dtype, device, on_host)
 
     def quantize(
         self, cls: type[FluxTransformer], path: Path, format: Format, *, quantize_on: torch.device | str = "cpu"

@@ -96,13 +96,22 @@ def quantized_specs(
     return {name: specs[name] for name in packing.ordered(specs)}
 
 
-def place(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device | str) -> None:
+def place(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_host: Collection[str] = (),
+) -> None:
     """Fill a model on the meta device: memory of its own on `device`, packed by groups, its parameters in `dtype`.
 
-    `tensors` must be those of the model's state dict, in any order; each is copied and let go.
+    `tensors` must be those of the model's state dict, in any order; each is copied and let go. `on_host`: names of modules
+    whose tensors stay in host memory.
     """
     cast_empty(model, dtype)
-    homes = packing.allocate(model.state_dict(), device)
+    state = model.state_dict()
+    here = {name: state.pop(name) for name in list(state) if any(name.startswith(f"{module}.") for module in on_host)}
+    homes = packing.allocate(state, device) | packing.allocate(here, "cpu")
     missing = set(homes)
     with torch.no_grad():
         for name, tensor in tensors:

@@ -24,6 +24,7 @@ from fluxfast.model import checkpoint
 from fluxfast.model.blocks import adopt
 from fluxfast.model.fused import POLICIES
 from fluxfast.model.linear import project
+from fluxfast.model.modulation import Conditions, ModulationAhead, Vectors, embed
 from fluxfast.model.routing import Router, RouteState, resolve_routes
 from fluxfast.ops.linear_group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
@@ -55,6 +56,8 @@ class FluxTransformer(FluxTransformer2DModel):
 
     _no_split_modules = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012 (diffusers' own declarations are lists)
     _repeated_blocks = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012
+    # who computes modulation on the host; None: each block its own
+    modulation: ModulationAhead | None = None
 
     @register_to_config
     def __init__(
@@ -132,17 +135,43 @@ class FluxTransformer(FluxTransformer2DModel):
         """
         return checkpoint.load_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs)
 
-    def _embed(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-        """vec [B, D] from timestep and guidance [B] (already times 1000) and the pooled prompt [B, pooled]."""
-        embed = self.time_text_embed
+    def set_modulation_ahead(self, ahead: bool) -> None:
+        """Keep the weights of modulation and of the time embedding in host memory and compute both on the CPU (see
+        `fluxfast.model.modulation`), or bring them back to the model's device.
 
-        def mlp(module: Any, x: Tensor) -> Tensor:
-            return project(torch.nn.functional.silu(project(x.to(dtype), module.linear_1)), module.linear_2)
+        Raises ValueError naming a linear that can't go: one that carries an adapter, or trains.
+        """
+        if ahead == (self.modulation is not None):
+            return
+        if ahead:
+            self.modulation = ModulationAhead(self)
+        elif self.modulation is not None:
+            device, modulation = self.device, self.modulation
+            self.modulation = None
+            modulation.release(device)
 
-        vec = mlp(embed.timestep_embedder, embed.time_proj(timestep))
-        if guidance is not None:
-            vec = vec + mlp(embed.guidance_embedder, embed.time_proj(guidance))
-        return vec + mlp(embed.text_embedder, pooled)
+    def prepare_modulation(self, conditions: Callable[[], Conditions]) -> None:
+        """Have a thread compute the modulation of a forward that is to come, with what `conditions`, called there, gives.
+
+        The forward finds it by its values, and computes its own where it has others. Does nothing unless modulation is ahead.
+        """
+        if self.modulation is not None:
+            self.modulation.prepare(conditions, self.device, compute_dtype(self.device, self.x_embedder_dtype))
+
+    def _modulation(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> list[Tensor | Vectors]:
+        """For each block, then for norm_out: vec [B, D], or the vectors that it would make of vec."""
+        if self.modulation is not None:
+            return [*self.modulation.vectors(conditions, device, dtype)]
+        vec = embed(self.time_text_embed, conditions, dtype)
+        return [vec] * (len(self.blocks) + 1)
+
+    @property
+    def device(self) -> torch.device:
+        # diffusers takes the first parameter's, which is one of those that stay on the host
+        return super().device if self.modulation is None else self._x_embedder_weight.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FluxTransformer:
+        return super()._apply(fn if self.modulation is None else self.modulation.staying(fn), recurse)
 
     def set_compute(self, compute: str, outliers: int = 0) -> None:
         """What the blocks' wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes, a scale a row).
@@ -205,6 +234,7 @@ class FluxTransformer(FluxTransformer2DModel):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the flow: hidden_states [B, S_img, in_channels], encoder_hidden_states [B, S_txt, joint_attention_dim],
         pooled_projections [B, pooled], timestep and guidance [B] in 0..1 and as is, ids [S, 3]; returns [B, S_img, out].
+        With modulation ahead those three are wanted on the CPU: from the device, forward has to wait for them.
 
         force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`).
         """
@@ -214,13 +244,9 @@ class FluxTransformer(FluxTransformer2DModel):
         if self.config.guidance_embeds and guidance is None:
             raise ValueError("guidance is required: this model was distilled with guidance embeds (config.guidance_embeds)")
 
-        # in the caller's dtype, as diffusers rounds them, so that a bf16 caller gets the embedding it would get there
-        vec = self._embed(
-            timestep.to(in_dtype) * 1000,
-            guidance.to(in_dtype) * 1000 if guidance is not None and self.config.guidance_embeds else None,
-            pooled_projections,
-            dtype,
-        )
+        guidance = guidance if self.config.guidance_embeds else None
+        conditions = Conditions.of(timestep, guidance, pooled_projections, in_dtype)
+        mods = self._modulation(conditions, hidden_states.device, dtype)
         ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
         pe = rope_tables(ids.to(hidden_states.device), tuple(self.config.axes_dims_rope))
 
@@ -234,7 +260,7 @@ class FluxTransformer(FluxTransformer2DModel):
             route = RouteState(router, pe, txt.shape[1], force_keep_mask)
             for i, block in enumerate(self.transformer_blocks):
                 img = route.before(i, img)
-                txt, img = self._run(i, block, img, txt, vec, route.pe, kwargs)
+                txt, img = self._run(i, block, img, txt, mods[i], route.pe, kwargs)
                 if controlnet_block_samples is not None:
                     sample = _control(controlnet_block_samples, i, len(self.transformer_blocks), controlnet_blocks_repeat)
                     img = img + route.of_kept(sample)
@@ -244,13 +270,15 @@ class FluxTransformer(FluxTransformer2DModel):
             for i, block in enumerate(self.single_transformer_blocks):
                 number = len(self.transformer_blocks) + i
                 x = route.before_joint(number, x)
-                x = self._run(number, block, x, None, vec, route.pe, kwargs)
+                x = self._run(number, block, x, None, mods[number], route.pe, kwargs)
                 if controlnet_single_block_samples is not None:
                     sample = _control(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
                     x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
                 x = route.after_joint(number, x)
 
-            scale, shift = project(torch.nn.functional.silu(vec), self.norm_out.linear).chunk(2, dim=-1)
+            last = mods[-1]
+            mod = last[0] if isinstance(last, tuple) else project(torch.nn.functional.silu(last), self.norm_out.linear)
+            scale, shift = mod.chunk(2, dim=-1)
             img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
             output = project(img, self.proj_out).to(in_dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
@@ -258,8 +286,12 @@ class FluxTransformer(FluxTransformer2DModel):
     @property
     def x_embedder_dtype(self) -> torch.dtype:
         # x_embedder is never quantised, so its dtype is the one the model was loaded in
+        return self._x_embedder_weight.dtype
+
+    @property
+    def _x_embedder_weight(self) -> Tensor:
         module: Any = self.x_embedder
-        return getattr(module, "base_layer", module).weight.dtype
+        return getattr(module, "base_layer", module).weight
 
 
 def _control(samples: list[Tensor], index: int, blocks: int, repeat: bool = False) -> Tensor:

@@ -1,0 +1,286 @@
+"""Modulation ahead: shifts, scales and gates of all blocks at once, on the CPU, from weights that never occupy the device.
+
+A quarter of FLUX.1's weights only ever meet one vector a sample, vec = f(timestep, guidance, pooled prompt), which is known
+before a step starts. So these linears (`linear_names`) stay in host memory, in the format that they are stored in, and a thread
+computes the next step's vectors from them while the device works on this one. Their modules stay where they are in the model:
+names, state dict and `save_pretrained` are as ever; `.to(device)` leaves them on the host, `.to(dtype)` casts them.
+
+Sums are in fp32 whatever is stored, and the vectors are rounded once, to the activations' dtype. Nothing here has a gradient:
+an adapter on one of these linears, or a base that trains, is refused.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from fluxfast.model.linear import LinearParams, StoredWeight, obstacle, project, read_linear
+from fluxfast.quant.gemv import gemv
+from fluxfast.quant.linear import QuantLinear
+
+# of a double block (image, text) and of a single one; what they give are the vectors of one block
+_DOUBLE, _SINGLE = ("norm1.linear", "norm1_context.linear"), ("norm.linear",)
+# names inside a block, for whoever moves its other weights
+BLOCK_LINEARS = (*_DOUBLE, *_SINGLE)
+# batches that are prepared and not used yet: the one that comes, and the one after it
+_AHEAD = 2
+
+# the vectors of one block, each [B, n · D]: (image's, text's), or (the joint sequence's,)
+Vectors = tuple[Tensor, ...]
+
+
+class Conditions(NamedTuple):
+    """What modulation is a function of: timestep and guidance [B], as the embedder takes them (times 1000; guidance None where
+    the model takes none), and the pooled prompts [B, P].
+    """
+
+    timestep: Tensor
+    guidance: Tensor | None
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype) -> Conditions:
+        """From a forward's own arguments; `dtype` is that of its hidden_states, to which diffusers rounds the first two."""
+        # in the caller's dtype, so that a bf16 caller gets the embedding it would get there
+        return cls(timestep.to(dtype) * 1000, None if guidance is None else guidance.to(dtype) * 1000, pooled)
+
+    def on_host(self) -> Conditions:
+        """In fp32 (of fp64 fp64) on the CPU."""
+        return Conditions(*(None if x is None else _to_host(x) for x in self))  # type: ignore[arg-type]
+
+    def equals(self, other: Conditions) -> bool:
+        """Whether two on the host are the same in every bit of every value."""
+        if (self.guidance is None) != (other.guidance is None):
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self, other, strict=True) if a is not None and b is not None)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def embed(
+    embedder: Any, conditions: Conditions, dtype: torch.dtype, linear: Callable[[Tensor, nn.Module], Tensor] = project
+) -> Tensor:
+    """vec [B, D] by a transformer's `time_text_embed`, in `dtype`; `linear` applies one of its linears."""
+
+    def mlp(module: Any, x: Tensor) -> Tensor:
+        return linear(silu(linear(x.to(dtype), module.linear_1)), module.linear_2)
+
+    vec = mlp(embedder.timestep_embedder, embedder.time_proj(conditions.timestep))
+    if conditions.guidance is not None:
+        vec = vec + mlp(embedder.guidance_embedder, embedder.time_proj(conditions.guidance))
+    return vec + mlp(embedder.text_embedder, conditions.pooled)
+
+
+def linear_names(config: Mapping[str, Any]) -> list[str]:
+    """The full names of the linears that stay on the host, for a transformer's config."""
+    embedders = ["timestep_embedder", *(["guidance_embedder"] if config.get("guidance_embeds") else []), "text_embedder"]
+    names = [f"time_text_embed.{embedder}.{linear}" for embedder in embedders for linear in ("linear_1", "linear_2")]
+    names += [f"transformer_blocks.{i}.{linear}" for i in range(config.get("num_layers", 19)) for linear in _DOUBLE]
+    single = range(config.get("num_single_layers", 38))
+    names += [f"single_transformer_blocks.{i}.{linear}" for i in single for linear in _SINGLE]
+    return [*names, "norm_out.linear"]
+
+
+def why_not(transformer: nn.Module) -> str | None:
+    """Why a transformer's modulation can't be computed ahead, naming the first linear in its way; None where it can."""
+    for name in linear_names(transformer.config):  # type: ignore[arg-type]
+        reason = _obstacle(transformer.get_submodule(name))
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    params = read_linear(module)
+    if params is None:
+        return obstacle(module)
+    if params.adapters:
+        return "an adapter is on it"
+    base = getattr(module, "base_layer", module)
+    return None if isinstance(base, QuantLinear) or type(base) is nn.Linear else f"{type(base).__name__} is not known"
+
+
+def _params(module: nn.Module) -> LinearParams:
+    if (reason := _obstacle(module)) is not None:
+        raise ValueError(f"modulation is computed ahead, on the host, but a linear of it can't be: {reason}")
+    params = read_linear(module)
+    assert params is not None
+    return params
+
+
+def apply_on_host(x: Tensor, module: nn.Module, out: Tensor | None = None) -> Tensor:
+    """A linear without adapters, on the CPU, of x [B, in]: [B, out] in x's dtype, fp32 or fp64."""
+    weight, bias, _ = _params(module)
+    stored = weight.packed if isinstance(weight, StoredWeight) else weight
+    y = gemv(x, stored, out)  # type: ignore[arg-type]
+    return y if bias is None else y.add_(bias)
+
+
+class _Prepared(NamedTuple):
+    conditions: Conditions
+    vectors: Tensor
+
+
+class ModulationAhead:
+    """The modulation of one transformer. `FluxTransformer.set_modulation_ahead` makes it.
+
+    Weights are not expected to change between `prepare` and the forward that it was for.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        """Moves the linears to host memory. Raises ValueError as `why_not` says, before anything is moved."""
+        reason = why_not(transformer)
+        if reason is not None:
+            raise ValueError(f"modulation can't be computed ahead: {reason}")
+        self._embedder = transformer.time_text_embed
+        # who holds the linears: an adapter that comes later takes a linear's place there
+        self._blocks: list[list[Any]] = [[b.norm1, b.norm1_context] for b in transformer.transformer_blocks]
+        self._blocks += [[b.norm] for b in transformer.single_transformer_blocks]
+        self._blocks.append([transformer.norm_out])
+        # numbers a sample, of all blocks
+        self._width = sum(linear.out_features for linears in self._linears() for linear in linears)
+        self._move(torch.device("cpu"))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[Future[_Prepared]] = deque()
+        self._last: _Prepared | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has its own thread, and nothing prepared
+        return {name: self.__dict__[name] for name in ("_embedder", "_blocks", "_width")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that the weights take."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _owned(self) -> Iterator[nn.Module]:
+        yield self._embedder
+        for owners in self._blocks:
+            for owner in owners:
+                yield owner.linear
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for module in self._owned():
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def _move(self, device: torch.device) -> None:
+        for module in self._owned():
+            if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+                module.to(device)
+
+    # ---- before the forward ----------------------------------------------------------------------------------------------
+
+    def prepare(self, conditions: Callable[[], Conditions], device: torch.device, dtype: torch.dtype) -> None:
+        """Compute a forward's vectors in a thread, in which `conditions` is called as well.
+
+        What goes wrong there is raised by the next `vectors`. Prepare in the order of the forwards; at most two are kept.
+        """
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-modulation")
+        while len(self._pending) >= _AHEAD:
+            self._pending.popleft().cancel()
+
+        def compute() -> _Prepared:
+            known = conditions().on_host()
+            return _Prepared(known, self._compute(known, device, dtype))
+
+        self._pending.append(self._pool.submit(compute))
+
+    def forget(self) -> None:
+        """Drop what has been prepared, and let the thread end."""
+        self._pending.clear()
+        self._last = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    # ---- in the forward --------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def vectors(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> list[Vectors]:
+        """A tuple of vectors for each block, in order, then one for norm_out, on the device in `dtype`.
+
+        Prepared ones if their conditions were these, else computed here and now: the same values.
+        """
+        batch = conditions.timestep.shape[0]
+        if conditions.timestep.is_meta:
+            return self._views(torch.empty(batch * self._width, dtype=dtype, device=device), batch)
+        conditions = conditions.on_host()
+        flat = self._look_up(conditions)
+        if flat is None or flat.dtype != dtype:
+            flat = self._compute(conditions, device, dtype)
+        # one copy for all blocks, behind which the device's own queue waits, and nobody else
+        return self._views(flat.to(device, non_blocking=True), batch)
+
+    def _look_up(self, conditions: Conditions) -> Tensor | None:
+        if self._last is not None and self._last.conditions.equals(conditions):
+            # a second forward of the same step
+            return self._last.vectors
+        for passed, future in enumerate(self._pending):
+            if (error := future.exception()) is not None:
+                self._pending.clear()
+                raise error
+            prepared = future.result()
+            if prepared.conditions.equals(conditions):
+                self._last = prepared
+                for _ in range(passed + 1):
+                    self._pending.popleft()
+                return prepared.vectors
+        return None
+
+    def _linears(self) -> list[list[Any]]:
+        return [[owner.linear for owner in owners] for owners in self._blocks]
+
+    def _views(self, flat: Tensor, batch: int) -> list[Vectors]:
+        """Each linear's own contiguous [B, out] in `flat`."""
+        blocks = [[batch * linear.out_features for linear in linears] for linears in self._linears()]
+        parts = iter(flat.split([size for sizes in blocks for size in sizes]))
+        return [tuple(next(parts).view(batch, -1) for _ in sizes) for sizes in blocks]
+
+    @torch.no_grad()
+    def _compute(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """All vectors in one run of `dtype` on the host, in memory that `device` can read by itself."""
+        wide = torch.promote_types(dtype, torch.float32)
+        batch = conditions.timestep.shape[0]
+        vec = silu(embed(self._embedder, conditions, wide, apply_on_host))
+        flat = torch.empty(batch * self._width, dtype=wide)
+        for linears, vectors in zip(self._linears(), self._views(flat, batch), strict=True):
+            for linear, out in zip(linears, vectors, strict=True):
+                apply_on_host(vec, linear, out)
+        if device.type != "cuda":
+            return flat.to(dtype)
+        return torch.empty(flat.shape, dtype=dtype, pin_memory=True).copy_(flat)
+
+    # ---- moves by others -------------------------------------------------------------------------------------------------
+
+    def staying(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`fn`, as `Module._apply` takes it, which may cast the tensors on the host, but not move them."""
+        here = {tensor.data_ptr() for tensor in self._tensors() if tensor.is_cpu}
+
+        def unless_here(tensor: Tensor) -> Tensor:
+            if not tensor.is_cpu or tensor.data_ptr() not in here:
+                return fn(tensor)
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype)
+
+        return unless_here
+
+    def release(self, device: torch.device) -> None:
+        """Bring the linears to the device, with whatever adapters are on them."""
+        self.forget()
+        self._move(device)
