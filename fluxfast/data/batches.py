@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +112,11 @@ class BatchLoader:
         batch, self.epoch, self._state = self._ahead.popleft().result()
         self.step += 1
         return batch
+
+    def upcoming(self) -> Callable[[], Batch]:
+        """What waits for the batch that comes next, and gives it; for another thread, and for later, when it may have come."""
+        read = self._ahead[0]
+        return lambda: read.result()[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batch handed out last."""

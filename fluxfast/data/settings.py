@@ -46,7 +46,7 @@ class Settings(BaseModel):
         if value == "" and type(None) in get_args(annotation):
             return None
         # pydantic would take true for the number 1
-        if isinstance(value, bool) and annotation is not bool:
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("expects a value, not true or false")
         return value
 

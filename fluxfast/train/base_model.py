@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fluxfast.model.checkpoint import Checkpoint, open_folder, open_single_file
+from fluxfast.model.modulation import linear_names
 from fluxfast.model.quantized_file import StaleFile
 from fluxfast.model.tensor_files import BrokenFile, CheckpointError
 from fluxfast.model.tensor_writer import free_bytes
@@ -19,6 +20,8 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import Format
 from fluxfast.quant.rules import format_of
 from fluxfast.train.config import TrainConfig
+from fluxfast.train.modulation import keeps_on_host
+from fluxfast.train.offload import STREAMED_MODULES
 
 # left free beside a cached base: checkpoints, images and logs of the run need room too
 SPARE_BYTES = 2 << 30
@@ -41,8 +44,19 @@ def load_transformer(config: TrainConfig, device: torch.device, console: Console
         quantize_on = quantizing_device(config.quantize_via, device)
         if (cached := _cached(config, checkpoint, format, quantize_on, console)) is not None:
             checkpoint, format = cached, None
-    transformer = checkpoint.load(FluxTransformer, config.base_dtype, device=device, format=format, quantize_on=quantize_on)
-    return transformer.requires_grad_(False)
+    modulation = linear_names(checkpoint.config)
+    ahead = keeps_on_host(config, modulation, device, console)
+    transformer = checkpoint.load(
+        FluxTransformer,
+        config.base_dtype,
+        device=device,
+        format=format,
+        quantize_on=quantize_on,
+        on_host=[*(modulation if ahead else ()), *(STREAMED_MODULES if config.enable_group_offload else ())],
+    )
+    transformer.requires_grad_(False)
+    transformer.set_modulation_ahead(ahead)
+    return transformer
 
 
 def quantizing_device(quantize_via: str | None, device: torch.device | None = None) -> torch.device:

@@ -134,6 +134,8 @@ class TrainFields(Settings):
     """Recompute activations in the backward pass: less memory."""
     gradient_checkpointing_interval: int | None = Field(None, ge=1)
     """Checkpoint every nth block (unset: each)."""
+    modulation_ahead: bool | Literal["auto"] = "auto"
+    """Compute modulation a step ahead on the CPU, its weights in host memory; auto: on a GPU, unless the LoRA trains it."""
     vram_budget: float | Literal["auto"] | None = None
     """GiB of VRAM for the run, or auto: all there is; recompute and streaming are chosen to fit (unset: as the config says)."""
     enable_group_offload: bool = False

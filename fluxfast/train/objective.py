@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fluxfast.data.batches import Batch
+from fluxfast.model.modulation import Conditions
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
 from fluxfast.train.config import TrainConfig
@@ -24,6 +25,16 @@ def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+class Draw(NamedTuple):
+    """A batch's noise levels [B], its guidance [B] (None where the model takes none), and the generator that its noise is
+    drawn from next.
+    """
+
+    sigmas: Tensor
+    guidance: Tensor | None
+    generator: torch.Generator
+
+
 class Objective:
     """Flow matching as a config asks for it. `shift_bounds` are `flow.auto_shift`'s, from the pipeline's scheduler."""
 
@@ -33,21 +44,33 @@ class Objective:
         self.config, self.transformer, self.seed, self.shift_bounds = config, transformer, seed, shift_bounds
         self.device = transformer.device
 
-    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
-        """The flow-matching loss of micro-batch `micro` of step `step`: predict eps - x0 at a sampled sigma."""
+    def draw(self, batch: Batch, step: int, micro: int) -> Draw:
+        """What micro-batch `micro` of step `step` is trained with; the same each time that it is asked for."""
         config = self.config
         g = torch.Generator().manual_seed(step_seed(self.seed, step, micro, "flow"))
-        x0 = batch.latents.float()
         sigmas = self._sigmas(batch, (step - 1) * config.gradient_accumulation_steps + micro, g)
-        eps = torch.randn(x0.shape, generator=g)
         guidance = flow.guidance_vector(
-            len(x0),
+            len(sigmas),
             config.flux_guidance_mode,
             value=config.flux_guidance_value,
             min=config.flux_guidance_min,
             max=config.flux_guidance_max,
             generator=g,
         )
+        return Draw(sigmas, guidance if self.transformer.config.guidance_embeds else None, g)
+
+    def modulation_conditions(self, batch: Batch, step: int, micro: int) -> Conditions:
+        """What the model's modulation will be a function of in that micro-batch's loss; from any thread."""
+        sigmas, guidance, _ = self.draw(batch, step, micro)
+        dtype = self.config.weight_dtype
+        return Conditions.of(sigmas, guidance, batch.pooled_prompt_embeds.to(dtype), dtype)
+
+    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
+        """The flow-matching loss of micro-batch `micro` of step `step`: predict eps - x0 at a sampled sigma."""
+        config = self.config
+        x0 = batch.latents.float()
+        sigmas, guidance, generator = self.draw(batch, step, micro)
+        eps = torch.randn(x0.shape, generator=generator)
         inputs = self._model_inputs(flow.add_noise(x0, eps, sigmas), sigmas, guidance, batch)
         target = flow.pack_latents(flow.target(x0, eps)).to(self.device)
         if batch.is_regularisation_data:
@@ -88,18 +111,20 @@ class Objective:
             shift=shift,
         )
 
-    def _model_inputs(self, noisy: Tensor, sigmas: Tensor, guidance: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _model_inputs(self, noisy: Tensor, sigmas: Tensor, guidance: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         dtype, device = self.config.weight_dtype, self.device
+        # where modulation is computed
+        near = device if self.transformer.modulation is None else torch.device("cpu")
         inputs = {
             "hidden_states": flow.pack_latents(noisy).to(device, dtype),
-            "timestep": sigmas.to(device),
+            "timestep": sigmas.to(near),
             "encoder_hidden_states": batch.prompt_embeds.to(device, dtype),
-            "pooled_projections": batch.pooled_prompt_embeds.to(device, dtype),
+            "pooled_projections": batch.pooled_prompt_embeds.to(near, dtype),
             "img_ids": flow.image_ids(*noisy.shape[-2:], device=device),
             "txt_ids": torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
         }
-        if self.transformer.config.guidance_embeds:
-            inputs["guidance"] = guidance.to(device)
+        if guidance is not None:
+            inputs["guidance"] = guidance.to(near)
         return inputs
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from fluxfast.train import state
 from fluxfast.train.compute import choose_compute
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
+from fluxfast.train.modulation import settle
 from fluxfast.train.objective import Objective, step_seed
 from fluxfast.train.offload import stream
 from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients
@@ -149,6 +150,7 @@ class Trainer:
                     init="default" if self.saved else config.lora_init_type,
                     dtype=dtype,
                 )
+        settle(config, transformer, self.console)
         pack_groups(transformer)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -218,6 +220,7 @@ class Trainer:
         self.batches = self.data.loader(self.step * config.gradient_accumulation_steps)
         with StopRequest() as stop, TrainingBar(bar_console, self.steps, self.step) as self.bar:
             try:
+                self._look_ahead(self.step + 1, 0)
                 while self.step < self.steps:
                     result = self.train_step(self.step + 1)
                     self.step += 1
@@ -234,6 +237,8 @@ class Trainer:
             finally:
                 self.metrics.close()
                 self.batches.close()
+                if self.transformer.modulation is not None:
+                    self.transformer.modulation.forget()
         self._validate(self.step)
         return self._finish()
 
@@ -247,6 +252,7 @@ class Trainer:
         for micro in range(accumulation):
             batch = next(self.batches)
             epoch = self.batches.epoch
+            self._look_ahead(*((step, micro + 1) if micro + 1 < accumulation else (step + 1, 0)))
             loss = self.objective.loss(batch, step, micro)
             (loss / accumulation).backward()
             total += loss.detach() / accumulation
@@ -257,6 +263,14 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(step, epoch, total, norm, learning_rate, batches)
+
+    def _look_ahead(self, step: int, micro: int) -> None:
+        """Start on the modulation of that micro-batch, the next to come: a thread computes it while the device works."""
+        if self.transformer.modulation is None or step > self.steps:
+            return
+        assert self.batches is not None
+        upcoming = self.batches.upcoming()
+        self.transformer.prepare_modulation(lambda: self.objective.modulation_conditions(upcoming(), step, micro))
 
     # ----------------------------------------------------------------------------------------------------------------------
 

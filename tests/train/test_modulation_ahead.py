@@ -1,0 +1,144 @@
+"""modulation_ahead in a run: the run's result is what it is in place, however it is stopped; and when it is on."""
+
+import io
+import threading
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_trainer import BF16, FP32, TREAD, Killed, kill_at, same_files
+
+from fluxfast.data.settings import ConfigError
+from fluxfast.model.modulation import ModulationAhead
+from fluxfast.train.modulation import keeps_on_host
+from fluxfast.train.objective import Objective
+from fluxfast.train.trainer import Trainer
+from support import relative_error
+
+LINE = "modulation is computed a step ahead"
+IN_PLACE = "modulation is computed on the device"
+# of a LoRA after six steps: fp32 sums in another order, which AdamW's first steps, all of one size, enlarge
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """In which thread each batch's vectors were computed."""
+    threads = []
+    original = ModulationAhead._compute
+
+    def compute(self, *args):
+        threads.append("main" if threading.current_thread() is threading.main_thread() else "ahead")
+        return original(self, *args)
+
+    monkeypatch.setattr(ModulationAhead, "_compute", compute)
+    return threads
+
+
+def assert_same_lora(a, b):
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    flat = [torch.cat([tensor.flatten().double() for tensor in lora.values()]) for lora in (left, right)]
+    assert relative_error(*flat) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        FP32 | {"gradient_accumulation_steps": 2, "flux_guidance_mode": "random-range", "gradient_checkpointing": False},
+        FP32 | TREAD | {"lora_dropout": 0.2, "flow_schedule_auto_shift": True, "train_batch_size": 3},
+        FP32 | {"flow_custom_timesteps": "100,400,900", "flow_timesteps_mode": "round-robin", "train_batch_size": 1},
+    ],
+    ids=["accumulation-guidance", "tread-dropout-batch", "round-robin"],
+)
+def test_a_run_ends_where_it_would_in_place(run, computed, mode):
+    in_place, out = run(name="in_place", **mode)
+    assert LINE not in out.getvalue() and not computed
+    ahead, out = run(name="ahead", modulation_ahead=True, **mode)
+    assert LINE in out.getvalue()
+    # every batch once, and none where the device would have waited
+    assert computed == ["ahead"] * 6 * mode.get("gradient_accumulation_steps", 1)
+    assert_same_lora(in_place, ahead)
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "int4-quanto", "nf4-bnb", "int2-quanto", "fp8-torchao"])
+def test_killed_and_resumed(run, monkeypatch, computed, precision):
+    mode = BF16 | {"base_model_precision": precision, "modulation_ahead": True, "max_train_steps": 4}
+    whole, _ = run(name="whole", **mode)
+    kill_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        run(name="killed", **mode)
+    killed, out = run(name="killed", **mode)
+    assert "step 2 of 4" in out.getvalue()
+    assert same_files(whole, killed)
+    assert set(computed) == {"ahead"}
+
+
+def test_validation_and_a_teacher(run, computed):
+    images = {
+        "validation_disable": False,
+        "validation_step_interval": 2,
+        "validation_prompt": "a red cup",
+        "validation_resolution": "64",
+        "validation_num_inference_steps": 2,
+    }
+    mode = FP32 | images | {"max_train_steps": 4, "dataset": {"is_regularisation_data": True}}
+    in_place, _ = run(name="in_place", **mode)
+    ahead, _ = run(name="ahead", modulation_ahead="true", **mode)
+    # a teacher's forward finds what its pupil's does; images ask for others, twice each of three times
+    assert sorted(computed) == ["ahead"] * 4 + ["main"] * 6
+    assert_same_lora(in_place, ahead)
+
+
+@pytest.mark.parametrize("key", [{"flux_lora_target": "ai-toolkit"}, {"peft_lora_target_modules": ["to_q", "norm_out.linear"]}])
+def test_adapters_on_modulation(run, monkeypatch, key):
+    with pytest.raises(ConfigError, match=r"\"modulation_ahead\" is true.*norm\w*\.linear"):
+        run(name="asked", modulation_ahead=True, **FP32, **key)
+    # a CPU that would choose as a GPU does
+    on_gpu = lambda config, linears, device, console: keeps_on_host(config, linears, torch.device("cuda"), console)  # noqa: E731
+    monkeypatch.setattr("fluxfast.train.base_model.keeps_on_host", on_gpu)
+    lora, out = run(name="auto", **FP32, **key, max_train_steps=2)
+    assert out.getvalue().count(IN_PLACE) == 1 and LINE not in out.getvalue()
+    _, out = run(name="resumed_from_file", init_lora=str(lora), **FP32, max_train_steps=2)
+    assert out.getvalue().count(IN_PLACE) == 1 and LINE not in out.getvalue()
+    with pytest.raises(ConfigError, match="an adapter is on it"):
+        run(name="asked_with_file", init_lora=str(lora), modulation_ahead=True, **FP32)
+    _, out = run(name="plain", **FP32, max_train_steps=2)
+    assert LINE in out.getvalue() and IN_PLACE not in out.getvalue()
+    _, out = run(name="off", modulation_ahead=False, **FP32, max_train_steps=2)
+    assert LINE not in out.getvalue() and IN_PLACE not in out.getvalue()
+
+
+def test_an_exception_of_the_thread_ends_the_step(run, monkeypatch):
+    original = Objective.modulation_conditions
+
+    def fail(self, batch, step, micro):
+        if step == 3:
+            raise OSError("cache/text/3f.safetensors: damaged")
+        return original(self, batch, step, micro)
+
+    monkeypatch.setattr(Objective, "modulation_conditions", fail)
+    steps = []
+    train_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, step: steps.append(step) or train_step(self, step))
+    with pytest.raises(OSError, match="damaged"):
+        run(**FP32, modulation_ahead=True)
+    assert steps == [1, 2, 3]
+
+
+def test_auto_is_off_on_a_cpu(write_config):
+    from fluxfast.train.config import load_config
+
+    out = io.StringIO()
+    config = load_config(write_config(**FP32))
+    assert config.modulation_ahead == "auto"
+    assert not keeps_on_host(config, ["norm_out.linear"], torch.device("cpu"), Console(file=out))
+    assert keeps_on_host(config, ["norm_out.linear"], torch.device("cuda"), Console(file=out))
+    assert not out.getvalue()
+    values = {"true": True, "false": False, "auto": "auto"}
+    assert {text: load_config(write_config(modulation_ahead=text)).modulation_ahead for text in values} == values
+    with pytest.raises(ConfigError, match="modulation_ahead"):
+        load_config(write_config(modulation_ahead="sometimes"))
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        load_config(write_config(train_batch_size=True))
