@@ -119,8 +119,8 @@ def backward_rows(
         parts = _bwd_ref(*arguments)
     else:
         parts = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
-    dgate = parts.pop(0) if needs_gate else None
-    return row_quant.row_output(parts, out), dgate
+    dgate, rows = (parts[0], parts[1:]) if needs_gate else (None, parts)
+    return row_quant.row_output(rows, out), dgate
 
 
 class _GatedResidual(torch.autograd.Function):

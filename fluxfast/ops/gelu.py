@@ -77,7 +77,7 @@ def _as_tokens(x: Tensor) -> Tensor:
 def _like_rows(part: Tensor, x: Tensor) -> Tensor:
     """What a kernel made of tokens [B, S, …], with x's leading dimensions."""
     cols = part.shape[2:] if x.ndim else ()
-    return part.view(*x.shape[:-1], *cols)
+    return part.view((*x.shape[:-1], *cols))
 
 
 _fwd_op = _impl.register(gelu_fwd)

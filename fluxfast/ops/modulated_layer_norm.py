@@ -241,9 +241,9 @@ def backward_residual(
         return dx, dbranch, (sums[0], sums[1], dgate) if modulation else (None, None, None)
     launch = _impl.launcher(dy, gated_residual_layer_norm_bwd, _residual_bwd_op)
     dx, *rest = launch(dy, x, mean, rstd, scale, gate, branch, add_to, modulation, out, col_scale, impl)
-    sums = [rest.pop(0) for _ in range(0 if not modulation else 2 if branch is None else 3)]
-    dscale, dshift, dgate = (*sums, None, None, None)[:3]
-    return dx, row_quant.row_output(rest, out), (dscale, dshift, dgate)
+    count = 0 if not modulation else 2 if branch is None else 3
+    dscale, dshift, dgate = (*rest[:count], None, None, None)[:3]
+    return dx, row_quant.row_output(rest[count:], out), (dscale, dshift, dgate)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):

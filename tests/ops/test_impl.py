@@ -37,9 +37,9 @@ NATIVE_OPS = {
     "gelu": gelu,
     "modulated_layer_norm": lambda x, **kwargs: modulated_layer_norm(x, modulation(x), modulation(x), **kwargs),
     "qk_norm_rope": qk,
+    "row_quant": lambda x, **kwargs: row_quant(x, "int8", **kwargs),
 }
 OPS = NATIVE_OPS | {
-    "row_quant": lambda x, **kwargs: row_quant(x, "int8", **kwargs),
     "token_gather": lambda x, **kwargs: token_gather(x, torch.arange(3, device=x.device), **kwargs),
     "token_scatter": lambda x, **kwargs: token_scatter(x, 2 * x[:, :3], torch.arange(3, device=x.device), **kwargs),
 }
@@ -161,7 +161,8 @@ def test_unknown_implementation(op):
 
 
 @needs_native
-@every_native_op
+# codes have no first one
+@pytest.mark.parametrize("op", sorted(NATIVE_OPS.keys() - {"row_quant"}))
 def test_second_derivatives_are_refused(op):
     x = randn(1, 5, 12)
     out = OPS[op](x, impl="native")

@@ -137,3 +137,29 @@ def test_gradients_of_gated_residual_and_norm(impl, out, modulation, keep_branch
             assert relative_error(grad, reference) < 2e-6
     plain, _, _ = modulated_layer_norm.backward_residual(dy, saved, impl=impl)
     torch.testing.assert_close(plain + past, dx)
+
+
+@every_impl
+def test_raw_rows_compile_whole(impl):
+    """As in a block's backward under torch.compile: one graph, buffers written in it, and eager's numbers."""
+    _, inputs = modulated_layer_norm_case(5, impl)
+    residual, scale, shift, branch, gate, dy = on_device(
+        impl, *inputs, *(randn(2, 5, 12, seed=8),), randn(2, 12, seed=9), randn(2, 5, 12)
+    )
+
+    def chain(residual, gate, branch, scale, shift, dy):
+        x, rows, saved = modulated_layer_norm.forward_residual(
+            residual, gate, branch, scale, shift, out="both-int8", keep_branch=True, impl=impl
+        )
+        options = {"out": "both-int8", "col_scale": scale[0], "impl": impl}
+        dx, dbranch, sums = modulated_layer_norm.backward_residual(dy, saved, modulation=True, add_to=dy, **options)
+        wide = torch.zeros(2, 5, 30, device=x.device)
+        dh = gelu.backward_rows(dx, (x,), into=wide[..., 7:19], **options)
+        return x, *rows, dx, *dbranch, *sums, dh.q, dh.q_scale, wide
+
+    arguments = (residual, gate, branch, scale, shift, dy)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")(*arguments)
+        for actual, expected in zip(compiled, chain(*arguments), strict=True):
+            torch.testing.assert_close(actual, expected)
