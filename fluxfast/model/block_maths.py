@@ -140,7 +140,7 @@ class BlockMaths(Choices):
         chosen = attention.resolve(backend, heads, mask)
         policy = "full" if self.policy == "none" and not self.fixed_policy and _checkpointed() else self.policy
         return Run(
-            **tables, mask=mask, norms=norm_weights(*self._norms()), impl=impl, attention=chosen,
+            **tables, mask=mask, norms=norm_weights(*self._norms(), impl=impl), impl=impl, attention=chosen,
             compute=self.compute, outliers=self.outliers, policy=policy, seed=seed_for(reads),
         )  # fmt: skip
 

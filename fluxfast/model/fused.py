@@ -116,9 +116,10 @@ def with_factors(reads: Reads, factors: Sequence[Tensor]) -> Reads:
     ]
 
 
-def norm_weights(*norms: Any) -> Tensor:
-    """The RMS norms' weights [norms, head_dim] fp32, as `qk_norm_rope` takes them."""
-    return torch.stack([norm.weight.detach() for norm in norms]).float()
+def norm_weights(*norms: Any, impl: str) -> Tensor:
+    """The RMS norms' weights [norms, head_dim] as `qk_norm_rope` takes them; Triton's kernels cast them as they are read."""
+    weights = torch.stack([norm.weight.detach() for norm in norms])
+    return weights if impl == "triton" else weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
 def save(ctx: Any, streams: Sequence[Tensor], mods: Sequence[Tensor], factors: Sequence[Tensor], kept: Kept) -> None:

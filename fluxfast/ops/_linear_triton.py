@@ -199,8 +199,6 @@ def linear_dgrad(
         if w_scales:
             if dy_scale is None:
                 dy_i = dy_i * stack(w_scales)[lo:hi].to(dy.dtype)
-            else:
-                w = quant_matmul.dgrad_codes(w, len(dy))
             quant_matmul.quant_matmul_dgrad(
                 dy_i, dy_scale, w, lora_ds=u, lora_a=v, out=dx, out_dtype=dx.dtype, accumulate=accumulate
             )
@@ -212,6 +210,13 @@ def linear_dgrad(
             lora_linear.lora_matmul_dgrad(dy_i, w, lora_ds=u, lora_a=v, out=dx, accumulate=accumulate)
         # the first launch has all of dS A
         accumulate, u, v = True, None, None
+
+
+def linear_transpose(w: Tensor) -> list[Tensor]:
+    """A contiguous [K, N] copy of the codes w [N, K]."""
+    from fluxfast_kernels.quant_matmul import transpose_codes
+
+    return [transpose_codes(w)]
 
 
 def _library_takes(x: Tensor, w: Tensor) -> bool:
@@ -236,6 +241,7 @@ def linear_dropout(x: Tensor, p: float, seed: int) -> list[Tensor]:
 
 _down_op, _ds_op, _db_op = _impl.register(linear_down), _impl.register(linear_ds), _impl.register(linear_db)
 _da_op, _dropout_op = _impl.register(linear_da), _impl.register(linear_dropout)
+_transpose_op = _impl.register(linear_transpose)
 _fwd_op = torch.library.custom_op("fluxfast::linear_fwd", linear_fwd, mutates_args=("y",))
 _dgrad_op = torch.library.custom_op("fluxfast::linear_dgrad", linear_dgrad, mutates_args=("dx",))
 
@@ -258,6 +264,11 @@ def _(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dty
 @_da_op.register_fake
 def _(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     return [x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)]
+
+
+@_transpose_op.register_fake
+def _(w: Tensor) -> list[Tensor]:
+    return [w.new_empty(w.shape[1], w.shape[0])]
 
 
 @_dropout_op.register_fake
@@ -296,6 +307,17 @@ def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torc
 
 def wide(x: Tensor, *args: Any) -> None:
     _impl.launcher(x, linear_fwd, _fwd_op)(x, *args)
+
+
+def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
+    """Codes in the order in memory that dgrad of so many tokens wants: as they are, or `.T` of transposed copies."""
+    from fluxfast_kernels.quant_matmul import dgrad_transposes
+
+    if not dgrad_transposes(tokens, weights[0].device):
+        return weights
+    joined = adjoining(weights)
+    whole = weights if joined is None else [joined]
+    return [_impl.launcher(w, linear_transpose, _transpose_op)(w)[0].T for w in whole]
 
 
 def wide_dgrad(dy: Tensor, *args: Any) -> None:

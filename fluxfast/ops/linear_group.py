@@ -277,6 +277,8 @@ class LinearGroup:
         weights, w_scales = self._weights(len(dx))
         if self._merges(len(dx)):
             ds = None
+        if self.compute != "same":
+            weights = self._products.for_dgrad(weights, len(dx))
         whole = ds is not None and not self._drops
         for i, (col, part, scale) in enumerate(parts):
             a = [adapter.a.detach() for adapter in self.adapters] if whole and i == 0 else []

@@ -264,7 +264,8 @@ def forward(
     """Raw interface: (q, k, v), and (rstd, weights, cos, sin, index, q, k, qkv, txt_qkv) to keep for backward.
 
     Of the last four only q and k with `keep_outputs`, which only `outputs_suffice` allows, else only qkv and txt_qkv.
-    weights [2 or 4, head_dim], fp32, holds the rows q, k, and where there is text txt_q, txt_k; all constants are contiguous.
+    weights [2 or 4, head_dim], fp32 (any float on Triton), holds the rows q, k, and where there is text txt_q, txt_k; all
+    constants are contiguous.
     """
     if impl == "ref":
         text = {} if txt_qkv is None else {"txt_qkv": txt_qkv, "txt_q_weight": weights[2], "txt_k_weight": weights[3]}

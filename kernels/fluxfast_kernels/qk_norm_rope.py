@@ -304,7 +304,8 @@ def _aot_cases() -> Iterator[AotCase]:
         # a double block's two parts; a single block's one, inside the packed q|k|v|mlp, whole and routed
         img, txt = (torch.empty(1, s, 9216, dtype=dtype, device="meta") for s in (4096, 512))
         packed = torch.empty(1, 4608, 21504, dtype=dtype, device="meta")[..., :9216]
-        weights = torch.empty(4, 128, device="meta")
+        # as the model stores them
+        weights = torch.empty(4, 128, dtype=dtype, device="meta")
         for case, qkv, txt_qkv, rows in (
             ("double", img, txt, None),
             ("single", packed, None, None),

@@ -39,7 +39,7 @@ from fluxfast_kernels._matmul import Segments, make_segments, matmul
 __all__ = [
     "AOT_VARIANTS",
     "Segments",
-    "dgrad_codes",
+    "dgrad_transposes",
     "make_segments",
     "quant_matmul",
     "quant_matmul_dgrad",
@@ -76,10 +76,9 @@ def transpose_codes(w: Tensor, *, out: Tensor | None = None) -> Tensor:
 TRANSPOSE_FROM: LaunchTable = {"default": {"rows": 0}, "sm_90": {"rows": 512}}
 
 
-def dgrad_codes(w: Tensor, rows: int) -> Tensor:
-    """Codes w [N, K] in the order in memory that dgrad of so many rows wants: w itself, or `.T` of a transposed copy."""
-    least = launch_numbers(TRANSPOSE_FROM, w.device)["rows"]
-    return transpose_codes(w).T if 0 < least <= rows else w
+def dgrad_transposes(rows: int, device: torch.device) -> bool:
+    """Whether dgrad of so many rows wants `.T` of a transposed copy of W's codes."""
+    return 0 < launch_numbers(TRANSPOSE_FROM, device)["rows"] <= rows
 
 
 def quant_matmul(
