@@ -156,6 +156,8 @@ def _choices_text(choices: Any) -> dict[str, Any]:
     return {
         "recompute": {policy: count for policy, count in counts.items() if count},
         "blocks": f"streamed through a ring of {choices.slots}" if choices.streams else "resident",
+        "modulation": "ahead, in host memory" if choices.modulation_ahead else "on the GPU",
+        "blocks' inputs": "in host memory" if choices.host_inputs else "on the GPU",
     }
 
 
@@ -246,7 +248,8 @@ def _sayer(console: Console) -> Any:
 
 def _choices_line(choices: dict[str, Any]) -> str:
     recompute = ", ".join(f"{policy} in {count}" for policy, count in choices["recompute"].items())
-    return f"recomputation of blocks: {recompute}; blocks {choices['blocks']}"
+    inputs = ", their inputs in host memory" if choices["blocks' inputs"] == "in host memory" else ""
+    return f"recomputation of blocks: {recompute}; blocks {choices['blocks']}{inputs}; modulation {choices['modulation']}"
 
 
 def _step_line(step: dict[str, float]) -> str:

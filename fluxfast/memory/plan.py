@@ -168,6 +168,7 @@ def candidates(workload: Workload) -> Iterator[Choices]:
     """Every combination worth looking at."""
     ahead = not workload.trains_modulation
     residencies = [Choices((), slots, modulation_ahead=ahead) for slots in (0, 4, 3, 2)]
+    residencies += [replace(residency, host_inputs=True) for residency in residencies if residency.streams]
     for residency in residencies:
         for recompute in policies(workload.sizes.blocks):
             yield replace(residency, recompute=recompute)

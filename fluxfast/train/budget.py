@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from rich.console import Console
 
 from fluxfast.adapters.presets import preset_targets
 from fluxfast.data.buckets import target_size
 from fluxfast.data.config import ImageDataset
 from fluxfast.data.settings import ConfigError
 from fluxfast.memory.gpus import Gpu, find_gpu
-from fluxfast.memory.plan import GIB, Choices, Plan, account, fit
+from fluxfast.memory.plan import CUDA_CONTEXT, GIB, Choices, Plan, account, fit
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.routing import keep_count, resolve_routes
 from fluxfast.quant.rules import PRECISIONS
@@ -92,16 +92,17 @@ def stated_choices(config: TrainConfig, workload: Workload) -> Choices:
     """What the config says about recomputation and streaming, without a budget."""
     blocks = workload.sizes.blocks
     if config.recompute is not None:
-        recompute = [config.recompute] * blocks
+        # one for all in a config, one for each where a budget has chosen
+        recompute = [config.recompute] * blocks if isinstance(config.recompute, str) else list(config.recompute)
     else:
         interval = config.gradient_checkpointing_interval or 1
         recompute = ["full" if config.gradient_checkpointing and i % interval == 0 else "none" for i in range(blocks)]
-    streams = getattr(config, "enable_group_offload", False)
+    streams = config.enable_group_offload
     return Choices(
         tuple(recompute),
         slots=DEFAULT_RING if streams else 0,
-        blocks_per_group=getattr(config, "group_offload_blocks_per_group", 1) if streams else 1,
-        modulation_ahead=not workload.trains_modulation,
+        blocks_per_group=config.group_offload_blocks_per_group if streams else 1,
+        modulation_ahead=config.modulation_ahead is not False and not workload.trains_modulation,
     )
 
 
@@ -125,10 +126,58 @@ def choose(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tu
     return choices, account(workload, choices)
 
 
+class Ring(NamedTuple):
+    """How blocks stream, where they do: groups of them on the device, and whether their inputs wait in host memory."""
+
+    slots: int = DEFAULT_RING
+    inputs_on_host: bool = False
+
+
+def settle(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tuple[TrainConfig, Ring, str]:
+    """The config with what the budget chooses in the place of what it said, the ring, and a line about it."""
+    choices, plan = choose(config, workload, gpu, budget)
+    update: dict[str, Any] = {"recompute": choices.recompute, "enable_group_offload": choices.streams}
+    if choices.streams:
+        update |= {"group_offload_use_stream": True, "group_offload_blocks_per_group": choices.blocks_per_group}
+    counts = ", ".join(f"{n} in {choices.recompute.count(n)}" for n in ("none", "selective", "full") if n in choices.recompute)
+    told = (
+        f"vram_budget {budget / GIB:.2f} GiB: a step should take {plan.needed / GIB:.2f}; recomputation of blocks: {counts}; "
+        f"blocks {f'streamed through a ring of {choices.slots}' if choices.streams else 'resident'}"
+        + (", their inputs in host memory" if choices.host_inputs else "")
+    )
+    ring = Ring(choices.slots, choices.host_inputs) if choices.streams else Ring()
+    return config.model_copy(update=update), ring, told
+
+
+def within_budget(
+    config: TrainConfig, sizes: Iterable[tuple[int, int]], device: torch.device, console: Console
+) -> tuple[TrainConfig, Ring]:
+    """The config of a run on this device, with vram_budget's choices, and how blocks stream where they do.
+
+    sizes: (width, height) of the images. Raises ConfigError where nothing fits.
+    """
+    if config.vram_budget is None:
+        return config, Ring()
+    if device.type != "cuda":
+        console.print('· "vram_budget" has no effect: there is no GPU', highlight=False, markup=False)
+        return config, Ring()
+    gpu = gpu_of(device)
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    workload = workload_of(config, Batch(largest, config.train_batch_size, "the largest"), compute_of(config, gpu))
+    budget = budget_bytes(config, gpu.memory)
+    if config.vram_budget == "auto":
+        # by now the context is there, and so is what other programs have taken
+        budget = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT
+    settled, ring, told = settle(config, workload, gpu, budget)
+    console.print(f"· {told}", highlight=False, markup=False, soft_wrap=True)
+    return settled, ring
+
+
 def why_not(workload: Workload, budget: int) -> list[str]:
     """Lines on what a step takes at the very least, and which settings would make it fit."""
     blocks = workload.sizes.blocks
-    least = Choices(("full",) * blocks, slots=DEFAULT_RING, modulation_ahead=not workload.trains_modulation)
+    ahead = not workload.trains_modulation
+    least = Choices(("full",) * blocks, slots=DEFAULT_RING, modulation_ahead=ahead, host_inputs=True)
     needed = account(workload, least).needed
     lines = [f"a step takes {needed / GIB:.2f} GiB at the least (blocks streamed, recomputed), there are {budget / GIB:.2f}"]
     smaller = {
@@ -146,11 +195,6 @@ def why_not(workload: Workload, budget: int) -> list[str]:
 
 def _stored(workload: Workload, format: str) -> Workload:
     return replace(workload, storage=replace(workload.storage, format=format))
-
-
-def sizes_of(transformer: nn.Module) -> FluxSizes:
-    """Of a transformer that is loaded."""
-    return FluxSizes.from_config(dict(transformer.config))  # type: ignore[arg-type, call-overload]
 
 
 def gpu_of(device: torch.device) -> Gpu:

@@ -16,11 +16,17 @@ STREAMED_MODULES = ("transformer_blocks", "single_transformer_blocks")
 
 
 def stream(
-    config: TrainConfig, transformer: FluxTransformer, device: torch.device, console: Console, slots: int = DEFAULT_SLOTS
+    config: TrainConfig,
+    transformer: FluxTransformer,
+    device: torch.device,
+    console: Console,
+    *,
+    slots: int = DEFAULT_SLOTS,
+    inputs_on_host: bool = False,
 ) -> BlockStream | None:
     """Stream the blocks of a transformer that has its adapters, and say so; None where the config doesn't ask for it.
 
-    slots: groups of blocks on the device at a time.
+    slots: groups of blocks on the device at a time. inputs_on_host: as `stream_blocks` takes it.
     """
     if not config.enable_group_offload:
         return None
@@ -41,6 +47,7 @@ def stream(
         blocks_per_group=config.group_offload_blocks_per_group,
         use_stream=config.group_offload_use_stream,
         disk_path=disk_path,
+        inputs_on_host=inputs_on_host,
     )
     where = "in host memory" if disk_path is None else f"in {disk_path}"
     say(

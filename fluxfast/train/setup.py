@@ -41,9 +41,14 @@ class RunData:
     caption_dropout_probability: float
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image."""
+        return [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
+
+    @property
     def resolution(self) -> tuple[int, int]:
         """(width, height) of most images, for the LoRA's metadata."""
-        sizes = [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
+        sizes = self.sizes
         return max(sorted(set(sizes)), key=sizes.count)
 
     @property

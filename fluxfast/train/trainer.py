@@ -23,6 +23,7 @@ from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.packing import pack_groups
 from fluxfast.train import state
+from fluxfast.train.budget import within_budget
 from fluxfast.train.compute import choose_compute
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
@@ -88,13 +89,15 @@ class Trainer:
         self.seed = self._choose_seed()
 
         self.data: RunData = load_data(config, self.seed, self.device, console)
+        config, ring = within_budget(config, self.data.sizes, self.device, console)
+        self.config = config
         self.parts: Parts = load_parts(config, self.data, self.seed, self.device, console)
         self.transformer = self.parts.transformer
         if config.tread_config:
             self.transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
         self.objective = Objective(config, self.transformer, self.seed, self.parts.shift_bounds)
         self._add_adapter()
-        self.stream = stream(config, self.transformer, self.device, console)
+        self.stream = stream(config, self.transformer, self.device, console, **ring._asdict())
         named = trainable_parameters(self.transformer)
         self.parameters = list(named.values())
         self.optimizer = build_optimizer(
