@@ -47,9 +47,9 @@ class LiveBytes(TorchDispatchMode):
         self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._ignored: set[int] = set()
 
-    def ignore(self, storages: Iterable[int]) -> None:
-        """Storages (their `_cdata`) that outlive this and are not the device's, whatever their tensors say."""
-        self._ignored |= set(storages)
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors whose memory outlives this and is not the device's, whatever they say."""
+        self._ignored |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that were there before."""

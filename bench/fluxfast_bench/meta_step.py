@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fluxfast_kernels
 from fluxfast.adapters.lora import add_lora
-from fluxfast.model.packing import pack_groups
+from fluxfast.model.modulation import linear_names
 from fluxfast.model.packing import pack_groups
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import _impl, attention
@@ -73,7 +73,10 @@ def diffusers_model(shape: Shape, *, adapters: torch.dtype, checkpointing: bool 
 def fluxfast_model(
     shape: Shape, *, adapters: torch.dtype, format: str | None = None, compute: str = "same", recompute: str = "full"
 ) -> Any:
-    """fluxfast's transformer with the same LoRA: the base stored in `format` (None: bf16), computing in `compute`."""
+    """fluxfast's transformer with the same LoRA: the base stored in `format` (None: bf16), computing in `compute`.
+
+    Modulation is computed ahead, as in a run; `host_tensors` are its weights.
+    """
     model = build(FluxTransformer, shape)
     if format is not None:
         store_quantized(model, format)
@@ -81,7 +84,14 @@ def fluxfast_model(
     pack_groups(model)
     model.set_compute(compute)
     model.set_recompute(recompute)
+    model.set_modulation_ahead(True)
     return model.train()
+
+
+def host_tensors(model: Any) -> list[Tensor]:
+    """What would be in host memory: the weights of modulation that is computed ahead."""
+    modules = [model.get_submodule(name) for name in linear_names(model.config)]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def inputs_of(shape: Shape) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fluxfast.adapters.presets import preset_targets
 from fluxfast.files import write_atomic
@@ -29,10 +30,11 @@ from fluxfast.memory import plan
 from fluxfast.memory.host import HostMemory
 from fluxfast.memory.offload import stream_blocks
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast.model.modulation import BLOCK_LINEARS
 from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.live_bytes import LiveBytes
-from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, inputs_of
+from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
 from fluxfast_bench.options import chosen
 
 BASES = ("bf16", "int8", "int4", "nf4", "int2", "fp8_e4m3")
@@ -57,7 +59,7 @@ QUICKSTART = {"bf16": 30, "int8": 18, "int4": 13, "nf4": 9, "int2": 9}
 
 @dataclass(frozen=True)
 class Preset:
-    """base: bf16 or a storage format. shape: one of `cases.SHAPES`. streamed: blocks come from host memory."""
+    """base: bf16 or a storage format. shape: one of `cases.SHAPES`. streamed: blocks and their inputs are in host memory."""
 
     base: str
     shape: str
@@ -70,6 +72,11 @@ class Preset:
         if self.recompute != "full" or self.base not in LIMITS or self.shape not in DEFAULT_SHAPES:
             return None
         return LIMITS[self.base][self.streamed][DEFAULT_SHAPES.index(self.shape)]
+
+    @property
+    def compute(self) -> str:
+        """What products run in: as a run chooses it on a GPU that has 8-bit tensor cores."""
+        return {"bf16": "same", "fp8_e4m3": "e4m3"}.get(self.base, "int8")
 
     @property
     def format(self) -> str | None:
@@ -85,21 +92,21 @@ def presets(bases: Iterable[str], shapes: Iterable[str]) -> list[Preset]:
 def measure(preset: Preset) -> int:
     """The peak, in bytes, of a step."""
     shape = SHAPES[preset.shape]
-    model = fluxfast_model(shape, adapters=ADAPTERS, format=preset.format, recompute=preset.recompute)
-    on_host: set[int] = set()
-    if preset.streamed:
-        with mock.patch.object(HostMemory, "allocate", _meta_host(on_host)):
-            stream_blocks(model, "meta", slots=SLOTS)
+    model = fluxfast_model(shape, adapters=ADAPTERS, format=preset.format, compute=preset.compute, recompute=preset.recompute)
     inputs = inputs_of(shape)
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # made by the first step and kept from then on
     state = plan.OPTIMIZER_STATE["adamw8bit"](ADAPTERS.itemsize) * elements
     others = [_bytes(round(state)), _bytes(plan.GEMM_WORKSPACE)]
-    rings = _rings(model)
-    with as_on_gpu(lambda *_: None), LiveBytes() as live:
-        live.ignore(on_host)
-        live.hold([*model.parameters(), *model.buffers(), *inputs.values(), *others, *rings])
-        forward_backward(model, inputs)
+    live = LiveBytes()
+    live.ignore(host_tensors(model))
+    with mock.patch.object(HostMemory, "allocate", _meta_host(live)):
+        if preset.streamed:
+            stream_blocks(model, "meta", slots=SLOTS, inputs_on_host=True, leave=BLOCK_LINEARS)
+            others += model.blocks[0].residency._stream._ring
+        with as_on_gpu(lambda *_: None), live:
+            live.hold([*model.parameters(), *model.buffers(), *inputs.values(), *others])
+            forward_backward(model, inputs)
     return live.peak
 
 
@@ -107,23 +114,20 @@ def _bytes(count: int) -> torch.Tensor:
     return torch.empty(count, dtype=torch.uint8, device="meta")
 
 
-def _meta_host(made: set[int]) -> Any:
-    """`HostMemory.allocate` that makes meta tensors, and notes that they are the host's."""
+def _meta_host(live: LiveBytes) -> Callable[[HostMemory, int], torch.Tensor]:
+    """`HostMemory.allocate` that makes meta tensors, which `live` is told are the host's."""
     kept = []
 
     def allocate(self: HostMemory, nbytes: int) -> torch.Tensor:
-        buffer = _bytes(nbytes)
+        # where nobody counts, or it would be counted before it can be ignored
+        with _disable_current_modes():
+            buffer = _bytes(nbytes)
         kept.append(buffer)
-        made.add(buffer.untyped_storage()._cdata)
+        live.ignore([buffer])
         self.nbytes += nbytes
         return buffer
 
     return allocate
-
-
-def _rings(model: Any) -> list[torch.Tensor]:
-    residency = model.blocks[0].residency
-    return [] if residency is None else residency._stream._ring
 
 
 def workload_of(preset: Preset, shape: Shape) -> Workload:
@@ -139,13 +143,16 @@ def workload_of(preset: Preset, shape: Shape) -> Workload:
         rank=RANK,
         adapter_itemsize=ADAPTERS.itemsize,
         optimizer="adamw8bit",
+        compute=preset.compute,
     )
 
 
 def predict(preset: Preset) -> int:
     """The peak, in bytes, by the plan."""
     workload = workload_of(preset, SHAPES[preset.shape])
-    choices = plan.Choices((preset.recompute,) * workload.sizes.blocks, slots=SLOTS if preset.streamed else 0)
+    recompute = (preset.recompute,) * workload.sizes.blocks
+    slots = SLOTS if preset.streamed else 0
+    choices = plan.Choices(recompute, slots, modulation_ahead=True, host_inputs=preset.streamed)
     return plan.account(workload, choices).peak
 
 

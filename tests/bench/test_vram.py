@@ -74,7 +74,7 @@ def test_sizes_are_rounded_as_the_allocator_rounds_them():
 def test_held_and_ignored_tensors():
     mine, hosts = mib(1), mib(2)
     with LiveBytes() as live:
-        live.ignore({hosts.untyped_storage()._cdata})
+        live.ignore([hosts])
         live.hold([mine, mine.view(-1), hosts])
         hosts.view(-1)
         assert (live.live, live.peak) == (MIB, MIB)
@@ -114,8 +114,10 @@ def test_the_plan_agrees(few_blocks, base, streamed, recompute, side):
 def test_streaming_keeps_a_ring_of_blocks(few_blocks):
     resident, streamed = (measure(Preset("bf16", "few-32", s, "full")) for s in (False, True))
     # of one double and two single blocks, two slots of a double block's size
-    double, single = 339_831_296 * 2, 141_591_808 * 2
-    assert resident - streamed == pytest.approx(double + 2 * single - 2 * double, abs=MIB)
+    # (modulation is in host memory either way), and of three blocks' inputs
+    double, single = (339_831_296 - 113_283_072 - 36_864) * 2, (141_591_808 - 28_311_552 - 9_216) * 2
+    kept = 1536 * 3072 * 2
+    assert resident - streamed == pytest.approx(double + 2 * single - 2 * double + kept, abs=1.1 * kept)
 
 
 def test_every_combination_is_a_preset():
