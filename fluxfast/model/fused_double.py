@@ -28,7 +28,7 @@ from fluxfast.model.fused import (
     with_factors,
 )
 from fluxfast.model.residency import residency_of, resident
-from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope
+from fluxfast.ops import _impl, attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope
 from fluxfast.ops.linear_group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
 
@@ -210,6 +210,7 @@ class DoubleBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_impl.own_dtypes
     def backward(ctx: Any, dtxt: Tensor, dimg: Tensor) -> tuple[Tensor | None, ...]:
         block, run = ctx.block, ctx.run
         inputs, factors, kept = saved(ctx)

@@ -27,7 +27,7 @@ from fluxfast.model.fused import (
     with_factors,
 )
 from fluxfast.model.residency import residency_of, resident
-from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant
+from fluxfast.ops import _impl, attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
 
@@ -83,6 +83,7 @@ class SingleBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_impl.own_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         block, run = ctx.block, ctx.run
         (x, mod), factors, kept = saved(ctx)

@@ -190,3 +190,17 @@ def contiguous_like(tensor: Tensor) -> Tensor:
 def full_dtype(tensor: Tensor) -> torch.dtype:
     """What references compute in: fp32, or fp64 where the tensor is."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def own_dtypes(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an autograd.Function's backward that multiplies: autocast, where somebody runs a backward pass under it, is off."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return run

@@ -64,6 +64,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_impl.own_dtypes
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
         s = rest.pop(0) if ctx.has_s else None
