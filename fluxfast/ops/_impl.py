@@ -28,6 +28,7 @@ Impl = Literal["auto", "triton", "native", "ref"]
 # what `resolve` makes of an Impl
 Backend = Literal["triton", "native", "ref"]
 
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("fluxfast")
@@ -192,7 +193,7 @@ def full_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def own_dtypes(backward: Callable[..., Any]) -> Callable[..., Any]:
+def own_dtypes(backward: _Backward) -> _Backward:
     """For an autograd.Function's backward that multiplies: autocast, where somebody runs a backward pass under it, is off."""
 
     @functools.wraps(backward)
@@ -203,4 +204,4 @@ def own_dtypes(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(device, enabled=False):
             return backward(ctx, *grads)
 
-    return run
+    return cast(_Backward, run)
