@@ -1,7 +1,7 @@
 """y = x Wᵀ for a few vectors x, on the CPU: W, in whatever format it is stored, is read once and never decoded as a whole.
 
-What a row of W decodes to is rounded to fp32 once, and products are summed in fp32, row by row: the result does not depend on
-the number of threads.
+Products are summed in fp32, scales are applied to sums over their groups, row by row: the result does not depend on the number
+of threads, nor a sample's on the others in its batch.
 """
 
 from __future__ import annotations
