@@ -26,6 +26,8 @@ from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
 
 # of a scale that somebody else holds: the state that it was in, and the fp32 vector made of it then
 _row_scales = WeakIdKeyDictionary()
+# of zero points: whether all of them are 0
+_zero_points = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Decoded:
 
     def to(self, dtype: torch.dtype, /) -> Tensor:
         with torch.no_grad():
-            return self.decode().to(dtype)
+            # what comes out of groups may lie in another order
+            return self.decode().to(dtype).contiguous()
 
     def decode_into(self, out: Tensor, /) -> None:
         out.copy_(self.to(out.dtype))
@@ -145,13 +148,22 @@ def _quanto(module: Any) -> QuantWeight | Decoded | str:
 def _tensor_subclass(weight: Any) -> QuantWeight | Decoded | str:
     name = type(weight).__name__
     if type(weight).__module__.split(".")[0] != "torchao" or hasattr(weight, "input_quant_func"):
-        return f"its weight is a {name}"
+        return f"its weight is of the class {name}"
     if any(getattr(weight, part, None) is not None for part in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")):
         return f"{name} quantises its activations"
     codes: Any = getattr(weight, "qdata", None)
     names = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3"}
     if codes is None or codes.dtype not in names or not codes.is_contiguous() or codes.shape != weight.shape:
         return Decoded(weight.shape, weight.device, weight.dequantize)
-    if weight.scale.numel() != weight.shape[0] or getattr(weight, "zero_point", None) is not None:
+    if weight.scale.numel() != weight.shape[0] or not _symmetric(getattr(weight, "zero_point", None)):
         return Decoded(weight.shape, weight.device, weight.dequantize)
     return _rows(names[codes.dtype], codes, weight.scale, weight.dtype)
+
+
+def _symmetric(zero_point: Tensor | None) -> bool:
+    if zero_point is None:
+        return True
+    if zero_point not in _zero_points:
+        # once: the answer comes from the device
+        _zero_points[zero_point] = not bool(zero_point.any())
+    return _zero_points[zero_point]
