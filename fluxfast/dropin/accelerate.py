@@ -112,7 +112,7 @@ def _checked(
     ):
         if value not in known:
             raise ValueError(f"accelerate: {name} must be one of {known}, not {value!r}")
-    policies = [recompute] * blocks if recompute is None or isinstance(recompute, str) else list(recompute)
+    policies: list[str | None] = [recompute] * blocks if recompute is None or isinstance(recompute, str) else [*recompute]
     if len(policies) != blocks:
         raise ValueError(f"accelerate: recompute has {len(policies)} policies for {blocks} blocks; give one a block")
     for policy in policies:

@@ -58,7 +58,7 @@ class _SingleView(SingleMaths):
 
     def __init__(self, block: Any) -> None:
         _copy_choices(self, block)
-        self._linears = [(block.linear1,), (block.linear2,)]
+        self._linears: list[tuple[nn.Module, ...]] = [(block.linear1,), (block.linear2,)]
         dim = block.linear1.in_features
         self.attn = SimpleNamespace(
             heads=_heads(block.linear1, block.norm),

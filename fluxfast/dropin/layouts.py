@@ -9,7 +9,7 @@ not know (an argument, a processor, a hook on a module that would be passed by) 
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +48,8 @@ def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
 
 def adopt(block: nn.Module, layout: str, mixin: type) -> None:
     """Give a block the class that runs our maths."""
-    cast(Any, block).__class__ = _class_for(type(block), layout, mixin)
+    anything: Any = block
+    anything.__class__ = _class_for(anything.__class__, layout, mixin)
 
 
 def give_back(block: Any) -> None:
@@ -73,7 +74,7 @@ def _class_for(host: type, layout: str, mixin: type) -> type:
     return made
 
 
-def _rebuild(host: type, layout: str, mixin: type) -> Any:
+def _rebuild(host: Any, layout: str, mixin: Any) -> Any:
     """An empty block, to be given its attributes: how a copy or an unpickled block starts, as its class has no module."""
-    made = _class_for(host, layout, mixin)
+    made: Any = _class_for(host, layout, mixin)
     return made.__new__(made)

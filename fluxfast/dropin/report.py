@@ -151,13 +151,13 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
         adapters = len(getattr(module, "active_adapters", ()))
         base = getattr(module, "base_layer", module)
         return LinearReport(name, "module", type(base).__name__, adapters, obstacle(module, share_dropout=share_dropout))
-    weight = params.weight
+    weight: Any = params.weight
     if isinstance(weight, StoredWeight):
         base = weight.packed.format.name
     elif isinstance(weight, Decoded):
         base = "decoded by its library"
     else:
-        base = str(weight.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        base = str(weight.dtype).removeprefix("torch.")
     if hosts:
         return LinearReport(name, "module", base, len(params.adapters), "its block's own forward runs")
     return LinearReport(name, runs, base, len(params.adapters))
