@@ -23,7 +23,7 @@ from fluxfast.files import write_atomic
 from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.meta_step import diffusers_model, fluxfast_model, forward_backward, inputs_of
-from fluxfast_bench.options import chosen
+from fluxfast_bench.options import chosen, wide_console
 from fluxfast_bench.tally import CATEGORIES, Tally, counted
 
 DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
@@ -132,7 +132,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    options, console, errors = parse(argv), Console(), Console(stderr=True)
+    options, console, errors = parse(argv), wide_console(), Console(stderr=True)
     try:
         shapes = [SHAPES[name] for name in chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES)]
     except ValueError as error:

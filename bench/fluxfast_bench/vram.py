@@ -35,7 +35,7 @@ from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.live_bytes import LiveBytes
 from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
-from fluxfast_bench.options import chosen
+from fluxfast_bench.options import chosen, wide_console
 
 BASES = ("bf16", "int8", "int4", "nf4", "int2", "fp8_e4m3")
 DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
@@ -214,7 +214,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    options, console, errors = parse(argv), Console(), Console(stderr=True)
+    options, console, errors = parse(argv), wide_console(), Console(stderr=True)
     try:
         bases = chosen("--bases", options.bases, BASES)
         todo = presets(bases, chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES))
