@@ -47,8 +47,10 @@ def build(cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = 
 
 def store_quantized(model: nn.Module, format: str) -> None:
     """Puts a QuantLinear in the place of each linear that `quantize_model` would quantise; nothing is computed."""
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name not in KEPT}
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and ".lora_" not in name}
     for name, linear in linears.items():
+        if name.removesuffix(".base_layer") in KEPT:
+            continue
         made = QuantLinear(
             linear.in_features,
             linear.out_features,
@@ -78,9 +80,10 @@ def fluxfast_model(
     Modulation is computed ahead, as in a run; `host_tensors` are its weights.
     """
     model = build(FluxTransformer, shape)
-    if format is not None:
-        store_quantized(model, format)
     add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
+    if format is not None:
+        # not before: PEFT asks for a linear's weight some twenty times, and each time it is decoded
+        store_quantized(model, format)
     pack_groups(model)
     model.set_compute(compute)
     model.set_recompute(recompute)
