@@ -42,6 +42,13 @@ class Batch(NamedTuple):
         return (self.size[0] // 16) * (self.size[1] // 16)
 
 
+class Ring(NamedTuple):
+    """How blocks stream, where they do: groups of them on the device, and whether their inputs wait in host memory."""
+
+    slots: int = DEFAULT_RING
+    inputs_on_host: bool = False
+
+
 def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> Batch:
     """The batch with the most tokens, by the datasets' settings; nothing on disk is looked at."""
     batches = [
@@ -103,7 +110,13 @@ def stated_choices(config: TrainConfig, workload: Workload) -> Choices:
         slots=DEFAULT_RING if streams else 0,
         blocks_per_group=config.group_offload_blocks_per_group if streams else 1,
         modulation_ahead=config.modulation_ahead is not False and not workload.trains_modulation,
+        host_inputs=_stated_ring(config).inputs_on_host,
     )
+
+
+def _stated_ring(config: TrainConfig) -> Ring:
+    # beside the computation, the inputs' way out and back costs nothing; in line with it, it would
+    return Ring(inputs_on_host=config.enable_group_offload and config.group_offload_use_stream)
 
 
 def usable_bytes(memory_gib: float) -> int:
@@ -124,13 +137,6 @@ def choose(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tu
     if choices is None:
         raise ConfigError([f'"vram_budget": {text}' for text in why_not(workload, budget)])
     return choices, account(workload, choices)
-
-
-class Ring(NamedTuple):
-    """How blocks stream, where they do: groups of them on the device, and whether their inputs wait in host memory."""
-
-    slots: int = DEFAULT_RING
-    inputs_on_host: bool = False
 
 
 def settle(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tuple[TrainConfig, Ring, str]:
@@ -156,11 +162,12 @@ def within_budget(
 
     sizes: (width, height) of the images. Raises ConfigError where nothing fits.
     """
-    if config.vram_budget is None:
-        return config, Ring()
     if device.type != "cuda":
-        console.print('· "vram_budget" has no effect: there is no GPU', highlight=False, markup=False)
+        if config.vram_budget is not None:
+            console.print('· "vram_budget" has no effect: there is no GPU', highlight=False, markup=False)
         return config, Ring()
+    if config.vram_budget is None:
+        return config, _stated_ring(config)
     gpu = gpu_of(device)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     workload = workload_of(config, Batch(largest, config.train_batch_size, "the largest"), compute_of(config, gpu))

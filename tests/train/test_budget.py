@@ -68,7 +68,9 @@ def test_a_lora_on_modulation_keeps_it_on_the_device():
 def test_streaming_is_seen():
     config = load(**FLUX, enable_group_offload=True, group_offload_blocks_per_group=2)
     choices = stated_choices(config, workload_of(config, BATCH, "same"))
-    assert (choices.slots, choices.blocks_per_group) == (2, 2)
+    assert (choices.slots, choices.blocks_per_group, choices.host_inputs) == (2, 2, False)
+    config = load(**FLUX, enable_group_offload=True, group_offload_use_stream=True)
+    assert stated_choices(config, workload_of(config, BATCH, "same")).host_inputs
 
 
 @pytest.mark.parametrize(
