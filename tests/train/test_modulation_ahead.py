@@ -22,6 +22,15 @@ IN_PLACE = "modulation is computed on the device"
 TOLERANCE = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_each():
+    """The run's and the look-ahead's, each with threads of its own, would wait for each other on a small machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """In which thread each batch's vectors were computed."""
@@ -73,6 +82,15 @@ def test_killed_and_resumed(run, monkeypatch, computed, precision):
     assert "step 2 of 4" in out.getvalue()
     assert same_files(whole, killed)
     assert set(computed) == {"ahead"}
+
+
+def test_with_streamed_blocks(run):
+    """Modulation is no part of what is streamed, and nothing changes."""
+    mode = BF16 | {"base_model_precision": "int8-quanto", "modulation_ahead": True, "max_train_steps": 3}
+    resident, _ = run(name="resident", **mode)
+    streamed, out = run(name="streamed", enable_group_offload=True, **mode)
+    assert LINE in out.getvalue() and "blocks are streamed" in out.getvalue()
+    assert same_files(resident, streamed)
 
 
 def test_validation_and_a_teacher(run, computed):
