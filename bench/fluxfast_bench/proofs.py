@@ -91,7 +91,7 @@ def convergence(data: dict[str, Any]) -> str:
     head = [
         "",
         f"loss over the last {spread['last']} steps",
-        "minus fp32, same seeds",
+        "minus bf16, same seeds",
         f"within the seeds' {spread['seeds']:.4f}",
     ]
     return f"{made}\n\n{markdown_table(head, rows)}"

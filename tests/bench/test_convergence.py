@@ -26,12 +26,12 @@ def fake_losses(monkeypatch, shift):
 @pytest.mark.parametrize(("shift", "status"), [(0.09, 0), (-0.09, 0), (0.11, 1), (-0.11, 1)])
 def test_a_mode_beyond_the_spread_between_seeds_is_red(monkeypatch, tmp_path, shift, status):
     fake_losses(monkeypatch, shift)
-    assert convergence.main(["--steps", "8", "--modes", "int8 compute", "bf16", "--out", str(tmp_path)]) == status
+    assert convergence.main(["--steps", "8", "--modes", "int8 compute", "nf4 storage", "--out", str(tmp_path)]) == status
     result = json.loads((tmp_path / "convergence.json").read_text())
     summary = result["summary"]
     assert summary["spread"]["seeds"] == pytest.approx(0.1) and summary["spread"]["last"] == 2
     assert summary["int8 compute"]["difference"] == pytest.approx(shift)
-    assert summary["bf16"]["difference"] == pytest.approx(0)
+    assert summary["nf4 storage"]["difference"] == summary["bf16"]["difference"] == pytest.approx(0)
     assert result["conditions"]["command"].startswith("fluxfast-bench convergence --steps 8")
     assert (tmp_path / "convergence.png").stat().st_size > 10_000
 
