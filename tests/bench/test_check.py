@@ -207,7 +207,8 @@ def test_this_readme_is_what_report_makes():
     readme, root = ROOT / "README.md", ROOT / results.ROOT
     text = readme.read_text(encoding="utf-8")
     stored = [results.Result(r.device, r.path, r.data) for r in results.read_all(root)]
-    assert report.render(text, stored, report.pictures(root, readme)) == text
+    assert report.MARKED.search(text)
+    assert report.render(text, stored, root, report.pictures(root, readme)) == text
 
 
 # ---- startup
