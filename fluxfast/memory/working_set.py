@@ -38,10 +38,12 @@ def forward_bytes(workload: Workload, index: int) -> int:
     """What is alive at most during a block's forward, beside weights, its input, and what the blocks before it keep."""
     _, e = _rows(workload, index)
     txt = _text_bytes(workload)
-    # x_in 1, qkv 3, q k v 3, attn 1, x1 1, mlp_in 1, h 4, ff2_in 4; the image's result, the text's with its last product
-    double = 18 * e + (e - txt) + 2 * txt
-    # x_in 1, y 7, q k v 3, attn 1, last_in 5, the last product and the result
-    most = double if index < workload.sizes.num_layers else 19 * e
+    c, codes = _forms(workload)
+    # x_in c, qkv 3, q k v 3, attn 1 and its codes, x1 1, mlp_in c, h 4, ff2_in 4c; the image's result, the text's with its last
+    # product
+    double = (12 + 6 * c + codes / 4) * e + (e - txt) + 2 * txt
+    # x_in c, y 7, q k v 3, attn 1, last_in 5c, the last product and the result
+    most = round(double if index < workload.sizes.num_layers else (13 + 6 * c) * e)
     return most + _scratch(workload, index) + _small(workload, index, "full")
 
 
@@ -74,29 +76,34 @@ def _text_bytes(workload: Workload) -> int:
     return workload.batch * workload.text_tokens * workload.sizes.dim * ACTIVATION
 
 
+def _forms(workload: Workload) -> tuple[float, float]:
+    """E of a product's input of 1 E as backward keeps it: values, or codes alone; and of the codes beside a gradient of 4 E."""
+    return (1.0, 0.0) if workload.compute == "same" else (0.5, 2.0)
+
+
 def _single_moments(workload: Workload, index: int, policy: str) -> list[int]:
     rows, e = _rows(workload, index)
-    scratch = _scratch(workload, index)
+    c, codes = _forms(workload)
     there = 8 if policy == "none" else 1 if policy == "selective" else 0
     # attention's backward sums dq up in fp32
     accumulator = 2 * e + 4 * rows * workload.sizes.num_attention_heads
-    # dout 1, x_in 1, y 7, q k v 3, attn 1, last_in 5, dbranch 1, dlast 5
-    last = (24 - there) * e
-    # dout 1, x_in 1, y 7 (its gradient's place, or another 7), q k v 3, attn 1, dlast 5, dq dk dv 3
-    attention = (21 - there + (7 if policy == "none" else 0)) * e + accumulator
-    return [last + scratch, attention + scratch]
+    # dout 1, x_in c, y 7, q k v 3, attn 1, last_in 5c, dbranch 1 and its codes, dlast 5
+    last = (18 + 6 * c + codes / 4 - there) * e + _turned(workload, 5)
+    # dout 1, x_in c, y 7 (its gradient's place, or another 7), q k v 3, attn 1, dlast 5, codes of dh, dq dk dv 3
+    attention = (20 + c + codes - there + (7 if policy == "none" else 0)) * e + accumulator
+    return [round(moment) + _scratch(workload, index) for moment in (last, attention)]
 
 
 def _double_moments(workload: Workload, index: int, policy: str) -> list[int]:
     _, e = _rows(workload, index)
     txt = _text_bytes(workload)
     img = e - txt
-    scratch = _scratch(workload, index)
+    c, codes = _forms(workload)
     there = 9 if policy == "none" else 1 if policy == "selective" else 0
-    # dout 1, x_in 1, qkv 3, q k v 3, attn 1
-    base = 9 * e
-    # of a stream: x1 1, mlp_in 1, h 4, ff2_in 4; dbranch 1, dff2 4
-    mlp, grads = 10, 5
+    # dout 1, x_in c, qkv 3, q k v 3, attn 1 and its codes
+    base = (8 + c + codes / 4) * e
+    # of a stream: x1 1, mlp_in c, h 4, ff2_in 4c; dbranch 1 and its codes, dff2 4
+    mlp, grads = 5 + 5 * c, 5 + codes / 4
     kept_mlp = 5 if policy == "none" else 0
     kept_base = (there - kept_mlp) * e
     image = base - kept_base + (mlp - kept_mlp) * e + grads * img
@@ -104,7 +111,13 @@ def _double_moments(workload: Workload, index: int, policy: str) -> list[int]:
     text = base - kept_base + 2 * img + (mlp - kept_mlp + grads) * txt
     # the text's second MLP linear is decoded only for the text
     text_ff2 = 4 * workload.sizes.dim**2 * _scratch_itemsize(workload)
-    return [image + scratch - text_ff2, text + scratch]
+    whole = _scratch(workload, index) + _turned(workload, 4)
+    return [round(image) + whole - text_ff2, round(text) + whole]
+
+
+def _turned(workload: Workload, width: int) -> int:
+    """The codes of a weight [dim, width · dim] turned round, which Hopper's 8-bit products want in backward."""
+    return 0 if workload.compute == "same" else width * workload.sizes.dim**2
 
 
 def _scratch_itemsize(workload: Workload) -> int:
