@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fluxfast.adapters.presets import FUSED_PROJECTIONS, match_targets, preset_targets
+from fluxfast.quant.linear import shapes_only
 
 INIT_TYPES = ("default", "gaussian", "olora", "pissa")
 
@@ -62,7 +63,9 @@ def inject(
     transformer: Any, config: LoraConfig, adapter_name: str, dtype: torch.dtype, *, init_from_base: str | None = None
 ) -> list[Parameter]:
     """Adds the adapter that `config` describes, with parameters in `dtype`; returns them."""
-    transformer.add_adapter(config, adapter_name)
+    # PEFT asks each linear for its weight some twenty times
+    with shapes_only():
+        transformer.add_adapter(config, adapter_name)
     layers = lora_layers(transformer, adapter_name)
     for layer in layers.values():
         if init_from_base is not None:

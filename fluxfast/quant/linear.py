@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,6 +48,20 @@ def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> 
     """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype. Gradients: x and bias, never the weight."""
     bias = None if bias is None else bias.to(x.dtype)
     return _QuantLinear.apply(x, bias, weight.format.name, weight.shape, *weight.parts.values())
+
+
+# whether `QuantLinear.weight` has a shape, a dtype and a device, but no values
+_shapes_only = ContextVar("shapes_only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """For code that asks weights for their shapes and never for their values, again and again: nothing is decoded inside."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
 
 
 class QuantLinear(nn.Linear):
@@ -96,6 +112,9 @@ class QuantLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight [out, in] in `compute_dtype`, dequantised anew each time: writing to it changes nothing."""
+        if _shapes_only.get():
+            nothing = torch.empty((), dtype=self.compute_dtype, device=next(iter(self.packed().parts.values())).device)
+            return nothing.expand(self.out_features, self.in_features)
         return self.packed().dequantize()
 
     def forward(self, input: Tensor) -> Tensor:

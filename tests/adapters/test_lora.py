@@ -175,3 +175,19 @@ def test_an_init_from_the_base_needs_floating_point():
     add_lora(transformer, targets="all", rank=4)
     with pytest.raises(ValueError, match="already carries another adapter"):
         add_lora(transformer, targets="all", rank=4, init="olora", adapter_name="second")
+
+
+def test_nothing_is_decoded_to_add_a_lora_to_a_quantised_base(monkeypatch):
+    from fluxfast.quant import FORMATS, QuantWeight
+    from fluxfast.quant.rules import quantize_model
+
+    model = tiny_transformer(torch.float32)
+    quantize_model(model, FORMATS["nf4"])
+    decoded, original = [], QuantWeight.dequantize
+    monkeypatch.setattr(QuantWeight, "dequantize", lambda self, *args: decoded.append(1) or original(self, *args))
+    add_lora(model, targets="all+ffs", rank=2, dtype=torch.bfloat16)
+    assert not decoded
+    linear = model.transformer_blocks[0].attn.to_q
+    # PEFT took shape, dtype and device from it all the same, and it has its values again
+    assert linear.lora_A["default"].weight.shape == (2, linear.in_features)
+    assert linear.base_layer.weight.abs().sum() > 0 and decoded
