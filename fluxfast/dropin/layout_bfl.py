@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.model.block_maths import Choices, DoubleMaths, SingleMaths
 from fluxfast.model.linear import untouched
 
@@ -121,6 +122,9 @@ class _Shared(Choices):
             return "its attention is sageattn"
         return None if all(map(untouched, self.passed_by())) else "hooks on its modules"
 
+    def _theirs(self, vec: Tensor, x: Tensor, linear: Any) -> bool:
+        return vec.ndim != 2 or self.host_runs_because() is not None or host_is_faster(x, linear)
+
     def _mask(self, first: int, rest: tuple[Any, ...], more: dict[str, Any]) -> tuple[bool, Tensor | None]:
         """Whether what follows pe is known, and the mask in it; `first` arguments come before."""
         names = _parameters(self.host_class)[first : first + len(rest)]
@@ -143,7 +147,7 @@ class _Double(_Shared):
 
     def ours(self: Any, theirs: Any, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, *rest: Any, **more: Any) -> Any:
         known, mask = self._mask(4, rest, more)
-        if not known or self.host_runs_because() is not None or vec.ndim != 2:
+        if not known or self._theirs(vec, img, self.img_mlp[2]):
             return theirs(self, img, txt, vec, pe, *rest, **more)
         tokens = img.shape[1] + txt.shape[1]
         txt, img = self.maths().run(img, txt, vec, tables(pe), joint_mask(mask, tokens))
@@ -164,7 +168,7 @@ class _Single(_Shared):
 
     def ours(self: Any, theirs: Any, x: Tensor, vec: Tensor, pe: Tensor, *rest: Any, **more: Any) -> Any:
         known, mask = self._mask(3, rest, more)
-        if not known or self.host_runs_because() is not None or vec.ndim != 2:
+        if not known or self._theirs(vec, x, self.linear2):
             return theirs(self, x, vec, pe, *rest, **more)
         return self.maths().run(x, vec, tables(pe), joint_mask(mask, x.shape[1]))
 

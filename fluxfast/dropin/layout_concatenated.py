@@ -13,6 +13,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.model.block_maths import DoubleMaths, SingleMaths
 from fluxfast.model.linear import untouched
 
@@ -61,7 +62,7 @@ class _Shared:
 class Double(_Shared, DoubleMaths):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         given = self.arguments(args, kwargs, DOUBLE_ARGUMENTS)
-        if given is None or self.host_runs_because() is not None:
+        if given is None or self.host_runs_because() is not None or host_is_faster(given["hidden_states"], self.ff.net[2]):
             host: Any = self.host_class
             return host.forward(self, *args, **kwargs)
         img, txt, vec, pe = (given[name] for name in ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb"))
@@ -71,7 +72,7 @@ class Double(_Shared, DoubleMaths):
 class Single(_Shared, SingleMaths):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = self.arguments(args, kwargs, SINGLE_ARGUMENTS)
-        if given is None or self.host_runs_because() is not None:
+        if given is None or self.host_runs_because() is not None or host_is_faster(given["hidden_states"], self.proj_out):
             host: Any = self.host_class
             return host.forward(self, *args, **kwargs)
         return self.run(given["hidden_states"], given["temb"], given["image_rotary_emb"], {})

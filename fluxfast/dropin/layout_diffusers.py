@@ -6,11 +6,13 @@ from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import nn
+from torch import Tensor, nn
 
+from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.model.block_maths import BlockMaths
 from fluxfast.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxfast.model.linear import untouched
+from fluxfast.model.processors import Tables
 
 
 class _Shared:
@@ -24,11 +26,34 @@ class _Shared:
 
 
 class Double(_Shared, DoubleStreamBlock):
-    pass
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Any,
+        image_rotary_emb: Tables,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        args = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        # diffusers' block takes no positions of tokens that a route has left
+        if len(image_rotary_emb) == 2 and host_is_faster(hidden_states, self.ff.net[2]):
+            return FluxTransformerBlock.forward(self, *args)
+        return super().forward(*args)
 
 
 class Single(_Shared, SingleStreamBlock):
-    pass
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Any,
+        image_rotary_emb: Tables,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        args = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        if len(image_rotary_emb) == 2 and host_is_faster(hidden_states, self.proj_out):
+            return FluxSingleTransformerBlock.forward(self, *args)
+        return super().forward(*args)
 
 
 def mixin_for(block: nn.Module) -> type[BlockMaths] | None:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from fluxfast.dropin.cpu import REASON, host_is_faster
 from fluxfast.dropin.layouts import accelerated_blocks
 from fluxfast.model.bases import Decoded
 from fluxfast.model.linear import StoredWeight, obstacle, read_linear
@@ -129,6 +131,8 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
     because = block.host_runs_because()
     if block.__dict__.get("replaced"):
         because = "its forward was replaced before accelerate()"
+    elif because is None and host_is_faster(_input_like(maths), maths.linear_groups()[-1][0]):
+        because = REASON
     hosts = because is not None
     groups = [module for group in maths.linear_groups() for module in group]
     obstacles = [obstacle(module, share_dropout=maths.share_dropout) for module in groups]
@@ -143,6 +147,13 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
         alone = because is not None or module in maths.modulation_linears()
         linears.append(_linear(names[id(module)], module, maths.share_dropout, "alone" if alone else "fused", hosts))
     return BlockReport(name, because is None, because), linears
+
+
+def _input_like(maths: Any) -> torch.Tensor:
+    """A tensor like a block's input, as far as one can tell from the weights."""
+    module = maths.linear_groups()[0][0]
+    weight = getattr(module, "base_layer", module).weight
+    return torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool) -> LinearReport:

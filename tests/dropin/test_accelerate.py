@@ -4,12 +4,15 @@ import copy
 import inspect
 import itertools
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from accelerate import cpu_offload
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from dropin_hosts import EVERYTHING, add_lora, diffusers_host, pair
+from peft import LoraConfig, get_peft_model
 
 import fluxfast
 from support import make_inputs, relative_error
@@ -236,3 +239,58 @@ def test_report_says_what_and_why():
     assert report.to_dict()["linears"][0] == {
         **{"name": "transformer_blocks.0.attn.to_q", "runs": "fused", "base": "float32", "adapters": 1, "because": None}
     }
+
+
+def test_diffusers_own_machinery():
+    """What diffusers hangs on blocks by class and on modules by hook: caches, casts of layers, offload."""
+    inputs = make_inputs(1, 3, 4, guidance=False)
+    for use in (
+        lambda m: m.enable_cache(FirstBlockCacheConfig(threshold=0.0)),
+        lambda m: m.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        lambda m: m.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        lambda m: cpu_offload(m, torch.device("cpu")),
+    ):
+        host, ours = pair(diffusers_host)
+        fluxfast.accelerate(ours)
+        results = []
+        for model in (host, ours):
+            use(model)
+            cached = model.cache_context("x") if getattr(model, "is_cache_enabled", False) else nullcontext()
+            with torch.no_grad(), cached:
+                results.append([model(**inputs).sample for _ in range(2)])
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert relative_error(actual, expected) < FP32
+
+
+def test_wrappers_around_the_model():
+    host, ours = pair(diffusers_host)
+    wrapped = get_peft_model(ours, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    assert len(fluxfast.accelerate(wrapped).blocks) == 5
+    assert relative_error(output(wrapped.unload()), output(host)) < FP32
+    host, ours = pair(diffusers_host)
+    fluxfast.accelerate(torch.compile(ours))
+    assert fluxfast.dropin.inspect(ours).layout == "diffusers"
+    # a checkpoint wrapper in a block's place, as OneTrainer puts one
+    host, ours = pair(diffusers_host)
+    ours.transformer_blocks[0] = Wrapper(ours.transformer_blocks[0])
+    assert len(fluxfast.accelerate(ours).blocks) == 5
+    assert relative_error(output(ours), output(host)) < FP32
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_block_whose_forward_was_replaced_before():
+    host, ours = pair(diffusers_host)
+    block = ours.transformer_blocks[0]
+    original = block.forward
+    block.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    report = fluxfast.accelerate(ours)
+    assert report.blocks[0].because == "its forward was replaced before accelerate()"
+    assert report.count("module") == 14 and relative_error(output(ours), output(host)) < FP32

@@ -289,8 +289,14 @@ def test_other_layouts(inputs, layout, checkpointed, variant):
         assert torch.equal(ours(**inputs | more), host(**inputs | more))
 
 
+@pytest.fixture(params=[True, False])
+def matrix_unit(request, monkeypatch):
+    monkeypatch.setattr("fluxfast.dropin.cpu.has_matrix_unit", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits(inputs, dtype):
+def test_16_bits(inputs, dtype, matrix_unit):
     host, ours = pair(diffusers_host, dtype)
     reference = diffusers_host()
     for model in (host, ours):
@@ -300,7 +306,9 @@ def test_16_bits(inputs, dtype):
     add_lora(reference)
     for (_, p), (_, q) in zip(reference.named_parameters(), ours.named_parameters(), strict=True):
         p.data.copy_(q.data)
-    fluxfast.accelerate(ours)
+    report = fluxfast.accelerate(ours)
+    theirs = matrix_unit and dtype == torch.bfloat16
+    assert [block.fused for block in report.blocks] == [not theirs] * 5
     rounded = cast(inputs, dtype)
     # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed different timesteps
     rounded["timestep"] = torch.tensor([0.5, 0.25], dtype=dtype)
@@ -313,12 +321,12 @@ def test_16_bits(inputs, dtype):
     )
     for name, grad in grads.items():
         bound = max(BF16, relative_error(theirs[name], truth[name]))
-        assert grad.dtype == dtype and relative_error(grad, truth[name]) < bound, name
+        assert grad.dtype == dtype and relative_error(grad, truth[name]) <= bound, name
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inject", [add_lora, dora])
-def test_autocast(inputs, storage, inject):
+def test_autocast(inputs, storage, inject, matrix_unit):
     """As accelerate and diffusers' scripts run: adapters in fp32, the base in fp32 or bf16, both under autocast."""
     host, ours = pair(diffusers_host, storage)
     for model in (host, ours):

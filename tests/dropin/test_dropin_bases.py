@@ -135,6 +135,15 @@ def tensors_of(module):
     return inner or [weight.data]
 
 
+def test_a_plain_bfloat16_base_is_left_to_a_matrix_unit(monkeypatch):
+    """Only a plain one: what has to be decoded is decoded once here, and in every product there."""
+    for unit, base in ((True, "its own"), (True, "quanto int8"), (False, "its own")):
+        monkeypatch.setattr("fluxfast.dropin.cpu.has_matrix_unit", lambda unit=unit: unit)
+        model = quantised((lambda linear: linear) if base == "its own" else BASES[base][0]())
+        fused = {block.fused for block in fluxfast.accelerate(model).blocks}
+        assert fused == {base != "its own" or not unit}
+
+
 @every_base
 def test_outputs_and_gradients(base):
     make, name, tolerance = BASES[base]
