@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from quant_cases import AWKWARD, gaussian, heavy_tailed
 
 from fluxfast.quant import FORMATS
 from fluxfast.quant.nf4 import CODE, absmax_code, bounds, quantize_absmax
+from quant_cases import AWKWARD, gaussian, heavy_tailed
 from support import relative_error
 
 pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
