@@ -109,11 +109,13 @@ def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) ->
 
 
 def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
-    rows = [
-        torch.nn.functional.pad(dy_i.T @ s_i, (0, max(ranks) - s_i.shape[1]))
-        for dy_i, s_i in zip(dy.split(outs, dim=1), s.split(ranks, dim=1), strict=True)
-    ]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
+    widest, rows = max(ranks), []
+    for dy_i, s_i in zip(dy.split(outs, dim=1), s.split(ranks, dim=1), strict=True):
+        # BLAS is up to twice as fast with the narrow matrix on the left
+        narrow = s_i.T @ dy_i
+        missing = widest - s_i.shape[1]
+        rows.append((torch.nn.functional.pad(narrow, (0, 0, 0, missing)) if missing else narrow).T)
+    return (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).to(dtype)
 
 
 def wide(
