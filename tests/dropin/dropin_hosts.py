@@ -17,8 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support import SMALL, randomise
+from support import SMALL, randomise, relative_error
 
+# fp32: two orders of summation differ by a few ulp per product, and depth adds them up
+FP32 = 1e-5
 DIM = SMALL["attention_head_dim"] * SMALL["num_attention_heads"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 MLPS = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
@@ -326,3 +328,23 @@ def outputs_and_grads(model, inputs, trained):
 
 def lora_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(host, ours, inputs, tolerance=FP32, grad_tolerance=None, trained=lora_parameters):
+    """The same output and the same gradient of every trained tensor."""
+    results = []
+    for model in (host, ours):
+        torch.manual_seed(11)
+        results.append(outputs_and_grads(model, inputs, trained(model)))
+    (expected, expected_grads), (actual, grads) = results
+    assert relative_error(actual, expected) < tolerance
+    assert grads.keys() == expected_grads.keys() and grads
+    for name, grad in grads.items():
+        assert relative_error(grad, expected_grads[name]) < (grad_tolerance or tolerance), name
+
+
+def randomise_trained(model):
+    g = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.2)
