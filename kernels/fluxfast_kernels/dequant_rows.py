@@ -64,9 +64,9 @@ def store_row(b_y, i_row, o_k, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.
 def decode_e4m3(b_code):
     """fp32 values of e4m3fn codes [int8]: by their bits, because not every GPU has the type."""
     b_code = b_code.to(tl.int32)
+    b_bits = ((b_code & 0x7F) << 20) | ((b_code & 0x80) << 24)
     # the exponent's bias differs by 120; a product with 2^120 mends that for subnormal numbers as well
-    b_size = ((b_code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return tl.where(b_code < 0, -b_size, b_size)
+    return b_bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 @triton.jit

@@ -176,13 +176,16 @@ def test_where_it_is_quantised():
 def test_one_model_at_a_time(run, monkeypatch, tmp_path):
     """Text encoders, VAE and transformer are loaded with none of the others in memory."""
     seen: dict[str, list[str]] = {}
-    kinds = {kind.__name__: kind for kind in (T5EncoderModel, CLIPTextModel, AutoencoderKL, FluxTransformer)}
+    kinds = (T5EncoderModel, CLIPTextModel, AutoencoderKL, FluxTransformer)
+
+    def models():
+        return [thing for thing in gc.get_objects() if type(thing) in kinds]
 
     def noting(place, name, what):
         load = getattr(place, name)
 
         def noted(*args, **kwargs):
-            seen[what] = [kind.__name__ for thing in gc.get_objects() for kind in kinds.values() if type(thing) is kind]
+            seen[what] = [type(thing).__name__ for thing in models() if id(thing) not in before]
             return load(*args, **kwargs)
 
         monkeypatch.setattr(place, name, noted)
@@ -191,6 +194,8 @@ def test_one_model_at_a_time(run, monkeypatch, tmp_path):
     noting(encode.LatentEncoder, "from_pretrained", "VAE")
     noting(setup, "load_transformer", "transformer")
     gc.collect()
+    # other tests' models that a library still holds
+    before = {id(thing) for thing in models()}
     # caches of its own, so that the encoders are needed
     run(
         dataset={"cache_dir_vae": str(tmp_path / "vae")},
