@@ -1,9 +1,20 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter."""
+"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; and what tests may not leave behind."""
 
 import os
+import sys
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # before anything imports triton, which reads it once
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def own_attention_backend():
+    """diffusers' `set_attention_backend` chooses for the whole process, and another back end gives other bits."""
+    yield
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is not None:
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
