@@ -1,4 +1,4 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; and what tests may not leave behind."""
+"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; what tests may not leave behind."""
 
 import os
 import sys
