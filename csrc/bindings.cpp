@@ -20,6 +20,13 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// of a tensor [B, S, heads, head_dim] all four, of which the last is 1
+using Strides = std::array<int64_t, 4>;
+Heads heads_in(Address address, const Strides& strides) { return {in(address), strides[0], strides[1], strides[2]}; }
+
+// a LoraAdapter as Python has it
+using LoraTuple = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, float>;
+
 Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t row_stride) {
   return {at<const void>(data), static_cast<Float>(type), rows, cols, row_stride};
 }
@@ -45,6 +52,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_cpu_isa", &use_cpu_isa);
   m.def("cpu_isa", [] { return std::string(cpu().isa); });
 
+  m.def(
+      "attention_fwd",
+      [](Address q, Strides q_strides, Address k, Strides k_strides, Address v, Strides v_strides, Address o, Address lse,
+         int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int threads) {
+        cpu().attention_fwd(heads_in(q, q_strides), heads_in(k, k_strides), heads_in(v, v_strides), out(o), out(lse),
+                            {batch, tokens, heads, head_dim}, threads);
+      },
+      no_gil);
+  m.def(
+      "attention_bwd",
+      [](Address dout, Strides dout_strides, Address q, Strides q_strides, Address k, Strides k_strides, Address v,
+         Strides v_strides, Address o, Strides o_strides, Address lse, Address dq, Address dk, Address dv, int64_t batch,
+         int64_t tokens, int64_t heads, int64_t head_dim, int threads) {
+        const AttentionForward fwd{heads_in(q, q_strides), heads_in(k, k_strides), heads_in(v, v_strides),
+                                   heads_in(o, o_strides), in(lse)};
+        cpu().attention_bwd(heads_in(dout, dout_strides), fwd, out(dq), out(dk), out(dv), {batch, tokens, heads, head_dim},
+                            threads);
+      },
+      no_gil);
   m.def(
       "gated_residual_fwd",
       [](Address x, int64_t x_b, int64_t x_s, Address gate, int64_t gate_b, Address y, int64_t y_b, int64_t y_s, Address o,
@@ -72,6 +98,18 @@ PYBIND11_MODULE(_C, m) {
       [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address dx, int64_t dx_s, int64_t rows, int64_t cols,
          int threads) {
         cpu().gelu_bwd({in(dy), 0, dy_s}, {in(x), 0, x_s}, {out(dx), 0, dx_s}, {1, rows, cols}, threads);
+      },
+      no_gil);
+  m.def(
+      "lora_grads",
+      [](Address x, int64_t x_s, Address dy, int64_t dy_s, const std::vector<LoraTuple>& adapters, int64_t rows, int64_t cols,
+         int threads) {
+        std::vector<LoraAdapter> all;
+        for (const auto& [a, b, da, db, rank, first_col, width, scale] : adapters) {
+          all.push_back({in(a), in(b), out(da), out(db), rank, first_col, width, scale});
+        }
+        const LoraAdapters list{all.data(), static_cast<int64_t>(all.size())};
+        cpu().lora_grads({in(x), 0, x_s}, {in(dy), 0, dy_s}, list, {1, rows, cols}, threads);
       },
       no_gil);
   m.def(

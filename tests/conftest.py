@@ -10,6 +10,18 @@ if not torch.cuda.is_available():
     # before anything imports triton, which reads it once
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fluxfast.ops import _impl
+
+ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set that the native module can use here; pytest skips what asks for one where there is none."""
+    _impl.native.use_cpu_isa(request.param)
+    yield request.param
+    _impl.native.use_cpu_isa(ISAS[-1])
+
 
 @pytest.fixture(autouse=True)
 def own_attention_backend():

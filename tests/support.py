@@ -1,5 +1,7 @@
 """What several test files share: a small FLUX.1 shape, inputs for it, and how two tensors are compared."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 SMALL = {
@@ -19,6 +21,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def for_thread_counts(run: Callable[[], Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]]:
+    """What `run` returns on one, two and three threads."""
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+        return results
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_inputs(batch: int, height: int, width: int, *, text: int = 7, guidance: bool = True, seed: int = 0, **config) -> dict:

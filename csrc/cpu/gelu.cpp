@@ -1,6 +1,7 @@
 // GELU, tanh form: y = x * sigmoid(v), v = 2 * sqrt(2/pi) * (x + 0.044715 x^3), which is the same as 0.5 x (1 + tanh(v/2)).
 #include <math.h>
 
+#include "exp.h"
 #include "rows.h"
 
 namespace fluxfast {
@@ -10,32 +11,6 @@ static constexpr float kLinear = 1.5957691216057308f;
 static constexpr float kCubic = kLinear * 0.044715f;
 // where gelu is 0 on the left (-1e-37) and x on the right, and exp(-v) neither overflows nor vanishes
 static constexpr float kSaturated = 10.0f;
-
-// exp(x) for |x| <= 88, to 1.5 ulp; a NaN stays one. Cephes' polynomial on [-ln2/2, ln2/2]
-static inline float exp_in_range(float x) {
-  // adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  int32_t bits;
-  memcpy(&bits, &shifted, sizeof bits);
-  const uint32_t scale_bits = (static_cast<uint32_t>(bits) + 127u) << 23;
-  float scale;
-  memcpy(&scale, &scale_bits, sizeof scale);
-  return p * scale;
-}
-
-// comparisons that are false for a NaN let it through
-static inline float at_least(float x, float low) { return x < low ? low : x; }
-
-static inline float at_most(float x, float high) { return x > high ? high : x; }
 
 static inline float gelu(float x) {
   const float left = at_least(x, -kSaturated);

@@ -60,13 +60,40 @@ struct HeadsShape {
   int64_t batch, txt_rows, img_rows, heads, head_dim;
 };
 
+struct AttentionShape {
+  int64_t batch, tokens, heads, head_dim;
+};
+
+// what attention's forward had and gave; lse [B, heads, S]
+struct AttentionForward {
+  Heads q, k, v, out;
+  const float* lse;
+};
+
+// one adapter on the columns first_col ... first_col + cols of the gradient: a [rank, in], b [cols, rank], and their gradients
+struct LoraAdapter {
+  const float *a, *b;
+  float *da, *db;
+  int64_t rank, first_col, cols;
+  float scale;
+};
+
+struct LoraAdapters {
+  const LoraAdapter* data;
+  int64_t count;
+};
+
 // name and arguments of every op; a null pointer for a gradient means that nobody needs it
 #define FLUXFAST_CPU_OPS(OP)                                                                                              \
+  OP(attention_fwd, (Heads q, Heads k, Heads v, float* out, float* lse, AttentionShape shape, int threads))               \
+  OP(attention_bwd, (Heads dout, AttentionForward fwd, float* dq, float* dk, float* dv, AttentionShape shape,             \
+                     int threads))                                                                                        \
   OP(gated_residual_fwd, (Rows x, PerSample gate, Rows y, float* out, Shape shape, int threads))                          \
   OP(gated_residual_bwd,                                                                                                  \
      (Rows dout, PerSample gate, Rows y, float* dy, float* dgate, Shape shape, int threads))                              \
   OP(gelu_fwd, (Rows x, OutRows y, Shape shape, int threads))                                                             \
   OP(gelu_bwd, (Rows dy, Rows x, OutRows dx, Shape shape, int threads))                                                   \
+  OP(lora_grads, (Rows x, Rows dy, LoraAdapters adapters, Shape shape, int threads))                                      \
   OP(modulated_layer_norm_fwd, (Rows x, PerSample scale, PerSample shift, float* y, float* stats, Shape shape, float eps,  \
                                 int threads))                                                                             \
   OP(modulated_layer_norm_bwd, (Rows dy, Rows x, PerSample scale, const float* stats, float* dx, float* dmodulation,      \

@@ -1,7 +1,7 @@
 """Attention's forward and backward apart, so that a block's own backward can keep the output and the log-sum-exp.
 
-The kernels are PyTorch's: cuDNN, Flash, memory-efficient, the CPU's, and the maths in plain torch ("ref"). Shapes here are
-FLUX.1's, [B, S, heads, head_dim]; no dropout, not causal, scale 1/sqrt(head_dim).
+The kernels are PyTorch's: cuDNN, Flash, memory-efficient, the CPU's ("cpu"); ours, fp32 on a CPU ("native"); and the maths in
+plain torch ("ref"). Shapes here are FLUX.1's, [B, S, heads, head_dim]; no dropout, not causal, scale 1/sqrt(head_dim).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "cudnn", "flash", "efficient", "cpu", "ref")
+from fluxfast.ops import _attention_native
+
+BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
 _HALF = (torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("fluxfast")
@@ -23,9 +25,13 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
     """The back end for q [B, S, heads, head_dim]; raises ValueError where the one that was asked for can't do the call."""
     if backend not in BACKENDS:
         raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
+    if backend == "native" and (obstacle := _attention_native.obstacle(q, mask is not None)):
+        raise ValueError(f"attention: the back end 'native' can't do this call: {obstacle}; use 'auto' or 'ref'")
     if backend == "auto":
+        if q.device.type == "cpu":
+            return _on_cpu(q.dtype, _attention_native.obstacle(q, mask is not None))
         return _automatic(q.device.type, q.dtype, q.shape[-1], mask is not None, _capability(q))
-    if backend != "ref" and (backend == "cpu") != (q.device.type == "cpu"):
+    if backend != "ref" and (backend in ("cpu", "native")) != (q.device.type == "cpu"):
         raise ValueError(f"attention: the back end {backend!r} does not run on {q.device.type}; use 'auto' or 'ref'")
     if backend in ("cudnn", "flash") and q.dtype not in _HALF:
         raise ValueError(f"attention: the back end {backend!r} takes float16 and bfloat16, not {q.dtype}; use 'efficient'")
@@ -42,10 +48,22 @@ def _capability(q: Tensor) -> int:
 
 
 @functools.cache
+def _on_cpu(dtype: torch.dtype, obstacle: str | None) -> str:
+    if dtype == torch.float64:
+        chosen, why = "ref", "float64"
+    elif obstacle is not None:
+        chosen, why = "cpu", f"not on 'native': {obstacle}"
+    elif _attention_native.is_fastest():
+        chosen, why = "native", "float32 tensors on the CPU"
+    else:
+        chosen, why = "cpu", "the native module has no code for this processor's vectors"
+    logger.info("attention runs on '%s': %s", chosen, why)
+    return chosen
+
+
+@functools.cache
 def _automatic(device: str, dtype: torch.dtype, head_dim: int, masked: bool, capability: int) -> str:
-    if device == "cpu":
-        chosen, why = ("ref", "float64") if dtype == torch.float64 else ("cpu", "tensors on the CPU")
-    elif device != "cuda":
+    if device != "cuda":
         chosen, why = "ref", f"tensors on {device}"
     elif dtype not in _HALF or head_dim % 8:
         chosen, why = "efficient", f"{dtype}, heads of {head_dim}"
@@ -91,6 +109,9 @@ def forward(
     if backend == "ref":
         out, lse = _ref(q, k, v, mask)
         return out, (lse,)
+    if backend == "native":
+        out, lse = _attention_native.forward(q, k, v)
+        return out, (lse,)
     aten, heads_first = torch.ops.aten, [x.transpose(1, 2) for x in (q, k, v)]
     if backend == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, attn_mask=_bias(mask, q))
@@ -121,6 +142,10 @@ def backward(
     """dq, dk, dv [B, S, heads, head_dim]; `saved` and the rest as `forward` had and gave them."""
     if backend == "ref":
         return _ref_backward(dout, q, k, v, out, saved[0], mask)
+    if backend == "native":
+        assert saved[0] is not None
+        dq, dk, dv = _attention_native.backward(dout, q, k, v, out, saved[0])
+        return dq, dk, dv
     aten, tensors = torch.ops.aten, [x.transpose(1, 2) for x in (dout, q, k, v)]
     out, tokens = out.transpose(1, 2), q.shape[1]
     if backend == "cpu":

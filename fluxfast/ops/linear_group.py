@@ -19,12 +19,13 @@ a direction.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fluxfast.ops import _linear_torch, _linear_triton, row_quant
+from fluxfast.ops import _linear_native, _linear_torch, _linear_triton, row_quant
 from fluxfast.ops._linear_torch import adjoining, stack
 from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput
 
@@ -208,15 +209,14 @@ class LinearGroup:
         return tensors, [w for w in weights if not isinstance(w, Tensor)]
 
     def forward(self, x: RowOutput, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """y [..., N], written to `out` where given, and s [M, Σ ranks] to keep for backward; None without adapters."""
+        """y [..., N], written to `out` where given, and s [M, Σ ranks] to keep for backward; None where it wants none."""
         lead, rows = _present(x).shape[:-1], _rows(x)
         y = torch.empty(*lead, sum(self.outs), dtype=self.dtype, device=_present(x).device) if out is None else out
         s = self._down(rows)
         weights, w_scales = self._weights(len(_present(rows)))
         biases = [None if p.bias is None else p.bias.detach() for p in self.linears]
         b = [adapter.b.detach() for adapter in self.adapters]
-        up = None if self._merges(len(_present(rows))) else s
-        counts, operand = self._counts, self._operand(rows)
+        up, counts, operand = s, self._counts, self._operand(rows)
         if self.outliers:
             operand, up, b, counts = self._apart(operand[0], s, weights, w_scales)
         self._products.wide(*operand, weights, w_scales, biases, up, b, counts, y.view(-1, y.shape[-1]))
@@ -275,8 +275,6 @@ class LinearGroup:
 
     def _dgrad(self, parts: Sequence[tuple[int, Tensor, Tensor | None]], ds: Tensor | None, dx: Tensor) -> None:
         weights, w_scales = self._weights(len(dx))
-        if self._merges(len(dx)):
-            ds = None
         if self.compute != "same":
             weights = self._products.for_dgrad(weights, len(dx))
         whole = ds is not None and not self._drops
@@ -322,7 +320,9 @@ class LinearGroup:
         return self._dropped(x.y, p), None
 
     def _down(self, x: RowOutput) -> Tensor | None:
-        """s = scale · x Aᵀ [M, Σ ranks], each adapter on its own dropped x."""
+        """s = scale · x Aᵀ [M, Σ ranks], each adapter on its own dropped x; None where nothing reads it."""
+        if self._merges(len(_present(x))):
+            return None
         columns = [
             self._products.down(*self._adapter_x(x, p), [a.a.detach() for a in run], [a.scale for a in run], self.dtype)
             for p, _, run in self._runs()
@@ -330,9 +330,12 @@ class LinearGroup:
         return None if not columns else columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
     def _adapter_grads(self, dy: Tensor, x: RowOutput, s: Tensor | None) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """dS [M, Σ ranks], and (dA, dB) of every adapter."""
-        if s is None:
+        """dS [M, Σ ranks], where dx needs it, and (dA, dB) of every adapter."""
+        if not self.adapters:
             return None, []
+        if self._merges(len(dy)):
+            return None, self._grads_in_one_pass(dy, self._operand(x)[0])
+        assert s is not None
         ranks = [sum(adapter.a.shape[0] for adapter in p.adapters) for p in self.linears]
         b, scales = [adapter.b.detach() for adapter in self.adapters], [adapter.scale for adapter in self.adapters]
         ds = self._products.down_grad(dy, b, scales, self._counts, self.outs)
@@ -345,8 +348,18 @@ class LinearGroup:
         for dropout, columns, run in self._runs():
             grad = self._products.grad_a(ds[:, columns], *self._adapter_x(x, dropout), run[0].a.dtype)
             d_a += grad.split([adapter.a.shape[0] for adapter in run])
+        return ds, self._pairs(d_a, d_b)
+
+    def _grads_in_one_pass(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        a = [adapter.a.detach().to(self.dtype) for adapter in self.adapters]
+        b = [adapter.b.detach().to(self.dtype) for adapter in self.adapters]
+        starts = [col for col, count in zip(accumulate(self.outs, initial=0), self._counts, strict=False) for _ in range(count)]
+        scales = [adapter.scale for adapter in self.adapters]
+        return self._pairs(*_linear_native.adapter_grads(x, dy, a, b, scales, starts))
+
+    def _pairs(self, d_a: Sequence[Tensor], d_b: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         pairs = zip(self.adapters, d_a, d_b, strict=True)
-        return ds, [(g_a.to(adapter.a.dtype), g_b.to(adapter.b.dtype).contiguous()) for adapter, g_a, g_b in pairs]
+        return [(g_a.to(adapter.a.dtype), g_b.to(adapter.b.dtype).contiguous()) for adapter, g_a, g_b in pairs]
 
 
 def _present(x: RowOutput) -> Tensor:

@@ -78,7 +78,8 @@ def test_lora_gradients_equal_diffusers(guidance, interval, batch, height, width
     if interval:
         ours.enable_gradient_checkpointing()
         ours.gradient_checkpointing_interval = interval
-    expected_out, expected = loss_of(theirs, inputs)
+    # diffusers' own gradients in fp32 are up to 1.5e-5 from these
+    expected_out, expected = loss_of(theirs.double(), {name: x.double() for name, x in inputs.items()})
     actual_out, actual = loss_of(ours, inputs)
     expected.backward()
     actual.backward()

@@ -1,19 +1,7 @@
-"""Fixtures of the op tests: every instruction set the native module can use here, and memory that is poison until written."""
+"""Fixtures of the op tests: memory that is poison until written."""
 
 import pytest
 import torch
-
-from fluxfast.ops import _impl
-
-ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
-
-
-# without the native module there are none, and pytest skips what asks for one
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _impl.native.use_cpu_isa(request.param)
-    yield request.param
-    _impl.native.use_cpu_isa(ISAS[-1])
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from support import for_thread_counts, relative_error
+
 FP32_TOLERANCE = 1e-6
 
 # 16 bits: one step, from the one rounding at the store. It costs half of one, but Triton's interpreter cuts fp32 to bf16
@@ -17,13 +19,6 @@ DTYPES = list(TOLERANCES)
 
 # where Triton's kernels run: in its interpreter, if there is no GPU
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    if expected.numel() == 0:
-        return 0.0
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
 def outputs_and_grads(
@@ -63,15 +58,11 @@ def assert_matches_fp64(
 
 
 def assert_same_for_any_thread_count(op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outs, grads = outputs_and_grads(op, inputs)
-            results.append(outs + [grad for grad in grads if grad is not None])
-    finally:
-        torch.set_num_threads(threads)
+    def run() -> list[Tensor]:
+        outs, grads = outputs_and_grads(op, inputs)
+        return outs + [grad for grad in grads if grad is not None]
+
+    results = for_thread_counts(run)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

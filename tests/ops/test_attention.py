@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from op_cases import needs_native
 
-from fluxfast.ops import attention
-from support import relative_error
+from fluxfast.ops import _attention_native, _impl, attention
+from support import for_thread_counts, relative_error
 
 ON_CPU = {"cpu": (torch.float32, torch.bfloat16), "ref": (torch.float64, torch.float32)}
+if _impl.HAS_NATIVE:
+    ON_CPU["native"] = (torch.float32,)
 ON_GPU = {
     "cudnn": (torch.bfloat16, torch.float16),
     "flash": (torch.bfloat16, torch.float16),
@@ -33,9 +36,9 @@ def masks(tokens):
 @pytest.mark.parametrize("mask", ["none", "bool", "added"])
 @pytest.mark.parametrize("tokens", [1, 63])
 def test_values_and_gradients(backend, dtype, mask, tokens):
-    if backend == "flash" and mask != "none":
+    if backend in ("flash", "native") and mask != "none":
         with pytest.raises(ValueError, match="takes no mask"):
-            attention.resolve(backend, torch.empty(1, 1, 1, 8, dtype=dtype, device=DEVICE), torch.ones(1, device=DEVICE))
+            attention.resolve(backend, torch.empty(1, 1, 1, 16, dtype=dtype, device=DEVICE), torch.ones(1, device=DEVICE))
         return
     *qkv, dout = inputs(tokens=tokens)
     bias = masks(tokens)[mask]
@@ -63,13 +66,93 @@ def test_the_reference_is_sdpa():
     assert torch.allclose(attention.attention_ref(q, k, v), expected, atol=1e-12)
 
 
-def test_auto_says_what_it_takes(caplog):
-    attention._automatic.cache_clear()
+def packed(tensors):
+    """The tensors as slices of one, in whose gaps NaNs lie: as a projection gives q, k and v."""
+    whole = torch.full((*tensors[0].shape[:-1], len(tensors), tensors[0].shape[-1] + 3), torch.nan, dtype=torch.float32)
+    for i, x in enumerate(tensors):
+        whole[..., i, 1:-2] = x
+    return [whole[..., i, 1:-2] for i in range(len(tensors))]
+
+
+# a block of keys and of queries is 384 and 48 rows; heads of 1, 2 and 3 vectors, and of several tiles
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 16), (63, 48), (48, 128), (385, 32), (1000, 64), (1000, 112)])
+def test_native_equals_fp64(isa, poisoned, tokens, head_dim):
+    *qkv, dout = inputs(heads=2, tokens=tokens, head_dim=head_dim)
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    expected = attention.attention_ref(*leaves)
+    grads = torch.autograd.grad(expected, leaves, dout)
+    q, k, v, g = packed([*qkv, dout])
+    out, lse = _attention_native.forward(q, k, v)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+    assert relative_error(lse, attention._ref(*qkv, None)[1]) < TOLERANCE[torch.float32]
+    actual = _attention_native.backward(g, q, k, v, out, lse)
+    for grad, wanted in zip(actual, grads, strict=True):
+        error = (grad.double() - wanted).norm() / max(wanted.norm(), grads[2].norm())
+        assert error < TOLERANCE[torch.float32]
+
+
+def test_native_softmax_is_safe(isa):
+    """Scores beyond what exp can hold, and rows whose maximum comes in the last block of keys."""
+    q, k, v, dout = (x.float() for x in inputs(batch=1, tokens=500, heads=1, head_dim=16))
+    q = q * 40
+    k[:, 490] = 30 * q[:, 3] / q[:, 3].norm()
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = attention.attention_ref(*leaves)
+    grads = torch.autograd.grad(expected, leaves, dout.double())
+    out, lse = _attention_native.forward(q, k, v)
+    # scores of up to 1e3 are rounded by up to 6e-5, which exp makes relative
+    assert relative_error(out, expected) < 1e-3
+    for grad, wanted in zip(_attention_native.backward(dout, q, k, v, out, lse), grads, strict=True):
+        assert relative_error(grad, wanted) < 2e-3
+
+
+def test_native_hands_on_nan(isa):
+    q, k, v, _ = (x.float() for x in inputs(batch=1, tokens=40, heads=2, head_dim=16))
+    k[0, 7, 0, 3] = torch.nan
+    out, lse = _attention_native.forward(q, k, v)
+    assert out[:, :, 0].isnan().all() and lse[:, 0].isnan().all()
+    assert not out[:, :, 1].isnan().any() and not lse[:, 1].isnan().any()
+
+
+@needs_native
+@pytest.mark.parametrize("heads", [1, 3])
+def test_native_threads_change_no_bit(heads):
+    q, k, v, dout = (x.float() for x in inputs(tokens=1000, heads=heads, head_dim=16))
+
+    def run():
+        out, lse = _attention_native.forward(q, k, v)
+        return [out, lse, *_attention_native.backward(dout, q, k, v, out, lse)]
+
+    first, *others = for_thread_counts(run)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_native
+def test_native_registration():
+    q, k, v, dout = (x.float() for x in inputs(tokens=5))
+    torch.library.opcheck(torch.ops.fluxfast.attention_fwd, (q, k, v))
+    out, lse = _attention_native.forward(q, k, v)
+    torch.library.opcheck(torch.ops.fluxfast.attention_bwd, (dout, q, k, v, out, lse))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fastest", "chosen", "why"),
+    [
+        ((1, 2, 1, 16), torch.float32, True, "native", "float32 tensors on the CPU"),
+        ((1, 2, 1, 16), torch.float32, False, "cpu", "the native module has no code for this processor's vectors"),
+        ((1, 2, 1, 8), torch.float32, True, "cpu", "not on 'native': heads must be a multiple of 16 wide, not 8"),
+        ((1, 2, 1, 16), torch.float64, True, "ref", "float64"),
+    ],
+)
+@needs_native
+def test_auto_says_what_it_takes(caplog, monkeypatch, shape, dtype, fastest, chosen, why):
+    monkeypatch.setattr(_attention_native, "is_fastest", lambda: fastest)
+    attention._on_cpu.cache_clear()
     with caplog.at_level("INFO", "fluxfast"):
-        chosen = attention.resolve("auto", torch.empty(1, 2, 1, 8), None)
-        attention.resolve("auto", torch.empty(1, 2, 1, 8), None)
-    assert chosen == "cpu" and [r.message for r in caplog.records] == ["attention runs on 'cpu': tensors on the CPU"]
-    assert attention.resolve("auto", torch.empty(1, 2, 1, 8, dtype=torch.float64), None) == "ref"
+        for _ in range(2):
+            assert attention.resolve("auto", torch.empty(shape, dtype=dtype), None) == chosen
+    assert [r.message for r in caplog.records] == [f"attention runs on '{chosen}': {why}"]
+    attention._on_cpu.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -78,6 +161,8 @@ def test_auto_says_what_it_takes(caplog):
         ("sage", torch.float32, "must be one of"),
         ("flash", torch.bfloat16, "does not run on cpu"),
         ("cudnn", torch.float32, "on cpu"),
+        ("native", torch.bfloat16, "it computes in torch.float32"),
+        ("native", torch.float32, "a multiple of 16 wide, not 8"),
     ],
 )
 def test_an_explicit_backend_runs_or_raises(backend, dtype, message):

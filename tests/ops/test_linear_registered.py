@@ -7,7 +7,7 @@ from op_cases import needs_native, needs_triton
 from op_checks import TRITON_DEVICE, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fluxfast.ops import _linear_torch, _linear_triton  # noqa: F401 (they register the ops)
+from fluxfast.ops import _linear_native, _linear_torch, _linear_triton  # noqa: F401 (they register the ops)
 from fluxfast.ops.lora_linear import lora_linear
 from fluxfast.ops.row_quant import row_quant_ref
 
@@ -34,6 +34,7 @@ def calls():
     yield ops.linear_da, (s, q, scale, torch.float32)
     yield ops.linear_dropout, (x, 0.5, 1 << 40)
     yield ops.linear_mask, (x.cpu(), 0.5, 3)
+    yield ops.linear_lora_grads, (x.cpu(), dy.cpu(), [t.cpu() for t in a], [t.cpu() for t in b], scales, [0, 16])
     y, dx = torch.zeros(5, 48, device=device), torch.zeros(5, 24, device=device)
     qs, q_scales = [c.q for c in codes], [c.scale for c in codes]
     yield ops.linear_fwd, (x, None, weights, [], biases, s, b, counts, y)

@@ -14,9 +14,10 @@ from op_cases import (
     token_gather_case,
     token_scatter_case,
 )
-from op_checks import TRITON_DEVICE, outputs_and_grads, relative_error
+from op_checks import TRITON_DEVICE, outputs_and_grads
 
 from fluxfast.ops import _impl, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant, token_route
+from support import relative_error
 
 # each takes an implementation and inputs, and returns the outputs, and what makes gradients of theirs, given which are needed
 

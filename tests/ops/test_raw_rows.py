@@ -3,10 +3,11 @@
 import pytest
 import torch
 from op_cases import HEADS, TXT, every_impl, gelu_case, modulated_layer_norm_case, qk_norm_rope_case
-from op_checks import TRITON_DEVICE, randn, relative_error
+from op_checks import TRITON_DEVICE, randn
 
 from fluxfast.ops import gated_residual, gelu, modulated_layer_norm, qk_norm_rope
 from fluxfast.ops.row_quant import FORMATS, row_quant_ref
+from support import relative_error
 
 every_output = pytest.mark.parametrize("out", ["same", "int8", "e4m3", "both-int8", "both-e4m3"])
 

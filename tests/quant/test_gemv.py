@@ -3,23 +3,14 @@
 import pytest
 import torch
 
-from fluxfast.ops import _impl
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.gemv import gemv, gemv_ref
 from quant_cases import AWKWARD, gaussian, heavy_tailed
-from support import relative_error
+from support import for_thread_counts, relative_error
 
-ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # sums of up to 4160 products in fp32, in some order
 TOLERANCE = 1e-6
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _impl.native.use_cpu_isa(request.param)
-    yield request.param
-    _impl.native.use_cpu_isa(ISAS[-1])
 
 
 def stored(weight, name):
@@ -49,12 +40,7 @@ def test_threads_and_batch_change_no_bit(name):
     """What a sample gets does not depend on the others, nor on how rows are shared out."""
     weight, x = stored(gaussian(333, 200), name), vectors(4, 200)
     whole = gemv(x, weight)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(gemv(x, weight), whole)
-    finally:
-        torch.set_num_threads(threads)
+    assert all(torch.equal(result, whole) for result in for_thread_counts(lambda: gemv(x, weight)))
     assert torch.equal(torch.cat([gemv(row[None], weight) for row in x]), whole)
 
 

@@ -7,18 +7,10 @@ from fluxfast.ops import _impl
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from quant_cases import AWKWARD, assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
+from support import for_thread_counts
 
-ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
-
-
-# without the native module there are none, and pytest skips what asks for one
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _impl.native.use_cpu_isa(request.param)
-    yield request.param
-    _impl.native.use_cpu_isa(ISAS[-1])
 
 
 @pytest.fixture
@@ -89,16 +81,13 @@ def test_same_for_any_thread_count(format):
     if not _impl.HAS_NATIVE:
         pytest.skip("the native module was not built")
     weight = gaussian(61, 1088).bfloat16()
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            parts = format.quantize(weight, impl="native")
-            values = format.dequantize(parts, (61, 1088), torch.float32, impl="native")
-            results.append([*parts.values(), values, *format.codes(parts, (61, 1088), "int8", impl="native")])
-    finally:
-        torch.set_num_threads(threads)
+
+    def run():
+        parts = format.quantize(weight, impl="native")
+        values = format.dequantize(parts, (61, 1088), torch.float32, impl="native")
+        return [*parts.values(), values, *format.codes(parts, (61, 1088), "int8", impl="native")]
+
+    results = for_thread_counts(run)
     for other in results[1:]:
         assert all(same_bytes(a, b) for a, b in zip(results[0], other, strict=True))
 

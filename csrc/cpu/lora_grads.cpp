@@ -1,0 +1,111 @@
+// What the adapters of linears that read the same x learn:  dA = (scale * dy B)^T x,  dB = dy^T (scale * x A^T), of fp32 rows.
+// Both narrow products are made for some rows of x and dy while these are in the cache, and used there.
+#include "rows.h"
+#include "tile.h"
+
+namespace fluxfast {
+namespace FLUXFAST_ISA {
+
+static constexpr int64_t kBlockRows = 48;
+// rows that one task sums over, at least, and the most tasks: each has sums of its own
+static constexpr int64_t kTaskRows = 4 * kBlockRows, kMaxTasks = 16;
+
+static int64_t padded_rank(const LoraAdapter& adapter) { return ceil_div(adapter.rank, kVector) * kVector; }
+
+// Where each adapter's ranks, padded to whole vectors, lie among those of all, and its B among all of them.
+struct Layout {
+  int64_t ranks = 0, b_size = 0;
+
+  explicit Layout(const LoraAdapters& adapters) {
+    for (int64_t i = 0; i < adapters.count; ++i) {
+      ranks += padded_rank(adapters.data[i]);
+      b_size += adapters.data[i].cols * padded_rank(adapters.data[i]);
+    }
+  }
+};
+
+// calls body(adapter, its first rank, where its B starts)
+template <class Body>
+static void for_each_adapter(const LoraAdapters& adapters, const Body& body) {
+  int64_t rank = 0, b = 0;
+  for (int64_t i = 0; i < adapters.count; ++i) {
+    const LoraAdapter& adapter = adapters.data[i];
+    body(adapter, rank, b);
+    rank += padded_rank(adapter);
+    b += adapter.cols * padded_rank(adapter);
+  }
+}
+
+// C [rows, cols] = A B, or += where ADD, for whole vectors of columns
+template <bool ADD>
+static void product(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int64_t cols,
+                    int64_t depth, float* c, int64_t c_row) {
+  for (int64_t col = 0; col < cols; col += panel_cols(col, cols)) {
+    panel_product<ADD>(rows, a, a_row, a_step, b + col, b_row, panel_cols(col, cols), depth, c + col, c_row);
+  }
+}
+
+// all A transposed, [in, ranks], and all B, padded with zeros
+static void pack(const LoraAdapters& adapters, const Layout& layout, int64_t in, float* a, float* b) {
+  memset(a, 0, sizeof(float) * static_cast<size_t>(in * layout.ranks));
+  memset(b, 0, sizeof(float) * static_cast<size_t>(layout.b_size));
+  for_each_adapter(adapters, [&](const LoraAdapter& adapter, int64_t rank, int64_t b_at) {
+    for (int64_t r = 0; r < adapter.rank; ++r) {
+      for (int64_t k = 0; k < in; ++k) a[k * layout.ranks + rank + r] = adapter.a[r * in + k];
+    }
+    const int64_t padded = padded_rank(adapter);
+    for (int64_t n = 0; n < adapter.cols; ++n) {
+      memcpy(b + b_at + n * padded, adapter.b + n * adapter.rank, sizeof(float) * static_cast<size_t>(adapter.rank));
+    }
+  });
+}
+
+void lora_grads(Rows x, Rows dy, LoraAdapters adapters, Shape shape, int threads) {
+  const Layout layout(adapters);
+  const int64_t in = shape.cols, ranks = layout.ranks, a_size = in * ranks;
+  const Scratch a(a_size), b(layout.b_size);
+  pack(adapters, layout, in, a.data(), b.data());
+
+  const int64_t per_task = max64(kTaskRows, ceil_div(ceil_div(shape.rows, kMaxTasks), kBlockRows) * kBlockRows);
+  const int64_t tasks = ceil_div(shape.rows, per_task), sums_size = a_size + layout.b_size;
+  const Scratch all_sums(tasks * sums_size);
+  parallel_for(tasks, threads, [&](int64_t task) {
+    const Scratch s(kBlockRows * ranks), ds(kBlockRows * ranks);
+    float *const da = all_sums.data() + task * sums_size, *const db = da + a_size;
+    memset(da, 0, sizeof(float) * static_cast<size_t>(sums_size));
+    const int64_t end = min64((task + 1) * per_task, shape.rows);
+    for (int64_t first = task * per_task; first < end; first += kBlockRows) {
+      const int64_t rows = min64(kBlockRows, end - first);
+      const float *x_rows = row_at(x, 0, first), *dy_rows = row_at(dy, 0, first);
+      product<false>(rows, x_rows, x.row_stride, 1, a.data(), ranks, ranks, in, s.data(), ranks);
+      for_each_adapter(adapters, [&](const LoraAdapter& adapter, int64_t rank, int64_t b_at) {
+        const int64_t width = padded_rank(adapter);
+        const float* dys = dy_rows + adapter.first_col;
+        product<false>(rows, dys, dy.row_stride, 1, b.data() + b_at, width, width, adapter.cols, ds.data() + rank, ranks);
+        product<true>(adapter.cols, dys, 1, dy.row_stride, s.data() + rank, ranks, width, rows, db + b_at, width);
+      });
+      product<true>(in, x_rows, 1, x.row_stride, ds.data(), ranks, ranks, rows, da, ranks);
+    }
+  });
+
+  float* const sums = all_sums.data();
+  parallel_for(ceil_div(sums_size, kTaskElements), threads, [=](int64_t task) {
+    const int64_t end = min64((task + 1) * kTaskElements, sums_size);
+    for (int64_t part = 1; part < tasks; ++part) {
+      const float* more = sums + part * sums_size;
+      for (int64_t i = task * kTaskElements; i < end; ++i) sums[i] += more[i];
+    }
+  });
+  for_each_adapter(adapters, [&](const LoraAdapter& adapter, int64_t rank, int64_t b_at) {
+    for (int64_t r = 0; r < adapter.rank; ++r) {
+      for (int64_t k = 0; k < in; ++k) adapter.da[r * in + k] = adapter.scale * sums[k * ranks + rank + r];
+    }
+    const float* db = sums + a_size + b_at;
+    for (int64_t n = 0; n < adapter.cols; ++n, db += padded_rank(adapter)) {
+      for (int64_t r = 0; r < adapter.rank; ++r) adapter.db[n * adapter.rank + r] = adapter.scale * db[r];
+    }
+  });
+}
+
+}  // namespace FLUXFAST_ISA
+}  // namespace fluxfast
