@@ -30,3 +30,12 @@ def own_attention_backend():
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     if dispatch is not None:
         dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors of a few KB, where threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

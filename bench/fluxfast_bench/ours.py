@@ -49,7 +49,8 @@ def _contestant(
         error=ERRORS[compute],
         exact=True,
         ours=True,
-        cpu=compute == "float",
+        # streaming is to a GPU
+        cpu=not streamed,
         route=route,
     )
 

@@ -114,7 +114,8 @@ def verify(contestant: Contestant, setup: Setup) -> float:
         flat = torch.cat([gradient.flatten().double() for gradient in gradients if gradient is not None])
         results.append((prediction.detach().double(), flat))
     error = max(_relative(actual, expected) for actual, expected in zip(*results, strict=True))
-    bound = FP32_ERROR if setup.dtype == torch.float32 and (contestant.exact or not contestant.quantised) else contestant.error
+    computes_fp32 = setup.dtype == torch.float32 and contestant.compute == "float"
+    bound = FP32_ERROR if computes_fp32 and (contestant.exact or not contestant.quantised) else contestant.error
     # a NaN compares as false
     if not error <= bound:
         raise WrongResult(f"wrong: relative error {error:.2g}, where its arithmetic explains {bound:g}")

@@ -12,14 +12,17 @@ E = one [B, S, D] tensor of the joint sequence, beside the block's own input (1 
 No policy recomputes a block's last product (ff.net.2, proj_out): backward does not need it. LayerNorm, RoPE and GELU are
 recomputed by all of them on a GPU, where they cost little beside products; on a CPU policy `none` keeps what they made as
 well: 9 more in a single block (normalised input 1, q, k and v 3, proj_out's input 5), 9 in a double one (normalised inputs 2,
-q, k and v 3, ff.net.2's input 4). Weights that a residency moves are read anew in
-backward: nobody has to keep them where forward saw them.
+q, k and v 3, ff.net.2's input 4).
+
+Weights that a residency moves are read anew in backward: nobody has to keep them where forward saw them. The adapters' scales
+and dropouts stay what forward read, whatever their owner has made of them since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,7 +38,7 @@ Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 
 Reads = list[list[LinearParams]]
-Kept = dict[str, Tensor | None]
+Kept = dict[str, tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,25 @@ def read_groups(groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = 
     return reads
 
 
-def reads_again(ctx: Any) -> Reads:
-    """What the linears hold now: what forward read, or, where a residency has moved weights since, read anew."""
-    if ctx.reads is not None:
-        return ctx.reads
-    reads = read_groups(ctx.block.linear_groups())
-    assert reads is not None, "the adapters of a block changed between forward and backward"
-    return reads
+def remember(ctx: Any, block: Any, run: Run, reads: Reads) -> None:
+    """What backward has to know of forward beside tensors; weights only where nothing moves them."""
+    ctx.block, ctx.run = block, run
+    ctx.reads = reads if residency_of(block) is None else None
+    ctx.adapters = [[p.adapters for p in linears] for linears in reads]
+
+
+def reads_again(ctx: Any, factors: Sequence[Tensor]) -> Reads:
+    """What forward read, with the factors that were saved; weights that a residency has moved since are read anew."""
+    reads = ctx.reads if ctx.reads is not None else read_groups(ctx.block.linear_groups())
+    assert reads is not None, "the linears of a block changed between forward and backward"
+    it = iter(factors)
+    return [
+        [
+            p._replace(adapters=tuple(old._replace(a=next(it), b=next(it)) for old in adapters))
+            for p, adapters in zip(linears, of_group, strict=True)
+        ]
+        for linears, of_group in zip(reads, ctx.adapters, strict=True)
+    ]
 
 
 def seed_for(reads: Reads) -> int | None:
@@ -106,14 +121,6 @@ def seed_for(reads: Reads) -> int | None:
 def factors_of(reads: Reads) -> list[Tensor]:
     """The adapters' tensors, a, b, a, b, …, in the order of the groups."""
     return [t for linears in reads for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
-
-
-def with_factors(reads: Reads, factors: Sequence[Tensor]) -> Reads:
-    it = iter(factors)
-    return [
-        [p._replace(adapters=tuple(old._replace(a=next(it), b=next(it)) for old in p.adapters)) for p in linears]
-        for linears in reads
-    ]
 
 
 def norm_weights(*norms: Any, impl: str) -> Tensor:
@@ -128,34 +135,25 @@ def save(ctx: Any, streams: Sequence[Tensor], mods: Sequence[Tensor], factors: S
     puts_aside = residency_of(ctx.block) is not None and ctx.run.policy != "none"
     ctx.aside = [keep_input(ctx.block, x) for x in streams] if puts_aside else None
     inputs = mods if puts_aside else (*streams, *mods)
-    ctx.counts, ctx.names = (len(inputs), len(factors)), tuple(kept)
-    ctx.save_for_backward(*inputs, *factors, *kept.values())
+    ctx.counts, ctx.names = (len(inputs), len(factors)), [(name, len(tensors)) for name, tensors in kept.items()]
+    ctx.save_for_backward(*inputs, *factors, *chain.from_iterable(kept.values()))
 
 
 def saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], Kept]:
     """The streams and their modulation, the factors, and what the policy kept."""
-    tensors, (n_inputs, n_factors) = list(ctx.saved_tensors), ctx.counts
-    inputs, factors = tensors[:n_inputs], tensors[n_inputs : n_inputs + n_factors]
+    tensors, (n_inputs, n_factors) = ctx.saved_tensors, ctx.counts
+    inputs, factors = list(tensors[:n_inputs]), list(tensors[n_inputs : n_inputs + n_factors])
     streams = [] if ctx.aside is None else [fetch_input(ctx.block, handle) for handle in ctx.aside]
-    return streams + inputs, factors, dict(zip(ctx.names, tensors[n_inputs + n_factors :], strict=True))
-
-
-def keep(name: str, tensors: Sequence[Tensor | None]) -> Kept:
-    """Several tensors under one name."""
-    return {f"{name}.{i}": tensor for i, tensor in enumerate(tensors)}
-
-
-def take(kept: Kept, name: str) -> tuple[Tensor | None, ...]:
-    """What was kept under a name; an empty tuple if nothing was."""
-    return tuple(tensor for key, tensor in kept.items() if key.rpartition(".")[0] == name)
+    rest = iter(tensors[n_inputs + n_factors :])
+    return streams + inputs, factors, {name: tuple(islice(rest, count)) for name, count in ctx.names}
 
 
 def normed(
     kept: Kept, name: str, compute: Callable[[], tuple[RowOutput, tuple[Any, ...]]]
 ) -> tuple[RowOutput, tuple[Any, ...]]:
     """A norm's output and what its backward wants: what was kept, or computed."""
-    if rows := take(kept, name):
-        return RowOutput(*rows), take(kept, f"{name}.saved")
+    if rows := kept.get(name):
+        return RowOutput(*rows), kept[f"{name}.saved"]
     return compute()
 
 
@@ -163,7 +161,7 @@ def rotated(
     run: Run, qkv: Tensor, txt_qkv: Tensor | None, kept: Kept, *, heads: int, eps: float
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
     """(q, k, v) and what `qk_norm_rope`'s backward wants: what was kept, or computed."""
-    if made := take(kept, "qkv"):
+    if made := kept.get("qkv"):
         q, k, v, rstd = made
         assert q is not None and k is not None and v is not None
         return (q, k, v), (rstd, run.norms, run.cos, run.sin, run.index, None, None, qkv, txt_qkv)
@@ -172,11 +170,20 @@ def rotated(
 
 def attend(run: Run, q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Attention's output [B, S, heads, head_dim] and what its backward wants: what was kept, or computed."""
-    if made := take(kept, "attn"):
+    if made := kept.get("attn"):
         out, *saved = made
         assert out is not None
         return out, tuple(saved)
     return attention.forward(q, k, v, run.mask, backend=run.attention)
+
+
+def last_product(
+    group: LinearGroup, x: RowOutput, kept: tuple[Tensor | None, ...] | None, need_branch: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """A block's last product, where the gradient of its gate wants it, and the narrow one: kept, or computed."""
+    if need_branch:
+        return group.forward(x)
+    return None, kept[0] if kept else group.down(x)
 
 
 def as_input(x: Tensor, group: LinearGroup) -> RowOutput:

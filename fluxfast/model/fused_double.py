@@ -17,17 +17,16 @@ from fluxfast.model.fused import (
     attend,
     codes_of,
     flat,
-    keep,
+    last_product,
     normed,
     reads_again,
+    remember,
     rotated,
     save,
     saved,
-    take,
     values_of,
-    with_factors,
 )
-from fluxfast.model.residency import residency_of, resident
+from fluxfast.model.residency import resident
 from fluxfast.ops import _impl, attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope
 from fluxfast.ops.linear_group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
@@ -77,7 +76,7 @@ class _Stream:
             )
             self.norm2 = saved[:4]
         self.h, self.s_ff1 = self._kept("h") or self.ff1.forward(self.mlp_in)
-        if ff2_in := take(self.kept, f"{self.name}.ff2_in"):
+        if ff2_in := self.kept.get(f"{self.name}.ff2_in"):
             self.ff2_in = RowOutput(*ff2_in)
         else:
             self.ff2_in, _ = gelu.forward(self.h, out=self.ff2.form, impl=run.impl)
@@ -88,32 +87,23 @@ class _Stream:
 
     def _kept(self, what: str) -> tuple[Tensor, Tensor | None] | None:
         """A group's output and the narrow product that came with it, where they were kept."""
-        value = self.kept.get(f"{self.name}.{what}")
-        return None if value is None else (value, self.kept[f"{self.name}.{what}.s"])
+        return self.kept.get(f"{self.name}.{what}")  # type: ignore[return-value]
 
     def keep(self) -> Kept:
         """What policy `none` keeps of this stream; `s_ff2`, alone, what `selective` does."""
-        kept = {"qkv": self.qkv, "qkv.s": self.s_qkv, "x1": self.x1, "x1.s": self.s_out, "h": self.h, "h.s": self.s_ff1}
-        return {f"{self.name}.{name}": tensor for name, tensor in kept.items()}
+        kept: Kept = {"qkv": (self.qkv, self.s_qkv), "x1": (self.x1, self.s_out), "h": (self.h, self.s_ff1)}
+        return {f"{self.name}.{name}": tensors for name, tensors in kept.items()}
 
     def keep_all(self) -> Kept:
         """What `Run.keeps_all` keeps beside that."""
-        rows = {"x_in": self.x_in, "x_in.saved": self.norm, "mlp_in": self.mlp_in, "mlp_in.saved": self.norm2}
-        kept: Kept = keep(f"{self.name}.ff2_in", self.ff2_in)
-        for name, tensors in rows.items():
-            kept |= keep(f"{self.name}.{name}", tensors)
-        return kept
+        norms = {"x_in": self.x_in, "x_in.saved": self.norm, "mlp_in": self.mlp_in, "mlp_in.saved": self.norm2}
+        kept: Kept = {"ff2_in": self.ff2_in, **norms}
+        return {f"{self.name}.{name}": tensors for name, tensors in kept.items()}
 
     def mlp_backward(self, dout: Tensor, need_mod: bool) -> None:
         """From the gradient of the stream's output to that of attention's output (`dattn`) and of the stream before it."""
         run = self.run
-        branch: Tensor | None = None
-        if need_mod:
-            branch, s_ff2 = self.ff2.forward(self.ff2_in)
-        elif f"{self.name}.s_ff2" in self.kept:
-            s_ff2 = self.kept[f"{self.name}.s_ff2"]
-        else:
-            s_ff2 = self.ff2.down(self.ff2_in)
+        branch, s_ff2 = last_product(self.ff2, self.ff2_in, self.kept.get(f"{self.name}.s_ff2"), need_mod)
         dbranch, self.dgate2 = gated_residual.backward_rows(
             dout, (self.gate2, branch), out=run.grad_form, col_scale=self.ff2.fold(), needs_gate=need_mod, impl=run.impl
         )
@@ -199,12 +189,13 @@ class DoubleBlock(torch.autograd.Function):
         img_out, txt_out = acts.img.finish(), acts.txt.finish()
         kept: Kept = {}
         if run.policy != "full":
-            kept = keep("attn", (acts.attn, *acts.attn_saved)) | {"img.s_ff2": acts.img.s_ff2, "txt.s_ff2": acts.txt.s_ff2}
+            narrow = {"img.s_ff2": (acts.img.s_ff2,), "txt.s_ff2": (acts.txt.s_ff2,)}
+            kept = {"attn": (acts.attn, *acts.attn_saved), **narrow}
         if run.policy == "none":
             kept |= acts.img.keep() | acts.txt.keep()
         if run.keeps_all:
-            kept |= keep("qkv", (acts.q, acts.k, acts.v, acts.qk[0])) | acts.img.keep_all() | acts.txt.keep_all()
-        ctx.block, ctx.run, ctx.reads = block, run, reads if residency_of(block) is None else None
+            kept |= {"qkv": (acts.q, acts.k, acts.v, acts.qk[0]), **acts.img.keep_all(), **acts.txt.keep_all()}
+        remember(ctx, block, run, reads)
         save(ctx, (img, txt), (img_mod, txt_mod), factors, kept)
         return txt_out, img_out
 
@@ -216,8 +207,7 @@ class DoubleBlock(torch.autograd.Function):
         inputs, factors, kept = saved(ctx)
         needs = ctx.needs_input_grad[3:7]
         with resident(block, "backward"):
-            reads = reads_again(ctx)
-            acts = _DoubleActs(block, run, with_factors(reads, factors), inputs, kept)
+            acts = _DoubleActs(block, run, reads_again(ctx, factors), inputs, kept)
             return (None, None, None, *_double_backward(run, acts, dimg, dtxt, needs))
 
 

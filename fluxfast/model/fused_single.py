@@ -16,17 +16,16 @@ from fluxfast.model.fused import (
     attend,
     codes_of,
     flat,
-    keep,
+    last_product,
     normed,
     reads_again,
+    remember,
     rotated,
     save,
     saved,
-    take,
     values_of,
-    with_factors,
 )
-from fluxfast.model.residency import residency_of, resident
+from fluxfast.model.residency import resident
 from fluxfast.ops import _impl, attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
@@ -41,24 +40,21 @@ class _SingleActs:
         self.x_in, self.norm = normed(
             kept, "x_in", lambda: modulated_layer_norm.forward(x, scale, shift, eps, out=first.form, impl=run.impl)
         )
-        if "y" in kept:
-            y, self.s_first = kept["y"], kept["s_first"]
-            assert y is not None
-        else:
-            y, self.s_first = first.forward(self.x_in)
+        y, self.s_first = kept.get("y") or first.forward(self.x_in)
+        assert y is not None
         self.y = y
-        self.qkv, self.h = y.split([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
+        self.qkv, self.h = self.y.split([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
         (self.q, self.k, self.v), self.qk = rotated(run, self.qkv, None, kept, heads=attn.heads, eps=attn.norm_q.eps)
         self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
-        if last_in := take(kept, "last_in"):
+        if last_in := kept.get("last_in"):
             self.last_in = RowOutput(*last_in)
         else:
             self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=run.impl)
 
     def keep_all(self) -> Kept:
         """What `Run.keeps_all` keeps beside what policy `none` does anyway."""
-        made = keep("qkv", (self.q, self.k, self.v, self.qk[0]))
-        return keep("x_in", self.x_in) | keep("x_in.saved", self.norm) | made | keep("last_in", self.last_in)
+        qkv = (self.q, self.k, self.v, self.qk[0])
+        return {"x_in": self.x_in, "x_in.saved": self.norm, "qkv": qkv, "last_in": self.last_in}
 
 
 class SingleBlock(torch.autograd.Function):
@@ -71,12 +67,12 @@ class SingleBlock(torch.autograd.Function):
         out, s_last = last.forward(acts.last_in)
         kept: Kept = {}
         if run.policy != "full":
-            kept = keep("attn", (acts.attn, *acts.attn_saved)) | {"s_last": s_last}
+            kept = {"attn": (acts.attn, *acts.attn_saved), "s_last": (s_last,)}
         if run.policy == "none":
-            kept |= {"y": acts.y, "s_first": acts.s_first}
+            kept["y"] = (acts.y, acts.s_first)
         if run.keeps_all:
             kept |= acts.keep_all()
-        ctx.block, ctx.run, ctx.reads = block, run, reads if residency_of(block) is None else None
+        remember(ctx, block, run, reads)
         save(ctx, (x,), (mod,), factors, kept)
         gate = mod.chunk(3, dim=-1)[2]
         return gated_residual.forward(x, gate, out, keep_y=False, impl=run.impl)[0]
@@ -89,8 +85,7 @@ class SingleBlock(torch.autograd.Function):
         (x, mod), factors, kept = saved(ctx)
         *_, need_x, need_mod = ctx.needs_input_grad[:5]
         with resident(block, "backward"):
-            reads = reads_again(ctx)
-            first, last = run.groups(with_factors(reads, factors), x.dtype)
+            first, last = run.groups(reads_again(ctx, factors), x.dtype)
             acts = _SingleActs(block, run, first, last, x, mod, kept)
             return (None, None, None, *_single_backward(run, first, last, acts, kept, mod, dout, need_x, need_mod))
 
@@ -108,12 +103,7 @@ def _single_backward(
 ) -> Iterator[Tensor | None]:
     """dx, dmod, then the factors' gradients."""
     impl, gate = run.impl, mod.chunk(3, dim=-1)[2]
-    if "s_last" in kept and not need_mod:
-        branch, s_last = None, kept["s_last"]
-    elif need_mod:
-        branch, s_last = last.forward(acts.last_in)
-    else:
-        branch, s_last = None, last.down(acts.last_in)
+    branch, s_last = last_product(last, acts.last_in, kept.get("s_last"), need_mod)
     dbranch, dgate = gated_residual.backward_rows(
         dout, (gate, branch), out=run.grad_form, col_scale=last.fold(), needs_gate=need_mod, impl=impl
     )

@@ -22,13 +22,8 @@ IN_PLACE = "modulation is computed on the device"
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_each():
-    """The run's and the look-ahead's, each with threads of its own, would wait for each other on a small machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# the run's threads and the look-ahead's would wait for each other on a small machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
