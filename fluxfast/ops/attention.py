@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _attention_native
+from fluxfast.ops import _attention_native, _impl
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
 _HALF = (torch.float16, torch.bfloat16)
@@ -88,6 +90,34 @@ def _ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, 
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     lse = scores.logsumexp(-1)
     return torch.einsum("bhqk,bkhd->bqhd", (scores - lse[..., None]).exp(), v), lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+        out, saved = forward(q, k, v, mask, backend=backend)
+        ctx.backend = backend
+        ctx.save_for_backward(q, k, v, mask, out, *saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @_impl.own_dtypes
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, *saved = ctx.saved_tensors
+        return (*backward(dout, q, k, v, out, saved, mask, backend=ctx.backend), None, None)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """softmax(q kᵀ / sqrt(head_dim) + mask) v, differentiable in q, k and v.
+
+    q, k, v [B, S, heads, head_dim] to the same; mask as `forward` takes it; backend: one of BACKENDS. Raises ValueError on
+    shapes that differ, or if the back end can't do this call.
+    """
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+        shapes = [list(x.shape) for x in (q, k, v)]
+        raise ValueError(f"attention: expected q, k and v of one shape [B, S, heads, head_dim], got {shapes}")
+    return _Attention.apply(q, k, v, mask, resolve(backend, q, mask))
 
 
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -60,6 +60,24 @@ def test_values_and_gradients(backend, dtype, mask, tokens):
         assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("mask", ["none", "added"])
+def test_differentiable(mask):
+    *qkv, dout = inputs()
+    bias = masks(63)[mask]
+    results = []
+    for run in (attention.attention_ref, attention.attention):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        out = run(*leaves, bias)
+        results.append([out, *torch.autograd.grad(out, leaves, dout)])
+    assert all(relative_error(a, b) < TOLERANCE[torch.float64] for a, b in zip(*results, strict=True))
+
+
+def test_shapes_that_differ_are_refused():
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match=r"of one shape \[B, S, heads, head_dim\], got"):
+        attention.attention(q, k[:, :7], v[:, :7])
+
+
 def test_the_reference_is_sdpa():
     q, k, v, _ = inputs()
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
