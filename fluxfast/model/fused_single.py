@@ -43,7 +43,7 @@ class _SingleActs:
         y, self.s_first = kept.get("y") or first.forward(self.x_in)
         assert y is not None
         self.y = y
-        self.qkv, self.h = self.y.split([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
+        self.qkv, self.h = self.y.split_with_sizes([3 * attn.inner_dim, block.mlp_hidden_dim], dim=-1)
         (self.q, self.k, self.v), self.qk = rotated(run, self.qkv, None, kept, heads=attn.heads, eps=attn.norm_q.eps)
         self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
         if last_in := kept.get("last_in"):
@@ -112,10 +112,10 @@ def _single_backward(
     del dbranch, branch, acts.last_in
 
     inner, fold = acts.q.shape[2] * acts.q.shape[3], first.fold()
-    dattn, dmlp = dlast.split([inner, dlast.shape[-1] - inner], dim=-1)
+    dattn, dmlp = dlast.split_with_sizes([inner, dlast.shape[-1] - inner], dim=-1)
     # a recomputed y is nobody else's, and each of its numbers is read before its gradient takes its place
     dy = torch.empty_like(acts.y) if "y" in kept else acts.y
-    dqkv, dh = dy.split([3 * inner, acts.h.shape[-1]], dim=-1)
+    dqkv, dh = dy.split_with_sizes([3 * inner, acts.h.shape[-1]], dim=-1)
     dh_rows = gelu.backward_rows(
         dmlp, (acts.h,), out=run.grad_form, col_scale=None if fold is None else fold[3 * inner :], into=dh, impl=impl
     )

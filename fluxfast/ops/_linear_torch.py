@@ -98,7 +98,7 @@ def down(x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float]
 
 def down_grad(dy: Tensor, b: list[Tensor], scales: list[float], adapters: list[int], outs: list[int]) -> Tensor:
     columns, it = [], iter(b)
-    for dy_i, count in zip(dy.split(outs, dim=1), adapters, strict=True):
+    for dy_i, count in zip(dy.split_with_sizes(outs, dim=1), adapters, strict=True):
         columns += [dy_i @ next(it).detach().to(dy.dtype) for _ in range(count)]
     ds = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     return _rescale(ds, scales, [t.shape[1] for t in b])
@@ -110,7 +110,7 @@ def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) ->
 
 def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
     widest, rows = max(ranks), []
-    for dy_i, s_i in zip(dy.split(outs, dim=1), s.split(ranks, dim=1), strict=True):
+    for dy_i, s_i in zip(dy.split_with_sizes(outs, dim=1), s.split_with_sizes(ranks, dim=1), strict=True):
         # BLAS is up to twice as fast with the narrow matrix on the left
         narrow = s_i.T @ dy_i
         missing = widest - s_i.shape[1]
@@ -134,7 +134,7 @@ def wide(
     if joined is not None:
         weights, w_scales = [joined], [stack(w_scales)] if w_scales else []
         biases = [None if biases[0] is None else stack([bias for bias in biases if bias is not None])]
-    columns = y.split([w.shape[0] for w in weights], dim=1)
+    columns = y.split_with_sizes([w.shape[0] for w in weights], dim=1)
     for i, (w, bias, y_i) in enumerate(zip(weights, biases, columns, strict=True)):
         bias = None if bias is None else bias.detach()
         if x_scale is None:
@@ -149,7 +149,7 @@ def wide(
 def add_up(y: Tensor, s: Tensor, b: Sequence[Tensor], adapters: Sequence[int], outs: Sequence[int]) -> None:
     """y += s Bᵀ, each linear's columns from its own ranks."""
     it, rank = iter(b), 0
-    for y_i, count in zip(y.split(list(outs), dim=1), adapters, strict=True):
+    for y_i, count in zip(y.split_with_sizes(list(outs), dim=1), adapters, strict=True):
         for _ in range(count):
             factor = next(it).detach().to(y.dtype)
             y_i.addmm_(s[:, rank : rank + factor.shape[1]], factor.T)
@@ -215,6 +215,6 @@ def _rescale(s: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor
     """Multiplies each adapter's columns of s by its scale, in place."""
     if len(set(scales)) == 1:
         return s if scales[0] == 1 else s.mul_(scales[0])
-    for columns, scale in zip(s.split(list(ranks), dim=1), scales, strict=True):
+    for columns, scale in zip(s.split_with_sizes(list(ranks), dim=1), scales, strict=True):
         columns.mul_(scale)
     return s

@@ -142,7 +142,7 @@ class LinearGroup:
     def _merged(self, weights: list[Tensor]) -> list[Tensor]:
         """W + scale · B A of each linear, side by side."""
         scratch = torch.empty(sum(self.outs), weights[0].shape[1], dtype=self.dtype)
-        rows = list(scratch.split(self.outs))
+        rows = list(scratch.split_with_sizes(self.outs))
         for p, weight, out in zip(self.linears, weights, rows, strict=True):
             base = weight.to(self.dtype)
             for adapter in p.adapters:
@@ -163,7 +163,7 @@ class LinearGroup:
                     codes = [w.codes(fmt) for w in frozen]
                     return _Weights([c.q for c in codes], [c.scale for c in codes])
         scratch = torch.empty(sum(self.outs), frozen[0].shape[1], dtype=self.dtype, device=frozen[0].device)
-        rows = list(scratch.split(self.outs))
+        rows = list(scratch.split_with_sizes(self.outs))
         for p, out in zip(self.linears, rows, strict=True):
             if isinstance(p.weight, Tensor):
                 out.copy_(p.weight.detach())
@@ -178,14 +178,14 @@ class LinearGroup:
             weights, scales = [c.q for c in codes], [c.scale for c in codes]
         elif not frozen and (joined := adjoining(tensors)) is not None:
             q, scale = row_quant.forward(joined, self.compute, impl=self.impl)
-            weights, scales = list(q.split(self.outs)), list(scale.split(self.outs))
+            weights, scales = list(q.split_with_sizes(self.outs)), list(scale.split_with_sizes(self.outs))
         else:
             weights, scales = self._coded()
         if self.impl == "triton":
             return _Weights(weights, scales)
         joined = adjoining(weights)
         whole = [_linear_torch.readable(q, self.impl, self.dtype) for q in (weights if joined is None else [joined])]
-        return _Weights(whole if joined is None else list(whole[0].split(self.outs)), scales)
+        return _Weights(whole if joined is None else list(whole[0].split_with_sizes(self.outs)), scales)
 
     def _coded(self) -> tuple[list[Tensor], list[Tensor]]:
         """Codes and scales made for the occasion, side by side in one scratch."""
@@ -193,7 +193,7 @@ class LinearGroup:
         device = self.linears[0].weight.device
         q = torch.empty(n, k, dtype=FORMATS[self.compute][0], device=device)
         scale = torch.empty(n, dtype=torch.float32, device=device)
-        weights, scales = list(q.split(self.outs)), list(scale.split(self.outs))
+        weights, scales = list(q.split_with_sizes(self.outs)), list(scale.split_with_sizes(self.outs))
         for p, q_i, scale_i in zip(self.linears, weights, scales, strict=True):
             if isinstance(p.weight, Tensor):
                 codes = row_quant.forward(p.weight.detach(), self.compute, impl=self.impl)
@@ -341,13 +341,13 @@ class LinearGroup:
         ds = self._products.down_grad(dy, b, scales, self._counts, self.outs)
         packed = self._products.grad_b(dy, s, self.outs, ranks, b[0].dtype)
         d_b: list[Tensor] = []
-        for p, rows in zip(self.linears, packed.split(self.outs), strict=True):
+        for p, rows in zip(self.linears, packed.split_with_sizes(self.outs), strict=True):
             widths = [adapter.b.shape[1] for adapter in p.adapters]
-            d_b += rows[:, : sum(widths)].split(widths, dim=1) if widths else []
+            d_b += [rows] if widths == [rows.shape[1]] else rows[:, : sum(widths)].split_with_sizes(widths, dim=1)
         d_a: list[Tensor] = []
         for dropout, columns, run in self._runs():
             grad = self._products.grad_a(ds[:, columns], *self._adapter_x(x, dropout), run[0].a.dtype)
-            d_a += grad.split([adapter.a.shape[0] for adapter in run])
+            d_a += grad.split_with_sizes([adapter.a.shape[0] for adapter in run])
         return ds, self._pairs(d_a, d_b)
 
     def _grads_in_one_pass(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
