@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 
@@ -19,16 +20,29 @@ def temporary_name(path: Path) -> Path:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; when the block ends without an exception it takes its name, in place of what had that name."""
+    with replacing(path, temporary_name(path)) as stream:
+        yield stream
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """`atomic_file` under another temporary name, and without the folder's sync, which may then serve several files."""
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 @contextmanager

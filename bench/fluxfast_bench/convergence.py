@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxfast.files import write_atomic
+from fluxfast.files import atomic_file, write_atomic
 from fluxfast_bench.conditions import conditions
 
 BF16 = {"mixed_precision": "bf16", "optimizer": "adamw_bf16"}
@@ -97,10 +97,9 @@ def plot(losses: dict[str, list[list[float]]], path: Path, window: int = 20) -> 
     axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps and {len(runs)} seeds", title="The demo in every precision")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=120)
     plt.close(figure)
-    write_atomic(path, buffer.getvalue())
 
 
 def main(words: Sequence[str]) -> int:

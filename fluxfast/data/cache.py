@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from fluxfast.files import sync_folder
+from fluxfast.files import replacing, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -222,15 +222,8 @@ def _checksum(tensors: Tensors) -> int:
 def _write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears under its name only once it is complete and on disk."""
     temporary = path.with_name(f".{path.stem}.{socket.gethostname()}@{os.getpid()}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path, temporary) as stream:
+        stream.write(data)
 
 
 def _is_alive(pid: int) -> bool:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fluxfast.files import sync_folder, temporary_name
+from fluxfast.files import atomic_file
 from fluxfast.memory.engine import Engine, Event
 from fluxfast.memory.layout import BlockLayout
 
@@ -50,20 +50,12 @@ class BlockFile:
     def write(cls, path: Path, layout: BlockLayout, tensors: Sequence[Tensor]) -> BlockFile:
         """Write a block's tensors, in the order of its layout, and open the file."""
         header = _header(layout)
-        temporary = temporary_name(path)
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(header)
-                for place, tensor in zip(layout.places, tensors, strict=True):
-                    stream.seek(len(header) + place.offset)
-                    stream.write(_as_bytes(tensor).numpy().data)
-                stream.truncate(len(header) + layout.nbytes)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with atomic_file(path) as stream:
+            stream.write(header)
+            for place, tensor in zip(layout.places, tensors, strict=True):
+                stream.seek(len(header) + place.offset)
+                stream.write(_as_bytes(tensor).numpy().data)
+            stream.truncate(len(header) + layout.nbytes)
         return cls(path, layout.nbytes)
 
     def read_into(self, target: Tensor, offset: int) -> None:

@@ -6,9 +6,8 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fluxfast.files import TEMPORARY, sync_folder, temporary_name
+from fluxfast.files import TEMPORARY, atomic_file
 from fluxfast.model.tensor_files import DTYPES
 
 # where the data begins: a map of the file starts on a page, so tensors are aligned as they are in the file
@@ -66,7 +65,8 @@ def write_tensors(
     first, begins = header(specs, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
-    with _temporary(path) as stream:
+    with atomic_file(path) as stream:
+        _claim(stream)
         size = len(first) + sum(spec.nbytes for spec in specs.values())
         require_room(path, size)
         stream.write(first)
@@ -102,22 +102,6 @@ def free_bytes(path: Path) -> int:
 def _write(stream: BinaryIO, begin: int, tensor: Tensor) -> None:
     stream.seek(begin)
     stream.write(tensor.view(-1).view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[BinaryIO]:
-    """A file under a temporary name; it takes its own when the block ends without an exception, and is removed otherwise."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as stream:
-            _claim(stream)
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def remove_abandoned(path: Path) -> None:

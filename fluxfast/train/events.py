@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fluxfast.files import write_atomic
+from fluxfast.files import atomic_file, write_atomic
 
 METRICS_NAME = "metrics.jsonl"
 # the rate shown is the mean over this many steps
@@ -147,7 +147,6 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
+    with atomic_file(path) as stream:
+        figure.savefig(stream, dpi=110, format="png")
     pyplot.close(figure)
-    temporary.replace(path)

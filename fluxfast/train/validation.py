@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fluxfast.files import temporary_name
+from fluxfast.files import atomic_file
 
 FOLDER = "validation_images"
 
@@ -153,7 +153,6 @@ class Validator:
                 both.paste(image, (left.width, 0))
             image = both
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        image.save(temporary, format="PNG")
-        temporary.replace(path)
+        with atomic_file(path) as stream:
+            image.save(stream, format="PNG")
         return path
