@@ -10,8 +10,8 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from fluxfast.model.around_blocks import control_residual, joint_ids, lora_scale, project_image_prompts
 from fluxfast.model.routing import Router, RouteState
-from fluxfast.model.transformer import _control, _lora_scale
 
 
 def set_router(model: Any, router: Router | None) -> None:
@@ -70,14 +70,12 @@ def routed_forward(
             controlnet_blocks_repeat=controlnet_blocks_repeat,
         )
     kwargs = dict(joint_attention_kwargs or {})
-    with _lora_scale(self, kwargs.pop("scale", 1.0)):
+    with lora_scale(self, kwargs.pop("scale", 1.0)):
         img, txt = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         times = [t.to(img.dtype) * 1000 for t in (timestep, guidance) if t is not None]
         vec = self.time_text_embed(*times, pooled_projections)
-        ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
-        if "ip_adapter_image_embeds" in kwargs:
-            kwargs["ip_hidden_states"] = self.encoder_hid_proj(kwargs.pop("ip_adapter_image_embeds"))
-        route = RouteState(router, self.pos_embed(ids), txt.shape[1], force_keep_mask)
+        project_image_prompts(self, kwargs)
+        route = RouteState(router, self.pos_embed(joint_ids(txt_ids, img_ids)), txt.shape[1], force_keep_mask)
         number = 0
         for blocks, samples, repeat in (
             (self.transformer_blocks, controlnet_block_samples, controlnet_blocks_repeat),
@@ -87,7 +85,7 @@ def routed_forward(
                 img = route.before(number, img)
                 txt, img = _call(self, block, img, txt, vec, route.pe, kwargs)
                 if samples is not None:
-                    img = img + route.of_kept(_control(samples, i, len(blocks), repeat))
+                    img = img + route.of_kept(control_residual(samples, i, len(blocks), repeat))
                 img = route.after(number, img)
                 number += 1
         output = self.proj_out(self.norm_out(img, vec))

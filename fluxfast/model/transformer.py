@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxfast.model import checkpoint
+from fluxfast.model.around_blocks import control_residual, joint_ids, lora_scale, project_image_prompts
 from fluxfast.model.blocks import adopt
 from fluxfast.model.fused import POLICIES
 from fluxfast.model.linear import project
@@ -247,14 +245,12 @@ class FluxTransformer(FluxTransformer2DModel):
         guidance = guidance if self.config.guidance_embeds else None
         conditions = Conditions.of(timestep, guidance, pooled_projections, in_dtype)
         mods = self._modulation(conditions, hidden_states.device, dtype)
-        ids = torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
-        pe = rope_tables(ids.to(hidden_states.device), tuple(self.config.axes_dims_rope))
+        pe = rope_tables(joint_ids(txt_ids, img_ids).to(hidden_states.device), tuple(self.config.axes_dims_rope))
 
-        with _lora_scale(self, kwargs.pop("scale", 1.0)):
+        with lora_scale(self, kwargs.pop("scale", 1.0)):
             img = project(hidden_states.to(dtype), self.x_embedder)
             txt = project(encoder_hidden_states.to(dtype), self.context_embedder)
-            if "ip_adapter_image_embeds" in kwargs:
-                kwargs["ip_hidden_states"] = self.encoder_hid_proj(kwargs.pop("ip_adapter_image_embeds"))
+            project_image_prompts(self, kwargs)
 
             router = self.router if self.training and torch.is_grad_enabled() else None
             route = RouteState(router, pe, txt.shape[1], force_keep_mask)
@@ -262,7 +258,8 @@ class FluxTransformer(FluxTransformer2DModel):
                 img = route.before(i, img)
                 txt, img = self._run(i, block, img, txt, mods[i], route.pe, kwargs)
                 if controlnet_block_samples is not None:
-                    sample = _control(controlnet_block_samples, i, len(self.transformer_blocks), controlnet_blocks_repeat)
+                    blocks = len(self.transformer_blocks)
+                    sample = control_residual(controlnet_block_samples, i, blocks, controlnet_blocks_repeat)
                     img = img + route.of_kept(sample)
                 img = route.after(i, img)
 
@@ -272,7 +269,7 @@ class FluxTransformer(FluxTransformer2DModel):
                 x = route.before_joint(number, x)
                 x = self._run(number, block, x, None, mods[number], route.pe, kwargs)
                 if controlnet_single_block_samples is not None:
-                    sample = _control(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
+                    sample = control_residual(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
                     x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
                 x = route.after_joint(number, x)
 
@@ -292,23 +289,3 @@ class FluxTransformer(FluxTransformer2DModel):
     def _x_embedder_weight(self) -> Tensor:
         module: Any = self.x_embedder
         return getattr(module, "base_layer", module).weight
-
-
-def _control(samples: list[Tensor], index: int, blocks: int, repeat: bool = False) -> Tensor:
-    """The ControlNet residual of a block: spread over the blocks in order or, for XLabs' ControlNets, cycled through."""
-    if repeat:
-        return samples[index % len(samples)]
-    return samples[index // int(np.ceil(blocks / len(samples)))]
-
-
-@contextmanager
-def _lora_scale(model: nn.Module, scale: float):
-    """`joint_attention_kwargs["scale"]`, on every adapter for the length of a forward; 1.0 costs nothing."""
-    if scale == 1.0:
-        yield
-        return
-    scale_lora_layers(model, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(model, scale)
