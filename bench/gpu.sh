@@ -63,12 +63,12 @@ if [ -n "${SMALL:-}" ]; then
 fi
 
 # the kernels that a step is made of, on the device: a wrong one makes the rest worthless
-stage tests 240 python3 -m pytest tests/kernels tests/ops -x -q -p no:cacheprovider
+stage tests 240 python3 -m pytest tests/kernels tests/ops tests/model/test_graphs.py -x -q -p no:cacheprovider
 # the targets' pairs
 measure step-1024 330 step --results "$results" --shapes 1024px-b1 --rounds 3 --seconds 2 --limit 150 \
   --contestants diffusers-compile,fluxfast-int8+int8,fluxfast,diffusers,quanto-int8,fluxfast-int8+int8:none
 measure step-512 240 step --results "$results" --shapes 512px-b1 --rounds 3 --seconds 1.5 --limit 150 \
-  --contestants diffusers-compile,fluxfast-int8+int8,fluxfast,quanto-int8,fluxfast-int8+int8:none,fluxfast-int8+int8+tread
+  --contestants diffusers-compile,fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,quanto-int8,fluxfast-int8+int8:none,fluxfast-int8+int8+graphs:none,fluxfast-int8+int8+tread,fluxfast-int8+int8+tread+graphs
 measure ops 180 ops --results "$results" --shapes 1024px-b1 --seconds 0.2
 # the other peers, beside ours again: an anchor makes runs comparable, but a table is of one run
 measure step-peers 330 step --results "$results" --shapes 1024px-b1 --rounds 3 --seconds 2 --limit 120 \

@@ -1,4 +1,4 @@
-"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks that are streamed from host memory."""
+"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks streamed from host memory, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from fluxfast_bench.contestants import Contestant
 from fluxfast_bench.floor import Route
 
 TREAD = Route(ratio=0.5)
+MODES = {"tread": "TREAD 0.5", "streamed": "streamed", "graphs": "CUDA graphs"}
 # against weights as they are stored, so what is left is rounding: of activations, and of weights to 8 bits
 ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
 
 
 def _contestant(
-    storage: str = "bf16", compute: str = "float", route: Route | None = None, *, streamed: bool = False
+    storage: str = "bf16",
+    compute: str = "float",
+    route: Route | None = None,
+    *,
+    streamed: bool = False,
+    graphs: bool = False,
 ) -> Contestant:
     def quantize(module: nn.Module) -> None:
         if storage != "bf16":
@@ -32,9 +38,12 @@ def _contestant(
             from fluxfast.memory.offload import stream_blocks
 
             stream_blocks(model, model.device)
+        if graphs:
+            model.set_cuda_graphs(True)
 
     products = [] if compute == "float" else [compute]
-    modes = {"tread": "TREAD 0.5"} if route is not None else {"streamed": "streamed"} if streamed else {}
+    chosen = {"tread": route is not None, "streamed": streamed, "graphs": graphs}
+    modes = {name: title for name, title in MODES.items() if chosen[name]}
     weights = "unquantised" if storage == "bf16" else f"{storage} weights"
     return Contestant(
         "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *modes]),
@@ -49,8 +58,7 @@ def _contestant(
         error=ERRORS[compute],
         exact=True,
         ours=True,
-        # streaming is to a GPU
-        cpu=not streamed,
+        cpu=not streamed and not graphs,
         route=route,
     )
 
@@ -60,6 +68,8 @@ CONTESTANTS = [
     _contestant(compute="int8"),
     _contestant("int8", "int8"),
     _contestant("int8", "int8", TREAD),
+    _contestant("int8", "int8", graphs=True),
+    _contestant("int8", "int8", TREAD, graphs=True),
     _contestant("nf4", "int8"),
     _contestant("int4", "int8"),
     _contestant("int4", "int8", streamed=True),

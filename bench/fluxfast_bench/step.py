@@ -29,12 +29,15 @@ from fluxfast_bench.runner import OPTIMIZERS
 from fluxfast_bench.timing import stats
 from fluxfast_bench.worker import CONTESTANTS, Entry, Plan, entry_of
 
-CPU_DEFAULT = ("diffusers", "fluxfast", *(f"fluxfast-{name}" for name in FORMATS))
+CPU_DEFAULT = (
+    *("diffusers", "fluxfast", *(f"fluxfast-{name}" for name in FORMATS)),
+    *("fluxfast+int8", "fluxfast-int8+int8", "fluxfast-int4+int8", "fluxfast-nf4+int8", "fluxfast-fp8_e4m3+e4m3"),
+)
 # the targets' pairs first, so that a run that is cut has them
 GPU_DEFAULT = (
     *("diffusers-compile", "fluxfast-int8+int8", "diffusers", "fluxfast", "quanto-int8", "fluxfast-int8+int8:none"),
-    *("sdnq-int8", "fluxfast-int8+int8+tread", "bnb-nf4", "fluxfast-nf4+int8", "fluxfast+int8", "fluxfast-int4+int8"),
-    "fluxfast-int4+int8+streamed",
+    *("fluxfast-int8+int8+graphs", "sdnq-int8", "fluxfast-int8+int8+tread", "bnb-nf4", "fluxfast-nf4+int8"),
+    *("fluxfast+int8", "fluxfast-int4+int8", "fluxfast-int4+int8+streamed"),
     *("fluxfast-fp8_e4m3+e4m3", "torchao-fp8", "torchao-int8", "quanto-int4", "quanto-int2"),
 )
 

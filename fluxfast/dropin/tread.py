@@ -75,7 +75,8 @@ def routed_forward(
         times = [t.to(img.dtype) * 1000 for t in (timestep, guidance) if t is not None]
         vec = self.time_text_embed(*times, pooled_projections)
         project_image_prompts(self, kwargs)
-        route = RouteState(router, self.pos_embed(joint_ids(txt_ids, img_ids)), txt.shape[1], force_keep_mask)
+        draws = router.draws(img.shape[0], img.shape[1], force_keep_mask, img.device)
+        route = RouteState(router, draws, self.pos_embed(joint_ids(txt_ids, img_ids)), txt.shape[1])
         number = 0
         for blocks, samples, repeat in (
             (self.transformer_blocks, controlnet_block_samples, controlnet_blocks_repeat),

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
+
+
+class Control(NamedTuple):
+    """ControlNets' residuals for the double and the single blocks, as diffusers' forward takes them."""
+
+    double: list[Tensor] | None = None
+    single: list[Tensor] | None = None
+    repeat: bool = False
+
+
+NO_CONTROL = Control()
 
 
 def joint_ids(txt_ids: Tensor, img_ids: Tensor) -> Tensor:

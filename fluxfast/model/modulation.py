@@ -213,20 +213,20 @@ class ModulationAhead:
     # ---- in the forward --------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def vectors(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> list[Vectors]:
-        """A tuple of vectors for each block, in order, then one for norm_out, on the device in `dtype`.
+    def flat_vectors(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The vectors of all blocks and of norm_out one after the other, on the device in `dtype`; `views` tells them apart.
 
         Prepared ones if their conditions were these, else computed here and now: the same values.
         """
         batch = conditions.timestep.shape[0]
         if conditions.timestep.is_meta:
-            return self._views(torch.empty(batch * self._width, dtype=dtype, device=device), batch)
+            return torch.empty(batch * self._width, dtype=dtype, device=device)
         conditions = conditions.on_host()
         flat = self._look_up(conditions)
         if flat is None or flat.dtype != dtype:
             flat = self._compute(conditions, device, dtype)
         # one copy for all blocks, behind which the device's own queue waits, and nobody else
-        return self._views(flat.to(device, non_blocking=True), batch)
+        return flat.to(device, non_blocking=True)
 
     def _look_up(self, conditions: Conditions) -> Tensor | None:
         if self._last is not None and self._last.conditions.equals(conditions):
@@ -247,8 +247,8 @@ class ModulationAhead:
     def _linears(self) -> list[list[Any]]:
         return [[owner.linear for owner in owners] for owners in self._blocks]
 
-    def _views(self, flat: Tensor, batch: int) -> list[Vectors]:
-        """Each linear's own contiguous [B, out] in `flat`."""
+    def views(self, flat: Tensor, batch: int) -> list[Vectors]:
+        """A tuple of vectors for each block, in order, then one for norm_out: each linear's own contiguous [B, out]."""
         blocks = [[batch * linear.out_features for linear in linears] for linears in self._linears()]
         parts = iter(flat.split([size for sizes in blocks for size in sizes]))
         return [tuple(next(parts).view(batch, -1) for _ in sizes) for sizes in blocks]
@@ -260,7 +260,7 @@ class ModulationAhead:
         batch = conditions.timestep.shape[0]
         vec = silu(embed(self._embedder, conditions, wide, apply_on_host))
         flat = torch.empty(batch * self._width, dtype=wide)
-        for linears, vectors in zip(self._linears(), self._views(flat, batch), strict=True):
+        for linears, vectors in zip(self._linears(), self.views(flat, batch), strict=True):
             for linear, out in zip(linears, vectors, strict=True):
                 apply_on_host(vec, linear, out)
         if device.type != "cuda":

@@ -58,6 +58,10 @@ def keep_count(tokens: int, ratio: float) -> int:
     return tokens - round(tokens * ratio)
 
 
+# by the block that a route starts at: the tokens that it keeps [B, K], sorted; None where it keeps all
+Draws = dict[int, Tensor | None]
+
+
 class Kept(NamedTuple):
     """The tokens of a route under way: their indices [B, K] in the image, all image tokens [B, S, D] from before it."""
 
@@ -69,7 +73,7 @@ class Router:
     """The routes of a model and the random numbers that they use (from a generator of their own, on the CPU).
 
     The draw depends on nothing but the generator's state, so that a resumed run drops the same tokens; and it happens
-    between blocks, so that a block that is recomputed for its backward sees the same ones.
+    before the blocks, so that a block that is recomputed for its backward sees the same ones.
     """
 
     def __init__(self, routes: Sequence[Route], seed: int = 42) -> None:
@@ -78,8 +82,9 @@ class Router:
         self._starts = {route.first: route for route in self.routes if route.ratio > 0}
         self._ends = {route.last for route in self.routes if route.ratio > 0}
 
-    def starts_at(self, block: int) -> Route | None:
-        return self._starts.get(block)
+    def draws(self, batch: int, tokens: int, force_keep: Tensor | None, device: torch.device) -> Draws:
+        """A `draw` for each route of a forward, by the block that it starts at."""
+        return {first: self.draw(batch, tokens, route.ratio, force_keep, device) for first, route in self._starts.items()}
 
     def ends_at(self, block: int) -> bool:
         return block in self._ends
@@ -112,19 +117,15 @@ def joint_index(kept: Tensor, txt_len: int) -> Tensor:
 class RouteState:
     """One forward's way through the routes: which image tokens are in play, and the tables that go with them."""
 
-    def __init__(
-        self, router: Router | None, tables: tuple[Tensor, Tensor], txt_len: int, force_keep: Tensor | None
-    ) -> None:
-        self._router, self._tables, self._txt_len, self._force_keep = router, tables, txt_len, force_keep
+    def __init__(self, router: Router | None, draws: Draws, tables: tuple[Tensor, Tensor], txt_len: int) -> None:
+        """draws: `router`'s, for this forward; empty without one."""
+        self._router, self._draws, self._tables, self._txt_len = router, draws, tables, txt_len
         self._kept: Kept | None = None
         self.pe: tuple[Tensor, ...] = tables
 
     def before(self, block: int, img: Tensor) -> Tensor:
         """img [B, S, D], less the tokens that a route starting at this block drops."""
-        route = self._router.starts_at(block) if self._router else None
-        if route is None or self._router is None:
-            return img
-        index = self._router.draw(img.shape[0], img.shape[1], route.ratio, self._force_keep, img.device)
+        index = self._draws.get(block)
         if index is None:
             return img
         img, self._kept = token_gather(img, index), Kept(index, img)

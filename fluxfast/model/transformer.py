@@ -18,12 +18,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from fluxfast.model import checkpoint
-from fluxfast.model.around_blocks import control_residual, joint_ids, lora_scale, project_image_prompts
+from fluxfast.model.around_blocks import NO_CONTROL, Control, control_residual, joint_ids, lora_scale, project_image_prompts
 from fluxfast.model.blocks import adopt
 from fluxfast.model.fused import POLICIES
+from fluxfast.model.graphs import StepGraphs
 from fluxfast.model.linear import project
-from fluxfast.model.modulation import Conditions, ModulationAhead, Vectors, embed
-from fluxfast.model.routing import Router, RouteState, resolve_routes
+from fluxfast.model.modulation import Conditions, ModulationAhead, embed
+from fluxfast.model.routing import Draws, Router, RouteState, resolve_routes
 from fluxfast.ops.linear_group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
@@ -56,6 +57,8 @@ class FluxTransformer(FluxTransformer2DModel):
     _repeated_blocks = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012
     # who computes modulation on the host; None: each block its own
     modulation: ModulationAhead | None = None
+    # who replays what `run_blocks` launches; None: it is run
+    graphs: StepGraphs | None = None
 
     @register_to_config
     def __init__(
@@ -148,6 +151,14 @@ class FluxTransformer(FluxTransformer2DModel):
             self.modulation = None
             modulation.release(device)
 
+    def set_cuda_graphs(self, on: bool) -> None:
+        """Replay the forward and backward of training as CUDA graphs, captured once for each shape of the inputs.
+
+        Raises ValueError where that can't be (`fluxfast.model.graphs`). From the first step on until graphs are set off again,
+        adapters may train, but none may come, go, or change its scale.
+        """
+        self.graphs = StepGraphs(self) if on else None
+
     def prepare_modulation(self, conditions: Callable[[], Conditions]) -> None:
         """Have a thread compute the modulation of a forward that is to come, with what `conditions`, called there, gives.
 
@@ -156,12 +167,11 @@ class FluxTransformer(FluxTransformer2DModel):
         if self.modulation is not None:
             self.modulation.prepare(conditions, self.device, compute_dtype(self.device, self.x_embedder_dtype))
 
-    def _modulation(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> list[Tensor | Vectors]:
-        """For each block, then for norm_out: vec [B, D], or the vectors that it would make of vec."""
+    def _modulation_input(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """What the blocks' modulation is made of: vec [B, D], or all vectors that it would become (`ModulationAhead`)."""
         if self.modulation is not None:
-            return [*self.modulation.vectors(conditions, device, dtype)]
-        vec = embed(self.time_text_embed, conditions, dtype)
-        return [vec] * (len(self.blocks) + 1)
+            return self.modulation.flat_vectors(conditions, device, dtype)
+        return embed(self.time_text_embed, conditions, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -244,41 +254,69 @@ class FluxTransformer(FluxTransformer2DModel):
 
         guidance = guidance if self.config.guidance_embeds else None
         conditions = Conditions.of(timestep, guidance, pooled_projections, in_dtype)
-        mods = self._modulation(conditions, hidden_states.device, dtype)
-        pe = rope_tables(joint_ids(txt_ids, img_ids).to(hidden_states.device), tuple(self.config.axes_dims_rope))
+        mod = self._modulation_input(conditions, hidden_states.device, dtype)
+        tables = rope_tables(joint_ids(txt_ids, img_ids).to(hidden_states.device), tuple(self.config.axes_dims_rope))
+        trains = self.training and torch.is_grad_enabled()
+        router = self.router if trains else None
+        batch, tokens, _ = hidden_states.shape
+        draws = {} if router is None else router.draws(batch, tokens, force_keep_mask, hidden_states.device)
+        inputs = (hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables)
+        control = Control(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
 
-        with lora_scale(self, kwargs.pop("scale", 1.0)):
-            img = project(hidden_states.to(dtype), self.x_embedder)
-            txt = project(encoder_hidden_states.to(dtype), self.context_embedder)
-            project_image_prompts(self, kwargs)
-
-            router = self.router if self.training and torch.is_grad_enabled() else None
-            route = RouteState(router, pe, txt.shape[1], force_keep_mask)
-            for i, block in enumerate(self.transformer_blocks):
-                img = route.before(i, img)
-                txt, img = self._run(i, block, img, txt, mods[i], route.pe, kwargs)
-                if controlnet_block_samples is not None:
-                    blocks = len(self.transformer_blocks)
-                    sample = control_residual(controlnet_block_samples, i, blocks, controlnet_blocks_repeat)
-                    img = img + route.of_kept(sample)
-                img = route.after(i, img)
-
-            x, txt_len = torch.cat([txt, img], dim=1), txt.shape[1]
-            for i, block in enumerate(self.single_transformer_blocks):
-                number = len(self.transformer_blocks) + i
-                x = route.before_joint(number, x)
-                x = self._run(number, block, x, None, mods[number], route.pe, kwargs)
-                if controlnet_single_block_samples is not None:
-                    sample = control_residual(controlnet_single_block_samples, i, len(self.single_transformer_blocks))
-                    x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
-                x = route.after_joint(number, x)
-
-            last = mods[-1]
-            mod = last[0] if isinstance(last, tuple) else project(torch.nn.functional.silu(last), self.norm_out.linear)
-            scale, shift = mod.chunk(2, dim=-1)
-            img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
-            output = project(img, self.proj_out).to(in_dtype)
+        if self.graphs is not None and trains and not kwargs and control.double is None and control.single is None:
+            output = self.graphs(router, draws, *inputs)
+        else:
+            with lora_scale(self, kwargs.pop("scale", 1.0)):
+                project_image_prompts(self, kwargs)
+                output = self.run_blocks(router, draws, *inputs, kwargs=kwargs, control=control)
+        output = output.to(in_dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def run_blocks(
+        self,
+        router: Router | None,
+        draws: Draws,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        mod: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        kwargs: dict[str, Any] | None = None,
+        control: Control = NO_CONTROL,
+    ) -> Tensor:
+        """From the inputs in the activations' dtype to the prediction: all that a step computes on the device.
+
+        A function of its tensors and of the weights alone: nothing random, nothing read back.
+        """
+        kwargs = kwargs or {}
+        mods: list[Any] = [mod] * (len(self.blocks) + 1)
+        if self.modulation is not None:
+            mods = [*self.modulation.views(mod, len(hidden_states))]
+        img, txt = project(hidden_states, self.x_embedder), project(encoder_hidden_states, self.context_embedder)
+        route = RouteState(router, draws, (cos, sin), txt.shape[1])
+        for i, block in enumerate(self.transformer_blocks):
+            img = route.before(i, img)
+            txt, img = self._run(i, block, img, txt, mods[i], route.pe, kwargs)
+            if control.double is not None:
+                img = img + route.of_kept(control_residual(control.double, i, len(self.transformer_blocks), control.repeat))
+            img = route.after(i, img)
+
+        x, txt_len = torch.cat([txt, img], dim=1), txt.shape[1]
+        for i, block in enumerate(self.single_transformer_blocks):
+            number = len(self.transformer_blocks) + i
+            x = route.before_joint(number, x)
+            x = self._run(number, block, x, None, mods[number], route.pe, kwargs)
+            if control.single is not None:
+                sample = control_residual(control.single, i, len(self.single_transformer_blocks))
+                x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
+            x = route.after_joint(number, x)
+
+        last = mods[-1]
+        vectors = last[0] if isinstance(last, tuple) else project(torch.nn.functional.silu(last), self.norm_out.linear)
+        scale, shift = vectors.chunk(2, dim=-1)
+        img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
+        return project(img, self.proj_out)
 
     @property
     def x_embedder_dtype(self) -> torch.dtype:

@@ -1,10 +1,12 @@
-"""What a run's matrix products run in: the activations' type, or 8 bit."""
+"""What a run's matrix products run in: the activations' type, or 8 bit; and whether its steps are replayed as CUDA graphs."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from fluxfast.data.settings import ConfigError
+from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant.linear import QuantLinear
 
 # compute capabilities from which tensor cores multiply these
@@ -35,6 +37,14 @@ def choose_compute(asked: str, transformer: nn.Module, device: torch.device) -> 
     if not _has_tensor_cores(compute, device):
         return "same", f"{torch.cuda.get_device_name(device)} has no tensor cores for {compute}"
     return compute, 'the base is quantised ("compute_precision": "same" turns it off)'
+
+
+def set_cuda_graphs(transformer: FluxTransformer) -> None:
+    """Have a run's steps replayed, once its adapters and policies are settled. Raises ConfigError if they can't be."""
+    try:
+        transformer.set_cuda_graphs(True)
+    except ValueError as error:
+        raise ConfigError([f'"cuda_graphs" is true, but they are not possible here ({error}): set it to false']) from None
 
 
 def _has_tensor_cores(compute: str, device: torch.device) -> bool:

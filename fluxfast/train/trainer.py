@@ -24,7 +24,7 @@ from fluxfast.files import remove_leftovers
 from fluxfast.model.packing import pack_groups
 from fluxfast.train import state
 from fluxfast.train.budget import within_budget
-from fluxfast.train.compute import choose_compute
+from fluxfast.train.compute import choose_compute, set_cuda_graphs
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
 from fluxfast.train.modulation import settle
@@ -100,6 +100,13 @@ class Trainer:
         self.stream = stream(config, self.transformer, self.device, console, **ring._asdict())
         named = trainable_parameters(self.transformer)
         self.parameters = list(named.values())
+        # graphs write each micro-batch's gradients to the same memory, from which they are added up elsewhere
+        self.keeps_grads = config.cuda_graphs and config.gradient_accumulation_steps > 1
+        if config.cuda_graphs:
+            set_cuda_graphs(self.transformer)
+        if self.keeps_grads:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer = build_optimizer(
             config.optimizer,
             named,
@@ -264,7 +271,7 @@ class Trainer:
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_grads)
         return StepResult(step, epoch, total, norm, learning_rate, batches)
 
     def _look_ahead(self, step: int, micro: int) -> None:

@@ -24,6 +24,11 @@ CPU = torch.device("cpu")
 TOLERANCE, TOLERANCE_GRADS = 1e-6, 1e-5
 
 
+def vectors_of(model, conditions, device, dtype):
+    flat = model.modulation.flat_vectors(conditions, device, dtype)
+    return model.modulation.views(flat, conditions.timestep.shape[0])
+
+
 def make_model(format=None, targets=TARGETS, dtype=torch.float32, **config):
     model = FluxTransformer(**SMALL | {"guidance_embeds": True} | config)
     randomise(model)
@@ -86,7 +91,7 @@ def test_vectors_are_those_of_the_blocks(format, batch):
     conditions = conditions_of(make_inputs(batch, 2, 3))
     expected = in_place(make_model(format), conditions, torch.float32)
     model = ahead(format)
-    vectors = model.modulation.vectors(conditions, CPU, torch.float32)
+    vectors = vectors_of(model, conditions, CPU, torch.float32)
     assert [[v.shape for v in block] for block in vectors] == [[v.shape for v in block] for block in expected]
     assert all(v.is_contiguous() for block in vectors for v in block)
     assert len({v.untyped_storage().data_ptr() for block in vectors for v in block}) == 1
@@ -138,7 +143,7 @@ def test_in_bf16_the_vectors_are_the_nearest():
     assert conditions.timestep.dtype == torch.bfloat16
     exact = in_place(make_model(dtype=torch.bfloat16).double(), Conditions(*(x.double() for x in conditions)), torch.float64)
     model = ahead(dtype=torch.bfloat16)
-    vectors = flatten(model.modulation.vectors(conditions, CPU, torch.bfloat16))
+    vectors = flatten(vectors_of(model, conditions, CPU, torch.bfloat16))
     assert vectors.dtype == torch.bfloat16
     # half a unit in the last of 8 bits, and what the sinusoids of fp32 arguments up to 4000 are off by
     assert ((vectors.double() - flatten(exact)).abs() <= flatten(exact).abs() * 2**-8 + 1e-3).all()
@@ -295,7 +300,7 @@ def test_moves_and_casts(format):
         }
     # where there is a device, vectors go there; on this one there are but shapes
     inputs = {name: tensor.to("meta") for name, tensor in make_inputs(2, 2, 3).items()}
-    vectors = model.modulation.vectors(conditions_of(inputs), torch.device("meta"), torch.float16)
+    vectors = vectors_of(model, conditions_of(inputs), torch.device("meta"), torch.float16)
     assert all(v.is_meta and len(v) == 2 for block in vectors for v in block)
 
 
@@ -351,5 +356,5 @@ def test_loading_leaves_modulation_on_the_host(tmp_path, format, quantised_befor
     model.requires_grad_(False).set_modulation_ahead(True)
     reference = checkpoint.load(FluxTransformer, torch.float32, **load).requires_grad_(False)
     conditions = conditions_of(make_inputs(2, 2, 3))
-    vectors = model.modulation.vectors(conditions, CPU, torch.float32)
+    vectors = vectors_of(model, conditions, CPU, torch.float32)
     assert relative_error(flatten(vectors), flatten(in_place(reference, conditions, torch.float32))) < TOLERANCE

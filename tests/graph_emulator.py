@@ -1,0 +1,70 @@
+"""CUDA graphs on the CPU: what torch is asked to do is written down once, and from then on done again on the same memory.
+
+A value that Python computed while it was written down stays what it was then, as in a graph, and so does a tensor that was no
+input. Whoever reads a value back has to wait for the device, which a capture does not allow.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fluxfast.ops import _impl
+
+READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self._calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in READS, f"{func} waits for the device"
+        made = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, made))
+        return made
+
+    def replay(self):
+        for func, args, kwargs, made in self._calls:
+            # memory that is taken, and other views of it, stay where they are
+            if func.is_view or "empty" in func._schema.name or func._schema.name == "aten::detach":
+                continue
+            again = func(*args, **kwargs)
+            if func._schema.is_mutable:
+                continue
+            for old, new in zip(tensors(made), tensors(again), strict=True):
+                old.copy_(new)
+
+
+def tensors(made):
+    return [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+
+
+def capture(module, samples):
+    """As torch.cuda.make_graphed_callables does it."""
+    parameters, forward, backward = tuple(module.parameters()), Recorder(), Recorder()
+    with forward:
+        out = module(*samples)
+    dout = torch.empty_like(out)
+    with backward:
+        grads = torch.autograd.grad(out, parameters, dout, allow_unused=True)
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            for sample, value in zip(samples, inputs, strict=False):
+                sample.copy_(value)
+            forward.replay()
+            return out.detach()
+
+        @staticmethod
+        def backward(ctx, d):
+            dout.copy_(d)
+            backward.replay()
+            return (*[None] * len(samples), *(None if grad is None else grad.detach() for grad in grads))
+
+    return lambda *inputs: Graphed.apply(*inputs, *parameters)
+
+
+def see_every_op(monkeypatch):
+    """Launchers that torch does not hear of are called as the ops that they are registered as."""
+    monkeypatch.setattr(_impl, "launcher", lambda tensor, plain, registered: registered)
