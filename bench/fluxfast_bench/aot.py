@@ -28,7 +28,7 @@ import fluxfast_kernels
 from fluxfast.files import write_atomic
 from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task
 from fluxfast_bench.conditions import commit
-from fluxfast_bench.options import chosen
+from fluxfast_bench.options import chosen, print_faults
 
 Results = dict[Task, Compiled]
 # every variant that there is of an op for a target
@@ -124,11 +124,8 @@ def compile_all(
 def report(results: Results, console: Console) -> int:
     """Prints the table and what is wrong; returns the exit status."""
     console.print(table_of(results))
-    bad = {task: c for task, c in sorted(results.items()) if c.error is not None or c.spills}
-    for task, compiled in bad.items():
-        why = compiled.error or f"spills {compiled.spills}"
-        console.print(f"{task.op} {task.variant} {task.target}: {why}", style="red", markup=False, soft_wrap=True)
-    return 1 if bad else 0
+    bad = [(task, c) for task, c in sorted(results.items()) if c.error is not None or c.spills]
+    return print_faults([f"{t.op} {t.variant} {t.target}: {c.error or f'spills {c.spills}'}" for t, c in bad], console)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

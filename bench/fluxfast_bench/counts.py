@@ -9,7 +9,6 @@ and so is modulation, whose matrices meet one row a sample.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxfast.files import write_atomic
+from fluxfast_bench import results
 from fluxfast_bench.cases import SHAPES, Shape
-from fluxfast_bench.conditions import conditions
 from fluxfast_bench.meta_step import diffusers_model, fluxfast_model, forward_backward, inputs_of
-from fluxfast_bench.options import chosen, wide_console
+from fluxfast_bench.options import chosen, print_faults, wide_console
 from fluxfast_bench.tally import CATEGORIES, Tally, counted
 
 DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
@@ -145,16 +143,6 @@ def main(argv: Sequence[str]) -> int:
         if options.details:
             for contestant, tally in tallies.items():
                 console.print(details_of(tally, f"{shape.name} {contestant.name}"))
-    write(options.out, records, argv)
+    results.write_counted(options.out, ["counts", *argv], records)
     console.print(table_of(records))
-    bad = violations(records, Limits())
-    for line in bad:
-        errors.print(line, style="red", markup=False, soft_wrap=True)
-    return 1 if bad else 0
-
-
-def write(path: Path, records: Sequence[dict[str, Any]], argv: Sequence[str]) -> None:
-    run = conditions(torch.device("cpu"), ["counts", *argv])
-    head = {key: run[key] for key in ("date", "commit", "command", "versions")}
-    lines = ",\n".join(f"  {json.dumps(record)}" for record in records)
-    write_atomic(path, f'{{\n"run": {json.dumps(head)},\n"records": [\n{lines}\n]\n}}\n'.encode())
+    return print_faults(violations(records, Limits()), errors)

@@ -17,6 +17,13 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=150)
 
 
+def print_faults(lines: Sequence[str], console: Console) -> int:
+    """Prints what is wrong; returns the exit status."""
+    for line in lines:
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    return 1 if lines else 0
+
+
 def add_case_options(parser: argparse.ArgumentParser) -> None:
     """--device and --shapes, as every command has them."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")

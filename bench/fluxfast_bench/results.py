@@ -1,20 +1,23 @@
-"""Stored results: one JSON file a run, under `<root>/<device>/<date>.json`.
+"""Stored results: one JSON file a run, under `<root>/<device>/<date>-<kind>.json`.
 
     {"kind": "step", "conditions": {…}, "ceilings": {…}, "records": [{"case": …, …}, …]}
 
-What the records hold is the command's own; `figures` says which of it is compared from run to run.
+What the records hold is the command's own; `figures` says which of it is compared from run to run. What is counted, and so
+the same on every device, is a single file (`write_counted`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fluxfast.files import write_atomic
-from fluxfast_bench.conditions import slug
+from fluxfast_bench.conditions import conditions, slug
 
 ROOT = Path("bench/results")
 KINDS = ("ops", "step", "startup")
@@ -43,13 +46,22 @@ class Result:
 
 def write(root: Path, data: dict[str, Any]) -> Path:
     """Stores a run where `read_all` finds it; returns the path."""
-    conditions = data["conditions"]
-    folder = root / slug(conditions["device"])
-    path = folder / f"{conditions['date'].replace(':', '')}-{data['kind']}.json"
-    records = ",\n".join(f"  {json.dumps(record)}" for record in data["records"])
+    run = data["conditions"]
+    path = root / slug(run["device"]) / f"{run['date'].replace(':', '')}-{data['kind']}.json"
     head = json.dumps({key: value for key, value in data.items() if key != "records"}, indent=1)
-    write_atomic(path, f'{head[:-2]},\n "records": [\n{records}\n ]\n}}\n'.encode())
+    write_atomic(path, f'{head[:-2]},\n "records": [\n{_lines(data["records"])}\n ]\n}}\n'.encode())
     return path
+
+
+def write_counted(path: Path, command: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
+    """Stores what a command has counted."""
+    run = conditions(torch.device("cpu"), command)
+    head = json.dumps({key: run[key] for key in ("date", "commit", "command", "versions")})
+    write_atomic(path, f'{{\n"run": {head},\n"records": [\n{_lines(records)}\n]\n}}\n'.encode())
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> str:
+    return ",\n".join(f"  {json.dumps(record)}" for record in records)
 
 
 def read(path: Path) -> Result:

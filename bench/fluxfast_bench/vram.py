@@ -8,7 +8,6 @@ gradients, AdamW 8-bit's states, activations, what kernels take for the time of 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -25,17 +24,16 @@ from rich.table import Table
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fluxfast.adapters.presets import preset_targets
-from fluxfast.files import write_atomic
 from fluxfast.memory import plan
 from fluxfast.memory.host import HostMemory
 from fluxfast.memory.offload import stream_blocks
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.modulation import BLOCK_LINEARS
+from fluxfast_bench import results
 from fluxfast_bench.cases import SHAPES, Shape
-from fluxfast_bench.conditions import conditions
 from fluxfast_bench.live_bytes import LiveBytes
 from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
-from fluxfast_bench.options import chosen, wide_console
+from fluxfast_bench.options import chosen, print_faults, wide_console
 
 BASES = ("bf16", "int8", "int4", "nf4", "int2", "fp8_e4m3")
 DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
@@ -224,12 +222,6 @@ def main(argv: Sequence[str]) -> int:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool, Progress(console=errors) as progress:
         records = list(progress.track(pool.map(record_of, todo), total=len(todo), description="presets"))
-    run = conditions(torch.device("cpu"), ["vram", *argv])
-    head = {key: run[key] for key in ("date", "commit", "command", "versions")}
-    lines = ",\n".join(f"  {json.dumps(record)}" for record in records)
-    write_atomic(options.out, f'{{\n"run": {json.dumps(head)},\n"records": [\n{lines}\n]\n}}\n'.encode())
+    results.write_counted(options.out, ["vram", *argv], records)
     console.print(table_of(records))
-    bad = violations(records)
-    for line in bad:
-        errors.print(line, style="red", markup=False, soft_wrap=True)
-    return 1 if bad else 0
+    return print_faults(violations(records), errors)

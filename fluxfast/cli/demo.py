@@ -12,6 +12,17 @@ from fluxfast.files import write_atomic
 
 STEPS = 500
 RESOLUTION = 256
+TRANSFORMER_CONFIG = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 14, 14),
+}
 # one of the captions, and one that mixes words of two
 PROMPTS = {
     "astronaut": "a portrait of an astronaut in an orange suit",
@@ -84,7 +95,7 @@ def write_demo(root: Path, steps: int) -> Path:
     # the pipeline's libraries take seconds to import; `--help` doesn't need them
     from fluxfast.cli.demo_pipeline import PHOTOGRAPHS, make_pipeline, photographs
 
-    make_pipeline(root / "pipeline")
+    make_pipeline(root / "pipeline", TRANSFORMER_CONFIG)
     (root / "images").mkdir(parents=True, exist_ok=True)
     for photograph in photographs():
         shutil.copyfile(photograph, root / "images" / photograph.name)

@@ -53,17 +53,6 @@ VAE_CONFIG = {
     "use_post_quant_conv": False,
     "sample_size": 256,
 }
-TRANSFORMER_CONFIG = {
-    "in_channels": 64,
-    "num_layers": 2,
-    "num_single_layers": 4,
-    "attention_head_dim": 32,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 64,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 14, 14),
-}
 # what a block adds to its residual stream, and what modulates it
 GAINS = {
     "to_out.0.weight": 0.1,
@@ -84,7 +73,7 @@ def photographs() -> list[Path]:
     return [root / name for name in PHOTOGRAPHS]
 
 
-def make_pipeline(folder: Path, transformer_config: Mapping[str, Any] = TRANSFORMER_CONFIG) -> None:
+def make_pipeline(folder: Path, transformer_config: Mapping[str, Any]) -> None:
     """Write the pipeline as FLUX.1-dev's repository is laid out; any program that loads that one loads this one."""
     # a bar for each of five small files says nothing
     diffusers_logging.disable_progress_bar()
