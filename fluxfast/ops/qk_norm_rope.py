@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import _impl
+from fluxfast.ops._qk_norm_rope_checks import check_inputs, norm_weights
 
 # beyond these, outputs don't give the normalised q and k back to fp32 precision; csrc/cpu/qk_norm_rope.cpp has them too
 _MAX_WEIGHT_RATIO = 8.0
@@ -352,8 +353,8 @@ def qk_norm_rope(
     Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
     Source: diffusers' `FluxAttnProcessor`, `apply_rotary_emb`.
     """
-    weights = _weights(q_weight, k_weight, txt_qkv, txt_q_weight, txt_k_weight)
-    _check(qkv, txt_qkv, weights, cos, sin, index, heads)
+    weights = norm_weights(q_weight, k_weight, txt_qkv, txt_q_weight, txt_k_weight)
+    check_inputs(qkv, txt_qkv, weights, cos, sin, index, heads)
     obstacle = None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, cos, sin)):
         obstacle = "a norm weight or a table requires a gradient, which only the reference computes"
@@ -370,45 +371,3 @@ def qk_norm_rope(
     runs_here = backend == "native" and _impl.launcher(qkv, qk_norm_rope_fwd, _fwd_op) is qk_norm_rope_fwd
     keep_outputs = runs_here and outputs_suffice(stacked, cos, sin)
     return _QKNormRope.apply(qkv, txt_qkv, stacked, cos, sin, index, heads, eps, keep_outputs, backend)
-
-
-def _weights(
-    q_weight: Tensor, k_weight: Tensor, txt_qkv: Tensor | None, txt_q_weight: Tensor | None, txt_k_weight: Tensor | None
-) -> list[Tensor]:
-    """The norm weights that there must be: q, k, and where there is text txt_q, txt_k."""
-    if txt_qkv is None:
-        return [q_weight, k_weight]
-    if txt_q_weight is None or txt_k_weight is None:
-        raise ValueError("qk_norm_rope: txt_qkv needs txt_q_weight and txt_k_weight")
-    return [q_weight, k_weight, txt_q_weight, txt_k_weight]
-
-
-def _check(
-    qkv: Tensor, txt_qkv: Tensor | None, weights: list[Tensor], cos: Tensor, sin: Tensor, index: Tensor | None, heads: int
-) -> None:
-    if qkv.ndim != 3 or qkv.shape[2] % (6 * heads):
-        raise ValueError(
-            f"qk_norm_rope: expected qkv [B, S, 3·heads·head_dim], heads {heads} and head_dim even, got {list(qkv.shape)}"
-        )
-    batch, s_all, width = qkv.shape
-    head_dim = width // (3 * heads)
-    if txt_qkv is not None:
-        if txt_qkv.ndim != 3 or txt_qkv.shape[0] != batch or txt_qkv.shape[2] != width:
-            raise ValueError(
-                f"qk_norm_rope: expected txt_qkv [{batch}, S_txt, {width}], as qkv has it, got {list(txt_qkv.shape)}"
-            )
-        s_all = s_all + txt_qkv.shape[1]
-    if any(w.shape != (head_dim,) for w in weights):
-        raise ValueError(f"qk_norm_rope: expected norm weights [{head_dim}], got {[list(w.shape) for w in weights]}")
-    if cos.ndim != 2 or cos.shape[1] != head_dim // 2 or sin.shape != cos.shape:
-        raise ValueError(
-            f"qk_norm_rope: expected cos and sin [rows, {head_dim // 2}], got {list(cos.shape)} and {list(sin.shape)}"
-        )
-    if index is None:
-        if cos.shape[0] < s_all:
-            raise ValueError(f"qk_norm_rope: {s_all} tokens need as many table rows, got {cos.shape[0]}")
-    elif index.shape not in ((s_all,), (batch, s_all)) or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"qk_norm_rope: expected index [{s_all}] or [{batch}, {s_all}], int32 or int64, "
-            f"got {list(index.shape)} {index.dtype}"
-        )
