@@ -5,15 +5,12 @@ import threading
 import time
 
 import torch
-from peft import LoraConfig
 
-from fluxfast import FluxTransformer
 from fluxfast.memory.engine import Engine
 from fluxfast.memory.offload import BlockStream
 from fluxfast.model.packing import pack_groups
-from fluxfast.quant import FORMATS
-from fluxfast.quant.rules import quantize_model
-from support import SMALL, make_inputs, randomise
+from small_flux import small_flux
+from support import make_inputs
 
 TARGETS = ["to_q", "to_v", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2", "norm1.linear"]
 ROUTES = [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 3}]
@@ -73,23 +70,13 @@ class FailingEngine(LateEngine):
 
 def make_model(format=None, routes=None, checkpointing=False):
     """Frozen base, packed as a run's is; LoRA of nonzero B on linears of all kinds."""
-    model = FluxTransformer(**SMALL | {"guidance_embeds": True})
-    randomise(model)
-    model.requires_grad_(False)
-    if format:
-        quantize_model(model, FORMATS[format])
-    model.add_adapter(LoraConfig(r=3, target_modules=TARGETS))
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    model = small_flux(format, TARGETS)
     pack_groups(model)
     if routes:
         model.set_routes(routes, seed=5)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    return model.train()
+    return model
 
 
 def blocks_of(model):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from fluxfast import FluxTransformer
 from fluxfast.model.graphs import StepGraphs, why_not
@@ -19,19 +18,11 @@ ROUTES = [
 
 
 def make_model(*, norms=False, dropout=0.0, storage=None):
-    model = FluxTransformer(**SMALL | {"guidance_embeds": True})
-    randomise(model)
-    model.requires_grad_(False)
-    if storage is not None:
-        quantize_model(model, FORMATS[storage])
-    targets = TARGETS + (["norm1.linear", "norm.linear"] if norms else [])
-    model.add_adapter(LoraConfig(r=3, target_modules=targets, lora_dropout=dropout))
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    return model.train()
+    model = small_flux(storage, TARGETS + (["norm1.linear", "norm.linear"] if norms else []))
+    for module in model.modules():
+        if dropout and hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+    return model
 
 
 def train(model, inputs):

@@ -15,8 +15,8 @@ from fluxfast.model.linear import project
 from fluxfast.model.modulation import Conditions, embed, linear_names
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
-from fluxfast.quant.rules import quantize_model
-from support import SMALL, make_inputs, randomise, relative_error
+from small_flux import small_flux
+from support import SMALL, make_inputs, relative_error
 
 TARGETS = ["to_q", "to_v", "proj_mlp", "proj_out", "ff.net.2"]
 CPU = torch.device("cpu")
@@ -29,20 +29,8 @@ def vectors_of(model, conditions, device, dtype):
     return model.modulation.views(flat, conditions.timestep.shape[0])
 
 
-def make_model(format=None, targets=TARGETS, dtype=torch.float32, **config):
-    model = FluxTransformer(**SMALL | {"guidance_embeds": True} | config)
-    randomise(model)
-    model.to(dtype).requires_grad_(False)
-    if format is not None:
-        quantize_model(model, FORMATS[format])
-    if targets:
-        model.add_adapter(LoraConfig(r=3, target_modules=targets))
-        g = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_" in name:
-                    p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    return model.train()
+def make_model(format=None, targets=TARGETS, **options):
+    return small_flux(format, targets, **options)
 
 
 def ahead(*args, **kwargs):
@@ -256,7 +244,7 @@ def test_adapters_on_modulation(target):
     with pytest.raises(ValueError, match=r"\.linear\w*: an adapter is on it"):
         model.set_modulation_ahead(True)
     assert model.modulation is None
-    late = ahead(targets=None)
+    late = ahead(targets=())
     late.add_adapter(LoraConfig(r=2, target_modules=[target]))
     with pytest.raises(ValueError, match="an adapter is on it"):
         late(**make_inputs(1, 2, 3))
@@ -305,7 +293,7 @@ def test_moves_and_casts(format):
 
 
 def test_state_dict_copies_and_files(tmp_path):
-    plain, model = make_model("int4", targets=None), ahead("int4", targets=None)
+    plain, model = make_model("int4", targets=()), ahead("int4", targets=())
     expected, state = plain.state_dict(), model.state_dict()
     assert list(state) == list(expected) and all(torch.equal(state[n].view(-1), t.view(-1)) for n, t in expected.items())
     inputs = make_inputs(2, 2, 3)
@@ -318,7 +306,7 @@ def test_state_dict_copies_and_files(tmp_path):
         twin.norm_out.linear.bias += 1
     assert not torch.equal(twin(**inputs).sample, out) and torch.equal(model(**inputs).sample, out)
 
-    floats = ahead(targets=None)
+    floats = ahead(targets=())
     floats.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == floats.state_dict().keys()
@@ -342,7 +330,7 @@ def test_off_again():
 @pytest.mark.parametrize("quantised_before", [False, True])
 def test_loading_leaves_modulation_on_the_host(tmp_path, format, quantised_before):
     """The meta device stands for a GPU: nothing of modulation ever goes there."""
-    plain = make_model(targets=None)
+    plain = make_model(targets=())
     plain.save_pretrained(tmp_path / "folder")
     checkpoint = open_folder(tmp_path / "folder")
     if quantised_before:

@@ -9,17 +9,12 @@ from peft import LoraConfig
 from fluxfast import FluxTransformer
 from fluxfast.model.packing import allocate, groups, ordered, pack_groups, side_by_side
 from fluxfast.quant import FORMATS
-from fluxfast.quant.rules import quantize_model
-from support import SMALL, make_inputs, randomise
+from small_flux import small_flux
+from support import SMALL, make_inputs
 
 
 def make_model(format=None):
-    model = FluxTransformer(**SMALL | {"guidance_embeds": True})
-    randomise(model)
-    model.requires_grad_(False)
-    if format:
-        quantize_model(model, FORMATS[format])
-    return model.eval()
+    return small_flux(format).eval()
 
 
 def members(model):

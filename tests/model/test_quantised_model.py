@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig
 
-from fluxfast import FluxTransformer
 from fluxfast.model.linear import project
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
-from fluxfast.quant.rules import quantize_model
-from support import SMALL, make_inputs, randomise, relative_error
+from small_flux import small_flux
+from support import make_inputs, relative_error
 
 # relative error of a gaussian weight in each format, times 6 for what five blocks and their backward make of
 # it: random weights have no redundancy, and blocks multiply what went wrong before them
@@ -17,18 +15,7 @@ TOLERANCE = {"int8": 0.05, "fp8_e4m3": 0.16, "int4": 0.6, "nf4": 0.6}
 
 
 def make_model(format=None):
-    model = FluxTransformer(**SMALL | {"guidance_embeds": True})
-    randomise(model)
-    model.requires_grad_(False)
-    if format:
-        quantize_model(model, FORMATS[format])
-    model.add_adapter(LoraConfig(r=3, target_modules=["to_q", "to_v", "proj_mlp", "proj_out", "ff.net.2", "norm1.linear"]))
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    return model.train()
+    return small_flux(format, ["to_q", "to_v", "proj_mlp", "proj_out", "ff.net.2", "norm1.linear"])
 
 
 def run(model):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fluxfast import FluxTransformer
 from fluxfast.model import checkpoint
+from small_flux import randomise_lora
 from support import SMALL, make_inputs, randomise, relative_error
 
 # fp32: two orders of summation differ by a few ulp per product, and depth adds them up
@@ -38,14 +39,6 @@ def pair(*, guidance=True, lora=False, dtype=torch.float32, dropout=0.0):
             model.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, lora_dropout=dropout))
             randomise_lora(model)
     return theirs, ours
-
-
-def randomise_lora(model):
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
 
 
 def lora_grads(model):
