@@ -16,41 +16,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from fluxfast.memory.disk import BlockFile, Reader, check_room
 from fluxfast.memory.engine import Engine, Event, engine_for
 from fluxfast.memory.host_inputs import HostInputs
 from fluxfast.memory.layout import BlockLayout
+from fluxfast.memory.saved import SavedPlaces
 from fluxfast.memory.schedule import Action, Copy, Mark, Schedule, Wait
+from fluxfast.model.modulation import BLOCK_LINEARS
 from fluxfast.model.residency import Direction
 
 DEFAULT_SLOTS = 2
-# a block's modulation, which stays where it is when the model computes it ahead
-MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
-
-
-class _Saved(NamedTuple):
-    """What autograd keeps of a tensor that lies in a slot: where it is within its block's bytes."""
-
-    block: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Passed(NamedTuple):
-    """What other hooks made of a tensor."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor]
 
 
 class _Block:
@@ -62,6 +44,10 @@ class _Block:
         # slot to tensors in it
         self.views: dict[int, list[Tensor]] = {}
         self.depth = 0
+
+    def within(self, slot: Tensor) -> Tensor:
+        """The block's bytes in a slot."""
+        return slot[self.base : self.base + self.layout.nbytes]
 
 
 class BlockResidency:
@@ -117,7 +103,7 @@ class BlockStream:
         self._host_storages = {block.buffer.untyped_storage()._cdata for block in self._blocks}
         size = max(sum(block.layout.nbytes for block in group) for group in self._groups)
         self._ring = [engine.slot(size) for _ in range(self.schedule.slots)]
-        self._slot_storages = {slot.untyped_storage()._cdata for slot in self._ring}
+        self._saved = SavedPlaces(self._ring, self._saved_bytes)
         self._copies: list[list[Any]] = [[] for _ in self._ring]
         self._uses: list[Event] = [None for _ in self._ring]
         # the block whose backward has begun and, as far as anyone knows, not ended; the backward pass it belongs to
@@ -248,7 +234,7 @@ class BlockStream:
                 self._uses[action.slot] = self._engine.mark()
 
     def _start(self, block: _Block, slot: Tensor, after: Event) -> Any:
-        target = slot[block.base : block.base + block.layout.nbytes]
+        target = block.within(slot)
         if block.file is not None:
             assert self._reader is not None
             return self._reader.start(block.file, target, after)
@@ -259,7 +245,7 @@ class BlockStream:
     def _wrapped(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self.use(index, "forward"), self._saving(index):
+            with self.use(index, "forward"), self._saved.saving(index, self._blocks[index].base):
                 out = original(*args, **kwargs)
             for tensor in out if isinstance(out, tuple) else (out,):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -284,30 +270,13 @@ class BlockStream:
             index, self._open = self._open, None
             self._leave(index)
 
-    def _saving(self, index: int) -> AbstractContextManager[Any]:
-        if not torch.is_grad_enabled():
-            return nullcontext()
-        # hooks don't nest by themselves: what is not ours goes on to whoever was there before, a checkpoint for one
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return saved_tensors_hooks(functools.partial(self._pack, index, outer), self._unpack)
-
-    def _pack(self, index: int, outer: Any, tensor: Tensor) -> Any:
-        if tensor.untyped_storage()._cdata in self._slot_storages:
-            offset = int(tensor.storage_offset()) * tensor.dtype.itemsize - self._blocks[index].base
-            return _Saved(index, offset, tensor.shape, tensor.stride(), tensor.dtype)
-        return tensor if outer is None else _Passed(outer[0](tensor), outer[1])
-
-    def _unpack(self, saved: Any) -> Tensor:
-        if isinstance(saved, _Passed):
-            return saved.unpack(saved.packed)
-        if not isinstance(saved, _Saved):
-            return saved
-        self._backward_reached(saved.block)
-        block = self._blocks[saved.block]
+    def _saved_bytes(self, index: int) -> Tensor:
+        """A block's bytes in its slot, for a backward that needs them."""
+        self._backward_reached(index)
+        block = self._blocks[index]
         slot = self.schedule.slot_of(block.group)
         assert slot is not None
-        storage, start = self._ring[slot].untyped_storage(), (block.base + saved.offset) // saved.dtype.itemsize
-        return torch.empty(0, dtype=saved.dtype, device=self._engine.device).set_(storage, start, saved.shape, saved.stride)
+        return block.within(self._ring[slot])
 
     # ---- moves and casts by others ---------------------------------------------------------------------------------------
 
@@ -389,7 +358,7 @@ def stream_blocks(
     """
     device = torch.device(device)
     if leave is None:
-        leave = MODULATION if getattr(transformer, "modulation", None) is not None else ()
+        leave = BLOCK_LINEARS if getattr(transformer, "modulation", None) is not None else ()
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
     stream = BlockStream(
         blocks,
