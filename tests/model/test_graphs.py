@@ -5,10 +5,9 @@ import torch
 
 from fluxfast import FluxTransformer
 from fluxfast.model.graphs import StepGraphs, why_not
-from fluxfast.quant import FORMATS
-from fluxfast.quant.rules import quantize_model
 from graph_emulator import capture, see_every_op
-from support import SMALL, make_inputs, randomise
+from small_flux import small_flux
+from support import make_inputs
 
 TARGETS = ["to_q", "to_v", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2", "x_embedder"]
 ROUTES = [
