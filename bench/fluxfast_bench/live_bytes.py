@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,13 +36,11 @@ def workspace(name: str, args: tuple[Any, ...]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Watches storages on `device`; `live` and `peak` in bytes, and `at_peak`: the op that made the peak."""
+    """Watches storages of meta tensors; `live` and `peak` in bytes."""
 
-    def __init__(self, device: str = "meta") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = torch.device(device)
         self.live = self.peak = 0
-        self.at_peak = ""
         self._held: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._ignored: set[int] = set()
 
@@ -55,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         """Counts tensors that were there before."""
         for tensor in tensors:
             self._watch(tensor)
-        self._mark("start")
+        self._mark()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -63,11 +60,11 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._watch(leaf)
         name = func._schema.name.split("::")[-1]
-        self._mark(name, workspace(name, args))
+        self._mark(workspace(name, args))
         return out
 
     def _watch(self, tensor: Tensor) -> None:
-        if tensor.device != self.device:
+        if not tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -82,7 +79,5 @@ class LiveBytes(TorchDispatchMode):
         self._held[key] = (weakref.ref(storage, freed), size)
         self.live += size
 
-    def _mark(self, name: str, extra: int = 0) -> None:
-        if self.live + extra > self.peak:
-            self.peak = self.live + extra
-            self.at_peak = name
+    def _mark(self, extra: int = 0) -> None:
+        self.peak = max(self.peak, self.live + extra)

@@ -34,7 +34,7 @@ STD = 0.02
 BLOCK = 9_999_991
 
 
-def make_checkpoint(path: Path, config: Mapping[str, Any], *, layout: str = "diffusers", shards: int = 1, seed: int = 0) -> int:
+def make_checkpoint(path: Path, config: Mapping[str, Any], *, layout: str = "diffusers", shards: int = 1) -> int:
     """Write a checkpoint in bf16, tensor by tensor; returns its bytes.
 
     `path` is a folder for diffusers' layout, with its config and `shards` files, and a file for BFL's and Comfy's.
@@ -48,7 +48,7 @@ def make_checkpoint(path: Path, config: Mapping[str, Any], *, layout: str = "dif
         specs[source.key] = Spec((rows + ours[name][0], *ours[name][1:]), torch.bfloat16)
     total = sum(spec.nbytes for spec in specs.values())
     require_room(path, total)
-    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)).mul_(STD).bfloat16()
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(STD).bfloat16()
     if layout != "diffusers":
         return write_tensors(path, specs, {"format": "pt"}, _random(specs, block))
     written, files = 0, _sharded(specs, shards)

@@ -63,12 +63,11 @@ def store_quantized(model: nn.Module, format: str) -> None:
         setattr(model.get_submodule(parent), child, made)
 
 
-def diffusers_model(shape: Shape, *, adapters: torch.dtype, checkpointing: bool = True) -> Any:
-    """diffusers' transformer with PEFT's LoRA, in training mode."""
+def diffusers_model(shape: Shape, *, adapters: torch.dtype) -> Any:
+    """diffusers' transformer with PEFT's LoRA, in training mode, checkpointed."""
     model = build(FluxTransformer2DModel, shape)
     add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
+    model.enable_gradient_checkpointing()
     return model.train()
 
 
@@ -161,8 +160,8 @@ def _resolve(
 
 
 @contextlib.contextmanager
-def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
-    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher launches for `target`."""
+def as_on_gpu(on_launch: OnLaunch) -> Iterator[None]:
+    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher launches for sm_90."""
     from fluxfast_kernels import _launch
 
     for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
@@ -177,6 +176,6 @@ def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
         mock.patch.object(_impl, "resolve", _resolve),
         mock.patch.object(attention, "_automatic", return_value="flash"),
         mock.patch.object(_launch, "_record", on_launch),
-        mock.patch.object(_launch, "_aot_target", target),
+        mock.patch.object(_launch, "_aot_target", "sm_90"),
     ):
         yield

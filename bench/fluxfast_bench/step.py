@@ -84,16 +84,16 @@ class Case:
                 self._alone(anchor, waiting.pop(0))
         return list(self.outcomes.values())
 
-    def _run(self, keys: list[str], plan: Plan) -> Iterable[worker.Event]:
+    def _run(self, keys: list[str]) -> Iterable[worker.Event]:
         if self.apart:
-            return worker.run_apart("measure", keys, plan, limit=self.limit)
-        return worker.run("measure", keys, plan)
+            return worker.run_apart("measure", keys, self.plan, limit=self.limit)
+        return worker.run("measure", keys, self.plan)
 
-    def _group(self, anchor: str, keys: list[str], plan: Plan | None = None) -> list[str]:
+    def _group(self, anchor: str, keys: list[str]) -> list[str]:
         """One process; returns the keys that have to be measured in another."""
         turns: dict[str, list[list[float]]] = {key: [] for key in [anchor, *keys]}
         started, later, settled = anchor, [], set()
-        for event in self._run([anchor, *keys], plan or self.plan):
+        for event in self._run([anchor, *keys]):
             kind, *rest = event
             if kind == "start":
                 (started,) = rest
@@ -124,11 +124,11 @@ class Case:
 
     def _alone(self, anchor: str, key: str) -> None:
         """What doesn't fit beside the anchor: processes of its own and of the anchor's, in turn."""
-        outcome, plan = self.outcomes[key], self.plan
+        outcome = self.outcomes[key]
         for _ in range(2):
             turns: list[list[float]] = []
             for one in (anchor, key):
-                times = [event[2] for event in self._alone_events(one, plan) if event[0] == "round"]
+                times = [event[2] for event in self._alone_events(one) if event[0] == "round"]
                 turns.append([second for turn in times for second in turn])
             if outcome.reason is not None or not all(turns):
                 outcome.reason = outcome.reason or "did not fit in memory"
@@ -136,8 +136,8 @@ class Case:
             outcome.anchor.append(turns[0])
             outcome.rounds.append(turns[1])
 
-    def _alone_events(self, key: str, plan: Plan) -> Iterable[worker.Event]:
-        for event in self._run([key], plan):
+    def _alone_events(self, key: str) -> Iterable[worker.Event]:
+        for event in self._run([key]):
             if event[0] in ("failed", "died"):
                 self.outcomes[key].reason = event[-1]
             elif event[0] == "ready":

@@ -87,16 +87,13 @@ def modelspec_metadata(
     flavour: str,
     title: str,
     resolution: tuple[int, int],
-    description: str = "",
-    comment: str = "",
     global_step: int | None = None,
     trained_words: Sequence[str] = (),
-    tag_frequency: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, str]:
     """Metadata by the Stability AI Model Metadata Standard 1.0.1 (github.com/Stability-AI/ModelSpec), for `save_lora`.
 
-    `resolution` is width, height in pixels; `trained_words` are the instance prompts; `tag_frequency` counts captions
-    per dataset under kohya's key. No date: two equal runs write equal files.
+    `resolution` is width, height in pixels; `trained_words` are the instance prompts. No date: two equal runs write equal
+    files.
     """
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -104,11 +101,8 @@ def modelspec_metadata(
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": "{}x{}".format(*resolution),
-        "modelspec.description": description,
-        "modelspec.comment": comment,
         "modelspec.trigger_phrase": ", ".join(trained_words),
         "global_step": "" if global_step is None else str(global_step),
-        "ss_tag_frequency": json.dumps(tag_frequency) if tag_frequency else "",
     }
     return {key: value for key, value in metadata.items() if value}
 

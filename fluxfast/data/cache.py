@@ -2,7 +2,7 @@
 
 An entry is found by (key, fingerprint): the key says what it belongs to (an image, a caption), the fingerprint everything that
 its value depends on. A changed fingerprint is another entry, so settings can be switched back and forth, and runs with
-different settings can share a folder; `prune` removes what is no longer wanted.
+different settings can share a folder.
 
 A file says for itself what it holds (key, fingerprint and checksum are in its header) and appears under its name only when
 it is complete and on disk. The index is never needed to read an entry. It only tells a start which files are there and
@@ -135,20 +135,6 @@ class TensorCache:
         if found:
             self._index(found)
         return missing
-
-    def prune(self, keep: Iterable[tuple[str, str]]) -> int:
-        """Delete every entry but the (key, fingerprint) pairs of `keep`; the number of files deleted.
-
-        Not to be called while another process writes to the folder.
-        """
-        kept = {self._blob(key, fingerprint).name for key, fingerprint in keep}
-        stale = [blob for blob in self.folder.glob("*.safetensors") if blob.name not in kept]
-        for blob in stale:
-            blob.unlink(missing_ok=True)
-        with self._lock, self._db:
-            files = {file for (file,) in self._db.execute("SELECT file FROM entries")}
-            self._db.executemany("DELETE FROM entries WHERE file = ?", [(file,) for file in files - kept])
-        return len(stale)
 
     def file_facts(self, name: str, stat: os.stat_result) -> dict | None:
         """What `remember_files` was told of the file `name`, if its size and modification time are still the same."""

@@ -134,10 +134,6 @@ class ImageDataset(_Entry):
     is_regularisation_data: bool = False
     """Train these images towards the base model's own prediction."""
 
-    def megapixels(self, size: float) -> float:
-        """One of this dataset's sizes as an area in megapixels (pixel and pixel_area: of the square with that edge)."""
-        return size if self.resolution_type == "area" else size * size / 1e6
-
     @field_validator("minimum_image_size", "maximum_image_size", "target_downsample_size")
     @classmethod
     def _zero_is_none(cls, value: float | None) -> float | None:

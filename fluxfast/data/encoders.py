@@ -39,8 +39,8 @@ class TextEncoders:
         tokenizer_2: Any,
         text_encoder_2: T5EncoderModel,
         *,
-        max_length: int = 512,
-        t5_padding: T5Padding = "unmodified",
+        max_length: int,
+        t5_padding: T5Padding,
     ) -> None:
         """`max_length`: T5 tokens per caption (512; schnell 256). `t5_padding` "zero" zeroes T5's outputs at padding."""
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval()

@@ -96,9 +96,9 @@ def _header(layout: BlockLayout) -> bytes:
 class Reader:
     """Reads blocks from their files to the device, in order, ahead of the computation where the engine allows it."""
 
-    def __init__(self, engine: Engine, chunk: int = STAGING_BYTES) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._staging = [engine.memory.allocate(chunk) for _ in range(STAGING_BUFFERS)]
+        self._staging = [engine.memory.allocate(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
         self._copied: list[Event] = [None] * STAGING_BUFFERS
         self._turn = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-blocks") if engine.any_thread else None

@@ -103,11 +103,6 @@ class HostInputs:
         """Host memory taken so far."""
         return self._mover.memory.nbytes
 
-    @property
-    def shortfall(self) -> str | None:
-        """As `HostMemory.shortfall`."""
-        return self._mover.memory.shortfall
-
     def keep(self, x: Tensor) -> Kept:
         """Start copying x, which must not be empty and must not change any more, to the host."""
         x = x.detach()

@@ -29,12 +29,12 @@ from fluxfast.ops.linear_group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
 
-def rope_tables(ids: Tensor, axes_dims: tuple[int, ...], theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rope_tables(ids: Tensor, axes_dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """cos and sin [S, Σ axes_dims / 2] fp32 of position ids [S, axes]; frequencies in fp64, as in BFL's `rope`."""
     parts = []
     for axis, dim in enumerate(axes_dims):
         exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
-        parts.append(torch.outer(ids[:, axis].double(), theta**-exponents))
+        parts.append(torch.outer(ids[:, axis].double(), 10000.0**-exponents))
     angles = torch.cat(parts, dim=-1)
     return angles.cos().float(), angles.sin().float()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from fluxfast.quant import FORMATS
@@ -63,13 +62,11 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
     return format
 
 
-def quantize_model(
-    transformer: nn.Module, format: Format, *, kept: tuple[str, ...] = KEPT, device: torch.device | str | None = None
-) -> QuantReport:
+def quantize_model(transformer: nn.Module, format: Format, *, kept: tuple[str, ...] = KEPT) -> QuantReport:
     """Replaces every `nn.Linear` of `transformer` by a `QuantLinear`, in place and one by one, so that only one is held twice.
 
-    `kept`: full names of linears to leave alone. `device`: where each is moved to be quantised, and stays; None leaves them
-    where they are. Raises ValueError if adapters are there already, or a linear that is quantised.
+    `kept`: full names of linears to leave alone. Raises ValueError if adapters are there already, or a linear that is
+    quantised.
     """
     for name, module in transformer.named_modules():
         if hasattr(module, "base_layer"):
@@ -84,7 +81,7 @@ def quantize_model(
             continue
         linear = transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        made = QuantLinear.from_linear(linear if device is None else linear.to(device), format)
+        made = QuantLinear.from_linear(linear, format)
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, made)
         report.quantized.append(name)

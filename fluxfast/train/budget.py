@@ -59,9 +59,9 @@ def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> Batc
     return max(batches, key=lambda batch: batch.image_tokens * batch.samples)
 
 
-def workload_of(config: TrainConfig, batch: Batch, compute: str, sizes: FluxSizes | None = None) -> Workload:
-    """What a step of this config computes on this batch; sizes None: FLUX.1's of the flavour."""
-    sizes = sizes or FluxSizes(guidance_embeds=config.model_flavour != "schnell")
+def workload_of(config: TrainConfig, batch: Batch, compute: str) -> Workload:
+    """What a step of this config computes on this batch."""
+    sizes = FluxSizes(guidance_embeds=config.model_flavour != "schnell")
     text = config.tokenizer_max_length
     image = [batch.image_tokens] * sizes.blocks
     routes = config.tread_config.routes if config.tread_config else ()

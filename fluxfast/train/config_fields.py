@@ -156,8 +156,6 @@ class TrainFields(Settings):
     """Training processes."""
     max_workers: int = Field(32, ge=1)
     """Threads that read images."""
-    torch_num_threads: int = Field(8, ge=1)
-    """Threads that PyTorch computes with on the CPU."""
     disable_tf32: bool = False
     """Compute fp32 matrix products in full fp32 on the GPU."""
     i_know_what_i_am_doing: bool = False

@@ -159,13 +159,11 @@ def loss(
     huber_c: float = 0.1,
     huber_schedule: HuberSchedule = "snr",
     sigmas: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Each sample's loss, fp32 [B]; the training loss is its mean.
 
     pred, target [B, ...]. With d = pred - target and c = `huber_threshold`: l2 is d², huber 2c·(√(d² + c²) - c),
-    smooth_l1 2·(√(d² + c²) - c); the last two need `sigmas` [B]. `mask`, broadcastable to pred, multiplies the
-    elements; the mean is over all of them and isn't divided by the mask's area.
+    smooth_l1 2·(√(d² + c²) - c); the last two need `sigmas` [B].
     """
     error = (pred.float() - target.float()).square()
     if kind in ("huber", "smooth_l1"):
@@ -176,8 +174,6 @@ def loss(
         error = error * c if kind == "huber" else error
     elif kind != "l2":
         raise ValueError(f"unknown loss_type {kind!r}: choose l2, huber or smooth_l1")
-    if mask is not None:
-        error = error * mask
     return error.flatten(1).mean(1)
 
 
@@ -205,13 +201,6 @@ def pack_latents(latents: Tensor) -> Tensor:
         raise ValueError(f"latent sides must be even (pixels a multiple of 16), got {h} x {w}")
     patches = latents.reshape(b, c, h // 2, 2, w // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
-
-
-def unpack_latents(tokens: Tensor, h_lat: int, w_lat: int) -> Tensor:
-    """The inverse of `pack_latents`: [B, H/2 · W/2, 4C] -> [B, C, H, W]."""
-    b, _, features = tokens.shape
-    patches = tokens.reshape(b, h_lat // 2, w_lat // 2, features // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, features // 4, h_lat, w_lat)
 
 
 def image_ids(h_lat: int, w_lat: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:

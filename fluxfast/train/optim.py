@@ -32,8 +32,6 @@ LR_SCHEDULERS = (
     "constant_with_warmup",
     "linear",
     "cosine",
-    "cosine_with_warmup",
-    "cosine_with_restarts",
     "polynomial",
 )
 
@@ -232,15 +230,13 @@ def build_lr_scheduler(
     *,
     warmup: int = 0,
     total: int,
-    num_cycles: int = 1,
     power: float = 0.8,
     lr_end: float = 4e-7,
 ) -> LambdaLR:
     """The schedule that `lr_scheduler` names, over a run of `total` optimiser steps; call `step()` after each.
 
     All rise linearly over the first `warmup` steps. Then constant holds, linear falls to 0 at `total`, polynomial falls to
-    `lr_end` as (1 - progress)^`power`, cosine falls to `lr_end` in half a wave, cosine_with_restarts in `num_cycles` of
-    them, each from the top.
+    `lr_end` as (1 - progress)^`power`, cosine falls to `lr_end` in half a wave.
     """
     if name in ("constant", "constant_with_warmup"):
         return get_constant_schedule_with_warmup(optimizer, warmup) if warmup else get_constant_schedule(optimizer)
@@ -253,14 +249,12 @@ def build_lr_scheduler(
         raise ValueError(f"lr_end must be below learning_rate for {name}, got {lr_end} and {lr}")
     if name == "polynomial":
         return get_polynomial_decay_schedule_with_warmup(optimizer, warmup, total, lr_end=lr_end, power=power)
-    cycles = num_cycles if name == "cosine_with_restarts" else 1
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        phase = progress * cycles % 1 if progress < 1 else 1.0
-        return lr_end / lr + (1 - lr_end / lr) * 0.5 * (1 + math.cos(math.pi * phase))
+        return lr_end / lr + (1 - lr_end / lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
 

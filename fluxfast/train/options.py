@@ -56,6 +56,7 @@ ACCEPTED_NO_EFFECT = {
     "set_grads_to_none": "gradients are always set to none",
     "skip_file_discovery": "a second start recomputes nothing anyway",
     "text_embed_full_cache": "the text cache is always complete before training starts",
+    "torch_num_threads": "PyTorch computes with a thread a core; OMP_NUM_THREADS says otherwise",
     "tracker_image_layout": "only read by trackers that are refused",
     "validation_disable_unconditional": "no image is drawn for an empty prompt",
 }

@@ -328,11 +328,8 @@ def test_modelspec(tmp_path):
         flavour="dev",
         title="run",
         resolution=(1024, 768),
-        description="a dog",
-        comment="ours",
         global_step=500,
         trained_words=["sks dog", "sks"],
-        tag_frequency={"photos": {"sks dog": 12}},
     )
     assert metadata == {
         "modelspec.sai_model_spec": "1.0.1",
@@ -340,14 +337,11 @@ def test_modelspec(tmp_path):
         "modelspec.implementation": "diffusers",
         "modelspec.title": "run",
         "modelspec.resolution": "1024x768",
-        "modelspec.description": "a dog",
-        "modelspec.comment": "ours",
         "modelspec.trigger_phrase": "sks dog, sks",
         "global_step": "500",
-        "ss_tag_frequency": '{"photos": {"sks dog": 12}}',
     }
     plain = modelspec_metadata(flavour="krea", title="t", resolution=(512, 512), global_step=0)
     assert plain["global_step"] == "0"
-    assert "ss_tag_frequency" not in plain
+    assert "modelspec.trigger_phrase" not in plain
     path = save_lora(_trained(targets=["to_q"]), tmp_path, metadata=metadata)
     assert metadata.items() <= _metadata(path).items()

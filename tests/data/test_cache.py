@@ -148,16 +148,6 @@ def test_a_lost_index_is_made_anew(cache, index, caplog):
     assert ("damaged" in caplog.text) == (index != "deleted")
 
 
-def test_prune_keeps_what_is_named(cache):
-    for key in "abc":
-        cache.put(key, "f", tensors())
-    cache.put("a", "old", tensors())
-    assert cache.prune([("a", "f"), ("c", "f"), ("never", "there")]) == 2
-    wanted = [(key, "f") for key in "abc"] + [("a", "old")]
-    assert cache.missing(wanted) == [("b", "f"), ("a", "old")]
-    assert len(list(cache.folder.glob("*.safetensors"))) == 2
-
-
 def test_orphaned_temporary_files_are_removed(cache):
     process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     dead, stem, token = int(process.stdout), "0" * 40, "0" * 32

@@ -60,7 +60,7 @@ def test_the_quickstart_file_loads():
     assert (subject.repeats, subject.crop, subject.crop_style) == (1000, False, "random")
     assert subject.instance_prompt == "the name of your subject goes here"
     assert subject.instance_data_dir == Path("datasets/dreambooth-subject")
-    assert small.megapixels(small.resolution) == pytest.approx(0.262144)
+    assert (small.resolution, small.resolution_type) == (512.0, "pixel_area")
     assert (small.minimum_image_size, small.maximum_image_size, small.target_downsample_size) == (512.0, 512.0, 512.0)
     assert config.text_embeds.cache_dir == Path("cache/text/flux")
     assert config.text_embeds.write_batch_size == 128
@@ -229,7 +229,7 @@ def test_what_has_no_effect_is_said(key, value):
 
 
 def test_sizes_and_filters():
-    assert load(resolution=0.5, resolution_type="area").megapixels(0.5) == 0.5
+    assert load(resolution=0.5, resolution_type="area").resolution == 0.5
     assert load(resolution_type="pixel", maximum_image_size=512, target_downsample_size=512).maximum_image_size == 512.0
     assert load(crop_aspect="random", crop_aspect_buckets=[1, "0.5"]).crop_aspect_buckets == (1.0, 0.5)
     weighted = load(crop_aspect="random", crop_aspect_buckets=[{"aspect_bucket": 0.5, "weight": 1.0}])
