@@ -33,17 +33,46 @@ Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t
 Codes codes_out(Address data, int64_t type, Address scale, int64_t rows, int64_t cols) {
   return {at<void>(data), static_cast<Code>(type), at<float>(scale), rows, cols};
 }
+DenseWeight weight_out(Address data, int64_t type, int64_t rows, int64_t cols) {
+  return {at<void>(data), static_cast<Float>(type), rows, cols};
+}
+Int4Parts int4_parts(Address packed, Address scale, Address zero) {
+  return {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)};
+}
+Int2Parts int2_parts(Address packed, Address scale, Address zero, Address global_scale) {
+  return {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)};
+}
+
 #ifdef FLUXFAST_GPU_BACKEND
 void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(FLUXFAST_GPU_BACKEND) + ": " + error);
 }
 #endif
 
-DenseWeight weight_out(Address data, int64_t type, int64_t rows, int64_t cols) {
-  return {at<void>(data), static_cast<Float>(type), rows, cols};
-}
-
 }  // namespace
+
+// what every storage format has: its parts as Python gives them, and as the ops take them
+#define FLUXFAST_UNWRAP(...) __VA_ARGS__
+#define BIND_FORMAT(name, addresses, parts)                                                                             \
+  m.def(                                                                                                                \
+      "quantize_" #name,                                                                                                \
+      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, FLUXFAST_UNWRAP addresses, int threads) { \
+        cpu().quantize_##name(weight_in(w, type, rows, cols, stride), FLUXFAST_UNWRAP parts, threads);                  \
+      },                                                                                                                \
+      no_gil);                                                                                                          \
+  m.def(                                                                                                                \
+      "dequantize_" #name,                                                                                              \
+      [](Address w, int64_t type, int64_t rows, int64_t cols, FLUXFAST_UNWRAP addresses, int threads) {                 \
+        cpu().dequantize_##name(weight_out(w, type, rows, cols), FLUXFAST_UNWRAP parts, threads);                       \
+      },                                                                                                                \
+      no_gil);                                                                                                          \
+  m.def(                                                                                                                \
+      "codes_from_" #name,                                                                                              \
+      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, FLUXFAST_UNWRAP addresses,               \
+         int threads) {                                                                                                 \
+        cpu().codes_from_##name(codes_out(q, type, q_scale, rows, cols), FLUXFAST_UNWRAP parts, threads);               \
+      },                                                                                                                \
+      no_gil);
 
 PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
@@ -168,108 +197,12 @@ PYBIND11_MODULE(_C, m) {
           return in_range;
         });
 
-  m.def(
-      "quantize_int8",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, int threads) {
-        cpu().quantize_int8(weight_in(w, type, rows, cols, stride), at<int8_t>(packed), out(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "quantize_fp8",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, int threads) {
-        cpu().quantize_fp8(weight_in(w, type, rows, cols, stride), at<uint8_t>(packed), out(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "quantize_int4",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, Address zero,
-         int threads) {
-        cpu().quantize_int4(weight_in(w, type, rows, cols, stride),
-                            {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)}, threads);
-      },
-      no_gil);
-  m.def(
-      "quantize_int2",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address scale, Address zero,
-         Address global_scale, int threads) {
-        cpu().quantize_int2(weight_in(w, type, rows, cols, stride),
-                            {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
-      },
-      no_gil);
-  m.def(
-      "quantize_nf4",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, int64_t stride, Address packed, Address absmax, int threads) {
-        cpu().quantize_nf4(weight_in(w, type, rows, cols, stride), at<uint8_t>(packed), out(absmax), threads);
-      },
-      no_gil);
-  m.def(
-      "dequantize_int8",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
-        cpu().dequantize_int8(weight_out(w, type, rows, cols), at<int8_t>(packed), in(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "dequantize_fp8",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
-        cpu().dequantize_fp8(weight_out(w, type, rows, cols), at<uint8_t>(packed), in(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "dequantize_int4",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, Address zero, int threads) {
-        cpu().dequantize_int4(weight_out(w, type, rows, cols), {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)},
-                              threads);
-      },
-      no_gil);
-  m.def(
-      "dequantize_int2",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
-         Address global_scale, int threads) {
-        cpu().dequantize_int2(weight_out(w, type, rows, cols),
-                              {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
-      },
-      no_gil);
-  m.def(
-      "dequantize_nf4",
-      [](Address w, int64_t type, int64_t rows, int64_t cols, Address packed, Address absmax, int threads) {
-        cpu().dequantize_nf4(weight_out(w, type, rows, cols), at<uint8_t>(packed), in(absmax), threads);
-      },
-      no_gil);
-
-  m.def(
-      "codes_from_int8",
-      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
-        cpu().codes_from_int8(codes_out(q, type, q_scale, rows, cols), at<int8_t>(packed), in(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "codes_from_fp8",
-      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
-        cpu().codes_from_fp8(codes_out(q, type, q_scale, rows, cols), at<uint8_t>(packed), in(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "codes_from_int4",
-      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
-         int threads) {
-        cpu().codes_from_int4(codes_out(q, type, q_scale, rows, cols),
-                              {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)}, threads);
-      },
-      no_gil);
-  m.def(
-      "codes_from_int2",
-      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
-         Address global_scale, int threads) {
-        cpu().codes_from_int2(codes_out(q, type, q_scale, rows, cols),
-                              {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
-      },
-      no_gil);
-  m.def(
-      "codes_from_nf4",
-      [](Address q, int64_t type, Address q_scale, int64_t rows, int64_t cols, Address packed, Address absmax, int threads) {
-        cpu().codes_from_nf4(codes_out(q, type, q_scale, rows, cols), at<uint8_t>(packed), in(absmax), threads);
-      },
-      no_gil);
+  BIND_FORMAT(int8, (Address packed, Address scale), (at<int8_t>(packed), out(scale)))
+  BIND_FORMAT(fp8, (Address packed, Address scale), (at<uint8_t>(packed), out(scale)))
+  BIND_FORMAT(int4, (Address packed, Address scale, Address zero), (int4_parts(packed, scale, zero)))
+  BIND_FORMAT(int2, (Address packed, Address scale, Address zero, Address global_scale),
+              (int2_parts(packed, scale, zero, global_scale)))
+  BIND_FORMAT(nf4, (Address packed, Address absmax), (at<uint8_t>(packed), out(absmax)))
 
   m.def(
       "gemv_float",
@@ -294,16 +227,14 @@ PYBIND11_MODULE(_C, m) {
       "gemv_int4",
       [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
          int threads) {
-        cpu().gemv_int4({in(x), out(y), batch, rows, cols}, {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)},
-                        threads);
+        cpu().gemv_int4({in(x), out(y), batch, rows, cols}, int4_parts(packed, scale, zero), threads);
       },
       no_gil);
   m.def(
       "gemv_int2",
       [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
          Address global_scale, int threads) {
-        cpu().gemv_int2({in(x), out(y), batch, rows, cols},
-                        {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)}, threads);
+        cpu().gemv_int2({in(x), out(y), batch, rows, cols}, int2_parts(packed, scale, zero, global_scale), threads);
       },
       no_gil);
   m.def(
@@ -331,8 +262,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "gpu_dequantize_int4",
       [](Address w, int64_t rows, int64_t cols, Address packed, Address scale, Address zero, int device, Address stream) {
-        check(gpu_dequantize_int4(at<uint16_t>(w), rows, cols, {at<uint8_t>(packed), at<uint16_t>(scale), at<uint8_t>(zero)},
-                                  {device, stream}));
+        check(gpu_dequantize_int4(at<uint16_t>(w), rows, cols, int4_parts(packed, scale, zero), {device, stream}));
       },
       no_gil);
   m.def(
@@ -340,8 +270,7 @@ PYBIND11_MODULE(_C, m) {
       [](Address w, int64_t rows, int64_t cols, Address packed, Address scale, Address zero, Address global_scale, int device,
          Address stream) {
         check(gpu_dequantize_int2(at<uint16_t>(w), rows, cols,
-                                  {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)},
-                                  {device, stream}));
+                                  int2_parts(packed, scale, zero, global_scale), {device, stream}));
       },
       no_gil);
   m.def(

@@ -1,5 +1,6 @@
-// The storage formats' CPU ops: quantise a weight, and give it back, as floats or as codes with one scale a row. What the parts mean is in fluxfast/quant/<format>.py, whose
-// plain-torch references these equal byte for byte; so these sources are compiled without contraction of a * b + c.
+// The storage formats' CPU ops: quantise a weight, and give it back, as floats or as codes with one scale a row. What the
+// parts mean is in fluxfast/quant/<format>.py, whose plain-torch references these equal byte for byte; so these sources are
+// compiled without contraction of a * b + c.
 #pragma once
 
 #include "types.h"
