@@ -114,17 +114,17 @@ def _numbers(kernel: str, width: int, quantized: bool, device: torch.device) -> 
     return dict(row_numbers(f"{kernel}_quantized" if quantized else kernel, width, arch_key(device)))
 
 
-def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None, y: Tensor | None = None) -> GeluOut:
+def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None) -> GeluOut:
     """[prefix | gelu(x)] as values, as codes, or as both.
 
-    x [B, S, K], prefix [B, S, P] of the same dtype; out one of `row_quant.OUTPUTS`. The values [B, S, P + K] go to `y` where it
-    is given: a slice of a wider buffer, say. Raises ValueError on an unknown `out` or a last dimension that is not contiguous.
+    x [B, S, K], prefix [B, S, P] of the same dtype; out one of `row_quant.OUTPUTS`. Raises ValueError on an unknown `out` or a
+    last dimension that is not contiguous.
     """
-    check_rows("gelu", x=x, prefix=prefix, y=y)
+    check_rows("gelu", x=x, prefix=prefix)
     batch, tokens, cols = x.shape
     assert prefix is None or prefix.shape[:2] == x.shape[:2]
     width = cols if prefix is None else prefix.shape[-1] + cols
-    values, q, q_scale = empty_outputs(x, out, width, y)
+    values, q, q_scale = empty_outputs(x, out, width)
     numbers = _numbers("gelu_fwd", width, q is not None, x.device)
     launch(
         gelu_fwd_kernel, (tokens, cdiv(width, numbers["BLOCK"]), batch),
@@ -139,7 +139,7 @@ def gelu_bwd(
 ) -> GeluOut:
     """dx = dy·gelu'(x), as `out` says; the codes are those of dx·col_scale.
 
-    dy, x [B, S, K]; col_scale [K]. The values go to `dx` where it is given.
+    dy, x [B, S, K]; col_scale [K]. The values go to `dx` where it is given: a slice of a wider buffer, say.
     """
     check_rows("gelu", dy=dy, x=x, col_scale=col_scale, dx=dx)
     batch, tokens, cols = x.shape

@@ -39,12 +39,11 @@ def test_tails():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outputs_in_slices_of_a_wider_buffer(dtype):
+def test_a_gradient_in_a_slice_of_a_wider_buffer(dtype):
     x, dy = (randn(2, 3, 48, seed=seed).to(dtype) for seed in (1, 2))
     wide = torch.full((2, 3, 80), 7.0, dtype=dtype, device=x.device)
-    y = wide[..., 16:64]
-    assert gelu_fwd(x, y=y).y is y and torch.equal(y, gelu_fwd(x).y)
-    assert gelu_bwd(dy, x, dx=y).y is y and torch.equal(y, gelu_bwd(dy, x).y)
+    dx = wide[..., 16:64]
+    assert gelu_bwd(dy, x, dx=dx).y is dx and torch.equal(dx, gelu_bwd(dy, x).y)
     assert (wide[..., :16] == 7).all() and (wide[..., 64:] == 7).all()
 
 
