@@ -5,7 +5,7 @@
 A row whose scale would not be a normal number gets scale 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +33,7 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype, backend: _impl.Backend) ->
             outputs = (codes.data_ptr(), CODE_TYPES[dtype], scale.data_ptr())
             _impl.native.gpu_row_quant(*read_args(weight), 0, *outputs, *_gpu.queue(weight))
             return codes, scale
-        run = _impl.native.quantize_int8 if dtype == torch.int8 else _impl.native.quantize_fp8
-        run(*read_args(weight), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+        encode("int8" if dtype == torch.int8 else "fp8", weight, (codes, scale))
         return codes, scale
     top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     # a tensor, because on a GPU torch divides by a plain number as a product with its inverse
@@ -47,6 +46,12 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype, backend: _impl.Backend) ->
 def read_args(weight: Tensor) -> tuple[int, int, int, int, int]:
     """A weight for the native module to read: address, type, rows, columns, elements from one row to the next."""
     return weight.data_ptr(), FLOAT_TYPES[weight.dtype], *weight.shape, weight.stride(0)
+
+
+def encode(name: str, weight: Tensor, parts: Iterable[Tensor]) -> None:
+    """Calls the native module's quantiser of the format that it knows as `name`, on the CPU."""
+    addresses = (part.data_ptr() for part in parts)
+    getattr(_impl.native, f"quantize_{name}")(*read_args(weight), *addresses, torch.get_num_threads())
 
 
 def decode(name: str, out: Tensor, out_scale: Tensor | None, parts: Sequence[Tensor]) -> None:

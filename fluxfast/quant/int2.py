@@ -16,10 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.ops import _impl
 from fluxfast.quant._affine import LEAST_STEP, Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import LEAST_NORMAL, decode, read_args
+from fluxfast.quant._rows import LEAST_NORMAL, decode, encode
 
 AFFINE = Affine(group=16, top=3, unit=5, grain=2**-10, shrinks=(1.0, 0.75, 0.5), refits=1)
 # a step is at most 2·max|w| / 3, the scale a fifth of it, and a byte's highest value 1.875
@@ -70,8 +69,7 @@ class Int2(Format):
 
     def quantize_native(self, weight: Tensor) -> Parts:
         parts = self.empty((weight.shape[0], weight.shape[1]))
-        addresses = (part.data_ptr() for part in parts.values())
-        _impl.native.quantize_int2(*read_args(weight), *addresses, torch.get_num_threads())
+        encode("int2", weight, parts.values())
         return parts
 
     def quantize_triton(self, weight: Tensor) -> Parts:

@@ -16,10 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.ops import _impl
 from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import decode, read_args
+from fluxfast.quant._rows import decode, encode
 
 AFFINE = Affine(group=64, top=15, unit=16, grain=2**-8, shrinks=(1.0, 0.92), refits=2)
 
@@ -48,8 +47,7 @@ class Int4(Format):
 
     def quantize_native(self, weight: Tensor) -> Parts:
         parts = self.empty((weight.shape[0], weight.shape[1]))
-        addresses = (part.data_ptr() for part in parts.values())
-        _impl.native.quantize_int4(*read_args(weight), *addresses, torch.get_num_threads())
+        encode("int4", weight, parts.values())
         return parts
 
     def quantize_triton(self, weight: Tensor) -> Parts:

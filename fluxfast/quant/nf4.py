@@ -13,10 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.ops import _impl
 from fluxfast.quant._affine import pack, unpack
 from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import decode, read_args
+from fluxfast.quant._rows import decode, encode
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -70,7 +69,7 @@ class Nf4(Format):
         weight = weight.contiguous()
         packed = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8)
         absmax = torch.empty(-(-weight.numel() // BLOCK))
-        _impl.native.quantize_nf4(*read_args(weight), packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads())
+        encode("nf4", weight, (packed, absmax))
         return {"packed": packed, **quantize_absmax(absmax)}
 
     def quantize_triton(self, weight: Tensor) -> Parts:
