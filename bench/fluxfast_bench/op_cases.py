@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fluxfast.ops.attention import attention, attention_ref
 from fluxfast.ops.gated_residual import gated_residual, gated_residual_ref
 from fluxfast.ops.gelu import gelu, gelu_ref
 from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
@@ -21,6 +22,7 @@ from fluxfast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from fluxfast.ops.row_quant import row_quant
 from fluxfast.ops.token_route import token_gather, token_gather_ref, token_scatter, token_scatter_ref
 from fluxfast_bench.cases import Shape
+from fluxfast_bench.floor import ATTENTION_BACKWARD
 
 RANK = 16
 # relative errors that rounding explains: once at the end in the activations' dtype (products round their adapters' part on its
@@ -40,9 +42,9 @@ class OpCase:
     """One op.
 
     inputs: makes them, those of floating dtype in the activations' and, up to `differentiable`, with a gradient. forward,
-    backward: passes over a [B, S, D] tensor at the least, of activations; flops: multiply-adds a token in dim², a direction.
-    compute: what products run in. bound: relative error by dtype. cuda_only: there is nothing to time on a CPU. decode: makes
-    of ours what can be held against the reference.
+    backward: passes over a [B, S, D] tensor at the least, of activations; flops: of a call, forward or forward and backward.
+    compute: the ceiling of products. bound: relative error by dtype. cuda_only: there is nothing to time on a CPU. decode:
+    makes of ours what can be held against the reference.
     """
 
     name: str
@@ -54,7 +56,7 @@ class OpCase:
     backward: Callable[[int], float] | None
     bound: dict[torch.dtype, float]
     differentiable: int = 1
-    flops: float = 0.0
+    flops: Callable[[Shape, str], float] = lambda shape, mode: 0.0
     compute: str = "float"
     cuda_only: bool = False
     decode: Op | None = None
@@ -69,8 +71,7 @@ class OpCase:
         if mode == "both" and self.backward is not None:
             passes += self.backward(itemsize)
         rows = shape.tokens * shape.batch
-        directions = 2 if mode == "both" else 1
-        return passes * rows * shape.dim * itemsize, 2 * self.flops * shape.dim**2 * rows * directions
+        return passes * rows * shape.dim * itemsize, self.flops(shape, mode)
 
 
 def _eager_layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -103,6 +104,15 @@ def _qk_inputs(randn: Random, shape: Shape) -> list[Tensor]:
     angle = randn(shape.tokens, shape.head_dim // 2).float()
     weights = [1 + 0.1 * randn(shape.head_dim) for _ in range(2)]
     return [randn(shape.batch, shape.tokens, 3 * shape.dim), *weights, angle.cos(), angle.sin()]
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _attention_flops(shape: Shape, mode: str) -> float:
+    return 4 * shape.tokens**2 * shape.dim * shape.batch * (1 + ATTENTION_BACKWARD if mode == "both" else 1)
 
 
 def _eager_row_quant(x: Tensor) -> tuple[Tensor, ...]:
@@ -161,7 +171,7 @@ def _linear_case(compute: str) -> OpCase:
         backward=lambda _: 4 + 1,
         bound=PRODUCT_ROUNDING if compute == "same" else {torch.float32: CODES_ROUNDING, torch.bfloat16: CODES_ROUNDING},
         differentiable=7,
-        flops=3,
+        flops=lambda shape, mode: 6 * shape.dim**2 * shape.tokens * shape.batch * (2 if mode == "both" else 1),
         compute=name,
         cuda_only=compute != "same",
     )
@@ -211,6 +221,19 @@ CASES: dict[str, OpCase] = {
             forward=lambda _: 6,
             backward=lambda _: 8,
             bound=ROUNDING,
+        ),
+        OpCase(
+            "attention",
+            lambda randn, s: [randn(s.batch, s.tokens, s.heads, s.head_dim) for _ in range(3)],
+            attention,
+            _eager_attention,
+            attention_ref,
+            forward=lambda _: 4,
+            backward=lambda _: 8,
+            bound=PRODUCT_ROUNDING,
+            differentiable=3,
+            flops=_attention_flops,
+            compute="attention_forward",
         ),
         OpCase(
             "row_quant_int8",

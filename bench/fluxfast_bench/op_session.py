@@ -79,7 +79,7 @@ class Session:
 
     def _error(self, case: OpCase, shape: Shape) -> float:
         # fp64 products of a whole model's width would take longer than all timings
-        exact = torch.float64 if case.flops == 0 or self.device.type == "cpu" else torch.float32
+        exact = torch.float64 if not case.flops(shape, "forward") or self.device.type == "cpu" else torch.float32
         found = [
             _values_and_gradients(case, op, self.inputs(case, shape, dtype), self.dtype)
             for op, dtype in ((_decoding(case), self.dtype), (case.ref, exact))
