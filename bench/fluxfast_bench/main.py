@@ -17,6 +17,7 @@ COMMANDS = {
     "aot": ("aot", "compile every Triton kernel for every GPU, without one: registers, spills, shared memory"),
     "formats": ("formats", "error of each storage format beside optimum-quanto's and bitsandbytes'"),
     "counts": ("counts", "count what a full-size step launches and moves, beside diffusers + PEFT; no GPU is needed"),
+    "host": ("host", "time the Python of a step, with launches that do nothing; no GPU is needed"),
     "vram": ("vram", "the memory of a full-size step for every preset, beside its target and the plan's; no GPU is needed"),
     "report": ("report", "make the README's tables and the plots from stored results"),
     "check": ("check", "hold stored results against bench/targets.toml and the runs before them"),

@@ -153,7 +153,7 @@ def _one_rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: floa
     return _RmsNorm.apply(x, weight)
 
 
-def _resolve(
+def resolve_on_gpu(
     op: str, impl: str, tensors: Any, *, obstacle: str | None = None, native_obstacle: str | None = None, **_: Any
 ) -> str:
     return "ref" if impl == "ref" or obstacle else "triton"
@@ -173,7 +173,7 @@ def as_on_gpu(on_launch: OnLaunch) -> Iterator[None]:
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),
         mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
         mock.patch.object(functional, "rms_norm", _one_rms_norm),
-        mock.patch.object(_impl, "resolve", _resolve),
+        mock.patch.object(_impl, "resolve", resolve_on_gpu),
         mock.patch.object(attention, "_automatic", return_value="flash"),
         mock.patch.object(_launch, "_record", on_launch),
         mock.patch.object(_launch, "_aot_target", "sm_90"),

@@ -20,7 +20,7 @@ from fluxfast.files import write_atomic
 from fluxfast_bench.conditions import conditions, slug
 
 ROOT = Path("bench/results")
-KINDS = ("ops", "step", "startup")
+KINDS = ("ops", "step", "startup", "host")
 
 
 @dataclass(frozen=True)

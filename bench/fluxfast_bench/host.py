@@ -1,0 +1,121 @@
+"""`fluxfast-bench host`: how long Python takes to ask a GPU for one training step, measured without one.
+
+FLUX.1's blocks, all 57, but narrow and with few tokens, on CPU tensors; our kernels' launches return at once. What is left is
+our own Python and torch's small operations: a floor under the time of a step, unless its launches are replayed as CUDA graphs.
+Triton's own part of a launch, some 10 µs or more, comes on top. diffusers + PEFT is beside it for scale: its operations really
+run, on next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.table import Table
+
+import fluxfast_kernels
+from fluxfast.ops import _impl
+from fluxfast_bench import results
+from fluxfast_bench.cases import CONFIGS, Shape
+from fluxfast_bench.conditions import conditions
+from fluxfast_bench.meta_step import resolve_on_gpu
+from fluxfast_bench.options import chosen, wide_console
+from fluxfast_bench.runner import Runner, Setup, flow_loss
+from fluxfast_bench.worker import CONTESTANTS
+
+DEFAULT = ("diffusers", "fluxfast", "fluxfast-int8+int8", "fluxfast-nf4+int8")
+# FLUX.1's blocks with two heads
+NARROW = {"attention_head_dim": 64, "num_attention_heads": 2, "axes_dims_rope": (8, 28, 28)}
+SIDE, TXT, RANK = 2, 4, 16
+WARM_STEPS, STEPS = 2, 15
+
+
+class _Narrow(Shape):
+    @property
+    def config(self) -> dict[str, Any]:
+        return CONFIGS["flux"] | NARROW
+
+
+# functions, not Mocks, whose calls would take longer than what is measured
+def _no_launch(*args: Any, **numbers: Any) -> None:
+    return None
+
+
+def _hopper(device: torch.device) -> str:
+    return "sm_90"
+
+
+@contextmanager
+def launches_nothing() -> Iterator[None]:
+    """Our ops run on CPU tensors as they would on a GPU, up to the launch."""
+    with ExitStack() as patches:
+        for name in [module.name for module in pkgutil.iter_modules(fluxfast_kernels.__path__)]:
+            module = importlib.import_module(f"fluxfast_kernels.{name}")
+            if hasattr(module, "launch"):
+                patches.enter_context(mock.patch.object(module, "launch", _no_launch))
+            if hasattr(module, "arch_key"):
+                patches.enter_context(mock.patch.object(module, "arch_key", _hopper))
+        patches.enter_context(mock.patch.object(_impl, "resolve", resolve_on_gpu))
+        yield
+
+
+def measure(name: str, recompute: str) -> dict[str, Any]:
+    """Seconds of a forward and of a backward, the median of several."""
+    contestant = CONTESTANTS[name]
+    shape = _Narrow("flux, two heads", "flux", SIDE, TXT, 1)
+    runner = Runner(contestant, Setup(shape, recompute, RANK, "torch-adamw", torch.device("cpu")))
+    forwards, backwards = [], []
+    with launches_nothing() if contestant.ours else ExitStack():
+        for step in range(WARM_STEPS + STEPS):
+            begun = time.perf_counter()
+            loss, _ = flow_loss(runner.model, runner.inputs, runner.target)
+            halfway = time.perf_counter()
+            loss.backward()
+            if step >= WARM_STEPS:
+                forwards.append(halfway - begun)
+                backwards.append(time.perf_counter() - halfway)
+            runner.optimizer.zero_grad(set_to_none=True)
+    forward, backward = statistics.median(forwards), statistics.median(backwards)
+    return {
+        "case": "57 blocks",
+        "contestant": f"{name}:{recompute}",
+        "ours": contestant.ours,
+        "forward_seconds": round(forward, 5),
+        "backward_seconds": round(backward, 5),
+        "seconds": round(forward + backward, 5),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fluxfast-bench host", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--contestants", metavar="C,…", help=f"default: {','.join(DEFAULT)}")
+    parser.add_argument("--recompute", choices=("none", "full"), default="full", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
+    options = parser.parse_args(argv)
+    try:
+        names = chosen("--contestants", options.contestants, list(CONTESTANTS), DEFAULT)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)
+    found = conditions(torch.device("cpu"), ["host", *argv])
+    records = [measure(name, options.recompute) for name in names]
+    table = Table("contestant", "forward", "backward", "a step, ms", title="time of the host, one thread")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for record in records:
+        times = (record[key] for key in ("forward_seconds", "backward_seconds", "seconds"))
+        table.add_row(record["contestant"], *(f"{1000 * seconds:.1f}" for seconds in times))
+    wide_console().print(table)
+    print(results.write(options.results, {"kind": "host", "conditions": found, "records": records}))
+    return 0
