@@ -33,18 +33,8 @@ from fluxfast_kernels._matmul import (
 from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
 from fluxfast_kernels.row_quant import check_rows
 
-__all__ = [
-    "AOT_VARIANTS",
-    "Segments",
-    "lora_da",
-    "lora_db",
-    "lora_down",
-    "lora_ds",
-    "lora_grads",
-    "lora_matmul",
-    "lora_matmul_dgrad",
-    "make_segments",
-]
+__all__ = ["AOT_VARIANTS", "Segments", "lora_da", "lora_db", "lora_down", "lora_ds", "lora_matmul", "lora_matmul_dgrad"]
+__all__ += ["make_segments"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -237,7 +227,7 @@ def lora_matmul_dgrad(
 ) -> Tensor:
     """dx = dy w + dS A, [M, K] in dy's dtype; written to `out`, or added to what it holds.
 
-    dy [M, N], w [N, K] as in the forward pass, lora_ds [M, Σ ranks] from `lora_grads`, lora_a [Σ ranks, K].
+    dy [M, N], w [N, K] as in the forward pass, lora_ds [M, Σ ranks] from `lora_ds`, lora_a [Σ ranks, K].
     """
     v = None if lora_a is None else lora_a.T
     return matmul(dy, w.T, u=lora_ds, v=v, out=out, accumulate=accumulate, numbers=numbers)
@@ -260,29 +250,6 @@ def lora_down(
     return _down(x, a, s, scale, x_scale, None, numbers)
 
 
-def lora_grads(
-    dy: Tensor,
-    s: Tensor,
-    x: Tensor,
-    b: Tensor,
-    *,
-    scale: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    segments: Segments | None = None,
-    grad_dtype: torch.dtype = torch.float32,
-    numbers: Mapping[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dS [M, Σ ranks] in dy's dtype, dA [Σ ranks, K] and dB [N, max ranks] in `grad_dtype`, from fp32 sums.
-
-    dy [M, N]; s as `lora_down` gave it; x [M, K] as there; b, scale and segments as in the forward pass. Where a segment has
-    fewer ranks than the widest, dB's spare columns are zero.
-    """
-    ds = lora_ds(dy, b, torch.empty_like(s, dtype=dy.dtype), scale=scale, segments=segments, numbers=numbers)
-    db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
-    lora_db(dy, s, db, segments=segments, numbers=numbers)
-    return ds, lora_da(x, ds, x_scale=x_scale, grad_dtype=grad_dtype, numbers=numbers), db
-
-
 def lora_ds(
     dy: Tensor,
     b: Tensor,
@@ -292,7 +259,10 @@ def lora_ds(
     segments: Segments | None = None,
     numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """dS = scale · dy B, written to ds [M, Σ ranks], whose rows may lie any distance apart; the rest as in `lora_grads`."""
+    """dS = scale · dy B, written to ds [M, Σ ranks], whose rows may lie any distance apart.
+
+    dy [M, N], b [N, max ranks], scale and segments as in the forward pass. fp32 sums.
+    """
     return _down(dy, b.T, ds, scale, None, segments, numbers)
 
 
@@ -304,7 +274,11 @@ def lora_db(
     segments: Segments | None = None,
     numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """dB = dyᵀ s, written to db [N, max ranks], whose rows may lie any distance apart; the rest as in `lora_grads`."""
+    """dB = dyᵀ s, written to db [N, max ranks], whose rows may lie any distance apart.
+
+    dy as `lora_ds` takes it, s as `lora_down` gave it. Where a segment has fewer ranks than the widest, its spare columns are
+    zero. fp32 sums.
+    """
     return _outer(dy, s, db, None, segments, False, numbers)
 
 
@@ -372,7 +346,7 @@ def _outer(
     numbers: Mapping[str, int] | None,
 ) -> Tensor:
     """g = xᵀ (x_scale · u), [N, R], or [R, N] if `transposed`, for x [M, N]; segments divide N, and R is the widest one's."""
-    check_rows("lora_grads", x=x, u=u, x_scale=x_scale)
+    check_rows("lora_da, lora_db", x=x, u=u, x_scale=x_scale)
     (m, n), rank = x.shape, g.shape[0 if transposed else 1]
     if m == 0:
         return g.zero_()

@@ -11,7 +11,7 @@ import torch
 from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 
 from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear_ref
-from fluxfast_kernels.lora_linear import lora_down, lora_grads, lora_matmul, lora_matmul_dgrad, make_segments
+from fluxfast_kernels.lora_linear import lora_da, lora_db, lora_down, lora_ds, lora_matmul, lora_matmul_dgrad, make_segments
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
 
@@ -19,6 +19,14 @@ from support import relative_error
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 3, "num_warps": 4, "num_stages": 2}
 # sums are cut into parts of at least four blocks: 64 rows or columns
 NARROW = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+
+
+def lora_grads(dy, s, x, b, *, scale=None, x_scale=None, segments=None, grad_dtype=torch.float32, numbers=None):
+    """dS, dA and dB, as a backward pass asks for them."""
+    ds = lora_ds(dy, b, torch.empty_like(s, dtype=dy.dtype), scale=scale, segments=segments, numbers=numbers)
+    db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
+    lora_db(dy, s, db, segments=segments, numbers=numbers)
+    return ds, lora_da(x, ds, x_scale=x_scale, grad_dtype=grad_dtype, numbers=numbers), db
 
 
 def group(outs, ranks, k, m, dtype, seed=0):
@@ -219,7 +227,9 @@ def step(m):
     xq, dyq, wq = (t.to(torch.int8) for t in (x, dy, w))
     s = lora_linear.lora_down(x, a, scale=scale)
     lora_linear.lora_matmul(x, w, lora_s=s, lora_b=b, segments=segments)
-    ds, _, _ = lora_linear.lora_grads(dy, s, x, b, scale=scale, segments=segments)
+    ds = lora_linear.lora_ds(dy, b, meta(m, total), scale=scale, segments=segments)
+    lora_linear.lora_db(dy, s, meta(n, rank, dtype=torch.float32), segments=segments)
+    lora_linear.lora_da(x, ds)
     lora_linear.lora_matmul_dgrad(dy, w, lora_ds=ds, lora_a=a)
     quant_matmul.quant_matmul(xq, m_scale, wq, n_scale, lora_s=s, lora_b=b, segments=segments)
     quant_matmul.quant_matmul_dgrad(dyq, m_scale, wq, lora_ds=ds, lora_a=a)
