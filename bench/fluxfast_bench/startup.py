@@ -32,7 +32,7 @@ from fluxfast_bench import results
 from fluxfast_bench.cases import CONFIGS, Shape, model_inputs
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.make_checkpoint import make_checkpoint
-from fluxfast_bench.options import chosen_device, wide_console
+from fluxfast_bench.options import chosen, chosen_device, wide_console
 from fluxfast_bench.runner import MAX_GRAD_NORM, TARGETS, flow_loss, make_optimizer
 
 WAYS = ("diffusers", "quantise", "cached")
@@ -126,25 +126,31 @@ def copy_seconds(files: Sequence[Path], folder: Path) -> float:
     return seconds
 
 
-def measure(path: Path, format: str, ways: Sequence[str], device: torch.device, limit: float) -> list[dict[str, Any]]:
-    """A record for each way; what is compared with targets only of a large checkpoint."""
+def measure(
+    path: Path, formats: Sequence[str], ways: Sequence[str], device: torch.device, limit: float
+) -> list[dict[str, Any]]:
+    """A record for each way and format; what is compared with targets only of a large checkpoint."""
     checkpoint = open_checkpoint(path)
+    base: dict[str, Any] = {"case": f"{checkpoint.nbytes / 1e9:.3g} GB"}
     records = []
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".startup-") as temporary:
         folder = Path(temporary)
         copied = copy_seconds(checkpoint.files.files, folder)
-        quantised = folder / "quantised.safetensors"
-        size = checkpoint.quantize(FluxTransformer, quantised, FORMATS[format], quantize_on=device)
-        for way in ways:
-            record: dict[str, Any] = {
-                "case": f"{checkpoint.nbytes / 1e9:.3g} GB", "contestant": way if way == "diffusers" else f"{way} {format}",
-                "ours": way != "diffusers", "copy_seconds": round(copied, 4), "quantised_gib": round(size / 2**30, 3),
-            }  # fmt: skip
-            record |= started(way, quantised if way == "cached" else path, format, device, limit)
-            if way == "quantise" and checkpoint.nbytes >= LARGE and "reason" not in record:
-                held = record["load_rss_gib"] - (record["quantised_gib"] if device.type == "cpu" else 0)
-                record |= {"extra_gib": round(held, 3), "times_copy": round(record["load_seconds"] / copied, 3)}
-            records.append(record)
+        base["copy_seconds"] = round(copied, 4)
+        if "diffusers" in ways:
+            start = started("diffusers", path, "", device, limit)
+            records.append({**base, "contestant": "diffusers", "ours": False, **start})
+        for format in formats:
+            quantised = folder / "quantised.safetensors"
+            size = checkpoint.quantize(FluxTransformer, quantised, FORMATS[format], quantize_on=device)
+            for way in [way for way in ways if way != "diffusers"]:
+                record = {**base, "contestant": f"{way} {format}", "ours": True, "quantised_gib": round(size / 2**30, 3)}
+                record |= started(way, quantised if way == "cached" else path, format, device, limit)
+                if way == "quantise" and checkpoint.nbytes >= LARGE and "reason" not in record:
+                    held = record["load_rss_gib"] - (record["quantised_gib"] if device.type == "cpu" else 0)
+                    record |= {"extra_gib": round(held, 3), "times_copy": round(record["load_seconds"] / copied, 3)}
+                records.append(record)
+            quantised.unlink()
     return records
 
 
@@ -168,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
         description="Measure the way from a checkpoint to the first step. Exit status 1: one of ours fails.",
     )
     parser.add_argument("--checkpoint", type=Path, help="folder or file (default: a small one, made for the purpose)")
-    parser.add_argument("--format", choices=list(FORMATS), default="int8", help="to quantise to (default: %(default)s)")
+    parser.add_argument("--formats", default="int8", help=f"to quantise to, of {', '.join(FORMATS)} (default: %(default)s)")
     parser.add_argument("--ways", default=",".join(WAYS), help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that one start may take (default: %(default)s)")
@@ -176,16 +182,15 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         device = chosen_device(options.device)
-        ways = options.ways.split(",")
-        if not set(ways) <= set(WAYS):
-            raise ValueError(f"--ways: expected some of {', '.join(WAYS)}, got {options.ways}")
+        ways = chosen("--ways", options.ways, WAYS)
+        formats = chosen("--formats", options.formats, list(FORMATS))
         with tempfile.TemporaryDirectory() as folder:
             path = options.checkpoint
             if path is None:
                 path = Path(folder, "checkpoint")
                 make_checkpoint(path, CONFIGS["small"])
             found = conditions(device, ["startup", *argv])
-            records = measure(path, options.format, ways, device, options.limit)
+            records = measure(path, formats, ways, device, options.limit)
     except ValueError as error:
         print(f"fluxfast-bench startup: {error}", file=sys.stderr)
         return 1

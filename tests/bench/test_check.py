@@ -225,13 +225,15 @@ def test_startup_measures_each_way_in_a_process_of_its_own(tmp_path, monkeypatch
     monkeypatch.setattr(startup, "started", started)
     monkeypatch.setattr(startup, "LARGE", 0)
     monkeypatch.setattr(startup, "copy_seconds", lambda files, folder: 1.6)
-    assert main(["startup", "--device", "cpu", "--format", "int4", "--results", str(tmp_path)]) == 0
+    assert main(["startup", "--device", "cpu", "--formats", "int4,nf4", "--results", str(tmp_path)]) == 0
     assert asked == [
-        ("diffusers", "checkpoint", "int4"),
+        ("diffusers", "checkpoint", ""),
         ("quantise", "checkpoint", "int4"),
         ("cached", "quantised.safetensors", "int4"),
+        ("quantise", "checkpoint", "nf4"),
+        ("cached", "quantised.safetensors", "nf4"),
     ]
-    peer, quantised, cached = results.read_all(tmp_path)[0].records
+    peer, quantised, cached, *_ = results.read_all(tmp_path)[0].records
     assert peer["reason"].endswith("exit code 9") and cached["seconds"] == 3.0
     assert quantised["times_copy"] == 1.25 and "times_copy" not in cached
     # of what loading took, what is beyond the model itself
