@@ -118,14 +118,17 @@ def vram_verdicts(stored: Sequence[Result], wanted: dict[str, dict[str, float]])
 
 
 def startup_verdicts(stored: Sequence[Result], wanted: dict[str, float]) -> Iterator[Verdict]:
+    """Of each format on each device the newest."""
     for key, name in (("extra_gib", "host memory above the quantised size, GiB"), ("times_copy", "time to load, in copies")):
-        most = wanted[key]
-        found = next(((r, record[key]) for r, record in _measured(stored, "startup") if record.get(key) is not None), None)
-        if found is None:
-            yield Verdict(f"start-up: {name}", "", f"at most {most:g}", "", UNMEASURED)
-        else:
-            verdict = MET if found[1] <= most else MISSED
-            yield Verdict(f"start-up: {name}", found[0].device, f"at most {most:g}", f"{found[1]:.2f}", verdict)
+        found: dict[tuple[str, str], float] = {}
+        for result, record in _measured(stored, "startup"):
+            if record.get(key) is not None:
+                found.setdefault((result.device, record["contestant"]), record[key])
+        for (device, contestant), value in found.items():
+            verdict = MET if value <= wanted[key] else MISSED
+            yield Verdict(f"start-up, {contestant}: {name}", device, f"at most {wanted[key]:g}", f"{value:.2f}", verdict)
+        if not found:
+            yield Verdict(f"start-up: {name}", "", f"at most {wanted[key]:g}", "", UNMEASURED)
 
 
 def regressions(stored: Sequence[Result]) -> Iterator[Verdict]:

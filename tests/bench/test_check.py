@@ -248,3 +248,17 @@ def test_a_start_really_ends_with_a_step(tmp_path, capsys):
     assert "extra_gib" not in line
     assert json.loads(results.read_all(tmp_path)[0].path.read_text())["kind"] == "startup"
     capsys.readouterr()
+
+
+def test_every_format_is_held_to_the_startup_targets():
+    def run(date, **copies):
+        records = [
+            {"contestant": f"quantise {name}", "ours": True, "case": "24 GB", "extra_gib": 0.5, "times_copy": times}
+            for name, times in copies.items()
+        ]
+        return results.Result("cpu", Path("x"), {"kind": "startup", "conditions": {"date": date}, "records": records})
+
+    stored = [run("2026-01-01", int8=2.0, int2=2.0), run("2026-01-02", int8=1.1)]
+    verdicts = list(check.startup_verdicts(stored, {"extra_gib": 3.0, "times_copy": 1.3}))
+    red = [v for v in verdicts if v.red]
+    assert len(verdicts) == 4 and len(red) == 1 and "quantise int2" in red[0].name and red[0].found == "2.00"
