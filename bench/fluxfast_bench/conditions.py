@@ -59,13 +59,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM|C)\)", "", name, flags=re.IGNORECASE).lower()).strip("-")
 
 
+def repeatable(command: Sequence[str]) -> str:
+    """The command line without what belongs to the machine that it ran on: where results went, and folders."""
+    words = list(command)
+    for option in ("--results", "--out"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return shlex.join(["fluxfast-bench", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
+
+
 def conditions(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     """Device, driver, clocks, versions, commit, command and date (UTC) of a run."""
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_name(device),
         "commit": commit(),
-        "command": shlex.join(["fluxfast-bench", *command]),
+        "command": repeatable(command),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "versions": {package: number for package in PACKAGES if (number := installed(package)) is not None},

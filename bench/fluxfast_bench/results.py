@@ -84,8 +84,9 @@ def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
     """(name, value, whether more is better) of each figure of ours that a later run on the same device may not worsen.
 
     On a CPU, which other programs use too, those are ratios of steps that were timed in turn, and memory; elsewhere times as
-    well.
+    well. Ratios to the peers: to another of ours, it would be worse where that one got better.
     """
+    ours = {record.get("contestant") for record in result.records if record["ours"]}
     shared = "cuda" not in result.data["conditions"]
     for record in result.records:
         if "reason" in record or not record["ours"]:
@@ -95,5 +96,5 @@ def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
             if record.get(key) is not None and not (shared and key == "seconds"):
                 yield f"{name} {key}", record[key], False
         if result.kind == "step":
-            for peer, ratio in record["ratios"].items():
+            for peer, ratio in ((peer, ratio) for peer, ratio in record["ratios"].items() if peer not in ours):
                 yield f"{name} vs {peer}", ratio, True

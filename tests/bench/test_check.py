@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fluxfast_bench import check, report, results, startup, targets
-from fluxfast_bench.conditions import slug
+from fluxfast_bench.conditions import repeatable, slug
 from fluxfast_bench.main import main
 from fluxfast_bench.worker import CONTESTANTS
 
@@ -262,3 +262,21 @@ def test_every_format_is_held_to_the_startup_targets():
     verdicts = list(check.startup_verdicts(stored, {"extra_gib": 3.0, "times_copy": 1.3}))
     red = [v for v in verdicts if v.red]
     assert len(verdicts) == 4 and len(red) == 1 and "quantise int2" in red[0].name and red[0].found == "2.00"
+
+
+def test_a_stored_command_names_no_place_of_its_machine():
+    words = ["startup", "--checkpoint", "/home/someone/ck", "--results", "/tmp/x", "--formats", "int8"]
+    assert repeatable(words) == "fluxfast-bench startup --checkpoint ck --formats int8"
+
+
+def test_a_ratio_to_another_of_ours_is_no_regression(tmp_path):
+    runs = [
+        run_of(
+            record("fluxfast:none", 1.0, ratios={"fluxfast-int8:none": ratio}),
+            record("fluxfast-int8:none", ratio),
+            day=day,
+            device="A CPU",
+        )
+        for day, ratio in ((1, 1.5), (2, 1.1))
+    ]
+    assert not list(check.regressions(store(tmp_path, *runs)))
