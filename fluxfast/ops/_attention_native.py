@@ -31,8 +31,11 @@ def is_fastest() -> bool:
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """out [B, S, heads, head_dim], contiguous, and the log-sum-exp [B, heads, S]."""
+    assert q.shape == k.shape == v.shape
     q, k, v = (_impl.dense_rows(x) for x in (q, k, v))
     out, lse = _impl.contiguous_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    if q.numel() == 0:
+        return [out, lse]
     tensors = [part for x in (q, k, v) for part in (x.data_ptr(), x.stride())]
     _impl.native.attention_fwd(*tensors, out.data_ptr(), lse.data_ptr(), *q.shape, torch.get_num_threads())
     return [out, lse]
@@ -42,6 +45,8 @@ def attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     """dq, dk, dv [B, S, heads, head_dim], contiguous."""
     inputs = [_impl.dense_rows(x) for x in (dout, q, k, v, out)]
     grads = [_impl.contiguous_like(x) for x in (q, k, v)]
+    if q.numel() == 0:
+        return grads
     tensors = [part for x in inputs for part in (x.data_ptr(), x.stride())]
     addresses = [grad.data_ptr() for grad in grads]
     _impl.native.attention_bwd(*tensors, lse.contiguous().data_ptr(), *addresses, *q.shape, torch.get_num_threads())

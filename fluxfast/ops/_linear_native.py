@@ -19,6 +19,8 @@ def linear_lora_grads(
     """
     x, dy = _impl.dense_rows(x), _impl.dense_rows(dy)
     a, b = ([t.contiguous() for t in tensors] for tensors in (a, b))
+    if x.shape[0] == 0:
+        return [torch.zeros_like(t) for t in (*a, *b)]
     grads = [torch.empty_like(t) for t in (*a, *b)]
     address = Tensor.data_ptr
     adapters = [

@@ -67,7 +67,7 @@ def test_where_they_stay_apart(options):
 
 
 # ranks of less than a vector, one, and more than a tile; rows of less than a block, and several tasks of blocks
-@pytest.mark.parametrize("rows", [1, 63, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 63, 1000])
 @pytest.mark.parametrize("ranks", [[[3], [16]], [[17, 2], [70]], [[], [1, 1, 40]]])
 def test_adapter_grads(isa, rows, ranks):
     g = torch.Generator().manual_seed(3)
