@@ -19,7 +19,11 @@ static constexpr int kVector = 4, kRegisters = 16;
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 typedef float Floats __attribute__((vector_size(4 * kVector)));
+#if defined(__clang__)
+#define FLUXFAST_UNROLL _Pragma("unroll")
+#else
 #define FLUXFAST_UNROLL _Pragma("GCC unroll 32")
+#endif
 #else
 struct Floats {
   float lane[kVector];
