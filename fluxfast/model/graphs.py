@@ -90,6 +90,8 @@ class StepGraphs:
         key = (tuple(kept), *((t.shape, t.dtype) for t in tensors))
         graphed = self._graphs.get(key)
         if graphed is None:
+            if self._transformer.modulation is not None:
+                self._transformer.modulation.wait()
             samples = tuple(t.detach().clone() for t in tensors)
             graphed = self._graphs[key] = self._capture(_Blocks(self._transformer, router, tuple(kept)), samples)
         return graphed(*tensors)

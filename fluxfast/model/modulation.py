@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +201,10 @@ class ModulationAhead:
             return _Prepared(known, self._compute(known, device, dtype))
 
         self._pending.append(self._pool.submit(compute))
+
+    def wait(self) -> None:
+        """Return once nothing is being computed: the thread pins memory, which CUDA forbids while graphs are captured."""
+        wait(self._pending)
 
     def forget(self) -> None:
         """Drop what has been prepared, and let the thread end."""
