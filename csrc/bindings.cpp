@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+#include <vector>
+
 #include "cpu/dispatch.h"
 #ifdef FLUXFAST_GPU_BACKEND
 #include "gpu/ops.h"

@@ -24,9 +24,15 @@ from fluxfast_bench.results import Result
 
 WORSE = 0.05
 MET, MISSED, WORSENED, UNMEASURED = "met", "missed", "worse", "not measured"
+# where a figure comes from that no device gave
+COUNTED = "counted"
 COLOURS = {MET: "green", MISSED: "red", WORSENED: "red", UNMEASURED: "yellow"}
 # what runs anywhere and fails by itself where a target is missed; {} is a folder to write to
-GUARDS = (("aot", "--sample", "1", "--out", "{}/aot.json"), ("vram",), ("counts",))
+GUARDS = (
+    ("aot", "--sample", "1", "--out", "{}/aot.json"),
+    ("vram", "--out", "{}/vram.json"),
+    ("counts", "--out", "{}/counts.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,15 +101,23 @@ def floor_verdicts(stored: Sequence[Result], wanted: dict[str, Any]) -> Iterator
         yield Verdict("share of the floor's rate", wanted["device"], f"at least {least:.0%}", "", UNMEASURED)
 
 
-def vram_verdicts(stored: Sequence[Result], wanted: dict[str, dict[str, float]]) -> Iterator[Verdict]:
-    """Peaks that a device's allocator reported; `vram` predicts them all."""
+def vram_verdicts(
+    stored: Sequence[Result], counted: dict[str, list[dict[str, Any]]], wanted: dict[str, dict[str, float]]
+) -> Iterator[Verdict]:
+    """Peaks that a device's allocator reported, or else those that `vram` has counted."""
     peaks: dict[tuple[str, str, str], tuple[float, str]] = {}
+    for record in counted.get("vram", []):
+        if record["recompute"] == "full":
+            residency = "streamed" if record["streamed"] else "resident"
+            peaks[record["base"], residency, record["shape"]] = record["gib"], COUNTED
     for result, record in _newest_of_ours(stored):
         if "peak_gib" in record and record["recompute"] == "full" and record["optimizer"] == "adamw8bit":
             residency = "streamed" if "streamed" in record["contestant"] else "resident"
             key = record["storage"], residency, record["case"]
             # the worst, where a storage format has several ways to compute
-            peaks[key] = max(peaks.get(key, (0.0, "")), (record["peak_gib"], result.device))
+            known = peaks.get(key, (0.0, COUNTED))
+            measured = record["peak_gib"], result.device
+            peaks[key] = measured if known[1] == COUNTED else max(known, measured)
     for storage, limits in wanted.items():
         for place, most in limits.items():
             residency, px = place.split("-")
@@ -115,6 +129,24 @@ def vram_verdicts(stored: Sequence[Result], wanted: dict[str, dict[str, float]])
                 yield Verdict(name, f"{device}, {px} px", limit, f"{peak:.2f} GiB", verdict)
             else:
                 yield Verdict(name, f"{px} px", limit, "", UNMEASURED)
+
+
+def counts_verdicts(counted: dict[str, list[dict[str, Any]]], wanted: dict[str, float]) -> Iterator[Verdict]:
+    """The worst step of ours in bytes and in launches, and kernels that spill."""
+    ours = [record for record in counted.get("counts", []) if record["ours"]]
+    for key, target in targets.COUNT_RATIOS.items():
+        name, limit = f"{target} of a step, of eager diffusers + PEFT's", f"at most {wanted[target]:g}"
+        if not ours:
+            yield Verdict(name, "", limit, "", UNMEASURED)
+            continue
+        worst = max(ours, key=lambda record: record[key])
+        verdict = MET if worst[key] <= wanted[target] else MISSED
+        yield Verdict(name, f"{COUNTED}, {worst['case']}, {worst['contestant']}", limit, f"{worst[key]:.4g}", verdict)
+    variants = counted.get("aot", [])
+    bad = sum(variant.get("spills") != 0 for variant in variants)
+    verdict = UNMEASURED if not variants else MET if bad == 0 else MISSED
+    found = f"{bad} of {len(variants)}" if variants else ""
+    yield Verdict("kernels that spill or fail to compile", COUNTED if variants else "", "none", found, verdict)
 
 
 def startup_verdicts(stored: Sequence[Result], wanted: dict[str, float]) -> Iterator[Verdict]:
@@ -157,11 +189,16 @@ def guard_verdicts(commands: dict[str, tuple[str, str]]) -> Iterator[Verdict]:
         yield Verdict(f"fluxfast-bench {name}", "", "exit status 0", str(status), MET if status == 0 else MISSED)
 
 
-def verdicts_of(stored: Sequence[Result], wanted: dict[str, Any]) -> list[Verdict]:
+def verdicts_of(
+    stored: Sequence[Result], wanted: dict[str, Any], counted: dict[str, list[dict[str, Any]]] | None = None
+) -> list[Verdict]:
+    """counted: `results.read_counted`'s."""
+    counted = counted or {}
     return [
         *ratio_verdicts(stored, wanted["ratio"]),
         *floor_verdicts(stored, wanted["floor"]),
-        *vram_verdicts(stored, wanted["vram"]),
+        *vram_verdicts(stored, counted, wanted["vram"]),
+        *counts_verdicts(counted, wanted["counts"]),
         *startup_verdicts(stored, wanted["startup"]),
         *regressions(stored),
     ]
@@ -182,11 +219,12 @@ def main(argv: Sequence[str]) -> int:
         description="Hold stored results against the targets and the runs before them. Exit status 1: one is missed or worse.",
     )
     parser.add_argument("--ci", action="store_true", help="also run the guards that need no device: aot, vram, counts")
-    parser.add_argument("--targets", type=Path, default=targets.TARGETS, help="default: %(default)s")
+    targets.add_option(parser)
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
-        verdicts = verdicts_of(results.read_all(options.results), targets.read(options.targets))
+        stored, counted = results.read_all(options.results), results.read_counted(options.results)
+        verdicts = verdicts_of(stored, targets.read(options.targets), counted)
     except ValueError as error:
         print(f"fluxfast-bench check: {error}", file=sys.stderr)
         return 1

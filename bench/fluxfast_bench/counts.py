@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxfast_bench import results
+from fluxfast_bench import results, targets
 from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.meta_step import diffusers_model, fluxfast_model, forward_backward, inputs_of
 from fluxfast_bench.options import chosen, print_faults, wide_console
@@ -58,13 +58,6 @@ CONTESTANTS = (
 )
 
 
-class Limits(NamedTuple):
-    """The most that ours may have of the baseline's: design targets."""
-
-    memory: float = 0.35
-    launches: float = 0.25
-
-
 def count(contestant: Contestant, shape: Shape) -> Tally:
     """A step of the contestant's."""
     model, inputs = contestant.model(shape), inputs_of(shape)
@@ -84,13 +77,13 @@ def record_of(contestant: Contestant, shape: Shape, tally: Tally, baseline: Tall
     }
 
 
-def violations(records: Sequence[dict[str, Any]], limits: Limits) -> list[str]:
-    """What is above its limit, a line each; a step that keeps more or computes otherwise is held to the same."""
+def violations(records: Sequence[dict[str, Any]], limits: dict[str, float]) -> list[str]:
+    """What is above its target, a line each; a step that keeps more or computes otherwise is held to the same."""
     found = []
     for record in (record for record in records if record["ours"]):
-        for key, limit in (("memory_ratio", limits.memory), ("launch_ratio", limits.launches)):
-            if record[key] > limit:
-                found.append(f"{record['case']} {record['contestant']}: {key} {record[key]:.3f}, at most {limit}")
+        for key, name in targets.COUNT_RATIOS.items():
+            if record[key] > limits[name]:
+                found.append(f"{record['case']} {record['contestant']}: {key} {record[key]:.3f}, at most {limits[name]}")
     return found
 
 
@@ -126,12 +119,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", metavar="S,…", help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})")
     parser.add_argument("--out", type=Path, default=Path("bench/results/counts.json"), help="default: %(default)s")
     parser.add_argument("--details", action="store_true", help="also op by op")
+    targets.add_option(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     options, console, errors = parse(argv), wide_console(), Console(stderr=True)
     try:
+        wanted = targets.read(options.targets)
         shapes = [SHAPES[name] for name in chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES)]
     except ValueError as error:
         errors.print(f"fluxfast-bench counts: {error}", markup=False)
@@ -145,4 +140,4 @@ def main(argv: Sequence[str]) -> int:
                 console.print(details_of(tally, f"{shape.name} {contestant.name}"))
     results.write_counted(options.out, ["counts", *argv], records)
     console.print(table_of(records))
-    return print_faults(violations(records, Limits()), errors)
+    return print_faults(violations(records, wanted["counts"]), errors)

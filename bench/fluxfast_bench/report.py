@@ -133,7 +133,9 @@ def render(text: str, stored: Sequence[Result], root: Path, links: str) -> str:
     return MARKED.sub(filled, text)
 
 
-def summary(stored: Sequence[Result], links: str, wanted: dict[str, Any] | None) -> str:
+def summary(
+    stored: Sequence[Result], links: str, wanted: dict[str, Any] | None, counted: dict[str, list[dict[str, Any]]]
+) -> str:
     """One page: every table, and what of the targets was measured."""
     parts = ["# fluxfast-bench"]
     for name, section in SECTIONS.items():
@@ -144,7 +146,7 @@ def summary(stored: Sequence[Result], links: str, wanted: dict[str, Any] | None)
     if wanted is not None:
         rows = [
             [line.name, line.where, line.wanted, line.found, line.verdict]
-            for line in check.verdicts_of(stored, wanted)
+            for line in check.verdicts_of(stored, wanted, counted)
             if line.verdict != check.UNMEASURED
         ]
         parts.append("## targets\n\n" + markdown_table(["figure", "where", "wanted", "found", ""], rows, left=2))
@@ -167,7 +169,8 @@ def main(argv: Sequence[str]) -> int:
         if options.summary is not None:
             plots.draw(stored, options.results)
             wanted = targets.read(options.targets) if options.targets.exists() else None
-            write_atomic(options.summary, summary(stored, pictures(options.results, options.summary), wanted).encode())
+            counted = results.read_counted(options.results)
+            write_atomic(options.summary, summary(stored, pictures(options.results, options.summary), wanted, counted).encode())
             return 0
         before = options.readme.read_text(encoding="utf-8")
         if not MARKED.search(before):

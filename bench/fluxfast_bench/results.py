@@ -80,6 +80,19 @@ def read_all(root: Path) -> list[Result]:
     return sorted(found, key=lambda result: (result.device, result.date))
 
 
+def read_counted(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of what needs no device, by command: `vram`, `counts` and `aot`, as far as they are there."""
+    found = {}
+    for name, key in (("vram", "records"), ("counts", "records"), ("aot", "variants")):
+        path = root / f"{name}.json"
+        if path.exists():
+            try:
+                found[name] = json.loads(path.read_text(encoding="utf-8"))[key]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f"{path}: not what fluxfast-bench {name} writes; remove it, or run that again") from None
+    return found
+
+
 def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
     """(name, value, whether more is better) of each figure of ours that a later run on the same device may not worsen.
 

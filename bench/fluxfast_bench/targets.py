@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,21 @@ else:
     import tomli as tomllib
 
 TARGETS = Path("bench/targets.toml")
+# a ratio that `counts` stores, and what it is called in [counts]
+COUNT_RATIOS = {"memory_ratio": "bytes", "launch_ratio": "launches"}
 TABLES = ("ratio", "floor", "vram", "startup", "counts")
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--targets", type=Path, default=TARGETS, help="default: %(default)s")
+
+
+def vram_limit(wanted: dict[str, Any], base: str, shape: str, *, streamed: bool, recompute: str) -> float | None:
+    """The most GiB for a step of that base and shape; None where nothing was promised. `wanted`: the whole file."""
+    if recompute != "full" or not shape.endswith("px-b1"):
+        return None
+    place = f"{'streamed' if streamed else 'resident'}-{shape.removesuffix('px-b1')}"
+    return wanted["vram"].get(base, {}).get(place)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from fluxfast.memory.host import HostMemory
 from fluxfast.memory.offload import stream_blocks
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.modulation import BLOCK_LINEARS
-from fluxfast_bench import results
+from fluxfast_bench import results, targets
 from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.live_bytes import LiveBytes
 from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
@@ -44,14 +45,7 @@ ADAPTERS = torch.float32
 # how far the plan may be off
 TOLERANCE = 0.03
 
-# base: GiB at most with full recomputation at 512 and 1024 px, resident, then streamed; and what the quickstart says
-LIMITS = {
-    "bf16": ((18.5, 20.0), (3.0, 3.5)),
-    "int8": ((10.5, 12.0), (2.5, 3.0)),
-    "int4": ((6.8, 8.2), (2.2, 2.8)),
-    "nf4": ((6.6, 8.0), (2.2, 2.8)),
-    "int2": ((4.8, 6.2), (2.0, 2.6)),
-}
+# GiB that the quickstart says
 QUICKSTART = {"bf16": 30, "int8": 18, "int4": 13, "nf4": 9, "int2": 9}
 
 
@@ -63,13 +57,6 @@ class Preset:
     shape: str
     streamed: bool
     recompute: str
-
-    @property
-    def limit(self) -> float | None:
-        """The target in GiB, where this preset has one."""
-        if self.recompute != "full" or self.base not in LIMITS or self.shape not in DEFAULT_SHAPES:
-            return None
-        return LIMITS[self.base][self.streamed][DEFAULT_SHAPES.index(self.shape)]
 
     @property
     def compute(self) -> str:
@@ -154,8 +141,8 @@ def predict(preset: Preset) -> int:
     return plan.account(workload, choices).peak
 
 
-def record_of(preset: Preset) -> dict[str, Any]:
-    """What is stored of a preset."""
+def record_of(preset: Preset, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What is stored of a preset; `wanted` has the targets."""
     peak, predicted = measure(preset), predict(preset)
     return {
         "base": preset.base,
@@ -165,7 +152,7 @@ def record_of(preset: Preset) -> dict[str, Any]:
         "gib": round(peak / 2**30, 3),
         "plan_gib": round(predicted / 2**30, 3),
         "plan_error": round(predicted / peak - 1, 4),
-        "limit_gib": preset.limit,
+        "limit_gib": targets.vram_limit(wanted, **vars(preset)),
     }
 
 
@@ -208,12 +195,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", metavar="S,…", help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})")
     parser.add_argument("--out", type=Path, default=Path("bench/results/vram.json"), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    targets.add_option(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     options, console, errors = parse(argv), wide_console(), Console(stderr=True)
     try:
+        wanted = targets.read(options.targets)
         bases = chosen("--bases", options.bases, BASES)
         todo = presets(bases, chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES))
     except ValueError as error:
@@ -221,7 +210,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool, Progress(console=errors) as progress:
-        records = list(progress.track(pool.map(record_of, todo), total=len(todo), description="presets"))
+        made = pool.map(partial(record_of, wanted=wanted), todo)
+        records = list(progress.track(made, total=len(todo), description="presets"))
     results.write_counted(options.out, ["vram", *argv], records)
     console.print(table_of(records))
     return print_faults(violations(records), errors)

@@ -39,7 +39,7 @@ static void copy_panels(const Heads& x, int64_t b, int64_t h, int64_t begin, int
       const float* row = row_of(x, b, h, s) + col;
       for (int64_t d = 0; d < cols; ++d) panel[d] = row[d] * factor;
     }
-    memset(panel, 0, sizeof(float) * static_cast<size_t>((padded - (end - begin)) * cols));
+    clear(panel, (padded - (end - begin)) * cols);
   }
 }
 

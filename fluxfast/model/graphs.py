@@ -14,6 +14,7 @@ Tested on the CPU, by an emulation that writes down what a step asks of torch an
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,21 +42,6 @@ class _Blocks(nn.Module):
         return transformer.run_blocks(router, dict(zip(starts, inputs[count:], strict=True)), *inputs[:count])
 
 
-def _capture(module: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    graphed: Any = torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True, pool=_pool())
-    return graphed
-
-
-_pools: list[Any] = []
-
-
-def _pool() -> Any:
-    """One memory pool for the graphs of all shapes: they never run at the same time."""
-    if not _pools:
-        _pools.append(torch.cuda.graph_pool_handle())
-    return _pools[0]
-
-
 def why_not(transformer: Any) -> str | None:
     """Why a transformer's steps can't be captured; None where they can."""
     if transformer.device.type != "cuda":
@@ -73,17 +59,27 @@ def why_not(transformer: Any) -> str | None:
 
 
 class StepGraphs:
-    """The graphs of one transformer."""
+    """The graphs of one transformer.
 
-    def __init__(self, transformer: Any, capture: Capture = _capture) -> None:
-        """Raises ValueError as `why_not` says."""
+    All shapes share memory, so a forward's backward must have run before the next forward.
+    """
+
+    def __init__(self, transformer: Any, capture: Capture) -> None:
         self._transformer, self._capture = transformer, capture
         self._graphs: dict[Any, Callable[..., Tensor]] = {}
-        if capture is _capture and (reason := why_not(transformer)) is not None:
+
+    @classmethod
+    def on_gpu(cls, transformer: Any) -> StepGraphs:
+        """Raises ValueError as `why_not` says."""
+        if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
+        pool = torch.cuda.graph_pool_handle()
+        return cls(transformer, partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool))  # type: ignore[arg-type]
 
     def __call__(self, router: Router | None, draws: Draws, *inputs: Tensor) -> Tensor:
-        """`run_blocks` of the same arguments."""
+        """`run_blocks` of the same arguments. Raises ValueError for an input that wants a gradient: a graph has none for it."""
+        if any(t.requires_grad for t in inputs):
+            raise ValueError("CUDA graphs: an input of the blocks requires a gradient; set_cuda_graphs(False), or detach it")
         # a route that keeps all is none
         kept = {first: index for first, index in draws.items() if index is not None}
         tensors = (*inputs, *kept.values())

@@ -56,7 +56,7 @@ EAGER = "bf16, checkpointed, against diffusers + PEFT eager"
 def test_nothing_measured_is_not_passed(tmp_path, wanted, capsys):
     verdicts = check.verdicts_of([], wanted)
     assert {v.verdict for v in verdicts} == {check.UNMEASURED}
-    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 2
+    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 3 + 2
     assert main(["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]) == 0
     assert f"0 met, 0 missed, 0 worse, {len(verdicts)} not measured" in capsys.readouterr().out
 
@@ -135,7 +135,9 @@ def test_guards_run_their_commands(monkeypatch):
     monkeypatch.setattr("fluxfast_bench.check.main", guard(1))
     lines = list(check.guard_verdicts({"aot": ("aot", ""), "vram": ("check", "")}))
     assert [line.verdict for line in lines] == [check.MET, check.MISSED, check.UNMEASURED]
-    assert ran[0][:2] == ["--sample", "1"] and ran[1] == []
+    assert ran[0][:2] == ["--sample", "1"]
+    # beside the stored results, which a guard leaves as they are
+    assert all(argv[-2] == "--out" and not argv[-1].startswith("bench/") for argv in ran)
 
 
 @pytest.mark.parametrize(
@@ -280,3 +282,48 @@ def test_a_ratio_to_another_of_ours_is_no_regression(tmp_path):
         for day, ratio in ((1, 1.5), (2, 1.1))
     ]
     assert not list(check.regressions(store(tmp_path, *runs)))
+
+
+def counted_figures():
+    step = {"case": "512px-b1", "contestant": "fluxfast, int8", "ours": True, "memory_ratio": 0.27, "launch_ratio": 0.2485}
+    preset = {"base": "int4", "shape": "512px-b1", "streamed": False, "recompute": "full", "gib": 5.7}
+    return {
+        "vram": [preset, preset | {"recompute": "none", "gib": 99.0}],
+        "counts": [step, step | {"ours": False, "launch_ratio": 1.0}],
+        "aot": [{"spills": 0}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "name"),
+    [
+        ("vram", "int4", {"resident-512": 5.6}, "peak VRAM, int4, resident"),
+        ("counts", "launches", 0.24, "launches of a step, of eager diffusers + PEFT's"),
+        ("counts", "bytes", 0.26, "bytes of a step, of eager diffusers + PEFT's"),
+    ],
+)
+def test_a_counted_target_tightened_turns_red(wanted, table, key, value, name):
+    counted = counted_figures()
+    assert not any(v.red for v in check.verdicts_of([], wanted, counted))
+    tight = copy.deepcopy(wanted)
+    tight[table][key] = value
+    assert [v.name for v in check.verdicts_of([], tight, counted) if v.red] == [name]
+
+
+@pytest.mark.parametrize("variant", [{"spills": 4}, {"error": "out of registers"}])
+def test_a_kernel_that_spills_turns_red(wanted, variant):
+    counted = counted_figures() | {"aot": [{"spills": 0}, variant]}
+    (line,) = [v for v in check.verdicts_of([], wanted, counted) if v.red]
+    assert line.found == "1 of 2"
+
+
+def test_what_a_device_measured_goes_before_what_was_counted(tmp_path, wanted):
+    preset = counted_figures()["vram"][0] | {"base": "bf16", "shape": "1024px-b1", "gib": 1.0}
+    stored = store(tmp_path, run_of(record("fluxfast:full", 1.0)))
+    assert found(check.verdicts_of(stored, wanted, {"vram": [preset]}), "peak VRAM, bf16, resident").found == "15.00 GiB"
+
+
+def test_a_damaged_count_is_named(tmp_path):
+    (tmp_path / "vram.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vram\.json: not what fluxfast-bench vram writes"):
+        results.read_counted(tmp_path)

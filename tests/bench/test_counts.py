@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from fluxfast.ops.gelu import gelu
-from fluxfast_bench import counts
+from fluxfast_bench import counts, targets
 from fluxfast_bench.cases import CONFIGS, Shape
-from fluxfast_bench.counts import BASELINE, CONTESTANTS, Limits, count, violations
+from fluxfast_bench.counts import BASELINE, CONTESTANTS, count, violations
 from fluxfast_bench.main import main
 from fluxfast_bench.tally import counted, touched_bytes
 
 B = 2  # bytes of bf16
+LIMITS = {"bytes": 0.35, "launches": 0.25}
 
 
 def meta(*shape, **kwargs):
@@ -134,22 +135,24 @@ def test_ours_moves_and_launches_less(monkeypatch):
     shape = flux_blocks(monkeypatch, 1, 1)
     baseline, ours = count(BASELINE, shape), count(CONTESTANTS[2], shape)
     assert CONTESTANTS[2].ours and not BASELINE.ours
-    assert ours.bytes["memory"] < Limits().memory * baseline.bytes["memory"]
+    assert ours.bytes["memory"] < LIMITS["bytes"] * baseline.bytes["memory"]
     assert ours.total_launches < 0.6 * baseline.total_launches
 
 
 def test_violations_name_the_figure():
     good = {"case": "c", "contestant": "x", "ours": True, "memory_ratio": 0.3, "launch_ratio": 0.2}
-    assert violations([good, good | {"ours": False, "memory_ratio": 1.0}], Limits()) == []
-    assert violations([good | {"memory_ratio": 0.36}], Limits()) == ["c x: memory_ratio 0.360, at most 0.35"]
-    assert len(violations([good | {"memory_ratio": 0.36, "launch_ratio": 0.26}], Limits())) == 2
+    assert violations([good, good | {"ours": False, "memory_ratio": 1.0}], LIMITS) == []
+    assert violations([good | {"memory_ratio": 0.36}], LIMITS) == ["c x: memory_ratio 0.360, at most 0.35"]
+    assert len(violations([good | {"memory_ratio": 0.36, "launch_ratio": 0.26}], LIMITS)) == 2
 
 
 def test_the_command_stores_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(counts, "CONTESTANTS", (BASELINE, CONTESTANTS[2]))
-    monkeypatch.setattr(counts, "Limits", lambda: Limits(memory=9.0, launches=9.0))
-    out = tmp_path / "counts.json"
-    assert main(["counts", "--shapes", "tiny", "--out", str(out), "--details"]) == 0
+    out, loose, tight = (tmp_path / name for name in ("counts.json", "loose.toml", "tight.toml"))
+    text = targets.TARGETS.read_text(encoding="utf-8")
+    loose.write_text(text.replace("bytes = 0.35", "bytes = 9.0").replace("launches = 0.25", "launches = 9.0"))
+    tight.write_text(text.replace("bytes = 0.35", "bytes = 0.0").replace("launches = 0.25", "launches = 9.0"))
+    assert main(["counts", "--shapes", "tiny", "--out", str(out), "--details", "--targets", str(loose)]) == 0
     stored = json.loads(out.read_text())
     assert stored["run"]["command"].startswith("fluxfast-bench counts --shapes tiny")
     baseline, ours = stored["records"]
@@ -157,8 +160,7 @@ def test_the_command_stores_what_it_prints(tmp_path, monkeypatch, capsys):
     assert ours["launch_ratio"] == round(ours["launches"] / baseline["launches"], 4)
     assert f"{ours['launches']:,}" in capsys.readouterr().out
 
-    monkeypatch.setattr(counts, "Limits", lambda: Limits(memory=0.0))
-    assert main(["counts", "--shapes", "tiny", "--out", str(out)]) == 1
+    assert main(["counts", "--shapes", "tiny", "--out", str(out), "--targets", str(tight)]) == 1
     assert "memory_ratio" in capsys.readouterr().err
 
 

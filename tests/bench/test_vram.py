@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fluxfast_bench import vram
+from fluxfast_bench import targets, vram
 from fluxfast_bench.cases import CONFIGS, SHAPES, Shape
 from fluxfast_bench.live_bytes import BLOCK, LiveBytes, rounded
 from fluxfast_bench.main import main
@@ -123,10 +123,11 @@ def test_streaming_keeps_a_ring_of_blocks(few_blocks):
 def test_every_combination_is_a_preset():
     made = presets(vram.BASES, vram.DEFAULT_SHAPES)
     assert len(made) == len(set(made)) == 6 * 2 * 2 * 3
-    limits = {(p.base, p.shape, p.streamed): p.limit for p in made if p.limit is not None}
-    assert len(limits) == 5 * 2 * 2
-    assert limits["int4", "1024px-b1", True] == 2.8
-    assert all(p.limit is None for p in made if p.recompute != "full")
+    wanted = targets.read(targets.TARGETS)
+    limits = {p: limit for p in made if (limit := targets.vram_limit(wanted, **vars(p))) is not None}
+    assert len(limits) == 5 * 2 * 2 and all(p.recompute == "full" for p in limits)
+    assert limits[Preset("int4", "1024px-b1", True, "full")] == 2.8
+    assert targets.vram_limit(wanted, "int4", "1024px-b2", streamed=True, recompute="full") is None
 
 
 def test_violations_name_the_preset():

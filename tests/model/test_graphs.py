@@ -165,6 +165,15 @@ def test_what_is_no_training_step_runs_as_ever():
     assert model.graphs.captures == 0
 
 
+def test_an_input_that_wants_a_gradient_is_refused():
+    model, inputs = make_model(), make_inputs(1, 2, 3)
+    model.graphs = Counting(model)
+    inputs["encoder_hidden_states"].requires_grad_()
+    with pytest.raises(ValueError, match="requires a gradient"):
+        model(**inputs)
+    assert model.graphs.captures == 0
+
+
 def test_what_cannot_be_captured_is_named(monkeypatch):
     model = make_model(dropout=0.1)
     with pytest.raises(ValueError, match="CUDA graphs: the model is on cpu, and only a GPU has them"):
