@@ -118,10 +118,10 @@ def test_native_softmax_is_safe(isa):
     expected = attention.attention_ref(*leaves)
     grads = torch.autograd.grad(expected, leaves, dout.double())
     out, lse = _attention_native.forward(q, k, v)
-    # scores of up to 1e3 are rounded by up to 6e-5, which exp makes relative
-    assert relative_error(out, expected) < 1e-3
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
     for grad, wanted in zip(_attention_native.backward(dout, q, k, v, out, lse), grads, strict=True):
-        assert relative_error(grad, wanted) < 2e-3
+        # scores of several hundred are rounded by 3e-5, which exp makes relative
+        assert relative_error(grad, wanted) < 5e-5
 
 
 def test_native_hands_on_nan(isa):
