@@ -1,7 +1,16 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; what tests may not leave behind."""
+"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; what tests may not leave behind.
+
+pytest runs a worker on each core (pyproject.toml). A worker, and the processes that its tests start, compute with their
+share of the cores: threads of OpenMP that outnumber the cores wait for each other instead of working.
+"""
 
 import os
 import sys
+
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    # before anything imports torch, which reads it once
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _WORKERS)))
 
 import pytest
 import torch
@@ -11,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fluxfast.ops import _impl
+from peers import without_compilers
 
 ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
 
@@ -39,3 +49,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def eager_peers():
+    """optimum-quanto and bitsandbytes compute what they do anyway, without starting a compiler for it."""
+    with without_compilers():
+        yield

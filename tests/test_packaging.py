@@ -11,9 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "bench", "csrc", "fluxfast", "kernels", "pyproject.toml", "setup.py"]
+
+PIP_WHEEL = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w")
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
@@ -43,11 +46,23 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
     )
 
 
-def build_wheel(source: Path, out: Path, **env: str) -> Path:
-    result = run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=source, **env)
-    assert result.returncode == 0, result.stdout
+def build_wheel(folder: Path, **env: str) -> Path:
+    """The wheel of a copy of the checkout, built below `folder` by the first test worker that asks for it."""
+    folder.mkdir(exist_ok=True)
+    source, out = folder / "source", folder / "out"
+    with FileLock(folder / "lock"):
+        if not source.exists():
+            result = run(*PIP_WHEEL, out, copy_sources(source), cwd=source, **env)
+            assert result.returncode == 0, result.stdout
     (wheel,) = out.glob("*.whl")
     return wheel
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A temporary folder of this test run, the same for all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
 
 
 def run_installed(wheel: Path, folder: Path, script: str) -> str:
@@ -72,16 +87,14 @@ def names_in(wheel: Path) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def native_wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("native_wheel")
-    return build_wheel(copy_sources(folder / "source"), folder / "out", FLUXFAST_REQUIRE_EXT="1")
+def native_wheel(shared_folder) -> Path:
+    return build_wheel(shared_folder / "native_wheel", FLUXFAST_REQUIRE_EXT="1")
 
 
 @pytest.fixture(scope="session")
-def pure_wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pure_wheel")
-    (folder / "empty").mkdir()
-    return build_wheel(copy_sources(folder / "source"), folder / "out", PATH=str(folder / "empty"))
+def pure_wheel(shared_folder) -> Path:
+    (shared_folder / "no_tools").mkdir(exist_ok=True)
+    return build_wheel(shared_folder / "pure_wheel", PATH=str(shared_folder / "no_tools"))
 
 
 def python_files(folder: Path, package: str) -> set[str]:
@@ -143,7 +156,7 @@ def test_pure_wheel_works_elsewhere(pure_wheel, tmp_path):
 def test_a_source_that_does_not_compile_is_an_error(tmp_path):
     source = copy_sources(tmp_path / "source")
     (source / "csrc/bindings.cpp").write_text("#error broken on purpose\n")
-    result = run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "out", source, cwd=source)
+    result = run(*PIP_WHEEL, tmp_path / "out", source, cwd=source)
     assert result.returncode != 0
     assert "broken on purpose" in result.stdout
 

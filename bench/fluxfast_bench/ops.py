@@ -56,8 +56,15 @@ def run_pytest(session: Session, seconds: float) -> str:
     import pytest
 
     said = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
-        pytest.main([*arguments, f"--rootdir={folder}"], plugins=[session])
+    # a worker of pytest-xdist that runs the command in a test: pytest-benchmark takes the variable to mean that this pytest
+    # is one as well, and doesn't measure
+    worker = os.environ.pop("PYTEST_XDIST_WORKER", None)
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
+            pytest.main([*arguments, f"--rootdir={folder}"], plugins=[session])
+    finally:
+        if worker is not None:
+            os.environ["PYTEST_XDIST_WORKER"] = worker
     return said.getvalue()
 
 

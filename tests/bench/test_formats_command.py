@@ -8,6 +8,8 @@ import torch
 from fluxfast_bench import formats
 from fluxfast_bench.main import main
 
+pytestmark = pytest.mark.usefixtures("eager_peers")
+
 
 def run(capsys, *words: str) -> str:
     assert main(["formats", "--rows", "3", *words]) == 0

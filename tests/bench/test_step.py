@@ -45,6 +45,7 @@ def test_a_run_is_measured_and_stored(tmp_path, monkeypatch, capsys):
     assert "fluxfast:none" in shown and str(stored.path) in shown
 
 
+@pytest.mark.usefixtures("eager_peers")
 @pytest.mark.parametrize("name", [*PEERS_IN_CI, "fluxfast", "fluxfast-int8", "fluxfast-nf4"])
 def test_contestants_are_built_alike_and_train(name):
     contestant = CONTESTANTS[name]

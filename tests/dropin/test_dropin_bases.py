@@ -12,6 +12,8 @@ from fluxfast.model.bases import Decoded
 from fluxfast.model.linear import StoredWeight, obstacle, read_linear
 from support import make_inputs, relative_error
 
+pytestmark = pytest.mark.usefixtures("eager_peers")
+
 # the host decodes to its scales' 16 bits where we compute in fp32: 2^-8 a weight, averaged over a sum, over five blocks
 DECODED = 2e-2
 # bitsandbytes' int8 product also rounds its input to 8 bits: 0.6 % of a row's RMS in each of some twenty products

@@ -291,12 +291,16 @@ def test_saved_folder_loads_in_diffusers_and_back(tmp_path):
     theirs, ours = pair()
     ours.save_pretrained(tmp_path / "ours", max_shard_size="100KB")
     assert (tmp_path / "ours" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    inputs = make_inputs(1, 2, 3)
-    inputs_out = theirs(**inputs).sample
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "ours")
     assert type(again) is FluxTransformer2DModel
     mine = FluxTransformer.from_pretrained(tmp_path / "ours", torch_dtype=torch.float32)
-    assert torch.equal(again(**inputs).sample, inputs_out)
-    assert relative_error(mine(**inputs).sample, inputs_out) < FP32
+    for loaded in (again, mine):
+        assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    inputs = make_inputs(1, 2, 3)
+    expected = theirs(**inputs).sample
+    # the weights are the same bits, but a mapped file's lie at other addresses: by a tensor's alignment, BLAS chooses a kernel
+    # with its own order of summation
+    assert relative_error(again(**inputs).sample, expected) < FP32
+    assert relative_error(mine(**inputs).sample, expected) < FP32
     with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
         FluxTransformer.from_pretrained(tmp_path / "absent")

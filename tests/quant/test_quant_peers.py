@@ -16,6 +16,8 @@ from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint2, qint4, qint8, q
 SHAPE = (96, 3072)
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("eager_peers")
+
 
 def quanto_error(weight: torch.Tensor, qtype) -> float:
     """quanto's own choices for a FLUX.1 linear: its QLinear's optimizer, a scale a row for 8 bits, groups of 128 below that."""
