@@ -7,11 +7,6 @@ share of the cores: threads of OpenMP that outnumber the cores wait for each oth
 import os
 import sys
 
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _WORKERS > 1:
-    # before anything imports torch, which reads it once
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _WORKERS)))
-
 import pytest
 import torch
 
@@ -21,6 +16,12 @@ if not torch.cuda.is_available():
 
 from fluxfast.ops import _impl
 from peers import without_compilers
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    # for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
 

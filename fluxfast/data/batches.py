@@ -92,8 +92,14 @@ class BatchLoader:
         step: int = 0,
         caption_dropout_probability: float = 0.0,
         read_ahead: int = 2,
+        then: Callable[[Batch, int], Any] | None = None,
     ) -> None:
-        """`step` is the number of batches that the run has used so far; captions follow the sampler's seed."""
+        """`step` is the number of batches that the run has used so far; captions follow the sampler's seed.
+
+        `then` is called in the thread with each batch and its number, counted from 0 over the run; what it returns is handed
+        out in the batch's place.
+        """
+        self._then = then or (lambda batch, number: batch)
         self.step = step
         self.epoch = sampler.epoch
         self._prepared, self._sampler = prepared, sampler
@@ -102,18 +108,18 @@ class BatchLoader:
         self._next_read = step
         # a single thread, so that the sampler is asked for its steps in order
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-batches")
-        self._ahead: deque[Future[tuple[Batch, int, dict]]] = deque(self._submit() for _ in range(read_ahead))
+        self._ahead: deque[Future[tuple[Any, int, dict]]] = deque(self._submit() for _ in range(read_ahead))
 
     def __iter__(self) -> "BatchLoader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         self._ahead.append(self._submit())
         batch, self.epoch, self._state = self._ahead.popleft().result()
         self.step += 1
         return batch
 
-    def upcoming(self) -> Callable[[], Batch]:
+    def upcoming(self) -> Callable[[], Any]:
         """What waits for the batch that comes next, and gives it; for another thread, and for later, when it may have come."""
         read = self._ahead[0]
         return lambda: read.result()[0]
@@ -126,12 +132,12 @@ class BatchLoader:
         """Stop the thread."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _submit(self) -> Future[tuple[Batch, int, dict]]:
+    def _submit(self) -> Future[tuple[Any, int, dict]]:
         step = self._next_read
         self._next_read += 1
         return self._pool.submit(self._read, step)
 
-    def _read(self, step: int) -> tuple[Batch, int, dict]:
+    def _read(self, step: int) -> tuple[Any, int, dict]:
         refs = self._sampler.next(step)
         batch = load_batch(
             self._prepared,
@@ -139,4 +145,4 @@ class BatchLoader:
             caption_dropout_probability=self._dropout,
             rng=caption_rng(self._sampler.seed, step),
         )
-        return batch, self._sampler.epoch, self._sampler.state_dict()
+        return self._then(batch, step), self._sampler.epoch, self._sampler.state_dict()

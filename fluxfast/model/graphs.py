@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.model.linear import read_linear
+from fluxfast.model.pinned import capturing
 from fluxfast.model.routing import Draws, Router
 
 # (module, sample arguments) to a callable of the same arguments: torch.cuda.make_graphed_callables
@@ -86,8 +87,7 @@ class StepGraphs:
         key = (tuple(kept), *((t.shape, t.dtype) for t in tensors))
         graphed = self._graphs.get(key)
         if graphed is None:
-            if self._transformer.modulation is not None:
-                self._transformer.modulation.wait()
             samples = tuple(t.detach().clone() for t in tensors)
-            graphed = self._graphs[key] = self._capture(_Blocks(self._transformer, router, tuple(kept)), samples)
+            with capturing():
+                graphed = self._graphs[key] = self._capture(_Blocks(self._transformer, router, tuple(kept)), samples)
         return graphed(*tensors)

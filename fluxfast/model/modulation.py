@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from fluxfast.model.linear import LinearParams, StoredWeight, obstacle, project, read_linear
+from fluxfast.model.pinned import pin, send
 from fluxfast.quant.gemv import gemv
 from fluxfast.quant.linear import QuantLinear
 
@@ -202,10 +203,6 @@ class ModulationAhead:
 
         self._pending.append(self._pool.submit(compute))
 
-    def wait(self) -> None:
-        """Return once nothing is being computed: the thread pins memory, which CUDA forbids while graphs are captured."""
-        wait(self._pending)
-
     def forget(self) -> None:
         """Drop what has been prepared, and let the thread end."""
         self._pending.clear()
@@ -230,7 +227,7 @@ class ModulationAhead:
         if flat is None or flat.dtype != dtype:
             flat = self._compute(conditions, device, dtype)
         # one copy for all blocks, behind which the device's own queue waits, and nobody else
-        return flat.to(device, non_blocking=True)
+        return send(flat, device)
 
     def _look_up(self, conditions: Conditions) -> Tensor | None:
         if self._last is not None and self._last.conditions.equals(conditions):
@@ -267,9 +264,7 @@ class ModulationAhead:
         for linears, vectors in zip(self._linears(), self.views(flat, batch), strict=True):
             for linear, out in zip(linears, vectors, strict=True):
                 apply_on_host(vec, linear, out)
-        if device.type != "cuda":
-            return flat.to(dtype)
-        return torch.empty(flat.shape, dtype=dtype, pin_memory=True).copy_(flat)
+        return pin(flat.to(dtype), device)
 
     # ---- moves by others -------------------------------------------------------------------------------------------------
 

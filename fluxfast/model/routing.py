@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fluxfast.model.pinned import pin, send
 from fluxfast.ops.token_route import token_gather, token_scatter
 
 
@@ -105,7 +106,8 @@ class Router:
             scores = scores.masked_fill(forced, -1.0)
         if keep == tokens:
             return None
-        return scores.topk(keep, dim=1, largest=False).indices.sort(dim=1).values.to(device)
+        kept = scores.topk(keep, dim=1, largest=False).indices.sort(dim=1).values
+        return send(pin(kept, device), device)
 
 
 def joint_index(kept: Tensor, txt_len: int) -> Tensor:

@@ -120,13 +120,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, ba
     return _Attention.apply(q, k, v, mask, resolve(backend, q, mask))
 
 
+# elements: PyTorch's memory-efficient kernel loads a bias in vectors, and refuses one whose rows don't begin at such a
+# multiple; cuDNN's is faster for it
+BIAS_ALIGNMENT = 16
+
+
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask as it is added to the scores [B, heads, S, S]: zeros and minus infinities of a boolean one."""
+    """The mask as it is added to the scores [B, heads, S, S]: zeros and minus infinities of a boolean one.
+
+    All strides but the last are multiples of BIAS_ALIGNMENT: rows of an awkward length have unused columns behind them.
+    """
     if mask is None:
         return None
+    columns = mask.shape[-1]
+    padded = -(-columns // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    # the columns behind are never read
+    bias = torch.zeros((*mask.shape[:-1], padded), dtype=q.dtype, device=mask.device)[..., :columns]
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    return mask.to(q.dtype).expand(q.shape[0], q.shape[2], q.shape[1], q.shape[1])
+        bias.masked_fill_(~mask, -torch.inf)
+    else:
+        bias.copy_(mask)
+    return bias.expand(q.shape[0], q.shape[2], q.shape[1], q.shape[1])
 
 
 def forward(

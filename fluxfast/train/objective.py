@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxfast.data.batches import Batch
 from fluxfast.model.modulation import Conditions
+from fluxfast.model.pinned import pin, send
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
 from fluxfast.train.config import TrainConfig
@@ -25,14 +27,30 @@ def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class Draw(NamedTuple):
-    """A batch's noise levels [B], its guidance [B] (None where the model takes none), and the generator that its noise is
-    drawn from next.
+@dataclass(frozen=True)
+class Example:
+    """A micro-batch as the model is to see it, on the host, in memory that the device reads by itself.
+
+    Attributes:
+        step, micro: the micro-batch's place in the run; steps count from 1.
+        hidden_states: the noisy latents, packed [B, S_img, C].
+        target: what the model should answer, packed fp32 [B, S_img, C].
+        sigmas: noise levels, fp32 [B].
+        guidance: the guidance that each sample is trained under, fp32 [B]; None where the model takes none.
+        prompt_embeds, pooled: the text encoders' outputs [B, L, T5 width] and [B, CLIP width].
+        size: (height, width) of the latents.
     """
 
+    batch: Batch
+    step: int
+    micro: int
+    hidden_states: Tensor
+    target: Tensor
     sigmas: Tensor
     guidance: Tensor | None
-    generator: torch.Generator
+    prompt_embeds: Tensor
+    pooled: Tensor
+    size: tuple[int, int]
 
 
 class Objective:
@@ -43,12 +61,18 @@ class Objective:
     ) -> None:
         self.config, self.transformer, self.seed, self.shift_bounds = config, transformer, seed, shift_bounds
         self.device = transformer.device
+        # position ids [S, 3] on the device, by the latents' size and the number of text tokens
+        self._ids: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-    def draw(self, batch: Batch, step: int, micro: int) -> Draw:
-        """What micro-batch `micro` of step `step` is trained with; the same each time that it is asked for."""
-        config = self.config
+    def example(self, batch: Batch, number: int) -> Example:
+        """Draw noise levels, guidance and noise for micro-batch `number` of the run, counted from 0; from any thread.
+
+        The same batch and number give the same example.
+        """
+        config, dtype = self.config, self.config.weight_dtype
+        step, micro = number // config.gradient_accumulation_steps + 1, number % config.gradient_accumulation_steps
         g = torch.Generator().manual_seed(step_seed(self.seed, step, micro, "flow"))
-        sigmas = self._sigmas(batch, (step - 1) * config.gradient_accumulation_steps + micro, g)
+        sigmas = self._sigmas(batch, number, g)
         guidance = flow.guidance_vector(
             len(sigmas),
             config.flux_guidance_mode,
@@ -57,28 +81,40 @@ class Objective:
             max=config.flux_guidance_max,
             generator=g,
         )
-        return Draw(sigmas, guidance if self.transformer.config.guidance_embeds else None, g)
-
-    def modulation_conditions(self, batch: Batch, step: int, micro: int) -> Conditions:
-        """What the model's modulation will be a function of in that micro-batch's loss; from any thread."""
-        sigmas, guidance, _ = self.draw(batch, step, micro)
-        dtype = self.config.weight_dtype
-        return Conditions.of(sigmas, guidance, batch.pooled_prompt_embeds.to(dtype), dtype)
-
-    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
-        """The flow-matching loss of micro-batch `micro` of step `step`: predict eps - x0 at a sampled sigma."""
-        config = self.config
         x0 = batch.latents.float()
-        sigmas, guidance, generator = self.draw(batch, step, micro)
-        eps = torch.randn(x0.shape, generator=generator)
-        inputs = self._model_inputs(flow.add_noise(x0, eps, sigmas), sigmas, guidance, batch)
-        target = flow.pack_latents(flow.target(x0, eps)).to(self.device)
-        if batch.is_regularisation_data:
+        eps = torch.randn(x0.shape, generator=g)
+
+        def ready(tensor: Tensor) -> Tensor:
+            return pin(tensor, self.device)
+
+        return Example(
+            batch,
+            step,
+            micro,
+            hidden_states=ready(flow.pack_latents(flow.add_noise(x0, eps, sigmas)).to(dtype)),
+            target=ready(flow.pack_latents(flow.target(x0, eps))),
+            sigmas=ready(sigmas),
+            guidance=ready(guidance) if self.transformer.config.guidance_embeds else None,
+            prompt_embeds=ready(batch.prompt_embeds.to(dtype)),
+            pooled=ready(batch.pooled_prompt_embeds.to(dtype)),
+            size=(x0.shape[-2], x0.shape[-1]),
+        )
+
+    def modulation_conditions(self, example: Example) -> Conditions:
+        """What the model's modulation will be a function of in this example's loss; from any thread."""
+        return Conditions.of(example.sigmas, example.guidance, example.pooled, self.config.weight_dtype)
+
+    def loss(self, example: Example) -> Tensor:
+        """The flow-matching loss: predict eps - x0 at the sampled sigmas. Waits for nothing that is on the device."""
+        config, place = self.config, (self.seed, example.step, example.micro)
+        inputs = self._model_inputs(example)
+        target = send(example.target, self.device)
+        if example.batch.is_regularisation_data:
             target = self._base_prediction(inputs)
         # for the adapters' dropout, which draws from the device's own generator
-        torch.manual_seed(step_seed(self.seed, step, micro, "dropout"))
+        torch.manual_seed(step_seed(*place, "dropout"))
         if self.transformer.router is not None:
-            self.transformer.router.generator.manual_seed(step_seed(self.seed, step, micro, "tread"))
+            self.transformer.router.generator.manual_seed(step_seed(*place, "tread"))
         prediction = self.transformer(**inputs, return_dict=False)[0]
         return flow.loss(
             prediction.float(),
@@ -86,7 +122,7 @@ class Objective:
             config.loss_type,
             huber_c=config.huber_c,
             huber_schedule=config.huber_schedule,
-            sigmas=sigmas.to(self.device),
+            sigmas=send(example.sigmas, self.device),
         ).mean()
 
     def _sigmas(self, batch: Batch, number: int, g: torch.Generator) -> Tensor:
@@ -111,21 +147,28 @@ class Objective:
             shift=shift,
         )
 
-    def _model_inputs(self, noisy: Tensor, sigmas: Tensor, guidance: Tensor | None, batch: Batch) -> dict[str, Tensor]:
-        dtype, device = self.config.weight_dtype, self.device
+    def _model_inputs(self, example: Example) -> dict[str, Tensor]:
         # where modulation is computed
-        near = device if self.transformer.modulation is None else torch.device("cpu")
+        near = self.device if self.transformer.modulation is None else torch.device("cpu")
+        img_ids, txt_ids = self._position_ids(*example.size, example.prompt_embeds.shape[1])
         inputs = {
-            "hidden_states": flow.pack_latents(noisy).to(device, dtype),
-            "timestep": sigmas.to(near),
-            "encoder_hidden_states": batch.prompt_embeds.to(device, dtype),
-            "pooled_projections": batch.pooled_prompt_embeds.to(near, dtype),
-            "img_ids": flow.image_ids(*noisy.shape[-2:], device=device),
-            "txt_ids": torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
+            "hidden_states": send(example.hidden_states, self.device),
+            "timestep": send(example.sigmas, near),
+            "encoder_hidden_states": send(example.prompt_embeds, self.device),
+            "pooled_projections": send(example.pooled, near),
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
         }
-        if guidance is not None:
-            inputs["guidance"] = guidance.to(near)
+        if example.guidance is not None:
+            inputs["guidance"] = send(example.guidance, near)
         return inputs
+
+    def _position_ids(self, height: int, width: int, text: int) -> tuple[Tensor, Tensor]:
+        key = (height, width, text)
+        if key not in self._ids:
+            image = flow.image_ids(height, width, device=self.device)
+            self._ids[key] = image, torch.zeros(text, 3, device=self.device)
+        return self._ids[key]
 
     @torch.no_grad()
     def _base_prediction(self, inputs: dict[str, Tensor]) -> Tensor:

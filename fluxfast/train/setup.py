@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fluxfast.data.batches import BatchLoader
+from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.data.config import DataConfig, load_data_config
 from fluxfast.data.encode import EncoderSettings
 from fluxfast.data.encoders import compute_dtype
@@ -55,10 +55,14 @@ class RunData:
     def instance_prompts(self) -> list[str]:
         return sorted({dataset.instance_prompt for dataset in self.config.images if dataset.instance_prompt})
 
-    def loader(self, batch: int) -> BatchLoader:
-        """The run's batches from number `batch`, counted from 0 over all micro-steps, on."""
+    def loader(self, batch: int, then: Callable[[Batch, int], Any]) -> BatchLoader:
+        """What `then` makes of the run's batches from number `batch`, counted from 0 over all micro-steps, on."""
         return BatchLoader(
-            self.prepared, self.sampler, step=batch, caption_dropout_probability=self.caption_dropout_probability
+            self.prepared,
+            self.sampler,
+            step=batch,
+            caption_dropout_probability=self.caption_dropout_probability,
+            then=then,
         )
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor
 
 from fluxfast.adapters.formats import load_lora, modelspec_metadata, save_lora
 from fluxfast.adapters.lora import adapter_state, add_lora, load_adapter_state, trainable_parameters
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.packing import pack_groups
+from fluxfast.model.pinned import Readback
 from fluxfast.train import state
 from fluxfast.train.budget import within_budget
 from fluxfast.train.compute import choose_compute, set_cuda_graphs
@@ -48,12 +48,11 @@ class Stopped(Exception):
 
 @dataclass
 class StepResult:
-    """What a step leaves to report; tensors, so that nobody waits for the device before the numbers are needed."""
+    """What a step leaves to report; `numbers`, its loss and the gradients' norm, are on their way from the device."""
 
     step: int
     epoch: int
-    loss: Tensor
-    grad_norm: Tensor
+    numbers: Readback
     learning_rate: float
     batches: list[Batch]
 
@@ -227,10 +226,10 @@ class Trainer:
         if self.parts.validator and self.step == 0 and (config.validation_on_startup or not config.disable_benchmark):
             self._validate(0)
         self.metrics = Metrics(config.output_dir, self.step)
-        self.batches = self.data.loader(self.step * config.gradient_accumulation_steps)
+        self.batches = self.data.loader(self.step * config.gradient_accumulation_steps, self.objective.example)
         with StopRequest() as stop, TrainingBar(bar_console, self.steps, self.step) as self.bar:
             try:
-                self._look_ahead(self.step + 1, 0)
+                self._look_ahead(self.step + 1)
                 while self.step < self.steps:
                     result = self.train_step(self.step + 1)
                     self.step += 1
@@ -260,27 +259,27 @@ class Trainer:
         accumulation = self.config.gradient_accumulation_steps
         total, batches = torch.zeros((), device=self.device), []
         for micro in range(accumulation):
-            batch = next(self.batches)
+            example = next(self.batches)
             epoch = self.batches.epoch
-            self._look_ahead(*((step, micro + 1) if micro + 1 < accumulation else (step + 1, 0)))
-            loss = self.objective.loss(batch, step, micro)
+            self._look_ahead(step if micro + 1 < accumulation else step + 1)
+            loss = self.objective.loss(example)
             (loss / accumulation).backward()
             total += loss.detach() / accumulation
-            batches.append(batch)
+            batches.append(example.batch)
         norm = clip_gradients(self.parameters, self.config.grad_clip_method, self.config.max_grad_norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=not self.keeps_grads)
-        return StepResult(step, epoch, total, norm, learning_rate, batches)
+        return StepResult(step, epoch, Readback(total, norm), learning_rate, batches)
 
-    def _look_ahead(self, step: int, micro: int) -> None:
-        """Start on the modulation of that micro-batch, the next to come: a thread computes it while the device works."""
+    def _look_ahead(self, step: int) -> None:
+        """Start on the modulation of the next micro-batch, of that step: a thread computes it while the device works."""
         if self.transformer.modulation is None or step > self.steps:
             return
         assert self.batches is not None
         upcoming = self.batches.upcoming()
-        self.transformer.prepare_modulation(lambda: self.objective.modulation_conditions(upcoming(), step, micro))
+        self.transformer.prepare_modulation(lambda: self.objective.modulation_conditions(upcoming()))
 
     # ----------------------------------------------------------------------------------------------------------------------
 
@@ -288,7 +287,7 @@ class Trainer:
         """Read a step's numbers (the device is a step ahead by now), write them down, and stop if the loss is not finite."""
         if result is None:
             return
-        loss, norm = float(result.loss), float(result.grad_norm)
+        loss, norm = result.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
             files = ", ".join(f"{file} ({batch.dataset})" for batch in result.batches for file in batch.files)
             good = state.find_checkpoint(self.config.output_dir, "latest")

@@ -1,13 +1,13 @@
 """A step as graphs: captured once a shape, it gives what the step gives that is run, whatever changes between steps."""
 
-import time
+import threading
 
 import pytest
 import torch
 
 from fluxfast import FluxTransformer
 from fluxfast.model.graphs import StepGraphs, why_not
-from fluxfast.model.modulation import Conditions
+from fluxfast.model.pinned import pin
 from graph_emulator import capture, see_every_op
 from small_flux import small_flux
 from support import make_inputs
@@ -93,29 +93,26 @@ def test_replays_of_a_quantised_base(storage, compute, outliers, monkeypatch):
     assert train(model, steps())[0] == expected[0]
 
 
-def test_nothing_is_prepared_during_a_capture(monkeypatch):
-    """The thread that looks ahead asks CUDA for pinned memory."""
+def test_no_thread_pins_memory_during_a_capture(monkeypatch):
+    """The threads that look ahead ask CUDA for pinned memory, which a capture, whoever captures, forbids."""
     see_every_op(monkeypatch)
-    model = make_model()
-    model.set_modulation_ahead(True)
-    compute = model.modulation._compute
-    monkeypatch.setattr(model.modulation, "_compute", lambda *args: time.sleep(0.2) or compute(*args))
-    pending = []
+    pinned = threading.Event()
+    thread = threading.Thread(target=lambda: (pin(FakeGpuTensor(), torch.device("cuda")), pinned.set()))
+
+    class FakeGpuTensor:
+        def pin_memory(self):
+            return self
 
     def watching(*args):
-        pending.extend(model.modulation._pending)
-        assert pending and all(future.done() for future in pending)
+        thread.start()
+        assert not pinned.wait(0.2)
         return capture(*args)
 
+    model = make_model()
     model.graphs = StepGraphs(model, watching)
-    # this step's, and then the next one's, which is under way when this one is captured
-    inputs = steps()[0]
-    for step in (inputs, steps()[2]):
-        asked = Conditions.of(step["timestep"], step["guidance"], step["pooled_projections"], torch.float32)
-        model.prepare_modulation(lambda asked=asked: asked)
-    model(**inputs).sample.sum().backward()
-    assert pending
-    model.modulation.forget()
+    model(**steps()[0]).sample.sum().backward()
+    assert pinned.wait(10)
+    thread.join()
 
 
 def test_the_emulator_would_show_a_value_that_is_no_input(monkeypatch):

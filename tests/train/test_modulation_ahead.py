@@ -126,10 +126,10 @@ def test_adapters_on_modulation(run, monkeypatch, key):
 def test_an_exception_of_the_thread_ends_the_step(run, monkeypatch):
     original = Objective.modulation_conditions
 
-    def fail(self, batch, step, micro):
-        if step == 3:
+    def fail(self, example):
+        if example.step == 3:
             raise OSError("cache/text/3f.safetensors: damaged")
-        return original(self, batch, step, micro)
+        return original(self, example)
 
     monkeypatch.setattr(Objective, "modulation_conditions", fail)
     steps = []

@@ -186,8 +186,8 @@ def test_a_second_start_loads_no_encoder(run, monkeypatch):
 def test_non_finite_loss_names_step_files_and_checkpoint(run, monkeypatch, tmp_path):
     original = Objective.loss
 
-    def loss(self, batch, step, micro):
-        return original(self, batch, step, micro) * (float("nan") if step == 5 else 1)
+    def loss(self, example):
+        return original(self, example) * (float("nan") if example.step == 5 else 1)
 
     monkeypatch.setattr(Objective, "loss", loss)
     with pytest.raises(NonFiniteLoss, match="step 5") as error:
