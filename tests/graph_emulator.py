@@ -1,7 +1,8 @@
 """CUDA graphs on the CPU: what torch is asked to do is written down once, and from then on done again on the same memory.
 
 A value that Python computed while it was written down stays what it was then, as in a graph, and so does a tensor that was no
-input. Whoever reads a value back has to wait for the device, which a capture does not allow.
+input. Whoever reads a value back has to wait for the device, which a capture does not allow. Graphs that share a `Pool` share
+memory as theirs do: what one keeps between its forward and its backward is overwritten when another one is replayed.
 """
 
 import torch
@@ -34,12 +35,44 @@ class Recorder(TorchDispatchMode):
             for old, new in zip(tensors(made), tensors(again), strict=True):
                 old.copy_(new)
 
+    def made(self):
+        """Storages, by address, that the calls took for themselves."""
+        storages = {}
+        for _, args, kwargs, made in self._calls:
+            given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            for t in tensors(made):
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in given:
+                    storages[storage.data_ptr()] = storage
+        return storages
+
+
+class Pool:
+    """The memory of several graphs."""
+
+    def __init__(self):
+        self._of = []
+
+    def add(self, recorders, kept):
+        """A graph's own memory; `kept` are its inputs, its output and its gradients, which nobody else is given."""
+        keep = {t.untyped_storage().data_ptr() for t in kept}
+        own = {address: s for recorder in recorders for address, s in recorder.made().items() if address not in keep}
+        self._of.append(own)
+        return len(self._of) - 1
+
+    def used_by(self, number):
+        for other, storages in enumerate(self._of):
+            if other != number:
+                for storage in storages.values():
+                    # 0xFF in every byte is a NaN of every floating-point type
+                    storage.fill_(0xFF)
+
 
 def tensors(made):
     return [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
 
 
-def capture(module, samples):
+def capture(module, samples, pool=None):
     """As torch.cuda.make_graphed_callables does it."""
     parameters, forward, backward = tuple(module.parameters()), Recorder(), Recorder()
     with forward:
@@ -47,12 +80,15 @@ def capture(module, samples):
     dout = torch.empty_like(out)
     with backward:
         grads = torch.autograd.grad(out, parameters, dout, allow_unused=True)
+    pool = pool or Pool()
+    number = pool.add((forward, backward), (*samples, out, dout, *(g for g in grads if g is not None), *parameters))
 
     class Graphed(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             for sample, value in zip(samples, inputs, strict=False):
                 sample.copy_(value)
+            pool.used_by(number)
             forward.replay()
             return out.detach()
 

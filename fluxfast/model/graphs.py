@@ -4,6 +4,10 @@ A step of FLUX.1 launches some 3,000 kernels, and at 512 px the device is done w
 `FluxTransformer.run_blocks` launches depends on nothing but shapes, so it is captured once for each shape of its inputs
 (PyTorch's `make_graphed_callables`), and from then on inputs are copied to where the graph reads them and both graphs replayed.
 
+Nobody has to believe that a graph is right. The first steps of a shape are run as ever, then its graph is captured on the
+inputs of an earlier step, and at the next step, whose inputs and weights are others, outputs and gradients of both are
+compared.
+
 Memory: what a step keeps between forward and backward stays allocated, and all shapes share it. Gradients are in the graph's
 own memory, and so is a `.grad` that autograd makes of them: the next replay overwrites it. Who adds up several micro-batches
 gives each parameter a `.grad` of its own before the first.
@@ -13,7 +17,9 @@ Tested on the CPU, by an emulation that writes down what a step asks of torch an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +32,20 @@ from fluxfast.model.routing import Draws, Router
 
 # (module, sample arguments) to a callable of the same arguments: torch.cuda.make_graphed_callables
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., Tensor]]
+
+# steps of a shape that are run before it is captured: in them kernels are compiled, and buffers made that stay
+STEPS_RUN_FIRST = 2
+# the gradients of each shape have memory of their own: a dataset may have dozens of sizes, and the rarest are not worth it
+MOST_SHAPES = 8
+# how far a replayed step may be from the same step run, relative to its norm. Both launch the same kernels on the same numbers;
+# only where attention's backward adds up by atomic additions do sums come in another order
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+logger = logging.getLogger("fluxfast")
+
+
+class GraphDiffers(RuntimeError):
+    """A replayed step does not give what the same step gives when it is run."""
 
 
 class _Blocks(nn.Module):
@@ -47,6 +67,11 @@ def why_not(transformer: Any) -> str | None:
     """Why a transformer's steps can't be captured; None where they can."""
     if transformer.device.type != "cuda":
         return f"the model is on {transformer.device}, and only a GPU has them"
+    return obstacle(transformer)
+
+
+def obstacle(transformer: Any) -> str | None:
+    """What of a transformer's step can't be captured, wherever it is; None where all can."""
     if any(block.residency is not None for block in transformer.blocks):
         return "its blocks are streamed: their weights are not where they were"
     for block in transformer.blocks:
@@ -59,23 +84,44 @@ def why_not(transformer: Any) -> str | None:
     return None
 
 
+@dataclass
+class _Shape:
+    """One shape of the inputs: how many of its steps were run, the last one's inputs, and its graph."""
+
+    steps_run: int = 0
+    samples: tuple[Tensor, ...] = ()
+    replay: Callable[..., Tensor] | None = None
+    compared: bool = False
+
+
 class StepGraphs:
     """The graphs of one transformer.
 
     All shapes share memory, so a forward's backward must have run before the next forward.
     """
 
-    def __init__(self, transformer: Any, capture: Capture) -> None:
-        self._transformer, self._capture = transformer, capture
-        self._graphs: dict[Any, Callable[..., Tensor]] = {}
+    def __init__(self, transformer: Any, capture: Capture, *, optional: bool = False, say: Callable[[str], None] = logger.info):
+        """optional: an error, or a graph that differs, turns the graphs off, which `say` is told, and the step is run.
+
+        Otherwise it is raised. `say` also hears, once, that steps are replayed.
+        """
+        self._transformer, self._capture, self._optional, self._say = transformer, capture, optional, say
+        self._shapes: dict[Any, _Shape] = {}
+        self._announced: set[str] = set()
 
     @classmethod
-    def on_gpu(cls, transformer: Any) -> StepGraphs:
+    def on_gpu(cls, transformer: Any, **options: Any) -> StepGraphs:
         """Raises ValueError as `why_not` says."""
         if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
         pool = torch.cuda.graph_pool_handle()
-        return cls(transformer, partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool))  # type: ignore[arg-type]
+        capture: Any = partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool)  # type: ignore[arg-type]
+        return cls(transformer, capture, **options)
+
+    @property
+    def replays(self) -> int:
+        """Shapes whose steps are replayed."""
+        return sum(shape.compared for shape in self._shapes.values())
 
     def __call__(self, router: Router | None, draws: Draws, *inputs: Tensor) -> Tensor:
         """`run_blocks` of the same arguments. Raises ValueError for an input that wants a gradient: a graph has none for it."""
@@ -85,9 +131,77 @@ class StepGraphs:
         kept = {first: index for first, index in draws.items() if index is not None}
         tensors = (*inputs, *kept.values())
         key = (tuple(kept), *((t.shape, t.dtype) for t in tensors))
-        graphed = self._graphs.get(key)
-        if graphed is None:
-            samples = tuple(t.detach().clone() for t in tensors)
+        blocks = _Blocks(self._transformer, router, tuple(kept))
+        if key not in self._shapes and len(self._shapes) == MOST_SHAPES:
+            self._say_once(f"CUDA graphs: {MOST_SHAPES} sizes are replayed, the others are run")
+            return blocks(*tensors)
+        shape = self._shapes.setdefault(key, _Shape())
+        try:
+            replay = self._ready(shape, blocks, tensors)
+        # what CUDA can't capture, has no memory for, or computes wrongly
+        except RuntimeError as error:
+            if not self._optional:
+                raise
+            self._give_up(error)
+            replay = None
+        return (replay or blocks)(*tensors)
+
+    def _ready(self, shape: _Shape, blocks: _Blocks, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
+        """What replays this step; None where it is to be run."""
+        if shape.steps_run < STEPS_RUN_FIRST:
+            shape.steps_run += 1
+            shape.samples = tuple(t.detach().clone() for t in tensors)
+            return None
+        if shape.replay is None:
             with capturing():
-                graphed = self._graphs[key] = self._capture(_Blocks(self._transformer, router, tuple(kept)), samples)
-        return graphed(*tensors)
+                shape.replay = self._capture(blocks, shape.samples)
+            return None
+        if not shape.compared:
+            error = _difference(blocks, shape.replay, tensors)
+            shape.compared = True
+            self._say_once(f"CUDA graphs: steps are replayed (compared with a step that was run: {error:.1e} apart)")
+        return shape.replay
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self._say(f"CUDA graphs: off, and steps are run: {' '.join(str(error).split())[:300]}")
+        self._transformer.graphs = None
+        self._shapes.clear()
+        if torch.cuda.is_initialized():
+            # the graphs' memory
+            torch.cuda.empty_cache()
+
+    def _say_once(self, text: str) -> None:
+        kind = text.split("(")[0]
+        if kind not in self._announced:
+            self._announced.add(kind)
+            self._say(text)
+
+
+def _difference(blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> float:
+    """How far output and gradients of a replayed step are from those of the step run, relative to the latter's norms.
+
+    Raises GraphDiffers where that is more than the order of sums explains.
+    """
+    trainable = list(blocks.trainable)
+
+    def results(step: Callable[..., Tensor], dout: Tensor | None) -> list[Tensor]:
+        out = step(*tensors)
+        grads = torch.autograd.grad(out, trainable, out.detach() if dout is None else dout, allow_unused=True)
+        flat = [grad.flatten().float() for grad in grads if grad is not None]
+        return [out.detach().clone(), torch.cat(flat) if flat else out.new_zeros(0)]
+
+    expected = results(blocks, None)
+    actual = results(replay, expected[0])
+    apart = [_relative(a.float(), e.float()) for a, e in zip(actual, expected, strict=True)]
+    limit = TOLERANCE[expected[0].dtype]
+    # a NaN compares as false
+    if not all(error <= limit for error in apart):
+        raise GraphDiffers(
+            f"a replayed step's output is {apart[0]:.2g} from that of the step run, its gradients {apart[1]:.2g}, where the "
+            f"order of sums explains {limit:g}"
+        )
+    return max(apart)
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -151,13 +151,14 @@ class FluxTransformer(FluxTransformer2DModel):
             self.modulation = None
             modulation.release(device)
 
-    def set_cuda_graphs(self, on: bool) -> None:
+    def set_cuda_graphs(self, on: bool, **options: Any) -> None:
         """Replay the forward and backward of training as CUDA graphs, captured once for each shape of the inputs.
 
-        Raises ValueError where that can't be (`fluxfast.model.graphs`). From the first step on until graphs are set off again,
-        adapters may train, but none may come, go, or change its scale; and each forward is followed by its backward.
+        `options` are `StepGraphs`'s. Raises ValueError where that can't be (`fluxfast.model.graphs`). From the first step on
+        until graphs are set off again, adapters may train, but none may come, go, or change its scale; and each forward is
+        followed by its backward.
         """
-        self.graphs = StepGraphs.on_gpu(self) if on else None
+        self.graphs = StepGraphs.on_gpu(self, **options) if on else None
 
     def prepare_modulation(self, conditions: Callable[[], Conditions]) -> None:
         """Have a thread compute the modulation of a forward that is to come, with what `conditions`, called there, gives.

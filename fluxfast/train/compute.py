@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from fluxfast.data.settings import ConfigError
+from fluxfast.model.graphs import why_not
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant.linear import QuantLinear
+from fluxfast.train.config import TrainConfig
 
 # compute capabilities from which tensor cores multiply these
 _LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
@@ -39,12 +42,27 @@ def choose_compute(asked: str, transformer: nn.Module, device: torch.device) -> 
     return compute, 'the base is quantised ("compute_precision": "same" turns it off)'
 
 
-def set_cuda_graphs(transformer: FluxTransformer) -> None:
-    """Have a run's steps replayed, once its adapters and policies are settled. Raises ConfigError if they can't be."""
-    try:
-        transformer.set_cuda_graphs(True)
-    except ValueError as error:
-        raise ConfigError([f'"cuda_graphs" is true, but they are not possible here ({error}): set it to false']) from None
+def set_cuda_graphs(config: TrainConfig, transformer: FluxTransformer, console: Console) -> bool:
+    """Have a run's steps replayed, once its adapters and policies are settled; returns whether they may be.
+
+    Raises ConfigError where they are asked for and not possible.
+    """
+
+    def say(text: str) -> None:
+        console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
+
+    reason = why_not(transformer)
+    if config.cuda_graphs == "auto" and reason is None and config.vram_budget is not None:
+        reason = '"vram_budget" does not count what they keep ("cuda_graphs": true asks for them all the same)'
+    if config.cuda_graphs is False or (reason is not None and config.cuda_graphs == "auto"):
+        # without a GPU nobody would expect them
+        if reason is not None and config.cuda_graphs == "auto" and transformer.device.type == "cuda":
+            say(f"CUDA graphs: off: {reason}")
+        return False
+    if reason is not None:
+        raise ConfigError([f'"cuda_graphs" is true, but they are not possible here ({reason}): set it to "auto" or false'])
+    transformer.set_cuda_graphs(True, optional=config.cuda_graphs == "auto", say=say)
+    return True
 
 
 def _has_tensor_cores(compute: str, device: torch.device) -> bool:

@@ -128,8 +128,8 @@ class TrainFields(Settings):
     """What the blocks' matrix products run in; "same" is the activations' type, auto 8 bit for a quantised base on a GPU."""
     compute_outliers: int = Field(0, ge=0)
     """Channels of each product's input, the largest, that are kept out of 8 bits."""
-    cuda_graphs: bool = False
-    """Replay forward and backward as CUDA graphs, captured once a shape: no launch gaps, but what they keep stays allocated."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Replay forward and backward as CUDA graphs, once they were compared with a step that was run; auto: where possible."""
     recompute: Literal["none", "selective", "full"] | None = None
     """What every block recomputes in the backward pass (unset: all of it where gradient_checkpointing says so)."""
     gradient_checkpointing: bool = True

@@ -100,9 +100,8 @@ class Trainer:
         named = trainable_parameters(self.transformer)
         self.parameters = list(named.values())
         # graphs write each micro-batch's gradients to the same memory, from which they are added up elsewhere
-        self.keeps_grads = config.cuda_graphs and config.gradient_accumulation_steps > 1
-        if config.cuda_graphs:
-            set_cuda_graphs(self.transformer)
+        graphs = set_cuda_graphs(config, self.transformer, console)
+        self.keeps_grads = graphs and config.gradient_accumulation_steps > 1
         if self.keeps_grads:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)

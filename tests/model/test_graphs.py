@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fluxfast import FluxTransformer
-from fluxfast.model.graphs import StepGraphs, why_not
+from fluxfast.model import graphs
+from fluxfast.model.graphs import STEPS_RUN_FIRST, GraphDiffers, StepGraphs, why_not
 from fluxfast.model.pinned import pin
-from graph_emulator import capture, see_every_op
+from graph_emulator import Pool, capture, see_every_op
 from small_flux import small_flux
 from support import make_inputs
 
@@ -40,20 +41,30 @@ def train(model, inputs):
     return losses, [p.detach().clone() for p in parameters]
 
 
-def steps():
-    """Two shapes in turn, other values each time."""
-    return [make_inputs(2, *((3, 4) if seed % 2 else (2, 5)), seed=seed) for seed in range(6)]
+# run, captured, compared and replayed, replayed
+STEPS = STEPS_RUN_FIRST + 3
+
+
+def steps(count=STEPS):
+    """`count` steps of each of two shapes in turn, other values each time."""
+    return [make_inputs(2, *((3, 4) if seed % 2 else (2, 5)), seed=seed) for seed in range(2 * count)]
+
+
+def one_shape(count=STEPS):
+    return steps(count)[::2]
 
 
 class Counting(StepGraphs):
-    def __init__(self, model):
-        self.captures = 0
+    """Graphs of the emulator, in memory that they share."""
+
+    def __init__(self, model, **options):
+        self.captures, self.said, pool = 0, [], Pool()
 
         def counted(*args):
             self.captures += 1
-            return capture(*args)
+            return capture(*args, pool=pool)
 
-        super().__init__(model, counted)
+        super().__init__(model, counted, say=self.said.append, **options)
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
@@ -75,7 +86,8 @@ def test_replays_are_the_steps_themselves(policy, routes, ahead, monkeypatch):
     losses, adapters = train(model, steps())
     assert losses == expected[0]
     assert all(torch.equal(a, b) for a, b in zip(adapters, expected[1], strict=True))
-    assert model.graphs.captures == 2
+    assert model.graphs.captures == 2 and model.graphs.replays == 2
+    assert len(model.graphs.said) == 1 and "steps are replayed" in model.graphs.said[0]
 
 
 @pytest.mark.parametrize(("storage", "compute", "outliers"), [("int8", "int8", 0), ("nf4", "same", 0), ("int4", "int8", 2)])
@@ -91,6 +103,105 @@ def test_replays_of_a_quantised_base(storage, compute, outliers, monkeypatch):
     model = make()
     model.graphs = Counting(model)
     assert train(model, steps())[0] == expected[0]
+    assert model.graphs.replays == 2
+
+
+def test_replays_in_bfloat16(monkeypatch):
+    """Weights, adapters and what goes in and comes out in 16 bits."""
+    see_every_op(monkeypatch)
+    inputs = [{k: x if "ids" in k else x.bfloat16() for k, x in step.items()} for step in steps()]
+    expected = train(make_model().to(torch.bfloat16), inputs)
+    model = make_model().to(torch.bfloat16)
+    model.graphs = Counting(model)
+    losses, adapters = train(model, inputs)
+    assert losses == expected[0] and adapters[0].dtype == torch.bfloat16 and model.graphs.replays == 2
+    assert all(torch.equal(a, b) for a, b in zip(adapters, expected[1], strict=True))
+
+
+def wrong_in_backward(*args, **kwargs):
+    replay = capture(*args, **kwargs)
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx * 1.01
+
+    return lambda *inputs: Wrong.apply(replay(*inputs))
+
+
+def deaf_to_an_input(*args, **kwargs):
+    """A graph that goes on with the text that it was captured with."""
+    replay, (_, text, *_) = capture(*args, **kwargs), args[1]
+    text = text.clone()
+    return lambda img, _, *rest: replay(img, text, *rest)
+
+
+def that_goes_wrong(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("wrong", [wrong_in_backward, deaf_to_an_input, that_goes_wrong])
+def test_a_graph_made_wrong_is_found_and_the_steps_are_run(monkeypatch, wrong):
+    see_every_op(monkeypatch)
+    expected = train(make_model(), one_shape())
+    model, said = make_model(), []
+    model.graphs = StepGraphs(model, wrong, optional=True, say=said.append)
+    losses, adapters = train(model, one_shape())
+    assert model.graphs is None and losses == expected[0]
+    assert all(torch.equal(a, b) for a, b in zip(adapters, expected[1], strict=True))
+    (line,) = said
+    assert line.startswith("CUDA graphs: off, and steps are run: ")
+    assert ("out of memory" if wrong is that_goes_wrong else "a replayed step's output is") in line
+    # asked for by name, it is no choice of ours
+    model = make_model()
+    model.graphs = StepGraphs(model, wrong)
+    with pytest.raises(torch.OutOfMemoryError if wrong is that_goes_wrong else GraphDiffers):
+        train(model, one_shape())
+
+
+def test_weights_as_they_were_captured_are_noticed(monkeypatch):
+    """The step that is compared comes after an update: a graph that has taken a copy of the weights differs."""
+    see_every_op(monkeypatch)
+
+    def of_a_copy(blocks, samples):
+        copied = torch.nn.ParameterList([p.detach().clone().requires_grad_() for p in blocks.trainable])
+
+        class Copy(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.trainable = copied
+
+            def forward(self, *inputs):
+                live = [p.data for p in blocks.trainable]
+                for p, old in zip(blocks.trainable, copied, strict=True):
+                    p.data = old.data
+                try:
+                    return blocks(*inputs)
+                finally:
+                    for p, data in zip(blocks.trainable, live, strict=True):
+                        p.data = data
+
+        return Copy()
+
+    model = make_model()
+    model.graphs = StepGraphs(model, of_a_copy)
+    with pytest.raises(GraphDiffers):
+        train(model, one_shape())
+
+
+def test_only_so_many_sizes_are_captured(monkeypatch):
+    see_every_op(monkeypatch)
+    monkeypatch.setattr(graphs, "MOST_SHAPES", 1)
+    expected = train(make_model(), steps())
+    model = make_model()
+    model.graphs = Counting(model)
+    assert train(model, steps())[0] == expected[0]
+    assert model.graphs.captures == model.graphs.replays == 1
+    assert any("1 sizes are replayed, the others are run" in line for line in model.graphs.said)
 
 
 def test_no_thread_pins_memory_during_a_capture(monkeypatch):
@@ -110,7 +221,7 @@ def test_no_thread_pins_memory_during_a_capture(monkeypatch):
 
     model = make_model()
     model.graphs = StepGraphs(model, watching)
-    model(**steps()[0]).sample.sum().backward()
+    train(model, one_shape(STEPS_RUN_FIRST + 1))
     assert pinned.wait(10)
     thread.join()
 
@@ -123,14 +234,26 @@ def test_the_emulator_would_show_a_value_that_is_no_input(monkeypatch):
         model = make_model()
         if graphs:
             model.graphs = Counting(model)
-        found = [train(model, steps()[:1])[0]]
+        found = [train(model, one_shape())[0]]
         for module in model.modules():
             if hasattr(module, "scaling"):
                 module.scaling["default"] *= 2
-        return [*found, train(model, steps()[:1])[0]]
+        return [*found, train(model, one_shape(1))[0]]
 
     run, replayed = losses(False), losses(True)
     assert run[0] == replayed[0] and run[1] != replayed[1]
+
+
+def test_the_emulator_would_show_memory_that_two_graphs_share(monkeypatch):
+    """A forward whose backward comes only after another shape's forward finds its activations overwritten."""
+    see_every_op(monkeypatch)
+    model = make_model()
+    model.graphs = Counting(model)
+    train(model, steps())
+    first, second = (model(**step).sample.square().mean() for step in steps(1))
+    second.backward()
+    first.backward()
+    assert not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_gradients_are_added_where_there_are_some(monkeypatch):
@@ -143,8 +266,9 @@ def test_gradients_are_added_where_there_are_some(monkeypatch):
             model.graphs = Counting(model)
             for p in parameters:
                 p.grad = torch.zeros_like(p)
-        for step in steps()[:3]:
+        for step in one_shape():
             model(**step).sample.square().mean().backward()
+        assert not graphs or model.graphs.replays == 1
         return [p.grad for p in parameters]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
