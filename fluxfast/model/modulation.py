@@ -11,9 +11,11 @@ an adapter on one of these linears, or a base that trains, is refused.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -117,12 +119,18 @@ def _params(module: nn.Module) -> LinearParams:
     return params
 
 
-def apply_on_host(x: Tensor, module: nn.Module, out: Tensor | None = None) -> Tensor:
+def apply_on_host(x: Tensor, module: nn.Module, out: Tensor | None = None, *, threads: int | None = None) -> Tensor:
     """A linear without adapters, on the CPU, of x [B, in]: [B, out] in x's dtype, fp32 or fp64."""
     weight, bias, _ = _params(module)
     stored = weight.packed if isinstance(weight, StoredWeight) else weight
-    y = gemv(x, stored, out)  # type: ignore[arg-type]
+    y = gemv(x, stored, out, threads=threads)  # type: ignore[arg-type]
     return y if bias is None else y.add_(bias)
+
+
+def _threads_beside(device: torch.device) -> int:
+    """Threads for modulation: where a GPU is at work, two cores stay free for who launches its kernels and who reads data."""
+    threads = torch.get_num_threads()
+    return max(1, threads - 2) if device.type == "cuda" else threads
 
 
 class _Prepared(NamedTuple):
@@ -259,12 +267,26 @@ class ModulationAhead:
         """All vectors in one run of `dtype` on the host, in memory that `device` can read by itself."""
         wide = torch.promote_types(dtype, torch.float32)
         batch = conditions.timestep.shape[0]
-        vec = silu(embed(self._embedder, conditions, wide, apply_on_host))
+        apply = partial(apply_on_host, threads=_threads_beside(device))
+        vec = silu(embed(self._embedder, conditions, wide, apply))
         flat = torch.empty(batch * self._width, dtype=wide)
         for linears, vectors in zip(self._linears(), self.views(flat, batch), strict=True):
             for linear, out in zip(linears, vectors, strict=True):
-                apply_on_host(vec, linear, out)
+                apply(vec, linear, out)
         return pin(flat.to(dtype), device)
+
+    def seconds(self, batch: int, device: torch.device, dtype: torch.dtype) -> float:
+        """How long the host takes for the vectors of a batch: measured, on conditions of no meaning."""
+        pooled = torch.zeros(batch, self._embedder.text_embedder.linear_1.in_features)
+        guidance = torch.ones(batch) if hasattr(self._embedder, "guidance_embedder") else None
+        conditions = Conditions(torch.full((batch,), 500.0), guidance, pooled)
+        times = []
+        # the first time reads the weights from wherever they are
+        for _ in range(3):
+            begun = time.perf_counter()
+            self._compute(conditions, device, dtype)
+            times.append(time.perf_counter() - begun)
+        return min(times)
 
     # ---- moves by others -------------------------------------------------------------------------------------------------
 

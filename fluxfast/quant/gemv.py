@@ -21,10 +21,13 @@ def gemv_ref(x: Tensor, weight: Tensor | QuantWeight) -> Tensor:
     return torch.nn.functional.linear(x, decoded.to(x.dtype))
 
 
-def gemv(x: Tensor, weight: Tensor | QuantWeight, out: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+def gemv(
+    x: Tensor, weight: Tensor | QuantWeight, out: Tensor | None = None, *, impl: str = "auto", threads: int | None = None
+) -> Tensor:
     """y [B, N] of x [B, K] and weight [N, K]: x and y fp32; the weight fp32, bf16, fp16 or quantised; all on the CPU.
 
-    `out`: where to write y, contiguous. No gradients. Raises ValueError on an `impl` ("native" or "ref") that can't.
+    `out`: where to write y, contiguous. `threads`: how many compute (None: as many as PyTorch's). No gradients.
+    Raises ValueError on an `impl` ("native" or "ref") that can't.
     """
     with torch.no_grad():
         backend = _impl.resolve("gemv", impl, (x,), native_obstacle=_obstacle(weight))
@@ -42,11 +45,11 @@ def gemv(x: Tensor, weight: Tensor | QuantWeight, out: Tensor | None = None, *, 
             if weight.format.name == "nf4":
                 parts.append(absmax_code(x.device))
             run = getattr(_impl.native, f"gemv_{weight.format.name}")
-            run(*vectors, *(part.data_ptr() for part in parts), torch.get_num_threads())
+            run(*vectors, *(part.data_ptr() for part in parts), threads or torch.get_num_threads())
         else:
             weight = _impl.dense_rows(weight)
             address, dtype, _, _, stride = read_args(weight)
-            _impl.native.gemv_float(*vectors, address, dtype, stride, torch.get_num_threads())
+            _impl.native.gemv_float(*vectors, address, dtype, stride, threads or torch.get_num_threads())
         return out
 
 

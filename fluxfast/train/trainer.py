@@ -158,7 +158,7 @@ class Trainer:
                     init="default" if self.saved else config.lora_init_type,
                     dtype=dtype,
                 )
-        settle(config, transformer, self.console)
+        settle(config, transformer, self.data.sizes, self.console)
         pack_groups(transformer)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()

@@ -41,6 +41,7 @@ def test_threads_and_batch_change_no_bit(name):
     weight, x = stored(gaussian(333, 200), name), vectors(4, 200)
     whole = gemv(x, weight)
     assert all(torch.equal(result, whole) for result in for_thread_counts(lambda: gemv(x, weight)))
+    assert torch.equal(gemv(x, weight, threads=2), whole)
     assert torch.equal(torch.cat([gemv(row[None], weight) for row in x]), whole)
 
 

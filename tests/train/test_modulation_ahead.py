@@ -155,3 +155,45 @@ def test_auto_is_off_on_a_cpu(write_config):
         load_config(write_config(modulation_ahead="sometimes"))
     with pytest.raises(ConfigError, match="train_batch_size"):
         load_config(write_config(train_batch_size=True))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "milliseconds", "settings", "late"),
+    [
+        # a step of 512 px takes an H200 some 100 ms
+        ("H200", 20, {}, False),
+        ("H200", 900, {}, True),
+        # no room for the weights
+        ("RTX 4090", 9000, {}, False),
+        # the host is asked for, or needed
+        ("H200", 900, {"modulation_ahead": True}, False),
+        ("H200", 900, {"vram_budget": 40.0}, False),
+        ("H200", 900, {"enable_group_offload": True}, False),
+    ],
+)
+def test_a_cpu_that_takes_longer_than_the_step(write_config, monkeypatch, gpu, milliseconds, settings, late):
+    from types import SimpleNamespace
+
+    from fluxfast.memory.gpus import find_gpu
+    from fluxfast.train import modulation
+    from fluxfast.train.config import load_config
+
+    ahead = SimpleNamespace(seconds=lambda batch, device, dtype: milliseconds / 1000, nbytes=6 << 30)
+    turned = []
+    transformer = SimpleNamespace(device=torch.device("cuda"), modulation=ahead, set_modulation_ahead=turned.append)
+    monkeypatch.setattr(modulation, "gpu_of", lambda device: find_gpu(gpu))
+    monkeypatch.setattr(modulation, "why_not", lambda transformer: None)
+    out = io.StringIO()
+    config = load_config(write_config(**settings))
+    modulation.settle(config, transformer, [(512, 512), (1024, 1024)], Console(file=out, width=200))
+    assert turned == ([False] if late else [])
+    expected = f"{IN_PLACE}, step by step: the CPU takes {milliseconds} ms for it" if late else LINE
+    assert out.getvalue().startswith(expected)
+
+
+def test_the_host_is_timed():
+    from small_flux import small_flux
+
+    model = small_flux()
+    model.set_modulation_ahead(True)
+    assert 0 < model.modulation.seconds(2, torch.device("cpu"), torch.bfloat16) < 60
