@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from rich.console import Console
 from torch import nn
@@ -63,6 +65,22 @@ def set_cuda_graphs(config: TrainConfig, transformer: FluxTransformer, console: 
         raise ConfigError([f'"cuda_graphs" is true, but they are not possible here ({reason}): set it to "auto" or false'])
     transformer.set_cuda_graphs(True, optional=config.cuda_graphs == "auto", say=say)
     return True
+
+
+def make_deterministic(transformer: FluxTransformer) -> None:
+    """Have a GPU compute the same bits each time: attention's other back ends add gradients up in no fixed order.
+
+    Our own kernels have no atomic additions. On a CPU nothing has to be done.
+    """
+    if transformer.device.type != "cuda":
+        return
+    # cuBLAS, where it computes on several streams; read when its first handle is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # not our matter, and a pass over all memory that is taken
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    for block in transformer.blocks:
+        block.attention = "flash"
 
 
 def _has_tensor_cores(compute: str, device: torch.device) -> bool:

@@ -130,6 +130,8 @@ class TrainFields(Settings):
     """Channels of each product's input, the largest, that are kept out of 8 bits."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Replay forward and backward as CUDA graphs, once they were compared with a step that was run; auto: where possible."""
+    deterministic: bool = False
+    """On a GPU, the same bits each time that a step is computed, so that a resumed run ends as one never stopped; slower."""
     recompute: Literal["none", "selective", "full"] | None = None
     """What every block recomputes in the backward pass (unset: all of it where gradient_checkpointing says so)."""
     gradient_checkpointing: bool = True

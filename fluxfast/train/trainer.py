@@ -24,7 +24,7 @@ from fluxfast.model.packing import pack_groups
 from fluxfast.model.pinned import Readback
 from fluxfast.train import state
 from fluxfast.train.budget import within_budget
-from fluxfast.train.compute import choose_compute, set_cuda_graphs
+from fluxfast.train.compute import choose_compute, make_deterministic, set_cuda_graphs
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
 from fluxfast.train.modulation import settle
@@ -99,6 +99,8 @@ class Trainer:
         self.stream = stream(config, self.transformer, self.device, console, **ring._asdict())
         named = trainable_parameters(self.transformer)
         self.parameters = list(named.values())
+        if config.deterministic:
+            make_deterministic(self.transformer)
         # graphs write each micro-batch's gradients to the same memory, from which they are added up elsewhere
         graphs = set_cuda_graphs(config, self.transformer, console)
         self.keeps_grads = graphs and config.gradient_accumulation_steps > 1

@@ -6,7 +6,7 @@ import torch
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
-from fluxfast.train.compute import choose_compute
+from fluxfast.train.compute import choose_compute, make_deterministic
 from support import SMALL
 
 
@@ -53,3 +53,38 @@ def test_choice_on_a_cpu():
 def test_what_the_device_lacks_is_refused(monkeypatch, asked, capability):
     with pytest.raises(ValueError, match=f"is {asked}, which a GPU has no tensor cores for"):
         choose_compute(asked, transformer(), on_gpu(monkeypatch, capability))
+
+
+def test_deterministic(monkeypatch):
+    on_cpu = transformer()
+    make_deterministic(on_cpu)
+    assert {block.attention for block in on_cpu.blocks} == {"auto"} and not torch.are_deterministic_algorithms_enabled()
+    on_gpu = transformer()
+    monkeypatch.setattr(FluxTransformer, "device", torch.device("cuda"))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_deterministic(on_gpu)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+        # the one back end of PyTorch's whose backward has an order of its own
+        assert {block.attention for block in on_gpu.blocks} == {"flash"}
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU every step is the same anyway")
+def test_the_same_bits_on_a_gpu():
+    from small_flux import small_flux
+    from support import make_inputs
+
+    def gradients():
+        model = small_flux(targets=["to_q", "proj_mlp", "ff.net.2"], dtype=torch.bfloat16).cuda()
+        make_deterministic(model)
+        model(**{name: x.cuda() for name, x in make_inputs(2, 20, 30).items()}).sample.float().square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    try:
+        first = gradients()
+        assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(gradients(), first, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
