@@ -36,6 +36,8 @@ _OUTER = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+# the linears whose rows BFL stores with the two halves the other way round
+SWAPPED = ("norm_out.linear",)
 _DOUBLE = {
     "img_mod.lin": "norm1.linear",
     "txt_mod.lin": "norm1_context.linear",
@@ -81,33 +83,42 @@ def sources(layout: str, ours: Mapping[str, Shape]) -> dict[str, Source]:
     return {name: source._replace(key=prefix + source.key) for name, source in _bfl_sources(ours).items()}
 
 
+def bfl_linears(double_blocks: Iterable[int], single_blocks: Iterable[int]) -> dict[str, tuple[str, ...]]:
+    """BFL's name of every linear, with diffusers' names of its parts from the first row to the last (mostly one part).
+
+    The blocks are given by their indices. Names come without `.weight` and `.bias`.
+    """
+    result = {bfl: (name,) for bfl, name in _OUTER.items()}
+    for ours_root, bfl_root, indices, linears in (
+        ("transformer_blocks", "double_blocks", double_blocks, _DOUBLE),
+        ("single_transformer_blocks", "single_blocks", single_blocks, _SINGLE),
+    ):
+        for i in indices:
+            for bfl, names in linears.items():
+                parts = (names,) if isinstance(names, str) else names
+                result[f"{bfl_root}.{i}.{bfl}"] = tuple(f"{ours_root}.{i}.{part}" for part in parts)
+    return result
+
+
 def _bfl_sources(ours: Mapping[str, Shape]) -> dict[str, Source]:
     result: dict[str, Source] = {}
-
-    def linear(bfl: str, names: str | tuple[str, ...]) -> None:
+    doubles, singles = count_blocks(ours, "transformer_blocks"), count_blocks(ours, "single_transformer_blocks")
+    for bfl, names in bfl_linears(range(doubles), range(singles)).items():
         for kind in ("weight", "bias"):
             row = 0
-            for name in (names,) if isinstance(names, str) else names:
+            for name in names:
                 if f"{name}.{kind}" in ours:
                     rows = ours[f"{name}.{kind}"][0]
-                    whole = isinstance(names, str)
-                    result[f"{name}.{kind}"] = Source(
-                        f"{bfl}.{kind}", None if whole else (row, row + rows), swap=name == "norm_out.linear"
-                    )
+                    place = (row, row + rows) if len(names) > 1 else None
+                    result[f"{name}.{kind}"] = Source(f"{bfl}.{kind}", place, swap=name in SWAPPED)
                     row += rows
-
-    for bfl, name in _OUTER.items():
-        linear(bfl, name)
-    for ours_root, bfl_root, linears, norms in (
-        ("transformer_blocks", "double_blocks", _DOUBLE, _DOUBLE_NORMS),
-        ("single_transformer_blocks", "single_blocks", _SINGLE, _SINGLE_NORMS),
+    for ours_root, bfl_root, count, norms in (
+        ("transformer_blocks", "double_blocks", doubles, _DOUBLE_NORMS),
+        ("single_transformer_blocks", "single_blocks", singles, _SINGLE_NORMS),
     ):
-        for i in range(count_blocks(ours, ours_root)):
-            at, to = f"{bfl_root}.{i}", f"{ours_root}.{i}"
-            for bfl, names in linears.items():
-                linear(f"{at}.{bfl}", f"{to}.{names}" if isinstance(names, str) else tuple(f"{to}.{n}" for n in names))
+        for i in range(count):
             for bfl, norm in norms.items():
-                result[f"{to}.{norm}"] = Source(f"{at}.{bfl}")
+                result[f"{ours_root}.{i}.{norm}"] = Source(f"{bfl_root}.{i}.{bfl}")
     return result
 
 
