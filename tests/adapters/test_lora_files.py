@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from lora_cases import TO_Q, pairs, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from tiny_flux import pipeline, run, tiny_transformer, train
@@ -11,7 +11,6 @@ from fluxfast.adapters.formats import load_lora, modelspec_metadata, read_lora, 
 from fluxfast.adapters.lora import add_lora, lora_layers
 
 FILE = "pytorch_lora_weights.safetensors"
-TO_Q = "transformer_blocks.0.attn.to_q"
 
 
 def _trained(**arguments):
@@ -24,14 +23,6 @@ def _trained(**arguments):
 def _metadata(path):
     with safe_open(path, framework="pt") as reader:
         return reader.metadata()
-
-
-def _pairs(prefix="transformer.", rank=4):
-    g = torch.Generator().manual_seed(5)
-    return {
-        f"{prefix}{TO_Q}.lora_A.weight": torch.randn(rank, 32, generator=g),
-        f"{prefix}{TO_Q}.lora_B.weight": torch.randn(32, rank, generator=g),
-    }
 
 
 @pytest.mark.parametrize("init", ["default", "pissa", "olora"])
@@ -144,73 +135,8 @@ def test_unknown_format_is_refused(tmp_path):
         save_lora(_trained(targets=["to_q"]), tmp_path, format="kohya")  # type: ignore[arg-type]
 
 
-# BFL's and kohya's names for what a tiny model has too, with its sizes
-KOHYA = {
-    "double_blocks_0_img_attn_proj": ["transformer_blocks.0.attn.to_out.0"],
-    "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
-    "double_blocks_0_txt_mlp_2": ["transformer_blocks.0.ff_context.net.2"],
-    "single_blocks_1_linear2": ["single_transformer_blocks.1.proj_out"],
-    "img_in": ["x_embedder"],
-}
-
-
-@pytest.mark.parametrize("layout", ["kohya", "comfyui-bfl", "comfyui-bfl-lora_A"])
-def test_kohya_and_bfl_names(tmp_path, layout):
-    g = torch.Generator().manual_seed(3)
-    transformer = tiny_transformer()
-    deltas, state = {}, {}
-    for kohya, modules in KOHYA.items():
-        linears = [transformer.get_submodule(name) for name in modules]
-        a = torch.randn(2, linears[0].in_features, generator=g)
-        b = torch.randn(sum(m.out_features for m in linears), 2, generator=g)
-        # alpha 3 for rank 2
-        for name, part in zip(modules, (1.5 * b @ a).split([m.out_features for m in linears]), strict=True):
-            deltas[name] = part
-        dotted = kohya.replace("blocks_0_", "blocks.0.").replace("blocks_1_", "blocks.1.")
-        for sub in ("img_attn", "txt_mlp"):
-            dotted = dotted.replace(f"{sub}_", f"{sub}.")
-        prefix = f"lora_unet_{kohya}" if layout == "kohya" else f"diffusion_model.{dotted}"
-        pair = ("lora_A", "lora_B") if layout == "comfyui-bfl-lora_A" else ("lora_down", "lora_up")
-        state |= {f"{prefix}.{pair[0]}.weight": a, f"{prefix}.{pair[1]}.weight": b, f"{prefix}.alpha": torch.tensor(3.0)}
-    path = tmp_path / "other.safetensors"
-    save_file(state, path)
-    lora = read_lora(path)
-    assert set(lora.targets) == deltas.keys()
-    load_lora(transformer, path)
-    for name, layer in lora_layers(transformer).items():
-        torch.testing.assert_close(layer.get_delta_weight("default"), deltas[name])
-
-
-def test_fused_single_block_of_the_real_size(tmp_path):
-    # the converter splits linear1 of FLUX.1's own sizes only
-    g = torch.Generator().manual_seed(4)
-    a, b = torch.randn(2, 3072, generator=g), torch.randn(21504, 2, generator=g)
-    path = tmp_path / "x.safetensors"
-    save_file(
-        {"lora_unet_single_blocks_37_linear1.lora_down.weight": a, "lora_unet_single_blocks_37_linear1.lora_up.weight": b}, path
-    )
-    lora = read_lora(path)
-    block = "single_transformer_blocks.37"
-    assert lora.targets == [f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"]
-    torch.testing.assert_close(lora.state[f"{block}.proj_mlp.lora_B.weight"], b[9216:])
-    torch.testing.assert_close(lora.state[f"{block}.proj_mlp.lora_A.weight"], a)
-
-
-@pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "diffusion_model."])
-def test_peft_names_under_any_prefix(tmp_path, prefix):
-    path = tmp_path / "x.safetensors"
-    state = _pairs(prefix)
-    save_file(state, path)
-    lora = read_lora(path)
-    assert lora.targets == [TO_Q]
-    assert (lora.rank, lora.alpha) == (4, 4.0)
-    assert torch.equal(lora.state[f"{TO_Q}.lora_A.weight"], state[f"{prefix}{TO_Q}.lora_A.weight"])
-    save_file(state | {f"{prefix}{TO_Q}.alpha": torch.tensor(1.5)}, path)
-    assert read_lora(tmp_path).alphas == {TO_Q: 1.5}
-
-
 def test_rank_and_alpha_per_module(tmp_path):
-    state, k = _pairs(), "transformer_blocks.0.attn.to_k"
+    state, k = pairs(), "transformer_blocks.0.attn.to_k"
     g = torch.Generator().manual_seed(6)
     for module, rank, (out, inp) in [(k, 3, (32, 32)), ("proj_out", 2, (8, 32)), ("x_embedder", 4, (32, 8))]:
         state[f"transformer.{module}.lora_A.weight"] = torch.randn(rank, inp, generator=g)
@@ -242,85 +168,41 @@ def test_rank_and_alpha_per_module(tmp_path):
         torch.testing.assert_close(run(pipe.transformer), expected)
 
 
-def test_alpha_from_diffusers_own_file(tmp_path):
-    transformer = _trained(targets=["to_q"])
-    transformer.save_lora_adapter(tmp_path)
-    assert read_lora(tmp_path).alphas == dict.fromkeys(lora_layers(transformer), 10.0)
-    FluxPipeline.save_lora_weights(
-        tmp_path / "pipeline",
-        transformer_lora_layers=_pairs(prefix=""),
-        transformer_lora_adapter_metadata={"r": 4, "lora_alpha": 7, "use_rslora": True},
-    )
-    assert read_lora(tmp_path / "pipeline").alphas == {TO_Q: 14.0}
-
-
-def _write(path, state, metadata=None):
-    save_file(state, path, metadata=metadata)
-    return path
-
-
-BROKEN = {
-    "lokr": ({"lycoris_x.lokr_w1": torch.ones(1)}, "LoKr"),
-    "dora": (_pairs() | {f"transformer.{TO_Q}.dora_scale": torch.ones(32)}, "DoRA"),
-    "a model": ({"transformer_blocks.0.attn.to_q.weight": torch.ones(2, 2)}, "no LoRA weights.*to_q.weight"),
-    "half": ({f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 32)}, r"Missing keys: .*to_q\.lora_B\.weight"),
-    "ranks": (_pairs() | {f"transformer.{TO_Q}.lora_B.weight": torch.ones(32, 3)}, "don't share a rank"),
-    "extra": (_pairs() | {"transformer.lora_extra": torch.ones(1)}, "unexpected: lora_extra"),
-    "text encoder": (_pairs() | {"text_encoder.a.lora_A.weight": torch.ones(1, 1)}, "text encoder weights"),
-    "kohya": ({"lora_unet_middle_block_0.lora_down.weight": torch.ones(1, 1)}, "can't be converted.*middle_block_0"),
-    "bad alpha": (_pairs() | {f"transformer.{TO_Q}.alpha": torch.tensor(1)}, "can't be converted.*alpha"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_foreign_files_are_refused_by_name(tmp_path, case):
-    state, message = BROKEN[case]
-    with pytest.raises(ValueError, match=rf"bad\.safetensors: .*{message}"):
-        read_lora(_write(tmp_path / "bad.safetensors", state))
-
-
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_truncated_files_are_refused_by_name(tmp_path, keep):
-    path = save_lora(_trained(targets=["to_q"]), tmp_path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=rf"{FILE}: not a whole safetensors file"):
-        read_lora(tmp_path)
-
-
-def test_pickles_missing_files_and_ambiguous_folders_are_refused(tmp_path):
-    (tmp_path / "x.bin").write_bytes(b"not read")
-    with pytest.raises(ValueError, match=r"x\.bin: .*never loaded"):
-        read_lora(tmp_path / "x.bin")
-    with pytest.raises(ValueError, match="no such LoRA file"):
-        read_lora(tmp_path / "absent.safetensors")
-    with pytest.raises(ValueError, match="found 0 files"):
-        read_lora(tmp_path)
-    for name in ("a", "b"):
-        _write(tmp_path / f"{name}.safetensors", _pairs())
-    with pytest.raises(ValueError, match="found 2 files"):
-        read_lora(tmp_path)
-
-
-def test_metadata_that_is_not_json_is_refused_by_name(tmp_path):
-    path = _write(tmp_path / "x.safetensors", _pairs(), {"lora_adapter_metadata": "{"})
-    with pytest.raises(ValueError, match=r"x\.safetensors: its metadata"):
-        read_lora(path)
-
-
 def test_a_lora_for_another_transformer_is_refused_before_anything_changes(tmp_path):
     transformer = tiny_transformer()
     names = dict(transformer.named_parameters()).keys()
-    state = _pairs()
+    state = pairs()
     for i in range(5):
-        state |= {k.replace("blocks.0", f"blocks.{i}"): v.clone() for k, v in _pairs().items()}
-    path = _write(tmp_path / "x.safetensors", state)
+        state |= {k.replace("blocks.0", f"blocks.{i}"): v.clone() for k, v in pairs().items()}
+    path = write(tmp_path / "x.safetensors", state)
     with pytest.raises(ValueError, match=r"x\.safetensors: .*no such linear layers: transformer_blocks\.1.* and 1 more"):
         load_lora(transformer, path)
     wide = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 48), f"transformer.{TO_Q}.lora_B.weight": torch.ones(32, 4)}
-    path = _write(tmp_path / "y.safetensors", wide)
+    path = write(tmp_path / "y.safetensors", wide)
     with pytest.raises(ValueError, match=r"y\.safetensors: .*to_q\.lora_A: expected \[4, 32\] .*, found \[4, 48\]"):
         load_lora(transformer, path)
+    # a square linear's factors changed about share a "rank" of 32
+    turned = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(32, 4), f"transformer.{TO_Q}.lora_B.weight": torch.ones(4, 32)}
+    path = write(tmp_path / "t.safetensors", turned)
+    with pytest.raises(ValueError, match=r"t\.safetensors: .*to_q\.lora_A: expected \[32, 32\] .*, found \[32, 4\]"):
+        load_lora(transformer, path)
+    # block 19 is known to the reader, and not to a transformer of one
+    path = write(tmp_path / "z.safetensors", {k.replace("blocks.0", "blocks.19"): v for k, v in pairs().items()})
+    with pytest.raises(ValueError, match=r"z\.safetensors: .*no such linear layers: transformer_blocks\.19\.attn\.to_q"):
+        load_lora(transformer, path)
     assert dict(transformer.named_parameters()).keys() == names
+
+
+@pytest.mark.parametrize("alpha", [-4.0, 0.0, 1.5])
+def test_an_unusual_alpha_is_kept_by_load_and_save(tmp_path, alpha):
+    path = write(tmp_path / "x.safetensors", pairs() | {f"transformer.{TO_Q}.alpha": torch.tensor(alpha)})
+    transformer = tiny_transformer()
+    load_lora(transformer, read_lora(path))
+    assert lora_layers(transformer)[TO_Q].scaling["default"] == alpha / 4
+    for format in ("diffusers", "comfyui"):
+        again = read_lora(save_lora(transformer, tmp_path / format, format=format))
+        assert again.alphas == {TO_Q: alpha}
+        assert all(torch.equal(again.state[key], tensor) for key, tensor in read_lora(path).state.items())
 
 
 def test_modelspec(tmp_path):
