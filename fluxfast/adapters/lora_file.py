@@ -168,8 +168,8 @@ def _account_for_the_rest(file: Path, reader: Any, keys: SortedKeys) -> list[str
             "fluxfast trains the transformer alone"
         )
     zero = {key for key in keys.leftover if not reader.get_tensor(key).to(torch.float32).any()}
-    # a pair with a factor that is all zero adds nothing
-    without_effect = {split_key(key)[0] for key in zero if split_key(key)[1] in ("A", "B")}
+    # a pair adds nothing where a factor is all zero, or alpha is
+    without_effect = {split_key(key)[0] for key in zero} - {""}
     kept = [key for key in keys.leftover if key not in zero and split_key(key)[0] not in without_effect]
     if kept:
         raise ValueError(

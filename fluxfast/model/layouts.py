@@ -88,7 +88,7 @@ def bfl_linears(double_blocks: Iterable[int], single_blocks: Iterable[int]) -> d
 
     The blocks are given by their indices. Names come without `.weight` and `.bias`.
     """
-    result = {bfl: (name,) for bfl, name in _OUTER.items()}
+    result: dict[str, tuple[str, ...]] = {bfl: (name,) for bfl, name in _OUTER.items()}
     for ours_root, bfl_root, indices, linears in (
         ("transformer_blocks", "double_blocks", double_blocks, _DOUBLE),
         ("single_transformer_blocks", "single_blocks", single_blocks, _SINGLE),

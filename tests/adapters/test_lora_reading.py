@@ -72,6 +72,14 @@ STYLES = {
     "PEFT of BFL's model": (BFL, "base_model.model.", False, "lora_A", "lora_B", False),
     "kohya": (BFL, "lora_unet_", True, "lora_down", "lora_up", True),
     "kohya, diffusers' names": (DIFFUSERS, "lora_unet_", True, "lora_down", "lora_up", True),
+    "kohya, one underscore more": (
+        {f"{name}_": [name] for name in DIFFUSERS},
+        "lora_unet_",
+        True,
+        "lora_down",
+        "lora_up",
+        False,
+    ),
     "OneTrainer": (DIFFUSERS, "lora_transformer_", True, "lora_down", "lora_up", True),
     "LyCORIS": (DIFFUSERS, "lycoris_", True, "lora_down", "lora_up", True),
     "XLabs": (XLABS, "", False, "down", "up", False),
@@ -200,6 +208,11 @@ def test_leftovers_without_effect_are_left_out_with_one_line(tmp_path):
     assert lora.targets == [TO_Q]
     assert len(lora.notes) == 1
     assert "6 tensors without effect are left out" in lora.notes[0]
+    turned_off = pairs("position_embedding") | {"transformer.position_embedding.alpha": torch.tensor(0)}
+    assert "3 tensors without effect" in read_lora(write(tmp_path / "z.safetensors", pairs() | turned_off)).notes[0]
+    # one that is zero says nothing about the others
+    with pytest.raises(ValueError, match=r"x\.safetensors: holds 1 tensors that have no place .*: transformer\.x\.diff;"):
+        read_lora(write(tmp_path / "x.safetensors", pairs() | leftovers | {"transformer.x.diff": torch.ones(1)}))
     nonzero = {key: tensor + 1 for key, tensor in leftovers.items()}
     with pytest.raises(ValueError, match=r"y\.safetensors: holds 6 tensors that have no place .*img_attn_norm.* and 3 more"):
         read_lora(write(tmp_path / "y.safetensors", pairs() | nonzero))

@@ -146,3 +146,5 @@ def test_kohyas_alpha_in_metadata_alone_is_said_and_not_used(tmp_path):
     assert "network alpha 1.0 at rank 4" in lora.notes[0]
     with_alpha = pairs() | {f"transformer.{TO_Q}.alpha": torch.tensor(1.0)}
     assert read_lora(write(tmp_path / "y.safetensors", with_alpha, metadata)).notes == ()
+    metadata |= {"lora_adapter_metadata": json.dumps({"lora_alpha": 8})}
+    assert read_lora(write(tmp_path / "z.safetensors", pairs(), metadata)).notes == ()
