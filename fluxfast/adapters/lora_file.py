@@ -173,8 +173,8 @@ def _account_for_the_rest(file: Path, reader: Any, keys: SortedKeys) -> list[str
     kept = [key for key in keys.leftover if key not in zero and split_key(key)[0] not in without_effect]
     if kept:
         raise ValueError(
-            f"{file}: holds {len(kept)} tensors that have no place in a LoRA for FLUX.1's transformer: {listed(kept)}; "
-            "fluxfast reads LoRA pairs of its linears, and nothing else that trains"
+            f"{file}: {len(kept)} of its tensors have no place in a LoRA for FLUX.1's transformer: {listed(kept)}; fluxfast "
+            "reads pairs for its linears, and nothing else that trains"
         )
     if keys.leftover:
         notes.append(f"{file}: {len(keys.leftover)} tensors without effect are left out, being zero ({listed(keys.leftover)})")

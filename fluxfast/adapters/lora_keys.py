@@ -149,8 +149,8 @@ def _refuse_without_pairs(file: Path, keys: SortedKeys) -> None:
             f"{file}: holds a LoRA of text encoders only ({listed(keys.text_encoders)}); fluxfast trains the transformer alone"
         )
     raise ValueError(
-        f"{file}: holds no LoRA weights for FLUX.1's transformer; its {len(keys.leftover)} keys name none of its linears, "
-        f"first {listed(keys.leftover)}"
+        f"{file}: holds no LoRA weights for FLUX.1's transformer; none of its {len(keys.leftover)} keys belongs to a pair for "
+        f"one of its linears: {listed(keys.leftover)}"
     )
 
 

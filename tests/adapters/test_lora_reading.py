@@ -211,10 +211,10 @@ def test_leftovers_without_effect_are_left_out_with_one_line(tmp_path):
     turned_off = pairs("position_embedding") | {"transformer.position_embedding.alpha": torch.tensor(0)}
     assert "3 tensors without effect" in read_lora(write(tmp_path / "z.safetensors", pairs() | turned_off)).notes[0]
     # one that is zero says nothing about the others
-    with pytest.raises(ValueError, match=r"x\.safetensors: holds 1 tensors that have no place .*: transformer\.x\.diff;"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: 1 of its tensors have no place .*: transformer\.x\.diff;"):
         read_lora(write(tmp_path / "x.safetensors", pairs() | leftovers | {"transformer.x.diff": torch.ones(1)}))
     nonzero = {key: tensor + 1 for key, tensor in leftovers.items()}
-    with pytest.raises(ValueError, match=r"y\.safetensors: holds 6 tensors that have no place .*img_attn_norm.* and 3 more"):
+    with pytest.raises(ValueError, match=r"y\.safetensors: 6 of its tensors have no place .*img_attn_norm.* and 3 more"):
         read_lora(write(tmp_path / "y.safetensors", pairs() | nonzero))
 
 
@@ -238,7 +238,10 @@ NOT_A_LORA = {
     "DoRA": (pairs() | {f"transformer.{TO_Q}.dora_scale": torch.ones(32)}, r"DoRA weights \(.*to_q\.dora_scale\)"),
     "PEFT's DoRA": (pairs() | {f"transformer.{TO_Q}.lora_magnitude_vector": torch.ones(32)}, "DoRA weights"),
     "convolution": (pairs() | {f"transformer.{TO_Q}.lora_mid.weight": torch.ones(4, 4)}, r"Tucker\) LoRA weights .*lora_mid"),
-    "a model": ({f"{TO_Q}.weight": torch.ones(2, 2)}, r"no LoRA weights for FLUX.1's transformer; its 1 keys .*to_q\.weight"),
+    "a model": (
+        {f"{TO_Q}.weight": torch.ones(2, 2)},
+        r"no LoRA weights for FLUX.1's transformer; none of its 1 keys .*to_q\.weight",
+    ),
     "another model": ({"lora_unet_middle_block_0.lora_down.weight": torch.ones(1, 1)}, "no LoRA weights .*middle_block_0"),
     "no up": ({A: torch.ones(4, 32)}, rf"half of a LoRA pair is missing beside {A}"),
     "no down": ({B: torch.ones(32, 4)}, rf"half of a LoRA pair is missing beside {B}"),
@@ -251,15 +254,21 @@ NOT_A_LORA = {
     "rank 0": ({A: torch.ones(0, 32), B: torch.ones(32, 0)}, "don't share a rank"),
     "convolution's shape": ({A: torch.ones(4, 32, 1, 1), B: torch.ones(32, 4, 1, 1)}, "don't share a rank"),
     "integers": (pairs() | {A: torch.ones(4, 32, dtype=torch.int8)}, rf"{A} holds I8, expected one of F64"),
-    "a key without a module": (pairs() | {"transformer.lora_extra": torch.ones(1)}, r"1 tensors .*: transformer\.lora_extra"),
+    "a key without a module": (
+        pairs() | {"transformer.lora_extra": torch.ones(1)},
+        r"1 of its tensors .*: transformer\.lora_extra",
+    ),
     "a second adapter": (
         {k.replace("weight", f"{name}.weight"): v for name in ("one", "two") for k, v in pairs().items()},
-        r"2 tensors .*to_q\.lora_A\.two\.weight",
+        r"2 of its tensors .*to_q\.lora_A\.two\.weight",
     ),
-    "upper case": (pairs() | {A.upper(): torch.ones(4, 32)}, r"1 tensors .*TRANSFORMER_BLOCKS\.0"),
-    "an alpha alone": (pairs() | {"transformer.proj_out.alpha": torch.tensor(1.0)}, r"1 tensors .*: transformer\.proj_out"),
-    "a bias": (pairs() | {f"transformer.{TO_Q}.lora_B.bias": torch.ones(32)}, r"1 tensors .*lora_B\.bias"),
-    "no such linear": (pairs() | pairs("transformer_blocks.0.attn.to_z"), r"2 tensors .*to_z\.lora_A\.weight"),
+    "upper case": (pairs() | {A.upper(): torch.ones(4, 32)}, r"1 of its tensors .*TRANSFORMER_BLOCKS\.0"),
+    "an alpha alone": (
+        pairs() | {"transformer.proj_out.alpha": torch.tensor(1.0)},
+        r"1 of its tensors .*: transformer\.proj_out",
+    ),
+    "a bias": (pairs() | {f"transformer.{TO_Q}.lora_B.bias": torch.ones(32)}, r"1 of its tensors .*lora_B\.bias"),
+    "no such linear": (pairs() | pairs("transformer_blocks.0.attn.to_z"), r"2 of its tensors .*to_z\.lora_A\.weight"),
     "fused rows": (pairs("img_attn_qkv", "lora_unet_double_blocks_0_", 4, "lora_down", "lora_up"), "has 32 rows, which can't"),
     "several alphas": (pairs() | {f"transformer.{TO_Q}.alpha": torch.ones(3)}, r"to_q\.alpha: expected one number.*\[3\]"),
     "infinite alpha": (
