@@ -92,7 +92,7 @@ def modelspec_metadata(
 
 def load_lora(
     transformer: nn.Module,
-    lora: str | os.PathLike[str] | LoraFile,
+    lora: LoraFile | str | os.PathLike[str],
     *,
     adapter_name: str = "default",
     dropout: float = 0.0,
@@ -100,12 +100,11 @@ def load_lora(
 ) -> list[Parameter]:
     """Goes on training a LoRA (`init_lora`): like `add_lora`, with modules, ranks, alphas and values from the file.
 
-    `lora` is what `read_lora` takes, or what it gave: who has it read early can print its notes. Raises `read_lora`'s errors,
-    and ValueError where a module isn't in the transformer or has another shape there.
+    `lora` is what `read_lora` gave, or a path for it. Raises `read_lora`'s errors, and those of `check_fits`.
     """
     if not isinstance(lora, LoraFile):
         lora = read_lora(lora)
-    _check_fits(transformer, lora)
+    check_fits(transformer, lora)
     rank, alpha = lora.rank, lora.alpha
     # PEFT reads a string as a regular expression for the whole name: `proj_out` then means that module alone
     config = LoraConfig(
@@ -157,7 +156,8 @@ def _sorted_header(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
-def _check_fits(transformer: nn.Module, lora: LoraFile) -> None:
+def check_fits(transformer: nn.Module, lora: LoraFile) -> None:
+    """ValueError where the transformer (on any device, also meta) lacks a module of the LoRA, or it has another shape."""
     modules: dict[str, Any] = dict(transformer.named_modules())
     unexpected = [name for name in lora.targets if not hasattr(modules.get(name), "in_features")]
     if unexpected:

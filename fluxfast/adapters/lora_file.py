@@ -95,7 +95,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as reader:
             yield reader
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+        raise ValueError(f"{file}: not a whole safetensors file, or not one that can be opened ({error})") from error
 
 
 def _check_shapes(file: Path, reader: Any, pair: Pair) -> None:
