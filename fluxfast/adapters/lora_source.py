@@ -106,9 +106,10 @@ def _from_hub(repository: str, wanted: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if cached:
             return cached
+        name = f"{repository}/{wanted}" if wanted else repository
         # a dry run's error doesn't say what went wrong; its cause does
         raise ValueError(
-            f"{repository}: not a file or folder here, and the Hugging Face Hub gave no LoRA by that name: "
+            f"{name}: not a file or folder here, and the Hugging Face Hub gave no LoRA by that name: "
             f"{error.__cause__ or error}\nCheck the name; for a private or gated repository log in with `hf auth login`."
         ) from error
 
