@@ -20,7 +20,9 @@ from fluxfast.data.settings import ConfigError, expand, problem_text, read_json,
 from fluxfast.train.config_fields import TrainFields
 from fluxfast.train.config_file import find_config, parse_overrides, read_config
 from fluxfast.train.config_rules import adjustments, conflicts
-from fluxfast.train.options import canonical, not_yet, without_field
+from fluxfast.train.options import canonical, malformed, means_default, not_yet, unknown, without_field
+from fluxfast.train.switches import Switch, is_refused_with_its_switch, switched_off
+from fluxfast.train.switches import note as switch_note
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +235,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mappi
     `ConfigError` names every key that is unknown, not implemented yet, of a wrong value or in conflict with another."""
     file = find_config(path)
     problems: list[str] = []
-    notes: list[str] = []
     given: dict[str, tuple[Any, str]] = {}
     for raw, where in ((read_config(file), str(file)), (parse_overrides(overrides), "command line")):
         values, found = canonical(expand(raw, {"model_family": "flux"}, problems, where))
@@ -241,11 +242,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mappi
         given.update({name: (value, where) for name, value in values.items()})
     # null asks for the default
     given = {name: (value, where) for name, (value, where) in given.items() if value is not None}
-    for name, (value, where) in given.items():
-        if name not in TrainConfig.model_fields:
-            problem, note = without_field(name, value, TrainConfig.model_fields)
-            problems += [f"{where}: {problem}"] if problem else []
-            notes += [note] if note else []
+    found, notes = _keys_problems(given)
+    problems += found
     fields = {name: value for name, (value, _) in given.items() if name in TrainConfig.model_fields}
     config, found = _build(fields, {name: where for name, (_, where) in given.items()}, str(file))
     problems += found
@@ -253,6 +251,27 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mappi
         raise ConfigError(problems)
     config._notes += tuple(notes)
     return config
+
+
+def _keys_problems(given: dict[str, tuple[Any, str]]) -> tuple[list[str], list[str]]:
+    """(problems, notes) of the keys that nothing reads: unknown, not implemented, or without effect.
+
+    given: value by option, and where it was written."""
+    problems, notes = [], []
+    unread: dict[Switch, list[str]] = {}
+    values = {name: value for name, (value, _) in given.items()}
+    for name, (value, where) in given.items():
+        is_field = name in TrainConfig.model_fields
+        problem, note = unknown(name, TrainConfig.model_fields), None
+        if problem is None and not means_default(name, value):
+            if (switch := switched_off(name, values)) is not None:
+                problem = None if is_field else malformed(name, value)
+                unread.setdefault(switch, []).append(name)
+            elif not is_field and not is_refused_with_its_switch(name, values):
+                problem, note = without_field(name, value)
+        problems += [f"{where}: {problem}"] if problem else []
+        notes += [note] if note else []
+    return problems, notes + [switch_note(switch, names) for switch, names in unread.items()]
 
 
 def _build(fields: dict[str, Any], origin: dict[str, str], file: str) -> tuple[TrainConfig | None, list[str]]:

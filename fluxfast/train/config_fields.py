@@ -271,7 +271,7 @@ class TrainFields(Settings):
     text_encoder_batch_size: int = Field(1, ge=1)
     """Captions per text encoder pass."""
     write_batch_size: int = Field(128, ge=1)
-    """Text embeddings per write to the cache."""
+    """Text embeddings per write to the cache; what is encoded together is written together, so it has no effect."""
     disable_bucket_pruning: bool = False
     """Keep buckets with fewer images than a step takes."""
     allow_dataset_oversubscription: bool = False

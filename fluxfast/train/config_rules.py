@@ -6,12 +6,6 @@ if TYPE_CHECKING:
     from fluxfast.train.config import TrainConfig
 
 _BF16_OPTIMIZERS = ("adamw_bf16",)
-_OFFLOAD_OPTIONS = (
-    "group_offload_type",
-    "group_offload_blocks_per_group",
-    "group_offload_use_stream",
-    "group_offload_to_disk_path",
-)
 # megapixels; above it, someone has almost surely written pixels
 _LARGEST_AREA = 5
 
@@ -62,9 +56,12 @@ def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
         notes.append('"offload_during_startup" has no effect: text encoders and VAE are never on the device together')
     if config.enable_group_offload:
         force("group_offload_type", "block_level", "leaf by leaf the same bytes would be copied, in more pieces")
-    else:
-        unread = [name for name in _OFFLOAD_OPTIONS if name in config.model_fields_set]
-        notes += [f'"{name}" has no effect: "enable_group_offload" is false' for name in unread]
+    replaced = {"flux_lora_target": "peft_lora_target_modules", "adam_beta1": "optimizer_beta1", "adam_beta2": "optimizer_beta2"}
+    for name, by in replaced.items():
+        if name in config.model_fields_set and getattr(config, by) is not None:
+            notes.append(f'"{name}" has no effect: "{by}" takes its place')
+    if config.write_batch_size != type(config).model_fields["write_batch_size"].default:
+        notes.append('"write_batch_size" has no effect: what is encoded together is written together')
     return forced, notes
 
 
@@ -117,14 +114,10 @@ def _run_conflicts(config: "TrainConfig") -> list[str]:
         )
     if (config.optimizer_beta1 is None) != (config.optimizer_beta2 is None):
         problems.append('"optimizer_beta1" and "optimizer_beta2" go together: give both or neither')
-    if config.lr_scheduler == "polynomial" and config.lr_end >= config.learning_rate:
+    if config.lr_scheduler in ("polynomial", "cosine") and config.lr_end >= config.learning_rate:
         problems.append(
-            f'"lr_scheduler" polynomial decays from "learning_rate" ({config.learning_rate:g}) to "lr_end" '
+            f'"lr_scheduler" {config.lr_scheduler} decays from "learning_rate" ({config.learning_rate:g}) to "lr_end" '
             f"({config.lr_end:g}): learning_rate must be larger"
-        )
-    if config.lr_num_cycles > 1:
-        problems.append(
-            f'"lr_num_cycles" is {config.lr_num_cycles}: not implemented yet (no "lr_scheduler" with cycles is); remove it'
         )
     if config.num_processes > 1:
         problems.append(f'"num_processes" is {config.num_processes}: more than one process is not implemented yet; set it to 1')
@@ -167,7 +160,7 @@ def _model_conflicts(config: "TrainConfig") -> list[str]:
             f'"lora_init_type" {config.lora_init_type} moves part of the base into the LoRA, which "init_lora" would then '
             "replace: leave one of them out"
         )
-    if config.validation_prompt_library:
+    if config.validation_prompt_library and not config.validation_disable:
         problems.append(
             '"validation_prompt_library" is true: not implemented yet; name a file of prompts as "user_prompt_library"'
         )

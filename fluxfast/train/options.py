@@ -1,7 +1,8 @@
 """SimpleTuner's options: which ones there are, their other names, and what becomes of those that fluxfast has no field for.
 
-`options.tsv` lists every option (name, kind, default, choices). A key of a config file is one of four things: a field of
-`TrainConfig`; a key of `ACCEPTED_NO_EFFECT`; another known option, which must stay at its default; or a typing error.
+`options.tsv` lists every option (name, kind, default, choices). A key of a config file is one of five things: a field of
+`TrainConfig`; a key of `ACCEPTED_NO_EFFECT`; an option that is only read with a switch that is off (`switches`); another known
+option, which must stay at its default; or a typing error.
 """
 
 import ast
@@ -35,7 +36,23 @@ ACCEPTED_NO_EFFECT = {
     "aspect_bucket_worker_count": "the number of workers is max_workers; it changes no result",
     "aws_max_pool_connections": "only read by aws datasets, which are refused",
     "checkpointing_use_tempdir": "a checkpoint is always written under a temporary name and renamed",
+    **dict.fromkeys(
+        (
+            "audio_channels", "audio_duration_interval", "audio_flow_schedule_shift", "audio_max_duration_seconds",
+            "audio_min_duration_seconds", "audio_truncation_mode", "framerate", "validation_num_video_frames",
+        ),
+        "only read for video and sound",
+    ),
+    **dict.fromkeys(
+        (
+            "pretrained_unet_model_name_or_path", "pretrained_unet_subfolder", "pretrained_gemma_model_name_or_path",
+            "qwen_text_encoder_model_name_or_path", "text_encoder_3_precision", "text_encoder_4_precision",
+            "unet_attention_slice", "vae_enable_patch_conv", "vae_enable_temporal_roll",
+        ),
+        "only read for models with such a part, which FLUX.1 does not have",
+    ),
     "compress_disk_cache": "caches are plain safetensors; latents and embeddings hardly compress",
+    "conditioning_multidataset_sampling": "only read with conditioning datasets, which are refused",
     "dataloader_prefetch": "reading ahead changes no result",
     "dataloader_prefetch_qlen": "reading ahead changes no result",
     "debug_aspect_buckets": "it only prints",
@@ -44,9 +61,8 @@ ACCEPTED_NO_EFFECT = {
     "disable_assistant_lora": "no assistant LoRA is applied",
     "enable_multiprocessing": "workers are threads; it changes no result",
     "fully_unload_text_encoder": "the text encoders are always dropped once their outputs are cached",
-    "hub_model_id": "only read by push_to_hub, which is refused",
     "image_processing_batch_size": "images are read one at a time; it changes no result",
-    "lycoris_config": "only read with lora_type lycoris, which is refused",
+    "masked_loss_probability": "only read with datasets of masks, which are refused",
     "metadata_update_interval": "the cache's index is up to date after every entry",
     "override_dataset_config": "a changed dataset setting recomputes what depends on it, without being asked",
     "preserve_data_backend_cache": "caches are never deleted",
@@ -59,7 +75,16 @@ ACCEPTED_NO_EFFECT = {
     "torch_num_threads": "PyTorch computes with a thread a core; OMP_NUM_THREADS says otherwise",
     "tracker_image_layout": "only read by trackers that are refused",
     "validation_disable_unconditional": "no image is drawn for an empty prompt",
+}  # fmt: skip
+
+# values that say what an option's default says, in other words
+_SAME_AS_DEFAULT = {
+    "gradient_precision": "unmodified",
+    # FLUX.1 is trained by flow matching, and by nothing else
+    "prediction_type": "flow_matching",
 }
+# how configs write that something is off
+_OFF = ("", "none", "null", "no", "false", "0", "0.0")
 
 # values (patterns) that SimpleTuner knows besides the choices in options.tsv; those a field doesn't list are to come
 _QUANTISED = ("*-quanto", "*-torchao", "*-sdnq", "*-bnb", "fp8-native", "fp8-transformerengine")
@@ -142,21 +167,41 @@ def canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def without_field(name: str, value: Any, fields: Iterable[str]) -> tuple[str | None, str | None]:
-    """(problem, note) for a key that is no field of `TrainConfig`: at most one of them."""
-    option = options().get(name)
-    if option is None:
-        return f'"{name}" is not an option{did_you_mean(name, {*fields, *options(), *ALIASES})}', None
-    if is_default(value, option.default):
-        return None, None
+def means_default(name: str, value: Any) -> bool:
+    """Whether `value`, as a file writes it, says the same as the default of an option, or, if that is off, says off.
+
+    An option that isn't SimpleTuner's is off by default."""
+    default = options()[name].default if name in options() else None
+    # a form writes "" where nothing was filled in
+    if value == "" or is_default(value, default):
+        return True
+    return (name in _SAME_AS_DEFAULT and value == _SAME_AS_DEFAULT[name]) or (_is_off(default) and _is_off(value))
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value == [] or value == {} or str(value).strip().lower() in _OFF
+
+
+def unknown(name: str, fields: Iterable[str]) -> str | None:
+    """The problem with a key that is neither a field of `TrainConfig` nor an option of SimpleTuner's, else None."""
+    if name in fields or name in options():
+        return None
+    return f'"{name}" is not an option{did_you_mean(name, {*fields, *options(), *ALIASES})}'
+
+
+def without_field(name: str, value: Any) -> tuple[str | None, str | None]:
+    """(problem, note) for a known option that is no field of `TrainConfig`, away from its default and read."""
+    option = options()[name]
     if name in ACCEPTED_NO_EFFECT:
-        return _malformed(option, value), f'"{name}" has no effect: {ACCEPTED_NO_EFFECT[name]}'
+        return malformed(name, value), f'"{name}" has no effect: {ACCEPTED_NO_EFFECT[name]}'
     alias = next((f' (also called "{a}", inverted)' for a, (t, opposite) in ALIASES.items() if t == name and opposite), "")
     default = "" if option.default is None else f" (its default is {shown(option.default)})"
     return f'"{name}"{alias} is {shown(value)}: not implemented yet; remove it{default}', None
 
 
-def _malformed(option: Option, value: Any) -> str | None:
+def malformed(name: str, value: Any) -> str | None:
+    """The problem with a value that can't be one of the option's, whoever reads it, else None."""
+    option = options()[name]
     try:
         if option.kind == "checkbox":
             as_bool(value)

@@ -261,7 +261,7 @@ def test_shift():
             {"maximum_image_size": 1024, "target_downsample_size": 1, "resolution_type": "area"},
             ['"maximum_image_size"', "1024 megapixels", "pixel_area"],
         ),
-        ({"lr_num_cycles": 3}, ['"lr_num_cycles" is 3', "not implemented yet"]),
+        ({"lr_scheduler": "cosine", "learning_rate": 1e-6, "lr_end": 1e-5}, ["cosine", '"learning_rate"', '"lr_end" (1e-05)']),
         ({"flux_guidance_mode": "random-range", "flux_guidance_min": 5}, ['"flux_guidance_min"', '"flux_guidance_max"']),
         ({"init_lora": "a.safetensors", "lora_init_type": "pissa"}, ['"lora_init_type" pissa', '"init_lora"']),
         ({"num_processes": 4}, ['"num_processes" is 4', "not implemented yet"]),

@@ -62,6 +62,6 @@ def test_what_a_config_is_told():
     config = load(group_offload_blocks_per_group=2)
     only(
         [note for note in config.notes if "group_offload" in note],
-        '"group_offload_blocks_per_group" has no effect: "enable_group_offload" is false',
+        '"group_offload_blocks_per_group" has no effect: only read with "enable_group_offload" or "vram_budget"',
     )
     assert not any("group_offload" in note for note in load().notes)
