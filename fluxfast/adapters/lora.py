@@ -45,7 +45,7 @@ def add_lora(
     optional = FUSED_PROJECTIONS if isinstance(targets, str) else ()
     targets = preset_targets(targets) if isinstance(targets, str) else list(targets)
     modules = match_targets(transformer, targets, optional=optional)
-    from_base = _check_init(transformer, modules, init, rank)
+    from_base = check_init(transformer, modules, init, rank)
 
     config = LoraConfig(
         r=rank,
@@ -91,8 +91,8 @@ def trainable_parameters(transformer: nn.Module) -> dict[str, Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def _check_init(transformer: nn.Module, modules: list[str], init: str, rank: int) -> bool:
-    """Whether `init` takes its values from the base's weights; ValueError where it can't."""
+def check_init(transformer: nn.Module, modules: list[str], init: str, rank: int) -> bool:
+    """Whether `init` takes its values from the base's weights; ValueError where it can't. The weights may be on meta."""
     if init == "loftq":
         raise ValueError(
             "lora_init_type 'loftq' corrects the error of a quantised base, and needs one that fluxfast can't give it "

@@ -80,6 +80,11 @@ class Checkpoint:
         """What the file says of itself if fluxfast quantised it, else None."""
         return quantized_file.read_info(self.files) if quantized_file.is_quantized(self.files) else None
 
+    def check(self, cls: type[FluxTransformer]) -> None:
+        """Compare the files' names and shapes with the model's, without reading a weight. Raises CheckpointError."""
+        if self.quantized is None:
+            _check(self.where, self.layout, self.files, _shapes(self._empty(cls)))
+
     def load(
         self,
         cls: type[FluxTransformer],

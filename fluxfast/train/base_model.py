@@ -29,7 +29,7 @@ SPARE_BYTES = 2 << 30
 
 def load_transformer(config: TrainConfig, device: torch.device, console: Console) -> FluxTransformer:
     """The transformer that the config names (a single file, a folder, a repository), frozen, quantised, on the device."""
-    checkpoint = _open(config)
+    checkpoint = open_base(config)
     quantize_on = torch.device("cpu")
     format = format_of(config.base_model_precision)
     if (info := checkpoint.quantized) is not None:
@@ -68,7 +68,10 @@ def quantizing_device(quantize_via: str | None, device: torch.device | None = No
     return device if device.type == "cuda" and quantize_via != "cpu" else torch.device("cpu")
 
 
-def _open(config: TrainConfig) -> Checkpoint:
+def open_base(config: TrainConfig) -> Checkpoint:
+    """The transformer's files that the config names, opened but not read; downloaded, if they are a repository's.
+
+    Raises CheckpointError where they are missing or not a FLUX.1 transformer."""
     path, subfolder, revision = config.transformer_source
     if Path(path).suffix == ".safetensors":
         return open_single_file(path)
