@@ -185,23 +185,14 @@ def _preparing(config: TrainConfig) -> dict[str, int]:
 
 def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) -> dict[str, int]:
     """Bytes of caches and checkpoints; images are counted where their folder is there already."""
-    from fluxfast.data.images import discover
     from fluxfast.memory.plan import OPTIMIZER_STATE
-    from fluxfast.train.budget import largest_batch
+    from fluxfast.train.disk import cache_bytes
 
-    latents = captions = 0
-    for dataset in datasets:
-        if dataset.id == "?" or not dataset.instance_data_dir.is_dir():
-            continue
-        images = len(discover(dataset.instance_data_dir, skip=[]))
-        width, height = largest_batch(config, [dataset]).size
-        # 16 channels, an eighth of the size each way, bf16
-        latents += images * 16 * (width // 8) * (height // 8) * 2
-        captions += 1 if dataset.caption_strategy == "instanceprompt" else images
+    caches = [cache_bytes(config, dataset) for dataset in datasets if dataset.id != "?"]
     state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
     return {
-        "latents": latents,
-        "text embeddings": captions * (workload.text_tokens * 4096 + 768) * 2,
+        "latents": sum(latents for latents, _ in caches),
+        "text embeddings": sum(texts for _, texts in caches),
         "quantised base": workload.frozen_bytes if workload.storage.format else 0,
         "checkpoints": round(config.checkpoints_total_limit * workload.adapters * (2 * workload.adapter_itemsize + state)),
     }

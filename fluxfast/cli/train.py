@@ -30,6 +30,7 @@ def main(words: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     # everything heavy is imported after the config is known to be right
+    from fluxfast.train.state import SaveError
     from fluxfast.train.trainer import NonFiniteLoss, Stopped, train
 
     try:
@@ -40,7 +41,8 @@ def main(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted before a step could be saved; the same command goes on from the last checkpoint", file=sys.stderr)
         return SIGNAL_EXIT + signal.SIGINT
-    except (ValueError, NonFiniteLoss) as error:
+    # OSError: a full or vanished disk, at the end of the run too
+    except (ValueError, OSError, NonFiniteLoss, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,6 +6,12 @@ if TYPE_CHECKING:
     from fluxfast.train.config import TrainConfig
 
 _BF16_OPTIMIZERS = ("adamw_bf16",)
+# options that another one, if it is given, takes the place of
+_REPLACED_BY = {
+    "flux_lora_target": "peft_lora_target_modules",
+    "adam_beta1": "optimizer_beta1",
+    "adam_beta2": "optimizer_beta2",
+}
 # megapixels; above it, someone has almost surely written pixels
 _LARGEST_AREA = 5
 
@@ -56,8 +62,7 @@ def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
         notes.append('"offload_during_startup" has no effect: text encoders and VAE are never on the device together')
     if config.enable_group_offload:
         force("group_offload_type", "block_level", "leaf by leaf the same bytes would be copied, in more pieces")
-    replaced = {"flux_lora_target": "peft_lora_target_modules", "adam_beta1": "optimizer_beta1", "adam_beta2": "optimizer_beta2"}
-    for name, by in replaced.items():
+    for name, by in _REPLACED_BY.items():
         if name in config.model_fields_set and getattr(config, by) is not None:
             notes.append(f'"{name}" has no effect: "{by}" takes its place')
     if config.write_batch_size != type(config).model_fields["write_batch_size"].default:

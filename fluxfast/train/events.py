@@ -1,15 +1,21 @@
-"""What a run tells: the progress bar, `metrics.jsonl`, the trackers; and how it is told to stop."""
+"""What a run tells: the progress bar, `metrics.jsonl`, the trackers; and how it is told to stop.
+
+Numbers about a run never stop it: what can't be read, written or drawn is told once, and the run goes on.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -22,16 +28,15 @@ METRICS_NAME = "metrics.jsonl"
 RATE_WINDOW = 20
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far, GiB: the allocator's on a GPU, the process's on a CPU."""
+def memory_gib(device: torch.device) -> float | None:
+    """Peak memory so far, GiB: the allocator's on a GPU, the process's on a CPU, None where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # peak resident set, KiB on Linux
     status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    return float("nan")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return peaks[0] / 2**20 if peaks else None
 
 
 class StopRequest:
@@ -56,30 +61,81 @@ class StopRequest:
         self.signal = number
 
 
+class Numbers:
+    """Where numbers about the run go, beside the training itself: a failure there is told once, and goes no further."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._failed: set[str] = set()
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Do something about `what`; an error is told the first time that it happens there."""
+        try:
+            yield
+        # whatever a tracker, a plot or a disk may raise
+        except Exception as error:
+            if what not in self._failed:
+                self._say(f"{what}: {error or type(error).__name__}; the run goes on without")
+            self._failed.add(what)
+
+
 class Metrics:
     """`metrics.jsonl` in the output folder: a line a step. What a resumed run repeats is cut off first."""
 
-    def __init__(self, output_dir: Path, from_step: int) -> None:
+    def __init__(self, output_dir: Path, from_step: int, say: Callable[[str], None]) -> None:
         self.path = output_dir / METRICS_NAME
-        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._numbers = Numbers(say)
+        self._file: TextIO | None = None
+        with self._numbers.guard(str(self.path)):
+            kept = [line for line in read_metrics(self.path, say) if line["step"] <= from_step]
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            with self._numbers.guard(str(self.path)):
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file is not None:
+            with self._numbers.guard(str(self.path)), self._file:
+                os.fsync(self._file.fileno())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+def read_metrics(path: Path, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` that can be read: JSON objects with a step and a finite loss.
+
+    A last line that a kill cut short is left out; how many others are not readable is told to `say` in one line. OSError
+    where there is a file, but it can't be opened.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    read = [_metrics_line(line) for line in lines]
+    kept = [line for line in read if line is not None]
+    if len(kept) < len(read):
+        say(f"{path}: {len(read) - len(kept)} of {len(read)} lines can't be read, and are left out")
+    return kept
+
+
+def _metrics_line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and _is_step(line.get("step")) and _is_finite(line.get("loss")) else None
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 class TrainingBar:
@@ -117,14 +173,17 @@ class TrainingBar:
 
     def show(self, step: int, line: dict[str, Any]) -> None:
         numbers = (
-            f"loss {line['loss']:.4f} · lr {line['learning_rate']:.2e} · {line['steps_per_second']:.2f} steps/s "
-            f"· {line['memory_gib']:.1f} GiB"
+            f"loss {line['loss']:.4f} · lr {line['learning_rate']:.2e} · {line['steps_per_second']:.2f} steps/s"
+            + ("" if line["memory_gib"] is None else f" · {line['memory_gib']:.1f} GiB")
         )
         self._progress.update(self._task, completed=step, numbers=numbers)
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
-    """`loss.png`: every step's loss and its running mean, with the learning rate below."""
+    """`loss.png`: every step's loss and its running mean, with the learning rate, where it is known, below.
+
+    metrics: lines as `read_metrics` gives them, at least one.
+    """
     # a picture is drawn once, at the end of a run; matplotlib takes a second to import
     import matplotlib
 
@@ -143,7 +202,8 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     top.set_ylim(0, sorted(losses)[int(0.98 * (len(losses) - 1))] * 1.25 or 1)
     top.legend()
     top.grid(alpha=0.3)
-    bottom.plot(steps, [m["learning_rate"] for m in metrics], color="tab:orange")
+    rates = [m.get("learning_rate") for m in metrics]
+    bottom.plot(steps, [rate if _is_finite(rate) else math.nan for rate in rates], color="tab:orange")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)

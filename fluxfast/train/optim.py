@@ -224,6 +224,18 @@ def _decay_groups(params: Mapping[str, Parameter], weight_decay: float) -> list[
     return [group for group in groups if group["params"]]
 
 
+def load_moments(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take each parameter's state (moments and step count) from `saved`, an `Optimizer.state_dict()`, and nothing else.
+
+    Learning rate, betas, epsilon and weight decay stay the optimiser's own. ValueError where `saved` has other parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    counts = [[len(group["params"]) for group in groups] for groups in (own, saved["param_groups"])]
+    if counts[0] != counts[1]:
+        raise ValueError(f"the saved optimiser has groups of {counts[1]} parameters, this one of {counts[0]}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
 def build_lr_scheduler(
     optimizer: Optimizer,
     name: str,
@@ -232,23 +244,35 @@ def build_lr_scheduler(
     total: int,
     power: float = 0.8,
     lr_end: float = 4e-7,
+    done: int = 0,
 ) -> LambdaLR:
     """The schedule that `lr_scheduler` names, over a run of `total` optimiser steps; call `step()` after each.
+
+    `done` steps lie behind already: the next one's rate is what it is in a run that had this schedule from its start.
+    The highest rates are the optimiser's own, as it was built.
 
     All rise linearly over the first `warmup` steps. Then constant holds, linear falls to 0 at `total`, polynomial falls to
     `lr_end` as (1 - progress)^`power`, cosine falls to `lr_end` in half a wave.
     """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    # the schedules' own constructor makes the first step, from -1 to 0
+    last = done - 1
     if name in ("constant", "constant_with_warmup"):
-        return get_constant_schedule_with_warmup(optimizer, warmup) if warmup else get_constant_schedule(optimizer)
+        if not warmup:
+            return get_constant_schedule(optimizer, last_epoch=last)
+        return get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=last)
     if name == "linear":
-        return get_linear_schedule_with_warmup(optimizer, warmup, total)
+        return get_linear_schedule_with_warmup(optimizer, warmup, total, last_epoch=last)
     if name not in LR_SCHEDULERS:
         raise ValueError(f"lr_scheduler {name!r} isn't implemented: choose one of {', '.join(LR_SCHEDULERS)}")
     lr = optimizer.defaults["lr"]
     if lr_end >= lr:
         raise ValueError(f"lr_end must be below learning_rate for {name}, got {lr_end} and {lr}")
     if name == "polynomial":
-        return get_polynomial_decay_schedule_with_warmup(optimizer, warmup, total, lr_end=lr_end, power=power)
+        return get_polynomial_decay_schedule_with_warmup(
+            optimizer, warmup, total, lr_end=lr_end, power=power, last_epoch=last
+        )
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -256,7 +280,7 @@ def build_lr_scheduler(
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         return lr_end / lr + (1 - lr_end / lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor, last_epoch=last)
 
 
 def clip_gradients(params: Iterable[Parameter], method: Literal["value", "norm"], max_norm: float) -> Tensor:

@@ -19,7 +19,7 @@ from fluxfast.data.encoders import compute_dtype
 from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared
 from fluxfast.data.sampler import Sampler
-from fluxfast.data.settings import ConfigError, read_json
+from fluxfast.data.settings import ConfigError, read_json, shown
 from fluxfast.data.sources import local_folder
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.base_model import load_transformer, quantizing_device
@@ -119,6 +119,9 @@ def validation_prompts(config: TrainConfig) -> dict[str, str]:
         if not isinstance(library, dict) or not all(isinstance(text, str) for text in library.values()):
             raise ConfigError([f'{config.user_prompt_library}: expected {{"nickname": "prompt", ...}}, all of them texts'])
         prompts |= library
+    for name, text in [*prompts.items(), ("validation_negative_prompt", config.validation_negative_prompt)]:
+        if (name + text).encode(errors="replace").decode() != name + text:
+            raise ConfigError([f"the prompt {shown(name)} holds half of a character ({ascii(text)[:100]}): write it anew"])
     return prompts
 
 

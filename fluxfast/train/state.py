@@ -3,19 +3,22 @@
 A checkpoint folder holds the LoRA that other programs load (`pytorch_lora_weights.safetensors`), the trained tensors and the
 optimiser's as they are (`adapter.safetensors`, `optimizer.safetensors`), and everything else in `training_state.json`. Random
 numbers need no state: each step's come from the seed and the step's number. The folder is complete or absent (`files`).
+`checksums.json` says what each of the three files that a run goes on from holds, so that one which a disk has changed since is
+refused instead of trained from.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fluxfast.files import atomic_folder, remove_folder
@@ -23,11 +26,33 @@ from fluxfast.files import atomic_folder, remove_folder
 STATE_NAME = "training_state.json"
 ADAPTER_NAME = "adapter.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
-VERSION = 1
+CHECKSUMS_NAME = "checksums.json"
+# 2 added checksums and the settings that the steps so far were trained with
+VERSION = 2
+_READ_VERSIONS = (1, 2)
 
 
 class ResumeError(ValueError):
     """A checkpoint that this run can't go on from: the message names it and says what to do."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written: the message names it, why, and the last one that is there."""
+
+
+class SavedRun(NamedTuple):
+    """A checkpoint as it was read. `state` is training_state.json's, `adapter` the trained tensors, `optimizer` the
+    optimiser's state dict."""
+
+    path: Path
+    state: dict[str, Any]
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps that were done."""
+        return int(self.state["global_step"])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -65,12 +90,24 @@ def save_checkpoint(
     """Write checkpoint-<step>, then remove the oldest beyond `keep`; `save_lora(folder)` writes the LoRA into it."""
     path = output_dir / f"checkpoint-{step}"
     tensors, numbers = split_tensors(optimizer.state_dict())
-    with atomic_folder(path) as folder:
-        save_lora(folder)
-        save_file({name: t.detach().cpu().contiguous() for name, t in adapter.items()}, folder / ADAPTER_NAME)
-        save_file(tensors, folder / OPTIMIZER_NAME)
-        content = {"version": VERSION, "global_step": step, **state, "optimizer": numbers}
-        (folder / STATE_NAME).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+    content = {"version": VERSION, "global_step": step, **state, "optimizer": numbers}
+    files = {
+        ADAPTER_NAME: save({name: t.detach().cpu().contiguous() for name, t in adapter.items()}),
+        OPTIMIZER_NAME: save(tensors),
+        STATE_NAME: json.dumps(content, indent=1, sort_keys=True).encode(),
+    }
+    files[CHECKSUMS_NAME] = json.dumps({name: _checksum(data) for name, data in files.items()}, indent=1).encode()
+    try:
+        with atomic_folder(path) as folder:
+            save_lora(folder)
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+    except OSError as error:
+        good = last_good(output_dir)
+        raise SaveError(
+            f"{path}: can't be written ({error.strerror or error}). Make room or give the folder back its permissions, then "
+            f"go on with the same command; the last good checkpoint: {good or 'none yet'}"
+        ) from error
     # the new one stays, also where a run went back to an older step than those that are there
     others = [other for other in checkpoints(output_dir) if other != path]
     for old in others[: max(0, len(others) - keep + 1)]:
@@ -78,20 +115,62 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """(training state, adapter tensors, the optimiser's state dict) of a checkpoint folder; ResumeError where it is damaged."""
+def load_checkpoint(path: Path) -> SavedRun:
+    """Read a checkpoint folder. ResumeError where it is damaged: it names the file, and the last good checkpoint beside it."""
     try:
-        state = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
-        adapter = load_file(path / ADAPTER_NAME)
-        tensors = load_file(path / OPTIMIZER_NAME)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ResumeError(
-            f"{path}: damaged or not a checkpoint of fluxfast ({error}); name another with resume_from_checkpoint, "
-            "or remove the folder to go on from the one before"
-        ) from error
-    if state.get("version") != VERSION:
-        raise ResumeError(f"{path / STATE_NAME}: version {state.get('version')!r}, expected {VERSION}")
-    return state, adapter, join_tensors(tensors, state.pop("optimizer"))
+        return _read(path)
+    # besides the files' own errors: JSON that was changed may lack a key, or name a tensor that isn't there
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ResumeError(f"{path}: damaged or not a checkpoint of fluxfast ({why}). {_instead_of(path)}") from error
+
+
+def _read(path: Path) -> SavedRun:
+    files = {name: (path / name).read_bytes() for name in (STATE_NAME, ADAPTER_NAME, OPTIMIZER_NAME)}
+    manifest = path / CHECKSUMS_NAME
+    if manifest.exists():
+        written = json.loads(manifest.read_bytes())
+        for name, data in files.items():
+            if written[name] != (now := _checksum(data)):
+                raise ValueError(f"{name} has changed since it was written: checksum {now}, expected {written[name]}")
+    state = json.loads(files[STATE_NAME])
+    if (version := state["version"]) not in _READ_VERSIONS:
+        raise ValueError(f"{STATE_NAME} is of version {version!r}, this fluxfast reads {_READ_VERSIONS}")
+    if version > 1 and not manifest.exists():
+        raise ValueError(f"{CHECKSUMS_NAME} is missing")
+    if missing := sorted({"global_step", "seed", "sampler", "fixed", "optimizer"} - state.keys()):
+        raise ValueError(f"{STATE_NAME} lacks {', '.join(missing)}")
+    optimizer = join_tensors(load(files[OPTIMIZER_NAME]), state.pop("optimizer"))
+    return SavedRun(path, state, load(files[ADAPTER_NAME]), optimizer)
+
+
+def _checksum(data: bytes) -> str:
+    """The CRC-32 of a file's bytes, and how many there are: a gigabyte a second, and enough against chance."""
+    return f"{zlib.crc32(data):08x}-{len(data)}"
+
+
+def last_good(output_dir: Path, *, besides: Path | None = None) -> Path | None:
+    """The newest checkpoint that can be gone on from, other than `besides`; None if there is none."""
+    for path in reversed(checkpoints(output_dir)):
+        if besides is not None and path.resolve() == besides.resolve():
+            continue
+        try:
+            _read(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            continue
+        return path
+    return None
+
+
+def _instead_of(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    good = last_good(path.parent, besides=path)
+    if good is None:
+        return 'There is no good one beside it: start anew in another output_dir, or with "resume_from_checkpoint": ""'
+    return (
+        f"The last good one is {good.name}: remove or move {path.name} away, "
+        f'or set "resume_from_checkpoint": "{good.name}"'
+    )
 
 
 def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

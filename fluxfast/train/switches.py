@@ -147,7 +147,7 @@ def note(switch: Switch, names: list[str]) -> str:
     """The line about options that a switch leaves unread."""
     needed = " or ".join(_told(condition) for condition in switch.on)
     verb = "has" if len(names) == 1 else "have"
-    return f'{quoted(names)} {verb} no effect: only read with {needed}'
+    return f"{quoted(names)} {verb} no effect: only read with {needed}"
 
 
 def _told(condition: str) -> str:

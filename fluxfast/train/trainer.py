@@ -7,7 +7,6 @@ ends with the same bits as one that was never stopped. The loop itself is `Train
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch.optim.lr_scheduler import LambdaLR
 
-from fluxfast.adapters.formats import load_lora, modelspec_metadata, save_lora
-from fluxfast.adapters.lora import adapter_state, add_lora, load_adapter_state, trainable_parameters
+from fluxfast.adapters.formats import modelspec_metadata, save_lora
+from fluxfast.adapters.lora import adapter_state, load_adapter_state, trainable_parameters
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.packing import pack_groups
 from fluxfast.model.pinned import Readback
-from fluxfast.train import state
+from fluxfast.train import preflight, resume, state
+from fluxfast.train.adapter import add_adapter, config_of, init_lora_of
 from fluxfast.train.budget import within_budget
 from fluxfast.train.compute import choose_compute, make_deterministic, set_cuda_graphs
 from fluxfast.train.config import TrainConfig
-from fluxfast.train.events import Metrics, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
+from fluxfast.train.events import Metrics, Numbers, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
 from fluxfast.train.modulation import settle
-from fluxfast.train.objective import Objective, step_seed
+from fluxfast.train.objective import Objective
 from fluxfast.train.offload import stream
-from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients
+from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients, load_moments
 from fluxfast.train.setup import Parts, RunData, load_data, load_parts
 
 
@@ -62,11 +63,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console = console or Console()
     for note in config.notes:
         console.print(f"· {note}", highlight=False, markup=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checked = preflight.check(config, device)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(config.output_dir)
-    trainer = Trainer(config, console)
-    trainer.resume()
+    trainer = Trainer(config, console, checked)
     try:
+        trainer.resume()
         return trainer.loop()
     finally:
         trainer.close()
@@ -75,91 +78,46 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 class Trainer:
     """A run's parts and state. Building one prepares the data, then loads the model: the two are never in memory together."""
 
-    def __init__(self, config: TrainConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: TrainConfig, console: Console, checked: preflight.Checked) -> None:
+        # as it was given; `self.config` has what init_lora and vram_budget decide
+        self.given, self.console = config, console
+        self.saved = checked.saved
+        self.numbers = Numbers(self._say)
+        for note in checked.notes:
+            self._say(note)
         self.accelerator = Accelerator(
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(config.output_dir / config.logging_dir),
         )
         self.device = self.accelerator.device
         torch.backends.cuda.matmul.allow_tf32 = not config.disable_tf32
-        self.checkpoint = state.find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-        self.saved = state.load_checkpoint(self.checkpoint) if self.checkpoint else None
-        self.seed = self._choose_seed()
+        self.seed = resume.run_seed(config, self.saved)
+        self.init_lora = init_lora_of(config, self.saved)
 
         self.data: RunData = load_data(config, self.seed, self.device, console)
-        config, ring = within_budget(config, self.data.sizes, self.device, console)
-        self.config = config
-        self.parts: Parts = load_parts(config, self.data, self.seed, self.device, console)
+        self.config, ring = within_budget(config_of(config, checked.lora), self.data.sizes, self.device, console)
+        self.parts: Parts = load_parts(self.config, self.data, self.seed, self.device, console)
         self.transformer = self.parts.transformer
         if config.tread_config:
             self.transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
-        self.objective = Objective(config, self.transformer, self.seed, self.parts.shift_bounds)
-        self._add_adapter()
-        self.stream = stream(config, self.transformer, self.device, console, **ring._asdict())
-        named = trainable_parameters(self.transformer)
-        self.parameters = list(named.values())
-        if config.deterministic:
-            make_deterministic(self.transformer)
-        # graphs write each micro-batch's gradients to the same memory, from which they are added up elsewhere
-        graphs = set_cuda_graphs(config, self.transformer, console)
-        self.keeps_grads = graphs and config.gradient_accumulation_steps > 1
-        if self.keeps_grads:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer = build_optimizer(
-            config.optimizer,
-            named,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.adam_weight_decay,
-            eps=config.epsilon,
-            seed=self.seed,
-        )
-        self.steps = self._count_steps()
-        self.scheduler = build_lr_scheduler(
-            self.optimizer,
-            config.lr_scheduler,
-            warmup=config.lr_warmup_steps,
-            total=self.steps,
-            power=config.lr_power,
-            lr_end=config.lr_end,
-        )
+        self.objective = Objective(self.config, self.transformer, self.seed, self.parts.shift_bounds)
+        resumed = self.saved is not None
+        add_adapter(self.config, self.transformer, checked.lora, seed=self.seed, resumed=resumed, console=console)
+        self._settle_transformer()
+        self.stream = stream(self.config, self.transformer, self.device, console, **ring._asdict())
+        self._make_optimizer()
         self.step = 0
+        self.steps = self._count_steps()
+        self.scheduler = self._schedule()
         self.pending: StepResult | None = None
         self.batches: BatchLoader | None = None
 
-    def _choose_seed(self) -> int:
-        if self.saved:
-            return self.saved[0]["seed"]
-        if self.config.seed is None or self.config.seed < 0:
-            return random.SystemRandom().randrange(2**31)
-        return self.config.seed
+    def _say(self, text: str) -> None:
+        self.console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
 
-    def _count_steps(self) -> int:
-        if self.config.max_train_steps:
-            return self.config.max_train_steps
-        per_epoch = math.ceil(self.data.sampler.batches_per_epoch / self.config.gradient_accumulation_steps)
-        return per_epoch * self.config.num_train_epochs
-
-    def _add_adapter(self) -> None:
+    def _settle_transformer(self) -> None:
+        """How the transformer computes, once its adapter is there."""
         config, transformer = self.config, self.transformer
-        dtype = torch.bfloat16 if config.optimizer == "adamw_bf16" else torch.float32
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(step_seed(self.seed, 0, 0, "adapter"))
-            if config.init_lora:
-                parameters = load_lora(transformer, config.init_lora, dtype=dtype, dropout=config.lora_dropout)
-            else:
-                parameters = add_lora(
-                    transformer,
-                    targets=config.peft_lora_target_modules or config.flux_lora_target,
-                    rank=config.lora_rank,
-                    alpha=config.alpha,
-                    dropout=config.lora_dropout,
-                    # a checkpoint brings what an initialiser took from the base
-                    init="default" if self.saved else config.lora_init_type,
-                    dtype=dtype,
-                )
         settle(config, transformer, self.data.sizes, self.console)
         pack_groups(transformer)
         if config.gradient_checkpointing:
@@ -173,47 +131,70 @@ class Trainer:
             told += f", {config.compute_outliers} channels apart"
         self.console.print(f"matrix products run {told}: {why}", highlight=False)
         transformer.train()
-        count = sum(p.numel() for p in parameters)
-        self.console.print(f"training {count:,} parameters in {len(parameters)} tensors ({dtype})", highlight=False)
+
+    def _make_optimizer(self) -> None:
+        config = self.config
+        named = trainable_parameters(self.transformer)
+        self.parameters = list(named.values())
+        if config.deterministic:
+            make_deterministic(self.transformer)
+        # graphs write each micro-batch's gradients to the same memory, from which they are added up elsewhere
+        graphs = set_cuda_graphs(config, self.transformer, self.console)
+        self.keeps_grads = graphs and config.gradient_accumulation_steps > 1
+        if self.keeps_grads:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            named,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.adam_weight_decay,
+            eps=config.epsilon,
+            seed=self.seed,
+        )
+
+    def _schedule(self) -> LambdaLR:
+        """The learning rate's course, from the step that the run is at on."""
+        config = self.config
+        return build_lr_scheduler(
+            self.optimizer,
+            config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=self.steps,
+            power=config.lr_power,
+            lr_end=config.lr_end,
+            done=self.step,
+        )
+
+    def _count_steps(self) -> int:
+        """Optimiser steps of the run; passes over the data are rounded up once, at its end."""
+        if self.config.max_train_steps:
+            return self.config.max_train_steps
+        batches = self.data.sampler.batches_per_epoch * self.config.num_train_epochs
+        return math.ceil(batches / self.config.gradient_accumulation_steps)
 
     def resume(self) -> None:
-        """Go on from the checkpoint that the config names, if there is one."""
-        if self.saved is None or self.checkpoint is None:
+        """Go on from the checkpoint that was found, if there is one, with the settings that the config has now."""
+        if self.saved is None:
             return
-        config, (saved, adapter, optimizer) = self.config, self.saved
-        self.saved = None
-        for key, now in self._fixed().items():
-            if (then := saved["fixed"].get(key)) != now:
-                raise state.ResumeError(
-                    f"{self.checkpoint}: it was written with {key} {then}, this run has {now}; go on with the same "
-                    'value, or start anew in another output_dir (or with "resume_from_checkpoint": "")'
-                )
-        load_adapter_state(self.transformer, adapter)
+        saved, self.saved = self.saved, None
+        load_adapter_state(self.transformer, saved.adapter)
         if self.stream is not None:
             # an initialiser's adapter takes its start out of the base again
             self.stream.refresh()
-        self.optimizer.load_state_dict(optimizer)
-        self.scheduler.load_state_dict(saved["lr_scheduler"])
-        for note in self.data.sampler.load_state_dict(saved["sampler"]):
-            self.console.print(f"· {note}", highlight=False, markup=False)
-        self.step = saved["global_step"]
-        newer = [path.name for path in state.checkpoints(config.output_dir) if int(path.name.split("-")[1]) > self.step]
+        load_moments(self.optimizer, saved.optimizer)
+        self.step = saved.step
+        self.scheduler = self._schedule()
+        for note in [*resume.notes(saved, self._settings()), *self.data.sampler.load_state_dict(saved.state["sampler"])]:
+            self._say(note)
+        newer = [p.name for p in state.checkpoints(self.config.output_dir) if int(p.name.split("-")[1]) > self.step]
         if newer:
-            self.console.print(
-                f"· {', '.join(newer)} are of a longer run: remove them, or the next \"latest\" is theirs", highlight=False
-            )
-        self.console.print(f"resumed from {self.checkpoint}: step {self.step} of {self.steps}", highlight=False)
+            self._say(f"{', '.join(newer)} are of a longer run: remove them, or the next \"latest\" is theirs")
+        self.console.print(f"resumed from {saved.path}: step {self.step} of {self.steps}", highlight=False)
 
-    def _fixed(self) -> dict[str, Any]:
-        """What can't change within a run: another value would be another run under the same name."""
-        c = self.config
-        return {
-            "train_batch_size": c.train_batch_size,
-            "gradient_accumulation_steps": c.gradient_accumulation_steps,
-            "optimizer": c.optimizer,
-            "base_model_precision": c.base_model_precision,
-            "lora_rank": c.lora_rank,
-        }
+    def _settings(self) -> dict[str, Any]:
+        return resume.settings(self.given, self.data.config.images, seed=self.seed, steps=self.steps)
 
     def close(self) -> None:
         """Let go of what outlives the objects: streamed blocks' pinned memory or files."""
@@ -226,7 +207,7 @@ class Trainer:
         self._start_trackers()
         if self.parts.validator and self.step == 0 and (config.validation_on_startup or not config.disable_benchmark):
             self._validate(0)
-        self.metrics = Metrics(config.output_dir, self.step)
+        self.metrics = Metrics(config.output_dir, self.step, self._say)
         self.batches = self.data.loader(self.step * config.gradient_accumulation_steps, self.objective.example)
         with StopRequest() as stop, TrainingBar(bar_console, self.steps, self.step) as self.bar:
             try:
@@ -297,6 +278,7 @@ class Trainer:
                 f"The last good checkpoint: {good or 'none yet'}. A lower learning_rate or max_grad_norm may help, or "
                 "leaving out a damaged image"
             )
+        memory = memory_gib(self.device)
         line = {
             "step": result.step,
             "epoch": result.epoch,
@@ -304,14 +286,15 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": result.learning_rate,
             "steps_per_second": round(self.bar.tick(), 4),
-            "memory_gib": round(memory_gib(self.device), 3),
+            "memory_gib": None if memory is None else round(memory, 3),
             "dataset": result.batches[-1].dataset,
         }
         self.metrics.write(line)
         self.bar.show(result.step, line)
-        if self.config.report_to != "none":
-            values = {k: v for k, v in line.items() if k not in ("step", "dataset")}
-            self.accelerator.log(values, step=result.step)
+        if (config := self.config).report_to != "none":
+            values = {k: v for k, v in line.items() if k not in ("step", "dataset") and v is not None}
+            with self.numbers.guard(config.report_to):
+                self.accelerator.log(values, step=result.step)
 
     def _flush(self) -> None:
         self._report(self.pending)
@@ -329,8 +312,9 @@ class Trainer:
             state={
                 "seed": self.seed,
                 "sampler": self.batches.state_dict(),
-                "lr_scheduler": self.scheduler.state_dict(),
-                "fixed": self._fixed(),
+                "fixed": resume.fixed(self.config) | {"lora_rank": self.config.lora_rank, "lora_alpha": self.config.alpha},
+                "init_lora": self.init_lora,
+                "settings": self._settings(),
             },
             save_lora=self._save_lora,
             keep=self.config.checkpoints_total_limit,
@@ -360,14 +344,17 @@ class Trainer:
     def _start_trackers(self) -> None:
         if self.config.report_to != "none":
             flat = {k: v for k, v in self.config.model_dump().items() if isinstance(v, int | float | str | bool)}
-            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
+            with self.numbers.guard(self.config.report_to):
+                self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
 
     def _finish(self) -> Path:
         lora = self._save_lora(self.config.output_dir)
-        metrics = read_metrics(self.metrics.path)
-        if metrics:
-            plot_loss(metrics, self.config.output_dir / "loss.png")
+        plot = self.config.output_dir / "loss.png"
+        with self.numbers.guard(str(plot)):
+            if metrics := read_metrics(self.metrics.path):
+                plot_loss(metrics, plot)
         if self.config.report_to != "none":
-            self.accelerator.end_training()
+            with self.numbers.guard(self.config.report_to):
+                self.accelerator.end_training()
         self.console.print(f"LoRA: {lora}", highlight=False, markup=False, soft_wrap=True)
         return lora

@@ -6,6 +6,7 @@ the adapters off (step 0, the base model); they stand to the left of every later
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch import Tensor
 from fluxfast.files import atomic_file
 
 FOLDER = "validation_images"
+# bytes; file systems take names of 255, of which numbers, and the temporary name while it is written, need a part
+LONGEST_NICKNAME = 160
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,11 @@ class ValidationSettings:
 
 
 def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
-    """The nickname as it is, less what a file system can't take."""
+    """The nickname as it is, less what a file system can't take; a long one is cut, and ends in a hash of the whole."""
     safe = re.sub(r"[^\w<>.\- ]+", "_", nickname).strip() or "prompt"
+    if len(safe.encode()) > LONGEST_NICKNAME:
+        start = safe.encode()[: LONGEST_NICKNAME - 9].decode(errors="ignore")
+        safe = f"{start}-{hashlib.sha256(nickname.encode()).hexdigest()[:8]}"
     return f"step_{step}_{safe}_{index}_{size[0]}x{size[1]}.png"
 
 

@@ -8,13 +8,13 @@ from fluxfast.train.events import Metrics, StopRequest, plot_loss, read_metrics
 
 
 def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
-    metrics = Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0, print)
     for step in range(1, 6):
         metrics.write({"step": step, "loss": 1 / step})
     metrics.close()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "lo')
-    metrics = Metrics(tmp_path, 3)
+    metrics = Metrics(tmp_path, 3, print)
     metrics.write({"step": 4, "loss": 9.0})
     metrics.close()
     assert [(m["step"], m["loss"]) for m in read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]

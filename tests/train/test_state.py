@@ -23,7 +23,7 @@ def save(tmp_path, step, keep=3):
         step,
         adapter=adapter,
         optimizer=optimizer,
-        state={"seed": 7, "sampler": {"x": [1, 2]}},
+        state={"seed": 7, "sampler": {"x": [1, 2]}, "fixed": {}},
         save_lora=lambda folder: (folder / "lora").write_text("x"),
         keep=keep,
     )
@@ -32,7 +32,7 @@ def save(tmp_path, step, keep=3):
 
 def test_round_trip_is_exact(tmp_path):
     path, optimizer, adapter = save(tmp_path, 12)
-    content, tensors, restored = state.load_checkpoint(path)
+    _, content, tensors, restored = state.load_checkpoint(path)
     assert content["global_step"] == 12 and content["seed"] == 7 and content["sampler"] == {"x": [1, 2]}
     assert torch.equal(tensors["a.lora_A.weight"], adapter["a.lora_A.weight"])
     expected = optimizer.state_dict()
