@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -77,8 +78,12 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     from fluxfast.memory import plan
     from fluxfast.memory.gpus import GPUS, find_gpu
     from fluxfast.train import budget
+    from fluxfast.train.adapter import config_of, read_init_lora
 
     datasets, notes = _datasets(config)
+    if config.init_lora and Path(config.init_lora).exists():
+        # its file says rank and modules
+        config = config_of(config, read_init_lora(config, None))
     batch = budget.largest_batch(config, datasets)
     gpu = find_gpu(gpu_name) if gpu_name else budget.gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
     # without a GPU to ask, one that has everything

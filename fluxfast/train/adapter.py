@@ -85,7 +85,7 @@ def targeted(config: TrainConfig, transformer: nn.Module) -> list[str]:
 def told_beside_init_lora(config: TrainConfig, lora: LoraFile, transformer: nn.Module) -> list[str]:
     """Lines on a LoRA that a run began with: what it is, and which of the config's own words don't hold beside it."""
     ranks, alphas = _several(lora.ranks.values()), _several(lora.alphas.values())
-    lines = [f"LoRA: {lora.path}, rank {ranks}, alpha {alphas}, {len(lora.targets)} modules"]
+    lines = [f"LoRA: {lora.path}, rank {ranks}, alpha {alphas}, {len(lora.targets)} modules", *lora.notes]
     for key, (asked, true) in differences(config, lora, transformer).items():
         if key in config.model_fields_set:
             lines.append(f'"{key}" is {asked}: no effect, the LoRA that the run began with ("init_lora") has {true}')

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fluxfast.files import atomic_file, write_atomic
 
+PROCESS_STATUS = Path("/proc/self/status")
 METRICS_NAME = "metrics.jsonl"
 # the rate shown is the mean over this many steps
 RATE_WINDOW = 20
@@ -33,8 +35,7 @@ def memory_gib(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # peak resident set, KiB on Linux
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = PROCESS_STATUS.read_text().splitlines() if PROCESS_STATUS.exists() else []
     peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
     return peaks[0] / 2**20 if peaks else None
 
@@ -135,7 +136,7 @@ def _is_step(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class TrainingBar:

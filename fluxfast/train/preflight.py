@@ -68,7 +68,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         if not (problems and _is_hub_name(source.path)):
             with _collecting(problems):
                 _check_folder(source)
-    changes = resume.refused(config, saved) if saved else []
+    changes = resume.refused(config, saved, data.images if data else ()) if saved else []
     if not (problems and _is_hub_name(config.transformer_source.path)):
         with _collecting(problems):
             base = open_base(config)

@@ -73,10 +73,17 @@ def find(config: TrainConfig) -> SavedRun | None:
     return None if path is None else state.load_checkpoint(path)
 
 
-def refused(config: TrainConfig, saved: SavedRun) -> list[str]:
+def refused(config: TrainConfig, saved: SavedRun, datasets: Iterable[ImageDataset]) -> list[str]:
     """For each setting that can't change within a run, and has: what it was and is."""
-    then = saved.state["fixed"]
-    return [f"{key} {then.get(key)}, this run has {now}" for key, now in fixed(config).items() if then.get(key) != now]
+    then, batches = saved.state["fixed"], saved.state["sampler"].get("datasets", {})
+    changes = [f"{key} {then.get(key)}, this run has {now}" for key, now in fixed(config).items() if then.get(key) != now]
+    for dataset in datasets:
+        now = dataset.train_batch_size or config.train_batch_size
+        before = batches.get(dataset.id, {}).get("batch_size", now)
+        # a dataset that has the run's, then and now, has been said above
+        if before != now and (before, now) != (then.get("train_batch_size"), config.train_batch_size):
+            changes.append(f'dataset "{dataset.id}": train_batch_size {before}, this run has {now}')
+    return changes
 
 
 def refusal(saved: SavedRun, changes: list[str]) -> str:

@@ -30,6 +30,8 @@ CHECKSUMS_NAME = "checksums.json"
 # 2 added checksums and the settings that the steps so far were trained with
 VERSION = 2
 _READ_VERSIONS = (1, 2)
+# besides the files' own errors: JSON that was changed may lack a key, be of another shape, or name a tensor that isn't there
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
 class ResumeError(ValueError):
@@ -119,8 +121,7 @@ def load_checkpoint(path: Path) -> SavedRun:
     """Read a checkpoint folder. ResumeError where it is damaged: it names the file, and the last good checkpoint beside it."""
     try:
         return _read(path)
-    # besides the files' own errors: JSON that was changed may lack a key, or name a tensor that isn't there
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ResumeError(f"{path}: damaged or not a checkpoint of fluxfast ({why}). {_instead_of(path)}") from error
 
@@ -156,7 +157,7 @@ def last_good(output_dir: Path, *, besides: Path | None = None) -> Path | None:
             continue
         try:
             _read(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except _UNREADABLE:
             continue
         return path
     return None

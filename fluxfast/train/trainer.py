@@ -190,7 +190,7 @@ class Trainer:
             self._say(note)
         newer = [p.name for p in state.checkpoints(self.config.output_dir) if int(p.name.split("-")[1]) > self.step]
         if newer:
-            self._say(f"{', '.join(newer)} are of a longer run: remove them, or the next \"latest\" is theirs")
+            self._say(f"{', '.join(newer)}: of a longer run; move what is of no use away, or the next \"latest\" is the newest")
         self.console.print(f"resumed from {saved.path}: step {self.step} of {self.steps}", highlight=False)
 
     def _settings(self) -> dict[str, Any]:

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fluxfast.cli.main import main
 
@@ -104,6 +106,15 @@ def test_images_that_are_there_are_counted(report, tmp_path):
     # three images at up to 1152x960 and up to 576x512, and a prompt for either dataset
     assert 3 * 16 * 2 * (144 * 120 + 64 * 64) <= disk["latents"] < 3 * 16 * 2 * (144 * 120 + 72 * 72)
     assert disk["text embeddings"] == 2 * (512 * 4096 + 768) * 2
+
+
+def test_a_lora_to_go_on_with_says_its_own_rank_and_modules(report, tmp_path):
+    name = "transformer.single_transformer_blocks.7.proj_out"
+    halves = {"A": torch.zeros(64, 15360, dtype=torch.bfloat16), "B": torch.zeros(3072, 64, dtype=torch.bfloat16)}
+    save_file({f"{name}.lora_{half}.weight": tensor for half, tensor in halves.items()}, tmp_path / "lora.safetensors")
+    from_file = report("--gpu=h200", "--init_lora=lora.safetensors", "--lora_rank=4")
+    as_told = report("--gpu=h200", "--lora_rank=64", "--flux_lora_target=nano")
+    assert from_file["disk"]["checkpoints"] == as_told["disk"]["checkpoints"] > 0
 
 
 def test_tread_and_the_dataloader_that_is_missing(report):
