@@ -60,16 +60,21 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     with _collecting(problems):
         saved = resume.find(config)
     with _collecting(problems):
-        lora = read_init_lora(config, saved)
-    with _collecting(problems):
         _check_devices(config, device)
-    for source in _sources(config):
+    changes = resume.refused(config, saved, data.images if data else ()) if saved else []
+
+    def may_fetch(path: str) -> bool:
         # a problem that is there already should not wait for a download
-        if not (problems and _is_hub_name(source.path)):
+        return not ((problems or changes) and _is_hub_name(path))
+
+    if saved is not None or may_fetch(config.init_lora or ""):
+        with _collecting(problems):
+            lora = read_init_lora(config, saved)
+    for source in _sources(config):
+        if may_fetch(source.path):
             with _collecting(problems):
                 _check_folder(source)
-    changes = resume.refused(config, saved, data.images if data else ()) if saved else []
-    if not (problems and _is_hub_name(config.transformer_source.path)):
+    if may_fetch(config.transformer_source.path):
         with _collecting(problems):
             base = open_base(config)
             base.check(FluxTransformer)
@@ -111,7 +116,8 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
         place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         if not place.is_dir():
             problems.append(f"{name} {path}: can't be made a folder, as {place} is a file")
-        elif not os.access(place, os.W_OK | os.X_OK):
+        # a cache that is there may be whole, and then nothing is written to it
+        elif not os.access(place, os.W_OK | os.X_OK) and (name == '"output_dir"' or place != path.absolute()):
             problems.append(f"{name} {path}: nothing can be written to {place}")
     return problems
 
@@ -171,7 +177,8 @@ def _check_model(
         elif lora is not None:
             check_fits(model, lora)
             ranks = lora.ranks
-        else:
+        # an init_lora that could not be read is a problem already
+        elif config.init_lora is None:
             modules = targeted(config, model)
             check_init(model, modules, config.lora_init_type, config.lora_rank)
             ranks = dict.fromkeys(modules, config.lora_rank)
