@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxfast.adapters.lora import add_lora
-from fluxfast.model.checkpoint import Checkpoint, open_folder, open_single_file
+from fluxfast.model.checkpoint import open_checkpoint
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast_bench import results
@@ -54,10 +54,6 @@ def peak_rss() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    return open_single_file(path) if path.suffix == ".safetensors" else open_folder(path)
 
 
 def start(way: str, path: Path, format: str, device: torch.device) -> dict[str, Any]:

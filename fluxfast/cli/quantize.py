@@ -1,4 +1,4 @@
-"""`fluxfast-train quantize SRC DST --format F`"""
+"""`fluxfast-train quantize SRC DST --format F`, `fluxfast-train quantize --verify FILE`"""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fluxfast.quant import FORMATS
-
-if TYPE_CHECKING:
-    from fluxfast.model.checkpoint import Checkpoint
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,12 +21,18 @@ def main(words: Sequence[str]) -> int:
         'the result by "pretrained_transformer_model_name_or_path". A run with "base_model_precision" does all this by itself.',
     )
     parser.add_argument(
-        "source", metavar="SRC", help="folder of a transformer or a pipeline, .safetensors file, or hub repository"
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help="safetensors file (of any ending), folder of a transformer or a pipeline, or hub repository",
     )
     parser.add_argument(
-        "target", metavar="DST", type=Path, help="file to write (.safetensors), or folder for it and its config"
+        "target", metavar="DST", type=Path, nargs="?", help="file to write (.safetensors), or folder for it and its config"
     )
-    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--format", choices=FORMATS)
+    parser.add_argument(
+        "--verify", metavar="FILE", help="read a file (or folder) that was quantised before, and hold it against its checksums"
+    )
     parser.add_argument("--subfolder", help="folder of the transformer in SRC (looked for: SRC itself, then transformer)")
     parser.add_argument("--revision", help="of a hub repository")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
@@ -41,13 +43,18 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--compare-cp", action="store_true", help="time a copy of SRC first, and remove it")
     arguments = parser.parse_args(words)
+    given = [arguments.source, arguments.target, arguments.format]
+    if arguments.verify is None and None in given:
+        parser.error("SRC, DST and --format are required, unless --verify FILE is given")
+    if arguments.verify is not None and any(given):
+        parser.error("--verify FILE stands alone: it quantises nothing")
     try:
-        return run(arguments)
+        return run(arguments) if arguments.verify is None else verify(arguments.verify)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {arguments.target} is as it was before", file=sys.stderr)
+        print(f"interrupted: {arguments.target or arguments.verify} is as it was before", file=sys.stderr)
         return 130
 
 
@@ -55,12 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantise, and say what it took."""
     # torch and diffusers take seconds to import; `--help` doesn't need them
     from fluxfast.files import write_atomic
-    from fluxfast.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+    from fluxfast.model.checkpoint import open_checkpoint
+    from fluxfast.model.locate import CONFIG_NAME, WEIGHT_ENDINGS, WEIGHTS_NAME
     from fluxfast.model.transformer import FluxTransformer
-    from fluxfast.train.base_model import quantizing_device
+    from fluxfast.train.base_model import IN_CHANNELS, quantizing_device
 
-    checkpoint = open_source(arguments.source, arguments.subfolder, arguments.revision, arguments.variant)
-    single = arguments.target.suffix == ".safetensors"
+    checkpoint = open_checkpoint(
+        arguments.source,
+        subfolder=arguments.subfolder,
+        revision=arguments.revision,
+        variant=arguments.variant,
+        in_channels=IN_CHANNELS,
+    )
+    single = arguments.target.suffix in WEIGHT_ENDINGS or arguments.target.is_file()
     file = arguments.target if single else arguments.target / f"{WEIGHTS_NAME}.safetensors"
     format = FORMATS[arguments.format]
     device = quantizing_device(arguments.quantize_via)
@@ -82,15 +96,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def open_source(source: str, subfolder: str | None, revision: str | None, variant: str | None) -> Checkpoint:
-    """Open what the command line names; a pipeline's transformer is found without being asked for."""
-    from fluxfast.model.checkpoint import CONFIG_NAME, open_folder, open_single_file
+def verify(name: str) -> int:
+    """Read a quantised file through and say whether it is what was written. Raises ValueError naming what is not."""
+    from fluxfast.model.checkpoint import open_checkpoint
 
-    if Path(source).suffix == ".safetensors":
-        return open_single_file(source)
-    if subfolder is None and not (Path(source) / CONFIG_NAME).is_file():
-        subfolder = "transformer"
-    return open_folder(source, subfolder=subfolder, revision=revision, variant=variant)
+    checkpoint = open_checkpoint(name)
+    if (info := checkpoint.quantized) is None:
+        raise ValueError(f"{name}: not quantised by fluxfast, so it has no checksums to verify it by")
+    start = time.perf_counter()
+    checkpoint.files.verify()
+    seconds = time.perf_counter() - start
+    tensors = len(checkpoint.files.shapes)
+    print(
+        f"{info.path}: {info.format.name}, {checkpoint.nbytes:,} bytes in {tensors:,} tensors, all as they were written; "
+        f"read in {seconds:.1f} s"
+    )
+    return 0
 
 
 def time_copy(sources: Sequence[Path], target: Path) -> float:

@@ -3,13 +3,14 @@ fluxfast quantised.
 
 Tensors are read one by one into a model whose memory is all that is allocated; a quantised file is mapped. Before the first
 one is read, names and shapes are compared with the model that the config (or the file's own sizes) describes: a wrong,
-truncated or incomplete file is refused by name.
+truncated or incomplete file is refused by name, and what is another kind of file or model by what it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from fluxfast.model import layouts, packing, quantized_file, streaming
-from fluxfast.model.tensor_files import BrokenFile, CheckpointError, TensorFiles, broken_file
+from fluxfast.model import layouts, locate, packing, quantized_file, streaming
+from fluxfast.model.locate import CONFIG_NAME, WEIGHTS_NAME, shown, weight_files
+from fluxfast.model.tensor_files import BrokenFile, CheckpointError, TensorFiles
 from fluxfast.model.tensor_writer import write_tensors
+from fluxfast.model.what_tensors import TAKE_TRANSFORMER, why_not_channels, why_not_config, why_not_flux
 from fluxfast.quant import Format
 from fluxfast.quant.rules import KEPT
 
 if TYPE_CHECKING:
     from fluxfast.model.transformer import FluxTransformer
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model"
-SHOWN_KEYS = 5
 HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
-
-
-def _shown(keys: list[str]) -> str:
-    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return ", ".join(keys[:SHOWN_KEYS]) + more
+# a map up to this size is read through and verified before it is used, which takes less than a second
+VERIFIED_BYTES = 1 << 30
+_SHOWN_PROBLEMS = 5
+_PART = re.compile(r"-\d{5}-of-(\d{5})$")
 
 
 def _check(where: str, layout: str, files: TensorFiles, ours: Mapping[str, layouts.Shape]) -> dict[str, layouts.Source]:
@@ -48,9 +45,9 @@ def _check(where: str, layout: str, files: TensorFiles, ours: Mapping[str, layou
     unexpected = sorted(layouts.strangers(layout, files.shapes, wanted))
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {_shown(missing)}")
+        problems.append(f"{len(missing)} missing: {shown(missing)}")
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected: {_shown(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected: {shown(unexpected)}")
     rows: dict[str, int] = {}
     for name, source in sources.items():
         rows[source.key] = rows.get(source.key, 0) + ours[name][0]
@@ -61,7 +58,7 @@ def _check(where: str, layout: str, files: TensorFiles, ours: Mapping[str, layou
                 problems.append(f"{source.key} has shape {files.shapes[source.key]}, expected {expected}")
     if problems:
         raise CheckpointError(
-            f"{where}: tensors don't fit the FLUX.1 transformer ({layout} layout): {'; '.join(problems[:SHOWN_KEYS])}"
+            f"{where}: tensors don't fit the FLUX.1 transformer ({layout} layout): {'; '.join(problems[:_SHOWN_PROBLEMS])}"
         )
     return sources
 
@@ -101,14 +98,22 @@ class Checkpoint:
         on_host: full names of modules whose tensors go to host memory, and never to the device.
         """
         model = self._empty(cls)
+        sources = self._prepare(model, dtype)
         if (info := self.quantized) is not None:
             if format not in (None, info.format):
                 raise CheckpointError(f"{self.where}: holds {info.format.name}, asked for {format.name if format else None}")
-            self._load_quantized(model, info, dtype, device, on_host)
+            if torch.device(device).type == "cpu":
+                self._map(model, dtype)
+            else:
+                streaming.place(model, self.files.stream(sources), dtype, device, on_host)
         else:
-            sources = _check(self.where, self.layout, self.files, _shapes(model))
             tensors = streaming.float_tensors(
-                self.files, sources, "loading the transformer", quantize_on if format is not None else None
+                self.files,
+                sources,
+                "loading the transformer",
+                quantize_on if format is not None else None,
+                # `quantized` looks by itself, at less cost
+                checked=format is None,
             )
             if format is not None:
                 names = streaming.linears(model, KEPT)
@@ -118,28 +123,39 @@ class Checkpoint:
         model.register_to_config(_name_or_path=self.where)
         return model.eval()
 
-    def _load_quantized(
-        self,
-        model: FluxTransformer,
-        info: quantized_file.QuantizedInfo,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        on_host: Collection[str],
-    ) -> None:
+    def check(self, cls: type[FluxTransformer]) -> None:
+        """Compare names, shapes and dtypes with the model's, as `load` does first; reads no weight.
+
+        Raises CheckpointError naming what is missing, unexpected, of another shape or of a dtype that can't be loaded.
+        """
+        self._prepare(self._empty(cls), torch.bfloat16)
+
+    def _prepare(self, model: FluxTransformer, dtype: torch.dtype) -> dict[str, layouts.Source]:
+        """Where each tensor of an empty model lies in the files; a quantised file's model is given its quantised linears."""
+        if (info := self.quantized) is None:
+            sources = _check(self.where, self.layout, self.files, _shapes(model))
+            streaming.require_floats(self.files, sources)
+            return sources
         streaming.quantize_empty(model, info.format, streaming.linears(model, KEPT), dtype)
-        wanted = model.state_dict()
         sources = _check(self.where, "diffusers", self.files, _shapes(model))
         floats = dict(model.named_parameters())
-        for name, tensor in wanted.items():
+        for name, tensor in model.state_dict().items():
             stored = self.files.dtypes[name]
             if not stored.is_floating_point if name in floats else stored != tensor.dtype:
                 raise CheckpointError(f"{self.where}: {name} holds {stored}, expected {tensor.dtype} in {info.format.name}")
-        if torch.device(device).type == "cpu":
-            streaming.adopt(model, self.files.mapped(), dtype)
-            # biases that were cast have left the file's order
-            packing.pack_groups(model)
-        else:
-            streaming.place(model, self.files.stream(sources), dtype, device, on_host)
+        return sources
+
+    def _map(self, model: FluxTransformer, dtype: torch.dtype) -> None:
+        if self.verified_when_mapped:
+            self.files.verify()
+        streaming.adopt(model, self.files.mapped(), dtype)
+        # biases that were cast have left the file's order
+        packing.pack_groups(model)
+
+    @property
+    def verified_when_mapped(self) -> bool:
+        """Whether `load` on a CPU holds a quantised file against its checksums: reading a large one takes many seconds."""
+        return self.nbytes <= VERIFIED_BYTES
 
     def quantize(
         self, cls: type[FluxTransformer], path: Path, format: Format, *, quantize_on: torch.device | str = "cpu"
@@ -153,13 +169,13 @@ class Checkpoint:
         _check_target(path, self.files)
         model = self._empty(cls)
         ours = _shapes(model)
-        sources = _check(self.where, self.layout, self.files, ours)
+        sources = self._prepare(model, torch.bfloat16)
         names = streaming.linears(model, KEPT)
         specs = streaming.quantized_specs(self.files, sources, ours, format, names)
         # before the weights are read: what changes from here on makes the file stale
         metadata = quantized_file.metadata(self.where, self.files, format, model.config)
         tensors = streaming.float_tensors(self.files, sources, f"quantising to {format.name}", quantize_on)
-        return write_tensors(path, specs, metadata, streaming.quantized(tensors, format, names, self.where))
+        return write_tensors(path, specs, metadata, streaming.quantized(tensors, format, names, self.where), checked=True)
 
     def config_json(self, cls: type[FluxTransformer], format: Format) -> str:
         """The config.json to lie beside what `quantize` wrote: other programs see by it that they can't read the weights."""
@@ -173,8 +189,12 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.files.files)
 
     def _empty(self, cls: type[FluxTransformer]) -> FluxTransformer:
-        with init_empty_weights():
-            return cls.from_config(dict(self.config))
+        try:
+            with init_empty_weights():
+                return cls.from_config(dict(self.config))
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            # sizes that contradict each other, or are no numbers
+            raise CheckpointError(f"{self.where}: no FLUX.1 transformer has such a config: {error}") from error
 
 
 def _shapes(model: FluxTransformer) -> dict[str, layouts.Shape]:
@@ -194,6 +214,30 @@ def _check_target(path: Path, source: TensorFiles) -> None:
         raise CheckpointError(f"{path}: is there already, and not made by fluxfast: move it away, or write elsewhere")
 
 
+def open_checkpoint(
+    name: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    in_channels: int | None = None,
+    **hub: Any,
+) -> Checkpoint:
+    """Open whatever a base's name leads to: one file of any ending, a folder, a repository of the hub (with `hub` going to
+    huggingface_hub's `snapshot_download`).
+
+    The transformer of a folder is looked for in `subfolder`, then in the folder itself; without `subfolder` in the folder
+    itself, then in a pipeline's `transformer`. in_channels: what the run will give to it; a transformer that takes another
+    number is refused, and its weights are not downloaded. Raises CheckpointError saying what the name leads to.
+    """
+    path = locate.local_path(name)
+    if path is not None and path.is_file():
+        checkpoint = open_single_file(path)
+        _check_channels(checkpoint.where, checkpoint.config, in_channels)
+        return checkpoint
+    subfolders = (subfolder, None) if subfolder else (None, "transformer")
+    return _open_folder(name, path, subfolders, variant, in_channels, hub)
+
+
 def open_single_file(
     path: str | os.PathLike,
     *,
@@ -201,26 +245,44 @@ def open_single_file(
     config: Mapping[str, Any] | str | os.PathLike | None = None,
 ) -> Checkpoint:
     """Open one safetensors file; see `FluxTransformer.from_single_file`."""
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder, expected one file: load it with from_pretrained")
     files = TensorFiles([path])
     if quantized_file.is_quantized(files):
         return Checkpoint(str(path), quantized_file.read_info(files).config, files, "diffusers")
-    layout = layouts.detect(files.shapes)
-    if layout is None:
-        raise CheckpointError(
-            f"{path}: not a FLUX.1 transformer: expected keys double_blocks.* (BFL), {layouts.COMFY_PREFIX}double_blocks.* "
-            f"(Comfy) or transformer_blocks.* (diffusers), found {_shown(sorted(files.shapes)) or 'no tensor at all'}"
-        )
+    layout = _layout(path, files)
     if config is None:
         try:
             config = layouts.infer_config(layout, files.shapes, axes_dims_rope)
         except KeyError as error:
-            raise CheckpointError(f"{path}: incomplete ({layout} layout): tensor {error.args[0]} is missing") from error
+            raise CheckpointError(
+                f"{path}: incomplete ({layout} layout): tensor {error.args[0]} is missing. Is it one part of a sharded "
+                "checkpoint? Then name the folder that holds all parts"
+            ) from error
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
     elif not isinstance(config, Mapping):
-        config = _read_json(Path(config) / CONFIG_NAME if Path(config).is_dir() else Path(config))
+        config = locate.read_json(Path(config) / CONFIG_NAME if Path(config).is_dir() else Path(config))
     return Checkpoint(str(path), config, files, layout)
+
+
+def _layout(path: Path, files: TensorFiles) -> str:
+    """The layout of a file's transformer. Raises CheckpointError saying what the file is if it holds none."""
+    if (part := _PART.search(path.stem)) is not None and int(part[1]) > 1:
+        raise CheckpointError(
+            f"{path}: one of {int(part[1])} parts of a sharded checkpoint: name the folder that holds all of them, "
+            f"{path.absolute().parent}"
+        )
+    if (why := why_not_flux(files.shapes)) is not None:
+        raise CheckpointError(f"{path}: {why}")
+    if (layout := layouts.detect(files.shapes)) is None:
+        raise CheckpointError(
+            f"{path}: not a FLUX.1 transformer: expected keys double_blocks.* (BFL), {layouts.COMFY_PREFIX}double_blocks.* "
+            f"(Comfy) or transformer_blocks.* (diffusers), found {shown(sorted(files.shapes)) or 'no tensor at all'}; "
+            f"{TAKE_TRANSFORMER}; if it is a part of a sharded checkpoint, name the folder that holds all parts"
+        )
+    return layout
 
 
 def load_single_file(
@@ -238,17 +300,55 @@ def load_single_file(
 
 
 def open_folder(path: str | os.PathLike, *, subfolder: str | None = None, variant: str | None = None, **hub: Any) -> Checkpoint:
-    """Open a folder in diffusers' layout, or a repository of the hub; `hub` goes to huggingface_hub's `snapshot_download`."""
+    """Open a folder in diffusers' layout, or a repository of the hub; `hub` goes to huggingface_hub's `snapshot_download`.
+
+    A name that leads to a file opens that file.
+    """
     if unknown := sorted(hub.keys() - HUB_ARGUMENTS):
         raise TypeError(f"from_pretrained: unknown arguments {', '.join(unknown)}; see FluxTransformer.from_pretrained")
-    folder = _resolve_folder(path, subfolder, variant, hub)
-    config = _read_json(folder / CONFIG_NAME)
-    if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
-        raise CheckpointError(f"{folder / CONFIG_NAME}: describes a {name}, expected a FluxTransformer2DModel")
+    root = locate.local_path(path)
+    if root is not None and root.is_file():
+        return open_single_file(root)
+    return _open_folder(path, root, (subfolder,), variant, None, hub)
+
+
+def _open_folder(
+    name: str | os.PathLike,
+    root: Path | None,
+    subfolders: tuple[str | None, ...],
+    variant: str | None,
+    in_channels: int | None,
+    hub: dict[str, Any],
+) -> Checkpoint:
+    """Open the transformer in one of the subfolders of `root`, which is None for a repository that is called `name`."""
+    inners = [f"{subfolder}/" if subfolder else "" for subfolder in subfolders]
+    here = root
+    if root is None:
+        # a few KB say whether the rest is worth its download
+        here = locate.download(name, ["model_index.json", *(f"{inner}{CONFIG_NAME}" for inner in inners)], hub)
+    assert here is not None
+    folder = locate.model_folder(here, subfolders)
+    config = locate.read_json(folder / CONFIG_NAME)
+    if (why := why_not_config(config)) is not None:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {why}")
+    _check_channels(str(folder / CONFIG_NAME), config, in_channels)
+    if root is None:
+        inner = "" if folder == here else f"{folder.relative_to(here).as_posix()}/"
+        suffix = f".{variant}" if variant else ""
+        locate.download(name, [f"{inner}*{suffix}*.json", f"{inner}{WEIGHTS_NAME}*{suffix}*.safetensors"], hub)
     files = TensorFiles(weight_files(folder, variant))
     if quantized_file.is_quantized(files):
         config = dict(quantized_file.read_info(files).config)
+    elif (why := why_not_flux(files.shapes)) is not None:
+        raise CheckpointError(f"{folder}: {why}")
     return Checkpoint(str(folder), config, files, "diffusers")
+
+
+def _check_channels(where: str, config: Mapping[str, Any], expected: int | None) -> None:
+    # a config that doesn't say means FLUX.1's 64, as diffusers' class does
+    found = config.get("in_channels", 64)
+    if expected is not None and (why := why_not_channels(found, expected)) is not None:
+        raise CheckpointError(f"{where}: {why}")
 
 
 def load_folder(
@@ -271,56 +371,3 @@ def load_folder(
         raise ValueError("use_safetensors=False: only safetensors files are loaded (a pickle can run code)")
     checkpoint = open_folder(path, subfolder=subfolder, variant=variant, **hub)
     return checkpoint.load(cls, torch_dtype or dtype or torch.float32)
-
-
-def _resolve_folder(path: str | os.PathLike, subfolder: str | None, variant: str | None, hub: dict[str, Any]) -> Path:
-    root = Path(path)
-    if not root.is_dir():
-        if root.is_absolute() or str(path).startswith(".") or len(root.parts) > 2:
-            raise CheckpointError(f"{path}: no such folder")
-        inner = f"{subfolder}/" if subfolder else ""
-        suffix = f".{variant}" if variant else ""
-        patterns = [f"{inner}{CONFIG_NAME}", f"{inner}*{suffix}*.json", f"{inner}{WEIGHTS_NAME}*{suffix}*.safetensors"]
-        try:
-            root = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise CheckpointError(f"{path}: no such folder here, and the hub gave none by that name: {error}") from error
-    folder = root / subfolder if subfolder else root
-    if not (folder / CONFIG_NAME).is_file():
-        hint = ""
-        if not subfolder and (root / "model_index.json").is_file():
-            hint = "; this is a pipeline's folder: its transformer is in subfolder='transformer'"
-        raise CheckpointError(f"{folder / CONFIG_NAME}: no such file{hint}")
-    return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def weight_files(folder: Path, variant: str | None, name: str = WEIGHTS_NAME) -> list[Path]:
-    """The safetensors files of a model's folder: one, or those that its index lists."""
-    stem = f"{name}.{variant}" if variant else name
-    index = folder / (f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json")
-    if not index.is_file():
-        single = folder / f"{stem}.safetensors"
-        if not single.is_file() and list(folder.glob("*.bin")):
-            raise BrokenFile(broken_file(next(folder.glob("*.bin")), ValueError()))
-        if not single.is_file():
-            raise CheckpointError(f"{folder}: neither {index.name} nor {single.name} is there")
-        return [single]
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a table weight_map from tensor names to files")
-    shards = sorted({str(name) for name in weight_map.values()})
-    for shard in shards:
-        if not (folder / shard).is_file():
-            keys = sorted(k for k, v in weight_map.items() if v == shard)
-            raise CheckpointError(f"{folder / shard}: no such file; {index.name} places {_shown(keys)} in it")
-    return [folder / shard for shard in shards]

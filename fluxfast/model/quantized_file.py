@@ -1,7 +1,8 @@
 """A quantised transformer on disk: one safetensors file that says what it holds and what it was made from.
 
 Tensors have the names of the model's state dict (`<linear>.weight.<part>`), those that belong side by side (`packing`) lie so.
-The metadata holds the model's config, the format, the version of this layout, and fingerprints of the source's files.
+The metadata holds the model's config, the format, the version of this layout, fingerprints of the source's files, and
+checksums of the header and of every tensor (`checksums`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fluxfast.model.tensor_files import CheckpointError, Fingerprint, TensorFiles, fingerprint
+from fluxfast.model import checksums
+from fluxfast.model.tensor_files import MAKE_ANEW, CheckpointError, DamagedFile, Fingerprint, TensorFiles, fingerprint
 from fluxfast.quant import FORMATS, Format
 
-# raised when a format's bytes, or the names and order in the file, come to mean something else
-LAYOUT = "1"
+# raised when a format's bytes, the names and order in the file, or what else it must hold come to mean something else;
+# 2 brought checksums
+LAYOUT = "2"
 _KEY = "fluxfast_quantized"
-_MAKE_ANEW = "make it anew with `fluxfast-train quantize`"
 
 
 class StaleFile(CheckpointError):
@@ -39,11 +41,11 @@ class QuantizedInfo:
     def check(self, source: Iterable[Path], format: Format) -> None:
         """Raise StaleFile unless this is `format` of these files as they are now."""
         if self.format is not format:
-            raise StaleFile(f"{self.path}: holds {self.format.name}, expected {format.name}: {_MAKE_ANEW}")
+            raise StaleFile(f"{self.path}: holds {self.format.name}, expected {format.name}: {MAKE_ANEW}")
         for was, now in zip_longest(self.fingerprints, map(fingerprint, source)):
             if was != now:
                 names = "; ".join(f"{f.name}, {f.bytes:,} bytes" if f else "no file" for f in (was, now))
-                raise StaleFile(f"{self.path}: made from {self.source}, which has changed since ({names} now): {_MAKE_ANEW}")
+                raise StaleFile(f"{self.path}: made from {self.source}, which has changed since ({names} now): {MAKE_ANEW}")
 
     def check_own_source(self) -> None:
         """The same against the path that the file names, if it is still there; a source may be deleted once it is quantised."""
@@ -66,20 +68,26 @@ def metadata(source: str, files: TensorFiles, format: Format, config: Mapping[st
 
 
 def is_quantized(files: TensorFiles) -> bool:
-    """Whether these are files that fluxfast quantised."""
-    return _KEY in files.metadata
+    """Whether these are files that fluxfast quantised; damage to one of the two names in the metadata does not hide it."""
+    return _KEY in files.metadata or checksums.KEY in files.metadata
 
 
 def read_info(files: TensorFiles) -> QuantizedInfo:
-    """What the file says of itself. Raises CheckpointError if it is none of ours, StaleFile if another version wrote it."""
+    """What the file says of itself. Raises CheckpointError if it is none of ours, StaleFile if another version wrote it,
+    DamagedFile if it lacks what this version writes.
+    """
     path = files.files[0]
     if not is_quantized(files):
         raise CheckpointError(f"{path}: not a transformer that fluxfast quantised (no {_KEY} in its metadata)")
+    if _KEY not in files.metadata:
+        raise DamagedFile(f"{path}: has no {_KEY} in its metadata any more, it is damaged: {MAKE_ANEW}")
     told = json.loads(files.metadata[_KEY])
     if told["layout"] != LAYOUT or told["format"] not in FORMATS:
         raise StaleFile(
             f"{path}: {told['format']} in layout {told['layout']}, this version reads layout {LAYOUT} of "
-            f"{', '.join(FORMATS)}: {_MAKE_ANEW}"
+            f"{', '.join(FORMATS)}: {MAKE_ANEW}"
         )
+    if checksums.KEY not in files.metadata:
+        raise DamagedFile(f"{path}: has no checksums, which layout {LAYOUT} holds, it is damaged: {MAKE_ANEW}")
     fingerprints = tuple(Fingerprint(**each) for each in told["fingerprints"])
     return QuantizedInfo(path, FORMATS[told["format"]], told["config"], told["source"], fingerprints)

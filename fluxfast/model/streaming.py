@@ -11,8 +11,12 @@ from fluxfast.model import packing
 from fluxfast.model.layouts import Source
 from fluxfast.model.tensor_files import CheckpointError, TensorFiles, with_progress
 from fluxfast.model.tensor_writer import Spec
+from fluxfast.model.what_tensors import TAKE_UNQUANTISED
 from fluxfast.quant import Format
 from fluxfast.quant.linear import QuantLinear
+
+# of 8-bit floats, the smallest code without sign that is not a number: e4m3fn has a NaN and no infinity
+_FIRST_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 
 
 def quantize_empty(model: nn.Module, format: Format, names: Iterable[str], dtype: torch.dtype) -> None:
@@ -37,21 +41,60 @@ def linears(model: nn.Module, kept: Collection[str]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in kept]
 
 
+def require_floats(files: TensorFiles, sources: Mapping[str, Source]) -> None:
+    """Raise CheckpointError naming a tensor that is not floating point."""
+    for key in dict.fromkeys(source.key for source in sources.values()):
+        if not files.dtypes[key].is_floating_point:
+            raise CheckpointError(
+                f"{files.paths[key]}: {key} holds {files.dtypes[key]}, expected floating point: codes of another program's "
+                f"quantisation are not read; {TAKE_UNQUANTISED}"
+            )
+
+
 def float_tensors(
-    files: TensorFiles, sources: Mapping[str, Source], description: str, device: torch.device | str | None = None
+    files: TensorFiles,
+    sources: Mapping[str, Source],
+    description: str,
+    device: torch.device | str | None = None,
+    *,
+    checked: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as the files hold them, each good until the next is asked for; `device` is where they go.
 
-    Raises CheckpointError on a tensor that is not floating point.
+    Raises CheckpointError on a tensor that is not floating point, and, if `checked`, on a value that is not finite.
     """
-    for source in sources.values():
-        if not files.dtypes[source.key].is_floating_point:
-            raise CheckpointError(
-                f"{files.paths[source.key]}: {source.key} holds {files.dtypes[source.key]}, expected floating point"
-            )
+    require_floats(files, sources)
     sizes = {name: files.nbytes([source]) for name, source in sources.items()}
-    for name, tensor in with_progress(files.stream(sources), sizes, description):
+
+    def check(key: str, tensor: Tensor) -> None:
+        require_finite(str(files.paths[key]), key, tensor)
+
+    for name, tensor in with_progress(files.stream(sources, check if checked else None), sizes, description):
         yield name, tensor if device is None else tensor.to(device)
+
+
+def require_finite(where: str, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError naming the first value of a floating-point tensor that is a NaN or an infinity.
+
+    One pass at the speed of memory where all is well: `isfinite().all()` would take fifty times as long.
+    """
+    if tensor.numel() == 0 or _all_finite(tensor):
+        return
+    values = tensor.to(torch.float64)
+    place = (~values.isfinite()).nonzero()[0].tolist()
+    raise CheckpointError(
+        f"{where}: {name}: holds {values[tuple(place)].item()} at {place}, and a weight must be finite: the checkpoint is "
+        "damaged, or its training failed. Fetch it again, or take another"
+    )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    if tensor.itemsize > 1:
+        # both are NaN if one value is
+        return all(bound.isfinite().item() for bound in torch.aminmax(tensor))
+    # 8-bit floats: of all codes with the sign bit off, or on, those of infinities and NaNs are the largest
+    first = _FIRST_NOT_FINITE[tensor.dtype]
+    return bool(tensor.view(torch.int8).max() < first) and bool(tensor.view(torch.uint8).max() < first + 0x80)
 
 
 def quantized(
@@ -60,14 +103,16 @@ def quantized(
     """The tensors, with `<name>.weight` of each linear in `names` as its parts, `<name>.weight.<part>`; all of them copies.
 
     Quantised from the values as they are stored, where the tensor is. Raises CheckpointError naming a weight that can't be,
-    and `where` it came from.
+    or a value that is not finite, and `where` it came from.
     """
     chosen = {f"{name}.weight" for name in names}
     for name, tensor in tensors:
         if name not in chosen:
+            require_finite(where, name, tensor)
             yield name, tensor.clone()
             continue
         try:
+            # a value that is not finite leaves a scale that isn't, so no pass over the weight is spent on it
             # every 8-bit float is a bf16 number
             parts = format.quantize(tensor.bfloat16() if tensor.itemsize == 1 else tensor)
         except ValueError as error:

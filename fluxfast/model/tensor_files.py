@@ -1,16 +1,18 @@
 """Reading safetensors files tensor by tensor, without holding them: through a few buffers that are used again and again.
 
 Where a file lies in memory counts: pages of a map that were touched stay with the process, so a checkpoint is read into buffers
-by a thread that runs a few tensors ahead; only what is used as it is stored (a quantised base) is mapped.
+by a thread that runs a few tensors ahead; only what is used as it is stored (a quantised base) is mapped. Where a file carries
+checksums (`checksums`), its header is verified when it is opened, and each tensor while it is read; a map is not (`verify`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fluxfast.model import checksums
 from fluxfast.model.layouts import Shape, Source
+from fluxfast.model.what_file import why_not_safetensors
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,8 +45,9 @@ DTYPES = {
 AHEAD = 2
 # below this a load is over before a progress bar could be read
 PROGRESS_BYTES = 2 << 30
-# how many places of a file its fingerprint looks at, and how much of each
-SAMPLES, SAMPLE_BYTES = 64, 4096
+# a fingerprint looks at all of a file up to this size, and of a larger one at some bytes every so many
+WHOLE_BYTES, SAMPLE_BYTES, SAMPLE_EVERY = 64 << 20, 4096, 8 << 20
+MAKE_ANEW = "make it anew with `fluxfast-train quantize`"
 
 
 class CheckpointError(ValueError):
@@ -51,6 +56,10 @@ class CheckpointError(ValueError):
 
 class BrokenFile(CheckpointError):
     """A file that is missing, truncated, or no safetensors file at all."""
+
+
+class DamagedFile(BrokenFile):
+    """A file whose bytes are not those that were written, as its checksums tell."""
 
 
 class Place(NamedTuple):
@@ -63,7 +72,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells a file from another of the same name: its size, and a hash of its header and of samples of its data."""
+    """What tells a file from another of the same name: its size, and a hash of its header and of its data, or samples of it.
+
+    Content alone, neither dates nor inodes: a checkpoint that was copied, moved or fetched again is the same checkpoint, and
+    one that was written over in place is another, whatever its date says.
+    """
 
     name: str
     bytes: int
@@ -83,6 +96,7 @@ class TensorFiles:
         self.paths: dict[str, Path] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, Place] = {}
+        self._sums: dict[str, int] = {}
         for number, path in enumerate(self.files):
             self._open(number, path)
 
@@ -90,11 +104,19 @@ class TensorFiles:
         try:
             # the library checks the header against the file's size
             with safe_open(path, framework="pt"), path.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size))
-        except (SafetensorError, OSError) as error:
-            raise BrokenFile(broken_file(path, error)) from error
-        self.metadata |= header.pop("__metadata__", {})
+                length = stream.read(8)
+                size = int.from_bytes(length, "little")
+                text = stream.read(size)
+            header = json.loads(text)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BrokenFile(why_not_safetensors(path, error)) from error
+        metadata = header.pop("__metadata__", None) or {}
+        self.metadata |= metadata
+        if checksums.KEY in metadata:
+            try:
+                self._sums |= zip(header, checksums.read(length + text, len(header)), strict=True)
+            except ValueError as error:
+                raise DamagedFile(f"{path}: {error}, it is damaged: {MAKE_ANEW}") from error
         for key, entry in header.items():
             if key in self.shapes:
                 raise CheckpointError(f"{path}: tensor {key} is in {self.paths[key].name} as well; expected it once")
@@ -116,25 +138,48 @@ class TensorFiles:
         row = (place.end - place.begin) // max(self.shapes[source.key][0], 1)
         return Place(place.file, place.begin + source.rows[0] * row, place.begin + source.rows[1] * row)
 
-    def stream(self, sources: Mapping[str, Source]) -> Iterator[tuple[str, Tensor]]:
+    def stream(
+        self, sources: Mapping[str, Source], check: Callable[[str, Tensor], None] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the order of their bytes in the files, under the names that `sources` gives them.
 
-        A tensor is good until the next one is asked for: then its memory is read into again.
+        A tensor is good until the next one is asked for: then its memory is read into again. `check` sees the key of each in
+        its file and the tensor, in a thread of its own, before it is given out. Raises DamagedFile naming a tensor that differs
+        from its checksum.
         """
         plan = sorted(((self._place(source), name) for name, source in sources.items()), key=lambda entry: entry[0])
         ring = AHEAD + 1
         largest = max((place.end - place.begin for place, _ in plan), default=0)
         buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(ring, len(plan)))]
-        with _opened(self.files) as streams, _reader() as pool:
-            pending = deque(
-                pool.submit(_fill, streams[place.file], place, buffer)
-                for (place, _), buffer in zip(plan, buffers, strict=False)
-            )
-            for i, (_, name) in enumerate(plan):
-                yield name, self._shaped(pending.popleft().result(), sources[name])
-                if i + ring < len(plan):
-                    place = plan[i + ring][0]
-                    pending.append(pool.submit(_fill, streams[place.file], place, buffers[i % ring]))
+        with _opened(self.files) as streams, _threads(ring, "check") as checkers, _threads(1, "read-ahead") as reader:
+
+            def read(number: int) -> tuple[Tensor, Future[None]]:
+                place, name = plan[number]
+                data = _fill(streams[place.file], place, buffers[number % ring])
+                return data, checkers.submit(self._examine, sources[name], data, check)
+
+            pending = deque(reader.submit(read, number) for number in range(len(buffers)))
+            for number, (_, name) in enumerate(plan):
+                data, examined = pending.popleft().result()
+                examined.result()
+                yield name, self._shaped(data, sources[name])
+                if number + ring < len(plan):
+                    pending.append(reader.submit(read, number + ring))
+
+    def _examine(self, source: Source, data: Tensor, check: Callable[[str, Tensor], None] | None) -> None:
+        key = source.key
+        # a part of a tensor has no checksum of its own
+        if key in self._sums and source.rows is None and zlib.crc32(data.numpy().data) != self._sums[key]:
+            raise DamagedFile(f"{self.paths[key]}: tensor {key} has changed since it was written, it is damaged: {MAKE_ANEW}")
+        if check is not None:
+            check(key, self._shaped(data, source))
+
+    def verify(self) -> None:
+        """Read every tensor and hold it against its checksum; nothing to find where there are none. Raises DamagedFile."""
+        sources = {key: Source(key) for key in self.shapes}
+        sizes = {key: self.nbytes([source]) for key, source in sources.items()}
+        for _ in with_progress(self.stream(sources), sizes, "verifying"):
+            pass
 
     def _shaped(self, data: Tensor, source: Source) -> Tensor:
         shape = self.shapes[source.key]
@@ -152,21 +197,25 @@ class TensorFiles:
         return {key: self._shaped(maps[p.file][p.begin : p.end], Source(key)) for key, p in self._places.items()}
 
     def fingerprints(self) -> list[Fingerprint]:
-        """One of each file; reads its header and a few hundred KB of it."""
+        """One of each file."""
         return [fingerprint(path) for path in self.files]
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """The fingerprint of one safetensors file."""
+    """The fingerprint of one safetensors file. It reads a small file whole, of a large one 4 KB in every 8 MB.
+
+    So every matrix of FLUX.1's blocks is looked at in bf16: a fine-tune or a merged LoRA is noticed even if it changes one
+    block. An edit of single weights in a large file is not.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = stream.read(8)
         digest = hashlib.sha256(length + stream.read(int.from_bytes(length, "little")))
         begin = stream.tell()
-        # checkpoints of one architecture have one header and one size: what differs is in the data
-        for i in range(SAMPLES):
-            stream.seek(begin + (size - begin) * i // SAMPLES)
-            digest.update(stream.read(SAMPLE_BYTES))
+        step, count = (1 << 20, 1 << 20) if size <= WHOLE_BYTES else (SAMPLE_EVERY, SAMPLE_BYTES)
+        for place in range(begin, size, step):
+            stream.seek(place)
+            digest.update(stream.read(count))
     return Fingerprint(path.name, size, digest.hexdigest())
 
 
@@ -184,8 +233,8 @@ def _opened(paths: list[Path]) -> Iterator[list[BinaryIO]]:
 
 
 @contextmanager
-def _reader() -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(count, thread_name_prefix=name)
     try:
         yield pool
     finally:
@@ -202,19 +251,6 @@ def _fill(stream: BinaryIO, place: Place, buffer: Tensor) -> Tensor:
             raise BrokenFile(f"{stream.name}: became shorter while it was read")
         view = view[count:]
     return data
-
-
-def broken_file(path: Path, error: Exception) -> str:
-    """Why a file can't be opened as safetensors, for the user."""
-    if not path.is_file():
-        return f"{path}: no such file"
-    size = path.stat().st_size
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return f"{path}: a pickle file; only safetensors files are loaded (a pickle can run code): convert it first"
-    return (
-        f"{path}: not a whole safetensors file ({error}); it has {size:,} bytes: an interrupted download, or another kind "
-        "of file. Fetch it again"
-    )
 
 
 def with_progress(

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.files import TEMPORARY, atomic_file
+from fluxfast.model import checksums
 from fluxfast.model.tensor_files import DTYPES
 
 # where the data begins: a map of the file starts on a page, so tensors are aligned as they are in the file
@@ -54,14 +56,23 @@ def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byte
 
 
 def write_tensors(
-    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    checked: bool = False,
 ) -> int:
     """Write the tensors, in whatever order they come, and return the file's size in bytes.
+
+    checked: with checksums in the metadata, which whoever reads the file by `TensorFiles` holds it against.
 
     The file has its name only when it is whole and on the disk; what killed writers of the same name left behind is removed.
     A thread writes while the next tensors are made, so a tensor handed over must not change. Raises ValueError where the disk
     has no room.
     """
+    if checked:
+        metadata = {**metadata, checksums.KEY: checksums.blank(len(specs))}
     first, begins = header(specs, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
@@ -70,18 +81,22 @@ def write_tensors(
         size = len(first) + sum(spec.nbytes for spec in specs.values())
         require_room(path, size)
         stream.write(first)
-        missing = set(specs)
+        sums: dict[str, Future[int]] = {}
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
-            pending: list[Future[None]] = []
+            pending: list[Future[int]] = []
             for name, tensor in tensors:
                 assert Spec(tuple(tensor.shape), tensor.dtype) == specs[name], name
-                missing.remove(name)
-                pending.append(pool.submit(_write, stream, begins[name], tensor.to("cpu").contiguous()))
+                assert name not in sums, name
+                sums[name] = pool.submit(_write, stream, begins[name], tensor.to("cpu").contiguous(), checked)
+                pending.append(sums[name])
                 while len(pending) > BEHIND:
                     pending.pop(0).result()
             for future in pending:
                 future.result()
-        assert not missing, missing
+        assert sums.keys() == specs.keys(), specs.keys() - sums.keys()
+        if checked:
+            stream.seek(0)
+            stream.write(checksums.seal(first, [sums[name].result() for name in begins]))
     return size
 
 
@@ -99,9 +114,12 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _write(stream: BinaryIO, begin: int, tensor: Tensor) -> None:
+def _write(stream: BinaryIO, begin: int, tensor: Tensor, checked: bool) -> int:
+    """Write a tensor's bytes; returns their checksum, 0 if none is asked for."""
+    data = tensor.view(-1).view(torch.uint8).numpy().data
     stream.seek(begin)
-    stream.write(tensor.view(-1).view(torch.uint8).numpy().data)
+    stream.write(data)
+    return zlib.crc32(data) if checked else 0
 
 
 def remove_abandoned(path: Path) -> None:

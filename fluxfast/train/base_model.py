@@ -1,20 +1,22 @@
 """The frozen transformer of a run, as the config wants it: found, quantised while it is read, kept in the cache, placed.
 
-A quantised base is written to `<cache_dir>/transformer/` once; a later start maps that file and reads nothing else.
+A quantised base is written to `<cache_dir>/transformer/` once; a later start maps that file and reads nothing else. Where the
+file in the cache turns out to be stale or damaged, it is removed and made anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from fluxfast.model.checkpoint import Checkpoint, open_folder, open_single_file
+from fluxfast.model.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.quantized_file import StaleFile
-from fluxfast.model.tensor_files import BrokenFile, CheckpointError
+from fluxfast.model.tensor_files import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.model.tensor_writer import free_bytes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import Format
@@ -25,35 +27,64 @@ from fluxfast.train.offload import STREAMED_MODULES
 
 # left free beside a cached base: checkpoints, images and logs of the run need room too
 SPARE_BYTES = 2 << 30
+# what FLUX.1's autoencoder gives to the transformer: 16 latent channels of 2x2 pixels
+IN_CHANNELS = 64
+
+
+def open_base(config: TrainConfig) -> Checkpoint:
+    """The transformer that the config names (a file, a folder, a repository), opened; no weight is read.
+
+    Raises CheckpointError saying what the name leads to where that can't be trained: another kind of file, other weights, a
+    transformer that takes more than the noisy image, a file that fluxfast quantised to another format than the config asks for.
+    """
+    pipeline = config.base_source.path
+    if Path(pipeline).expanduser().is_file():
+        raise CheckpointError(
+            f'"pretrained_model_name_or_path" {pipeline}: is one file, expected the folder or repository of a whole pipeline, '
+            'with text encoders and VAE: name the file as "pretrained_transformer_model_name_or_path"'
+        )
+    path, subfolder, revision = config.transformer_source
+    checkpoint = open_checkpoint(
+        path, subfolder=subfolder, revision=revision, variant=config.variant, in_channels=IN_CHANNELS
+    )
+    info, format = checkpoint.quantized, format_of(config.base_model_precision)
+    if info is not None and format not in (None, info.format):
+        raise CheckpointError(
+            f"{checkpoint.where}: is quantised to {info.format.name}, but base_model_precision is "
+            f'{config.base_model_precision}: set it to "no_change", or name the checkpoint that the file was made from'
+        )
+    return checkpoint
 
 
 def load_transformer(config: TrainConfig, device: torch.device, console: Console) -> FluxTransformer:
-    """The transformer that the config names (a single file, a folder, a repository), frozen, quantised, on the device."""
+    """The transformer that the config names, frozen, quantised, on the device."""
     checkpoint = open_base(config)
-    quantize_on = torch.device("cpu")
     format = format_of(config.base_model_precision)
-    if (info := checkpoint.quantized) is not None:
-        if format not in (None, info.format):
-            raise CheckpointError(
-                f"{checkpoint.where}: is quantised to {info.format.name}, but base_model_precision is "
-                f'{config.base_model_precision}: set it to "no_change", or name the checkpoint that the file was made from'
-            )
-        info.check_own_source()
-        console.print(f"· {info.path}: {info.format.name}, quantised before", highlight=False, markup=False)
-    elif format is not None:
-        quantize_on = quantizing_device(config.quantize_via, device)
-        if (cached := _cached(config, checkpoint, format, quantize_on, console)) is not None:
-            checkpoint, format = cached, None
+    quantize_on = torch.device("cpu")
     modulation = linear_names(checkpoint.config)
     ahead = keeps_on_host(config, modulation, device, console)
-    transformer = checkpoint.load(
-        FluxTransformer,
-        config.base_dtype,
-        device=device,
-        format=format,
-        quantize_on=quantize_on,
-        on_host=[*(modulation if ahead else ()), *(STREAMED_MODULES if config.enable_group_offload else ())],
-    )
+
+    def load(checkpoint: Checkpoint, format: Format | None) -> FluxTransformer:
+        return checkpoint.load(
+            FluxTransformer,
+            config.base_dtype,
+            device=device,
+            format=format,
+            quantize_on=quantize_on,
+            on_host=[*(modulation if ahead else ()), *(STREAMED_MODULES if config.enable_group_offload else ())],
+        )
+
+    if (info := checkpoint.quantized) is not None:
+        info.check_own_source()
+        unread = device.type == "cpu" and not checkpoint.verified_when_mapped
+        how = "; not verified (`fluxfast-train quantize --verify` reads it through)" if unread else ""
+        _say(console, f"{info.path}: {info.format.name}, quantised before{how}")
+        transformer = load(checkpoint, None)
+    elif format is not None:
+        quantize_on = quantizing_device(config.quantize_via, device)
+        transformer = _load_cached(config, checkpoint, format, quantize_on, console, load)
+    else:
+        transformer = load(checkpoint, None)
     transformer.requires_grad_(False)
     transformer.set_modulation_ahead(ahead)
     return transformer
@@ -68,16 +99,6 @@ def quantizing_device(quantize_via: str | None, device: torch.device | None = No
     return device if device.type == "cuda" and quantize_via != "cpu" else torch.device("cpu")
 
 
-def open_base(config: TrainConfig) -> Checkpoint:
-    """The transformer's files that the config names, opened but not read; downloaded, if they are a repository's.
-
-    Raises CheckpointError where they are missing or not a FLUX.1 transformer."""
-    path, subfolder, revision = config.transformer_source
-    if Path(path).suffix == ".safetensors":
-        return open_single_file(path)
-    return open_folder(path, subfolder=subfolder, revision=revision, variant=config.variant)
-
-
 def cache_path(config: TrainConfig, checkpoint: Checkpoint, format: Format) -> Path:
     """Where a run keeps its quantised base: one file for each source and format."""
     where = Path(checkpoint.where).absolute()
@@ -85,31 +106,62 @@ def cache_path(config: TrainConfig, checkpoint: Checkpoint, format: Format) -> P
     return config.cache_dir / "transformer" / f"{where.stem}-{digest}-{format.name}.safetensors"
 
 
-def _cached(
-    config: TrainConfig, checkpoint: Checkpoint, format: Format, quantize_on: torch.device, console: Console
-) -> Checkpoint | None:
-    """The quantised base in the cache, made if it isn't there; None, and a line that says so, where the disk has no room."""
-    path = cache_path(config, checkpoint, format)
-
-    def say(text: str) -> None:
-        console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
-
-    if path.exists():
+def _load_cached(
+    config: TrainConfig,
+    source: Checkpoint,
+    format: Format,
+    quantize_on: torch.device,
+    console: Console,
+    load: Callable[[Checkpoint, Format | None], FluxTransformer],
+) -> FluxTransformer:
+    """Load the source in `format`: from the cache, or into it first, or past it where the disk has no room."""
+    path = cache_path(config, source, format)
+    damage = ""
+    if (kept := _kept(path, source, format, console)) is not None:
         try:
-            kept = open_single_file(path)
-            info = kept.quantized
-            if info is None:
-                raise CheckpointError(f"{path}: not made by fluxfast, but in its cache: move it away")
-            info.check(checkpoint.files.files, format)
-            say(f"base: {format.name} from {path}")
-            return kept
-        except (StaleFile, BrokenFile) as error:
-            say(f"{error} (done now)")
-            path.unlink()
-    needed = int(checkpoint.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
-    if (free := free_bytes(path)) < needed:
-        say(f"base: {format.name}, not kept: {path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}")
+            return load(kept, None)
+        except DamagedFile as error:
+            # loaded anew further down, once the exception holds nothing of the first model any more
+            damage = str(error)
+    if damage:
+        _say(console, f"{damage} (done now)")
+        del kept
+        path.unlink()
+    made = _make(path, source, format, quantize_on, console)
+    return load(source, format) if made is None else load(made, None)
+
+
+def _kept(path: Path, source: Checkpoint, format: Format, console: Console) -> Checkpoint | None:
+    """The quantised base that the cache has, opened; None where it has none that holds, which is then removed."""
+    if not path.exists():
         return None
-    size = checkpoint.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
-    say(f"base: {checkpoint.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in {path}")
+    try:
+        kept = open_single_file(path)
+        info = kept.quantized
+        if info is None:
+            raise CheckpointError(f"{path}: not made by fluxfast, but in its cache: move it away")
+        info.check(source.files.files, format)
+    except (StaleFile, BrokenFile) as error:
+        _say(console, f"{error} (done now)")
+        path.unlink()
+        return None
+    _say(console, f"base: {format.name} from {path}")
+    return kept
+
+
+def _make(
+    path: Path, source: Checkpoint, format: Format, quantize_on: torch.device, console: Console
+) -> Checkpoint | None:
+    """The quantised base, made in the cache; None, and a line that says so, where the disk has no room."""
+    needed = int(source.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
+    if (free := free_bytes(path)) < needed:
+        room = f"{path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}"
+        _say(console, f"base: {format.name}, not kept: {room}")
+        return None
+    size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
+    _say(console, f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in {path}")
     return open_single_file(path)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)

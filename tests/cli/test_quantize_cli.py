@@ -18,7 +18,7 @@ from support import SMALL, randomise
 
 @pytest.fixture
 def pipeline(tmp_path):
-    model = FluxTransformer(**SMALL | {"num_layers": 1, "num_single_layers": 1})
+    model = FluxTransformer(**SMALL | {"in_channels": 64, "num_layers": 1, "num_single_layers": 1})
     randomise(model)
     model.bfloat16().save_pretrained(tmp_path / "pipeline" / "transformer")
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
@@ -70,6 +70,42 @@ def test_compared_with_a_copy(tmp_path, pipeline, capsys):
     assert open_single_file(target).quantized.format is FORMATS["nf4"]
 
 
+def test_a_single_file_by_a_relative_name(tmp_path, pipeline, monkeypatch, capsys):
+    """Of any ending, also that of what is written."""
+    (file,) = pipeline.glob("transformer/*.safetensors")
+    file.rename(tmp_path / "flux1-dev.sft")
+    monkeypatch.chdir(tmp_path)
+    assert main(["quantize", "flux1-dev.sft", "base.sft", "--format", "int8"]) == 0
+    assert "base.sft: int8" in capsys.readouterr().out
+    assert open_single_file(tmp_path / "base.sft").quantized.format is FORMATS["int8"]
+
+
+def test_verify(tmp_path, pipeline, capsys):
+    """A file and a folder; the exit status says what was found."""
+    file, folder = tmp_path / "base.safetensors", tmp_path / "base"
+    for target in (file, folder):
+        assert main(["quantize", str(pipeline), str(target), "--format", "int8"]) == 0
+        capsys.readouterr()
+        assert main(["quantize", "--verify", str(target)]) == 0
+        assert re.search(r"int8, [\d,]+ bytes in [\d,]+ tensors, all as they were written", capsys.readouterr().out)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["quantize", "--verify", str(file)]) == 1
+    assert re.search(r"base\.safetensors: tensor \S+ has changed since it was written", capsys.readouterr().err)
+    assert main(["quantize", "--verify", str(pipeline)]) == 1
+    assert "not quantised by fluxfast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["a", "b"], ["a", "--format", "int8"], ["--verify", "x", "a"], ["--verify", "x", "--format", "int8"], []]
+)
+def test_words_that_do_not_go_together(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", *words])
+    assert ended.value.code == 2 and "--verify" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -77,6 +113,7 @@ def test_compared_with_a_copy(tmp_path, pipeline, capsys):
         (["{pipeline}/absent.safetensors", "{pipeline}/x"], "absent.safetensors: no such file"),
         (["{pipeline}/absent", "{pipeline}/x"], "absent: no such folder"),
         (["{pipeline}", "{pipeline}/x", "--subfolder", "vae"], "vae/config.json: no such file"),
+        (["{pipeline}/theirs.safetensors", "{pipeline}/x"], "theirs.safetensors: a text, not a checkpoint"),
         (["{pipeline}", "{pipeline}/theirs.safetensors"], "theirs.safetensors: is there already, and not made by fluxfast"),
     ],
 )

@@ -8,8 +8,10 @@ from bfl_reference import BflFlux
 from safetensors.torch import load_file, save_file
 
 from fluxfast import FluxTransformer
-from fluxfast.model import layouts
-from fluxfast.model.checkpoint import CheckpointError
+from fluxfast.model import layouts, locate, streaming
+from fluxfast.model.checkpoint import CheckpointError, open_checkpoint
+from fluxfast.model.tensor_files import TensorFiles
+from fluxfast.quant import FORMATS
 from support import SMALL
 
 BFL = {"in_channels": 16, "dim": 64, "n_heads": 2, "depth": 1, "depth_single": 2, "context": 24, "pooled": 20}
@@ -109,12 +111,152 @@ def test_truncated_file_is_named(bfl_file, size):
         FluxTransformer.from_single_file(path)
 
 
+@pytest.mark.parametrize("name", ["flux1-dev.sft", "flux1-dev.safetensor", "flux1-dev.bin", "flux1-dev", "flux1.dev-v2"])
+def test_any_ending(bfl_file, bfl_state, tmp_path, monkeypatch, name):
+    """A file is what its content says, under whatever name; also under a relative one, which is not asked of the hub."""
+    bfl_file(name=name)
+    monkeypatch.setattr(locate, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    for load in (FluxTransformer.from_single_file, FluxTransformer.from_pretrained):
+        weight = load(name).transformer_blocks[0].attn.to_out[0].weight
+        assert torch.equal(weight, bfl_state["double_blocks.0.img_attn.proj.weight"])
+    assert open_checkpoint(name).layout == "bfl"
+
+
 def test_other_files_are_refused(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02}q\x00." * 10)
+    (tmp_path / "noise.safetensors").write_bytes(bytes(range(256)) * 10)
     for name, message in (("model.ckpt", "pickle"), ("noise.safetensors", "not a whole"), ("absent.safetensors", "no such")):
-        if "absent" not in name:
-            (tmp_path / name).write_bytes(bytes(range(256)) * 10)
         with pytest.raises(CheckpointError, match=message):
             FluxTransformer.from_single_file(tmp_path / name)
+    with pytest.raises(CheckpointError, match="a folder, expected one file"):
+        FluxTransformer.from_single_file(tmp_path)
+
+
+def test_a_part_alone(folder):
+    """One of several parts is refused whether its name says that it is one or not."""
+    part = sorted(folder.glob("*.safetensors"))[1]
+    with pytest.raises(CheckpointError, match=rf"one of \d+ parts of a sharded checkpoint: name the folder .*{folder.name}"):
+        FluxTransformer.from_single_file(part)
+    with pytest.raises(CheckpointError, match=r"part\.safetensors: .* part of a sharded checkpoint"):
+        FluxTransformer.from_single_file(part.rename(folder / "part.safetensors"))
+
+
+@pytest.mark.parametrize("layout", ["bfl", "comfy", "diffusers"])
+@pytest.mark.parametrize(("times", "kind"), [(6, "FLUX.1 Fill"), (2, "FLUX.1 Canny, Depth"), (3, "something else")])
+def test_more_input_channels(bfl_file, bfl_state, folder, tmp_path, layout, times, kind):
+    """Fill and the control models, when they are opened as a base: in a file of any layout and in a folder."""
+    name = "x_embedder.weight" if layout == "diffusers" else "img_in.weight"
+    if layout == "diffusers":
+        bfl_state = FluxTransformer.from_single_file(bfl_file()).state_dict()
+    state = bfl_state | {name: torch.cat([bfl_state[name]] * 4 * times, 1)}
+    if layout == "comfy":
+        state = {layouts.COMFY_PREFIX + key: tensor for key, tensor in state.items()}
+    path = bfl_file(state, "base.sft")
+    message = rf"base\.sft: {64 * times} input channels: .*{kind}.*take flux1-dev\.safetensors \(64 channels\)"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path, in_channels=64)
+    # such a model does work, in its own pipeline
+    assert open_checkpoint(path).config["in_channels"] == 64 * times
+
+    config = json.loads((folder / "config.json").read_text()) | {"in_channels": 64 * times, "out_channels": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {64 * times} input channels: .*{kind}"):
+        open_checkpoint(folder.parent, subfolder="transformer", in_channels=64)
+
+
+def test_folders_of_other_programs(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised by bitsandbytes"),
+        ({"quantization_config": {}}, "quantised by another program"),
+        ({"_class_name": "ChromaTransformer2DModel"}, "describes a ChromaTransformer2DModel"),
+        ({"attention_head_dim": "many"}, "no FLUX.1 transformer has such a config"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=message):
+            FluxTransformer.from_pretrained(folder)
+
+
+def test_where_a_folders_transformer_is_looked_for(folder):
+    pipeline = folder.parent
+    for name, subfolder in ((pipeline, None), (pipeline, "transformer"), (folder, None), (folder, "transformer")):
+        assert open_checkpoint(name, subfolder=subfolder).where == str(folder)
+    with pytest.raises(CheckpointError, match=r"vae/config\.json: no such file"):
+        open_checkpoint(pipeline, subfolder="vae")
+
+
+def test_a_repository(folder, monkeypatch):
+    """Of one that can't be trained only its config is downloaded."""
+    asked = []
+
+    def download(repository, *, allow_patterns, **hub):
+        assert repository == "someone/FLUX.1-Fill-dev" and hub == {"revision": "main"}
+        asked.append([pattern for pattern in allow_patterns if "safetensors" in pattern])
+        return str(folder.parent)
+
+    monkeypatch.setattr(locate, "snapshot_download", download)
+    options = {"subfolder": "transformer", "revision": "main"}
+    assert open_checkpoint("someone/FLUX.1-Fill-dev", **options).where == str(folder)
+    assert asked == [[], ["transformer/diffusion_pytorch_model**.safetensors"]]
+    with pytest.raises(CheckpointError, match="16 input channels"):
+        open_checkpoint("someone/FLUX.1-Fill-dev", **options, in_channels=64)
+    assert asked[2:] == [[]]
+
+
+def test_check_reads_no_weight(bfl_file, bfl_state, folder, monkeypatch):
+    bfl_state["img_in.weight"][0] = torch.nan
+    path = bfl_file(bfl_state)
+    monkeypatch.setattr(TensorFiles, "stream", lambda *args: pytest.fail("a weight was read"))
+    open_checkpoint(path).check(FluxTransformer)
+    open_checkpoint(folder).check(FluxTransformer)
+    for name, tensor, message in (
+        ("txt_in.bias", torch.zeros(63), "txt_in.bias has shape"),
+        ("txt_in.bias", torch.zeros(64, dtype=torch.int8), "txt_in.bias holds torch.int8"),
+        ("extra", torch.zeros(1), "1 unexpected: extra"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(bfl_file(bfl_state | {name: tensor})).check(FluxTransformer)
+
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_require_finite(dtype):
+    """Every code of the narrow types, among the most usual and the largest values, first, midway and last."""
+    info = torch.finfo(dtype)
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, info.max, info.min, info.tiny, -info.tiny], dtype=torch.float64)
+    plain = values.repeat(100).to(dtype).view(4, 200)
+    streaming.require_finite("file", "plain", plain)
+    streaming.require_finite("file", "empty", plain[:0])
+    if dtype.itemsize <= 2:
+        integer = torch.int8 if dtype.itemsize == 1 else torch.int16
+        codes = torch.arange(-(2 ** (8 * dtype.itemsize - 1)), 2 ** (8 * dtype.itemsize - 1)).to(integer).view(dtype)
+        odd = codes[~codes.double().isfinite()]
+        streaming.require_finite("file", "all that are finite", codes[codes.double().isfinite()])
+        odd = odd if dtype.itemsize == 1 else odd[::101]
+    else:
+        odd = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    for value in odd:
+        for place in ((0, 0), (2, 57), (3, 199)):
+            broken = plain.clone()
+            broken[place] = value
+            with pytest.raises(CheckpointError, match=rf"file: broken: holds -?(nan|inf) at \[{place[0]}, {place[1]}\]"):
+                streaming.require_finite("file", "broken", broken)
+
+
+@pytest.mark.parametrize(
+    "name", ["double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear1.bias", "final_layer.linear.bias"]
+)
+def test_a_weight_that_is_not_finite(bfl_file, bfl_state, name):
+    bfl_state[name].view(-1)[-1] = -torch.inf
+    path = bfl_file(bfl_state)
+    with pytest.raises(CheckpointError, match=rf"flux\.safetensors: {name}: holds -inf at \[.*must be finite"):
+        FluxTransformer.from_single_file(path)
+    # quantised, where only what stays as it is takes a pass of its own
+    with pytest.raises(CheckpointError, match=r"flux\.safetensors: .* -inf at \[.*must be finite"):
+        open_checkpoint(path).load(FluxTransformer, torch.bfloat16, format=FORMATS["int8"])
 
 
 def test_head_size_without_flux_proportions(bfl_file):

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fluxfast.model import checkpoint, tensor_files
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
 from fluxfast.train import base_model, setup
-from fluxfast.train.base_model import load_transformer, quantizing_device
+from fluxfast.train.base_model import load_transformer, open_base, quantizing_device
 from fluxfast.train.config import load_config
 from support import SMALL, randomise
 
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def transformer(tmp_path):
     """A pipeline's folder with a transformer, whose weights are the test's own to change."""
-    model = FluxTransformer(**SMALL | {"num_layers": 1, "num_single_layers": 1})
+    model = FluxTransformer(**SMALL | {"in_channels": 64, "num_layers": 1, "num_single_layers": 1})
     randomise(model)
     model.bfloat16().save_pretrained(tmp_path / "pipeline" / "transformer")
     return tmp_path / "pipeline"
@@ -49,9 +50,9 @@ def reads(monkeypatch):
     """The files whose tensors were read from then on."""
     files, stream = [], tensor_files.TensorFiles.stream
 
-    def noted(self, sources):
+    def noted(self, *args):
         files.extend(path.name for path in self.files)
-        return stream(self, sources)
+        return stream(self, *args)
 
     monkeypatch.setattr(tensor_files.TensorFiles, "stream", noted)
     return files
@@ -79,11 +80,12 @@ def in_memory(transformer, format, dtype=torch.bfloat16):
 def test_the_second_start_reads_the_cache_only(tmp_path, transformer, load, reads, precision, format):
     first, said = load(base_model_precision=precision)
     (file,) = cached(tmp_path)
-    assert f"in {format}, kept in {file}" in said and reads == ["diffusion_pytorch_model.safetensors"]
+    assert f"in {format}, kept in {file}" in said and reads[0] == "diffusion_pytorch_model.safetensors"
     same(first, in_memory(transformer, format))
     reads.clear()
     second, said = load(base_model_precision=precision)
-    assert f"base: {format} from {file}" in said and reads == []
+    # once, to verify it
+    assert f"base: {format} from {file}" in said and reads == [file.name]
     same(first, second)
     assert not any(parameter.requires_grad for parameter in second.parameters())
 
@@ -116,6 +118,76 @@ def test_a_damaged_cache_is_made_anew(tmp_path, transformer, load):
     model, said = load(base_model_precision="int8-quanto")
     assert f"{file}: not a whole safetensors file" in said
     same(model, in_memory(transformer, "int8"))
+
+
+def flip(file, begin):
+    """Turn eight bytes into others."""
+    data = bytearray(file.read_bytes())
+    data[begin : begin + 8] = bytes(byte ^ 0x55 for byte in data[begin : begin + 8])
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", ["config", "tensor"])
+def test_flipped_bytes_in_the_cache(tmp_path, transformer, load, place):
+    load(base_model_precision="int8-quanto")
+    (file,) = cached(tmp_path)
+    whole = file.read_bytes()
+    flip(file, whole.index(b"num_layers") if place == "config" else len(whole) - 1000)
+    model, said = load(base_model_precision="int8-quanto")
+    assert f"{file}: " in said and "damaged" in said and "(done now)" in said and f"kept in {file}" in said
+    same(model, in_memory(transformer, "int8"))
+    assert file.read_bytes() == whole
+    _, said = load(base_model_precision="int8-quanto")
+    assert "damaged" not in said
+
+
+def test_flipped_bytes_in_a_file_of_ones_own(tmp_path, transformer, load, monkeypatch):
+    """Refused and kept; where reading it would take long, the run says that it was not verified."""
+    target = tmp_path / "mine.safetensors"
+    checkpoint.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int8"])
+    flip(target, target.stat().st_size - 1000)
+    damaged = target.read_bytes()
+    base = {"pretrained_transformer_model_name_or_path": str(target)}
+    with pytest.raises(ValueError, match=r"mine\.safetensors: tensor .* has changed since it was written.*make it anew"):
+        load(**base)
+    assert target.read_bytes() == damaged
+    monkeypatch.setattr(checkpoint, "VERIFIED_BYTES", 0)
+    _, said = load(**base)
+    assert "not verified (`fluxfast-train quantize --verify` reads it through)" in said
+
+
+@pytest.mark.parametrize("name", ["flux1-dev.sft", "flux1-dev"])
+def test_a_single_file(tmp_path, transformer, load, name):
+    (file,) = (transformer / "transformer").glob("*.safetensors")
+    shutil.copyfile(file, tmp_path / name)
+    model, _ = load(pretrained_transformer_model_name_or_path=str(tmp_path / name))
+    same(model, FluxTransformer.from_pretrained(transformer / "transformer", torch_dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_embedder.weight": torch.zeros(64, 384)}, r"base\.sft: 384 input channels: FLUX\.1 Fill.*take flux1-dev"),
+        ({"x_embedder.weight": torch.zeros(64, 16)}, r"base\.sft: 16 input channels: .*take flux1-dev"),
+        ({"proj_out.weight.absmax": torch.zeros(1)}, r"base\.sft: holds weights quantised by bitsandbytes.*take .*flux1-dev"),
+    ],
+)
+def test_bases_that_are_not_trained(tmp_path, transformer, write_config, change, message):
+    """Refused when they are opened, before anything is read."""
+    (file,) = (transformer / "transformer").glob("*.safetensors")
+    save_file(load_file(file) | change, tmp_path / "base.sft")
+    config = load_config(write_config(pretrained_transformer_model_name_or_path=str(tmp_path / "base.sft")))
+    with pytest.raises(ValueError, match=message):
+        open_base(config)
+
+
+@pytest.mark.parametrize("transformer_too", [False, True])
+def test_a_file_in_the_pipelines_place(tmp_path, transformer, write_config, transformer_too):
+    (tmp_path / "flux1-dev.sft").touch()
+    keys = {"pretrained_transformer_model_name_or_path": str(transformer)} if transformer_too else {}
+    config = load_config(write_config(pretrained_model_name_or_path=str(tmp_path / "flux1-dev.sft"), **keys))
+    with pytest.raises(ValueError, match=r'flux1-dev\.sft: is one file, .*as "pretrained_transformer_model_name_or_path"'):
+        open_base(config)
 
 
 def test_somebody_elses_file_is_refused_and_kept(tmp_path, transformer, load):
