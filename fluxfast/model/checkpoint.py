@@ -77,11 +77,6 @@ class Checkpoint:
         """What the file says of itself if fluxfast quantised it, else None."""
         return quantized_file.read_info(self.files) if quantized_file.is_quantized(self.files) else None
 
-    def check(self, cls: type[FluxTransformer]) -> None:
-        """Compare the files' names and shapes with the model's, without reading a weight. Raises CheckpointError."""
-        if self.quantized is None:
-            _check(self.where, self.layout, self.files, _shapes(self._empty(cls)))
-
     def load(
         self,
         cls: type[FluxTransformer],
@@ -117,7 +112,7 @@ class Checkpoint:
             )
             if format is not None:
                 names = streaming.linears(model, KEPT)
-                tensors = streaming.quantized(tensors, format, names, self.where)
+                tensors = streaming.quantized(tensors, format, names, self.where, sources)
                 streaming.quantize_empty(model, format, names, dtype)
             streaming.place(model, tensors, dtype, device, on_host)
         model.register_to_config(_name_or_path=self.where)
@@ -175,7 +170,8 @@ class Checkpoint:
         # before the weights are read: what changes from here on makes the file stale
         metadata = quantized_file.metadata(self.where, self.files, format, model.config)
         tensors = streaming.float_tensors(self.files, sources, f"quantising to {format.name}", quantize_on)
-        return write_tensors(path, specs, metadata, streaming.quantized(tensors, format, names, self.where), checked=True)
+        made = streaming.quantized(tensors, format, names, self.where, sources)
+        return write_tensors(path, specs, metadata, made, checked=True)
 
     def config_json(self, cls: type[FluxTransformer], format: Format) -> str:
         """The config.json to lie beside what `quantize` wrote: other programs see by it that they can't read the weights."""

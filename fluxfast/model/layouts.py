@@ -135,24 +135,29 @@ def infer_config(layout: str, shapes: Mapping[str, Shape], axes_dims_rope: tuple
     """
     if layout == "comfy":
         shapes = {k.removeprefix(COMFY_PREFIX): s for k, s in shapes.items() if k.startswith(COMFY_PREFIX)}
+
+    def shape(key: str, dimensions: int = 2) -> Shape:
+        if len(shapes[key]) != dimensions:
+            raise ValueError(f"{key} has shape {shapes[key]}, expected {dimensions} dimensions")
+        return shapes[key]
+
     ours = layout == "diffusers"
     double, single = ("transformer_blocks", "single_transformer_blocks") if ours else ("double_blocks", "single_blocks")
-    dim, in_channels = shapes["x_embedder.weight" if ours else "img_in.weight"]
-    (head_dim,) = shapes[f"{single}.0.attn.norm_q.weight" if ours else f"{single}.0.norm.query_norm.scale"]
-    mlp, _ = shapes[f"{double}.0.ff.net.0.proj.weight" if ours else f"{double}.0.img_mlp.0.weight"]
-    if mlp != 4 * dim or dim % head_dim:
+    dim, in_channels = shape("x_embedder.weight" if ours else "img_in.weight")
+    (head_dim,) = shape(f"{single}.0.attn.norm_q.weight" if ours else f"{single}.0.norm.query_norm.scale", 1)
+    mlp, _ = shape(f"{double}.0.ff.net.0.proj.weight" if ours else f"{double}.0.img_mlp.0.weight")
+    pooled = shape("time_text_embed.text_embedder.linear_1.weight" if ours else "vector_in.in_layer.weight")[1]
+    if mlp != 4 * dim or head_dim == 0 or dim % head_dim:
         raise ValueError(f"hidden size {dim}, MLP size {mlp}, head size {head_dim}: not the proportions of FLUX.1")
     return {
         "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight" if ours else "final_layer.linear.weight"][0],
+        "out_channels": shape("proj_out.weight" if ours else "final_layer.linear.weight")[0],
         "num_layers": count_blocks(shapes, double),
         "num_single_layers": count_blocks(shapes, single),
         "attention_head_dim": head_dim,
         "num_attention_heads": dim // head_dim,
-        "joint_attention_dim": shapes["context_embedder.weight" if ours else "txt_in.weight"][1],
-        "pooled_projection_dim": shapes[
-            "time_text_embed.text_embedder.linear_1.weight" if ours else "vector_in.in_layer.weight"
-        ][1],
+        "joint_attention_dim": shape("context_embedder.weight" if ours else "txt_in.weight")[1],
+        "pooled_projection_dim": pooled,
         "guidance_embeds": any(k.startswith("time_text_embed.guidance_embedder" if ours else "guidance_in") for k in shapes),
         "axes_dims_rope": axes_dims_rope or default_axes(head_dim),
     }

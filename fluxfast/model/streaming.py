@@ -66,15 +66,16 @@ def float_tensors(
     require_floats(files, sources)
     sizes = {name: files.nbytes([source]) for name, source in sources.items()}
 
-    def check(key: str, tensor: Tensor) -> None:
-        require_finite(str(files.paths[key]), key, tensor)
+    def check(source: Source, tensor: Tensor) -> None:
+        require_finite(str(files.paths[source.key]), source, tensor)
 
     for name, tensor in with_progress(files.stream(sources, check if checked else None), sizes, description):
         yield name, tensor if device is None else tensor.to(device)
 
 
-def require_finite(where: str, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError naming the first value of a floating-point tensor that is a NaN or an infinity.
+def require_finite(where: str, source: Source, tensor: Tensor) -> None:
+    """Raise CheckpointError naming the first value of a floating-point tensor that is a NaN or an infinity, and its place in
+    the file's tensor, of which this one may be a part.
 
     One pass at the speed of memory where all is well: `isfinite().all()` would take fifty times as long.
     """
@@ -82,8 +83,13 @@ def require_finite(where: str, name: str, tensor: Tensor) -> None:
         return
     values = tensor.to(torch.float64)
     place = (~values.isfinite()).nonzero()[0].tolist()
+    value = values[tuple(place)].item()
+    if source.swap:
+        place[0] = (place[0] + len(values) // 2) % len(values)
+    if source.rows is not None:
+        place[0] += source.rows[0]
     raise CheckpointError(
-        f"{where}: {name}: holds {values[tuple(place)].item()} at {place}, and a weight must be finite: the checkpoint is "
+        f"{where}: {source.key}: holds {value} at {place}, and a weight must be finite: the checkpoint is "
         "damaged, or its training failed. Fetch it again, or take another"
     )
 
@@ -98,17 +104,22 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def quantized(
-    tensors: Iterable[tuple[str, Tensor]], format: Format, names: Collection[str], where: str
+    tensors: Iterable[tuple[str, Tensor]],
+    format: Format,
+    names: Collection[str],
+    where: str,
+    sources: Mapping[str, Source] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors, with `<name>.weight` of each linear in `names` as its parts, `<name>.weight.<part>`; all of them copies.
 
     Quantised from the values as they are stored, where the tensor is. Raises CheckpointError naming a weight that can't be,
-    or a value that is not finite, and `where` it came from.
+    or a value that is not finite, and `where` it came from; `sources` says what it is called there (default: the same).
     """
     chosen = {f"{name}.weight" for name in names}
     for name, tensor in tensors:
+        source = Source(name) if sources is None else sources[name]
         if name not in chosen:
-            require_finite(where, name, tensor)
+            require_finite(where, source, tensor)
             yield name, tensor.clone()
             continue
         try:
@@ -116,7 +127,8 @@ def quantized(
             # every 8-bit float is a bf16 number
             parts = format.quantize(tensor.bfloat16() if tensor.itemsize == 1 else tensor)
         except ValueError as error:
-            raise CheckpointError(f"{where}: {name}: {error}") from error
+            require_finite(where, source, tensor)
+            raise CheckpointError(f"{where}: {source.key}: {error}") from error
         for part, value in parts.items():
             yield f"{name}.{part}", value
 

@@ -121,7 +121,9 @@ class TensorFiles:
             if key in self.shapes:
                 raise CheckpointError(f"{path}: tensor {key} is in {self.paths[key].name} as well; expected it once")
             if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: {key} holds {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+                raise CheckpointError(
+                    f"{path}: {key} holds {entry['dtype']}, expected one of {', '.join(DTYPES)}: take the model in bf16 or fp16"
+                )
             begin, end = entry["data_offsets"]
             self.paths[key], self.shapes[key] = path, tuple(entry["shape"])
             self.dtypes[key] = DTYPES[entry["dtype"]]
@@ -139,13 +141,13 @@ class TensorFiles:
         return Place(place.file, place.begin + source.rows[0] * row, place.begin + source.rows[1] * row)
 
     def stream(
-        self, sources: Mapping[str, Source], check: Callable[[str, Tensor], None] | None = None
+        self, sources: Mapping[str, Source], check: Callable[[Source, Tensor], None] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the order of their bytes in the files, under the names that `sources` gives them.
 
-        A tensor is good until the next one is asked for: then its memory is read into again. `check` sees the key of each in
-        its file and the tensor, in a thread of its own, before it is given out. Raises DamagedFile naming a tensor that differs
-        from its checksum.
+        A tensor is good until the next one is asked for: then its memory is read into again. `check` sees each, and
+        where it lies, in a thread of its own before it is given out. Raises DamagedFile naming a tensor that differs from its
+        checksum.
         """
         plan = sorted(((self._place(source), name) for name, source in sources.items()), key=lambda entry: entry[0])
         ring = AHEAD + 1
@@ -166,13 +168,13 @@ class TensorFiles:
                 if number + ring < len(plan):
                     pending.append(reader.submit(read, number + ring))
 
-    def _examine(self, source: Source, data: Tensor, check: Callable[[str, Tensor], None] | None) -> None:
+    def _examine(self, source: Source, data: Tensor, check: Callable[[Source, Tensor], None] | None) -> None:
         key = source.key
         # a part of a tensor has no checksum of its own
         if key in self._sums and source.rows is None and zlib.crc32(data.numpy().data) != self._sums[key]:
             raise DamagedFile(f"{self.paths[key]}: tensor {key} has changed since it was written, it is damaged: {MAKE_ANEW}")
         if check is not None:
-            check(key, self._shaped(data, source))
+            check(source, self._shaped(data, source))
 
     def verify(self) -> None:
         """Read every tensor and hold it against its checksum; nothing to find where there are none. Raises DamagedFile."""

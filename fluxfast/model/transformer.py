@@ -117,7 +117,7 @@ class FluxTransformer(FluxTransformer2DModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> FluxTransformer:
-        """Load a diffusers folder (local, or a hub id): `config.json` and safetensors, sharded or not.
+        """Load a diffusers folder (local, or a hub id): `config.json` and safetensors, sharded or not; or one file.
 
         Arguments: subfolder, torch_dtype (or dtype), revision, variant, cache_dir, token, local_files_only, force_download.
         Raises `checkpoint.CheckpointError` naming the file where one is missing, truncated, or holds other tensors than
@@ -127,7 +127,8 @@ class FluxTransformer(FluxTransformer2DModel):
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict: str | os.PathLike, **kwargs: Any) -> FluxTransformer:
-        """Load one safetensors file: BFL's, Comfy's (`model.diffusion_model.` prefix) or diffusers', told apart by its keys.
+        """Load one safetensors file, of any ending: BFL's, Comfy's (`model.diffusion_model.` prefix) or diffusers', told apart
+        by its keys.
 
         Sizes are inferred from the tensors, unless `config` (a dict, a config.json, or the folder of one) gives them.
         Arguments: torch_dtype (or dtype); config; axes_dims_rope, which no file stores, where the head dimension is not

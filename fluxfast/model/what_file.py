@@ -37,6 +37,8 @@ def why_not_safetensors(path: Path, error: Exception) -> str:
             head = stream.read(_HEAD_BYTES)
     except OSError as reason:
         return f"{path}: can't be read ({reason.strerror})"
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        return f"{path}: its path is not valid UTF-8, and the safetensors library opens no such file: rename it, or its folder"
     if size == 0:
         return f"{path}: not a whole safetensors file: it is empty. Fetch it again"
     if not head.strip(b"\0"):
@@ -106,4 +108,6 @@ def _text_kind(head: bytes) -> str | None:
         )
     if '"weight_map"' in text:
         return "the index of a sharded checkpoint: name the folder that it lies in"
+    if '"_class_name"' in text:
+        return "a model's config: name the folder that it lies in"
     return f'a text, not a checkpoint ("{" ".join(text.split())[:60]}"): fetch the file again'

@@ -33,7 +33,7 @@ _KINDS = (
     ),
     (r"(.*\.)?ip_adapter|image_proj\.", "an IP-Adapter", TAKE_TRANSFORMER),
     (r"redux_(up|down)\.", "FLUX.1 Redux, which makes embeddings of an image", TAKE_TRANSFORMER),
-    (r"(.*\.)?text_model\.|text_projection", "a CLIP text encoder", TAKE_TRANSFORMER),
+    (r"(.*\.)?text_model\.|text_projection|embeddings\.token_embedding\.", "a CLIP text encoder", TAKE_TRANSFORMER),
     (r"(.*\.)?(encoder|decoder)\.block\.\d+\.layer\.\d|shared\.weight$", "a T5 text encoder", TAKE_TRANSFORMER),
     (
         r"(first_stage_model\.|vae\.)?((encoder|decoder)\.(conv_in|conv_out|down|up|mid|down_blocks|up_blocks|mid_block|middle)"
@@ -92,7 +92,7 @@ def why_not_flux(keys: Iterable[str]) -> str | None:
 def why_not_config(config: Mapping[str, Any]) -> str | None:
     """Why a model's config.json is not that of a FLUX.1 transformer that can be loaded; None if it may be."""
     if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
-        return f"describes a {name}, expected a FluxTransformer2DModel: {TAKE_TRANSFORMER}"
+        return f"describes {name}, expected FluxTransformer2DModel: {TAKE_TRANSFORMER}"
     quantised = config.get("quantization_config")
     if isinstance(quantised, Mapping) and quantised.get("quant_method") != "fluxfast":
         return f"its weights are quantised by {quantised.get('quant_method', 'another program')}: {TAKE_UNQUANTISED}"

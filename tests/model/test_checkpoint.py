@@ -1,6 +1,7 @@
 """Files that are not what they should be are refused by name; the three layouts are told apart by their keys."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from fluxfast import FluxTransformer
 from fluxfast.model import layouts, locate, streaming
 from fluxfast.model.checkpoint import CheckpointError, open_checkpoint
+from fluxfast.model.layouts import Source
 from fluxfast.model.tensor_files import TensorFiles
 from fluxfast.quant import FORMATS
 from support import SMALL
@@ -91,6 +93,8 @@ def test_fp8_file_loads(bfl_file, bfl_state):
         (lambda s: s.update({"double_blocks.0.extra": torch.zeros(1)}), "1 unexpected: double_blocks.0.extra"),
         (lambda s: s.update({"txt_in.bias": torch.zeros(63)}), r"txt_in.bias has shape \(63,\), expected \(64,\)"),
         (lambda s: s.pop("img_in.weight"), "tensor img_in.weight is missing"),
+        (lambda s: s.update({"img_in.weight": torch.zeros(64)}), r"img_in.weight has shape \(64,\), expected 2 dimensions"),
+        (lambda s: s.update({"txt_in.weight": torch.zeros(1, 64, 24)}), r"txt_in.weight has shape .*, expected 2 dimensions"),
         (lambda s: s.update({"double_blocks.0.img_mlp.0.weight": torch.zeros(128, 64)}), "not the proportions of FLUX.1"),
         (lambda s: s.update({"txt_in.bias": torch.zeros(64, dtype=torch.int32)}), "txt_in.bias holds torch.int32"),
         (lambda s: [s.pop(k) for k in list(s) if "blocks" in k], "not a FLUX.1 transformer"),
@@ -170,7 +174,7 @@ def test_folders_of_other_programs(folder):
     for change, message in (
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised by bitsandbytes"),
         ({"quantization_config": {}}, "quantised by another program"),
-        ({"_class_name": "ChromaTransformer2DModel"}, "describes a ChromaTransformer2DModel"),
+        ({"_class_name": "ChromaTransformer2DModel"}, "describes ChromaTransformer2DModel"),
         ({"attention_head_dim": "many"}, "no FLUX.1 transformer has such a config"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
@@ -228,13 +232,13 @@ def test_require_finite(dtype):
     info = torch.finfo(dtype)
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, info.max, info.min, info.tiny, -info.tiny], dtype=torch.float64)
     plain = values.repeat(100).to(dtype).view(4, 200)
-    streaming.require_finite("file", "plain", plain)
-    streaming.require_finite("file", "empty", plain[:0])
+    streaming.require_finite("file", Source("plain"), plain)
+    streaming.require_finite("file", Source("empty"), plain[:0])
     if dtype.itemsize <= 2:
         integer = torch.int8 if dtype.itemsize == 1 else torch.int16
         codes = torch.arange(-(2 ** (8 * dtype.itemsize - 1)), 2 ** (8 * dtype.itemsize - 1)).to(integer).view(dtype)
         odd = codes[~codes.double().isfinite()]
-        streaming.require_finite("file", "all that are finite", codes[codes.double().isfinite()])
+        streaming.require_finite("file", Source("all that are finite"), codes[codes.double().isfinite()])
         odd = odd if dtype.itemsize == 1 else odd[::101]
     else:
         odd = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
@@ -243,19 +247,26 @@ def test_require_finite(dtype):
             broken = plain.clone()
             broken[place] = value
             with pytest.raises(CheckpointError, match=rf"file: broken: holds -?(nan|inf) at \[{place[0]}, {place[1]}\]"):
-                streaming.require_finite("file", "broken", broken)
+                streaming.require_finite("file", Source("broken"), broken)
 
 
 @pytest.mark.parametrize(
-    "name", ["double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear1.bias", "final_layer.linear.bias"]
+    ("name", "place"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", [150, 3]),
+        ("single_blocks.1.linear1.bias", [447]),
+        ("final_layer.adaLN_modulation.1.weight", [70, 1]),
+        ("final_layer.linear.bias", [0]),
+    ],
 )
-def test_a_weight_that_is_not_finite(bfl_file, bfl_state, name):
-    bfl_state[name].view(-1)[-1] = -torch.inf
+def test_a_weight_that_is_not_finite(bfl_file, bfl_state, name, place):
+    """Named as the file names it, at its place in the file's tensor, of which the model's may be a part."""
+    bfl_state[name][tuple(place)] = -torch.inf
     path = bfl_file(bfl_state)
-    with pytest.raises(CheckpointError, match=rf"flux\.safetensors: {name}: holds -inf at \[.*must be finite"):
+    message = rf"flux\.safetensors: {name}: holds -inf at {re.escape(str(place))}, .*must be finite"
+    with pytest.raises(CheckpointError, match=message):
         FluxTransformer.from_single_file(path)
-    # quantised, where only what stays as it is takes a pass of its own
-    with pytest.raises(CheckpointError, match=r"flux\.safetensors: .* -inf at \[.*must be finite"):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(path).load(FluxTransformer, torch.bfloat16, format=FORMATS["int8"])
 
 
@@ -296,7 +307,7 @@ def test_incomplete_folders(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"num_single_layers": 0}))
     refused("unexpected: single_transformer_blocks.0")
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "SD3Transformer2DModel"}))
-    refused("describes a SD3Transformer2DModel")
+    refused("describes SD3Transformer2DModel")
     (folder / "config.json").write_text("{")
     refused("config.json: not valid JSON")
     (folder / "config.json").write_text(json.dumps(config))

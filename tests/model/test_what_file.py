@@ -1,6 +1,7 @@
 """Files that are no safetensors are named by what they are, whatever their name, with what to do."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -43,6 +44,7 @@ KINDS = {
     "error": (b"Access to model black-forest-labs/FLUX.1-dev is restricted.", 'a text, not a checkpoint \\("Access to model'),
     "json": (b'{"error": "Repository not found"}', "a text, not a checkpoint"),
     "index": (b'{"metadata": {}, "weight_map": {"x": "one.safetensors"}}', "the index of a sharded checkpoint: name .* folder"),
+    "config": (b'{"_class_name": "FluxTransformer2DModel"}', "a model's config: name the folder"),
     "empty": (b"", "not a whole safetensors file: it is empty"),
     "zeros": (bytes(5000), "not a whole safetensors file: it begins with zeros"),
     "noise": (bytes(range(256)) * 10, "not a whole safetensors file"),
@@ -83,3 +85,13 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(BrokenFile, match=r"flux1-dev\.safetensors: can't be read \(Permission denied\)"):
         open_checkpoint(tmp_path / "flux1-dev.safetensors")
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.sft"))
+    try:
+        path.write_bytes(WHOLE)
+    except OSError:
+        pytest.skip("this system has no such names")
+    with pytest.raises(BrokenFile, match=r"its path is not valid UTF-8.*rename it"):
+        open_checkpoint(path)

@@ -74,6 +74,7 @@ def test_scales_beside_the_weights(states, suffix):
         (["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"], "an IP-Adapter"),
         (["redux_up.weight", "redux_down.weight"], "FLUX.1 Redux"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a CLIP text encoder"),
+        (["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"], "a CLIP text encoder"),
         (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "a T5 text encoder"),
         (["decoder.up.0.block.0.conv1.weight", "encoder.conv_in.weight"], "an autoencoder"),
         (["decoder.up_blocks.0.resnets.0.conv1.weight"], "an autoencoder"),
