@@ -20,7 +20,7 @@ from fluxfast.model.tensor_files import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.model.tensor_writer import free_bytes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import Format
-from fluxfast.quant.rules import format_of
+from fluxfast.quant.rules import PRECISIONS, format_of
 from fluxfast.train.config import TrainConfig
 from fluxfast.train.modulation import keeps_on_host
 from fluxfast.train.offload import STREAMED_MODULES
@@ -35,7 +35,8 @@ def open_base(config: TrainConfig) -> Checkpoint:
     """The transformer that the config names (a file, a folder, a repository), opened; no weight is read.
 
     Raises CheckpointError saying what the name leads to where that can't be trained: another kind of file, other weights, a
-    transformer that takes more than the noisy image, a file that fluxfast quantised to another format than the config asks for.
+    transformer that takes more than the noisy image, a file that fluxfast quantised to another format than the config asks for
+    or from something that has changed since.
     """
     pipeline = config.base_source.path
     if Path(pipeline).expanduser().is_file():
@@ -47,12 +48,13 @@ def open_base(config: TrainConfig) -> Checkpoint:
     checkpoint = open_checkpoint(
         path, subfolder=subfolder, revision=revision, variant=config.variant, in_channels=IN_CHANNELS
     )
-    info, format = checkpoint.quantized, format_of(config.base_model_precision)
-    if info is not None and format not in (None, info.format):
-        raise CheckpointError(
-            f"{checkpoint.where}: is quantised to {info.format.name}, but base_model_precision is "
-            f'{config.base_model_precision}: set it to "no_change", or name the checkpoint that the file was made from'
-        )
+    if (info := checkpoint.quantized) is not None:
+        if PRECISIONS[config.base_model_precision] not in (None, info.format.name):
+            raise CheckpointError(
+                f"{checkpoint.where}: is quantised to {info.format.name}, but base_model_precision is "
+                f'{config.base_model_precision}: set it to "no_change", or name the checkpoint that the file was made from'
+            )
+        info.check_own_source()
     return checkpoint
 
 
@@ -75,7 +77,6 @@ def load_transformer(config: TrainConfig, device: torch.device, console: Console
         )
 
     if (info := checkpoint.quantized) is not None:
-        info.check_own_source()
         unread = device.type == "cpu" and not checkpoint.verified_when_mapped
         how = "; not verified (`fluxfast-train quantize --verify` reads it through)" if unread else ""
         _say(console, f"{info.path}: {info.format.name}, quantised before{how}")
