@@ -58,7 +58,9 @@ def test_the_quickstart_snippet_for_fine_tuned_models():
 
 
 # options that SimpleTuner doesn't have
-OUR_OWN = {"compute_outliers", "compute_precision", "cuda_graphs", "modulation_ahead", "recompute", "vram_budget"}
+OUR_OWN = {
+    *("compute_outliers", "compute_precision", "cuda_graphs", "deterministic", "modulation_ahead", "recompute", "vram_budget"),
+}
 
 
 @pytest.mark.parametrize("name", TrainConfig.model_fields)
