@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
+
+# what some file system refuses in a name, breaks of lines, and halves of characters, which no UTF-8 has
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029/\\:*?"<>|\ud800-\udfff]+')
+# names that Windows keeps for devices
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_MAX_NAME_BYTES = 100
+
+
+def safe_name(text: str) -> str:
+    """A file's name for any text: the text itself where every file system takes it.
+
+    Else it is cleaned and cut to 100 bytes, and ends in a hash of the text, so that different texts have different names.
+    """
+    name = _NOT_IN_NAMES.sub("_", text).strip(" ").strip(".")
+    cut = name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+    if cut == text and cut and not _RESERVED.fullmatch(cut):
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{cut.rstrip(' .')}-{digest}".lstrip("-")
 
 
 def temporary_name(path: Path) -> Path:

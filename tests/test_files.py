@@ -83,3 +83,27 @@ def _die_at(call, n):
         os.fsync = dying(os.fsync)
     else:
         setattr(pathlib.Path, call, dying(getattr(pathlib.Path, call)))
+
+
+@pytest.mark.parametrize("text", ["cat", "日本語 😀", "a, (b)'s", "photo.v2", "-dash", "x" * 100])
+def test_a_text_that_every_file_system_takes_is_its_own_name(text):
+    assert files.safe_name(text) == text
+
+
+ODD_TEXTS = [
+    "", ".", "..", "...", "a/b", "a:b", "a\\b", "a\nb", "a\0b", "a_b?", " a", "a ", "a.", "CON", "con.txt", "x" * 300,
+    "x" * 301, "é" * 300, "\ud800", "M\udcfcnchen", "../up", "/etc/passwd", ".hidden", "a\u2028b", "a<b>",
+]  # fmt: skip
+
+
+def test_other_texts_become_distinct_names(tmp_path):
+    names = [files.safe_name(text) for text in ODD_TEXTS]
+    # also on a file system that doesn't tell cases apart
+    assert len({name.casefold() for name in names}) == len(ODD_TEXTS)
+    for name in names:
+        # room is left for what stands around it, and for a temporary name
+        path = tmp_path / f"step_1000000_{name}_0_2048x2048.png"
+        files.write_atomic(path, b"x")
+        assert path.parent == tmp_path
+    assert len(list(tmp_path.iterdir())) == len(ODD_TEXTS)
+    assert files.safe_name("a/b").startswith("a_b-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] == "--version":
         print(__version__)
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        # a name that the terminal can't show is printed with backslashes, and ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     name = words.pop(0) if words and words[0] in COMMANDS else "train"
     # what our libraries advise their own users to do is no concern of ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

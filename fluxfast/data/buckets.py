@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from fluxfast.data.text import to_bytes
+
 ALIGNMENT = 64
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
@@ -108,7 +110,7 @@ def plan(
 
 def crop_rng(seed: int, dataset_id: str, file: str) -> random.Random:
     """The generator for one image's random crop: the same for the same seed, dataset and file, on any machine."""
-    return random.Random(f"{seed}:{dataset_id}:{file}")
+    return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}"))
 
 
 def rejection(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fluxfast.data.images import SkippedImage
+from fluxfast.data.text import is_text, lines
 
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt"]
 CaptionFilter = Callable[[str], str]
@@ -29,12 +30,14 @@ def captions(
     """The captions of the image at `path`, at least one; which of them a step uses is `pick`'s affair.
 
     Strategies: `filename` is the file's stem with spaces for underscores; `textfile` is the file of the same stem ending in
-    .txt, where each line that isn't blank is one caption (all of it is one with `disable_multiline_split`);
+    .txt, where each line that isn't blank is one caption (all of it is one with `disable_multiline_split`; only newlines end
+    a line, as in SimpleTuner);
     `instanceprompt` is `instance_prompt`. `only_instance_prompt` replaces the captions by `instance_prompt`,
     `prepend_instance_prompt` puts it in front. `caption_filter` edits what a file's name or text says, before that.
 
     Raises:
-        NoCaption: the text file is missing, empty or not UTF-8, or the filter left nothing.
+        NoCaption: the text file is missing, empty or not UTF-8, the name that is to be the caption is not UTF-8, or the
+            filter left nothing.
         ValueError: `instance_prompt` is needed and not given.
     """
     path = Path(path)
@@ -90,17 +93,20 @@ def caption_filter(entries: Sequence[str]) -> CaptionFilter:
 
 
 def _stem(path: Path) -> str:
+    if not is_text(path.stem):
+        raise NoCaption(path, "its name, which is to be its caption, is not UTF-8")
     return path.stem.replace("_", " ")
 
 
 def _textfile(path: Path, *, split: bool) -> list[str]:
     beside = path.with_suffix(".txt")
     try:
-        text = beside.read_text(encoding="utf-8-sig")
+        # decoded here, since reading as text would turn a lone carriage return into a newline
+        text = beside.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise NoCaption(path, "no caption file beside it (same name, ending in .txt)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise NoCaption(path, "its caption file can't be read as UTF-8 text") from error
     if not text.strip():
         raise NoCaption(path, "its caption file is empty")
-    return text.splitlines() if split else [text]
+    return lines(text) if split else ["\n".join(lines(text))]

@@ -10,10 +10,12 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
+
+from fluxfast.data.text import is_text, printable, text_problem
 
 _ENV = re.compile(r"\{env:([^{}]*)\}")
 _BOOL = TypeAdapter(bool)
@@ -23,8 +25,8 @@ class ConfigError(ValueError):
     """What a config file asks for can't be done; `problems` holds every reason."""
 
     def __init__(self, problems: Sequence[str]):
-        # a file may hold halves of characters, which no terminal can print
-        self.problems = tuple(problem.encode("utf-8", "backslashreplace").decode() for problem in problems)
+        # a config may hold what no terminal can print; a syntax error shows its line below it
+        self.problems = tuple("\n".join(map(printable, problem.split("\n"))) for problem in problems)
         if len(self.problems) == 1:
             super().__init__(self.problems[0])
         else:
@@ -42,13 +44,41 @@ class Settings(BaseModel):
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
+        kinds = (annotation, *get_args(annotation))
+        for text in _strings(value):
+            # a path names a file by its bytes, which may be no UTF-8
+            if problem := text_problem(text, file_name=Path in kinds):
+                raise ValueError(problem)
         # saved forms write "" where nothing was filled in
         if value == "" and type(None) in get_args(annotation):
             return None
         # pydantic would take true for the number 1
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError("expects a value, not true or false")
         return value
+
+
+def _utf8(path: Path) -> Path:
+    if not is_text(str(path)):
+        raise ValueError("is not UTF-8, and safetensors reads no file below such a name; name another folder")
+    return path
+
+
+# a folder for safetensors files
+Utf8Path = Annotated[Path, AfterValidator(_utf8)]
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Every string in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def read_json(path: Path) -> Any:
@@ -88,11 +118,11 @@ def _not_a_number(constant: str) -> NoReturn:
 
 
 def _syntax_problem(path: Path, text: str, error: json.JSONDecodeError) -> str:
-    line = text.splitlines()[error.lineno - 1] if text.strip() else ""
-    printable = "".join(c if c.isprintable() else " " for c in line)
+    line = text.split("\n")[error.lineno - 1]
+    shown_whole = "".join(c if c.isprintable() else " " for c in line)
     # a window around the place, as the line may be a whole file long
     first = max(0, error.colno - 60)
-    shown_line, caret = printable[first : first + 100], " " * (error.colno - 1 - first) + "^"
+    shown_line, caret = shown_whole[first : first + 100], " " * (error.colno - 1 - first) + "^"
     hint = ""
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if not text.strip():

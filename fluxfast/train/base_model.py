@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fluxfast.data.text import to_bytes
 from fluxfast.model.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.quantized_file import StaleFile
@@ -103,7 +104,7 @@ def quantizing_device(quantize_via: str | None, device: torch.device | None = No
 def cache_path(config: TrainConfig, checkpoint: Checkpoint, format: Format) -> Path:
     """Where a run keeps its quantised base: one file for each source and format."""
     where = Path(checkpoint.where).absolute()
-    digest = hashlib.sha256(str(where).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(to_bytes(str(where))).hexdigest()[:8]
     return config.cache_dir / "transformer" / f"{where.stem}-{digest}-{format.name}.safetensors"
 
 

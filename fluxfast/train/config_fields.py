@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from fluxfast.data.settings import Settings
+from fluxfast.data.settings import Settings, Utf8Path
 
 Precision = Literal[
     "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb", "fp8-quanto", "fp8-torchao",
@@ -106,9 +106,9 @@ class TrainFields(Settings):
     """Module name suffixes in place of the preset: a list, or a JSON file that holds one."""
 
     # the run
-    output_dir: Path = Path("simpletuner-results")
+    output_dir: Utf8Path = Path("simpletuner-results")
     """Folder for checkpoints, images, logs and the LoRA."""
-    cache_dir: Path = Field(default_factory=lambda settled: settled["output_dir"] / "cache")
+    cache_dir: Utf8Path = Field(default_factory=lambda settled: settled["output_dir"] / "cache")
     """Folder for caches that name none (unset: output_dir/cache)."""
     seed: int | None = Field(None, ge=-1, lt=2**63)
     """Seed of everything random (unset, 0 or -1: drawn when the run starts)."""

@@ -21,6 +21,7 @@ from fluxfast.data.prepared import Prepared
 from fluxfast.data.sampler import Sampler
 from fluxfast.data.settings import ConfigError, read_json, shown
 from fluxfast.data.sources import local_folder
+from fluxfast.data.text import text_problem
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.base_model import load_transformer, quantizing_device
 from fluxfast.train.config import TrainConfig
@@ -118,6 +119,17 @@ def validation_prompts(config: TrainConfig) -> dict[str, str]:
         library = read_json(config.user_prompt_library)
         if not isinstance(library, dict) or not all(isinstance(text, str) for text in library.values()):
             raise ConfigError([f'{config.user_prompt_library}: expected {{"nickname": "prompt", ...}}, all of them texts'])
+        problems = [
+            f'{config.user_prompt_library}: the prompt "{nickname}" {problem}'
+            for nickname, text in library.items()
+            if (problem := text_problem(text))
+        ]
+        if PRIMARY_PROMPT in library and prompts:
+            problems.append(
+                f'{config.user_prompt_library}: "{PRIMARY_PROMPT}" is the nickname of validation_prompt: take another one'
+            )
+        if problems:
+            raise ConfigError(problems)
         prompts |= library
     for name, text in [*prompts.items(), ("validation_negative_prompt", config.validation_negative_prompt)]:
         if (name + text).encode(errors="replace").decode() != name + text:

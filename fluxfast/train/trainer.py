@@ -191,7 +191,7 @@ class Trainer:
         newer = [p.name for p in state.checkpoints(self.config.output_dir) if int(p.name.split("-")[1]) > self.step]
         if newer:
             self._say(f"{', '.join(newer)}: of a longer run; move what is of no use away, or the next \"latest\" is the newest")
-        self.console.print(f"resumed from {saved.path}: step {self.step} of {self.steps}", highlight=False)
+        self.console.print(f"resumed from {saved.path}: step {self.step} of {self.steps}", highlight=False, markup=False)
 
     def _settings(self) -> dict[str, Any]:
         return resume.settings(self.given, self.data.config.images, seed=self.seed, steps=self.steps)

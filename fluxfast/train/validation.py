@@ -6,8 +6,6 @@ the adapters off (step 0, the base model); they stand to the left of every later
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fluxfast.files import atomic_file
+from fluxfast.files import atomic_file, safe_name
 
 FOLDER = "validation_images"
-# bytes; file systems take names of 255, of which numbers, and the temporary name while it is written, need a part
-LONGEST_NICKNAME = 160
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,8 @@ class ValidationSettings:
 
 
 def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
-    """The nickname as it is, less what a file system can't take; a long one is cut, and ends in a hash of the whole."""
-    safe = re.sub(r"[^\w<>.\- ]+", "_", nickname).strip() or "prompt"
-    if len(safe.encode()) > LONGEST_NICKNAME:
-        start = safe.encode()[: LONGEST_NICKNAME - 9].decode(errors="ignore")
-        safe = f"{start}-{hashlib.sha256(nickname.encode()).hexdigest()[:8]}"
-    return f"step_{step}_{safe}_{index}_{size[0]}x{size[1]}.png"
+    """The nickname as it is where a file system takes it; else cleaned and shortened, and still unlike any other's."""
+    return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.png"
 
 
 class Validator:

@@ -1,5 +1,6 @@
 """The command as a user meets it: help, mistakes in a config, and the demo from nothing to its pictures."""
 
+import io
 import json
 
 import pytest
@@ -17,6 +18,14 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out.strip() == __version__
     assert main(["train", "--help"]) == 0
     assert "CONFIG.json" in capsys.readouterr().out
+
+
+def test_what_the_terminal_cannot_show_is_printed_with_backslashes(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["train", "--help"]) == 0
+    print("M\udcfcnchen, München", file=out, flush=True)
+    assert out.buffer.getvalue().endswith(b"M\\udcfcnchen, M\\xfcnchen\n")
 
 
 @pytest.mark.parametrize("words", [[], ["train"]])

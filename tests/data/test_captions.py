@@ -9,6 +9,13 @@ def test_filename():
     assert captions("/a/b/A_photo_of__a cat.v2.png") == ["A photo of  a cat.v2"]
 
 
+def test_a_name_that_is_no_text_gives_no_caption():
+    path = b"caf\xe9.png".decode(errors="surrogateescape")
+    with pytest.raises(NoCaption, match="its name, which is to be its caption, is not UTF-8"):
+        captions(path)
+    assert captions(path, strategy="instanceprompt", instance_prompt="x") == ["x"]
+
+
 def test_instanceprompt():
     for strategy in ("instanceprompt", "instance_prompt"):
         assert captions("a.png", strategy=strategy, instance_prompt="sks dog") == ["sks dog"]
@@ -32,16 +39,30 @@ class TestTextfile:
     def test_each_line_is_a_caption(self, tmp_path):
         assert self.read(tmp_path, "one\r\n\r\n  two \nöne\none\n") == ["one", "two", "öne"]
 
+    def test_other_breaks_belong_to_the_caption(self, tmp_path):
+        # what Word, PDFs and old programs leave in pasted text; SimpleTuner splits at newlines alone
+        for character in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r":
+            assert self.read(tmp_path, f"one{character}more\ntwo\n") == [f"one{character}more", "two"]
+
     def test_a_byte_order_mark_is_no_text(self, tmp_path):
         assert self.read(tmp_path, b"\xef\xbb\xbfone") == ["one"]
 
     def test_unsplit(self, tmp_path):
-        assert self.read(tmp_path, "one\ntwo\n", disable_multiline_split=True) == ["one\ntwo"]
+        for text in ("one\ntwo\n", "one\r\ntwo\r\n"):
+            assert self.read(tmp_path, text, disable_multiline_split=True) == ["one\ntwo"]
 
     def test_prepended_to_each(self, tmp_path):
         assert self.read(tmp_path, "one\ntwo", prepend_instance_prompt=True, instance_prompt="x") == ["x one", "x two"]
 
-    @pytest.mark.parametrize(("text", "reason"), [(" \n\n", "caption file is empty"), (b"\xff\xfe\x00", "UTF-8")])
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            (" \n\n", "caption file is empty"),
+            (b"\xff\xfe\x00", "UTF-8"),
+            (b"it\x92s", "UTF-8"),
+            ("utf-16".encode("utf-16"), "UTF-8"),
+        ],
+    )
     def test_unusable(self, tmp_path, text, reason):
         with pytest.raises(NoCaption, match=reason) as caught:
             self.read(tmp_path, text)

@@ -66,10 +66,13 @@ def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, mode):
 def test_signals_save_first(run, monkeypatch, tmp_path):
     whole, _ = run(name="whole", **FP32)
     kill_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    # a folder whose name the console could take for markup
+    output = tmp_path / "stop[" / "ped]"
     with pytest.raises(Stopped) as stopped:
-        run(name="stopped", **FP32)
-    assert stopped.value.checkpoint == tmp_path / "stopped" / "checkpoint-3" and stopped.value.signal == signal.SIGTERM
-    again, _ = run(name="stopped", **FP32)
+        run(name="stopped", output_dir=str(output), **FP32)
+    assert stopped.value.checkpoint == output / "checkpoint-3" and stopped.value.signal == signal.SIGTERM
+    again, out = run(name="stopped", output_dir=str(output), **FP32)
+    assert "stop[/ped]/checkpoint-3" in out.getvalue().replace("\n", "")
     assert same_files(whole, again)
 
 
