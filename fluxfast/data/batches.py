@@ -1,17 +1,21 @@
 """Batches from the caches, read ahead in the background."""
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fluxfast.data.captions import pick
-from fluxfast.data.prepared import Prepared
+from fluxfast.data.prepared import LostEntry, Prepared, PreparedDataset, Sample
 from fluxfast.data.sampler import Sampler, SampleRef
+from fluxfast.data.text import printable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,34 +51,78 @@ def caption_rng(seed: int, step: int) -> random.Random:
 
 
 def load_batch(
-    prepared: Prepared, refs: Sequence[SampleRef], *, caption_dropout_probability: float = 0.0, rng: random.Random
+    prepared: Prepared,
+    refs: Sequence[SampleRef],
+    *,
+    caption_dropout_probability: float = 0.0,
+    rng: random.Random,
+    on_lost: Callable[[LostEntry, Sample], None] = lambda lost, instead: None,
 ) -> Batch:
     """Read a batch from the caches; `refs` come from one `Sampler.next`.
 
-    `rng` picks one caption of each sample, and replaces it by "" with `caption_dropout_probability`.
+    `rng` picks one caption of each sample, and replaces it by "" with `caption_dropout_probability`. Where a cache file was
+    lost or damaged since the start, the next whole sample of the bucket takes the place of its sample, and `on_lost` is told.
 
     Raises:
-        ValueError: a cache file was lost or damaged since the start; it is named.
+        LostEntry: no sample of the bucket can be read; the first that was lost is named.
     """
     (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == refs[0].dataset]
     assert all(ref.dataset == dataset.id for ref in refs)
-    samples = [dataset.samples[ref.index] for ref in refs]
-    captions = []
-    for sample in samples:
+    chosen = []
+    for ref in refs:
+        sample = dataset.samples[ref.index]
         caption = pick(sample.captions, rng)
-        captions.append("" if rng.random() < caption_dropout_probability else caption)
-    embeds = [prepared.prompts.get(caption) for caption in captions]
+        chosen.append((sample, "" if rng.random() < caption_dropout_probability else caption))
+    read = [_read(prepared, dataset, sample, caption, on_lost) for sample, caption in chosen]
+    embeds = [each.embeds for each in read]
     return Batch(
-        latents=torch.stack([dataset.latents(sample) for sample in samples]),
+        latents=torch.stack([each.latents for each in read]),
         prompt_embeds=torch.stack([each["prompt_embeds"] for each in embeds]),
         pooled_prompt_embeds=torch.stack([each["pooled_prompt_embeds"] for each in embeds]),
         attention_mask=torch.stack([each["attention_mask"] for each in embeds]),
-        captions=captions,
-        files=[sample.file for sample in samples],
+        captions=[each.caption for each in read],
+        files=[each.file for each in read],
         dataset=dataset.id,
         is_regularisation_data=dataset.is_regularisation_data,
         timestep_sampling_offset=dataset.timestep_sampling_offset,
     )
+
+
+class _Read(NamedTuple):
+    file: str
+    caption: str
+    latents: torch.Tensor
+    embeds: dict[str, torch.Tensor]
+
+
+def _read(
+    prepared: Prepared,
+    dataset: PreparedDataset,
+    wanted: Sample,
+    caption: str,
+    on_lost: Callable[[LostEntry, Sample], None],
+) -> _Read:
+    """A sample with that caption, or the next of its bucket with one of its own ("" stays "")."""
+    try:
+        return _read_one(prepared, dataset, wanted, caption)
+    except LostEntry as error:
+        lost = error
+    bucket = [sample for sample in dataset.samples if sample.bucket == wanted.bucket]
+    after = bucket.index(wanted) + 1
+    for sample in (*bucket[after:], *bucket[: after - 1]):
+        try:
+            read = _read_one(prepared, dataset, sample, caption and sample.captions[0])
+        except LostEntry:
+            continue
+        on_lost(lost, sample)
+        return read
+    raise lost
+
+
+def _read_one(prepared: Prepared, dataset: PreparedDataset, sample: Sample, caption: str) -> _Read:
+    # the caption first: one that is lost is often that of many images
+    embeds = prepared.prompts.get(caption)
+    return _Read(sample.file, caption, dataset.latents(sample), embeds)
 
 
 class BatchLoader:
@@ -106,6 +154,7 @@ class BatchLoader:
         self._dropout = caption_dropout_probability
         self._state = sampler.state_dict()
         self._next_read = step
+        self._told: set[str] = set()
         # a single thread, so that the sampler is asked for its steps in order
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-batches")
         self._ahead: deque[Future[tuple[Any, int, dict]]] = deque(self._submit() for _ in range(read_ahead))
@@ -144,5 +193,16 @@ class BatchLoader:
             refs,
             caption_dropout_probability=self._dropout,
             rng=caption_rng(self._sampler.seed, step),
+            on_lost=self._tell,
         )
         return self._then(batch, step), self._sampler.epoch, self._sampler.state_dict()
+
+    def _tell(self, lost: LostEntry, instead: Sample) -> None:
+        if lost.what not in self._told:
+            self._told.add(lost.what)
+            logger.warning(
+                "%s are lost or damaged since the start: %s and others of its size are trained on in their place; the next "
+                "start computes them anew",
+                lost.what,
+                printable(instead.file),
+            )

@@ -7,18 +7,20 @@ different settings can share a folder.
 A file says for itself what it holds (key, fingerprint and checksum are in its header) and appears under its name only when
 it is complete and on disk. The index is never needed to read an entry. It only tells a start which files are there and
 untouched, without opening thousands of them; lost or damaged, it is made anew. So a kill at any moment costs at most the
-entries being written. The index keeps SQLite's rollback journal, as its WAL mode doesn't work on network file systems.
+entries being written.
+
+Every read compares the checksum. A start compares as many as a few seconds allow, so that what a failing disk has changed in
+a small cache is known, and computed anew, before the first step; in a large one a start goes on where the last one stopped.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import socket
-import sqlite3
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,23 +31,19 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from fluxfast.data.cache_index import Index, stamp
+from fluxfast.data.text import printable, to_bytes
 from fluxfast.files import replacing, sync_folder
 
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
 
-_INDEX_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entries (
-    key TEXT NOT NULL, fingerprint TEXT NOT NULL, file TEXT NOT NULL,
-    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, created REAL NOT NULL,
-    PRIMARY KEY (key, fingerprint)
-);
-CREATE TABLE IF NOT EXISTS files (
-    name TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, facts TEXT NOT NULL
-);
-"""
+# a local disk reads some GB in that time
+VERIFY_SECONDS = 3.0
+NEVER = -1.0
+# what the system says where a disk fails, rather than where a file may not be read
+_FAILING = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 # a write takes seconds at the very most, so older than this its temporary file was left by a process that died elsewhere
 _ORPHAN_AGE_S = 3600.0
 _TEMPORARY = re.compile(r"\.[0-9a-f]{40}\.(?P<host>.*)@(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
@@ -53,7 +51,7 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{40}\.(?P<host>.*)@(?P<pid>\d+)\.[0-9a-f]{32
 
 def fingerprint(*parts: object) -> str:
     """A hash of JSON-able values: equal parts, equal fingerprint, on any machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(to_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False))).hexdigest()
 
 
 class TensorCache:
@@ -70,27 +68,30 @@ class TensorCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cache folder {self.folder}: can't be created: {error.strerror}") from error
-        self._lock = threading.Lock()
         self._remove_orphans()
-        self._db = _open_index(self.folder / "index.sqlite")
+        self._index = Index(self.folder / "index.sqlite")
 
     def close(self) -> None:
         """Close the index; entries can be read nonetheless."""
-        self._db.close()
+        self._index.close()
 
     def get(self, key: str, fingerprint: str) -> dict[str, torch.Tensor] | None:
         """The entry's tensors, on the CPU; None if it is absent.
 
         A damaged entry is removed with a warning that names it, and counts as absent.
+
+        Raises:
+            ValueError: the file may not be read.
         """
         blob = self._blob(key, fingerprint)
         try:
-            return _decode(blob.read_bytes(), key, fingerprint)
+            return _decode(_read(blob), key, fingerprint)
         except FileNotFoundError:
             return None
         except _DamagedBlob as error:
-            logger.warning("cache file %s (%s) is damaged (%s): removed, to be computed again", blob, key, error)
-            blob.unlink(missing_ok=True)
+            logger.warning("cache file %s (%s) is damaged (%s): removed, to be computed again", blob, _shortened(key), error)
+            with contextlib.suppress(OSError):
+                blob.unlink()
             return None
 
     def put(self, key: str, fingerprint: str, tensors: Tensors) -> None:
@@ -103,57 +104,55 @@ class TensorCache:
         for key, fingerprint, tensors in entries:
             blob = self._blob(key, fingerprint)
             _write_whole(blob, _encode(key, fingerprint, tensors))
-            rows.append(_row(key, fingerprint, blob))
+            rows.append((blob.name, stamp(blob.stat())))
         sync_folder(self.folder)
-        self._index(rows)
+        self._index.put_entries(rows)
 
-    def missing(self, wanted: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    def missing(self, wanted: Iterable[tuple[str, str]], *, verify_seconds: float = VERIFY_SECONDS) -> list[tuple[str, str]]:
         """Those of the (key, fingerprint) pairs that must be computed, in the given order.
 
-        A file that the index doesn't know as it is (new, copied, touched or cut since) is read and checked.
+        A file that the index doesn't know as it is (new, copied, touched or cut since) is read and checked. For
+        `verify_seconds` the others are, too, from the one that was checked longest ago on: a disk that changes a file tells
+        nobody.
         """
-        missing, found = [], []
-        for key, fingerprint in dict.fromkeys(wanted):
-            blob = self._blob(key, fingerprint)
-            with self._lock:
-                known = self._db.execute(
-                    "SELECT size, mtime_ns FROM entries WHERE key = ? AND fingerprint = ?", (key, fingerprint)
-                ).fetchone()
+        entries, known = list(dict.fromkeys(wanted)), self._index.entries()
+        absent = set()
+        # (when it was checked last, its position for a stable order, its stamp)
+        to_check: list[tuple[float, int, str]] = []
+        for position, entry in enumerate(entries):
+            blob = self._blob(*entry)
+            row = known.get(blob.name)
             try:
-                stat = blob.stat()
+                now = stamp(blob.stat())
             except FileNotFoundError:
-                if known:
-                    logger.warning("cache file %s (%s) is gone: to be computed again", blob, key)
-                missing.append((key, fingerprint))
+                if row:
+                    logger.warning("cache file %s (%s) is gone: to be computed again", blob, _shortened(entry[0]))
+                absent.add(entry)
                 continue
-            if known == (stat.st_size, stat.st_mtime_ns):
-                continue
-            if self.get(key, fingerprint) is None:
-                missing.append((key, fingerprint))
+            to_check.append((row.checked if row and row.stamp == now else NEVER, position, now))
+        checked = []
+        deadline = time.monotonic() + verify_seconds
+        for when, position, now in sorted(to_check):
+            if when != NEVER and time.monotonic() >= deadline:
+                break
+            entry = entries[position]
+            if self.get(*entry) is None:
+                absent.add(entry)
             else:
-                found.append(_row(key, fingerprint, blob))
-        if found:
-            self._index(found)
-        return missing
+                checked.append((self._blob(*entry).name, now))
+        self._index.put_entries(checked)
+        return [entry for entry in entries if entry in absent]
 
     def file_facts(self, name: str, stat: os.stat_result) -> dict | None:
-        """What `remember_files` was told of the file `name`, if its size and modification time are still the same."""
-        with self._lock:
-            row = self._db.execute("SELECT size, mtime_ns, facts FROM files WHERE name = ?", (name,)).fetchone()
-        return json.loads(row[2]) if row and row[:2] == (stat.st_size, stat.st_mtime_ns) else None
+        """What `remember_files` was told of the file `name`, if nobody has written or replaced it since."""
+        return self._index.facts(name, stamp(stat))
 
     def remember_files(self, files: Iterable[tuple[str, os.stat_result, dict]]) -> None:
         """Keep JSON-able facts (a hash, a size in pixels) of files that are dear to read; `name` is any unique name."""
-        rows = [(name, stat.st_size, stat.st_mtime_ns, json.dumps(facts)) for name, stat, facts in files]
-        with self._lock, self._db:
-            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+        self._index.put_facts((name, stamp(stat), facts) for name, stat, facts in files)
 
     def _blob(self, key: str, fingerprint: str) -> Path:
-        return self.folder / (hashlib.sha256(f"{key}\0{fingerprint}".encode()).hexdigest()[:40] + ".safetensors")
-
-    def _index(self, rows: list[tuple]) -> None:
-        with self._lock, self._db:
-            self._db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return self.folder / (hashlib.sha256(to_bytes(f"{key}\0{fingerprint}")).hexdigest()[:40] + ".safetensors")
 
     def _remove_orphans(self) -> None:
         for temporary in self.folder.glob(".*.tmp"):
@@ -171,25 +170,43 @@ class _DamagedBlob(Exception):
     pass
 
 
-def _row(key: str, fingerprint: str, blob: Path) -> tuple:
-    stat = blob.stat()
-    return key, fingerprint, blob.name, stat.st_size, stat.st_mtime_ns, time.time()
+def _shortened(key: str) -> str:
+    """A key for people: captions may be long, of several lines, or empty."""
+    text = printable(key)
+    return f'"{text}"' if len(text) <= 80 else f'"{text[:80]}…"'
+
+
+def _read(blob: Path) -> bytes:
+    try:
+        return blob.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in _FAILING:
+            raise _DamagedBlob(f"the disk can't read it: {error.strerror}") from error
+        raise ValueError(f"cache file {blob}: can't be read: {error.strerror}") from error
+
+
+def _label(key: str) -> str:
+    """A key as a header can hold it, which is UTF-8; the file's name tells keys apart that look alike here."""
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def _encode(key: str, fingerprint: str, tensors: Tensors) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"key": key, "fingerprint": fingerprint, "crc32": str(_checksum(plain))}
+    metadata = {"key": _label(key), "fingerprint": fingerprint, "crc32": str(_checksum(plain))}
     return safetensors.torch.save(plain, metadata)
 
 
 def _decode(data: bytes, key: str, fingerprint: str) -> dict[str, torch.Tensor]:
     try:
         tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
+    # torch has not every dtype that a header may name, and not every header that safetensors reads is JSON for Python
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _DamagedBlob(str(error)) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {})
-    if (metadata.get("key"), metadata.get("fingerprint")) != (key, fingerprint):
+    if (metadata.get("key"), metadata.get("fingerprint")) != (_label(key), fingerprint):
         raise _DamagedBlob("it holds something else")
     if metadata.get("crc32") != str(_checksum(tensors)):
         raise _DamagedBlob("its checksum differs")
@@ -223,33 +240,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _open_index(path: Path) -> sqlite3.Connection:
-    try:
-        return _connect(path)
-    except sqlite3.OperationalError as error:
-        raise ValueError(f"cache index {path}: can't be opened: {error}") from error
-    except sqlite3.DatabaseError as error:
-        logger.warning("cache index %s is damaged (%s): making a new one from the cached files", path, error)
-        path.unlink()
-        path.with_name(path.name + "-journal").unlink(missing_ok=True)
-        return _connect(path)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # check_same_thread: each use is under the cache's lock; timeout: another process may hold the file for a while
-    db = sqlite3.connect(path, timeout=60, check_same_thread=False)
-    try:
-        (check,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if check != "ok":
-            raise sqlite3.DatabaseError(check)
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _INDEX_VERSION):
-            raise sqlite3.DatabaseError(f"version {version}, not {_INDEX_VERSION}")
-        if version == 0:
-            db.executescript(f"{_SCHEMA} PRAGMA user_version = {_INDEX_VERSION};")
-    except BaseException:
-        db.close()
-        raise
-    return db

@@ -6,6 +6,18 @@ import torch
 
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.report import Report
+from fluxfast.data.text import printable
+
+
+class LostEntry(ValueError):
+    """A cached tensor was lost or damaged since the start, where it was whole; the next start computes it anew."""
+
+    def __init__(self, cache: TensorCache, what: str) -> None:
+        super().__init__(
+            f"{cache.folder}: {what} are not in the cache any more (lost or damaged since the start). Start again with the "
+            "same command: the run goes on from its last checkpoint, and they are computed anew"
+        )
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,11 @@ class PreparedDataset:
         """A sample's latents, bf16 [C, H/8, W/8].
 
         Raises:
-            ValueError: their cache file was lost or damaged since the start.
+            LostEntry: their cache file was lost or damaged since the start.
         """
         tensors = self.cache.get(sample.key, sample.fingerprint)
         if tensors is None:
-            raise ValueError(_lost(self.cache, f"the latents of {sample.file} (dataset {self.id!r})"))
+            raise LostEntry(self.cache, f"the latents of {printable(sample.file)} (dataset {self.id!r})")
         return tensors["latents"]
 
 
@@ -64,11 +76,11 @@ class PromptCache:
         """`prompt_embeds` [L, T5 width] and `pooled_prompt_embeds` [CLIP width] in bf16, `attention_mask` bool [L].
 
         Raises:
-            ValueError: the prompt was not prepared, or its cache file was lost or damaged since the start.
+            LostEntry: the prompt was not prepared, or its cache file was lost or damaged since the start.
         """
         tensors = self.cache.get(prompt, self.fingerprint)
         if tensors is None:
-            raise ValueError(_lost(self.cache, f"the embeddings of {prompt!r}"))
+            raise LostEntry(self.cache, f"the embeddings of {prompt!r}")
         return tensors
 
 
@@ -79,7 +91,3 @@ class Prepared:
     datasets: tuple[PreparedDataset, ...]
     prompts: PromptCache
     report: Report
-
-
-def _lost(cache: TensorCache, what: str) -> str:
-    return f"{cache.folder}: {what} are not in the cache any more; start again and resume: they are then computed anew"

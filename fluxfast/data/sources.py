@@ -43,7 +43,7 @@ def local_folder(source: Source) -> Path:
 def identity(folder: Path, cache: TensorCache) -> str:
     """A hash of everything in a model's folder that its results depend on: configs, vocabularies, weights.
 
-    Reads the weights once; from then on `cache` knows their hashes as long as size and modification time stay. Of a Hub
+    Reads the weights once; from then on `cache` knows their hashes as long as nobody writes or replaces the files. Of a Hub
     download, nothing is read: its cache names files by their hash.
     """
     hashes = []

@@ -8,7 +8,7 @@ import torch
 
 from fluxfast.data.batches import BatchLoader, caption_rng, load_batch
 from fluxfast.data.cache import TensorCache
-from fluxfast.data.prepared import Prepared, PreparedDataset, PromptCache, Sample
+from fluxfast.data.prepared import LostEntry, Prepared, PreparedDataset, PromptCache, Sample
 from fluxfast.data.report import Report
 from fluxfast.data.sampler import Sampler, SampleRef
 
@@ -91,6 +91,60 @@ def test_a_lost_cache_file_is_named(prepared):
         path.unlink()
     with pytest.raises(ValueError, match=r"vae: the latents of 0.png \(dataset 'a'\) are not in the cache any more"):
         load_batch(prepared, [SampleRef("a", 0)], rng=caption_rng(0, 0))
+
+
+def blobs(prepared, id, *indices):
+    (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == id]
+    return [dataset.cache._blob(dataset.samples[index].key, "l") for index in indices]
+
+
+class TestLost:
+    """A cache file that is lost or damaged after the start."""
+
+    def test_the_next_whole_sample_of_the_bucket_takes_its_place(self, prepared):
+        told = []
+        gone, damaged = blobs(prepared, "a", 2, 3)
+        gone.unlink()
+        damaged.write_bytes(damaged.read_bytes()[:-3] + b"xyz")
+        refs = [SampleRef("a", 1), SampleRef("a", 2)]
+        batch = load_batch(prepared, refs, rng=caption_rng(0, 0), on_lost=lambda *lost: told.append(lost))
+        # 4 and 5 are of another size
+        assert batch.files == ["1.png", "0.png"]
+        assert batch.latents[:, 0, 0, 0].tolist() == [1, 0]
+        assert batch.captions[1] == "one"
+        ((lost, instead),) = told
+        assert lost.what == "the latents of 2.png (dataset 'a')"
+        assert instead is prepared.datasets[0].samples[0]
+
+    def test_the_others_of_a_batch_are_what_they_would_have_been(self, prepared):
+        refs = [SampleRef("a", index) for index in (2, 0, 2, 1)]
+        whole = load_batch(prepared, refs, caption_dropout_probability=0.3, rng=caption_rng(0, 5))
+        blobs(prepared, "a", 0)[0].unlink()
+        batch = load_batch(prepared, refs, caption_dropout_probability=0.3, rng=caption_rng(0, 5))
+        assert batch.files == ["2.png", "1.png", "2.png", "1.png"]
+        assert [batch.captions[i] for i in (0, 2, 3)] == [whole.captions[i] for i in (0, 2, 3)]
+
+    def test_a_lost_caption(self, prepared):
+        texts = prepared.prompts.cache
+        texts._blob("two", "t").unlink()
+        for step in range(20):
+            batch = load_batch(prepared, [SampleRef("a", 1)], rng=caption_rng(0, step))
+            assert batch.captions[0] == "one"
+        # "" stands for itself
+        texts._blob("", "t").unlink()
+        with pytest.raises(LostEntry, match="the embeddings of ''"):
+            load_batch(prepared, [SampleRef("a", 1)], caption_dropout_probability=1.0, rng=caption_rng(0, 0))
+
+    def test_a_loader_tells_once_and_goes_on(self, prepared, caplog):
+        blobs(prepared, "a", 2)[0].unlink()
+        batches = loader(prepared)
+        files = [file for _ in range(60) for batch in [next(batches)] if batch.dataset == "a" for file in batch.files]
+        batches.close()
+        assert "2.png" not in files
+        assert len(set(files)) == 5
+        told = [record.message for record in caplog.records if "2.png" in record.message]
+        assert len(told) == 1
+        assert "in their place" in told[0]
 
 
 def loader(prepared, step=0, state=None, **options):

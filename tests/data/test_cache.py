@@ -1,6 +1,10 @@
+import errno
+import itertools
 import logging
 import multiprocessing
 import os
+import random
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -12,6 +16,7 @@ import pytest
 import torch
 
 from fluxfast.data.cache import TensorCache, fingerprint
+from fluxfast.data.cache_index import stamp
 
 
 def tensors(seed=0, size=7):
@@ -196,10 +201,10 @@ for stage in ("write", "fsync", "rename", "index", "commit"):
     elif stage == "rename":
         pathlib.Path.replace = die
     elif stage == "index":
-        cache._index = die
+        cache._index.put_entries = die
     else:
-        cache._db.execute("BEGIN IMMEDIATE")
-        cache._db.execute("INSERT INTO entries VALUES ('after', 'f', 'x', 1, 1, 1)")
+        cache._index._db.execute("BEGIN IMMEDIATE")
+        cache._index._db.execute("INSERT INTO entries VALUES ('after', 'stamp', 1.0)")
         die()
     cache.put("after", "f", tensors)
     os._exit(1)
@@ -261,7 +266,7 @@ def test_one_instance_serves_many_threads(cache):
     assert failures == []
 
 
-def test_file_facts_hold_while_size_and_time_do(cache, tmp_path):
+def test_file_facts_hold_until_the_file_is_written(cache, tmp_path):
     file = tmp_path / "image.png"
     file.write_bytes(b"12345")
     cache.remember_files([("image.png", file.stat(), {"size": [3, 4]})])
@@ -270,6 +275,127 @@ def test_file_facts_hold_while_size_and_time_do(cache, tmp_path):
     assert again.file_facts("other.png", file.stat()) is None
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
     assert again.file_facts("image.png", file.stat()) is None
+
+
+@pytest.mark.parametrize("how", ["copied over", "renamed over", "written in place"])
+def test_a_file_replaced_by_one_of_equal_size_and_time_is_another(cache, tmp_path, how):
+    file, other = tmp_path / "image.png", tmp_path / "other.png"
+    file.write_bytes(b"12345")
+    other.write_bytes(b"54321")
+    stat = file.stat()
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    cache.remember_files([("image.png", stat, {"size": [3, 4]})])
+    # as cp -p, rsync -t and git checkout do it
+    if how == "copied over":
+        shutil.copy2(other, file)
+    elif how == "renamed over":
+        other.rename(file)
+    else:
+        file.write_bytes(b"54321")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert cache.file_facts("image.png", file.stat()) is None
+
+
+# a name from a file system, half of a character from JSON, and others that text might be confused with
+ODD_KEYS = [b"M\xfcnchen.png".decode(errors="surrogateescape"), "M\\xfcnchen.png", "\ud800", "a\0b", "a\nb", "[bold]", "'; --"]
+
+
+def test_keys_and_names_may_be_any_strings(cache, tmp_path):
+    file = tmp_path / "image.png"
+    file.touch()
+    for number, key in enumerate(ODD_KEYS):
+        cache.put(key, "f", tensors(number))
+        cache.remember_files([(key, file.stat(), {"number": number})])
+    again = TensorCache(cache.folder)
+    assert again.missing([(key, "f") for key in ODD_KEYS]) == []
+    for number, key in enumerate(ODD_KEYS):
+        assert same(again.get(key, "f"), tensors(number))
+        assert again.file_facts(key, file.stat()) == {"number": number}
+    assert len({fingerprint(key) for key in ODD_KEYS}) == len(ODD_KEYS)
+
+
+def flip(path, seed=0):
+    """Eight flipped bits, which the index is not to notice: as a failing disk does it."""
+    data, rng = bytearray(path.read_bytes()), random.Random(seed)
+    for _ in range(8):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def flip_unnoticed(cache, key, seed=0):
+    path = cache._blob(key, "f")
+    flip(path, seed)
+    index = TensorCache(cache.folder)._index
+    index._do(lambda db: db.execute("UPDATE entries SET stamp = ? WHERE file = ?", (stamp(path.stat()), path.name)))
+
+
+def test_a_start_finds_what_a_disk_has_changed(cache, caplog):
+    keys = [f"k{i}" for i in range(8)]
+    cache.put_many((key, "f", tensors(i)) for i, key in enumerate(keys))
+    for seed, key in enumerate(keys[::2]):
+        flip_unnoticed(cache, key, seed)
+    wanted = [(key, "f") for key in keys]
+    assert cache.missing(wanted, verify_seconds=0) == []
+    assert cache.missing(wanted) == wanted[::2]
+    assert sum("is damaged" in record.message for record in caplog.records) == 4
+    assert str(cache._blob("k0", "f")) in caplog.text
+
+
+def test_a_start_without_time_for_all_goes_on_where_the_last_one_stopped(cache, monkeypatch):
+    keys = [f"k{i}" for i in range(6)]
+    cache.put_many((key, "f", {"x": torch.zeros(2)}) for key in keys)
+    read, original = [], TensorCache.get
+
+    def get(self, key, fingerprint):
+        read.append(key)
+        return original(self, key, fingerprint)
+
+    monkeypatch.setattr(TensorCache, "get", get)
+    # each look at the clock is half a second later
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 2)
+    for _ in range(3):
+        assert cache.missing([(key, "f") for key in keys], verify_seconds=1.5) == []
+    assert read == keys
+
+
+def test_no_flipped_byte_is_read_as_good(cache):
+    want = {"a": torch.tensor([1.5, -2.0]), "m": torch.tensor([True, False])}
+    cache.put("é", "f", want)
+    path = cache._blob("é", "f")
+    data = path.read_bytes()
+    unharmed = 0
+    for position in range(len(data)):
+        for value in {data[position] ^ 1, data[position] ^ 128, 0, 32, 34, 49}:
+            if value == data[position]:
+                continue
+            path.write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
+            got = cache.get("é", "f")
+            assert got is None or same(got, want), position
+            unharmed += got is not None
+    # a header may end in other blanks
+    assert unharmed <= 8
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_file_that_the_system_cannot_read(cache, monkeypatch, caplog, number):
+    cache.put("a", "f", tensors())
+    path = cache._blob("a", "f")
+
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(path), "read_bytes", fail)
+    if number == errno.EIO:
+        assert cache.get("a", "f") is None
+        assert "Input/output error" in caplog.text
+        assert not path.exists()
+    else:
+        # not the file's fault: it is kept
+        with pytest.raises(ValueError, match=f"{path}: can't be read: Permission denied"):
+            cache.get("a", "f")
+        assert path.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
