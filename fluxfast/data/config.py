@@ -12,6 +12,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from fluxfast.data.config_fields import DatasetDefaults, ImageDataset, TextEmbeds
+from fluxfast.data.config_keys import (
+    ACCEPTED_NO_EFFECT,
+    ALIASES,
+    DATASET_TYPES_NOT_YET,
+    NOT_IMPLEMENTED,
+    TYPES_NOT_YET,
+    VALUE_ALIASES,
+    VALUES_NOT_YET,
+)
 from fluxfast.data.settings import (
     ConfigError,
     Settings,
@@ -24,57 +33,12 @@ from fluxfast.data.settings import (
     read_json,
     shown,
 )
+from fluxfast.data.text import lines, printable
+from fluxfast.files import safe_name
 
 __all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_data_config"]
 
-_ALIASES = {"disable": "disabled", "is_regularization_data": "is_regularisation_data"}
-_VALUE_ALIASES = {("crop_style", "centre"): "center", ("caption_strategy", "instance_prompt"): "instanceprompt"}
-
-# keys without a field that SimpleTuner knows, by their default; any other value is refused
-_NOT_IMPLEMENTED: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "conditioning", "conditioning_data", "conditioning_type", "conditioning_image_embeds", "source_dataset_id",
-            "image_embeds", "cache_dir_conditioning_image_embeds", "conditioning_image_embed_batch_size", "caption_shuffle",
-            "max_upscale_threshold", "slider_strength", "video", "audio", "s2v_datasets", "huggingface", "webshart",
-            "dataset_name", "dataset_config", "split", "revision", "image_column", "video_column", "caption_column",
-            "csv_file", "csv_cache_dir", "csv_caption_column", "csv_url_column", "aws_bucket_name", "aws_region_name",
-            "aws_endpoint_url", "aws_access_key_id", "aws_secret_access_key", "aws_data_prefix",
-            "memory_filesystem_path", "memory_filesystem_size", "memory_filesystem_sudo",
-        )
-    ),
-    "vae_cache_clear_each_epoch": False,
-    "vae_cache_ondemand": False,
-    "vae_cache_disable": False,
-    "text_cache_ondemand": False,
-    "text_cache_disable": False,
-    "delete_unwanted_images": False,
-    "delete_problematic_images": False,
-    "delete_nsfw_images": False,
-}  # fmt: skip
-
-# keys that change nothing here, and why that is harmless; a run prints those that a dataset sets
-ACCEPTED_NO_EFFECT = {
-    "aws_max_pool_connections": "only read by aws datasets, which are refused",
-    "hash_filenames": "cached files are always named by a hash",
-    "metadata_update_interval": "the cache's index is up to date after every entry",
-    "parquet": "only read with metadata_backend or caption_strategy parquet, which are refused",
-    "preserve_data_backend_cache": "caches are never deleted",
-    "skip_file_discovery": "a second start recomputes nothing anyway",
-    "write_batch_size": "each latent is written by itself",
-}
-
-# values that SimpleTuner knows and a field refuses
-_NOT_YET = {
-    "type": ("aws", "csv", "huggingface", "memory", "webshart"),
-    "crop_style": ("face",),
-    "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
-    "metadata_backend": ("parquet", "huggingface", "webshart"),
-}
 _DATASET_TYPES = ("image", "text_embeds")
-_DATASET_TYPES_NOT_YET = (
-    "video", "audio", "image_embeds", "conditioning", "conditioning_image_embeds", "eval", "caption",
-)  # fmt: skip
 
 
 class DataConfig(Settings):
@@ -106,7 +70,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
             problems.append(f"{where}: must be an object ({{...}}), not {shown(entry)}")
             continue
         if "id" in entry:
-            where = f'{path}: dataset "{entry["id"]}"'
+            where = f'{path}: dataset "{printable(entry["id"])}"'
         parsed = _read_entry(entry, defaults, where, problems, notes)
         if entry.get("id") is not None and str(entry["id"]) in seen:
             problems.append(f"{where}: this id is taken by an entry before it; give each its own")
@@ -122,6 +86,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         text = _default_texts(texts, images, path, problems)
     if problems or text is None:
         raise ConfigError(problems)
+    images = [_with_filters(image, text) for image in images]
     if all(image.is_regularisation_data for image in images):
         notes.append("every dataset is regularisation data: the LoRA is only held to the base model's own predictions")
     return DataConfig(images=tuple(images), text_embeds=text, notes=tuple(notes))
@@ -132,7 +97,9 @@ def _read_entry(
 ) -> ImageDataset | TextEmbeds | None:
     """The entry as an object; None if it is disabled, or has problems, which are added to `problems`."""
     before = len(problems)
-    values = _canonical(expand(entry, {"model_family": "flux"}, problems, where), where, problems)
+    # SimpleTuner's placeholders
+    known = {"model_family": "flux", "output_dir": str(defaults.output_dir), "id": str(entry.get("id", ""))}
+    values = _canonical(expand(entry, known, problems, where), where, problems)
     try:
         if as_bool(values.pop("disabled", False)):
             # its other keys may be of a kind that isn't implemented, and are not looked at
@@ -142,9 +109,13 @@ def _read_entry(
         problems.append(f'{where}: "disabled" {error}')
     kind = values.get("dataset_type", "image")
     if kind not in _DATASET_TYPES:
-        known = (*_DATASET_TYPES, *_DATASET_TYPES_NOT_YET)
-        why = "not implemented yet" if kind in known else f"not a kind of dataset{did_you_mean(str(kind), known)}"
+        kinds = (*_DATASET_TYPES, *DATASET_TYPES_NOT_YET)
+        why = "not implemented yet" if kind in kinds else f"not a kind of dataset{did_you_mean(str(kind), kinds)}"
         problems.append(f'{where}: "dataset_type" is {shown(kind)}: {why}; fluxfast has {quoted(_DATASET_TYPES)}')
+        return None
+    if values.get("type") in TYPES_NOT_YET:
+        # its other keys say where such files lie
+        problems.append(f"{where}: \"type\" is {shown(values['type'])}: not implemented yet; fluxfast has 'local'")
         return None
     model: type[ImageDataset] | type[TextEmbeds] = TextEmbeds if kind == "text_embeds" else ImageDataset
     fields = _with_defaults(values, model, defaults)
@@ -158,12 +129,12 @@ def _canonical(entry: dict[str, Any], where: str, problems: list[str]) -> dict[s
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
     for key, value in entry.items():
-        name = _ALIASES.get(key, key)
+        name = ALIASES.get(key, key)
         if name in values:
             problems.append(f'{where}: "{written[name]}" and "{key}" are the same key: keep one of them')
         # null asks for the default, and __keys__ are the web interface's
         elif value is not None and not name.startswith("__"):
-            value = _VALUE_ALIASES.get((name, value), value) if isinstance(value, str) else value
+            value = VALUE_ALIASES.get((name, value), value) if isinstance(value, str) else value
             values[name], written[name] = value, key
     return values
 
@@ -173,7 +144,7 @@ def _with_defaults(values: dict[str, Any], model: type[Settings], defaults: Data
     if model is TextEmbeds:
         inherited["cache_dir"] = defaults.cache_dir / "text"
     else:
-        inherited["cache_dir_vae"] = defaults.cache_dir / "vae" / str(values.get("id"))
+        inherited["cache_dir_vae"] = defaults.cache_dir / "vae" / safe_name(str(values.get("id")))
     # an empty folder name asks for the default as well
     return {**inherited, **{name: value for name, value in values.items() if value != "" or name not in inherited}}
 
@@ -182,15 +153,15 @@ def _without_field(name: str, value: Any, model: type[Settings], where: str, pro
     if name in ACCEPTED_NO_EFFECT:
         if not is_default(value, None):
             notes.append(f'{where}: "{name}" has no effect: {ACCEPTED_NO_EFFECT[name]}')
-    elif name in _NOT_IMPLEMENTED:
-        off = isinstance(value, dict) and is_default(value.get("enable", True), False)
-        if not off and not is_default(value, _NOT_IMPLEMENTED[name]):
+    elif name in NOT_IMPLEMENTED:
+        off = isinstance(value, dict) and is_default(value.get("enable", value.get("enabled", True)), False)
+        if not off and not is_default(value, None) and not is_default(value, NOT_IMPLEMENTED[name]):
             problems.append(f'{where}: "{name}" is {shown(value)}: not implemented yet; remove it')
     elif name in ImageDataset.model_fields or name in TextEmbeds.model_fields:
         kinds = quoted(["text_embeds" if model is ImageDataset else "image"])
         problems.append(f'{where}: "{name}" is a key of entries whose "dataset_type" is {kinds}; remove it here')
     else:
-        known = {*model.model_fields, *_ALIASES, *_NOT_IMPLEMENTED, *ACCEPTED_NO_EFFECT, "disabled"}
+        known = {*model.model_fields, *ALIASES, *NOT_IMPLEMENTED, *ACCEPTED_NO_EFFECT, "disabled"}
         problems.append(f'{where}: "{name}" is not a key of a dataset{did_you_mean(name, known)}')
 
 
@@ -202,14 +173,12 @@ def _build(
     except ValidationError as error:
         details = error.errors(include_url=False)
     for name, detail in {str(detail["loc"][0]): detail for detail in reversed(details) if detail["loc"]}.items():
-        if detail["type"] == "literal_error" and fields[name] in _NOT_YET.get(name, ()):
+        if detail["type"] == "literal_error" and fields[name] in VALUES_NOT_YET.get(name, ()):
             text = f"is {shown(fields[name])}: not implemented yet; fluxfast has {detail['ctx']['expected']}"
         else:
             text = problem_text(detail)
         problems.append(f'{where}: "{name}" {text}')
-    problems += [
-        f"{where}: {line}" for detail in details if not detail["loc"] for line in str(detail["ctx"]["error"]).splitlines()
-    ]
+    problems += [f"{where}: {line}" for detail in details if not detail["loc"] for line in lines(str(detail["ctx"]["error"]))]
     return None
 
 
@@ -233,6 +202,13 @@ def _default_texts(texts: list[TextEmbeds], images: list[ImageDataset], path: Pa
         else:
             problems.append(f"{where}: there is no text_embeds entry with this id")
     return default[0] if len(default) == 1 else None
+
+
+def _with_filters(image: ImageDataset, text: TextEmbeds) -> ImageDataset:
+    """SimpleTuner's `caption_filter_list` is the text cache's; a dataset's own comes before it."""
+    if image.caption_filter_list or not text.caption_filter_list:
+        return image
+    return image.model_copy(update={"caption_filter_list": text.caption_filter_list})
 
 
 def _whole_problems(images: list[ImageDataset], path: Path) -> list[str]:

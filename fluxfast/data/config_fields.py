@@ -5,11 +5,12 @@ Fields have the names and defaults of the JSON keys. Sizes are in the unit that 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from fluxfast.data.settings import Settings, shown
+from fluxfast.data.settings import Settings, read_json, shown
+from fluxfast.data.text import lines, printable
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
@@ -29,9 +30,38 @@ class DatasetDefaults:
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
     disable_multiline_split: bool = False
+    output_dir: Path = Path("simpletuner-results")
     cache_dir: Path = Path("cache")
     write_batch_size: int = 128
     text_encoder_batch_size: int = 1
+
+
+def _read_filters(value: Any) -> Any:
+    """A `caption_filter_list` as a list: given so, as a JSON file that holds one, or as a text file with an entry a line."""
+    if not isinstance(value, str):
+        return value
+    if not value:
+        return ()
+    path = Path(value)
+    if path.suffix == ".json":
+        return read_json(path)
+    try:
+        found = lines(path.read_bytes().decode("utf-8-sig"))
+    # a name with a zero character is a ValueError, as is what isn't UTF-8
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't be read as a text file: {error}") from None
+    return tuple(line for line in found if line.strip())
+
+
+def _check_filters(value: tuple[str, ...]) -> tuple[str, ...]:
+    # here, so that a config without filters is read before torch and PIL have loaded
+    from fluxfast.data.captions import caption_filter
+
+    caption_filter(value)
+    return value
+
+
+FilterList = Annotated[tuple[str, ...], BeforeValidator(_read_filters), AfterValidator(_check_filters)]
 
 
 class _Entry(Settings):
@@ -41,6 +71,13 @@ class _Entry(Settings):
     """Name of the entry, different from every other's; caches and sampler states belong to it."""
     type: Literal["local"] = "local"
     """Where the files lie."""
+
+    @field_validator("id")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if printable(value) != value:
+            raise ValueError("holds a line break or another character that can't be printed; remove it")
+        return value
 
 
 class TextEmbeds(_Entry):
@@ -56,6 +93,8 @@ class TextEmbeds(_Entry):
     """Embeddings per write."""
     text_encoder_batch_size: int = Field(1, ge=1)
     """Captions per text encoder pass."""
+    caption_filter_list: FilterList = ()
+    """What is taken out of the captions of datasets that have no list of their own."""
 
 
 class ImageDataset(_Entry):
@@ -109,8 +148,8 @@ class ImageDataset(_Entry):
     """Replace each caption by instance_prompt."""
     disable_multiline_split: bool = False
     """A caption file is one caption, not one a line."""
-    caption_filter_list: tuple[str, ...] = ()
-    """What is taken out of captions: a list, or a text file with one entry a line."""
+    caption_filter_list: FilterList = ()
+    """What is taken out of captions: a list, a JSON file that holds one, or a text file with one entry a line."""
 
     # sampling
     repeats: int = Field(0, ge=0)
@@ -121,6 +160,10 @@ class ImageDataset(_Entry):
     """Images to use, drawn once by the dataset's id (unset: all)."""
     train_batch_size: int | None = Field(None, ge=1)
     """Images per forward pass (unset: the run's)."""
+    vae_batch_size: int | None = Field(None, ge=1)
+    """Images per VAE pass (unset: the run's)."""
+    max_workers: int | None = Field(None, ge=1)
+    """Threads that read images (unset: the run's)."""
     start_epoch: int = Field(1, ge=0)
     """First epoch that the dataset takes part in, counted from 1."""
     start_step: int = Field(0, ge=0)
@@ -147,28 +190,6 @@ class ImageDataset(_Entry):
         if not all(isinstance(bucket, dict) and bucket.keys() == {"aspect_bucket", "weight"} for bucket in value):
             raise ValueError('expects numbers, or {"aspect_bucket": 1.0, "weight": 0.5} for each')
         return [{"aspect": bucket["aspect_bucket"], "weight": bucket["weight"]} for bucket in value]
-
-    @field_validator("caption_filter_list", mode="before")
-    @classmethod
-    def _read_filters(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if not value:
-            return ()
-        try:
-            lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"can't be read as a text file: {error}") from None
-        return tuple(line for line in lines if line.strip())
-
-    @field_validator("caption_filter_list")
-    @classmethod
-    def _check_filters(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        # here, so that a config without filters is read before torch and PIL have loaded
-        from fluxfast.data.captions import caption_filter
-
-        caption_filter(value)
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> "ImageDataset":

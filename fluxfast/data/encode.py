@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TypeVar
 
 import torch
+from rich.markup import escape
 from rich.progress import Progress
 
 from fluxfast.data.buckets import apply
@@ -144,22 +145,33 @@ class ImageEncoding:
         return fingerprint("latents", _LATENTS_VERSION, self._made_by, candidate.sha256, plan.intermediary, plan.crop_box)
 
     def encode(
-        self, wanted: Sequence[tuple[str, Candidate]], cache: TensorCache, *, max_workers: int, progress: Progress, name: str
+        self,
+        wanted: Sequence[tuple[str, Candidate]],
+        cache: TensorCache,
+        *,
+        batch_size: int | None = None,
+        max_workers: int,
+        progress: Progress,
+        name: str,
     ) -> tuple[int, list[Skipped]]:
-        """Bring the latents of (key, image) pairs into `cache`: how many were computed, and which images couldn't be."""
+        """Bring the latents of (key, image) pairs into `cache`: how many were computed, and which images couldn't be.
+
+        `batch_size` is the images per VAE pass, None the settings'; `name` the dataset's, for the progress bar.
+        """
+        batch_size = batch_size or self._settings.vae_batch_size
         by_entry = {(key, self.fingerprint(candidate)): candidate for key, candidate in wanted}
         jobs = [(entry, by_entry[entry]) for entry in cache.missing(by_entry)]
         jobs.sort(key=lambda job: (job[1].plan.target, job[0]))
         skipped: list[Skipped] = []
         if not jobs:
             return 0, skipped
-        bar = progress.add_task(f"encoding images of {name}", total=len(jobs))
+        bar = progress.add_task(f"encoding images of {escape(name)}", total=len(jobs))
         batches = [
             batch
             for _, same_size in groupby(jobs, key=lambda job: job[1].plan.target)
-            for batch in _chunks(list(same_size), self._settings.vae_batch_size)
+            for batch in _chunks(list(same_size), batch_size)
         ]
-        with ThreadPoolExecutor(min(max_workers, 2 * self._settings.vae_batch_size)) as pool:
+        with ThreadPoolExecutor(min(max_workers, 2 * batch_size)) as pool:
             # one batch is decoded while the one before it is encoded
             ahead = [pool.submit(_decode, candidate) for _, candidate in batches[0]]
             for batch, next_batch in zip(batches, [*batches[1:], []], strict=True):

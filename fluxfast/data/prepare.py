@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fluxfast.data.cache import TensorCache
@@ -77,11 +78,12 @@ def prepare(
         gradient_accumulation_steps, encoders.vae_batch_size, disable_bucket_pruning, allow_dataset_oversubscription
     )
     with _bars(progress) as bars:
-        look = functools.partial(scan, skip=skip, crop_seed=crop_seed, rounding=aspect_bucket_rounding, max_workers=max_workers)
+        look = functools.partial(scan, skip=skip, crop_seed=crop_seed, rounding=aspect_bucket_rounding)
         works = []
         for dataset, cache in zip(data.images, image_caches, strict=True):
-            bar = bars.add_task(f"scanning {dataset.id}", total=None)
-            found = look(dataset, cache, on_file=functools.partial(_show, bars, bar))
+            bar = bars.add_task(f"scanning {escape(dataset.id)}", total=None)
+            workers = dataset.max_workers or max_workers
+            found = look(dataset, cache, max_workers=workers, on_file=functools.partial(_show, bars, bar))
             works.append(_Work(dataset, cache, found, dataset.train_batch_size or train_batch_size, dataset.repeats))
         # before the long part, and again after it for images that turn out to be damaged
         limits.check(works)
@@ -123,7 +125,7 @@ class _Limits:
         rule = {
             "batch_size": work.batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "vae_batch_size": self.vae_batch_size,
+            "vae_batch_size": work.config.vae_batch_size or self.vae_batch_size,
         }
         if self.raise_repeats:
             work.repeats = filling_repeats(row, **rule)
@@ -153,7 +155,14 @@ def _open_caches(data: DataConfig) -> tuple[TensorCache, list[TensorCache]]:
 
 def _encode_images(work: _Work, images: ImageEncoding, max_workers: int, bars: Progress) -> None:
     wanted = [(work.key(candidate), candidate) for candidate in work.scan.candidates]
-    work.encoded, unreadable = images.encode(wanted, work.cache, max_workers=max_workers, progress=bars, name=work.config.id)
+    work.encoded, unreadable = images.encode(
+        wanted,
+        work.cache,
+        batch_size=work.config.vae_batch_size,
+        max_workers=work.config.max_workers or max_workers,
+        progress=bars,
+        name=work.config.id,
+    )
     dropped = {skipped.file for skipped in unreadable}
     left = [candidate for candidate in work.scan.candidates if candidate.file not in dropped]
     work.scan = replace(work.scan, candidates=left, skipped=[*work.scan.skipped, *unreadable])

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,10 @@ def test_other_names():
     assert load(is_regularization_data="true").is_regularisation_data is True
     assert load(crop_style="centre").crop_style == "center"
     assert load(caption_strategy="instance_prompt", instance_prompt="a cat").caption_strategy == "instanceprompt"
+    for backend in ("json", "filesystem"):
+        assert load(metadata_backend=backend).metadata_backend == "discovery"
+    moved = {key: value for key, value in IMAGE.items() if key != "instance_data_dir"} | {"instance_data_root": "datasets/dogs"}
+    assert load_entries([moved, TEXT]).images[0].instance_data_dir == Path("datasets/dogs")
     only(
         refused(is_regularization_data=True, is_regularisation_data=True),
         "is_regularization_data",
@@ -130,6 +135,8 @@ def test_placeholders(monkeypatch):
     monkeypatch.setenv("IMAGES", "/photos")
     image = load(instance_data_dir="{env:IMAGES}/cats", cache_dir_vae="cache/vae/{model_family}/cats")
     assert (image.instance_data_dir, image.cache_dir_vae) == (Path("/photos/cats"), Path("cache/vae/flux/cats"))
+    (image,) = load_entries([{**IMAGE, "cache_dir_vae": "{output_dir}/{id}"}, TEXT], output_dir=Path("runs")).images
+    assert image.cache_dir_vae == Path("runs/cats")
     monkeypatch.delenv("IMAGES")
     only(refused(instance_data_dir="{env:IMAGES}/cats"), 'dataset "cats" "instance_data_dir"', "IMAGES", "not set")
 
@@ -146,6 +153,8 @@ def test_disabled_entries_are_not_looked_at(key):
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
+        ({"id": "a\nb"}, ['"id"', "can't be printed"]),
+        ({"type": "aws", "aws_bucket_name": "b", "unknown": 1}, ['"type"', '"aws"', "not implemented yet"]),
         ({"type": "aws"}, ['"type"', '"aws"', "not implemented yet", "'local'"]),
         ({"type": "huggingface"}, ['"type"', "not implemented yet"]),
         ({"dataset_type": "conditioning"}, ['"dataset_type"', '"conditioning"', "not implemented yet"]),
@@ -160,6 +169,16 @@ def test_disabled_entries_are_not_looked_at(key):
         ({"vae_cache_disable": "true"}, ['"vae_cache_disable"', "not implemented yet"]),
         ({"delete_unwanted_images": True}, ['"delete_unwanted_images"', "not implemented yet"]),
         ({"max_upscale_threshold": 0.2}, ['"max_upscale_threshold"', "not implemented yet"]),
+        ({"dataset_type": "grounding"}, ['"dataset_type"', "not implemented yet"]),
+        ({"grounding": {"enabled": True}}, ['"grounding"', "not implemented yet"]),
+        ({"hf_token": "x"}, ['"hf_token"', "not implemented yet"]),
+        ({"instance_prompt": "half \ud800"}, ['"instance_prompt"', "half of a character (\\ud800)"]),
+        ({"instance_prompt": "M\udcfcnchen"}, ['"instance_prompt"', "no UTF-8 (\\xfc)"]),
+        ({"instance_data_dir": "a\0b"}, ['"instance_data_dir"', "zero character"]),
+        ({"instance_data_dir": "a\ud800"}, ['"instance_data_dir"', "half of a character"]),
+        ({"caption_filter_list": ["a\ud800"]}, ['"caption_filter_list"', "half of a character"]),
+        ({"caption_filter_list": "gone.json"}, ['"caption_filter_list"', "gone.json"]),
+        ({"vae_batch_size": 0}, ['"vae_batch_size"']),
         ({"dataset_type": "imag"}, ['"dataset_type"', 'did you mean "image"?']),
         ({"crop_styl": "center"}, ['"crop_styl"', 'did you mean "crop_style"?']),
         ({"cache_dir": "x"}, ['"cache_dir"', "text_embeds"]),
@@ -191,7 +210,8 @@ def test_disabled_entries_are_not_looked_at(key):
     ],
 )  # fmt: skip
 def test_problems_name_file_dataset_and_key(keys, parts):
-    only(refused(**keys), 'data.json: dataset "cats": ', *parts)
+    id = keys.get("id", "cats").encode("unicode_escape").decode()
+    only(refused(**keys), f'data.json: dataset "{id}": ', *parts)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +221,8 @@ def test_problems_name_file_dataset_and_key(keys, parts):
         {"conditioning_data": ""},
         {"conditioning": []},
         {"caption_shuffle": {"enable": False, "count": 3}},
+        {"grounding": {"enabled": False}},
+        {"split": "train", "image_column": "image"},
         {"vae_cache_clear_each_epoch": "false"},
         {"vae_cache_disable": False},
         {"delete_unwanted_images": False},
@@ -219,6 +241,14 @@ def test_what_is_off_is_accepted_without_a_word(keys):
     [
         ("skip_file_discovery", "vae aspect"),
         ("hash_filenames", True),
+        ("cache_file_suffix", "square"),
+        ("disable_validation", True),
+        ("scan_for_errors", True),
+        ("vae_cache_scan_behaviour", "recreate"),
+        ("read_batch_size", 25),
+        ("image_processing_batch_size", 32),
+        ("compress_cache", True),
+        ("ignore_epochs", True),
         ("parquet", {"path": "x"}),
         ("write_batch_size", 3),
     ],
@@ -234,9 +264,79 @@ def test_sizes_and_filters():
     assert load(crop_aspect="random", crop_aspect_buckets=[1, "0.5"]).crop_aspect_buckets == (1.0, 0.5)
     weighted = load(crop_aspect="random", crop_aspect_buckets=[{"aspect_bucket": 0.5, "weight": 1.0}])
     assert weighted.crop_aspect_buckets == ({"aspect": 0.5, "weight": 1.0},)
-    Path("filters.txt").write_text("bad\n\nworse\n")
-    assert load(caption_filter_list="filters.txt").caption_filter_list == ("bad", "worse")
+    # an entry may end in a space, and hold what other programs take for a line's end
+    Path("filters.txt").write_bytes("bad \n\nworse\u2028\r\n".encode())
+    assert load(caption_filter_list="filters.txt").caption_filter_list == ("bad ", "worse\u2028")
+    Path("filters.json").write_text('["bad", "worse"]')
+    assert load(caption_filter_list="filters.json").caption_filter_list == ("bad", "worse")
     assert load(caption_filter_list=["a"]).caption_filter_list == ("a",)
+
+
+def test_the_text_caches_filters_are_for_datasets_without_their_own():
+    # where SimpleTuner has them
+    text = {**TEXT, "caption_filter_list": ["x"]}
+    first, second = load_entries([IMAGE, {**IMAGE, "id": "own", "caption_filter_list": ["y"]}, text]).images
+    assert (first.caption_filter_list, second.caption_filter_list) == (("x",), ("y",))
+
+
+def test_a_dataset_may_have_its_own_batch_and_threads():
+    image = load(vae_batch_size=1, max_workers="3")
+    assert (image.vae_batch_size, image.max_workers) == (1, 3)
+    assert (load().vae_batch_size, load().max_workers) == (None, None)
+
+
+def test_folders_that_are_not_utf8():
+    raw = b"datasets/M\xfcnchen"
+    image = load(instance_data_dir=raw.decode(errors="surrogateescape"))
+    assert os.fsencode(image.instance_data_dir) == raw
+
+
+def test_an_id_that_no_folder_can_have_keeps_its_cache_inside():
+    folders = {load(id=id, cache_dir_vae="").cache_dir_vae for id in ("..", ".", "../../etc", "a/b", "a:b", "x" * 300)}
+    assert {folder.parent for folder in folders} == {Path("cache/vae")}
+    assert len(folders) == 6
+
+
+# every key that SimpleTuner's loader reads of an entry of any kind, beside those that the other tests name
+KNOWN = """
+aws aws_access_key_id aws_bucket_name aws_data_prefix aws_endpoint_url aws_max_pool_connections aws_region_name
+aws_secret_access_key aws_session_token audio auto_load bbox_column buffer_size cache_dir_conditioning_image_embeds
+caption_column caption_file_extensions caption_shuffle composite_image_column conditioning conditioning_config
+conditioning_data conditioning_image_embeds conditioning_type config_version csv csv_cache_dir csv_caption_column csv_file
+csv_url_column dataset_name delete_nsfw_images delete_problematic_images delete_unwanted_images description_column
+disable_after_epoch_step distillation_cache distillation_type end_epoch end_step fallback_caption_column filter_func
+grounding grounding_data hf_token huggingface image_column image_embeds is_regularization_data lyrics_column max_file_size
+max_upscale_threshold memory_filesystem_path memory_filesystem_size memory_filesystem_sudo metadata metadata_cache_dir
+metadata_update_interval num_proc optimise_captions optimize_captions parallel_downloads parquet
+preserve_data_backend_cache quality_column revision s2v_datasets shard_cache_dir shard_cache_gb shorten_filenames
+skip_file_discovery slider_strength source source_dataset_id split split_composite_images streaming subfolder
+text_cache_disable text_cache_ondemand timestep_sampling_offset truncation_mode vae_cache_clear_each_epoch
+vae_cache_disable vae_cache_ondemand video video_column webshart webshart_optimise_captions webshart_optimize_captions
+write_batch_size
+"""
+
+
+def test_no_key_of_simpletuners_loader_is_unknown():
+    problems = refused(**dict.fromkeys([*KNOWN.split(), "no_such_key"], 1))
+    only([problem for problem in problems if "is not a key" in problem], '"no_such_key"')
+    assert all("not implemented yet" in problem or '"no_such_key"' in problem for problem in problems), problems
+
+
+# the entry that SimpleTuner's shipped flux.peft-lora trains on, and the same with a folder of one's own
+DOMOKUN = {
+    "id": "dreambooth-512", "type": "huggingface", "dataset_name": "RareConcepts/Domokun", "crop": True, "crop_style": "random",
+    "crop_aspect": "square", "minimum_image_size": 128, "maximum_image_size": 512, "target_downsample_size": 512,
+    "resolution": 512, "resolution_type": "pixel", "metadata_backend": "huggingface", "caption_strategy": "instanceprompt",
+    "instance_prompt": "x", "cache_dir_vae": "cache/vae/{model_family}/dreambooth-512",
+}  # fmt: skip
+
+
+def test_the_shipped_examples_dataset():
+    only(refused_entries([DOMOKUN, TEXT]), '"type" is "huggingface"', "not implemented yet")
+    local = DOMOKUN | {"type": "local", "metadata_backend": "discovery", "instance_data_dir": "domokun"}
+    del local["dataset_name"]
+    image = load_entries([local, TEXT]).images[0]
+    assert (image.cache_dir_vae, image.resolution) == (Path("cache/vae/flux/dreambooth-512"), 512.0)
 
 
 def test_every_entrys_problems_come_together():

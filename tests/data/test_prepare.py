@@ -14,6 +14,7 @@ from safetensors.torch import load
 import fluxfast.data.encode as encode
 from fluxfast.data.buckets import apply, crop_rng, plan
 from fluxfast.data.cache import TensorCache
+from fluxfast.data.cache_index import Index, stamp
 from fluxfast.data.encode import EncoderSettings
 from fluxfast.data.encoders import LatentEncoder, TextEncoders
 from fluxfast.data.images import load_image, to_tensor
@@ -136,6 +137,35 @@ class TestRecomputation:
         for damaged in (latents[0], latents[1], texts[0]):
             assert str(damaged) in caplog.text
 
+    def test_what_a_failing_disk_changes_is_computed_anew(self, tmp_path, folder, settings, encoders):
+        first = self.start(tmp_path, settings, encoders)
+        whole = {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*.safetensors")}
+        for number, (path, data) in enumerate(whole.items()):
+            # eight bytes, of which the index is told that nothing has happened
+            middle = len(data) // 2 + number
+            path.write_bytes(data[:middle] + bytes(byte ^ 1 for byte in data[middle : middle + 8]) + data[middle + 8 :])
+            index = Index(path.with_name("index.sqlite"))
+            index.put_entries([(path.name, stamp(path.stat()))])
+            index.close()
+        again = self.start(tmp_path, settings, encoders)
+        assert (len(encoders.texts), encoders.images) == (7, 6)
+        for path, data in whole.items():
+            before, now = load(data), load(path.read_bytes())
+            assert before.keys() == now.keys()
+            assert all(torch.equal(before[name], now[name]) for name in before)
+        assert again.datasets[0].samples == first.datasets[0].samples
+
+    def test_an_image_replaced_by_one_of_equal_size_and_time(self, tmp_path, folder, settings, encoders):
+        # without compression, so that all are of one size
+        for number, name in enumerate(("a", "b")):
+            photo(200, 100, 30 + number).save(folder / f"{name}.bmp")
+        self.start(tmp_path, settings, encoders)
+        stat = (folder / "a.bmp").stat()
+        os.utime(folder / "b.bmp", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        (folder / "b.bmp").replace(folder / "a.bmp")
+        self.start(tmp_path, settings, encoders)
+        assert encoders.images == 1
+
     def test_a_lost_index_recomputes_nothing(self, tmp_path, folder, settings, encoders):
         self.start(tmp_path, settings, encoders)
         for index in (tmp_path / "cache").glob("*/index.sqlite"):
@@ -227,3 +257,15 @@ def test_batches_are_of_one_size_and_at_most_vae_batch_size(tmp_path, folder, pi
     settings = EncoderSettings(pipeline=(str(pipeline_folder), None, None), max_length=8, vae_batch_size=3)
     prepare(config(tmp_path), settings)
     assert sorted(shapes) == [(1, 3, 64, 192), (2, 3, 192, 64), (3, 3, 64, 192)]
+
+
+def test_a_dataset_may_have_its_own_vae_batch(tmp_path, folder, settings, monkeypatch):
+    sizes, encode_images = [], LatentEncoder.encode
+
+    def watched(encoder, images, seeds):
+        sizes.append(len(images))
+        return encode_images(encoder, images, seeds)
+
+    monkeypatch.setattr(LatentEncoder, "encode", watched)
+    prepare(config(tmp_path, {"vae_batch_size": 3}, {}), settings)
+    assert sizes == [2, 3, 1, 2, 4]
