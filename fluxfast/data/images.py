@@ -12,16 +12,13 @@ from collections import deque
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
-)
-# decoders are chosen by content, not by suffix: without this list a renamed EPS file would start Ghostscript
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000")
+from fluxfast.data.kinds import decoders, holds_other_kind, how_to_read, is_readable, looks_like_an_image
 
 # what Pillow's decoders raised on fuzzed files of each format, and what its own opener expects of them
 _DECODE_ERRORS = (
@@ -54,21 +51,28 @@ class UnreadableImage(SkippedImage):
     """A file that can't be decoded."""
 
 
-def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> list[Path]:
-    """All image files under `root`, recursively, sorted by path.
+class Discovered(NamedTuple):
+    """A folder's files: images, and files that look like images of a kind that isn't read, each sorted by path."""
+
+    images: list[Path]
+    unread: list[Path]
+
+
+def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered:
+    """All image files under `root`, recursively.
 
     Hidden files and folders and the folders below `root` in `skip` (caches, outputs) are left out. Links to folders are
     followed; a folder that can be reached twice is read once, under its real path if that lies below `root`. A dangling link
     is listed, so that it is reported like any other unreadable image.
 
     Raises:
-        ValueError: `root` is not a folder.
+        ValueError: `root` is not a folder, or a folder in it can't be looked into.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; instance_data_dir must name an existing folder of images")
     skipped = {Path(folder).resolve() for folder in skip}
-    found: list[Path] = []
+    found = Discovered([], [])
     seen: set[Path] = set()
     folders, linked_folders = deque([root]), deque[Path]()
     while folders or linked_folders:
@@ -77,14 +81,18 @@ def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> list[Path]
         if real in seen or (real in skipped and folder != root):
             continue
         seen.add(real)
-        for path in sorted(folder.iterdir()):
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            raise ValueError(f"{folder}: can't be looked into: {error.strerror}") from error
+        for path in entries:
             if path.name.startswith("."):
                 continue
             if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises on a link that points to itself)
                 (linked_folders if path.is_symlink() else folders).append(path)
-            elif path.suffix.lower() in IMAGE_SUFFIXES and (path.is_symlink() or path.is_file()):
-                found.append(path)
-    return sorted(found)
+            elif looks_like_an_image(path) and (path.is_symlink() or path.is_file()):
+                (found.images if is_readable(path) else found.unread).append(path)
+    return Discovered(sorted(found.images), sorted(found.unread))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -95,7 +103,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """
     path = Path(path)
     try:
-        with Image.open(path, formats=_FORMATS) as img:
+        with Image.open(path, formats=decoders(path)) as img:
             # Pillow has already swapped the sides of a TIFF, and reports its orientation nonetheless
             swapped = img.format != "TIFF" and img.getexif().get(ExifTags.Base.Orientation) in _SWAPS_SIDES
             width, height = img.size
@@ -112,7 +120,7 @@ def load_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     try:
-        with Image.open(path, formats=_FORMATS) as img:
+        with Image.open(path, formats=decoders(path)) as img:
             img.load()
             # read after load(): a PNG may hold it behind the pixels, and a TIFF has been turned by then
             method = _UPRIGHT.get(img.getexif().get(ExifTags.Base.Orientation, 1))
@@ -181,7 +189,20 @@ def _reason(path: Path, error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     if isinstance(error, UnidentifiedImageError):
-        return "empty file" if path.stat().st_size == 0 else "not an image, or not one of the known formats"
+        return _unidentified(path)
     if isinstance(error, OSError) and "truncated" in str(error):
         return "truncated"
     return f"damaged ({str(error) or type(error).__name__})"
+
+
+def _unidentified(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "empty file"
+    kind = holds_other_kind(start)
+    if kind is None:
+        return "not an image, or not one of the known formats"
+    package = how_to_read(kind)
+    remedy = f"convert it, or {package}" if package else "convert it"
+    return f"holds {kind.removeprefix('.').upper()} under another name, which isn't read: {remedy}"

@@ -38,8 +38,10 @@ class _Work:
 
     def report(self) -> DatasetReport:
         buckets = Counter("{}x{}".format(*candidate.plan.target) for candidate in self.scan.candidates)
-        root = Path(self.config.instance_data_dir)
-        return DatasetReport(self.config.id, root, self.scan.found, self.scan.skipped, buckets, self.repeats, self.encoded)
+        found, root = self.scan, Path(self.config.instance_data_dir)
+        return DatasetReport(
+            self.config.id, root, found.found, found.skipped, buckets, self.repeats, self.encoded, found.unread
+        )
 
 
 def prepare(

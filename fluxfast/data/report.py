@@ -4,17 +4,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fluxfast.data.images import IMAGE_SUFFIXES
+from fluxfast.data.kinds import how_to_read, readable
 from fluxfast.data.scan import Skipped, other_files
+from fluxfast.data.text import printable
 
 _LISTED_FILES = 20
+_LISTED_UNREAD = 3
 
 # what to do about images left out, by the start of their reason
 _ADVICE = {
@@ -23,13 +25,14 @@ _ADVICE = {
     "wider than": 'raise "maximum_aspect_ratio"',
     "no caption file": 'write the text files, or set "caption_strategy" to "filename" or "instanceprompt"',
     "its caption": "give these images a caption",
+    "its name": 'rename these files, or set "caption_strategy" to "textfile"',
     "unreadable": "replace or remove these files",
 }
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One row: `buckets` counts the usable images of each target size."""
+    """One row: `buckets` counts the usable images of each target size, `unread` names files of kinds that aren't read."""
 
     id: str
     root: Path
@@ -38,6 +41,7 @@ class DatasetReport:
     buckets: Counter[str]
     repeats: int
     encoded: int = 0
+    unread: Sequence[str] = ()
 
     @property
     def used(self) -> int:
@@ -83,24 +87,39 @@ class Report:
             if row.skipped:
                 # as Text, since a file's name may look like markup
                 yield Text("\n".join([f"Left out of {row.id}:", *_named(row.skipped)]))
+            if row.unread:
+                yield Text(f"{row.id}: {unread_kinds(row.unread)}")
         yield f"{self.texts} texts (captions, the empty one, validation's), {self.texts_encoded} newly encoded"
         yield from map(Text, self.notes)
+
+
+def unread_kinds(files: Sequence[str]) -> str:
+    """How many files of which kinds aren't read, and what to do about them."""
+    kinds = Counter(PurePosixPath(file).suffix.lower() for file in files)
+    counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+    examples = ", ".join(printable(file) for file in files[:_LISTED_UNREAD])
+    packages = {kind: help for kind in kinds if (help := how_to_read(kind))}
+    helps = "".join(f", or, for {kind}: {help}" for kind, help in packages.items())
+    number = "1 file of a kind that is" if len(files) == 1 else f"{len(files)} files of kinds that are"
+    return f"{number} not read: {counts} (such as {examples}); convert to PNG or JPEG{helps}"
 
 
 def nothing_usable(row: DatasetReport) -> str:
     """Why a dataset without a usable image has none, and what to change."""
     start = f'dataset "{row.id}": no images detected in dataset: '
+    root = printable(row.root)
     if not row.found:
-        others = ", ".join(f"{count} {suffix}" for suffix, count in other_files(row.root).most_common(5))
+        others = ", ".join(f"{count} {printable(suffix)}" for suffix, count in other_files(row.root).most_common(5))
         held = f"it holds only {others}" if others else "it is empty"
-        known = " ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
-        return f"{start}{row.root} has no image files ({held}). Known kinds: {known}."
-    lines = [f"{start}{row.found} found in {row.root}, none of them usable:"]
+        unread = f" {unread_kinds(row.unread)}." if row.unread else ""
+        known = " ".join(sorted(suffix.removeprefix(".") for suffix in readable()))
+        return f"{start}{root} has no image files ({held}).{unread} Known kinds: {known}."
+    lines = [f"{start}{row.found} found in {root}, none of them usable:"]
     for reason, count in Counter(skipped.reason for skipped in row.skipped).most_common():
         example = next(skipped for skipped in row.skipped if skipped.reason == reason)
         advice = next((advice for begin, advice in _ADVICE.items() if reason.startswith(begin)), None)
-        detail = f": {example.detail}" if example.detail else ""
-        lines.append(f"  {count}x {reason} (such as {example.file}{detail})" + (f"; {advice}" if advice else ""))
+        detail = f": {printable(example.detail)}" if example.detail else ""
+        lines.append(f"  {count}x {reason} (such as {printable(example.file)}{detail})" + (f"; {advice}" if advice else ""))
     return "\n".join(lines)
 
 
@@ -130,6 +149,7 @@ def filling_repeats(row: DatasetReport, *, batch_size: int, gradient_accumulatio
 
 
 def _named(skipped: Sequence[Skipped]) -> list[str]:
-    lines = [f"  {each.file}: {each.reason}{f' ({each.detail})' if each.detail else ''}" for each in skipped]
+    whole = (f"{each.file}: {each.reason}{f' ({each.detail})' if each.detail else ''}" for each in skipped)
+    lines = [f"  {printable(line)}" for line in whole]
     hidden = len(lines) - _LISTED_FILES
     return lines if hidden <= 0 else [*lines[:_LISTED_FILES], f"  … and {hidden} more"]

@@ -43,11 +43,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: `found` counts the image files, of which `candidates` and `skipped` name each."""
+    """What a folder holds: `found` counts the image files, of which `candidates` and `skipped` name each; `unread` are files
+    that look like images of a kind that isn't read, as paths below the folder.
+    """
 
     found: int
     candidates: list[Candidate]
     skipped: list[Skipped]
+    unread: tuple[str, ...] = ()
 
 
 def scan(
@@ -62,13 +65,14 @@ def scan(
 ) -> Scan:
     """Look at every image of a dataset.
 
-    A file that `cache` has seen before, unchanged in size and time, isn't opened. `on_file(done, total)` reports progress.
+    A file that `cache` has seen before, and that nobody has written since, isn't opened. `on_file(done, total)` reports
+    progress.
 
     Raises:
-        ValueError: the folder doesn't exist.
+        ValueError: the folder doesn't exist, or a folder in it can't be looked into.
     """
     root = Path(dataset.instance_data_dir)
-    paths = discover(root, skip=skip)
+    paths, unread = discover(root, skip=skip)
     if dataset.max_num_samples and len(paths) > dataset.max_num_samples:
         # seeded by the id alone, so that a subset stays the same from run to run
         paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
@@ -101,7 +105,7 @@ def scan(
             continue
         planned = _plan(dataset, size, rounding, crop_rng(crop_seed, dataset.id, file))
         candidates.append(Candidate(file, path, size, known["sha256"], planned, tuple(found)))
-    return Scan(len(paths), candidates, skipped)
+    return Scan(len(paths), candidates, skipped, tuple(path.relative_to(root).as_posix() for path in unread))
 
 
 def other_files(root: Path) -> Counter[str]:
@@ -124,6 +128,8 @@ def _all_facts(
             known = {"size": image_size(path), "sha256": file_hash(path)}
         except UnreadableImage as error:
             return error, None
+        except OSError as error:
+            return UnreadableImage(path, f"can't be read: {error.strerror}"), None
         assert stat is not None
         return known, (name, stat, known)
 

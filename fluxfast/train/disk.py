@@ -24,7 +24,7 @@ def cache_bytes(
     """(latents, text embeddings) of a dataset's images, at most about: none where its folder isn't there yet."""
     if not dataset.instance_data_dir.is_dir():
         return 0, 0
-    images = len(discover(dataset.instance_data_dir, skip=[]))
+    images = len(discover(dataset.instance_data_dir, skip=[]).images)
     width, height = largest_batch(config, [dataset]).size
     captions = 1 if dataset.caption_strategy == "instanceprompt" else images
     # 16 channels, an eighth of the size each way, bf16

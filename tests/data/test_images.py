@@ -35,7 +35,24 @@ class TestDiscover:
         wanted = [touch(tmp_path / name) for name in ("B.JPG", "a.png", "sub/deep/c.WebP", "sub/d.tiff")]
         for name in ("notes.txt", "a.json", "clip.mp4", "png"):
             touch(tmp_path / name)
-        assert discover(tmp_path) == sorted(wanted)
+        assert discover(tmp_path).images == sorted(wanted)
+
+    def test_images_of_other_kinds_are_apart(self, tmp_path):
+        wanted = touch(tmp_path / "a.png")
+        other = [touch(tmp_path / name) for name in ("IMG.DNG", "old.psd", "sub/b.svg")]
+        for name in ("a.txt", ".c.psd", "skip/d.psd"):
+            touch(tmp_path / name)
+        assert discover(tmp_path, skip=[tmp_path / "skip"]) == ([wanted], sorted(other))
+
+    def test_a_folder_that_cannot_be_looked_into_is_named(self, tmp_path, monkeypatch):
+        (tmp_path / "locked").mkdir()
+
+        def refuse(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+        with pytest.raises(ValueError, match=f"{tmp_path}: can't be looked into: Permission denied"):
+            discover(tmp_path)
 
     def test_hidden_and_skipped_folders_are_left_out(self, tmp_path):
         touch(tmp_path / ".hidden.png")
@@ -43,14 +60,14 @@ class TestDiscover:
         touch(tmp_path / ".cache" / "b.png")
         touch(tmp_path / "cache" / "vae" / "c.png")
         wanted = touch(tmp_path / "other" / "vae" / "d.png")
-        assert discover(tmp_path, skip=[tmp_path / "cache" / ".." / "cache"]) == [wanted]
+        assert discover(tmp_path, skip=[tmp_path / "cache" / ".." / "cache"]).images == [wanted]
 
     def test_link_loops_end_and_no_image_comes_twice(self, tmp_path):
         wanted = touch(tmp_path / "real" / "a.png")
         (tmp_path / "real" / "up").symlink_to(tmp_path)
         (tmp_path / "again").symlink_to(tmp_path / "real")
         (tmp_path / "self").symlink_to(tmp_path / "self")
-        assert discover(tmp_path) == [wanted]
+        assert discover(tmp_path).images == [wanted]
 
     def test_links_to_folders_and_files_are_followed(self, tmp_path):
         touch(tmp_path / "elsewhere" / "a.png")
@@ -58,13 +75,13 @@ class TestDiscover:
         root.mkdir()
         (root / "linked").symlink_to(tmp_path / "elsewhere")
         (root / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-        assert discover(root) == [root / "b.png", root / "linked" / "a.png"]
+        assert discover(root).images == [root / "b.png", root / "linked" / "a.png"]
 
     def test_a_dangling_link_is_listed_to_be_reported(self, tmp_path):
         link = tmp_path / "gone.png"
         link.symlink_to(tmp_path / "nowhere.png")
         (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
-        assert discover(tmp_path) == [link, tmp_path / "round.png"]
+        assert discover(tmp_path).images == [link, tmp_path / "round.png"]
         with pytest.raises(UnreadableImage, match="the link points nowhere"):
             load_image(link)
         with pytest.raises(UnreadableImage, match=r"round\.png"):
@@ -212,6 +229,21 @@ class TestLoad:
         (tmp_path / "a.png").write_bytes(png + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + end)
         assert image_size(tmp_path / "a.png") == load_image(tmp_path / "a.png").size == (6, 10)
 
+    @pytest.mark.parametrize("suffix", ["tga", "ppm", "qoi", "dib", "j2k", "mpo"])
+    def test_kinds_that_other_programs_write(self, tmp_path, suffix):
+        img = Image.fromarray(noise(9, 11, 3))
+        img.save(tmp_path / f"a.{suffix}")
+        loaded = load_image(tmp_path / f"a.{suffix}")
+        assert image_size(tmp_path / f"a.{suffix}") == loaded.size == (11, 9)
+        if suffix != "mpo":
+            assert (pixels(loaded) == pixels(img)).all()
+
+    def test_deep_pgm_and_pfm(self, tmp_path):
+        (tmp_path / "a.pgm").write_bytes(b"P5 3 1 65535\n" + np.array([0, 65535, 32768], ">u2").tobytes())
+        (tmp_path / "a.pfm").write_bytes(b"Pf\n2 1\n-1.0\n" + np.array([0.5, 1], "<f4").tobytes())
+        assert pixels(load_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 255, 128]
+        assert pixels(load_image(tmp_path / "a.pfm"))[0, :, 0].tolist() == [128, 255]
+
 
 class TestUnreadable:
     def refused(self, path, reason):
@@ -249,7 +281,7 @@ class TestUnreadable:
 
     # Pillow warns of some damage that it gets over
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-    @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp", "avif"])
+    @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp", "avif", "tga", "ppm", "qoi"])
     def test_random_damage_never_raises_anything_else(self, tmp_path, suffix):
         path = tmp_path / f"a.{suffix}"
         Image.fromarray(noise(20, 30, 3)).save(path)

@@ -1,5 +1,7 @@
 """What `prepare` leaves out and says so, and what it stops at."""
 
+import json
+import os
 import re
 
 import pytest
@@ -9,6 +11,7 @@ from prepare_cases import NOTHING, config, rendered
 from fluxfast.data.encoders import LatentEncoder
 from fluxfast.data.images import load_image
 from fluxfast.data.prepare import prepare
+from fluxfast.data.sampler import Sampler
 
 # encoders as small as these only lose time to further threads, and to a collection
 pytestmark = pytest.mark.usefixtures("one_thread", "no_collection")
@@ -35,6 +38,45 @@ class TestLeftOut:
                 assert line in text
         # the second start has nothing to encode but what can't be read, and needs no encoder to find that out
         assert encoders == NOTHING
+
+    def test_kinds_that_are_not_read_are_counted_and_named(self, tmp_path, folder, settings):
+        for name in ("IMG_0001.DNG", "IMG_0002.dng", "old [b].psd", "sub/c.CR2", "notes.txt"):
+            (folder / name).write_bytes(b"x")
+        report = prepare(config(tmp_path), settings).report
+        assert report.datasets[0].found == 6
+        expected = (
+            "set0: 4 files of kinds that are not read: .dng 2, .psd 1, .cr2 1 (such as IMG_0001.DNG, IMG_0002.dng, old [b].psd)"
+        )
+        assert f"{expected}; convert to PNG or JPEG" in rendered(report).replace("\n", "")
+
+    def test_names_that_are_no_text(self, tmp_path, folder, settings, encoders):
+        odd = [os.fsdecode(name) for name in (b"M\xfcnchen", "写真".encode("gbk"), b"new\nline", b"M\\xfcnchen", b"[bold]")]
+        for number, name in enumerate(odd):
+            photo(200, 100, 20 + number).save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text("a photo")
+            (folder / f"bad {name}.jpg").touch()
+        os.rename(folder / "sub", folder / os.fsdecode(b"sess\xe3o"))  # noqa: PTH104
+        for path in folder.rglob("*.png"):
+            path.with_suffix(".txt").write_text("a photo")
+        for _ in range(2):
+            encoders.reset()
+            prepared = prepare(config(tmp_path, caption_strategy="textfile", id="[/odd]"), settings)
+            (dataset,) = prepared.datasets
+            assert len(dataset.samples) == 11
+            assert len({dataset.latents(sample).float().sum().item() for sample in dataset.samples}) == 11
+            text = rendered(prepared.report)
+            assert text.encode()
+            for name in ("bad M\\xfcnchen.jpg", "bad д\\xd5\\xe6.jpg", "bad new\\nline.jpg", "bad [bold].jpg"):
+                assert f"{name}: unreadable (empty file)" in text
+        assert encoders == NOTHING
+        # as captions, those that are no text are left out
+        prepared = prepare(config(tmp_path, caption_strategy="filename"), settings)
+        text = rendered(prepared.report)
+        assert "2 its name, which is to be its caption, is not UTF-8" in text
+        assert "M\\xfcnchen.png: its name" in text
+        # a new order, or another seed, would draw other crops
+        sampler = Sampler(prepared.datasets, seed=1)
+        assert json.loads(json.dumps(sampler.state_dict())) == sampler.state_dict()
 
     def test_an_image_whose_damage_shows_only_when_decoded(self, tmp_path, folder, settings, encoders):
         photo(200, 100, 3).save(folder / "late.jpg", quality=95)
@@ -122,11 +164,12 @@ class TestUnusable:
     def test_no_image_files(self, tmp_path, settings, encoders):
         (tmp_path / "images").mkdir()
         assert "it is empty" in self.error(tmp_path, settings)
-        (tmp_path / "images" / "a.heic").touch()
-        (tmp_path / "images" / "b.heic").touch()
+        (tmp_path / "images" / "a.dng").touch()
+        (tmp_path / "images" / "b.dng").touch()
         message = self.error(tmp_path, settings)
         assert 'dataset "set0"' in message
-        assert "it holds only 2 .heic" in message
+        assert "it holds only 2 .dng" in message
+        assert "2 files of kinds that are not read: .dng 2 (such as a.dng, b.dng); convert to PNG or JPEG" in message
         assert "jpg" in message
         assert encoders == NOTHING
 
