@@ -287,7 +287,7 @@ def _build(fields: dict[str, Any], origin: dict[str, str], file: str) -> tuple[T
         wrong = {str(detail["loc"][0]): detail for detail in reversed(details) if detail["loc"]}
         if not wrong:
             # a conflict with a key that was put aside may be none
-            lines = str(details[0]["ctx"]["error"]).splitlines()
+            lines = str(details[0]["ctx"]["error"]).split("\n")
             problems += [f"{file}: {line}" for line in lines if not any(f'"{name}"' in line for name in aside)]
             return None, problems
         for name in (name for name in fields if name in wrong):
