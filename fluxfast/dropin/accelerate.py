@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from fluxfast.dropin.calls import CallLog, Notices
 from fluxfast.dropin.layouts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
 from fluxfast.dropin.report import Report, inspect
 from fluxfast.dropin.tread import set_router
@@ -33,6 +34,7 @@ def accelerate(
     recompute: str | Sequence[str] | None = None,
     impl: str = "auto",
     seed: int = 42,
+    strict: bool = False,
 ) -> Report:
     """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place; `restore` undoes it.
 
@@ -46,7 +48,14 @@ def accelerate(
     diffusers' own model; drawn from `seed`. recompute: "none", "selective" or "full" for all blocks or a list of them, one a
     block, whatever the host checkpoints; None: as it does. impl: the kernels: "auto", "triton", "native" or "ref".
 
-    Raises TypeError for a model that has no block of a known layout, ValueError for a choice that can't be made.
+    A call that fluxfast can't compute as one fused block (an argument that only the host knows, an attention processor of
+    someone's own, a hook on a module, an adapter that is no plain LoRA, a bfloat16 product that this CPU's matrix unit does
+    faster) runs as the host would run it. Such calls are counted a block, which the report shows whenever it is printed, and
+    each reason is named once in a warning. strict: they are errors, at once where the reason is there already (the model is
+    restored then), else in the call. torch.compile traces blocks op by op: such calls are neither counted nor errors.
+
+    Raises TypeError for a model that has no block of a known layout, ValueError for a choice that can't be made, or for a
+    block that can't be fused where `strict` asks for that.
     """
     found = _blocks(transformer)
     new = [(block, layout_of(block)) for block in found]
@@ -60,13 +69,31 @@ def accelerate(
     for block, layout in new:
         if layout is not None:
             adopt(block, *layout)
-            block.replaced = "forward" in block.__dict__
     chosen, because = (compute, "asked for") if compute != "auto" else _automatic(found, impl)
+    names = {id(block): name for name, block in accelerated_blocks(transformer)}
+    notices = Notices(strict)
     for block, policy in zip(found, policies, strict=True):
-        block.compute, block.attention, block.impl = chosen, attention, impl
+        block.compute, block.compute_because, block.attention, block.impl = chosen, because, attention, impl
         block.policy, block.fixed_policy = policy or "none", policy is not None
         block.share_dropout = False
-    return inspect(transformer, because)
+        block.log = CallLog(names[id(block)], notices)
+    report = inspect(transformer)
+    if strict:
+        _demand_fused(transformer, report)
+    return report
+
+
+def _demand_fused(transformer: nn.Module, report: Report) -> None:
+    """Raises ValueError, the model restored, where a block or a modulation would not run on fluxfast's kernels alone."""
+    reasons = [(block.name, block.because) for block in report.blocks if not block.fused]
+    reasons += [(linear.name, linear.because) for linear in report.linears if linear.runs == "module"]
+    if reasons:
+        restore(transformer)
+        more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        raise ValueError(
+            f"accelerate(strict=True): {reasons[0][0]} would not run fused: {reasons[0][1]}{more}. Take away what is in the "
+            "way, or leave strict out, and the report lists all; the model is as it was before accelerate"
+        )
 
 
 def restore(transformer: nn.Module) -> None:

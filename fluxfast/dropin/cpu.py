@@ -19,12 +19,12 @@ def has_matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def host_is_faster(x: Tensor, linear: Any) -> bool:
-    """Whether a block that has `linear` is the host's, for x of this dtype and device and under this autocast."""
+def host_is_faster(x: Tensor, linear: Any) -> str | None:
+    """Why a block that has `linear` is the host's, for x of this dtype and device and under this autocast; else None."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
+        return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     weight = getattr(linear, "base_layer", linear).weight
     # what has to be decoded costs the host more than it gains
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (torch.float32, torch.bfloat16)
-    return dtype == torch.bfloat16 and plain and has_matrix_unit()
+    return REASON if dtype == torch.bfloat16 and plain and has_matrix_unit() else None

@@ -7,22 +7,32 @@ host's block has a `_forward` inside its `forward`, for checkpointing, that is w
 
 from __future__ import annotations
 
-import functools
-import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fluxfast.dropin.arguments import HostBlock, signature_of
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.model.block_maths import Choices, DoubleMaths, SingleMaths
-from fluxfast.model.linear import untouched
+from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.linear import touched
 
+# of the RMS norms, whose modules don't tell
 EPS = 1e-6
 _NO_DROPOUT = nn.Dropout(0.0)
 # the only argument after pe that the maths knows
 MASK = "txt_attention_mask"
+KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK})
+KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK})
+
+
+class _Names:
+    """Modules by other names; torch.compile does not know types.SimpleNamespace."""
+
+    def __init__(self, **modules: Any) -> None:
+        for name, module in modules.items():
+            setattr(self, name, module)
 
 
 class _DoubleView(DoubleMaths):
@@ -31,7 +41,7 @@ class _DoubleView(DoubleMaths):
     def __init__(self, block: Any) -> None:
         _copy_choices(self, block)
         img, txt = block.img_attn, block.txt_attn
-        self.attn = SimpleNamespace(
+        self.attn = _Names(
             heads=_heads(img.qkv, img.norm),
             inner_dim=img.qkv.in_features,
             fused_projections=True,
@@ -44,11 +54,11 @@ class _DoubleView(DoubleMaths):
             norm_added_q=_norm(txt.norm.query_norm),
             norm_added_k=_norm(txt.norm.key_norm),
         )
-        self.norm1 = SimpleNamespace(norm=SimpleNamespace(eps=EPS), linear=block.img_mod.lin)
-        self.norm1_context = SimpleNamespace(norm=SimpleNamespace(eps=EPS), linear=block.txt_mod.lin)
-        self.norm2 = self.norm2_context = SimpleNamespace(eps=EPS)
-        self.ff = SimpleNamespace(net=(SimpleNamespace(proj=block.img_mlp[0]), None, block.img_mlp[2]))
-        self.ff_context = SimpleNamespace(net=(SimpleNamespace(proj=block.txt_mlp[0]), None, block.txt_mlp[2]))
+        self.norm1 = _Names(norm=block.img_norm1, linear=block.img_mod.lin)
+        self.norm1_context = _Names(norm=block.txt_norm1, linear=block.txt_mod.lin)
+        self.norm2, self.norm2_context = block.img_norm2, block.txt_norm2
+        self.ff = _Names(net=(_Names(proj=block.img_mlp[0]), None, block.img_mlp[2]))
+        self.ff_context = _Names(net=(_Names(proj=block.txt_mlp[0]), None, block.txt_mlp[2]))
 
     def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
         return None
@@ -61,14 +71,14 @@ class _SingleView(SingleMaths):
         _copy_choices(self, block)
         self._linears: list[tuple[nn.Module, ...]] = [(block.linear1,), (block.linear2,)]
         dim = block.linear1.in_features
-        self.attn = SimpleNamespace(
+        self.attn = _Names(
             heads=_heads(block.linear1, block.norm),
             inner_dim=dim,
             norm_q=_norm(block.norm.query_norm),
             norm_k=_norm(block.norm.key_norm),
         )
         self.mlp_hidden_dim = block.linear1.out_features - 3 * dim
-        self.norm = SimpleNamespace(norm=SimpleNamespace(eps=EPS), linear=block.modulation.lin)
+        self.norm = _Names(norm=block.pre_norm, linear=block.modulation.lin)
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
         return self._linears
@@ -84,7 +94,7 @@ def _copy_choices(view: Any, block: Any) -> None:
 
 
 def _norm(norm: Any) -> Any:
-    return SimpleNamespace(weight=norm.scale, eps=EPS)
+    return _Names(weight=norm.scale, eps=EPS)
 
 
 def _heads(linear: Any, norm: Any) -> int:
@@ -109,105 +119,130 @@ def joint_mask(mask: Tensor | None, tokens: int) -> dict[str, Any]:
     return {"attention_mask": torch.cat([mask.bool(), image], dim=1)[:, None, None]}
 
 
-class _Shared(Choices):
-    host_class: type
+class _Shared(HostBlock, Choices):
+    entry = "forward"
+    host_class: Any
+    # what it can't be called without, the stream first
+    needs: tuple[str, ...]
 
-    def passed_by(self) -> tuple[Any, ...]:
-        """The modules beside linears whose work is done without calling them."""
+    def settled(self) -> tuple[nn.Module, ...]:
+        """The modules beside linears whose work is done without calling them, of torch's own classes."""
         raise NotImplementedError
 
-    def host_runs_because(self: Any) -> str | None:
-        """Why the host's own forward runs; None where ours does."""
-        if getattr(self, "attn_mode", None) == "sageattn":
-            return "its attention is sageattn"
-        return None if all(map(untouched, self.passed_by())) else "hooks on its modules"
+    def passed_by(self) -> tuple[nn.Module, ...]:
+        """The same, of the host's classes."""
+        raise NotImplementedError
 
-    def _theirs(self, vec: Tensor, x: Tensor, linear: Any) -> bool:
-        return vec.ndim != 2 or self.host_runs_because() is not None or host_is_faster(x, linear)
-
-    def _mask(self, first: int, rest: tuple[Any, ...], more: dict[str, Any]) -> tuple[bool, Tensor | None]:
-        """Whether what follows pe is known, and the mask in it; `first` arguments come before."""
-        names = _parameters(self.host_class)[first : first + len(rest)]
-        given = {name: value for name, value in (dict(zip(names, rest, strict=True)) | more).items() if value is not None}
-        return given.keys() <= {MASK}, given.get(MASK)
-
-
-class _Double(_Shared):
-    img_attn: Any
+    def last_linear(self) -> Any:
+        raise NotImplementedError
 
     def maths(self) -> Any:
         """What computes the block."""
+        raise NotImplementedError
+
+    def modules_because(self: Any) -> str | None:
+        """Why its modules make the host's own forward run; None where they don't."""
+        if getattr(self, "attn_mode", None) == "sageattn":
+            return "its attention is sageattn"
+        for module in self.passed_by():
+            if (because := touched(module)) is not None:
+                return f"its {type(module).__name__} is called as a module: {because}"
+        return must_be_called(self.settled())
+
+    def host_because(self: Any, given: dict[str, Any]) -> str | None:
+        for name in self.needs:
+            if not isinstance(given.get(name), Tensor):
+                return f"it is called without a tensor {name}"
+        if given["vec"].ndim != 2:
+            return "its vec is of each token"
+        return self.modules_because() or host_is_faster(given[self.needs[0]], self.last_linear())
+
+
+class _Double(_Shared):
+    needs = ("img", "txt", "vec", "pe")
+
+    def maths(self) -> Any:
         return _DoubleView(self)
 
-    def passed_by(self: Any) -> tuple[Any, ...]:
+    def last_linear(self: Any) -> Any:
+        return self.img_mlp[2]
+
+    def passed_by(self: Any) -> tuple[nn.Module, ...]:
         both = (self.img_attn, self.txt_attn)
         norms = [n for attn in both for n in (attn, attn.norm, attn.norm.query_norm, attn.norm.key_norm)]
-        layers = [getattr(self, f"{who}_{what}", None) for who in ("img", "txt") for what in ("mod", "mlp", "norm1", "norm2")]
-        return *norms, *(layer for layer in layers if layer is not None), self.img_mlp[1], self.txt_mlp[1]
+        return *norms, self.img_mod, self.txt_mod, self.img_mlp, self.txt_mlp
 
-    def ours(self: Any, theirs: Any, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, *rest: Any, **more: Any) -> Any:
-        known, mask = self._mask(4, rest, more)
-        if not known or self._theirs(vec, img, self.img_mlp[2]):
-            return theirs(self, img, txt, vec, pe, *rest, **more)
-        tokens = img.shape[1] + txt.shape[1]
-        txt, img = self.maths().run(img, txt, vec, tables(pe), joint_mask(mask, tokens))
+    def settled(self: Any) -> tuple[nn.Module, ...]:
+        norms = (self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2)
+        return *norms, self.img_mlp[1], self.txt_mlp[1]
+
+    def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self.ours(args, kwargs, KNOWN_TO_DOUBLE)
+        if given is None:
+            return theirs(self, *args, **kwargs)
+        img, txt, vec = given["img"], given["txt"], given["vec"]
+        mask = joint_mask(given.get(MASK), img.shape[1] + txt.shape[1])
+        txt, img = self.maths().run(img, txt, vec, tables(given["pe"]), mask)
         return img, txt
 
 
 class _Single(_Shared):
-    linear1: Any
+    needs = ("x", "vec", "pe")
 
     def maths(self) -> Any:
-        """What computes the block."""
         return _SingleView(self)
 
-    def passed_by(self: Any) -> tuple[Any, ...]:
-        layers = [getattr(self, name, None) for name in ("modulation", "pre_norm", "mlp_act")]
-        norms = (self.norm, self.norm.query_norm, self.norm.key_norm)
-        return *norms, *(layer for layer in layers if layer is not None)
+    def last_linear(self: Any) -> Any:
+        return self.linear2
 
-    def ours(self: Any, theirs: Any, x: Tensor, vec: Tensor, pe: Tensor, *rest: Any, **more: Any) -> Any:
-        known, mask = self._mask(3, rest, more)
-        if not known or self._theirs(vec, x, self.linear2):
-            return theirs(self, x, vec, pe, *rest, **more)
-        return self.maths().run(x, vec, tables(pe), joint_mask(mask, x.shape[1]))
+    def passed_by(self: Any) -> tuple[nn.Module, ...]:
+        return self.modulation, self.norm, self.norm.query_norm, self.norm.key_norm
+
+    def settled(self: Any) -> tuple[nn.Module, ...]:
+        return self.pre_norm, self.mlp_act
+
+    def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self.ours(args, kwargs, KNOWN_TO_SINGLE)
+        if given is None:
+            return theirs(self, *args, **kwargs)
+        x = given["x"]
+        return self.maths().run(x, given["vec"], tables(given["pe"]), joint_mask(given.get(MASK), x.shape[1]))
 
 
 class Double(_Double):
     def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.ours(self.host_class.forward, *args, **kwargs)
+        return self.run_call(self.host_class.forward, args, kwargs)
 
 
 class CheckpointedDouble(_Double):
+    entry = "_forward"
+
     def _forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.ours(self.host_class._forward, *args, **kwargs)
+        return self.run_call(self.host_class._forward, args, kwargs)
 
 
 class Single(_Single):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self.ours(self.host_class.forward, *args, **kwargs)
+        return self.run_call(self.host_class.forward, args, kwargs)
 
 
 class CheckpointedSingle(_Single):
+    entry = "_forward"
+
     def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self.ours(self.host_class._forward, *args, **kwargs)
-
-
-@functools.cache
-def _parameters(host: Any) -> tuple[str, ...]:
-    """The names of the arguments of what computes a host's block, without self."""
-    return tuple(inspect.signature(getattr(host, "_forward", host.forward)).parameters)[1:]
+        return self.run_call(self.host_class._forward, args, kwargs)
 
 
 def mixin_for(block: nn.Module) -> type | None:
     """The mixin for a block that has BFL's modules and takes its arguments."""
     kind: Any = type(block)
     inside = hasattr(kind, "_forward")
-    takes = _parameters(kind)
+    takes = tuple(signature_of(kind._forward if inside else kind.forward).defaults)
     double = ("img_mod.lin", "txt_mod.lin", "img_attn.qkv", "txt_attn.qkv", "img_attn.norm.query_norm.scale")
+    double += tuple(f"{who}_{what}" for who in ("img", "txt") for what in ("norm1", "norm2", "mlp"))
     if takes[:4] == ("img", "txt", "vec", "pe") and _reaches(block, *double):
         return CheckpointedDouble if inside else Double
-    single = ("modulation.lin", "linear1", "linear2", "norm.query_norm.scale")
+    single = ("modulation.lin", "linear1", "linear2", "norm.query_norm.scale", "pre_norm", "mlp_act")
     if takes[:3] == ("x", "vec", "pe") and _reaches(block, *single):
         return CheckpointedSingle if inside else Single
     return None

@@ -6,30 +6,26 @@ Its blocks replace NaN by 0 in what they return; ours let it through, so that a 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from fluxfast.dropin.arguments import HostBlock, signature_of
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.model.block_maths import DoubleMaths, SingleMaths
-from fluxfast.model.linear import untouched
+from fluxfast.model.blocks import NO_POSITIONS
+from fluxfast.model.known_modules import must_be_called
 
 # the same attention on different back ends
 PROCESSORS = {"FluxAttnProcessor2_0", "FluxAttnProcessor3_0", "FluxSingleAttnProcessor3_0"}
-DOUBLE_ARGUMENTS = {"hidden_states", "encoder_hidden_states", "temb", "context_temb", "image_rotary_emb"}
-SINGLE_ARGUMENTS = {"hidden_states", "temb", "image_rotary_emb"}
+SINGLE_ARGUMENTS = frozenset({"hidden_states", "temb", "image_rotary_emb"})
+DOUBLE_ARGUMENTS = SINGLE_ARGUMENTS | {"encoder_hidden_states", "context_temb"}
 
 
-@functools.cache
-def _signature(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-class _Shared:
-    host_class: type
+class _Shared(HostBlock):
+    entry = "forward"
+    host_class: Any
     attn: Any
 
     def maths(self) -> Any:
@@ -40,41 +36,43 @@ class _Shared:
         # where it is, the host's own forward runs
         return None
 
-    def host_runs_because(self: Any) -> str | None:
-        """Why the host's own forward runs; None where ours does."""
+    def modules_because(self: Any) -> str | None:
+        """Why its modules make the host's own forward run; None where they don't."""
         attn = self.attn
-        if type(attn.processor).__name__ not in PROCESSORS or attn.fused_projections:
+        if type(attn.processor).__name__ not in PROCESSORS:
             return f"its attention processor is {type(attn.processor).__name__}"
-        norms = (getattr(attn, name) for name in self.qk_norms)
-        if not all(map(untouched, (*self.bypassed(), attn, *norms))):
-            return "hooks on its modules"
-        return None
+        if attn.fused_projections:
+            return "its projections are fused"
+        norms = self._norms()
+        if any(norm is None for norm in norms):
+            return "its attention does not normalise q and k"
+        return must_be_called((*self.bypassed(), attn, *norms))
 
-    def arguments(self, args: Any, kwargs: Any, known: set[str]) -> dict[str, Any] | None:
-        """A call's arguments by name, less those that are None; None if there is one that only the host knows."""
-        host: Any = self.host_class
-        bound = _signature(host.forward).bind(self, *args, **kwargs).arguments
-        given = {name: value for name, value in list(bound.items())[1:] if value is not None}
-        per_token = any(given[name].ndim != 2 for name in ("temb", "context_temb") if name in given)
-        return given if given.keys() <= known and "image_rotary_emb" in given and not per_token else None
+    def host_because(self: Any, given: dict[str, Any]) -> str | None:
+        if not isinstance(given.get("image_rotary_emb"), (tuple, list)):
+            return NO_POSITIONS
+        for name in ("temb", "context_temb"):
+            if name in given and given[name].ndim != 2:
+                return f"its {name} is of each token"
+        if (because := self.modules_because()) is not None:
+            return because
+        return host_is_faster(given["hidden_states"], self.linear_groups()[-1][0])
 
 
 class Double(_Shared, DoubleMaths):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        given = self.arguments(args, kwargs, DOUBLE_ARGUMENTS)
-        if given is None or self.host_runs_because() is not None or host_is_faster(given["hidden_states"], self.ff.net[2]):
-            host: Any = self.host_class
-            return host.forward(self, *args, **kwargs)
+        given = self.ours(args, kwargs, DOUBLE_ARGUMENTS)
+        if given is None:
+            return self.host_class.forward(self, *args, **kwargs)
         img, txt, vec, pe = (given[name] for name in ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb"))
         return self.run(img, txt, vec, pe, {}, txt_vec=given.get("context_temb"))
 
 
 class Single(_Shared, SingleMaths):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = self.arguments(args, kwargs, SINGLE_ARGUMENTS)
-        if given is None or self.host_runs_because() is not None or host_is_faster(given["hidden_states"], self.proj_out):
-            host: Any = self.host_class
-            return host.forward(self, *args, **kwargs)
+        given = self.ours(args, kwargs, SINGLE_ARGUMENTS)
+        if given is None:
+            return self.host_class.forward(self, *args, **kwargs)
         return self.run(given["hidden_states"], given["temb"], given["image_rotary_emb"], {})
 
 
@@ -83,7 +81,7 @@ def mixin_for(block: nn.Module) -> type | None:
     kind = type(block)
     if not isinstance(getattr(block, "attn", None), Attention):
         return None
-    parameters = set(_signature(kind.forward).parameters)
+    parameters = signature_of(kind.forward).defaults.keys()
     if kind.__name__ == "FluxTransformerBlock" and parameters >= DOUBLE_ARGUMENTS - {"context_temb"}:
         return Double if _has(block, "norm1", "norm1_context", "norm2", "norm2_context", "ff", "ff_context") else None
     if kind.__name__ == "FluxSingleTransformerBlock" and "encoder_hidden_states" not in parameters >= SINGLE_ARGUMENTS:

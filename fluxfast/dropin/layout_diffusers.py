@@ -11,49 +11,35 @@ from torch import Tensor, nn
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.model.block_maths import BlockMaths
 from fluxfast.model.blocks import DoubleStreamBlock, SingleStreamBlock
-from fluxfast.model.linear import untouched
+from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.processors import Tables
 
 
 class _Shared:
+    entry = "forward"
+
     def maths(self) -> Any:
         """What computes the block."""
         return self
 
-    def host_runs_because(self: Any) -> str | None:
-        """Why the host's own forward runs; None where ours does."""
-        return None if all(map(untouched, self.bypassed())) else "hooks on its modules"
+    def modules_because(self: Any) -> str | None:
+        """Why its modules make the host's own forward run; None where they don't."""
+        return must_be_called(self.bypassed())
+
+    def host_because(self: Any, x: Tensor, pe: Tables | None) -> str | None:
+        because: str | None = super().host_because(x, pe)  # type: ignore[misc]
+        # diffusers' block takes no positions of tokens that a route has left
+        if because is None and pe is not None and len(pe) == 2:
+            return host_is_faster(x, self.linear_groups()[-1][0])
+        return because
 
 
 class Double(_Shared, DoubleStreamBlock):
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Any,
-        image_rotary_emb: Tables,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        args = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-        # diffusers' block takes no positions of tokens that a route has left
-        if len(image_rotary_emb) == 2 and host_is_faster(hidden_states, self.ff.net[2]):
-            return FluxTransformerBlock.forward(self, *args)
-        return super().forward(*args)
+    pass
 
 
 class Single(_Shared, SingleStreamBlock):
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        temb: Any,
-        image_rotary_emb: Tables,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        args = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-        if len(image_rotary_emb) == 2 and host_is_faster(hidden_states, self.proj_out):
-            return FluxSingleTransformerBlock.forward(self, *args)
-        return super().forward(*args)
+    pass
 
 
 def mixin_for(block: nn.Module) -> type[BlockMaths] | None:

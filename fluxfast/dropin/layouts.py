@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from fluxfast.dropin import layout_bfl, layout_concatenated, layout_diffusers
+from fluxfast.dropin.arguments import signature_of
 
 # of an accelerated block, what `accelerate` set
-CHOICES = ("compute", "outliers", "impl", "attention", "policy", "fixed_policy", "share_dropout", "replaced")
+CHOICES = ("compute", "compute_because", "outliers", "impl", "attention", "policy", "fixed_policy", "share_dropout")
+CHOICES += ("replaced", "log")
 LAYOUTS: dict[str, Any] = {
     "diffusers": layout_diffusers,
     "concatenated": layout_concatenated,
@@ -46,10 +48,16 @@ def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
 
 
-def adopt(block: nn.Module, layout: str, mixin: type) -> None:
-    """Give a block the class that runs our maths."""
+def adopt(block: nn.Module, layout: str, mixin: Any) -> None:
+    """Give a block the class that runs our maths, and note whether a forward of its own stands before that."""
     anything: Any = block
-    anything.__class__ = _class_for(anything.__class__, layout, mixin)
+    host, entry = type(block), mixin.entry
+    left = block.__dict__.get(entry)
+    # what libraries leave behind that take their hooks off: its class's own forward, as an attribute
+    if getattr(left, "__func__", None) is getattr(host, entry) and getattr(left, "__self__", None) is block:
+        del block.__dict__[entry]
+    anything.__class__ = _class_for(host, layout, mixin)
+    anything.replaced = entry in block.__dict__
 
 
 def give_back(block: Any) -> None:
@@ -60,7 +68,7 @@ def give_back(block: Any) -> None:
 
 
 @functools.cache
-def _class_for(host: type, layout: str, mixin: type) -> type:
+def _class_for(host: type, layout: str, mixin: Any) -> type:
     body = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
@@ -68,6 +76,7 @@ def _class_for(host: type, layout: str, mixin: type) -> type:
         "__reduce_ex__": lambda block, protocol: (_rebuild, (host, layout, mixin), block.__dict__),
         "host_class": host,
         "layout": layout,
+        "signature": signature_of(getattr(host, mixin.entry)),
     }
     made = type(host.__name__, (mixin, host), body)
     LAYOUTS[layout].register(host, made)

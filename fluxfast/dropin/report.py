@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fluxfast.dropin.cpu import REASON, host_is_faster
+from fluxfast.dropin.calls import WAYS, WORDS, CallLog, Fallback, with_value
+from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.dropin.layouts import accelerated_blocks
 from fluxfast.model.bases import Decoded
 from fluxfast.model.linear import StoredWeight, obstacle, read_linear
 
 # a linear in a block that is one autograd.Function; by our kernels, one at a time; by calling the module
 Runs = Literal["fused", "alone", "module"]
+REPLACED = "its forward was replaced before accelerate()"
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,20 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: whether it is one autograd.Function, and if not, why."""
+    """One block: whether it can run as one autograd.Function, and if not, why; and what became of its calls so far."""
 
     name: str
     fused: bool
     because: str | None
+    calls: CallLog = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of an accelerated model when it was asked; `because` fields say why.
+    """The state of an accelerated model when it was asked, and the calls of its blocks until now; `because` fields say why.
 
     layout: "diffusers", "concatenated" or "bfl". compute, attention, recompute, impl: what the blocks were told; compute with
-    what "auto" came to.
+    what "auto" came to. Counts of calls are the blocks' own and go on: printed again, a report shows those of then.
     """
 
     layout: str
@@ -62,13 +65,32 @@ class Report:
         """How many of the blocks' linears run that way."""
         return sum(linear.runs == runs for linear in self.linears)
 
+    def calls(self, how: str | None = None) -> int:
+        """How many calls of blocks there have been since `accelerate`; of these, those that ran "fused", "composed" (op by op)
+        or by the "host"'s own forward.
+        """
+        return sum(block.calls.total if how is None else block.calls.count(how) for block in self.blocks)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        return dataclasses.asdict(self)
+        data = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        data["linears"] = [dataclasses.asdict(linear) for linear in self.linears]
+        data["blocks"] = [
+            {"name": block.name, "fused": block.fused, "because": block.because, "calls": _calls_of(block.calls)}
+            for block in self.blocks
+        ]
+        return data
 
     def _lines(self) -> Iterator[str]:
-        fused = sum(block.fused for block in self.blocks)
-        yield f"fluxfast: {self.layout} layout, {fused} of {len(self.blocks)} blocks fused"
+        fused, calls = sum(block.fused for block in self.blocks), self.calls()
+        ran = f"{self.calls('fused')} of {calls} calls did" if calls else "no call so far"
+        yield f"fluxfast: {self.layout} layout, {fused} of {len(self.blocks)} blocks can run fused; {ran}"
+        yield from self._fallback_lines()
+        compiled = Counter(block.calls.compiled for block in self.blocks if block.calls.compiled is not None)
+        for (how, because), count in compiled.items():
+            yield f"  {_number(count, 'block')} compiled, whose calls are not counted, run {WORDS[how]}: {because}"
+        if replaced := sum(block.because == REPLACED for block in self.blocks):
+            yield f"  the calls of {_number(replaced, 'block')} are unknown: the forward was replaced before accelerate()"
         yield f"  compute {self.compute}: {self.compute_because}"
         yield f"  attention {self.attention}, recompute {self.recompute}, kernels {self.impl}, TREAD routes {self.routes}"
         bases = Counter(linear.base for linear in self.linears)
@@ -85,11 +107,36 @@ class Report:
             for reason, names in reasons.items():
                 yield f"  {what}: {len(names)}, {reason} ({names[0]}{', …' if len(names) > 1 else ''})"
 
+    def _fallback_lines(self) -> Iterator[str]:
+        """A line for each way and reason in which calls were not fused."""
+        found: dict[tuple[str, str], list[tuple[str, Fallback]]] = {}
+        for block in self.blocks:
+            for key, seen in block.calls.fallbacks().items():
+                found.setdefault(key, []).append((block.name, seen))
+        for (how, because), seen_by in found.items():
+            calls = sum(seen.calls for _, seen in seen_by)
+            name, last = seen_by[0][0], seen_by[0][1].last
+            names = f"{name}{', …' if len(seen_by) > 1 else ''}"
+            count = f"{_number(calls, 'call')} in {_number(len(seen_by), 'block')}"
+            yield f"  {count} ran {WORDS[how]}: {with_value(because, last)} ({names})"
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
 
-def inspect(transformer: nn.Module, compute_because: str = "asked for") -> Report:
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _calls_of(log: CallLog) -> dict[str, Any]:
+    fallbacks = [
+        {"how": how, "because": because, "calls": seen.calls, "last": seen.last}
+        for (how, because), seen in log.fallbacks().items()
+    ]
+    return {**{how: log.count(how) for how in WAYS}, "compiled": log.compiled is not None, "fallbacks": fallbacks}
+
+
+def inspect(transformer: nn.Module) -> Report:
     """What runs how in a model that `accelerate` has changed, as it is now: call it again when adapters have come or gone.
 
     Raises ValueError where no block is accelerated.
@@ -111,7 +158,7 @@ def inspect(transformer: nn.Module, compute_because: str = "asked for") -> Repor
         blocks=tuple(blocks),
         linears=tuple(linears),
         compute=first.compute,
-        compute_because=compute_because,
+        compute_because=first.compute_because,
         attention=first.attention,
         recompute=_recompute([block for _, block in found]),
         impl=first.impl,
@@ -128,25 +175,25 @@ def _recompute(blocks: list[Any]) -> str:
 
 def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, list[LinearReport]]:
     maths = block.maths()
-    because = block.host_runs_because()
-    if block.__dict__.get("replaced"):
-        because = "its forward was replaced before accelerate()"
-    elif because is None and host_is_faster(_input_like(maths), maths.linear_groups()[-1][0]):
-        because = REASON
+    because = block.modules_because()
+    if block.replaced:
+        because = REPLACED
+    elif because is None:
+        because = host_is_faster(_input_like(maths), maths.linear_groups()[-1][0])
     hosts = because is not None
     groups = [module for group in maths.linear_groups() for module in group]
     obstacles = [obstacle(module, share_dropout=maths.share_dropout) for module in groups]
     if because is None:
         because = maths.composed_because({})
     if because is None:
-        count = sum(reason is not None for reason in obstacles)
-        because = f"{count} of its linears can't be read" if count else None
+        unread = [reason for reason in obstacles if reason is not None]
+        because = f"{len(unread)} of its linears can't be read: {unread[0]}" if unread else None
     linears = []
     for module in (*groups, *maths.modulation_linears()):
         # a modulation is a call of its own in either case
         alone = because is not None or module in maths.modulation_linears()
         linears.append(_linear(names[id(module)], module, maths.share_dropout, "alone" if alone else "fused", hosts))
-    return BlockReport(name, because is None, because), linears
+    return BlockReport(name, because is None, because, block.log), linears
 
 
 def _input_like(maths: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from fluxfast.model import processors
 from fluxfast.model.fused import Reads, Run, factors_of, norm_weights, read_groups, seed_for
 from fluxfast.model.fused_double import DoubleBlock
 from fluxfast.model.fused_single import SingleBlock
+from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.processors import Tables
@@ -47,6 +48,24 @@ def arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast
     return (torch.float32 if device == "cpu" and dtype.itemsize < 4 else dtype), autocast
+
+
+class Caller(NamedTuple):
+    """How the owner of a block calls the modules in it: in which dtype, and under which dtype's autocast, if it is on."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+
+class Log(Protocol):
+    """Who is told what became of each call of a block."""
+
+    def record(self, how: str, because: str | None = None, value: str = "") -> None:
+        """how: "fused" for one autograd.Function, "composed" for op by op, "host" for the forward of the block's owner; and
+        "module", beside one of these, for a modulation whose linear was called by its module.
+
+        because: why it was not "fused". value: what in that may differ from call to call.
+        """
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -81,6 +100,12 @@ class Choices:
     # whether adapters that read the same x may share a dropout mask; PEFT draws one each
     share_dropout: bool = True
     residency: Any = None
+    log: Log | None = None
+
+    def ran(self, how: str, because: str | None = None, value: str = "") -> None:
+        """Tell the block's log, if it has one; arguments as `Log.record` takes them."""
+        if self.log is not None:
+            self.log.record(how, because, value)
 
 
 class BlockMaths(Choices):
@@ -124,12 +149,16 @@ class BlockMaths(Choices):
             return "an RMS norm of its q or k is trained"
         return None
 
-    def _reads(self) -> Reads | None:
+    def _reads(self) -> Reads | str:
         return read_groups(self.linear_groups(), share_dropout=self.share_dropout)
 
-    def _fused_run(self, reads: Reads | None, x: Tensor, pe: Tables, kwargs: dict[str, Any]) -> Run | None:
+    def _fused_run(self, reads: Reads | str, x: Tensor, pe: Tables, kwargs: dict[str, Any]) -> Run | None:
         """How the fused Function runs this call, or None where the composed path has to."""
-        if reads is None or self.composed_because(kwargs) is not None:
+        because = self.composed_because(kwargs)
+        if because is None and isinstance(reads, str):
+            because = f"a linear of it is called by its module: {reads}"
+        self.ran("fused" if because is None else "composed", because)
+        if because is not None or isinstance(reads, str):
             return None
         attn = self.attn
         tables, mask = processors.rope(pe, processors.head_dim(attn)), kwargs.get("attention_mask")
@@ -148,9 +177,10 @@ class BlockMaths(Choices):
         """Shifts, scales and gates [B, n · D] of each stream, from its vec, or as `modulation` has computed them ahead."""
         if isinstance(vecs[0], tuple):
             return vecs[0]
-        apply = functools.partial(project, share_dropout=self.share_dropout, autocast=autocast)
+        told: dict[str, Any] = {"by_module": functools.partial(self.ran, "module")} if self.log is not None else {}
+        apply = functools.partial(project, share_dropout=self.share_dropout, autocast=autocast, **told)
         return tuple(
-            apply(torch.nn.functional.silu(vec.to(dtype)), linear)  # type: ignore[union-attr]
+            apply(torch.nn.functional.silu(vec.to(dtype)), linear, given=vec.dtype)  # type: ignore[union-attr]
             for vec, linear in zip(vecs, self.modulation_linears(), strict=True)
         )
 
@@ -185,9 +215,13 @@ class DoubleMaths(BlockMaths):
     def modulation_linears(self) -> tuple[nn.Module, ...]:
         return self.norm1.linear, self.norm1_context.linear
 
+    def composed_because(self, kwargs: dict[str, Any]) -> str | None:
+        return super().composed_because(kwargs) or must_be_called([self.attn.to_out[1]])
+
     def bypassed(self) -> tuple[nn.Module, ...]:
-        norms = (self.norm1, self.norm1.norm, self.norm1_context, self.norm1_context.norm, self.norm2, self.norm2_context)
-        return *norms, self.ff, self.ff.net[0], self.ff_context, self.ff_context.net[0]
+        modulated = (m for norm in (self.norm1, self.norm1_context) for m in (norm, norm.norm, norm.silu))
+        mlps = (m for ff in (self.ff, self.ff_context) for m in (ff, ff.net[0], ff.net[1]))
+        return *modulated, self.norm2, self.norm2_context, *mlps
 
     def run(
         self,
@@ -203,14 +237,13 @@ class DoubleMaths(BlockMaths):
         with resident(self, "forward"), without_autocast(img.device.type, autocast):  # type: ignore[arg-type]
             reads, img_in, txt_in = self._reads(), img.to(dtype), txt.to(dtype)
             run = self._fused_run(reads, img_in, pe, kwargs)
-            if self.training and self.attn.to_out[1].p > 0:
-                run = None
             with self._saving() if run is not None else nullcontext():
                 img_mod, txt_mod = self._modulation((vec, vec if txt_vec is None else txt_vec), dtype, autocast)
                 if run is None:
-                    txt_in, img_in = self._composed_by_policy(img_in, txt_in, img_mod, txt_mod, pe, kwargs, autocast)
+                    caller = Caller(img.dtype, autocast)
+                    txt_in, img_in = self._composed_by_policy(img_in, txt_in, img_mod, txt_mod, pe, kwargs, caller)
                 else:
-                    assert reads is not None
+                    assert not isinstance(reads, str)
                     txt_in, img_in = DoubleBlock.apply(self, run, reads, img_in, txt_in, img_mod, txt_mod, *factors_of(reads))
         return _finite(txt_in.to(txt.dtype)), img_in.to(img.dtype)
 
@@ -222,11 +255,11 @@ class DoubleMaths(BlockMaths):
         txt_mod: Tensor,
         pe: Tables,
         kwargs: dict[str, Any],
-        autocast: torch.dtype | None,
+        caller: Caller,
     ) -> tuple[Tensor, Tensor]:
         attn = self.attn
         chosen: dict[str, Any] = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
-        apply: Callable[..., Tensor] = functools.partial(project, **chosen, autocast=autocast)
+        apply: Callable[..., Tensor] = functools.partial(project, **chosen, given=caller.dtype, autocast=caller.autocast)
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
 
@@ -237,13 +270,13 @@ class DoubleMaths(BlockMaths):
         if self.foreign_attention(kwargs) is None:
             q, k, v = qk_norm_rope(
                 apply(img_in, *processors.qkv(attn)),
-                attn.norm_q.weight,
-                attn.norm_k.weight,
+                processors.norm_weight(attn.norm_q),
+                processors.norm_weight(attn.norm_k),
                 **processors.rope(pe, processors.head_dim(attn)),
                 heads=attn.heads,
                 txt_qkv=apply(txt_in, *processors.txt_qkv(attn)),
-                txt_q_weight=attn.norm_added_q.weight,
-                txt_k_weight=attn.norm_added_k.weight,
+                txt_q_weight=processors.norm_weight(attn.norm_added_q),
+                txt_k_weight=processors.norm_weight(attn.norm_added_k),
                 eps=attn.norm_q.eps,
             )
             joint = processors.dispatched(attn, self.attention, q, k, v, kwargs.get("attention_mask"))
@@ -251,7 +284,7 @@ class DoubleMaths(BlockMaths):
             txt_attn = apply(joint[:, : txt.shape[1]], attn.to_add_out)
         else:
             img_attn, txt_attn, *extra = processors.by_processor(
-                attn, pe, kwargs, autocast, hidden_states=img_in, encoder_hidden_states=txt_in
+                attn, pe, kwargs, caller.autocast, hidden_states=img_in, encoder_hidden_states=txt_in
             )
 
         img = gated_residual(img, img_gate, img_attn)
@@ -286,7 +319,7 @@ class SingleMaths(BlockMaths):
         return (self.norm.linear,)
 
     def bypassed(self) -> tuple[nn.Module, ...]:
-        return self.norm, self.norm.norm, self.act_mlp
+        return self.norm, self.norm.norm, self.norm.silu, self.act_mlp
 
     def run(self, x: Tensor, vec: Tensor | Vectors, pe: Tables, kwargs: dict[str, Any]) -> Tensor:
         """The joint sequence x [B, S, D] after the block."""
@@ -297,16 +330,16 @@ class SingleMaths(BlockMaths):
             with self._saving() if run is not None else nullcontext():
                 (mod,) = self._modulation((vec,), dtype, autocast)
                 if run is None:
-                    x_in = self._composed_by_policy(x_in, mod, pe, kwargs, autocast)
+                    x_in = self._composed_by_policy(x_in, mod, pe, kwargs, Caller(x.dtype, autocast))
                 else:
-                    assert reads is not None
+                    assert not isinstance(reads, str)
                     x_in = SingleBlock.apply(self, run, reads, x_in, mod, *factors_of(reads))
         return _finite(x_in.to(x.dtype))
 
-    def _composed(self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None) -> Tensor:
+    def _composed(self, x: Tensor, mod: Tensor, pe: Tables, kwargs: dict[str, Any], caller: Caller) -> Tensor:
         attn, (first, last) = self.attn, self.linear_groups()
         chosen: dict[str, Any] = {"compute": self.compute, "outliers": self.outliers, "share_dropout": self.share_dropout}
-        apply: Callable[..., Tensor] = functools.partial(project, **chosen, autocast=autocast)
+        apply: Callable[..., Tensor] = functools.partial(project, **chosen, given=caller.dtype, autocast=caller.autocast)
         shift, scale, gate = mod.chunk(3, dim=-1)
         x_in = modulated_layer_norm(x, scale, shift, eps=self.norm.norm.eps)
         if self.foreign_attention(kwargs) is None:
@@ -315,8 +348,8 @@ class SingleMaths(BlockMaths):
             qkv, mlp = both.split([3 * attn.inner_dim, self.mlp_hidden_dim], dim=-1)
             q, k, v = qk_norm_rope(
                 qkv,
-                attn.norm_q.weight,
-                attn.norm_k.weight,
+                processors.norm_weight(attn.norm_q),
+                processors.norm_weight(attn.norm_k),
                 **processors.rope(pe, processors.head_dim(attn)),
                 heads=attn.heads,
                 eps=attn.norm_q.eps,
@@ -324,6 +357,6 @@ class SingleMaths(BlockMaths):
             attn_out = processors.dispatched(attn, self.attention, q, k, v, kwargs.get("attention_mask"))
         else:
             mlp = apply(x_in, self.proj_mlp)
-            (attn_out,) = processors.by_processor(attn, pe, kwargs, autocast, hidden_states=x_in)
+            (attn_out,) = processors.by_processor(attn, pe, kwargs, caller.autocast, hidden_states=x_in)
         out = apply(torch.cat([attn_out, gelu(mlp)], dim=-1), *last)
         return gated_residual(x, gate, out)

@@ -13,10 +13,12 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from fluxfast.model import processors
-from fluxfast.model.block_maths import DoubleMaths, SingleMaths
-from fluxfast.model.linear import untouched
+from fluxfast.model.block_maths import BlockMaths, DoubleMaths, SingleMaths
+from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.processors import Tables
+
+NO_POSITIONS = "it is called without image_rotary_emb"
 
 
 class DoubleStreamBlock(DoubleMaths, FluxTransformerBlock):
@@ -27,15 +29,20 @@ class DoubleStreamBlock(DoubleMaths, FluxTransformerBlock):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor | Vectors,
-        image_rotary_emb: Tables,
+        image_rotary_emb: Tables | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not all(map(untouched, self.bypassed())):
-            vec = _vec(temb)
-            return FluxTransformerBlock.forward(
-                self, hidden_states, encoder_hidden_states, vec, image_rotary_emb, joint_attention_kwargs
-            )
-        return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs or {})
+        kwargs = joint_attention_kwargs or {}
+        because = self.host_because(hidden_states, image_rotary_emb)
+        if because is not None or image_rotary_emb is None:
+            self.ran("host", because)
+            pe = processors.full_tables(image_rotary_emb, processors.head_dim(self.attn))
+            return FluxTransformerBlock.forward(self, hidden_states, encoder_hidden_states, _vec(temb), pe, kwargs)
+        return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb, kwargs)
+
+    def host_because(self, x: Tensor | None, pe: Tables | None) -> str | None:
+        """Why diffusers' own forward runs, for a call with the stream x and the tables pe; None where ours does."""
+        return _host_because(self, pe)
 
 
 class SingleStreamBlock(SingleMaths, FluxSingleTransformerBlock):
@@ -46,12 +53,14 @@ class SingleStreamBlock(SingleMaths, FluxSingleTransformerBlock):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
         temb: Tensor | Vectors,
-        image_rotary_emb: Tables,
+        image_rotary_emb: Tables | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With text given apart, as diffusers does, both come back apart; with None, `hidden_states` is the joint sequence."""
         kwargs = joint_attention_kwargs or {}
-        if not all(map(untouched, self.bypassed())):
+        because = self.host_because(hidden_states, image_rotary_emb)
+        if because is not None or image_rotary_emb is None:
+            self.ran("host", because)
             return self._theirs(hidden_states, encoder_hidden_states, _vec(temb), image_rotary_emb, kwargs)
         if encoder_hidden_states is None:
             return self.run(hidden_states, temb, image_rotary_emb, kwargs)
@@ -59,12 +68,20 @@ class SingleStreamBlock(SingleMaths, FluxSingleTransformerBlock):
         txt_len = encoder_hidden_states.shape[1]
         return joint[:, :txt_len], joint[:, txt_len:]
 
-    def _theirs(self, x: Tensor, txt: Tensor | None, temb: Tensor, pe: Tables, kwargs: dict[str, Any]) -> Any:
+    def host_because(self, x: Tensor | None, pe: Tables | None) -> str | None:
+        """Why diffusers' own forward runs, for a call with the stream x and the tables pe; None where ours does."""
+        return _host_because(self, pe)
+
+    def _theirs(self, x: Tensor, txt: Tensor | None, temb: Tensor, pe: Tables | None, kwargs: dict[str, Any]) -> Any:
         """diffusers' own forward, which wants text and image apart."""
-        pe = processors.full_tables(pe, self.attn.head_dim)
+        pe = processors.full_tables(pe, processors.head_dim(self.attn))
         if txt is not None:
             return FluxSingleTransformerBlock.forward(self, x, txt, temb, pe, kwargs)
         return torch.cat(FluxSingleTransformerBlock.forward(self, x[:, 1:], x[:, :1], temb, pe, kwargs), dim=1)
+
+
+def _host_because(block: BlockMaths, pe: Tables | None) -> str | None:
+    return NO_POSITIONS if pe is None else must_be_called(block.bypassed())
 
 
 def _vec(temb: Tensor | Vectors) -> Tensor:

@@ -28,7 +28,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fluxfast.model.linear import draw_seed, read_linear
+from fluxfast.model.linear import draw_seed, read_or_because
+from fluxfast.model.processors import norm_weight
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops import attention, qk_norm_rope, row_quant
 from fluxfast.ops.linear_group import LinearGroup, LinearParams
@@ -77,15 +78,15 @@ class Run:
         return "same" if self.compute == "same" else f"both-{self.compute}"
 
 
-def read_groups(groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = True) -> Reads | None:
-    """What the linears of each group hold; None if one of them has to be called as it is (`read_linear`)."""
+def read_groups(groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = True) -> Reads | str:
+    """What the linears of each group hold; a str, if one of them has to be called as it is, says why (`read_linear`)."""
     reads: Reads = []
     for modules in groups:
         linears = []
         for module in modules:
-            params = read_linear(module, share_dropout=share_dropout)
-            if params is None:
-                return None
+            params = read_or_because(module, share_dropout=share_dropout)
+            if isinstance(params, str):
+                return params
             linears.append(params)
         reads.append(linears)
     return reads
@@ -101,7 +102,7 @@ def remember(ctx: Any, block: Any, run: Run, reads: Reads) -> None:
 def reads_again(ctx: Any, factors: Sequence[Tensor]) -> Reads:
     """What forward read, with the factors that were saved; weights that a residency has moved since are read anew."""
     reads = ctx.reads if ctx.reads is not None else read_groups(ctx.block.linear_groups())
-    assert reads is not None, "the linears of a block changed between forward and backward"
+    assert not isinstance(reads, str), "the linears of a block changed between forward and backward"
     it = iter(factors)
     return [
         [
@@ -125,7 +126,7 @@ def factors_of(reads: Reads) -> list[Tensor]:
 
 def norm_weights(*norms: Any, impl: str) -> Tensor:
     """The RMS norms' weights [norms, head_dim] as `qk_norm_rope` takes them; Triton's kernels cast them as they are read."""
-    weights = torch.stack([norm.weight.detach() for norm in norms])
+    weights = torch.stack([norm_weight(norm).detach() for norm in norms])
     return weights if impl == "triton" else weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 

@@ -8,13 +8,14 @@ itself: slower, never skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fluxfast.model.bases import foreign_weight
+from fluxfast.model.bases import Decoded, foreign_weight
 from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear
 from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import QuantWeight
@@ -29,15 +30,33 @@ _PEFT_WRAPPERS = {
 }
 
 
+def touched(module: nn.Module) -> str | None:
+    """What else than its class's own forward calling the module would run: a hook, a replaced forward; None for nothing.
+
+    Such a hook may change the weights for the length of a call (diffusers' layerwise casting and group offloading,
+    accelerate's offloading), so that only the module itself can say what it computes.
+    """
+    if "forward" in module.__dict__ and not _is_own_forward(module, module.__dict__["forward"]):
+        registry, hook = module.__dict__.get("_diffusers_hook"), module.__dict__.get("_hf_hook")
+        if hook is not None:
+            return f"it has hooks: accelerate's {type(hook).__name__}"
+        if registry is not None and registry.hooks:
+            return f"it has hooks: diffusers' {', '.join(registry.hooks)}"
+        return "its forward was replaced"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    return None
+
+
+def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether an instance's `forward` is its class's own after all: what libraries leave behind that take their hooks off."""
+    own = getattr(forward, "__self__", None) is module
+    return own and getattr(forward, "__func__", None) is type(module).forward
+
+
 def untouched(module: nn.Module) -> bool:
     """Whether calling the module would run its class's own forward and nothing else: no hook, no replaced forward."""
-    return not (
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return touched(module) is None
 
 
 class StoredWeight(NamedTuple):
@@ -71,8 +90,8 @@ class StoredWeight(NamedTuple):
 
 def _base(module: nn.Module) -> LinearParams | str:
     """A linear without adapters, or why its forward can't be read."""
-    if not untouched(module):
-        return "its forward was replaced" if "forward" in module.__dict__ else "it has hooks"
+    if (because := touched(module)) is not None:
+        return because
     if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
         return LinearParams(StoredWeight(module.packed()), module.bias)
     weight = foreign_weight(module)
@@ -86,8 +105,17 @@ def _base(module: nn.Module) -> LinearParams | str:
         return LinearParams(StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, _bias_of(module))
     if type(module).forward is nn.Linear.forward:
         assert isinstance(module, nn.Linear)
-        return LinearParams(module.weight, module.bias)
+        return _plain_base(module)
     return f"{type(module).__name__} is not known"
+
+
+def _plain_base(linear: nn.Linear) -> LinearParams:
+    weight, bias = linear.weight, linear.bias
+    if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
+        return LinearParams(weight, bias)
+    # kept in 8 bits that no product reads (float8 without a scale): every number of theirs is one of fp32's
+    bias = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
+    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), bias)
 
 
 def _bias_of(module: Any) -> Tensor | None:
@@ -103,17 +131,18 @@ def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParam
 
     share_dropout: False leaves an adapter with an active dropout to its module, whose masks are drawn as PEFT draws them.
     """
-    params = _read(module, share_dropout)
+    params = read_or_because(module, share_dropout=share_dropout)
     return None if isinstance(params, str) else params
 
 
 def obstacle(module: nn.Module, *, share_dropout: bool = True) -> str | None:
     """Why `read_linear` gives None for a module; None where it doesn't."""
-    params = _read(module, share_dropout)
+    params = read_or_because(module, share_dropout=share_dropout)
     return params if isinstance(params, str) else None
 
 
-def _read(module: nn.Module, share_dropout: bool) -> LinearParams | str:
+def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | str:
+    """What `read_linear` gives, or in place of None what `obstacle` says."""
     kind = type(module)
     wrapped = (kind.__module__, kind.__name__) in _PEFT_WRAPPERS
     params = _read_peft(module, share_dropout) if wrapped else _base(module)
@@ -123,8 +152,8 @@ def _read(module: nn.Module, share_dropout: bool) -> LinearParams | str:
 
 
 def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
-    if not untouched(module):
-        return "its forward was replaced" if "forward" in module.__dict__ else "it has hooks"
+    if (because := touched(module)) is not None:
+        return because
     base = _base(module.base_layer)
     if isinstance(base, str):
         return base
@@ -150,15 +179,27 @@ def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
     return base._replace(adapters=tuple(adapters))
 
 
-def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None) -> Tensor:
-    """The module's own forward, in the dtype that it computes in, back in x's; `autocast` as its caller had it."""
+def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: torch.dtype) -> Tensor:
+    """The module's own forward, of x in the dtype that it computes in, back in x's; `autocast` as its caller had it.
+
+    That is its weight's dtype where nothing changes the weight for the length of a call. Where something may, it is `given`,
+    the dtype in which the owner of the block would call it.
+    """
     if autocast is not None:
         with torch.autocast(x.device.type, autocast):
             return module(x).to(x.dtype)
-    weight = getattr(getattr(module, "base_layer", module), "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
-        return module(x.to(weight.dtype)).to(x.dtype)
-    return module(x).to(x.dtype)
+    return module(x.to(_called_in(module) or given)).to(x.dtype)
+
+
+def _called_in(module: Any) -> torch.dtype | None:
+    """The dtype of a linear's weight, if it has one in which its forward computes."""
+    base = getattr(module, "base_layer", module)
+    if not (untouched(module) and untouched(base)):
+        return None
+    if isinstance(base, QuantLinear):
+        return base.compute_dtype
+    dtype = getattr(getattr(base, "weight", None), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1 else None
 
 
 def draw_seed() -> int:
@@ -183,21 +224,29 @@ def project(
     outliers: int = 0,
     share_dropout: bool = True,
     autocast: torch.dtype | None = None,
+    given: torch.dtype | None = None,
+    by_module: Callable[[str], None] | None = None,
     last: int = 0,
 ) -> Tensor:
     """Apply several Linear modules to the same x [..., in]; returns their outputs side by side [..., Σ out], in x's dtype.
 
     compute, outliers: as `lora_linear` takes them, for the modules that it computes. share_dropout: as in `read_linear`.
-    autocast: the dtype that the caller of the model chose, under which modules that can't be read are called. last: how many
-    of the first modules are called after the others, where the order of their random numbers matters.
+    autocast: the dtype that the caller of the model chose, under which modules that can't be read are called. given: the
+    dtype in which their owner would call these; x's own if it is None. last: how many of the first modules are called after
+    the others, where the order of their random numbers matters.
     """
-    reads = [read_linear(module, share_dropout=share_dropout) for module in modules]
-    known = [read for read in reads if read is not None]
+    reads = [read_or_because(module, share_dropout=share_dropout) for module in modules]
+    known = [read for read in reads if not isinstance(read, str)]
     if len(known) == len(reads):
         return _apply(x, known, compute, outliers)
     outs: list[Tensor | None] = [None] * len(modules)
     for i in (*range(last, len(modules)), *range(last)):
         read = reads[i]
-        outs[i] = _call(modules[i], x, autocast) if read is None else _apply(x, [read], compute, outliers)
+        if isinstance(read, str):
+            if by_module is not None:
+                by_module(read)
+            outs[i] = _call(modules[i], x, autocast, given or x.dtype)
+        else:
+            outs[i] = _apply(x, [read], compute, outliers)
     made = [out for out in outs if out is not None]
     return made[0] if len(made) == 1 else torch.cat(made, dim=-1)

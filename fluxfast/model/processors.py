@@ -9,7 +9,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
-from fluxfast.model.linear import untouched, without_autocast
+from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.linear import without_autocast
 
 Tables = tuple[Tensor, ...]
 # names that diffusers' processors take without a word whether they use them or not
@@ -37,8 +38,10 @@ def rope(pe: Tables, head_dim: int) -> dict[str, Any]:
     return {"cos": cos, "sin": sin, "index": index[0] if index else None}
 
 
-def full_tables(pe: Tables, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The tables as diffusers' processors take them."""
+def full_tables(pe: Tables | None, head_dim: int) -> tuple[Tensor, Tensor] | None:
+    """The tables as diffusers' processors take them; None for a call without positions."""
+    if pe is None:
+        return None
     cos, sin, *index = pe
     if index:
         raise ValueError(
@@ -53,6 +56,12 @@ def head_dim(attn: Any) -> int:
     return attn.inner_dim // attn.heads
 
 
+def norm_weight(norm: Any) -> Tensor:
+    """An RMS norm's weight, in a dtype that products take: nothing multiplies by 8-bit floats without a cast."""
+    weight: Tensor = norm.weight
+    return weight if weight.dtype.itemsize > 1 else weight.float()
+
+
 def qkv(attn: Any) -> tuple[nn.Module, ...]:
     return (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
 
@@ -65,12 +74,10 @@ def foreign_attention(attn: Any, kwargs: dict[str, Any]) -> str | None:
     """Why attention is not FLUX.1's own, and its module has to compute it; None where it is."""
     if type(attn.processor) is not FluxAttnProcessor:
         return f"its attention processor is {type(attn.processor).__name__}"
-    if not kwargs.keys() <= QUIET_ATTENTION_KWARGS:
-        return f"joint_attention_kwargs {sorted(kwargs.keys() - QUIET_ATTENTION_KWARGS)}"
+    if unknown := sorted({name for name, value in kwargs.items() if value is not None} - QUIET_ATTENTION_KWARGS):
+        return f"joint_attention_kwargs {unknown}"
     norms = (getattr(attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
-    if not untouched(attn) or any(norm is not None and not untouched(norm) for norm in norms):
-        return "its attention module has hooks"
-    return None
+    return must_be_called([attn, *(norm for norm in norms if norm is not None)])
 
 
 def backend_of(attn: Any, chosen: str) -> str | None:

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +24,7 @@ FP32 = 1e-5
 DIM = SMALL["attention_head_dim"] * SMALL["num_attention_heads"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 MLPS = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
+BFL_TARGETS = ["qkv", "proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2", "linear1", "linear2", "lin"]
 EVERYTHING = [*ATTENTION, *MLPS, "norm.linear", "norm1.linear", "norm1_context.linear", "x_embedder", "context_embedder"]
 
 
@@ -41,6 +42,13 @@ def add_lora(model, name="default", targets=EVERYTHING, seed=3, size=0.2, **conf
         for key, p in model.named_parameters():
             if "lora_" in key and f".{name}." in key + ".":
                 p.copy_(torch.randn(p.shape, generator=g) * size)
+
+
+def inject_peft(model, **config):
+    """PEFT's LoRA on all linears of the blocks of a model that is not diffusers' own."""
+    targets = BFL_TARGETS if isinstance(model, Flux) else [t for t in EVERYTHING if "embedder" not in t]
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=targets, **config), model)
+    randomise_trained(model)
 
 
 class ReplacedForward(nn.Module):
@@ -113,7 +121,7 @@ class FluxSingleTransformerBlock(nn.Module):
         self.proj_mlp, self.proj_out = nn.Linear(DIM, 4 * DIM), nn.Linear(5 * DIM, DIM)
         self.attn = older_attention(pre_only=True)
 
-    def forward(self, hidden_states, temb, image_rotary_emb=None, attention_mask=None):
+    def forward(self, hidden_states, temb, image_rotary_emb=None, attention_mask=None, stages=(1, 1), offload=False):
         x, gate = self.norm(hidden_states, emb=temb)
         mlp = self.act_mlp(self.proj_mlp(x))
         attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, attention_mask=attention_mask)
@@ -128,10 +136,22 @@ class FluxTransformerBlock(nn.Module):
         self.norm2, self.norm2_context = (nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6) for _ in range(2))
         self.ff, self.ff_context = (FeedForward(dim=DIM, dim_out=DIM, activation_fn="gelu-approximate") for _ in range(2))
 
-    def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_mask=None):
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        temb,
+        context_temb=None,
+        image_rotary_emb=None,
+        attention_mask=None,
+        stages=(1, 1),
+        offload=False,
+    ):
         img, txt = hidden_states, encoder_hidden_states
         img_in, gate, shift2, scale2, gate2 = self.norm1(img, emb=temb)
-        txt_in, c_gate, c_shift2, c_scale2, c_gate2 = self.norm1_context(txt, emb=temb)
+        txt_in, c_gate, c_shift2, c_scale2, c_gate2 = self.norm1_context(
+            txt, emb=temb if context_temb is None else context_temb
+        )
         img_attn, txt_attn = self.attn(img_in, txt_in, image_rotary_emb=image_rotary_emb, attention_mask=attention_mask)
         img, txt = img + gate[:, None] * img_attn, txt + c_gate[:, None] * txt_attn
         img = img + gate2[:, None] * self.ff(self.norm2(img) * (1 + scale2[:, None]) + shift2[:, None])
@@ -140,7 +160,9 @@ class FluxTransformerBlock(nn.Module):
 
 
 class OlderFlux(nn.Module):
-    """hidden_states and the rest as diffusers' model; `per_sample`: rotary tables of each sample, as under its own routes."""
+    """hidden_states and the rest as diffusers' model; `per_sample`: rotary tables of each sample, as under its own routes;
+    `options`: what blocks are called with beside that, all of which changes nothing in what they compute.
+    """
 
     def __init__(self):
         super().__init__()
@@ -153,6 +175,7 @@ class OlderFlux(nn.Module):
         self.norm_out = AdaLayerNormContinuous(DIM, DIM, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(DIM, SMALL["in_channels"])
         self.checkpointing = self.per_sample = False
+        self.options = {"stages": (1, 1), "offload": False}
 
     def forward(
         self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, attention_mask=None
@@ -164,10 +187,12 @@ class OlderFlux(nn.Module):
             pe = tuple(t[None].expand(len(img), -1, -1) for t in pe)
 
         def run(block, *args):
-            return checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
+            if self.checkpointing:
+                return checkpoint(lambda *inputs: block(*inputs, **self.options), *args, use_reentrant=False)
+            return block(*args, **self.options)
 
         for block in self.transformer_blocks:
-            txt, img = run(block, img, txt, vec, pe, attention_mask)
+            txt, img = run(block, img, txt, vec, None, pe, attention_mask)
         x = torch.cat([txt, img], 1)
         for block in self.single_transformer_blocks:
             x = run(block, x, vec, pe, attention_mask)
@@ -242,7 +267,7 @@ class DoubleStreamBlock(Checkpointing):
             mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(approximate="tanh"), nn.Linear(4 * DIM, DIM))
             setattr(self, f"{who}_mlp", mlp)
 
-    def _forward(self, img, txt, vec, pe, txt_attention_mask=None):
+    def _forward(self, img, txt, vec, pe, txt_attention_mask=None, lengths=None, split=False):
         parts = {}
         for who, x in (("txt", txt), ("img", img)):
             shift, scale, *_ = mods = getattr(self, f"{who}_mod")(vec)
@@ -267,7 +292,7 @@ class SingleStreamBlock(Checkpointing):
         self.norm, self.modulation = QKNorm(), Modulation(3)
         self.pre_norm, self.mlp_act = nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6), nn.GELU(approximate="tanh")
 
-    def _forward(self, x, vec, pe, txt_attention_mask=None):
+    def _forward(self, x, vec, pe, txt_attention_mask=None, lengths=None, split=False):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1((1 + scale) * self.pre_norm(x) + shift).split([3 * DIM, 4 * DIM], dim=-1)
         q, k, v = split_heads(qkv)
@@ -276,7 +301,7 @@ class SingleStreamBlock(Checkpointing):
 
 
 class Flux(nn.Module):
-    """Inputs as diffusers' model, but for txt_attention_mask [B, S_txt]."""
+    """Inputs as diffusers' model, but for txt_attention_mask [B, S_txt]; `options` as `OlderFlux` has them."""
 
     def __init__(self):
         super().__init__()
@@ -285,6 +310,7 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock() for _ in range(SMALL["num_layers"]))
         self.single_blocks = nn.ModuleList(SingleStreamBlock() for _ in range(SMALL["num_single_layers"]))
         self.final = nn.Linear(DIM, SMALL["in_channels"])
+        self.options = {"lengths": [], "split": False}
 
     def forward(
         self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, txt_attention_mask=None
@@ -302,10 +328,10 @@ class Flux(nn.Module):
         pe = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2)).float()
         pe = pe[None, None].expand(len(img), -1, -1, -1, -1, -1)
         for block in self.double_blocks:
-            img, txt = block(img=img, txt=txt, vec=vec, pe=pe, txt_attention_mask=txt_attention_mask)
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe, txt_attention_mask=txt_attention_mask, **self.options)
         x = torch.cat([txt, img], 1)
         for block in self.single_blocks:
-            x = block(x, vec=vec, pe=pe, txt_attention_mask=txt_attention_mask)
+            x = block(x, vec, pe, txt_attention_mask, *self.options.values())
         return self.final(x[:, txt.shape[1] :])
 
 

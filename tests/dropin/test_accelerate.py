@@ -235,7 +235,7 @@ def test_report_says_what_and_why():
     (block,) = (block for block in report.blocks if not block.fused)
     assert block.name == "transformer_blocks.1" and "1 of its linears" in block.because
     text = str(report)
-    assert "4 of 5 blocks fused" in text and "it has hooks (transformer_blocks.1.attn.to_v)" in text
+    assert "4 of 5 blocks can run fused" in text and "it has hooks (transformer_blocks.1.attn.to_v)" in text
     assert report.to_dict()["linears"][0] == {
         **{"name": "transformer_blocks.0.attn.to_q", "runs": "fused", "base": "float32", "adapters": 1, "because": None}
     }

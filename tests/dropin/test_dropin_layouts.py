@@ -3,16 +3,14 @@
 import pytest
 import torch
 from dropin_hosts import (
-    EVERYTHING,
     Flux,
     OlderFlux,
     assert_equal,
     diffusers_host,
+    inject_peft,
     pair,
-    randomise_trained,
     replace_forwards,
 )
-from peft import LoraConfig, inject_adapter_in_model
 
 import fluxfast
 from support import make_inputs
@@ -60,14 +58,6 @@ def checkpoint_host(model):
         model.enable_gradient_checkpointing()
 
 
-def inject_peft(model, targets):
-    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=targets), model)
-    randomise_trained(model)
-
-
-BFL_TARGETS = ["qkv", "proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2", "linear1", "linear2", "lin"]
-
-
 @pytest.mark.parametrize("layout", ["concatenated", "bfl"])
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize("variant", ["plain", "per_sample", "mask"])
@@ -76,11 +66,8 @@ def test_other_layouts(inputs, layout, checkpointed, variant):
     host, ours = pair(lambda: HOSTS[layout][0]().requires_grad_(False))
     more = {}
     for model in (host, ours):
-        if layout == "bfl":
-            inject_peft(model, BFL_TARGETS)
-        else:
-            inject_peft(model, [t for t in EVERYTHING if "embedder" not in t])
-            model.per_sample = variant == "per_sample"
+        inject_peft(model)
+        model.per_sample = variant == "per_sample"
         model.train()
         if checkpointed:
             checkpoint_host(model)

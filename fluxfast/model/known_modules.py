@@ -1,0 +1,48 @@
+"""The modules of FLUX.1's blocks whose work fluxfast does without calling them, and what they must be for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from torch import nn
+
+from fluxfast.model.linear import touched
+
+_CLASSES: tuple[Any, ...] = (
+    *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),
+    *(FeedForward, GELU, nn.GELU, nn.SiLU, nn.Dropout, FluxAttention, Attention),
+)
+# a tuple, in which torch.compile finds them all
+_FORWARDS = tuple(known.forward for known in _CLASSES)
+
+
+def must_be_called(modules: Iterable[nn.Module]) -> str | None:
+    """Why one of the modules has to be called for what it computes: it has hooks, or is not FLUX.1's; None where none has."""
+    for module in modules:
+        because = touched(module)
+        if because is not None:
+            return f"its {type(module).__name__} is called as a module: {because}"
+        if type(module).forward not in _FORWARDS or not _is_flux(module):
+            return f"its {type(module).__name__} is not the module that FLUX.1 has there"
+    return None
+
+
+def _is_flux(module: Any) -> bool:
+    """Whether a module of a known class has the settings of FLUX.1's."""
+    if isinstance(module, nn.LayerNorm):
+        return module.weight is None and module.bias is None
+    if isinstance(module, (RMSNorm, nn.RMSNorm)):
+        return module.weight is not None and getattr(module, "bias", None) is None and module.eps is not None
+    if isinstance(module, (GELU, nn.GELU)):
+        return module.approximate == "tanh"
+    if isinstance(module, AdaLayerNormZero):
+        return module.emb is None
+    if isinstance(module, FeedForward):
+        return len(module.net) == 3
+    return not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
