@@ -86,6 +86,8 @@ def main():
                 optimizer.zero_grad()
             accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
 
+    # how the blocks' calls ran
+    accelerator.print(report)
     if accelerator.is_main_process:
         tensors = get_peft_model_state_dict(accelerator.unwrap_model(transformer))
         save_file({f"transformer.{name}": tensor.contiguous() for name, tensor in tensors.items()}, args.output)

@@ -58,9 +58,10 @@ def random_batch(transformer, size):
 def main():
     args = parse_args()
     transformer = load(args.model).requires_grad_(False)
+    report = None
     if not args.plain:
         # before or after the adapters: it sees them either way
-        print(fluxfast.accelerate(transformer))
+        report = fluxfast.accelerate(transformer)
     torch.manual_seed(1)
     transformer.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS))
     transformer.enable_gradient_checkpointing()
@@ -82,6 +83,9 @@ def main():
         optimizer.zero_grad()
         print(f"step {step + 1}: loss {loss.item():.4f}")
 
+    if report is not None:
+        # what can run fused, and how the steps' calls did
+        print(report)
     transformer.save_lora_adapter(args.output)
     print(f"saved {args.output}/pytorch_lora_weights.safetensors")
 

@@ -238,8 +238,8 @@ def mixin_for(block: nn.Module) -> type | None:
     kind: Any = type(block)
     inside = hasattr(kind, "_forward")
     takes = tuple(signature_of(kind._forward if inside else kind.forward).defaults)
-    double = ("img_mod.lin", "txt_mod.lin", "img_attn.qkv", "txt_attn.qkv", "img_attn.norm.query_norm.scale")
-    double += tuple(f"{who}_{what}" for who in ("img", "txt") for what in ("norm1", "norm2", "mlp"))
+    parts = ("mod.lin", "attn.qkv", "attn.norm.query_norm.scale", "norm1", "norm2", "mlp")
+    double = [f"{who}_{part}" for who in ("img", "txt") for part in parts]
     if takes[:4] == ("img", "txt", "vec", "pe") and _reaches(block, *double):
         return CheckpointedDouble if inside else Double
     single = ("modulation.lin", "linear1", "linear2", "norm.query_norm.scale", "pre_norm", "mlp_act")

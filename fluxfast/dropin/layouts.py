@@ -17,8 +17,10 @@ from fluxfast.dropin import layout_bfl, layout_concatenated, layout_diffusers
 from fluxfast.dropin.arguments import signature_of
 
 # of an accelerated block, what `accelerate` set
-CHOICES = ("compute", "compute_because", "outliers", "impl", "attention", "policy", "fixed_policy", "share_dropout")
-CHOICES += ("replaced", "log")
+CHOICES = (
+    *("compute", "compute_because", "outliers", "impl", "attention", "policy", "fixed_policy", "share_dropout"),
+    *("replaced", "log"),
+)
 LAYOUTS: dict[str, Any] = {
     "diffusers": layout_diffusers,
     "concatenated": layout_concatenated,
@@ -51,7 +53,8 @@ def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
 def adopt(block: nn.Module, layout: str, mixin: Any) -> None:
     """Give a block the class that runs our maths, and note whether a forward of its own stands before that."""
     anything: Any = block
-    host, entry = type(block), mixin.entry
+    host: Any = type(block)
+    entry = mixin.entry
     left = block.__dict__.get(entry)
     # what libraries leave behind that take their hooks off: its class's own forward, as an attribute
     if getattr(left, "__func__", None) is getattr(host, entry) and getattr(left, "__self__", None) is block:

@@ -212,10 +212,10 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
     weight: Any = params.weight
     if isinstance(weight, StoredWeight):
         base = weight.packed.format.name
-    elif isinstance(weight, Decoded):
-        base = "decoded by its library"
     else:
-        base = str(weight.dtype).removeprefix("torch.")
+        held = getattr(module, "base_layer", module).weight
+        plain = not isinstance(weight, Decoded) or type(held) in (torch.Tensor, nn.Parameter)
+        base = str(held.dtype).removeprefix("torch.") if plain else "decoded by its library"
     if hosts:
         return LinearReport(name, "module", base, len(params.adapters), "its block's own forward runs")
     return LinearReport(name, runs, base, len(params.adapters))

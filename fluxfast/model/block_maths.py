@@ -177,8 +177,8 @@ class BlockMaths(Choices):
         """Shifts, scales and gates [B, n · D] of each stream, from its vec, or as `modulation` has computed them ahead."""
         if isinstance(vecs[0], tuple):
             return vecs[0]
-        told: dict[str, Any] = {"by_module": functools.partial(self.ran, "module")} if self.log is not None else {}
-        apply = functools.partial(project, share_dropout=self.share_dropout, autocast=autocast, **told)
+        told = None if self.log is None else functools.partial(self.ran, "module")
+        apply = functools.partial(project, share_dropout=self.share_dropout, autocast=autocast, by_module=told)
         return tuple(
             apply(torch.nn.functional.silu(vec.to(dtype)), linear, given=vec.dtype)  # type: ignore[union-attr]
             for vec, linear in zip(vecs, self.modulation_linears(), strict=True)

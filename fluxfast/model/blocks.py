@@ -40,7 +40,7 @@ class DoubleStreamBlock(DoubleMaths, FluxTransformerBlock):
             return FluxTransformerBlock.forward(self, hidden_states, encoder_hidden_states, _vec(temb), pe, kwargs)
         return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb, kwargs)
 
-    def host_because(self, x: Tensor | None, pe: Tables | None) -> str | None:
+    def host_because(self, x: Tensor, pe: Tables | None) -> str | None:
         """Why diffusers' own forward runs, for a call with the stream x and the tables pe; None where ours does."""
         return _host_because(self, pe)
 
@@ -68,7 +68,7 @@ class SingleStreamBlock(SingleMaths, FluxSingleTransformerBlock):
         txt_len = encoder_hidden_states.shape[1]
         return joint[:, :txt_len], joint[:, txt_len:]
 
-    def host_because(self, x: Tensor | None, pe: Tables | None) -> str | None:
+    def host_because(self, x: Tensor, pe: Tables | None) -> str | None:
         """Why diffusers' own forward runs, for a call with the stream x and the tables pe; None where ours does."""
         return _host_because(self, pe)
 

@@ -114,8 +114,8 @@ def _plain_base(linear: nn.Linear) -> LinearParams:
     if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
     # kept in 8 bits that no product reads (float8 without a scale): every number of theirs is one of fp32's
-    bias = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
-    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), bias)
+    wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
+    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), wide)
 
 
 def _bias_of(module: Any) -> Tensor | None:
