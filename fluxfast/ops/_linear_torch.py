@@ -4,6 +4,8 @@ Products of codes are int8 by `torch._int_mm` where W comes as int8; else W come
 (`readable`), and they are float products.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -51,11 +53,33 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, accumulate: bo
         torch.addmm(bias.to(x.dtype), x, w.T, out=y)
 
 
+logger = logging.getLogger("fluxfast")
+
+
+@functools.cache
+def _try_int8_products() -> bool:
+    codes = (torch.arange(64 * 96) * 37 % 255 - 127).to(torch.int8)
+    a, b = codes.view(64, 96), codes.flip(0).view(96, 64)
+    exact = torch.equal(torch._int_mm(a, b).double(), a.double() @ b.double())
+    if not exact:
+        logger.info("products of int8 codes are computed in float32: this CPU's int8 products overflow")
+    return exact
+
+
+@torch.compiler.assume_constant_result
+def int8_products_are_exact() -> bool:
+    """Whether `torch._int_mm` adds products of int8 up as it should on this CPU: found out by trying it, once.
+
+    On processors without VNNI (Intel before 2019, AMD before Zen 4) oneDNN sums pairs of products in 16 bits, which overflow.
+    """
+    return _try_int8_products()
+
+
 def readable(q: Tensor, impl: str, dtype: torch.dtype) -> Tensor:
     """Codes [N, K] in the form that products read: int8 itself where the CPU has products of it, else floats."""
     if impl == "ref":
         return q.to(torch.promote_types(dtype, torch.float32))
-    return q if q.dtype == torch.int8 else _code_values(q, torch.float32)
+    return q if q.dtype == torch.int8 and int8_products_are_exact() else _code_values(q, torch.float32)
 
 
 def _code_values(q: Tensor, dtype: torch.dtype) -> Tensor:

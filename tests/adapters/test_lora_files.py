@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from lora_cases import TO_Q, pairs, write
+from lora_file_cases import TO_Q, pairs, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from tiny_flux import pipeline, run, tiny_transformer, train

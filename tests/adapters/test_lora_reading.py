@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-from lora_cases import TO_Q, pairs, products, write
+from lora_file_cases import TO_Q, pairs, products, write
 from tiny_flux import tiny_transformer
 
 from fluxfast.adapters.formats import load_lora, read_lora

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxPipeline
-from lora_cases import TO_Q, pairs, products, write
+from lora_file_cases import TO_Q, pairs, products, write
 from peft import LoraConfig, get_peft_model
 from tiny_flux import tiny_transformer
 

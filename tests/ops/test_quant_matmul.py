@@ -5,6 +5,7 @@ import torch
 from lora_cases import TOLERANCES, decoded, device_of
 from op_cases import every_impl
 
+from fluxfast.ops import _impl, _linear_torch
 from fluxfast.ops.quant_matmul import quant_matmul, quant_matmul_ref
 from fluxfast.ops.row_quant import Quantized, row_quant_ref
 from support import relative_error
@@ -76,3 +77,23 @@ def test_what_it_refuses():
         quant_matmul(x, *weight, bias, out_dtype=torch.float32)
     with pytest.raises(ValueError, match="impl='native' can't do this call"):
         quant_matmul(x.double(), *weight, bias, "native")
+
+
+def overflowing(a, b):
+    """What oneDNN computes without VNNI: b's products with a + 128, summed in pairs in 16 bits, and then corrected."""
+    shifted, b = a.int() + 128, b.int()
+    if a.shape[1] % 2:
+        shifted, b = torch.nn.functional.pad(shifted, (0, 1)), torch.nn.functional.pad(b, (0, 0, 0, 1))
+    pairs = shifted[:, 0::2, None] * b[0::2] + shifted[:, 1::2, None] * b[1::2]
+    return (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)).int()
+
+
+def test_a_cpu_whose_int8_products_overflow(monkeypatch):
+    """It is found out, and the products are computed in float32."""
+    _linear_torch._try_int8_products.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", overflowing)
+    try:
+        assert not _linear_torch.int8_products_are_exact()
+        test_forward_and_dgrad("native" if _impl.HAS_NATIVE else "auto", "int8", 5, 63, 51)
+    finally:
+        _linear_torch._try_int8_products.cache_clear()
