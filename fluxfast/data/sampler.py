@@ -88,6 +88,26 @@ class Sampler:
         drawn = [source for source in self._sources.values() if source.dataset.probability > 0]
         return sum(source.batches(bucket) for source in drawn for bucket in source.buckets)
 
+    def steps(self, epochs: int) -> int:
+        """Optimiser steps of so many epochs: the batches of all of them, rounded up to whole steps once, at the end.
+
+        Where datasets begin or end on the way, a twin of this sampler goes through the epochs to count them. A last step that
+        the datasets can't fill, as all have ended, is left out.
+        """
+        datasets, per_step = [source.dataset for source in self._sources.values()], self.gradient_accumulation_steps
+        if not any(map(_has_window, datasets)):
+            return ceil(self.batches_per_epoch * epochs / per_step)
+        twin = Sampler(datasets, seed=self.seed, sampling=self.sampling, gradient_accumulation_steps=per_step)
+        number = 0
+        while True:
+            try:
+                twin.next(number)
+            except ValueError:
+                return number // per_step
+            if twin.epoch > epochs and number % per_step == 0:
+                return number // per_step
+            number += 1
+
     def next(self, step: int) -> list[SampleRef]:
         """The samples of batch `step`, counted from 0 over the whole run (with accumulation: of micro-batch `step`).
 
@@ -176,6 +196,10 @@ class Sampler:
             order = _order(f"{self.seed}:{id}:{bucket}:{self.epoch}:{number}", len(indices))
             refs.append(SampleRef(id, indices[order[offset]]))
         return refs
+
+
+def _has_window(dataset: PreparedDataset) -> bool:
+    return dataset.start_epoch > 1 or dataset.start_step > 1 or dataset.end_epoch is not None or dataset.end_step is not None
 
 
 def _takes_part(dataset: PreparedDataset, epoch: int, optimiser_step: int) -> bool:

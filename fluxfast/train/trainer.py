@@ -168,11 +168,8 @@ class Trainer:
         )
 
     def _count_steps(self) -> int:
-        """Optimiser steps of the run; passes over the data are rounded up once, at its end."""
-        if self.config.max_train_steps:
-            return self.config.max_train_steps
-        batches = self.data.sampler.batches_per_epoch * self.config.num_train_epochs
-        return math.ceil(batches / self.config.gradient_accumulation_steps)
+        """Optimiser steps of the run."""
+        return self.config.max_train_steps or self.data.sampler.steps(self.config.num_train_epochs)
 
     def resume(self) -> None:
         """Go on from the checkpoint that was found, if there is one, with the settings that the config has now."""

@@ -55,6 +55,45 @@ def test_an_epoch_covers_each_sample_equally(make, repeats, batch_size):
         assert sum(counts[i] for i in indices) == samples + padding
 
 
+@pytest.mark.parametrize(
+    ("batches", "epochs", "accumulation", "steps"), [(5, 2, 2, 5), (5, 4, 4, 5), (5, 3, 2, 8), (3, 1, 4, 1), (7, 10, 1, 70)]
+)
+def test_a_run_of_epochs_is_rounded_up_once(make, batches, epochs, accumulation, steps):
+    dataset = make(sizes=((512, 512),) * batches)
+    assert Sampler([dataset], seed=1, gradient_accumulation_steps=accumulation).steps(epochs) == steps
+
+
+@pytest.mark.parametrize(
+    ("windows", "epochs", "accumulation", "steps"),
+    [
+        # the second one is there in epochs 2 and 3 of 3: 5 + 8 + 8 batches
+        ({"start_epoch": 2}, 3, 1, 21),
+        ({"start_epoch": 2}, 3, 4, 6),
+        ({"end_epoch": 1}, 3, 1, 18),
+        # it depends on the draws how many of the second one's batches come in time
+        ({"end_step": 2}, 1, 1, None),
+    ],
+)
+def test_a_run_of_epochs_counts_what_takes_part(make, windows, epochs, accumulation, steps):
+    datasets = [make("a"), make("b", ((512, 512),) * 3, **windows)]
+    sampler = Sampler(datasets, seed=1, gradient_accumulation_steps=accumulation)
+    counted = sampler.steps(epochs)
+    assert steps is None or counted == steps
+    assert sampler.epoch == 1
+    for number in range(counted * accumulation):
+        sampler.next(number)
+        if number < (counted - 1) * accumulation:
+            assert sampler.epoch <= epochs
+    sampler.next(counted * accumulation)
+    assert sampler.epoch == epochs + 1
+
+
+def test_a_last_step_that_nobody_can_fill_is_left_out(make):
+    sampler = Sampler([make(end_epoch=2)], seed=1, gradient_accumulation_steps=3)
+    # 10 batches, and none after them
+    assert sampler.steps(2) == sampler.steps(9) == 3
+
+
 def test_a_batch_is_of_one_dataset_and_one_bucket(make):
     datasets = [make("a", SIZES, train_batch_size=2), make("b", SIZES, train_batch_size=3, repeats=2)]
     sampler = Sampler(datasets, seed=2)

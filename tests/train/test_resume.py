@@ -1,7 +1,6 @@
 """What a checkpoint brings into a run whose config has changed since, and what it doesn't."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from fluxfast.train.config_fields import TrainFields
 from fluxfast.train.events import read_metrics
 from fluxfast.train.optim import LR_SCHEDULERS, build_lr_scheduler, build_optimizer, load_moments
 from fluxfast.train.state import SavedRun
-from fluxfast.train.trainer import Trainer
 
 FP32 = {"optimizer": "torch-adamw", "mixed_precision": "no", "lora_dropout": 0.0}
 
@@ -154,15 +152,6 @@ def test_only_moments_come_from_the_saved_optimiser(name):
     two = build_optimizer(name, [torch.nn.Parameter(torch.ones(1)) for _ in range(2)], lr=1.0)
     with pytest.raises(ValueError, match=r"groups of \[1\] parameters, this one of \[2\]"):
         load_moments(two, old.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("batches", "epochs", "accumulation", "steps"), [(5, 2, 2, 5), (5, 4, 4, 5), (5, 3, 2, 8), (3, 1, 4, 1), (7, 10, 1, 70)]
-)
-def test_epochs_are_passes_over_the_data(batches, epochs, accumulation, steps):
-    config = SimpleNamespace(max_train_steps=None, num_train_epochs=epochs, gradient_accumulation_steps=accumulation)
-    data = SimpleNamespace(sampler=SimpleNamespace(batches_per_epoch=batches))
-    assert Trainer._count_steps(SimpleNamespace(config=config, data=data)) == steps
 
 
 def test_a_longer_run_with_other_settings(run, tmp_path):
