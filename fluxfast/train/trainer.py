@@ -20,8 +20,8 @@ from fluxfast.adapters.formats import modelspec_metadata, save_lora
 from fluxfast.adapters.lora import adapter_state, load_adapter_state, trainable_parameters
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
-from fluxfast.model.packing import pack_groups
 from fluxfast.model.pinned import Readback
+from fluxfast.model.ready import make_ready
 from fluxfast.train import preflight, resume, state
 from fluxfast.train.adapter import add_adapter, config_of, init_lora_of
 from fluxfast.train.budget import within_budget
@@ -119,18 +119,18 @@ class Trainer:
         """How the transformer computes, once its adapter is there."""
         config, transformer = self.config, self.transformer
         settle(config, transformer, self.data.sizes, self.console)
-        pack_groups(transformer)
-        if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-            transformer.gradient_checkpointing_interval = config.gradient_checkpointing_interval or 1
-        transformer.set_recompute(config.recompute)
         compute, why = choose_compute(config.compute_precision, transformer, self.device)
-        transformer.set_compute(compute, config.compute_outliers)
+        make_ready(
+            transformer,
+            compute=compute,
+            outliers=config.compute_outliers,
+            recompute=config.recompute,
+            checkpoint_every=(config.gradient_checkpointing_interval or 1) if config.gradient_checkpointing else 0,
+        )
         told = "in the activations' type" if compute == "same" else f"in {compute}"
         if compute != "same" and config.compute_outliers:
             told += f", {config.compute_outliers} channels apart"
         self.console.print(f"matrix products run {told}: {why}", highlight=False)
-        transformer.train()
 
     def _make_optimizer(self) -> None:
         config = self.config
