@@ -160,8 +160,8 @@ def resolve_on_gpu(
 
 
 @contextlib.contextmanager
-def as_on_gpu(on_launch: OnLaunch) -> Iterator[None]:
-    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher launches for sm_90."""
+def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
+    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher launches for that target."""
     from fluxfast_kernels import _launch
 
     for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
@@ -176,6 +176,6 @@ def as_on_gpu(on_launch: OnLaunch) -> Iterator[None]:
         mock.patch.object(_impl, "resolve", resolve_on_gpu),
         mock.patch.object(attention, "_automatic", return_value="flash"),
         mock.patch.object(_launch, "_record", on_launch),
-        mock.patch.object(_launch, "_aot_target", "sm_90"),
+        mock.patch.object(_launch, "_aot_target", target),
     ):
         yield

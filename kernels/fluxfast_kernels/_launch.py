@@ -100,15 +100,17 @@ class AotVariant:
     """One kernel as a launcher would specialise it, for compiling without a device.
 
     signature: argument → Triton type ("*bf16", "i32", "fp32"), constexprs left out; constexprs: the rest, None for an absent
-    pointer. `divisible` names the integers that are multiples of 16 (pointers always are). `targets`: keys of AOT_TARGETS.
+    pointer. `num_warps` and `num_stages` are None where the launcher names none: the default is the back end's, and so is part
+    of Triton's key to a compiled kernel. `divisible` names the integers that are multiples of 16 (pointers always are).
+    `targets`: keys of AOT_TARGETS.
     """
 
     name: str
     kernel: Any
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 1
+    num_warps: int | None = None
+    num_stages: int | None = None
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = field(default_factory=lambda: tuple(AOT_TARGETS))
 
@@ -128,7 +130,8 @@ def compile_ahead(variant: AotVariant, target: str) -> Any:
         constexprs={name: variant.constexprs[name] for name in names if types[name] == "constexpr"},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    named = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {name: number for name, number in named.items() if number is not None}
     return triton.compile(source, target=GPUTarget(*AOT_TARGETS[target]), options=options)
 
 
