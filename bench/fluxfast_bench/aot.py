@@ -26,7 +26,7 @@ from rich.table import Table
 
 import fluxfast_kernels
 from fluxfast.files import write_atomic
-from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task
+from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task, prepare_worker
 from fluxfast_bench.conditions import commit
 from fluxfast_bench.options import chosen, print_faults
 
@@ -106,7 +106,7 @@ def compile_all(
     # Windows can't remove what a dying worker still has open
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
-        Compilers(jobs, cache) as compilers,
+        Compilers(jobs, prepare_worker, (cache,)) as compilers,
         Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress,
     ):
         bar = progress.add_task("listing kernels", total=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,17 +41,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of CONFIGS, `side` x `side` image tokens and `txt` text tokens a sample, `batch` samples."""
+    """A model of CONFIGS, `side` x `side` image tokens and `txt` text tokens a sample, `batch` samples.
+
+    changes: what the model has otherwise than CONFIGS says.
+    """
 
     name: str
     model: str
     side: int
     txt: int
     batch: int
+    changes: tuple[tuple[str, Any], ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
-        return CONFIGS[self.model]
+        return CONFIGS[self.model] | dict(self.changes)
+
+    def with_model(self, **changes: Any) -> Shape:
+        """The same tokens, with a model that is changed."""
+        return replace(self, changes=(*self.changes, *changes.items()))
+
+    def shallow(self) -> Shape:
+        """The same, only as deep as it takes to have every kind of block: what such a model launches, a deep one does."""
+        return self.with_model(num_layers=1, num_single_layers=1)
 
     @property
     def img(self) -> int:

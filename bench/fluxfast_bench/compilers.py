@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T, R = TypeVar("T"), TypeVar("R")
 
 # shared memory that one program may have, in bytes; Triton's compiler does not check it
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10}
@@ -65,7 +67,8 @@ def amdgcn_figures(assembly: str) -> tuple[int, int]:
     return int(used), int(spilled)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """A worker's thread: the worker ends when whoever started it has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -74,7 +77,7 @@ def _end_with_parent() -> None:
 
 def prepare_worker(cache: str) -> None:
     # the pool's own processes wait for ever where the command was killed
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.pop("TRITON_INTERPRET", None)
     # a cached kernel has no compile time, and no ptxas to speak
     os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
@@ -120,14 +123,14 @@ def compile_task(task: Task) -> Compiled:
 
 
 class Worker:
-    """One process; a new one after a crash."""
+    """One process, prepared by `prepare(*arguments)`; a new one after a crash."""
 
-    def __init__(self, cache: str) -> None:
-        self._cache = cache
+    def __init__(self, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self._prepare = (prepare, arguments)
         self._start()
 
     def _start(self) -> None:
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_worker, (self._cache,))
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), *self._prepare)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, both pickled, in the process. Raises BrokenProcessPool where that kills it."""
@@ -143,10 +146,10 @@ class Worker:
 
 
 class Compilers:
-    """`jobs` workers, whose files lie in the folder `cache`; a context manager."""
+    """`jobs` workers, each prepared by `prepare(*arguments)`; a context manager."""
 
-    def __init__(self, jobs: int, cache: str) -> None:
-        self._workers = [Worker(cache) for _ in range(jobs)]
+    def __init__(self, jobs: int, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self._workers = [Worker(prepare, arguments) for _ in range(jobs)]
 
     def __enter__(self) -> Compilers:
         return self
@@ -161,23 +164,27 @@ class Compilers:
 
     def compile(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Compiled]]:
         """Compiles the tasks, yielding each when it is done."""
+        for task, compiled in self.each(compile_task, tasks):
+            yield task, Compiled(0.0, error="the compiler crashed") if compiled is None else compiled
+
+    def each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R | None]]:
+        """`function` of each item, in whichever worker is idle, as they come; None where it took its process with it."""
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             idle.put(worker)
 
-        def run(task: Task) -> Compiled:
+        def run(item: T) -> R | None:
             worker = idle.get()
-            start = time.perf_counter()
             try:
-                return worker.call(compile_task, task)
+                return worker.call(function, item)
             except BrokenProcessPool:
-                return Compiled(round(time.perf_counter() - start, 2), error="the compiler crashed")
+                return None
             finally:
                 idle.put(worker)
 
         threads = ThreadPoolExecutor(len(self._workers))
         try:
-            futures = {threads.submit(run, task): task for task in tasks}
+            futures = {threads.submit(run, item): item for item in items}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:

@@ -17,18 +17,46 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from fluxfast.quant.rules import KEPT
+from fluxfast_bench.cases import Shape
 from fluxfast_bench.floor import Route
+
+# what every contestant trains
+TARGETS = "all+ffs"
 
 
 def do_nothing(model: nn.Module) -> None:
     pass
 
 
-def checkpointing(model: Any, recompute: str) -> None:
+@dataclass(frozen=True)
+class Setup:
+    """What all contestants of a case have in common. shapes: of one model, that one build of it steps on in turn.
+
+    ahead: whether ours compute modulation ahead; None: as a run's "auto" does, everywhere but on a CPU.
+    """
+
+    shapes: tuple[Shape, ...]
+    recompute: str
+    rank: int
+    optimizer: str
+    device: torch.device
+    ahead: bool | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, adapters and activations."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.device.type != "cpu" if self.ahead is None else self.ahead
+
+
+def checkpointing(model: Any, setup: Setup) -> None:
     """The policies that diffusers has."""
-    if recompute not in ("none", "full"):
-        raise ValueError(f"diffusers recomputes whole blocks or nothing: full or none, not {recompute}")
-    if recompute == "full":
+    if setup.recompute not in ("none", "full"):
+        raise ValueError(f"diffusers recomputes whole blocks or nothing: full or none, not {setup.recompute}")
+    if setup.recompute == "full":
         model.enable_gradient_checkpointing()
 
 
@@ -37,9 +65,11 @@ class Contestant:
     """One way to train a LoRA.
 
     title: for tables. modules: what must be importable. storage: of the base's linears, `bytes_per_weight`; compute: of their
-    products. quantize: a module on the device, in place; policy: sets a recompute policy; finish: the model with its adapters.
+    products. quantize: a module on the device, in place; settle: the model with its adapters, as the setup has it.
     error: the most that its prediction and gradients may be off (`runner.verify`); with `exact`, on the weights as they are
-    stored. The default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
+    stored. The default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's. Of ours: streamed,
+    whether blocks stream; looks_ahead, whether modulation may be computed ahead; engine, of wide float products
+    (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
     """
 
     name: str
@@ -50,13 +80,15 @@ class Contestant:
     bytes_per_weight: float = 2.0
     compute: str = "float"
     quantize: Callable[[nn.Module], None] = do_nothing
-    policy: Callable[[Any, str], None] = checkpointing
-    finish: Callable[[Any], None] = do_nothing
+    settle: Callable[[Any, Setup], None] = checkpointing
     error: float = 0.04
     exact: bool = False
     ours: bool = False
     cpu: bool = False
     route: Route | None = None
+    streamed: bool = False
+    looks_ahead: bool = True
+    engine: str | None = None
 
     @property
     def quantised(self) -> bool:

@@ -26,11 +26,12 @@ from rich.table import Table
 import fluxfast_kernels
 from fluxfast.ops import _impl
 from fluxfast_bench import results
-from fluxfast_bench.cases import CONFIGS, Shape
+from fluxfast_bench.cases import Shape
 from fluxfast_bench.conditions import conditions
+from fluxfast_bench.contestants import Setup
 from fluxfast_bench.meta_step import resolve_on_gpu
 from fluxfast_bench.options import chosen, wide_console
-from fluxfast_bench.runner import Runner, Setup, flow_loss
+from fluxfast_bench.runner import Runner
 from fluxfast_bench.worker import CONTESTANTS
 
 DEFAULT = ("diffusers", "fluxfast", "fluxfast-int8+int8", "fluxfast-nf4+int8")
@@ -38,12 +39,6 @@ DEFAULT = ("diffusers", "fluxfast", "fluxfast-int8+int8", "fluxfast-nf4+int8")
 NARROW = {"attention_head_dim": 64, "num_attention_heads": 2, "axes_dims_rope": (8, 28, 28)}
 SIDE, TXT, RANK = 2, 4, 16
 WARM_STEPS, STEPS = 2, 15
-
-
-class _Narrow(Shape):
-    @property
-    def config(self) -> dict[str, Any]:
-        return CONFIGS["flux"] | NARROW
 
 
 # functions, not Mocks, whose calls would take longer than what is measured
@@ -72,15 +67,16 @@ def launches_nothing() -> Iterator[None]:
 def measure(name: str, recompute: str) -> dict[str, Any]:
     """Seconds of a forward and of a backward, the median of several."""
     contestant = CONTESTANTS[name]
-    shape = _Narrow("flux, two heads", "flux", SIDE, TXT, 1)
-    runner = Runner(contestant, Setup(shape, recompute, RANK, "torch-adamw", torch.device("cpu")))
+    shape = Shape("flux, two heads", "flux", SIDE, TXT, 1).with_model(**NARROW)
+    # as on a GPU: a thread has the modulation ready
+    runner = Runner(contestant, Setup((shape,), recompute, RANK, "torch-adamw", torch.device("cpu"), ahead=True))
     forwards, backwards = [], []
     with launches_nothing() if contestant.ours else ExitStack():
         for step in range(WARM_STEPS + STEPS):
             begun = time.perf_counter()
-            loss, _ = flow_loss(runner.model, runner.inputs, runner.target)
+            loss = runner.loss()
             halfway = time.perf_counter()
-            loss.backward()
+            runner.backward(loss)
             if step >= WARM_STEPS:
                 forwards.append(halfway - begun)
                 backwards.append(time.perf_counter() - halfway)
@@ -109,7 +105,10 @@ def main(argv: Sequence[str]) -> int:
         return 1
     torch.set_num_threads(1)
     found = conditions(torch.device("cpu"), ["host", *argv])
-    records = [measure(name, options.recompute) for name in names]
+    journal = results.Journal(options.results, "host", found)
+    for name in names:
+        journal.record(measure(name, options.recompute))
+    records = journal.records()
     table = Table("contestant", "forward", "backward", "a step, ms", title="time of the host, one thread")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -117,5 +116,5 @@ def main(argv: Sequence[str]) -> int:
         times = (record[key] for key in ("forward_seconds", "backward_seconds", "seconds"))
         table.add_row(record["contestant"], *(f"{1000 * seconds:.1f}" for seconds in times))
     wide_console().print(table)
-    print(results.write(options.results, {"kind": "host", "conditions": found, "records": records}))
+    print(journal.finish())
     return 0

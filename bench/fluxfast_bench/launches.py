@@ -1,21 +1,24 @@
-"""The kernels that a step launches, as Triton's JIT tells them apart: recorded from a step on meta tensors, compiled anywhere.
+"""The kernels that a step launches, as Triton's JIT tells them apart: what `meta_step.recorded` finds, compiled anywhere.
 
 A kernel is compiled anew for each dtype of its pointers, for integers that are 1 or multiples of 16, for each constant. So a
 step of some 3,000 launches has some 40 kernels, and what matters of a launch is small enough to be sent to another process.
+
+Workers import this, so it imports little.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Callable
+import os
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluxfast_bench.meta_step import as_on_gpu
+from fluxfast_bench.compilers import end_with_parent
 
 
 # no NamedTuple, which Triton would take for a tuple of arguments
@@ -69,17 +72,31 @@ def _argument(arg: Any, fixed: bool) -> Any:
     return 1 if arg == 1 else large + (16 if arg % 16 == 0 else 3)
 
 
-def recorded(run: Callable[[], object], target: str = "sm_90") -> Counter[Launch]:
-    """The launches of `run`, which works on meta tensors, and how often each comes."""
-    found: Counter[Launch] = Counter()
-    with as_on_gpu(lambda kernel, args, numbers: found.update([launch_of(kernel, args, numbers)]), target):
-        run()
-    return found
-
-
 def compiled(launch: Launch) -> Any:
     """Triton's kernel for a launch, by its JIT and for the active driver's target, with its launcher; nothing is launched."""
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     made = kernel.run(*launch.args, grid=(1,), warmup=True, **dict(launch.numbers))
     made._init_handles()
     return made
+
+
+def prepare_jit(cache: str, target: str) -> None:
+    """In a worker: Triton's JIT compiles for `target` into the cache, that of the environment where `cache` is empty."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ.pop("TRITON_INTERPRET", None)
+    if cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+    from fluxfast_bench import mock_gpu
+
+    mock_gpu.activate(target)
+
+
+def compile_launch(launch: Launch) -> dict[str, Any]:
+    """In a worker: seconds, and why it failed where it did. A compiler's error, of whatever kind, is a result."""
+    begun = time.perf_counter()
+    try:
+        compiled(launch)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return {"seconds": round(time.perf_counter() - begun, 3), "reason": f"{type(error).__name__}: {text[:300]}"}
+    return {"seconds": round(time.perf_counter() - begun, 3)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -21,20 +22,22 @@ from torch import Tensor, nn
 import fluxfast_kernels
 from fluxfast.adapters.lora import add_lora
 from fluxfast.model.modulation import linear_names
-from fluxfast.model.packing import pack_groups
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import _impl, attention
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import KEPT
 from fluxfast_bench.cases import Shape, model_inputs
+from fluxfast_bench.contestants import TARGETS
+from fluxfast_bench.launches import Launch, launch_of
+from fluxfast_bench.ours import ready
 
 # a kernel, its arguments in order, its launch numbers
 OnLaunch = Callable[[Any, tuple[Any, ...], Any], None]
 
 
-# the reference workload: rank 16 on every linear of the blocks
-TARGETS, RANK = "all+ffs", 16
+# the reference workload's adapters, on every linear of the blocks
+RANK = 16
 
 
 def build(cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -83,11 +86,8 @@ def fluxfast_model(
     if format is not None:
         # not before: PEFT asks for a linear's weight some twenty times, and each time it is decoded
         store_quantized(model, format)
-    pack_groups(model)
-    model.set_compute(compute)
-    model.set_recompute(recompute)
-    model.set_modulation_ahead(True)
-    return model.train()
+    ready(model, compute=compute, recompute=recompute, ahead=True)
+    return model
 
 
 def host_tensors(model: Any) -> list[Tensor]:
@@ -179,3 +179,11 @@ def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
         mock.patch.object(_launch, "_aot_target", target),
     ):
         yield
+
+
+def recorded(run: Callable[[], object], target: str = "sm_90") -> Counter[Launch]:
+    """The launches of `run`, which works on meta tensors, and how often each comes."""
+    found: Counter[Launch] = Counter()
+    with as_on_gpu(lambda kernel, args, numbers: found.update([launch_of(kernel, args, numbers)]), target):
+        run()
+    return found

@@ -31,9 +31,10 @@ from fluxfast.quant import FORMATS
 from fluxfast_bench import results
 from fluxfast_bench.cases import CONFIGS, Shape, model_inputs
 from fluxfast_bench.conditions import conditions
+from fluxfast_bench.contestants import TARGETS
 from fluxfast_bench.make_checkpoint import make_checkpoint
 from fluxfast_bench.options import chosen, chosen_device, wide_console
-from fluxfast_bench.runner import MAX_GRAD_NORM, TARGETS, flow_loss, make_optimizer
+from fluxfast_bench.runner import MAX_GRAD_NORM, flow_loss, make_optimizer
 
 WAYS = ("diffusers", "quantise", "cached")
 # below this a checkpoint loads in no time, and says nothing of a target

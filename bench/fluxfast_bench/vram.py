@@ -32,8 +32,9 @@ from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.modulation import BLOCK_LINEARS
 from fluxfast_bench import results, targets
 from fluxfast_bench.cases import SHAPES, Shape
+from fluxfast_bench.contestants import TARGETS
 from fluxfast_bench.live_bytes import LiveBytes
-from fluxfast_bench.meta_step import RANK, TARGETS, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
+from fluxfast_bench.meta_step import RANK, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
 from fluxfast_bench.options import chosen, print_faults, wide_console
 
 BASES = ("bf16", "int8", "int4", "nf4", "int2", "fp8_e4m3")

@@ -5,6 +5,7 @@ The parent learns of each thing as it happens, so that a crash or a hang costs o
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -20,17 +21,17 @@ import torch
 from fluxfast_bench import ceilings
 from fluxfast_bench.baselines import PEERS
 from fluxfast_bench.cases import SHAPES
-from fluxfast_bench.contestants import Contestant
+from fluxfast_bench.contestants import Contestant, Setup
+from fluxfast_bench.needs import bytes_needed
 from fluxfast_bench.ours import CONTESTANTS as OURS
-from fluxfast_bench.runner import Runner, Setup, WrongResult, free, verify
+from fluxfast_bench.runner import Runner, WrongResult, free, verify
 from fluxfast_bench.timing import synchronize, time_each
 
 CONTESTANTS: dict[str, Contestant] = {contestant.name: contestant for contestant in [*OURS, *PEERS]}
 # steps before the clock runs: compilation, autotuning, the optimiser's states, the allocator
 WARM_STEPS = 3
-# activations that a block keeps, and that one block at work needs, in [tokens, dim] tensors: generous, to decide what fits
-KEPT = {"none": 45, "selective": 3, "full": 2}
-AT_WORK = 120
+# steps of a turn, where their number follows from the time
+FEWEST, MOST = 2, 30
 
 Event = tuple[Any, ...]
 
@@ -49,18 +50,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a case is measured: `rounds` times round, about `seconds` of steps at each turn."""
+    """How cases of one model are measured: `rounds` times round, at each turn `steps` of a shape, or `seconds` of them."""
 
-    shape: str
+    shapes: tuple[str, ...]
     device: str
     rank: int
     optimizer: str
     rounds: int
     seconds: float
+    steps: int | None = None
     profile: str | None = None
 
     def setup(self, recompute: str) -> Setup:
-        return Setup(SHAPES[self.shape], recompute, self.rank, self.optimizer, torch.device(self.device))
+        shapes = tuple(SHAPES[shape] for shape in self.shapes)
+        return Setup(shapes, recompute, self.rank, self.optimizer, torch.device(self.device))
 
 
 def entry_of(text: str, default: str) -> Entry:
@@ -76,10 +79,10 @@ class DoesNotFit(Exception):
 def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) -> None:
     """Builds the entries, times them in turn, and sends what comes of it; ends at once where the first, the anchor, fails.
 
-    ("start", key), then ("ready", key, figures) or ("failed", key, reason) or ("later", key); ("round", key, seconds of
-    each step) many times; ("done",).
+    ("start", key), then ("ready", key, figures by shape) or ("failed", key, reason) or ("later", key); ("round", key, shape,
+    seconds of each step) many times; ("done",).
     """
-    runners: dict[str, tuple[Runner, int]] = {}
+    runners: dict[str, tuple[Runner, dict[str, int]]] = {}
     for key in keys:
         send(("start", key))
         entry = entry_of(key, "full")
@@ -97,53 +100,61 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
             # a GPU that has failed for good raises again, which ends this process: the others get another
             synchronize(device)
         else:
-            each = median(time_each(runner.step, 2, device))
-            runners[key] = runner, max(2, min(30, math.ceil(plan.seconds / each)))
+            runners[key] = runner, _counts(runner, plan)
             send(("ready", key, figures))
         free(device)
         if not runners:
             send(("done",))
             return
     for _ in range(plan.rounds):
-        for key, (runner, count) in runners.items():
-            send(("round", key, time_each(runner.step, count, torch.device(plan.device))))
+        for shape in plan.shapes:
+            for key, (runner, counts) in runners.items():
+                runner.begin(SHAPES[shape])
+                send(("round", key, shape, time_each(runner.step, counts[shape], torch.device(plan.device))))
     if plan.profile is not None:
         for key, (runner, _) in runners.items():
-            _profile(runner, Path(plan.profile) / f"{plan.shape}-{key.replace(':', '-')}.json.gz")
+            _profile(runner, Path(plan.profile) / f"{plan.shapes[0]}-{key.replace(':', '-')}.json.gz")
     send(("done",))
 
 
-def _prepare(entry: Entry, setup: Setup, alone: bool) -> tuple[Runner, dict[str, Any]]:
-    """A warm runner that was found to be right, its error, and its peak memory in GiB, of which others have no part."""
+def _counts(runner: Runner, plan: Plan) -> dict[str, int]:
+    """Steps of a turn, by shape."""
+    if plan.steps is not None:
+        return dict.fromkeys(plan.shapes, plan.steps)
+    counts = {}
+    for shape in plan.shapes:
+        runner.begin(SHAPES[shape])
+        each = median(time_each(runner.step, 2, torch.device(plan.device)))
+        counts[shape] = max(FEWEST, min(MOST, math.ceil(plan.seconds / each)))
+    return counts
+
+
+def _prepare(entry: Entry, setup: Setup, alone: bool) -> tuple[Runner, dict[str, dict[str, Any]]]:
+    """A warm runner that was found to be right, and its figures by shape: error, peak memory in GiB without the others'."""
     device, cuda = setup.device, setup.device.type == "cuda"
     error = verify(entry.contestant, setup)
     free(device)
-    if cuda and not alone and _need(entry, setup) > torch.cuda.mem_get_info(device)[0]:
+    if cuda and not alone and bytes_needed(entry.contestant, setup) > torch.cuda.mem_get_info(device)[0]:
         raise DoesNotFit(entry.key)
     before = torch.cuda.memory_allocated(device) if cuda else 0
     runner = Runner(entry.contestant, setup)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    losses = torch.stack([runner.step() for _ in range(WARM_STEPS)])
-    if not losses.isfinite().all():
-        raise WrongResult(f"wrong: its losses are {losses.tolist()}")
-    figures: dict[str, Any] = {"relative_error": float(f"{error:.3g}")}
-    if cuda:
-        figures["peak_gib"] = round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)
+    figures = {}
+    for shape in setup.shapes:
+        runner.begin(shape)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        losses = torch.stack([runner.step() for _ in range(WARM_STEPS)])
+        if not losses.isfinite().all():
+            raise WrongResult(f"wrong: its losses are {losses.tolist()}")
+        figures[shape.name] = {"relative_error": float(f"{error:.3g}")}
+        if cuda:
+            figures[shape.name]["peak_gib"] = round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)
     return runner, figures
-
-
-def _need(entry: Entry, setup: Setup) -> float:
-    shape, config = setup.shape, setup.shape.config
-    blocks = config["num_layers"] * 2 + config["num_single_layers"]
-    # a single block has 12 dim² in its linears and 3 in its modulation, a double block about twice as many
-    weights = blocks * 16 * shape.dim**2 * entry.contestant.bytes_per_weight
-    activations = shape.tokens * shape.batch * shape.dim * setup.dtype.itemsize
-    return weights + activations * (KEPT[entry.recompute] * blocks + AT_WORK)
 
 
 def _profile(runner: Runner, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    runner.begin(runner.setup.shapes[0])
     with torch.profiler.profile() as profile:
         for _ in range(2):
             runner.step()
@@ -151,9 +162,9 @@ def _profile(runner: Runner, path: Path) -> None:
 
 
 def run(job: str, *args: Any) -> Iterator[Event]:
-    """A job of this module in this process: "measure" or "ceilings"."""
+    """A job of this module in this process, one of JOBS."""
     events: list[Event] = []
-    _JOBS[job](*args, events.append)
+    _job(job)(*args, events.append)
     yield from events
 
 
@@ -187,13 +198,20 @@ def run_apart(job: str, *args: Any, limit: float) -> Iterator[Event]:
 def _child(connection: Any, job: str, args: tuple[Any, ...]) -> None:
     # both say more than their users can act on
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-    _JOBS[job](*args, connection.send)
+    _job(job)(*args, connection.send)
 
 
 def _ceilings(plan: Plan, send: Callable[[Event], object]) -> None:
     device = torch.device(plan.device)
-    send(("ceilings", ceilings.measure(SHAPES[plan.shape], device)))
+    for shape in plan.shapes:
+        send(("ceilings", shape, ceilings.measure(SHAPES[shape], device)))
     send(("done",))
 
 
-_JOBS: dict[str, Callable[..., None]] = {"measure": measure, "ceilings": _ceilings}
+# a job: what it is called, and "module:function" of this package
+JOBS = {"measure": "worker:measure", "ceilings": "worker:_ceilings", "smoke": "smoke:checked"}
+
+
+def _job(name: str) -> Callable[..., None]:
+    module, _, function = JOBS[name].partition(":")
+    return getattr(importlib.import_module(f"fluxfast_bench.{module}"), function)

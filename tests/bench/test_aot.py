@@ -12,7 +12,7 @@ import aot_kernels
 import pytest
 
 from fluxfast_bench import aot
-from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task, Worker
+from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task, Worker, prepare_worker
 from fluxfast_bench.main import main
 
 GOOD = Compiled(seconds=0.5, registers=32, spills=0, shared=128)
@@ -23,7 +23,7 @@ TASKS = [Task("gelu", f"variant-{i}", target) for target in ("sm_80", "sm_90", "
 def compiled(monkeypatch):
     """What the compilers say from now on of gelu's variants, which are TASKS: to be changed."""
     outcome = dict.fromkeys(TASKS, GOOD)
-    monkeypatch.setattr(Compilers, "__init__", lambda self, jobs, cache: None)
+    monkeypatch.setattr(Compilers, "__init__", lambda self, jobs, prepare, arguments: None)
     monkeypatch.setattr(Compilers, "__exit__", lambda self, *_: None)
     monkeypatch.setattr(Compilers, "tasks", lambda self, op: [task for task in outcome if task.op == op])
     monkeypatch.setattr(Compilers, "compile", lambda self, tasks: ((task, outcome[task]) for task in reversed(tasks)))
@@ -32,7 +32,7 @@ def compiled(monkeypatch):
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    worker = Worker(str(tmp_path_factory.mktemp("cache")))
+    worker = Worker(prepare_worker, (str(tmp_path_factory.mktemp("cache")),))
     yield worker
     worker.close()
 
@@ -86,7 +86,7 @@ def test_a_kernel_that_needs_too_much_shared_memory(worker):
 
 
 def test_a_crash_takes_one_worker_and_no_more(tmp_path):
-    worker = Worker(str(tmp_path))
+    worker = Worker(prepare_worker, (str(tmp_path),))
     try:
         with pytest.raises(BrokenProcessPool):
             worker.call(os._exit, 3)
@@ -99,8 +99,8 @@ def test_no_worker_outlives_the_command(tmp_path):
     killed = (
         "import os, signal, sys\n"
         f"sys.path[:] = {sys.path}\n"
-        "from fluxfast_bench.compilers import Worker\n"
-        f"print(Worker({str(tmp_path)!r}).call(os.getpid), flush=True)\n"
+        "from fluxfast_bench.compilers import Worker, prepare_worker\n"
+        f"print(Worker(prepare_worker, ({str(tmp_path)!r},)).call(os.getpid), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # returns when nobody holds stdout any more, which the worker inherits
@@ -116,7 +116,7 @@ def test_a_crash_is_a_failed_variant(tmp_path, monkeypatch):
         return GOOD
 
     monkeypatch.setattr(Worker, "call", call)
-    with Compilers(2, str(tmp_path)) as compilers:
+    with Compilers(2, prepare_worker, (str(tmp_path),)) as compilers:
         results = dict(compilers.compile(TASKS))
     assert sorted(results) == sorted(TASKS)
     assert {task for task in TASKS if results[task] != GOOD} == {TASKS[1]}

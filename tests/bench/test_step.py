@@ -9,16 +9,16 @@ import torch
 from fluxfast.ops import gelu
 from fluxfast_bench import results, worker
 from fluxfast_bench.cases import SHAPES
-from fluxfast_bench.contestants import Contestant
+from fluxfast_bench.contestants import Contestant, Setup
 from fluxfast_bench.floor import Route, floor_seconds, step_work
 from fluxfast_bench.main import main
-from fluxfast_bench.runner import Runner, Setup, WrongResult, verify
-from fluxfast_bench.step import Case, Outcome, record_of
+from fluxfast_bench.runner import Runner, WrongResult, verify
+from fluxfast_bench.step_case import Case, Outcome, record_of
 from fluxfast_bench.worker import CONTESTANTS, Entry, Plan, entry_of
 
 CPU = torch.device("cpu")
-TINY = Setup(SHAPES["tiny"], "none", 4, "torch-adamw", CPU)
-PLAN = Plan("tiny", "cpu", 4, "torch-adamw", rounds=2, seconds=0.0)
+TINY = Setup((SHAPES["tiny"],), "none", 4, "torch-adamw", CPU)
+PLAN = Plan(("tiny",), "cpu", 4, "torch-adamw", rounds=2, seconds=0.0)
 PEERS_IN_CI = ["diffusers", "quanto-int8", "quanto-int4", "quanto-int2", "bnb-nf4"]
 
 
@@ -54,8 +54,10 @@ def test_contestants_are_built_alike_and_train(name):
     assert len(runner.parameters) == len(reference.parameters) == 2 * (12 + 5 + 1)
     assert [p.shape for p in runner.parameters] == [p.shape for p in reference.parameters]
     assert sum(p.requires_grad for p in runner.model.parameters()) == len(runner.parameters)
-    losses = [float(runner.step()) for _ in range(8)]
-    assert losses[-1] < losses[0]
+    first, *_ = (float(runner.step()) for _ in range(8))
+    # each step has a noise level of its own: the first one's again
+    runner.number = 0
+    assert float(runner.step()) < first
     assert all(p.grad is None for p in runner.parameters)
     assert 0 <= verify(contestant, TINY) <= contestant.error
 
@@ -106,8 +108,8 @@ def test_what_a_peer_raises_is_its_reason(monkeypatch):
     first, peer, ours = Case(PLAN, entries, apart=False, limit=60).measure()
     assert first.reason == "TypeError: no such layer"
     # the next one is the anchor in its place
-    assert len(peer.rounds) == len(ours.rounds) == len(ours.anchor) == 2
-    assert peer.slowness == 1
+    assert len(peer.on["tiny"].rounds) == len(ours.on["tiny"].rounds) == len(ours.on["tiny"].anchor) == 2
+    assert peer.on["tiny"].slowness == 1
 
 
 class Script:
@@ -123,7 +125,7 @@ class Script:
 
 
 def times(key, *rounds):
-    return [("round", key, [float(second)] * 3) for second in rounds]
+    return [("round", key, "tiny", [float(second)] * 3) for second in rounds]
 
 
 def case_of(*names):
@@ -132,7 +134,7 @@ def case_of(*names):
 
 
 def ready(*keys):
-    return [event for key in keys for event in (("start", key), ("ready", key, {"relative_error": 0.0}))]
+    return [event for key in keys for event in (("start", key), ("ready", key, {"tiny": {"relative_error": 0.0}}))]
 
 
 def test_a_crash_costs_one_contestant(monkeypatch):
@@ -143,10 +145,10 @@ def test_a_crash_costs_one_contestant(monkeypatch):
     )
     a, b, c = case_of("a", "b", "c").measure()
     assert script.asked == [["a:none", "b:none", "c:none"], ["a:none", "c:none"]]
-    assert b.reason == "its process died with exit code -11" and not b.rounds
+    assert b.reason == "its process died with exit code -11" and not b.measured
     assert a.reason is None and c.reason is None
     # turn against turn: 1/2 and 1/4
-    assert c.slowness == pytest.approx(0.375)
+    assert c.on["tiny"].slowness == pytest.approx(0.375)
 
 
 def test_a_failure_that_breaks_the_gpu_is_blamed_on_nobody_else(monkeypatch):
@@ -168,7 +170,7 @@ def test_a_first_turn_that_crashes(monkeypatch):
     )
     a, b = case_of("a", "b").measure()
     assert (a.reason, b.reason) == (None, "its process died")
-    assert a.rounds and len(script.asked) == 1
+    assert a.measured and len(script.asked) == 1
 
 
 def test_what_does_not_fit_is_measured_beside_the_anchor_then_alone(monkeypatch):
@@ -188,8 +190,11 @@ def test_what_does_not_fit_is_measured_beside_the_anchor_then_alone(monkeypatch)
         ["a:none"],
         ["c:none"],
     ]
-    assert (b.slowness, c.slowness) == (0.5, 3.0)
-    record = record_of(Outcome(ours_entry(), {"relative_error": 0.0}, [[1.0]], [[2.0]]), [b, c], PLAN, {})
+    assert (b.on["tiny"].slowness, c.on["tiny"].slowness) == (0.5, 3.0)
+    ours = Outcome(ours_entry(), ["tiny"])
+    ours.ready({"tiny": {"relative_error": 0.0}})
+    ours.on["tiny"].rounds, ours.on["tiny"].anchor = [[1.0]], [[2.0]]
+    record = record_of(ours, [b, c], PLAN, "tiny", {})
     assert record["ratios"] == {"b:none": 1.0, "c:none": 6.0}
 
 
@@ -205,7 +210,7 @@ def test_an_anchor_that_fails_leaves_its_place_to_the_next(monkeypatch):
     )
     a, _, c = case_of("a", "b", "c").measure()
     assert script.asked[1] == ["b:none", "c:none"]
-    assert a.reason == "no answer for 1 s" and c.slowness == 2
+    assert a.reason == "no answer for 1 s" and c.on["tiny"].slowness == 2
 
 
 def test_a_process_that_ends_by_itself_and_one_that_hangs(tmp_path):
@@ -247,6 +252,7 @@ def test_the_floor_takes_each_product_at_its_own_rate():
         (["--contestants", "nobody"], "there is no 'nobody'"),
         (["--contestants", "fluxfast:sometimes"], "there is no 'sometimes'; there are none, selective, full"),
         (["--rounds", "0"], "--rounds: expected 1 or more"),
+        (["--steps", "0"], "--steps: expected 1 or more"),
         (["--shapes", "huge"], "there is no 'huge'"),
         (["--device", "cuda:7"], "--device cuda:7: this PyTorch"),
         (["--device", "abacus"], "expected cpu, cuda or cuda:N, got 'abacus'"),

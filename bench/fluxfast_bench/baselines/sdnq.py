@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fluxfast_bench.baselines.diffusers_peft import compile_blocks
+from fluxfast_bench.baselines.diffusers_peft import compiled
 from fluxfast_bench.contestants import Contestant
 
 
@@ -32,7 +32,7 @@ CONTESTANTS = [
         bytes_per_weight=1.01,
         compute="int8",
         quantize=quantize,
-        finish=compile_blocks,
+        settle=compiled,
         error=0.15,
     )
 ]

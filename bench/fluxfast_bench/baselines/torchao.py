@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fluxfast_bench.baselines.diffusers_peft import compile_blocks
+from fluxfast_bench.baselines.diffusers_peft import compiled
 from fluxfast_bench.contestants import Contestant
 
 
@@ -26,7 +26,7 @@ CONTESTANTS = [
         modules=("torchao",),
         compute="e4m3",
         quantize=quantize_fp8,
-        finish=compile_blocks,
+        settle=compiled,
         error=0.15,
     ),
     Contestant(
@@ -35,7 +35,7 @@ CONTESTANTS = [
         modules=("torchao",),
         compute="int8",
         quantize=quantize_int8,
-        finish=compile_blocks,
+        settle=compiled,
         error=0.15,
     ),
 ]
