@@ -1,81 +1,223 @@
 #!/usr/bin/env bash
-# Everything that a short GPU rental should measure, the most valuable first: bench/gpu.sh OUT
+# What a few minutes of one GPU should show, the most valuable first: bench/gpu.sh OUT first|second|rest
 #
-# The machine has python3 with torch, triton, transformers and peft, and no network. Environment:
-#   WHEELS=folder   of wheels to install (what the machine lacks: diffusers, the peers, …)
-#   SMALL=1         the small model on whatever device there is: to try this script
-#   BUDGET=seconds  for all stages (default 1500); a stage gets its own limit, and no more than what is left
-# A stage that fails or runs out of time costs only itself. OUT/summary.md is made anew after every measurement.
+#   first    compile, ceilings, is every kernel right, int8 with and without graphs; where the time goes, tiles, other modes
+#   second   beside the peers: eager, quanto, compiled; then of `rest` what there is time for
+#   rest     streamed, TREAD, the tests, the memory checker
+#   plan     prints each part's stages and limits, and runs nothing
+#
+# OUT gets two files a part: a page (.md) and everything behind it (.tar.gz). Both are there whatever fails or is killed, and
+# figures are written down one by one, so that a stage that runs out of time costs only what it had not measured.
+#
+# The machine has python3 (3.12) with torch, triton, transformers, peft and pytest, and no network. Environment:
+#   WHEELS=folder  what the machine lacks, as bench/wheels.sh makes it (default: .wheels, if it is there)
+#   BUDGET=seconds for one part (default: what its limits add up to)
+#   WORK=folder    for what both parts use: installed wheels, Triton's cache, results (default: /tmp/fluxfast-gpu)
+#   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT}" && cd "$1" && pwd)
-cd "$(dirname "$0")/.."
+usage="usage: bench/gpu.sh OUT first|second|rest, or bench/gpu.sh plan"
+case "${1:-}:${2:-}" in
+plan:) part=plan ;;
+?*:first | ?*:second | ?*:rest) part=$2 ;;
+*) echo "$usage" >&2 && exit 2 ;;
+esac
 begun=$(date +%s)
-budget=${BUDGET:-1500}
-results=$out/results
-export PYTHONPATH=$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-: >"$out/stages.txt"
+PYTHON=${PYTHON:-python3}
+if [ -z "${SMALL:-}" ] && ! { command -v nvidia-smi && nvidia-smi -L; } 2>/dev/null | grep -q GPU; then SMALL=1; fi
+SMALL=${SMALL:-}
+# for the page and the archive, after the last stage
+closing=20
 
-left() { echo $((budget - ($(date +%s) - begun))); }
+# ---- what runs: NAME LIMIT COMMAND… ------------------------------------------------------------------------------------------
 
-stage() { # NAME LIMIT COMMAND…
-  local name=$1 limit=$2 start status
+bench() { "$PYTHON" -c 'import sys; from fluxfast_bench.main import main; sys.exit(main())' "$1" --results "$results" "${@:2}"; }
+
+steps() { bench step --stored-ceilings --recompute "$policy" --shapes "$@"; }
+
+if [ -n "$SMALL" ]; then
+  both=tiny long=tiny short=tiny rounds=1 policy=none jobs=2 slower=6
+  tests="tests/kernels/test_gelu_kernels.py -n 2"
+  warm="--contestants fluxfast,fluxfast-int8+int8,fluxfast-nf4+int8,fluxfast-int4+int8 --shapes 1024px-b1"
+  smoked=fluxfast,fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
+  few="--most 1 --seconds 0"
+else
+  both=1024px-b1,512px-b1 long=1024px-b1 short=512px-b1 rounds=2 policy=full jobs=14 slower=1
+  tests="tests/kernels tests/ops tests/model/test_graphs.py -n 14 --maxprocesses=14"
+  warm="" few=""
+  smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+library,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
+fi
+ours=fluxfast-int8+int8
+
+first() {
+  stage setup 20 setup
+  stage prewarm 45 bench prewarm --jobs "$jobs" $warm
+  stage ceilings 25 bench ceilings --shapes "$both" --seconds 0.05
+  stage smoke 50 bench smoke --shapes "$long" --contestants "$smoked"
+  stage smoke-short 25 bench smoke --shapes "$short" --contestants "$ours,$ours+graphs"
+  stage int8 45 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs"
+  stage profile 25 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours"
+  stage sweep 45 swept
+  stage ours 45 steps "$both" --rounds "$rounds" --steps 5 \
+    --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+library+graphs,$ours+device-modulation+graphs"
+}
+
+second() {
+  stage setup 20 setup
+  # nothing to do where the first part has run on this machine
+  stage prewarm 30 bench prewarm --jobs "$jobs" $warm
+  stage eager 55 steps "$both" --rounds "$rounds" --steps 5 \
+    --contestants "$ours+graphs,fluxfast+graphs,diffusers,quanto-int8"
+  stage compiled 125 steps "$both" --rounds "$rounds" --steps 5 --limit 120 \
+    --contestants "$ours+graphs,fluxfast+graphs,diffusers-compile"
+  rest
+}
+
+rest() {
+  [ "$part" = rest ] && stage setup 20 setup
+  stage others left steps "$long" --rounds "$rounds" --steps 5 \
+    --contestants "$ours+graphs,$ours+tread+graphs,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-nf4+int8+graphs,bnb-nf4,sdnq-int8"
+  stage tests left "$PYTHON" -m pytest $tests -q -p no:cacheprovider
+  stage memcheck left checked memcheck fluxfast-int4+int8+streamed
+  stage racecheck left checked racecheck "$ours"
+}
+
+setup() {
+  if [ -n "$wheels" ] && [ ! -e "$site/.done" ]; then
+    # beside what is there, which may not be ours to change, and before it
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" "$wheels"/*.whl && touch "$site/.done"
+    local suffix
+    suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    [ -e "$wheels/_C$suffix" ] && cp "$wheels/_C$suffix" fluxfast/
+  fi
+  "$PYTHON" -c 'import torch, triton, fluxfast
+from fluxfast.ops._impl import HAS_NATIVE
+print("torch", torch.__version__, "triton", triton.__version__, "native module", HAS_NATIVE)
+print(torch.cuda.is_available() and torch.cuda.get_device_name())'
+  local status=$?
+  command -v nvidia-smi >/dev/null && nvidia-smi >"$work/nvidia-smi.txt" 2>&1
+  return $status
+}
+
+swept() {
+  # a CPU has Triton's interpreter alone
+  if [ -n "$SMALL" ]; then export TRITON_INTERPRET=1; fi
+  bench sweep --shapes "$both" --jobs "$jobs" $few
+}
+
+checked() { # TOOL CONTESTANT
+  if ! command -v compute-sanitizer >/dev/null; then echo "there is no compute-sanitizer here"; return 0; fi
+  compute-sanitizer --tool "$1" --target-processes all --error-exitcode 9 "$PYTHON" -c \
+    'import sys; from fluxfast_bench.main import main; sys.exit(main())' \
+    smoke --results "$results" --one-process --shapes tiny --contestants "$2"
+}
+
+# ---- how it runs -------------------------------------------------------------------------------------------------------------
+
+if [ "$part" = plan ]; then
+  stage() {
+    echo "$part $1 $2"
+    if [ "$2" != left ]; then total=$((total + $2)); fi
+  }
+  for part in first second rest; do
+    total=$closing
+    $part
+    echo "$part total $total"
+  done
+  exit 0
+fi
+
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 1
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
+wheels=${WHEELS:-}
+if [ -z "$wheels" ] && [ -d .wheels ]; then wheels=.wheels; fi
+if [ -n "$wheels" ]; then wheels=$(cd "$wheels" && pwd) || exit 1; fi
+shared=${WORK:-/tmp/fluxfast-gpu}
+site=$shared/site
+work=$shared/$part
+rm -rf "$work"
+results=$work/results
+mkdir -p "$work/logs" "$results" "$site" || exit 1
+export PYTHONPATH=$root:$root/kernels:$root/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=$shared/triton TORCHINDUCTOR_CACHE_DIR=$shared/inductor
+export -f bench steps setup swept checked
+export PYTHON SMALL both few jobs policy wheels site work results
+# the first part's ceilings are the second's as well
+[ "$part" != first ] && [ -d "$shared/first/results" ] && cp -r "$shared/first/results" "$work/"
+: "${BUDGET:=$(($("$root/bench/gpu.sh" plan | awk -v part="$part" '$1 == part && $2 == "total" { print $3 }') * slower))}"
+[ "$part" = rest ] && BUDGET=$((BUDGET < 200 ? 200 : BUDGET))
+child=
+
+left() { echo $((BUDGET - closing - ($(date +%s) - begun))); }
+
+stage() { # NAME LIMIT COMMAND…; the limit may be "left"
+  local name=$1 limit=$2 start status code
   shift 2
+  [ "$limit" = left ] && limit=$(left) || limit=$((limit * slower))
   [ "$(left)" -lt "$limit" ] && limit=$(left)
   start=$(date +%s)
   if [ "$limit" -lt 5 ]; then
     status="no time left"
   else
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 && status=ok || status="failed ($?)"
+    # bash, because timeout knows no functions
+    timeout --kill-after=5 "$limit" bash -c '"$@"' bash "$@" >"$work/logs/$name.log" 2>&1 &
+    child=$!
+    wait "$child"
+    code=$?
+    child=
+    case $code in
+    0) status=ok ;;
+    124 | 137) status="out of time after $limit s" ;;
+    *) status="failed ($code)" ;;
+    esac
   fi
-  echo "$name: $status, $(($(date +%s) - start)) s" | tee -a "$out/stages.txt"
-  if [ "$status" != ok ] && [ -e "$out/$name.log" ]; then tail -n 5 "$out/$name.log"; fi
+  echo "| $name | $status | $(($(date +%s) - start)) |" | tee -a "$work/stages.md"
 }
 
-bench() { python3 -c 'import sys; from fluxfast_bench.main import main; sys.exit(main())' "$@"; }
-export -f bench
-
-measure() { # NAME LIMIT ARGUMENTS…
-  local name=$1 limit=$2
-  shift 2
-  # bash, because timeout knows no functions
-  stage "$name" "$limit" bash -c 'bench "$@"' bash "$@"
-  timeout 60 bash -c 'bench "$@"' bash report --results "$results" --summary "$out/summary.md" >"$out/report.log" 2>&1 ||
-    echo "report: failed, see report.log" | tee -a "$out/stages.txt"
+page() { # the page, as far as it can be made without Python
+  echo "# $part: $(date -u +%Y-%m-%dT%H:%M:%SZ), $(git -C "$root" describe --always --dirty 2>/dev/null)"
+  printf '\n| stage | | s |\n| --- | --- | ---: |\n'
+  cat "$work/stages.md"
+  if [ -s "$work/report.md" ]; then printf '\n' && sed 's/^#/##/' "$work/report.md"; fi
+  printf '\n## The ends of the logs\n'
+  local log
+  for log in "$work"/logs/*.log; do
+    [ -e "$log" ] || continue
+    printf '\n%s\n\n```\n' "$(basename "$log")"
+    tail -n 12 "$log" | cut -c1-300
+    printf '```\n'
+  done
 }
 
-if [ -n "${WHEELS:-}" ]; then
-  site=$out/site
-  # beside what is there, which may not be ours to change, and before it
-  stage wheels 180 python3 -m pip install --quiet --no-index --find-links "$WHEELS" --no-deps --target "$site" "$WHEELS"/*.whl
-  export PYTHONPATH=$PYTHONPATH:$site
-fi
-stage build 240 python3 setup.py build_ext --inplace
-stage device 60 python3 -c 'import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
-command -v nvidia-smi >/dev/null && nvidia-smi >"$out/nvidia-smi.txt" 2>&1
+pack() {
+  page >"$work/summary.md"
+  cp "$work/summary.md" "$out/fluxfast-gpu-$part.md"
+  tar -C "$work" -czf "$out/.tmp.tar.gz" . && mv "$out/.tmp.tar.gz" "$out/fluxfast-gpu-$part.tar.gz"
+}
 
-if [ -n "${SMALL:-}" ]; then
-  stage tests 240 python3 -m pytest tests/kernels/test_gelu_kernels.py -x -q -p no:cacheprovider
-  measure step 240 step --results "$results" --shapes tiny --rounds 2 --seconds 0.2 \
-    --contestants diffusers,fluxfast,fluxfast-int8,quanto-int8
-  measure ops 180 ops --results "$results" --shapes tiny --seconds 0.05 --ops gelu,gated_residual --contenders fluxfast,eager
-  measure startup 120 startup --results "$results"
-  exit 0
-fi
+finish() {
+  trap '' TERM INT HUP
+  # first what takes no time: who has asked us to stop may not wait for the rest
+  pack
+  timeout --kill-after=2 $((closing * slower)) bash -c 'bench report --summary "$work/report.md"' >"$work/logs/report.log" 2>&1 ||
+    echo "| report | failed | |" >>"$work/stages.md"
+  pack
+  echo "$out/fluxfast-gpu-$part.md"
+}
 
-# the kernels that a step is made of, on the device: a wrong one makes the rest worthless
-stage tests 240 python3 -m pytest tests/kernels tests/ops tests/model/test_graphs.py -x -q -p no:cacheprovider
-# the targets' pairs
-measure step-1024 330 step --results "$results" --shapes 1024px-b1 --rounds 3 --seconds 2 --limit 150 \
-  --contestants diffusers-compile,fluxfast-int8+int8,fluxfast,diffusers,quanto-int8,fluxfast-int8+int8:none
-measure step-512 240 step --results "$results" --shapes 512px-b1 --rounds 3 --seconds 1.5 --limit 150 \
-  --contestants diffusers-compile,fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,quanto-int8,fluxfast-int8+int8:none,fluxfast-int8+int8+graphs:none,fluxfast-int8+int8+tread,fluxfast-int8+int8+tread+graphs
-measure ops 180 ops --results "$results" --shapes 1024px-b1 --seconds 0.2
-# the other peers, beside ours again: an anchor makes runs comparable, but a table is of one run
-measure step-peers 330 step --results "$results" --shapes 1024px-b1 --rounds 3 --seconds 2 --limit 120 \
-  --contestants diffusers-compile,fluxfast-int8+int8,sdnq-int8,bnb-nf4,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-int8+int8+tread,fluxfast-fp8_e4m3+e4m3,torchao-fp8,torchao-int8,quanto-int4,quanto-int2
-measure step-scaling 240 step --results "$results" --shapes 512px-b2,512px-b4,768px-b1,1024px-b2 --rounds 2 --seconds 1.5 --limit 120 \
-  --contestants diffusers-compile,fluxfast-int8+int8
-measure vram 240 vram
-measure trace 120 step --results "$out/trace-results" --shapes 1024px-b1 --rounds 1 --seconds 1 \
-  --contestants fluxfast-int8+int8 --torch-profile "$out/trace"
+stop() { # SIGNAL
+  trap '' TERM INT HUP
+  echo "| stopped by SIG$1 | | |" >>"$work/stages.md"
+  if [ -n "$child" ]; then
+    # timeout hands it on to all that the stage has started
+    kill -TERM "$child"
+    wait "$child"
+  fi
+  exit 143
+}
+
+: >"$work/stages.md"
+trap finish EXIT
+for signal in TERM INT HUP; do trap "stop $signal" "$signal"; done
+$part
 exit 0

@@ -50,47 +50,64 @@ class Verdict:
         return self.verdict in (MISSED, WORSENED)
 
 
-def _on(result: Result, device: str) -> bool:
-    """Whether a target for `device` is about this result."""
-    return result.device == device or (device == "cpu" and "cuda" not in result.data["conditions"])
+@dataclass(frozen=True)
+class Where:
+    """Whether a result is one that a target is about: of a group of devices, of one device, or of any CPU."""
+
+    device: str
+    beginnings: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, device: str, groups: dict[str, list[str]]) -> Where:
+        return cls(device, tuple(groups[device]) if device in groups else None)
+
+    def __contains__(self, result: Result) -> bool:
+        if self.beginnings is not None:
+            return result.device.startswith(self.beginnings)
+        return result.device == self.device or (self.device == "cpu" and "cuda" not in result.data["conditions"])
 
 
-def _measured(stored: Sequence[Result], kind: str, device: str | None = None) -> Iterator[tuple[Result, dict[str, Any]]]:
+def _measured(stored: Sequence[Result], kind: str, where: Where | None = None) -> Iterator[tuple[Result, dict[str, Any]]]:
     """Every measured record of a kind, the newest first."""
     for result in sorted(stored, key=lambda r: r.date, reverse=True):
-        if result.kind == kind and (device is None or _on(result, device)):
+        if result.kind == kind and (where is None or result in where):
             for record in result.records:
                 if "reason" not in record:
                     yield result, record
 
 
-def ratio_verdicts(stored: Sequence[Result], wanted: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
+def ratio_verdicts(
+    stored: Sequence[Result], wanted: Sequence[dict[str, Any]], groups: dict[str, list[str]]
+) -> Iterator[Verdict]:
+    """Of a group, each device that was measured; of CPUs the newest."""
     for target in wanted:
-        least, where = target["at_least"], f"{target['device']}, {target['case']}"
-        found = next(
-            (
-                record["ratios"][target["peer"]]
-                for _, record in _measured(stored, "step", target["device"])
-                if (record["case"], record["contestant"]) == (target["case"], target["ours"])
-                and target["peer"] in record["ratios"]
-            ),
-            None,
-        )
-        verdict = UNMEASURED if found is None else MET if found >= least else MISSED
-        yield Verdict(target["name"], where, f"at least {least:.2f}", "" if found is None else f"{found:.2f}", verdict)
+        where, limit = Where.of(target["device"], groups), f"at least {target['at_least']:.2f}"
+        found: dict[str, float] = {}
+        for result, record in _measured(stored, "step", where):
+            ours = (record["case"], record["contestant"]) == (target["case"], target["ours"])
+            if ours and target["peer"] in record["ratios"]:
+                device = where.device if where.beginnings is None else result.device
+                found.setdefault(device, record["ratios"][target["peer"]])
+        for device, ratio in found.items():
+            verdict = MET if ratio >= target["at_least"] else MISSED
+            yield Verdict(target["name"], f"{device}, {target['case']}", limit, f"{ratio:.2f}", verdict)
+        if not found:
+            yield Verdict(target["name"], f"{target['device']}, {target['case']}", limit, "", UNMEASURED)
 
 
-def _newest_of_ours(stored: Sequence[Result], device: str | None = None) -> list[tuple[Result, dict[str, Any]]]:
+def _newest_of_ours(stored: Sequence[Result], where: Where | None = None) -> list[tuple[Result, dict[str, Any]]]:
     """The newest step of each of our contestants on each device and case."""
     newest: dict[tuple[str, str, str], tuple[Result, dict[str, Any]]] = {}
-    for result, record in _measured(stored, "step", device):
+    for result, record in _measured(stored, "step", where):
         if record["ours"]:
             newest.setdefault((result.device, record["case"], record["contestant"]), (result, record))
     return list(newest.values())
 
 
-def floor_verdicts(stored: Sequence[Result], wanted: dict[str, Any]) -> Iterator[Verdict]:
-    least, rows = wanted["at_least"], _newest_of_ours(stored, wanted["device"])
+def floor_verdicts(
+    stored: Sequence[Result], wanted: dict[str, Any], groups: dict[str, list[str]]
+) -> Iterator[Verdict]:
+    least, rows = wanted["at_least"], _newest_of_ours(stored, Where.of(wanted["device"], groups))
     for result, record in rows:
         share = record.get("floor_share")
         if share is not None:
@@ -195,8 +212,8 @@ def verdicts_of(
     """counted: `results.read_counted`'s."""
     counted = counted or {}
     return [
-        *ratio_verdicts(stored, wanted["ratio"]),
-        *floor_verdicts(stored, wanted["floor"]),
+        *ratio_verdicts(stored, wanted["ratio"], wanted["devices"]),
+        *floor_verdicts(stored, wanted["floor"], wanted["devices"]),
         *vram_verdicts(stored, counted, wanted["vram"]),
         *counts_verdicts(counted, wanted["counts"]),
         *startup_verdicts(stored, wanted["startup"]),

@@ -67,9 +67,10 @@ class Contestant:
     title: for tables. modules: what must be importable. storage: of the base's linears, `bytes_per_weight`; compute: of their
     products. quantize: a module on the device, in place; settle: the model with its adapters, as the setup has it.
     error: the most that its prediction and gradients may be off (`runner.verify`); with `exact`, on the weights as they are
-    stored. The default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's. Of ours: streamed,
-    whether blocks stream; looks_ahead, whether modulation may be computed ahead; engine, of wide float products
-    (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
+    stored. The default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
+
+    Of ours: streamed, whether blocks stream; graphs, whether a step is replayed; looks_ahead, whether modulation may be
+    computed ahead; engine, of wide float products (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Contestant:
     cpu: bool = False
     route: Route | None = None
     streamed: bool = False
+    graphs: bool = False
     looks_ahead: bool = True
     engine: str | None = None
 

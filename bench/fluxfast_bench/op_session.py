@@ -61,8 +61,11 @@ class Session:
         cast = [x.to(dtype) if x.dtype == self.dtype else x for x in made]
         return [x.requires_grad_(i < case.differentiable and x.is_floating_point()) for i, x in enumerate(cast)]
 
-    def check(self, timing: Timing) -> None:
-        """Ours against its reference in fp64, values and gradients, once for all that is timed of it. Raises WrongOp."""
+    def check(self, timing: Timing) -> float:
+        """The error of ours against its reference in fp64, values and gradients, found once for all that is timed of it.
+
+        Raises WrongOp where it is beyond what rounding explains.
+        """
         key = (timing.op, timing.shape)
         if key not in self._errors:
             case, shape = CASES[timing.op], SHAPES[timing.shape]
@@ -76,6 +79,7 @@ class Session:
             raise WrongOp(found)
         if not found <= bound:
             raise WrongOp(f"wrong: relative error {found:.2g}, where rounding explains {bound:g}")
+        return found
 
     def _error(self, case: OpCase, shape: Shape) -> float:
         # fp64 products of a whole model's width would take longer than all timings

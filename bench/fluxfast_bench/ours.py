@@ -76,6 +76,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
         cpu=not {"streamed", "graphs", "library", "device-modulation"} & {*modes},
         route=TREAD if "tread" in modes else None,
         streamed="streamed" in modes,
+        graphs="graphs" in modes,
         looks_ahead="device-modulation" not in modes,
         engine="library" if "library" in modes else None,
     )

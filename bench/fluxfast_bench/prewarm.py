@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--recompute", metavar="P,…", default="full,none", help="policies (default: %(default)s)")
     parser.add_argument("--target", help=f"of {', '.join(SHARED_LIMITS)} (default: the GPU's own; without one sm_90)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--cache", default="", metavar="DIR", help="Triton's cache (default: TRITON_CACHE_DIR, or Triton's own)")
+    parser.add_argument("--cache", default="", metavar="DIR", help="Triton's (default: TRITON_CACHE_DIR, or its own)")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
 

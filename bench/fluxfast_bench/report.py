@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.files import write_atomic
-from fluxfast_bench import check, plots, proofs, results, targets
+from fluxfast_bench import check, plots, proofs, report_gpu, results, targets
 from fluxfast_bench.proofs import markdown_table
 from fluxfast_bench.results import Result
 
@@ -42,7 +42,8 @@ def conditions_line(result: Result) -> str:
     if gpu:
         words.append(f"driver {gpu['driver_version']}, SM clock {gpu['clocks.sm']} of {gpu['clocks.max.sm']} MHz")
     words += [f"{name} {found['versions'][name]}" for name in ("torch", "diffusers", "peft") if name in found["versions"]]
-    return f"{', '.join(words)}; {found['commit']}, {found['date'][:10]}: `{found['command']}`"
+    cut = " (cut short)" if result.cut else ""
+    return f"{', '.join(words)}; {found['commit']}, {found['date'][:10]}: `{found['command']}`{cut}"
 
 
 def step_section(stored: Sequence[Result]) -> str:
@@ -138,7 +139,7 @@ def summary(
 ) -> str:
     """One page: every table, and what of the targets was measured."""
     parts = ["# fluxfast-bench"]
-    for name, section in SECTIONS.items():
+    for name, section in (SECTIONS | report_gpu.SECTIONS).items():
         if text := section(stored):
             parts.append(f"## {name}\n\n{text}")
     if links:

@@ -51,6 +51,11 @@ class Result:
     def records(self) -> list[dict[str, Any]]:
         return self.data["records"]
 
+    @property
+    def cut(self) -> bool:
+        """Whether the run has not ended."""
+        return self.path.suffix == ".jsonl"
+
 
 def path_of(root: Path, data: dict[str, Any]) -> Path:
     """Where a run is stored."""

@@ -15,7 +15,7 @@ else:
 TARGETS = Path("bench/targets.toml")
 # a ratio that `counts` stores, and what it is called in [counts]
 COUNT_RATIOS = {"memory_ratio": "bytes", "launch_ratio": "launches"}
-TABLES = ("ratio", "floor", "vram", "startup", "counts")
+TABLES = ("devices", "ratio", "floor", "vram", "startup", "counts")
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

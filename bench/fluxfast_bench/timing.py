@@ -55,10 +55,10 @@ def time_each(call: Callable[[], object], count: int, device: torch.device) -> l
     return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
-def best_time(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the median call, warm, of 5 to 200 in about 0.2 s."""
+def best_time(call: Callable[[], object], device: torch.device, seconds: float = 0.2) -> float:
+    """Seconds of the median call, warm, of 5 to 200 in about `seconds`."""
     first = min(time_each(call, 2, device))
-    count = max(5, min(200, int(0.2 / max(first, 1e-6))))
+    count = max(5, min(200, int(seconds / max(first, 1e-6))))
     return median(time_each(call, count, device))
 
 

@@ -147,7 +147,8 @@ def _prepare(entry: Entry, setup: Setup, alone: bool) -> tuple[Runner, dict[str,
         if not losses.isfinite().all():
             raise WrongResult(f"wrong: its losses are {losses.tolist()}")
         figures[shape.name] = {"relative_error": float(f"{error:.3g}")}
-        if cuda:
+        # graphs of an earlier shape keep their memory
+        if cuda and not (entry.contestant.graphs and shape is not setup.shapes[0]):
             figures[shape.name]["peak_gib"] = round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)
     return runner, figures
 
