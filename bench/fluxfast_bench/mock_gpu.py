@@ -7,8 +7,6 @@ for each signature, are built too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,13 +95,3 @@ class MockDriver:
 def activate(target: str) -> None:
     """From now on this process compiles for that target, and launches nothing."""
     driver.set_active(MockDriver(target))
-
-
-@contextmanager
-def mocked(target: str) -> Iterator[None]:
-    """`activate` for the length of a block."""
-    activate(target)
-    try:
-        yield
-    finally:
-        driver.reset_active()

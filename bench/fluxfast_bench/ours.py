@@ -21,9 +21,9 @@ TREAD = Route(ratio=0.5)
 MODES = {
     "tread": "TREAD 0.5",
     "streamed": "streamed",
-    "graphs": "CUDA graphs",
     "library": "library's wide products",
     "device-modulation": "modulation on the device",
+    "graphs": "CUDA graphs",
 }
 # against weights as they are stored, so what is left is rounding: of activations, and of weights to 8 bits
 ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}

@@ -60,9 +60,17 @@ def best_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def untimed(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The products that no tile was timed for, and why the first one was not: a line each."""
+    timed = {(r["case"], r["contestant"]) for r in records if "reason" not in r}
+    reasons = {(r["case"], r["contestant"]): r["reason"] for r in reversed(records) if "reason" in r}
+    return [f"{case} {name}: {reason}" for (case, name), reason in reasons.items() if (case, name) not in timed]
+
+
 def sweep_section(stored: Sequence[Result]) -> str:
-    rows = []
+    rows, faults = [], []
     for result in _of(stored, "sweep"):
+        faults += [f"- {line}" for line in untimed(result.records)]
         for r in best_of(result.records):
             table = r["table_seconds"]
             gained = "" if table is None else f"{(table - r['seconds']) * r['count'] * 1e3:.2f}"
@@ -71,7 +79,8 @@ def sweep_section(stored: Sequence[Result]) -> str:
                 [r["case"], r["contestant"], r["mode"], f"{r['seconds'] * 1e6:.1f}", f"{r['tflops']:.1f}", before, gained]
             )
     head = ["case", "product", "best tile", "µs", "TFLOP/s", "the table's µs", "a step, ms less"]
-    return markdown_table(head, rows, left=3) if rows else ""
+    parts = [markdown_table(head, rows, left=3)] if rows else []
+    return "\n\n".join([*parts, *(["\n".join(faults)] if faults else [])])
 
 
 def profile_section(stored: Sequence[Result]) -> str:

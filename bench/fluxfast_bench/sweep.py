@@ -17,15 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxfast_bench import products, results
+from fluxfast_bench import products, report_gpu, results
 from fluxfast_bench.cases import SHAPES, Shape, default_shapes
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.launches import Launch
 from fluxfast_bench.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of, recorded
-from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
+from fluxfast_bench.options import add_case_options, chosen, chosen_device, print_faults, wide_console
 from fluxfast_bench.prewarm import compile_all, own_target
 from fluxfast_bench.products import Product
-from fluxfast_bench.report_gpu import best_of
 from fluxfast_bench.timing import best_time
 from fluxfast_kernels._launch import interpreted, launch_numbers
 from fluxfast_kernels._matmul import MATMUL
@@ -115,7 +114,7 @@ def time_product(product: Product, device: torch.device, seconds: float) -> list
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
     table = Table("case", "product", "times", "best tile", "µs", "TFLOP/s", "the table's µs", "a step, ms less")
-    for r in best_of(records):
+    for r in report_gpu.best_of(records):
         gained = "" if r["table_seconds"] is None else f"{(r['table_seconds'] - r['seconds']) * r['count'] * 1e3:.2f}"
         before = "" if r["table_seconds"] is None else f"{r['table_seconds'] * 1e6:.1f}"
         table.add_row(r["case"], r["contestant"], str(r["count"]), r["mode"], f"{r['seconds'] * 1e6:.1f}",
@@ -158,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
         for product, count in found.items():
             for record in time_product(product, device, options.seconds):
                 journal.record({"case": shape, "ours": True, "count": count, **record})
-    console = wide_console()
-    console.print(table_of(journal.records()))
+    console, records = wide_console(), journal.records()
+    console.print(table_of(records))
     console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
-    return 0
+    return print_faults(report_gpu.untimed(records), console)

@@ -123,16 +123,27 @@ def compile_ahead(variant: AotVariant, target: str) -> Any:
     """Triton's compiled kernel (`.asm`, `.metadata`) for a key of AOT_TARGETS; needs no device, but no interpreter either."""
     names = variant.kernel.arg_names
     types = {name: variant.signature.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in variant.divisible]
     source = ASTSource(
         fn=variant.kernel,
         signature=types,
         constexprs={name: variant.constexprs[name] for name in names if types[name] == "constexpr"},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs=_attributes(variant, types),
     )
     named = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     options = {name: number for name, number in named.items() if number is not None}
     return triton.compile(source, target=GPUTarget(*AOT_TARGETS[target]), options=options)
+
+
+def _attributes(variant: AotVariant, types: Mapping[str, str]) -> dict[tuple[int], list[list[Any]]]:
+    """As Triton's JIT has them, whose key to a kernel they are a part of: where it looks and finds nothing, it notes that."""
+    attributes = {}
+    for i, param in enumerate(variant.kernel.params):
+        kind = types[param.name]
+        if kind.startswith("*") or param.name in variant.divisible:
+            attributes[i,] = [["tt.divisibility", 16]]
+        elif kind == "constexpr" or (kind.startswith("i") and not param.do_not_specialize):
+            attributes[i,] = []
+    return attributes
 
 
 def next_pow2(n: int) -> int:
