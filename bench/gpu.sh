@@ -39,7 +39,7 @@ if [ -n "$SMALL" ]; then
   tests="tests/kernels/test_gelu_kernels.py -n 2"
   warm="--contestants fluxfast,fluxfast-int8+int8,fluxfast-nf4+int8,fluxfast-int4+int8 --shapes 1024px-b1"
   smoked=fluxfast,fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
-  few="--most 1 --seconds 0"
+  few="--most 1"
 else
   both=1024px-b1,512px-b1 long=1024px-b1 short=512px-b1 rounds=2 policy=full jobs=14 slower=1
   tests="tests/kernels tests/ops tests/model/test_graphs.py -n 14 --maxprocesses=14"

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fluxfast_bench.meta_step import as_on_gpu, fluxfast_model, forward_backward
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, print_faults, wide_console
 from fluxfast_bench.prewarm import compile_all, own_target
 from fluxfast_bench.products import Product
-from fluxfast_bench.timing import best_time
+from fluxfast_bench.timing import best_time, time_each
 from fluxfast_kernels._launch import interpreted, launch_numbers
 from fluxfast_kernels._matmul import MATMUL
 
@@ -100,7 +101,9 @@ def time_product(product: Product, device: torch.device, seconds: float) -> list
         name = name_of(numbers)
         record: dict[str, Any] = {"contestant": str(product), "mode": name, "m": m, "n": n, "k": k, "table": name == table}
         try:
-            taken = best_time(lambda numbers=numbers: call(numbers), device, seconds)
+            one = partial(call, numbers)
+            # what the interpreter takes is worth no second call
+            taken = time_each(one, 1, device)[0] if interpreted() else best_time(one, device, seconds)
         except Exception as error:
             # Triton's own: a tile that has no room in shared memory, or that its compiler refuses
             records.append(record | {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})

@@ -63,32 +63,47 @@ def test_nothing_measured_is_not_passed(tmp_path, wanted, capsys):
 
 def test_a_target_tightened_turns_red(tmp_path, wanted):
     stored = store(
-        tmp_path, run_of(record("diffusers:full", 1.5), record("fluxfast:full", 1.0, ratios={"diffusers:full": 1.5}))
+        tmp_path, run_of(record("diffusers:full", 1.5), record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": 1.5}))
     )
     verdicts = check.verdicts_of(stored, wanted)
     assert found(verdicts, EAGER).verdict == check.MET
-    assert found(verdicts, "fluxfast:full, share of the floor's rate").verdict == check.MET
+    assert found(verdicts, "fluxfast+graphs:full, share of the floor's rate").verdict == check.MET
     assert found(verdicts, "peak VRAM, bf16, resident").verdict == check.MET
     assert not any(v.red for v in verdicts)
     tight = copy.deepcopy(wanted)
     tight["ratio"][0]["at_least"], tight["floor"]["at_least"], tight["vram"]["bf16"]["resident-1024"] = 1.51, 0.81, 14.9
     verdicts = check.verdicts_of(stored, tight)
     assert found(verdicts, EAGER).verdict == check.MISSED
-    assert found(verdicts, "fluxfast:full, share of the floor's rate").verdict == check.MISSED
+    assert found(verdicts, "fluxfast+graphs:full, share of the floor's rate").verdict == check.MISSED
     assert found(verdicts, "peak VRAM, bf16, resident").verdict == check.MISSED
     assert sum(v.red for v in verdicts) == 3
 
 
 def test_the_command_fails_where_a_target_is_missed(tmp_path, capsys):
-    store(tmp_path, run_of(record("fluxfast:full", 1.0, ratios={"diffusers:full": 1.39})))
+    store(tmp_path, run_of(record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": 1.39})))
     assert main(["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]) == 1
     assert "1 missed" in capsys.readouterr().out
 
 
 def test_the_newest_measurement_counts(tmp_path, wanted):
-    old, new = (record("fluxfast:full", 1.0, ratios={"diffusers:full": ratio}) for ratio in (1.3, 1.5))
-    stored = store(tmp_path, run_of(new, day=3), run_of(old, day=2), run_of(record("fluxfast:full", 1, reason="failed"), day=4))
+    old, new = (record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": ratio}) for ratio in (1.3, 1.5))
+    failed = record("fluxfast+graphs:full", 1, reason="failed")
+    stored = store(tmp_path, run_of(new, day=3), run_of(old, day=2), run_of(failed, day=4))
     assert found(check.verdicts_of(stored, wanted), EAGER).found == "1.50"
+
+
+def test_targets_hold_for_each_device_of_a_group(tmp_path, wanted):
+    def run(device, ratio):
+        made = run_of(record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": ratio}))
+        made["conditions"] = made["conditions"] | {"device": device}
+        return made
+
+    stored = store(tmp_path, run("NVIDIA H100 80GB HBM3", 1.5), run("NVIDIA H200", 1.3), run("NVIDIA A100-SXM4-80GB", 1.0))
+    lines = [v for v in check.verdicts_of(stored, wanted) if v.name == EAGER]
+    assert {(line.where, line.verdict) for line in lines} == {
+        ("nvidia-h200, 1024px-b1", check.MISSED),
+        ("nvidia-h100-80gb-hbm3, 1024px-b1", check.MET),
+    }
 
 
 @pytest.mark.parametrize(("seconds", "red"), [(1.04, False), (1.06, True), (0.5, False)])
