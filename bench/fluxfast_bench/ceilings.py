@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,8 @@ def _attention_times(
                 dout = torch.randn_like(out)
                 with torch.no_grad():
                     forward = best_time(lambda: attention(q, k, v), device, seconds)
-                backward = best_time(
-                    lambda out=out, dout=dout: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), device, seconds
-                )
+                gradients = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+                backward = best_time(gradients, device, seconds)
         except RuntimeError as error:
             logger.warning("attention: no back end '%s' here: %s", name, str(error).splitlines()[0])
             continue

@@ -53,9 +53,11 @@ def _hopper(device: torch.device) -> str:
 @contextmanager
 def launches_nothing() -> Iterator[None]:
     """Our ops run on CPU tensors as they would on a GPU, up to the launch."""
+    # all of them before anything is patched: one that is imported later would take what is patched for its own
+    names = [module.name for module in pkgutil.iter_modules(fluxfast_kernels.__path__)]
+    modules = [importlib.import_module(f"fluxfast_kernels.{name}") for name in names]
     with ExitStack() as patches:
-        for name in [module.name for module in pkgutil.iter_modules(fluxfast_kernels.__path__)]:
-            module = importlib.import_module(f"fluxfast_kernels.{name}")
+        for module in modules:
             if hasattr(module, "launch"):
                 patches.enter_context(mock.patch.object(module, "launch", _no_launch))
             if hasattr(module, "arch_key"):
