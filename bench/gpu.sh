@@ -49,26 +49,26 @@ fi
 ours=fluxfast-int8+int8
 
 first() {
-  stage setup 20 setup
-  stage prewarm 45 bench prewarm --jobs "$jobs" $warm
+  stage setup 25 setup
+  stage prewarm 40 bench prewarm --jobs "$jobs" $warm
   stage ceilings 25 bench ceilings --shapes "$both" --seconds 0.05
-  stage smoke 50 bench smoke --shapes "$long" --contestants "$smoked"
-  stage smoke-short 25 bench smoke --shapes "$short" --contestants "$ours,$ours+graphs"
-  stage int8 45 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs"
+  stage smoke 45 bench smoke --shapes "$long" --contestants "$smoked"
+  stage smoke-short 20 bench smoke --shapes "$short" --contestants "$ours,$ours+graphs"
+  stage int8 40 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs"
   stage profile 25 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours"
-  stage sweep 45 swept
-  stage ours 45 steps "$both" --rounds "$rounds" --steps 5 \
+  stage sweep 55 swept
+  stage ours 60 steps "$both" --rounds "$rounds" --steps 5 \
     --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+library+graphs,$ours+device-modulation+graphs"
 }
 
 second() {
-  stage setup 20 setup
-  # nothing to do where the first part has run on this machine
-  stage prewarm 30 bench prewarm --jobs "$jobs" $warm
-  stage eager 55 steps "$both" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,fluxfast+graphs,diffusers,quanto-int8"
+  # nothing to do in either where the first part has run on this machine
+  stage setup 15 setup
+  stage prewarm 20 bench prewarm --jobs "$jobs" $warm
+  stage eager 60 steps "$both" --rounds "$rounds" --steps 5 \
+    --contestants "$ours+graphs,diffusers,quanto-int8,fluxfast+graphs"
   stage compiled 125 steps "$both" --rounds "$rounds" --steps 5 --limit 120 \
-    --contestants "$ours+graphs,fluxfast+graphs,diffusers-compile"
+    --contestants "$ours+graphs,diffusers-compile,fluxfast+graphs"
   rest
 }
 

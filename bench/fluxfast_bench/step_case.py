@@ -53,7 +53,7 @@ class Case:
     def __init__(
         self, plan: Plan, entries: Sequence[Entry], *, apart: bool, limit: float, told: Callable[[], object] = lambda: None
     ) -> None:
-        self.plan, self.apart, self.limit, self._told = plan, apart, limit, told
+        self.plan, self.entries, self.apart, self.limit, self._told = plan, entries, apart, limit, told
         self.outcomes = {entry.key: Outcome(entry, plan.shapes) for entry in entries}
 
     def measure(self) -> list[Outcome]:
@@ -103,14 +103,13 @@ class Case:
                 turns[key, shape].append(seconds)
                 timed = self.outcomes[key].on[shape]
                 timed.rounds.append(seconds)
-                # whose turn comes first
-                timed.anchor.append(turns[anchor, shape][len(turns[key, shape]) - 1])
+                # the anchor's turn is just before
+                timed.anchor.append(turns[anchor, shape][-1])
             elif kind == "died" and started not in settled:
                 self.outcomes[started].reason = rest[0]
             elif kind == "died" and self.outcomes[started].reason is None and not turned(started):
-                # everybody was ready: the first turn of one of them did it
-                culprit = next(key for key in everybody if key in settled and not turned(key))
-                self.outcomes[culprit].reason = rest[0]
+                # it was ready: its first turn did it
+                self.outcomes[started].reason = rest[0]
             self._told()
         return [key for key in keys if self.outcomes[key].reason is None and not turned(key)]
 
@@ -162,7 +161,8 @@ def record_of(
         "optimizer": plan.optimizer,
     }
     own = outcome.on[case]
-    if outcome.reason is not None or not own.rounds:
+    # on another shape it may have failed later
+    if not own.rounds:
         return record | {"reason": outcome.reason or "was not reached"}
     timed = stats([second for turn in own.rounds for second in turn])
     record |= timed.as_record() | own.figures
@@ -174,6 +174,6 @@ def record_of(
         floor = floor_seconds(work, ceilings, contestant.compute)
         record |= {"floor_seconds": round(floor, 6), "floor_share": round(floor / timed.seconds, 4)}
     if contestant.ours:
-        others = [o for o in outcomes if o is not outcome and o.reason is None and o.on[case].rounds]
+        others = [o for o in outcomes if o is not outcome and o.on[case].rounds]
         record["ratios"] = {other.entry.key: round(other.on[case].slowness / own.slowness, 4) for other in others}
     return record

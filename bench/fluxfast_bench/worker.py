@@ -11,7 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from fluxfast_bench import ceilings
 from fluxfast_bench.baselines import PEERS
-from fluxfast_bench.cases import SHAPES
+from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.contestants import Contestant, Setup
 from fluxfast_bench.needs import bytes_needed
 from fluxfast_bench.ours import CONTESTANTS as OURS
@@ -79,16 +79,17 @@ class DoesNotFit(Exception):
 def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) -> None:
     """Builds the entries, times them in turn, and sends what comes of it; ends at once where the first, the anchor, fails.
 
-    ("start", key), then ("ready", key, figures by shape) or ("failed", key, reason) or ("later", key); ("round", key, shape,
-    seconds of each step) many times; ("done",).
+    ("start", key); then of each shape ("ready", key, {shape: figures}) and a turn of the anchor's and its own, so that what is
+    known early is a ratio; or ("failed", key, reason), or ("later", key). ("round", key, shape, seconds of each step) is a
+    turn; the others follow once everybody is there. ("done",).
     """
     runners: dict[str, tuple[Runner, dict[str, int]]] = {}
     for key in keys:
         send(("start", key))
-        entry = entry_of(key, "full")
-        device = torch.device(plan.device)
+        entry, device = entry_of(key, "full"), torch.device(plan.device)
+        anchor = None if key == keys[0] else keys[0]
         try:
-            runner, figures = _prepare(entry, plan.setup(entry.recompute), alone=not runners)
+            runners[key] = _enter(entry, plan, send, None if anchor is None else (anchor, *runners[anchor]))
         except (DoesNotFit, torch.OutOfMemoryError) as error:
             send(("later", key) if runners else ("failed", key, f"out of memory: {str(error).splitlines()[0]}"))
         except WrongResult as error:
@@ -99,58 +100,74 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
             send(("failed", key, f"{type(error).__name__}: {text[:200]}"))
             # a GPU that has failed for good raises again, which ends this process: the others get another
             synchronize(device)
-        else:
-            runners[key] = runner, _counts(runner, plan)
-            send(("ready", key, figures))
         free(device)
         if not runners:
             send(("done",))
             return
-    for _ in range(plan.rounds):
+    for _ in range(1, plan.rounds):
         for shape in plan.shapes:
             for key, (runner, counts) in runners.items():
-                runner.begin(SHAPES[shape])
-                send(("round", key, shape, time_each(runner.step, counts[shape], torch.device(plan.device))))
+                _turn(key, runner, shape, counts[shape], send)
     if plan.profile is not None:
         for key, (runner, _) in runners.items():
             _profile(runner, Path(plan.profile) / f"{plan.shapes[0]}-{key.replace(':', '-')}.json.gz")
     send(("done",))
 
 
-def _counts(runner: Runner, plan: Plan) -> dict[str, int]:
-    """Steps of a turn, by shape."""
-    if plan.steps is not None:
-        return dict.fromkeys(plan.shapes, plan.steps)
-    counts = {}
-    for shape in plan.shapes:
-        runner.begin(SHAPES[shape])
-        each = median(time_each(runner.step, 2, torch.device(plan.device)))
-        counts[shape] = max(FEWEST, min(MOST, math.ceil(plan.seconds / each)))
-    return counts
-
-
-def _prepare(entry: Entry, setup: Setup, alone: bool) -> tuple[Runner, dict[str, dict[str, Any]]]:
-    """A warm runner that was found to be right, and its figures by shape: error, peak memory in GiB without the others'."""
+def _enter(
+    entry: Entry, plan: Plan, send: Callable[[Event], object], anchor: tuple[str, Runner, dict[str, int]] | None
+) -> tuple[Runner, dict[str, int]]:
+    """A runner that was found to be right on each shape and has had its first turn, and the steps of a turn by shape."""
+    setup = plan.setup(entry.recompute)
     device, cuda = setup.device, setup.device.type == "cuda"
-    error = verify(entry.contestant, setup)
-    free(device)
-    if cuda and not alone and bytes_needed(entry.contestant, setup) > torch.cuda.mem_get_info(device)[0]:
+    if cuda and anchor is not None and bytes_needed(entry.contestant, setup) > torch.cuda.mem_get_info(device)[0]:
         raise DoesNotFit(entry.key)
-    before = torch.cuda.memory_allocated(device) if cuda else 0
-    runner = Runner(entry.contestant, setup)
-    figures = {}
+    runner: Runner | None = None
+    before, counts = 0, {}
     for shape in setup.shapes:
-        runner.begin(shape)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        losses = torch.stack([runner.step() for _ in range(WARM_STEPS)])
-        if not losses.isfinite().all():
-            raise WrongResult(f"wrong: its losses are {losses.tolist()}")
-        figures[shape.name] = {"relative_error": float(f"{error:.3g}")}
-        # graphs of an earlier shape keep their memory
-        if cuda and not (entry.contestant.graphs and shape is not setup.shapes[0]):
-            figures[shape.name]["peak_gib"] = round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)
-    return runner, figures
+        error = verify(entry.contestant, replace(setup, shapes=(shape,)))
+        free(device)
+        if runner is None:
+            before = torch.cuda.memory_allocated(device) if cuda else 0
+            runner = Runner(entry.contestant, setup)
+        figures = {"relative_error": float(f"{error:.3g}")} | _warmed(runner, shape, before)
+        send(("ready", entry.key, {shape.name: figures}))
+        counts[shape.name] = _count(runner, plan)
+        if anchor is not None:
+            key, other, steps = anchor
+            _turn(key, other, shape.name, steps[shape.name], send)
+        _turn(entry.key, runner, shape.name, counts[shape.name], send)
+    assert runner is not None
+    return runner, counts
+
+
+def _warmed(runner: Runner, shape: Shape, before: int) -> dict[str, float]:
+    """After its first steps on a shape: the peak of memory in GiB, on a GPU, of which others had `before`."""
+    device = runner.setup.device
+    cuda = device.type == "cuda"
+    runner.begin(shape)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    losses = torch.stack([runner.step() for _ in range(WARM_STEPS)])
+    if not losses.isfinite().all():
+        raise WrongResult(f"wrong: its losses are {losses.tolist()}")
+    # graphs of an earlier shape keep their memory
+    if not cuda or (runner.contestant.graphs and shape is not runner.setup.shapes[0]):
+        return {}
+    return {"peak_gib": round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)}
+
+
+def _count(runner: Runner, plan: Plan) -> int:
+    """Steps of a turn on the shape that the runner is at."""
+    if plan.steps is not None:
+        return plan.steps
+    each = median(time_each(runner.step, 2, runner.setup.device))
+    return max(FEWEST, min(MOST, math.ceil(plan.seconds / each)))
+
+
+def _turn(key: str, runner: Runner, shape: str, steps: int, send: Callable[[Event], object]) -> None:
+    runner.begin(SHAPES[shape])
+    send(("round", key, shape, time_each(runner.step, steps, runner.setup.device)))
 
 
 def _profile(runner: Runner, path: Path) -> None:

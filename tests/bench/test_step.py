@@ -108,7 +108,9 @@ def test_what_a_peer_raises_is_its_reason(monkeypatch):
     first, peer, ours = Case(PLAN, entries, apart=False, limit=60).measure()
     assert first.reason == "TypeError: no such layer"
     # the next one is the anchor in its place
-    assert len(peer.on["tiny"].rounds) == len(ours.on["tiny"].rounds) == len(ours.on["tiny"].anchor) == 2
+    assert len(ours.on["tiny"].rounds) == len(ours.on["tiny"].anchor) == 2
+    # its own, then one beside ours when that came, then the second round's
+    assert len(peer.on["tiny"].rounds) == 3 and ours.on["tiny"].anchor == peer.on["tiny"].rounds[1:]
     assert peer.on["tiny"].slowness == 1
 
 
@@ -128,6 +130,10 @@ def times(key, *rounds):
     return [("round", key, "tiny", [float(second)] * 3) for second in rounds]
 
 
+def beside(anchor, key, *turns):
+    return [event for one, other in turns for event in (*times(anchor, one), *times(key, other))]
+
+
 def case_of(*names):
     return Case(PLAN, [Entry(dataclasses.replace(CONTESTANTS["diffusers"], name=name), "none") for name in names],
                 apart=True, limit=1)  # fmt: skip
@@ -141,7 +147,7 @@ def test_a_crash_costs_one_contestant(monkeypatch):
     script = Script(
         monkeypatch,
         [*ready("a:none"), ("start", "b:none"), ("died", "its process died with exit code -11")],
-        [*ready("a:none", "c:none"), *times("a:none", 2, 4), *times("c:none", 1, 1), ("done",)],
+        [*ready("a:none", "c:none"), *beside("a:none", "c:none", (2, 1), (4, 1)), ("done",)],
     )
     a, b, c = case_of("a", "b", "c").measure()
     assert script.asked == [["a:none", "b:none", "c:none"], ["a:none", "c:none"]]
@@ -200,6 +206,35 @@ def test_what_does_not_fit_is_measured_beside_the_anchor_then_alone(monkeypatch)
 
 def ours_entry():
     return Entry(CONTESTANTS["fluxfast"], "none")
+
+
+def test_each_contestant_is_timed_beside_the_anchor_as_soon_as_it_is_there(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tinier", dataclasses.replace(SHAPES["tiny"], name="tinier", side=3))
+    plan = dataclasses.replace(PLAN, shapes=("tiny", "tinier"), steps=1)
+    events = list(worker.run("measure", ["diffusers:none", "fluxfast:none"], plan))
+    told = [(kind, *(x for x in rest if isinstance(x, str))) for kind, *rest in events]
+    peer, ours = "diffusers:none", "fluxfast:none"
+    own = [(("ready", peer), ("round", peer, shape)) for shape in ("tiny", "tinier")]
+    pair = [(("ready", ours), ("round", peer, shape), ("round", ours, shape)) for shape in ("tiny", "tinier")]
+    second = [("round", key, shape) for shape in ("tiny", "tinier") for key in (peer, ours)]
+    assert told == [("start", peer), *own[0], *own[1], ("start", ours), *pair[0], *pair[1], *second, ("done",)]
+    assert all(len(event[3]) == 1 for event in events if event[0] == "round")
+
+
+def test_what_fails_on_a_second_shape_keeps_the_first(monkeypatch):
+    Script(
+        monkeypatch,
+        [
+            *ready("a:none"), *times("a:none", 2), *ready("b:none"), *beside("a:none", "b:none", (2, 1)),
+            ("failed", "b:none", "wrong: relative error"), ("done",),
+        ],
+    )  # fmt: skip
+    case = Case(
+        dataclasses.replace(PLAN, shapes=("tiny", "1024px-b1")), case_of("a", "b").entries, apart=True, limit=1
+    )
+    a, b = case.measure()
+    assert "seconds" in record_of(b, [a, b], case.plan, "tiny", {})
+    assert record_of(b, [a, b], case.plan, "1024px-b1", {})["reason"] == "wrong: relative error"
 
 
 def test_an_anchor_that_fails_leaves_its_place_to_the_next(monkeypatch):
