@@ -21,7 +21,7 @@ from fluxfast_bench import results
 from fluxfast_bench.cases import SHAPES, default_shapes
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
-from fluxfast_bench.runner import Runner, free
+from fluxfast_bench.runner import STEPS_BEFORE_REPLAY, Runner, free
 from fluxfast_bench.timing import time_each
 from fluxfast_bench.worker import CONTESTANTS, WARM_STEPS, Entry, Plan, entry_of
 
@@ -60,7 +60,7 @@ def profile_entry(entry: Entry, plan: Plan, journal: results.Journal) -> None:
     runner = Runner(entry.contestant, setup)
     for shape in setup.shapes:
         runner.begin(shape)
-        for _ in range(WARM_STEPS):
+        for _ in range(WARM_STEPS + (STEPS_BEFORE_REPLAY if entry.contestant.graphs else 0)):
             runner.step()
         step = sorted(time_each(runner.step, 3, device))[1]
         found = sums(runner, device)

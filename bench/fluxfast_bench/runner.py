@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.adapters.lora import add_lora
+from fluxfast.model.graphs import STEPS_RUN_FIRST
 from fluxfast.model.modulation import Conditions
 from fluxfast.model.pinned import pin, send
 from fluxfast.quant.linear import QuantLinear
@@ -24,6 +25,8 @@ LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 2.0
 FP32_ERROR = 1e-4
 # what modulation is a function of: computed ahead, it is on the host
 CONDITIONS = ("timestep", "guidance", "pooled_projections")
+# a step whose graph has been captured and compared is replayed from the next one on
+STEPS_BEFORE_REPLAY = STEPS_RUN_FIRST + 2
 # noise levels that steps take in turn, each exact in bf16: of one that stayed, modulation would be computed once
 LEVELS = 63
 
@@ -184,14 +187,16 @@ def _error(contestant: Contestant, setup: Setup, shape: Shape, subjects: list[tu
         if getattr(subject, "modulation", None) is not None:
             inputs |= {name: inputs[name].cpu() for name in CONDITIONS}
         with engine_of(runs):
-            loss, prediction = flow_loss(subject, inputs, loss_target(shape, setup.device))
-            loss.backward()
+            for _ in range(1 + (STEPS_BEFORE_REPLAY if runs.graphs else 0)):
+                for parameter in parameters:
+                    parameter.grad = None
+                loss, prediction = flow_loss(subject, inputs, loss_target(shape, setup.device))
+                loss.backward()
+        check_replayed(subject, runs)
         gradients = [p.grad for p in parameters]
         assert all(gradient is not None for gradient in gradients)
         flat = torch.cat([gradient.flatten().double() for gradient in gradients if gradient is not None])
         results.append((prediction.detach().double(), flat))
-        for parameter in parameters:
-            parameter.grad = None
     error = max(_relative(actual, expected) for actual, expected in zip(*results, strict=True))
     computes_fp32 = setup.dtype == torch.float32 and contestant.compute == "float"
     bound = FP32_ERROR if computes_fp32 and (contestant.exact or not contestant.quantised) else contestant.error
@@ -201,6 +206,12 @@ def _error(contestant: Contestant, setup: Setup, shape: Shape, subjects: list[tu
     if contestant.quantised and not contestant.exact and error < FP32_ERROR:
         raise WrongResult(f"relative error {error:.2g}: nothing was quantised")
     return error
+
+
+def check_replayed(model: Any, contestant: Contestant) -> None:
+    """Raises WrongResult where steps were to be replayed by now, and are not."""
+    if contestant.graphs and (model.graphs is None or not model.graphs.replays):
+        raise WrongResult("its steps are not replayed")
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.contestants import Contestant, Setup
 from fluxfast_bench.needs import bytes_needed
 from fluxfast_bench.ours import CONTESTANTS as OURS
-from fluxfast_bench.runner import Runner, WrongResult, free, verify
+from fluxfast_bench.runner import STEPS_BEFORE_REPLAY, Runner, WrongResult, check_replayed, free, verify
 from fluxfast_bench.timing import synchronize, time_each
 
 CONTESTANTS: dict[str, Contestant] = {contestant.name: contestant for contestant in [*OURS, *PEERS]}
@@ -148,7 +148,9 @@ def _warmed(runner: Runner, shape: Shape, before: int) -> dict[str, float]:
     runner.begin(shape)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    losses = torch.stack([runner.step() for _ in range(WARM_STEPS)])
+    steps = WARM_STEPS + (STEPS_BEFORE_REPLAY if runner.contestant.graphs else 0)
+    losses = torch.stack([runner.step() for _ in range(steps)])
+    check_replayed(runner.model, runner.contestant)
     if not losses.isfinite().all():
         raise WrongResult(f"wrong: its losses are {losses.tolist()}")
     # graphs of an earlier shape keep their memory

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 
+from fluxfast.model.graphs import StepGraphs
 from fluxfast.ops import gelu
 from fluxfast_bench import results, worker
+from fluxfast_bench import runner as runners
 from fluxfast_bench.cases import SHAPES
 from fluxfast_bench.contestants import Contestant, Setup
 from fluxfast_bench.floor import Route, floor_seconds, step_work
@@ -15,6 +18,7 @@ from fluxfast_bench.main import main
 from fluxfast_bench.runner import Runner, WrongResult, verify
 from fluxfast_bench.step_case import Case, Outcome, record_of
 from fluxfast_bench.worker import CONTESTANTS, Entry, Plan, entry_of
+from graph_emulator import Pool, capture, see_every_op
 
 CPU = torch.device("cpu")
 TINY = Setup((SHAPES["tiny"],), "none", 4, "torch-adamw", CPU)
@@ -93,6 +97,17 @@ def test_a_quantised_contestant_that_quantises_nothing_is_refused():
     idle = dataclasses.replace(CONTESTANTS["quanto-int8"], quantize=lambda module: None)
     with pytest.raises(WrongResult, match="nothing was quantised"):
         verify(idle, TINY)
+
+
+def test_graphs_are_checked_once_they_are_replayed(monkeypatch):
+    see_every_op(monkeypatch)
+    replayed = classmethod(lambda cls, model, **options: cls(model, partial(capture, pool=Pool()), **options))
+    monkeypatch.setattr(StepGraphs, "on_gpu", replayed)
+    contestant = CONTESTANTS["fluxfast-int8+int8+graphs"]
+    assert 0 < verify(contestant, TINY) <= contestant.error
+    monkeypatch.setattr(runners, "STEPS_BEFORE_REPLAY", 1)
+    with pytest.raises(WrongResult, match="its steps are not replayed"):
+        verify(contestant, TINY)
 
 
 def faulty(name, quantize):
