@@ -13,7 +13,7 @@
 #   WHEELS=folder  what the machine lacks, as bench/wheels.sh makes it (default: .wheels, if it is there)
 #   BUDGET=seconds for one part (default: what its limits add up to)
 #   WORK=folder    for what both parts use: installed wheels, Triton's cache, results (default: /tmp/fluxfast-gpu)
-#   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU
+#   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU; 0: never
 set -uo pipefail
 usage="usage: bench/gpu.sh OUT first|second|rest, or bench/gpu.sh plan"
 case "${1:-}:${2:-}" in
@@ -23,8 +23,10 @@ plan:) part=plan ;;
 esac
 begun=$(date +%s)
 PYTHON=${PYTHON:-python3}
-if [ -z "${SMALL:-}" ] && ! { command -v nvidia-smi && nvidia-smi -L; } 2>/dev/null | grep -q GPU; then SMALL=1; fi
-SMALL=${SMALL:-}
+PATH=$PATH:/usr/local/nvidia/bin
+has_gpu() { [ -e /dev/nvidia0 ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }; }
+if [ -z "${SMALL:-}" ] && ! has_gpu; then SMALL=1; fi
+if [ "${SMALL:=}" = 0 ]; then SMALL=; fi
 # for the page and the archive, after the last stage
 closing=20
 

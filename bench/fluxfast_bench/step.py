@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="at each turn, in the place of --seconds")
     parser.add_argument("--limit", type=float, default=300, help="seconds without an answer that end a contestant")
     parser.add_argument("--one-process", action="store_true", help="measure in this process, for debuggers")
-    parser.add_argument("--stored-ceilings", action="store_true", help="of an earlier `ceilings`, if --results has one")
+    parser.add_argument("--stored-ceilings", action="store_true", help="take an earlier `ceilings`'s, measure none")
     parser.add_argument("--torch-profile", metavar="DIR", help="leave a trace of two steps of each contestant there")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
@@ -151,16 +150,13 @@ def _measure(plan: Plan, entries: Sequence[Entry], options: argparse.Namespace, 
 
 
 def _ceilings(plan: Plan, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """By shape; of a shape that can't be measured there are none."""
+    """By shape; of a shape that can't be measured, or has none stored where those are wanted, there are none."""
     found: dict[str, dict[str, float]] = {}
     if options.stored_ceilings:
         device = slug(device_name(torch.device(plan.device)))
         for result in results.read_all(options.results):
             if result.kind == "ceilings" and result.device == device:
                 found |= {shape: rates for shape, rates in result.data.get("ceilings", {}).items() if shape in plan.shapes}
-    rest = tuple(shape for shape in plan.shapes if shape not in found)
-    if rest:
-        job = ("ceilings", replace(plan, shapes=rest))
-        events = worker.run(*job) if options.one_process else worker.run_apart(*job, limit=options.limit)
-        found |= {event[1]: event[2] for event in events if event[0] == "ceilings"}
-    return found
+        return found
+    events = worker.run("ceilings", plan) if options.one_process else worker.run_apart("ceilings", plan, limit=options.limit)
+    return {event[1]: event[2] for event in events if event[0] == "ceilings"}
