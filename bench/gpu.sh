@@ -186,7 +186,7 @@ page() { # the page, as far as it can be made without Python
   for log in "$work"/logs/*.log; do
     [ -e "$log" ] || continue
     printf '\n%s\n\n```\n' "$(basename "$log")"
-    tail -n 12 "$log" | cut -c1-300
+    tail -n 12 "$log" | tail -c 3000
     printf '```\n'
   done
 }
