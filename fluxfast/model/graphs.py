@@ -115,7 +115,7 @@ class StepGraphs:
         if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
         pool = torch.cuda.graph_pool_handle()
-        capture: Any = partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool)  # type: ignore[arg-type]
+        capture: Any = partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool)
         return cls(transformer, capture, **options)
 
     @property
