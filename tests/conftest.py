@@ -34,6 +34,18 @@ def isa(request):
     _impl.native.use_cpu_isa(ISAS[-1])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What runs find out about this machine stays among the tests."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
 @pytest.fixture(autouse=True)
 def own_attention_backend():
     """diffusers' `set_attention_backend` chooses for the whole process, and another back end gives other bits."""

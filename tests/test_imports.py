@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"fluxfast.quant"},
     {"fluxfast.adapters", "fluxfast.model"},
     {"fluxfast.memory"},
+    {"fluxfast.doctor"},
     {"fluxfast.dropin"},
     {"fluxfast.train", "fluxfast.data"},
     {"fluxfast.cli"},

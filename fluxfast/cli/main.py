@@ -15,6 +15,7 @@ from fluxfast import __version__
 COMMANDS = {
     "train": ("train", "train a LoRA: fluxfast-train [train] [CONFIG.json] [--option=value ...]"),
     "plan": ("plan", "what a run takes, before anything is loaded: fluxfast-train plan CONFIG.json [--gpu NAME]"),
+    "doctor": ("doctor", "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] [--all] [--json]"),
     "demo": ("demo", "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes"),
     "quantize": ("quantize", "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT"),
 }

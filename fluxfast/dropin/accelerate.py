@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from fluxfast.doctor.startup import recall
 from fluxfast.dropin.calls import CallLog, Notices
 from fluxfast.dropin.layouts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
 from fluxfast.dropin.report import Report, inspect
@@ -17,7 +18,8 @@ from fluxfast.dropin.tread import set_router
 from fluxfast.model.fused import POLICIES
 from fluxfast.model.linear import StoredWeight, read_linear
 from fluxfast.model.routing import Router, resolve_routes
-from fluxfast.model.transformer import FluxTransformer
+from fluxfast.model.transformer import FluxTransformer, compute_dtype
+from fluxfast.ops import verdicts
 from fluxfast.ops._impl import Impl
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.linear_group import COMPUTE
@@ -66,6 +68,9 @@ def accelerate(
         raise ValueError(f"tread: routes run in diffusers' FluxTransformer2DModel, and this is a {type(transformer).__name__}")
     if model is not None:
         set_router(model, router)
+    _mind_verdicts(found)
+    if compute != "auto" and (verdict := verdicts.failed(verdicts.COMPUTE, compute)) is not None:
+        raise ValueError(f"accelerate: compute={compute!r} can't be had: {verdict}; use 'auto' or 'same'")
     for block, layout in new:
         if layout is not None:
             adopt(block, *layout)
@@ -152,6 +157,13 @@ def _routes(tread: Mapping[str, Any] | Iterable[Mapping[str, Any]], blocks: int)
     return resolve_routes(tread["routes"] if isinstance(tread, Mapping) else tread, blocks)
 
 
+def _mind_verdicts(blocks: list[Any]) -> None:
+    """What `fluxfast-train doctor`, or a run, has found on this machine counts here, too."""
+    parameter = next((p for block in blocks for p in block.parameters() if p.is_floating_point() and not p.is_meta), None)
+    if parameter is not None:
+        recall(parameter.device, compute_dtype(parameter.device, parameter.dtype))
+
+
 def _automatic(blocks: list[Any], impl: str) -> tuple[str, str]:
     """What compute="auto" comes to, and why."""
     formats: Counter[str] = Counter()
@@ -170,4 +182,6 @@ def _automatic(blocks: list[Any], impl: str) -> tuple[str, str]:
         return "same", f"auto: products of int8 codes gain nothing on {device.type if device.type != 'cuda' else repr(impl)}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return "same", "auto: this GPU's int8 products are slower than its products of halves"
+    if (verdict := verdicts.failed(verdicts.COMPUTE, "int8")) is not None:
+        return "same", f"auto: not in int8: {verdict}"
     return "int8", "auto: the base is stored in int8 and this GPU multiplies it fast; activations are rounded to 8 bits"

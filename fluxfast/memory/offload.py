@@ -31,6 +31,7 @@ from fluxfast.memory.saved import SavedPlaces
 from fluxfast.memory.schedule import Action, Copy, Mark, Schedule, Wait
 from fluxfast.model.modulation import BLOCK_LINEARS
 from fluxfast.model.residency import Direction
+from fluxfast.ops import verdicts
 
 DEFAULT_SLOTS = 2
 
@@ -354,8 +355,10 @@ def stream_blocks(
     slots: groups on the device at a time. blocks_per_group: blocks that move together. use_stream: copy beside the computation
     (CUDA devices). disk_path: a folder for the blocks, instead of host memory. inputs_on_host: what checkpointing keeps goes to
     host memory (blocks of fluxfast's own autograd functions). leave: names inside a block of modules to leave alone
-    (None: modulation's, if it is computed ahead).
+    (None: modulation's, if it is computed ahead). Raises ValueError where streaming failed its check (`ops.verdicts`).
     """
+    if (verdict := verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY)) is not None:
+        raise ValueError(f"blocks can't be streamed: {verdict}")
     device = torch.device(device)
     if leave is None:
         leave = BLOCK_LINEARS if getattr(transformer, "modulation", None) is not None else ()

@@ -14,6 +14,7 @@ from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.sizes import Workload
 from fluxfast.memory.step_time import BlockWork, StepTime, step_seconds
 from fluxfast.memory.working_set import backward_bytes, forward_bytes, saved_bytes
+from fluxfast.ops import verdicts
 
 GIB = 2**30
 # the driver's context and the kernels that are loaded into it: not the allocator's, but the GPU's
@@ -165,9 +166,10 @@ def fit(workload: Workload, gpu: Gpu, budget: int) -> Choices | None:
 
 
 def candidates(workload: Workload) -> Iterator[Choices]:
-    """Every combination worth looking at."""
+    """Every combination worth looking at; blocks are not streamed where that failed its check (`ops.verdicts`)."""
     ahead = not workload.trains_modulation
-    residencies = [Choices((), slots, modulation_ahead=ahead) for slots in (0, 4, 3, 2)]
+    rings = (0, 4, 3, 2) if verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY) is None else (0,)
+    residencies = [Choices((), slots, modulation_ahead=ahead) for slots in rings]
     residencies += [replace(residency, host_inputs=True) for residency in residencies if residency.streams]
     for residency in residencies:
         for recompute in policies(workload.sizes.blocks):

@@ -14,6 +14,7 @@ has left tokens out.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from fluxfast.model import processors
-from fluxfast.model.fused import Reads, Run, factors_of, norm_weights, read_groups, seed_for
+from fluxfast.model.fused import OPS, Reads, Run, factors_of, norm_weights, read_groups, seed_for
 from fluxfast.model.fused_double import DoubleBlock
 from fluxfast.model.fused_single import SingleBlock
 from fluxfast.model.known_modules import must_be_called
@@ -32,11 +33,13 @@ from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.processors import Tables
 from fluxfast.model.residency import resident
-from fluxfast.ops import _impl, attention
+from fluxfast.ops import _impl, attention, verdicts
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 from fluxfast.ops.qk_norm_rope import qk_norm_rope
+
+logger = logging.getLogger("fluxfast")
 
 
 def arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
@@ -66,6 +69,13 @@ class Log(Protocol):
 
         because: why it was not "fused". value: what in that may differ from call to call.
         """
+
+
+@functools.cache
+def _announce(impl: str, failed: frozenset[str]) -> None:
+    """Says once what blocks pass over."""
+    for op in sorted(failed):
+        logger.warning("%s runs on 'ref' in blocks: not on '%s': %s", op, impl, verdicts.failed(op, impl))
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -141,6 +151,8 @@ class BlockMaths(Choices):
         """Why a call can't run as one Function, for other reasons than its linears; None where it can."""
         if torch.compiler.is_compiling():
             return "torch.compile traces the block op by op"
+        if self.impl == "auto" and (ways := verdicts.ways_failed(verdicts.FUSED_BLOCK)):
+            return verdicts.failed(verdicts.FUSED_BLOCK, min(ways))
         if (foreign := self.foreign_attention(kwargs)) is not None:
             return foreign
         if processors.backend_of(self.attn, self.attention) is None:
@@ -163,6 +175,7 @@ class BlockMaths(Choices):
         attn = self.attn
         tables, mask = processors.rope(pe, processors.head_dim(attn)), kwargs.get("attention_mask")
         impl = _impl.resolve("a block", self.impl, (x, tables["cos"], tables["sin"]))
+        failed = self._failed_ops(impl)
         heads = x.new_empty((0, 0, attn.heads, processors.head_dim(attn)))
         backend = processors.backend_of(attn, self.attention)
         assert backend is not None
@@ -171,7 +184,17 @@ class BlockMaths(Choices):
         return Run(
             **tables, mask=mask, norms=norm_weights(*self._norms(), impl=impl), impl=impl, attention=chosen,
             compute=self.compute, outliers=self.outliers, policy=policy, seed=seed_for(reads),
+            failed=failed,
         )  # fmt: skip
+
+    def _failed_ops(self, impl: str) -> frozenset[str]:
+        """The ops of a block whose `impl` failed its check on this machine; ValueError where `impl` was asked for."""
+        failed = frozenset(op for op in OPS if verdicts.failed(op, impl))
+        for what in (verdicts.FUSED_BLOCK, *failed) if self.impl != "auto" else ():
+            if (reason := verdicts.failed(what, impl)) is not None:
+                raise ValueError(f"a block: impl={impl!r} can't be had: {what}: {reason}; use impl='auto' or impl='ref'")
+        _announce(impl, failed)
+        return failed
 
     def _modulation(self, vecs: tuple[Tensor | Vectors, ...], dtype: torch.dtype, autocast: torch.dtype | None) -> Vectors:
         """Shifts, scales and gates [B, n · D] of each stream, from its vec, or as `modulation` has computed them ahead."""

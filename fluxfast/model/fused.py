@@ -38,6 +38,9 @@ from fluxfast.ops.row_quant import Quantized, RowOutput
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 
+# the ops that a block chains, by the names under which each chooses its implementation
+OPS = ("gated_residual", "gelu", "lora_linear", "modulated_layer_norm", "qk_norm_rope", "row_quant")
+
 Reads = list[list[LinearParams]]
 Kept = dict[str, tuple[Tensor | None, ...]]
 
@@ -57,13 +60,20 @@ class Run:
     outliers: int
     policy: str
     seed: int | None
+    # the ops whose `impl` failed its check on this machine (`ops.verdicts`)
+    failed: frozenset[str] = frozenset()
+
+    def impl_of(self, op: str) -> str:
+        """The implementation of one of OPS: the reference for those whose own failed its check here."""
+        return "ref" if op in self.failed else self.impl
 
     def groups(self, reads: Reads, dtype: torch.dtype) -> list[LinearGroup]:
         """A group for each list of linears that share their input, ready for one direction."""
         groups = []
         for i, linears in enumerate(reads):
             seed = None if self.seed is None else self.seed + i
-            options: dict[str, Any] = {"outliers": self.outliers, "impl": self.impl, "dropout_seed": seed}
+            impl = self.impl_of("lora_linear")
+            options: dict[str, Any] = {"outliers": self.outliers, "impl": impl, "dropout_seed": seed}
             groups.append(LinearGroup(linears, dtype, compute=self.compute, **options))
         return groups
 
@@ -166,7 +176,8 @@ def rotated(
         q, k, v, rstd = made
         assert q is not None and k is not None and v is not None
         return (q, k, v), (rstd, run.norms, run.cos, run.sin, run.index, None, None, qkv, txt_qkv)
-    return qk_norm_rope.forward(qkv, txt_qkv, run.norms, run.cos, run.sin, run.index, heads=heads, eps=eps, impl=run.impl)
+    impl = run.impl_of("qk_norm_rope")
+    return qk_norm_rope.forward(qkv, txt_qkv, run.norms, run.cos, run.sin, run.index, heads=heads, eps=eps, impl=impl)
 
 
 def attend(run: Run, q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -49,7 +49,7 @@ class _Stream:
         self.shift, self.scale, self.gate, self.shift2, self.scale2, self.gate2 = mod.chunk(6, dim=-1)
 
     def project_qkv(self) -> None:
-        form, impl = self.qkv_linears.form, self.run.impl
+        form, impl = self.qkv_linears.form, self.run.impl_of("modulated_layer_norm")
         self.x_in, self.norm = normed(
             self.kept,
             f"{self.name}.x_in",
@@ -60,6 +60,7 @@ class _Stream:
     def after_attention(self, attn: Tensor) -> None:
         """attn [B, S, D]: attention's output for this stream."""
         run = self.run
+        norm_impl = run.impl_of("modulated_layer_norm")
         self.attn_in = as_input(attn, self.out)
         if (first := self._kept("x1")) is not None:
             self.x1, self.s_out = first
@@ -67,23 +68,24 @@ class _Stream:
             self.mlp_in, self.norm2 = normed(
                 self.kept,
                 f"{self.name}.mlp_in",
-                lambda: modulated_layer_norm.forward(x1, self.scale2, self.shift2, self.eps[1], out=form, impl=run.impl),
+                lambda: modulated_layer_norm.forward(x1, self.scale2, self.shift2, self.eps[1], out=form, impl=norm_impl),
             )
         else:
             branch, self.s_out = self.out.forward(self.attn_in)
             self.x1, self.mlp_in, saved = modulated_layer_norm.forward_residual(
-                self.x, self.gate, branch, self.scale2, self.shift2, self.eps[1], out=self.ff1.form, impl=run.impl
+                self.x, self.gate, branch, self.scale2, self.shift2, self.eps[1], out=self.ff1.form, impl=norm_impl
             )
             self.norm2 = saved[:4]
         self.h, self.s_ff1 = self._kept("h") or self.ff1.forward(self.mlp_in)
         if ff2_in := self.kept.get(f"{self.name}.ff2_in"):
             self.ff2_in = RowOutput(*ff2_in)
         else:
-            self.ff2_in, _ = gelu.forward(self.h, out=self.ff2.form, impl=run.impl)
+            self.ff2_in, _ = gelu.forward(self.h, out=self.ff2.form, impl=run.impl_of("gelu"))
 
     def finish(self) -> Tensor:
         branch, self.s_ff2 = self.ff2.forward(self.ff2_in)
-        return gated_residual.forward(self.x1, self.gate2, branch, keep_y=False, impl=self.run.impl)[0]
+        impl = self.run.impl_of("gated_residual")
+        return gated_residual.forward(self.x1, self.gate2, branch, keep_y=False, impl=impl)[0]
 
     def _kept(self, what: str) -> tuple[Tensor, Tensor | None] | None:
         """A group's output and the narrow product that came with it, where they were kept."""
@@ -105,14 +107,17 @@ class _Stream:
         run = self.run
         branch, s_ff2 = last_product(self.ff2, self.ff2_in, self.kept.get(f"{self.name}.s_ff2"), need_mod)
         dbranch, self.dgate2 = gated_residual.backward_rows(
-            dout, (self.gate2, branch), out=run.grad_form, col_scale=self.ff2.fold(), needs_gate=need_mod, impl=run.impl
-        )
+            dout, (self.gate2, branch), out=run.grad_form, col_scale=self.ff2.fold(), needs_gate=need_mod,
+            impl=run.impl_of("gated_residual"),
+        )  # fmt: skip
         dff2, self.ff2_grads = self.ff2.backward(values_of(dbranch), self.ff2_in, s_ff2, codes=codes_of(dbranch))
         assert dff2 is not None
         del self.ff2_in, dbranch, branch
         # what was recomputed is nobody else's, and each of its numbers is read before its gradient takes its place
         into = None if self._kept("h") else self.h
-        dh = gelu.backward_rows(dff2, (self.h,), out=run.grad_form, col_scale=self.ff1.fold(), into=into, impl=run.impl)
+        dh = gelu.backward_rows(
+            dff2, (self.h,), out=run.grad_form, col_scale=self.ff1.fold(), into=into, impl=run.impl_of("gelu")
+        )
         del dff2, self.h
         dmlp_in, self.ff1_grads = self.ff1.backward(values_of(dh), self.mlp_in, self.s_ff1, codes=codes_of(dh))
         assert dmlp_in is not None
@@ -121,7 +126,8 @@ class _Stream:
         branch = self.out.forward(self.attn_in)[0] if need_mod else None
         self.dx1, dbranch, (self.dscale2, self.dshift2, self.dgate) = modulated_layer_norm.backward_residual(
             dmlp_in, (*self.norm2, self.gate, branch), add_to=dout,
-            out=run.grad_form, col_scale=self.out.fold(), modulation=need_mod, impl=run.impl,
+            out=run.grad_form, col_scale=self.out.fold(), modulation=need_mod,
+            impl=run.impl_of("modulated_layer_norm"),
         )  # fmt: skip
         del dmlp_in, self.norm2, self.x1, branch
         dattn, self.out_grads = self.out.backward(values_of(dbranch), self.attn_in, self.s_out, codes=codes_of(dbranch))
@@ -136,7 +142,7 @@ class _Stream:
         if dx_in is None:
             return None, None
         dx, dscale, dshift = modulated_layer_norm.backward(
-            dx_in, self.norm, (need_x, need_mod, need_mod), add_to=self.dx1, impl=self.run.impl
+            dx_in, self.norm, (need_x, need_mod, need_mod), add_to=self.dx1, impl=self.run.impl_of("modulated_layer_norm")
         )
         if not need_mod:
             return dx, None
@@ -224,7 +230,8 @@ def _double_backward(run: Run, acts: _DoubleActs, dimg: Tensor, dtxt: Tensor, ne
     own = "img.qkv" not in img.kept
     dqkv, dtxt_qkv = qk_norm_rope.backward(
         (dq, dk, dv), acts.qk, (True, True), s_txt=dtxt.shape[1],
-        dqkv=img.qkv if own else None, dtxt_qkv=txt.qkv if own else None, impl=run.impl,
+        dqkv=img.qkv if own else None, dtxt_qkv=txt.qkv if own else None,
+        impl=run.impl_of("qk_norm_rope"),
     )  # fmt: skip
     assert dqkv is not None and dtxt_qkv is not None
     del dq, dk, dv

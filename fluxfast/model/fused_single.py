@@ -38,7 +38,11 @@ class _SingleActs:
         attn, eps = block.attn, block.norm.norm.eps
         shift, scale, _ = mod.chunk(3, dim=-1)
         self.x_in, self.norm = normed(
-            kept, "x_in", lambda: modulated_layer_norm.forward(x, scale, shift, eps, out=first.form, impl=run.impl)
+            kept,
+            "x_in",
+            lambda: modulated_layer_norm.forward(
+                x, scale, shift, eps, out=first.form, impl=run.impl_of("modulated_layer_norm")
+            ),
         )
         y, self.s_first = kept.get("y") or first.forward(self.x_in)
         assert y is not None
@@ -49,7 +53,7 @@ class _SingleActs:
         if last_in := kept.get("last_in"):
             self.last_in = RowOutput(*last_in)
         else:
-            self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=run.impl)
+            self.last_in, _ = gelu.forward(self.h, prefix=self.attn.flatten(2), out=last.form, impl=run.impl_of("gelu"))
 
     def keep_all(self) -> Kept:
         """What `Run.keeps_all` keeps beside what policy `none` does anyway."""
@@ -75,7 +79,7 @@ class SingleBlock(torch.autograd.Function):
         remember(ctx, block, run, reads)
         save(ctx, (x,), (mod,), factors, kept)
         gate = mod.chunk(3, dim=-1)[2]
-        return gated_residual.forward(x, gate, out, keep_y=False, impl=run.impl)[0]
+        return gated_residual.forward(x, gate, out, keep_y=False, impl=run.impl_of("gated_residual"))[0]
 
     @staticmethod
     @once_differentiable
@@ -102,11 +106,12 @@ def _single_backward(
     need_mod: bool,
 ) -> Iterator[Tensor | None]:
     """dx, dmod, then the factors' gradients."""
-    impl, gate = run.impl, mod.chunk(3, dim=-1)[2]
+    gate = mod.chunk(3, dim=-1)[2]
     branch, s_last = last_product(last, acts.last_in, kept.get("s_last"), need_mod)
     dbranch, dgate = gated_residual.backward_rows(
-        dout, (gate, branch), out=run.grad_form, col_scale=last.fold(), needs_gate=need_mod, impl=impl
-    )
+        dout, (gate, branch), out=run.grad_form, col_scale=last.fold(), needs_gate=need_mod,
+        impl=run.impl_of("gated_residual"),
+    )  # fmt: skip
     dlast, last_grads = last.backward(values_of(dbranch), acts.last_in, s_last, codes=codes_of(dbranch))
     assert dlast is not None
     del dbranch, branch, acts.last_in
@@ -117,23 +122,26 @@ def _single_backward(
     dy = torch.empty_like(acts.y) if "y" in kept else acts.y
     dqkv, dh = dy.split_with_sizes([3 * inner, acts.h.shape[-1]], dim=-1)
     dh_rows = gelu.backward_rows(
-        dmlp, (acts.h,), out=run.grad_form, col_scale=None if fold is None else fold[3 * inner :], into=dh, impl=impl
-    )
+        dmlp, (acts.h,), out=run.grad_form, col_scale=None if fold is None else fold[3 * inner :], into=dh,
+        impl=run.impl_of("gelu"),
+    )  # fmt: skip
     dq, dk, dv = attention.backward(
         dattn.unflatten(-1, acts.q.shape[2:]), acts.q, acts.k, acts.v, acts.attn, acts.attn_saved, run.mask,
         backend=run.attention,
     )  # fmt: skip
     del dlast, dattn, dmlp, acts.attn, acts.q, acts.k, acts.v
-    qk_norm_rope.backward((dq, dk, dv), acts.qk, (True, False), s_txt=0, dqkv=dqkv, impl=impl)
+    qk_norm_rope.backward((dq, dk, dv), acts.qk, (True, False), s_txt=0, dqkv=dqkv, impl=run.impl_of("qk_norm_rope"))
     del dq, dk, dv
 
-    codes = [] if fold is None else [(0, row_quant.forward(dqkv, run.compute, fold[: 3 * inner], impl=impl))]
-    codes += codes_of(dh_rows, 3 * inner)
+    codes = codes_of(dh_rows, 3 * inner)
+    if fold is not None:
+        quantised = row_quant.forward(dqkv, run.compute, fold[: 3 * inner], impl=run.impl_of("row_quant"))
+        codes.insert(0, (0, quantised))
     dx_in, first_grads = first.backward(dy, acts.x_in, acts.s_first, codes=codes, need_dx=need_x or need_mod)
     dx = dscale = dshift = None
     if dx_in is not None:
         dx, dscale, dshift = modulated_layer_norm.backward(
-            dx_in, acts.norm, (need_x, need_mod, need_mod), add_to=dout, impl=impl
+            dx_in, acts.norm, (need_x, need_mod, need_mod), add_to=dout, impl=run.impl_of("modulated_layer_norm")
         )
     dmod = torch.cat([part for part in (dshift, dscale, dgate) if part is not None], dim=-1) if need_mod else None
     return iter([dx, dmod, *flat((first_grads, last_grads))])

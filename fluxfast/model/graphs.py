@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fluxfast.model.linear import read_linear
 from fluxfast.model.pinned import capturing
 from fluxfast.model.routing import Draws, Router
+from fluxfast.ops import verdicts
 
 # (module, sample arguments) to a callable of the same arguments: torch.cuda.make_graphed_callables
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., Tensor]]
@@ -67,6 +68,8 @@ def why_not(transformer: Any) -> str | None:
     """Why a transformer's steps can't be captured; None where they can."""
     if transformer.device.type != "cuda":
         return f"the model is on {transformer.device}, and only a GPU has them"
+    if (verdict := verdicts.failed(verdicts.GRAPHS, verdicts.ONLY_WAY)) is not None:
+        return verdict
     return obstacle(transformer)
 
 

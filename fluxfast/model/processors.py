@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.linear import without_autocast
+from fluxfast.ops import verdicts
+from fluxfast.ops.attention import checked_as, resolve
 
 Tables = tuple[Tensor, ...]
 # names that diffusers' processors take without a word whether they use them or not
@@ -23,7 +25,9 @@ _OURS = {
     AttentionBackendName._NATIVE_EFFICIENT: "efficient",
     AttentionBackendName._NATIVE_MATH: "ref",
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {"cpu": AttentionBackendName.NATIVE}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | dict.fromkeys(
+    ("cpu", "native"), AttentionBackendName.NATIVE
+)
 
 
 def rope(pe: Tables, head_dim: int) -> dict[str, Any]:
@@ -99,6 +103,9 @@ def backend_of(attn: Any, chosen: str) -> str | None:
 def dispatched(attn: Any, chosen: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q, k, v [B, S, heads, head_dim] to [B, S, D] by diffusers' own dispatch, on the chosen back end or the processor's."""
     processor = getattr(attn, "processor", None)
+    if chosen == "auto" and verdicts.ways_failed(checked_as(mask is not None)) and backend_of(attn, chosen) == "auto":
+        # PyTorch would choose among all of them
+        chosen = resolve("auto", q, mask)
     backend = getattr(processor, "_attention_backend", None) if chosen == "auto" else _THEIRS[chosen]
     parallel = getattr(processor, "_parallel_config", None)
     return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel).flatten(2, 3)

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
+from fluxfast.ops import verdicts
+
 try:
     import fluxfast._C as native  # noqa: F401
 
@@ -49,7 +51,7 @@ def resolve(
 
     `obstacle` says why only the reference can do this call, `native_obstacle` why the native module can't, and `ref_suffices`
     why on the CPU nothing beats the reference; None: no such thing.
-    Raises ValueError if `impl` is unknown, or names one that can't do this call.
+    Raises ValueError if `impl` is unknown, or names one that can't do this call or failed its check here (`verdicts`).
     """
     if impl not in get_args(Impl):
         raise ValueError(f"{op}: impl must be 'auto', 'triton', 'native' or 'ref', not {impl!r}")
@@ -62,6 +64,8 @@ def resolve(
         reason = obstacle or _triton_obstacle((*tensors, *cast))
     else:
         reason = obstacle or native_obstacle or _native_obstacle(tensors)
+    verdict = None if reason is not None else verdicts.failed(op, wanted)
+    reason = reason or verdict
     if impl != "auto":
         if reason is not None:
             raise ValueError(f"{op}: impl={impl!r} can't do this call: {reason}; use impl='auto' or impl='ref'")
@@ -72,7 +76,8 @@ def resolve(
     if not torch.compiler.is_compiling() and (op, choice) not in _announced:
         _announced.add((op, choice))
         fits = "tensors on a GPU" if choice == "triton" else "float32 tensors on the CPU"
-        logger.info("%s runs on '%s': %s", op, choice, reason or fits)
+        tell = logger.info if verdict is None else logger.warning
+        tell("%s runs on '%s': %s", op, choice, f"not on '{wanted}': {verdict}" if verdict else reason or fits)
     return choice
 
 

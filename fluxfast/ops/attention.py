@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _attention_native, _impl
+from fluxfast.ops import _attention_native, _impl, verdicts
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
 _HALF = (torch.float16, torch.bfloat16)
@@ -24,22 +24,35 @@ logger = logging.getLogger("fluxfast")
 
 
 def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
-    """The back end for q [B, S, heads, head_dim]; raises ValueError where the one that was asked for can't do the call."""
+    """The back end for q [B, S, heads, head_dim].
+
+    Raises ValueError where the one that was asked for can't do the call, or failed its check here (`verdicts`).
+    """
     if backend not in BACKENDS:
         raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
     if backend == "native" and (obstacle := _attention_native.obstacle(q, mask is not None)):
         raise ValueError(f"attention: the back end 'native' can't do this call: {obstacle}; use 'auto' or 'ref'")
+    what = checked_as(mask is not None)
     if backend == "auto":
         if q.device.type == "cpu":
-            return _on_cpu(q.dtype, _attention_native.obstacle(q, mask is not None))
-        return _automatic(q.device.type, q.dtype, q.shape[-1], mask is not None, _capability(q))
+            obstacle = _attention_native.obstacle(q, mask is not None)
+            return _on_cpu(q.dtype, obstacle, verdicts.ways_failed(what))
+        capability = _capability(q)
+        return _automatic(q.device.type, q.dtype, q.shape[-1], mask is not None, capability, verdicts.ways_failed(what))
     if backend != "ref" and (backend in ("cpu", "native")) != (q.device.type == "cpu"):
         raise ValueError(f"attention: the back end {backend!r} does not run on {q.device.type}; use 'auto' or 'ref'")
     if backend in ("cudnn", "flash") and q.dtype not in _HALF:
         raise ValueError(f"attention: the back end {backend!r} takes float16 and bfloat16, not {q.dtype}; use 'efficient'")
     if backend == "flash" and mask is not None:
         raise ValueError("attention: the back end 'flash' takes no mask; use 'cudnn' or 'efficient'")
+    if (verdict := verdicts.failed(what, backend)) is not None:
+        raise ValueError(f"attention: the back end {backend!r} can't be had: {verdict}; use 'auto' or 'ref'")
     return backend
+
+
+def checked_as(masked: bool) -> str:
+    """What `verdicts` call attention: a back end may be right without a mask and wrong with one."""
+    return "masked attention" if masked else "attention"
 
 
 def _capability(q: Tensor) -> int:
@@ -50,31 +63,41 @@ def _capability(q: Tensor) -> int:
 
 
 @functools.cache
-def _on_cpu(dtype: torch.dtype, obstacle: str | None) -> str:
+def _on_cpu(dtype: torch.dtype, obstacle: str | None, failed: frozenset[str]) -> str:
     if dtype == torch.float64:
-        chosen, why = "ref", "float64"
+        choices = [("ref", "float64")]
     elif obstacle is not None:
-        chosen, why = "cpu", f"not on 'native': {obstacle}"
+        choices = [("cpu", f"not on 'native': {obstacle}")]
     elif _attention_native.is_fastest():
-        chosen, why = "native", "float32 tensors on the CPU"
+        choices = [("native", "float32 tensors on the CPU"), ("cpu", "PyTorch's own for a CPU")]
     else:
-        chosen, why = "cpu", "the native module has no code for this processor's vectors"
-    logger.info("attention runs on '%s': %s", chosen, why)
-    return chosen
+        choices = [("cpu", "the native module has no code for this processor's vectors")]
+    return _first(choices, failed)
 
 
 @functools.cache
-def _automatic(device: str, dtype: torch.dtype, head_dim: int, masked: bool, capability: int) -> str:
+def _automatic(
+    device: str, dtype: torch.dtype, head_dim: int, masked: bool, capability: int, failed: frozenset[str]
+) -> str:
+    any_call = ("efficient", "it takes every call")
     if device != "cuda":
-        chosen, why = "ref", f"tensors on {device}"
+        choices = [("ref", f"tensors on {device}")]
     elif dtype not in _HALF or head_dim % 8:
-        chosen, why = "efficient", f"{dtype}, heads of {head_dim}"
-    elif capability in (9, 10):
-        chosen, why = "cudnn", "its kernels for this generation are the fastest of PyTorch's own"
-    elif masked:
-        chosen, why = "efficient", "there is a mask"
+        choices = [("efficient", f"{dtype}, heads of {head_dim}")]
     else:
-        chosen, why = "flash", "16 bit, no mask"
+        fits = ("efficient", "there is a mask") if masked else ("flash", "16 bit, no mask")
+        choices = [fits] if masked else [fits, any_call]
+        if capability in (9, 10):
+            choices.insert(0, ("cudnn", "its kernels for this generation are the fastest of PyTorch's own"))
+    return _first(choices, failed)
+
+
+def _first(choices: Sequence[tuple[str, str]], failed: frozenset[str]) -> str:
+    """The first of (back end, why) that has not failed its check here, or the reference; said once."""
+    passed = [name for name, _ in choices if name in failed]
+    chosen, why = next((choice for choice in choices if choice[0] not in failed), ("ref", "nothing else is left"))
+    for name in passed:
+        logger.warning("attention passes over '%s': it failed its check on this machine", name)
     logger.info("attention runs on '%s': %s", chosen, why)
     return chosen
 

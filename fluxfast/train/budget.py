@@ -17,6 +17,7 @@ from fluxfast.memory.gpus import Gpu, find_gpu
 from fluxfast.memory.plan import CUDA_CONTEXT, GIB, Choices, Plan, account, fit
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.routing import keep_count, resolve_routes
+from fluxfast.ops import verdicts
 from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.config import TrainConfig
 
@@ -92,7 +93,7 @@ def compute_of(config: TrainConfig, gpu: Gpu) -> str:
     if format is None:
         return "same"
     compute = "e4m3" if format == FP8_FORMAT else "int8"
-    return compute if gpu.rate(compute) else "same"
+    return compute if gpu.rate(compute) and verdicts.failed(verdicts.COMPUTE, compute) is None else "same"
 
 
 def stated_choices(config: TrainConfig, workload: Workload) -> Choices:
@@ -135,7 +136,10 @@ def choose(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tu
     """The fastest choices within the budget, and their plan. Raises ConfigError where nothing fits, with what would help."""
     choices = fit(workload, gpu, budget)
     if choices is None:
-        raise ConfigError([f'"vram_budget": {text}' for text in why_not(workload, budget)])
+        lines = why_not(workload, budget)
+        if (verdict := verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY)) is not None:
+            lines.append(f"blocks are not streamed: {verdict}")
+        raise ConfigError([f'"vram_budget": {text}' for text in lines])
     return choices, account(workload, choices)
 
 

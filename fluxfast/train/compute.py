@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 
 import torch
 from rich.console import Console
@@ -11,6 +12,7 @@ from torch import nn
 from fluxfast.data.settings import ConfigError
 from fluxfast.model.graphs import why_not
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.ops import verdicts
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.train.config import TrainConfig
 
@@ -21,8 +23,14 @@ _LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
 def choose_compute(asked: str, transformer: nn.Module, device: torch.device) -> tuple[str, str]:
     """(`FluxTransformer.set_compute`'s word for compute_precision, why), for a transformer whose base is loaded.
 
-    Raises ValueError where the device has no tensor cores for what was asked for.
+    Raises ValueError where the device has no tensor cores for what was asked for, or that failed its check there.
     """
+    formats = {module.format.name for module in transformer.modules() if isinstance(module, QuantLinear)}
+    return compute_for(asked, formats, device)
+
+
+def compute_for(asked: str, formats: Set[str], device: torch.device) -> tuple[str, str]:
+    """`choose_compute` by the formats that the base's linears are stored in."""
     if asked in ("int8", "fp8"):
         compute = "e4m3" if asked == "fp8" else asked
         if not _has_tensor_cores(compute, device):
@@ -30,10 +38,11 @@ def choose_compute(asked: str, transformer: nn.Module, device: torch.device) -> 
                 f'"compute_precision" is {asked}, which {torch.cuda.get_device_name(device)} has no tensor cores for: '
                 'set it to "same"'
             )
+        if (verdict := verdicts.failed(verdicts.COMPUTE, compute)) is not None:
+            raise ValueError(f'"compute_precision" is {asked}, but {verdict}: set it to "auto" or "same"')
         return compute, f'"compute_precision" is {asked}'
     if asked == "same":
         return "same", '"compute_precision" is same'
-    formats = {module.format.name for module in transformer.modules() if isinstance(module, QuantLinear)}
     if not formats:
         return "same", "the base is not quantised"
     if device.type != "cuda":
@@ -41,6 +50,8 @@ def choose_compute(asked: str, transformer: nn.Module, device: torch.device) -> 
     compute = "e4m3" if formats == {"fp8_e4m3"} else "int8"
     if not _has_tensor_cores(compute, device):
         return "same", f"{torch.cuda.get_device_name(device)} has no tensor cores for {compute}"
+    if (verdict := verdicts.failed(verdicts.COMPUTE, compute)) is not None:
+        return "same", f"not in {compute}: {verdict}"
     return compute, 'the base is quantised ("compute_precision": "same" turns it off)'
 
 

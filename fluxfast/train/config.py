@@ -274,6 +274,11 @@ def _keys_problems(given: dict[str, tuple[Any, str]]) -> tuple[list[str], list[s
     return problems, notes + [switch_note(switch, names) for switch, names in unread.items()]
 
 
+def default_config() -> TrainConfig:
+    """What a config would be that says nothing, for whoever has none to read."""
+    return TrainConfig.model_validate({name: value for name, (value, _) in _REQUIRED.items()})
+
+
 def _build(fields: dict[str, Any], origin: dict[str, str], file: str) -> tuple[TrainConfig | None, list[str]]:
     """(config, problems). Keys of wrong values are named and put aside, so that the conflicts of the others show as well."""
     problems = [f'{file}: "{name}" is required: {how}' for name, (_, how) in _REQUIRED.items() if name not in fields]

@@ -22,7 +22,7 @@ from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.pinned import Readback
 from fluxfast.model.ready import make_ready
-from fluxfast.train import preflight, resume, state
+from fluxfast.train import health, preflight, resume, state
 from fluxfast.train.adapter import add_adapter, config_of, init_lora_of
 from fluxfast.train.budget import within_budget
 from fluxfast.train.compute import choose_compute, make_deterministic, set_cuda_graphs
@@ -94,6 +94,7 @@ class Trainer:
         self.seed = resume.run_seed(config, self.saved)
         self.init_lora = init_lora_of(config, self.saved)
 
+        health.settle(config, self.device, console)
         self.data: RunData = load_data(config, self.seed, self.device, console)
         self.config, ring = within_budget(config_of(config, checked.lora), self.data.sizes, self.device, console)
         self.parts: Parts = load_parts(self.config, self.data, self.seed, self.device, console)

@@ -1,0 +1,71 @@
+"""The optimiser's fused update on Triton, beside its formula in fp64: in fp32, and with bf16's stochastic rounding."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fluxfast.doctor.checks import Check, Finding, Part, Random, Tolerance
+from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, ways
+from fluxfast.doctor.scope import Scope
+
+LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.999), 1e-6, 0.1
+# bf16's steps are 2^-7 of a number or less, and stochastic rounding is off by less than one
+_BF16_STEP = 2.0**-7
+
+
+def _exact(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    beta1, beta2 = BETAS
+    m = m + (1 - beta1) * (grad - m)
+    v = beta2 * v + (1 - beta2) * grad.square()
+    update = m / (v.sqrt() / math.sqrt(1 - beta2**step) + EPS)
+    return p * (1 - LR * DECAY) - LR / (1 - beta1**step) * update, m, v
+
+
+def _check(scope: Scope, dtype: torch.dtype) -> Finding:
+    from fluxfast_kernels.optim import adamw_step, adamw_table
+
+    randn = Random(scope.torch_device, dtype, seed=11)
+    shapes = [(1,), (63,), (scope.rank, 1 + 3 * scope.sizes.dim // 4), (2, 4096)]
+    params, m, grads = ([randn(*shape) for shape in shapes] for _ in range(3))
+    v = [randn(*shape).square() for shape in shapes]
+    tensors = (params, m, v)
+    step, parts = 3, []
+    before = zip(*([t.double() for t in each] for each in (*tensors, grads)), strict=True)
+    expected = [_exact(p0, m0, v0, grad, step) for p0, m0, v0, grad in before]
+    options = {"lr": LR, "eps": EPS, "weight_decay": DECAY}
+    adamw_step(adamw_table(*tensors), grads, betas=BETAS, step=step, seed=1 << 40, **options)
+    for place, name in enumerate(("parameters", "first moments", "second moments")):
+        exact = torch.cat([one[place].flatten() for one in expected])
+        error = (torch.cat([t.double().flatten() for t in tensors[place]]) - exact) / exact.abs().clamp_min(1e-3)
+        if dtype == torch.float32:
+            parts.append(Part(name, float(error.abs().max()), Tolerance(1e-4, "a few roundings of fp32, where terms cancel")))
+            continue
+        one_step = Tolerance(_BF16_STEP + 1e-4, "stochastic rounding, to one of the two neighbours in bfloat16")
+        parts.append(Part(name, float(error.abs().max()), one_step))
+        deviations = abs(float(error.mean())) / (_BF16_STEP / math.sqrt(12 * len(error)))
+        by_chance = Tolerance(6, "one draw in 10^9 is further off")
+        parts.append(Part(f"mean of the {name}, in standard deviations", deviations, by_chance))
+    return Finding(tuple(parts))
+
+
+def adamw_checks(scope: Scope) -> Iterator[Check]:
+    """Where the run's optimiser is the one that has it; there is no native one."""
+    if not scope.fused_adamw:
+        return
+    for impl, said, _ in ways(scope):
+        if impl == "triton":
+            for name in ("bfloat16", "float32") if scope.exhaustive else (scope.adapter_dtype,):
+                yield Check(
+                    name=f"AdamW, {name} ({said})",
+                    run=functools.partial(_check, scope, getattr(torch, name)),
+                    what="adamw_bf16",
+                    way=impl,
+                    short=True,
+                    obstacle=obstacle_of(impl, scope),
+                    way_out=WAY_OUT[impl],
+                )

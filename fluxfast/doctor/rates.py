@@ -1,0 +1,127 @@
+"""What this machine does a second, beside what `fluxfast-train plan` reckons with for it: the ceilings of a step.
+
+Copies are far larger than any cache, products have a block's shapes, data is random (products of zeros run faster).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fluxfast.doctor.attention_checks import BACKWARD
+from fluxfast.doctor.checks import Check, Random, Rate
+from fluxfast.doctor.format_checks import time_gemv
+from fluxfast.doctor.op_checks import seconds_of
+from fluxfast.doctor.scope import PLAIN, Scope
+from fluxfast.memory.gpus import Gpu, find_gpu
+from fluxfast.memory.step_time import ATTENTION, ATTENTION_BACKWARD, BANDWIDTH, GEMM, GEMM_8BIT, LINK
+from fluxfast.ops import _impl
+
+# bytes of a copy on the device, and over the link to the host
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
+LINKED = 1 << 28
+
+Product = Callable[[Tensor, Tensor], Callable[[], object]]
+
+
+def copy_rate(device: torch.device) -> Rate:
+    """Bytes read and written."""
+    source = torch.randn(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return Rate(2 * source.nbytes / seconds_of(lambda: target.copy_(source), device), "B/s")
+
+
+def link_rate(device: torch.device, to_device: bool) -> Rate:
+    """Bytes between pinned host memory and the device, one way."""
+    host = torch.empty(LINKED, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(LINKED, dtype=torch.uint8, device=device)
+    source, target = (host, there) if to_device else (there, host)
+    return Rate(LINKED / seconds_of(lambda: target.copy_(source, non_blocking=True), device), "B/s")
+
+
+def float_product(x: Tensor, w: Tensor) -> Callable[[], object]:
+    return lambda: x @ w.T
+
+
+def int8_product(x: Tensor, w: Tensor) -> Callable[[], object]:
+    codes = [(t / t.abs().amax() * 127).round().to(torch.int8) for t in (x, w)]
+    return lambda: torch._int_mm(codes[0], codes[1].T)
+
+
+def e4m3_product(x: Tensor, w: Tensor) -> Callable[[], object]:
+    xq, wq = (t.to(torch.float8_e4m3fn) for t in (x, w))
+    scales = torch.ones(len(x), 1, device=x.device), torch.ones(1, len(w), device=x.device)
+    return lambda: torch._scaled_mm(xq, wq.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, rows: int, dim: int, product: Product) -> Rate:
+    """Operations of a single block's linears, forward and for the gradients of their inputs, by PyTorch's own products."""
+    operations = seconds = 0.0
+    shapes = [(dim, 7 * dim), (5 * dim, dim)]
+    for k, n in [*shapes, *((n, k) for k, n in shapes)]:
+        randn = Random(device, dtype, seed=k)
+        seconds += seconds_of(product(randn(rows, k), randn(n, k)), device)
+        operations += 2 * rows * k * n
+    return Rate(operations / seconds, "op/s")
+
+
+def attention_rate(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, head_dim: int, backward: bool) -> Rate:
+    """Operations of PyTorch's own attention, one direction."""
+    randn = Random(device, dtype, seed=tokens)
+    q, k, v = (randn(1, heads, tokens, head_dim).requires_grad_(backward) for _ in range(3))
+    operations = 4 * tokens**2 * heads * head_dim
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    if not backward:
+        return Rate(operations / seconds_of(attend, device), "op/s")
+    out = attend()
+    dout = randn(*out.shape)
+    seconds = seconds_of(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), device)
+    return Rate(BACKWARD * operations / seconds, "op/s")
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The table's entry, if there is one."""
+    if device.type != "cuda":
+        return None
+    try:
+        return find_gpu(torch.cuda.get_device_name(device))
+    except ValueError:
+        return None
+
+
+def rate_checks(scope: Scope) -> Iterator[Check]:
+    """The rates at hand; what a device doesn't have raises, and is said to be not there."""
+    if not scope.sizes.timed:
+        return
+    device, dtype, s, gpu = scope.torch_device, scope.torch_dtype, scope.sizes, gpu_of(scope.torch_device)
+
+    def assumed(of: Callable[[Gpu], float]) -> float | None:
+        return None if gpu is None else of(gpu) or None
+
+    def check(name: str, time: Callable[[], Rate], of: Callable[[Gpu], float]) -> Check:
+        return Check(name=name, time=time, optional=True, assumed=assumed(of))
+
+    part = functools.partial
+    yield check("copy", part(copy_rate, device), lambda g: g.bandwidth * 1e9 * BANDWIDTH)
+    products: dict[str, tuple[Product, Callable[[Gpu], float]]] = {
+        scope.dtype: (float_product, lambda g: g.bf16 * 1e12 * GEMM if scope.dtype == "bfloat16" else 0.0)
+    }
+    if device.type == "cuda":
+        products |= {
+            "int8": (int8_product, lambda g: g.int8 * 1e12 * GEMM_8BIT),
+            "e4m3": (e4m3_product, lambda g: g.fp8 * 1e12 * GEMM_8BIT),
+        }
+    for name, (product, of) in products.items():
+        yield check(f"products in {name}", part(product_rate, device, dtype, s.timed, s.dim, product), of)
+    for name, backward, share in (("forward", False, ATTENTION), ("backward", True, ATTENTION_BACKWARD)):
+        time = part(attention_rate, device, dtype, s.timed, s.heads, s.head_dim, backward)
+        yield check(f"attention, {name}", time, lambda g, share=share: g.bf16 * 1e12 * share)  # type: ignore[misc]
+    if device.type == "cuda":
+        for name, to_device in (("host to device", True), ("device to host", False)):
+            yield check(name, part(link_rate, device, to_device), lambda g: g.pcie * 1e9 * LINK)
+    if _impl.HAS_NATIVE:
+        # what modulation computed ahead runs at; `plan` takes it to hide behind the step
+        yield check("CPU's products with a vector, bfloat16 weights", part(time_gemv, scope, PLAIN), lambda g: 0.0)
