@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What a few minutes of one GPU should show, the most valuable first: bench/gpu.sh OUT first|second|rest
+# What a few minutes of one GPU should show, the most valuable first: bench/gpu.sh OUT [first|second|rest]
 #
+#   (none)   first, then second: ten minutes in all
 #   first    compile, ceilings, is every kernel right, int8 with and without graphs; where the time goes, tiles, other modes
 #   second   beside the peers: eager, quanto, compiled; then of `rest` what there is time for
-#   rest     streamed, TREAD, the tests, the memory checker
+#   rest     streamed, TREAD, fluxfast-train doctor, the tests, the memory checker
 #   plan     prints each part's stages and limits, and runs nothing
 #
 # OUT gets two files a part: a page (.md) and everything behind it (.tar.gz). Both are there whatever fails or is killed, and
@@ -15,10 +16,20 @@
 #   WORK=folder    for what both parts use: installed wheels, Triton's cache, results (default: /tmp/fluxfast-gpu)
 #   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU; 0: never
 set -uo pipefail
-usage="usage: bench/gpu.sh OUT first|second|rest, or bench/gpu.sh plan"
+usage="usage: bench/gpu.sh OUT [first|second|rest], or bench/gpu.sh plan"
 case "${1:-}:${2:-}" in
 plan:) part=plan ;;
 ?*:first | ?*:second | ?*:rest) part=$2 ;;
+?*:)
+  # each part leaves what it has, whatever becomes of the other; a signal is for the one that runs
+  trap 'kill -TERM "$running"; wait "$running"; exit 143' TERM INT HUP
+  for part in first second; do
+    bash "$0" "$1" "$part" &
+    running=$!
+    wait "$running"
+  done
+  exit
+  ;;
 *) echo "$usage" >&2 && exit 2 ;;
 esac
 begun=$(date +%s)
@@ -34,6 +45,8 @@ closing=20
 
 bench() { "$PYTHON" -c 'import sys; from fluxfast_bench.main import main; sys.exit(main())' "$1" --results "$results" "${@:2}"; }
 
+doctor() { "$PYTHON" -c 'import sys; from fluxfast.cli.main import main; sys.exit(main())' doctor $examined; }
+
 steps() { bench step --stored-ceilings --recompute "$policy" --shapes "$@"; }
 
 if [ -n "$SMALL" ]; then
@@ -41,11 +54,11 @@ if [ -n "$SMALL" ]; then
   tests="tests/kernels/test_gelu_kernels.py -n 2"
   warm="--contestants fluxfast,fluxfast-int8+int8,fluxfast-nf4+int8,fluxfast-int4+int8 --shapes 1024px-b1"
   smoked=fluxfast,fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
-  few="--most 1"
+  few="--most 1" examined=--short
 else
   both=1024px-b1,512px-b1 long=1024px-b1 short=512px-b1 rounds=2 policy=full jobs=14 slower=1
   tests="tests/kernels tests/ops tests/model/test_graphs.py -n 14 --maxprocesses=14"
-  warm="" few=""
+  warm="" few="" examined=--all
   smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+library,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
 fi
 ours=fluxfast-int8+int8
@@ -78,6 +91,7 @@ rest() {
   [ "$part" = rest ] && stage setup 20 setup
   stage others left steps "$long" --rounds "$rounds" --steps 5 \
     --contestants "$ours+graphs,$ours+tread+graphs,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-nf4+int8+graphs,bnb-nf4,sdnq-int8"
+  stage doctor left doctor
   stage tests left "$PYTHON" -m pytest $tests -q -p no:cacheprovider
   stage memcheck left checked memcheck fluxfast-int4+int8+streamed
   stage racecheck left checked racecheck "$ours"
@@ -142,8 +156,8 @@ results=$work/results
 mkdir -p "$work/logs" "$results" "$site" || exit 1
 export PYTHONPATH=$root:$root/kernels:$root/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$shared/triton TORCHINDUCTOR_CACHE_DIR=$shared/inductor
-export -f bench steps setup swept checked
-export PYTHON SMALL both few jobs policy wheels site work results
+export -f bench steps doctor setup swept checked
+export PYTHON SMALL both few examined jobs policy wheels site work results
 # the first part's ceilings are the second's as well
 [ "$part" != first ] && [ -d "$shared/first/results" ] && cp -r "$shared/first/results" "$work/"
 : "${BUDGET:=$(($("$root/bench/gpu.sh" plan | awk -v part="$part" '$1 == part && $2 == "total" { print $3 }') * slower))}"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -32,7 +33,8 @@ def start(tmp_path):
 
     def start(part="first", **env):
         env = os.environ | {"PYTHON": str(stub), "WORK": str(tmp_path / "work"), "SMALL": "1"} | env
-        return subprocess.Popen(["bash", SCRIPT, tmp_path / "out", part], env=env, stdout=subprocess.PIPE, text=True)
+        words = [tmp_path / "out", *([part] if part else [])]
+        return subprocess.Popen(["bash", SCRIPT, *words], env=env, stdout=subprocess.PIPE, text=True)
 
     return start
 
@@ -116,7 +118,22 @@ def test_the_second_part_has_the_first_ones_results(start, tmp_path):
     assert "results/ceilings.json" in archive
 
 
-@pytest.mark.parametrize("arguments", [[], ["out"], ["out", "third"]])
+def test_without_a_part_it_is_the_first_and_the_second(start, tmp_path):
+    assert start(part=None).wait(timeout=60) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"fluxfast-gpu-{part}.{ending}" for part in ("first", "second") for ending in ("md", "tar.gz")]
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    shutil.rmtree(tmp_path / "work")
+    process = start(part=None, HANG="profile")
+    wait_for(tmp_path / "work" / "first" / "logs" / "profile.log")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    page, _ = result(tmp_path)
+    assert "stopped by SIGTERM" in page
+
+
+@pytest.mark.parametrize("arguments", [[], ["out", "third"]])
 def test_it_says_how_it_is_used(arguments):
     process = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert process.returncode == 2 and "usage: bench/gpu.sh" in process.stderr
