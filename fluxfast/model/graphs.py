@@ -89,8 +89,9 @@ def obstacle(transformer: Any) -> str | None:
 
 @dataclass
 class _Shape:
-    """One shape of the inputs: how many of its steps were run, the last one's inputs, and its graph."""
+    """One shape of the inputs: its steps as a module, how many were run, the last one's inputs, and its graph."""
 
+    blocks: _Blocks
     steps_run: int = 0
     samples: tuple[Tensor, ...] = ()
     replay: Callable[..., Tensor] | None = None
@@ -134,22 +135,24 @@ class StepGraphs:
         kept = {first: index for first, index in draws.items() if index is not None}
         tensors = (*inputs, *kept.values())
         key = (tuple(kept), *((t.shape, t.dtype) for t in tensors))
-        blocks = _Blocks(self._transformer, router, tuple(kept))
-        if key not in self._shapes and len(self._shapes) == MOST_SHAPES:
-            self._say_once(f"CUDA graphs: {MOST_SHAPES} sizes are replayed, the others are run")
-            return blocks(*tensors)
-        shape = self._shapes.setdefault(key, _Shape())
+        shape = self._shapes.get(key)
+        if shape is None:
+            if len(self._shapes) == MOST_SHAPES:
+                self._say_once(f"CUDA graphs: {MOST_SHAPES} sizes are replayed, the others are run")
+                return self._transformer.run_blocks(router, kept, *inputs)
+            # once a shape: it looks through all of the model's parameters
+            shape = self._shapes[key] = _Shape(_Blocks(self._transformer, router, tuple(kept)))
         try:
-            replay = self._ready(shape, blocks, tensors)
+            replay = self._ready(shape, tensors)
         # what CUDA can't capture, has no memory for, or computes wrongly
         except RuntimeError as error:
             if not self._optional:
                 raise
             self._give_up(error)
             replay = None
-        return (replay or blocks)(*tensors)
+        return (replay or shape.blocks)(*tensors)
 
-    def _ready(self, shape: _Shape, blocks: _Blocks, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
+    def _ready(self, shape: _Shape, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
         """What replays this step; None where it is to be run."""
         if shape.steps_run < STEPS_RUN_FIRST:
             shape.steps_run += 1
@@ -157,10 +160,12 @@ class StepGraphs:
             return None
         if shape.replay is None:
             with capturing():
-                shape.replay = self._capture(blocks, shape.samples)
+                shape.replay = self._capture(shape.blocks, shape.samples)
+            # the capture has made them its own inputs
+            shape.samples = ()
             return None
         if not shape.compared:
-            error = _difference(blocks, shape.replay, tensors)
+            error = _difference(shape.blocks, shape.replay, tensors)
             shape.compared = True
             self._say_once(f"CUDA graphs: steps are replayed (compared with a step that was run: {error:.1e} apart)")
         return shape.replay
