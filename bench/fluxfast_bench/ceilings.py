@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fluxfast.doctor.rates import e4m3_product, int8_product
 from fluxfast_bench import results
 from fluxfast_bench.cases import SHAPES, Shape, default_shapes
 from fluxfast_bench.conditions import conditions
@@ -72,7 +73,7 @@ def measure(shape: Shape, device: torch.device, told: Told = _ignored, seconds: 
     told({"case": shape.name, "contestant": "copy", "gb_s": found["copy"] / 1e9})
     kinds: list[tuple[str, Callable[[Tensor, Tensor], Callable[[], object]]]] = [("float", lambda x, w: lambda: x @ w.T)]
     if device.type == "cuda":
-        kinds += [("int8", _int8_product), ("e4m3", _e4m3_product)]
+        kinds += [("int8", int8_product), ("e4m3", e4m3_product)]
     for name, product in kinds:
         try:
             found[name] = _rate(shape, device, name, product, dtype, told, seconds)
@@ -85,17 +86,6 @@ def _copy(device: torch.device, seconds: float) -> float:
     source = torch.randn((1 << 26) if device.type == "cpu" else (1 << 29), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_time(lambda: target.copy_(source), device, seconds)
-
-
-def _int8_product(x: Tensor, w: Tensor) -> Callable[[], object]:
-    codes = [(t / t.abs().amax() * 127).round().to(torch.int8) for t in (x, w)]
-    return lambda: torch._int_mm(codes[0], codes[1].T)
-
-
-def _e4m3_product(x: Tensor, w: Tensor) -> Callable[[], object]:
-    xq, wq = (t.to(torch.float8_e4m3fn) for t in (x, w))
-    scales = torch.ones(len(x), 1, device=x.device), torch.ones(1, len(w), device=x.device)
-    return lambda: torch._scaled_mm(xq, wq.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _rate(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fluxfast import __version__
+from fluxfast.doctor.machine import cpu_name
 
 # what a step's time may depend on, the peers among it
 PACKAGES = (
@@ -51,7 +52,7 @@ def device_name(device: torch.device) -> str:
     """As its maker calls it, with the number of threads that a CPU computes in."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
@@ -84,15 +85,6 @@ def conditions(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda or torch.version.hip
         found["gpu"] = _nvidia_smi(device)
     return found
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return platform.processor() or platform.machine()
-    names = re.findall(r"^model name\s*: (.+)$", text, flags=re.MULTILINE)
-    return names[0] if names else platform.machine()
 
 
 def _nvidia_smi(device: torch.device) -> dict[str, str]:
