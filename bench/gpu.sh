@@ -106,7 +106,7 @@ setup() {
     [ -e "$wheels/_C$suffix" ] && cp "$wheels/_C$suffix" fluxfast/
   fi
   "$PYTHON" -c 'import torch, triton, fluxfast
-from fluxfast.ops._impl import HAS_NATIVE
+from fluxfast.ops.dispatch import HAS_NATIVE
 print("torch", torch.__version__, "triton", triton.__version__, "native module", HAS_NATIVE)
 print(torch.cuda.is_available() and torch.cuda.get_device_name())'
   local status=$?

@@ -6,7 +6,7 @@
 
 namespace fluxfast {
 
-// of floats in memory; the numbers are fluxfast/quant/_rows.py's
+// of floats in memory; the numbers are fluxfast/quant/rows.py's
 enum class Float : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // of codes with one scale a row, likewise

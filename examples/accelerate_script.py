@@ -1,9 +1,11 @@
-"""A script on Hugging Face accelerate, as diffusers' training scripts are: mixed precision, accumulation, several processes.
+"""A script on Hugging Face accelerate, as diffusers' training scripts are: mixed precision,
+accumulation, several processes.
 
     python examples/accelerate_script.py
     accelerate launch examples/accelerate_script.py --mixed-precision bf16
 
-fluxfast's line stands before `accelerator.prepare`, which wraps the model. The data set is random tensors.
+fluxfast's line stands before `accelerator.prepare`, which wraps the model. The data set is random
+tensors.
 """
 
 import argparse
@@ -19,7 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import fluxfast
 
-TINY = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2, "in_channels": 16}
+TINY = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "in_channels": 16,
+}
 TINY |= {"joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 14, 14)}
 SIDE, TEXT = 6, 32
 
@@ -40,7 +48,9 @@ class RandomLatents(Dataset):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--output", default="lora.safetensors")
@@ -52,8 +62,14 @@ def main():
     accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_steps=2)
     set_seed(0)
     transformer = FluxTransformer2DModel(**TINY).requires_grad_(False)
-    transformer.to(accelerator.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
-    transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp"]))
+    transformer.to(
+        accelerator.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    )
+    transformer.add_adapter(
+        LoraConfig(
+            r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp"]
+        )
+    )
     for p in transformer.parameters():
         if p.requires_grad:
             # what is trained is kept in fp32
@@ -75,9 +91,14 @@ def main():
         for batch in loader:
             with accelerator.accumulate(transformer):
                 latents = batch.pop("latents")
-                noise, t = torch.randn_like(latents), torch.rand(len(latents), device=latents.device)
+                noise, t = (
+                    torch.randn_like(latents),
+                    torch.rand(len(latents), device=latents.device),
+                )
                 noisy = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
-                prediction = transformer(noisy, timestep=t, img_ids=ids, txt_ids=txt_ids, return_dict=False, **batch)[0]
+                prediction = transformer(
+                    noisy, timestep=t, img_ids=ids, txt_ids=txt_ids, return_dict=False, **batch
+                )[0]
                 loss = torch.nn.functional.mse_loss(prediction.float(), noise - latents)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -90,7 +111,10 @@ def main():
     accelerator.print(report)
     if accelerator.is_main_process:
         tensors = get_peft_model_state_dict(accelerator.unwrap_model(transformer))
-        save_file({f"transformer.{name}": tensor.contiguous() for name, tensor in tensors.items()}, args.output)
+        save_file(
+            {f"transformer.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+            args.output,
+        )
     accelerator.print(f"saved {args.output}")
 
 

@@ -15,18 +15,48 @@ from peft import LoraConfig
 
 import fluxfast
 
-TINY = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2, "in_channels": 16}
-TINY |= {"joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 14, 14), "guidance_embeds": True}
-TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+TINY = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "in_channels": 16,
+}
+TINY |= {
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 14, 14),
+    "guidance_embeds": True,
+}
+TARGETS = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+]
 TARGETS += ["attn.to_add_out", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"]
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="a folder or hub id of a FLUX.1 pipeline; none: a random, tiny one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", nargs="?", help="a folder or hub id of a FLUX.1 pipeline; none: a random, tiny one"
+    )
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--size", type=int, default=8, help="latent patches along one side: 32 for an image of 512 px")
-    parser.add_argument("--output", default="lora", help="the folder for pytorch_lora_weights.safetensors")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=8,
+        help="latent patches along one side: 32 for an image of 512 px",
+    )
+    parser.add_argument(
+        "--output", default="lora", help="the folder for pytorch_lora_weights.safetensors"
+    )
     parser.add_argument("--plain", action="store_true", help="leave fluxfast out, to compare")
     return parser.parse_args()
 
@@ -35,7 +65,9 @@ def load(model):
     if model is None:
         torch.manual_seed(0)
         return FluxTransformer2DModel(**TINY)
-    transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer", torch_dtype=torch.bfloat16)
+    transformer = FluxTransformer2DModel.from_pretrained(
+        model, subfolder="transformer", torch_dtype=torch.bfloat16
+    )
     return transformer.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -75,7 +107,9 @@ def main():
         # flow matching: from noise at t = 1 to the image at t = 0
         t = compute_density_for_timestep_sampling("logit_normal", 1, 0.0, 1.0).to(latents)
         noise = torch.randn_like(latents)
-        prediction = transformer((1 - t) * latents + t * noise, timestep=t, return_dict=False, **batch)[0]
+        prediction = transformer(
+            (1 - t) * latents + t * noise, timestep=t, return_dict=False, **batch
+        )[0]
         loss = torch.nn.functional.mse_loss(prediction.float(), (noise - latents).float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -1,4 +1,6 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; a crash leaves the old one or the new."""
+"""Files that are whole or absent: written beside their place, synced, renamed; a crash leaves the
+old one or the new.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 
-# what some file system refuses in a name, breaks of lines, and halves of characters, which no UTF-8 has
+# what some file system refuses in a name, breaks of lines, and halves of characters, which no UTF-8
+# has
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029/\\:*?"<>|\ud800-\udfff]+')
 # names that Windows keeps for devices
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -23,7 +26,8 @@ _MAX_NAME_BYTES = 100
 def safe_name(text: str) -> str:
     """A file's name for any text: the text itself where every file system takes it.
 
-    Else it is cleaned and cut to 100 bytes, and ends in a hash of the text, so that different texts have different names.
+    Else it is cleaned and cut to 100 bytes, and ends in a hash of the text, so that different texts
+    have different names.
     """
     name = _NOT_IN_NAMES.sub("_", text).strip(" ").strip(".")
     cut = name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
@@ -34,7 +38,9 @@ def safe_name(text: str) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path`, of this process alone; `remove_leftovers` knows it by its ending."""
+    """A hidden name beside `path`, of this process alone; `remove_leftovers` knows it by its
+    ending.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
 
@@ -47,7 +53,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; when the block ends without an exception it takes its name, in place of what had that name."""
+    """A file to write; when the block ends without an exception it takes its name, in place of what
+    had that name.
+    """
     with replacing(path, temporary_name(path)) as stream:
         yield stream
     sync_folder(path.parent)
@@ -55,7 +63,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """`atomic_file` under another temporary name, and without the folder's sync, which may then serve several files."""
+    """`atomic_file` under another temporary name, and without the folder's sync, which may then
+    serve several files.
+    """
     try:
         with temporary.open("wb") as stream:
             yield stream
@@ -68,7 +78,9 @@ def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends without an exception it takes its name, in place of what had that name."""
+    """A folder to fill; when the block ends without an exception it takes its name, in place of
+    what had that name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,9 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; what tests may not leave behind.
+"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; what
+tests may not leave behind.
 
-pytest runs a worker on each core (pyproject.toml). A worker, and the processes that its tests start, compute with their
-share of the cores: threads of OpenMP that outnumber the cores wait for each other instead of working.
+pytest runs a worker on each core (pyproject.toml). A worker, and the processes that its tests
+start, compute with their share of the cores: threads of OpenMP that outnumber the cores wait for
+each other instead of working.
 """
 
 import os
@@ -14,7 +16,7 @@ if not torch.cuda.is_available():
     # before anything imports triton, which reads it once
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from peers import without_compilers
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -23,15 +25,17 @@ if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
     # for the processes that tests start
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
-ISAS = _impl.native.cpu_isas() if _impl.HAS_NATIVE else []
+ISAS = dispatch.native.cpu_isas() if dispatch.HAS_NATIVE else []
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    """Each instruction set that the native module can use here; pytest skips what asks for one where there is none."""
-    _impl.native.use_cpu_isa(request.param)
+    """Each instruction set that the native module can use here; pytest skips what asks for one
+    where there is none.
+    """
+    dispatch.native.use_cpu_isa(request.param)
     yield request.param
-    _impl.native.use_cpu_isa(ISAS[-1])
+    dispatch.native.use_cpu_isa(ISAS[-1])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,7 +52,9 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_attention_backend():
-    """diffusers' `set_attention_backend` chooses for the whole process, and another back end gives other bits."""
+    """diffusers' `set_attention_backend` chooses for the whole process, and another back end gives
+    other bits.
+    """
     yield
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     if dispatch is not None:
@@ -66,6 +72,8 @@ def one_thread():
 
 @pytest.fixture
 def eager_peers():
-    """optimum-quanto and bitsandbytes compute what they do anyway, without starting a compiler for it."""
+    """optimum-quanto and bitsandbytes compute what they do anyway, without starting a compiler for
+    it.
+    """
     with without_compilers():
         yield

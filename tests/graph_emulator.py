@@ -1,14 +1,16 @@
-"""CUDA graphs on the CPU: what torch is asked to do is written down once, and from then on done again on the same memory.
+"""CUDA graphs on the CPU: what torch is asked to do is written down once, and from then on done
+again on the same memory.
 
-A value that Python computed while it was written down stays what it was then, as in a graph, and so does a tensor that was no
-input. Whoever reads a value back has to wait for the device, which a capture does not allow. Graphs that share a `Pool` share
-memory as theirs do: what one keeps between its forward and its backward is overwritten when another one is replayed.
+A value that Python computed while it was written down stays what it was then, as in a graph, and so
+does a tensor that was no input. Whoever reads a value back has to wait for the device, which a
+capture does not allow. Graphs that share a `Pool` share memory as theirs do: what one keeps between
+its forward and its backward is overwritten when another one is replayed.
 """
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxfast.ops import _impl
+from fluxfast.ops import registration
 
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
 
@@ -54,9 +56,16 @@ class Pool:
         self._of = []
 
     def add(self, recorders, kept):
-        """A graph's own memory; `kept` are its inputs, its output and its gradients, which nobody else is given."""
+        """A graph's own memory; `kept` are its inputs, its output and its gradients, which nobody
+        else is given.
+        """
         keep = {t.untyped_storage().data_ptr() for t in kept}
-        own = {address: s for recorder in recorders for address, s in recorder.made().items() if address not in keep}
+        own = {
+            address: s
+            for recorder in recorders
+            for address, s in recorder.made().items()
+            if address not in keep
+        }
         self._of.append(own)
         return len(self._of) - 1
 
@@ -81,7 +90,10 @@ def capture(module, samples, pool=None):
     with backward:
         grads = torch.autograd.grad(out, parameters, dout, allow_unused=True)
     pool = pool or Pool()
-    number = pool.add((forward, backward), (*samples, out, dout, *(g for g in grads if g is not None), *parameters))
+    number = pool.add(
+        (forward, backward),
+        (*samples, out, dout, *(g for g in grads if g is not None), *parameters),
+    )
 
     class Graphed(torch.autograd.Function):
         @staticmethod
@@ -96,11 +108,14 @@ def capture(module, samples, pool=None):
         def backward(ctx, d):
             dout.copy_(d)
             backward.replay()
-            return (*[None] * len(samples), *(None if grad is None else grad.detach() for grad in grads))
+            return (
+                *[None] * len(samples),
+                *(None if grad is None else grad.detach() for grad in grads),
+            )
 
     return lambda *inputs: Graphed.apply(*inputs, *parameters)
 
 
 def see_every_op(monkeypatch):
     """Launchers that torch does not hear of are called as the ops that they are registered as."""
-    monkeypatch.setattr(_impl, "launcher", lambda tensor, plain, registered: registered)
+    monkeypatch.setattr(registration, "launcher", lambda tensor, plain, registered: registered)

@@ -1,4 +1,6 @@
-"""How the tests call peers: what they compute is the same, without the compilers that some of them start for it."""
+"""How the tests call peers: what they compute is the same, without the compilers that some of them
+start for it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +10,9 @@ import torch
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """What optimum-quanto's C++ extension computes: the `8 // bits` codes of each byte, all the lowest ones first."""
+    """What optimum-quanto's C++ extension computes: the `8 // bits` codes of each byte, all the
+    lowest ones first.
+    """
     return torch.cat([(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)])
 
 
@@ -16,7 +20,8 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def without_compilers() -> Iterator[None]:
     """optimum-quanto unpacks in Python and bitsandbytes quantises eagerly.
 
-    Otherwise the first builds a C++ extension (25 s) and the second compiles its functions (10 s) at their first call.
+    Otherwise the first builds a C++ extension (25 s) and the second compiles its functions (10 s)
+    at their first call.
     """
     with torch.compiler.set_stance("force_eager"), _quanto_in_python():
         yield

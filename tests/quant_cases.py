@@ -1,5 +1,5 @@
-"""Weights to quantise: as FLUX.1's are (gaussian, rows of different size), heavy-tailed, and awkward ones;
-and what every back end is held to.
+"""Weights to quantise: as FLUX.1's are (gaussian, rows of different size), heavy-tailed, and
+awkward ones; and what every back end is held to.
 """
 
 import torch
@@ -14,18 +14,26 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def gaussian(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
     """fp32, standard deviation 0.02 times a factor per row, log-normal with sigma 0.5."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, cols, generator=g) * 0.02 * torch.exp(0.5 * torch.randn(rows, 1, generator=g))
+    return (
+        torch.randn(rows, cols, generator=g)
+        * 0.02
+        * torch.exp(0.5 * torch.randn(rows, 1, generator=g))
+    )
 
 
 def heavy_tailed(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
-    """fp32, Student's t with 3 degrees of freedom times 0.02: a normal number over the root of a chi-squared one's mean."""
+    """fp32, Student's t with 3 degrees of freedom times 0.02: a normal number over the root of a
+    chi-squared one's mean.
+    """
     g = torch.Generator().manual_seed(seed)
     normals = torch.randn(4, rows, cols, generator=g)
     return 0.02 * normals[0] / normals[1:].square().mean(0).sqrt()
 
 
 def hard(cols: int = 192) -> torch.Tensor:
-    """fp32 rows that break a careless quantiser: zeros, one value, one sign, outliers, tiny and huge numbers, signed zeros."""
+    """fp32 rows that break a careless quantiser: zeros, one value, one sign, outliers, tiny and
+    huge numbers, signed zeros.
+    """
     w = gaussian(12, cols, seed=5)
     w[0] = 0
     w[1] = 0.37
@@ -43,11 +51,15 @@ def hard(cols: int = 192) -> torch.Tensor:
 
 
 def same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors are of one shape and dtype and equal in every bit: zeros have signs, and NaN is a number."""
+    """Whether two tensors are of one shape and dtype and equal in every bit: zeros have signs, and
+    NaN is a number.
+    """
     return (
         actual.shape == expected.shape
         and actual.dtype == expected.dtype
-        and torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        and torch.equal(
+            actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+        )
     )
 
 
@@ -64,13 +76,17 @@ class FloatsHeld(TorchDispatchMode):
 
 
 def assert_shares_a_scratch(format: Format, device: str, impl: str) -> None:
-    """Two linears of 3 and 6 rows decode into rows of one [ΣN, K], as values and as codes, and nothing beside them changes.
+    """Two linears of 3 and 6 rows decode into rows of one [ΣN, K], as values and as codes, and
+    nothing beside them changes.
 
     But for the reference, none of them is held in fp32 on the way.
     """
     rows, cols = (3, 6), 128
     weights = [
-        QuantWeight(format, format.quantize(gaussian(n, cols, seed=n).to(device)), (n, cols), torch.bfloat16) for n in rows
+        QuantWeight(
+            format, format.quantize(gaussian(n, cols, seed=n).to(device)), (n, cols), torch.bfloat16
+        )
+        for n in rows
     ]
     places = [slice(1, 4), slice(4, 10)]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,4 +1,6 @@
-"""A small FLUX.1 of ours over a frozen base, with what tests ask of one: a format, adapters that show errors."""
+"""A small FLUX.1 of ours over a frozen base, with what tests ask of one: a format, adapters that
+show errors.
+"""
 
 import torch
 from peft import LoraConfig

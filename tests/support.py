@@ -1,4 +1,6 @@
-"""What several test files share: a small FLUX.1 shape, inputs for it, and how two tensors are compared."""
+"""What several test files share: a small FLUX.1 shape, inputs for it, and how two tensors are
+compared.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +19,9 @@ SMALL = {
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖ in fp64; NaN anywhere gives NaN, which compares as false with any bound."""
+    """‖actual - expected‖ / ‖expected‖ in fp64; NaN anywhere gives NaN, which compares as false
+    with any bound.
+    """
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -36,7 +40,16 @@ def for_thread_counts(run: Callable[[], Sequence[torch.Tensor]]) -> list[Sequenc
         torch.set_num_threads(threads)
 
 
-def make_inputs(batch: int, height: int, width: int, *, text: int = 7, guidance: bool = True, seed: int = 0, **config) -> dict:
+def make_inputs(
+    batch: int,
+    height: int,
+    width: int,
+    *,
+    text: int = 7,
+    guidance: bool = True,
+    seed: int = 0,
+    **config,
+) -> dict:
     """Model inputs for height x width image tokens."""
     config = SMALL | config
     g = torch.Generator().manual_seed(seed)
@@ -45,7 +58,9 @@ def make_inputs(batch: int, height: int, width: int, *, text: int = 7, guidance:
     ids[..., 2] += torch.arange(width)[None]
     inputs = {
         "hidden_states": torch.randn(batch, height * width, config["in_channels"], generator=g),
-        "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=g),
+        "encoder_hidden_states": torch.randn(
+            batch, text, config["joint_attention_dim"], generator=g
+        ),
         "pooled_projections": torch.randn(batch, config["pooled_projection_dim"], generator=g),
         "timestep": torch.rand(batch, generator=g),
         "img_ids": ids.reshape(-1, 3),
@@ -57,7 +72,9 @@ def make_inputs(batch: int, height: int, width: int, *, text: int = 7, guidance:
 
 
 def randomise(model: torch.nn.Module, seed: int = 1) -> None:
-    """Weights of trained size everywhere: a fresh model's norms are all ones, and LoRA's B is zero, which hides errors."""
+    """Weights of trained size everywhere: a fresh model's norms are all ones, and LoRA's B is zero,
+    which hides errors.
+    """
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

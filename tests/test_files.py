@@ -1,4 +1,6 @@
-"""Files and folders appear whole or not at all, also when the writer dies between any two of its steps."""
+"""Files and folders appear whole or not at all, also when the writer dies between any two of its
+steps.
+"""
 
 import os
 
@@ -38,7 +40,9 @@ def test_folder_takes_its_name_only_when_filled(tmp_path):
 
 @pytest.mark.parametrize("call", ["rename", "fsync", "mkdir"])
 def test_folder_survives_a_kill_between_any_two_calls(tmp_path, call):
-    """A child is killed in its n-th system call of each kind; whatever stands under the name afterwards is complete."""
+    """A child is killed in its n-th system call of each kind; whatever stands under the name
+    afterwards is complete.
+    """
     path = tmp_path / "checkpoint-1"
     outcomes = set()
     for n in range(8):
@@ -54,7 +58,8 @@ def test_folder_survives_a_kill_between_any_two_calls(tmp_path, call):
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         content = {p.name: p.read_text() for p in path.iterdir()} if path.exists() else None
-        # between the old folder's removal and the new one's renaming there is none: absent, never partial
+        # between the old folder's removal and the new one's renaming there is none: absent, never
+        # partial
         assert content in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"}, None)
         outcomes.add(str(content))
         files.remove_leftovers(tmp_path)

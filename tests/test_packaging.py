@@ -1,4 +1,5 @@
-"""The wheel: what is in it, and that it works from another folder, with the native module and without.
+"""The wheel: what is in it, and that it works from another folder, with the native module and
+without.
 
 Builds happen in a copy of the checkout, so that they neither use nor leave anything in it.
 """
@@ -14,18 +15,34 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "bench", "csrc", "fluxfast", "kernels", "pyproject.toml", "setup.py"]
+SOURCES = [
+    "CMakeLists.txt",
+    "LICENSE",
+    "README.md",
+    "bench",
+    "csrc",
+    "fluxfast",
+    "kernels",
+    "pyproject.toml",
+    "setup.py",
+]
 
 PIP_WHEEL = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w")
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
 
 
 def copy_sources(destination: Path) -> Path:
     destination.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(
+                ROOT / name,
+                destination / name,
+                ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+            )
         else:
             shutil.copy(ROOT / name, destination / name)
     return destination
@@ -33,7 +50,11 @@ def copy_sources(destination: Path) -> Path:
 
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with what `command` says; the result holds both streams in stdout."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLUXFAST_", "PYTHON", "CXX"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FLUXFAST_", "PYTHON", "CXX"))
+    }
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -47,7 +68,9 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
 
 
 def build_wheel(folder: Path, **env: str) -> Path:
-    """The wheel of a copy of the checkout, built below `folder` by the first test worker that asks for it."""
+    """The wheel of a copy of the checkout, built below `folder` by the first test worker that asks
+    for it.
+    """
     folder.mkdir(exist_ok=True)
     source, out = folder / "source", folder / "out"
     with FileLock(folder / "lock"):
@@ -66,15 +89,19 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 def run_installed(wheel: Path, folder: Path, script: str) -> str:
-    """Installs the wheel alone into `folder`, and runs a script there on it and the environment's other packages."""
+    """Installs the wheel alone into `folder`, and runs a script there on it and the environment's
+    other packages.
+    """
     target = folder / "installed"
     result = run("-m", "pip", "install", "--no-deps", "--target", target, wheel, cwd=folder)
     assert result.returncode == 0, result.stdout
     # an editable install of the checkout would answer for what the wheel lacks
     prelude = (
         "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
-        f"import fluxfast; assert fluxfast.__file__.startswith({str(target)!r}), fluxfast.__file__\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', "
+        "'').startswith('__editable__')]\n"
+        f"import fluxfast; assert fluxfast.__file__.startswith({str(target)!r}), "
+        "fluxfast.__file__\n"
     )
     result = run("-c", prelude + script, cwd=folder, PYTHONPATH=str(target))
     assert result.returncode == 0, result.stdout
@@ -110,7 +137,7 @@ def test_native_wheel_holds_everything(native_wheel):
     assert names >= python_files(ROOT / "fluxfast", "fluxfast")
     assert names >= python_files(ROOT / "kernels/fluxfast_kernels", "fluxfast_kernels")
     assert names >= python_files(ROOT / "bench/fluxfast_bench", "fluxfast_bench")
-    assert names >= {"fluxfast/py.typed", "fluxfast/_C.pyi", "fluxfast/train/options.tsv"}
+    assert names >= {"fluxfast/py.typed", "fluxfast/_C.pyi", "fluxfast/config/options.tsv"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert packages == {"fluxfast", "fluxfast_bench", "fluxfast_kernels"}
@@ -125,7 +152,11 @@ def test_native_wheel_works_elsewhere(native_wheel, tmp_path):
         "torch.testing.assert_close(gelu(x, impl='native'), gelu_ref(x))\n"
         "print(fluxfast._C.__file__)\n"
     )
-    assert run_installed(native_wheel, tmp_path, script).strip().startswith(str(tmp_path / "installed"))
+    assert (
+        run_installed(native_wheel, tmp_path, script)
+        .strip()
+        .startswith(str(tmp_path / "installed"))
+    )
 
 
 def test_without_tools_the_wheel_is_pure(pure_wheel):
@@ -165,12 +196,29 @@ def test_a_source_that_does_not_compile_is_an_error(tmp_path):
     ("env", "returncode", "message"),
     [
         ({"PATH": ""}, 0, "building without the native module fluxfast._C (no "),
-        ({"FLUXFAST_SKIP_EXT": "1"}, 0, "building without the native module fluxfast._C (FLUXFAST_SKIP_EXT=1)"),
-        ({"PATH": "", "FLUXFAST_REQUIRE_EXT": "1"}, 1, "FLUXFAST_REQUIRE_EXT=1, but the native module can't be built: no "),
+        (
+            {"FLUXFAST_SKIP_EXT": "1"},
+            0,
+            "building without the native module fluxfast._C (FLUXFAST_SKIP_EXT=1)",
+        ),
+        (
+            {"PATH": "", "FLUXFAST_REQUIRE_EXT": "1"},
+            1,
+            "FLUXFAST_REQUIRE_EXT=1, but the native module can't be built: no ",
+        ),
         ({"FLUXFAST_SKIP_EXT": "1", "FLUXFAST_REQUIRE_EXT": "1"}, 1, "contradict each other"),
     ],
 )
 def test_the_build_says_what_it_leaves_out(env, returncode, message):
     result = run("setup.py", "--name", cwd=ROOT, **env)
     assert result.returncode == returncode, result.stdout
-    assert len([line for line in result.stdout.splitlines() if line.startswith("fluxfast: ") and message in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in result.stdout.splitlines()
+                if line.startswith("fluxfast: ") and message in line
+            ]
+        )
+        == 1
+    )

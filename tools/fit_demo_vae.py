@@ -1,7 +1,9 @@
-"""Fit the demo's autoencoder, which `fluxfast-train demo` ships: `python tools/fit_demo_vae.py OUT.safetensors [STEPS]`.
+"""Fit the demo's autoencoder, which `fluxfast-train demo` ships: `python tools/fit_demo_vae.py
+OUT.safetensors [STEPS]`.
 
-A random VAE turns every latent into noise, so that nobody could see what a demo LoRA learned; this one is small (1 MB in
-fp16), of AutoencoderKL's own architecture, and fitted for some minutes on the photographs that scikit-image ships.
+A random VAE turns every latent into noise, so that nobody could see what a demo LoRA learned; this
+one is small (1 MB in fp16), of AutoencoderKL's own architecture, and fitted for some minutes on the
+photographs that scikit-image ships.
 """
 
 import sys
@@ -15,7 +17,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from fluxfast.cli.demo_pipeline import VAE_CONFIG, photographs
+from fluxfast.demo.pipeline import VAE_CONFIG, photographs
 
 CROP, BATCH, LEARNING_RATE = 64, 4, 3e-3
 
@@ -25,7 +27,9 @@ def load_photos() -> list[torch.Tensor]:
     for path in photographs():
         image = Image.open(path).convert("RGB")
         scale = 256 / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+        )
         photos.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)
     return photos
 
@@ -38,15 +42,21 @@ def random_crop(photos: list[torch.Tensor], g: torch.Generator) -> torch.Tensor:
 
 
 def gradients(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([(x[..., 1:] - x[..., :-1]).flatten(), (x[..., 1:, :] - x[..., :-1, :]).flatten()])
+    return torch.cat(
+        [(x[..., 1:] - x[..., :-1]).flatten(), (x[..., 1:, :] - x[..., :-1, :]).flatten()]
+    )
 
 
 def main(out: Path, steps: int) -> None:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     vae, photos = AutoencoderKL(**VAE_CONFIG), load_photos()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
+    )
     for step in track(range(steps), "fitting"):
         x = torch.stack([random_crop(photos, g) for _ in range(BATCH)])
         posterior = vae.encode(x).latent_dist
@@ -62,7 +72,10 @@ def main(out: Path, steps: int) -> None:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
     with torch.no_grad():
         latents = torch.cat([vae.encode(p[None, :, :256, :256]).latent_dist.mean for p in photos])
-    print(f"latents: mean {latents.mean():.4f}, std {latents.std():.4f} (scaling_factor {1 / latents.std():.4f})")
+    print(
+        f"latents: mean {latents.mean():.4f}, std {latents.std():.4f} (scaling_factor "
+        f"{1 / latents.std():.4f})"
+    )
     save_file({k: v.half().contiguous() for k, v in vae.state_dict().items()}, out)
 
 

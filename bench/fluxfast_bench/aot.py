@@ -1,6 +1,8 @@
-"""`fluxfast-bench aot`: every Triton kernel compiled ahead of time, and what its compiler made of it.
+"""`fluxfast-bench aot`: every Triton kernel compiled ahead of time, and what its compiler made of
+it.
 
-No GPU is needed. The figures are kept as JSON, a variant a line; a run of some ops or targets leaves the others' lines alone.
+No GPU is needed. The figures are kept as JSON, a variant a line; a run of some ops or targets
+leaves the others' lines alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ Known = dict[tuple[str, str], list[Task]]
 
 def op_names() -> list[str]:
     """The public modules of fluxfast_kernels: one an op."""
-    return sorted(m.name for m in pkgutil.iter_modules(fluxfast_kernels.__path__) if not m.name.startswith("_"))
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules(fluxfast_kernels.__path__)
+        if not m.name.startswith("_")
+    )
 
 
 def spread(tasks: Sequence[Task], count: int) -> list[Task]:
@@ -54,11 +60,18 @@ def read(path: Path) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return {"runs": dict(stored["runs"]), "variants": list(stored["variants"])}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a result of `fluxfast-bench aot` ({error}); remove it or name another --out") from None
+        raise ValueError(
+            f"{path}: not a result of `fluxfast-bench aot` ({error}); remove it or name another "
+            "--out"
+        ) from None
 
 
-def merge(stored: Mapping[str, Any], results: Results, known: Known, run: Mapping[str, str]) -> dict[str, Any]:
-    """The stored variants, the compiled ones in their place, less those that are in `known` no more."""
+def merge(
+    stored: Mapping[str, Any], results: Results, known: Known, run: Mapping[str, str]
+) -> dict[str, Any]:
+    """The stored variants, the compiled ones in their place, less those that are in `known` no
+    more.
+    """
     ops = op_names()
     variants = {}
     for line in stored["variants"]:
@@ -77,20 +90,26 @@ def merge(stored: Mapping[str, Any], results: Results, known: Known, run: Mappin
 
 
 def write(path: Path, merged: Mapping[str, Any]) -> None:
-    runs = ",\n".join(f"  {json.dumps(date)}: {json.dumps(run)}" for date, run in merged["runs"].items())
+    runs = ",\n".join(
+        f"  {json.dumps(date)}: {json.dumps(run)}" for date, run in merged["runs"].items()
+    )
     lines = ",\n".join(f"  {json.dumps(line)}" for line in merged["variants"])
     write_atomic(path, f'{{\n"runs": {{\n{runs}\n}},\n"variants": [\n{lines}\n]\n}}\n'.encode())
 
 
 def table_of(results: Results) -> Table:
-    """Per op and target: how many variants, how many of them failed, and the largest of each figure."""
+    """Per op and target: how many variants, how many of them failed, and the largest of each
+    figure.
+    """
     table = Table()
     for column in ("op", "target"):
         table.add_column(column, no_wrap=True)
     for column in ("variants", "failed", "registers", "spills", "shared"):
         table.add_column(column, justify="right")
     for op, target in sorted({(task.op, task.target) for task in results}):
-        group = [compiled for task, compiled in results.items() if (task.op, task.target) == (op, target)]
+        group = [
+            compiled for task, compiled in results.items() if (task.op, task.target) == (op, target)
+        ]
         failed = sum(c.error is not None for c in group)
         figures = [[getattr(c, name) for c in group] for name in ("registers", "spills", "shared")]
         largest = [max((n for n in column if n is not None), default="-") for column in figures]
@@ -107,12 +126,21 @@ def compile_all(
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
         Compilers(jobs, prepare_worker, (cache,)) as compilers,
-        Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress,
+        Progress(
+            *Progress.get_default_columns(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress,
     ):
         bar = progress.add_task("listing kernels", total=None)
         for task in (task for op in ops for task in compilers.tasks(op) if task.target in targets):
             known[task.op, task.target].append(task)
-        chosen = [task for group in known.values() for task in (group if count is None else spread(group, count))]
+        chosen = [
+            task
+            for group in known.values()
+            for task in (group if count is None else spread(group, count))
+        ]
         progress.update(bar, description="compiling", total=len(chosen))
         results = {}
         for task, compiled in compilers.compile(chosen):
@@ -125,19 +153,33 @@ def report(results: Results, console: Console) -> int:
     """Prints the table and what is wrong; returns the exit status."""
     console.print(table_of(results))
     bad = [(task, c) for task, c in sorted(results.items()) if c.error is not None or c.spills]
-    return print_faults([f"{t.op} {t.variant} {t.target}: {c.error or f'spills {c.spills}'}" for t, c in bad], console)
+    return print_faults(
+        [f"{t.op} {t.variant} {t.target}: {c.error or f'spills {c.spills}'}" for t, c in bad],
+        console,
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench aot",
-        description="Compile the Triton kernels for GPUs that need not be there. Exit status 1: one failed or spills.",
+        description=(
+            "Compile the Triton kernels for GPUs that need not be there. Exit status 1: one "
+            "failed or spills."
+        ),
     )
-    parser.add_argument("--targets", metavar="T,…", help=f"of {', '.join(SHARED_LIMITS)} (default: all)")
+    parser.add_argument(
+        "--targets", metavar="T,…", help=f"of {', '.join(SHARED_LIMITS)} (default: all)"
+    )
     parser.add_argument("--ops", metavar="OP,…", help=f"of {', '.join(op_names())} (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/aot.json"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--sample", type=int, metavar="N", help="only N variants an op and target, evenly spread")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/aot.json"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="only N variants an op and target, evenly spread"
+    )
     return parser.parse_args(argv)
 
 

@@ -41,7 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of CONFIGS, `side` x `side` image tokens and `txt` text tokens a sample, `batch` samples.
+    """A model of CONFIGS, `side` x `side` image tokens and `txt` text tokens a sample, `batch`
+    samples.
 
     changes: what the model has otherwise than CONFIGS says.
     """
@@ -62,7 +63,9 @@ class Shape:
         return replace(self, changes=(*self.changes, *changes.items()))
 
     def shallow(self) -> Shape:
-        """The same, only as deep as it takes to have every kind of block: what such a model launches, a deep one does."""
+        """The same, only as deep as it takes to have every kind of block: what such a model
+        launches, a deep one does.
+        """
         return self.with_model(num_layers=1, num_single_layers=1)
 
     @property
@@ -88,9 +91,15 @@ class Shape:
 
 
 # a latent pixel is 8 image pixels wide, a token two latent pixels
-FLUX_SHAPES = [Shape(f"{px}px-b{batch}", "flux", px // 16, 512, batch) for px in (512, 768, 1024) for batch in (1, 2, 4)]
+FLUX_SHAPES = [
+    Shape(f"{px}px-b{batch}", "flux", px // 16, 512, batch)
+    for px in (512, 768, 1024)
+    for batch in (1, 2, 4)
+]
 SMALL_SHAPES = [Shape(f"small-b{batch}", "small", 16, 512, batch) for batch in (1, 2)]
-SHAPES = {shape.name: shape for shape in [*FLUX_SHAPES, *SMALL_SHAPES, Shape("tiny", "tiny", 5, 7, 2)]}
+SHAPES = {
+    shape.name: shape for shape in [*FLUX_SHAPES, *SMALL_SHAPES, Shape("tiny", "tiny", 5, 7, 2)]
+}
 
 
 def default_shapes(device: torch.device) -> list[str]:
@@ -99,9 +108,15 @@ def default_shapes(device: torch.device) -> list[str]:
 
 
 def model_inputs(
-    shape: Shape, device: torch.device, dtype: torch.dtype, *, config: Mapping[str, Any] | None = None
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Inputs of the shape's model, or one of that config, by its forward's names: random, in `dtype`; ids in fp32."""
+    """Inputs of the shape's model, or one of that config, by its forward's names: random, in
+    `dtype`; ids in fp32.
+    """
     generator = torch.Generator().manual_seed(0)
     config, batch = config or shape.config, shape.batch
 

@@ -1,11 +1,12 @@
-"""`fluxfast-bench ceilings`: what the device was measured to do at FLUX.1's shapes, by PyTorch's own kernels.
+"""`fluxfast-bench ceilings`: what the device was measured to do at FLUX.1's shapes, by PyTorch's
+own kernels.
 
     copy                                    bytes read and written a second, of a copy far larger than any cache
     float, int8, e4m3                       FLOPs a second of matrix products, over all that a step has
     attention_forward, attention_backward   FLOPs a second of scaled_dot_product_attention, by its fastest back end
 
-Random data: products of zeros run faster. A format that the device has no product for is left out. `step` and `ops` measure
-the same, or take it from a stored run: floors are made of it.
+Random data: products of zeros run faster. A format that the device has no product for is left out.
+`step` and `ops` measure the same, or take it from a stored run: floors are made of it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 def products(shape: Shape, *, codes: bool = False) -> dict[tuple[int, int, int], int]:
     """(M, N, K) of a checkpointed step's wide products, linears packed, and how often each comes.
 
-    codes: of 8 bit, which take the gradient of a single block's first linears in two. (A test holds this to what a step asks
-    for; the first block's input wants no gradient, which is not told apart.)
+    codes: of 8 bit, which take the gradient of a single block's first linears in two. (A test holds
+    this to what a step asks for; the first block's input wants no gradient, which is not told
+    apart.)
     """
     d, double, single = shape.dim, shape.config["num_layers"], shape.config["num_single_layers"]
     found: dict[tuple[int, int, int], int] = {}
@@ -66,12 +68,18 @@ def _ignored(record: dict[str, Any]) -> None:
     return None
 
 
-def measure(shape: Shape, device: torch.device, told: Told = _ignored, seconds: float = 0.2) -> dict[str, float]:
-    """All ceilings, for activations in bf16 on a GPU and in fp32 on a CPU; about `seconds` for each figure."""
+def measure(
+    shape: Shape, device: torch.device, told: Told = _ignored, seconds: float = 0.2
+) -> dict[str, float]:
+    """All ceilings, for activations in bf16 on a GPU and in fp32 on a CPU; about `seconds` for each
+    figure.
+    """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     found = {"copy": _copy(device, seconds)}
     told({"case": shape.name, "contestant": "copy", "gb_s": found["copy"] / 1e9})
-    kinds: list[tuple[str, Callable[[Tensor, Tensor], Callable[[], object]]]] = [("float", lambda x, w: lambda: x @ w.T)]
+    kinds: list[tuple[str, Callable[[Tensor, Tensor], Callable[[], object]]]] = [
+        ("float", lambda x, w: lambda: x @ w.T)
+    ]
     if device.type == "cuda":
         kinds += [("int8", int8_product), ("e4m3", e4m3_product)]
     for name, product in kinds:
@@ -108,15 +116,27 @@ def _rate(
     return flops / taken
 
 
-def _attention(shape: Shape, device: torch.device, dtype: torch.dtype, told: Told, seconds: float) -> dict[str, float]:
+def _attention(
+    shape: Shape, device: torch.device, dtype: torch.dtype, told: Told, seconds: float
+) -> dict[str, float]:
     size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
     q, k, v = (torch.randn(size, device=device).to(dtype).requires_grad_() for _ in range(3))
     flops = 4.0 * shape.tokens**2 * shape.dim * shape.batch
     best = {"attention_forward": 0.0, "attention_backward": 0.0}
     for backend, (forward, backward) in _attention_times(q, k, v, device, seconds):
-        rates = {"attention_forward": flops / forward, "attention_backward": ATTENTION_BACKWARD * flops / backward}
+        rates = {
+            "attention_forward": flops / forward,
+            "attention_backward": ATTENTION_BACKWARD * flops / backward,
+        }
         for (name, rate), each in zip(rates.items(), (forward, backward), strict=True):
-            told({"case": shape.name, "contestant": f"{name} {backend}", "seconds": each, "tflops": rate / 1e12})
+            told(
+                {
+                    "case": shape.name,
+                    "contestant": f"{name} {backend}",
+                    "seconds": each,
+                    "tflops": rate / 1e12,
+                }
+            )
             best[name] = max(best[name], rate)
     return best
 
@@ -145,14 +165,23 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
     table = Table("case", "what", "µs", "TFLOP/s or GB/s")
     for r in records:
         rate = f"{r['tflops']:.2f}" if "tflops" in r else f"{r['gb_s']:.0f} GB/s"
-        table.add_row(r["case"], r["contestant"], f"{r['seconds'] * 1e6:.1f}" if "seconds" in r else "", rate)
+        table.add_row(
+            r["case"], r["contestant"], f"{r['seconds'] * 1e6:.1f}" if "seconds" in r else "", rate
+        )
     return table
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fluxfast-bench ceilings", description=__doc__.split("\n\n")[0].partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench ceilings", description=__doc__.split("\n\n")[0].partition(": ")[2]
+    )
     add_case_options(parser)
-    parser.add_argument("--seconds", type=float, default=0.2, help="that each figure takes, about (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.2,
+        help="that each figure takes, about (default: %(default)s)",
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
@@ -163,7 +192,12 @@ def main(argv: Sequence[str]) -> int:
         return 1
     journal = results.Journal(options.results, "ceilings", conditions(device, ["ceilings", *argv]))
     for shape in shapes:
-        rates = measure(SHAPES[shape], device, lambda record: journal.record({**record, "ours": False}), options.seconds)
+        rates = measure(
+            SHAPES[shape],
+            device,
+            lambda record: journal.record({**record, "ours": False}),
+            options.seconds,
+        )
         journal.note(ceilings={shape: rates})
     console = wide_console()
     console.print(table_of(journal.records()))

@@ -1,7 +1,8 @@
-"""`fluxfast-bench check`: stored results against `bench/targets.toml` and against the runs before them.
+"""`fluxfast-bench check`: stored results against `bench/targets.toml` and against the runs before
+them.
 
-A figure that nobody has measured is listed as such: it has not passed. On each device the newest figure counts, and it may be
-no more than 5 % worse than the one before it.
+A figure that nobody has measured is listed as such: it has not passed. On each device the newest
+figure counts, and it may be no more than 5 % worse than the one before it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Where:
-    """Whether a result is one that a target is about: of a group of devices, of one device, or of any CPU."""
+    """Whether a result is one that a target is about: of a group of devices, of one device, or of
+    any CPU.
+    """
 
     device: str
     beginnings: tuple[str, ...] | None
@@ -64,10 +67,14 @@ class Where:
     def __contains__(self, result: Result) -> bool:
         if self.beginnings is not None:
             return result.device.startswith(self.beginnings)
-        return result.device == self.device or (self.device == "cpu" and "cuda" not in result.data["conditions"])
+        return result.device == self.device or (
+            self.device == "cpu" and "cuda" not in result.data["conditions"]
+        )
 
 
-def _measured(stored: Sequence[Result], kind: str, where: Where | None = None) -> Iterator[tuple[Result, dict[str, Any]]]:
+def _measured(
+    stored: Sequence[Result], kind: str, where: Where | None = None
+) -> Iterator[tuple[Result, dict[str, Any]]]:
     """Every measured record of a kind, the newest first."""
     for result in sorted(stored, key=lambda r: r.date, reverse=True):
         if result.kind == kind and (where is None or result in where):
@@ -90,17 +97,25 @@ def ratio_verdicts(
                 found.setdefault(device, record["ratios"][target["peer"]])
         for device, ratio in found.items():
             verdict = MET if ratio >= target["at_least"] else MISSED
-            yield Verdict(target["name"], f"{device}, {target['case']}", limit, f"{ratio:.2f}", verdict)
+            yield Verdict(
+                target["name"], f"{device}, {target['case']}", limit, f"{ratio:.2f}", verdict
+            )
         if not found:
-            yield Verdict(target["name"], f"{target['device']}, {target['case']}", limit, "", UNMEASURED)
+            yield Verdict(
+                target["name"], f"{target['device']}, {target['case']}", limit, "", UNMEASURED
+            )
 
 
-def _newest_of_ours(stored: Sequence[Result], where: Where | None = None) -> list[tuple[Result, dict[str, Any]]]:
+def _newest_of_ours(
+    stored: Sequence[Result], where: Where | None = None
+) -> list[tuple[Result, dict[str, Any]]]:
     """The newest step of each of our contestants on each device and case."""
     newest: dict[tuple[str, str, str], tuple[Result, dict[str, Any]]] = {}
     for result, record in _measured(stored, "step", where):
         if record["ours"]:
-            newest.setdefault((result.device, record["case"], record["contestant"]), (result, record))
+            newest.setdefault(
+                (result.device, record["case"], record["contestant"]), (result, record)
+            )
     return list(newest.values())
 
 
@@ -113,13 +128,23 @@ def floor_verdicts(
         if share is not None:
             name = f"{record['contestant']}, share of the floor's rate"
             verdict = MET if share >= least else MISSED
-            yield Verdict(name, f"{result.device}, {record['case']}", f"at least {least:.0%}", f"{share:.0%}", verdict)
+            yield Verdict(
+                name,
+                f"{result.device}, {record['case']}",
+                f"at least {least:.0%}",
+                f"{share:.0%}",
+                verdict,
+            )
     if not rows:
-        yield Verdict("share of the floor's rate", wanted["device"], f"at least {least:.0%}", "", UNMEASURED)
+        yield Verdict(
+            "share of the floor's rate", wanted["device"], f"at least {least:.0%}", "", UNMEASURED
+        )
 
 
 def vram_verdicts(
-    stored: Sequence[Result], counted: dict[str, list[dict[str, Any]]], wanted: dict[str, dict[str, float]]
+    stored: Sequence[Result],
+    counted: dict[str, list[dict[str, Any]]],
+    wanted: dict[str, dict[str, float]],
 ) -> Iterator[Verdict]:
     """Peaks that a device's allocator reported, or else those that `vram` has counted."""
     peaks: dict[tuple[str, str, str], tuple[float, str]] = {}
@@ -128,7 +153,11 @@ def vram_verdicts(
             residency = "streamed" if record["streamed"] else "resident"
             peaks[record["base"], residency, record["shape"]] = record["gib"], COUNTED
     for result, record in _newest_of_ours(stored):
-        if "peak_gib" in record and record["recompute"] == "full" and record["optimizer"] == "adamw8bit":
+        if (
+            "peak_gib" in record
+            and record["recompute"] == "full"
+            and record["optimizer"] == "adamw8bit"
+        ):
             residency = "streamed" if "streamed" in record["contestant"] else "resident"
             key = record["storage"], residency, record["case"]
             # the worst, where a storage format has several ways to compute
@@ -148,34 +177,56 @@ def vram_verdicts(
                 yield Verdict(name, f"{px} px", limit, "", UNMEASURED)
 
 
-def counts_verdicts(counted: dict[str, list[dict[str, Any]]], wanted: dict[str, float]) -> Iterator[Verdict]:
+def counts_verdicts(
+    counted: dict[str, list[dict[str, Any]]], wanted: dict[str, float]
+) -> Iterator[Verdict]:
     """The worst step of ours in bytes and in launches, and kernels that spill."""
     ours = [record for record in counted.get("counts", []) if record["ours"]]
     for key, target in targets.COUNT_RATIOS.items():
-        name, limit = f"{target} of a step, of eager diffusers + PEFT's", f"at most {wanted[target]:g}"
+        name, limit = (
+            f"{target} of a step, of eager diffusers + PEFT's",
+            f"at most {wanted[target]:g}",
+        )
         if not ours:
             yield Verdict(name, "", limit, "", UNMEASURED)
             continue
         worst = max(ours, key=lambda record: record[key])
         verdict = MET if worst[key] <= wanted[target] else MISSED
-        yield Verdict(name, f"{COUNTED}, {worst['case']}, {worst['contestant']}", limit, f"{worst[key]:.4g}", verdict)
+        yield Verdict(
+            name,
+            f"{COUNTED}, {worst['case']}, {worst['contestant']}",
+            limit,
+            f"{worst[key]:.4g}",
+            verdict,
+        )
     variants = counted.get("aot", [])
     bad = sum(variant.get("spills") != 0 for variant in variants)
     verdict = UNMEASURED if not variants else MET if bad == 0 else MISSED
     found = f"{bad} of {len(variants)}" if variants else ""
-    yield Verdict("kernels that spill or fail to compile", COUNTED if variants else "", "none", found, verdict)
+    yield Verdict(
+        "kernels that spill or fail to compile", COUNTED if variants else "", "none", found, verdict
+    )
 
 
 def startup_verdicts(stored: Sequence[Result], wanted: dict[str, float]) -> Iterator[Verdict]:
     """Of each format on each device the newest."""
-    for key, name in (("extra_gib", "host memory above the quantised size, GiB"), ("times_copy", "time to load, in copies")):
+    for key, name in (
+        ("extra_gib", "host memory above the quantised size, GiB"),
+        ("times_copy", "time to load, in copies"),
+    ):
         found: dict[tuple[str, str], float] = {}
         for result, record in _measured(stored, "startup"):
             if record.get(key) is not None:
                 found.setdefault((result.device, record["contestant"]), record[key])
         for (device, contestant), value in found.items():
             verdict = MET if value <= wanted[key] else MISSED
-            yield Verdict(f"start-up, {contestant}: {name}", device, f"at most {wanted[key]:g}", f"{value:.2f}", verdict)
+            yield Verdict(
+                f"start-up, {contestant}: {name}",
+                device,
+                f"at most {wanted[key]:g}",
+                f"{value:.2f}",
+                verdict,
+            )
         if not found:
             yield Verdict(f"start-up: {name}", "", f"at most {wanted[key]:g}", "", UNMEASURED)
 
@@ -198,16 +249,26 @@ def guard_verdicts(commands: dict[str, tuple[str, str]]) -> Iterator[Verdict]:
     """Runs what needs no device."""
     for name, *arguments in GUARDS:
         if name not in commands:
-            yield Verdict(f"fluxfast-bench {name}", "", "exit status 0", "no such command", UNMEASURED)
+            yield Verdict(
+                f"fluxfast-bench {name}", "", "exit status 0", "no such command", UNMEASURED
+            )
             continue
         module = importlib.import_module(f"fluxfast_bench.{commands[name][0]}")
         with tempfile.TemporaryDirectory() as folder:
             status = module.main([argument.format(folder) for argument in arguments])
-        yield Verdict(f"fluxfast-bench {name}", "", "exit status 0", str(status), MET if status == 0 else MISSED)
+        yield Verdict(
+            f"fluxfast-bench {name}",
+            "",
+            "exit status 0",
+            str(status),
+            MET if status == 0 else MISSED,
+        )
 
 
 def verdicts_of(
-    stored: Sequence[Result], wanted: dict[str, Any], counted: dict[str, list[dict[str, Any]]] | None = None
+    stored: Sequence[Result],
+    wanted: dict[str, Any],
+    counted: dict[str, list[dict[str, Any]]] | None = None,
 ) -> list[Verdict]:
     """counted: `results.read_counted`'s."""
     counted = counted or {}
@@ -226,16 +287,29 @@ def table_of(verdicts: Sequence[Verdict]) -> Table:
     for column in ("figure", "where", "wanted", "found", ""):
         table.add_column(column)
     for line in verdicts:
-        table.add_row(line.name, line.where, line.wanted, line.found, f"[{COLOURS[line.verdict]}]{line.verdict}")
+        table.add_row(
+            line.name,
+            line.where,
+            line.wanted,
+            line.found,
+            f"[{COLOURS[line.verdict]}]{line.verdict}",
+        )
     return table
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench check",
-        description="Hold stored results against the targets and the runs before them. Exit status 1: one is missed or worse.",
+        description=(
+            "Hold stored results against the targets and the runs before them. Exit status 1: "
+            "one is missed or worse."
+        ),
     )
-    parser.add_argument("--ci", action="store_true", help="also run the guards that need no device: aot, vram, counts")
+    parser.add_argument(
+        "--ci",
+        action="store_true",
+        help="also run the guards that need no device: aot, vram, counts",
+    )
     targets.add_option(parser)
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)

@@ -1,7 +1,8 @@
-"""Worker processes that compile kernels for GPUs that need not be there, and read what the compilers say of them.
+"""Worker processes that compile kernels for GPUs that need not be there, and read what the
+compilers say of them.
 
-Not in the command's own process: Triton reads TRITON_INTERPRET once, and a compiler that crashes takes its process with it.
-Nothing here imports triton before a worker has prepared its environment.
+Not in the command's own process: Triton reads TRITON_INTERPRET once, and a compiler that crashes
+takes its process with it. Nothing here imports triton before a worker has prepared its environment.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # shared memory that one program may have, in bytes; Triton's compiler does not check it
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10}
+SHARED_LIMITS = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "gfx942": 64 << 10,
+    "gfx1100": 64 << 10,
+}
 
 
 class Task(NamedTuple):
@@ -41,9 +48,10 @@ class Task(NamedTuple):
 class Compiled:
     """What came of a task.
 
-    registers: of a thread (NVIDIA; AMD: vector registers). spills: what of them went to memory, in bytes of stores a thread
-    (NVIDIA) or in registers (AMD). shared: bytes a program. All three are None where the compiler failed. seconds: of
-    compiling. error: why the kernel can't run; None where it can.
+    registers: of a thread (NVIDIA; AMD: vector registers). spills: what of them went to memory, in
+    bytes of stores a thread (NVIDIA) or in registers (AMD). shared: bytes a program. All three are
+    None where the compiler failed. seconds: of compiling. error: why the kernel can't run; None
+    where it can.
     """
 
     seconds: float
@@ -81,7 +89,11 @@ def prepare_worker(cache: str) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.pop("TRITON_INTERPRET", None)
     # a cached kernel has no compile time, and no ptxas to speak
-    os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
+    os.environ |= {
+        "TRITON_CACHE_DIR": cache,
+        "TRITON_ALWAYS_COMPILE": "1",
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
 
 
@@ -89,7 +101,9 @@ def variants_of(op: str) -> dict[Task, Any]:
     """In a worker: an op's AotVariants."""
     variants = importlib.import_module(f"fluxfast_kernels.{op}").AOT_VARIANTS
     found = {Task(op, v.name, target): v for v in variants for target in v.targets}
-    assert len(found) == sum(len(v.targets) for v in variants), f"two variants of {op} have the same name"
+    assert len(found) == sum(len(v.targets) for v in variants), (
+        f"two variants of {op} have the same name"
+    )
     return found
 
 
@@ -109,12 +123,18 @@ def measure(variant: Any, target: str) -> Compiled:
             kernel = compile_ahead(variant, target)
     except Exception as error:
         text = " ".join(str(error).split())
-        return Compiled(round(time.perf_counter() - start, 2), error=f"{type(error).__name__}: {text[:300]}")
+        return Compiled(
+            round(time.perf_counter() - start, 2), error=f"{type(error).__name__}: {text[:300]}"
+        )
     seconds = round(time.perf_counter() - start, 2)
     amd = "amdgcn" in kernel.asm
-    registers, spills = amdgcn_figures(kernel.asm["amdgcn"]) if amd else ptxas_figures(log.getvalue())
+    registers, spills = (
+        amdgcn_figures(kernel.asm["amdgcn"]) if amd else ptxas_figures(log.getvalue())
+    )
     shared, limit = kernel.metadata.shared, SHARED_LIMITS[target]
-    too_much = f"needs {shared} bytes of shared memory, {target} has {limit}" if shared > limit else None
+    too_much = (
+        f"needs {shared} bytes of shared memory, {target} has {limit}" if shared > limit else None
+    )
     return Compiled(seconds, registers, spills, shared, too_much)
 
 
@@ -134,7 +154,9 @@ class Worker:
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), *self._prepare)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, both pickled, in the process. Raises BrokenProcessPool where that kills it."""
+        """`function(*args)`, both pickled, in the process. Raises BrokenProcessPool where that
+        kills it.
+        """
         try:
             return self._pool.submit(function, *args).result()
         except BrokenProcessPool:
@@ -166,10 +188,15 @@ class Compilers:
     def compile(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Compiled]]:
         """Compiles the tasks, yielding each when it is done."""
         for task, compiled in self.each(compile_task, tasks):
-            yield task, Compiled(0.0, error="the compiler crashed") if compiled is None else compiled
+            yield (
+                task,
+                Compiled(0.0, error="the compiler crashed") if compiled is None else compiled,
+            )
 
     def each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R | None]]:
-        """`function` of each item, in whichever worker is idle, as they come; None where it took its process with it."""
+        """`function` of each item, in whichever worker is idle, as they come; None where it took
+        its process with it.
+        """
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             idle.put(worker)

@@ -22,18 +22,32 @@ PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "peft", "accelerate"),
     *("optimum-quanto", "bitsandbytes", "sdnq", "torchao"),
 )
-SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+SMI_FIELDS = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.limit",
+    "temperature.gpu",
+)
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it; the version where this is no checkout."""
+    """The checkout's commit, with "-dirty" where tracked files differ from it; the version where
+    this is no checkout.
+    """
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
     try:
         # an installed package may lie within somebody else's checkout
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True
+        )
         described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, check=True
+            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            check=True,
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return f"fluxfast {__version__}"
@@ -57,17 +71,26 @@ def device_name(device: torch.device) -> str:
 
 def slug(name: str) -> str:
     """A device's name as that of a folder: "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM|C)\)", "", name, flags=re.IGNORECASE).lower()).strip("-")
+    return re.sub(
+        r"[^a-z0-9]+", "-", re.sub(r"\((R|TM|C)\)", "", name, flags=re.IGNORECASE).lower()
+    ).strip("-")
 
 
 def repeatable(command: Sequence[str]) -> str:
-    """The command line without what belongs to the machine that it ran on: where results went, and folders."""
+    """The command line without what belongs to the machine that it ran on: where results went, and
+    folders.
+    """
     words = list(command)
     for option in ("--results", "--out"):
         if option in words:
             at = words.index(option)
             del words[at : at + 2]
-    return shlex.join(["fluxfast-bench", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
+    return shlex.join(
+        [
+            "fluxfast-bench",
+            *(Path(word).name if Path(word).is_absolute() else word for word in words),
+        ]
+    )
 
 
 def conditions(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +102,9 @@ def conditions(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "command": repeatable(command),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "versions": {package: number for package in PACKAGES if (number := installed(package)) is not None},
+        "versions": {
+            package: number for package in PACKAGES if (number := installed(package)) is not None
+        },
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or torch.version.hip
@@ -89,9 +114,16 @@ def conditions(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
 
 def _nvidia_smi(device: torch.device) -> dict[str, str]:
     """Driver, clocks in MHz and limits as nvidia-smi tells them; nothing where there is none."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits", f"--id={device.index or 0}"]
+    query = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(SMI_FIELDS)}",
+        "--format=csv,noheader,nounits",
+        f"--id={device.index or 0}",
+    ]
     try:
         answer = subprocess.run(query, capture_output=True, check=True, timeout=30).stdout.decode()
     except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return {}
-    return dict(zip(SMI_FIELDS, (word.strip() for word in answer.splitlines()[0].split(",")), strict=False))
+    return dict(
+        zip(SMI_FIELDS, (word.strip() for word in answer.splitlines()[0].split(",")), strict=False)
+    )

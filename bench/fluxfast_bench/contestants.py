@@ -1,7 +1,9 @@
-"""What runs in a benchmark of a step: fluxfast in its modes, and its peers, all built the same way from a config.
+"""What runs in a benchmark of a step: fluxfast in its modes, and its peers, all built the same way
+from a config.
 
-A model is made on the meta device, and then module by module filled with random weights on the device and quantised, so
-that no more than one block is there in full size. The adapters, the loss and the optimiser are the same for all (`runner.py`).
+A model is made on the meta device, and then module by module filled with random weights on the
+device and quantised, so that no more than one block is there in full size. The adapters, the loss
+and the optimiser are the same for all (`runner.py`).
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ def do_nothing(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contestants of a case have in common. shapes: of one model, that one build of it steps on in turn.
+    """What all contestants of a case have in common. shapes: of one model, that one build of it
+    steps on in turn.
 
-    ahead: whether ours compute modulation ahead; None: as a run's "auto" does, everywhere but on a CPU.
+    ahead: whether ours compute modulation ahead; None: as a run's "auto" does, everywhere but on a
+    CPU.
     """
 
     shapes: tuple[Shape, ...]
@@ -55,7 +59,9 @@ class Setup:
 def checkpointing(model: Any, setup: Setup) -> None:
     """The policies that diffusers has."""
     if setup.recompute not in ("none", "full"):
-        raise ValueError(f"diffusers recomputes whole blocks or nothing: full or none, not {setup.recompute}")
+        raise ValueError(
+            f"diffusers recomputes whole blocks or nothing: full or none, not {setup.recompute}"
+        )
     if setup.recompute == "full":
         model.enable_gradient_checkpointing()
 
@@ -64,13 +70,15 @@ def checkpointing(model: Any, setup: Setup) -> None:
 class Contestant:
     """One way to train a LoRA.
 
-    title: for tables. modules: what must be importable. storage: of the base's linears, `bytes_per_weight`; compute: of their
-    products. quantize: a module on the device, in place; settle: the model with its adapters, as the setup has it.
-    error: the most that its prediction and gradients may be off (`runner.verify`); with `exact`, on the weights as they are
-    stored. The default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
+    title: for tables. modules: what must be importable. storage: of the base's linears,
+    `bytes_per_weight`; compute: of their products. quantize: a module on the device, in place;
+    settle: the model with its adapters, as the setup has it. error: the most that its prediction
+    and gradients may be off (`runner.verify`); with `exact`, on the weights as they are stored. The
+    default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
 
-    Of ours: streamed, whether blocks stream; graphs, whether a step is replayed; looks_ahead, whether modulation may be
-    computed ahead; engine, of wide float products (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
+    Of ours: streamed, whether blocks stream; graphs, whether a step is replayed; looks_ahead,
+    whether modulation may be computed ahead; engine, of wide float products
+    (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
     """
 
     name: str
@@ -111,8 +119,12 @@ class Contestant:
 REFERENCE = Contestant("reference", "diffusers + PEFT, fp32", cpu=True)
 
 
-def build(contestant: Contestant, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """The contestant's base: random weights, the same for all on a kind of device, frozen, quantised."""
+def build(
+    contestant: Contestant, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """The contestant's base: random weights, the same for all on a kind of device, frozen,
+    quantised.
+    """
     with torch.device("meta"):
         model = contestant.model(**config)
     # not diffusers' own `to`, which warns of modules that must stay in fp32: there are none
@@ -136,7 +148,9 @@ def _parts(name: str, child: nn.Module) -> list[tuple[str, nn.Module]]:
 def _fill(module: nn.Module, prefix: str) -> None:
     for name, parameter in module.named_parameters():
         # by name, so that every contestant has the same weights
-        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{prefix}.{name}".encode()))
+        generator = torch.Generator(parameter.device).manual_seed(
+            zlib.crc32(f"{prefix}.{name}".encode())
+        )
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         if parameter.ndim > 1:
             noise *= parameter.shape[1] ** -0.5

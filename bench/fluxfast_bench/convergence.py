@@ -1,8 +1,9 @@
 """`fluxfast-bench convergence`: does a run end at the same loss in every precision?
 
-The demo's data and pipeline, trained for some steps with several seeds in each mode. A step's noise, timesteps and images
-come from the seed and the step's number, so that modes of one seed differ in their arithmetic alone: the mean of those
-differences is set beside the spread between seeds.
+The demo's data and pipeline, trained for some steps with several seeds in each mode. A step's
+noise, timesteps and images come from the seed and the step's number, so that modes of one seed
+differ in their arithmetic alone: the mean of those differences is set beside the spread between
+seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MODES: dict[str, dict[str, str]] = {
     "int8 compute": INT8 | {"compute_precision": "int8"},
     "fp8 compute": BF16 | {"base_model_precision": "fp8-torchao", "compute_precision": "fp8"},
     "nf4 storage": BF16 | {"base_model_precision": "nf4-bnb", "compute_precision": "same"},
-    "int4 storage, int8 compute": BF16 | {"base_model_precision": "int4-quanto", "compute_precision": "int8"},
+    "int4 storage, int8 compute": BF16
+    | {"base_model_precision": "int4-quanto", "compute_precision": "int8"},
 }
 # the mode that others are compared with: the same optimiser, which a run in fp32 could not have
 BASE = "bf16"
@@ -39,7 +41,7 @@ BASE = "bf16"
 
 def train(config: Path, mode: str, seed: int, steps: int) -> list[float]:
     """The losses of a run of `config` in a mode, its output beside the config."""
-    from fluxfast.train.config import load_config
+    from fluxfast.config.run import load_config
     from fluxfast.train.events import read_metrics
     from fluxfast.train.trainer import train as train_run
 
@@ -61,24 +63,41 @@ def train(config: Path, mode: str, seed: int, steps: int) -> list[float]:
 
 
 def summarise(losses: dict[str, list[list[float]]], last: int) -> dict[str, dict[str, Any]]:
-    """Of each mode: its loss over the last steps, by seed; how far it is from BASE's, seed by seed, and the seeds' spread."""
+    """Of each mode: its loss over the last steps, by seed; how far it is from BASE's, seed by seed,
+    and the seeds' spread.
+    """
     ends = {mode: [statistics.fmean(run[-last:]) for run in runs] for mode, runs in losses.items()}
     spread = statistics.stdev(ends[BASE])
     rows = {}
     for mode, end in ends.items():
         difference = statistics.fmean(a - b for a, b in zip(end, ends[BASE], strict=True))
-        rows[mode] = {"loss": end, "mean": statistics.fmean(end), "difference": difference, "within": abs(difference) <= spread}
+        rows[mode] = {
+            "loss": end,
+            "mean": statistics.fmean(end),
+            "difference": difference,
+            "within": abs(difference) <= spread,
+        }
     return {"spread": {"seeds": spread, "last": last}} | rows
 
 
 def show(summary: dict[str, dict[str, Any]], console: Console) -> None:
     spread = summary["spread"]
-    table = Table(title=f"Loss over the last {spread['last']} steps (spread between seeds {spread['seeds']:.4f})")
+    table = Table(
+        title=(
+            f"Loss over the last {spread['last']} steps (spread between seeds "
+            f"{spread['seeds']:.4f})"
+        )
+    )
     for column in ("mode", "loss", f"minus {BASE}, same seeds", "within the spread"):
         table.add_column(column)
     for mode, row in summary.items():
         if mode != "spread":
-            table.add_row(mode, f"{row['mean']:.4f}", f"{row['difference']:+.4f}", "yes" if row["within"] else "[red]no[/]")
+            table.add_row(
+                mode,
+                f"{row['mean']:.4f}",
+                f"{row['difference']:+.4f}",
+                "yes" if row["within"] else "[red]no[/]",
+            )
     console.print(table)
 
 
@@ -94,7 +113,11 @@ def plot(losses: dict[str, list[list[float]]], path: Path, window: int = 20) -> 
         mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
         smooth = [statistics.fmean(mean[max(0, i - window + 1) : i + 1]) for i in range(len(mean))]
         axes.plot(range(1, len(smooth) + 1), smooth, label=mode, linewidth=1.2)
-    axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps and {len(runs)} seeds", title="The demo in every precision")
+    axes.set(
+        xlabel="step",
+        ylabel=f"loss, mean of {window} steps and {len(runs)} seeds",
+        title="The demo in every precision",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(path) as stream:
@@ -103,10 +126,16 @@ def plot(losses: dict[str, list[list[float]]], path: Path, window: int = 20) -> 
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("fluxfast-bench convergence", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "fluxfast-bench convergence", description=__doc__.partition("\n\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each mode, at least 2 (%(default)s)")
-    parser.add_argument("--modes", nargs="+", choices=[m for m in MODES if m != BASE], help=f"beside {BASE} (all)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each mode, at least 2 (%(default)s)"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=[m for m in MODES if m != BASE], help=f"beside {BASE} (all)"
+    )
     parser.add_argument("--out", type=Path, help="folder for convergence.json and convergence.png")
     arguments = parser.parse_args(words)
     if arguments.seeds < 2 or arguments.steps < 4:

@@ -1,9 +1,11 @@
-"""`fluxfast-bench counts`: what one full-size training step launches and moves, beside diffusers + PEFT. No GPU is needed.
+"""`fluxfast-bench counts`: what one full-size training step launches and moves, beside diffusers +
+PEFT. No GPU is needed.
 
-A step is forward, loss and backward of the reference workload (FLUX.1-dev's shape, rank 16 on every linear of the blocks,
-batch 1, 512 text tokens), on meta tensors. `memory` is the bytes of everything that is neither a product nor attention, and of
-products so narrow (the adapters') that they wait for memory as well; the other products' and attention's operands are apart,
-and so is modulation, whose matrices meet one row a sample.
+A step is forward, loss and backward of the reference workload (FLUX.1-dev's shape, rank 16 on every
+linear of the blocks, batch 1, 512 text tokens), on meta tensors. `memory` is the bytes of
+everything that is neither a product nor attention, and of products so narrow (the adapters') that
+they wait for memory as well; the other products' and attention's operands are apart, and so is
+modulation, whose matrices meet one row a sample.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to train: fluxfast's where `compute` is given, else diffusers + PEFT, eager; full checkpointing unless said."""
+    """One way to train: fluxfast's where `compute` is given, else diffusers + PEFT, eager; full
+    checkpointing unless said.
+    """
 
     name: str
     adapters: torch.dtype = torch.bfloat16
@@ -44,17 +48,26 @@ class Contestant:
     def model(self, shape: Shape) -> Any:
         if self.compute is None:
             return diffusers_model(shape, adapters=self.adapters)
-        return fluxfast_model(shape, adapters=self.adapters, format=self.format, compute=self.compute, recompute=self.recompute)
+        return fluxfast_model(
+            shape,
+            adapters=self.adapters,
+            format=self.format,
+            compute=self.compute,
+            recompute=self.recompute,
+        )
 
 
-# what ours are held against; adapters in fp32, as PEFT's own trainers make them, cost diffusers + PEFT more
+# what ours are held against; adapters in fp32, as PEFT's own trainers make them, cost diffusers +
+# PEFT more
 BASELINE = Contestant("diffusers + PEFT, eager")
 CONTESTANTS = (
     BASELINE,
     Contestant("diffusers + PEFT, eager, fp32 adapters", torch.float32),
     Contestant("fluxfast, bf16", compute="same"),
     Contestant("fluxfast, int8", compute="int8", format="int8"),
-    Contestant("fluxfast, int8, selective recompute", compute="int8", format="int8", recompute="selective"),
+    Contestant(
+        "fluxfast, int8, selective recompute", compute="int8", format="int8", recompute="selective"
+    ),
 )
 
 
@@ -64,7 +77,9 @@ def count(contestant: Contestant, shape: Shape) -> Tally:
     return counted(lambda: forward_backward(model, inputs), shape.batch)
 
 
-def record_of(contestant: Contestant, shape: Shape, tally: Tally, baseline: Tally) -> dict[str, Any]:
+def record_of(
+    contestant: Contestant, shape: Shape, tally: Tally, baseline: Tally
+) -> dict[str, Any]:
     """The figures of one contestant on one shape, and their ratios to the baseline's."""
     return {
         "case": shape.name,
@@ -78,12 +93,17 @@ def record_of(contestant: Contestant, shape: Shape, tally: Tally, baseline: Tall
 
 
 def violations(records: Sequence[dict[str, Any]], limits: dict[str, float]) -> list[str]:
-    """What is above its target, a line each; a step that keeps more or computes otherwise is held to the same."""
+    """What is above its target, a line each; a step that keeps more or computes otherwise is held
+    to the same.
+    """
     found = []
     for record in (record for record in records if record["ours"]):
         for key, name in targets.COUNT_RATIOS.items():
             if record[key] > limits[name]:
-                found.append(f"{record['case']} {record['contestant']}: {key} {record[key]:.3f}, at most {limits[name]}")
+                found.append(
+                    f"{record['case']} {record['contestant']}: {key} {record[key]:.3f}, at most "
+                    f"{limits[name]}"
+                )
     return found
 
 
@@ -114,10 +134,19 @@ def details_of(tally: Tally, title: str) -> Table:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench counts",
-        description="Bytes and kernel launches of a training step. Exit status 1: one of ours is above its limit.",
+        description=(
+            "Bytes and kernel launches of a training step. Exit status 1: one of ours is above "
+            "its limit."
+        ),
     )
-    parser.add_argument("--shapes", metavar="S,…", help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/counts.json"), help="default: %(default)s")
+    parser.add_argument(
+        "--shapes",
+        metavar="S,…",
+        help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/counts.json"), help="default: %(default)s"
+    )
     parser.add_argument("--details", action="store_true", help="also op by op")
     targets.add_option(parser)
     return parser.parse_args(argv)
@@ -127,7 +156,10 @@ def main(argv: Sequence[str]) -> int:
     options, console, errors = parse(argv), wide_console(), Console(stderr=True)
     try:
         wanted = targets.read(options.targets)
-        shapes = [SHAPES[name] for name in chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES)]
+        shapes = [
+            SHAPES[name]
+            for name in chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES)
+        ]
     except ValueError as error:
         errors.print(f"fluxfast-bench counts: {error}", markup=False)
         return 1

@@ -1,4 +1,6 @@
-"""`fluxfast-bench formats`: each storage format's error beside optimum-quanto's and bitsandbytes', on FLUX.1-like weights."""
+"""`fluxfast-bench formats`: each storage format's error beside optimum-quanto's and bitsandbytes',
+on FLUX.1-like weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ COLS = 3072
 
 
 class Coder(NamedTuple):
-    """One way to keep a weight: `encode` gives what it is decoded to, in fp32, and the bytes it takes."""
+    """One way to keep a weight: `encode` gives what it is decoded to, in fp32, and the bytes it
+    takes.
+    """
 
     maker: str
     name: str
@@ -29,7 +33,9 @@ class Coder(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A coder's bits a weight, and its relative error (root mean square) by the kind of weight; `why` there are none."""
+    """A coder's bits a weight, and its relative error (root mean square) by the kind of weight;
+    `why` there are none.
+    """
 
     maker: str
     name: str
@@ -41,13 +47,23 @@ class Result(NamedTuple):
 def gaussian(rows: int, seed: int) -> Tensor:
     """Normal numbers [rows, COLS] in bf16, rows of log-normal size (sigma 0.5), as FLUX.1's are."""
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, COLS, generator=g) * 0.02 * torch.exp(0.5 * torch.randn(rows, 1, generator=g))).bfloat16()
+    return (
+        torch.randn(rows, COLS, generator=g)
+        * 0.02
+        * torch.exp(0.5 * torch.randn(rows, 1, generator=g))
+    ).bfloat16()
 
 
 def heavy_tailed(rows: int, seed: int) -> Tensor:
-    """Student's t with 3 degrees of freedom [rows, COLS] in bf16: a normal number over the root of a chi-squared mean."""
+    """Student's t with 3 degrees of freedom [rows, COLS] in bf16: a normal number over the root of
+    a chi-squared mean.
+    """
     g = torch.Generator().manual_seed(seed)
-    size = torch.stack([torch.randn(rows, COLS, generator=g).square() for _ in range(3)]).mean(0).sqrt()
+    size = (
+        torch.stack([torch.randn(rows, COLS, generator=g).square() for _ in range(3)])
+        .mean(0)
+        .sqrt()
+    )
     return (0.02 * torch.randn(rows, COLS, generator=g) / size).bfloat16()
 
 
@@ -56,7 +72,9 @@ WEIGHTS = {"gaussian": gaussian, "heavy-tailed": heavy_tailed}
 
 def ours(name: str) -> Coder:
     def encode(weight: Tensor) -> tuple[Tensor, int]:
-        packed = QuantWeight(FORMATS[name], FORMATS[name].quantize(weight), (weight.shape[0], COLS), torch.float32)
+        packed = QuantWeight(
+            FORMATS[name], FORMATS[name].quantize(weight), (weight.shape[0], COLS), torch.float32
+        )
         return packed.dequantize(), packed.nbytes
 
     return Coder("fluxfast", name, encode)
@@ -69,7 +87,8 @@ def quanto(name: str) -> Coder:
         import optimum.quanto as q
 
         qtype = getattr(q, name)
-        # in fp32, which costs it no accuracy; its scales take the two bytes that they do in a bf16 model
+        # in fp32, which costs it no accuracy; its scales take the two bytes that they do in a bf16
+        # model
         weight = weight.float()
         if qtype.bits == 8:
             scale = q.AbsmaxOptimizer()(weight, qtype, 0)
@@ -77,7 +96,9 @@ def quanto(name: str) -> Coder:
             return made.dequantize(), weight.numel() + 2 * scale.numel()
         scale, shift = q.MaxOptimizer()(weight, qtype, 0, 128)
         made = q.quantize_weight(weight, qtype, 0, scale, shift, 128)
-        return made.dequantize(), weight.numel() * qtype.bits // 8 + 2 * (scale.numel() + shift.numel())
+        return made.dequantize(), weight.numel() * qtype.bits // 8 + 2 * (
+            scale.numel() + shift.numel()
+        )
 
     return Coder("optimum-quanto", name, encode)
 
@@ -86,9 +107,13 @@ def bitsandbytes(name: str) -> Coder:
     def encode(weight: Tensor) -> tuple[Tensor, int]:
         import bitsandbytes.functional as bnb
 
-        packed, state = bnb.quantize_4bit(weight.float(), blocksize=64, compress_statistics=True, quant_type=name)
+        packed, state = bnb.quantize_4bit(
+            weight.float(), blocksize=64, compress_statistics=True, quant_type=name
+        )
         statistics = (state.absmax, state.state2.absmax, state.offset)
-        return bnb.dequantize_4bit(packed, state), packed.nbytes + sum(part.nbytes for part in statistics)
+        return bnb.dequantize_4bit(packed, state), packed.nbytes + sum(
+            part.nbytes for part in statistics
+        )
 
     return Coder("bitsandbytes", name, encode)
 
@@ -96,7 +121,13 @@ def bitsandbytes(name: str) -> Coder:
 # what has about the same bits stands together
 GROUPS: dict[str, tuple[Coder, ...]] = {
     "8 bits": (ours("int8"), ours("fp8_e4m3"), quanto("qint8"), quanto("qfloat8_e4m3fn")),
-    "4 bits": (ours("int4"), ours("nf4"), quanto("qint4"), bitsandbytes("nf4"), bitsandbytes("fp4")),
+    "4 bits": (
+        ours("int4"),
+        ours("nf4"),
+        quanto("qint4"),
+        bitsandbytes("nf4"),
+        bitsandbytes("fp4"),
+    ),
     "2 bits": (ours("int2"), quanto("qint2")),
 }
 
@@ -123,7 +154,13 @@ def measure_all(rows: int, seed: int) -> Iterator[tuple[str, Result]]:
 
 def table_of(results: Sequence[tuple[str, Result]]) -> Table:
     """Errors in per cent, the least of each group in bold."""
-    table = Table("format", "", "bits a weight", *(f"{kind}, %" for kind in WEIGHTS), title="relative error, root mean square")
+    table = Table(
+        "format",
+        "",
+        "bits a weight",
+        *(f"{kind}, %" for kind in WEIGHTS),
+        title="relative error, root mean square",
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for group in GROUPS:
@@ -149,19 +186,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the conditions, in place of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with the conditions, in place of the table"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.rows < 1:
-        print(f"fluxfast-bench formats: --rows: expected 1 or more, got {options.rows}", file=sys.stderr)
+        print(
+            f"fluxfast-bench formats: --rows: expected 1 or more, got {options.rows}",
+            file=sys.stderr,
+        )
         return 1
     results = list(measure_all(options.rows, options.seed))
     if options.json:
         versions = {name: installed(name) for name in ("torch", "optimum-quanto", "bitsandbytes")}
-        conditions = {"commit": commit(), "rows": options.rows, "cols": COLS, "seed": options.seed, "versions": versions}
+        conditions = {
+            "commit": commit(),
+            "rows": options.rows,
+            "cols": COLS,
+            "seed": options.seed,
+            "versions": versions,
+        }
         rows = [{"group": group, **result._asdict()} for group, result in results]
         print(json.dumps({"conditions": conditions, "results": rows}, indent=2))
     else:

@@ -1,9 +1,11 @@
-"""`fluxfast-bench host`: how long Python takes to ask a GPU for one training step, measured without one.
+"""`fluxfast-bench host`: how long Python takes to ask a GPU for one training step, measured without
+one.
 
-FLUX.1's blocks, all 57, but narrow and with few tokens, on CPU tensors; our kernels' launches return at once. What is left is
-our own Python and torch's small operations: a floor under the time of a step, unless its launches are replayed as CUDA graphs.
-Triton's own part of a launch, some 10 µs or more, comes on top. diffusers + PEFT is beside it for scale: its operations really
-run, on next to nothing.
+FLUX.1's blocks, all 57, but narrow and with few tokens, on CPU tensors; our kernels' launches
+return at once. What is left is our own Python and torch's small operations: a floor under the time
+of a step, unless its launches are replayed as CUDA graphs. Triton's own part of a launch, some 10
+µs or more, comes on top. diffusers + PEFT is beside it for scale: its operations really run, on
+next to nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from rich.table import Table
 
 import fluxfast_kernels
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast_bench import results
 from fluxfast_bench.cases import Shape
 from fluxfast_bench.conditions import conditions
@@ -53,7 +55,8 @@ def _hopper(device: torch.device) -> str:
 @contextmanager
 def launches_nothing() -> Iterator[None]:
     """Our ops run on CPU tensors as they would on a GPU, up to the launch."""
-    # all of them before anything is patched: one that is imported later would take what is patched for its own
+    # all of them before anything is patched: one that is imported later would take what is patched
+    # for its own
     names = [module.name for module in pkgutil.iter_modules(fluxfast_kernels.__path__)]
     modules = [importlib.import_module(f"fluxfast_kernels.{name}") for name in names]
     with ExitStack() as patches:
@@ -62,7 +65,7 @@ def launches_nothing() -> Iterator[None]:
                 patches.enter_context(mock.patch.object(module, "launch", _no_launch))
             if hasattr(module, "arch_key"):
                 patches.enter_context(mock.patch.object(module, "arch_key", _hopper))
-        patches.enter_context(mock.patch.object(_impl, "resolve", resolve_on_gpu))
+        patches.enter_context(mock.patch.object(dispatch, "resolve", resolve_on_gpu))
         yield
 
 
@@ -71,7 +74,9 @@ def measure(name: str, recompute: str) -> dict[str, Any]:
     contestant = CONTESTANTS[name]
     shape = Shape("flux, two heads", "flux", SIDE, TXT, 1).with_model(**NARROW)
     # as on a GPU: a thread has the modulation ready
-    runner = Runner(contestant, Setup((shape,), recompute, RANK, "torch-adamw", torch.device("cpu"), ahead=True))
+    runner = Runner(
+        contestant, Setup((shape,), recompute, RANK, "torch-adamw", torch.device("cpu"), ahead=True)
+    )
     forwards, backwards = [], []
     with launches_nothing() if contestant.ours else ExitStack():
         for step in range(WARM_STEPS + STEPS):
@@ -95,9 +100,13 @@ def measure(name: str, recompute: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fluxfast-bench host", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench host", description=__doc__.split("\n\n")[1]
+    )
     parser.add_argument("--contestants", metavar="C,…", help=f"default: {','.join(DEFAULT)}")
-    parser.add_argument("--recompute", choices=("none", "full"), default="full", help="default: %(default)s")
+    parser.add_argument(
+        "--recompute", choices=("none", "full"), default="full", help="default: %(default)s"
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
@@ -111,7 +120,9 @@ def main(argv: Sequence[str]) -> int:
     for name in names:
         journal.record(measure(name, options.recompute))
     records = journal.records()
-    table = Table("contestant", "forward", "backward", "a step, ms", title="time of the host, one thread")
+    table = Table(
+        "contestant", "forward", "backward", "a step, ms", title="time of the host, one thread"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for record in records:

@@ -1,8 +1,10 @@
-"""How many bytes are alive during a step on meta tensors: what the caching allocator of a GPU would count.
+"""How many bytes are alive during a step on meta tensors: what the caching allocator of a GPU would
+count.
 
-Every storage that an op makes is watched until it is freed, whoever holds it: Python, autograd's graph, a view. Sizes are
-rounded as CUDA's caching allocator rounds them. The peak is `torch.cuda.max_memory_allocated`'s: the allocator's own
-fragmentation, and the CUDA context, are not in it.
+Every storage that an op makes is watched until it is freed, whoever holds it: Python, autograd's
+graph, a view. Sizes are rounded as CUDA's caching allocator rounds them. The peak is
+`torch.cuda.max_memory_allocated`'s: the allocator's own fragmentation, and the CUDA context, are
+not in it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ def rounded(nbytes: int) -> int:
 
 def workspace(name: str, args: tuple[Any, ...]) -> int:
     """Bytes that a GPU's kernel of an op takes and frees within the call."""
-    if name in ("_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_cudnn_attention_backward"):
+    if name in (
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_cudnn_attention_backward",
+    ):
         # dq is summed up in fp32, and the softmax's row sums: flash_api.cpp, mha_bwd
         query = args[1]
         batch, heads, tokens, head_dim = query.shape
@@ -54,7 +59,9 @@ class LiveBytes(TorchDispatchMode):
             self._watch(tensor)
         self._mark()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

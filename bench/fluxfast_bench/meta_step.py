@@ -1,8 +1,10 @@
-"""One full-size training step without memory: on meta tensors, whose ops allocate shapes and compute nothing.
+"""One full-size training step without memory: on meta tensors, whose ops allocate shapes and
+compute nothing.
 
-Meta tensors stand for tensors on a GPU. What depends on the device is chosen as on one: attention is a flash kernel, RMSNorm
-one kernel each way, and fluxfast's ops call their Triton launchers, which report what they would launch. (Fake tensors on
-"cuda" won't do: on a build of torch without CUDA, autograd aborts on them.)
+Meta tensors stand for tensors on a GPU. What depends on the device is chosen as on one: attention
+is a flash kernel, RMSNorm one kernel each way, and fluxfast's ops call their Triton launchers,
+which report what they would launch. (Fake tensors on "cuda" won't do: on a build of torch without
+CUDA, autograd aborts on them.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import fluxfast_kernels
 from fluxfast.adapters.lora import add_lora
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.ops import _impl, attention
+from fluxfast.ops import attention, dispatch
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import KEPT
@@ -40,7 +42,9 @@ OnLaunch = Callable[[Any, tuple[Any, ...], Any], None]
 RANK = 16
 
 
-def build(cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Any:
+def build(
+    cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """A frozen transformer of class `cls` on meta tensors."""
     with torch.device("meta"):
         model = cls(**shape.config)
@@ -49,8 +53,14 @@ def build(cls: type[FluxTransformer2DModel], shape: Shape, dtype: torch.dtype = 
 
 
 def store_quantized(model: nn.Module, format: str) -> None:
-    """Puts a QuantLinear in the place of each linear that `quantize_model` would quantise; nothing is computed."""
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and ".lora_" not in name}
+    """Puts a QuantLinear in the place of each linear that `quantize_model` would quantise; nothing
+    is computed.
+    """
+    linears = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and ".lora_" not in name
+    }
     for name, linear in linears.items():
         if name.removesuffix(".base_layer") in KEPT:
             continue
@@ -75,9 +85,15 @@ def diffusers_model(shape: Shape, *, adapters: torch.dtype) -> Any:
 
 
 def fluxfast_model(
-    shape: Shape, *, adapters: torch.dtype, format: str | None = None, compute: str = "same", recompute: str = "full"
+    shape: Shape,
+    *,
+    adapters: torch.dtype,
+    format: str | None = None,
+    compute: str = "same",
+    recompute: str = "full",
 ) -> Any:
-    """fluxfast's transformer with the same LoRA: the base stored in `format` (None: bf16), computing in `compute`.
+    """fluxfast's transformer with the same LoRA: the base stored in `format` (None: bf16),
+    computing in `compute`.
 
     Modulation is computed ahead, as in a run; `host_tensors` are its weights.
     """
@@ -144,24 +160,36 @@ def _(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
     assert attn_mask is None, "flash attention takes no mask"
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-def _one_rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _one_rms_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     return _RmsNorm.apply(x, weight)
 
 
 def resolve_on_gpu(
-    op: str, impl: str, tensors: Any, *, obstacle: str | None = None, native_obstacle: str | None = None, **_: Any
+    op: str,
+    impl: str,
+    tensors: Any,
+    *,
+    obstacle: str | None = None,
+    native_obstacle: str | None = None,
+    **_: Any,
 ) -> str:
     return "ref" if impl == "ref" or obstacle else "triton"
 
 
 @contextlib.contextmanager
 def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
-    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher launches for that target."""
+    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher
+    launches for that target.
+    """
     from fluxfast_kernels import _launch
 
     for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
@@ -173,7 +201,7 @@ def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),
         mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
         mock.patch.object(functional, "rms_norm", _one_rms_norm),
-        mock.patch.object(_impl, "resolve", resolve_on_gpu),
+        mock.patch.object(dispatch, "resolve", resolve_on_gpu),
         mock.patch.object(attention, "_automatic", return_value="flash"),
         mock.patch.object(_launch, "_record", on_launch),
         mock.patch.object(_launch, "_aot_target", target),
@@ -184,6 +212,8 @@ def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
 def recorded(run: Callable[[], object], target: str = "sm_90") -> Counter[Launch]:
     """The launches of `run`, which works on meta tensors, and how often each comes."""
     found: Counter[Launch] = Counter()
-    with as_on_gpu(lambda kernel, args, numbers: found.update([launch_of(kernel, args, numbers)]), target):
+    with as_on_gpu(
+        lambda kernel, args, numbers: found.update([launch_of(kernel, args, numbers)]), target
+    ):
         run()
     return found

@@ -1,8 +1,9 @@
-"""A GPU that is not there, for Triton: its JIT specialises, compiles and caches as on one, and a launch does nothing.
+"""A GPU that is not there, for Triton: its JIT specialises, compiles and caches as on one, and a
+launch does nothing.
 
-So kernels can be compiled where there is no GPU, and on a machine that has one, in many processes at once, without a context of
-CUDA's in each: the cache's keys are the JIT's own. Where CUDA's driver is installed, Triton's launchers, one small module of C
-for each signature, are built too.
+So kernels can be compiled where there is no GPU, and on a machine that has one, in many processes
+at once, without a context of CUDA's in each: the cache's keys are the JIT's own. Where CUDA's
+driver is installed, Triton's launchers, one small module of C for each signature, are built too.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": self._shared, "multiprocessor_count": 132}
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """(module, function, registers, spills, most threads): a handle that nobody uses, and numbers that nobody minds."""
+    def load_binary(
+        self, name: str, kernel: bytes, shared: int, device: int
+    ) -> tuple[int, int, int, int, int]:
+        """(module, function, registers, spills, most threads): a handle that nobody uses, and
+        numbers that nobody minds.
+        """
         return 1, 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
@@ -68,7 +73,9 @@ class MockDriver:
     def __init__(self, target: str) -> None:
         self._target = GPUTarget(*AOT_TARGETS[target])
         self.utils = _Utils(SHARED_LIMITS[target])
-        self.launcher_cls = _BuiltLauncher if self._target.backend == "cuda" and _has_cuda_driver() else _NoLauncher
+        self.launcher_cls = (
+            _BuiltLauncher if self._target.backend == "cuda" and _has_cuda_driver() else _NoLauncher
+        )
 
     def get_current_target(self) -> GPUTarget:
         return self._target

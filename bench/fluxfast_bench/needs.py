@@ -1,7 +1,9 @@
-"""The GPU memory that a contestant will take, before it is built: what decides whether it fits beside those that are there.
+"""The GPU memory that a contestant will take, before it is built: what decides whether it fits
+beside those that are there.
 
-Ours is what `fluxfast-train plan` says. diffusers' with PEFT's LoRA was counted on meta tensors, byte by byte
-(`live_bytes`; a test counts it again); its blocks keep the same whether a linear's weight is quantised or not.
+Ours is what `fluxfast-train plan` says. diffusers' with PEFT's LoRA was counted on meta tensors,
+byte by byte (`live_bytes`; a test counts it again); its blocks keep the same whether a linear's
+weight is quantised or not.
 """
 
 from __future__ import annotations
@@ -18,9 +20,14 @@ PEER_WORKS = {"none": 10.3, "full": 28.4}
 
 
 def bytes_needed(contestant: Contestant, setup: Setup) -> int:
-    """The peak of a step on the largest of the shapes, with what stays: weights, adapters, the optimiser's states."""
+    """The peak of a step on the largest of the shapes, with what stays: weights, adapters, the
+    optimiser's states.
+    """
     workloads = [_workload(contestant, setup, index) for index in range(len(setup.shapes))]
-    return max(_ours(contestant, setup, w) if contestant.ours else _peer(contestant, setup, w) for w in workloads)
+    return max(
+        _ours(contestant, setup, w) if contestant.ours else _peer(contestant, setup, w)
+        for w in workloads
+    )
 
 
 def _workload(contestant: Contestant, setup: Setup, index: int) -> Workload:
@@ -52,10 +59,17 @@ def _ours(contestant: Contestant, setup: Setup, workload: Workload) -> int:
 
 def _peer(contestant: Contestant, setup: Setup, workload: Workload) -> int:
     sizes = workload.sizes
-    weights = sum(linear.in_features * linear.out_features for linear in sizes.linears()) * contestant.bytes_per_weight
+    weights = (
+        sum(linear.in_features * linear.out_features for linear in sizes.linears())
+        * contestant.bytes_per_weight
+    )
     double, single = PEER_KEEPS[setup.recompute]
-    tensors = sizes.num_layers * double + sizes.num_single_layers * single + PEER_WORKS[setup.recompute]
+    tensors = (
+        sizes.num_layers * double + sizes.num_single_layers * single + PEER_WORKS[setup.recompute]
+    )
     activations = tensors * workload.tokens[0] * workload.batch * sizes.dim * setup.dtype.itemsize
     # a gradient beside each parameter
-    adapters = workload.adapters * (2 * workload.adapter_itemsize + plan.OPTIMIZER_STATE[setup.optimizer](2))
+    adapters = workload.adapters * (
+        2 * workload.adapter_itemsize + plan.OPTIMIZER_STATE[setup.optimizer](2)
+    )
     return round(weights + activations + adapters) + plan.GEMM_WORKSPACE

@@ -1,7 +1,8 @@
-"""The fused ops as cases: inputs at a model's sizes, ours, what eager PyTorch does in its place, the reference, the least work.
+"""The fused ops as cases: inputs at a model's sizes, ours, what eager PyTorch does in its place,
+the reference, the least work.
 
-Eager forms are diffusers' and PEFT's, in the activations' dtype. Frozen things (modulation, tables, base weights) take no
-gradient, as in a training step.
+Eager forms are diffusers' and PEFT's, in the activations' dtype. Frozen things (modulation, tables,
+base weights) take no gradient, as in a training step.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from torch.nn import functional
 from fluxfast.ops.attention import attention, attention_ref
 from fluxfast.ops.gated_residual import gated_residual, gated_residual_ref
 from fluxfast.ops.gelu import gelu, gelu_ref
-from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
+from fluxfast.ops.linear.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_ref
 from fluxfast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from fluxfast.ops.row_quant import row_quant
-from fluxfast.ops.token_route import token_gather, token_gather_ref, token_scatter, token_scatter_ref
+from fluxfast.ops.token_route import (
+    token_gather,
+    token_gather_ref,
+    token_scatter,
+    token_scatter_ref,
+)
 from fluxfast_bench.cases import Shape
 from fluxfast_bench.floor import ATTENTION_BACKWARD
 
 RANK = 16
-# relative errors that rounding explains: once at the end in the activations' dtype (products round their adapters' part on its
-# way too), and to codes of 8 bits
+# relative errors that rounding explains: once at the end in the activations' dtype (products round
+# their adapters' part on its way too), and to codes of 8 bits
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 PRODUCT_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 CODES_ROUNDING = 3e-2
@@ -41,10 +47,11 @@ Random = Callable[..., Tensor]
 class OpCase:
     """One op.
 
-    inputs: makes them, those of floating dtype in the activations' and, up to `differentiable`, with a gradient. forward,
-    backward: passes over a [B, S, D] tensor at the least, of activations; flops: of a call, forward or forward and backward.
-    compute: the ceiling of products. bound: relative error by dtype. cuda_only: there is nothing to time on a CPU. decode:
-    makes of ours what can be held against the reference.
+    inputs: makes them, those of floating dtype in the activations' and, up to `differentiable`,
+    with a gradient. forward, backward: passes over a [B, S, D] tensor at the least, of activations;
+    flops: of a call, forward or forward and backward. compute: the ceiling of products. bound:
+    relative error by dtype. cuda_only: there is nothing to time on a CPU. decode: makes of ours
+    what can be held against the reference.
     """
 
     name: str
@@ -88,11 +95,16 @@ def _eager_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + rotated.float() * sin).to(x.dtype)
 
 
-def _eager_qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+def _eager_qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, ...]:
     heads = qkv.shape[-1] // 3 // q_weight.shape[0]
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
     tables = [table.repeat_interleave(2, dim=1)[None, :, None] for table in (cos, sin)]
-    q, k = (functional.rms_norm(x, x.shape[-1:], weight, 1e-6) for x, weight in ((q, q_weight), (k, k_weight)))
+    q, k = (
+        functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
     return _eager_rope(q, *tables), _eager_rope(k, *tables), v
 
 
@@ -112,7 +124,13 @@ def _eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attention_flops(shape: Shape, mode: str) -> float:
-    return 4 * shape.tokens**2 * shape.dim * shape.batch * (1 + ATTENTION_BACKWARD if mode == "both" else 1)
+    return (
+        4
+        * shape.tokens**2
+        * shape.dim
+        * shape.batch
+        * (1 + ATTENTION_BACKWARD if mode == "both" else 1)
+    )
 
 
 def _eager_row_quant(x: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +157,9 @@ def _scatter_inputs(randn: Random, shape: Shape) -> list[Tensor]:
 def _linear_inputs(randn: Random, shape: Shape) -> list[Tensor]:
     """x, three adapters, three weights with their biases: q, k and v."""
     dim = shape.dim
-    adapters = [f for _ in range(3) for f in (randn(RANK, dim) * dim**-0.5, randn(dim, RANK) * RANK**-0.5)]
+    adapters = [
+        f for _ in range(3) for f in (randn(RANK, dim) * dim**-0.5, randn(dim, RANK) * RANK**-0.5)
+    ]
     weights = [w for _ in range(3) for w in (randn(dim, dim) * dim**-0.5, randn(dim))]
     return [randn(shape.batch, shape.tokens, dim), *adapters, *weights]
 
@@ -147,7 +167,10 @@ def _linear_inputs(randn: Random, shape: Shape) -> list[Tensor]:
 def _linears(tensors: Sequence[Tensor]) -> list[LinearParams]:
     factors, weights = tensors[:6], tensors[6:]
     return [
-        LinearParams(weights[2 * i], weights[2 * i + 1], (Adapter(factors[2 * i], factors[2 * i + 1], 1.0),)) for i in range(3)
+        LinearParams(
+            weights[2 * i], weights[2 * i + 1], (Adapter(factors[2 * i], factors[2 * i + 1], 1.0),)
+        )
+        for i in range(3)
     ]
 
 
@@ -155,7 +178,10 @@ def _eager_linear(x: Tensor, *tensors: Tensor) -> Tensor:
     outs = []
     for weight, bias, ((a, b, scale, _),) in _linears(tensors):
         assert isinstance(weight, Tensor)
-        outs.append(functional.linear(x, weight, bias) + functional.linear(functional.linear(x, a), b) * scale)
+        outs.append(
+            functional.linear(x, weight, bias)
+            + functional.linear(functional.linear(x, a), b) * scale
+        )
     return torch.cat(outs, dim=-1)
 
 
@@ -169,9 +195,13 @@ def _linear_case(compute: str) -> OpCase:
         lambda x, *tensors: lora_linear_ref(x, _linears(tensors)),
         forward=lambda _: 4,
         backward=lambda _: 4 + 1,
-        bound=PRODUCT_ROUNDING if compute == "same" else {torch.float32: CODES_ROUNDING, torch.bfloat16: CODES_ROUNDING},
+        bound=PRODUCT_ROUNDING
+        if compute == "same"
+        else {torch.float32: CODES_ROUNDING, torch.bfloat16: CODES_ROUNDING},
         differentiable=7,
-        flops=lambda shape, mode: 6 * shape.dim**2 * shape.tokens * shape.batch * (2 if mode == "both" else 1),
+        flops=lambda shape, mode: (
+            6 * shape.dim**2 * shape.tokens * shape.batch * (2 if mode == "both" else 1)
+        ),
         compute=name,
         cuda_only=compute != "same",
     )
@@ -182,7 +212,11 @@ CASES: dict[str, OpCase] = {
     for case in (
         OpCase(
             "modulated_layer_norm",
-            lambda randn, s: [randn(s.batch, s.tokens, s.dim), randn(s.batch, s.dim), randn(s.batch, s.dim)],
+            lambda randn, s: [
+                randn(s.batch, s.tokens, s.dim),
+                randn(s.batch, s.dim),
+                randn(s.batch, s.dim),
+            ],
             modulated_layer_norm,
             _eager_layer_norm,
             modulated_layer_norm_ref,
@@ -192,7 +226,10 @@ CASES: dict[str, OpCase] = {
         ),
         OpCase(
             "gated_residual",
-            lambda randn, s: [*(randn(s.batch, s.tokens, s.dim) for _ in range(2)), randn(s.batch, s.dim)],
+            lambda randn, s: [
+                *(randn(s.batch, s.tokens, s.dim) for _ in range(2)),
+                randn(s.batch, s.dim),
+            ],
             lambda x, y, gate: gated_residual(x, gate, y),
             _eager_gated_residual,
             lambda x, y, gate: gated_residual_ref(x, gate, y),
@@ -215,9 +252,13 @@ CASES: dict[str, OpCase] = {
         OpCase(
             "qk_norm_rope",
             _qk_inputs,
-            lambda qkv, qw, kw, cos, sin: qk_norm_rope(qkv, qw, kw, cos, sin, heads=_heads(qw, qkv)),
+            lambda qkv, qw, kw, cos, sin: qk_norm_rope(
+                qkv, qw, kw, cos, sin, heads=_heads(qw, qkv)
+            ),
             _eager_qk_norm_rope,
-            lambda qkv, qw, kw, cos, sin: qk_norm_rope_ref(qkv, qw, kw, cos, sin, heads=_heads(qw, qkv)),
+            lambda qkv, qw, kw, cos, sin: qk_norm_rope_ref(
+                qkv, qw, kw, cos, sin, heads=_heads(qw, qkv)
+            ),
             forward=lambda _: 6,
             backward=lambda _: 8,
             bound=ROUNDING,

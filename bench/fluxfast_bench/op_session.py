@@ -1,4 +1,6 @@
-"""The state of one run of `fluxfast-bench ops`: which timings there are, what is right, and what was measured."""
+"""The state of one run of `fluxfast-bench ops`: which timings there are, what is right, and what
+was measured.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +61,14 @@ class Session:
 
         made = case.inputs(randn, shape)
         cast = [x.to(dtype) if x.dtype == self.dtype else x for x in made]
-        return [x.requires_grad_(i < case.differentiable and x.is_floating_point()) for i, x in enumerate(cast)]
+        return [
+            x.requires_grad_(i < case.differentiable and x.is_floating_point())
+            for i, x in enumerate(cast)
+        ]
 
     def check(self, timing: Timing) -> float:
-        """The error of ours against its reference in fp64, values and gradients, found once for all that is timed of it.
+        """The error of ours against its reference in fp64, values and gradients, found once for all
+        that is timed of it.
 
         Raises WrongOp where it is beyond what rounding explains.
         """
@@ -83,7 +89,11 @@ class Session:
 
     def _error(self, case: OpCase, shape: Shape) -> float:
         # fp64 products of a whole model's width would take longer than all timings
-        exact = torch.float64 if not case.flops(shape, "forward") or self.device.type == "cpu" else torch.float32
+        exact = (
+            torch.float64
+            if not case.flops(shape, "forward") or self.device.type == "cpu"
+            else torch.float32
+        )
         found = [
             _values_and_gradients(case, op, self.inputs(case, shape, dtype), self.dtype)
             for op, dtype in ((_decoding(case), self.dtype), (case.ref, exact))
@@ -100,7 +110,10 @@ class Session:
             return _call(case, op, self.inputs(case, shape, self.dtype), timing.mode), 1
         size = sum(x.nbytes for x in self.inputs(case, shape, self.dtype))
         count = max(1, min(MOST_INPUTS, ROTATED_BYTES // size))
-        calls = [_call(case, op, self.inputs(case, shape, self.dtype, seed), timing.mode) for seed in range(count)]
+        calls = [
+            _call(case, op, self.inputs(case, shape, self.dtype, seed), timing.mode)
+            for seed in range(count)
+        ]
         return captured(calls), count
 
     def record(self, timing: Timing, samples: Sequence[float]) -> None:
@@ -116,8 +129,12 @@ class Session:
         if report.failed and report.longrepr is not None:
             crash = getattr(report.longrepr, "reprcrash", None)
             text = crash.message if crash is not None else str(report.longrepr)
-            timing = next(t for t in self.timings if f"[{t}-" in report.nodeid or f"-{t}]" in report.nodeid)
-            self.reasons[timing] = " ".join(text.split()).removeprefix("fluxfast_bench.op_session.WrongOp: ")[:240]
+            timing = next(
+                t for t in self.timings if f"[{t}-" in report.nodeid or f"-{t}]" in report.nodeid
+            )
+            self.reasons[timing] = " ".join(text.split()).removeprefix(
+                "fluxfast_bench.op_session.WrongOp: "
+            )[:240]
 
 
 def _outputs(result: Any) -> list[Tensor]:
@@ -129,12 +146,17 @@ def _decoding(case: OpCase) -> Op:
     return case.ours if decode is None else lambda *inputs: decode(*case.ours(*inputs))
 
 
-def _values_and_gradients(case: OpCase, op: Op, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _values_and_gradients(
+    case: OpCase, op: Op, inputs: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
     outs = _outputs(op(*inputs))
     if case.backward is None:
         return [out.detach() for out in outs]
     generator = torch.Generator(outs[0].device).manual_seed(1)
-    douts = [torch.randn(out.shape, generator=generator, device=out.device).to(dtype).to(out.dtype) for out in outs]
+    douts = [
+        torch.randn(out.shape, generator=generator, device=out.device).to(dtype).to(out.dtype)
+        for out in outs
+    ]
     grads = torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], douts)
     return [*(out.detach() for out in outs), *grads]
 

@@ -1,4 +1,6 @@
-"""What pytest-benchmark runs for `fluxfast-bench ops`, one test a timing; `ops.py` starts it and hands it `session`."""
+"""What pytest-benchmark runs for `fluxfast-bench ops`, one test a timing; `ops.py` starts it and
+hands it `session`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`fluxfast-bench ops`: each fused op beside eager PyTorch and torch.compile, timed by pytest-benchmark.
+"""`fluxfast-bench ops`: each fused op beside eager PyTorch and torch.compile, timed by
+pytest-benchmark.
 
-An op is first held against its reference, values and gradients; where that fails nothing of it is reported. On a GPU the
-clock is the GPU's own and calls are replayed as a CUDA graph over inputs that no cache holds, so that what is timed is the
-kernels; on a CPU it is the wall's.
+An op is first held against its reference, values and gradients; where that fails nothing of it is
+reported. On a GPU the clock is the GPU's own and calls are replayed as a CUDA graph over inputs
+that no cache holds, so that what is timed is the kernels; on a CPU it is the wall's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from fluxfast_bench.op_session import CONTENDERS, Session, Timing
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
 
 
-def timings_of(ops: Sequence[str], shapes: Sequence[str], contenders: Sequence[str], device: torch.device) -> list[Timing]:
+def timings_of(
+    ops: Sequence[str], shapes: Sequence[str], contenders: Sequence[str], device: torch.device
+) -> list[Timing]:
     return [
         Timing(op, shape, mode, contender)
         for shape in shapes
@@ -48,7 +51,12 @@ def run_pytest(session: Session, seconds: float) -> str:
         # nobody's configuration but this
         *("-c", os.devnull, "-q", "--no-header", "--no-summary", "--capture=sys"),
         *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"),
-        *(f"--benchmark-max-time={seconds}", "--benchmark-min-rounds=5", "--benchmark-warmup=on", "--benchmark-disable-gc"),
+        *(
+            f"--benchmark-max-time={seconds}",
+            "--benchmark-min-rounds=5",
+            "--benchmark-warmup=on",
+            "--benchmark-disable-gc",
+        ),
         *("--benchmark-columns=median", "--benchmark-quiet"),
     ]
     if session.device.type == "cuda":
@@ -56,8 +64,8 @@ def run_pytest(session: Session, seconds: float) -> str:
     import pytest
 
     said = io.StringIO()
-    # a worker of pytest-xdist that runs the command in a test: pytest-benchmark takes the variable to mean that this pytest
-    # is one as well, and doesn't measure
+    # a worker of pytest-xdist that runs the command in a test: pytest-benchmark takes the variable
+    # to mean that this pytest is one as well, and doesn't measure
     worker = os.environ.pop("PYTEST_XDIST_WORKER", None)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
@@ -69,7 +77,9 @@ def run_pytest(session: Session, seconds: float) -> str:
 
 
 def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """A line for each timing, with rates, and for ours the ratios to the others and the share of the ceiling."""
+    """A line for each timing, with rates, and for ours the ratios to the others and the share of
+    the ceiling.
+    """
     by_timing = {Timing(r["op"], r["shape"], r["mode"], r["contender"]): r for r in session.records}
     records = []
     for timing in session.timings:
@@ -85,9 +95,13 @@ def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[
         moved, flops = case.work(shape, session.dtype.itemsize, timing.mode)
         record = head | {key: found[key] for key in ("seconds", "low", "high", "count")}
         limits = measured[timing.shape]
-        rate, ceiling = (flops, limits.get(case.compute, limits["float"])) if flops else (moved, limits["copy"])
+        rate, ceiling = (
+            (flops, limits.get(case.compute, limits["float"])) if flops else (moved, limits["copy"])
+        )
         record |= {
-            "tflops" if flops else "gb_s": round(rate / found["seconds"] / (1e12 if flops else 1e9), 3),
+            "tflops" if flops else "gb_s": round(
+                rate / found["seconds"] / (1e12 if flops else 1e9), 3
+            ),
             "ceiling_share": round(rate / found["seconds"] / ceiling, 4),
         }
         if record["ours"]:
@@ -112,21 +126,35 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
         if "reason" in record:
             table.add_row(*names, Text(record["reason"], style="red"))
             continue
-        rate = f"{record['tflops']:.2f} TFLOP/s" if "tflops" in record else f"{record['gb_s']:.1f} GB/s"
+        rate = (
+            f"{record['tflops']:.2f} TFLOP/s"
+            if "tflops" in record
+            else f"{record['gb_s']:.1f} GB/s"
+        )
         ratios = record.get("ratios", {})
         shown = [f"{ratios[name]:.2f}" if name in ratios else "" for name in CONTENDERS[1:]]
-        table.add_row(*names, f"{record['seconds'] * 1e6:.1f}", rate, f"{record['ceiling_share']:.0%}", *shown)
+        table.add_row(
+            *names, f"{record['seconds'] * 1e6:.1f}", rate, f"{record['ceiling_share']:.0%}", *shown
+        )
     return table
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="fluxfast-bench ops", description="Time the fused ops. Exit status 1: one of them is wrong or fails."
+        prog="fluxfast-bench ops",
+        description="Time the fused ops. Exit status 1: one of them is wrong or fails.",
     )
     add_case_options(parser)
     parser.add_argument("--ops", metavar="OP,…", help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--contenders", metavar="C,…", help=f"of {', '.join(CONTENDERS)} (default: all)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="that each timing takes, about (default: %(default)s)")
+    parser.add_argument(
+        "--contenders", metavar="C,…", help=f"of {', '.join(CONTENDERS)} (default: all)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.5,
+        help="that each timing takes, about (default: %(default)s)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what pytest says")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
@@ -154,6 +182,9 @@ def main(argv: Sequence[str]) -> int:
     records = records_of(session, measured)
     console = wide_console()
     console.print(table_of(records))
-    path = results.write(options.results, {"kind": "ops", "conditions": found, "ceilings": measured, "records": records})
+    path = results.write(
+        options.results,
+        {"kind": "ops", "conditions": found, "ceilings": measured, "records": records},
+    )
     console.print(f"{path}", highlight=False, soft_wrap=True)
     return 1 if any("reason" in record for record in records) else 0

@@ -28,7 +28,9 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
     """--device and --shapes, as every command has them."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
-        "--shapes", metavar="S,…", help=f"of {', '.join(SHAPES)} (default: 1024px-b1,512px-b1; on a CPU small-b2)"
+        "--shapes",
+        metavar="S,…",
+        help=f"of {', '.join(SHAPES)} (default: 1024px-b1,512px-b1; on a CPU small-b2)",
     )
 
 
@@ -39,14 +41,23 @@ def chosen_device(text: str | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {text!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {text}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} GPUs")
+        raise ValueError(
+            f"--device {text}: this PyTorch ({torch.__version__}) sees "
+            f"{torch.cuda.device_count()} GPUs"
+        )
     return device
 
 
-def chosen(option: str, text: str | None, allowed: Sequence[str], default: Sequence[str] | None = None) -> list[str]:
-    """A comma-separated option; where it is absent `default`, or all. Raises ValueError naming what isn't allowed."""
+def chosen(
+    option: str, text: str | None, allowed: Sequence[str], default: Sequence[str] | None = None
+) -> list[str]:
+    """A comma-separated option; where it is absent `default`, or all. Raises ValueError naming what
+    isn't allowed.
+    """
     names = list(allowed if default is None else default) if text is None else text.split(",")
     unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise ValueError(f"{option}: there is no {', '.join(map(repr, unknown))}; there are {', '.join(allowed)}")
+        raise ValueError(
+            f"{option}: there is no {', '.join(map(repr, unknown))}; there are {', '.join(allowed)}"
+        )
     return names

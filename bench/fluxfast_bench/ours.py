@@ -1,4 +1,5 @@
-"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks streamed from host memory, CUDA graphs.
+"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks streamed from host
+memory, CUDA graphs.
 
 `ready` is what a run does to its model, by the functions that the trainer calls.
 """
@@ -9,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fluxfast.memory.offload import stream_blocks
-from fluxfast.model.ready import make_ready
+from fluxfast.memory.stream import stream_blocks
+from fluxfast.model.apply import make_ready
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
@@ -25,14 +26,22 @@ MODES = {
     "device-modulation": "modulation on the device",
     "graphs": "CUDA graphs",
 }
-# against weights as they are stored, so what is left is rounding: of activations, and of weights to 8 bits
+# against weights as they are stored, so what is left is rounding: of activations, and of weights to
+# 8 bits
 ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
 
 
 def ready(
-    model: Any, *, compute: str, recompute: str, ahead: bool, streamed: bool = False, graphs: bool = False
+    model: Any,
+    *,
+    compute: str,
+    recompute: str,
+    ahead: bool,
+    streamed: bool = False,
+    graphs: bool = False,
 ) -> None:
-    """A frozen transformer with its adapters as a run's trainer has it at its first step, meta tensors too.
+    """A frozen transformer with its adapters as a run's trainer has it at its first step, meta
+    tensors too.
 
     compute: as a contestant has it. ahead: modulation is computed ahead.
     """
@@ -56,14 +65,28 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
     def settle(model: Any, setup: Setup) -> None:
         ahead = setup.looks_ahead and "device-modulation" not in modes
         streamed, graphs = "streamed" in modes, "graphs" in modes
-        ready(model, compute=compute, recompute=setup.recompute, ahead=ahead, streamed=streamed, graphs=graphs)
+        ready(
+            model,
+            compute=compute,
+            recompute=setup.recompute,
+            ahead=ahead,
+            streamed=streamed,
+            graphs=graphs,
+        )
 
     products = [] if compute == "float" else [compute]
     modes = tuple(name for name in MODES if name in modes)
     weights = "unquantised" if storage == "bf16" else f"{storage} weights"
     return Contestant(
         "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *modes]),
-        ", ".join(["fluxfast", weights, *(f"{name} products" for name in products), *(MODES[name] for name in modes)]),
+        ", ".join(
+            [
+                "fluxfast",
+                weights,
+                *(f"{name} products" for name in products),
+                *(MODES[name] for name in modes),
+            ]
+        ),
         model=FluxTransformer,
         storage=storage,
         bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,
@@ -90,7 +113,11 @@ PRECISIONS = [
 ]
 CONTESTANTS = [
     *(_contestant(*precision, *modes) for precision in PRECISIONS for modes in ((), ("graphs",))),
-    *(_contestant(*precision, "tread", *graphs) for precision in PRECISIONS for graphs in ((), ("graphs",))),
+    *(
+        _contestant(*precision, "tread", *graphs)
+        for precision in PRECISIONS
+        for graphs in ((), ("graphs",))
+    ),
     *(_contestant("bf16", "float", "library", *graphs) for graphs in ((), ("graphs",))),
     _contestant("int8", "int8", "device-modulation"),
     _contestant("int8", "int8", "device-modulation", "graphs"),

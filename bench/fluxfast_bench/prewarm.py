@@ -1,8 +1,9 @@
-"""`fluxfast-bench prewarm`: compile every Triton kernel that training steps launch into Triton's cache, in many processes.
+"""`fluxfast-bench prewarm`: compile every Triton kernel that training steps launch into Triton's
+cache, in many processes.
 
-The launches are recorded from steps on meta tensors, and compiled by Triton's JIT itself for a driver that is not there
-(`mock_gpu`), so that a run on the GPU finds each kernel under the key that it asks for. Where there is no GPU, this shows that
-the installed Triton compiles them all.
+The launches are recorded from steps on meta tensors, and compiled by Triton's JIT itself for a
+driver that is not there (`mock_gpu`), so that a run on the GPU finds each kernel under the key that
+it asks for. Where there is no GPU, this shows that the installed Triton compiles them all.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ from fluxfast_bench.runner import engine_of
 
 OURS = {contestant.name: contestant for contestant in CONTESTANTS}
 DEFAULT = (
-    *("fluxfast-int8+int8", "fluxfast", "fluxfast+library", "fluxfast-nf4+int8", "fluxfast-int4+int8"),
+    *(
+        "fluxfast-int8+int8",
+        "fluxfast",
+        "fluxfast+library",
+        "fluxfast-nf4+int8",
+        "fluxfast-int4+int8",
+    ),
     *("fluxfast-fp8_e4m3+e4m3", "fluxfast-int8+int8+tread"),
 )
 DEFAULT_SHAPES = ("1024px-b1", "512px-b1")
 
 
 def launches_of(contestant: Contestant, shape: Shape, recompute: str, target: str) -> set[Launch]:
-    """What a full step of one of ours launches on a GPU of that target: a shallow one launches the same."""
+    """What a full step of one of ours launches on a GPU of that target: a shallow one launches the
+    same.
+    """
     shape = shape.shallow() if contestant.route is None else shape
     model = fluxfast_model(
         shape,
@@ -57,11 +66,19 @@ def launches_of(contestant: Contestant, shape: Shape, recompute: str, target: st
 
 
 def compile_all(
-    launches: Sequence[Launch], target: str, jobs: int, journal: results.Journal, console: Console, cache: str = ""
+    launches: Sequence[Launch],
+    target: str,
+    jobs: int,
+    journal: results.Journal,
+    console: Console,
+    cache: str = "",
 ) -> list[dict[str, Any]]:
     """Every launch's kernel into the cache; the records, which are in the journal as they come."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Compilers(jobs, prepare_jit, (cache, target)) as compilers, Progress(*columns, console=console) as progress:
+    with (
+        Compilers(jobs, prepare_jit, (cache, target)) as compilers,
+        Progress(*columns, console=console) as progress,
+    ):
         bar = progress.add_task("compiling", total=len(launches))
         for launch, found in compilers.each(compile_launch, launches):
             found = found or {"reason": "the compiler crashed"}
@@ -73,14 +90,29 @@ def compile_all(
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench prewarm",
-        description="Compile what training steps launch into Triton's cache. Exit status 1: a kernel failed.",
+        description=(
+            "Compile what training steps launch into Triton's cache. Exit status 1: a kernel "
+            "failed."
+        ),
     )
     parser.add_argument("--contestants", metavar="C,…", help=f"default: {','.join(DEFAULT)}")
     parser.add_argument("--shapes", metavar="S,…", help=f"default: {','.join(DEFAULT_SHAPES)}")
-    parser.add_argument("--recompute", metavar="P,…", default="full,none", help="policies (default: %(default)s)")
-    parser.add_argument("--target", help=f"of {', '.join(SHARED_LIMITS)} (default: the GPU's own; without one sm_90)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--cache", default="", metavar="DIR", help="Triton's (default: TRITON_CACHE_DIR, or its own)")
+    parser.add_argument(
+        "--recompute", metavar="P,…", default="full,none", help="policies (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--target",
+        help=f"of {', '.join(SHARED_LIMITS)} (default: the GPU's own; without one sm_90)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache",
+        default="",
+        metavar="DIR",
+        help="Triton's (default: TRITON_CACHE_DIR, or its own)",
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -104,7 +136,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench prewarm: {error}", file=sys.stderr)
         return 1
-    journal = results.Journal(options.results, "prewarm", conditions(torch.device("cpu"), ["prewarm", *argv]))
+    journal = results.Journal(
+        options.results, "prewarm", conditions(torch.device("cpu"), ["prewarm", *argv])
+    )
     wanted: set[Launch] = set()
     for name in names:
         for shape in shapes:
@@ -113,8 +147,15 @@ def main(argv: Sequence[str]) -> int:
     # the longest first: the wide products take seconds
     ordered = sorted(wanted, key=lambda launch: ("matmul" not in launch.kernel, str(launch)))
     begun = time.perf_counter()
-    records = compile_all(ordered, target, options.jobs, journal, Console(stderr=True), options.cache)
+    records = compile_all(
+        ordered, target, options.jobs, journal, Console(stderr=True), options.cache
+    )
     console = wide_console()
-    console.print(f"{len(records)} kernels for {target} in {time.perf_counter() - begun:.1f} s, {options.jobs} processes")
+    console.print(
+        f"{len(records)} kernels for {target} in {time.perf_counter() - begun:.1f} s, "
+        f"{options.jobs} processes"
+    )
     console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
-    return print_faults([f"{r['contestant']}: {r['reason']}" for r in records if "reason" in r], console)
+    return print_faults(
+        [f"{r['contestant']}: {r['reason']}" for r in records if "reason" in r], console
+    )

@@ -1,4 +1,6 @@
-"""A step's wide products, as `fluxfast_kernels._matmul.matmul` is called: recorded on meta tensors, made anew anywhere."""
+"""A step's wide products, as `fluxfast_kernels._matmul.matmul` is called: recorded on meta tensors,
+made anew anywhere.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Like:
 
 @dataclass(frozen=True)
 class Product:
-    """One call: tensors and segments by argument, other arguments as they are. Equal calls do the same work."""
+    """One call: tensors and segments by argument, other arguments as they are. Equal calls do the
+    same work.
+    """
 
     tensors: tuple[tuple[str, Like], ...]
     segments: tuple[tuple[int, ...], tuple[int, ...]] | None
@@ -47,9 +51,13 @@ class Product:
 
     @classmethod
     def of(cls, x: Tensor, w: Tensor, **arguments: Any) -> Product:
-        given = {"x": x, "w": w} | {name: value for name, value in arguments.items() if value is not None}
+        given = {"x": x, "w": w} | {
+            name: value for name, value in arguments.items() if value is not None
+        }
         segments = given.pop("segments", None)
-        tensors = {name: Like.of(value) for name, value in given.items() if isinstance(value, Tensor)}
+        tensors = {
+            name: Like.of(value) for name, value in given.items() if isinstance(value, Tensor)
+        }
         return cls(
             tuple(tensors.items()),
             None if segments is None else (segments.outs, segments.ranks),
@@ -72,7 +80,9 @@ class Product:
     def kind(self) -> str:
         """Its row of MATMUL: "int8", "half_t", …"""
         of = dict(self.tensors)
-        kind = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float32: "fp32"}.get(of["x"].dtype, "half")
+        kind = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float32: "fp32"}.get(
+            of["x"].dtype, "half"
+        )
         return kind + ("" if of["w"].strides[1] == 1 else "_t")
 
     def __str__(self) -> str:
@@ -83,7 +93,9 @@ class Product:
 
     def on(self, device: torch.device) -> Callable[[Mapping[str, int] | None], Tensor]:
         """The call on fresh tensors there, as a function of its launch numbers (None: the table's)."""
-        arguments: dict[str, Any] = {name: like.random(device) for name, like in self.tensors} | dict(self.others)
+        arguments: dict[str, Any] = {
+            name: like.random(device) for name, like in self.tensors
+        } | dict(self.others)
         if self.segments is not None:
             arguments["segments"] = _matmul.make_segments(*self.segments, device)
         return lambda numbers: _matmul.matmul(**arguments, numbers=numbers)
@@ -100,5 +112,8 @@ def counted() -> Iterator[Counter[Product]]:
         found[Product.of(x, w, **arguments)] += 1
         return real(x, w, **arguments, numbers=numbers)
 
-    with mock.patch.object(lora_linear, "matmul", counting), mock.patch.object(quant_matmul, "matmul", counting):
+    with (
+        mock.patch.object(lora_linear, "matmul", counting),
+        mock.patch.object(quant_matmul, "matmul", counting),
+    ):
         yield found

@@ -1,7 +1,7 @@
 """`fluxfast-bench profile`: a step's time summed up by kernel, without a trace.
 
-Of each kernel: how often it runs in a step, and how long in all; of the step: what it takes, and how much of that the device
-was at work. On a CPU the same of torch's operations.
+Of each kernel: how often it runs in a step, and how long in all; of the step: what it takes, and
+how much of that the device was at work. On a CPU the same of torch's operations.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def profile_entry(entry: Entry, plan: Plan, journal: results.Journal) -> None:
         base = {"case": shape.name, "contestant": entry.key, "ours": entry.contestant.ours}
         busy = sum(seconds for _, seconds in found.values())
         launches = sum(count for count, _ in found.values())
-        journal.record({**base, "mode": "step", "seconds": step, "busy_seconds": busy, "count": launches})
+        journal.record(
+            {**base, "mode": "step", "seconds": step, "busy_seconds": busy, "count": launches}
+        )
         for name, (count, seconds) in found.items():
             journal.record({**base, "mode": name, "seconds": round(seconds, 7), "count": count})
 
@@ -77,7 +79,10 @@ def tables_of(records: Sequence[dict[str, Any]]) -> list[Table]:
     for case, contestant in dict.fromkeys((r["case"], r["contestant"]) for r in records):
         of = [r for r in records if (r["case"], r["contestant"]) == (case, contestant)]
         step = next(r for r in of if r["mode"] == "step")
-        title = f"{case}, {contestant}: {step['seconds'] * 1e3:.1f} ms, {step['busy_seconds'] * 1e3:.1f} of them in kernels"
+        title = (
+            f"{case}, {contestant}: {step['seconds'] * 1e3:.1f} ms, "
+            f"{step['busy_seconds'] * 1e3:.1f} of them in kernels"
+        )
         table = Table("kernel", "times", "ms", "share", title=title, title_justify="left")
         for r in [r for r in of if r["mode"] != "step"][:SHOWN]:
             share = r["seconds"] / max(step["busy_seconds"], 1e-12)
@@ -88,18 +93,27 @@ def tables_of(records: Sequence[dict[str, Any]]) -> list[Table]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="fluxfast-bench profile", description="Sum up a step's time by kernel. Exit status 1: a contestant fails."
+        prog="fluxfast-bench profile",
+        description="Sum up a step's time by kernel. Exit status 1: a contestant fails.",
     )
     add_case_options(parser)
-    parser.add_argument("--contestants", metavar="C,…", default="fluxfast-int8+int8", help="default: %(default)s")
-    parser.add_argument("--recompute", default="full", help="where a contestant names no policy (default: %(default)s)")
+    parser.add_argument(
+        "--contestants", metavar="C,…", default="fluxfast-int8+int8", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--recompute",
+        default="full",
+        help="where a contestant names no policy (default: %(default)s)",
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
         device = chosen_device(options.device)
         shapes = chosen("--shapes", options.shapes, list(SHAPES), default_shapes(device))
         texts = options.contestants.split(",")
-        chosen("--contestants", ",".join(text.partition(":")[0] for text in texts), list(CONTESTANTS))
+        chosen(
+            "--contestants", ",".join(text.partition(":")[0] for text in texts), list(CONTESTANTS)
+        )
     except ValueError as error:
         print(f"fluxfast-bench profile: {error}", file=sys.stderr)
         return 1

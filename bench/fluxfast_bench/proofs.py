@@ -1,4 +1,5 @@
-"""The README's tables of what needs no device to be found out: `counts`, `vram`, `formats`, `convergence`.
+"""The README's tables of what needs no device to be found out: `counts`, `vram`, `formats`,
+`convergence`.
 
 Each is made from a file of that name under bench/results, which the command of that name writes.
 """
@@ -21,7 +22,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 def _made_by(run: dict[str, Any]) -> str:
     versions = ", ".join(
-        f"{name} {run['versions'][name]}" for name in ("torch", "diffusers", "peft") if name in run["versions"]
+        f"{name} {run['versions'][name]}"
+        for name in ("torch", "diffusers", "peft")
+        if name in run["versions"]
     )
     return f"{versions}; {run['commit']}, {run['date'][:10]}: `{run['command']}`"
 
@@ -46,7 +49,11 @@ def counts(data: dict[str, Any]) -> str:
 def vram(data: dict[str, Any]) -> str:
     """Checkpointed presets, base by base: what a step takes, and its target."""
     shapes = list(dict.fromkeys(record["shape"] for record in data["records"]))
-    found = {(r["base"], r["shape"], r["streamed"]): r for r in data["records"] if r["recompute"] == "full"}
+    found = {
+        (r["base"], r["shape"], r["streamed"]): r
+        for r in data["records"]
+        if r["recompute"] == "full"
+    }
     rows: Rows = []
     for base in dict.fromkeys(record["base"] for record in data["records"]):
         cells = []
@@ -54,9 +61,20 @@ def vram(data: dict[str, Any]) -> str:
             for shape in shapes:
                 record = found.get((base, shape, streamed))
                 limit = record and record.get("limit_gib")
-                cells.append("" if record is None else f"{record['gib']:.1f}" + (f" (≤ {limit:g})" if limit else ""))
+                cells.append(
+                    ""
+                    if record is None
+                    else f"{record['gib']:.1f}" + (f" (≤ {limit:g})" if limit else "")
+                )
         rows.append([base, *cells])
-    head = ["base", *(f"{shape}{', streamed' if streamed else ''}" for streamed in (False, True) for shape in shapes)]
+    head = [
+        "base",
+        *(
+            f"{shape}{', streamed' if streamed else ''}"
+            for streamed in (False, True)
+            for shape in shapes
+        ),
+    ]
     return f"{_made_by(data['run'])}\n\n{markdown_table(head, rows)}"
 
 
@@ -73,8 +91,13 @@ def formats(data: dict[str, Any]) -> str:
         for row in data["results"]
         if row["bits"] is not None
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if version)
-    made = f"Weights [{conditions['rows']}, {conditions['cols']}]; {versions}; {conditions['commit']}: `fluxfast-bench formats`"
+    versions = ", ".join(
+        f"{name} {version}" for name, version in conditions["versions"].items() if version
+    )
+    made = (
+        f"Weights [{conditions['rows']}, {conditions['cols']}]; {versions}; "
+        f"{conditions['commit']}: `fluxfast-bench formats`"
+    )
     return f"{made}\n\n{markdown_table(['format', '', 'bits a weight', *(f'{kind}, %' for kind in kinds)], rows, left=2)}"
 
 
@@ -82,12 +105,20 @@ def convergence(data: dict[str, Any]) -> str:
     summary = data["summary"]
     spread = summary["spread"]
     rows = [
-        [mode, f"{row['mean']:.4f}", f"{row['difference']:+.4f}", "yes" if row["within"] else "**no**"]
+        [
+            mode,
+            f"{row['mean']:.4f}",
+            f"{row['difference']:+.4f}",
+            "yes" if row["within"] else "**no**",
+        ]
         for mode, row in summary.items()
         if mode != "spread"
     ]
     seeds = len(next(iter(data["losses"].values())))
-    made = f"{data['steps']} steps, {seeds} seeds; {data['conditions']['device']}; {_made_by(data['conditions'])}"
+    made = (
+        f"{data['steps']} steps, {seeds} seeds; {data['conditions']['device']}; "
+        f"{_made_by(data['conditions'])}"
+    )
     head = [
         "",
         f"loss over the last {spread['last']} steps",
@@ -106,11 +137,15 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def section(name: str, root: Path) -> str:
-    """The table that `name` stands for; empty where its file is not there. Raises ValueError for a file that holds another."""
+    """The table that `name` stands for; empty where its file is not there. Raises ValueError for a
+    file that holds another.
+    """
     path = root / f"{name}.json"
     if not path.exists():
         return ""
     try:
         return SECTIONS[name](json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not what `fluxfast-bench {name}` writes ({error!r}); run it again") from error
+        raise ValueError(
+            f"{path}: not what `fluxfast-bench {name}` writes ({error!r}); run it again"
+        ) from error

@@ -1,6 +1,8 @@
-"""`fluxfast-bench report`: the README's tables and the plots, made from stored results; no figure in them is typed by hand.
+"""`fluxfast-bench report`: the README's tables and the plots, made from stored results; no figure
+in them is typed by hand.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. For each device and case it is that of the newest run.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. For each device and case it is
+that of the newest run.
 """
 
 from __future__ import annotations
@@ -23,14 +25,20 @@ PLOTS = "plots"
 MARKED = re.compile(r"(<!-- bench:([a-z]+) -->\n).*?(<!-- /bench -->)", flags=re.DOTALL)
 
 
-def newest_cases(stored: Sequence[Result], kind: str) -> list[tuple[Result, str, list[dict[str, Any]]]]:
+def newest_cases(
+    stored: Sequence[Result], kind: str
+) -> list[tuple[Result, str, list[dict[str, Any]]]]:
     """(run, case, records) of the newest run of each case on each device."""
     found: dict[tuple[str, str], tuple[Result, str, list[dict[str, Any]]]] = {}
     for result in sorted(stored, key=lambda r: r.date):
         if result.kind != kind:
             continue
         for case in dict.fromkeys(record["case"] for record in result.records):
-            found[result.device, case] = result, case, [r for r in result.records if r["case"] == case]
+            found[result.device, case] = (
+                result,
+                case,
+                [r for r in result.records if r["case"] == case],
+            )
     return [found[key] for key in sorted(found)]
 
 
@@ -40,8 +48,15 @@ def conditions_line(result: Result) -> str:
     gpu = found.get("gpu", {})
     words = [found["device"]]
     if gpu:
-        words.append(f"driver {gpu['driver_version']}, SM clock {gpu['clocks.sm']} of {gpu['clocks.max.sm']} MHz")
-    words += [f"{name} {found['versions'][name]}" for name in ("torch", "diffusers", "peft") if name in found["versions"]]
+        words.append(
+            f"driver {gpu['driver_version']}, SM clock {gpu['clocks.sm']} of "
+            f"{gpu['clocks.max.sm']} MHz"
+        )
+    words += [
+        f"{name} {found['versions'][name]}"
+        for name in ("torch", "diffusers", "peft")
+        if name in found["versions"]
+    ]
     cut = " (cut short)" if result.cut else ""
     return f"{', '.join(words)}; {found['commit']}, {found['date'][:10]}: `{found['command']}`{cut}"
 
@@ -53,7 +68,11 @@ def step_section(stored: Sequence[Result]) -> str:
         if not measured:
             continue
         first = next(r for r in records if "reason" not in r)
-        best = min(r["seconds"] for r in measured if not r["ours"]) if any(not r["ours"] for r in measured) else None
+        best = (
+            min(r["seconds"] for r in measured if not r["ours"])
+            if any(not r["ours"] for r in measured)
+            else None
+        )
         rows = [
             [
                 f"**{r['title']}**" if r["ours"] else r["title"],
@@ -66,8 +85,19 @@ def step_section(stored: Sequence[Result]) -> str:
             ]
             for r in measured
         ]
-        head = ["", "recompute", "ms a step", "10 … 90 %", "rate, fastest peer 1", "peak GiB", "of the floor's rate"]
-        where = f"**{case}**: {first['tokens']} tokens, batch {first['batch']}, rank {first['rank']}, {first['optimizer']}."
+        head = [
+            "",
+            "recompute",
+            "ms a step",
+            "10 … 90 %",
+            "rate, fastest peer 1",
+            "peak GiB",
+            "of the floor's rate",
+        ]
+        where = (
+            f"**{case}**: {first['tokens']} tokens, batch {first['batch']}, rank "
+            f"{first['rank']}, {first['optimizer']}."
+        )
         table = markdown_table(head, rows, left=2)
         failed = [f"{r['contestant']} ({r['reason']})" for r in records if "reason" in r]
         note = f"\n\nNot measured: {', '.join(failed)}." if failed else ""
@@ -87,14 +117,33 @@ def ops_section(stored: Sequence[Result]) -> str:
     lines: dict[str, str] = {}
     for result, case, records in newest_cases(stored, "ops"):
         for record in (r for r in records if r["ours"] and "reason" not in r):
-            rate = f"{record['tflops']:.1f} TFLOP/s" if "tflops" in record else f"{record['gb_s']:.0f} GB/s"
-            ratios = [f"{record['ratios'][name]:.2f}" if name in record["ratios"] else "" for name in ("eager", "compile")]
+            rate = (
+                f"{record['tflops']:.1f} TFLOP/s"
+                if "tflops" in record
+                else f"{record['gb_s']:.0f} GB/s"
+            )
+            ratios = [
+                f"{record['ratios'][name]:.2f}" if name in record["ratios"] else ""
+                for name in ("eager", "compile")
+            ]
             share = f"{record['ceiling_share']:.0%}"
             names = [case, record["mode"]]
-            parts.setdefault(result.device, []).append([*names, f"{record['seconds'] * 1e6:.1f}", rate, share, *ratios])
+            parts.setdefault(result.device, []).append(
+                [*names, f"{record['seconds'] * 1e6:.1f}", rate, share, *ratios]
+            )
             lines[result.device] = conditions_line(result)
-    head = ["op and shape", "directions", "µs", "rate", "of the ceiling", "rate, eager 1", "rate, torch.compile 1"]
-    return "\n\n".join(f"{lines[device]}\n\n{markdown_table(head, rows, left=2)}" for device, rows in parts.items())
+    head = [
+        "op and shape",
+        "directions",
+        "µs",
+        "rate",
+        "of the ceiling",
+        "rate, eager 1",
+        "rate, torch.compile 1",
+    ]
+    return "\n\n".join(
+        f"{lines[device]}\n\n{markdown_table(head, rows, left=2)}" for device, rows in parts.items()
+    )
 
 
 def startup_section(stored: Sequence[Result]) -> str:
@@ -102,8 +151,14 @@ def startup_section(stored: Sequence[Result]) -> str:
     keys = ("load_seconds", "copy_seconds", "seconds", "load_rss_gib", "peak_rss_gib")
     head = ["", "loaded s", "a copy takes s", "first step s", "loading took GiB", "peak RSS GiB"]
     for result, case, records in newest_cases(stored, "startup"):
-        rows = [[r["contestant"], *(f"{r[key]:.2f}" for key in keys)] for r in records if "reason" not in r]
-        parts.append(f"A checkpoint of {case}. {conditions_line(result)}\n\n{markdown_table(head, rows)}")
+        rows = [
+            [r["contestant"], *(f"{r[key]:.2f}" for key in keys)]
+            for r in records
+            if "reason" not in r
+        ]
+        parts.append(
+            f"A checkpoint of {case}. {conditions_line(result)}\n\n{markdown_table(head, rows)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -119,12 +174,16 @@ NAMES = (*SECTIONS, *proofs.SECTIONS, PLOTS)
 
 
 def render(text: str, stored: Sequence[Result], root: Path, links: str) -> str:
-    """`text` with every marked table made anew. Raises ValueError for a marker that nothing stands behind."""
+    """`text` with every marked table made anew. Raises ValueError for a marker that nothing stands
+    behind.
+    """
 
     def filled(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         if name not in NAMES:
-            raise ValueError(f"{opening.strip()}: there is no such table; there are {', '.join(NAMES)}")
+            raise ValueError(
+                f"{opening.strip()}: there is no such table; there are {', '.join(NAMES)}"
+            )
         if name in proofs.SECTIONS:
             made = proofs.section(name, root)
         else:
@@ -135,7 +194,10 @@ def render(text: str, stored: Sequence[Result], root: Path, links: str) -> str:
 
 
 def summary(
-    stored: Sequence[Result], links: str, wanted: dict[str, Any] | None, counted: dict[str, list[dict[str, Any]]]
+    stored: Sequence[Result],
+    links: str,
+    wanted: dict[str, Any] | None,
+    counted: dict[str, list[dict[str, Any]]],
 ) -> str:
     """One page: every table, and what of the targets was measured."""
     parts = ["# fluxfast-bench"]
@@ -150,20 +212,39 @@ def summary(
             for line in check.verdicts_of(stored, wanted, counted)
             if line.verdict != check.UNMEASURED
         ]
-        parts.append("## targets\n\n" + markdown_table(["figure", "where", "wanted", "found", ""], rows, left=2))
+        parts.append(
+            "## targets\n\n"
+            + markdown_table(["figure", "where", "wanted", "found", ""], rows, left=2)
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench report",
-        description="Make the README's tables and the plots from stored results. Exit status 1: --check found a difference.",
+        description=(
+            "Make the README's tables and the plots from stored results. Exit status 1: --check "
+            "found a difference."
+        ),
     )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="change nothing: say whether the README is what would be made")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="write one page there, and leave the README alone")
-    parser.add_argument("--targets", type=Path, default=targets.TARGETS, help="for --summary (default: %(default)s)")
+    parser.add_argument(
+        "--readme", type=Path, default=Path("README.md"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing: say whether the README is what would be made",
+    )
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="write one page there, and leave the README alone",
+    )
+    parser.add_argument(
+        "--targets", type=Path, default=targets.TARGETS, help="for --summary (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     try:
         stored = results.read_all(options.results)
@@ -171,7 +252,12 @@ def main(argv: Sequence[str]) -> int:
             plots.draw(stored, options.results)
             wanted = targets.read(options.targets) if options.targets.exists() else None
             counted = results.read_counted(options.results)
-            write_atomic(options.summary, summary(stored, pictures(options.results, options.summary), wanted, counted).encode())
+            write_atomic(
+                options.summary,
+                summary(
+                    stored, pictures(options.results, options.summary), wanted, counted
+                ).encode(),
+            )
             return 0
         before = options.readme.read_text(encoding="utf-8")
         if not MARKED.search(before):
@@ -185,7 +271,10 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if options.check:
         if after != before:
-            print(f"{options.readme} is not what `fluxfast-bench report` makes: run it", file=sys.stderr)
+            print(
+                f"{options.readme} is not what `fluxfast-bench report` makes: run it",
+                file=sys.stderr,
+            )
         return int(after != before)
     write_atomic(options.readme, after.encode())
     return 0

@@ -1,4 +1,6 @@
-"""The tables of a page about one GPU that no README has: what was compiled, checked, timed kernel by kernel."""
+"""The tables of a page about one GPU that no README has: what was compiled, checked, timed kernel
+by kernel.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def prewarm_section(stored: Sequence[Result]) -> str:
     parts = []
     for result in _of(stored, "prewarm"):
         seconds = sum(r.get("seconds", 0) for r in result.records)
-        parts.append(f"{len(result.records)} kernels, {seconds:.0f} s of compiling. {_faults(result.records)}")
+        parts.append(
+            f"{len(result.records)} kernels, {seconds:.0f} s of compiling. "
+            f"{_faults(result.records)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -35,7 +40,9 @@ def smoke_section(stored: Sequence[Result]) -> str:
         checked = [r for r in result.records if "reason" not in r]
         rows = [[r["case"], r["contestant"], f"{r['relative_error']:.2g}"] for r in checked]
         table = markdown_table(["case", "check", "error"], rows, left=2)
-        parts.append(f"{len(checked)} of {len(result.records)} right. {_faults(result.records)}\n\n{table}")
+        parts.append(
+            f"{len(checked)} of {len(result.records)} right. {_faults(result.records)}\n\n{table}"
+        )
     return "\n\n".join(parts)
 
 
@@ -44,7 +51,14 @@ def ceilings_section(stored: Sequence[Result]) -> str:
     for result in _of(stored, "ceilings"):
         for r in result.records:
             rate = f"{r['tflops']:.1f} TFLOP/s" if "tflops" in r else f"{r['gb_s']:.0f} GB/s"
-            rows.append([r["case"], r["contestant"], f"{r['seconds'] * 1e6:.1f}" if "seconds" in r else "", rate])
+            rows.append(
+                [
+                    r["case"],
+                    r["contestant"],
+                    f"{r['seconds'] * 1e6:.1f}" if "seconds" in r else "",
+                    rate,
+                ]
+            )
     return markdown_table(["case", "what", "µs", "rate"], rows, left=2) if rows else ""
 
 
@@ -52,7 +66,9 @@ def best_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each product on each shape: the fastest tile, and what the table's takes."""
     found = []
     for case, name in dict.fromkeys((r["case"], r["contestant"]) for r in records):
-        timed = [r for r in records if (r["case"], r["contestant"]) == (case, name) and "reason" not in r]
+        timed = [
+            r for r in records if (r["case"], r["contestant"]) == (case, name) and "reason" not in r
+        ]
         if timed:
             best = min(timed, key=lambda r: r["seconds"])
             table = next((r["seconds"] for r in timed if r["table"]), None)
@@ -63,8 +79,14 @@ def best_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def untimed(records: Sequence[dict[str, Any]]) -> list[str]:
     """The products that no tile was timed for, and why the first one was not: a line each."""
     timed = {(r["case"], r["contestant"]) for r in records if "reason" not in r}
-    reasons = {(r["case"], r["contestant"]): r["reason"] for r in reversed(records) if "reason" in r}
-    return [f"{case} {name}: {reason}" for (case, name), reason in reasons.items() if (case, name) not in timed]
+    reasons = {
+        (r["case"], r["contestant"]): r["reason"] for r in reversed(records) if "reason" in r
+    }
+    return [
+        f"{case} {name}: {reason}"
+        for (case, name), reason in reasons.items()
+        if (case, name) not in timed
+    ]
 
 
 def sweep_section(stored: Sequence[Result]) -> str:
@@ -76,7 +98,15 @@ def sweep_section(stored: Sequence[Result]) -> str:
             gained = "" if table is None else f"{(table - r['seconds']) * r['count'] * 1e3:.2f}"
             before = "" if table is None else f"{table * 1e6:.1f}"
             rows.append(
-                [r["case"], r["contestant"], r["mode"], f"{r['seconds'] * 1e6:.1f}", f"{r['tflops']:.1f}", before, gained]
+                [
+                    r["case"],
+                    r["contestant"],
+                    r["mode"],
+                    f"{r['seconds'] * 1e6:.1f}",
+                    f"{r['tflops']:.1f}",
+                    before,
+                    gained,
+                ]
             )
     head = ["case", "product", "best tile", "µs", "TFLOP/s", "the table's µs", "a step, ms less"]
     parts = [markdown_table(head, rows, left=3)] if rows else []
@@ -90,9 +120,14 @@ def profile_section(stored: Sequence[Result]) -> str:
             of = [r for r in result.records if (r["case"], r["contestant"]) == (case, contestant)]
             step = next(r for r in of if r["mode"] == "step")
             rows = [
-                [f"`{r['mode']}`", f"{r['count']:g}", f"{r['seconds'] * 1e3:.2f}"] for r in of if r["mode"] != "step"
+                [f"`{r['mode']}`", f"{r['count']:g}", f"{r['seconds'] * 1e3:.2f}"]
+                for r in of
+                if r["mode"] != "step"
             ]
-            told = f"{case}, {contestant}: {step['seconds'] * 1e3:.1f} ms, {step['busy_seconds'] * 1e3:.1f} of them in kernels."
+            told = (
+                f"{case}, {contestant}: {step['seconds'] * 1e3:.1f} ms, "
+                f"{step['busy_seconds'] * 1e3:.1f} of them in kernels."
+            )
             parts.append(f"{told}\n\n{markdown_table(['kernel', 'times', 'ms'], rows[:KERNELS])}")
     return "\n\n".join(parts)
 

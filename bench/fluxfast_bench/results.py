@@ -2,11 +2,11 @@
 
     {"kind": "step", "conditions": {…}, "ceilings": {…}, "records": [{"case": …, …}, …]}
 
-What the records hold is the command's own; `figures` says which of it is compared from run to run. What is counted, and so
-the same on every device, is a single file (`write_counted`).
+What the records hold is the command's own; `figures` says which of it is compared from run to run.
+What is counted, and so the same on every device, is a single file (`write_counted`).
 
-While a command runs, what it has found so far is in `….jsonl` beside, a line each (`Journal`). A run that was cut short leaves
-that, and it is read like a whole one.
+While a command runs, what it has found so far is in `….jsonl` beside, a line each (`Journal`). A
+run that was cut short leaves that, and it is read like a whole one.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ def write(root: Path, data: dict[str, Any]) -> Path:
 
 
 class Journal:
-    """A run's results, each written down when it is known, so that a run that is cut keeps what it has.
+    """A run's results, each written down when it is known, so that a run that is cut keeps what it
+    has.
 
-    The file's first line is the run's kind and conditions; then come `{"note": {…}}`, which is merged into that, and
-    `{"record": {…}}`. A record of the same case, contestant and mode as an earlier one takes its place. `finish` makes the
-    result (`write`) from the file, and removes it.
+    The file's first line is the run's kind and conditions; then come `{"note": {…}}`, which is
+    merged into that, and `{"record": {…}}`. A record of the same case, contestant and mode as an
+    earlier one takes its place. `finish` makes the result (`write`) from the file, and removes it.
     """
 
     def __init__(self, root: Path, kind: str, run: dict[str, Any]) -> None:
@@ -138,10 +139,20 @@ def _lines(records: Sequence[dict[str, Any]]) -> str:
 def read(path: Path) -> Result:
     """Raises ValueError for a file that holds something else."""
     try:
-        data = _read_journal(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
-        assert data["kind"] in KINDS and isinstance(data["records"], list) and data["conditions"]["date"]
+        data = (
+            _read_journal(path)
+            if path.suffix == ".jsonl"
+            else json.loads(path.read_text(encoding="utf-8"))
+        )
+        assert (
+            data["kind"] in KINDS
+            and isinstance(data["records"], list)
+            and data["conditions"]["date"]
+        )
     except (ValueError, AttributeError, KeyError, TypeError, AssertionError):
-        raise ValueError(f"{path}: not a result of fluxfast-bench {', '.join(KINDS)}; remove it from there") from None
+        raise ValueError(
+            f"{path}: not a result of fluxfast-bench {', '.join(KINDS)}; remove it from there"
+        ) from None
     return Result(path.parent.name, path, data)
 
 
@@ -153,7 +164,9 @@ def read_all(root: Path) -> list[Result]:
 
 
 def read_counted(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of what needs no device, by command: `vram`, `counts` and `aot`, as far as they are there."""
+    """The records of what needs no device, by command: `vram`, `counts` and `aot`, as far as they
+    are there.
+    """
     found = {}
     for name, key in (("vram", "records"), ("counts", "records"), ("aot", "variants")):
         path = root / f"{name}.json"
@@ -161,15 +174,19 @@ def read_counted(root: Path) -> dict[str, list[dict[str, Any]]]:
             try:
                 found[name] = json.loads(path.read_text(encoding="utf-8"))[key]
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f"{path}: not what fluxfast-bench {name} writes; remove it, or run that again") from None
+                raise ValueError(
+                    f"{path}: not what fluxfast-bench {name} writes; remove it, or run that again"
+                ) from None
     return found
 
 
 def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
-    """(name, value, whether more is better) of each figure of ours that a later run on the same device may not worsen.
+    """(name, value, whether more is better) of each figure of ours that a later run on the same
+    device may not worsen.
 
-    On a CPU, which other programs use too, those are ratios of steps that were timed in turn, and memory; elsewhere times as
-    well. Ratios to the peers: to another of ours, it would be worse where that one got better.
+    On a CPU, which other programs use too, those are ratios of steps that were timed in turn, and
+    memory; elsewhere times as well. Ratios to the peers: to another of ours, it would be worse
+    where that one got better.
     """
     if result.kind not in COMPARED:
         return
@@ -178,10 +195,17 @@ def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
     for record in result.records:
         if "reason" in record or not record["ours"]:
             continue
-        name = " ".join([result.kind, *(str(record[key]) for key in ("case", "contestant", "mode") if key in record)])
+        name = " ".join(
+            [
+                result.kind,
+                *(str(record[key]) for key in ("case", "contestant", "mode") if key in record),
+            ]
+        )
         for key in ("seconds", "peak_gib", "peak_rss_gib"):
             if record.get(key) is not None and not (shared and key == "seconds"):
                 yield f"{name} {key}", record[key], False
         if result.kind == "step":
-            for peer, ratio in ((peer, ratio) for peer, ratio in record["ratios"].items() if peer not in ours):
+            for peer, ratio in (
+                (peer, ratio) for peer, ratio in record["ratios"].items() if peer not in ours
+            ):
                 yield f"{name} vs {peer}", ratio, True

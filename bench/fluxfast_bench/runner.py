@@ -1,4 +1,6 @@
-"""A contestant at work: its model with adapters, a loss, an optimiser; its correctness, and one whole optimisation step."""
+"""A contestant at work: its model with adapters, a loss, an optimiser; its correctness, and one
+whole optimisation step.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ FP32_ERROR = 1e-4
 CONDITIONS = ("timestep", "guidance", "pooled_projections")
 # a step whose graph has been captured and compared is replayed from the next one on
 STEPS_BEFORE_REPLAY = STEPS_RUN_FIRST + 2
-# noise levels that steps take in turn, each exact in bf16: of one that stayed, modulation would be computed once
+# noise levels that steps take in turn, each exact in bf16: of one that stayed, modulation would be
+# computed once
 LEVELS = 63
 
 
@@ -72,7 +75,9 @@ def engine_of(contestant: Contestant) -> Iterator[None]:
 
 
 class Batches:
-    """A shape's batch on the host, as a loader leaves it, and on its way to the device; another noise level each time."""
+    """A shape's batch on the host, as a loader leaves it, and on its way to the device; another
+    noise level each time.
+    """
 
     def __init__(self, shape: Shape, setup: Setup, ahead: bool) -> None:
         host = torch.device("cpu")
@@ -82,14 +87,21 @@ class Batches:
         self._host = {name: pin(x, setup.device) for name, x in inputs.items()}
         self._target = pin(loss_target(shape, host), setup.device)
         self._levels = [
-            pin((((number + 7 * torch.arange(shape.batch)) % LEVELS + 1) / (LEVELS + 1)).to(setup.dtype), setup.device)
+            pin(
+                (((number + 7 * torch.arange(shape.batch)) % LEVELS + 1) / (LEVELS + 1)).to(
+                    setup.dtype
+                ),
+                setup.device,
+            )
             for number in range(LEVELS)
         ]
 
     def conditions(self, number: int) -> Conditions:
         """What modulation is made of in step `number`."""
         host = self._host
-        return Conditions.of(self._level(number), host["guidance"], host["pooled_projections"], self._setup.dtype)
+        return Conditions.of(
+            self._level(number), host["guidance"], host["pooled_projections"], self._setup.dtype
+        )
 
     def _level(self, number: int) -> Tensor:
         return self._levels[number % LEVELS]
@@ -98,7 +110,8 @@ class Batches:
         """Step `number`'s inputs and target, on the device but for what is wanted on the host."""
         inputs = {**self._host, "timestep": self._level(number)}
         there = {
-            name: x if self._ahead and name in CONDITIONS else send(x, self._setup.device) for name, x in inputs.items()
+            name: x if self._ahead and name in CONDITIONS else send(x, self._setup.device)
+            for name, x in inputs.items()
         }
         return there | self._ids, send(self._target, self._setup.device)
 
@@ -128,7 +141,9 @@ class Runner:
             modulation.forget()
             self._look_ahead()
             # waits for what was prepared, and keeps it
-            modulation.flat_vectors(self._of.conditions(self.number), self.setup.device, self.setup.dtype)
+            modulation.flat_vectors(
+                self._of.conditions(self.number), self.setup.device, self.setup.dtype
+            )
 
     def _look_ahead(self) -> None:
         if getattr(self.model, "modulation", None) is not None:
@@ -158,12 +173,13 @@ class Runner:
 
 
 def verify(contestant: Contestant, setup: Setup) -> float:
-    """The relative error of the prediction and of the adapters' gradients, whichever is larger, of a shallow model.
+    """The relative error of the prediction and of the adapters' gradients, whichever is larger, of
+    a shallow model.
 
-    Against diffusers + PEFT in fp32, on the weights as they are stored where the contestant is `exact`, else on those that
-    were quantised; on every shape. Raises WrongResult where that is beyond what the contestant's arithmetic explains, and
-    where a quantised base gives what the original one does. TREAD's routes, which leave tokens out at random, are not part of
-    it.
+    Against diffusers + PEFT in fp32, on the weights as they are stored where the contestant is
+    `exact`, else on those that were quantised; on every shape. Raises WrongResult where that is
+    beyond what the contestant's arithmetic explains, and where a quantised base gives what the
+    original one does. TREAD's routes, which leave tokens out at random, are not part of it.
     """
     config = setup.shapes[0].shallow().config
     model: Any = build(contestant, config, setup.device, setup.dtype)
@@ -171,7 +187,10 @@ def verify(contestant: Contestant, setup: Setup) -> float:
     _copy_weights(model, reference, setup.dtype, stored=contestant.exact)
     subjects = []
     unchecked = replace(setup, recompute="none")
-    for subject, runs, dtype in ((model, contestant, setup.dtype), (reference, REFERENCE, torch.float32)):
+    for subject, runs, dtype in (
+        (model, contestant, setup.dtype),
+        (reference, REFERENCE, torch.float32),
+    ):
         parameters = add_lora(subject, targets=TARGETS, rank=setup.rank, dtype=dtype)
         _randomise(parameters, setup.dtype)
         with engine_of(runs):
@@ -180,10 +199,14 @@ def verify(contestant: Contestant, setup: Setup) -> float:
     return max(_error(contestant, setup, shape, subjects) for shape in setup.shapes)
 
 
-def _error(contestant: Contestant, setup: Setup, shape: Shape, subjects: list[tuple[Any, ...]]) -> float:
+def _error(
+    contestant: Contestant, setup: Setup, shape: Shape, subjects: list[tuple[Any, ...]]
+) -> float:
     results = []
     for subject, runs, parameters, dtype in subjects:
-        inputs = {name: x.to(dtype) for name, x in model_inputs(shape, setup.device, setup.dtype).items()}
+        inputs = {
+            name: x.to(dtype) for name, x in model_inputs(shape, setup.device, setup.dtype).items()
+        }
         if getattr(subject, "modulation", None) is not None:
             inputs |= {name: inputs[name].cpu() for name in CONDITIONS}
         with engine_of(runs):
@@ -195,14 +218,22 @@ def _error(contestant: Contestant, setup: Setup, shape: Shape, subjects: list[tu
         check_replayed(subject, runs)
         gradients = [p.grad for p in parameters]
         assert all(gradient is not None for gradient in gradients)
-        flat = torch.cat([gradient.flatten().double() for gradient in gradients if gradient is not None])
+        flat = torch.cat(
+            [gradient.flatten().double() for gradient in gradients if gradient is not None]
+        )
         results.append((prediction.detach().double(), flat))
     error = max(_relative(actual, expected) for actual, expected in zip(*results, strict=True))
     computes_fp32 = setup.dtype == torch.float32 and contestant.compute == "float"
-    bound = FP32_ERROR if computes_fp32 and (contestant.exact or not contestant.quantised) else contestant.error
+    bound = (
+        FP32_ERROR
+        if computes_fp32 and (contestant.exact or not contestant.quantised)
+        else contestant.error
+    )
     # a NaN compares as false
     if not error <= bound:
-        raise WrongResult(f"wrong: relative error {error:.2g}, where its arithmetic explains {bound:g}")
+        raise WrongResult(
+            f"wrong: relative error {error:.2g}, where its arithmetic explains {bound:g}"
+        )
     if contestant.quantised and not contestant.exact and error < FP32_ERROR:
         raise WrongResult(f"relative error {error:.2g}: nothing was quantised")
     return error
@@ -215,13 +246,19 @@ def check_replayed(model: Any, contestant: Contestant) -> None:
 
 
 @torch.no_grad()
-def _copy_weights(model: nn.Module, reference: nn.Module, dtype: torch.dtype, *, stored: bool) -> None:
-    """The reference's weights become what they are in `dtype`, and where `stored` what the model's quantised linears hold."""
+def _copy_weights(
+    model: nn.Module, reference: nn.Module, dtype: torch.dtype, *, stored: bool
+) -> None:
+    """The reference's weights become what they are in `dtype`, and where `stored` what the model's
+    quantised linears hold.
+    """
     for parameter in reference.parameters():
         parameter.copy_(parameter.to(dtype))
     for name, module in model.named_modules():
         if stored and isinstance(module, QuantLinear):
-            reference.get_parameter(f"{name}.weight").copy_(module.packed().dequantize(torch.float32))
+            reference.get_parameter(f"{name}.weight").copy_(
+                module.packed().dequantize(torch.float32)
+            )
 
 
 @torch.no_grad()
@@ -229,7 +266,9 @@ def _randomise(parameters: list[nn.Parameter], dtype: torch.dtype) -> None:
     # a fresh adapter's B is zero, which hides errors
     generator = torch.Generator().manual_seed(2)
     for parameter in parameters:
-        noise = torch.randn(parameter.shape, generator=generator) * (0.5 * parameter.shape[1] ** -0.5)
+        noise = torch.randn(parameter.shape, generator=generator) * (
+            0.5 * parameter.shape[1] ** -0.5
+        )
         parameter.copy_(noise.to(dtype))
 
 

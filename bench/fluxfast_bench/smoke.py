@@ -1,4 +1,5 @@
-"""`fluxfast-bench smoke`: every kernel that a step launches, held against fp32 on the device; what fails is named.
+"""`fluxfast-bench smoke`: every kernel that a step launches, held against fp32 on the device; what
+fails is named.
 
     attention     PyTorch's back ends forward and backward, at each shape's length, laid out as a block has them
     op            each fused op, values and gradients
@@ -34,8 +35,21 @@ from fluxfast_bench.runner import WrongResult, free, verify
 from fluxfast_bench.worker import CONTESTANTS, Event
 
 DEFAULT = (
-    *("fluxfast-int8+int8", "fluxfast-int8+int8+graphs", "fluxfast", "fluxfast+graphs", "fluxfast+library"),
-    *("fluxfast-nf4+int8", "fluxfast-int4+int8", "fluxfast-fp8_e4m3+e4m3", "fluxfast-int8", "fluxfast-nf4", "fluxfast-int4"),
+    *(
+        "fluxfast-int8+int8",
+        "fluxfast-int8+int8+graphs",
+        "fluxfast",
+        "fluxfast+graphs",
+        "fluxfast+library",
+    ),
+    *(
+        "fluxfast-nf4+int8",
+        "fluxfast-int4+int8",
+        "fluxfast-fp8_e4m3+e4m3",
+        "fluxfast-int8",
+        "fluxfast-nf4",
+        "fluxfast-int4",
+    ),
     *("fluxfast-int4+int8+streamed",),
 )
 ON_GPU, ON_CPU = ("cudnn", "flash", "efficient"), ("cpu", "native")
@@ -62,7 +76,9 @@ def check(name: str, shape: Shape, device: torch.device) -> float:
 
 
 def _attention_error(backend: str, shape: Shape, device: torch.device) -> float:
-    """Of a back end's output and gradients; v is a slice of q, k and v side by side, dout a slice of something wider."""
+    """Of a back end's output and gradients; v is a slice of q, k and v side by side, dout a slice
+    of something wider.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     # two heads tell as much as all of them, and leave room for the scores of the reference
@@ -75,20 +91,33 @@ def _attention_error(backend: str, shape: Shape, device: torch.device) -> float:
     v = randn(shape.batch, shape.tokens, 3 * heads, dim)[:, :, 2 * heads :]
     dout = randn(shape.batch, shape.tokens, 5 * heads, dim)[:, :, :heads]
     found = []
-    for run, wide in ((lambda *qkv: attention(*qkv, backend=backend), dtype), (attention_ref, torch.float32)):
+    for run, wide in (
+        (lambda *qkv: attention(*qkv, backend=backend), dtype),
+        (attention_ref, torch.float32),
+    ):
         inputs = [x.to(wide).detach().requires_grad_() for x in (q, k, v)]
         out = run(*inputs)
         found.append([out.detach(), *torch.autograd.grad(out, inputs, dout.to(wide))])
-    errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(*found, strict=True)]
+    errors = [
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(*found, strict=True)
+    ]
     bound = PRODUCT_ROUNDING[dtype]
     # a NaN compares as false
     if not all(error <= bound for error in errors):
-        raise WrongResult(f"wrong: relative errors {[f'{e:.2g}' for e in errors]}, where rounding explains {bound:g}")
+        raise WrongResult(
+            f"wrong: relative errors {[f'{e:.2g}' for e in errors]}, where rounding explains "
+            f"{bound:g}"
+        )
     return max(errors)
 
 
-def checked(names: Sequence[str], shape: str, device_name: str, send: Callable[[Event], object]) -> None:
-    """A worker's job: ("start", name), then ("checked", name, seconds, error) or ("failed", name, seconds, reason)."""
+def checked(
+    names: Sequence[str], shape: str, device_name: str, send: Callable[[Event], object]
+) -> None:
+    """A worker's job: ("start", name), then ("checked", name, seconds, error) or ("failed", name,
+    seconds, reason).
+    """
     device = torch.device(device_name)
     for name in names:
         send(("start", name))
@@ -96,8 +125,13 @@ def checked(names: Sequence[str], shape: str, device_name: str, send: Callable[[
         try:
             error = check(name, SHAPES[shape], device)
         except Exception as failure:
-            # whatever a kernel, a compiler or a back end raises is what this command is there to find
-            told = str(failure) if isinstance(failure, WrongResult | WrongOp) else f"{type(failure).__name__}: {failure}"
+            # whatever a kernel, a compiler or a back end raises is what this command is there to
+            # find
+            told = (
+                str(failure)
+                if isinstance(failure, WrongResult | WrongOp)
+                else f"{type(failure).__name__}: {failure}"
+            )
             send(("failed", name, time.perf_counter() - begun, " ".join(told.split())[:300]))
             if device.type == "cuda":
                 # raises again where the device has failed for good, which ends this process
@@ -109,9 +143,16 @@ def checked(names: Sequence[str], shape: str, device_name: str, send: Callable[[
 
 
 def run(
-    names: Sequence[str], shape: str, device: torch.device, limit: float, apart: bool, told: Callable[..., None]
+    names: Sequence[str],
+    shape: str,
+    device: torch.device,
+    limit: float,
+    apart: bool,
+    told: Callable[..., None],
 ) -> None:
-    """Every check in as few processes as the faults leave; `told(name, seconds, error, reason)` hears of each."""
+    """Every check in as few processes as the faults leave; `told(name, seconds, error, reason)`
+    hears of each.
+    """
     waiting = list(names)
     while waiting:
         job, started = ("smoke", list(waiting), shape, str(device)), waiting[0]
@@ -130,19 +171,31 @@ def run(
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
     table = Table("case", "check", "s", "error")
     for r in records:
-        found = Text(r["reason"], style="red") if "reason" in r else Text(f"{r['relative_error']:.2g}")
-        table.add_row(r["case"], r["contestant"], f"{r['seconds']:.1f}" if r["seconds"] is not None else "", found)
+        found = (
+            Text(r["reason"], style="red") if "reason" in r else Text(f"{r['relative_error']:.2g}")
+        )
+        table.add_row(
+            r["case"],
+            r["contestant"],
+            f"{r['seconds']:.1f}" if r["seconds"] is not None else "",
+            found,
+        )
     return table
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="fluxfast-bench smoke", description="Hold what a step launches against fp32. Exit status 1: a check failed."
+        prog="fluxfast-bench smoke",
+        description="Hold what a step launches against fp32. Exit status 1: a check failed.",
     )
     add_case_options(parser)
     parser.add_argument("--contestants", metavar="C,…", help=f"default: {','.join(DEFAULT)}")
-    parser.add_argument("--limit", type=float, default=60, help="seconds without an answer that end a check")
-    parser.add_argument("--one-process", action="store_true", help="check in this process, for debuggers")
+    parser.add_argument(
+        "--limit", type=float, default=60, help="seconds without an answer that end a check"
+    )
+    parser.add_argument(
+        "--one-process", action="store_true", help="check in this process, for debuggers"
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
@@ -155,12 +208,27 @@ def main(argv: Sequence[str]) -> int:
     journal = results.Journal(options.results, "smoke", conditions(device, ["smoke", *argv]))
     for shape in shapes:
 
-        def told(name: str, seconds: float | None, error: float | None, reason: str | None, shape: str = shape) -> None:
+        def told(
+            name: str,
+            seconds: float | None,
+            error: float | None,
+            reason: str | None,
+            shape: str = shape,
+        ) -> None:
             record: dict[str, Any] = {"case": shape, "contestant": name, "ours": True}
             record["seconds"] = None if seconds is None else round(seconds, 3)
-            journal.record(record | ({"relative_error": error} if reason is None else {"reason": reason}))
+            journal.record(
+                record | ({"relative_error": error} if reason is None else {"reason": reason})
+            )
 
-        run(names_of(contestants, device), shape, device, options.limit, not options.one_process, told)
+        run(
+            names_of(contestants, device),
+            shape,
+            device,
+            options.limit,
+            not options.one_process,
+            told,
+        )
     records, console = journal.records(), wide_console()
     console.print(table_of(records))
     console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)

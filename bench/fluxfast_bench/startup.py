@@ -1,10 +1,12 @@
-"""`fluxfast-bench startup`: time and host memory from a checkpoint to the first training step, each in a fresh process.
+"""`fluxfast-bench startup`: time and host memory from a checkpoint to the first training step, each
+in a fresh process.
 
     diffusers    the checkpoint as it is, loaded by diffusers, with PEFT's LoRA
     quantise     the checkpoint, quantised while it is read
     cached       the file that fluxfast quantised before, opened
 
-The page cache is warm for all: each reads what a plain copy of the same files, timed just before, has read.
+The page cache is warm for all: each reads what a plain copy of the same files, timed just before,
+has read.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxfast.adapters.lora import add_lora
-from fluxfast.model.checkpoint import open_checkpoint
+from fluxfast.checkpoint.flux import open_checkpoint
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast_bench import results
@@ -46,7 +48,8 @@ def peak_rss() -> int:
     """The most bytes that this process has held in memory."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            # of this program alone; getrusage's figure starts at that of the process that started it
+            # of this program alone; getrusage's figure starts at that of the process that started
+            # it
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) << 10
     except FileNotFoundError:
@@ -66,13 +69,17 @@ def start(way: str, path: Path, format: str, device: torch.device) -> dict[str, 
         model = FluxTransformer2DModel.from_pretrained(path, torch_dtype=dtype).to(device)
     elif way == "quantise":
         checkpoint = open_checkpoint(path)
-        model = checkpoint.load(FluxTransformer, dtype, device=device, format=FORMATS[format], quantize_on=device)
+        model = checkpoint.load(
+            FluxTransformer, dtype, device=device, format=FORMATS[format], quantize_on=device
+        )
     else:
         model = open_checkpoint(path).load(FluxTransformer, dtype, device=device)
     loaded, held = time.perf_counter(), peak_rss()
     parameters = add_lora(model.train(), targets=TARGETS, rank=RANK, dtype=dtype)
     # few tokens on a CPU, where a step of a whole model is not for waiting
-    shape = Shape("first", "", 32 if device.type == "cuda" else 4, 512 if device.type == "cuda" else 16, 1)
+    shape = Shape(
+        "first", "", 32 if device.type == "cuda" else 4, 512 if device.type == "cuda" else 16, 1
+    )
     inputs = model_inputs(shape, device, dtype, config=model.config)
     optimizer = make_optimizer("torch-adamw", parameters)
     loss, prediction = flow_loss(model, inputs, torch.zeros_like(inputs["hidden_states"]))
@@ -93,7 +100,9 @@ def _child(sender: Any, *args: Any) -> None:
     sender.send(start(*args))
 
 
-def started(way: str, path: Path, format: str, device: torch.device, limit: float) -> dict[str, Any]:
+def started(
+    way: str, path: Path, format: str, device: torch.device, limit: float
+) -> dict[str, Any]:
     """`start` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -139,13 +148,27 @@ def measure(
             records.append({**base, "contestant": "diffusers", "ours": False, **start})
         for format in formats:
             quantised = folder / "quantised.safetensors"
-            size = checkpoint.quantize(FluxTransformer, quantised, FORMATS[format], quantize_on=device)
+            size = checkpoint.quantize(
+                FluxTransformer, quantised, FORMATS[format], quantize_on=device
+            )
             for way in [way for way in ways if way != "diffusers"]:
-                record = {**base, "contestant": f"{way} {format}", "ours": True, "quantised_gib": round(size / 2**30, 3)}
-                record |= started(way, quantised if way == "cached" else path, format, device, limit)
+                record = {
+                    **base,
+                    "contestant": f"{way} {format}",
+                    "ours": True,
+                    "quantised_gib": round(size / 2**30, 3),
+                }
+                record |= started(
+                    way, quantised if way == "cached" else path, format, device, limit
+                )
                 if way == "quantise" and checkpoint.nbytes >= LARGE and "reason" not in record:
-                    held = record["load_rss_gib"] - (record["quantised_gib"] if device.type == "cpu" else 0)
-                    record |= {"extra_gib": round(held, 3), "times_copy": round(record["load_seconds"] / copied, 3)}
+                    held = record["load_rss_gib"] - (
+                        record["quantised_gib"] if device.type == "cpu" else 0
+                    )
+                    record |= {
+                        "extra_gib": round(held, 3),
+                        "times_copy": round(record["load_seconds"] / copied, 3),
+                    }
                 records.append(record)
             quantised.unlink()
     return records
@@ -153,7 +176,15 @@ def measure(
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
     table = Table()
-    for column in ("checkpoint", "way", "loaded s", "first step s", "loading took GiB", "peak RSS GiB", "a copy takes s"):
+    for column in (
+        "checkpoint",
+        "way",
+        "loaded s",
+        "first step s",
+        "loading took GiB",
+        "peak RSS GiB",
+        "a copy takes s",
+    ):
         table.add_column(column, no_wrap=True)
     for record in records:
         names = record["case"], record["contestant"]
@@ -168,13 +199,28 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench startup",
-        description="Measure the way from a checkpoint to the first step. Exit status 1: one of ours fails.",
+        description=(
+            "Measure the way from a checkpoint to the first step. Exit status 1: one of ours fails."
+        ),
     )
-    parser.add_argument("--checkpoint", type=Path, help="folder or file (default: a small one, made for the purpose)")
-    parser.add_argument("--formats", default="int8", help=f"to quantise to, of {', '.join(FORMATS)} (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="folder or file (default: a small one, made for the purpose)",
+    )
+    parser.add_argument(
+        "--formats",
+        default="int8",
+        help=f"to quantise to, of {', '.join(FORMATS)} (default: %(default)s)",
+    )
     parser.add_argument("--ways", default=",".join(WAYS), help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds that one start may take (default: %(default)s)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=1800,
+        help="seconds that one start may take (default: %(default)s)",
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
@@ -193,6 +239,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     console = wide_console()
     console.print(table_of(records))
-    path = results.write(options.results, {"kind": "startup", "conditions": found, "records": records})
+    path = results.write(
+        options.results, {"kind": "startup", "conditions": found, "records": records}
+    )
     console.print(f"{path}", highlight=False, soft_wrap=True)
     return 1 if any(record["ours"] and "reason" in record for record in records) else 0

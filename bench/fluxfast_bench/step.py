@@ -1,8 +1,9 @@
 """`fluxfast-bench step`: a whole optimisation step, beside the peers, in turn, in one run.
 
-Forward, backward, clip, optimiser, zero; warm; on random weights, which have no influence on speed. All contestants of a case
-have the same shape, adapters, optimiser and recompute policy, unless a policy is named with a contestant (NAME:POLICY). The
-first one named is the anchor: it takes part in every process, and what doesn't fit beside the others is compared through it.
+Forward, backward, clip, optimiser, zero; warm; on random weights, which have no influence on speed.
+All contestants of a case have the same shape, adapters, optimiser and recompute policy, unless a
+policy is named with a contestant (NAME:POLICY). The first one named is the anchor: it takes part in
+every process, and what doesn't fit beside the others is compared through it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,37 @@ from fluxfast_bench.worker import CONTESTANTS, Entry, Plan, entry_of
 
 CPU_DEFAULT = (
     *("diffusers", "fluxfast", *(f"fluxfast-{name}" for name in FORMATS)),
-    *("fluxfast+int8", "fluxfast-int8+int8", "fluxfast-int4+int8", "fluxfast-nf4+int8", "fluxfast-fp8_e4m3+e4m3"),
+    *(
+        "fluxfast+int8",
+        "fluxfast-int8+int8",
+        "fluxfast-int4+int8",
+        "fluxfast-nf4+int8",
+        "fluxfast-fp8_e4m3+e4m3",
+    ),
 )
 # the targets' pairs first, so that a run that is cut has them
 GPU_DEFAULT = (
-    *("fluxfast-int8+int8+graphs", "diffusers-compile", "fluxfast-int8+int8", "diffusers", "fluxfast+graphs", "quanto-int8"),
-    *("fluxfast-int8+int8+graphs:none", "sdnq-int8", "fluxfast-int8+int8+tread+graphs", "bnb-nf4", "fluxfast-nf4+int8+graphs"),
-    *("fluxfast+int8+graphs", "fluxfast-int4+int8+graphs", "fluxfast-int4+int8+streamed", "fluxfast+library+graphs"),
+    *(
+        "fluxfast-int8+int8+graphs",
+        "diffusers-compile",
+        "fluxfast-int8+int8",
+        "diffusers",
+        "fluxfast+graphs",
+        "quanto-int8",
+    ),
+    *(
+        "fluxfast-int8+int8+graphs:none",
+        "sdnq-int8",
+        "fluxfast-int8+int8+tread+graphs",
+        "bnb-nf4",
+        "fluxfast-nf4+int8+graphs",
+    ),
+    *(
+        "fluxfast+int8+graphs",
+        "fluxfast-int4+int8+graphs",
+        "fluxfast-int4+int8+streamed",
+        "fluxfast+library+graphs",
+    ),
     *("fluxfast-fp8_e4m3+e4m3+graphs", "torchao-fp8", "torchao-int8", "quanto-int4", "quanto-int2"),
 )
 
@@ -64,20 +89,53 @@ def table_of(records: Sequence[dict[str, Any]], case: str) -> Table:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench step",
-        description="Measure whole training steps, beside the peers. Exit status 1: one of ours is wrong or fails.",
+        description=(
+            "Measure whole training steps, beside the peers. Exit status 1: one of ours is "
+            "wrong or fails."
+        ),
     )
     add_case_options(parser)
-    parser.add_argument("--contestants", metavar="C,…", help=f"NAME or NAME:POLICY, of {', '.join(CONTESTANTS)}")
-    parser.add_argument("--recompute", choices=RECOMPUTE, help="policy where none is named (default: full; on a CPU none)")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA on every linear of the blocks (default: %(default)s)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: adamw8bit on a GPU that has bitsandbytes, else AdamW")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant gets (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of steps at each turn (default: %(default)s)")
+    parser.add_argument(
+        "--contestants", metavar="C,…", help=f"NAME or NAME:POLICY, of {', '.join(CONTESTANTS)}"
+    )
+    parser.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        help="policy where none is named (default: full; on a CPU none)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=16,
+        help="of the LoRA on every linear of the blocks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="default: adamw8bit on a GPU that has bitsandbytes, else AdamW",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="turns that each contestant gets (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="of steps at each turn (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, help="at each turn, in the place of --seconds")
-    parser.add_argument("--limit", type=float, default=300, help="seconds without an answer that end a contestant")
-    parser.add_argument("--one-process", action="store_true", help="measure in this process, for debuggers")
-    parser.add_argument("--stored-ceilings", action="store_true", help="take an earlier `ceilings`'s, measure none")
-    parser.add_argument("--torch-profile", metavar="DIR", help="leave a trace of two steps of each contestant there")
+    parser.add_argument(
+        "--limit", type=float, default=300, help="seconds without an answer that end a contestant"
+    )
+    parser.add_argument(
+        "--one-process", action="store_true", help="measure in this process, for debuggers"
+    )
+    parser.add_argument(
+        "--stored-ceilings", action="store_true", help="take an earlier `ceilings`'s, measure none"
+    )
+    parser.add_argument(
+        "--torch-profile", metavar="DIR", help="leave a trace of two steps of each contestant there"
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -122,14 +180,24 @@ def main(argv: Sequence[str]) -> int:
         _measure(plan, entries, options, journal)
         records = [r for r in journal.records() if r["case"] in plan.shapes]
         for shape in plan.shapes:
-            console.print(table_of([r for r in records if r["case"] == shape], f"{shape}, {found['device']}"))
+            console.print(
+                table_of([r for r in records if r["case"] == shape], f"{shape}, {found['device']}")
+            )
     records = journal.records()
     console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
-    return 1 if any(r["ours"] and "reason" in r and r["reason"] != "needs a GPU" for r in records) else 0
+    return (
+        1
+        if any(r["ours"] and "reason" in r and r["reason"] != "needs a GPU" for r in records)
+        else 0
+    )
 
 
-def _measure(plan: Plan, entries: Sequence[Entry], options: argparse.Namespace, journal: results.Journal) -> None:
-    """Measures entries on the plan's shapes; a record is in the journal as soon as it is known, and again when it changes."""
+def _measure(
+    plan: Plan, entries: Sequence[Entry], options: argparse.Namespace, journal: results.Journal
+) -> None:
+    """Measures entries on the plan's shapes; a record is in the journal as soon as it is known, and
+    again when it changes.
+    """
     ceilings = _ceilings(plan, options)
     journal.note(ceilings=ceilings)
     written: dict[tuple[str, str], dict[str, Any]] = {}
@@ -150,13 +218,23 @@ def _measure(plan: Plan, entries: Sequence[Entry], options: argparse.Namespace, 
 
 
 def _ceilings(plan: Plan, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """By shape; of a shape that can't be measured, or has none stored where those are wanted, there are none."""
+    """By shape; of a shape that can't be measured, or has none stored where those are wanted, there
+    are none.
+    """
     found: dict[str, dict[str, float]] = {}
     if options.stored_ceilings:
         device = slug(device_name(torch.device(plan.device)))
         for result in results.read_all(options.results):
             if result.kind == "ceilings" and result.device == device:
-                found |= {shape: rates for shape, rates in result.data.get("ceilings", {}).items() if shape in plan.shapes}
+                found |= {
+                    shape: rates
+                    for shape, rates in result.data.get("ceilings", {}).items()
+                    if shape in plan.shapes
+                }
         return found
-    events = worker.run("ceilings", plan) if options.one_process else worker.run_apart("ceilings", plan, limit=options.limit)
+    events = (
+        worker.run("ceilings", plan)
+        if options.one_process
+        else worker.run_apart("ceilings", plan, limit=options.limit)
+    )
     return {event[1]: event[2] for event in events if event[0] == "ceilings"}

@@ -1,4 +1,6 @@
-"""One run of contestants on shapes of one model: in as many processes as it takes, each thing kept as it comes."""
+"""One run of contestants on shapes of one model: in as many processes as it takes, each thing kept
+as it comes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from fluxfast_bench.worker import Entry, Plan
 
 @dataclass
 class Timed:
-    """Of an entry on one shape: figures once it was ready; step times by turn, and the anchor's of the same process."""
+    """Of an entry on one shape: figures once it was ready; step times by turn, and the anchor's of
+    the same process.
+    """
 
     figures: dict[str, Any] = field(default_factory=dict)
     rounds: list[list[float]] = field(default_factory=list)
@@ -27,7 +31,9 @@ class Timed:
     @property
     def slowness(self) -> float:
         """Time against the anchor's: the median over turns that followed one another."""
-        return median(median(own) / median(other) for own, other in zip(self.rounds, self.anchor, strict=True))
+        return median(
+            median(own) / median(other) for own, other in zip(self.rounds, self.anchor, strict=True)
+        )
 
 
 class Outcome:
@@ -51,9 +57,21 @@ class Case:
     """`told` is called whenever an outcome has changed."""
 
     def __init__(
-        self, plan: Plan, entries: Sequence[Entry], *, apart: bool, limit: float, told: Callable[[], object] = lambda: None
+        self,
+        plan: Plan,
+        entries: Sequence[Entry],
+        *,
+        apart: bool,
+        limit: float,
+        told: Callable[[], object] = lambda: None,
     ) -> None:
-        self.plan, self.entries, self.apart, self.limit, self._told = plan, entries, apart, limit, told
+        self.plan, self.entries, self.apart, self.limit, self._told = (
+            plan,
+            entries,
+            apart,
+            limit,
+            told,
+        )
         self.outcomes = {entry.key: Outcome(entry, plan.shapes) for entry in entries}
 
     def measure(self) -> list[Outcome]:
@@ -82,7 +100,9 @@ class Case:
     def _group(self, anchor: str, keys: list[str]) -> list[str]:
         """One process; returns the keys that have to be measured in another."""
         everybody = [anchor, *keys]
-        turns: dict[tuple[str, str], list[list[float]]] = {(key, s): [] for key in everybody for s in self.plan.shapes}
+        turns: dict[tuple[str, str], list[list[float]]] = {
+            (key, s): [] for key in everybody for s in self.plan.shapes
+        }
         started, settled = anchor, set()
 
         def turned(key: str) -> bool:
@@ -146,14 +166,18 @@ class Case:
 def record_of(
     outcome: Outcome, outcomes: Sequence[Outcome], plan: Plan, case: str, ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    """A contestant's line on a shape: conditions, figures, and for one of ours the ratio to every other contestant's time."""
+    """A contestant's line on a shape: conditions, figures, and for one of ours the ratio to every
+    other contestant's time.
+    """
     entry, contestant, shape = outcome.entry, outcome.entry.contestant, SHAPES[case]
     record: dict[str, Any] = {
         "case": case,
         "contestant": entry.key,
         "title": contestant.title,
         "ours": contestant.ours,
-        "storage": contestant.storage if plan.device != "cpu" or contestant.storage != "bf16" else "fp32",
+        "storage": contestant.storage
+        if plan.device != "cpu" or contestant.storage != "bf16"
+        else "fp32",
         "recompute": entry.recompute,
         "batch": shape.batch,
         "tokens": shape.tokens,
@@ -168,12 +192,19 @@ def record_of(
     record |= timed.as_record() | own.figures
     itemsize = plan.setup(entry.recompute).dtype.itemsize
     work = step_work(
-        shape, entry.recompute, rank=plan.rank, itemsize=itemsize, codes=contestant.compute != "float", route=contestant.route
+        shape,
+        entry.recompute,
+        rank=plan.rank,
+        itemsize=itemsize,
+        codes=contestant.compute != "float",
+        route=contestant.route,
     )
     if ceilings:
         floor = floor_seconds(work, ceilings, contestant.compute)
         record |= {"floor_seconds": round(floor, 6), "floor_share": round(floor / timed.seconds, 4)}
     if contestant.ours:
         others = [o for o in outcomes if o is not outcome and o.on[case].rounds]
-        record["ratios"] = {other.entry.key: round(other.on[case].slowness / own.slowness, 4) for other in others}
+        record["ratios"] = {
+            other.entry.key: round(other.on[case].slowness / own.slowness, 4) for other in others
+        }
     return record

@@ -1,7 +1,8 @@
 """`fluxfast-bench sweep`: each of a step's wide products, timed with every tile that it could have.
 
-The products are those that a step asks for, recorded on meta tensors, with their adapters and the layout of each operand. What
-is printed is the best tile of each beside the one that the launch table gives; every timing is stored.
+The products are those that a step asks for, recorded on meta tensors, with their adapters and the
+layout of each operand. What is printed is the best tile of each beside the one that the launch
+table gives; every timing is stored.
 """
 
 from __future__ import annotations
@@ -22,8 +23,20 @@ from fluxfast_bench import products, report_gpu, results
 from fluxfast_bench.cases import SHAPES, Shape, default_shapes
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.launches import Launch
-from fluxfast_bench.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of, recorded
-from fluxfast_bench.options import add_case_options, chosen, chosen_device, print_faults, wide_console
+from fluxfast_bench.meta_step import (
+    as_on_gpu,
+    fluxfast_model,
+    forward_backward,
+    inputs_of,
+    recorded,
+)
+from fluxfast_bench.options import (
+    add_case_options,
+    chosen,
+    chosen_device,
+    print_faults,
+    wide_console,
+)
 from fluxfast_bench.prewarm import compile_all, own_target
 from fluxfast_bench.products import Product
 from fluxfast_bench.timing import best_time, time_each
@@ -49,7 +62,9 @@ PRECISIONS = {"int8": ("int8", "int8"), "bf16": (None, "same")}
 
 
 def numbers_of(tile: Tile) -> dict[str, int]:
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+    return dict(
+        zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True)
+    )
 
 
 def name_of(numbers: Mapping[str, int]) -> str:
@@ -59,7 +74,9 @@ def name_of(numbers: Mapping[str, int]) -> str:
 
 
 def products_of(shape: Shape, precision: str) -> dict[Product, int]:
-    """The wide products of a checkpointed step, the one that costs most first, and how often each comes."""
+    """The wide products of a checkpointed step, the one that costs most first, and how often each
+    comes.
+    """
     storage, compute = PRECISIONS[precision]
     model = fluxfast_model(shape, adapters=torch.bfloat16, format=storage, compute=compute)
     inputs = inputs_of(shape)
@@ -99,14 +116,25 @@ def time_product(product: Product, device: torch.device, seconds: float) -> list
     m, n, k = product.size
     for numbers in candidates(product, device):
         name = name_of(numbers)
-        record: dict[str, Any] = {"contestant": str(product), "mode": name, "m": m, "n": n, "k": k, "table": name == table}
+        record: dict[str, Any] = {
+            "contestant": str(product),
+            "mode": name,
+            "m": m,
+            "n": n,
+            "k": k,
+            "table": name == table,
+        }
         try:
             one = partial(call, numbers)
             # what the interpreter takes is worth no second call
-            taken = time_each(one, 1, device)[0] if interpreted() else best_time(one, device, seconds)
+            taken = (
+                time_each(one, 1, device)[0] if interpreted() else best_time(one, device, seconds)
+            )
         except Exception as error:
             # Triton's own: a tile that has no room in shared memory, or that its compiler refuses
-            records.append(record | {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+            records.append(
+                record | {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            )
             if device.type == "cuda":
                 # raises again where the device has failed for good
                 torch.cuda.synchronize(device)
@@ -116,9 +144,22 @@ def time_product(product: Product, device: torch.device, seconds: float) -> list
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
-    table = Table("case", "product", "times", "best tile", "µs", "TFLOP/s", "the table's µs", "a step, ms less")
+    table = Table(
+        "case",
+        "product",
+        "times",
+        "best tile",
+        "µs",
+        "TFLOP/s",
+        "the table's µs",
+        "a step, ms less",
+    )
     for r in report_gpu.best_of(records):
-        gained = "" if r["table_seconds"] is None else f"{(r['table_seconds'] - r['seconds']) * r['count'] * 1e3:.2f}"
+        gained = (
+            ""
+            if r["table_seconds"] is None
+            else f"{(r['table_seconds'] - r['seconds']) * r['count'] * 1e3:.2f}"
+        )
         before = "" if r["table_seconds"] is None else f"{r['table_seconds'] * 1e6:.1f}"
         table.add_row(r["case"], r["contestant"], str(r["count"]), r["mode"], f"{r['seconds'] * 1e6:.1f}",
                       f"{r['tflops']:.1f}", before, gained)  # fmt: skip
@@ -126,12 +167,25 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fluxfast-bench sweep", description=__doc__.split("\n\n")[0].partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench sweep", description=__doc__.split("\n\n")[0].partition(": ")[2]
+    )
     add_case_options(parser)
-    parser.add_argument("--precisions", metavar="P,…", help=f"of {', '.join(PRECISIONS)} (default: all)")
-    parser.add_argument("--seconds", type=float, default=0.02, help="that each timing takes, about (default: %(default)s)")
-    parser.add_argument("--most", type=int, help="only so many products of each case and precision, the largest")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers (default: %(default)s)")
+    parser.add_argument(
+        "--precisions", metavar="P,…", help=f"of {', '.join(PRECISIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.02,
+        help="that each timing takes, about (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--most", type=int, help="only so many products of each case and precision, the largest"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="compilers (default: %(default)s)"
+    )
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -143,16 +197,27 @@ def main(argv: Sequence[str]) -> int:
         shapes = chosen("--shapes", options.shapes, list(SHAPES), default_shapes(device))
         precisions = chosen("--precisions", options.precisions, list(PRECISIONS))
         if device.type == "cpu" and not interpreted():
-            raise ValueError("there is no GPU: TRITON_INTERPRET=1 runs the kernels on the CPU, to try the command")
+            raise ValueError(
+                "there is no GPU: TRITON_INTERPRET=1 runs the kernels on the CPU, to try the "
+                "command"
+            )
     except ValueError as error:
         print(f"fluxfast-bench sweep: {error}", file=sys.stderr)
         return 1
     run = conditions(device, ["sweep", *argv])
     # by precision and shape: the products and how often each comes
-    wanted = {(p, s): dict([*products_of(SHAPES[s], p).items()][: options.most]) for p in precisions for s in shapes}
+    wanted = {
+        (p, s): dict([*products_of(SHAPES[s], p).items()][: options.most])
+        for p in precisions
+        for s in shapes
+    }
     if not interpreted():
-        launches = launches_of([product for found in wanted.values() for product in found], own_target())
-        compiling = results.Journal(options.results, "prewarm", conditions(torch.device("cpu"), ["sweep", *argv]))
+        launches = launches_of(
+            [product for found in wanted.values() for product in found], own_target()
+        )
+        compiling = results.Journal(
+            options.results, "prewarm", conditions(torch.device("cpu"), ["sweep", *argv])
+        )
         compile_all(launches, own_target(), options.jobs, compiling, Console(stderr=True))
         compiling.finish()
     journal = results.Journal(options.results, "sweep", run)

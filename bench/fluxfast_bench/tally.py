@@ -1,8 +1,9 @@
 """What a step launches and moves, counted op by op on meta tensors (see `meta_step`).
 
-An op's bytes are those of its tensors, each once: inputs read, outputs written, a tensor changed in place both; what is
-broadcast counts as much as there is of it in memory. Views and empty tensors cost nothing. What a kernel reads again because
-its caches are too small is not in the figure: it is the least that the op as it is dispatched can move.
+An op's bytes are those of its tensors, each once: inputs read, outputs written, a tensor changed in
+place both; what is broadcast counts as much as there is of it in memory. Views and empty tensors
+cost nothing. What a kernel reads again because its caches are too small is not in the figure: it is
+the least that the op as it is dispatched can move.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fluxfast_bench.meta_step import as_on_gpu
 Category = Literal["memory", "gemm", "gemv", "attention"]
 CATEGORIES: tuple[Category, ...] = ("memory", "gemm", "gemv", "attention")
 
-# a product whose narrowest dimension is below this moves memory longer than it computes, on every GPU since Ampere: what an
-# adapter of a common rank is
+# a product whose narrowest dimension is below this moves memory longer than it computes, on every
+# GPU since Ampere: what an adapter of a common rank is
 NARROW = 128
 
 _GEMMS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_int_mm", "_scaled_mm"}
@@ -32,7 +33,16 @@ _ATTENTION = {
     for direction in ("", "_backward")
 }
 _FREE = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"),
+    *(
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "detach",
+        "alias",
+        "lift_fresh",
+    ),
     *("_unsafe_view", "_reshape_alias", "set_", "resize_"),
 }
 # in place, but their first argument is not read
@@ -81,13 +91,17 @@ class Tally:
 
 
 class Counting(TorchDispatchMode):
-    """Counts into `tally` what is dispatched while it is on; `on_launch` is for `meta_step.as_on_gpu`."""
+    """Counts into `tally` what is dispatched while it is on; `on_launch` is for
+    `meta_step.as_on_gpu`.
+    """
 
     def __init__(self, batch: int = 1) -> None:
         super().__init__()
         self.tally, self.batch = Tally(), batch
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
@@ -95,7 +109,9 @@ class Counting(TorchDispatchMode):
             self._count(func, name, args, kwargs, out)
         return out
 
-    def _count(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _count(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         inputs: list[Tensor] = []
         moved = 0
         for argument, value in zip(func._schema.arguments, args, strict=False):

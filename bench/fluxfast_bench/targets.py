@@ -22,8 +22,12 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=Path, default=TARGETS, help="default: %(default)s")
 
 
-def vram_limit(wanted: dict[str, Any], base: str, shape: str, *, streamed: bool, recompute: str) -> float | None:
-    """The most GiB for a step of that base and shape; None where nothing was promised. `wanted`: the whole file."""
+def vram_limit(
+    wanted: dict[str, Any], base: str, shape: str, *, streamed: bool, recompute: str
+) -> float | None:
+    """The most GiB for a step of that base and shape; None where nothing was promised. `wanted`:
+    the whole file.
+    """
     if recompute != "full" or not shape.endswith("px-b1"):
         return None
     place = f"{'streamed' if streamed else 'resident'}-{shape.removesuffix('px-b1')}"
@@ -35,10 +39,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: not found; run this in a checkout of fluxfast, or name the file with --targets") from None
+        raise ValueError(
+            f"{path}: not found; run this in a checkout of fluxfast, or name the file with "
+            "--targets"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     absent = [name for name in TABLES if name not in found]
     if absent:
-        raise ValueError(f"{path}: expected the tables {', '.join(TABLES)}; it has no {', '.join(absent)}")
+        raise ValueError(
+            f"{path}: expected the tables {', '.join(TABLES)}; it has no {', '.join(absent)}"
+        )
     return found

@@ -22,7 +22,10 @@ class Stats:
     count: int
 
     def as_record(self) -> dict[str, Any]:
-        return {key: round(value, 9) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return {
+            key: round(value, 9) if isinstance(value, float) else value
+            for key, value in asdict(self).items()
+        }
 
 
 def stats(samples: Sequence[float]) -> Stats:
@@ -63,7 +66,9 @@ def best_time(call: Callable[[], object], device: torch.device, seconds: float =
 
 
 class GpuClock:
-    """A clock that pytest-benchmark can be given: seconds of the current stream since the first look at it."""
+    """A clock that pytest-benchmark can be given: seconds of the current stream since the first
+    look at it.
+    """
 
     def __init__(self) -> None:
         self._last: torch.cuda.Event | None = None
@@ -84,7 +89,9 @@ gpu_clock = GpuClock()
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """The calls as one CUDA graph, so that what is timed is the GPU's work. Raises RuntimeError where that can't be."""
+    """The calls as one CUDA graph, so that what is timed is the GPU's work. Raises RuntimeError
+    where that can't be.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,8 +1,10 @@
-"""`fluxfast-bench vram`: the memory that a full-size training step takes, for every preset. No GPU is needed.
+"""`fluxfast-bench vram`: the memory that a full-size training step takes, for every preset. No GPU
+is needed.
 
-The 12 B model goes through one step on meta tensors, and every byte alive is counted (`live_bytes`): weights, adapters (fp32),
-gradients, AdamW 8-bit's states, activations, what kernels take for the time of a call. Beside it stand what
-`fluxfast-train plan` predicts, the target, and what the quickstart of SimpleTuner says it takes.
+The 12 B model goes through one step on meta tensors, and every byte alive is counted
+(`live_bytes`): weights, adapters (fp32), gradients, AdamW 8-bit's states, activations, what kernels
+take for the time of a call. Beside it stand what `fluxfast-train plan` predicts, the target, and
+what the quickstart of SimpleTuner says it takes.
 """
 
 from __future__ import annotations
@@ -27,14 +29,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fluxfast.adapters.presets import preset_targets
 from fluxfast.memory import plan
 from fluxfast.memory.host import HostMemory
-from fluxfast.memory.offload import stream_blocks
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast.memory.stream import stream_blocks
 from fluxfast.model.modulation import BLOCK_LINEARS
 from fluxfast_bench import results, targets
 from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.contestants import TARGETS
 from fluxfast_bench.live_bytes import LiveBytes
-from fluxfast_bench.meta_step import RANK, as_on_gpu, fluxfast_model, forward_backward, host_tensors, inputs_of
+from fluxfast_bench.meta_step import (
+    RANK,
+    as_on_gpu,
+    fluxfast_model,
+    forward_backward,
+    host_tensors,
+    inputs_of,
+)
 from fluxfast_bench.options import chosen, print_faults, wide_console
 
 BASES = ("bf16", "int8", "int4", "nf4", "int2", "fp8_e4m3")
@@ -52,7 +61,9 @@ QUICKSTART = {"bf16": 30, "int8": 18, "int4": 13, "nf4": 9, "int2": 9}
 
 @dataclass(frozen=True)
 class Preset:
-    """base: bf16 or a storage format. shape: one of `cases.SHAPES`. streamed: blocks and their inputs are in host memory."""
+    """base: bf16 or a storage format. shape: one of `cases.SHAPES`. streamed: blocks and their
+    inputs are in host memory.
+    """
 
     base: str
     shape: str
@@ -72,13 +83,25 @@ class Preset:
 def presets(bases: Iterable[str], shapes: Iterable[str]) -> list[Preset]:
     """Every combination."""
     shapes = list(shapes)
-    return [Preset(b, s, streamed, r) for b in bases for s in shapes for streamed in (False, True) for r in RECOMPUTE]
+    return [
+        Preset(b, s, streamed, r)
+        for b in bases
+        for s in shapes
+        for streamed in (False, True)
+        for r in RECOMPUTE
+    ]
 
 
 def measure(preset: Preset) -> int:
     """The peak, in bytes, of a step."""
     shape = SHAPES[preset.shape]
-    model = fluxfast_model(shape, adapters=ADAPTERS, format=preset.format, compute=preset.compute, recompute=preset.recompute)
+    model = fluxfast_model(
+        shape,
+        adapters=ADAPTERS,
+        format=preset.format,
+        compute=preset.compute,
+        recompute=preset.recompute,
+    )
     inputs = inputs_of(shape)
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # made by the first step and kept from then on
@@ -161,16 +184,25 @@ def violations(records: Sequence[dict[str, Any]]) -> list[str]:
     """What is above its target, or off the plan: a line each."""
     found = []
     for r in records:
-        name = f"{r['base']} {r['shape']} {'streamed' if r['streamed'] else 'resident'} {r['recompute']}"
+        name = (
+            f"{r['base']} {r['shape']} {'streamed' if r['streamed'] else 'resident'} "
+            f"{r['recompute']}"
+        )
         if r["limit_gib"] is not None and r["gib"] > r["limit_gib"]:
             found.append(f"{name}: {r['gib']:.2f} GiB, at most {r['limit_gib']}")
         if abs(r["plan_error"]) > TOLERANCE:
-            found.append(f"{name}: the plan says {r['plan_gib']:.2f} GiB, it is {r['gib']:.2f} ({r['plan_error']:+.1%})")
+            found.append(
+                f"{name}: the plan says {r['plan_gib']:.2f} GiB, it is {r['gib']:.2f} "
+                f"({r['plan_error']:+.1%})"
+            )
     return found
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="peak of the allocator in GiB; the CUDA context, about 0.5, comes on top", title_justify="left")
+    table = Table(
+        title="peak of the allocator in GiB; the CUDA context, about 0.5, comes on top",
+        title_justify="left",
+    )
     for column in ("base", "shape", "blocks", "recompute"):
         table.add_column(column, no_wrap=True)
     for column in ("GiB", "plan", "off by", "target", "quickstart"):
@@ -190,12 +222,23 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench vram",
-        description="Memory of a full-size training step. Exit status 1: one is above its target, or the plan is off.",
+        description=(
+            "Memory of a full-size training step. Exit status 1: one is above its target, or "
+            "the plan is off."
+        ),
     )
     parser.add_argument("--bases", metavar="B,…", help=f"of {', '.join(BASES)} (default: all)")
-    parser.add_argument("--shapes", metavar="S,…", help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/vram.json"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--shapes",
+        metavar="S,…",
+        help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/vram.json"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+    )
     targets.add_option(parser)
     return parser.parse_args(argv)
 
@@ -210,7 +253,10 @@ def main(argv: Sequence[str]) -> int:
         errors.print(f"fluxfast-bench vram: {error}", markup=False)
         return 1
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool, Progress(console=errors) as progress:
+    with (
+        ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool,
+        Progress(console=errors) as progress,
+    ):
         made = pool.map(partial(record_of, wanted=wanted), todo)
         records = list(progress.track(made, total=len(todo), description="presets"))
     results.write_counted(options.out, ["vram", *argv], records)

@@ -1,6 +1,7 @@
 """Contestants measured in turn, A B A B, in one process that they may take down with them.
 
-The parent learns of each thing as it happens, so that a crash or a hang costs one contestant and not the run.
+The parent learns of each thing as it happens, so that a crash or a hang costs one contestant and
+not the run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.contestants import Contestant, Setup
 from fluxfast_bench.needs import bytes_needed
 from fluxfast_bench.ours import CONTESTANTS as OURS
-from fluxfast_bench.runner import STEPS_BEFORE_REPLAY, Runner, WrongResult, check_replayed, free, verify
+from fluxfast_bench.runner import (
+    STEPS_BEFORE_REPLAY,
+    Runner,
+    WrongResult,
+    check_replayed,
+    free,
+    verify,
+)
 from fluxfast_bench.timing import synchronize, time_each
 
 CONTESTANTS: dict[str, Contestant] = {contestant.name: contestant for contestant in [*OURS, *PEERS]}
@@ -50,7 +58,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """How cases of one model are measured: `rounds` times round, at each turn `steps` of a shape, or `seconds` of them."""
+    """How cases of one model are measured: `rounds` times round, at each turn `steps` of a shape,
+    or `seconds` of them.
+    """
 
     shapes: tuple[str, ...]
     device: str
@@ -77,11 +87,13 @@ class DoesNotFit(Exception):
 
 
 def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) -> None:
-    """Builds the entries, times them in turn, and sends what comes of it; ends at once where the first, the anchor, fails.
+    """Builds the entries, times them in turn, and sends what comes of it; ends at once where the
+    first, the anchor, fails.
 
-    ("start", key); then of each shape ("ready", key, {shape: figures}) and a turn of the anchor's and its own, so that what is
-    known early is a ratio; or ("failed", key, reason), or ("later", key). ("round", key, shape, seconds of each step) is a
-    turn; the others follow once everybody is there. ("done",).
+    ("start", key); then of each shape ("ready", key, {shape: figures}) and a turn of the anchor's
+    and its own, so that what is known early is a ratio; or ("failed", key, reason), or ("later",
+    key). ("round", key, shape, seconds of each step) is a turn; the others follow once everybody is
+    there. ("done",).
     """
     runners: dict[str, tuple[Runner, dict[str, int]]] = {}
     for key in keys:
@@ -89,16 +101,23 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
         entry, device = entry_of(key, "full"), torch.device(plan.device)
         anchor = None if key == keys[0] else keys[0]
         try:
-            runners[key] = _enter(entry, plan, send, None if anchor is None else (anchor, *runners[anchor]))
+            runners[key] = _enter(
+                entry, plan, send, None if anchor is None else (anchor, *runners[anchor])
+            )
         except (DoesNotFit, torch.OutOfMemoryError) as error:
-            send(("later", key) if runners else ("failed", key, f"out of memory: {str(error).splitlines()[0]}"))
+            send(
+                ("later", key)
+                if runners
+                else ("failed", key, f"out of memory: {str(error).splitlines()[0]}")
+            )
         except WrongResult as error:
             send(("failed", key, str(error)))
         except Exception as error:
             # a peer's own code may raise anything; what it was is in the table
             text = " ".join(str(error).split())
             send(("failed", key, f"{type(error).__name__}: {text[:200]}"))
-            # a GPU that has failed for good raises again, which ends this process: the others get another
+            # a GPU that has failed for good raises again, which ends this process: the others get
+            # another
             synchronize(device)
         free(device)
         if not runners:
@@ -110,17 +129,28 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
                 _turn(key, runner, shape, counts[shape], send)
     if plan.profile is not None:
         for key, (runner, _) in runners.items():
-            _profile(runner, Path(plan.profile) / f"{plan.shapes[0]}-{key.replace(':', '-')}.json.gz")
+            _profile(
+                runner, Path(plan.profile) / f"{plan.shapes[0]}-{key.replace(':', '-')}.json.gz"
+            )
     send(("done",))
 
 
 def _enter(
-    entry: Entry, plan: Plan, send: Callable[[Event], object], anchor: tuple[str, Runner, dict[str, int]] | None
+    entry: Entry,
+    plan: Plan,
+    send: Callable[[Event], object],
+    anchor: tuple[str, Runner, dict[str, int]] | None,
 ) -> tuple[Runner, dict[str, int]]:
-    """A runner that was found to be right on each shape and has had its first turn, and the steps of a turn by shape."""
+    """A runner that was found to be right on each shape and has had its first turn, and the steps
+    of a turn by shape.
+    """
     setup = plan.setup(entry.recompute)
     device, cuda = setup.device, setup.device.type == "cuda"
-    if cuda and anchor is not None and bytes_needed(entry.contestant, setup) > torch.cuda.mem_get_info(device)[0]:
+    if (
+        cuda
+        and anchor is not None
+        and bytes_needed(entry.contestant, setup) > torch.cuda.mem_get_info(device)[0]
+    ):
         raise DoesNotFit(entry.key)
     runner: Runner | None = None
     before, counts = 0, {}
@@ -142,7 +172,9 @@ def _enter(
 
 
 def _warmed(runner: Runner, shape: Shape, before: int) -> dict[str, float]:
-    """After its first steps on a shape: the peak of memory in GiB, on a GPU, of which others had `before`."""
+    """After its first steps on a shape: the peak of memory in GiB, on a GPU, of which others had
+    `before`.
+    """
     device = runner.setup.device
     cuda = device.type == "cuda"
     runner.begin(shape)
@@ -167,7 +199,9 @@ def _count(runner: Runner, plan: Plan) -> int:
     return max(FEWEST, min(MOST, math.ceil(plan.seconds / each)))
 
 
-def _turn(key: str, runner: Runner, shape: str, steps: int, send: Callable[[Event], object]) -> None:
+def _turn(
+    key: str, runner: Runner, shape: str, steps: int, send: Callable[[Event], object]
+) -> None:
     runner.begin(SHAPES[shape])
     send(("round", key, shape, time_each(runner.step, steps, runner.setup.device)))
 
@@ -189,7 +223,8 @@ def run(job: str, *args: Any) -> Iterator[Event]:
 
 
 def run_apart(job: str, *args: Any, limit: float) -> Iterator[Event]:
-    """The same in a process of its own; ends with ("died", reason) where that did not end by itself.
+    """The same in a process of its own; ends with ("died", reason) where that did not end by
+    itself.
 
     limit: seconds that may pass without an event.
     """

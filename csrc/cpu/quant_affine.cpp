@@ -1,5 +1,5 @@
 // int4 and int2: a uniform grid per group of columns, w = scale * (unit * code - zero), searched for least squared error.
-// The search, and why its sums are exact, are in fluxfast/quant/_affine.py; names are the same there.
+// The search, and why its sums are exact, are in fluxfast/quant/affine.py; names are the same there.
 //
 // kGroups groups are searched at a time, one per SIMD lane: element k of group g is u[k][g].
 #include "quant_rows.h"

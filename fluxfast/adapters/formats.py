@@ -1,6 +1,7 @@
 """LoRA files: what fluxfast writes, and what it can go on training from.
 
-Written, as `pytorch_lora_weights.safetensors` with keys `transformer.<module>.lora_A.weight` and `.lora_B.weight`:
+Written, as `pytorch_lora_weights.safetensors` with keys `transformer.<module>.lora_A.weight` and
+`.lora_B.weight`:
 
     diffusers   metadata `lora_adapter_metadata` carries rank and alpha, where diffusers' `load_lora_weights` reads them
     comfyui     an fp32 scalar `transformer.<module>.alpha` beside each pair, which ComfyUI and diffusers read; diffusers
@@ -40,10 +41,11 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
     adapter_name: str = "default",
 ) -> Path:
-    """Writes the adapter for the *original* base weights (see `exported_state`); returns the file's path.
+    """Writes the adapter for the *original* base weights (see `exported_state`); returns the file's
+    path.
 
-    `path` is a folder, or a file's name ending in `.safetensors`. `metadata` is added to the file's own. The file is
-    whole or absent, and the same adapter always gives the same bytes.
+    `path` is a folder, or a file's name ending in `.safetensors`. `metadata` is added to the file's
+    own. The file is whole or absent, and the same adapter always gives the same bytes.
     """
     state, growth = exported_state(transformer, adapter_name)
     layers = lora_layers(transformer, adapter_name)
@@ -51,7 +53,9 @@ def save_lora(
     header = {"format": "pt", **(metadata or {})}
     if format == "comfyui":
         for name, layer in layers.items():
-            packed[f"{_PREFIX}{name}.alpha"] = torch.tensor(float(layer.lora_alpha[adapter_name] * growth))
+            packed[f"{_PREFIX}{name}.alpha"] = torch.tensor(
+                float(layer.lora_alpha[adapter_name] * growth)
+            )
     elif format == "diffusers":
         adapter = _adapter_metadata(transformer.peft_config[adapter_name], list(layers), growth)  # type: ignore[index]
         prefixed = {_PREFIX + key: value for key, value in adapter.items()}
@@ -73,10 +77,11 @@ def modelspec_metadata(
     global_step: int | None = None,
     trained_words: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Metadata by the Stability AI Model Metadata Standard 1.0.1 (github.com/Stability-AI/ModelSpec), for `save_lora`.
+    """Metadata by the Stability AI Model Metadata Standard 1.0.1
+    (github.com/Stability-AI/ModelSpec), for `save_lora`.
 
-    `resolution` is width, height in pixels; `trained_words` are the instance prompts. No date: two equal runs write equal
-    files.
+    `resolution` is width, height in pixels; `trained_words` are the instance prompts. No date: two
+    equal runs write equal files.
     """
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -98,15 +103,18 @@ def load_lora(
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> list[Parameter]:
-    """Goes on training a LoRA (`init_lora`): like `add_lora`, with modules, ranks, alphas and values from the file.
+    """Goes on training a LoRA (`init_lora`): like `add_lora`, with modules, ranks, alphas and
+    values from the file.
 
-    `lora` is what `read_lora` gave, or a path for it. Raises `read_lora`'s errors, and those of `check_fits`.
+    `lora` is what `read_lora` gave, or a path for it. Raises `read_lora`'s errors, and those of
+    `check_fits`.
     """
     if not isinstance(lora, LoraFile):
         lora = read_lora(lora)
     check_fits(transformer, lora)
     rank, alpha = lora.rank, lora.alpha
-    # PEFT reads a string as a regular expression for the whole name: `proj_out` then means that module alone
+    # PEFT reads a string as a regular expression for the whole name: `proj_out` then means that
+    # module alone
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -128,12 +136,15 @@ def _exactly(name: str) -> str:
 
 
 def _adapter_metadata(config: Any, modules: list[str], growth: int) -> dict[str, Any]:
-    """The LoraConfig that a reader rebuilds: the fields that every PEFT knows, since an unknown one fails its load."""
+    """The LoraConfig that a reader rebuilds: the fields that every PEFT knows, since an unknown one
+    fails its load.
+    """
     exact = isinstance(config.target_modules, str)
     return {
         "r": config.r * growth,
         "lora_alpha": config.lora_alpha * growth,
-        # not the run's: diffusers leaves the dropout it makes in training mode, and would drop at inference
+        # not the run's: diffusers leaves the dropout it makes in training mode, and would drop at
+        # inference
         "lora_dropout": 0.0,
         "target_modules": modules if exact else sorted(config.target_modules),
         "rank_pattern": {name: rank * growth for name, rank in config.rank_pattern.items()},
@@ -157,14 +168,24 @@ def _sorted_header(data: bytes) -> bytes:
 
 
 def check_fits(transformer: nn.Module, lora: LoraFile) -> None:
-    """ValueError where the transformer (on any device, also meta) lacks a module of the LoRA, or it has another shape."""
+    """ValueError where the transformer (on any device, also meta) lacks a module of the LoRA, or it
+    has another shape.
+    """
     modules: dict[str, Any] = dict(transformer.named_modules())
     unexpected = [name for name in lora.targets if not hasattr(modules.get(name), "in_features")]
     if unexpected:
-        raise ValueError(f"{lora.path}: the transformer has no such linear layers: {listed(unexpected)}")
+        raise ValueError(
+            f"{lora.path}: the transformer has no such linear layers: {listed(unexpected)}"
+        )
     for name, rank in lora.ranks.items():
         module = modules[name]
-        for key, expected in (("lora_A", [rank, module.in_features]), ("lora_B", [module.out_features, rank])):
+        for key, expected in (
+            ("lora_A", [rank, module.in_features]),
+            ("lora_B", [module.out_features, rank]),
+        ):
             found = list(lora.state[f"{name}.{key}.weight"].shape)
             if found != expected:
-                raise ValueError(f"{lora.path}: {name}.{key}: expected {expected} for this transformer, found {found}")
+                raise ValueError(
+                    f"{lora.path}: {name}.{key}: expected {expected} for this transformer, "
+                    f"found {found}"
+                )

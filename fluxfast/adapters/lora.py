@@ -1,8 +1,9 @@
 """LoRA on a transformer, through PEFT: W x becomes W x + (alpha / rank) · B A x, with W frozen.
 
-The initialisers `olora` and `pissa` take A₀ and B₀ out of W itself and leave W - s·B₀A₀ in the base, s = alpha / rank. The
-function is unchanged at first, but the base is no longer the file's. So A₀ and B₀ are kept beside the weights (on the
-CPU), and `exported_state` gives the LoRA against the *original* base: s·(B A - B₀A₀), one LoRA of twice the rank.
+The initialisers `olora` and `pissa` take A₀ and B₀ out of W itself and leave W - s·B₀A₀ in the
+base, s = alpha / rank. The function is unchanged at first, but the base is no longer the file's. So
+A₀ and B₀ are kept beside the weights (on the CPU), and `exported_state` gives the LoRA against the
+*original* base: s·(B A - B₀A₀), one LoRA of twice the rank.
 """
 
 import re
@@ -32,13 +33,15 @@ def add_lora(
     adapter_name: str = "default",
     dtype: torch.dtype = torch.float32,
 ) -> list[Parameter]:
-    """Freezes `transformer` (a diffusers model) and gives it a LoRA to train; returns the new parameters in order.
+    """Freezes `transformer` (a diffusers model) and gives it a LoRA to train; returns the new
+    parameters in order.
 
-    `targets` is the name of a preset or a list of module names or their ends. `alpha` None means `rank`. `init`:
-    `default` (A Kaiming-uniform, B zero), `gaussian` (A normal / rank, B zero), `olora` and `pissa` (from the base's
-    weights, which must be floating point), `pissa_niter_<n>` (PiSSA by n steps of a randomised SVD: seconds, not
-    minutes). Random numbers come from torch's global generator. `dtype` is that of the LoRA's parameters.
-    Raises ValueError, before anything is changed, for targets that match nothing, unknown inits and impossible ranks.
+    `targets` is the name of a preset or a list of module names or their ends. `alpha` None means
+    `rank`. `init`: `default` (A Kaiming-uniform, B zero), `gaussian` (A normal / rank, B zero),
+    `olora` and `pissa` (from the base's weights, which must be floating point), `pissa_niter_<n>`
+    (PiSSA by n steps of a randomised SVD: seconds, not minutes). Random numbers come from torch's
+    global generator. `dtype` is that of the LoRA's parameters. Raises ValueError, before anything
+    is changed, for targets that match nothing, unknown inits and impossible ranks.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
@@ -52,15 +55,22 @@ def add_lora(
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
-        # what is taken from the base is taken below: a config that says olora or pissa would do it again to the base of
-        # whoever loads the file
+        # what is taken from the base is taken below: a config that says olora or pissa would do it
+        # again to the base of whoever loads the file
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
-    return inject(transformer, config, adapter_name, dtype, init_from_base=init if from_base else None)
+    return inject(
+        transformer, config, adapter_name, dtype, init_from_base=init if from_base else None
+    )
 
 
 def inject(
-    transformer: Any, config: LoraConfig, adapter_name: str, dtype: torch.dtype, *, init_from_base: str | None = None
+    transformer: Any,
+    config: LoraConfig,
+    adapter_name: str,
+    dtype: torch.dtype,
+    *,
+    init_from_base: str | None = None,
 ) -> list[Parameter]:
     """Adds the adapter that `config` describes, with parameters in `dtype`; returns them."""
     # PEFT asks each linear for its weight some twenty times
@@ -74,7 +84,11 @@ def inject(
         layer.lora_B[adapter_name].to(dtype)
     # PEFT's new modules start in training mode, whatever the model is in
     transformer.train(transformer.training)
-    return [factor[adapter_name].weight for layer in layers.values() for factor in (layer.lora_A, layer.lora_B)]
+    return [
+        factor[adapter_name].weight
+        for layer in layers.values()
+        for factor in (layer.lora_A, layer.lora_B)
+    ]
 
 
 def lora_layers(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
@@ -92,10 +106,13 @@ def trainable_parameters(transformer: nn.Module) -> dict[str, Parameter]:
 
 
 def check_init(transformer: nn.Module, modules: list[str], init: str, rank: int) -> bool:
-    """Whether `init` takes its values from the base's weights; ValueError where it can't. The weights may be on meta."""
+    """Whether `init` takes its values from the base's weights; ValueError where it can't. The
+    weights may be on meta.
+    """
     if init == "loftq":
         raise ValueError(
-            "lora_init_type 'loftq' corrects the error of a quantised base, and needs one that fluxfast can't give it "
+            "lora_init_type 'loftq' corrects the error of a quantised base, and needs one that "
+            "fluxfast can't give it "
             f"yet: choose one of {', '.join(INIT_TYPES)}"
         )
     if init not in INIT_TYPES and not re.fullmatch(r"pissa_niter_[1-9]\d*", init):
@@ -106,10 +123,18 @@ def check_init(transformer: nn.Module, modules: list[str], init: str, rank: int)
         module: Any = transformer.get_submodule(name)
         weight = getattr(module, "weight", None)
         if isinstance(module, LoraLayer):
-            raise ValueError(f"lora_init_type {init!r} changes the base, but {name} already carries another adapter")
-        if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"lora_init_type {init!r} needs a base in floating point, but {name} is a {type(module).__name__}: "
+                f"lora_init_type {init!r} changes the base, but {name} already carries another "
+                "adapter"
+            )
+        if not isinstance(weight, Tensor) or weight.dtype not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            raise ValueError(
+                f"lora_init_type {init!r} needs a base in floating point, but {name} is a "
+                f"{type(module).__name__}: "
                 "set base_model_precision to no_change, or lora_init_type to default"
             )
         if rank > min(module.in_features, module.out_features):
@@ -127,7 +152,8 @@ def _init_from_base(layer: Any, adapter_name: str, init: str, dtype: torch.dtype
         layer.olora_init(adapter_name)
     else:
         layer.pissa_init(adapter_name, init)
-    # the residual is taken again below, from the factors as they are after their rounding to `dtype`
+    # the residual is taken again below, from the factors as they are after their rounding to
+    # `dtype`
     weight.data = original
     factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     for factor in factors:
@@ -136,7 +162,9 @@ def _init_from_base(layer: Any, adapter_name: str, init: str, dtype: torch.dtype
 
 
 @torch.no_grad()
-def _subtract_from_base(layer: Any, adapter_name: str, initial_a: Tensor, initial_b: Tensor) -> None:
+def _subtract_from_base(
+    layer: Any, adapter_name: str, initial_a: Tensor, initial_b: Tensor
+) -> None:
     """W -= s·B₀A₀, and remembers the two factors."""
     weight = layer.get_base_layer().weight
     a, b = (factor.to(weight.device, torch.float64) for factor in (initial_a, initial_b))
@@ -152,29 +180,41 @@ def _initial_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor] | N
     return (a.initial, b.initial) if hasattr(a, "initial") else None
 
 
-def exported_state(transformer: nn.Module, adapter_name: str = "default") -> tuple[dict[str, Tensor], int]:
-    """The adapter against the original base, on the CPU, and the factor by which its rank and alpha have grown.
+def exported_state(
+    transformer: nn.Module, adapter_name: str = "default"
+) -> tuple[dict[str, Tensor], int]:
+    """The adapter against the original base, on the CPU, and the factor by which its rank and alpha
+    have grown.
 
-    Keys are `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank]. The factor is 2 for an adapter
-    initialised from the base (A over A₀, B beside -B₀), else 1.
+    Keys are `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank]. The
+    factor is 2 for an adapter initialised from the base (A over A₀, B beside -B₀), else 1.
     """
     state: dict[str, Tensor] = {}
     growth = 1
     for name, layer in lora_layers(transformer, adapter_name).items():
-        a, b = (factor[adapter_name].weight.detach().cpu() for factor in (layer.lora_A, layer.lora_B))
+        a, b = (
+            factor[adapter_name].weight.detach().cpu() for factor in (layer.lora_A, layer.lora_B)
+        )
         initial = _initial_factors(layer, adapter_name)
         if initial is not None:
             growth = 2
             a, b = torch.cat([a, initial[0].to(a)]), torch.cat([b, -initial[1].to(b)], dim=1)
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = (
+            a.contiguous(),
+            b.contiguous(),
+        )
     return state, growth
 
 
 def adapter_state(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What resuming needs, bit for bit: the parameters, alpha, and A₀, B₀ (`.initial`) where they came from the base."""
+    """What resuming needs, bit for bit: the parameters, alpha, and A₀, B₀ (`.initial`) where they
+    came from the base.
+    """
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(transformer, adapter_name).items():
-        state[f"{name}.alpha"] = torch.tensor(float(layer.lora_alpha[adapter_name]), dtype=torch.float64)
+        state[f"{name}.alpha"] = torch.tensor(
+            float(layer.lora_alpha[adapter_name]), dtype=torch.float64
+        )
         for key in ("lora_A", "lora_B"):
             factor = getattr(layer, key)[adapter_name]
             state[f"{name}.{key}.weight"] = factor.weight.detach()
@@ -184,11 +224,14 @@ def adapter_state(transformer: nn.Module, adapter_name: str = "default") -> dict
 
 
 @torch.no_grad()
-def load_adapter_state(transformer: nn.Module, state: dict[str, Tensor], adapter_name: str = "default") -> None:
-    """Puts `adapter_state`'s tensors back, into a model that has its original base and the same adapter.
+def load_adapter_state(
+    transformer: nn.Module, state: dict[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Puts `adapter_state`'s tensors back, into a model that has its original base and the same
+    adapter.
 
-    Add the adapter with `init="default"`: A₀ and B₀ come from the state, and are taken out of the base here. Parameters
-    keep their identity. ValueError where the state is another adapter's.
+    Add the adapter with `init="default"`: A₀ and B₀ come from the state, and are taken out of the
+    base here. Parameters keep their identity. ValueError where the state is another adapter's.
     """
     layers = lora_layers(transformer, adapter_name)
     _check_same_adapter(layers, adapter_name, state)
@@ -196,21 +239,40 @@ def load_adapter_state(transformer: nn.Module, state: dict[str, Tensor], adapter
         layer.lora_A[adapter_name].weight.copy_(state[f"{name}.lora_A.weight"])
         layer.lora_B[adapter_name].weight.copy_(state[f"{name}.lora_B.weight"])
         if f"{name}.lora_A.initial" in state:
-            assert _initial_factors(layer, adapter_name) is None, "add the adapter with init='default' to resume it"
-            _subtract_from_base(layer, adapter_name, state[f"{name}.lora_A.initial"], state[f"{name}.lora_B.initial"])
+            assert _initial_factors(layer, adapter_name) is None, (
+                "add the adapter with init='default' to resume it"
+            )
+            _subtract_from_base(
+                layer,
+                adapter_name,
+                state[f"{name}.lora_A.initial"],
+                state[f"{name}.lora_B.initial"],
+            )
 
 
-def _check_same_adapter(layers: dict[str, Any], adapter_name: str, state: dict[str, Tensor]) -> None:
+def _check_same_adapter(
+    layers: dict[str, Any], adapter_name: str, state: dict[str, Tensor]
+) -> None:
     expected = {f"{name}.{key}.weight" for name in layers for key in ("lora_A", "lora_B")}
     found = {key for key in state if key.endswith(".weight")}
     if expected != found:
         differing = sorted(expected ^ found)
-        raise ValueError(f"the saved adapter has other modules than this run's, first {', '.join(differing[:3])}")
+        raise ValueError(
+            f"the saved adapter has other modules than this run's, first {', '.join(differing[:3])}"
+        )
     for name, layer in layers.items():
         for key in ("lora_A", "lora_B"):
-            shape, saved_shape = getattr(layer, key)[adapter_name].weight.shape, state[f"{name}.{key}.weight"].shape
+            shape, saved_shape = (
+                getattr(layer, key)[adapter_name].weight.shape,
+                state[f"{name}.{key}.weight"].shape,
+            )
             if shape != saved_shape:
-                raise ValueError(f"{name}.{key}: expected {list(shape)}, found {list(saved_shape)} in the saved adapter")
+                raise ValueError(
+                    f"{name}.{key}: expected {list(shape)}, found {list(saved_shape)} in the "
+                    "saved adapter"
+                )
         alpha, saved_alpha = layer.lora_alpha[adapter_name], state[f"{name}.alpha"].item()
         if alpha != saved_alpha:
-            raise ValueError(f"{name}: expected alpha {alpha}, found {saved_alpha} in the saved adapter")
+            raise ValueError(
+                f"{name}: expected alpha {alpha}, found {saved_alpha} in the saved adapter"
+            )

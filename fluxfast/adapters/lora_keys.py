@@ -1,7 +1,9 @@
-"""The keys of LoRA files, in the spellings of the programs that write them, sorted into pairs for FLUX.1's linears.
+"""The keys of LoRA files, in the spellings of the programs that write them, sorted into pairs for
+FLUX.1's linears.
 
-A key is prefixes + module + part. Modules are FLUX.1's linears by diffusers' names or by BFL's (`model/layouts.py` holds the
-table), in two spellings each: with dots, or with underscores in place of the dots. So one table reads
+A key is prefixes + module + part. Modules are FLUX.1's linears by diffusers' names or by BFL's
+(`checkpoint/naming.py` holds the table), in two spellings each: with dots, or with underscores in
+place of the dots. So one table reads
 
     diffusers, PEFT     transformer.<module>.lora_A.weight, base_model.model.<module>.lora_A.default.weight
     ComfyUI             diffusion_model.<module>.lora_A.weight, or .lora_down.weight
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fluxfast.adapters.presets import FUSED_PROJECTIONS
-from fluxfast.model.layouts import SWAPPED, bfl_linears
+from fluxfast.checkpoint.naming import SWAPPED, bfl_linears
 
 _DOTTED_PREFIXES = (
     "base_model.model.",
@@ -32,7 +34,9 @@ _DOTTED_PREFIXES = (
     "_orig_mod.",
 )
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-_TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoders?(_\d)?\.|te\d\.|clip_[lg]\.|t5(xxl)?\.|bundle_emb\.")
+_TEXT_ENCODER = re.compile(
+    r"lora_te\d?_|text_encoders?(_\d)?\.|te\d\.|clip_[lg]\.|t5(xxl)?\.|bundle_emb\."
+)
 _BLOCK = re.compile(r"blocks[._](\d{1,4})[._]")
 _PARTS = {
     "A": re.compile(r"\.(lora_A(\.[^.]+)?|lora_down|(lora\.|lora_linear_layer\.)?down)\.weight$"),
@@ -65,7 +69,8 @@ _XLABS_DOUBLE = {
 class Target(NamedTuple):
     """The linears of diffusers' transformer that one pair of a file stands for.
 
-    Each of `modules` has its share of the rows of B, in this order. `swap`: B's two halves lie the other way round.
+    Each of `modules` has its share of the rows of B, in this order. `swap`: B's two halves lie the
+    other way round.
     """
 
     modules: tuple[str, ...]
@@ -73,7 +78,9 @@ class Target(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The keys of one LoRA pair, and the module as the file names it, without prefixes; `alpha` is None if it has none."""
+    """The keys of one LoRA pair, and the module as the file names it, without prefixes; `alpha` is
+    None if it has none.
+    """
 
     name: str
     target: Target
@@ -94,8 +101,8 @@ class SortedKeys:
 def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
     """Sorts a file's keys by what they belong to.
 
-    ValueError, naming keys, for adapters of another kind, a pair of which one half is missing, and a file without a pair
-    for the transformer.
+    ValueError, naming keys, for adapters of another kind, a pair of which one half is missing, and
+    a file without a pair for the transformer.
     """
     result = SortedKeys()
     stems: dict[str, dict[str, str]] = {}
@@ -104,7 +111,10 @@ def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
         if _TEXT_ENCODER.match(key):
             result.text_encoders.append(key)
         elif kind := _other_adapter(key):
-            raise ValueError(f"{file}: holds {kind} weights ({key}), which fluxfast can't continue from; it reads plain LoRA")
+            raise ValueError(
+                f"{file}: holds {kind} weights ({key}), which fluxfast can't continue from; it "
+                "reads plain LoRA"
+            )
         elif stem and part not in stems.setdefault(stem, {}):
             stems[stem][part] = key
         else:
@@ -117,16 +127,23 @@ def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
         elif not {"A", "B"} <= found.keys():
             halves += [key for part, key in found.items() if part != "alpha"]
         else:
-            result.pairs.append(Pair(_bare(stem), targets[stem], found["A"], found["B"], found.get("alpha")))
+            result.pairs.append(
+                Pair(_bare(stem), targets[stem], found["A"], found["B"], found.get("alpha"))
+            )
     if halves:
-        raise ValueError(f"{file}: the other half of a LoRA pair is missing beside {listed(halves)}: an incomplete file")
+        raise ValueError(
+            f"{file}: the other half of a LoRA pair is missing beside {listed(halves)}: an "
+            "incomplete file"
+        )
     if not result.pairs:
         _refuse_without_pairs(file, result)
     return result
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key's module, prefixes included, and which part of a pair it is: `A`, `B` or `alpha`; two empty texts for neither."""
+    """A key's module, prefixes included, and which part of a pair it is: `A`, `B` or `alpha`; two
+    empty texts for neither.
+    """
     for part, pattern in _PARTS.items():
         if match := pattern.search(key):
             return key[: match.start()], part
@@ -146,10 +163,12 @@ def _other_adapter(key: str) -> str | None:
 def _refuse_without_pairs(file: Path, keys: SortedKeys) -> None:
     if keys.text_encoders and not keys.leftover:
         raise ValueError(
-            f"{file}: holds a LoRA of text encoders only ({listed(keys.text_encoders)}); fluxfast trains the transformer alone"
+            f"{file}: holds a LoRA of text encoders only ({listed(keys.text_encoders)}); "
+            "fluxfast trains the transformer alone"
         )
     raise ValueError(
-        f"{file}: holds no LoRA weights for FLUX.1's transformer; none of its {len(keys.leftover)} keys belongs to a pair for "
+        f"{file}: holds no LoRA weights for FLUX.1's transformer; none of its "
+        f"{len(keys.leftover)} keys belongs to a pair for "
         f"one of its linears: {listed(keys.leftover)}"
     )
 
@@ -164,7 +183,9 @@ def _bare(stem: str) -> str:
 
 
 def _targets(stems: Iterable[str]) -> dict[str, Target]:
-    """What each known module of the file stands for; the transformer's number of blocks is not asked for here."""
+    """What each known module of the file stands for; the transformer's number of blocks is not
+    asked for here.
+    """
     bare = {stem: _bare(stem) for stem in stems}
     known = _spellings({int(i) for name in bare.values() for i in _BLOCK.findall(name)})
     return {stem: known[name] for stem, name in bare.items() if name in known}
@@ -181,14 +202,23 @@ def _spellings(blocks: Iterable[int]) -> dict[str, Target]:
             names[module] = Target((module,))
             block, attention, linear = module.partition(".attn.")
             if attention:
-                names[f"{block}.attn.processor.{linear.removesuffix('.0')}_lora"] = Target((module,))
+                names[f"{block}.attn.processor.{linear.removesuffix('.0')}_lora"] = Target(
+                    (module,)
+                )
     for i in indices:
         for block in (f"transformer_blocks.{i}", f"single_transformer_blocks.{i}"):
             # a transformer whose projections were fused has these instead
-            names |= {f"{block}.attn.{linear}": Target((f"{block}.attn.{linear}",)) for linear in FUSED_PROJECTIONS}
+            names |= {
+                f"{block}.attn.{linear}": Target((f"{block}.attn.{linear}",))
+                for linear in FUSED_PROJECTIONS
+            }
         for xlabs, bfl in _XLABS_DOUBLE.items():
-            names[f"double_blocks.{i}.processor.{xlabs}"] = Target(fused[f"double_blocks.{i}.{bfl}"])
+            names[f"double_blocks.{i}.processor.{xlabs}"] = Target(
+                fused[f"double_blocks.{i}.{bfl}"]
+            )
         query_key_value = fused[f"single_blocks.{i}.linear1"][:3]
         names[f"single_blocks.{i}.processor.qkv_lora"] = Target(query_key_value)
-        names[f"single_blocks.{i}.processor.proj_lora"] = Target(fused[f"single_blocks.{i}.linear2"])
+        names[f"single_blocks.{i}.processor.proj_lora"] = Target(
+            fused[f"single_blocks.{i}.linear2"]
+        )
     return names | {name.replace(".", "_"): target for name, target in names.items()}

@@ -7,8 +7,8 @@ Where it is taken from, the first that says something about a module holds:
 3. `adapter_config.json` in the same folder, PEFT's LoraConfig;
 4. else alpha is the rank, as diffusers, ComfyUI and kohya's scripts have it.
 
-kohya's metadata `ss_network_alpha` is no source: kohya writes an alpha tensor beside every pair, and a converter that
-multiplied alpha into the weights leaves the metadata as it was.
+kohya's metadata `ss_network_alpha` is no source: kohya writes an alpha tensor beside every pair,
+and a converter that multiplied alpha into the weights leaves the metadata as it was.
 """
 
 import json
@@ -37,8 +37,8 @@ _OTHER_FUNCTION = (
     "monteclora_config",
     "layer_replication",
 )
-# initialisers that move a part of the base into the pair, by how their names begin: what the file holds then belongs to a
-# base that isn't FLUX.1's any more
+# initialisers that move a part of the base into the pair, by how their names begin: what the file
+# holds then belongs to a base that isn't FLUX.1's any more
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _PLAIN_ONLY = "fluxfast can go on from plain LoRA only"
 
@@ -51,11 +51,14 @@ class LoraSettings:
     fields: Mapping[str, Any]
 
     def alpha(self, module: str, rank: int) -> float | None:
-        """Alpha for scale alpha / rank; None if nothing is said. ValueError if another rank is said than the tensors have."""
+        """Alpha for scale alpha / rank; None if nothing is said. ValueError if another rank is said
+        than the tensors have.
+        """
         said = self._value("r", "rank_pattern", module)
         if said is not None and said != rank:
             raise ValueError(
-                f"{self.where} gives {module} rank {said:g}, but its tensors have rank {rank}: these settings are another "
+                f"{self.where} gives {module} rank {said:g}, but its tensors have rank {rank}: "
+                "these settings are another "
                 "LoRA's, so alpha isn't known; take them out"
             )
         alpha = self._value("lora_alpha", "alpha_pattern", module)
@@ -70,27 +73,40 @@ class LoraSettings:
             key = get_pattern_key(list(by_module), module)
             value = by_module.get(key, self.fields.get(common))
         except (AttributeError, TypeError, re.error) as error:
-            raise ValueError(f"{self.where}: {pattern} is no table of module names and numbers ({error})") from error
+            raise ValueError(
+                f"{self.where}: {pattern} is no table of module names and numbers ({error})"
+            ) from error
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{self.where}: expected a number for {common} of {module}, found {value!r}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise ValueError(
+                f"{self.where}: expected a number for {common} of {module}, found {value!r}"
+            )
         return float(value)
 
 
 def read_settings(file: Path, metadata: Mapping[str, str]) -> list[LoraSettings]:
     """The LoraConfigs that hold for a file, the first before the second.
 
-    `adapter_config.json` is that of the folder's `adapter_model.safetensors`, or of any file if there is none of that name.
-    ValueError where one is not readable, or describes an adapter that isn't plain LoRA.
+    `adapter_config.json` is that of the folder's `adapter_model.safetensors`, or of any file if
+    there is none of that name. ValueError where one is not readable, or describes an adapter that
+    isn't plain LoRA.
     """
     found = []
     if text := metadata.get(LORA_ADAPTER_METADATA_KEY):
         where = f"{file}: its metadata {LORA_ADAPTER_METADATA_KEY}"
-        fields = {key.removeprefix("transformer."): value for key, value in _parse(where, text).items()}
+        fields = {
+            key.removeprefix("transformer."): value for key, value in _parse(where, text).items()
+        }
         found.append(LoraSettings(where, fields))
     config = file.parent / ADAPTER_CONFIG
-    if config.is_file() and (file.name == PEFT_WEIGHTS or not (file.parent / PEFT_WEIGHTS).exists()):
+    if config.is_file() and (
+        file.name == PEFT_WEIGHTS or not (file.parent / PEFT_WEIGHTS).exists()
+    ):
         found.append(LoraSettings(str(config), _parse(str(config), config.read_bytes())))
     for settings in found:
         _check_plain_lora(settings)
@@ -103,7 +119,8 @@ def ignored_network_alpha(metadata: Mapping[str, str]) -> str | None:
     if alpha is None or alpha == rank:
         return None
     return (
-        f"its metadata gives network alpha {alpha} at rank {rank}, but beside its weights lie no alpha tensors: they count "
+        f"its metadata gives network alpha {alpha} at rank {rank}, but beside its weights lie "
+        "no alpha tensors: they count "
         "with alpha = rank, as other programs read them"
     )
 
@@ -115,7 +132,9 @@ def _parse(where: str, text: str | bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where} isn't JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a table of LoraConfig's fields, found {type(fields).__name__}")
+        raise ValueError(
+            f"{where}: expected a table of LoraConfig's fields, found {type(fields).__name__}"
+        )
     return fields
 
 
@@ -128,10 +147,15 @@ def _check_plain_lora(settings: LoraSettings) -> None:
         if fields.get(name):
             raise ValueError(f"{where} has {name} on ({fields[name]!r}), and {_PLAIN_ONLY}")
     if (bias := fields.get("bias") or "none") != "none":
-        raise ValueError(f"{where} has bias {bias!r}: it trained biases too, which fluxfast doesn't; expected bias 'none'")
+        raise ValueError(
+            f"{where} has bias {bias!r}: it trained biases too, which fluxfast doesn't; "
+            "expected bias 'none'"
+        )
     init = fields.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
         raise ValueError(
-            f"{where} has init_lora_weights {init!r}, which moves a part of the base into the LoRA: its weights don't fit "
-            "FLUX.1 itself. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first"
+            f"{where} has init_lora_weights {init!r}, which moves a part of the base into the "
+            "LoRA: its weights don't fit "
+            "FLUX.1 itself. Convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) first"
         )

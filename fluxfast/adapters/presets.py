@@ -1,7 +1,8 @@
 """Which linears of FLUX.1 a LoRA sits on: the presets of `flux_lora_target`.
 
-A target is a module name or the end of one: it names every module whose dotted name equals it or ends in `.` + target
-(PEFT's rule). So `proj_out` means each single block's and the transformer's own last linear as well.
+A target is a module name or the end of one: it names every module whose dotted name equals it or
+ends in `.` + target (PEFT's rule). So `proj_out` means each single block's and the transformer's
+own last linear as well.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,15 @@ FUSED_PROJECTIONS = ("to_qkv", "add_qkv_proj")
 _CONTEXT = ("add_k_proj", "add_q_proj", "add_v_proj", "add_qkv_proj", "to_add_out")
 _CONTEXT_FFS = (*_CONTEXT, "ff_context.net.0.proj", "ff_context.net.2")
 _ALL = ("to_q", "to_k", "to_v", "to_qkv", "to_out.0", *_CONTEXT)
-_ALL_FFS = (*_ALL, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+_ALL_FFS = (
+    *_ALL,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+)
 _IMAGE_ATTENTION = ("to_q", "to_k", "to_v", "to_qkv", "to_out.0")
 
 PRESETS: dict[str, TargetPreset] = {
@@ -34,8 +43,12 @@ PRESETS: dict[str, TargetPreset] = {
     "context+ffs": TargetPreset(_CONTEXT_FFS, 114),
     "all+ffs": TargetPreset(_ALL_FFS, 419),
     "all+ffs+embedder": TargetPreset((*_ALL_FFS, "x_embedder"), 420),
-    "ai-toolkit": TargetPreset((*_ALL_FFS, "norm.linear", "norm1.linear", "norm1_context.linear"), 495),
-    "tiny": TargetPreset(("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"), 2),
+    "ai-toolkit": TargetPreset(
+        (*_ALL_FFS, "norm.linear", "norm1.linear", "norm1_context.linear"), 495
+    ),
+    "tiny": TargetPreset(
+        ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"), 2
+    ),
     "nano": TargetPreset(("single_transformer_blocks.7.proj_out",), 1),
     # SimpleTuner accepts these two names and gives them its default list
     "mmdit": TargetPreset(_IMAGE_ATTENTION, 190),
@@ -44,27 +57,41 @@ PRESETS: dict[str, TargetPreset] = {
 
 
 def preset_targets(name: str) -> tuple[str, ...]:
-    """A preset's targets. ValueError for an unknown name, and for `controlnet`, which has no ControlNet to sit on."""
+    """A preset's targets. ValueError for an unknown name, and for `controlnet`, which has no
+    ControlNet to sit on.
+    """
     if name == "controlnet":
-        raise ValueError("flux_lora_target 'controlnet' needs a ControlNet, which fluxfast doesn't train yet")
+        raise ValueError(
+            "flux_lora_target 'controlnet' needs a ControlNet, which fluxfast doesn't train yet"
+        )
     if name not in PRESETS:
         raise ValueError(f"unknown flux_lora_target {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].targets
 
 
-def match_targets(transformer: nn.Module, targets: Sequence[str], *, optional: Iterable[str] = ()) -> list[str]:
+def match_targets(
+    transformer: nn.Module, targets: Sequence[str], *, optional: Iterable[str] = ()
+) -> list[str]:
     """The names of the modules that `targets` name, in the model's order.
 
-    ValueError names each target, unless in `optional`, that matches nothing, and any matched module that isn't linear.
+    ValueError names each target, unless in `optional`, that matches nothing, and any matched module
+    that isn't linear.
     """
     modules = dict(transformer.named_modules())
-    matched = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
+    matched = {
+        t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets
+    }
     absent = [t for t, names in matched.items() if not names and t not in set(optional)]
     if absent or not any(matched.values()):
-        raise ValueError(f"LoRA targets that match no module of {type(transformer).__name__}: {', '.join(absent or targets)}")
+        raise ValueError(
+            f"LoRA targets that match no module of {type(transformer).__name__}: "
+            f"{', '.join(absent or targets)}"
+        )
     wanted = {name for names in matched.values() for name in names}
     # a linear that carries an adapter already is a tuner layer, not a linear
     other = [name for name in wanted if not isinstance(modules[name], nn.Linear | BaseTunerLayer)]
     if other:
-        raise ValueError(f"LoRA targets must be linear layers; these aren't: {', '.join(sorted(other)[:3])}")
+        raise ValueError(
+            f"LoRA targets must be linear layers; these aren't: {', '.join(sorted(other)[:3])}"
+        )
     return [name for name in modules if name in wanted]

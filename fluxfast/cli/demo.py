@@ -1,4 +1,6 @@
-"""`fluxfast-train demo`: write a small pipeline, real photographs and a config, then train as any run is trained."""
+"""`fluxfast-train demo`: write a small pipeline, real photographs and a config, then train as any
+run is trained.
+"""
 
 from __future__ import annotations
 
@@ -93,13 +95,16 @@ def dataset_json(root: Path) -> list[dict[str, object]]:
 def write_demo(root: Path, steps: int) -> Path:
     """Write pipeline, images, captions and configs under `root`; returns the path of config.json."""
     # the pipeline's libraries take seconds to import; `--help` doesn't need them
-    from fluxfast.cli.demo_pipeline import PHOTOGRAPHS, make_pipeline, photographs
+    from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
 
     make_pipeline(root / "pipeline", TRANSFORMER_CONFIG)
     (root / "images").mkdir(parents=True, exist_ok=True)
     for photograph in photographs():
         shutil.copyfile(photograph, root / "images" / photograph.name)
-        write_atomic((root / "images" / photograph.name).with_suffix(".txt"), PHOTOGRAPHS[photograph.name].encode())
+        write_atomic(
+            (root / "images" / photograph.name).with_suffix(".txt"),
+            PHOTOGRAPHS[photograph.name].encode(),
+        )
     for name, content in (
         ("user_prompt_library.json", PROMPTS),
         ("multidatabackend.json", dataset_json(root)),
@@ -112,10 +117,17 @@ def write_demo(root: Path, steps: int) -> Path:
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "fluxfast-train demo",
-        description="Train a LoRA on a few photographs and a small FLUX.1-shaped model: no network, no GPU, no account.",
+        description=(
+            "Train a LoRA on a few photographs and a small FLUX.1-shaped model: no network, no "
+            "GPU, no account."
+        ),
     )
-    parser.add_argument("--output", type=Path, default=Path("fluxfast-demo"), help="folder to write (%(default)s)")
-    parser.add_argument("--max-train-steps", type=int, default=STEPS, help="steps to train (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("fluxfast-demo"), help="folder to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-train-steps", type=int, default=STEPS, help="steps to train (%(default)s)"
+    )
     arguments = parser.parse_args(words)
     if arguments.max_train_steps < 1:
         parser.error(f"--max-train-steps {arguments.max_train_steps}: expected at least 1")

@@ -1,4 +1,6 @@
-"""`fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N] [--option=value ...]`"""
+"""`fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N]
+[--option=value ...]`
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fluxfast.cli.doctor_report import as_json, show
-from fluxfast.data.settings import ConfigError
-from fluxfast.train.config import TrainConfig, load_config
+from fluxfast.config.run import TrainConfig, load_config
+from fluxfast.config.settings import ConfigError
 
 HELP = """fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N] [--option=value ...]
 
@@ -55,7 +57,11 @@ def parse(words: Sequence[str]) -> Options:
         word = left.pop(0)
         name, _, value = word.partition("=")
         if word in ("--all", "--short", "--json"):
-            setattr(options, {"--all": "everything", "--short": "short", "--json": "as_json"}[word], True)
+            setattr(
+                options,
+                {"--all": "everything", "--short": "short", "--json": "as_json"}[word],
+                True,
+            )
         elif name in ("--device", "--workers"):
             if "=" not in word:
                 if not left:
@@ -108,19 +114,23 @@ def _device(asked: str | None) -> Any:
 
 
 def scope_for(options: Options, config: TrainConfig | None, device: Any) -> Any:
-    """What the command asks to be checked. Raises ValueError where the device lacks what the config asks for."""
+    """What the command asks to be checked. Raises ValueError where the device lacks what the config
+    asks for.
+    """
+    from fluxfast.config.run import default_config
     from fluxfast.doctor.scope import everything, sizes_for
-    from fluxfast.ops import _impl, verdicts
-    from fluxfast.train.config import default_config
+    from fluxfast.ops import dispatch, verdicts
     from fluxfast.train.health import scope_of
 
-    interpreted = device.type == "cpu" and _impl.HAS_TRITON and _impl._interpreted()
+    interpreted = device.type == "cpu" and dispatch.HAS_TRITON and dispatch._interpreted()
     if options.everything:
         return everything(device, interpreted=interpreted)
     with verdicts.ignored():
         scope = scope_of(config or default_config(), device, interpreted=interpreted)
     if options.short:
-        return replace(scope, short=True, sizes=sizes_for(device, short=True, interpreted=interpreted))
+        return replace(
+            scope, short=True, sizes=sizes_for(device, short=True, interpreted=interpreted)
+        )
     return scope
 
 
@@ -149,7 +159,12 @@ def run(options: Options, scope: Any) -> int:
     device = scope.torch_device
     checks = checks_for(scope)
     workers = workers_for(device) if options.workers is None else options.workers
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with _quiet(), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("checking", total=len(checks))
         outcomes = run_checks(checks, scope, workers, lambda _: progress.advance(bar))

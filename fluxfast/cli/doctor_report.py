@@ -13,10 +13,12 @@ from rich.text import Text
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.op_checks import NO_NATIVE_BUILD
 from fluxfast.doctor.scope import Scope
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 
 
-def as_json(machine: Mapping[str, str], scope: Scope, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+def as_json(
+    machine: Mapping[str, str], scope: Scope, outcomes: Sequence[Outcome], seconds: float
+) -> dict[str, Any]:
     """Everything that a bug report needs."""
     import torch
 
@@ -31,16 +33,29 @@ def as_json(machine: Mapping[str, str], scope: Scope, outcomes: Sequence[Outcome
     }
 
 
-def show(console: Console, machine: Mapping[str, str], outcomes: Sequence[Outcome], seconds: float, note: str) -> None:
-    """Print the machine, a line for each check, the rates, and for what failed a cause and a way out."""
+def show(
+    console: Console,
+    machine: Mapping[str, str],
+    outcomes: Sequence[Outcome],
+    seconds: float,
+    note: str,
+) -> None:
+    """Print the machine, a line for each check, the rates, and for what failed a cause and a way
+    out.
+    """
     import torch
 
     def say(text: str, style: str = "") -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True, style=style)
 
-    say(f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}")
+    say(
+        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton "
+        f"{machine['triton']}"
+    )
     say(f"fluxfast {machine['fluxfast']}; {_native_text()}; {torch.get_num_threads()} threads")
-    compared = [o for o in outcomes if o.status == "fail" or (o.status == "pass" and o.error is not None)]
+    compared = [
+        o for o in outcomes if o.status == "fail" or (o.status == "pass" and o.error is not None)
+    ]
     rates = [o for o in outcomes if o.status == "pass" and o.error is None and o.rate is not None]
     if compared:
         console.print(_checks_table(compared))
@@ -61,17 +76,23 @@ def show(console: Console, machine: Mapping[str, str], outcomes: Sequence[Outcom
         if outcome.way_out:
             say(f"  {outcome.way_out}")
     passed = sum(outcome.status == "pass" for outcome in outcomes)
-    say(f"{passed} passed, {len(failed)} failed, {sum(map(len, skipped.values()))} not checked, in {seconds:.1f} s")
+    say(
+        f"{passed} passed, {len(failed)} failed, {sum(map(len, skipped.values()))} not checked, "
+        f"in {seconds:.1f} s"
+    )
     if failed:
-        say("training minds this: `auto` passes over what failed. Please report it with the output of --json")
+        say(
+            "training minds this: `auto` passes over what failed. Please report it with the "
+            "output of --json"
+        )
     if note:
         say(f"! {note}")
 
 
 def _native_text() -> str:
-    if not _impl.HAS_NATIVE:
+    if not dispatch.HAS_NATIVE:
         return NO_NATIVE_BUILD
-    native = _impl.native
+    native = dispatch.native
     return f"the native module uses {native.cpu_isa()} of {', '.join(native.cpu_isas())}"
 
 
@@ -88,7 +109,14 @@ def _checks_table(outcomes: Sequence[Outcome]) -> Table:
         status = Text("FAIL" if failed else "pass", style="bold red" if failed else "green")
         # names end in who does it, in brackets
         name, _, by = outcome.name.partition(" (")
-        table.add_row(Text(name), Text(by.removesuffix(")")), status, error, bound, rate_text(outcome.rate, outcome.unit))
+        table.add_row(
+            Text(name),
+            Text(by.removesuffix(")")),
+            status,
+            error,
+            bound,
+            rate_text(outcome.rate, outcome.unit),
+        )
     return table
 
 
@@ -98,7 +126,11 @@ def _rates_table(outcomes: Sequence[Outcome]) -> Table:
     for column in ("measured", "plan reckons with", "of it"):
         table.add_column(column, justify="right", no_wrap=True)
     for outcome in outcomes:
-        share = "" if not outcome.assumed or outcome.rate is None else f"{outcome.rate / outcome.assumed:.0%}"
+        share = (
+            ""
+            if not outcome.assumed or outcome.rate is None
+            else f"{outcome.rate / outcome.assumed:.0%}"
+        )
         assumed = rate_text(outcome.assumed, outcome.unit)
         table.add_row(Text(outcome.name), rate_text(outcome.rate, outcome.unit), assumed, share)
     return table

@@ -1,4 +1,6 @@
-"""`fluxfast-train`: the command line. `fluxfast-train CONFIG.json` is `fluxfast-train train CONFIG.json`."""
+"""`fluxfast-train`: the command line. `fluxfast-train CONFIG.json` is `fluxfast-train train
+CONFIG.json`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,23 @@ from fluxfast import __version__
 # command: (module of fluxfast.cli, one line of help); a module is imported when its command runs
 COMMANDS = {
     "train": ("train", "train a LoRA: fluxfast-train [train] [CONFIG.json] [--option=value ...]"),
-    "plan": ("plan", "what a run takes, before anything is loaded: fluxfast-train plan CONFIG.json [--gpu NAME]"),
-    "doctor": ("doctor", "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] [--all] [--json]"),
-    "demo": ("demo", "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes"),
-    "quantize": ("quantize", "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT"),
+    "plan": (
+        "plan",
+        "what a run takes, before anything is loaded: fluxfast-train plan CONFIG.json [--gpu NAME]",
+    ),
+    "doctor": (
+        "doctor",
+        "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] "
+        "[--all] [--json]",
+    ),
+    "demo": (
+        "demo",
+        "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes",
+    ),
+    "quantize": (
+        "quantize",
+        "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT",
+    ),
 }
 HELP_FLAGS = ("-h", "--help", "help")
 

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fluxfast.data.config import load_data_config
-from fluxfast.data.config_fields import ImageDataset
-from fluxfast.data.settings import ConfigError
-from fluxfast.train.config import TrainConfig, load_config
+from fluxfast.config.dataset_fields import ImageDataset
+from fluxfast.config.datasets import load_data_config
+from fluxfast.config.run import TrainConfig, load_config
+from fluxfast.config.settings import ConfigError
 
 HELP = """fluxfast-train plan CONFIG.json [--gpu NAME] [--json] [--option=value ...]
 
@@ -72,7 +72,9 @@ def _options(words: Sequence[str]) -> tuple[str | None, bool, list[str]]:
 
 
 def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
-    """Everything that is printed, in bytes and seconds. Raises ValueError for a GPU that isn't in the table."""
+    """Everything that is printed, in bytes and seconds. Raises ValueError for a GPU that isn't in
+    the table.
+    """
     import torch
 
     from fluxfast.memory import plan
@@ -85,7 +87,13 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
         # its file says rank and modules
         config = config_of(config, read_init_lora(config, None))
     batch = budget.largest_batch(config, datasets)
-    gpu = find_gpu(gpu_name) if gpu_name else budget.gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
+    gpu = (
+        find_gpu(gpu_name)
+        if gpu_name
+        else budget.gpu_of(torch.device("cuda"))
+        if torch.cuda.is_available()
+        else None
+    )
     # without a GPU to ask, one that has everything
     compute = budget.compute_of(config, gpu or find_gpu("RTX 4090"))
     workload = budget.workload_of(config, batch, compute)
@@ -133,10 +141,14 @@ def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
             "cache_dir_vae": ".",
         }
     )
-    return [stand_in], [f"{config.data_backend_config} is not there: reckoned with the config's own resolution"]
+    return [stand_in], [
+        f"{config.data_backend_config} is not there: reckoned with the config's own resolution"
+    ]
 
 
-def _changes(config: TrainConfig, workload: Any, gpu: Any, limit: int, samples: int) -> dict[str, Any]:
+def _changes(
+    config: TrainConfig, workload: Any, gpu: Any, limit: int, samples: int
+) -> dict[str, Any]:
     """The cheapest choices that fit, or why none do."""
     from fluxfast.memory import plan
     from fluxfast.train import budget
@@ -169,7 +181,10 @@ def _choices_text(choices: Any) -> dict[str, Any]:
 def _step(config: TrainConfig, time: Any, samples: int) -> dict[str, float]:
     """Seconds of an optimiser step, by part."""
     times = config.gradient_accumulation_steps
-    parts = {name: getattr(time, name) * times for name in ("products", "attention", "memory", "transfers")}
+    parts = {
+        name: getattr(time, name) * times
+        for name in ("products", "attention", "memory", "transfers")
+    }
     return {**parts, "seconds": time.total * times, "images_per_second": samples / time.total}
 
 
@@ -180,18 +195,22 @@ def _preparing(config: TrainConfig) -> dict[str, int]:
 
     def encoder(parameters: int, precision: str) -> int:
         format = PRECISIONS[precision]
-        bits = 8 * config.weight_dtype.itemsize if format is None else FORMATS[format].bits_per_weight
+        bits = (
+            8 * config.weight_dtype.itemsize if format is None else FORMATS[format].bits_per_weight
+        )
         return round(parameters * bits / 8)
 
     # T5 v1.1 XXL's encoder, CLIP ViT-L/14's text encoder, FLUX.1's autoencoder
-    text = encoder(4_762_310_656, config.text_encoder_2_precision) + encoder(123_060_480, config.text_encoder_1_precision)
+    text = encoder(4_762_310_656, config.text_encoder_2_precision) + encoder(
+        123_060_480, config.text_encoder_1_precision
+    )
     return {"text encoders": text, "autoencoder": 2 * 83_819_683}
 
 
 def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) -> dict[str, int]:
     """Bytes of caches and checkpoints; images are counted where their folder is there already."""
     from fluxfast.memory.plan import OPTIMIZER_STATE
-    from fluxfast.train.disk import cache_bytes
+    from fluxfast.train.disk_space import cache_bytes
 
     caches = [cache_bytes(config, dataset) for dataset in datasets if dataset.id != "?"]
     state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
@@ -199,7 +218,11 @@ def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) 
         "latents": sum(latents for latents, _ in caches),
         "text embeddings": sum(texts for _, texts in caches),
         "quantised base": workload.frozen_bytes if workload.storage.format else 0,
-        "checkpoints": round(config.checkpoints_total_limit * workload.adapters * (2 * workload.adapter_itemsize + state)),
+        "checkpoints": round(
+            config.checkpoints_total_limit
+            * workload.adapters
+            * (2 * workload.adapter_itemsize + state)
+        ),
     }
 
 
@@ -207,11 +230,16 @@ def show(report: dict[str, Any], console: Console) -> None:
     """Print the report for people."""
     batch, say = report["batch"], _sayer(console)
     width, height = batch["size"]
-    say(f"largest batch: {batch['samples']} of {width}x{height} ({batch['dataset']}); products run in {report['compute']}")
+    say(
+        f"largest batch: {batch['samples']} of {width}x{height} ({batch['dataset']}); products "
+        f"run in {report['compute']}"
+    )
     for note in report["notes"]:
         say(f"· {note}")
     say(_choices_line(report["choices"]))
-    console.print(_bytes_table("VRAM, at a step's peak", report["vram"], "needed", report["vram_needed"]))
+    console.print(
+        _bytes_table("VRAM, at a step's peak", report["vram"], "needed", report["vram_needed"])
+    )
     console.print(_bytes_table("host memory", report["host"]))
     console.print(_bytes_table("VRAM before the transformer is loaded", report["preparing"]))
     console.print(_bytes_table("disk, beside the downloads", report["disk"]))
@@ -220,7 +248,10 @@ def show(report: dict[str, Any], console: Console) -> None:
         return
     name = report["gpu"]["name"]
     if (encoders := report["preparing"]["text encoders"]) > report["gpu"]["memory"] * GIB * 0.95:
-        say(f'· the text encoders take {encoders / GIB:.1f} GiB before that: set "text_encoder_2_precision": "int8-quanto"')
+        say(
+            f"· the text encoders take {encoders / GIB:.1f} GiB before that: set "
+            '"text_encoder_2_precision": "int8-quanto"'
+        )
     say(f"{name}: a step in {_step_line(report['step'])}, predicted from its peak rates")
     budget = report["budget"] / GIB
     if report["fits"]:
@@ -244,18 +275,27 @@ def _sayer(console: Console) -> Any:
 
 def _choices_line(choices: dict[str, Any]) -> str:
     recompute = ", ".join(f"{policy} in {count}" for policy, count in choices["recompute"].items())
-    inputs = ", their inputs in host memory" if choices["blocks' inputs"] == "in host memory" else ""
-    return f"recomputation of blocks: {recompute}; blocks {choices['blocks']}{inputs}; modulation {choices['modulation']}"
+    inputs = (
+        ", their inputs in host memory" if choices["blocks' inputs"] == "in host memory" else ""
+    )
+    return (
+        f"recomputation of blocks: {recompute}; blocks {choices['blocks']}{inputs}; modulation "
+        f"{choices['modulation']}"
+    )
 
 
 def _step_line(step: dict[str, float]) -> str:
     parts = ", ".join(
-        f"{name} {step[name]:.2f}" for name in ("products", "attention", "memory", "transfers") if step[name] > 0.005
+        f"{name} {step[name]:.2f}"
+        for name in ("products", "attention", "memory", "transfers")
+        if step[name] > 0.005
     )
     return f"{step['seconds']:.2f} s ({parts}), {step['images_per_second']:.2f} images a second"
 
 
-def _bytes_table(title: str, parts: dict[str, int], total: str | None = None, amount: int = 0) -> Table:
+def _bytes_table(
+    title: str, parts: dict[str, int], total: str | None = None, amount: int = 0
+) -> Table:
     table = Table("", "GiB", title=title, title_justify="left")
     table.columns[1].justify = "right"
     for name, count in parts.items():
@@ -268,9 +308,13 @@ def _bytes_table(title: str, parts: dict[str, int], total: str | None = None, am
 
 
 def _gpu_table(gpus: Sequence[Any]) -> Table:
-    table = Table(title="rates in tera-operations a second, bandwidths in GB/s", title_justify="left")
+    table = Table(
+        title="rates in tera-operations a second, bandwidths in GB/s", title_justify="left"
+    )
     for column in ("GPU", "GiB", "bandwidth", "bf16", "int8", "fp8", "PCIe", "source"):
         table.add_column(column, justify="left" if column in ("GPU", "source") else "right")
     for gpu in gpus:
-        table.add_row(gpu.name, *(f"{value:g}" if value else "-" for value in gpu[1:-1]), gpu.source)
+        table.add_row(
+            gpu.name, *(f"{value:g}" if value else "-" for value in gpu[1:-1]), gpu.source
+        )
     return table

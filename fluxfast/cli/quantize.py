@@ -18,22 +18,35 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "fluxfast-train quantize",
         description="Quantise a FLUX.1 transformer tensor by tensor; host memory stays small whatever its size. A config loads "
-        'the result by "pretrained_transformer_model_name_or_path". A run with "base_model_precision" does all this by itself.',
+        'the result by "pretrained_transformer_model_name_or_path". A run with '
+        '"base_model_precision" does all this by itself.',
     )
     parser.add_argument(
         "source",
         metavar="SRC",
         nargs="?",
-        help="safetensors file (of any ending), folder of a transformer or a pipeline, or hub repository",
+        help=(
+            "safetensors file (of any ending), folder of a transformer or a pipeline, or hub "
+            "repository"
+        ),
     )
     parser.add_argument(
-        "target", metavar="DST", type=Path, nargs="?", help="file to write (.safetensors), or folder for it and its config"
+        "target",
+        metavar="DST",
+        type=Path,
+        nargs="?",
+        help="file to write (.safetensors), or folder for it and its config",
     )
     parser.add_argument("--format", choices=FORMATS)
     parser.add_argument(
-        "--verify", metavar="FILE", help="read a file (or folder) that was quantised before, and hold it against its checksums"
+        "--verify",
+        metavar="FILE",
+        help="read a file (or folder) that was quantised before, and hold it against its checksums",
     )
-    parser.add_argument("--subfolder", help="folder of the transformer in SRC (looked for: SRC itself, then transformer)")
+    parser.add_argument(
+        "--subfolder",
+        help="folder of the transformer in SRC (looked for: SRC itself, then transformer)",
+    )
     parser.add_argument("--revision", help="of a hub repository")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument(
@@ -41,7 +54,9 @@ def main(words: Sequence[str]) -> int:
         choices=("cpu", "accelerator"),
         help="where to compute (default: an accelerator if there is one)",
     )
-    parser.add_argument("--compare-cp", action="store_true", help="time a copy of SRC first, and remove it")
+    parser.add_argument(
+        "--compare-cp", action="store_true", help="time a copy of SRC first, and remove it"
+    )
     arguments = parser.parse_args(words)
     given = [arguments.source, arguments.target, arguments.format]
     if arguments.verify is None and None in given:
@@ -54,16 +69,19 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {arguments.target or arguments.verify} is as it was before", file=sys.stderr)
+        print(
+            f"interrupted: {arguments.target or arguments.verify} is as it was before",
+            file=sys.stderr,
+        )
         return 130
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantise, and say what it took."""
     # torch and diffusers take seconds to import; `--help` doesn't need them
+    from fluxfast.checkpoint.flux import open_checkpoint
+    from fluxfast.checkpoint.locate import CONFIG_NAME, WEIGHT_ENDINGS, WEIGHTS_NAME
     from fluxfast.files import write_atomic
-    from fluxfast.model.checkpoint import open_checkpoint
-    from fluxfast.model.locate import CONFIG_NAME, WEIGHT_ENDINGS, WEIGHTS_NAME
     from fluxfast.model.transformer import FluxTransformer
     from fluxfast.train.base_model import IN_CHANNELS, quantizing_device
 
@@ -83,46 +101,61 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     size = checkpoint.quantize(FluxTransformer, file, format, quantize_on=device)
     if not single:
-        write_atomic(arguments.target / CONFIG_NAME, checkpoint.config_json(FluxTransformer, format).encode())
+        write_atomic(
+            arguments.target / CONFIG_NAME, checkpoint.config_json(FluxTransformer, format).encode()
+        )
     seconds = time.perf_counter() - start
     read = checkpoint.nbytes
     print(
         f"{file}: {format.name}, {size:,} bytes from {read:,}\n"
-        f"{seconds:.1f} s on {device}: {read / seconds / 1e9:.2f} GB/s read, {size / seconds / 1e9:.2f} GB/s written; "
+        f"{seconds:.1f} s on {device}: {read / seconds / 1e9:.2f} GB/s read, "
+        f"{size / seconds / 1e9:.2f} GB/s written; "
         f"peak memory {peak_rss() / 1e9:.2f} GB"
     )
     if copy_seconds is not None:
-        print(f"copying the source: {copy_seconds:.1f} s; quantising took {seconds / copy_seconds:.2f} times as long")
+        print(
+            f"copying the source: {copy_seconds:.1f} s; quantising took "
+            f"{seconds / copy_seconds:.2f} times as long"
+        )
     return 0
 
 
 def verify(name: str) -> int:
-    """Read a quantised file through and say whether it is what was written. Raises ValueError naming what is not."""
-    from fluxfast.model.checkpoint import open_checkpoint
+    """Read a quantised file through and say whether it is what was written. Raises ValueError
+    naming what is not.
+    """
+    from fluxfast.checkpoint.flux import open_checkpoint
 
     checkpoint = open_checkpoint(name)
     if (info := checkpoint.quantized) is None:
-        raise ValueError(f"{name}: not quantised by fluxfast, so it has no checksums to verify it by")
+        raise ValueError(
+            f"{name}: not quantised by fluxfast, so it has no checksums to verify it by"
+        )
     start = time.perf_counter()
     checkpoint.files.verify()
     seconds = time.perf_counter() - start
     tensors = len(checkpoint.files.shapes)
     print(
-        f"{info.path}: {info.format.name}, {checkpoint.nbytes:,} bytes in {tensors:,} tensors, all as they were written; "
+        f"{info.path}: {info.format.name}, {checkpoint.nbytes:,} bytes in {tensors:,} tensors, "
+        "all as they were written; "
         f"read in {seconds:.1f} s"
     )
     return 0
 
 
 def time_copy(sources: Sequence[Path], target: Path) -> float:
-    """Seconds that a plain copy of the files takes, to `target`'s folder; both times start with nothing of them in memory."""
+    """Seconds that a plain copy of the files takes, to `target`'s folder; both times start with
+    nothing of them in memory.
+    """
+    from fluxfast.checkpoint.writer import require_room
     from fluxfast.files import temporary_name
-    from fluxfast.model.tensor_writer import require_room
 
     target.parent.mkdir(parents=True, exist_ok=True)
     require_room(target, sum(path.stat().st_size for path in sources))
     forget(sources)
-    copies = [temporary_name(target.with_name(f"{i}-{path.name}")) for i, path in enumerate(sources)]
+    copies = [
+        temporary_name(target.with_name(f"{i}-{path.name}")) for i, path in enumerate(sources)
+    ]
     start = time.perf_counter()
     try:
         for path, copy in zip(sources, copies, strict=True):

@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fluxfast.data.settings import ConfigError
-from fluxfast.train.config import load_config
+from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
 
 HELP = """fluxfast-train [train] [CONFIG.json] [--option=value ...]
 
@@ -39,7 +39,11 @@ def main(words: Sequence[str]) -> int:
         print(stopped, file=sys.stderr)
         return SIGNAL_EXIT + stopped.signal
     except KeyboardInterrupt:
-        print("interrupted before a step could be saved; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted before a step could be saved; the same command goes on from the last "
+            "checkpoint",
+            file=sys.stderr,
+        )
         return SIGNAL_EXIT + signal.SIGINT
     # OSError: a full or vanished disk, at the end of the run too
     except (ValueError, OSError, NonFiniteLoss, SaveError) as error:

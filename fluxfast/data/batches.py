@@ -13,7 +13,7 @@ import torch
 from fluxfast.data.captions import pick
 from fluxfast.data.prepared import LostEntry, Prepared, PreparedDataset, Sample
 from fluxfast.data.sampler import Sampler, SampleRef
-from fluxfast.data.text import printable
+from fluxfast.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,9 @@ class Batch:
 
 
 def caption_rng(seed: int, step: int) -> random.Random:
-    """The generator that `load_batch` takes for batch `step` of a run: a resumed run draws the same captions."""
+    """The generator that `load_batch` takes for batch `step` of a run: a resumed run draws the same
+    captions.
+    """
     return random.Random(f"{seed}:captions:{step}")
 
 
@@ -60,8 +62,9 @@ def load_batch(
 ) -> Batch:
     """Read a batch from the caches; `refs` come from one `Sampler.next`.
 
-    `rng` picks one caption of each sample, and replaces it by "" with `caption_dropout_probability`. Where a cache file was
-    lost or damaged since the start, the next whole sample of the bucket takes the place of its sample, and `on_lost` is told.
+    `rng` picks one caption of each sample, and replaces it by "" with
+    `caption_dropout_probability`. Where a cache file was lost or damaged since the start, the next
+    whole sample of the bucket takes the place of its sample, and `on_lost` is told.
 
     Raises:
         LostEntry: no sample of the bucket can be read; the first that was lost is named.
@@ -128,8 +131,9 @@ def _read_one(prepared: Prepared, dataset: PreparedDataset, sample: Sample, capt
 class BatchLoader:
     """An endless iterator of a run's batches, the next few of which a thread reads ahead.
 
-    `epoch` and `state_dict()` belong to the batch handed out last, however far the thread has read: a sampler that loads this
-    state, in a loader that starts at `step`, goes on with the batch after it.
+    `epoch` and `state_dict()` belong to the batch handed out last, however far the thread has read:
+    a sampler that loads this state, in a loader that starts at `step`, goes on with the batch after
+    it.
     """
 
     def __init__(
@@ -142,10 +146,11 @@ class BatchLoader:
         read_ahead: int = 2,
         then: Callable[[Batch, int], Any] | None = None,
     ) -> None:
-        """`step` is the number of batches that the run has used so far; captions follow the sampler's seed.
+        """`step` is the number of batches that the run has used so far; captions follow the
+        sampler's seed.
 
-        `then` is called in the thread with each batch and its number, counted from 0 over the run; what it returns is handed
-        out in the batch's place.
+        `then` is called in the thread with each batch and its number, counted from 0 over the run;
+        what it returns is handed out in the batch's place.
         """
         self._then = then or (lambda batch, number: batch)
         self.step = step
@@ -157,7 +162,9 @@ class BatchLoader:
         self._told: set[str] = set()
         # a single thread, so that the sampler is asked for its steps in order
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-batches")
-        self._ahead: deque[Future[tuple[Any, int, dict]]] = deque(self._submit() for _ in range(read_ahead))
+        self._ahead: deque[Future[tuple[Any, int, dict]]] = deque(
+            self._submit() for _ in range(read_ahead)
+        )
 
     def __iter__(self) -> "BatchLoader":
         return self
@@ -169,7 +176,9 @@ class BatchLoader:
         return batch
 
     def upcoming(self) -> Callable[[], Any]:
-        """What waits for the batch that comes next, and gives it; for another thread, and for later, when it may have come."""
+        """What waits for the batch that comes next, and gives it; for another thread, and for
+        later, when it may have come.
+        """
         read = self._ahead[0]
         return lambda: read.result()[0]
 
@@ -201,7 +210,8 @@ class BatchLoader:
         if lost.what not in self._told:
             self._told.add(lost.what)
             logger.warning(
-                "%s are lost or damaged since the start: %s and others of its size are trained on in their place; the next "
+                "%s are lost or damaged since the start: %s and others of its size are trained "
+                "on in their place; the next "
                 "start computes them anew",
                 lost.what,
                 printable(instead.file),

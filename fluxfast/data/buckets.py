@@ -1,10 +1,12 @@
 """Which size each image trains at: aspect buckets, resizing and cropping.
 
-An image is resized to its *intermediary* size, which keeps its own proportions and covers the target, and is then cropped to
-the *target* size, whose sides are multiples of 64 pixels. Images of equal target size can share a batch.
+An image is resized to its *intermediary* size, which keeps its own proportions and covers the
+target, and is then cropped to the *target* size, whose sides are multiples of 64 pixels. Images of
+equal target size can share a batch.
 
-The behaviour is SimpleTuner's, with one difference: it reuses the first size that it meets for an aspect key (width / height
-to two decimals), so the sizes of very narrow images depend on the order of files. Here a plan depends on its own image only.
+The behaviour is SimpleTuner's, with one difference: it reuses the first size that it meets for an
+aspect key (width / height to two decimals), so the sizes of very narrow images depend on the order
+of files. Here a plan depends on its own image only.
 """
 
 import random
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from fluxfast.data.text import to_bytes
+from fluxfast.text import to_bytes
 
 ALIGNMENT = 64
 
@@ -30,10 +32,9 @@ class Plan:
     """How one image becomes a training image. Sizes are (width, height) in pixels.
 
     Attributes:
-        target: final size, multiples of 64.
-        intermediary: size to resize to before the crop; covers `target`.
-        crop_box: (left, top, right, bottom) within the intermediary image.
-        bucket: aspect key, target width / height to `rounding` decimals; what SimpleTuner names its buckets by.
+        target: final size, multiples of 64. intermediary: size to resize to before the crop; covers
+        `target`. crop_box: (left, top, right, bottom) within the intermediary image. bucket: aspect
+        key, target width / height to `rounding` decimals; what SimpleTuner names its buckets by.
     """
 
     target: Size
@@ -50,8 +51,8 @@ def round64(value: float) -> int:
 def target_size(aspect: float, resolution: float, resolution_type: ResolutionType) -> Size:
     """The target size for an aspect ratio (width / height).
 
-    `resolution` is the edge of the square with the wanted area (`pixel_area`, pixels), that area (`area`, megapixels of 10⁶
-    pixels), or the shorter side (`pixel`, pixels).
+    `resolution` is the edge of the square with the wanted area (`pixel_area`, pixels), that area
+    (`area`, megapixels of 10⁶ pixels), or the shorter side (`pixel`, pixels).
     """
     if resolution_type == "pixel":
         if aspect < 1:
@@ -77,10 +78,11 @@ def plan(
 ) -> Plan:
     """Plan the resize and crop of an upright image of `size` (width, height).
 
-    The arguments are the dataset's keys of the same names; all sizes are in the unit of `resolution_type` (see
-    `target_size`). Without `crop`, only what overhangs the target is cut off, by `crop_style` as well. With `crop`, an image
-    above `maximum_image_size` is resized to `target_downsample_size` and the target is cut out of that; any other is resized
-    to just cover the target. `crop_aspect_buckets` holds ratios, or `{"aspect": ratio, "weight": w}`.
+    The arguments are the dataset's keys of the same names; all sizes are in the unit of
+    `resolution_type` (see `target_size`). Without `crop`, only what overhangs the target is cut
+    off, by `crop_style` as well. With `crop`, an image above `maximum_image_size` is resized to
+    `target_downsample_size` and the target is cut out of that; any other is resized to just cover
+    the target. `crop_aspect_buckets` holds ratios, or `{"aspect": ratio, "weight": w}`.
 
     `rng` decides random crops and random aspects; seed it by `crop_rng`.
     """
@@ -93,7 +95,12 @@ def plan(
         target = (edge, edge)
 
     intermediary = _covering_size(size, target, portrait=aspect < 1)
-    if crop and maximum_image_size and target_downsample_size and _exceeds(size, maximum_image_size, resolution_type):
+    if (
+        crop
+        and maximum_image_size
+        and target_downsample_size
+        and _exceeds(size, maximum_image_size, resolution_type)
+    ):
         downsampled = target_size(own_aspect, target_downsample_size, resolution_type)
         intermediary = _covering_size(size, downsampled, portrait=own_aspect < 1)
         if intermediary[0] < target[0] or intermediary[1] < target[1]:
@@ -109,7 +116,9 @@ def plan(
 
 
 def crop_rng(seed: int, dataset_id: str, file: str) -> random.Random:
-    """The generator for one image's random crop: the same for the same seed, dataset and file, on any machine."""
+    """The generator for one image's random crop: the same for the same seed, dataset and file, on
+    any machine.
+    """
     return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}"))
 
 
@@ -123,10 +132,11 @@ def rejection(
     maximum_aspect_ratio: float | None = None,
     rounding: int = 2,
 ) -> str | None:
-    """Which of the dataset's limits an image of `size` (width, height) breaks, in words; None if it may be used.
+    """Which of the dataset's limits an image of `size` (width, height) breaks, in words; None if it
+    may be used.
 
-    `minimum_image_size` is compared with the shorter side for `pixel`, else with the area; a square crop needs both sides as
-    well, since it would enlarge the shorter one.
+    `minimum_image_size` is compared with the shorter side for `pixel`, else with the area; a square
+    crop needs both sides as well, since it would enlarge the shorter one.
     """
     width, height = size
     if minimum_image_size:
@@ -151,7 +161,9 @@ def apply(img: Image.Image, plan: Plan) -> Image.Image:
 
 
 def _area(value: float, resolution_type: ResolutionType) -> int:
-    """A size of an area type in pixels; megapixels are rounded, as 0.262144 * 1e6 falls short of 512²."""
+    """A size of an area type in pixels; megapixels are rounded, as 0.262144 * 1e6 falls short of
+    512².
+    """
     return round(value * value if resolution_type == "pixel_area" else value * 1e6)
 
 
@@ -161,13 +173,18 @@ def _exceeds(size: Size, maximum: float, resolution_type: ResolutionType) -> boo
     return size[0] * size[1] > _area(maximum, resolution_type)
 
 
-def _crop_aspect(own: float, crop_aspect: CropAspect, buckets: Sequence[Any] | None, rng: random.Random) -> float:
+def _crop_aspect(
+    own: float, crop_aspect: CropAspect, buckets: Sequence[Any] | None, rng: random.Random
+) -> float:
     if crop_aspect == "square":
         return 1.0
     if crop_aspect == "preserve":
         return own
     if not buckets:
-        raise ValueError(f"crop_aspect {crop_aspect!r} needs crop_aspect_buckets, a list of aspect ratios such as [1.0, 0.75]")
+        raise ValueError(
+            f"crop_aspect {crop_aspect!r} needs crop_aspect_buckets, a list of aspect ratios "
+            "such as [1.0, 0.75]"
+        )
     weighted = [(b["aspect"], b["weight"]) if isinstance(b, dict) else (b, 1.0) for b in buckets]
     aspects = [float(aspect) for aspect, _ in weighted]
     if crop_aspect == "closest":
@@ -176,7 +193,9 @@ def _crop_aspect(own: float, crop_aspect: CropAspect, buckets: Sequence[Any] | N
 
 
 def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:
-    """The size with the proportions of `size` that covers `target`, rounded down to whole pixels as SimpleTuner does."""
+    """The size with the proportions of `size` that covers `target`, rounded down to whole pixels as
+    SimpleTuner does.
+    """
     ratio = size[0] / size[1]
     if portrait:
         width, height = target[0], int(target[0] / ratio)
@@ -189,7 +208,9 @@ def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:
     return width, height
 
 
-def _crop_origin(intermediary: Size, target: Size, style: CropStyle, rng: random.Random) -> tuple[int, int]:
+def _crop_origin(
+    intermediary: Size, target: Size, style: CropStyle, rng: random.Random
+) -> tuple[int, int]:
     spare = (intermediary[0] - target[0], intermediary[1] - target[1])
     if style == "random":
         return rng.randint(0, spare[0]), rng.randint(0, spare[1])

@@ -1,16 +1,17 @@
 """Tensors computed once and kept on disk: one safetensors file an entry, and an index in SQLite.
 
-An entry is found by (key, fingerprint): the key says what it belongs to (an image, a caption), the fingerprint everything that
-its value depends on. A changed fingerprint is another entry, so settings can be switched back and forth, and runs with
-different settings can share a folder.
+An entry is found by (key, fingerprint): the key says what it belongs to (an image, a caption), the
+fingerprint everything that its value depends on. A changed fingerprint is another entry, so
+settings can be switched back and forth, and runs with different settings can share a folder.
 
-A file says for itself what it holds (key, fingerprint and checksum are in its header) and appears under its name only when
-it is complete and on disk. The index is never needed to read an entry. It only tells a start which files are there and
-untouched, without opening thousands of them; lost or damaged, it is made anew. So a kill at any moment costs at most the
-entries being written.
+A file says for itself what it holds (key, fingerprint and checksum are in its header) and appears
+under its name only when it is complete and on disk. The index is never needed to read an entry. It
+only tells a start which files are there and untouched, without opening thousands of them; lost or
+damaged, it is made anew. So a kill at any moment costs at most the entries being written.
 
-Every read compares the checksum. A start compares as many as a few seconds allow, so that what a failing disk has changed in
-a small cache is known, and computed anew, before the first step; in a large one a start goes on where the last one stopped.
+Every read compares the checksum. A start compares as many as a few seconds allow, so that what a
+failing disk has changed in a small cache is known, and computed anew, before the first step; in a
+large one a start goes on where the last one stopped.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ import torch
 from safetensors import SafetensorError
 
 from fluxfast.data.cache_index import Index, stamp
-from fluxfast.data.text import printable, to_bytes
 from fluxfast.files import replacing, sync_folder
+from fluxfast.text import printable, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,17 @@ VERIFY_SECONDS = 3.0
 NEVER = -1.0
 # what the system says where a disk fails, rather than where a file may not be read
 _FAILING = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
-# a write takes seconds at the very most, so older than this its temporary file was left by a process that died elsewhere
+# a write takes seconds at the very most, so older than this its temporary file was left by a
+# process that died elsewhere
 _ORPHAN_AGE_S = 3600.0
 _TEMPORARY = re.compile(r"\.[0-9a-f]{40}\.(?P<host>.*)@(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
 
 
 def fingerprint(*parts: object) -> str:
     """A hash of JSON-able values: equal parts, equal fingerprint, on any machine."""
-    return hashlib.sha256(to_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False))).hexdigest()
+    return hashlib.sha256(
+        to_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False))
+    ).hexdigest()
 
 
 class TensorCache:
@@ -67,7 +71,9 @@ class TensorCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cache folder {self.folder}: can't be created: {error.strerror}") from error
+            raise ValueError(
+                f"cache folder {self.folder}: can't be created: {error.strerror}"
+            ) from error
         self._remove_orphans()
         self._index = Index(self.folder / "index.sqlite")
 
@@ -89,7 +95,12 @@ class TensorCache:
         except FileNotFoundError:
             return None
         except _DamagedBlob as error:
-            logger.warning("cache file %s (%s) is damaged (%s): removed, to be computed again", blob, _shortened(key), error)
+            logger.warning(
+                "cache file %s (%s) is damaged (%s): removed, to be computed again",
+                blob,
+                _shortened(key),
+                error,
+            )
             with contextlib.suppress(OSError):
                 blob.unlink()
             return None
@@ -108,12 +119,14 @@ class TensorCache:
         sync_folder(self.folder)
         self._index.put_entries(rows)
 
-    def missing(self, wanted: Iterable[tuple[str, str]], *, verify_seconds: float = VERIFY_SECONDS) -> list[tuple[str, str]]:
+    def missing(
+        self, wanted: Iterable[tuple[str, str]], *, verify_seconds: float = VERIFY_SECONDS
+    ) -> list[tuple[str, str]]:
         """Those of the (key, fingerprint) pairs that must be computed, in the given order.
 
-        A file that the index doesn't know as it is (new, copied, touched or cut since) is read and checked. For
-        `verify_seconds` the others are, too, from the one that was checked longest ago on: a disk that changes a file tells
-        nobody.
+        A file that the index doesn't know as it is (new, copied, touched or cut since) is read and
+        checked. For `verify_seconds` the others are, too, from the one that was checked longest ago
+        on: a disk that changes a file tells nobody.
         """
         entries, known = list(dict.fromkeys(wanted)), self._index.entries()
         absent = set()
@@ -126,7 +139,11 @@ class TensorCache:
                 now = stamp(blob.stat())
             except FileNotFoundError:
                 if row:
-                    logger.warning("cache file %s (%s) is gone: to be computed again", blob, _shortened(entry[0]))
+                    logger.warning(
+                        "cache file %s (%s) is gone: to be computed again",
+                        blob,
+                        _shortened(entry[0]),
+                    )
                 absent.add(entry)
                 continue
             to_check.append((row.checked if row and row.stamp == now else NEVER, position, now))
@@ -144,15 +161,21 @@ class TensorCache:
         return [entry for entry in entries if entry in absent]
 
     def file_facts(self, name: str, stat: os.stat_result) -> dict | None:
-        """What `remember_files` was told of the file `name`, if nobody has written or replaced it since."""
+        """What `remember_files` was told of the file `name`, if nobody has written or replaced it
+        since.
+        """
         return self._index.facts(name, stamp(stat))
 
     def remember_files(self, files: Iterable[tuple[str, os.stat_result, dict]]) -> None:
-        """Keep JSON-able facts (a hash, a size in pixels) of files that are dear to read; `name` is any unique name."""
+        """Keep JSON-able facts (a hash, a size in pixels) of files that are dear to read; `name` is
+        any unique name.
+        """
         self._index.put_facts((name, stamp(stat), facts) for name, stat, facts in files)
 
     def _blob(self, key: str, fingerprint: str) -> Path:
-        return self.folder / (hashlib.sha256(to_bytes(f"{key}\0{fingerprint}")).hexdigest()[:40] + ".safetensors")
+        return self.folder / (
+            hashlib.sha256(to_bytes(f"{key}\0{fingerprint}")).hexdigest()[:40] + ".safetensors"
+        )
 
     def _remove_orphans(self) -> None:
         for temporary in self.folder.glob(".*.tmp"):
@@ -162,7 +185,9 @@ class TensorCache:
             # another process may remove it first
             with contextlib.suppress(FileNotFoundError):
                 old = time.time() - temporary.stat().st_mtime > _ORPHAN_AGE_S
-                if old or (named["host"] == socket.gethostname() and not _is_alive(int(named["pid"]))):
+                if old or (
+                    named["host"] == socket.gethostname() and not _is_alive(int(named["pid"]))
+                ):
                     temporary.unlink()
 
 
@@ -188,7 +213,9 @@ def _read(blob: Path) -> bytes:
 
 
 def _label(key: str) -> str:
-    """A key as a header can hold it, which is UTF-8; the file's name tells keys apart that look alike here."""
+    """A key as a header can hold it, which is UTF-8; the file's name tells keys apart that look
+    alike here.
+    """
     return key.encode("utf-8", "backslashreplace").decode()
 
 
@@ -202,8 +229,16 @@ def _decode(data: bytes, key: str, fingerprint: str) -> dict[str, torch.Tensor]:
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
-    # torch has not every dtype that a header may name, and not every header that safetensors reads is JSON for Python
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    # torch has not every dtype that a header may name, and not every header that safetensors reads
+    # is JSON for Python
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise _DamagedBlob(str(error)) from error
     metadata = header.get("__metadata__", {})
     if (metadata.get("key"), metadata.get("fingerprint")) != (_label(key), fingerprint):
@@ -224,7 +259,9 @@ def _checksum(tensors: Tensors) -> int:
 
 def _write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears under its name only once it is complete and on disk."""
-    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}@{os.getpid()}.{uuid4().hex}.tmp")
+    temporary = path.with_name(
+        f".{path.stem}.{socket.gethostname()}@{os.getpid()}.{uuid4().hex}.tmp"
+    )
     with replacing(path, temporary) as stream:
         stream.write(data)
 

@@ -1,8 +1,9 @@
-"""The index of a folder of cached tensors, in SQLite: which files a start knows, and facts about files that are dear to read.
+"""The index of a folder of cached tensors, in SQLite: which files a start knows, and facts about
+files that are dear to read.
 
-Nothing in it is needed: what it lacks is found out again. So whatever is wrong with it (a missing table, a page that no longer
-makes sense, a flipped bit) ends in a warning and a new index. It keeps SQLite's rollback journal, as its WAL mode doesn't work
-on network file systems.
+Nothing in it is needed: what it lacks is found out again. So whatever is wrong with it (a missing
+table, a page that no longer makes sense, a flipped bit) ends in a warning and a new index. It keeps
+SQLite's rollback journal, as its WAL mode doesn't work on network file systems.
 """
 
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from fluxfast.data.text import to_bytes
+from fluxfast.text import to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +41,17 @@ _OF_THE_SYSTEM = ("locked", "unable to open", "is full", "disk i/o")
 def stamp(stat: os.stat_result) -> str:
     """What tells one state of a file from another without reading it.
 
-    Copying tools set size and time of modification to the old file's, but neither the inode nor the time of the change
-    itself. Where a file system makes these up, a file is only read once more than needed.
+    Copying tools set size and time of modification to the old file's, but neither the inode nor the
+    time of the change itself. Where a file system makes these up, a file is only read once more
+    than needed.
     """
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {stat.st_ctime_ns}"
 
 
 class Known(NamedTuple):
-    """A cached file as it was when its checksum was looked at last, and when that was, in seconds since 1970."""
+    """A cached file as it was when its checksum was looked at last, and when that was, in seconds
+    since 1970.
+    """
 
     stamp: str
     checked: float
@@ -75,20 +79,32 @@ class Index:
 
     def entries(self) -> dict[str, Known]:
         """Every cached file by its name."""
-        rows = self._do(lambda db: db.execute("SELECT file, stamp, checked FROM entries").fetchall())
-        return {file: Known(stamp, checked) for file, stamp, checked in rows if isinstance(checked, float)}
+        rows = self._do(
+            lambda db: db.execute("SELECT file, stamp, checked FROM entries").fetchall()
+        )
+        return {
+            file: Known(stamp, checked)
+            for file, stamp, checked in rows
+            if isinstance(checked, float)
+        }
 
     def put_entries(self, entries: Iterable[tuple[str, str]]) -> None:
         """Note (name, stamp) of files whose checksum is right now."""
         now = time.time()
         rows = [(file, stamp, now) for file, stamp in entries]
         if rows:
-            self._do(lambda db: db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows))
+            self._do(
+                lambda db: db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
+            )
 
     def facts(self, name: str, stamp: str) -> dict | None:
         """What `put_facts` was told of the file `name` when it had this stamp."""
         key = to_bytes(name)
-        row = self._do(lambda db: db.execute("SELECT stamp, facts, crc32 FROM files WHERE name = ?", (key,)).fetchone())
+        row = self._do(
+            lambda db: db.execute(
+                "SELECT stamp, facts, crc32 FROM files WHERE name = ?", (key,)
+            ).fetchone()
+        )
         if row is None or row[0] != stamp or row[2] != _row_checksum(key, stamp, row[1]):
             return None
         return json.loads(row[1])
@@ -100,7 +116,9 @@ class Index:
             key, text = to_bytes(name), json.dumps(facts)
             rows.append((key, stamp, text, _row_checksum(key, stamp, text)))
         if rows:
-            self._do(lambda db: db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows))
+            self._do(
+                lambda db: db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+            )
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` in a transaction; once more with a new index where this one is damaged."""
@@ -117,14 +135,20 @@ class Index:
 
 
 def _check_damage(path: Path, error: Exception) -> None:
-    """Raise ValueError where an error says something of the system, and nothing of what the file holds."""
+    """Raise ValueError where an error says something of the system, and nothing of what the file
+    holds.
+    """
     assert not isinstance(error, sqlite3.ProgrammingError), error
-    if isinstance(error, sqlite3.OperationalError) and any(text in str(error).lower() for text in _OF_THE_SYSTEM):
+    if isinstance(error, sqlite3.OperationalError) and any(
+        text in str(error).lower() for text in _OF_THE_SYSTEM
+    ):
         raise ValueError(f"cache index {path}: can't be opened: {error}") from error
 
 
 def _made_anew(path: Path, error: Exception) -> sqlite3.Connection:
-    logger.warning("cache index %s is damaged, or of another version (%s): making a new one", path, error)
+    logger.warning(
+        "cache index %s is damaged, or of another version (%s): making a new one", path, error
+    )
     try:
         path.unlink()
         path.with_name(path.name + "-journal").unlink(missing_ok=True)
@@ -138,7 +162,8 @@ def _row_checksum(*values: object) -> int:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # check_same_thread: each use is under the index's lock; timeout: another process may hold the file for a while
+    # check_same_thread: each use is under the index's lock; timeout: another process may hold the
+    # file for a while
     db = sqlite3.connect(path, timeout=60, check_same_thread=False)
     # a damaged text is to be no match, not an error
     db.text_factory = lambda text: text.decode(errors="replace")

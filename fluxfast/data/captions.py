@@ -1,16 +1,15 @@
 """Captions of images: from the file's name, from a text file beside it, or one prompt for all."""
 
 import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from fluxfast.config.caption_filter import CaptionFilter
 from fluxfast.data.images import SkippedImage
-from fluxfast.data.text import is_text, lines
+from fluxfast.text import is_text, lines
 
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt"]
-CaptionFilter = Callable[[str], str]
 
 
 class NoCaption(SkippedImage):
@@ -27,69 +26,52 @@ def captions(
     disable_multiline_split: bool = False,
     caption_filter: CaptionFilter | None = None,
 ) -> list[str]:
-    """The captions of the image at `path`, at least one; which of them a step uses is `pick`'s affair.
+    """The captions of the image at `path`, at least one; which of them a step uses is `pick`'s
+    affair.
 
-    Strategies: `filename` is the file's stem with spaces for underscores; `textfile` is the file of the same stem ending in
-    .txt, where each line that isn't blank is one caption (all of it is one with `disable_multiline_split`; only newlines end
-    a line, as in SimpleTuner);
-    `instanceprompt` is `instance_prompt`. `only_instance_prompt` replaces the captions by `instance_prompt`,
-    `prepend_instance_prompt` puts it in front. `caption_filter` edits what a file's name or text says, before that.
+    Strategies: `filename` is the file's stem with spaces for underscores; `textfile` is the file of
+    the same stem ending in .txt, where each line that isn't blank is one caption (all of it is one
+    with `disable_multiline_split`; only newlines end a line, as in SimpleTuner); `instanceprompt`
+    is `instance_prompt`. `only_instance_prompt` replaces the captions by `instance_prompt`,
+    `prepend_instance_prompt` puts it in front. `caption_filter` edits what a file's name or text
+    says, before that.
 
     Raises:
-        NoCaption: the text file is missing, empty or not UTF-8, the name that is to be the caption is not UTF-8, or the
+        NoCaption: the text file is missing, empty or not UTF-8, the name that is to be the caption
+        is not UTF-8, or the
             filter left nothing.
         ValueError: `instance_prompt` is needed and not given.
     """
     path = Path(path)
-    needed_by = "caption_strategy instanceprompt" if strategy in ("instanceprompt", "instance_prompt") else None
+    needed_by = (
+        "caption_strategy instanceprompt"
+        if strategy in ("instanceprompt", "instance_prompt")
+        else None
+    )
     needed_by = "only_instance_prompt" if only_instance_prompt else needed_by
     if needed_by or prepend_instance_prompt:
         if not instance_prompt:
             raise ValueError(f"{needed_by or 'prepend_instance_prompt'} needs an instance_prompt")
         if needed_by:
             return [instance_prompt]
-    found = _textfile(path, split=not disable_multiline_split) if strategy == "textfile" else [_stem(path)]
+    found = (
+        _textfile(path, split=not disable_multiline_split)
+        if strategy == "textfile"
+        else [_stem(path)]
+    )
     if caption_filter is not None:
         found = [caption_filter(caption) for caption in found]
     found = list(dict.fromkeys(caption.strip() for caption in found if caption.strip()))
     if not found:
         raise NoCaption(path, "its caption is empty")
-    return [f"{instance_prompt} {caption}" for caption in found] if prepend_instance_prompt else found
+    return (
+        [f"{instance_prompt} {caption}" for caption in found] if prepend_instance_prompt else found
+    )
 
 
 def pick(choices: Sequence[str], rng: random.Random) -> str:
     """One of an image's captions."""
     return choices[rng.randrange(len(choices))]
-
-
-def caption_filter(entries: Sequence[str]) -> CaptionFilter:
-    """The function that applies the entries of a `caption_filter_list`.
-
-    An entry is a regular expression whose matches are removed, or `s/pattern/replacement/`, which replaces the first match.
-
-    Raises:
-        ValueError: an entry is no regular expression.
-    """
-    # (what to find, a template of what to put there, how many times; 0: every time)
-    rules: list[tuple[re.Pattern[str], str, int]] = []
-    for entry in entries:
-        replace = re.fullmatch(r"s/((?:\\/|[^/])+)/((?:\\/|[^/])*)/", entry)
-        pattern, replacement = (replace[1], replace[2]) if replace else (entry, "")
-        if not pattern:
-            continue
-        # the replacement is literal text
-        template = replacement.replace("\\/", "/").replace("\\", "\\\\")
-        try:
-            rules.append((re.compile(pattern), template, 1 if replace else 0))
-        except re.error as error:
-            raise ValueError(f"caption_filter_list: {entry!r} is not a regular expression: {error}") from error
-
-    def apply(caption: str) -> str:
-        for pattern, template, count in rules:
-            caption = pattern.sub(template, caption, count=count)
-        return caption
-
-    return apply
 
 
 def _stem(path: Path) -> str:

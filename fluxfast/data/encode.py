@@ -1,4 +1,6 @@
-"""Filling the caches: only what they lack is computed, and an encoder is loaded only if something is."""
+"""Filling the caches: only what they lack is computed, and an encoder is loaded only if something
+is.
+"""
 
 import functools
 import gc
@@ -14,7 +16,13 @@ from rich.progress import Progress
 
 from fluxfast.data.buckets import apply
 from fluxfast.data.cache import TensorCache, fingerprint
-from fluxfast.data.encoders import STORAGE_DTYPE, LatentEncoder, T5Padding, TextEncoders, compute_dtype
+from fluxfast.data.encoders import (
+    STORAGE_DTYPE,
+    LatentEncoder,
+    T5Padding,
+    TextEncoders,
+    compute_dtype,
+)
 from fluxfast.data.images import UnreadableImage, load_image, to_tensor
 from fluxfast.data.prepared import PromptCache
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
@@ -25,7 +33,8 @@ T = TypeVar("T")
 # ((key, fingerprint), image)
 _Job = tuple[tuple[str, str], Candidate]
 
-# raised when the same inputs would give other values, so that nothing computed before is taken for them
+# raised when the same inputs would give other values, so that nothing computed before is taken for
+# them
 _TEXT_VERSION, _LATENTS_VERSION = 1, 1
 
 
@@ -68,9 +77,16 @@ class EncoderSettings:
 
 
 def encode_prompts(
-    prompts: Sequence[str], cache: TensorCache, settings: EncoderSettings, *, batch_size: int, progress: Progress
+    prompts: Sequence[str],
+    cache: TensorCache,
+    settings: EncoderSettings,
+    *,
+    batch_size: int,
+    progress: Progress,
 ) -> tuple[PromptCache, int]:
-    """Bring the embeddings of `prompts` into the cache; with them comes how many had to be computed."""
+    """Bring the embeddings of `prompts` into the cache; with them comes how many had to be
+    computed.
+    """
     reading = progress.add_task("text encoders", total=None)
     sources = [settings.part(name) for name in ("tokenizer", "text_encoder", "tokenizer_2")]
     sources.append(settings.t5 or settings.part("text_encoder_2"))
@@ -78,7 +94,13 @@ def encode_prompts(
     progress.remove_task(reading)
     dtype = compute_dtype(settings.device, settings.text_dtype)
     quantised = [PRECISIONS[name] for name in (settings.clip_precision, settings.t5_precision)]
-    parts = [identities, settings.max_length, settings.t5_padding, str(dtype), *(quantised if any(quantised) else ())]
+    parts = [
+        identities,
+        settings.max_length,
+        settings.t5_padding,
+        str(dtype),
+        *(quantised if any(quantised) else ()),
+    ]
     made_by = fingerprint("text", _TEXT_VERSION, *parts)
     missing = [prompt for prompt, _ in cache.missing((prompt, made_by) for prompt in prompts)]
     if missing:
@@ -98,7 +120,8 @@ def encode_prompts(
         for batch in _chunks(missing, batch_size):
             tensors = {name: _stored(tensor) for name, tensor in encoders.encode(batch).items()}
             cache.put_many(
-                (prompt, made_by, {name: tensor[i] for name, tensor in tensors.items()}) for i, prompt in enumerate(batch)
+                (prompt, made_by, {name: tensor[i] for name, tensor in tensors.items()})
+                for i, prompt in enumerate(batch)
             )
             progress.advance(bar, len(batch))
         del encoders
@@ -109,7 +132,8 @@ def encode_prompts(
 class ImageEncoding:
     """The VAE's side: tells each image's fingerprint, and encodes the images that a cache lacks.
 
-    Used as a context manager, the VAE is loaded for the first image that needs it, and freed at the end.
+    Used as a context manager, the VAE is loaded for the first image that needs it, and freed at the
+    end.
     """
 
     def __init__(self, settings: EncoderSettings, cache: TensorCache) -> None:
@@ -118,7 +142,11 @@ class ImageEncoding:
         self._source = settings.vae or settings.part("vae")
         dtype = compute_dtype(settings.device, settings.vae_dtype)
         # slicing gives the same values; tiling doesn't
-        self._made_by = [identity(local_folder(self._source), cache), str(dtype), settings.vae_tiling]
+        self._made_by = [
+            identity(local_folder(self._source), cache),
+            str(dtype),
+            settings.vae_tiling,
+        ]
 
     def __enter__(self) -> "ImageEncoding":
         return self
@@ -142,7 +170,14 @@ class ImageEncoding:
     def fingerprint(self, candidate: Candidate) -> str:
         """Everything that the latents of an image depend on: its content, its plan, the VAE."""
         plan = candidate.plan
-        return fingerprint("latents", _LATENTS_VERSION, self._made_by, candidate.sha256, plan.intermediary, plan.crop_box)
+        return fingerprint(
+            "latents",
+            _LATENTS_VERSION,
+            self._made_by,
+            candidate.sha256,
+            plan.intermediary,
+            plan.crop_box,
+        )
 
     def encode(
         self,
@@ -154,9 +189,11 @@ class ImageEncoding:
         progress: Progress,
         name: str,
     ) -> tuple[int, list[Skipped]]:
-        """Bring the latents of (key, image) pairs into `cache`: how many were computed, and which images couldn't be.
+        """Bring the latents of (key, image) pairs into `cache`: how many were computed, and which
+        images couldn't be.
 
-        `batch_size` is the images per VAE pass, None the settings'; `name` the dataset's, for the progress bar.
+        `batch_size` is the images per VAE pass, None the settings'; `name` the dataset's, for the
+        progress bar.
         """
         batch_size = batch_size or self._settings.vae_batch_size
         by_entry = {(key, self.fingerprint(candidate)): candidate for key, candidate in wanted}
@@ -175,7 +212,10 @@ class ImageEncoding:
             # one batch is decoded while the one before it is encoded
             ahead = [pool.submit(_decode, candidate) for _, candidate in batches[0]]
             for batch, next_batch in zip(batches, [*batches[1:], []], strict=True):
-                decoding, ahead = ahead, [pool.submit(_decode, candidate) for _, candidate in next_batch]
+                decoding, ahead = (
+                    ahead,
+                    [pool.submit(_decode, candidate) for _, candidate in next_batch],
+                )
                 skipped += self._encode_batch(batch, decoding, cache)
                 progress.advance(bar, len(batch))
         return len(jobs) - len(skipped), skipped
@@ -192,10 +232,13 @@ class ImageEncoding:
                 skipped.append(Skipped(candidate.file, UNREADABLE, error.reason))
         if not images:
             return skipped
-        # the noise of an image's latents follows from what they depend on, so that they can be made again
+        # the noise of an image's latents follows from what they depend on, so that they can be made
+        # again
         seeds = [int(made_by[:15], 16) for (_, made_by), _ in entries]
         finished = []
-        for ((key, made_by), candidate), latents in zip(entries, self._encoder.encode(torch.stack(images), seeds), strict=True):
+        for ((key, made_by), candidate), latents in zip(
+            entries, self._encoder.encode(torch.stack(images), seeds), strict=True
+        ):
             if latents.isfinite().all():
                 finished.append((key, made_by, {"latents": latents}))
             else:

@@ -1,6 +1,7 @@
 """The frozen encoders: captions → T5 and CLIP embeddings, images → VAE latents.
 
-On a CPU everything is computed in fp32, since bf16 is many times slower there; results are stored in bf16 either way.
+On a CPU everything is computed in fp32, since bf16 is many times slower there; results are stored
+in bf16 either way.
 """
 
 import logging
@@ -42,7 +43,9 @@ class TextEncoders:
         max_length: int,
         t5_padding: T5Padding,
     ) -> None:
-        """`max_length`: T5 tokens per caption (512; schnell 256). `t5_padding` "zero" zeroes T5's outputs at padding."""
+        """`max_length`: T5 tokens per caption (512; schnell 256). `t5_padding` "zero" zeroes T5's
+        outputs at padding.
+        """
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval()
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2.eval()
         self.max_length = max_length
@@ -63,17 +66,26 @@ class TextEncoders:
         max_length: int = 512,
         t5_padding: T5Padding = "unmodified",
     ) -> "TextEncoders":
-        """Load from a pipeline in diffusers' layout; `t5_source` takes T5's weights (not its tokenizer) from elsewhere.
+        """Load from a pipeline in diffusers' layout; `t5_source` takes T5's weights (not its
+        tokenizer) from elsewhere.
 
-        `clip_format` and `t5_format` are how the linears' weights are kept; T5's are quantised while they are read.
+        `clip_format` and `t5_format` are how the linears' weights are kept; T5's are quantised
+        while they are read.
 
         Raises:
             ValueError: a folder is missing, or doesn't hold what it should.
         """
         path, _, revision = source
-        folders = {part: local_folder((path, part, revision)) for part in ("tokenizer", "tokenizer_2", "text_encoder")}
+        folders = {
+            part: local_folder((path, part, revision))
+            for part in ("tokenizer", "tokenizer_2", "text_encoder")
+        }
         t5_folder = local_folder(t5_source or (path, "text_encoder_2", revision))
-        options: dict[str, Any] = {"dtype": compute_dtype(device, dtype), "use_safetensors": True, "variant": variant}
+        options: dict[str, Any] = {
+            "dtype": compute_dtype(device, dtype),
+            "use_safetensors": True,
+            "variant": variant,
+        }
         if torch.device(device).type != "cpu":
             # weights go straight to the device, without a copy in host memory
             options["device_map"] = {"": device}
@@ -83,7 +95,14 @@ class TextEncoders:
         if t5_format is None:
             t5 = _load_model(T5EncoderModel, t5_folder, **options)
         else:
-            t5 = load_t5(t5_folder, t5_format, options["dtype"], device=device, quantize_on=quantize_on, variant=variant)
+            t5 = load_t5(
+                t5_folder,
+                t5_format,
+                options["dtype"],
+                device=device,
+                quantize_on=quantize_on,
+                variant=variant,
+            )
         return cls(
             _load(CLIPTokenizer, folders["tokenizer"]),
             clip,
@@ -98,17 +117,26 @@ class TextEncoders:
         """Embeddings of N captions, as diffusers' `FluxPipeline.encode_prompt` gives them.
 
         Returns:
-            `prompt_embeds` [N, max_length, T5 width], `pooled_prompt_embeds` [N, CLIP width], `attention_mask` bool
-            [N, max_length], true where T5 saw a token of the caption. A longer caption is cut, with a warning.
+            `prompt_embeds` [N, max_length, T5 width], `pooled_prompt_embeds` [N, CLIP width],
+            `attention_mask` bool [N, max_length], true where T5 saw a token of the caption. A
+            longer caption is cut, with a warning.
         """
         captions = list(captions)
         self._warn_of_cuts(captions)
         device = self.text_encoder.device
         clip_tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         t5_tokens = self.tokenizer_2(
-            captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         pooled = self.text_encoder(clip_tokens.input_ids.to(device)).pooler_output
         # no attention mask here: FLUX.1 was trained on a T5 that sees its padding
@@ -121,7 +149,12 @@ class TextEncoders:
     def _warn_of_cuts(self, captions: list[str]) -> None:
         for caption, tokens in zip(captions, self.tokenizer_2(captions).input_ids, strict=True):
             if len(tokens) > self.max_length:
-                logger.warning("caption of %d tokens is cut to %d: %.80s…", len(tokens), self.max_length, caption)
+                logger.warning(
+                    "caption of %d tokens is cut to %d: %.80s…",
+                    len(tokens),
+                    self.max_length,
+                    caption,
+                )
 
 
 class LatentEncoder:
@@ -141,7 +174,8 @@ class LatentEncoder:
         tiling: bool = False,
         slicing: bool = False,
     ) -> "LatentEncoder":
-        """Load diffusers' `AutoencoderKL`. `tiling` saves memory on large images, `slicing` on batches.
+        """Load diffusers' `AutoencoderKL`. `tiling` saves memory on large images, `slicing` on
+        batches.
 
         Raises:
             ValueError: the folder is missing, or doesn't hold a complete VAE.
@@ -157,14 +191,18 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → latents bf16 [B, C, H/8, W/8]: (posterior sample - shift) * scale.
+        """Images [B, 3, H, W] in [-1, 1] → latents bf16 [B, C, H/8, W/8]: (posterior sample -
+        shift) * scale.
 
-        Image i's sample depends on `seeds[i]` only; so on a CPU, where images go through one by one, its latents are the
-        same to the bit in any batch.
+        Image i's sample depends on `seeds[i]` only; so on a CPU, where images go through one by
+        one, its latents are the same to the bit in any batch.
         """
         # a GPU needs the batch, a CPU doesn't
         size = 1 if self.vae.device.type == "cpu" else len(images)
-        posteriors = [self.vae.encode(batch.to(self.vae.device, self.vae.dtype)).latent_dist for batch in images.split(size)]
+        posteriors = [
+            self.vae.encode(batch.to(self.vae.device, self.vae.dtype)).latent_dist
+            for batch in images.split(size)
+        ]
         mean = torch.cat([posterior.mean.float() for posterior in posteriors])
         std = torch.cat([posterior.std.float() for posterior in posteriors])
         noise = torch.stack([_noise(mean.shape[1:], seed) for seed in seeds]).to(mean.device)
@@ -189,5 +227,7 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
     # both libraries would fill what is missing with random numbers
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[:3]
-        raise ValueError(f"{folder}: {len(info['missing_keys'])} weights are missing, such as {', '.join(first)}")
+        raise ValueError(
+            f"{folder}: {len(info['missing_keys'])} weights are missing, such as {', '.join(first)}"
+        )
     return model

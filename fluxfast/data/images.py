@@ -1,8 +1,9 @@
 """Finding image files, and decoding whatever kind they are into 8-bit RGB.
 
-Every kind ends as PIL mode `RGB`, upright: EXIF orientation is applied, transparency is laid on white, deeper samples are
-scaled (never clipped) to 8 bits, CMYK goes through its embedded profile where it has one, an animation gives its first
-frame. The ICC profile of an RGB image is not applied.
+Every kind ends as PIL mode `RGB`, upright: EXIF orientation is applied, transparency is laid on
+white, deeper samples are scaled (never clipped) to 8 bits, CMYK goes through its embedded profile
+where it has one, an animation gives its first frame. The ICC profile of an RGB image is not
+applied.
 """
 
 import os
@@ -18,9 +19,16 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from fluxfast.data.kinds import decoders, holds_other_kind, how_to_read, is_readable, looks_like_an_image
+from fluxfast.data.kinds import (
+    decoders,
+    holds_other_kind,
+    how_to_read,
+    is_readable,
+    looks_like_an_image,
+)
 
-# what Pillow's decoders raised on fuzzed files of each format, and what its own opener expects of them
+# what Pillow's decoders raised on fuzzed files of each format, and what its own opener expects of
+# them
 _DECODE_ERRORS = (
     OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError,
     struct.error, zlib.error, Image.DecompressionBombError,
@@ -39,7 +47,9 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 
 
 class SkippedImage(ValueError):
-    """An image that training does without. `path` and `reason` are kept apart, so that a table can group by reason."""
+    """An image that training does without. `path` and `reason` are kept apart, so that a table can
+    group by reason.
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -52,7 +62,9 @@ class UnreadableImage(SkippedImage):
 
 
 class Discovered(NamedTuple):
-    """A folder's files: images, and files that look like images of a kind that isn't read, each sorted by path."""
+    """A folder's files: images, and files that look like images of a kind that isn't read, each
+    sorted by path.
+    """
 
     images: list[Path]
     unread: list[Path]
@@ -61,16 +73,19 @@ class Discovered(NamedTuple):
 def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered:
     """All image files under `root`, recursively.
 
-    Hidden files and folders and the folders below `root` in `skip` (caches, outputs) are left out. Links to folders are
-    followed; a folder that can be reached twice is read once, under its real path if that lies below `root`. A dangling link
-    is listed, so that it is reported like any other unreadable image.
+    Hidden files and folders and the folders below `root` in `skip` (caches, outputs) are left out.
+    Links to folders are followed; a folder that can be reached twice is read once, under its real
+    path if that lies below `root`. A dangling link is listed, so that it is reported like any other
+    unreadable image.
 
     Raises:
         ValueError: `root` is not a folder, or a folder in it can't be looked into.
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; instance_data_dir must name an existing folder of images")
+        raise ValueError(
+            f"{root}: no such folder; instance_data_dir must name an existing folder of images"
+        )
     skipped = {Path(folder).resolve() for folder in skip}
     found = Discovered([], [])
     seen: set[Path] = set()
@@ -96,7 +111,8 @@ def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels of the upright image, from the file's header where the format allows it.
+    """(width, height) in pixels of the upright image, from the file's header where the format
+    allows it.
 
     Raises:
         UnreadableImage: the file is no image, or its header is damaged.
@@ -104,8 +120,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     try:
         with Image.open(path, formats=decoders(path)) as img:
-            # Pillow has already swapped the sides of a TIFF, and reports its orientation nonetheless
-            swapped = img.format != "TIFF" and img.getexif().get(ExifTags.Base.Orientation) in _SWAPS_SIDES
+            # Pillow has already swapped the sides of a TIFF, and reports its orientation
+            # nonetheless
+            swapped = (
+                img.format != "TIFF"
+                and img.getexif().get(ExifTags.Base.Orientation) in _SWAPS_SIDES
+            )
             width, height = img.size
     except _DECODE_ERRORS as error:
         raise UnreadableImage(path, _reason(path, error)) from error
@@ -116,13 +136,15 @@ def load_image(path: str | Path) -> Image.Image:
     """Decode `path` to an upright RGB image.
 
     Raises:
-        UnreadableImage: names the file and why it can't be decoded (truncated, empty, not an image, too many pixels, …).
+        UnreadableImage: names the file and why it can't be decoded (truncated, empty, not an image,
+        too many pixels, …).
     """
     path = Path(path)
     try:
         with Image.open(path, formats=decoders(path)) as img:
             img.load()
-            # read after load(): a PNG may hold it behind the pixels, and a TIFF has been turned by then
+            # read after load(): a PNG may hold it behind the pixels, and a TIFF has been turned by
+            # then
             method = _UPRIGHT.get(img.getexif().get(ExifTags.Base.Orientation, 1))
             rgb = _to_rgb(img)
     except _DECODE_ERRORS as error:
@@ -150,8 +172,9 @@ def _to_rgb(img: Image.Image) -> Image.Image:
 def _deep_grey_to_rgb(img: Image.Image) -> Image.Image:
     """One channel of 16-bit, 32-bit or float samples → RGB.
 
-    `I;16` spans 0…65535. The other modes don't record their white point: it is taken as the smallest of 1 (float only), 255
-    (float only), 65535 and 2³¹-1 that holds every sample, or the maximum itself where none does. NaN and negatives are black.
+    `I;16` spans 0…65535. The other modes don't record their white point: it is taken as the
+    smallest of 1 (float only), 255 (float only), 65535 and 2³¹-1 that holds every sample, or the
+    maximum itself where none does. NaN and negatives are black.
     """
     samples = np.asarray(img).astype(np.float64)
     grey = np.clip(np.nan_to_num(samples, posinf=0.0, neginf=0.0), 0, None)
@@ -171,9 +194,12 @@ def _cmyk_to_rgb(img: Image.Image) -> Image.Image:
     profile = img.info.get("icc_profile")
     if profile:
         try:
-            converted = ImageCms.profileToProfile(img, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(
+                img, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
         except ImageCms.PyCMSError:
-            # a damaged profile, or one for another colour space, says nothing: read the image as one without
+            # a damaged profile, or one for another colour space, says nothing: read the image as
+            # one without
             return img.convert("RGB")
         assert converted is not None
         return converted

@@ -1,7 +1,9 @@
-"""Which files are images, by their names: those that can be read here, and those that can't, with what would help.
+"""Which files are images, by their names: those that can be read here, and those that can't, with
+what would help.
 
-Pillow is asked for what it has: AVIF, WebP and JPEG 2000 are options of its build; HEIC and JPEG XL come with packages that
-are used where they are installed. PostScript and PDF are never read, since that would start another program.
+Pillow is asked for what it has: AVIF, WebP and JPEG 2000 are options of its build; HEIC and JPEG XL
+come with packages that are used where they are installed. PostScript and PDF are never read, since
+that would start another program.
 """
 
 import contextlib
@@ -57,13 +59,19 @@ def readable() -> dict[str, str]:
             if module == "pillow_heif":
                 package.register_heif_opener()
     Image.init()
-    have = [kind for kind in _SUFFIXES if kind in Image.OPEN and (kind not in _FEATURES or features.check(_FEATURES[kind]))]
+    have = [
+        kind
+        for kind in _SUFFIXES
+        if kind in Image.OPEN and (kind not in _FEATURES or features.check(_FEATURES[kind]))
+    ]
     return {suffix: kind for kind in have for suffix in _SUFFIXES[kind]}
 
 
 def decoders(path: Path) -> tuple[str, ...]:
-    """The formats to try for a file. Decoders go by content, and a name may be wrong; without a list a renamed EPS file would
-    start Ghostscript. Only TGA, whose files begin with nothing of their own, is tried by name."""
+    """The formats to try for a file. Decoders go by content, and a name may be wrong; without a
+    list a renamed EPS file would start Ghostscript. Only TGA, whose files begin with nothing of
+    their own, is tried by name.
+    """
     known = dict.fromkeys(readable().values())
     formats = [name for kind in known for name in (kind, *_SUBFORMATS.get(kind, ()))]
     return tuple(name for name in formats if name != "TGA" or path.suffix.lower() == ".tga")
@@ -76,7 +84,11 @@ def is_readable(path: Path) -> bool:
 def looks_like_an_image(path: Path) -> bool:
     """Whether the name says that it is an image, of whatever kind."""
     suffix = path.suffix.lower()
-    if suffix in _CAMERA_RAW or suffix in _OTHERS or any(suffix in suffixes for suffixes in _SUFFIXES.values()):
+    if (
+        suffix in _CAMERA_RAW
+        or suffix in _OTHERS
+        or any(suffix in suffixes for suffixes in _SUFFIXES.values())
+    ):
         return True
     return (mimetypes.guess_type(f"a{suffix}")[0] or "").startswith("image/")
 
@@ -90,8 +102,18 @@ def how_to_read(suffix: str) -> str | None:
 
 
 def holds_other_kind(start: bytes) -> str | None:
-    """The kind that a file's first bytes tell, of those that only a package reads: they often come under a name of JPEG's."""
-    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+    """The kind that a file's first bytes tell, of those that only a package reads: they often come
+    under a name of JPEG's.
+    """
+    if start[4:8] == b"ftyp" and start[8:12] in (
+        b"heic",
+        b"heix",
+        b"hevc",
+        b"heim",
+        b"heis",
+        b"mif1",
+        b"msf1",
+    ):
         return ".heic"
     if start[4:12] == b"ftypavif":
         return ".avif"

@@ -1,6 +1,8 @@
-"""Everything between a dataloader config and the first step: scan the folders, fill the caches, report.
+"""Everything between a dataloader config and the first step: scan the folders, fill the caches,
+report.
 
-The encoders are loaded one after the other, each only if the cache lacks something, and freed before the next.
+The encoders are loaded one after the other, each only if the cache lacks something, and freed
+before the next.
 """
 
 import functools
@@ -11,10 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
+from fluxfast.config.datasets import DataConfig, ImageDataset
 from fluxfast.data.cache import TensorCache
-from fluxfast.data.config import DataConfig, ImageDataset
 from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_prompts
 from fluxfast.data.prepared import Prepared, PreparedDataset, Sample
 from fluxfast.data.report import DatasetReport, Report, filling_repeats, nothing_usable, too_few
@@ -37,10 +46,19 @@ class _Work:
         return f"{self.config.id}/{candidate.file}"
 
     def report(self) -> DatasetReport:
-        buckets = Counter("{}x{}".format(*candidate.plan.target) for candidate in self.scan.candidates)
+        buckets = Counter(
+            "{}x{}".format(*candidate.plan.target) for candidate in self.scan.candidates
+        )
         found, root = self.scan, Path(self.config.instance_data_dir)
         return DatasetReport(
-            self.config.id, root, found.found, found.skipped, buckets, self.repeats, self.encoded, found.unread
+            self.config.id,
+            root,
+            found.found,
+            found.skipped,
+            buckets,
+            self.repeats,
+            self.encoded,
+            found.unread,
         )
 
 
@@ -63,43 +81,71 @@ def prepare(
 
     Args:
         extra_prompts: texts to encode beside the captions and "", such as validation's.
-        skip_folders: folders that are no data even if they lie in a dataset's folder, such as the run's output.
-        crop_seed: decides random crops. A run whose seed is drawn at its start must pass a constant here, or every start
+        skip_folders: folders that are no data even if they lie in a dataset's folder, such as the
+        run's output. crop_seed: decides random crops. A run whose seed is drawn at its start must
+        pass a constant here, or every start
             would crop, and encode, anew.
         disable_bucket_pruning: use a dataset even if it is too small to fill a step.
-        allow_dataset_oversubscription: raise `repeats` until each bucket fills a step.
-        progress: where to show progress bars, started by the caller; by default on a display of its own.
+        allow_dataset_oversubscription: raise `repeats` until each bucket fills a step. progress:
+        where to show progress bars, started by the caller; by default on a display of its own.
 
     Raises:
-        ValueError: a dataset has nothing usable or too little, each named with the reason and what to change; or an encoder
+        ValueError: a dataset has nothing usable or too little, each named with the reason and what
+        to change; or an encoder
             can't be loaded.
     """
     text_cache, image_caches = _open_caches(data)
     skip = [text_cache.folder, *(cache.folder for cache in image_caches), *skip_folders]
     limits = _Limits(
-        gradient_accumulation_steps, encoders.vae_batch_size, disable_bucket_pruning, allow_dataset_oversubscription
+        gradient_accumulation_steps,
+        encoders.vae_batch_size,
+        disable_bucket_pruning,
+        allow_dataset_oversubscription,
     )
     with _bars(progress) as bars:
-        look = functools.partial(scan, skip=skip, crop_seed=crop_seed, rounding=aspect_bucket_rounding)
+        look = functools.partial(
+            scan, skip=skip, crop_seed=crop_seed, rounding=aspect_bucket_rounding
+        )
         works = []
         for dataset, cache in zip(data.images, image_caches, strict=True):
             bar = bars.add_task(f"scanning {escape(dataset.id)}", total=None)
             workers = dataset.max_workers or max_workers
-            found = look(dataset, cache, max_workers=workers, on_file=functools.partial(_show, bars, bar))
-            works.append(_Work(dataset, cache, found, dataset.train_batch_size or train_batch_size, dataset.repeats))
+            found = look(
+                dataset, cache, max_workers=workers, on_file=functools.partial(_show, bars, bar)
+            )
+            works.append(
+                _Work(
+                    dataset,
+                    cache,
+                    found,
+                    dataset.train_batch_size or train_batch_size,
+                    dataset.repeats,
+                )
+            )
         # before the long part, and again after it for images that turn out to be damaged
         limits.check(works)
-        captions = [caption for work in works for candidate in work.scan.candidates for caption in candidate.captions]
+        captions = [
+            caption
+            for work in works
+            for candidate in work.scan.candidates
+            for caption in candidate.captions
+        ]
         texts = list(dict.fromkeys([*captions, "", *extra_prompts]))
         batch_size = data.text_embeds.text_encoder_batch_size
-        prompts, texts_encoded = encode_prompts(texts, text_cache, encoders, batch_size=batch_size, progress=bars)
+        prompts, texts_encoded = encode_prompts(
+            texts, text_cache, encoders, batch_size=batch_size, progress=bars
+        )
         with ImageEncoding(encoders, text_cache) as images:
             for work in works:
                 _encode_images(work, images, max_workers, bars)
             limits.check(works)
             datasets = tuple(_prepared(work, images) for work in works)
     notes = [note for work in works for note in work.notes]
-    return Prepared(datasets, prompts, Report([work.report() for work in works], len(texts), texts_encoded, notes))
+    return Prepared(
+        datasets,
+        prompts,
+        Report([work.report() for work in works], len(texts), texts_encoded, notes),
+    )
 
 
 @dataclass(frozen=True)
@@ -134,11 +180,19 @@ class _Limits:
         elif not self.disabled and (problem := too_few(row, **rule)):
             return problem
         if work.repeats != work.config.repeats:
-            work.notes.append(f"{row.id}: repeats raised from {work.config.repeats} to {work.repeats}, to fill every step")
-        small = [size for size, count in row.buckets.items() if count * (1 + work.repeats) < work.batch_size]
+            work.notes.append(
+                f"{row.id}: repeats raised from {work.config.repeats} to {work.repeats}, to "
+                "fill every step"
+            )
+        small = [
+            size
+            for size, count in row.buckets.items()
+            if count * (1 + work.repeats) < work.batch_size
+        ]
         if small:
             work.notes.append(
-                f"{row.id}: batches of {', '.join(small)} are filled up with repeats, as these sizes have fewer samples than "
+                f"{row.id}: batches of {', '.join(small)} are filled up with repeats, as these "
+                "sizes have fewer samples than "
                 f"train_batch_size {work.batch_size}"
             )
         return None
@@ -147,7 +201,10 @@ class _Limits:
 def _open_caches(data: DataConfig) -> tuple[TensorCache, list[TensorCache]]:
     """The texts' cache and each dataset's; one object for one folder, however often it is named."""
     opened: dict[Path, TensorCache] = {}
-    folders = [Path(data.text_embeds.cache_dir), *(Path(dataset.cache_dir_vae) for dataset in data.images)]
+    folders = [
+        Path(data.text_embeds.cache_dir),
+        *(Path(dataset.cache_dir_vae) for dataset in data.images),
+    ]
     for folder in folders:
         if folder.resolve() not in opened:
             opened[folder.resolve()] = TensorCache(folder)
@@ -207,6 +264,11 @@ def _bars(progress: Progress | None) -> Iterator[Progress]:
     if progress is not None:
         yield progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as own:
         yield own

@@ -1,4 +1,6 @@
-"""What the data preparation hands to training: datasets whose latents are cached, and the cached embeddings of texts."""
+"""What the data preparation hands to training: datasets whose latents are cached, and the cached
+embeddings of texts.
+"""
 
 from dataclasses import dataclass
 
@@ -6,15 +8,18 @@ import torch
 
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.report import Report
-from fluxfast.data.text import printable
+from fluxfast.text import printable
 
 
 class LostEntry(ValueError):
-    """A cached tensor was lost or damaged since the start, where it was whole; the next start computes it anew."""
+    """A cached tensor was lost or damaged since the start, where it was whole; the next start
+    computes it anew.
+    """
 
     def __init__(self, cache: TensorCache, what: str) -> None:
         super().__init__(
-            f"{cache.folder}: {what} are not in the cache any more (lost or damaged since the start). Start again with the "
+            f"{cache.folder}: {what} are not in the cache any more (lost or damaged since the "
+            "start). Start again with the "
             "same command: the run goes on from its last checkpoint, and they are computed anew"
         )
         self.what = what
@@ -22,7 +27,9 @@ class LostEntry(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A training image: `file` below the dataset's folder, its captions, (width, height), where its latents are cached."""
+    """A training image: `file` below the dataset's folder, its captions, (width, height), where its
+    latents are cached.
+    """
 
     file: str
     captions: tuple[str, ...]
@@ -38,7 +45,9 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedDataset:
-    """A dataset whose latents are all cached; the fields from `repeats` on are those of `data.config.ImageDataset`."""
+    """A dataset whose latents are all cached; the fields from `repeats` on are those of
+    `data.config.ImageDataset`.
+    """
 
     id: str
     samples: tuple[Sample, ...]
@@ -61,7 +70,9 @@ class PreparedDataset:
         """
         tensors = self.cache.get(sample.key, sample.fingerprint)
         if tensors is None:
-            raise LostEntry(self.cache, f"the latents of {printable(sample.file)} (dataset {self.id!r})")
+            raise LostEntry(
+                self.cache, f"the latents of {printable(sample.file)} (dataset {self.id!r})"
+            )
         return tensors["latents"]
 
 
@@ -73,10 +84,12 @@ class PromptCache:
     fingerprint: str
 
     def get(self, prompt: str) -> dict[str, torch.Tensor]:
-        """`prompt_embeds` [L, T5 width] and `pooled_prompt_embeds` [CLIP width] in bf16, `attention_mask` bool [L].
+        """`prompt_embeds` [L, T5 width] and `pooled_prompt_embeds` [CLIP width] in bf16,
+        `attention_mask` bool [L].
 
         Raises:
-            LostEntry: the prompt was not prepared, or its cache file was lost or damaged since the start.
+            LostEntry: the prompt was not prepared, or its cache file was lost or damaged since the
+            start.
         """
         tensors = self.cache.get(prompt, self.fingerprint)
         if tensors is None:

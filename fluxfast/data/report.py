@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fluxfast.data.kinds import how_to_read, readable
 from fluxfast.data.scan import Skipped, other_files
-from fluxfast.data.text import printable
+from fluxfast.text import printable
 
 _LISTED_FILES = 20
 _LISTED_UNREAD = 3
@@ -23,7 +23,9 @@ _ADVICE = {
     "smaller than": 'lower "minimum_image_size", or bring larger images',
     "narrower than": 'lower "minimum_aspect_ratio"',
     "wider than": 'raise "maximum_aspect_ratio"',
-    "no caption file": 'write the text files, or set "caption_strategy" to "filename" or "instanceprompt"',
+    "no caption file": (
+        'write the text files, or set "caption_strategy" to "filename" or "instanceprompt"'
+    ),
     "its caption": "give these images a caption",
     "its name": 'rename these files, or set "caption_strategy" to "textfile"',
     "unreadable": "replace or remove these files",
@@ -32,7 +34,9 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One row: `buckets` counts the usable images of each target size, `unread` names files of kinds that aren't read."""
+    """One row: `buckets` counts the usable images of each target size, `unread` names files of
+    kinds that aren't read.
+    """
 
     id: str
     root: Path
@@ -66,8 +70,19 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The report for `rich.print` and `Console.print`."""
         table = Table(title="Datasets", title_justify="left")
-        for column in ("dataset", "found", "used", "left out", "repeats", "per epoch", "new", "buckets"):
-            justify: JustifyMethod = "left" if column in ("dataset", "left out", "buckets") else "right"
+        for column in (
+            "dataset",
+            "found",
+            "used",
+            "left out",
+            "repeats",
+            "per epoch",
+            "new",
+            "buckets",
+        ):
+            justify: JustifyMethod = (
+                "left" if column in ("dataset", "left out", "buckets") else "right"
+            )
             # a name that is cut off names nothing: wide columns fold
             table.add_column(column, justify=justify, overflow="fold")
         for row in self.datasets:
@@ -100,7 +115,9 @@ def unread_kinds(files: Sequence[str]) -> str:
     examples = ", ".join(printable(file) for file in files[:_LISTED_UNREAD])
     packages = {kind: help for kind in kinds if (help := how_to_read(kind))}
     helps = "".join(f", or, for {kind}: {help}" for kind, help in packages.items())
-    number = "1 file of a kind that is" if len(files) == 1 else f"{len(files)} files of kinds that are"
+    number = (
+        "1 file of a kind that is" if len(files) == 1 else f"{len(files)} files of kinds that are"
+    )
     return f"{number} not read: {counts} (such as {examples}); convert to PNG or JPEG{helps}"
 
 
@@ -109,7 +126,9 @@ def nothing_usable(row: DatasetReport) -> str:
     start = f'dataset "{row.id}": no images detected in dataset: '
     root = printable(row.root)
     if not row.found:
-        others = ", ".join(f"{count} {printable(suffix)}" for suffix, count in other_files(row.root).most_common(5))
+        others = ", ".join(
+            f"{count} {printable(suffix)}" for suffix, count in other_files(row.root).most_common(5)
+        )
         held = f"it holds only {others}" if others else "it is empty"
         unread = f" {unread_kinds(row.unread)}." if row.unread else ""
         known = " ".join(sorted(suffix.removeprefix(".") for suffix in readable()))
@@ -117,31 +136,44 @@ def nothing_usable(row: DatasetReport) -> str:
     lines = [f"{start}{row.found} found in {root}, none of them usable:"]
     for reason, count in Counter(skipped.reason for skipped in row.skipped).most_common():
         example = next(skipped for skipped in row.skipped if skipped.reason == reason)
-        advice = next((advice for begin, advice in _ADVICE.items() if reason.startswith(begin)), None)
+        advice = next(
+            (advice for begin, advice in _ADVICE.items() if reason.startswith(begin)), None
+        )
         detail = f": {printable(example.detail)}" if example.detail else ""
-        lines.append(f"  {count}x {reason} (such as {printable(example.file)}{detail})" + (f"; {advice}" if advice else ""))
+        lines.append(
+            f"  {count}x {reason} (such as {printable(example.file)}{detail})"
+            + (f"; {advice}" if advice else "")
+        )
     return "\n".join(lines)
 
 
-def too_few(row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int) -> str | None:
+def too_few(
+    row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int
+) -> str | None:
     """Why a dataset can't fill a step, with the `repeats` that would do; None if it can.
 
-    The quickstart's rule: at least train_batch_size * gradient_accumulation_steps samples an epoch, and more than
-    vae_batch_size.
+    The quickstart's rule: at least train_batch_size * gradient_accumulation_steps samples an epoch,
+    and more than vae_batch_size.
     """
     needed = max(batch_size * gradient_accumulation_steps, vae_batch_size + 1)
     if row.samples_per_epoch >= needed:
         return None
     repeats = ceil(needed / row.used) - 1
     return (
-        f'dataset "{row.id}": no images detected in dataset: {row.used} usable images * (1 + {row.repeats} repeats) = '
-        f"{row.samples_per_epoch} samples are too few. At least train_batch_size {batch_size} * gradient_accumulation_steps "
-        f"{gradient_accumulation_steps} = {batch_size * gradient_accumulation_steps} are needed, and more than vae_batch_size "
-        f'{vae_batch_size}. Set "repeats": {repeats} (gives {row.used * (1 + repeats)}), or bring more images.'
+        f'dataset "{row.id}": no images detected in dataset: {row.used} usable images * (1 + '
+        f"{row.repeats} repeats) = "
+        f"{row.samples_per_epoch} samples are too few. At least train_batch_size {batch_size} * "
+        "gradient_accumulation_steps "
+        f"{gradient_accumulation_steps} = {batch_size * gradient_accumulation_steps} are "
+        "needed, and more than vae_batch_size "
+        f'{vae_batch_size}. Set "repeats": {repeats} (gives {row.used * (1 + repeats)}), or '
+        "bring more images."
     )
 
 
-def filling_repeats(row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int) -> int:
+def filling_repeats(
+    row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int
+) -> int:
     """The least `repeats`, not below the dataset's own, with which every bucket fills a step."""
     smallest = min(row.buckets.values())
     for_steps = ceil(batch_size * gradient_accumulation_steps / smallest) - 1
@@ -149,7 +181,10 @@ def filling_repeats(row: DatasetReport, *, batch_size: int, gradient_accumulatio
 
 
 def _named(skipped: Sequence[Skipped]) -> list[str]:
-    whole = (f"{each.file}: {each.reason}{f' ({each.detail})' if each.detail else ''}" for each in skipped)
+    whole = (
+        f"{each.file}: {each.reason}{f' ({each.detail})' if each.detail else ''}"
+        for each in skipped
+    )
     lines = [f"  {printable(line)}" for line in whole]
     hidden = len(lines) - _LISTED_FILES
     return lines if hidden <= 0 else [*lines[:_LISTED_FILES], f"  … and {hidden} more"]

@@ -1,12 +1,14 @@
-"""Which samples each step trains on: one bucket of one dataset a batch, every choice a function of (seed, step).
+"""Which samples each step trains on: one bucket of one dataset a batch, every choice a function of
+(seed, step).
 
-An epoch of a dataset takes each bucket's samples 1 + `repeats` times, in passes that are shuffled one by one; what a bucket's
-last batch lacks is taken from a further pass. Nothing but the number of batches drawn is state, so a resumed run goes on
-with the very samples that the uninterrupted one would have taken.
+An epoch of a dataset takes each bucket's samples 1 + `repeats` times, in passes that are shuffled
+one by one; what a bucket's last batch lacks is taken from a further pass. Nothing but the number of
+batches drawn is state, so a resumed run goes on with the very samples that the uninterrupted one
+would have taken.
 
-Two choices differ from SimpleTuner's. The next bucket is drawn in proportion to its remaining batches, where SimpleTuner takes
-turns: with many repeats its runs end before the epoch does, and have then seen images of rare shapes most. And buckets are
-told apart by their exact size.
+Two choices differ from SimpleTuner's. The next bucket is drawn in proportion to its remaining
+batches, where SimpleTuner takes turns: with many repeats its runs end before the epoch does, and
+have then seen images of rare shapes most. And buckets are told apart by their exact size.
 """
 
 import random
@@ -53,7 +55,9 @@ class _Source:
     @cached_property
     def content(self) -> str:
         """What a position in the epoch refers to."""
-        return fingerprint([[sample.file, sample.target] for sample in self.dataset.samples], self.dataset.repeats)
+        return fingerprint(
+            [[sample.file, sample.target] for sample in self.dataset.samples], self.dataset.repeats
+        )
 
 
 class Sampler:
@@ -67,7 +71,8 @@ class Sampler:
         sampling: Sampling = "auto-weighting",
         gradient_accumulation_steps: int = 1,
     ) -> None:
-        """`sampling` weighs datasets by `probability` ("uniform"), or that times their batches in an epoch.
+        """`sampling` weighs datasets by `probability` ("uniform"), or that times their batches in
+        an epoch.
 
         Raises:
             ValueError: no dataset takes part in the first step.
@@ -79,7 +84,8 @@ class Sampler:
         self._sources = {dataset.id: _Source(dataset, _buckets(dataset)) for dataset in datasets}
         if not self._active(self.epoch, 0):
             raise ValueError(
-                "no dataset takes part in the first step: at least one needs start_epoch 1, start_step 0, a probability above 0"
+                "no dataset takes part in the first step: at least one needs start_epoch 1, "
+                "start_step 0, a probability above 0"
             )
 
     @property
@@ -89,15 +95,21 @@ class Sampler:
         return sum(source.batches(bucket) for source in drawn for bucket in source.buckets)
 
     def steps(self, epochs: int) -> int:
-        """Optimiser steps of so many epochs: the batches of all of them, rounded up to whole steps once, at the end.
+        """Optimiser steps of so many epochs: the batches of all of them, rounded up to whole steps
+        once, at the end.
 
-        Where datasets begin or end on the way, a twin of this sampler goes through the epochs to count them. A last step that
-        the datasets can't fill, as all have ended, is left out.
+        Where datasets begin or end on the way, a twin of this sampler goes through the epochs to
+        count them. A last step that the datasets can't fill, as all have ended, is left out.
         """
-        datasets, per_step = [source.dataset for source in self._sources.values()], self.gradient_accumulation_steps
+        datasets, per_step = (
+            [source.dataset for source in self._sources.values()],
+            self.gradient_accumulation_steps,
+        )
         if not any(map(_has_window, datasets)):
             return ceil(self.batches_per_epoch * epochs / per_step)
-        twin = Sampler(datasets, seed=self.seed, sampling=self.sampling, gradient_accumulation_steps=per_step)
+        twin = Sampler(
+            datasets, seed=self.seed, sampling=self.sampling, gradient_accumulation_steps=per_step
+        )
         number = 0
         while True:
             try:
@@ -109,9 +121,11 @@ class Sampler:
             number += 1
 
     def next(self, step: int) -> list[SampleRef]:
-        """The samples of batch `step`, counted from 0 over the whole run (with accumulation: of micro-batch `step`).
+        """The samples of batch `step`, counted from 0 over the whole run (with accumulation: of
+        micro-batch `step`).
 
-        Steps are to be asked for in order. An epoch ends when every dataset that takes part in it is used up.
+        Steps are to be asked for in order. An epoch ends when every dataset that takes part in it
+        is used up.
 
         Raises:
             ValueError: the datasets' start and end leave none for this step.
@@ -124,8 +138,10 @@ class Sampler:
             candidates = self._unfinished(step)
         if not candidates:
             raise ValueError(
-                f"no dataset takes part in optimiser step {step // self.gradient_accumulation_steps + 1}, epoch {self.epoch}: "
-                "all have ended or not begun; change their start_epoch, start_step, end_epoch or end_step, or train for less"
+                "no dataset takes part in optimiser step "
+                f"{step // self.gradient_accumulation_steps + 1}, epoch {self.epoch}: "
+                "all have ended or not begun; change their start_epoch, start_step, end_epoch "
+                "or end_step, or train for less"
             )
         source = self._choose(candidates, step)
         left = source.left()
@@ -136,7 +152,11 @@ class Sampler:
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON-able values."""
         datasets = {
-            id: {"content": source.content, "batch_size": source.dataset.train_batch_size, "drawn": dict(source.drawn)}
+            id: {
+                "content": source.content,
+                "batch_size": source.dataset.train_batch_size,
+                "drawn": dict(source.drawn),
+            }
             for id, source in self._sources.items()
         }
         return {"seed": self.seed, "epoch": self.epoch, "datasets": datasets}
@@ -144,8 +164,8 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         """Go on from `state`; returns what couldn't be gone on with, a line each, for the user.
 
-        A dataset whose images, sizes or repeats have changed starts its part of the epoch anew, and so do all if the seed
-        has changed.
+        A dataset whose images, sizes or repeats have changed starts its part of the epoch anew, and
+        so do all if the seed has changed.
 
         Raises:
             ValueError: a batch size has changed.
@@ -153,7 +173,10 @@ class Sampler:
         notes = []
         self.epoch = state["epoch"]
         if state["seed"] != self.seed:
-            notes.append(f"the seed was {state['seed']} and is {self.seed}: this epoch's samples are drawn anew")
+            notes.append(
+                f"the seed was {state['seed']} and is {self.seed}: this epoch's samples are "
+                "drawn anew"
+            )
         for id, source in self._sources.items():
             source.drawn = {}
             saved = state["datasets"].get(id)
@@ -162,11 +185,16 @@ class Sampler:
                 continue
             if saved["batch_size"] != source.dataset.train_batch_size:
                 raise ValueError(
-                    f"dataset {id!r}: the checkpoint was made with train_batch_size {saved['batch_size']}, and it is "
-                    f"{source.dataset.train_batch_size} now; resume with {saved['batch_size']}, or start a new run"
+                    f"dataset {id!r}: the checkpoint was made with train_batch_size "
+                    f"{saved['batch_size']}, and it is "
+                    f"{source.dataset.train_batch_size} now; resume with {saved['batch_size']}, "
+                    "or start a new run"
                 )
             if saved["content"] != source.content:
-                notes.append(f"dataset {id!r} has changed since the checkpoint: its part of this epoch starts anew")
+                notes.append(
+                    f"dataset {id!r} has changed since the checkpoint: its part of this epoch "
+                    "starts anew"
+                )
             elif state["seed"] == self.seed:
                 source.drawn = dict(saved["drawn"])
         gone = [id for id in state["datasets"] if id not in self._sources]
@@ -174,20 +202,32 @@ class Sampler:
 
     def _active(self, epoch: int, step: int) -> list[_Source]:
         optimiser_step = step // self.gradient_accumulation_steps
-        return [source for source in self._sources.values() if _takes_part(source.dataset, epoch, optimiser_step)]
+        return [
+            source
+            for source in self._sources.values()
+            if _takes_part(source.dataset, epoch, optimiser_step)
+        ]
 
     def _unfinished(self, step: int) -> list[_Source]:
         return [source for source in self._active(self.epoch, step) if source.left()]
 
     def _choose(self, candidates: list[_Source], step: int) -> _Source:
-        weights = torch.tensor([source.dataset.probability for source in candidates], dtype=torch.float64)
+        weights = torch.tensor(
+            [source.dataset.probability for source in candidates], dtype=torch.float64
+        )
         if self.sampling == "auto-weighting":
-            weights *= torch.tensor([sum(map(source.batches, source.buckets)) for source in candidates])
+            weights *= torch.tensor(
+                [sum(map(source.batches, source.buckets)) for source in candidates]
+            )
         generator = torch.Generator().manual_seed(self.seed + step)
         return candidates[int(torch.multinomial(weights, 1, generator=generator))]
 
     def _draw(self, source: _Source, bucket: str) -> list[SampleRef]:
-        indices, id, size = source.buckets[bucket], source.dataset.id, source.dataset.train_batch_size
+        indices, id, size = (
+            source.buckets[bucket],
+            source.dataset.id,
+            source.dataset.train_batch_size,
+        )
         first = source.drawn.get(bucket, 0) * size
         source.drawn[bucket] = source.drawn.get(bucket, 0) + 1
         refs = []
@@ -199,11 +239,18 @@ class Sampler:
 
 
 def _has_window(dataset: PreparedDataset) -> bool:
-    return dataset.start_epoch > 1 or dataset.start_step > 1 or dataset.end_epoch is not None or dataset.end_step is not None
+    return (
+        dataset.start_epoch > 1
+        or dataset.start_step > 1
+        or dataset.end_epoch is not None
+        or dataset.end_step is not None
+    )
 
 
 def _takes_part(dataset: PreparedDataset, epoch: int, optimiser_step: int) -> bool:
-    """Whether a dataset may be drawn when `optimiser_step` steps are done; its end is the last step it may be drawn for."""
+    """Whether a dataset may be drawn when `optimiser_step` steps are done; its end is the last step
+    it may be drawn for.
+    """
     return (
         dataset.probability > 0
         and dataset.start_epoch <= epoch

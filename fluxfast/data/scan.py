@@ -1,4 +1,6 @@
-"""A dataset's folder → the images to train on, each with its plan and captions, and those left out with the reason."""
+"""A dataset's folder → the images to train on, each with its plan and captions, and those left out
+with the reason.
+"""
 
 import os
 import random
@@ -8,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxfast.config.caption_filter import caption_filter
+from fluxfast.config.datasets import ImageDataset
 from fluxfast.data.buckets import Plan, crop_rng, plan, rejection
 from fluxfast.data.cache import TensorCache
-from fluxfast.data.captions import NoCaption, caption_filter, captions
-from fluxfast.data.config import ImageDataset
+from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
 from fluxfast.data.sources import file_hash
 
@@ -22,7 +25,9 @@ _FILES_PER_WRITE = 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image to train on. `file` is its path below the dataset's folder with slashes, `size` (width, height) upright."""
+    """An image to train on. `file` is its path below the dataset's folder with slashes, `size`
+    (width, height) upright.
+    """
 
     file: str
     path: Path
@@ -43,8 +48,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: `found` counts the image files, of which `candidates` and `skipped` name each; `unread` are files
-    that look like images of a kind that isn't read, as paths below the folder.
+    """What a folder holds: `found` counts the image files, of which `candidates` and `skipped` name
+    each; `unread` are files that look like images of a kind that isn't read, as paths below the
+    folder.
     """
 
     found: int
@@ -65,8 +71,8 @@ def scan(
 ) -> Scan:
     """Look at every image of a dataset.
 
-    A file that `cache` has seen before, and that nobody has written since, isn't opened. `on_file(done, total)` reports
-    progress.
+    A file that `cache` has seen before, and that nobody has written since, isn't opened.
+    `on_file(done, total)` reports progress.
 
     Raises:
         ValueError: the folder doesn't exist, or a folder in it can't be looked into.
@@ -105,7 +111,9 @@ def scan(
             continue
         planned = _plan(dataset, size, rounding, crop_rng(crop_seed, dataset.id, file))
         candidates.append(Candidate(file, path, size, known["sha256"], planned, tuple(found)))
-    return Scan(len(paths), candidates, skipped, tuple(path.relative_to(root).as_posix() for path in unread))
+    return Scan(
+        len(paths), candidates, skipped, tuple(path.relative_to(root).as_posix() for path in unread)
+    )
 
 
 def other_files(root: Path) -> Counter[str]:

@@ -1,4 +1,6 @@
-"""Model folders on this machine: fetched from the Hugging Face Hub where needed, and told apart by their contents."""
+"""Model folders on this machine: fetched from the Hugging Face Hub where needed, and told apart by
+their contents.
+"""
 
 import contextlib
 import functools
@@ -20,31 +22,41 @@ _ROOT_WEIGHTS = ("config.json", "model*.safetensors*", "diffusion_pytorch_model*
 
 
 def local_folder(source: Source) -> Path:
-    """The folder that holds what `source` names, downloaded from the Hub if no folder of that name exists here.
+    """The folder that holds what `source` names, downloaded from the Hub if no folder of that name
+    exists here.
 
-    A repository that has been downloaded before is used as it is, without asking the network. Where the subfolder doesn't
-    exist, but the root itself holds a model, the root is meant: many people publish a VAE or T5 so.
+    A repository that has been downloaded before is used as it is, without asking the network. Where
+    the subfolder doesn't exist, but the root itself holds a model, the root is meant: many people
+    publish a VAE or T5 so.
 
     Raises:
-        ValueError: neither a folder here nor a repository that can be downloaded, or it lacks that subfolder.
+        ValueError: neither a folder here nor a repository that can be downloaded, or it lacks that
+        subfolder.
     """
     path, subfolder, revision = source
     root = Path(path).expanduser()
     if not root.is_dir():
         if root.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise ValueError(f"{path}: no such folder, and not a Hugging Face repository's name (owner/name) either")
+            raise ValueError(
+                f"{path}: no such folder, and not a Hugging Face repository's name (owner/name) "
+                "either"
+            )
         root = _download(path, subfolder, revision)
     folder = _part(root, subfolder)
     if folder is None:
-        raise ValueError(f"{path}: holds no folder {subfolder!r}, and no model in its root; expected diffusers' layout")
+        raise ValueError(
+            f"{path}: holds no folder {subfolder!r}, and no model in its root; expected "
+            "diffusers' layout"
+        )
     return folder
 
 
 def identity(folder: Path, cache: TensorCache) -> str:
-    """A hash of everything in a model's folder that its results depend on: configs, vocabularies, weights.
+    """A hash of everything in a model's folder that its results depend on: configs, vocabularies,
+    weights.
 
-    Reads the weights once; from then on `cache` knows their hashes as long as nobody writes or replaces the files. Of a Hub
-    download, nothing is read: its cache names files by their hash.
+    Reads the weights once; from then on `cache` knows their hashes as long as nobody writes or
+    replaces the files. Of a Hub download, nothing is read: its cache names files by their hash.
     """
     hashes = []
     for path in sorted(folder.iterdir()):
@@ -85,7 +97,11 @@ def _download(repository: str, subfolder: str | None, revision: str | None) -> P
     patterns = [f"{subfolder}/*", *_ROOT_WEIGHTS] if subfolder else ["*"]
     pickles = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx"]
     fetch = functools.partial(
-        snapshot_download, repository, revision=revision, allow_patterns=patterns, ignore_patterns=pickles
+        snapshot_download,
+        repository,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=pickles,
     )
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -96,8 +112,10 @@ def _download(repository: str, subfolder: str | None, revision: str | None) -> P
     except (HfHubHTTPError, OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
-            f"{repository}{at}: no folder of that name here, and it can't be downloaded from the Hugging Face Hub: {error}\n"
-            "Check the name; for a gated model accept its licence on its page and log in with `hf auth login`."
+            f"{repository}{at}: no folder of that name here, and it can't be downloaded from "
+            f"the Hugging Face Hub: {error}\n"
+            "Check the name; for a gated model accept its licence on its page and log in with "
+            "`hf auth login`."
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""T5's encoder in a storage format: its 10 GB are read and quantised tensor by tensor, and never in memory together."""
+"""T5's encoder in a storage format: its 10 GB are read and quantised tensor by tensor, and never in
+memory together.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from fluxfast.model import streaming
-from fluxfast.model.checkpoint import weight_files
-from fluxfast.model.layouts import Source
-from fluxfast.model.tensor_files import CheckpointError, TensorFiles
+from fluxfast.checkpoint import stream
+from fluxfast.checkpoint.flux import weight_files
+from fluxfast.checkpoint.naming import Source
+from fluxfast.checkpoint.reader import CheckpointError, TensorFiles
 from fluxfast.quant import Format
 from fluxfast.quant.linear import QuantLinear
 
@@ -20,11 +22,15 @@ SHOWN_KEYS = 3
 
 
 class EncoderLinear(QuantLinear):
-    """A `QuantLinear` whose `weight` tells dtype and shape only: T5's MLP asks for its dtype in each forward."""
+    """A `QuantLinear` whose `weight` tells dtype and shape only: T5's MLP asks for its dtype in
+    each forward.
+    """
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype, device="meta")
+        return torch.empty(
+            self.out_features, self.in_features, dtype=self.compute_dtype, device="meta"
+        )
 
 
 def load_t5(
@@ -36,10 +42,11 @@ def load_t5(
     quantize_on: torch.device | str = "cpu",
     variant: str | None = None,
 ) -> T5EncoderModel:
-    """T5's encoder from a folder in transformers' layout (a decoder beside it is left out), linears in `format`, the rest and
-    what is computed in `dtype`.
+    """T5's encoder from a folder in transformers' layout (a decoder beside it is left out), linears
+    in `format`, the rest and what is computed in `dtype`.
 
-    Raises ValueError naming the file that is missing or not whole, or weights that are missing or of another shape.
+    Raises ValueError naming the file that is missing or not whole, or weights that are missing or
+    of another shape.
     """
     with init_empty_weights():
         model = T5EncoderModel(T5Config.from_pretrained(folder))
@@ -47,18 +54,25 @@ def load_t5(
     # one table under two names, of which files hold one or both
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {"shared.weight", "encoder.embed_tokens.weight"}
-    table = next((name for name in sorted(tied, reverse=True) if name in files.shapes), "shared.weight")
+    table = next(
+        (name for name in sorted(tied, reverse=True) if name in files.shapes), "shared.weight"
+    )
     sources = {name: Source(table if name in tied else name) for name in shapes}
-    wrong = [f"{name} {list(shape)}" for name, shape in shapes.items() if files.shapes.get(sources[name].key) != shape]
+    wrong = [
+        f"{name} {list(shape)}"
+        for name, shape in shapes.items()
+        if files.shapes.get(sources[name].key) != shape
+    ]
     if wrong:
         raise CheckpointError(
-            f"{folder}: {len(wrong)} weights are missing or of another shape, such as {', '.join(wrong[:SHOWN_KEYS])}"
+            f"{folder}: {len(wrong)} weights are missing or of another shape, such as "
+            f"{', '.join(wrong[:SHOWN_KEYS])}"
         )
-    names = streaming.linears(model, ())
-    tensors = streaming.float_tensors(files, sources, "loading T5", quantize_on)
-    streaming.quantize_empty(model, format, names, dtype)
+    names = stream.linears(model, ())
+    tensors = stream.float_tensors(files, sources, "loading T5", quantize_on)
+    stream.quantize_empty(model, format, names, dtype)
     for name in names:
         model.get_submodule(name).__class__ = EncoderLinear
-    streaming.place(model, streaming.quantized(tensors, format, names, str(folder)), dtype, device)
+    stream.place(model, stream.quantized(tensors, format, names, str(folder)), dtype, device)
     model.tie_weights()
     return model.eval()

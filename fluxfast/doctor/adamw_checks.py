@@ -1,4 +1,6 @@
-"""The optimiser's fused update on Triton, beside its formula in fp64: in fp32, and with bf16's stochastic rounding."""
+"""The optimiser's fused update on Triton, beside its formula in fp64: in fp32, and with bf16's
+stochastic rounding.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.999), 1e-6, 0.1
 _BF16_STEP = 2.0**-7
 
 
-def _exact(p: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(
+    p: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
     beta1, beta2 = BETAS
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad.square()
@@ -41,11 +45,21 @@ def _check(scope: Scope, dtype: torch.dtype) -> Finding:
     adamw_step(adamw_table(*tensors), grads, betas=BETAS, step=step, seed=1 << 40, **options)
     for place, name in enumerate(("parameters", "first moments", "second moments")):
         exact = torch.cat([one[place].flatten() for one in expected])
-        error = (torch.cat([t.double().flatten() for t in tensors[place]]) - exact) / exact.abs().clamp_min(1e-3)
+        error = (
+            torch.cat([t.double().flatten() for t in tensors[place]]) - exact
+        ) / exact.abs().clamp_min(1e-3)
         if dtype == torch.float32:
-            parts.append(Part(name, float(error.abs().max()), Tolerance(1e-4, "a few roundings of fp32, where terms cancel")))
+            parts.append(
+                Part(
+                    name,
+                    float(error.abs().max()),
+                    Tolerance(1e-4, "a few roundings of fp32, where terms cancel"),
+                )
+            )
             continue
-        one_step = Tolerance(_BF16_STEP + 1e-4, "stochastic rounding, to one of the two neighbours in bfloat16")
+        one_step = Tolerance(
+            _BF16_STEP + 1e-4, "stochastic rounding, to one of the two neighbours in bfloat16"
+        )
         parts.append(Part(name, float(error.abs().max()), one_step))
         deviations = abs(float(error.mean())) / (_BF16_STEP / math.sqrt(12 * len(error)))
         by_chance = Tolerance(6, "one draw in 10^9 is further off")

@@ -1,6 +1,8 @@
-"""Attention's back ends, forward and backward, at awkward lengths and at those of 512 and 1024 px, beside the maths in fp32.
+"""Attention's back ends, forward and backward, at awkward lengths and at those of 512 and 1024 px,
+beside the maths in fp32.
 
-The reference is computed a few heads at a time: the scores of 24 heads and 4608 tokens would take 2 GB, several times over.
+The reference is computed a few heads at a time: the scores of 24 heads and 4608 tokens would take 2
+GB, several times over.
 """
 
 from __future__ import annotations
@@ -11,10 +13,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fluxfast.doctor.checks import Check, Finding, Named, Random, Rate, compare, of_products, reference_dtype, widened
+from fluxfast.doctor.checks import (
+    Check,
+    Finding,
+    Named,
+    Random,
+    Rate,
+    compare,
+    of_products,
+    reference_dtype,
+    widened,
+)
 from fluxfast.doctor.op_checks import seconds_of
 from fluxfast.doctor.scope import Scope
-from fluxfast.ops import _attention_native, attention
+from fluxfast.ops import attention, attention_native
 
 HEADS_AT_A_TIME = 4
 SHIFT = 6.0
@@ -28,7 +40,8 @@ def _inputs(scope: Scope, tokens: int, masked: bool) -> tuple[list[Tensor], Tens
     s, randn = scope.sizes, Random(scope.torch_device, scope.torch_dtype, seed=tokens)
     batch = s.batch if tokens < 1000 else 1
     q, k, v = (randn(batch, tokens, s.heads, s.head_dim) for _ in range(3))
-    # every score is about SHIFT lower than without: no softmax sees that, but a key of zeros, which is not there, would win
+    # every score is about SHIFT lower than without: no softmax sees that, but a key of zeros, which
+    # is not there, would win
     shift = (SHIFT / s.head_dim**0.5) ** 0.5
     q, k = q + shift, k - shift
     # as a single block has it: columns of a wider tensor, at other strides than the output's
@@ -59,7 +72,11 @@ def check(scope: Scope, backend: str, masked: bool) -> Finding:
     with torch.no_grad():
         for tokens in scope.sizes.attention:
             tensors, mask = _inputs(scope, tokens, masked)
-            found = compare(_run(backend, tensors, mask), _reference(tensors, mask), of_products(scope.torch_dtype))
+            found = compare(
+                _run(backend, tensors, mask),
+                _reference(tensors, mask),
+                of_products(scope.torch_dtype),
+            )
             parts += [part._replace(name=f"{part.name}, {tokens} tokens") for part in found]
     return Finding(tuple(parts))
 
@@ -82,13 +99,17 @@ def back_ends(scope: Scope, masked: bool) -> list[str]:
 
 
 def attention_checks(scope: Scope) -> Iterator[Check]:
-    """Of every back end; in the short form, of the one that `auto` takes and of what it takes in its place."""
-    like = torch.empty(1, 1, 1, scope.sizes.head_dim, dtype=scope.torch_dtype, device=scope.torch_device)
+    """Of every back end; in the short form, of the one that `auto` takes and of what it takes in
+    its place.
+    """
+    like = torch.empty(
+        1, 1, 1, scope.sizes.head_dim, dtype=scope.torch_dtype, device=scope.torch_device
+    )
     for masked in (False, True) if scope.masks else (False,):
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=like.device) if masked else None
         own = attention.resolve("auto", like, mask)
         for backend in back_ends(scope, masked):
-            obstacle = _attention_native.obstacle(like, masked) if backend == "native" else None
+            obstacle = attention_native.obstacle(like, masked) if backend == "native" else None
             yield Check(
                 name=f"attention{', masked' if masked else ''} ({backend})",
                 run=functools.partial(check, scope, backend, masked),

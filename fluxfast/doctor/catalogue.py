@@ -12,13 +12,21 @@ from fluxfast.doctor.rates import rate_checks
 from fluxfast.doctor.scope import Scope
 from fluxfast.ops import verdicts
 
-NO_GPU = "there is no GPU to run them; TRITON_INTERPRET=1 in the environment runs them in Triton's interpreter"
+NO_GPU = (
+    "there is no GPU to run them; TRITON_INTERPRET=1 in the environment runs them in Triton's "
+    "interpreter"
+)
 
 
 def checks_for(scope: Scope) -> list[Check]:
     """What the scope asks for; of a short one, what its short form has."""
     with verdicts.ignored():
-        checks = [*op_checks(scope), *linear_checks(scope), *format_checks(scope), *attention_checks(scope)]
+        checks = [
+            *op_checks(scope),
+            *linear_checks(scope),
+            *format_checks(scope),
+            *attention_checks(scope),
+        ]
         checks += [*adamw_checks(scope), *gemv_checks(scope)]
         if not scope.short:
             # diffusers and PEFT take seconds to import

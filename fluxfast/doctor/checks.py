@@ -1,7 +1,9 @@
-"""A check: something computed as a run computes it, the same by the reference, and how far the two may be apart.
+"""A check: something computed as a run computes it, the same by the reference, and how far the two
+may be apart.
 
-An error is relative, of the worst row: the norm of the difference of two rows over that of the expected one, or over the rows'
-mean where that is larger. So one wrong row of a million shows, and a row that is nearly zero does not.
+An error is relative, of the worst row: the norm of the difference of two rows over that of the
+expected one, or over the rows' mean where that is larger. So one wrong row of a million shows, and
+a row that is nearly zero does not.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Part(NamedTuple):
         """How much of what is allowed it takes."""
         if self.passed:
             return self.error / self.tolerance.bound if self.tolerance.bound else 0.0
-        return self.error / max(self.tolerance.bound, 1e-30) if math.isfinite(self.error) else math.inf
+        return (
+            self.error / max(self.tolerance.bound, 1e-30) if math.isfinite(self.error) else math.inf
+        )
 
 
 class Rate(NamedTuple):
@@ -70,9 +74,10 @@ class Finding:
 class Check:
     """One check.
 
-    name: unique. what, way: as `ops.verdicts` call it, "" for none. run: computes and compares. time: the rate of the same, or
-    of what it is about. short: it is part of the short form. obstacle: why it can't be run here. way_out: what a user can do
-    where it fails. optional: where it raises, it is just not there on this device. assumed: the rate that `plan` reckons with.
+    name: unique. what, way: as `ops.verdicts` call it, "" for none. run: computes and compares.
+    time: the rate of the same, or of what it is about. short: it is part of the short form.
+    obstacle: why it can't be run here. way_out: what a user can do where it fails. optional: where
+    it raises, it is just not there on this device. assumed: the rate that `plan` reckons with.
     """
 
     name: str
@@ -89,7 +94,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check, as plain values. error, bound: of the worst part. cause, way_out: of a failure.
+    """What came of a check, as plain values. error, bound: of the worst part. cause, way_out: of a
+    failure.
 
     again: nothing is known of what was to be checked, and another try may tell.
     """
@@ -114,7 +120,11 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """The fields that say something; what is not finite as text, which JSON has no number for."""
-        found = {name: value for name, value in asdict(self).items() if value not in (None, "", {}) and value is not False}
+        found = {
+            name: value
+            for name, value in asdict(self).items()
+            if value not in (None, "", {}) and value is not False
+        }
         for name in ("error", "rate"):
             if name in found:
                 found[name] = _json_number(found[name])
@@ -140,13 +150,20 @@ def _json_number(value: float) -> float | str:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The error of the worst row (see above) in fp64's range; NaN where one of them is not finite."""
     if actual.shape != expected.shape:
-        raise AssertionError(f"a result has the shape {list(actual.shape)}, the reference's is {list(expected.shape)}")
+        raise AssertionError(
+            f"a result has the shape {list(actual.shape)}, the reference's is "
+            f"{list(expected.shape)}"
+        )
     if actual.numel() == 0:
         return 0.0
     wide = torch.promote_types(expected.dtype, torch.float32)
-    rows, exact = (t.detach().to(wide).reshape(-1, t.shape[-1] if t.ndim else 1) for t in (actual, expected))
+    rows, exact = (
+        t.detach().to(wide).reshape(-1, t.shape[-1] if t.ndim else 1) for t in (actual, expected)
+    )
     norms = exact.norm(dim=1)
-    error = (rows - exact).norm(dim=1) / norms.clamp_min(max(float(norms.mean()), torch.finfo(torch.float32).tiny))
+    error = (rows - exact).norm(dim=1) / norms.clamp_min(
+        max(float(norms.mean()), torch.finfo(torch.float32).tiny)
+    )
     # amax lets a NaN through
     return float(error.amax())
 
@@ -154,14 +171,22 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def compare(actual: Named, expected: Named, tolerance: Callable[[str], Tolerance]) -> list[Part]:
     """A part for each result of the reference; raises AssertionError where ours has others."""
     if actual.keys() != expected.keys():
-        raise AssertionError(f"the results are {sorted(actual)}, the reference's {sorted(expected)}")
-    return [Part(name, relative_error(actual[name], expected[name]), tolerance(name)) for name in expected]
+        raise AssertionError(
+            f"the results are {sorted(actual)}, the reference's {sorted(expected)}"
+        )
+    return [
+        Part(name, relative_error(actual[name], expected[name]), tolerance(name))
+        for name in expected
+    ]
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """New tensors are NaN, or the largest integer, until they are written: what nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # the public function imports torch's compiler, which takes seconds
     torch._C._set_deterministic_algorithms(True, warn_only=True)
@@ -175,7 +200,8 @@ def poisoned_memory() -> Iterator[None]:
         torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-# what arithmetic explains. Rows of D numbers in fp32 sums of another order; two roundings to 16 bits on the way
+# what arithmetic explains. Rows of D numbers in fp32 sums of another order; two roundings to 16
+# bits on the way
 _VALUES = {
     torch.float32: Tolerance(2e-5, "fp32 sums of thousands of terms in another order"),
     torch.bfloat16: Tolerance(2**-7, "one or two roundings to bfloat16's 8 bits"),
@@ -183,22 +209,39 @@ _VALUES = {
 }
 _PRODUCTS = {
     torch.float32: Tolerance(5e-5, "fp32 sums of thousands of products in another order"),
-    torch.bfloat16: Tolerance(2e-2, "three roundings to bfloat16's 8 bits, in the low-rank products and at the end"),
-    torch.float16: Tolerance(3e-3, "three roundings to float16's 11 bits, in the low-rank products and at the end"),
+    torch.bfloat16: Tolerance(
+        2e-2, "three roundings to bfloat16's 8 bits, in the low-rank products and at the end"
+    ),
+    torch.float16: Tolerance(
+        3e-3, "three roundings to float16's 11 bits, in the low-rank products and at the end"
+    ),
 }
-_CODES = Tolerance(6e-3, "a few codes that fall on the other side of a rounding; one step of every code would be 1e-2")
+_CODES = Tolerance(
+    6e-3,
+    "a few codes that fall on the other side of a rounding; one step of every code would be 1e-2",
+)
 
 
 def of_values(dtype: torch.dtype) -> Callable[[str], Tolerance]:
-    """What an op's results may be off, by their names: those that end in "codes" are 8-bit codes, decoded."""
+    """What an op's results may be off, by their names: those that end in "codes" are 8-bit codes,
+    decoded.
+    """
     return lambda name: _CODES if name.endswith("codes") else _VALUES[dtype]
 
 
-def of_products(dtype: torch.dtype, adapters: torch.dtype | None = None) -> Callable[[str], Tolerance]:
-    """What matrix products and attention may be off; adapters: the dtype that their gradients, dA and dB, are stored in."""
+def of_products(
+    dtype: torch.dtype, adapters: torch.dtype | None = None
+) -> Callable[[str], Tolerance]:
+    """What matrix products and attention may be off; adapters: the dtype that their gradients, dA
+    and dB, are stored in.
+    """
 
     def tolerance(name: str) -> Tolerance:
-        stored = name.startswith(("dA", "dB")) and adapters is not None and adapters.itemsize < dtype.itemsize
+        stored = (
+            name.startswith(("dA", "dB"))
+            and adapters is not None
+            and adapters.itemsize < dtype.itemsize
+        )
         return stored_in(adapters) if stored and adapters is not None else _PRODUCTS[dtype]
 
     return tolerance
@@ -215,7 +258,9 @@ def reference_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as the reference reads it: numbers in `dtype`, or wider if they are; codes and integers as they are."""
+    """A tensor as the reference reads it: numbers in `dtype`, or wider if they are; codes and
+    integers as they are.
+    """
     if not x.is_floating_point() or x.itemsize == 1:
         return x
     return x.to(torch.promote_types(x.dtype, dtype))

@@ -53,7 +53,12 @@ def examine(check: Check, *, comparing: bool = True, timing: bool = True) -> Out
 
 def outcome_of(check: Check, finding: Finding | None, rate: Rate | None, seconds: float) -> Outcome:
     """The outcome of a check that ran to its end."""
-    common: dict[str, Any] = {"what": check.what, "way": check.way, "assumed": check.assumed, "seconds": round(seconds, 3)}
+    common: dict[str, Any] = {
+        "what": check.what,
+        "way": check.way,
+        "assumed": check.assumed,
+        "seconds": round(seconds, 3),
+    }
     if rate is not None:
         common |= {"rate": rate.per_second, "unit": rate.unit}
     if finding is None:
@@ -65,7 +70,10 @@ def outcome_of(check: Check, finding: Finding | None, rate: Rate | None, seconds
     }  # fmt: skip
     if _passed(finding):
         return Outcome(check.name, "pass", **common)
-    cause = f"{worst.name} is off by {worst.error:.2g}, where {worst.tolerance.bound:.2g} is explained by {worst.tolerance.why}"
+    cause = (
+        f"{worst.name} is off by {worst.error:.2g}, where {worst.tolerance.bound:.2g} is "
+        f"explained by {worst.tolerance.why}"
+    )
     if worst.error != worst.error:
         cause = f"{worst.name} holds numbers that are not finite, or that nobody wrote"
     return Outcome(check.name, "fail", cause=cause, way_out=check.way_out, **common)
@@ -75,7 +83,9 @@ def _passed(finding: Finding) -> bool:
     return all(part.passed for part in finding.parts)
 
 
-def _gone_wrong(check: Check, start: float, error: BaseException, status: Status, meaning: str) -> Outcome:
+def _gone_wrong(
+    check: Check, start: float, error: BaseException, status: Status, meaning: str
+) -> Outcome:
     name = type(error).__name__
     meaning = meaning or _MEANINGS.get(name, "")
     text = " ".join(str(error).split())[:_LONGEST] or name

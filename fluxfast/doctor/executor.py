@@ -1,7 +1,8 @@
-"""Who runs the checks: this process, or several of their own, side by side, so that kernels compile on all cores.
+"""Who runs the checks: this process, or several of their own, side by side, so that kernels compile
+on all cores.
 
-A process of its own is also what survives a kernel that hangs or that breaks the GPU's context: the process is ended, the check
-has failed, and the next check gets a new process.
+A process of its own is also what survives a kernel that hangs or that breaks the GPU's context: the
+process is ended, the check has failed, and the next check gets a new process.
 """
 
 from __future__ import annotations
@@ -47,15 +48,19 @@ def workers_for(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     free = torch.cuda.mem_get_info(device)[0] / 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(MOST_WORKERS, cores, int(free / WORKER_GIB)))
 
 
-def run_checks(checks: Sequence[Check], scope: Scope, workers: int, done: Done = lambda _: None) -> list[Outcome]:
+def run_checks(
+    checks: Sequence[Check], scope: Scope, workers: int, done: Done = lambda _: None
+) -> list[Outcome]:
     """An outcome of each check, in order; `done` is told of each when it is there, from any thread.
 
-    In processes of their own, everything is compared first, side by side; then, one by one, what passed is timed, and what
-    found too little memory beside the others is tried again.
+    In processes of their own, everything is compared first, side by side; then, one by one, what
+    passed is timed, and what found too little memory beside the others is tried again.
     """
     outcomes: dict[str, Outcome] = {}
 
@@ -81,7 +86,11 @@ def run_checks(checks: Sequence[Check], scope: Scope, workers: int, done: Done =
     by_name = {check.name: check for check in todo}
     with Pool(scope, workers) as pool:
         # whole models come last in the list, and take longest
-        pool.run([Request(check, True, False) for check in reversed(todo) if check.run is not None], workers, looked_at)
+        pool.run(
+            [Request(check, True, False) for check in reversed(todo) if check.run is not None],
+            workers,
+            looked_at,
+        )
         second = [
             Request(check, check.run is not None and compared[check.name].status != "pass", True)
             for check in todo
@@ -105,7 +114,12 @@ def _merged(compared: Outcome | None, second: Outcome) -> Outcome:
     if second.status == "not checked":
         return replace(compared, note=f"{compared.note} no rate: {second.cause}".strip())
     seconds = round(compared.seconds + second.seconds, 3)
-    rest = {"rate": second.rate, "unit": second.unit, "cause": second.cause, "way_out": second.way_out}
+    rest = {
+        "rate": second.rate,
+        "unit": second.unit,
+        "cause": second.cause,
+        "way_out": second.way_out,
+    }
     return replace(compared, status=second.status, seconds=seconds, **rest)  # type: ignore[arg-type]
 
 
@@ -123,7 +137,9 @@ class Pool:
             worker.close()
 
     def run(self, requests: Sequence[Request], count: int, done: Done) -> None:
-        """Has so many processes answer, each the next request as soon as it has answered one; the others are ended."""
+        """Has so many processes answer, each the next request as soon as it has answered one; the
+        others are ended.
+        """
         waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         for request in requests:
             waiting.put(request)
@@ -142,7 +158,10 @@ class Pool:
                 with lock:
                     done(outcome)
 
-        threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in self._workers[:count]]
+        threads = [
+            threading.Thread(target=serve, args=(worker,), daemon=True)
+            for worker in self._workers[:count]
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -169,7 +188,14 @@ class Worker:
                 self.close()
                 self._unstartable = f"no process to check in could be started: {error}"
         if self._unstartable is not None:
-            return Outcome(check.name, "not checked", check.what, check.way, cause=self._unstartable, again=True)
+            return Outcome(
+                check.name,
+                "not checked",
+                check.what,
+                check.way,
+                cause=self._unstartable,
+                again=True,
+            )
         try:
             asked = {"name": check.name, "comparing": request.comparing, "timing": request.timing}
             answer = self._exchange(asked, LIMIT)
@@ -177,7 +203,15 @@ class Worker:
             self.close()
             outside = gone.killed_from_outside
             status: Any = "not checked" if outside else "fail"
-            return Outcome(check.name, status, check.what, check.way, cause=str(gone), way_out=check.way_out, again=outside)
+            return Outcome(
+                check.name,
+                status,
+                check.what,
+                check.way,
+                cause=str(gone),
+                way_out=check.way_out,
+                again=outside,
+            )
         if answer.pop("broken", False):
             self.close()
         return Outcome.from_json(answer)

@@ -1,6 +1,8 @@
-"""Storage formats: their quantisers and decoders beside their definitions in plain torch; and modulation's products on the CPU.
+"""Storage formats: their quantisers and decoders beside their definitions in plain torch; and
+modulation's products on the CPU.
 
-Implementations are to give the same bytes. What fails a check is a value that a run would notice; other bytes are a note.
+Implementations are to give the same bytes. What fails a check is a value that a run would notice;
+other bytes are a note.
 """
 
 from __future__ import annotations
@@ -24,17 +26,27 @@ from fluxfast.doctor.checks import (
     poisoned_memory,
     relative_error,
 )
-from fluxfast.doctor.op_checks import NO_NATIVE_BUILD, WAY_OUT, decoded, obstacle_of, seconds_of, ways, with_isa
+from fluxfast.doctor.op_checks import (
+    NO_NATIVE_BUILD,
+    WAY_OUT,
+    decoded,
+    obstacle_of,
+    seconds_of,
+    ways,
+    with_isa,
+)
 from fluxfast.doctor.scope import PLAIN, Scope
-from fluxfast.ops import _impl
-from fluxfast.quant import FORMATS, QuantWeight, _gpu
+from fluxfast.ops import dispatch
+from fluxfast.quant import FORMATS, QuantWeight, gpu
 from fluxfast.quant.gemv import gemv, gemv_ref
 
 _SAME_CODES = Tolerance(1e-3, "a few codes whose value lies half-way between two")
 
 
 def weights_of(scope: Scope) -> list[Tensor]:
-    """A weight of real width, and one whose sizes are a multiple of nothing; rows of different size, one of them zeros."""
+    """A weight of real width, and one whose sizes are a multiple of nothing; rows of different
+    size, one of them zeros.
+    """
     randn = Random(scope.torch_device, torch.float32, seed=9)
     made = []
     for rows, cols in ((scope.sizes.weights, scope.sizes.dim), (5, 63)):
@@ -48,7 +60,9 @@ def _check_decoder(scope: Scope, fmt: str, impl: str, *, native_gpu: bool) -> Fi
     """The weight in the activations' dtype, of parts that the reference made."""
     format, parts, different = FORMATS[fmt], [], 0
     dtype = torch.bfloat16 if native_gpu else scope.torch_dtype
-    rounding = Tolerance(torch.finfo(dtype).eps, f"a rounding to {str(dtype).removeprefix('torch.')}")
+    rounding = Tolerance(
+        torch.finfo(dtype).eps, f"a rounding to {str(dtype).removeprefix('torch.')}"
+    )
     for weight in weights_of(scope):
         shape = (weight.shape[0], weight.shape[1])
         stored = format.quantize(weight, impl="ref")
@@ -57,7 +71,10 @@ def _check_decoder(scope: Scope, fmt: str, impl: str, *, native_gpu: bool) -> Fi
         expected = format.dequantize(stored, shape, dtype, impl="ref")
         different += int((actual != expected).sum())
         parts.append(Part(f"weight {list(shape)}", relative_error(actual, expected), rounding))
-    return Finding(tuple(parts), f"{different} weights are not bit for bit the reference's" if different else "")
+    return Finding(
+        tuple(parts),
+        f"{different} weights are not bit for bit the reference's" if different else "",
+    )
 
 
 def _time_decoder(scope: Scope, fmt: str, impl: str) -> Rate:
@@ -66,7 +83,10 @@ def _time_decoder(scope: Scope, fmt: str, impl: str) -> Rate:
     parts = format.quantize(Random(scope.torch_device, torch.float32, seed=9)(*shape, scale=0.02))
     out = torch.empty(shape, dtype=scope.torch_dtype, device=scope.torch_device)
     moved = out.nbytes + sum(part.nbytes for part in parts.values())
-    return Rate(moved / seconds_of(lambda: format.decode_into(parts, out, impl=impl), scope.torch_device), "B/s")
+    return Rate(
+        moved / seconds_of(lambda: format.decode_into(parts, out, impl=impl), scope.torch_device),
+        "B/s",
+    )
 
 
 def _check_codes(scope: Scope, fmt: str, impl: str) -> Finding:
@@ -92,7 +112,10 @@ def _check_quantizer(scope: Scope, fmt: str, impl: str) -> Finding:
         with poisoned_memory():
             made = format.quantize(weight, impl=impl)
         definition = format.quantize(weight, impl="ref")
-        different += sum(int((made[n].view(torch.uint8) != p.view(torch.uint8)).sum()) for n, p in definition.items())
+        different += sum(
+            int((made[n].view(torch.uint8) != p.view(torch.uint8)).sum())
+            for n, p in definition.items()
+        )
         actual, expected = (format.dequantize_ref(stored, shape) for stored in (made, definition))
         parts.append(Part(f"weight {list(shape)}", relative_error(actual, expected), _SAME_CODES))
     return Finding(tuple(parts), f"{different} bytes are not the reference's" if different else "")
@@ -111,7 +134,7 @@ def format_checks(scope: Scope) -> Iterator[Check]:
             tasks["codes"] = _check_codes
         for task, run in tasks.items():
             for impl, said, isa in ways(scope):
-                counts = isa is None or isa == _impl.native.cpu_isa()
+                counts = isa is None or isa == dispatch.native.cpu_isa()
                 timed = counts and scope.sizes.timed
                 yield Check(
                     name=f"{fmt}: {_TASKS[task]} ({said})",
@@ -119,7 +142,9 @@ def format_checks(scope: Scope) -> Iterator[Check]:
                     what=f"{fmt}.{task}" if counts else "",
                     way=impl if counts else "",
                     short=True,
-                    time=functools.partial(_time_decoder, scope, fmt, impl) if timed and task == "dequantize" else None,
+                    time=functools.partial(_time_decoder, scope, fmt, impl)
+                    if timed and task == "dequantize"
+                    else None,
                     # weights are decoded in fp32 whatever the activations are in
                     obstacle=obstacle_of(impl, replace(scope, dtype="float32")),
                     way_out=WAY_OUT[impl],
@@ -128,7 +153,9 @@ def format_checks(scope: Scope) -> Iterator[Check]:
 
 
 def _native_gpu_checks(scope: Scope, fmt: str) -> Iterator[Check]:
-    """The native module's own kernels on a GPU, which are there to be asked for: `auto` never takes them."""
+    """The native module's own kernels on a GPU, which are there to be asked for: `auto` never takes
+    them.
+    """
     if scope.torch_device.type != "cuda" or not scope.exhaustive:
         return
     runs: dict[str, Any] = {
@@ -138,7 +165,7 @@ def _native_gpu_checks(scope: Scope, fmt: str) -> Iterator[Check]:
     for task in FORMATS[fmt].gpu_tasks:
         yield Check(
             name=f"{fmt}: {_TASKS[task]} (native, on the GPU)", run=runs[task], what=f"{fmt}.{task}", way="native",
-            obstacle=_gpu.obstacle(), way_out="nothing takes it unless it is asked for",
+            obstacle=gpu.obstacle(), way_out="nothing takes it unless it is asked for",
         )  # fmt: skip
 
 
@@ -146,7 +173,9 @@ def _native_gpu_checks(scope: Scope, fmt: str) -> Iterator[Check]:
 
 
 def _gemv_weight(scope: Scope, fmt: str, rows: int) -> Tensor | QuantWeight:
-    weight = Random(torch.device("cpu"), torch.float32, seed=10)(rows, scope.sizes.dim, scale=scope.sizes.dim**-0.5)
+    weight = Random(torch.device("cpu"), torch.float32, seed=10)(
+        rows, scope.sizes.dim, scale=scope.sizes.dim**-0.5
+    )
     if fmt == PLAIN:
         return weight.bfloat16()
     format = FORMATS[fmt]
@@ -165,14 +194,17 @@ def _check_gemv(scope: Scope, fmt: str) -> Finding:
 def time_gemv(scope: Scope, fmt: str) -> Rate:
     weight = _gemv_weight(scope, fmt, 18 * scope.sizes.dim // 4)
     x = Random(torch.device("cpu"), torch.float32)(1, scope.sizes.dim)
-    return Rate(weight.nbytes / seconds_of(lambda: gemv(x, weight, impl="native"), torch.device("cpu")), "B/s")
+    return Rate(
+        weight.nbytes / seconds_of(lambda: gemv(x, weight, impl="native"), torch.device("cpu")),
+        "B/s",
+    )
 
 
 def gemv_checks(scope: Scope) -> Iterator[Check]:
     """Modulation's products with vectors on the CPU, where it is computed ahead."""
     if not scope.modulation_ahead:
         return
-    said = f"native {_impl.native.cpu_isa()}" if _impl.HAS_NATIVE else "native"
+    said = f"native {dispatch.native.cpu_isa()}" if dispatch.HAS_NATIVE else "native"
     for fmt in scope.formats:
         yield Check(
             name=f"modulation ahead, {fmt} weights ({said})",
@@ -181,6 +213,6 @@ def gemv_checks(scope: Scope) -> Iterator[Check]:
             what="gemv",
             way="native",
             short=True,
-            obstacle=None if _impl.HAS_NATIVE else NO_NATIVE_BUILD,
+            obstacle=None if dispatch.HAS_NATIVE else NO_NATIVE_BUILD,
             way_out=WAY_OUT["native"],
         )

@@ -1,7 +1,8 @@
-"""Products with adapters, in every format of the base and every type that they run in, forward and backward.
+"""Products with adapters, in every format of the base and every type that they run in, forward and
+backward.
 
-A product is compared with the same product of the same codes in a wider type, so that what a format or 8 bits round is no
-error. Formats are checked by themselves, in `format_checks`.
+A product is compared with the same product of the same codes in a wider type, so that what a format
+or 8 bits round is no error. Formats are checked by themselves, in `format_checks`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from fluxfast.doctor.checks import (
 from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, seconds_of, ways
 from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.model.linear import StoredWeight
-from fluxfast.ops import _impl, row_quant, verdicts
-from fluxfast.ops.linear_group import Adapter, LinearGroup, LinearParams
-from fluxfast.ops.lora_linear import input_form
+from fluxfast.ops import dispatch, row_quant, verdicts
+from fluxfast.ops.linear.group import Adapter, LinearGroup, LinearParams
+from fluxfast.ops.linear.lora_linear import input_form
 from fluxfast.quant import FORMATS, Format, QuantWeight
 
 OUTLIER = 20.0
@@ -62,7 +63,9 @@ def _float_weight(rows: int, cols: int, device: str, dtype: torch.dtype) -> Tens
     return Random(torch.device(device), dtype, seed=7)(rows, cols, scale=cols**-0.5)
 
 
-def make_group(scope: Scope, fmt: str, cols: int, outs: list[int], scale: float = 1.0) -> list[LinearParams]:
+def make_group(
+    scope: Scope, fmt: str, cols: int, outs: list[int], scale: float = 1.0
+) -> list[LinearParams]:
     """Linears side by side in memory, as runs have them, each with an adapter and a bias."""
     dtype, randn = scope.torch_dtype, Random(scope.torch_device, scope.torch_dtype, seed=8)
     whole = _float_weight(sum(outs), cols, scope.device, dtype)
@@ -71,21 +74,29 @@ def make_group(scope: Scope, fmt: str, cols: int, outs: list[int], scale: float 
         stored = _stored_side_by_side(FORMATS[fmt], whole, outs)
     adapter_dtype, linears = getattr(torch, scope.adapter_dtype), []
     for weight, rows in zip(stored, outs, strict=True):
-        a, b = randn(scope.rank, cols, scale=cols**-0.5), randn(rows, scope.rank, scale=scope.rank**-0.5)
+        a, b = (
+            randn(scope.rank, cols, scale=cols**-0.5),
+            randn(rows, scope.rank, scale=scope.rank**-0.5),
+        )
         adapter = Adapter(a.to(adapter_dtype), b.to(adapter_dtype), scale)
         linears.append(LinearParams(weight, randn(rows), (adapter,)))
     return linears
 
 
 def _stored_side_by_side(format: Format, whole: Tensor, outs: list[int]) -> list[StoredWeight]:
-    """Rows of the weight, quantised; codes that products may read as they are stored lie one after the other."""
+    """Rows of the weight, quantised; codes that products may read as they are stored lie one after
+    the other.
+    """
     if format.stored_codes is not None:
         parts = {name: part.split(outs) for name, part in format.quantize(whole).items()}
         each = [{name: pieces[i] for name, pieces in parts.items()} for i in range(len(outs))]
     else:
         each = [format.quantize(rows) for rows in whole.split(outs)]
     shapes = [(rows, whole.shape[1]) for rows in outs]
-    return [StoredWeight(QuantWeight(format, p, shape, whole.dtype)) for p, shape in zip(each, shapes, strict=True)]
+    return [
+        StoredWeight(QuantWeight(format, p, shape, whole.dtype))
+        for p, shape in zip(each, shapes, strict=True)
+    ]
 
 
 def _widened(linears: list[LinearParams], dtype: torch.dtype) -> list[LinearParams]:
@@ -93,13 +104,17 @@ def _widened(linears: list[LinearParams], dtype: torch.dtype) -> list[LinearPara
         p._replace(
             weight=widened(p.weight, dtype) if isinstance(p.weight, Tensor) else p.weight,
             bias=None if p.bias is None else widened(p.bias, dtype),
-            adapters=tuple(a._replace(a=widened(a.a, dtype), b=widened(a.b, dtype)) for a in p.adapters),
+            adapters=tuple(
+                a._replace(a=widened(a.a, dtype), b=widened(a.b, dtype)) for a in p.adapters
+            ),
         )
         for p in linears
     ]
 
 
-def _products(linears: list[LinearParams], x: Tensor, dy: Tensor, impl: str, **options: Any) -> Named:
+def _products(
+    linears: list[LinearParams], x: Tensor, dy: Tensor, impl: str, **options: Any
+) -> Named:
     """y, dx, and every adapter's gradients, by groups of one direction each, as a block makes them."""
     first, second = (LinearGroup(linears, x.dtype, impl=impl, **options) for _ in range(2))
     y, s = first.forward(input_form(x, first))
@@ -110,7 +125,10 @@ def _products(linears: list[LinearParams], x: Tensor, dy: Tensor, impl: str, **o
         # a single block's q, k and v bring their gradient's codes apart from the MLP's
         cuts = [0, sum(lin.weight.shape[0] for lin in linears[:3]), dy.shape[1]]
         codes = [
-            (start, row_quant.forward(dy[:, start:stop], second.compute, fold[start:stop], impl=impl))
+            (
+                start,
+                row_quant.forward(dy[:, start:stop], second.compute, fold[start:stop], impl=impl),
+            )
             for start, stop in pairwise(cuts)
         ]
         apart, _ = second.backward(dy, input_form(x, second), s, codes=codes)
@@ -120,10 +138,16 @@ def _products(linears: list[LinearParams], x: Tensor, dy: Tensor, impl: str, **o
 
 
 def _named_grads(grads: list[tuple[Tensor, Tensor]]) -> Named:
-    return {f"d{name} {i}": grad for i, pair in enumerate(grads) for name, grad in zip("AB", pair, strict=True)}
+    return {
+        f"d{name} {i}": grad
+        for i, pair in enumerate(grads)
+        for name, grad in zip("AB", pair, strict=True)
+    }
 
 
-def _inputs(scope: Scope, tokens: int, cols: int, rows: int, *, outliers: int = 0) -> tuple[Tensor, Tensor]:
+def _inputs(
+    scope: Scope, tokens: int, cols: int, rows: int, *, outliers: int = 0
+) -> tuple[Tensor, Tensor]:
     randn = Random(scope.torch_device, scope.torch_dtype, seed=tokens)
     x, dy = randn(tokens, cols), randn(tokens, rows)
     if outliers:
@@ -133,17 +157,24 @@ def _inputs(scope: Scope, tokens: int, cols: int, rows: int, *, outliers: int = 
     return x, dy
 
 
-def _check_product(scope: Scope, impl: str, fmt: str, compute: str, group: str, outliers: int) -> Finding:
+def _check_product(
+    scope: Scope, impl: str, fmt: str, compute: str, group: str, outliers: int
+) -> Finding:
     cols, outs = shapes_of(scope)[group]
     linears, parts = make_group(scope, fmt, cols, outs, scope.lora_scale), []
     options: dict[str, Any] = {"compute": compute, "outliers": outliers}
-    wide, tolerance = reference_dtype(scope.torch_dtype), of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype))
+    wide, tolerance = (
+        reference_dtype(scope.torch_dtype),
+        of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
+    )
     with torch.no_grad():
         for tokens in scope.sizes.products:
             x, dy = _inputs(scope, tokens, cols, sum(outs), outliers=outliers)
             with poisoned_memory():
                 actual = _products(linears, x, dy, impl, **options)
-            expected = _products(_widened(linears, wide), widened(x, wide), widened(dy, wide), "ref", **options)
+            expected = _products(
+                _widened(linears, wide), widened(x, wide), widened(dy, wide), "ref", **options
+            )
             found = compare(actual, expected, tolerance)
             parts += [part._replace(name=f"{part.name}, {tokens} tokens") for part in found]
     return Finding(tuple(parts))
@@ -151,14 +182,19 @@ def _check_product(scope: Scope, impl: str, fmt: str, compute: str, group: str, 
 
 def _check_embedders(scope: Scope, impl: str) -> Finding:
     """Into the blocks' width and out of it, with adapters and without, as presets have both."""
-    wide, tolerance = reference_dtype(scope.torch_dtype), of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype))
+    wide, tolerance = (
+        reference_dtype(scope.torch_dtype),
+        of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
+    )
     parts, tokens = [], scope.sizes.products[-1]
     with torch.no_grad():
         for said, linears, cols, rows in embedders(scope):
             x, dy = _inputs(scope, tokens, cols, rows)
             with poisoned_memory():
                 actual = _products(linears, x, dy, impl)
-            expected = _products(_widened(linears, wide), widened(x, wide), widened(dy, wide), "ref")
+            expected = _products(
+                _widened(linears, wide), widened(x, wide), widened(dy, wide), "ref"
+            )
             found = compare(actual, expected, tolerance)
             parts += [part._replace(name=f"{part.name}, {said}") for part in found]
     return Finding(tuple(parts))
@@ -173,7 +209,9 @@ def embedders(scope: Scope) -> Iterator[tuple[str, list[LinearParams], int, int]
         yield f"{cols} to {rows}", [lin._replace(adapters=()) for lin in adapted], cols, rows
 
 
-def _time_product(scope: Scope, impl: str, fmt: str, compute: str, group: str, outliers: int) -> Rate:
+def _time_product(
+    scope: Scope, impl: str, fmt: str, compute: str, group: str, outliers: int
+) -> Rate:
     cols, outs = shapes_of(scope)[group]
     linears = make_group(scope, fmt, cols, outs, scope.lora_scale)
     x, dy = _inputs(scope, scope.sizes.timed, cols, sum(outs), outliers=outliers)
@@ -183,14 +221,21 @@ def _time_product(scope: Scope, impl: str, fmt: str, compute: str, group: str, o
 
 
 def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
-    """The adapters on dropped inputs, beside the formula with the very mask that the implementation draws."""
+    """The adapters on dropped inputs, beside the formula with the very mask that the implementation
+    draws.
+    """
     cols, outs = shapes_of(scope)["q, k and v"]
     p, seed, tokens = max(scope.dropout, 0.1), 1234, scope.sizes.products[-1]
     # what a scale that isn't 1 changes is checked here, too
     plain = make_group(scope, PLAIN, cols, outs, 0.5)
-    dropped = [lin._replace(adapters=tuple(a._replace(dropout=p) for a in lin.adapters)) for lin in plain]
+    dropped = [
+        lin._replace(adapters=tuple(a._replace(dropout=p) for a in lin.adapters)) for lin in plain
+    ]
     x, dy = _inputs(scope, tokens, cols, sum(outs))
-    wide, tolerance = reference_dtype(scope.torch_dtype), of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype))
+    wide, tolerance = (
+        reference_dtype(scope.torch_dtype),
+        of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
+    )
     with torch.no_grad():
         actual = _products(dropped, x, dy, impl, compute=compute, dropout_seed=seed)
         # drawn as forward and backward draw it
@@ -212,7 +257,13 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
         # the share that is kept is a mean of so many draws
         deviation = (p * (1 - p) / mask.numel()) ** 0.5
         share = abs(float((mask > 0).double().mean()) - (1 - p)) / deviation
-    found.append(Part("the share that is kept, in standard deviations", share, Tolerance(6, "one draw in 10^9 is further off")))
+    found.append(
+        Part(
+            "the share that is kept, in standard deviations",
+            share,
+            Tolerance(6, "one draw in 10^9 is further off"),
+        )
+    )
     return Finding(tuple(found))
 
 
@@ -230,14 +281,22 @@ def linear_checks(scope: Scope) -> Iterator[Check]:
     """Products in each type, over each format."""
     for impl, said, isa in ways(scope):
         # products on a CPU are BLAS's but for the adapters' gradients and the codes
-        if isa is not None and isa != _impl.native.cpu_isa():
+        if isa is not None and isa != dispatch.native.cpu_isa():
             continue
         obstacle = obstacle_of(impl, scope)
         for compute in scope.computes:
             what, way = ("lora_linear", impl) if compute == "same" else (verdicts.COMPUTE, compute)
             runs = "" if compute == "same" else f" in {compute}"
-            outs = {True: WAY_OUT[impl], False: f'`auto` takes "compute_precision": "same" in place of {compute}'}
-            common: dict[str, Any] = {"what": what, "way": way, "obstacle": obstacle, "way_out": outs[compute == "same"]}
+            outs = {
+                True: WAY_OUT[impl],
+                False: f'`auto` takes "compute_precision": "same" in place of {compute}',
+            }
+            common: dict[str, Any] = {
+                "what": what,
+                "way": way,
+                "obstacle": obstacle,
+                "way_out": outs[compute == "same"],
+            }
             for fmt in scope.formats:
                 for group in _groups(scope, fmt):
                     for outliers in _with_outliers(scope, compute, fmt):
@@ -246,7 +305,9 @@ def linear_checks(scope: Scope) -> Iterator[Check]:
                         yield Check(
                             name=f"{group}, {fmt} weights{runs}{apart} ({said})",
                             run=functools.partial(_check_product, *arguments),
-                            time=functools.partial(_time_product, *arguments) if scope.sizes.timed else None,
+                            time=functools.partial(_time_product, *arguments)
+                            if scope.sizes.timed
+                            else None,
                             short=True,
                             **common,
                         )
@@ -255,4 +316,6 @@ def linear_checks(scope: Scope) -> Iterator[Check]:
                 yield Check(name=f"embedders ({said})", run=run, short=True, **common)
             if scope.dropout:
                 run = functools.partial(_check_dropout, scope, impl, compute)
-                yield Check(name=f"adapters with dropout{runs} ({said})", run=run, short=True, **common)
+                yield Check(
+                    name=f"adapters with dropout{runs} ({said})", run=run, short=True, **common
+                )

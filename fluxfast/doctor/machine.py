@@ -1,4 +1,6 @@
-"""What this machine is: the device, its driver, and the versions of all that a kernel goes through on its way there."""
+"""What this machine is: the device, its driver, and the versions of all that a kernel goes through
+on its way there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fluxfast import __version__
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 
 
 def facts(device: torch.device) -> dict[str, str]:
@@ -74,7 +76,9 @@ def driver() -> str:
             return found[1]
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, check=True, timeout=30, text=True).stdout.split()[0]
+        return subprocess.run(
+            query, capture_output=True, check=True, timeout=30, text=True
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return f"interface {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
@@ -82,20 +86,25 @@ def driver() -> str:
 @functools.cache
 def native_module() -> str:
     """What the native module is built with: instruction sets, GPU back end, and a digest of it."""
-    if not _impl.HAS_NATIVE:
+    if not dispatch.HAS_NATIVE:
         return "not built"
-    gpu = _impl.native.gpu_backend() or "none"
-    digest = hashlib.sha256(Path(_impl.native.__file__).read_bytes()).hexdigest()[:12]
-    return f"{' '.join(_impl.native.cpu_isas())}, GPU {gpu}, {digest}"
+    gpu = dispatch.native.gpu_backend() or "none"
+    digest = hashlib.sha256(Path(dispatch.native.__file__).read_bytes()).hexdigest()[:12]
+    return f"{' '.join(dispatch.native.cpu_isas())}, GPU {gpu}, {digest}"
 
 
 @functools.cache
 def sources_digest() -> str:
-    """Of the kernels and of what launches and checks them: a version number does not change with every edit."""
+    """Of the kernels and of what launches and checks them: a version number does not change with
+    every edit.
+    """
     import fluxfast_kernels
 
     digest, package = hashlib.sha256(), Path(__file__).parent.parent
-    folders = [Path(fluxfast_kernels.__path__[0]), *(package / name for name in ("ops", "quant", "model", "memory", "doctor"))]
+    folders = [
+        Path(fluxfast_kernels.__path__[0]),
+        *(package / name for name in ("ops", "quant", "model", "memory", "doctor")),
+    ]
     for folder in folders:
         for path in sorted(folder.glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())

@@ -1,4 +1,6 @@
-"""A shallow FLUX.1, a block of each kind, as a run has it: beside diffusers and PEFT in fp32, as CUDA graphs, and streamed."""
+"""A shallow FLUX.1, a block of each kind, as a run has it: beside diffusers and PEFT in fp32, as
+CUDA graphs, and streamed.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,20 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from fluxfast.adapters.lora import add_lora
+from fluxfast.checkpoint.side_by_side import pack_groups
 from fluxfast.doctor.checks import Check, Finding, Part, Random, Tolerance, overall_error, stored_in
 from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, ways
 from fluxfast.doctor.scope import PLAIN, Scope
-from fluxfast.memory.offload import stream_blocks
+from fluxfast.memory.stream import stream_blocks
 from fluxfast.model.graphs import STEPS_RUN_FIRST
-from fluxfast.model.packing import pack_groups
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.ops import _impl, verdicts
+from fluxfast.ops import dispatch, verdicts
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import quantize_model
 
-# what a block's arithmetic may be off as a whole: of activations that are rounded to 16 bits, and of products' inputs to 8
+# what a block's arithmetic may be off as a whole: of activations that are rounded to 16 bits, and
+# of products' inputs to 8
 BLOCK_TOLERANCES = {
     "same": Tolerance(0.04, "some twenty roundings to 16 bits one after the other"),
     "int8": Tolerance(0.08, "products whose inputs and gradients are rounded to 127 steps"),
@@ -32,7 +35,9 @@ BLOCK_TOLERANCES = {
 BLOCK_FP32 = Tolerance(1e-4, "fp32 arithmetic of some twenty ops in another order")
 REPLAYED = {
     "float32": Tolerance(1e-4, "fp32 sums that atomic additions may have in another order"),
-    "bfloat16": Tolerance(2e-2, "sums that atomic additions may have in another order, rounded to bfloat16"),
+    "bfloat16": Tolerance(
+        2e-2, "sums that atomic additions may have in another order, rounded to bfloat16"
+    ),
 }
 SAME_BITS = Tolerance(0.0, "the same operations on the same bytes")
 
@@ -53,8 +58,12 @@ def config_of(scope: Scope, singles: int = 1) -> dict[str, Any]:
     }
 
 
-def build(scope: Scope, fmt: str, compute: str, *, singles: int = 1, impl: str = "auto", seed: int = 0) -> Any:
-    """The model with random weights, frozen, in the format, with adapters that show errors, packed as a run's."""
+def build(
+    scope: Scope, fmt: str, compute: str, *, singles: int = 1, impl: str = "auto", seed: int = 0
+) -> Any:
+    """The model with random weights, frozen, in the format, with adapters that show errors, packed
+    as a run's.
+    """
     dtype, device = scope.torch_dtype, scope.torch_device
     with torch.device("meta"):
         model = FluxTransformer(**config_of(scope, singles))
@@ -77,18 +86,29 @@ def build(scope: Scope, fmt: str, compute: str, *, singles: int = 1, impl: str =
 
 
 def _add_adapters(model: Any, scope: Scope, dtype: torch.dtype | None = None) -> list[nn.Parameter]:
-    parameters = add_lora(model, targets="all+ffs", rank=scope.rank, dtype=dtype or getattr(torch, scope.adapter_dtype))
+    parameters = add_lora(
+        model,
+        targets="all+ffs",
+        rank=scope.rank,
+        dtype=dtype or getattr(torch, scope.adapter_dtype),
+    )
     # a fresh adapter's B is zero, which hides errors; the same values in every dtype
     randn = Random(scope.torch_device, getattr(torch, scope.adapter_dtype), seed=1)
     for parameter in parameters:
-        parameter.data = randn(*parameter.shape, scale=0.5 * parameter.shape[1] ** -0.5).to(parameter.dtype)
+        parameter.data = randn(*parameter.shape, scale=0.5 * parameter.shape[1] ** -0.5).to(
+            parameter.dtype
+        )
     return parameters
 
 
 def inputs_of(scope: Scope, seed: int, image: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """The model's inputs; its ids are an image's positions."""
     rows, cols = image or scope.sizes.image
-    randn, config, batch = Random(scope.torch_device, scope.torch_dtype, seed), config_of(scope), scope.sizes.batch
+    randn, config, batch = (
+        Random(scope.torch_device, scope.torch_dtype, seed),
+        config_of(scope),
+        scope.sizes.batch,
+    )
     ids = torch.zeros(rows, cols, 3, device=scope.torch_device)
     ids[..., 1] += torch.arange(rows, device=ids.device)[:, None]
     ids[..., 2] += torch.arange(cols, device=ids.device)[None]
@@ -105,7 +125,9 @@ def inputs_of(scope: Scope, seed: int, image: tuple[int, int] | None = None) -> 
 
 
 def run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The prediction, and the gradients of all adapters as one vector; the model is left without gradients."""
+    """The prediction, and the gradients of all adapters as one vector; the model is left without
+    gradients.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     prediction = model(**inputs, return_dict=False)[0]
     prediction.float().square().mean().backward()
@@ -115,7 +137,9 @@ def run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return prediction.detach().float().clone(), flat
 
 
-def _reference(model: Any, scope: Scope, inputs: dict[str, Tensor], singles: int = 1) -> tuple[Tensor, Tensor]:
+def _reference(
+    model: Any, scope: Scope, inputs: dict[str, Tensor], singles: int = 1
+) -> tuple[Tensor, Tensor]:
     """The same from diffusers' model and PEFT in fp32, on the weights as they are stored."""
     with torch.device("meta"):
         reference = FluxTransformer2DModel(**config_of(scope, singles))
@@ -123,29 +147,47 @@ def _reference(model: Any, scope: Scope, inputs: dict[str, Tensor], singles: int
     for name, module in model.named_modules():
         for of_module, parameter in module.named_parameters(recurse=False):
             if "lora_" not in name:
-                weights[f"{name}.{of_module}".replace(".base_layer", "")] = parameter.detach().float()
+                weights[f"{name}.{of_module}".replace(".base_layer", "")] = (
+                    parameter.detach().float()
+                )
         if isinstance(module, QuantLinear):
-            weights[f"{name}.weight".replace(".base_layer", "")] = module.packed().dequantize(torch.float32)
+            weights[f"{name}.weight".replace(".base_layer", "")] = module.packed().dequantize(
+                torch.float32
+            )
     reference.load_state_dict(weights, assign=True)
     _add_adapters(reference, scope, torch.float32)
     return run(reference.train(), {name: x.float() for name, x in inputs.items()})
 
 
 def _tolerance(scope: Scope, compute: str) -> Tolerance:
-    return BLOCK_FP32 if compute == "same" and scope.dtype == "float32" else BLOCK_TOLERANCES[compute]
+    return (
+        BLOCK_FP32 if compute == "same" and scope.dtype == "float32" else BLOCK_TOLERANCES[compute]
+    )
 
 
 def _check_blocks(scope: Scope, fmt: str, compute: str, impl: str) -> Finding:
-    model, inputs, tolerance = build(scope, fmt, compute, impl=impl), inputs_of(scope, seed=3), _tolerance(scope, compute)
+    model, inputs, tolerance = (
+        build(scope, fmt, compute, impl=impl),
+        inputs_of(scope, seed=3),
+        _tolerance(scope, compute),
+    )
     expected, parts = _reference(model, scope, inputs), []
     adapters = getattr(torch, scope.adapter_dtype)
     # in fp32, what rounds gradients most may be how they are stored
-    stored = stored_in(adapters) if tolerance is BLOCK_FP32 and adapters.itemsize == 2 else tolerance
+    stored = (
+        stored_in(adapters) if tolerance is BLOCK_FP32 and adapters.itemsize == 2 else tolerance
+    )
     for policy in ("full", "none"):
         model.set_recompute(policy)
         prediction, gradients = run(model, inputs)
-        parts.append(Part(f"prediction, recompute {policy}", overall_error(prediction, expected[0]), tolerance))
-        parts.append(Part(f"gradients, recompute {policy}", overall_error(gradients, expected[1]), stored))
+        parts.append(
+            Part(
+                f"prediction, recompute {policy}", overall_error(prediction, expected[0]), tolerance
+            )
+        )
+        parts.append(
+            Part(f"gradients, recompute {policy}", overall_error(gradients, expected[1]), stored)
+        )
     return Finding(tuple(parts))
 
 
@@ -162,7 +204,9 @@ def graphs_obstacle(scope: Scope) -> str | None:
 
 
 def _steps(model: Any, batches: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """A forward and backward each; the adapters change in place between them, as an optimiser changes them."""
+    """A forward and backward each; the adapters change in place between them, as an optimiser
+    changes them.
+    """
     found = []
     with torch.no_grad():
         before = [(p, p.clone()) for p in model.parameters() if p.requires_grad]
@@ -178,21 +222,27 @@ def _steps(model: Any, batches: Sequence[dict[str, Tensor]]) -> list[tuple[Tenso
 
 
 def _check_graphs(scope: Scope, fmt: str, compute: str) -> Finding:
-    """Two shapes in one pool, each run, captured and then replayed on other inputs, beside the same steps run.
+    """Two shapes in one pool, each run, captured and then replayed on other inputs, beside the same
+    steps run.
 
     The graphs themselves hold the first replay against the step run, and raise where it differs.
     """
     model = build(scope, fmt, compute)
     model.set_recompute("full")
     rows, cols = scope.sizes.image
-    # of each shape: steps that are run, the one after which it is captured, and two that are replayed
+    # of each shape: steps that are run, the one after which it is captured, and two that are
+    # replayed
     each = STEPS_RUN_FIRST + 3
-    batches = [inputs_of(scope, seed, (cols, rows + 1) if seed % 2 else None) for seed in range(2 * each)]
+    batches = [
+        inputs_of(scope, seed, (cols, rows + 1) if seed % 2 else None) for seed in range(2 * each)
+    ]
     expected = _steps(model, batches)
     turn_graphs_on(model)
     actual, parts = _steps(model, batches), []
     for number in range(2 * (each - 2), 2 * each):
-        for name, one, other in zip(("prediction", "gradients"), actual[number], expected[number], strict=True):
+        for name, one, other in zip(
+            ("prediction", "gradients"), actual[number], expected[number], strict=True
+        ):
             what = f"{name}, step {number // 2 + 1}, shape {number % 2 + 1}"
             parts.append(Part(what, overall_error(one, other), REPLAYED[scope.dtype]))
     return Finding(tuple(parts))
@@ -213,14 +263,20 @@ def _check_streamed(scope: Scope, fmt: str, compute: str) -> Finding:
     stream = stream_blocks(model, scope.torch_device, slots=2)
     try:
         for step in (1, 2):
-            for name, actual, exact in zip(("prediction", "gradients"), run(model, inputs), expected, strict=True):
-                parts.append(Part(f"{name}, step {step}", overall_error(actual, exact), _streamed(scope)))
+            for name, actual, exact in zip(
+                ("prediction", "gradients"), run(model, inputs), expected, strict=True
+            ):
+                parts.append(
+                    Part(f"{name}, step {step}", overall_error(actual, exact), _streamed(scope))
+                )
         with torch.no_grad():
             stream.begin()
             for index, (block, tensors) in enumerate(zip(model.blocks, frozen, strict=True)):
                 with stream.use(index, "forward"):
                     # compared where a kernel would read them, behind the wait for the copy
-                    wrong = sum(not torch.equal(a, b) for a, b in zip(_frozen(block), tensors, strict=True))
+                    wrong = sum(
+                        not torch.equal(a, b) for a, b in zip(_frozen(block), tensors, strict=True)
+                    )
                 parts.append(Part(f"tensors of block {index}", float(wrong), SAME_BITS))
     finally:
         stream.close()
@@ -239,24 +295,34 @@ def _streamed(scope: Scope) -> Tolerance:
 
 
 def _modes(scope: Scope, impl: str) -> list[tuple[str, str]]:
-    """(format, type of products) of the models to build: products over every format are checked by themselves."""
+    """(format, type of products) of the models to build: products over every format are checked by
+    themselves.
+    """
     if scope.interpreted and impl == "triton":
         # half a minute each
         return [(PLAIN, "same")] if scope.exhaustive else []
     if not scope.exhaustive:
         return [(fmt, compute) for compute in scope.computes for fmt in scope.formats]
-    own = [(fmt, format.stored_codes) for fmt, format in FORMATS.items() if format.stored_codes in scope.computes]
-    mixed = [(PLAIN, compute) for compute in scope.computes] + [(fmt, "same") for fmt in scope.formats if fmt != PLAIN]
+    own = [
+        (fmt, format.stored_codes)
+        for fmt, format in FORMATS.items()
+        if format.stored_codes in scope.computes
+    ]
+    mixed = [(PLAIN, compute) for compute in scope.computes] + [
+        (fmt, "same") for fmt in scope.formats if fmt != PLAIN
+    ]
     return mixed + own
 
 
 def model_checks(scope: Scope) -> Iterator[Check]:
     """Blocks in each mode; graphs and streaming in one: the base that is stored smallest."""
     for impl, said, isa in ways(scope):
-        if isa is not None and isa != _impl.native.cpu_isa():
+        if isa is not None and isa != dispatch.native.cpu_isa():
             continue
         for fmt, compute in _modes(scope, impl):
-            what, way = (verdicts.FUSED_BLOCK, impl) if compute == "same" else (verdicts.COMPUTE, compute)
+            what, way = (
+                (verdicts.FUSED_BLOCK, impl) if compute == "same" else (verdicts.COMPUTE, compute)
+            )
             runs = "" if compute == "same" else f", products in {compute}"
             yield Check(
                 name=f"blocks, {fmt} weights{runs} ({said})",
@@ -271,11 +337,16 @@ def model_checks(scope: Scope) -> Iterator[Check]:
         yield Check(
             name="CUDA graphs", run=functools.partial(_check_graphs, scope, fmt, compute),
             what=verdicts.GRAPHS, way=verdicts.ONLY_WAY, obstacle=graphs_obstacle(scope),
-            way_out='"cuda_graphs": false runs steps eagerly. Another driver or PyTorch may cure it',
+            way_out=(
+                '"cuda_graphs": false runs steps eagerly. Another driver or PyTorch may cure it'
+            ),
         )  # fmt: skip
     if scope.streams:
         yield Check(
             name="streamed blocks", run=functools.partial(_check_streamed, scope, fmt, compute),
             what=verdicts.STREAMING, way=verdicts.ONLY_WAY,
-            way_out='"enable_group_offload": false keeps blocks on the device. Another driver may cure it',
+            way_out=(
+                '"enable_group_offload": false keeps blocks on the device. Another driver may '
+                'cure it'
+            ),
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The fused ops of a step, forward and backward, in every form in which blocks call them, beside their references.
+"""The fused ops of a step, forward and backward, in every form in which blocks call them, beside
+their references.
 
-Each is a function of an implementation and of named tensors, run twice: by the implementation in the activations' dtype, and by
-the reference in a wider one on the same values.
+Each is a function of an implementation and of named tensors, run twice: by the implementation in
+the activations' dtype, and by the reference in a wider one on the same values.
 """
 
 from __future__ import annotations
@@ -30,10 +31,21 @@ from fluxfast.doctor.checks import (
     widened,
 )
 from fluxfast.doctor.scope import Scope, Sizes
-from fluxfast.ops import _impl, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant, token_route
+from fluxfast.ops import (
+    dispatch,
+    gated_residual,
+    gelu,
+    modulated_layer_norm,
+    qk_norm_rope,
+    row_quant,
+    token_route,
+)
 from fluxfast.ops.row_quant import Quantized, RowOutput
 
-NO_NATIVE_BUILD = "the native module was not built: a C++ compiler and `pip install --force-reinstall fluxfast` build it"
+NO_NATIVE_BUILD = (
+    "the native module was not built: a C++ compiler and `pip install --force-reinstall "
+    "fluxfast` build it"
+)
 WAY_OUT = {
     "triton": "`auto` takes the reference in its place: slower, and right. Another Triton, PyTorch or driver may cure it",
     "native": "`auto` takes PyTorch in its place. Rebuild the module (pip install --force-reinstall --no-cache-dir fluxfast)",
@@ -42,9 +54,11 @@ WAY_OUT = {
 
 @dataclass(frozen=True)
 class OpCase:
-    """name: of the check. op: as `_impl.resolve` knows it. inputs: for so many tokens; compute: (implementation, inputs).
+    """name: of the check. op: as `dispatch.resolve` knows it. inputs: for so many tokens; compute:
+    (implementation, inputs).
 
-    plain: no codes come of it, or nothing else: what is checked on instruction sets that are not in use.
+    plain: no codes come of it, or nothing else: what is checked on instruction sets that are not in
+    use.
     """
 
     name: str
@@ -67,7 +81,9 @@ def decoded(codes: Quantized) -> Tensor:
 
 
 def _present(**tensors: Tensor | None) -> Named:
-    return {name.replace("_", " "): tensor for name, tensor in tensors.items() if tensor is not None}
+    return {
+        name.replace("_", " "): tensor for name, tensor in tensors.items() if tensor is not None
+    }
 
 
 # ---- the ops -----------------------------------------------------------------------------------------------------------------
@@ -88,23 +104,40 @@ def _norm_inputs(randn: Random, s: Sizes, tokens: int) -> Named:
 
 def _layer_norm(form: str, impl: str, t: Named) -> Named:
     rows, saved = modulated_layer_norm.forward(t["x"], t["scale"], t["shift"], out=form, impl=impl)
-    dx, dscale, dshift = modulated_layer_norm.backward(t["dy"], saved, (True, True, True), add_to=t["past"], impl=impl)
+    dx, dscale, dshift = modulated_layer_norm.backward(
+        t["dy"], saved, (True, True, True), add_to=t["past"], impl=impl
+    )
     needs = (True, False, False)
     frozen = modulated_layer_norm.backward(t["dy"], saved, needs, add_to=t["past"], impl=impl)[0]
     # the last norm's
     last = modulated_layer_norm.backward(t["dy"], saved, needs, impl=impl)[0]
-    return rows_of("y", rows) | _present(dx=dx, dscale=dscale, dshift=dshift, dx_alone=frozen, dx_of_the_last=last)
+    return rows_of("y", rows) | _present(
+        dx=dx, dscale=dscale, dshift=dshift, dx_alone=frozen, dx_of_the_last=last
+    )
 
 
 def _residual_layer_norm(form: str, grad_form: str, impl: str, t: Named) -> Named:
     x, rows, saved = modulated_layer_norm.forward_residual(
-        t["x"], t["gate"], t["branch"], t["scale"], t["shift"], out=form, keep_branch=True, impl=impl
+        t["x"],
+        t["gate"],
+        t["branch"],
+        t["scale"],
+        t["shift"],
+        out=form,
+        keep_branch=True,
+        impl=impl,
     )
     found = {"x": x} | rows_of("y", rows)
     col_scale = None if grad_form == "same" else t["col_scale"]
     for name, modulation in (("", True), (" alone", False)):
         dx, dbranch, sums = modulated_layer_norm.backward_residual(
-            t["dy"], saved, add_to=t["past"], out=grad_form, col_scale=col_scale, modulation=modulation, impl=impl
+            t["dy"],
+            saved,
+            add_to=t["past"],
+            out=grad_form,
+            col_scale=col_scale,
+            modulation=modulation,
+            impl=impl,
         )
         found |= {f"dx{name}": dx} | rows_of(f"dbranch{name}", dbranch)
         found |= _present(**dict(zip(("dscale", "dshift", "dgate"), sums, strict=True)))
@@ -113,7 +146,11 @@ def _residual_layer_norm(form: str, grad_form: str, impl: str, t: Named) -> Name
 
 def _gated_residual(grad_form: str, impl: str, t: Named) -> Named:
     out, saved = gated_residual.forward(t["x"], t["gate"], t["branch"], impl=impl)
-    options: dict[str, Any] = {"out": grad_form, "col_scale": None if grad_form == "same" else t["col_scale"], "impl": impl}
+    options: dict[str, Any] = {
+        "out": grad_form,
+        "col_scale": None if grad_form == "same" else t["col_scale"],
+        "impl": impl,
+    }
     dy, dgate = gated_residual.backward_rows(t["dy"], saved, needs_gate=True, **options)
     alone, _ = gated_residual.backward_rows(t["dy"], (t["gate"], None), **options)
     return {"out": out} | rows_of("dy", dy) | _present(dgate=dgate) | rows_of("dy alone", alone)
@@ -132,12 +169,16 @@ def _gelu_inputs(randn: Random, s: Sizes, tokens: int) -> Named:
 
 
 def _gelu(form: str, grad_form: str, prefixed: bool, impl: str, t: Named) -> Named:
-    rows, saved = gelu.forward(t["x"], prefix=t["prefix"] if prefixed else None, out=form, impl=impl)
+    rows, saved = gelu.forward(
+        t["x"], prefix=t["prefix"] if prefixed else None, out=form, impl=impl
+    )
     width = t["prefix"].shape[-1]
     # the gradient is written where a wider tensor wants it
     into = t["x"].new_empty(*t["x"].shape[:-1], width + t["x"].shape[-1])[..., width:]
     col_scale = None if grad_form == "same" else t["col_scale"]
-    dx = gelu.backward_rows(t["dy"], saved, out=grad_form, col_scale=col_scale, into=into, impl=impl)
+    dx = gelu.backward_rows(
+        t["dy"], saved, out=grad_form, col_scale=col_scale, into=into, impl=impl
+    )
     return rows_of("y", rows) | rows_of("dx", dx)
 
 
@@ -170,13 +211,20 @@ def _rope(heads: int, impl: str, t: Named) -> Named:
     # columns of a wider tensor, as a single block wants it
     into = t["qkv"].new_empty(batch, tokens, 2 * width)[..., :width]
     dqkv, dtxt = qk_norm_rope.backward(
-        (t["dq"], t["dk"], t["dv"]), saved, (True, txt is not None), s_txt=s_txt, dqkv=into, impl=impl
+        (t["dq"], t["dk"], t["dv"]),
+        saved,
+        (True, txt is not None),
+        s_txt=s_txt,
+        dqkv=into,
+        impl=impl,
     )
     return _present(q=q, k=k, v=v, dqkv=dqkv, dtxt_qkv=dtxt)
 
 
 def _row_quant(fmt: str, impl: str, t: Named) -> Named:
-    plain, folded = (row_quant.forward(t["x"], fmt, scale, impl=impl) for scale in (None, t["col_scale"]))
+    plain, folded = (
+        row_quant.forward(t["x"], fmt, scale, impl=impl) for scale in (None, t["col_scale"])
+    )
     return {"codes": decoded(plain), "folded codes": decoded(folded)}
 
 
@@ -204,7 +252,9 @@ def _token_scatter(impl: str, t: Named) -> Named:
 
 
 def forms_of(scope: Scope) -> Iterator[tuple[str, str, str]]:
-    """(what the check's name says, `out=` of the ops before a product, that of the ones that make its gradient)."""
+    """(what the check's name says, `out=` of the ops before a product, that of the ones that make
+    its gradient).
+    """
     for compute in scope.computes:
         if compute == "same":
             yield "", "same", "same"
@@ -220,14 +270,34 @@ def op_cases(scope: Scope) -> Iterator[OpCase]:
     part, norm = functools.partial, "modulated_layer_norm"
     forms = list(forms_of(scope))
     for said, form, grad in forms:
-        yield OpCase(f"layer norm{said}", norm, _norm_inputs, part(_layer_norm, form), form == "same")
+        yield OpCase(
+            f"layer norm{said}", norm, _norm_inputs, part(_layer_norm, form), form == "same"
+        )
         joined = part(_residual_layer_norm, form, grad)
         yield OpCase(f"residual and layer norm{said}", norm, _norm_inputs, joined, form == "same")
-        yield OpCase(f"gelu{said}", "gelu", _gelu_inputs, part(_gelu, form, grad, False), form == "same")
-        yield OpCase(f"gelu behind attention{said}", "gelu", _gelu_inputs, part(_gelu, form, grad, True), form == "same")
+        yield OpCase(
+            f"gelu{said}", "gelu", _gelu_inputs, part(_gelu, form, grad, False), form == "same"
+        )
+        yield OpCase(
+            f"gelu behind attention{said}",
+            "gelu",
+            _gelu_inputs,
+            part(_gelu, form, grad, True),
+            form == "same",
+        )
     for grad, said in {grad: said for said, _, grad in reversed(forms)}.items():
-        yield OpCase(f"gated residual{said}", "gated_residual", _norm_inputs, part(_gated_residual, grad), grad == "same")
-    for said, text, routed in (("", False, False), (", text and image", True, False), (", routed", True, True)):
+        yield OpCase(
+            f"gated residual{said}",
+            "gated_residual",
+            _norm_inputs,
+            part(_gated_residual, grad),
+            grad == "same",
+        )
+    for said, text, routed in (
+        ("", False, False),
+        (", text and image", True, False),
+        (", routed", True, True),
+    ):
         if not routed or scope.routes:
             inputs, compute = part(_rope_inputs, text, routed), part(_rope, scope.sizes.heads)
             yield OpCase(f"q and k norm, rope{said}", "qk_norm_rope", inputs, compute)
@@ -247,7 +317,9 @@ def run_case(case: OpCase, scope: Scope, impl: str) -> Finding:
     worst: dict[str, Part] = {}
     with torch.no_grad():
         for number, tokens in enumerate(scope.sizes.tokens):
-            inputs = case.inputs(Random(scope.torch_device, scope.torch_dtype, number), scope.sizes, tokens)
+            inputs = case.inputs(
+                Random(scope.torch_device, scope.torch_dtype, number), scope.sizes, tokens
+            )
             with poisoned_memory():
                 actual = case.compute(impl, inputs)
             wide = reference_dtype(scope.torch_dtype)
@@ -262,11 +334,15 @@ def run_case(case: OpCase, scope: Scope, impl: str) -> Finding:
 
 def time_case(case: OpCase, scope: Scope, impl: str) -> Rate:
     """Bytes a second, as if every input and every result were moved once."""
-    inputs = case.inputs(Random(scope.torch_device, scope.torch_dtype), scope.sizes, scope.sizes.timed)
+    inputs = case.inputs(
+        Random(scope.torch_device, scope.torch_dtype), scope.sizes, scope.sizes.timed
+    )
     with torch.no_grad():
         made = case.compute(impl, inputs)
         moved = sum(t.nbytes for t in (*inputs.values(), *made.values()))
-        return Rate(moved / seconds_of(lambda: case.compute(impl, inputs), scope.torch_device), "B/s")
+        return Rate(
+            moved / seconds_of(lambda: case.compute(impl, inputs), scope.torch_device), "B/s"
+        )
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget: float = 0.05) -> float:
@@ -291,13 +367,15 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def ways(scope: Scope) -> Iterator[tuple[str, str, str | None]]:
-    """(implementation, what a check's name says of it, instruction set of the native module) of each to check."""
+    """(implementation, what a check's name says of it, instruction set of the native module) of
+    each to check.
+    """
     if scope.torch_device.type == "cuda":
         yield "triton", "Triton", None
         return
-    if _impl.HAS_NATIVE:
-        own = _impl.native.cpu_isa()
-        for isa in _impl.native.cpu_isas() if scope.exhaustive else [own]:
+    if dispatch.HAS_NATIVE:
+        own = dispatch.native.cpu_isa()
+        for isa in dispatch.native.cpu_isas() if scope.exhaustive else [own]:
             yield "native", f"native {isa}", isa
     else:
         yield "native", "native", None
@@ -312,21 +390,23 @@ def with_isa(call: Callable[..., Any], isa: str | None) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
-        own = _impl.native.cpu_isa()
-        _impl.native.use_cpu_isa(isa)
+        own = dispatch.native.cpu_isa()
+        dispatch.native.use_cpu_isa(isa)
         try:
             return call(*args, **kwargs)
         finally:
-            _impl.native.use_cpu_isa(own)
+            dispatch.native.use_cpu_isa(own)
 
     return run
 
 
 def obstacle_of(impl: str, scope: Scope, *, native: str | None = None) -> str | None:
-    """Why an implementation can't be checked here; native: why the native module can't do it at all."""
+    """Why an implementation can't be checked here; native: why the native module can't do it at
+    all.
+    """
     if impl == "triton":
-        return None if _impl.HAS_TRITON else "triton is not installed"
-    if not _impl.HAS_NATIVE:
+        return None if dispatch.HAS_TRITON else "triton is not installed"
+    if not dispatch.HAS_NATIVE:
         return NO_NATIVE_BUILD
     if scope.dtype != "float32":
         return f"the native module computes in float32, and the run in {scope.dtype}"
@@ -335,7 +415,7 @@ def obstacle_of(impl: str, scope: Scope, *, native: str | None = None) -> str | 
 
 def checks_of(cases: Iterable[OpCase], scope: Scope) -> Iterator[Check]:
     """A check for each case and each way to do it."""
-    in_use = _impl.native.cpu_isa() if _impl.HAS_NATIVE else None
+    in_use = dispatch.native.cpu_isa() if dispatch.HAS_NATIVE else None
     for case in cases:
         lacks = "the native module doesn't route tokens" if case.op.startswith("token_") else None
         for impl, said, isa in ways(scope):

@@ -1,6 +1,8 @@
-"""What this machine does a second, beside what `fluxfast-train plan` reckons with for it: the ceilings of a step.
+"""What this machine does a second, beside what `fluxfast-train plan` reckons with for it: the
+ceilings of a step.
 
-Copies are far larger than any cache, products have a block's shapes, data is random (products of zeros run faster).
+Copies are far larger than any cache, products have a block's shapes, data is random (products of
+zeros run faster).
 """
 
 from __future__ import annotations
@@ -17,8 +19,15 @@ from fluxfast.doctor.format_checks import time_gemv
 from fluxfast.doctor.op_checks import seconds_of
 from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.memory.gpus import Gpu, find_gpu
-from fluxfast.memory.step_time import ATTENTION, ATTENTION_BACKWARD, BANDWIDTH, GEMM, GEMM_8BIT, LINK
-from fluxfast.ops import _impl
+from fluxfast.memory.step_time import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    BANDWIDTH,
+    GEMM,
+    GEMM_8BIT,
+    LINK,
+)
+from fluxfast.ops import dispatch
 
 # bytes of a copy on the device, and over the link to the host
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -54,11 +63,17 @@ def int8_product(x: Tensor, w: Tensor) -> Callable[[], object]:
 def e4m3_product(x: Tensor, w: Tensor) -> Callable[[], object]:
     xq, wq = (t.to(torch.float8_e4m3fn) for t in (x, w))
     scales = torch.ones(len(x), 1, device=x.device), torch.ones(1, len(w), device=x.device)
-    return lambda: torch._scaled_mm(xq, wq.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return lambda: torch._scaled_mm(
+        xq, wq.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, rows: int, dim: int, product: Product) -> Rate:
-    """Operations of a single block's linears, forward and for the gradients of their inputs, by PyTorch's own products."""
+def product_rate(
+    device: torch.device, dtype: torch.dtype, rows: int, dim: int, product: Product
+) -> Rate:
+    """Operations of a single block's linears, forward and for the gradients of their inputs, by
+    PyTorch's own products.
+    """
     operations = seconds = 0.0
     shapes = [(dim, 7 * dim), (5 * dim, dim)]
     for k, n in [*shapes, *((n, k) for k, n in shapes)]:
@@ -68,7 +83,9 @@ def product_rate(device: torch.device, dtype: torch.dtype, rows: int, dim: int, 
     return Rate(operations / seconds, "op/s")
 
 
-def attention_rate(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, head_dim: int, backward: bool) -> Rate:
+def attention_rate(
+    device: torch.device, dtype: torch.dtype, tokens: int, heads: int, head_dim: int, backward: bool
+) -> Rate:
     """Operations of PyTorch's own attention, one direction."""
     randn = Random(device, dtype, seed=tokens)
     q, k, v = (randn(1, heads, tokens, head_dim).requires_grad_(backward) for _ in range(3))
@@ -78,7 +95,9 @@ def attention_rate(device: torch.device, dtype: torch.dtype, tokens: int, heads:
         return Rate(operations / seconds_of(attend, device), "op/s")
     out = attend()
     dout = randn(*out.shape)
-    seconds = seconds_of(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), device)
+    seconds = seconds_of(
+        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), device
+    )
     return Rate(BACKWARD * operations / seconds, "op/s")
 
 
@@ -96,7 +115,12 @@ def rate_checks(scope: Scope) -> Iterator[Check]:
     """The rates at hand; what a device doesn't have raises, and is said to be not there."""
     if not scope.sizes.timed:
         return
-    device, dtype, s, gpu = scope.torch_device, scope.torch_dtype, scope.sizes, gpu_of(scope.torch_device)
+    device, dtype, s, gpu = (
+        scope.torch_device,
+        scope.torch_dtype,
+        scope.sizes,
+        gpu_of(scope.torch_device),
+    )
 
     def assumed(of: Callable[[Gpu], float]) -> float | None:
         return None if gpu is None else of(gpu) or None
@@ -107,7 +131,10 @@ def rate_checks(scope: Scope) -> Iterator[Check]:
     part = functools.partial
     yield check("copy", part(copy_rate, device), lambda g: g.bandwidth * 1e9 * BANDWIDTH)
     products: dict[str, tuple[Product, Callable[[Gpu], float]]] = {
-        scope.dtype: (float_product, lambda g: g.bf16 * 1e12 * GEMM if scope.dtype == "bfloat16" else 0.0)
+        scope.dtype: (
+            float_product,
+            lambda g: g.bf16 * 1e12 * GEMM if scope.dtype == "bfloat16" else 0.0,
+        )
     }
     if device.type == "cuda":
         products |= {
@@ -115,13 +142,22 @@ def rate_checks(scope: Scope) -> Iterator[Check]:
             "e4m3": (e4m3_product, lambda g: g.fp8 * 1e12 * GEMM_8BIT),
         }
     for name, (product, of) in products.items():
-        yield check(f"products in {name}", part(product_rate, device, dtype, s.timed, s.dim, product), of)
-    for name, backward, share in (("forward", False, ATTENTION), ("backward", True, ATTENTION_BACKWARD)):
+        yield check(
+            f"products in {name}", part(product_rate, device, dtype, s.timed, s.dim, product), of
+        )
+    for name, backward, share in (
+        ("forward", False, ATTENTION),
+        ("backward", True, ATTENTION_BACKWARD),
+    ):
         time = part(attention_rate, device, dtype, s.timed, s.heads, s.head_dim, backward)
         yield check(f"attention, {name}", time, lambda g, share=share: g.bf16 * 1e12 * share)  # type: ignore[misc]
     if device.type == "cuda":
         for name, to_device in (("host to device", True), ("device to host", False)):
             yield check(name, part(link_rate, device, to_device), lambda g: g.pcie * 1e9 * LINK)
-    if _impl.HAS_NATIVE:
+    if dispatch.HAS_NATIVE:
         # what modulation computed ahead runs at; `plan` takes it to hide behind the step
-        yield check("CPU's products with a vector, bfloat16 weights", part(time_gemv, scope, PLAIN), lambda g: 0.0)
+        yield check(
+            "CPU's products with a vector, bfloat16 weights",
+            part(time_gemv, scope, PLAIN),
+            lambda g: 0.0,
+        )

@@ -1,4 +1,6 @@
-"""What is to be checked: a device, the formats and modes of a run, and the sizes to check them at. Plain values, as JSON."""
+"""What is to be checked: a device, the formats and modes of a run, and the sizes to check them at.
+Plain values, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import FORMATS
 
@@ -18,10 +20,12 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes to check at. tokens: of the fused ops, products: rows of products, attention: tokens; several lengths each.
+    """Sizes to check at. tokens: of the fused ops, products: rows of products, attention: tokens;
+    several lengths each.
 
-    product_heads, model_heads: of products, and of the shallow model. image, text: the model's tokens, an image of so many rows
-    and columns. timed: tokens that rates are measured with, 0: no rate is. weights: rows of those that formats are checked on.
+    product_heads, model_heads: of products, and of the shallow model. image, text: the model's
+    tokens, an image of so many rows and columns. timed: tokens that rates are measured with, 0: no
+    rate is. weights: rows of those that formats are checked on.
     """
 
     heads: int
@@ -42,9 +46,11 @@ class Sizes:
         return self.heads * self.head_dim
 
 
-# FLUX.1's width. A prime number of tokens fits no tile; 1536 and 4608 are 512 and 1024 px; up to 64 rows, products may read
-# stored codes, and modulation has a row a sample
-FULL_GPU = Sizes(24, 128, 2, (1, 577, 1536), (1, 33, 577), (577, 1536, 4608), 24, 24, (13, 17), 77, 4608, 192)
+# FLUX.1's width. A prime number of tokens fits no tile; 1536 and 4608 are 512 and 1024 px; up to 64
+# rows, products may read stored codes, and modulation has a row a sample
+FULL_GPU = Sizes(
+    24, 128, 2, (1, 577, 1536), (1, 33, 577), (577, 1536, 4608), 24, 24, (13, 17), 77, 4608, 192
+)
 SHORT_GPU = Sizes(24, 128, 1, (577,), (1, 577), (577, 1536), 24, 24, (13, 17), 77, 0, 64)
 FULL_CPU = Sizes(24, 128, 1, (1, 77), (33, 77), (77, 577), 24, 4, (5, 7), 13, 128, 64)
 # forty products of that width would take minutes
@@ -59,8 +65,9 @@ INTERPRETED = Sizes(2, 32, 2, (1, 7), (5,), (9,), 2, 2, (3, 4), 7, 0, 5)
 class Scope:
     """What is to be checked.
 
-    dtype: of the activations, "bfloat16" or "float32". formats: of the base, keys of `quant.FORMATS` or PLAIN. computes: of
-    products. interpreted: Triton's kernels too, in its interpreter. The rest: whether, or with what, a run has these.
+    dtype: of the activations, "bfloat16" or "float32". formats: of the base, keys of
+    `quant.FORMATS` or PLAIN. computes: of products. interpreted: Triton's kernels too, in its
+    interpreter. The rest: whether, or with what, a run has these.
     """
 
     device: str
@@ -78,7 +85,8 @@ class Scope:
     graphs: bool = False
     streams: bool = False
     modulation_ahead: bool = False
-    # every instruction set and every implementation that there is, and not only those that `auto` would take
+    # every instruction set and every implementation that there is, and not only those that `auto`
+    # would take
     exhaustive: bool = False
     interpreted: bool = False
     short: bool = False
@@ -102,7 +110,9 @@ class Scope:
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has lists where we have tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 def sizes_for(device: torch.device, *, short: bool, interpreted: bool) -> Sizes:
@@ -132,13 +142,15 @@ def everything(device: torch.device, *, interpreted: bool = False) -> Scope:
         modulation_ahead=True,
         exhaustive=True,
         interpreted=interpreted,
-        sizes=EVERY_CPU if not on_gpu and not interpreted else sizes_for(device, short=False, interpreted=interpreted),
+        sizes=EVERY_CPU
+        if not on_gpu and not interpreted
+        else sizes_for(device, short=False, interpreted=interpreted),
     )
 
 
 def multiplies(compute: str, device: torch.device) -> bool:
     """Whether the device has products of these codes; a CPU and the interpreter have."""
-    if compute != "e4m3" or device.type != "cuda" or not _impl.HAS_TRITON:
+    if compute != "e4m3" or device.type != "cuda" or not dispatch.HAS_TRITON:
         return True
     from fluxfast_kernels._launch import multiplies_e4m3
 

@@ -1,4 +1,6 @@
-"""What a run does before it begins: the short form, where nothing is known of this machine yet, and then mind what is known."""
+"""What a run does before it begins: the short form, where nothing is known of this machine yet, and
+then mind what is known.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,15 @@ Say = Callable[[str], object]
 
 
 def settle(scope: Scope, say: Say) -> None:
-    """Checks what this scope needs and nobody has checked here; makes `auto` pass over what failed, with a line for each."""
-    scope = replace(scope, short=True, sizes=sizes_for(scope.torch_device, short=True, interpreted=False), interpreted=False)
+    """Checks what this scope needs and nobody has checked here; makes `auto` pass over what failed,
+    with a line for each.
+    """
+    scope = replace(
+        scope,
+        short=True,
+        sizes=sizes_for(scope.torch_device, short=True, interpreted=False),
+        interpreted=False,
+    )
     store = Store(scope.torch_device)
     missing = store.missing(checks_for(scope), scope)
     if missing and os.environ.get(SWITCH, "").lower() == "off":
@@ -35,7 +44,10 @@ def settle(scope: Scope, say: Say) -> None:
     verdicts.set_failed(verdicts_of(failures))
     for failure in failures:
         if failure.what:
-            say(f"! passed over: {failure.name}: {failure.cause}. {failure.way_out}. `fluxfast-train doctor` checks again")
+            say(
+                f"! passed over: {failure.name}: {failure.cause}. {failure.way_out}. "
+                "`fluxfast-train doctor` checks again"
+            )
 
 
 def _check(scope: Scope, store: Store, missing: list[Check], say: Say) -> None:
@@ -44,11 +56,15 @@ def _check(scope: Scope, store: Store, missing: list[Check], say: Say) -> None:
     if workers:
         count = min(workers, len(missing))
         say(
-            f"first run on {store.machine['device']} with this driver and these versions: {len(missing)} checks of the kernels "
+            f"first run on {store.machine['device']} with this driver and these versions: "
+            f"{len(missing)} checks of the kernels "
             f"that it needs, compiled in {count} processes"
         )
     outcomes = run_checks(missing, scope, workers)
-    counts = {status: sum(o.status == status for o in outcomes) for status in ("pass", "fail", "not checked")}
+    counts = {
+        status: sum(o.status == status for o in outcomes)
+        for status in ("pass", "fail", "not checked")
+    }
     told = f"{counts['pass']} of {len(outcomes)} checks of {store.machine['device']} passed"
     if counts["not checked"]:
         reasons = sorted({o.cause for o in outcomes if o.status == "not checked"})

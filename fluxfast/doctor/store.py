@@ -1,4 +1,6 @@
-"""What was found on this machine, kept in the user's cache: a file for each combination of device, driver and versions."""
+"""What was found on this machine, kept in the user's cache: a file for each combination of device,
+driver and versions.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def folder() -> Path:
 
 
 class Store:
-    """The outcomes of one machine. A file that can't be read counts as none: everything is checked again."""
+    """The outcomes of one machine. A file that can't be read counts as none: everything is checked
+    again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.machine = machine.facts(device)
@@ -48,29 +52,42 @@ class Store:
 
     def missing(self, checks: Sequence[Check], scope: Scope) -> list[Check]:
         """Those that could run here, and of which nothing is known in the scope's mode."""
-        return [c for c in checks if c.obstacle is None and (c.name, scope.dtype, mode_of(scope)) not in self._outcomes]
+        return [
+            c
+            for c in checks
+            if c.obstacle is None and (c.name, scope.dtype, mode_of(scope)) not in self._outcomes
+        ]
 
     def add(self, outcomes: Iterable[Outcome], scope: Scope) -> None:
-        """Takes in what need not be tried again; it takes the place of what the same checks failed at before, in any mode."""
+        """Takes in what need not be tried again; it takes the place of what the same checks failed
+        at before, in any mode.
+        """
         for outcome in outcomes:
             if outcome.again or not (outcome.parts or outcome.cause):
                 continue
             for name, dtype, mode in list(self._outcomes):
-                if (name, dtype) == (outcome.name, scope.dtype) and self._outcomes[name, dtype, mode].status == "fail":
+                if (name, dtype) == (outcome.name, scope.dtype) and self._outcomes[
+                    name, dtype, mode
+                ].status == "fail":
                     del self._outcomes[name, dtype, mode]
             self._outcomes[outcome.name, scope.dtype, mode_of(scope)] = outcome
 
     def save(self) -> None:
         """Raises OSError where the folder can't be written to."""
         entries = [
-            {"dtype": dtype, "mode": mode, "outcome": outcome.as_json()} for (_, dtype, mode), outcome in self._outcomes.items()
+            {"dtype": dtype, "mode": mode, "outcome": outcome.as_json()}
+            for (_, dtype, mode), outcome in self._outcomes.items()
         ]
         stored: dict[str, Any] = {"version": VERSION, "machine": self.machine, "outcomes": entries}
         write_atomic(self.path, (json.dumps(stored, indent=1) + "\n").encode())
 
     def failures(self, dtype: str) -> list[Outcome]:
         """Checks that failed with such activations, in whatever mode."""
-        return [outcome for (_, of, _), outcome in self._outcomes.items() if of == dtype and outcome.status == "fail"]
+        return [
+            outcome
+            for (_, of, _), outcome in self._outcomes.items()
+            if of == dtype and outcome.status == "fail"
+        ]
 
 
 def mode_of(scope: Scope) -> str:

@@ -1,7 +1,9 @@
-"""A process that checks, for whoever started it: `python -m fluxfast.doctor.worker`. Lines of JSON both ways.
+"""A process that checks, for whoever started it: `python -m fluxfast.doctor.worker`. Lines of JSON
+both ways.
 
-It reads a scope, says that it is ready, then reads one request after the other, {"name", "comparing", "timing"}, and answers
-each with the outcome, to which "broken" is added where the device is of no use to this process any more.
+It reads a scope, says that it is ready, then reads one request after the other, {"name",
+"comparing", "timing"}, and answers each with the outcome, to which "broken" is added where the
+device is of no use to this process any more.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def main() -> int:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        outcome = examine(checks[request["name"]], comparing=request["comparing"], timing=request["timing"])
+        outcome = examine(
+            checks[request["name"]], comparing=request["comparing"], timing=request["timing"]
+        )
         answer = outcome.as_json() | ({"broken": True} if _broken(scope.torch_device) else {})
         print(json.dumps(answer), file=answers, flush=True)
     return 0

@@ -1,4 +1,6 @@
-"""`accelerate` and `restore`: the FLUX.1 transformer of another program on our blocks, in place, and back."""
+"""`accelerate` and `restore`: the FLUX.1 transformer of another program on our blocks, in place,
+and back.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ from torch import nn
 
 from fluxfast.doctor.startup import recall
 from fluxfast.dropin.calls import CallLog, Notices
-from fluxfast.dropin.layouts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
+from fluxfast.dropin.hosts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
 from fluxfast.dropin.report import Report, inspect
 from fluxfast.dropin.tread import set_router
-from fluxfast.model.fused import POLICIES
 from fluxfast.model.linear import StoredWeight, read_linear
 from fluxfast.model.routing import Router, resolve_routes
+from fluxfast.model.tape import POLICIES
 from fluxfast.model.transformer import FluxTransformer, compute_dtype
 from fluxfast.ops import verdicts
-from fluxfast.ops._impl import Impl
 from fluxfast.ops.attention import BACKENDS
-from fluxfast.ops.linear_group import COMPUTE
+from fluxfast.ops.dispatch import Impl
+from fluxfast.ops.linear.group import COMPUTE
 
 # int8 tensor cores are as old as this; below it a product of codes is slower than one of halves
 LEAST_CAPABILITY = (8, 0)
@@ -38,26 +40,32 @@ def accelerate(
     seed: int = 42,
     strict: bool = False,
 ) -> Report:
-    """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place; `restore` undoes it.
+    """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place;
+    `restore` undoes it.
 
-    The object, its parameters, names, hooks and state dict stay as they are; only what its blocks compute with changes. Call
-    it before or after adapters are injected, and again at any time: the last call's choices hold.
+    The object, its parameters, names, hooks and state dict stay as they are; only what its blocks
+    compute with changes. Call it before or after adapters are injected, and again at any time: the
+    last call's choices hold.
 
-    compute: what the wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes of 8 bits, which rounds
-    activations and gradients), or "auto": "int8" where the base is stored in int8 on a GPU that gains from it, else "same".
-    The report says which and why. attention: a back end of `fluxfast.ops.attention`, or "auto": what the host has set, or
-    else the fastest. tread: routes, as in SimpleTuner's `tread_config` (a list of them, or a mapping with "routes"), for
-    diffusers' own model; drawn from `seed`. recompute: "none", "selective" or "full" for all blocks or a list of them, one a
-    block, whatever the host checkpoints; None: as it does. impl: the kernels: "auto", "triton", "native" or "ref".
+    compute: what the wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes
+    of 8 bits, which rounds activations and gradients), or "auto": "int8" where the base is stored
+    in int8 on a GPU that gains from it, else "same". The report says which and why. attention: a
+    back end of `fluxfast.ops.attention`, or "auto": what the host has set, or else the fastest.
+    tread: routes, as in SimpleTuner's `tread_config` (a list of them, or a mapping with "routes"),
+    for diffusers' own model; drawn from `seed`. recompute: "none", "selective" or "full" for all
+    blocks or a list of them, one a block, whatever the host checkpoints; None: as it does. impl:
+    the kernels: "auto", "triton", "native" or "ref".
 
-    A call that fluxfast can't compute as one fused block (an argument that only the host knows, an attention processor of
-    someone's own, a hook on a module, an adapter that is no plain LoRA, a bfloat16 product that this CPU's matrix unit does
-    faster) runs as the host would run it. Such calls are counted a block, which the report shows whenever it is printed, and
-    each reason is named once in a warning. strict: they are errors, at once where the reason is there already (the model is
-    restored then), else in the call. torch.compile traces blocks op by op: such calls are neither counted nor errors.
+    A call that fluxfast can't compute as one fused block (an argument that only the host knows, an
+    attention processor of someone's own, a hook on a module, an adapter that is no plain LoRA, a
+    bfloat16 product that this CPU's matrix unit does faster) runs as the host would run it. Such
+    calls are counted a block, which the report shows whenever it is printed, and each reason is
+    named once in a warning. strict: they are errors, at once where the reason is there already (the
+    model is restored then), else in the call. torch.compile traces blocks op by op: such calls are
+    neither counted nor errors.
 
-    Raises TypeError for a model that has no block of a known layout, ValueError for a choice that can't be made, or for a
-    block that can't be fused where `strict` asks for that.
+    Raises TypeError for a model that has no block of a known layout, ValueError for a choice that
+    can't be made, or for a block that can't be fused where `strict` asks for that.
     """
     found = _blocks(transformer)
     new = [(block, layout_of(block)) for block in found]
@@ -65,12 +73,17 @@ def accelerate(
     router = None if tread is None else Router(_routes(tread, len(found)), seed)
     model = _root(transformer)
     if model is None and router is not None:
-        raise ValueError(f"tread: routes run in diffusers' FluxTransformer2DModel, and this is a {type(transformer).__name__}")
+        raise ValueError(
+            "tread: routes run in diffusers' FluxTransformer2DModel, and this is a "
+            f"{type(transformer).__name__}"
+        )
     if model is not None:
         set_router(model, router)
     _mind_verdicts(found)
     if compute != "auto" and (verdict := verdicts.failed(verdicts.COMPUTE, compute)) is not None:
-        raise ValueError(f"accelerate: compute={compute!r} can't be had: {verdict}; use 'auto' or 'same'")
+        raise ValueError(
+            f"accelerate: compute={compute!r} can't be had: {verdict}; use 'auto' or 'same'"
+        )
     for block, layout in new:
         if layout is not None:
             adopt(block, *layout)
@@ -78,7 +91,12 @@ def accelerate(
     names = {id(block): name for name, block in accelerated_blocks(transformer)}
     notices = Notices(strict)
     for block, policy in zip(found, policies, strict=True):
-        block.compute, block.compute_because, block.attention, block.impl = chosen, because, attention, impl
+        block.compute, block.compute_because, block.attention, block.impl = (
+            chosen,
+            because,
+            attention,
+            impl,
+        )
         block.policy, block.fixed_policy = policy or "none", policy is not None
         block.share_dropout = False
         block.log = CallLog(names[id(block)], notices)
@@ -89,20 +107,28 @@ def accelerate(
 
 
 def _demand_fused(transformer: nn.Module, report: Report) -> None:
-    """Raises ValueError, the model restored, where a block or a modulation would not run on fluxfast's kernels alone."""
+    """Raises ValueError, the model restored, where a block or a modulation would not run on
+    fluxfast's kernels alone.
+    """
     reasons = [(block.name, block.because) for block in report.blocks if not block.fused]
-    reasons += [(linear.name, linear.because) for linear in report.linears if linear.runs == "module"]
+    reasons += [
+        (linear.name, linear.because) for linear in report.linears if linear.runs == "module"
+    ]
     if reasons:
         restore(transformer)
         more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
         raise ValueError(
-            f"accelerate(strict=True): {reasons[0][0]} would not run fused: {reasons[0][1]}{more}. Take away what is in the "
-            "way, or leave strict out, and the report lists all; the model is as it was before accelerate"
+            f"accelerate(strict=True): {reasons[0][0]} would not run fused: "
+            f"{reasons[0][1]}{more}. Take away what is in the "
+            "way, or leave strict out, and the report lists all; the model is as it was before "
+            "accelerate"
         )
 
 
 def restore(transformer: nn.Module) -> None:
-    """Give a model's blocks back what they computed with before `accelerate`; adapters stay, trained as they are."""
+    """Give a model's blocks back what they computed with before `accelerate`; adapters stay,
+    trained as they are.
+    """
     model = _root(transformer)
     if model is not None:
         set_router(model, None)
@@ -116,21 +142,30 @@ def _blocks(transformer: nn.Module) -> list[Any]:
         raise TypeError(f"accelerate: expected {EXPECTED}; got {type(transformer).__name__}")
     if any(isinstance(module, FluxTransformer) for module in transformer.modules()):
         raise TypeError(
-            "accelerate: a FluxTransformer is fluxfast's own model already; use set_compute, set_recompute and set_routes"
+            "accelerate: a FluxTransformer is fluxfast's own model already; use set_compute, "
+            "set_recompute and set_routes"
         )
     ours = {id(block) for _, block in accelerated_blocks(transformer)}
-    found = [module for module in transformer.modules() if id(module) in ours or layout_of(module) is not None]
+    found = [
+        module
+        for module in transformer.modules()
+        if id(module) in ours or layout_of(module) is not None
+    ]
     if not found:
         names = sorted({type(module).__name__ for module in transformer.modules()})
         raise TypeError(
-            f"accelerate: expected {EXPECTED}; got {type(transformer).__name__}, whose modules are {', '.join(names[:12])}"
+            f"accelerate: expected {EXPECTED}; got {type(transformer).__name__}, whose modules "
+            f"are {', '.join(names[:12])}"
         )
     return found
 
 
 def _root(transformer: nn.Module) -> FluxTransformer2DModel | None:
     """diffusers' model, in whatever wraps it."""
-    return next((module for module in transformer.modules() if isinstance(module, FluxTransformer2DModel)), None)
+    return next(
+        (module for module in transformer.modules() if isinstance(module, FluxTransformer2DModel)),
+        None,
+    )
 
 
 def _checked(
@@ -144,9 +179,14 @@ def _checked(
     ):
         if value not in known:
             raise ValueError(f"accelerate: {name} must be one of {known}, not {value!r}")
-    policies: list[str | None] = [recompute] * blocks if recompute is None or isinstance(recompute, str) else [*recompute]
+    policies: list[str | None] = (
+        [recompute] * blocks if recompute is None or isinstance(recompute, str) else [*recompute]
+    )
     if len(policies) != blocks:
-        raise ValueError(f"accelerate: recompute has {len(policies)} policies for {blocks} blocks; give one a block")
+        raise ValueError(
+            f"accelerate: recompute has {len(policies)} policies for {blocks} blocks; give one "
+            "a block"
+        )
     for policy in policies:
         if policy is not None and policy not in POLICIES:
             raise ValueError(f"accelerate: recompute is one of {POLICIES}, or None, not {policy!r}")
@@ -159,7 +199,15 @@ def _routes(tread: Mapping[str, Any] | Iterable[Mapping[str, Any]], blocks: int)
 
 def _mind_verdicts(blocks: list[Any]) -> None:
     """What `fluxfast-train doctor`, or a run, has found on this machine counts here, too."""
-    parameter = next((p for block in blocks for p in block.parameters() if p.is_floating_point() and not p.is_meta), None)
+    parameter = next(
+        (
+            p
+            for block in blocks
+            for p in block.parameters()
+            if p.is_floating_point() and not p.is_meta
+        ),
+        None,
+    )
     if parameter is not None:
         recall(parameter.device, compute_dtype(parameter.device, parameter.dtype))
 
@@ -179,9 +227,17 @@ def _automatic(blocks: list[Any], impl: str) -> tuple[str, str]:
     if formats["int8"] <= formats.total() / 2 if formats else True:
         return "same", "auto: the base is not stored in int8"
     if device.type != "cuda" or impl in ("native", "ref"):
-        return "same", f"auto: products of int8 codes gain nothing on {device.type if device.type != 'cuda' else repr(impl)}"
+        return (
+            "same",
+            "auto: products of int8 codes gain nothing on "
+            f"{device.type if device.type != 'cuda' else repr(impl)}",
+        )
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return "same", "auto: this GPU's int8 products are slower than its products of halves"
     if (verdict := verdicts.failed(verdicts.COMPUTE, "int8")) is not None:
         return "same", f"auto: not in int8: {verdict}"
-    return "int8", "auto: the base is stored in int8 and this GPU multiplies it fast; activations are rounded to 8 bits"
+    return (
+        "int8",
+        "auto: the base is stored in int8 and this GPU multiplies it fast; activations are "
+        "rounded to 8 bits",
+    )

@@ -1,4 +1,5 @@
-"""What becomes of the calls of an accelerated model's blocks: counted, named once in a warning, an error where asked for.
+"""What becomes of the calls of an accelerated model's blocks: counted, named once in a warning, an
+error where asked for.
 
 Inside torch.compile nothing is counted and nobody is warned, since that would break its graph.
 """
@@ -28,7 +29,9 @@ _lock = threading.Lock()
 
 @dataclass
 class Notices:
-    """What the blocks of one model share: whether a fallback is an error, and which reasons a warning has named."""
+    """What the blocks of one model share: whether a fallback is an error, and which reasons a
+    warning has named.
+    """
 
     strict: bool
     said: set[tuple[str, str]] = field(default_factory=set)
@@ -36,7 +39,9 @@ class Notices:
 
 @dataclass
 class Fallback:
-    """The calls of a block that ran in one way for one reason, and what the last of them had that others may not have."""
+    """The calls of a block that ran in one way for one reason, and what the last of them had that
+    others may not have.
+    """
 
     calls: int = 0
     last: str = ""
@@ -71,8 +76,8 @@ class CallLog:
     def record(self, how: str, because: str | None = None, value: str = "") -> None:
         """Count a call; arguments as `block_maths.Log.record` takes them.
 
-        Raises ValueError for a call that is not fused where accelerate was told to be strict. torch.compile's own way, op by
-        op, is no reason for that.
+        Raises ValueError for a call that is not fused where accelerate was told to be strict.
+        torch.compile's own way, op by op, is no reason for that.
         """
         if torch.compiler.is_compiling():
             if how == "host" and self.notices.strict:
@@ -96,7 +101,8 @@ class CallLog:
             self.notices.said.add(key)
         if is_new:
             text = (
-                f"fluxfast: {self.name} ran {WORDS[how]}: {with_value(because, value)}. The report counts such calls, and this "
+                f"fluxfast: {self.name} ran {WORDS[how]}: {with_value(because, value)}. The "
+                "report counts such calls, and this "
                 "is said once; accelerate(..., strict=True) makes it an error"
             )
             # not `warn`, which would say it for the first of two models only
@@ -104,7 +110,8 @@ class CallLog:
 
     def _error(self, how: str, because: str | None, value: str) -> str:
         return (
-            f"accelerate(strict=True): {self.name} would run {WORDS[how]}: {with_value(because or '', value)}. Take away what "
+            f"accelerate(strict=True): {self.name} would run {WORDS[how]}: "
+            f"{with_value(because or '', value)}. Take away what "
             "is in the way, or leave strict out: such calls run then, and the report counts them"
         )
 

@@ -1,6 +1,7 @@
 """Where a CPU multiplies bfloat16 faster than our fp32 arithmetic does.
 
-With a matrix unit (AMX), a host that computes in bfloat16 is left to it; without one, fp32 is many times faster than that.
+With a matrix unit (AMX), a host that computes in bfloat16 is left to it; without one, fp32 is many
+times faster than that.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ def has_matrix_unit() -> bool:
 
 
 def host_is_faster(x: Tensor, linear: Any) -> str | None:
-    """Why a block that has `linear` is the host's, for x of this dtype and device and under this autocast; else None."""
+    """Why a block that has `linear` is the host's, for x of this dtype and device and under this
+    autocast; else None.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     weight = getattr(linear, "base_layer", linear).weight
     # what has to be decoded costs the host more than it gains
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (torch.float32, torch.bfloat16)
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (
+        torch.float32,
+        torch.bfloat16,
+    )
     return REASON if dtype == torch.bfloat16 and plain and has_matrix_unit() else None

@@ -13,18 +13,21 @@ from torch import nn
 
 from fluxfast.dropin.calls import WAYS, WORDS, CallLog, Fallback, with_value
 from fluxfast.dropin.cpu import host_is_faster
-from fluxfast.dropin.layouts import accelerated_blocks
-from fluxfast.model.bases import Decoded
+from fluxfast.dropin.hosts import accelerated_blocks
+from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import StoredWeight, obstacle, read_linear
 
-# a linear in a block that is one autograd.Function; by our kernels, one at a time; by calling the module
+# a linear in a block that is one autograd.Function; by our kernels, one at a time; by calling the
+# module
 Runs = Literal["fused", "alone", "module"]
 REPLACED = "its forward was replaced before accelerate()"
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear of a block: how it runs, its base ("bfloat16", "int8", "nf4", …), its adapters, and what is in the way."""
+    """One linear of a block: how it runs, its base ("bfloat16", "int8", "nf4", …), its adapters,
+    and what is in the way.
+    """
 
     name: str
     runs: Runs
@@ -35,7 +38,9 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: whether it can run as one autograd.Function, and if not, why; and what became of its calls so far."""
+    """One block: whether it can run as one autograd.Function, and if not, why; and what became of
+    its calls so far.
+    """
 
     name: str
     fused: bool
@@ -45,10 +50,12 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The state of an accelerated model when it was asked, and the calls of its blocks until now; `because` fields say why.
+    """The state of an accelerated model when it was asked, and the calls of its blocks until now;
+    `because` fields say why.
 
-    layout: "diffusers", "concatenated" or "bfl". compute, attention, recompute, impl: what the blocks were told; compute with
-    what "auto" came to. Counts of calls are the blocks' own and go on: printed again, a report shows those of then.
+    layout: "diffusers", "concatenated" or "bfl". compute, attention, recompute, impl: what the
+    blocks were told; compute with what "auto" came to. Counts of calls are the blocks' own and go
+    on: printed again, a report shows those of then.
     """
 
     layout: str
@@ -66,17 +73,24 @@ class Report:
         return sum(linear.runs == runs for linear in self.linears)
 
     def calls(self, how: str | None = None) -> int:
-        """How many calls of blocks there have been since `accelerate`; of these, those that ran "fused", "composed" (op by op)
-        or by the "host"'s own forward.
+        """How many calls of blocks there have been since `accelerate`; of these, those that ran
+        "fused", "composed" (op by op) or by the "host"'s own forward.
         """
-        return sum(block.calls.total if how is None else block.calls.count(how) for block in self.blocks)
+        return sum(
+            block.calls.total if how is None else block.calls.count(how) for block in self.blocks
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         data = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         data["linears"] = [dataclasses.asdict(linear) for linear in self.linears]
         data["blocks"] = [
-            {"name": block.name, "fused": block.fused, "because": block.because, "calls": _calls_of(block.calls)}
+            {
+                "name": block.name,
+                "fused": block.fused,
+                "because": block.because,
+                "calls": _calls_of(block.calls),
+            }
             for block in self.blocks
         ]
         return data
@@ -86,7 +100,9 @@ class Report:
         ran = f"{self.calls('fused')} of {calls} calls did" if calls else "no call so far"
         yield f"fluxfast: {self.layout} layout, {fused} of {len(self.blocks)} blocks can run fused; {ran}"
         yield from self._fallback_lines()
-        compiled = Counter(block.calls.compiled for block in self.blocks if block.calls.compiled is not None)
+        compiled = Counter(
+            block.calls.compiled for block in self.blocks if block.calls.compiled is not None
+        )
         for (how, because), count in compiled.items():
             yield f"  {_number(count, 'block')} compiled, whose calls are not counted, run {WORDS[how]}: {because}"
         if replaced := sum(block.because == REPLACED for block in self.blocks):
@@ -95,11 +111,15 @@ class Report:
         yield f"  attention {self.attention}, recompute {self.recompute}, kernels {self.impl}, TREAD routes {self.routes}"
         bases = Counter(linear.base for linear in self.linears)
         yield (
-            f"  linears: {self.count('fused')} fused, {self.count('alone')} alone, {self.count('module')} by their module; "
+            f"  linears: {self.count('fused')} fused, {self.count('alone')} alone, "
+            f"{self.count('module')} by their module; "
             f"base {', '.join(f'{base} {count}' for base, count in bases.most_common())}; "
             f"{sum(linear.adapters for linear in self.linears)} adapters"
         )
-        for what, parts in (("blocks not fused", self.blocks), ("linears by their module", self.linears)):
+        for what, parts in (
+            ("blocks not fused", self.blocks),
+            ("linears by their module", self.linears),
+        ):
             reasons: dict[str, list[str]] = {}
             for part in parts:
                 if part.because is not None:
@@ -133,17 +153,25 @@ def _calls_of(log: CallLog) -> dict[str, Any]:
         {"how": how, "because": because, "calls": seen.calls, "last": seen.last}
         for (how, because), seen in log.fallbacks().items()
     ]
-    return {**{how: log.count(how) for how in WAYS}, "compiled": log.compiled is not None, "fallbacks": fallbacks}
+    return {
+        **{how: log.count(how) for how in WAYS},
+        "compiled": log.compiled is not None,
+        "fallbacks": fallbacks,
+    }
 
 
 def inspect(transformer: nn.Module) -> Report:
-    """What runs how in a model that `accelerate` has changed, as it is now: call it again when adapters have come or gone.
+    """What runs how in a model that `accelerate` has changed, as it is now: call it again when
+    adapters have come or gone.
 
     Raises ValueError where no block is accelerated.
     """
     found = accelerated_blocks(transformer)
     if not found:
-        raise ValueError(f"inspect: no block of this {type(transformer).__name__} is ours: call fluxfast.accelerate first")
+        raise ValueError(
+            f"inspect: no block of this {type(transformer).__name__} is ours: call "
+            "fluxfast.accelerate first"
+        )
     names = {id(module): name for name, module in transformer.named_modules()}
     blocks: list[BlockReport] = []
     linears: list[LinearReport] = []
@@ -152,7 +180,14 @@ def inspect(transformer: nn.Module) -> Report:
         blocks.append(of_block)
         linears += mine
     first = found[0][1]
-    router = next((m.__dict__["_fluxfast_router"] for m in transformer.modules() if "_fluxfast_router" in m.__dict__), None)
+    router = next(
+        (
+            m.__dict__["_fluxfast_router"]
+            for m in transformer.modules()
+            if "_fluxfast_router" in m.__dict__
+        ),
+        None,
+    )
     return Report(
         layout=type(first).layout,
         blocks=tuple(blocks),
@@ -170,7 +205,11 @@ def _recompute(blocks: list[Any]) -> str:
     if not blocks[0].fixed_policy:
         return "as the host checkpoints"
     policies = Counter(block.policy for block in blocks)
-    return ", ".join(policies) if len(policies) == 1 else ", ".join(f"{n} {policy}" for policy, n in policies.items())
+    return (
+        ", ".join(policies)
+        if len(policies) == 1
+        else ", ".join(f"{n} {policy}" for policy, n in policies.items())
+    )
 
 
 def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, list[LinearReport]]:
@@ -192,7 +231,11 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
     for module in (*groups, *maths.modulation_linears()):
         # a modulation is a call of its own in either case
         alone = because is not None or module in maths.modulation_linears()
-        linears.append(_linear(names[id(module)], module, maths.share_dropout, "alone" if alone else "fused", hosts))
+        linears.append(
+            _linear(
+                names[id(module)], module, maths.share_dropout, "alone" if alone else "fused", hosts
+            )
+        )
     return BlockReport(name, because is None, because, block.log), linears
 
 
@@ -208,7 +251,13 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
     if params is None:
         adapters = len(getattr(module, "active_adapters", ()))
         base = getattr(module, "base_layer", module)
-        return LinearReport(name, "module", type(base).__name__, adapters, obstacle(module, share_dropout=share_dropout))
+        return LinearReport(
+            name,
+            "module",
+            type(base).__name__,
+            adapters,
+            obstacle(module, share_dropout=share_dropout),
+        )
     weight: Any = params.weight
     if isinstance(weight, StoredWeight):
         base = weight.packed.format.name
@@ -217,5 +266,7 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
         plain = not isinstance(weight, Decoded) or type(held) in (torch.Tensor, nn.Parameter)
         base = str(held.dtype).removeprefix("torch.") if plain else "decoded by its library"
     if hosts:
-        return LinearReport(name, "module", base, len(params.adapters), "its block's own forward runs")
+        return LinearReport(
+            name, "module", base, len(params.adapters), "its block's own forward runs"
+        )
     return LinearReport(name, runs, base, len(params.adapters))

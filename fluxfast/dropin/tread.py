@@ -1,4 +1,6 @@
-"""TREAD in diffusers' own model: its forward, with routes between the blocks. Everywhere else its own forward runs."""
+"""TREAD in diffusers' own model: its forward, with routes between the blocks. Everywhere else its
+own forward runs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fluxfast.model.around_blocks import control_residual, joint_ids, lora_scale, project_image_prompts
+from fluxfast.model.diffusers_forward import (
+    control_residual,
+    joint_ids,
+    lora_scale,
+    project_image_prompts,
+)
 from fluxfast.model.routing import Router, RouteState
 
 
@@ -25,10 +32,14 @@ def set_router(model: Any, router: Router | None) -> None:
             del model.__dict__["forward"]
         return
     mine = getattr(model.__dict__.get("forward"), "__func__", None) is routed_forward
-    if type(model).forward is not FluxTransformer2DModel.forward or ("forward" in model.__dict__ and not mine):
+    if type(model).forward is not FluxTransformer2DModel.forward or (
+        "forward" in model.__dict__ and not mine
+    ):
         raise ValueError(
-            f"tread: routes run in the forward of diffusers' FluxTransformer2DModel, and this {type(model).__name__} has "
-            "another; leave tread out, use the host's own router if it has one, or call accelerate before it is wrapped"
+            "tread: routes run in the forward of diffusers' FluxTransformer2DModel, and this "
+            f"{type(model).__name__} has "
+            "another; leave tread out, use the host's own router if it has one, or call "
+            "accelerate before it is wrapped"
         )
     model.__dict__["_fluxfast_router"] = router
     model.__dict__["forward"] = MethodType(routed_forward, model)
@@ -50,7 +61,9 @@ def routed_forward(
     controlnet_blocks_repeat: bool = False,
     force_keep_mask: Tensor | None = None,
 ) -> Any:
-    """As `FluxTransformer2DModel.forward`; force_keep_mask [B, S_img]: image tokens that no route may drop."""
+    """As `FluxTransformer2DModel.forward`; force_keep_mask [B, S_img]: image tokens that no route
+    may drop.
+    """
     router = self.__dict__.get("_fluxfast_router")
     if router is None or not self.training or not torch.is_grad_enabled():
         return type(self).forward(
@@ -93,9 +106,21 @@ def routed_forward(
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-def _call(model: Any, block: nn.Module, img: Tensor, txt: Tensor, vec: Tensor, pe: Any, kwargs: dict[str, Any]) -> Any:
+def _call(
+    model: Any,
+    block: nn.Module,
+    img: Tensor,
+    txt: Tensor,
+    vec: Tensor,
+    pe: Any,
+    kwargs: dict[str, Any],
+) -> Any:
     if model.gradient_checkpointing:
         return model._gradient_checkpointing_func(block, img, txt, vec, pe, kwargs)
     return block(
-        hidden_states=img, encoder_hidden_states=txt, temb=vec, image_rotary_emb=pe, joint_attention_kwargs=kwargs
+        hidden_states=img,
+        encoder_hidden_states=txt,
+        temb=vec,
+        image_rotary_emb=pe,
+        joint_attention_kwargs=kwargs,
     )

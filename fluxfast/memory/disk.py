@@ -1,7 +1,9 @@
-"""Blocks in files: written once when a run starts, read into a few pinned buffers by a thread, from there to the device.
+"""Blocks in files: written once when a run starts, read into a few pinned buffers by a thread, from
+there to the device.
 
-A file is a safetensors file of one tensor, `block` (uint8, the block's bytes), whose header is padded to a page; its metadata
-says which tensors are where inside it. It is a run's own scratch: the next run in the same folder replaces it.
+A file is a safetensors file of one tensor, `block` (uint8, the block's bytes), whose header is
+padded to a page; its metadata says which tensors are where inside it. It is a run's own scratch:
+the next run in the same folder replaces it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fluxfast.files import atomic_file
+from fluxfast.memory.block_bytes import BlockLayout
 from fluxfast.memory.engine import Engine, Event
-from fluxfast.memory.layout import BlockLayout
 
 PAGE = 4096
 # two of these are enough to read one while the other is copied
@@ -29,22 +31,33 @@ STAGING_BUFFERS = 2
 
 
 def check_room(folder: Path, nbytes: int) -> None:
-    """Make the folder. ValueError where its disk has no room for so much beside what earlier runs left there."""
+    """Make the folder. ValueError where its disk has no room for so much beside what earlier runs
+    left there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("block_*.safetensors"))
+    free = shutil.disk_usage(folder).free + sum(
+        file.stat().st_size for file in folder.glob("block_*.safetensors")
+    )
     if free < nbytes:
-        raise ValueError(f"{folder}: the blocks take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: name another disk")
+        raise ValueError(
+            f"{folder}: the blocks take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+            "name another disk"
+        )
 
 
 class BlockFile:
-    """A block's bytes on disk. `buffer` [nbytes] is the file itself, mapped: it costs no memory that others need."""
+    """A block's bytes on disk. `buffer` [nbytes] is the file itself, mapped: it costs no memory
+    that others need.
+    """
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         self._file: BinaryIO = path.open("r+b")
         size = os.fstat(self._file.fileno()).st_size
         self._start = size - nbytes
-        self.buffer = torch.frombuffer(mmap.mmap(self._file.fileno(), size), dtype=torch.uint8, offset=self._start)
+        self.buffer = torch.frombuffer(
+            mmap.mmap(self._file.fileno(), size), dtype=torch.uint8, offset=self._start
+        )
 
     @classmethod
     def write(cls, path: Path, layout: BlockLayout, tensors: Sequence[Tensor]) -> BlockFile:
@@ -59,12 +72,17 @@ class BlockFile:
         return cls(path, layout.nbytes)
 
     def read_into(self, target: Tensor, offset: int) -> None:
-        """Fill bytes [n] on the CPU from `offset` on. OSError, naming the file, where it ends too early."""
+        """Fill bytes [n] on the CPU from `offset` on. OSError, naming the file, where it ends too
+        early.
+        """
         view, done = target.numpy().data, 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], self._start + offset + done)
             if count == 0:
-                raise OSError(f"{self.path}: {len(view) - done} bytes are missing; it was changed after this run wrote it")
+                raise OSError(
+                    f"{self.path}: {len(view) - done} bytes are missing; it was changed after "
+                    "this run wrote it"
+                )
             done += count
 
     def close(self, remove: bool = True) -> None:
@@ -79,7 +97,11 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 def _header(layout: BlockLayout) -> bytes:
     places = {
-        place.path: {"dtype": str(place.dtype).removeprefix("torch."), "shape": list(place.shape), "offset": place.offset}
+        place.path: {
+            "dtype": str(place.dtype).removeprefix("torch."),
+            "shape": list(place.shape),
+            "offset": place.offset,
+        }
         for place in layout.places
     }
     text = json.dumps(
@@ -88,20 +110,27 @@ def _header(layout: BlockLayout) -> bytes:
             "block": {"dtype": "U8", "shape": [layout.nbytes], "data_offsets": [0, layout.nbytes]},
         }
     ).encode()
-    # safetensors allows spaces after the header: the data then starts on a page, as direct reads and maps want it
+    # safetensors allows spaces after the header: the data then starts on a page, as direct reads
+    # and maps want it
     text = text.ljust(-(-(8 + len(text)) // PAGE) * PAGE - 8)
     return len(text).to_bytes(8, "little") + text
 
 
 class Reader:
-    """Reads blocks from their files to the device, in order, ahead of the computation where the engine allows it."""
+    """Reads blocks from their files to the device, in order, ahead of the computation where the
+    engine allows it.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._staging = [engine.memory.allocate(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
         self._copied: list[Event] = [None] * STAGING_BUFFERS
         self._turn = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-blocks") if engine.any_thread else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="fluxfast-blocks")
+            if engine.any_thread
+            else None
+        )
 
     def start(self, file: BlockFile, target: Tensor, after: Event | None) -> Future[Event]:
         """Start reading a whole block into bytes [nbytes] on the device, after an event."""

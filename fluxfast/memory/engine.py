@@ -1,7 +1,8 @@
-"""Who carries a copy out: a CUDA stream beside the one that computes, or, on a CPU, the processor, there and then.
+"""Who carries a copy out: a CUDA stream beside the one that computes, or, on a CPU, the processor,
+there and then.
 
-Copies are carried out in the order in which they are given; each may be told to start after an event of the compute stream,
-and that stream to wait for the end of one.
+Copies are carried out in the order in which they are given; each may be told to start after an
+event of the compute stream, and that stream to wait for the end of one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Engine:
 
 
 class CudaEngine(Engine):
-    """Asynchronous copies, on a stream of their own, or (`use_stream` false) between the kernels of the compute stream."""
+    """Asynchronous copies, on a stream of their own, or (`use_stream` false) between the kernels of
+    the compute stream.
+    """
 
     def __init__(self, device: torch.device, use_stream: bool = True) -> None:
         super().__init__(device)

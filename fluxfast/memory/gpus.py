@@ -1,4 +1,6 @@
-"""Common GPUs: what `plan` reckons with. Rates are the makers' peaks: dense, and with fp32 sums where they tell those apart."""
+"""Common GPUs: what `plan` reckons with. Rates are the makers' peaks: dense, and with fp32 sums
+where they tell those apart.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,15 @@ AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper, v2.1, tables 2, 9 and
 ADA = "NVIDIA Ada GPU Architecture whitepaper, v2.1, appendix A"
 BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, v1.1, appendix A"
 # of GeForce cards that the whitepapers leave out
-SPECS = "nvidia.com's specifications: cores, boost clock and memory, at the architecture's rates per core"
+SPECS = (
+    "nvidia.com's specifications: cores, boost clock and memory, at the architecture's rates "
+    "per core"
+)
 
 
 class Gpu(NamedTuple):
-    """memory in GiB; bandwidth and pcie (one way) in GB/s; bf16, int8 and fp8 products in tera-operations a second.
+    """memory in GiB; bandwidth and pcie (one way) in GB/s; bf16, int8 and fp8 products in
+    tera-operations a second.
 
     int8 or fp8 of 0: its tensor cores don't have it. source: where the figures are from.
     """
@@ -58,27 +64,75 @@ GPUS = (
     Gpu("RTX 5080", 16, 960, 112.6, 450.2, 225.1, PCIE5, BLACKWELL),
     Gpu("RTX 5090", 32, 1792, 209.5, 838, 419, PCIE5, BLACKWELL),
     Gpu("RTX A6000", 48, 768, 154.8, 309.7, 0, PCIE4, AMPERE),
-    Gpu("RTX 6000 Ada", 48, 960, 364.2, 728.5, 728.5, PCIE4, "NVIDIA RTX 6000 Ada Generation datasheet; sparse rates halved"),
+    Gpu(
+        "RTX 6000 Ada",
+        48,
+        960,
+        364.2,
+        728.5,
+        728.5,
+        PCIE4,
+        "NVIDIA RTX 6000 Ada Generation datasheet; sparse rates halved",
+    ),
     Gpu("A10", 24, 600, 125, 250, 0, PCIE4, "NVIDIA A10 datasheet"),
     Gpu("L4", 24, 300, 121, 242.5, 242.5, PCIE4, "NVIDIA L4 datasheet; sparse rates halved"),
     Gpu("L40S", 48, 864, 362, 733, 733, PCIE4, "NVIDIA L40S datasheet"),
     Gpu("A100 40GB", 40, 1555, 312, 624, 0, PCIE4, "NVIDIA A100 datasheet"),
     Gpu("A100 80GB", 80, 2039, 312, 624, 0, PCIE4, "NVIDIA A100 datasheet (SXM)"),
-    Gpu("H100 PCIe", 80, 2000, 756, 1513, 1513, PCIE5, "NVIDIA H100 datasheet; sparse rates halved"),
-    Gpu("H100", 80, 3350, 989.5, 1979, 1979, PCIE5, "NVIDIA H100 datasheet (SXM); sparse rates halved"),
-    Gpu("H200", 141, 4800, 989.5, 1979, 1979, PCIE5, "NVIDIA H200 datasheet (SXM); sparse rates halved"),
-    Gpu("B200", 180, 7700, 2250, 4500, 4500, PCIE5, "NVIDIA HGX B200 datasheet, an eighth of it; sparse rates halved"),
+    Gpu(
+        "H100 PCIe", 80, 2000, 756, 1513, 1513, PCIE5, "NVIDIA H100 datasheet; sparse rates halved"
+    ),
+    Gpu(
+        "H100",
+        80,
+        3350,
+        989.5,
+        1979,
+        1979,
+        PCIE5,
+        "NVIDIA H100 datasheet (SXM); sparse rates halved",
+    ),
+    Gpu(
+        "H200",
+        141,
+        4800,
+        989.5,
+        1979,
+        1979,
+        PCIE5,
+        "NVIDIA H200 datasheet (SXM); sparse rates halved",
+    ),
+    Gpu(
+        "B200",
+        180,
+        7700,
+        2250,
+        4500,
+        4500,
+        PCIE5,
+        "NVIDIA HGX B200 datasheet, an eighth of it; sparse rates halved",
+    ),
     Gpu("MI250X", 128, 3277, 383, 383, 0, PCIE4, "AMD Instinct MI250X data sheet (both dies)"),
     Gpu("MI300X", 192, 5300, 1307.4, 2614.9, 2614.9, PCIE5, "AMD Instinct MI300X data sheet"),
-    Gpu("RX 7900 XTX", 24, 960, 122.8, 122.8, 0, PCIE4, "amd.com's specifications; WMMA's int8 rate is that of bf16"),
+    Gpu(
+        "RX 7900 XTX",
+        24,
+        960,
+        122.8,
+        122.8,
+        0,
+        PCIE4,
+        "amd.com's specifications; WMMA's int8 rate is that of bf16",
+    ),
 )
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, in whatever spelling ("rtx3080", "4060 Ti 16GB", "NVIDIA A100-SXM4-80GB").
+    """The GPU of that name, in whatever spelling ("rtx3080", "4060 Ti 16GB", "NVIDIA
+    A100-SXM4-80GB").
 
-    Of a model that comes in several sizes, a name that says none means the smallest. ValueError if there is none, with the
-    names that come near.
+    Of a model that comes in several sizes, a name that says none means the smallest. ValueError if
+    there is none, with the names that come near.
     """
     model, memory = _model(name)
     same = [gpu for gpu in GPUS if _model(gpu.name)[0] == model and memory in (None, gpu.memory)]
@@ -86,7 +140,10 @@ def find_gpu(name: str) -> Gpu:
         return min(same, key=lambda gpu: gpu.memory)
     digits = "".join(filter(str.isdigit, model))
     near = [gpu.name for gpu in GPUS if digits and digits in gpu.name]
-    raise ValueError(f"there is no GPU {name!r} in the table; there are {', '.join(near or [gpu.name for gpu in GPUS])}")
+    raise ValueError(
+        f"there is no GPU {name!r} in the table; there are "
+        f"{', '.join(near or [gpu.name for gpu in GPUS])}"
+    )
 
 
 def _model(name: str) -> tuple[str, float | None]:
@@ -95,5 +152,9 @@ def _model(name: str) -> tuple[str, float | None]:
     memory = re.search(r"(\d+) ?gi?b\b", text)
     if memory:
         text = text.replace(memory[0], " ")
-    text = re.sub(r"nvidia|geforce|amd|radeon|instinct|generation|graphics|gpu|\brtx|\brx|\bsxm\d*|\bhbm\w*|\boam\b", " ", text)
+    text = re.sub(
+        r"nvidia|geforce|amd|radeon|instinct|generation|graphics|gpu|\brtx|\brx|\bsxm\d*|\bhbm\w*|\boam\b",
+        " ",
+        text,
+    )
     return re.sub(r"[^a-z0-9]", "", text), float(memory[1]) if memory else None

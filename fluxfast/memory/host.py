@@ -1,7 +1,8 @@
-"""Host memory that a GPU can read by itself: page-aligned, exactly as large as what it holds, locked once.
+"""Host memory that a GPU can read by itself: page-aligned, exactly as large as what it holds,
+locked once.
 
-torch's own pinned allocator rounds each buffer up to a power of two, which costs up to as much again. Here it is ordinary
-memory, registered with the driver.
+torch's own pinned allocator rounds each buffer up to a power of two, which costs up to as much
+again. Here it is ordinary memory, registered with the driver.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ Unpin = Callable[[int], None]
 
 
 class HostMemory:
-    """Hands out buffers and pins them; what can't be pinned stays ordinary memory, and `shortfall` says so."""
+    """Hands out buffers and pins them; what can't be pinned stays ordinary memory, and `shortfall`
+    says so.
+    """
 
     def __init__(self, pin: Pin | None = None, unpin: Unpin | None = None) -> None:
         self._pin = pin
@@ -57,9 +60,12 @@ class HostMemory:
         if self._error is None:
             return None
         return (
-            f"{(self.nbytes - self.pinned_bytes) / 2**30:.2f} of {self.nbytes / 2**30:.2f} GiB of host memory could not be "
-            f"pinned ({self._error}; limit on locked memory: {locked_memory_limit()}): copies from ordinary memory are slower "
-            "and hold up the step. Raise the limit (ulimit -l unlimited, memlock in /etc/security/limits.conf, docker's "
+            f"{(self.nbytes - self.pinned_bytes) / 2**30:.2f} of {self.nbytes / 2**30:.2f} GiB "
+            "of host memory could not be "
+            f"pinned ({self._error}; limit on locked memory: {locked_memory_limit()}): copies "
+            "from ordinary memory are slower "
+            "and hold up the step. Raise the limit (ulimit -l unlimited, memlock in "
+            "/etc/security/limits.conf, docker's "
             "--ulimit memlock=-1) or free host memory"
         )
 

@@ -1,7 +1,9 @@
-"""Blocks' inputs in host memory between forward and backward: what checkpointing keeps, off the device.
+"""Blocks' inputs in host memory between forward and backward: what checkpointing keeps, off the
+device.
 
-Each is copied out right after it was used and back before it is asked for: when a block's backward fetches its input, that of
-the block before it starts on its way. The last one kept stays on the device too, since backward begins with it.
+Each is copied out right after it was used and back before it is asked for: when a block's backward
+fetches its input, that of the block before it starts on its way. The last one kept stays on the
+device too, since backward begins with it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class _Place:
 
 
 class Kept:
-    """A tensor put aside. `near` is its copy on the device while there is one, to be read after `arrival`."""
+    """A tensor put aside. `near` is its copy on the device while there is one, to be read after
+    `arrival`.
+    """
 
     def __init__(self, x: Tensor, place: _Place) -> None:
         self.shape, self.dtype, self.device, self.place = x.shape, x.dtype, x.device, place
@@ -91,7 +95,9 @@ class _CudaMover(_Mover):
 
 
 class HostInputs:
-    """Puts tensors aside in host memory. Its buffers are used again and again: as many as are ever kept at a time."""
+    """Puts tensors aside in host memory. Its buffers are used again and again: as many as are ever
+    kept at a time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._mover = _CudaMover(device) if device.type == "cuda" else _Mover()
@@ -117,14 +123,21 @@ class HostInputs:
         return kept
 
     def fetch(self, kept: Kept) -> Tensor:
-        """The tensor, on the device it came from; of those kept before it, the last one not fetched yet starts on its way."""
+        """The tensor, on the device it came from; of those kept before it, the last one not fetched
+        yet starts on its way.
+        """
         x = self._come(kept)
         if kept.arrival is not None:
             self._mover.wait(kept.arrival)
         live = self._live()
         kept.fetched = True
-        # a block may keep several and fetch them in that order: one that has been fetched is not the next
-        waiting = (other for other in reversed(live[: live.index(kept)]) if not other.fetched and other.near is None)
+        # a block may keep several and fetch them in that order: one that has been fetched is not
+        # the next
+        waiting = (
+            other
+            for other in reversed(live[: live.index(kept)])
+            if not other.fetched and other.near is None
+        )
         if (ahead := next(waiting, None)) is not None:
             self._come(ahead)
         kept.near = kept.arrival = None

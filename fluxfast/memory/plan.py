@@ -1,8 +1,10 @@
-"""How much memory a run takes, part by part, and which choices make it fit: in closed form, without a model or a device.
+"""How much memory a run takes, part by part, and which choices make it fit: in closed form, without
+a model or a device.
 
-What the user fixed is a `Workload`; what is ours to choose is `Choices`. `account` adds up; `fit` chooses. A step's peak is at
-some block, most often in its backward: there is what the blocks before it keep, the gradients of those after it, and what it
-works with. The sums are held to a full-size step's (`fluxfast-bench vram`) within 3 %.
+What the user fixed is a `Workload`; what is ours to choose is `Choices`. `account` adds up; `fit`
+chooses. A step's peak is at some block, most often in its backward: there is what the blocks before
+it keep, the gradients of those after it, and what it works with. The sums are held to a full-size
+step's (`fluxfast-bench vram`) within 3 %.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ GIB = 2**30
 CUDA_CONTEXT = GIB // 2
 # what the allocator holds beyond what is in use, of its peak
 FRAGMENTATION = 0.03
-# cuBLAS's, from the caching allocator, for each stream that computes (Hopper's size, which is the largest)
+# cuBLAS's, from the caching allocator, for each stream that computes (Hopper's size, which is the
+# largest)
 GEMM_WORKSPACE = 32 * 2**20
 # bytes of an optimiser's state for each element, by the elements' size
 OPTIMIZER_STATE = {
@@ -38,9 +41,11 @@ LOADING = 3 * 10**9
 
 @dataclass(frozen=True)
 class Choices:
-    """What is ours to choose. recompute: a policy for each block. slots: of the ring that blocks stream through, 0: resident.
+    """What is ours to choose. recompute: a policy for each block. slots: of the ring that blocks
+    stream through, 0: resident.
 
-    modulation_ahead: its weights, and the embedders', stay in host memory. host_inputs: blocks' inputs wait there for backward.
+    modulation_ahead: its weights, and the embedders', stay in host memory. host_inputs: blocks'
+    inputs wait there for backward.
     """
 
     recompute: tuple[str, ...]
@@ -56,7 +61,9 @@ class Choices:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by part, at the step's peak: of VRAM, which add up to it; of host memory; and of each block's copies."""
+    """Bytes by part, at the step's peak: of VRAM, which add up to it; of host memory; and of each
+    block's copies.
+    """
 
     vram: dict[str, int]
     host: dict[str, int]
@@ -80,9 +87,13 @@ def account(workload: Workload, choices: Choices) -> Plan:
     apart = choices.modulation_ahead or not choices.streams
     blocks = [
         of_block + (0 if apart else of_modulation)
-        for of_block, of_modulation in zip(workload.block_weights, workload.modulation_weights, strict=True)
+        for of_block, of_modulation in zip(
+            workload.block_weights, workload.modulation_weights, strict=True
+        )
     ]
-    modulation = workload.outer_modulation_weights + (sum(workload.modulation_weights) if apart else 0)
+    modulation = workload.outer_modulation_weights + (
+        sum(workload.modulation_weights) if apart else 0
+    )
     step = choices.blocks_per_group
     groups = [sum(blocks[i : i + step]) for i in range(0, sizes.blocks, step)]
     saved, gradients, working = _at_peak(workload, choices)
@@ -98,7 +109,11 @@ def account(workload: Workload, choices: Choices) -> Plan:
         "ring": choices.slots * max(groups) if choices.streams else 0,
         "CUDA context": CUDA_CONTEXT,
     }
-    kept = sum(_input_bytes(workload, index) for index in range(sizes.blocks)) if choices.host_inputs else 0
+    kept = (
+        sum(_input_bytes(workload, index) for index in range(sizes.blocks))
+        if choices.host_inputs
+        else 0
+    )
     host = {
         "process": PROCESS,
         "streamed blocks": sum(blocks) if choices.streams else 0,
@@ -118,9 +133,14 @@ def _input_bytes(workload: Workload, index: int) -> int:
 
 
 def _at_peak(workload: Workload, choices: Choices) -> tuple[int, int, int]:
-    """(saved activations, gradients, working set) of the moment at which they are the most, together."""
+    """(saved activations, gradients, working set) of the moment at which they are the most,
+    together.
+    """
     blocks = workload.sizes.blocks
-    kept = [saved_bytes(workload, index, choices.recompute[index], choices.host_inputs) for index in range(blocks)]
+    kept = [
+        saved_bytes(workload, index, choices.recompute[index], choices.host_inputs)
+        for index in range(blocks)
+    ]
     own = [elements * workload.adapter_itemsize for elements in workload.block_adapters]
     outside = (workload.adapters * workload.adapter_itemsize) - sum(own)
     moments = []
@@ -137,7 +157,9 @@ def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
     """The time of one forward and backward pass."""
     works = [
         BlockWork(tokens, index < workload.sizes.num_layers, policy)
-        for index, (tokens, policy) in enumerate(zip(workload.tokens, choices.recompute, strict=True))
+        for index, (tokens, policy) in enumerate(
+            zip(workload.tokens, choices.recompute, strict=True)
+        )
     ]
     return step_seconds(
         works,
@@ -152,7 +174,9 @@ def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
 
 
 def fit(workload: Workload, gpu: Gpu, budget: int) -> Choices | None:
-    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM; None where none are enough."""
+    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM; None
+    where none are enough.
+    """
     best: tuple[float, int] | None = None
     chosen = None
     for choices in candidates(workload):
@@ -166,18 +190,24 @@ def fit(workload: Workload, gpu: Gpu, budget: int) -> Choices | None:
 
 
 def candidates(workload: Workload) -> Iterator[Choices]:
-    """Every combination worth looking at; blocks are not streamed where that failed its check (`ops.verdicts`)."""
+    """Every combination worth looking at; blocks are not streamed where that failed its check
+    (`ops.verdicts`).
+    """
     ahead = not workload.trains_modulation
     rings = (0, 4, 3, 2) if verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY) is None else (0,)
     residencies = [Choices((), slots, modulation_ahead=ahead) for slots in rings]
-    residencies += [replace(residency, host_inputs=True) for residency in residencies if residency.streams]
+    residencies += [
+        replace(residency, host_inputs=True) for residency in residencies if residency.streams
+    ]
     for residency in residencies:
         for recompute in policies(workload.sizes.blocks):
             yield replace(residency, recompute=recompute)
 
 
 def policies(blocks: int) -> Iterator[tuple[str, ...]]:
-    """Policies from "none" to "full", block by block; the last blocks keep most, as backward frees them first."""
+    """Policies from "none" to "full", block by block; the last blocks keep most, as backward frees
+    them first.
+    """
     for lean, rich in (("selective", "none"), ("full", "selective")):
         for rich_blocks in range(blocks, 0, -1):
             yield (lean,) * (blocks - rich_blocks) + (rich,) * rich_blocks

@@ -1,4 +1,6 @@
-"""What autograd saves of a weight that moves: its place within its block, looked up in whatever slot the block is in then."""
+"""What autograd saves of a weight that moves: its place within its block, looked up in whatever
+slot the block is in then.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ class SavedPlaces:
         """For the forward of a block whose bytes begin at `base` of its slot."""
         if not torch.is_grad_enabled():
             return nullcontext()
-        # hooks don't nest by themselves: what is not ours goes on to whoever was there before, a checkpoint for one
+        # hooks don't nest by themselves: what is not ours goes on to whoever was there before, a
+        # checkpoint for one
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return saved_tensors_hooks(partial(self._pack, block, base, outer), self._unpack)
 

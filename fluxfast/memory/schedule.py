@@ -1,12 +1,15 @@
 """When which group of blocks is copied into which slot: decided here, carried out elsewhere.
 
-A ring of slots, each of which holds one group. Events go in (`begin`, `enter`, `leave`), actions come out, to be issued in
-order on two queues: the copies on one, in the order given; waits, the groups' own work, and marks on the other.
+A ring of slots, each of which holds one group. Events go in (`begin`, `enter`, `leave`), actions
+come out, to be issued in order on two queues: the copies on one, in the order given; waits, the
+groups' own work, and marks on the other.
 
-On entering a group it and those that come next in the direction of travel are wanted, as many as there are slots. What is
-wanted and not there is copied into a slot that holds something that is not, after that one's last use. At the end of forward
-the last groups stay, since backward begins with them; at the end of backward the first ones do. So a step of G groups through
-n slots costs 2 (G - n) copies. A guess that was wrong (a skipped group, another direction) costs a copy, never a wrong read.
+On entering a group it and those that come next in the direction of travel are wanted, as many as
+there are slots. What is wanted and not there is copied into a slot that holds something that is
+not, after that one's last use. At the end of forward the last groups stay, since backward begins
+with them; at the end of backward the first ones do. So a step of G groups through n slots costs 2
+(G - n) copies. A guess that was wrong (a skipped group, another direction) costs a copy, never a
+wrong read.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from fluxfast.model.residency import Direction
 
 
 class Copy(NamedTuple):
-    """Start copying `group` into `slot`, after the use `after` has been marked and reached (None: at once)."""
+    """Start copying `group` into `slot`, after the use `after` has been marked and reached (None:
+    at once).
+    """
 
     number: int
     group: int
@@ -35,7 +40,9 @@ class Wait(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The use with this number, of what is in `slot`, ends here: what was issued up to now is all there is of it."""
+    """The use with this number, of what is in `slot`, ends here: what was issued up to now is all
+    there is of it.
+    """
 
     use: int
     slot: int
@@ -55,11 +62,16 @@ class _Slot:
 
 
 class Schedule:
-    """`groups`: how many there are, numbered in the order of forward. `slots`: at least 2, or 1 for a single group."""
+    """`groups`: how many there are, numbered in the order of forward. `slots`: at least 2, or 1 for
+    a single group.
+    """
 
     def __init__(self, groups: int, slots: int) -> None:
         if slots < 2 and groups > 1:
-            raise ValueError(f"a ring of {slots} slot: at least 2 are needed, one to compute with and one to copy into")
+            raise ValueError(
+                f"a ring of {slots} slot: at least 2 are needed, one to compute with and one to "
+                "copy into"
+            )
         self.groups = groups
         self._slots = [_Slot() for _ in range(min(slots, groups))]
         self._backward_follows = True
@@ -72,7 +84,8 @@ class Schedule:
     def begin(self, backward_follows: bool = True) -> list[Action]:
         """A forward pass starts. Whatever an exception left entered is left now.
 
-        backward_follows: whether the last groups are to stay for it; else the first ones are fetched for a next forward.
+        backward_follows: whether the last groups are to stay for it; else the first ones are
+        fetched for a next forward.
         """
         self._backward_follows = backward_follows
         marks: list[Action] = []
@@ -98,7 +111,10 @@ class Schedule:
         slot.depth = 1
         actions.append(Wait(slot.copy, self._slots.index(slot)))
         for ahead in wanted[1:]:
-            if self._find(ahead) is None and (free := self._victim(wanted, keep_wanted=True)) is not None:
+            if (
+                self._find(ahead) is None
+                and (free := self._victim(wanted, keep_wanted=True)) is not None
+            ):
                 actions.append(self._copy(ahead, free))
         return actions
 
@@ -142,8 +158,14 @@ class Schedule:
         yield from reversed(range(self.groups)) if self._backward_follows else range(self.groups)
 
     def _victim(self, wanted: list[int], keep_wanted: bool = False) -> _Slot | None:
-        """The slot to overwrite: an empty one, else one that nobody wants, else the one wanted last."""
-        free = [slot for slot in self._slots if not slot.depth and not (keep_wanted and slot.group in wanted)]
+        """The slot to overwrite: an empty one, else one that nobody wants, else the one wanted
+        last.
+        """
+        free = [
+            slot
+            for slot in self._slots
+            if not slot.depth and not (keep_wanted and slot.group in wanted)
+        ]
 
         def distance(slot: _Slot) -> int:
             if slot.group is None:

@@ -1,4 +1,6 @@
-"""What a FLUX.1 transformer is made of, and how many bytes each part takes: from its config alone, without a model."""
+"""What a FLUX.1 transformer is made of, and how many bytes each part takes: from its config alone,
+without a model.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ class Linear(NamedTuple):
 
     @property
     def is_modulation(self) -> bool:
-        """Whether it gives a block its shifts, scales and gates, or makes the vector that they are made of."""
-        return self.name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")) or (
-            self.name.startswith("time_text_embed.")
-        )
+        """Whether it gives a block its shifts, scales and gates, or makes the vector that they are
+        made of.
+        """
+        return self.name.endswith(
+            ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
+        ) or (self.name.startswith("time_text_embed."))
 
     def matches(self, targets: Sequence[str]) -> bool:
         """Whether an adapter's targets name it, by PEFT's rule."""
@@ -47,7 +51,9 @@ class FluxSizes:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FluxSizes:
         """Of a transformer's `config.json`."""
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+        return cls(
+            **{field.name: config[field.name] for field in fields(cls) if field.name in config}
+        )
 
     @property
     def dim(self) -> int:
@@ -65,7 +71,10 @@ class FluxSizes:
                 "norm1.linear": (6 * d, d),
                 "norm1_context.linear": (6 * d, d),
                 **{f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v", "to_out.0")},
-                **{f"attn.{name}": (d, d) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
+                **{
+                    f"attn.{name}": (d, d)
+                    for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+                },
                 **{f"{ff}.net.0.proj": (mlp, d) for ff in ("ff", "ff_context")},
                 **{f"{ff}.net.2": (d, mlp) for ff in ("ff", "ff_context")},
             }
@@ -86,10 +95,20 @@ class FluxSizes:
         embedders = {"timestep_embedder": 256, "text_embedder": self.pooled_projection_dim}
         if self.guidance_embeds:
             embedders["guidance_embedder"] = 256
-        found = [Linear("x_embedder", d, self.in_channels), Linear("context_embedder", d, self.joint_attention_dim)]
+        found = [
+            Linear("x_embedder", d, self.in_channels),
+            Linear("context_embedder", d, self.joint_attention_dim),
+        ]
         for name, width in embedders.items():
-            found += [Linear(f"time_text_embed.{name}.linear_1", d, width), Linear(f"time_text_embed.{name}.linear_2", d, d)]
-        return [*found, Linear("norm_out.linear", 2 * d, d), Linear("proj_out", self.in_channels, d)]
+            found += [
+                Linear(f"time_text_embed.{name}.linear_1", d, width),
+                Linear(f"time_text_embed.{name}.linear_2", d, d),
+            ]
+        return [
+            *found,
+            Linear("norm_out.linear", 2 * d, d),
+            Linear("proj_out", self.in_channels, d),
+        ]
 
     def linears(self) -> Iterator[Linear]:
         for index in range(self.blocks):
@@ -103,7 +122,9 @@ class FluxSizes:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the frozen weights are kept: a format's name or None, and the bytes an element of what is in no format."""
+    """How the frozen weights are kept: a format's name or None, and the bytes an element of what is
+    in no format.
+    """
 
     format: str | None
     itemsize: int = 2
@@ -113,7 +134,10 @@ class Storage:
         shape = (linear.out_features, linear.in_features)
         if self.format is None or linear.name in KEPT:
             return math.prod(shape) * self.itemsize
-        return sum(math.prod(size) * dtype.itemsize for size, dtype in FORMATS[self.format].layout(shape).values())
+        return sum(
+            math.prod(size) * dtype.itemsize
+            for size, dtype in FORMATS[self.format].layout(shape).values()
+        )
 
     def linear(self, linear: Linear) -> int:
         """Bytes of its weight and bias."""
@@ -123,7 +147,9 @@ class Storage:
 # compared by identity, which makes it a quick key of caches
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What the config fixes. tokens: those that each block sees, text and image, a sample. targets: what adapters sit on."""
+    """What the config fixes. tokens: those that each block sees, text and image, a sample. targets:
+    what adapters sit on.
+    """
 
     sizes: FluxSizes
     tokens: tuple[int, ...]
@@ -138,13 +164,19 @@ class Workload:
 
     @cached_property
     def trains_modulation(self) -> bool:
-        return any(linear.is_modulation and linear.matches(self.targets) for linear in self.sizes.linears())
+        return any(
+            linear.is_modulation and linear.matches(self.targets) for linear in self.sizes.linears()
+        )
 
     @cached_property
     def block_weights(self) -> list[int]:
         """Bytes of each block's frozen tensors, without modulation."""
         return [
-            sum(self.storage.linear(linear) for linear in self.sizes.block_linears(index) if not linear.is_modulation)
+            sum(
+                self.storage.linear(linear)
+                for linear in self.sizes.block_linears(index)
+                if not linear.is_modulation
+            )
             + self.sizes.norms(index) * self.storage.itemsize
             for index in range(self.sizes.blocks)
         ]
@@ -153,19 +185,31 @@ class Workload:
     def modulation_weights(self) -> list[int]:
         """Bytes of each block's modulation linears."""
         return [
-            sum(self.storage.linear(linear) for linear in self.sizes.block_linears(index) if linear.is_modulation)
+            sum(
+                self.storage.linear(linear)
+                for linear in self.sizes.block_linears(index)
+                if linear.is_modulation
+            )
             for index in range(self.sizes.blocks)
         ]
 
     @cached_property
     def outer_weights(self) -> int:
         """Bytes of the linears that belong to no block, without modulation's."""
-        return sum(self.storage.linear(linear) for linear in self.sizes.outer_linears() if not linear.is_modulation)
+        return sum(
+            self.storage.linear(linear)
+            for linear in self.sizes.outer_linears()
+            if not linear.is_modulation
+        )
 
     @cached_property
     def outer_modulation_weights(self) -> int:
         """Bytes of the time and text embedders' linears and of norm_out's."""
-        return sum(self.storage.linear(linear) for linear in self.sizes.outer_linears() if linear.is_modulation)
+        return sum(
+            self.storage.linear(linear)
+            for linear in self.sizes.outer_linears()
+            if linear.is_modulation
+        )
 
     @cached_property
     def frozen_bytes(self) -> int:
@@ -176,13 +220,19 @@ class Workload:
     @cached_property
     def modulation_vectors(self) -> int:
         """Bytes of a batch's shifts, scales and gates."""
-        wide = [linear for linear in self.sizes.linears() if linear.is_modulation and "time_text_embed" not in linear.name]
+        wide = [
+            linear
+            for linear in self.sizes.linears()
+            if linear.is_modulation and "time_text_embed" not in linear.name
+        ]
         return 2 * self.batch * sum(linear.out_features for linear in wide)
 
     @cached_property
     def block_adapters(self) -> list[int]:
         """Elements of the adapters on each block."""
-        return [self._adapters(self.sizes.block_linears(index)) for index in range(self.sizes.blocks)]
+        return [
+            self._adapters(self.sizes.block_linears(index)) for index in range(self.sizes.blocks)
+        ]
 
     @cached_property
     def adapters(self) -> int:
@@ -190,4 +240,8 @@ class Workload:
         return self._adapters(self.sizes.linears())
 
     def _adapters(self, linears: Iterable[Linear]) -> int:
-        return sum(self.rank * (linear.in_features + linear.out_features) for linear in linears if linear.matches(self.targets))
+        return sum(
+            self.rank * (linear.in_features + linear.out_features)
+            for linear in linears
+            if linear.matches(self.targets)
+        )

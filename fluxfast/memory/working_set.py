@@ -1,8 +1,9 @@
-"""What a block keeps for its backward, and what its forward and backward work with: bytes, read off the blocks' own code.
+"""What a block keeps for its backward, and what its forward and backward work with: bytes, read off
+the blocks' own code.
 
-E is one [B, S, D] tensor of activations, image and text together; `img` and `txt` are the streams' parts of it. The counts
-follow `fluxfast.model.fused_single` and `fused_double`, line by line: where those change, these do (`fluxfast-bench vram`
-compares them with a full-size step's).
+E is one [B, S, D] tensor of activations, image and text together; `img` and `txt` are the streams'
+parts of it. The counts follow `fluxfast.model.single_block` and `fused_double`, line by line: where
+those change, these do (`fluxfast-bench vram` compares them with a full-size step's).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from functools import lru_cache
 
 from fluxfast.memory.sizes import Workload
 
-# E that a policy keeps beside the block's input: packed qkv and MLP input 7, attention's output 1; qkv 3, attention's output 1,
-# the stream after it 1, MLP input 4
+# E that a policy keeps beside the block's input: packed qkv and MLP input 7, attention's output 1;
+# qkv 3, attention's output 1, the stream after it 1, MLP input 4
 KEPT_SINGLE = {"none": 8, "selective": 1, "full": 0}
 KEPT_DOUBLE = {"none": 9, "selective": 1, "full": 0}
 ACTIVATION = 2
@@ -20,7 +21,9 @@ ACTIVATION = 2
 
 @lru_cache(maxsize=4096)
 def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bool = False) -> int:
-    """What a block's forward leaves for its backward; `input_elsewhere`: its input is in host memory."""
+    """What a block's forward leaves for its backward; `input_elsewhere`: its input is in host
+    memory.
+    """
     rows, e = _rows(workload, index)
     double = index < workload.sizes.num_layers
     kept = (KEPT_DOUBLE if double else KEPT_SINGLE)[policy] * e
@@ -35,12 +38,14 @@ def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bo
 
 @lru_cache(maxsize=4096)
 def forward_bytes(workload: Workload, index: int) -> int:
-    """What is alive at most during a block's forward, beside weights, its input, and what the blocks before it keep."""
+    """What is alive at most during a block's forward, beside weights, its input, and what the
+    blocks before it keep.
+    """
     _, e = _rows(workload, index)
     txt = _text_bytes(workload)
     c, codes = _forms(workload)
-    # x_in c, qkv 3, q k v 3, attn 1 and its codes, x1 1, mlp_in c, h 4, ff2_in 4c; the image's result, the text's with its last
-    # product
+    # x_in c, qkv 3, q k v 3, attn 1 and its codes, x1 1, mlp_in c, h 4, ff2_in 4c; the image's
+    # result, the text's with its last product
     double = (12 + 6 * c + codes / 4) * e + (e - txt) + 2 * txt
     # x_in c, y 7, q k v 3, attn 1, last_in 5c, the last product and the result
     most = round(double if index < workload.sizes.num_layers else (13 + 6 * c) * e)
@@ -48,8 +53,12 @@ def forward_bytes(workload: Workload, index: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def backward_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bool = False) -> int:
-    """What is alive at most during a block's backward, beside weights, gradients of adapters, and what blocks keep."""
+def backward_bytes(
+    workload: Workload, index: int, policy: str, input_elsewhere: bool = False
+) -> int:
+    """What is alive at most during a block's backward, beside weights, gradients of adapters, and
+    what blocks keep.
+    """
     _, e = _rows(workload, index)
     moments = _double_moments if index < workload.sizes.num_layers else _single_moments
     # an input that was put aside, and that of the block before it on its way
@@ -58,10 +67,16 @@ def backward_bytes(workload: Workload, index: int, policy: str, input_elsewhere:
 
 
 def _small(workload: Workload, index: int, policy: str) -> int:
-    """Norms' statistics and reciprocal RMS of q and k in fp32, a log-sum-exp, adapters' narrow halves, RoPE's tables."""
+    """Norms' statistics and reciprocal RMS of q and k in fp32, a log-sum-exp, adapters' narrow
+    halves, RoPE's tables.
+    """
     rows, _ = _rows(workload, index)
     double, heads = index < workload.sizes.num_layers, workload.sizes.num_attention_heads
-    a_row = 4 * 2 * (2 if double else 1) + 4 * 2 * heads + ACTIVATION * workload.rank * (6 if double else 5)
+    a_row = (
+        4 * 2 * (2 if double else 1)
+        + 4 * 2 * heads
+        + ACTIVATION * workload.rank * (6 if double else 5)
+    )
     if policy == "full":
         a_row += 4 * heads
     return rows * a_row + max(workload.tokens) * workload.sizes.attention_head_dim * 4
@@ -77,7 +92,9 @@ def _text_bytes(workload: Workload) -> int:
 
 
 def _forms(workload: Workload) -> tuple[float, float]:
-    """E of a product's input of 1 E as backward keeps it: values, or codes alone; and of the codes beside a gradient of 4 E."""
+    """E of a product's input of 1 E as backward keeps it: values, or codes alone; and of the codes
+    beside a gradient of 4 E.
+    """
     return (1.0, 0.0) if workload.compute == "same" else (0.5, 2.0)
 
 
@@ -89,7 +106,8 @@ def _single_moments(workload: Workload, index: int, policy: str) -> list[int]:
     accumulator = 2 * e + 4 * rows * workload.sizes.num_attention_heads
     # dout 1, x_in c, y 7, q k v 3, attn 1, last_in 5c, dbranch 1 and its codes, dlast 5
     last = (18 + 6 * c + codes / 4 - there) * e + _turned(workload, 5)
-    # dout 1, x_in c, y 7 (its gradient's place, or another 7), q k v 3, attn 1, dlast 5, codes of dh, dq dk dv 3
+    # dout 1, x_in c, y 7 (its gradient's place, or another 7), q k v 3, attn 1, dlast 5, codes of
+    # dh, dq dk dv 3
     attention = (20 + c + codes - there + (7 if policy == "none" else 0)) * e + accumulator
     return [round(moment) + _scratch(workload, index) for moment in (last, attention)]
 
@@ -116,7 +134,9 @@ def _double_moments(workload: Workload, index: int, policy: str) -> list[int]:
 
 
 def _turned(workload: Workload, width: int) -> int:
-    """The codes of a weight [dim, width · dim] turned round, which Hopper's 8-bit products want in backward."""
+    """The codes of a weight [dim, width · dim] turned round, which Hopper's 8-bit products want in
+    backward.
+    """
     return 0 if workload.compute == "same" else width * workload.sizes.dim**2
 
 
@@ -129,6 +149,10 @@ def _scratch_itemsize(workload: Workload) -> int:
 
 
 def _scratch(workload: Workload, index: int) -> int:
-    """A block's weights as its products read them, where that is not how they are stored; alive for one direction."""
+    """A block's weights as its products read them, where that is not how they are stored; alive for
+    one direction.
+    """
     linears = (linear for linear in workload.sizes.block_linears(index) if not linear.is_modulation)
-    return sum(linear.in_features * linear.out_features for linear in linears) * _scratch_itemsize(workload)
+    return sum(linear.in_features * linear.out_features for linear in linears) * _scratch_itemsize(
+        workload
+    )

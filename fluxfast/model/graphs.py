@@ -1,18 +1,21 @@
 """A training step's forward and backward as CUDA graphs: thousands of launches become two.
 
-A step of FLUX.1 launches some 3,000 kernels, and at 512 px the device is done with them before Python has asked for them. What
-`FluxTransformer.run_blocks` launches depends on nothing but shapes, so it is captured once for each shape of its inputs
-(PyTorch's `make_graphed_callables`), and from then on inputs are copied to where the graph reads them and both graphs replayed.
+A step of FLUX.1 launches some 3,000 kernels, and at 512 px the device is done with them before
+Python has asked for them. What `FluxTransformer.run_blocks` launches depends on nothing but shapes,
+so it is captured once for each shape of its inputs (PyTorch's `make_graphed_callables`), and from
+then on inputs are copied to where the graph reads them and both graphs replayed.
 
-Nobody has to believe that a graph is right. The first steps of a shape are run as ever, then its graph is captured on the
-inputs of an earlier step, and at the next step, whose inputs and weights are others, outputs and gradients of both are
-compared.
+Nobody has to believe that a graph is right. The first steps of a shape are run as ever, then its
+graph is captured on the inputs of an earlier step, and at the next step, whose inputs and weights
+are others, outputs and gradients of both are compared.
 
-Memory: what a step keeps between forward and backward stays allocated, and all shapes share it. Gradients are in the graph's
-own memory, and so is a `.grad` that autograd makes of them: the next replay overwrites it. Who adds up several micro-batches
-gives each parameter a `.grad` of its own before the first.
+Memory: what a step keeps between forward and backward stays allocated, and all shapes share it.
+Gradients are in the graph's own memory, and so is a `.grad` that autograd makes of them: the next
+replay overwrites it. Who adds up several micro-batches gives each parameter a `.grad` of its own
+before the first.
 
-Tested on the CPU, by an emulation that writes down what a step asks of torch and does it again; not yet run on a GPU.
+Tested on the CPU, by an emulation that writes down what a step asks of torch and does it again; not
+yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -34,12 +37,15 @@ from fluxfast.ops import verdicts
 # (module, sample arguments) to a callable of the same arguments: torch.cuda.make_graphed_callables
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., Tensor]]
 
-# steps of a shape that are run before it is captured: in them kernels are compiled, and buffers made that stay
+# steps of a shape that are run before it is captured: in them kernels are compiled, and buffers
+# made that stay
 STEPS_RUN_FIRST = 2
-# the gradients of each shape have memory of their own: a dataset may have dozens of sizes, and the rarest are not worth it
+# the gradients of each shape have memory of their own: a dataset may have dozens of sizes, and the
+# rarest are not worth it
 MOST_SHAPES = 8
-# how far a replayed step may be from the same step run, relative to its norm. Both launch the same kernels on the same numbers;
-# only where attention's backward adds up by atomic additions do sums come in another order
+# how far a replayed step may be from the same step run, relative to its norm. Both launch the same
+# kernels on the same numbers; only where attention's backward adds up by atomic additions do sums
+# come in another order
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 logger = logging.getLogger("fluxfast")
@@ -61,7 +67,9 @@ class _Blocks(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         transformer, router, starts = self._of
         count = len(inputs) - len(starts)
-        return transformer.run_blocks(router, dict(zip(starts, inputs[count:], strict=True)), *inputs[:count])
+        return transformer.run_blocks(
+            router, dict(zip(starts, inputs[count:], strict=True)), *inputs[:count]
+        )
 
 
 def why_not(transformer: Any) -> str | None:
@@ -89,7 +97,9 @@ def obstacle(transformer: Any) -> str | None:
 
 @dataclass
 class _Shape:
-    """One shape of the inputs: its steps as a module, how many were run, the last one's inputs, and its graph."""
+    """One shape of the inputs: its steps as a module, how many were run, the last one's inputs, and
+    its graph.
+    """
 
     blocks: _Blocks
     steps_run: int = 0
@@ -104,12 +114,25 @@ class StepGraphs:
     All shapes share memory, so a forward's backward must have run before the next forward.
     """
 
-    def __init__(self, transformer: Any, capture: Capture, *, optional: bool = False, say: Callable[[str], None] = logger.info):
-        """optional: an error, or a graph that differs, turns the graphs off, which `say` is told, and the step is run.
+    def __init__(
+        self,
+        transformer: Any,
+        capture: Capture,
+        *,
+        optional: bool = False,
+        say: Callable[[str], None] = logger.info,
+    ):
+        """optional: an error, or a graph that differs, turns the graphs off, which `say` is told,
+        and the step is run.
 
         Otherwise it is raised. `say` also hears, once, that steps are replayed.
         """
-        self._transformer, self._capture, self._optional, self._say = transformer, capture, optional, say
+        self._transformer, self._capture, self._optional, self._say = (
+            transformer,
+            capture,
+            optional,
+            say,
+        )
         self._shapes: dict[Any, _Shape] = {}
         self._announced: set[str] = set()
 
@@ -119,7 +142,9 @@ class StepGraphs:
         if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
         pool = torch.cuda.graph_pool_handle()
-        capture: Any = partial(torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool)
+        capture: Any = partial(
+            torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool
+        )
         return cls(transformer, capture, **options)
 
     @property
@@ -128,9 +153,14 @@ class StepGraphs:
         return sum(shape.compared for shape in self._shapes.values())
 
     def __call__(self, router: Router | None, draws: Draws, *inputs: Tensor) -> Tensor:
-        """`run_blocks` of the same arguments. Raises ValueError for an input that wants a gradient: a graph has none for it."""
+        """`run_blocks` of the same arguments. Raises ValueError for an input that wants a gradient:
+        a graph has none for it.
+        """
         if any(t.requires_grad for t in inputs):
-            raise ValueError("CUDA graphs: an input of the blocks requires a gradient; set_cuda_graphs(False), or detach it")
+            raise ValueError(
+                "CUDA graphs: an input of the blocks requires a gradient; "
+                "set_cuda_graphs(False), or detach it"
+            )
         # a route that keeps all is none
         kept = {first: index for first, index in draws.items() if index is not None}
         tensors = (*inputs, *kept.values())
@@ -167,7 +197,10 @@ class StepGraphs:
         if not shape.compared:
             error = _difference(shape.blocks, shape.replay, tensors)
             shape.compared = True
-            self._say_once(f"CUDA graphs: steps are replayed (compared with a step that was run: {error:.1e} apart)")
+            self._say_once(
+                "CUDA graphs: steps are replayed (compared with a step that was run: "
+                f"{error:.1e} apart)"
+            )
         return shape.replay
 
     def _give_up(self, error: RuntimeError) -> None:
@@ -185,8 +218,11 @@ class StepGraphs:
             self._say(text)
 
 
-def _difference(blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> float:
-    """How far output and gradients of a replayed step are from those of the step run, relative to the latter's norms.
+def _difference(
+    blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[Tensor, ...]
+) -> float:
+    """How far output and gradients of a replayed step are from those of the step run, relative to
+    the latter's norms.
 
     Raises GraphDiffers where that is more than the order of sums explains.
     """
@@ -194,7 +230,9 @@ def _difference(blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[T
 
     def results(step: Callable[..., Tensor], dout: Tensor | None) -> list[Tensor]:
         out = step(*tensors)
-        grads = torch.autograd.grad(out, trainable, out.detach() if dout is None else dout, allow_unused=True)
+        grads = torch.autograd.grad(
+            out, trainable, out.detach() if dout is None else dout, allow_unused=True
+        )
         flat = [grad.flatten().float() for grad in grads if grad is not None]
         return [out.detach().clone(), torch.cat(flat) if flat else out.new_zeros(0)]
 
@@ -205,7 +243,8 @@ def _difference(blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[T
     # a NaN compares as false
     if not all(error <= limit for error in apart):
         raise GraphDiffers(
-            f"a replayed step's output is {apart[0]:.2g} from that of the step run, its gradients {apart[1]:.2g}, where the "
+            f"a replayed step's output is {apart[0]:.2g} from that of the step run, its "
+            f"gradients {apart[1]:.2g}, where the "
             f"order of sums explains {limit:g}"
         )
     return max(apart)

@@ -1,4 +1,6 @@
-"""The modules of FLUX.1's blocks whose work fluxfast does without calling them, and what they must be for that."""
+"""The modules of FLUX.1's blocks whose work fluxfast does without calling them, and what they must
+be for that.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _FORWARDS = tuple(known.forward for known in _CLASSES)
 
 
 def must_be_called(modules: Iterable[nn.Module]) -> str | None:
-    """Why one of the modules has to be called for what it computes: it has hooks, or is not FLUX.1's; None where none has."""
+    """Why one of the modules has to be called for what it computes: it has hooks, or is not
+    FLUX.1's; None where none has.
+    """
     for module in modules:
         because = touched(module)
         if because is not None:
@@ -38,7 +42,11 @@ def _is_flux(module: Any) -> bool:
     if isinstance(module, nn.LayerNorm):
         return module.weight is None and module.bias is None
     if isinstance(module, (RMSNorm, nn.RMSNorm)):
-        return module.weight is not None and getattr(module, "bias", None) is None and module.eps is not None
+        return (
+            module.weight is not None
+            and getattr(module, "bias", None) is None
+            and module.eps is not None
+        )
     if isinstance(module, (GELU, nn.GELU)):
         return module.approximate == "tanh"
     if isinstance(module, AdaLayerNormZero):

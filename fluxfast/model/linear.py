@@ -1,9 +1,11 @@
-"""How the blocks apply the Linear modules they hold: plain, quantised, wrapped by PEFT, or anything else.
+"""How the blocks apply the Linear modules they hold: plain, quantised, wrapped by PEFT, or anything
+else.
 
-A plain `nn.Linear`, a `QuantLinear`, another library's quantised linear (`bases`), and PEFT's plain LoRA over one are read in
-place and computed by `fluxfast.ops.lora_linear`; adapters with dropout that read the same x share one mask (PEFT draws one
-each). Whatever else there is (DoRA, LoKr, a bias in B, another forward, a hook, a base that trains) is computed by the module
-itself: slower, never skipped.
+A plain `nn.Linear`, a `QuantLinear`, another library's quantised linear (`bases`), and PEFT's plain
+LoRA over one are read in place and computed by `fluxfast.ops.linear.lora_linear`; adapters with
+dropout that read the same x share one mask (PEFT draws one each). Whatever else there is (DoRA,
+LoKr, a bias in B, another forward, a hook, a base that trains) is computed by the module itself:
+slower, never skipped.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fluxfast.model.bases import Decoded, foreign_weight
-from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear
+from fluxfast.model.foreign_weights import Decoded, foreign_weight
+from fluxfast.ops.linear.lora_linear import Adapter, LinearParams, lora_linear
 from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import QuantWeight
 from fluxfast.quant.linear import QuantLinear
 
-# PEFT's wrappers whose forward is LoRA's formula and nothing more, by name, so that no library is imported for its own
+# PEFT's wrappers whose forward is LoRA's formula and nothing more, by name, so that no library is
+# imported for its own
 _PEFT_WRAPPERS = {
     ("peft.tuners.lora.layer", "Linear"),
     ("peft.tuners.lora.bnb", "Linear4bit"),
@@ -31,10 +34,12 @@ _PEFT_WRAPPERS = {
 
 
 def touched(module: nn.Module) -> str | None:
-    """What else than its class's own forward calling the module would run: a hook, a replaced forward; None for nothing.
+    """What else than its class's own forward calling the module would run: a hook, a replaced
+    forward; None for nothing.
 
-    Such a hook may change the weights for the length of a call (diffusers' layerwise casting and group offloading,
-    accelerate's offloading), so that only the module itself can say what it computes.
+    Such a hook may change the weights for the length of a call (diffusers' layerwise casting and
+    group offloading, accelerate's offloading), so that only the module itself can say what it
+    computes.
     """
     if "forward" in module.__dict__ and not _is_own_forward(module, module.__dict__["forward"]):
         registry, hook = module.__dict__.get("_diffusers_hook"), module.__dict__.get("_hf_hook")
@@ -43,19 +48,28 @@ def touched(module: nn.Module) -> str | None:
         if registry is not None and registry.hooks:
             return f"it has hooks: diffusers' {', '.join(registry.hooks)}"
         return "its forward was replaced"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
         return "it has hooks"
     return None
 
 
 def _is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's `forward` is its class's own after all: what libraries leave behind that take their hooks off."""
+    """Whether an instance's `forward` is its class's own after all: what libraries leave behind
+    that take their hooks off.
+    """
     own = getattr(forward, "__self__", None) is module
     return own and getattr(forward, "__func__", None) is type(module).forward
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling the module would run its class's own forward and nothing else: no hook, no replaced forward."""
+    """Whether calling the module would run its class's own forward and nothing else: no hook, no
+    replaced forward.
+    """
     return touched(module) is None
 
 
@@ -102,7 +116,9 @@ def _base(module: nn.Module) -> LinearParams | str:
             return "torch.compile traces its library's own product"
         if getattr(module.weight, "requires_grad", False):
             return "its base is trained"
-        return LinearParams(StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, _bias_of(module))
+        return LinearParams(
+            StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, _bias_of(module)
+        )
     if type(module).forward is nn.Linear.forward:
         assert isinstance(module, nn.Linear)
         return _plain_base(module)
@@ -113,7 +129,8 @@ def _plain_base(linear: nn.Linear) -> LinearParams:
     weight, bias = linear.weight, linear.bias
     if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
-    # kept in 8 bits that no product reads (float8 without a scale): every number of theirs is one of fp32's
+    # kept in 8 bits that no product reads (float8 without a scale): every number of theirs is one
+    # of fp32's
     wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
     return LinearParams(Decoded(weight.shape, weight.device, weight.detach), wide)
 
@@ -129,7 +146,8 @@ def _plain(module: nn.Module) -> bool:
 def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
     """The tensors of a module with a frozen base, if they say all that its forward does; else None.
 
-    share_dropout: False leaves an adapter with an active dropout to its module, whose masks are drawn as PEFT draws them.
+    share_dropout: False leaves an adapter with an active dropout to its module, whose masks are
+    drawn as PEFT draws them.
     """
     params = read_or_because(module, share_dropout=share_dropout)
     return None if isinstance(params, str) else params
@@ -165,9 +183,16 @@ def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
-        dropout, a, b, scale = module.lora_dropout[name], module.lora_A[name], module.lora_B[name], module.scaling[name]
+        dropout, a, b, scale = (
+            module.lora_dropout[name],
+            module.lora_A[name],
+            module.lora_B[name],
+            module.scaling[name],
+        )
         if name in module.lora_variant:
-            return f"adapter {name!r} is no plain LoRA but {type(module.lora_variant[name]).__name__}"
+            return (
+                f"adapter {name!r} is no plain LoRA but {type(module.lora_variant[name]).__name__}"
+            )
         if not (_plain(a) and _plain(b)) or b.bias is not None:
             return f"adapter {name!r} has a bias, hooks or layers of its own"
         if isinstance(scale, Tensor):
@@ -180,10 +205,11 @@ def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
 
 
 def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: torch.dtype) -> Tensor:
-    """The module's own forward, of x in the dtype that it computes in, back in x's; `autocast` as its caller had it.
+    """The module's own forward, of x in the dtype that it computes in, back in x's; `autocast` as
+    its caller had it.
 
-    That is its weight's dtype where nothing changes the weight for the length of a call. Where something may, it is `given`,
-    the dtype in which the owner of the block would call it.
+    That is its weight's dtype where nothing changes the weight for the length of a call. Where
+    something may, it is `given`, the dtype in which the owner of the block would call it.
     """
     if autocast is not None:
         with torch.autocast(x.device.type, autocast):
@@ -199,21 +225,31 @@ def _called_in(module: Any) -> torch.dtype | None:
     if isinstance(base, QuantLinear):
         return base.compute_dtype
     dtype = getattr(getattr(base, "weight", None), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1 else None
+    return (
+        dtype
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        else None
+    )
 
 
 def draw_seed() -> int:
-    """A seed for dropout masks, from torch's default generator, which whoever replays a step has set as it was."""
+    """A seed for dropout masks, from torch's default generator, which whoever replays a step has
+    set as it was.
+    """
     return int(torch.randint(2**62, ()).item())
 
 
 def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -> Tensor:
     drops = any(adapter.dropout > 0 for p in params for adapter in p.adapters)
-    return lora_linear(x, params, compute=compute, outliers=outliers, dropout_seed=draw_seed() if drops else None)
+    return lora_linear(
+        x, params, compute=compute, outliers=outliers, dropout_seed=draw_seed() if drops else None
+    )
 
 
 def without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """A context in which our own arithmetic runs in the dtypes that it is given, whatever `autocast` its caller is under."""
+    """A context in which our own arithmetic runs in the dtypes that it is given, whatever
+    `autocast` its caller is under.
+    """
     return nullcontext() if autocast is None else torch.autocast(device, enabled=False)
 
 
@@ -228,12 +264,14 @@ def project(
     by_module: Callable[[str], None] | None = None,
     last: int = 0,
 ) -> Tensor:
-    """Apply several Linear modules to the same x [..., in]; returns their outputs side by side [..., Σ out], in x's dtype.
+    """Apply several Linear modules to the same x [..., in]; returns their outputs side by side
+    [..., Σ out], in x's dtype.
 
-    compute, outliers: as `lora_linear` takes them, for the modules that it computes. share_dropout: as in `read_linear`.
-    autocast: the dtype that the caller of the model chose, under which modules that can't be read are called. given: the
-    dtype in which their owner would call these; x's own if it is None. last: how many of the first modules are called after
-    the others, where the order of their random numbers matters.
+    compute, outliers: as `lora_linear` takes them, for the modules that it computes. share_dropout:
+    as in `read_linear`. autocast: the dtype that the caller of the model chose, under which modules
+    that can't be read are called. given: the dtype in which their owner would call these; x's own
+    if it is None. last: how many of the first modules are called after the others, where the order
+    of their random numbers matters.
     """
     reads = [read_or_because(module, share_dropout=share_dropout) for module in modules]
     known = [read for read in reads if not isinstance(read, str)]

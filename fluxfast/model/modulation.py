@@ -1,12 +1,14 @@
-"""Modulation ahead: shifts, scales and gates of all blocks at once, on the CPU, from weights that never occupy the device.
+"""Modulation ahead: shifts, scales and gates of all blocks at once, on the CPU, from weights that
+never occupy the device.
 
-A quarter of FLUX.1's weights only ever meet one vector a sample, vec = f(timestep, guidance, pooled prompt), which is known
-before a step starts. So these linears (`linear_names`) stay in host memory, in the format that they are stored in, and a thread
-computes the next step's vectors from them while the device works on this one. Their modules stay where they are in the model:
-names, state dict and `save_pretrained` are as ever; `.to(device)` leaves them on the host, `.to(dtype)` casts them.
+A quarter of FLUX.1's weights only ever meet one vector a sample, vec = f(timestep, guidance, pooled
+prompt), which is known before a step starts. So these linears (`linear_names`) stay in host memory,
+in the format that they are stored in, and a thread computes the next step's vectors from them while
+the device works on this one. Their modules stay where they are in the model: names, state dict and
+`save_pretrained` are as ever; `.to(device)` leaves them on the host, `.to(dtype)` casts them.
 
-Sums are in fp32 whatever is stored, and the vectors are rounded once, to the activations' dtype. Nothing here has a gradient:
-an adapter on one of these linears, or a base that trains, is refused.
+Sums are in fp32 whatever is stored, and the vectors are rounded once, to the activations' dtype.
+Nothing here has a gradient: an adapter on one of these linears, or a base that trains, is refused.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ Vectors = tuple[Tensor, ...]
 
 
 class Conditions(NamedTuple):
-    """What modulation is a function of: timestep and guidance [B], as the embedder takes them (times 1000; guidance None where
-    the model takes none), and the pooled prompts [B, P].
+    """What modulation is a function of: timestep and guidance [B], as the embedder takes them
+    (times 1000; guidance None where the model takes none), and the pooled prompts [B, P].
     """
 
     timestep: Tensor
@@ -48,10 +50,18 @@ class Conditions(NamedTuple):
     pooled: Tensor
 
     @classmethod
-    def of(cls, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype) -> Conditions:
-        """From a forward's own arguments; `dtype` is that of its hidden_states, to which diffusers rounds the first two."""
+    def of(
+        cls, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype
+    ) -> Conditions:
+        """From a forward's own arguments; `dtype` is that of its hidden_states, to which diffusers
+        rounds the first two.
+        """
         # in the caller's dtype, so that a bf16 caller gets the embedding it would get there
-        return cls(timestep.to(dtype) * 1000, None if guidance is None else guidance.to(dtype) * 1000, pooled)
+        return cls(
+            timestep.to(dtype) * 1000,
+            None if guidance is None else guidance.to(dtype) * 1000,
+            pooled,
+        )
 
     def on_host(self) -> Conditions:
         """In fp32 (of fp64 fp64) on the CPU."""
@@ -61,7 +71,11 @@ class Conditions(NamedTuple):
         """Whether two on the host are the same in every bit of every value."""
         if (self.guidance is None) != (other.guidance is None):
             return False
-        return all(torch.equal(a, b) for a, b in zip(self, other, strict=True) if a is not None and b is not None)
+        return all(
+            torch.equal(a, b)
+            for a, b in zip(self, other, strict=True)
+            if a is not None and b is not None
+        )
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -69,9 +83,14 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def embed(
-    embedder: Any, conditions: Conditions, dtype: torch.dtype, linear: Callable[[Tensor, nn.Module], Tensor] = project
+    embedder: Any,
+    conditions: Conditions,
+    dtype: torch.dtype,
+    linear: Callable[[Tensor, nn.Module], Tensor] = project,
 ) -> Tensor:
-    """vec [B, D] by a transformer's `time_text_embed`, in `dtype`; `linear` applies one of its linears."""
+    """vec [B, D] by a transformer's `time_text_embed`, in `dtype`; `linear` applies one of its
+    linears.
+    """
 
     def mlp(module: Any, x: Tensor) -> Tensor:
         return linear(silu(linear(x.to(dtype), module.linear_1)), module.linear_2)
@@ -84,16 +103,30 @@ def embed(
 
 def linear_names(config: Mapping[str, Any]) -> list[str]:
     """The full names of the linears that stay on the host, for a transformer's config."""
-    embedders = ["timestep_embedder", *(["guidance_embedder"] if config.get("guidance_embeds") else []), "text_embedder"]
-    names = [f"time_text_embed.{embedder}.{linear}" for embedder in embedders for linear in ("linear_1", "linear_2")]
-    names += [f"transformer_blocks.{i}.{linear}" for i in range(config.get("num_layers", 19)) for linear in _DOUBLE]
+    embedders = [
+        "timestep_embedder",
+        *(["guidance_embedder"] if config.get("guidance_embeds") else []),
+        "text_embedder",
+    ]
+    names = [
+        f"time_text_embed.{embedder}.{linear}"
+        for embedder in embedders
+        for linear in ("linear_1", "linear_2")
+    ]
+    names += [
+        f"transformer_blocks.{i}.{linear}"
+        for i in range(config.get("num_layers", 19))
+        for linear in _DOUBLE
+    ]
     single = range(config.get("num_single_layers", 38))
     names += [f"single_transformer_blocks.{i}.{linear}" for i in single for linear in _SINGLE]
     return [*names, "norm_out.linear"]
 
 
 def why_not(transformer: nn.Module) -> str | None:
-    """Why a transformer's modulation can't be computed ahead, naming the first linear in its way; None where it can."""
+    """Why a transformer's modulation can't be computed ahead, naming the first linear in its way;
+    None where it can.
+    """
     for name in linear_names(transformer.config):  # type: ignore[arg-type]
         reason = _obstacle(transformer.get_submodule(name))
         if reason is not None:
@@ -108,18 +141,26 @@ def _obstacle(module: nn.Module) -> str | None:
     if params.adapters:
         return "an adapter is on it"
     base = getattr(module, "base_layer", module)
-    return None if isinstance(base, QuantLinear) or type(base) is nn.Linear else f"{type(base).__name__} is not known"
+    return (
+        None
+        if isinstance(base, QuantLinear) or type(base) is nn.Linear
+        else f"{type(base).__name__} is not known"
+    )
 
 
 def _params(module: nn.Module) -> LinearParams:
     if (reason := _obstacle(module)) is not None:
-        raise ValueError(f"modulation is computed ahead, on the host, but a linear of it can't be: {reason}")
+        raise ValueError(
+            f"modulation is computed ahead, on the host, but a linear of it can't be: {reason}"
+        )
     params = read_linear(module)
     assert params is not None
     return params
 
 
-def apply_on_host(x: Tensor, module: nn.Module, out: Tensor | None = None, *, threads: int | None = None) -> Tensor:
+def apply_on_host(
+    x: Tensor, module: nn.Module, out: Tensor | None = None, *, threads: int | None = None
+) -> Tensor:
     """A linear without adapters, on the CPU, of x [B, in]: [B, out] in x's dtype, fp32 or fp64."""
     weight, bias, _ = _params(module)
     stored = weight.packed if isinstance(weight, StoredWeight) else weight
@@ -128,7 +169,9 @@ def apply_on_host(x: Tensor, module: nn.Module, out: Tensor | None = None, *, th
 
 
 def _threads_beside(device: torch.device) -> int:
-    """Threads for modulation: where a GPU is at work, two cores stay free for who launches its kernels and who reads data."""
+    """Threads for modulation: where a GPU is at work, two cores stay free for who launches its
+    kernels and who reads data.
+    """
     threads = torch.get_num_threads()
     return max(1, threads - 2) if device.type == "cuda" else threads
 
@@ -145,13 +188,17 @@ class ModulationAhead:
     """
 
     def __init__(self, transformer: Any) -> None:
-        """Moves the linears to host memory. Raises ValueError as `why_not` says, before anything is moved."""
+        """Moves the linears to host memory. Raises ValueError as `why_not` says, before anything is
+        moved.
+        """
         reason = why_not(transformer)
         if reason is not None:
             raise ValueError(f"modulation can't be computed ahead: {reason}")
         self._embedder = transformer.time_text_embed
         # who holds the linears: an adapter that comes later takes a linear's place there
-        self._blocks: list[list[Any]] = [[b.norm1, b.norm1_context] for b in transformer.transformer_blocks]
+        self._blocks: list[list[Any]] = [
+            [b.norm1, b.norm1_context] for b in transformer.transformer_blocks
+        ]
         self._blocks += [[b.norm] for b in transformer.single_transformer_blocks]
         self._blocks.append([transformer.norm_out])
         # numbers a sample, of all blocks
@@ -195,10 +242,13 @@ class ModulationAhead:
 
     # ---- before the forward ----------------------------------------------------------------------------------------------
 
-    def prepare(self, conditions: Callable[[], Conditions], device: torch.device, dtype: torch.dtype) -> None:
+    def prepare(
+        self, conditions: Callable[[], Conditions], device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Compute a forward's vectors in a thread, in which `conditions` is called as well.
 
-        What goes wrong there is raised by the next `vectors`. Prepare in the order of the forwards; at most two are kept.
+        What goes wrong there is raised by the next `vectors`. Prepare in the order of the forwards;
+        at most two are kept.
         """
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-modulation")
@@ -222,8 +272,11 @@ class ModulationAhead:
     # ---- in the forward --------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def flat_vectors(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The vectors of all blocks and of norm_out one after the other, on the device in `dtype`; `views` tells them apart.
+    def flat_vectors(
+        self, conditions: Conditions, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """The vectors of all blocks and of norm_out one after the other, on the device in `dtype`;
+        `views` tells them apart.
 
         Prepared ones if their conditions were these, else computed here and now: the same values.
         """
@@ -257,14 +310,20 @@ class ModulationAhead:
         return [[owner.linear for owner in owners] for owners in self._blocks]
 
     def views(self, flat: Tensor, batch: int) -> list[Vectors]:
-        """A tuple of vectors for each block, in order, then one for norm_out: each linear's own contiguous [B, out]."""
-        blocks = [[batch * linear.out_features for linear in linears] for linears in self._linears()]
+        """A tuple of vectors for each block, in order, then one for norm_out: each linear's own
+        contiguous [B, out].
+        """
+        blocks = [
+            [batch * linear.out_features for linear in linears] for linears in self._linears()
+        ]
         parts = iter(flat.split([size for sizes in blocks for size in sizes]))
         return [tuple(next(parts).view(batch, -1) for _ in sizes) for sizes in blocks]
 
     @torch.no_grad()
     def _compute(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """All vectors in one run of `dtype` on the host, in memory that `device` can read by itself."""
+        """All vectors in one run of `dtype` on the host, in memory that `device` can read by
+        itself.
+        """
         wide = torch.promote_types(dtype, torch.float32)
         batch = conditions.timestep.shape[0]
         apply = partial(apply_on_host, threads=_threads_beside(device))
@@ -276,7 +335,9 @@ class ModulationAhead:
         return pin(flat.to(dtype), device)
 
     def seconds(self, batch: int, device: torch.device, dtype: torch.dtype) -> float:
-        """How long the host takes for the vectors of a batch: measured, on conditions of no meaning."""
+        """How long the host takes for the vectors of a batch: measured, on conditions of no
+        meaning.
+        """
         pooled = torch.zeros(batch, self._embedder.text_embedder.linear_1.in_features)
         guidance = torch.ones(batch) if hasattr(self._embedder, "guidance_embedder") else None
         conditions = Conditions(torch.full((batch,), 500.0), guidance, pooled)
@@ -291,7 +352,9 @@ class ModulationAhead:
     # ---- moves by others -------------------------------------------------------------------------------------------------
 
     def staying(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`fn`, as `Module._apply` takes it, which may cast the tensors on the host, but not move them."""
+        """`fn`, as `Module._apply` takes it, which may cast the tensors on the host, but not move
+        them.
+        """
         here = {tensor.data_ptr() for tensor in self._tensors() if tensor.is_cpu}
 
         def unless_here(tensor: Tensor) -> Tensor:

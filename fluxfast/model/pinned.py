@@ -1,7 +1,8 @@
 """Tensors on their way between the host and a GPU without anybody waiting.
 
-A copy from ordinary memory, and `.item()`, hold the calling thread until the device has worked off all that it was asked for,
-so that it idles while Python prepares the next launches. From pinned memory a copy is one more entry in the device's queue.
+A copy from ordinary memory, and `.item()`, hold the calling thread until the device has worked off
+all that it was asked for, so that it idles while Python prepares the next launches. From pinned
+memory a copy is one more entry in the device's queue.
 
 CUDA forbids pinning memory, in any thread, while a graph is captured (`capturing`).
 """
@@ -27,7 +28,9 @@ def capturing() -> Iterator[None]:
 
 
 def pin(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor`, which is on the CPU, in memory that `device` reads by itself: itself unless that is a GPU."""
+    """`tensor`, which is on the CPU, in memory that `device` reads by itself: itself unless that is
+    a GPU.
+    """
     if device.type != "cuda":
         return tensor
     with _may_pin:
@@ -35,15 +38,17 @@ def pin(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the host on the device; does not wait for the copy. Pinned (`pin`), it is read later than this returns."""
+    """A tensor of the host on the device; does not wait for the copy. Pinned (`pin`), it is read
+    later than this returns.
+    """
     return tensor.to(device, dtype or tensor.dtype, non_blocking=True)
 
 
 class Readback:
     """Numbers of the device on their way to the host.
 
-    They are asked for when they have been computed, not when they are read: `.item()` on an earlier step's loss waits for the
-    later steps that are in the queue by then.
+    They are asked for when they have been computed, not when they are read: `.item()` on an earlier
+    step's loss waits for the later steps that are in the queue by then.
     """
 
     def __init__(self, *numbers: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The fused ops: for each its maths in plain torch, kernels, and three ways to call it.
 
 `<op>_ref(…)`   plain, differentiable torch, any dtype: the truth that everything else is tested against.
-`<op>(…, impl)` the public op. It checks its arguments, chooses an implementation (`_impl.resolve`), and is differentiable.
+`<op>(…, impl)` the public op. It checks its arguments, chooses an implementation (`dispatch.resolve`), and is differentiable.
                 torch.compile sees custom ops, `fluxfast::<op>_fwd` and `_bwd`, and no graph break.
 raw interface   for whoever chains ops in an autograd.Function of their own, as the transformer's blocks do. No checks, no
                 autograd; every implementation, the reference too:
@@ -9,10 +9,11 @@ raw interface   for whoever chains ops in an autograd.Function of their own, as 
     out, saved = op.forward(*inputs, impl=impl)
     grads = op.backward(dout, saved, needs, impl=impl)
 
-Here op is the module, and impl what `_impl.resolve` returned, once for all ops ("triton", "native" or "ref", not "auto").
-`saved` is a tuple of tensors and Nones of fixed length, fit for `ctx.save_for_backward`. `needs` says of each differentiable
-input whether its gradient is wanted, in the inputs' order; `grads` answers in that order, None where it is not.
-`dout` is the gradient of out. What backward can't read off its tensors is an argument again.
+Here op is the module, and impl what `dispatch.resolve` returned, once for all ops ("triton",
+"native" or "ref", not "auto"). `saved` is a tuple of tensors and Nones of fixed length, fit for
+`ctx.save_for_backward`. `needs` says of each differentiable input whether its gradient is wanted,
+in the inputs' order; `grads` answers in that order, None where it is not. `dout` is the gradient of
+out. What backward can't read off its tensors is an argument again.
 
     module                 inputs                                         out                 needs and grads
     gated_residual         x, gate, y                                     tensor              x, gate, y
@@ -23,12 +24,14 @@ input whether its gradient is wanted, in the inputs' order; `grads` answers in t
                            scatter_forward, …: base, y, idx               tensor              base, y
     row_quant              x (forward only)                               Quantized
 
-What an 8-bit product or a wider buffer wants of a gradient, its producer writes: `gelu.backward_rows`,
-`gated_residual.backward_rows` and `modulated_layer_norm.backward_residual` give a RowOutput, `qk_norm_rope.backward` and
-`gelu.backward_rows` write to slices that they are given. `modulated_layer_norm.forward_residual` is a gated residual and the
-norm after it in one pass. `linear_group`, which `lora_linear` and `quant_matmul` are made of, and `attention` have shapes of
-their own: see there.
+What an 8-bit product or a wider buffer wants of a gradient, its producer writes:
+`gelu.backward_rows`, `gated_residual.backward_rows` and `modulated_layer_norm.backward_residual`
+give a RowOutput, `qk_norm_rope.backward` and `gelu.backward_rows` write to slices that they are
+given. `modulated_layer_norm.forward_residual` is a gated residual and the norm after it in one
+pass. `linear_group`, which `lora_linear` and `quant_matmul` are made of, and `attention` have
+shapes of their own: see there.
 
-A RowOutput has values, codes of a row-quantised form, or both, as `out=` asks; the gradient is that of the values, written or
-not. Inside `forward` of an autograd.Function torch records nothing; elsewhere, call these under `torch.no_grad()`.
+A RowOutput has values, codes of a row-quantised form, or both, as `out=` asks; the gradient is that
+of the values, written or not. Inside `forward` of an autograd.Function torch records nothing;
+elsewhere, call these under `torch.no_grad()`.
 """

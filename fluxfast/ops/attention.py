@@ -1,7 +1,9 @@
-"""Attention's forward and backward apart, so that a block's own backward can keep the output and the log-sum-exp.
+"""Attention's forward and backward apart, so that a block's own backward can keep the output and
+the log-sum-exp.
 
-The kernels are PyTorch's: cuDNN, Flash, memory-efficient, the CPU's ("cpu"); ours, fp32 on a CPU ("native"); and the maths in
-plain torch ("ref"). Shapes here are FLUX.1's, [B, S, heads, head_dim]; no dropout, not causal, scale 1/sqrt(head_dim).
+The kernels are PyTorch's: cuDNN, Flash, memory-efficient, the CPU's ("cpu"); ours, fp32 on a CPU
+("native"); and the maths in plain torch ("ref"). Shapes here are FLUX.1's, [B, S, heads, head_dim];
+no dropout, not causal, scale 1/sqrt(head_dim).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _attention_native, _impl, verdicts
+from fluxfast.ops import attention_native, verdicts
+from fluxfast.ops.tensors import own_dtypes
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
 _HALF = (torch.float16, torch.bfloat16)
@@ -26,27 +29,47 @@ logger = logging.getLogger("fluxfast")
 def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
     """The back end for q [B, S, heads, head_dim].
 
-    Raises ValueError where the one that was asked for can't do the call, or failed its check here (`verdicts`).
+    Raises ValueError where the one that was asked for can't do the call, or failed its check here
+    (`verdicts`).
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
-    if backend == "native" and (obstacle := _attention_native.obstacle(q, mask is not None)):
-        raise ValueError(f"attention: the back end 'native' can't do this call: {obstacle}; use 'auto' or 'ref'")
+    if backend == "native" and (obstacle := attention_native.obstacle(q, mask is not None)):
+        raise ValueError(
+            f"attention: the back end 'native' can't do this call: {obstacle}; use 'auto' or 'ref'"
+        )
     what = checked_as(mask is not None)
     if backend == "auto":
         if q.device.type == "cpu":
-            obstacle = _attention_native.obstacle(q, mask is not None)
+            obstacle = attention_native.obstacle(q, mask is not None)
             return _on_cpu(q.dtype, obstacle, verdicts.ways_failed(what))
         capability = _capability(q)
-        return _automatic(q.device.type, q.dtype, q.shape[-1], mask is not None, capability, verdicts.ways_failed(what))
+        return _automatic(
+            q.device.type,
+            q.dtype,
+            q.shape[-1],
+            mask is not None,
+            capability,
+            verdicts.ways_failed(what),
+        )
     if backend != "ref" and (backend in ("cpu", "native")) != (q.device.type == "cpu"):
-        raise ValueError(f"attention: the back end {backend!r} does not run on {q.device.type}; use 'auto' or 'ref'")
+        raise ValueError(
+            f"attention: the back end {backend!r} does not run on {q.device.type}; use 'auto' "
+            "or 'ref'"
+        )
     if backend in ("cudnn", "flash") and q.dtype not in _HALF:
-        raise ValueError(f"attention: the back end {backend!r} takes float16 and bfloat16, not {q.dtype}; use 'efficient'")
+        raise ValueError(
+            f"attention: the back end {backend!r} takes float16 and bfloat16, not {q.dtype}; "
+            "use 'efficient'"
+        )
     if backend == "flash" and mask is not None:
-        raise ValueError("attention: the back end 'flash' takes no mask; use 'cudnn' or 'efficient'")
+        raise ValueError(
+            "attention: the back end 'flash' takes no mask; use 'cudnn' or 'efficient'"
+        )
     if (verdict := verdicts.failed(what, backend)) is not None:
-        raise ValueError(f"attention: the back end {backend!r} can't be had: {verdict}; use 'auto' or 'ref'")
+        raise ValueError(
+            f"attention: the back end {backend!r} can't be had: {verdict}; use 'auto' or 'ref'"
+        )
     return backend
 
 
@@ -68,7 +91,7 @@ def _on_cpu(dtype: torch.dtype, obstacle: str | None, failed: frozenset[str]) ->
         choices = [("ref", "float64")]
     elif obstacle is not None:
         choices = [("cpu", f"not on 'native': {obstacle}")]
-    elif _attention_native.is_fastest():
+    elif attention_native.is_fastest():
         choices = [("native", "float32 tensors on the CPU"), ("cpu", "PyTorch's own for a CPU")]
     else:
         choices = [("cpu", "the native module has no code for this processor's vectors")]
@@ -77,7 +100,12 @@ def _on_cpu(dtype: torch.dtype, obstacle: str | None, failed: frozenset[str]) ->
 
 @functools.cache
 def _automatic(
-    device: str, dtype: torch.dtype, head_dim: int, masked: bool, capability: int, failed: frozenset[str]
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    masked: bool,
+    capability: int,
+    failed: frozenset[str],
 ) -> str:
     any_call = ("efficient", "it takes every call")
     if device != "cuda":
@@ -88,14 +116,18 @@ def _automatic(
         fits = ("efficient", "there is a mask") if masked else ("flash", "16 bit, no mask")
         choices = [fits] if masked else [fits, any_call]
         if capability in (9, 10):
-            choices.insert(0, ("cudnn", "its kernels for this generation are the fastest of PyTorch's own"))
+            choices.insert(
+                0, ("cudnn", "its kernels for this generation are the fastest of PyTorch's own")
+            )
     return _first(choices, failed)
 
 
 def _first(choices: Sequence[tuple[str, str]], failed: frozenset[str]) -> str:
     """The first of (back end, why) that has not failed its check here, or the reference; said once."""
     passed = [name for name, _ in choices if name in failed]
-    chosen, why = next((choice for choice in choices if choice[0] not in failed), ("ref", "nothing else is left"))
+    chosen, why = next(
+        (choice for choice in choices if choice[0] not in failed), ("ref", "nothing else is left")
+    )
     for name in passed:
         logger.warning("attention passes over '%s': it failed its check on this machine", name)
     logger.info("attention runs on '%s': %s", chosen, why)
@@ -103,21 +135,27 @@ def _first(choices: Sequence[tuple[str, str]], failed: frozenset[str]) -> str:
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The maths in plain, differentiable torch: q, k, v [B, S, heads, head_dim] to the same; mask as `forward` takes it."""
+    """The maths in plain, differentiable torch: q, k, v [B, S, heads, head_dim] to the same; mask
+    as `forward` takes it.
+    """
     return _ref(q, k, v, mask)[0]
 
 
 def _ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
     lse = scores.logsumexp(-1)
     return torch.einsum("bhqk,bkhd->bqhd", (scores - lse[..., None]).exp(), v), lse
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str
+    ) -> Tensor:
         out, saved = forward(q, k, v, mask, backend=backend)
         ctx.backend = backend
         ctx.save_for_backward(q, k, v, mask, out, *saved)
@@ -125,33 +163,39 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_impl.own_dtypes
+    @own_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, *saved = ctx.saved_tensors
         return (*backward(dout, q, k, v, out, saved, mask, backend=ctx.backend), None, None)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim) + mask) v, differentiable in q, k and v.
 
-    q, k, v [B, S, heads, head_dim] to the same; mask as `forward` takes it; backend: one of BACKENDS. Raises ValueError on
-    shapes that differ, or if the back end can't do this call.
+    q, k, v [B, S, heads, head_dim] to the same; mask as `forward` takes it; backend: one of
+    BACKENDS. Raises ValueError on shapes that differ, or if the back end can't do this call.
     """
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         shapes = [list(x.shape) for x in (q, k, v)]
-        raise ValueError(f"attention: expected q, k and v of one shape [B, S, heads, head_dim], got {shapes}")
+        raise ValueError(
+            f"attention: expected q, k and v of one shape [B, S, heads, head_dim], got {shapes}"
+        )
     return _Attention.apply(q, k, v, mask, resolve(backend, q, mask))
 
 
-# elements: PyTorch's memory-efficient kernel loads a bias in vectors, and refuses one whose rows don't begin at such a
-# multiple; cuDNN's is faster for it
+# elements: PyTorch's memory-efficient kernel loads a bias in vectors, and refuses one whose rows
+# don't begin at such a multiple; cuDNN's is faster for it
 BIAS_ALIGNMENT = 16
 
 
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask as it is added to the scores [B, heads, S, S]: zeros and minus infinities of a boolean one.
+    """The mask as it is added to the scores [B, heads, S, S]: zeros and minus infinities of a
+    boolean one.
 
-    All strides but the last are multiples of BIAS_ALIGNMENT: rows of an awkward length have unused columns behind them.
+    All strides but the last are multiples of BIAS_ALIGNMENT: rows of an awkward length have unused
+    columns behind them.
     """
     if mask is None:
         return None
@@ -169,28 +213,36 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """out [B, S, heads, head_dim], and what `backward` wants beside out and the inputs: the log-sum-exp first.
+    """out [B, S, heads, head_dim], and what `backward` wants beside out and the inputs: the
+    log-sum-exp first.
 
-    mask: None, or broadcastable to [B, heads, S, S]: bool (True attends) or added to the scores. backend from `resolve`.
+    mask: None, or broadcastable to [B, heads, S, S]: bool (True attends) or added to the scores.
+    backend from `resolve`.
     """
     if backend == "ref":
         out, lse = _ref(q, k, v, mask)
         return out, (lse,)
     if backend == "native":
-        out, lse = _attention_native.forward(q, k, v)
+        out, lse = attention_native.forward(q, k, v)
         return out, (lse,)
     aten, heads_first = torch.ops.aten, [x.transpose(1, 2) for x in (q, k, v)]
     if backend == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, attn_mask=_bias(mask, q))
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads_first, attn_mask=_bias(mask, q)
+        )
         saved: tuple[Tensor | None, ...] = (lse,)
     elif backend == "flash":
         out, lse, *_, seed, offset, _ = aten._scaled_dot_product_flash_attention(*heads_first)
         saved = (lse, seed, offset)
     elif backend == "cudnn":
-        out, lse, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(*heads_first, _bias(mask, q), True)
+        out, lse, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            *heads_first, _bias(mask, q), True
+        )
         saved = (lse, seed, offset)
     else:
-        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(*heads_first, _bias(mask, q), True)
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+            *heads_first, _bias(mask, q), True
+        )
         saved = (lse, seed, offset)
     return out.transpose(1, 2), saved
 
@@ -211,7 +263,7 @@ def backward(
         return _ref_backward(dout, q, k, v, out, saved[0], mask)
     if backend == "native":
         assert saved[0] is not None
-        dq, dk, dv = _attention_native.backward(dout, q, k, v, out, saved[0])
+        dq, dk, dv = attention_native.backward(dout, q, k, v, out, saved[0])
         return dq, dk, dv
     aten, tensors = torch.ops.aten, [x.transpose(1, 2) for x in (dout, q, k, v)]
     out, tokens = out.transpose(1, 2), q.shape[1]
@@ -239,13 +291,21 @@ def backward(
 
 
 def _ref_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, mask: Tensor | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert lse is not None
     scale = q.shape[-1] ** -0.5
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
     p = (scores - lse[..., None]).exp()
     dp = torch.einsum("bqhd,bkhd->bhqk", dout, v)
     ds = p * (dp - (dout * out).sum(-1).transpose(1, 2)[..., None]) * scale

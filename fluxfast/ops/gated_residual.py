@@ -7,24 +7,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl, row_quant
+from fluxfast.ops import dispatch, registration, row_quant
 from fluxfast.ops.row_quant import RowOutput
+from fluxfast.ops.tensors import contiguous_like, dense_rows, full_dtype
 
 
 def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """The maths in plain, differentiable torch: x, y [B, S, D], gate [B, D] → [B, S, D], in x's dtype."""
+    """The maths in plain, differentiable torch: x, y [B, S, D], gate [B, D] → [B, S, D], in x's
+    dtype.
+    """
     return torch.addcmul(x, gate[:, None], y).to(x.dtype)
 
 
 def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
     """out [B, S, D]; the launcher alone, no autograd."""
-    x, gate, y = _impl.dense_rows(x), _impl.dense_rows(gate), _impl.dense_rows(y)
+    x, gate, y = dense_rows(x), dense_rows(gate), dense_rows(y)
     if impl == "triton":
         from fluxfast_kernels import gated_residual as kernels
 
         return [kernels.gated_residual_fwd(x, gate, y)]
-    out = _impl.contiguous_like(x)
-    _impl.native.gated_residual_fwd(
+    out = contiguous_like(x)
+    dispatch.native.gated_residual_fwd(
         x.data_ptr(), *x.stride()[:2],
         gate.data_ptr(), gate.stride(0),
         y.data_ptr(), *y.stride()[:2],
@@ -36,34 +39,40 @@ def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Te
 def gated_residual_bwd(
     dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str
 ) -> list[Tensor]:
-    """With y dgate [B, D], then what `out` asks for of dy [B, S, D], the codes of dy·col_scale and their scales."""
-    dout, gate = _impl.dense_rows(dout), _impl.dense_rows(gate)
-    y = None if y is None else _impl.dense_rows(y)
+    """With y dgate [B, D], then what `out` asks for of dy [B, S, D], the codes of dy·col_scale and
+    their scales.
+    """
+    dout, gate = dense_rows(dout), dense_rows(gate)
+    y = None if y is None else dense_rows(y)
     if impl == "triton":
         from fluxfast_kernels import gated_residual as kernels
 
         *rows, dgate = kernels.gated_residual_bwd(dout, gate, y, out=out, col_scale=col_scale)
         return [grad for grad in (dgate, *rows) if grad is not None]
-    dy = _impl.contiguous_like(dout)
-    dgate = _impl.contiguous_like(gate) if y is not None else gate.new_empty(0)
-    _impl.native.gated_residual_bwd(
+    dy = contiguous_like(dout)
+    dgate = contiguous_like(gate) if y is not None else gate.new_empty(0)
+    dispatch.native.gated_residual_bwd(
         dout.data_ptr(), *dout.stride()[:2],
         gate.data_ptr(), gate.stride(0),
         *((0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])),
         dy.data_ptr(), dgate.data_ptr(), *dout.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return ([] if y is None else [dgate]) + row_quant.values_and_codes(dy, dy.dtype, out, col_scale, impl=impl)
+    return ([] if y is None else [dgate]) + row_quant.values_and_codes(
+        dy, dy.dtype, out, col_scale, impl=impl
+    )
 
 
-def _bwd_ref(dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None) -> list[Tensor]:
-    dtype = _impl.full_dtype(dout)
+def _bwd_ref(
+    dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None
+) -> list[Tensor]:
+    dtype = full_dtype(dout)
     dy = dout * gate[:, None] if out == "same" else dout.to(dtype) * gate[:, None]
     dgate = [] if y is None else [(dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)]
     return dgate + row_quant.values_and_codes(dy, dout.dtype, out, col_scale)
 
 
-_fwd_op = _impl.register(gated_residual_fwd)
-_bwd_op = _impl.register(gated_residual_bwd)
+_fwd_op = registration.register(gated_residual_fwd)
+_bwd_op = registration.register(gated_residual_bwd)
 
 
 @_fwd_op.register_fake
@@ -72,18 +81,22 @@ def _(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
 
 
 @_bwd_op.register_fake
-def _(dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str) -> list[Tensor]:
+def _(
+    dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str
+) -> list[Tensor]:
     return ([] if y is None else [gate.new_empty(gate.shape)]) + row_quant.fake_outputs(dout, out)
 
 
 def forward(
     x: Tensor, gate: Tensor, y: Tensor, *, keep_y: bool = True, impl: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Raw interface: out, and (gate, y) to keep for backward; y only if `keep_y`, and without it there is no dgate."""
+    """Raw interface: out, and (gate, y) to keep for backward; y only if `keep_y`, and without it
+    there is no dgate.
+    """
     if impl == "ref":
         out = gated_residual_ref(x, gate, y)
     else:
-        (out,) = _impl.launcher(x, gated_residual_fwd, _fwd_op)(x, gate, y, impl)
+        (out,) = registration.launcher(x, gated_residual_fwd, _fwd_op)(x, gate, y, impl)
     return out, (gate, y if keep_y else None)
 
 
@@ -108,9 +121,11 @@ def backward_rows(
     needs_gate: bool = False,
     impl: str,
 ) -> tuple[RowOutput, Tensor | None]:
-    """Raw interface: dy in the form that dgrad reads, and dgate if needed; x's gradient is dout itself.
+    """Raw interface: dy in the form that dgrad reads, and dgate if needed; x's gradient is dout
+    itself.
 
-    `out` as an op's that can quantise its output; the codes are those of dy·col_scale, col_scale [D].
+    `out` as an op's that can quantise its output; the codes are those of dy·col_scale, col_scale
+    [D].
     """
     gate, y = saved
     assert gate is not None and (y is not None or not needs_gate)
@@ -118,7 +133,7 @@ def backward_rows(
     if impl == "ref":
         parts = _bwd_ref(*arguments)
     else:
-        parts = _impl.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
+        parts = registration.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
     dgate, rows = (parts[0], parts[1:]) if needs_gate else (None, parts)
     return row_quant.row_output(rows, out), dgate
 
@@ -140,9 +155,9 @@ class _GatedResidual(torch.autograd.Function):
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor, impl: str = "auto") -> Tensor:
     """x + gate[:, None]·y.
 
-    x, y [B, S, D]; gate [B, D]. Returns [B, S, D]. The gradient of x is the output's own, not a copy; y is kept for backward
-    only where gate takes a gradient. Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
-    Source: diffusers' `FluxTransformerBlock`.
+    x, y [B, S, D]; gate [B, D]. Returns [B, S, D]. The gradient of x is the output's own, not a
+    copy; y is kept for backward only where gate takes a gradient. Raises ValueError on shapes that
+    don't fit, or if `impl` can't do this call. Source: diffusers' `FluxTransformerBlock`.
     """
     if x.ndim != 3 or y.shape != x.shape or gate.shape != (x.shape[0], x.shape[2]):
         raise ValueError(
@@ -151,6 +166,12 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, impl: str = "auto") -> Te
         )
     # the gain of native code of our own is the sum for dgate in the pass that gives dy
     needs_gate = gate.requires_grad and torch.is_grad_enabled()
-    ref_suffices = None if needs_gate else "without a gradient of gate, torch.addcmul is one pass too"
-    backend = _impl.resolve("gated_residual", impl, (x, gate, y), ref_suffices=ref_suffices)
-    return gated_residual_ref(x, gate, y) if backend == "ref" else _GatedResidual.apply(x, gate, y, backend)
+    ref_suffices = (
+        None if needs_gate else "without a gradient of gate, torch.addcmul is one pass too"
+    )
+    backend = dispatch.resolve("gated_residual", impl, (x, gate, y), ref_suffices=ref_suffices)
+    return (
+        gated_residual_ref(x, gate, y)
+        if backend == "ref"
+        else _GatedResidual.apply(x, gate, y, backend)
+    )

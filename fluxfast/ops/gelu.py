@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import _impl, row_quant
+from fluxfast.ops import dispatch, registration, row_quant
 from fluxfast.ops.row_quant import CodesOut, RowOutput
+from fluxfast.ops.tensors import contiguous_like, dense_rows, full_dtype
 
 
 def gelu_ref(x: Tensor) -> Tensor:
@@ -17,11 +18,15 @@ def gelu_ref(x: Tensor) -> Tensor:
 
 
 def gelu_fwd(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tensor]:
-    """What `out` asks for of y, codes and scales, contiguous, of x's shape behind the prefix; the launcher alone."""
+    """What `out` asks for of y, codes and scales, contiguous, of x's shape behind the prefix; the
+    launcher alone.
+    """
     if impl == "triton":
         from fluxfast_kernels import gelu as kernels
 
-        made = kernels.gelu_fwd(_as_tokens(x), out=out, prefix=None if prefix is None else _as_tokens(prefix))
+        made = kernels.gelu_fwd(
+            _as_tokens(x), out=out, prefix=None if prefix is None else _as_tokens(prefix)
+        )
         return [_like_rows(part, x) for part in made if part is not None]
     x, rows, cols, stride = _as_rows(x)
     first = 0 if prefix is None else prefix.shape[-1]
@@ -29,39 +34,60 @@ def gelu_fwd(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tens
     if prefix is not None:
         y[..., :first] = prefix
     start = y.data_ptr() + first * y.element_size()
-    _impl.native.gelu_fwd(x.data_ptr(), stride, start, first + cols, rows, cols, torch.get_num_threads())
+    dispatch.native.gelu_fwd(
+        x.data_ptr(), stride, start, first + cols, rows, cols, torch.get_num_threads()
+    )
     return row_quant.values_and_codes(y, y.dtype, out, impl=impl)
 
 
-def gelu_bwd(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str) -> list[Tensor]:
-    """What `out` asks for of dx, the codes of dx·col_scale and their scales; dx is written to `into` where that is given."""
+def gelu_bwd(
+    dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str
+) -> list[Tensor]:
+    """What `out` asks for of dx, the codes of dx·col_scale and their scales; dx is written to
+    `into` where that is given.
+    """
     if impl == "triton":
         from fluxfast_kernels import gelu as kernels
 
         target = None if into is None else _as_tokens(into)
         # a copy would be written in its place
         assert into is None or (target is not None and target.data_ptr() == into.data_ptr())
-        made = kernels.gelu_bwd(_as_tokens(dy), _as_tokens(x), out=out, col_scale=col_scale, dx=target)
+        made = kernels.gelu_bwd(
+            _as_tokens(dy), _as_tokens(x), out=out, col_scale=col_scale, dx=target
+        )
         return [_like_rows(part, x) for part in made if part is not None and part is not target]
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
     # rows that lie evenly apart are written where they are wanted, others are copied there
-    dx, _, _, dx_stride = _as_rows(_impl.contiguous_like(x) if into is None else into)
-    _impl.native.gelu_bwd(
-        dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), dx_stride, rows, cols, torch.get_num_threads()
+    dx, _, _, dx_stride = _as_rows(contiguous_like(x) if into is None else into)
+    dispatch.native.gelu_bwd(
+        dy.data_ptr(),
+        dy_stride,
+        x.data_ptr(),
+        x_stride,
+        dx.data_ptr(),
+        dx_stride,
+        rows,
+        cols,
+        torch.get_num_threads(),
     )
     return row_quant.values_and_codes(dx, dx.dtype, out, col_scale, into, impl=impl)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x (a copy if it must be), and its number of rows, their length, and the distance between two of them."""
+    """x (a copy if it must be), and its number of rows, their length, and the distance between two
+    of them.
+    """
     cols = x.shape[-1] if x.ndim else 1
     rows = x.numel() // cols if cols else 0
     if x.is_contiguous():
         return x, rows, cols, cols
-    # a slice of the columns of a wider contiguous tensor, as a packed projection gives it, is read in place
+    # a slice of the columns of a wider contiguous tensor, as a packed projection gives it, is read
+    # in place
     strides = x.stride()
-    if strides[-1] == 1 and all(strides[i] == strides[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2)):
+    if strides[-1] == 1 and all(
+        strides[i] == strides[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2)
+    ):
         return x, rows, cols, strides[-2]
     return x.contiguous(), rows, cols, cols
 
@@ -69,7 +95,7 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
 def _as_tokens(x: Tensor) -> Tensor:
     """x as the kernels take it, [B, S, K] with contiguous rows; a copy if it must be."""
     if x.ndim == 3:
-        return _impl.dense_rows(x)
+        return dense_rows(x)
     x, rows, cols, _ = _as_rows(x)
     return x.reshape(1, rows, cols)
 
@@ -80,30 +106,38 @@ def _like_rows(part: Tensor, x: Tensor) -> Tensor:
     return part.view((*x.shape[:-1], *cols))
 
 
-_fwd_op = _impl.register(gelu_fwd)
-_bwd_op = _impl.WritingOp(gelu_bwd, writes=["into"])
+_fwd_op = registration.register(gelu_fwd)
+_bwd_op = registration.WritingOp(gelu_bwd, writes=["into"])
 
 
 @_fwd_op.register_fake
 def _(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tensor]:
-    return row_quant.fake_outputs(x, out, None if prefix is None else prefix.shape[-1] + x.shape[-1])
+    return row_quant.fake_outputs(
+        x, out, None if prefix is None else prefix.shape[-1] + x.shape[-1]
+    )
 
 
 @_bwd_op.register_fake
-def _(dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str) -> list[Tensor]:
+def _(
+    dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str
+) -> list[Tensor]:
     return row_quant.fake_outputs(x, out, into=into)
 
 
-def forward(x: Tensor, *, prefix: Tensor | None = None, out: str = "same", impl: str) -> tuple[RowOutput, tuple[Tensor]]:
+def forward(
+    x: Tensor, *, prefix: Tensor | None = None, out: str = "same", impl: str
+) -> tuple[RowOutput, tuple[Tensor]]:
     """Raw interface: what `out` asks for of [prefix | gelu(x)], and (x,) to keep for backward.
 
-    x [..., K] and prefix [..., P], of the same dtype, whose gradient is the first P columns of the output's: the rest of it is
-    what `backward` takes.
+    x [..., K] and prefix [..., P], of the same dtype, whose gradient is the first P columns of the
+    output's: the rest of it is what `backward` takes.
     """
     if impl == "ref":
-        parts = row_quant.ref_outputs(lambda x: gelu_ref(x) if prefix is None else _joined(prefix, gelu_ref(x)), x, out=out)
+        parts = row_quant.ref_outputs(
+            lambda x: gelu_ref(x) if prefix is None else _joined(prefix, gelu_ref(x)), x, out=out
+        )
     else:
-        parts = _impl.launcher(x, gelu_fwd, _fwd_op)(x, prefix, out, impl)
+        parts = registration.launcher(x, gelu_fwd, _fwd_op)(x, prefix, out, impl)
     return row_quant.row_output(parts, out), (x,)
 
 
@@ -111,7 +145,9 @@ def _joined(prefix: Tensor, y: Tensor) -> Tensor:
     return torch.cat((prefix.to(y.dtype), y), dim=-1)
 
 
-def backward(dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str) -> tuple[Tensor | None]:
+def backward(
+    dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str
+) -> tuple[Tensor | None]:
     """Raw interface: (dx,)."""
     return (backward_rows(dy, saved, impl=impl).y if needs[0] else None,)
 
@@ -127,17 +163,17 @@ def backward_rows(
 ) -> RowOutput:
     """Raw interface: dx in the form that dgrad reads; `out` as forward's.
 
-    The codes are those of dx·col_scale, col_scale [K]. The values are written to `into` [..., K] where it is given, and `out`
-    asks for values: a column slice of a wider buffer will do.
+    The codes are those of dx·col_scale, col_scale [K]. The values are written to `into` [..., K]
+    where it is given, and `out` asks for values: a column slice of a wider buffer will do.
     """
     (x,) = saved
     assert into is None or out not in row_quant.FORMATS
     if impl == "ref":
-        dtype = x.dtype if out == "same" else _impl.full_dtype(x)
+        dtype = x.dtype if out == "same" else full_dtype(x)
         dx = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype), approximate="tanh")
         parts = row_quant.values_and_codes(dx, x.dtype, out, col_scale, into)
     else:
-        parts = _impl.launcher(dy, gelu_bwd, _bwd_op)(dy, x, out, col_scale, into, impl)
+        parts = registration.launcher(dy, gelu_bwd, _bwd_op)(dy, x, out, col_scale, into, impl)
     return row_quant.row_output(parts, out, into)
 
 
@@ -164,11 +200,16 @@ def gelu(x: Tensor, impl: str = "auto", *, out: CodesOut) -> RowOutput: ...
 def gelu(x: Tensor, impl: str = "auto", *, out: str = "same") -> Tensor | RowOutput:
     """GELU(x) in its tanh form; x of any shape. Backward keeps x only.
 
-    `out` asks for the values ("same"), for their row-quantised codes ("int8", "e4m3"), or for both ("both-int8", "both-e4m3");
-    but for "same", a RowOutput comes back. A gradient comes in through the values only.
-    Raises ValueError if `impl` can't do this call, or on another `out`. Source: diffusers' `GELU(approximate="tanh")`.
+    `out` asks for the values ("same"), for their row-quantised codes ("int8", "e4m3"), or for both
+    ("both-int8", "both-e4m3"); but for "same", a RowOutput comes back. A gradient comes in through
+    the values only. Raises ValueError if `impl` can't do this call, or on another `out`. Source:
+    diffusers' `GELU(approximate="tanh")`.
     """
     row_quant.check_out("gelu", out)
-    backend = _impl.resolve("gelu", impl, (x,))
-    parts = row_quant.ref_outputs(gelu_ref, x, out=out) if backend == "ref" else _Gelu.apply(x, out, backend)
+    backend = dispatch.resolve("gelu", impl, (x,))
+    parts = (
+        row_quant.ref_outputs(gelu_ref, x, out=out)
+        if backend == "ref"
+        else _Gelu.apply(x, out, backend)
+    )
     return row_quant.public_output(parts, out)

@@ -1,11 +1,13 @@
-"""A linear over a frozen weight of 8-bit codes, in 8-bit arithmetic: rows of x quantised as they come, both directions.
+"""A linear over a frozen weight of 8-bit codes, in 8-bit arithmetic: rows of x quantised as they
+come, both directions.
 
     y  = x_scale · w_scale · (x_q W_qᵀ) + b            x_q, x_scale = row_quant(x)
     dx = dy_scale · (dy_q W_q)                          dy_q, dy_scale = row_quant(dy · w_scale)
 
-Backward, the sum runs over W's rows, so its scales go into dy before that is quantised, and one W_q serves both directions.
-Rounding has no gradient: dx is that of the product as if x had not been rounded. The arithmetic is `linear_group`'s, which
-with `lora_linear` also has the product of float rows with decoded codes (compute="same"), groups, and adapters.
+Backward, the sum runs over W's rows, so its scales go into dy before that is quantised, and one W_q
+serves both directions. Rounding has no gradient: dx is that of the product as if x had not been
+rounded. The arithmetic is `linear_group`'s, which with `lora_linear` also has the product of float
+rows with decoded codes (compute="same"), groups, and adapters.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fluxfast.ops import _impl
-from fluxfast.ops.linear_group import LinearGroup, LinearParams
-from fluxfast.ops.lora_linear import codes_obstacle, lora_linear
+from fluxfast.ops import dispatch
+from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.lora_linear import codes_obstacle, lora_linear
 from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput, row_quant_ref
+from fluxfast.ops.tensors import full_dtype
 
 
 class CodedWeight(NamedTuple):
@@ -48,7 +51,11 @@ class CodedWeight(NamedTuple):
         return fmt == self.fmt
 
     def codes(self, fmt: str, /) -> Quantized:
-        return Quantized(self.q, self.scale) if fmt == self.fmt else row_quant_ref(self.to(torch.float32), fmt)
+        return (
+            Quantized(self.q, self.scale)
+            if fmt == self.fmt
+            else row_quant_ref(self.to(torch.float32), fmt)
+        )
 
     def codes_into(self, q: Tensor, scale: Tensor, /) -> None:
         codes = self.codes("int8" if q.dtype == torch.int8 else "e4m3")
@@ -57,10 +64,17 @@ class CodedWeight(NamedTuple):
 
 
 def quant_matmul_ref(
-    x: Tensor | Quantized, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, fmt: str = "int8"
+    x: Tensor | Quantized,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    fmt: str = "int8",
 ) -> Tensor:
-    """The maths in plain, differentiable torch, in fp32 (fp64 if x is): the gradient is that of the rounded product."""
-    dtype = torch.float32 if isinstance(x, Quantized) else _impl.full_dtype(x)
+    """The maths in plain, differentiable torch, in fp32 (fp64 if x is): the gradient is that of the
+    rounded product.
+    """
+    dtype = torch.float32 if isinstance(x, Quantized) else full_dtype(x)
     if isinstance(x, Quantized):
         values, out = x.q.to(dtype) * x.scale[..., None], torch.float32
     else:
@@ -83,10 +97,11 @@ def quant_matmul(
 ) -> Tensor:
     """x Wᵀ + b for W = weight_scale · weight_q, in 8-bit arithmetic: [..., N].
 
-    x [..., K], quantised to fmt ("int8" or "e4m3") a row at a time, or rows that are already; weight_q [N, K] codes of fmt,
-    weight_scale [N] fp32, bias [N]. The result has x's dtype; of quantised rows `out_dtype`, fp32 unless said otherwise, and no
-    gradient. Gradients: x alone; a bias that requires one is refused. Raises ValueError on another format, on shapes or dtypes
-    that don't fit, or if `impl` can't do this call.
+    x [..., K], quantised to fmt ("int8" or "e4m3") a row at a time, or rows that are already;
+    weight_q [N, K] codes of fmt, weight_scale [N] fp32, bias [N]. The result has x's dtype; of
+    quantised rows `out_dtype`, fp32 unless said otherwise, and no gradient. Gradients: x alone; a
+    bias that requires one is refused. Raises ValueError on another format, on shapes or dtypes that
+    don't fit, or if `impl` can't do this call.
     """
     rows = x.q if isinstance(x, Quantized) else x
     _check(rows, isinstance(x, Quantized), weight_q, weight_scale, bias, fmt, out_dtype)
@@ -96,7 +111,9 @@ def quant_matmul(
     dtype = out_dtype or torch.float32
     like = torch.empty(0, dtype=dtype, device=rows.device)
     cast = [t.detach() for t in (weight_scale, bias) if t is not None]
-    backend = _impl.resolve("quant_matmul", impl, (like,), cast=cast, obstacle=codes_obstacle(rows, fmt))
+    backend = dispatch.resolve(
+        "quant_matmul", impl, (like,), cast=cast, obstacle=codes_obstacle(rows, fmt)
+    )
     with torch.no_grad():
         y, _ = LinearGroup([linear], dtype, compute=fmt, impl=backend).forward(RowOutput(None, *x))
     return y
@@ -115,14 +132,22 @@ def _check(
         raise ValueError(f"quant_matmul: the format is one of {sorted(FORMATS)}, not {fmt!r}")
     dtype, _ = FORMATS[fmt]
     if weight_q.dtype != dtype or (quantized and rows.dtype != dtype):
-        raise ValueError(f"quant_matmul: codes of {fmt!r} are {dtype}, got weight_q {weight_q.dtype} and x {rows.dtype}")
+        raise ValueError(
+            f"quant_matmul: codes of {fmt!r} are {dtype}, got weight_q {weight_q.dtype} and x "
+            f"{rows.dtype}"
+        )
     if out_dtype is not None and not quantized:
-        raise ValueError("quant_matmul: the result has x's dtype; out_dtype is for an x of codes, which have none of their own")
+        raise ValueError(
+            "quant_matmul: the result has x's dtype; out_dtype is for an x of codes, which have "
+            "none of their own"
+        )
     fits = weight_q.ndim == 2 and rows.ndim > 0 and rows.shape[-1] == weight_q.shape[1]
     n = weight_q.shape[:1]
     if not fits or weight_scale.shape != n or (bias is not None and bias.shape != n):
         raise ValueError(
-            "quant_matmul: expected x [..., K], weight_q [N, K], weight_scale [N] and bias [N], got "
-            f"x {list(rows.shape)}, weight_q {list(weight_q.shape)}, weight_scale {list(weight_scale.shape)}, "
+            "quant_matmul: expected x [..., K], weight_q [N, K], weight_scale [N] and bias [N], "
+            "got "
+            f"x {list(rows.shape)}, weight_q {list(weight_q.shape)}, weight_scale "
+            f"{list(weight_scale.shape)}, "
             f"bias {None if bias is None else list(bias.shape)}"
         )

@@ -1,6 +1,8 @@
-"""Storage formats for frozen weights, and linears that keep theirs in one. A new format is a file here and a line below."""
+"""Storage formats for frozen weights, and linears that keep theirs in one. A new format is a file
+here and a line below.
+"""
 
-from fluxfast.quant._format import Format
+from fluxfast.quant.format import Format
 from fluxfast.quant.fp8_e4m3 import FP8_E4M3
 from fluxfast.quant.int2 import INT2
 from fluxfast.quant.int4 import INT4

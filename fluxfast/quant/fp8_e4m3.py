@@ -1,9 +1,11 @@
-"""fp8_e4m3: a float8_e4m3fn a weight, a scale an output row. w = value · scale, scale = max|w| / 448."""
+"""fp8_e4m3: a float8_e4m3fn a weight, a scale an output row. w = value · scale, scale = max|w| /
+448.
+"""
 
 from torch import Tensor
 
-from fluxfast.quant._format import Parts
-from fluxfast.quant._row_format import RowFormat
+from fluxfast.quant.format import Parts
+from fluxfast.quant.row_format import RowFormat
 
 
 class Fp8E4M3(RowFormat):

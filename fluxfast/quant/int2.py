@@ -1,9 +1,12 @@
-"""int2: 16 columns share an 8-bit scale and a 4-bit zero counted in fifths of a step; 2.75 bits a weight.
+"""int2: 16 columns share an 8-bit scale and a 4-bit zero counted in fifths of a step; 2.75 bits a
+weight.
 
-A group's scale is global_scale · (1 + m/8) · 2^(e - 31), e the upper 5 and m the lower 3 bits of its byte: 32 octaves below
-the largest step that the weight can need, so that small rows keep their grid beside rows that are a million times larger.
+A group's scale is global_scale · (1 + m/8) · 2^(e - 31), e the upper 5 and m the lower 3 bits of
+its byte: 32 octaves below the largest step that the weight can need, so that small rows keep their
+grid beside rows that are a million times larger.
 
-Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees of freedom, measured on [192, 3072]:
+Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees of freedom,
+measured on [192, 3072]:
 
     this format                                   .262 / .285
     group 32, bf16 scale, 8-bit zero, 2.75 bits   .296 / .35
@@ -16,9 +19,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.quant._affine import LEAST_STEP, Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
-from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import LEAST_NORMAL, decode, encode
+from fluxfast.quant.affine import (
+    LEAST_STEP,
+    Affine,
+    evaluate,
+    groups_of,
+    pack,
+    quantize_triton,
+    search,
+    unpack,
+)
+from fluxfast.quant.format import Format, Parts, Shape
+from fluxfast.quant.rows import LEAST_NORMAL, decode, encode
 
 AFFINE = Affine(group=16, top=3, unit=5, grain=2**-10, shrinks=(1.0, 0.75, 0.5), refits=1)
 # a step is at most 2·max|w| / 3, the scale a fifth of it, and a byte's highest value 1.875
@@ -28,8 +40,9 @@ _SHIFT, _BIAS = 20, (127 - 31) << 3
 
 
 class Int2(Format):
-    """parts: packed [N, 4 · groups] uint8, four columns a byte, the first in the highest bits; scale [N, groups] uint8; zero
-    [N, ceil(groups / 2)] uint8, the even group in the high bits; global_scale [1] fp32.
+    """parts: packed [N, 4 · groups] uint8, four columns a byte, the first in the highest bits;
+    scale [N, groups] uint8; zero [N, ceil(groups / 2)] uint8, the even group in the high bits;
+    global_scale [1] fp32.
 
     groups = ceil(K / 16); the codes of columns past K mean nothing.
     """
@@ -82,12 +95,23 @@ class Int2(Format):
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:
         codes = unpack(parts["packed"], 2).unflatten(1, (-1, AFFINE.group))
         scale = byte_values(parts["scale"]) * parts["global_scale"]
-        return evaluate(codes, unpack(parts["zero"], 4)[:, : scale.shape[1]], scale, AFFINE, shape[1])
+        return evaluate(
+            codes, unpack(parts["zero"], 4)[:, : scale.shape[1]], scale, AFFINE, shape[1]
+        )
 
-    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
-        decode("int2", out, out_scale, [parts[name] for name in ("packed", "scale", "zero", "global_scale")])
+    def decode_native(
+        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+    ) -> None:
+        decode(
+            "int2",
+            out,
+            out_scale,
+            [parts[name] for name in ("packed", "scale", "zero", "global_scale")],
+        )
 
-    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+    def decode_triton(
+        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+    ) -> None:
         from fluxfast_kernels.dequant_int2 import dequant_int2
 
         dequant_int2(**parts, out=out, out_scale=out_scale)

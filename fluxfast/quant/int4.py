@@ -1,6 +1,8 @@
-"""int4: 64 columns share a bf16 scale and a zero counted in sixteenths of a step; 4.375 bits a weight.
+"""int4: 64 columns share a bf16 scale and a zero counted in sixteenths of a step; 4.375 bits a
+weight.
 
-Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees of freedom, measured on [192, 3072]:
+Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees of freedom,
+measured on [192, 3072]:
 
     this format                                   .0815 / .1184
     the same, min-max grid without a search       .0896 / .1304
@@ -8,7 +10,8 @@ Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees
     bitsandbytes nf4, block 64, 4.13 bits         .0921 / .1221
     optimum-quanto qint4, group 128, 4.25 bits    .0997 / .1682
 
-bf16, not fp16, keeps the scale of a row of tiny weights; its 8 bits cost nothing, since codes are chosen after rounding it.
+bf16, not fp16, keeps the scale of a row of tiny weights; its 8 bits cost nothing, since codes are
+chosen after rounding it.
 """
 
 from collections.abc import Mapping
@@ -16,15 +19,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.quant._affine import Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
-from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import decode, encode
+from fluxfast.quant.affine import Affine, evaluate, groups_of, pack, quantize_triton, search, unpack
+from fluxfast.quant.format import Format, Parts, Shape
+from fluxfast.quant.rows import decode, encode
 
 AFFINE = Affine(group=64, top=15, unit=16, grain=2**-8, shrinks=(1.0, 0.92), refits=2)
 
 
 class Int4(Format):
-    """parts: packed [N, 32 · groups] uint8, the even column in the high bits; scale bf16 and zero uint8 [N, groups].
+    """parts: packed [N, 32 · groups] uint8, the even column in the high bits; scale bf16 and zero
+    uint8 [N, groups].
 
     groups = ceil(K / 64); the codes of columns past K mean nothing.
     """
@@ -43,7 +47,11 @@ class Int4(Format):
 
     def quantize_ref(self, weight: Tensor) -> Parts:
         grid = search(groups_of(weight, AFFINE.group), AFFINE, _store)
-        return {"packed": pack(grid.codes, 4).flatten(1), "scale": grid.stored, "zero": grid.zero.to(torch.uint8)}
+        return {
+            "packed": pack(grid.codes, 4).flatten(1),
+            "scale": grid.stored,
+            "zero": grid.zero.to(torch.uint8),
+        }
 
     def quantize_native(self, weight: Tensor) -> Parts:
         parts = self.empty((weight.shape[0], weight.shape[1]))
@@ -59,10 +67,14 @@ class Int4(Format):
         codes = unpack(parts["packed"], 4).unflatten(1, (-1, AFFINE.group))
         return evaluate(codes, parts["zero"], parts["scale"].float(), AFFINE, shape[1])
 
-    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+    def decode_native(
+        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+    ) -> None:
         decode("int4", out, out_scale, [parts[name] for name in ("packed", "scale", "zero")])
 
-    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+    def decode_triton(
+        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+    ) -> None:
         from fluxfast_kernels.dequant_int4 import dequant_int4
 
         dequant_int4(**parts, out=out, out_scale=out_scale)

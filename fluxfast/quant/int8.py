@@ -1,13 +1,14 @@
 """int8: a code a weight, a scale an output row; symmetric. w = code · scale.
 
-Scales that clip (least squared error over a grid) gain 0.6 % on gaussian rows and 0.4 % on heavy tails (Student t, 3), which
-is not worth the time or a row that saturates: the scale is max|w| / 127.
+Scales that clip (least squared error over a grid) gain 0.6 % on gaussian rows and 0.4 % on heavy
+tails (Student t, 3), which is not worth the time or a row that saturates: the scale is max|w| /
+127.
 """
 
 from torch import Tensor
 
-from fluxfast.quant._format import Parts
-from fluxfast.quant._row_format import RowFormat
+from fluxfast.quant.format import Parts
+from fluxfast.quant.row_format import RowFormat
 
 
 class Int8(RowFormat):

@@ -1,7 +1,9 @@
-"""A linear over a quantised, frozen weight: y = x Wᵀ + b, W dequantised for the product and dropped after it, both ways.
+"""A linear over a quantised, frozen weight: y = x Wᵀ + b, W dequantised for the product and dropped
+after it, both ways.
 
-`QuantLinear` is an `nn.Linear` by type, so that PEFT and everybody else's code takes it for one. Its state dict holds
-`weight.<part>` for each of its format's parts (see `Format.layout`), and `bias`.
+`QuantLinear` is an `nn.Linear` by type, so that PEFT and everybody else's code takes it for one.
+Its state dict holds `weight.<part>` for each of its format's parts (see `Format.layout`), and
+`bias`.
 """
 
 from __future__ import annotations
@@ -16,17 +18,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fluxfast.quant import FORMATS, Format, QuantWeight
-from fluxfast.quant._format import Shape
+from fluxfast.quant.format import Shape
 
 
-def _dequantized(parts: tuple[Tensor, ...], format: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+def _dequantized(
+    parts: tuple[Tensor, ...], format: str, shape: Shape, dtype: torch.dtype
+) -> Tensor:
     named = dict(zip(FORMATS[format].layout(shape), parts, strict=True))
     return QuantWeight(FORMATS[format], named, shape, dtype).dequantize()
 
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, format: str, shape: Shape, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, format: str, shape: Shape, *parts: Tensor
+    ) -> Tensor:
         ctx.format, ctx.shape = format, shape
         ctx.save_for_backward(*parts)
         return nn.functional.linear(x, _dequantized(parts, format, shape, x.dtype), bias)
@@ -45,7 +51,9 @@ class _QuantLinear(torch.autograd.Function):
 
 
 def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype. Gradients: x and bias, never the weight."""
+    """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype. Gradients: x and
+    bias, never the weight.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     return _QuantLinear.apply(x, bias, weight.format.name, weight.shape, *weight.parts.values())
 
@@ -56,7 +64,9 @@ _shapes_only = ContextVar("shapes_only", default=False)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """For code that asks weights for their shapes and never for their values, again and again: nothing is decoded inside."""
+    """For code that asks weights for their shapes and never for their values, again and again:
+    nothing is decoded inside.
+    """
     token = _shapes_only.set(True)
     try:
         yield
@@ -65,10 +75,12 @@ def shapes_only() -> Iterator[None]:
 
 
 class QuantLinear(nn.Linear):
-    """An `nn.Linear` whose weight is kept in a storage format. Construct it empty to load into, or by `from_linear`.
+    """An `nn.Linear` whose weight is kept in a storage format. Construct it empty to load into, or
+    by `from_linear`.
 
-    `compute_dtype` is the dtype that `weight` comes in, and that PEFT gives adapters; `forward` computes in x's own. Casts
-    (`.to(dtype)`, `.half()`) change it and the bias, never the stored parts.
+    `compute_dtype` is the dtype that `weight` comes in, and that PEFT gives adapters; `forward`
+    computes in x's own. Casts (`.to(dtype)`, `.half()`) change it and the bias, never the stored
+    parts.
     """
 
     def __init__(
@@ -88,14 +100,23 @@ class QuantLinear(nn.Linear):
         for name, part in format.empty((out_features, in_features), device).items():
             self.register_buffer(f"weight_{name}", part, persistent=False)
         empty = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
-        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self.register_parameter(
+            "bias", None if empty is None else nn.Parameter(empty, requires_grad=False)
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: Format) -> QuantLinear:
-        """The quantised twin of `linear`, on its device, frozen; the bias is shared, the weight is not."""
+        """The quantised twin of `linear`, on its device, frozen; the bias is shared, the weight is
+        not.
+        """
         weight = linear.weight
         made = cls(
-            linear.in_features, linear.out_features, bias=False, format=format, compute_dtype=weight.dtype, device="meta"
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            format=format,
+            compute_dtype=weight.dtype,
+            device="meta",
         )
         for name, part in format.quantize(weight.detach()).items():
             setattr(made, f"weight_{name}", part)
@@ -111,9 +132,13 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight [out, in] in `compute_dtype`, dequantised anew each time: writing to it changes nothing."""
+        """The weight [out, in] in `compute_dtype`, dequantised anew each time: writing to it
+        changes nothing.
+        """
         if _shapes_only.get():
-            nothing = torch.empty((), dtype=self.compute_dtype, device=next(iter(self.packed().parts.values())).device)
+            nothing = torch.empty(
+                (), dtype=self.compute_dtype, device=next(iter(self.packed().parts.values())).device
+            )
             return nothing.expand(self.out_features, self.in_features)
         return self.packed().dequantize()
 
@@ -138,7 +163,9 @@ class QuantLinear(nn.Linear):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         for name, part in self.packed().parts.items():
             destination[f"{prefix}weight.{name}"] = part
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -161,11 +188,14 @@ class QuantLinear(nn.Linear):
                 missing_keys.append(key)
             elif loaded.shape != part.shape or loaded.dtype != part.dtype:
                 error_msgs.append(
-                    f"{key}: {self.format.name} of a weight [{self.out_features}, {self.in_features}] is {list(part.shape)} "
+                    f"{key}: {self.format.name} of a weight [{self.out_features}, "
+                    f"{self.in_features}] is {list(part.shape)} "
                     f"{part.dtype}, the file has {list(loaded.shape)} {loaded.dtype}"
                 )
             elif local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, f"weight_{name}", loaded)
             else:
                 part.copy_(loaded)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,8 +1,10 @@
-"""nf4: sixteen levels at a normal distribution's quantiles, blocks of 64 along the flattened weight; 4.13 bits a weight.
+"""nf4: sixteen levels at a normal distribution's quantiles, blocks of 64 along the flattened
+weight; 4.13 bits a weight.
 
-The same bytes and numbers as `bitsandbytes.functional.quantize_4bit(compress_statistics=True, quant_type="nf4")` gives on a
-CPU (version 0.50), so a weight may come from either side. A block keeps max|w|, itself quantised: less its mean over the weight
-(`offset`), in blocks of 256, to the 8-bit dynamic code of arXiv 2110.02861. Levels: arXiv 2305.14314 (QLoRA).
+The same bytes and numbers as `bitsandbytes.functional.quantize_4bit(compress_statistics=True,
+quant_type="nf4")` gives on a CPU (version 0.50), so a weight may come from either side. A block
+keeps max|w|, itself quantised: less its mean over the weight (`offset`), in blocks of 256, to the
+8-bit dynamic code of arXiv 2110.02861. Levels: arXiv 2305.14314 (QLoRA).
 
     w = CODE[code] · (ABSMAX_CODE[absmax] · nested_absmax + offset)
 """
@@ -13,9 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fluxfast.quant._affine import pack, unpack
-from fluxfast.quant._format import Format, Parts, Shape
-from fluxfast.quant._rows import decode, encode
+from fluxfast.quant.affine import pack, unpack
+from fluxfast.quant.format import Format, Parts, Shape
+from fluxfast.quant.rows import decode, encode
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -32,8 +34,8 @@ _BINS = 65536
 
 
 class Nf4(Format):
-    """parts: packed [ceil(N·K / 2)] uint8, the even weight in the high bits; absmax [blocks] uint8; nested_absmax
-    [ceil(blocks / 256)] fp32; offset [1] fp32. blocks = ceil(N·K / 64).
+    """parts: packed [ceil(N·K / 2)] uint8, the even weight in the high bits; absmax [blocks] uint8;
+    nested_absmax [ceil(blocks / 256)] fp32; offset [1] fp32. blocks = ceil(N·K / 64).
     """
 
     name = "nf4"
@@ -55,9 +57,12 @@ class Nf4(Format):
         flat = weight.flatten()
         full = flat.numel() // BLOCK * BLOCK
         absmax = flat[:full].view(-1, BLOCK).abs().amax(1)
-        scaled = (flat[:full].view(-1, BLOCK) * (1 / absmax.clamp(min=_LEAST_ABSMAX))[:, None]).flatten()
+        scaled = (
+            flat[:full].view(-1, BLOCK) * (1 / absmax.clamp(min=_LEAST_ABSMAX))[:, None]
+        ).flatten()
         if full < flat.numel():
-            # the last, shorter block is divided by its max|w|, the others are multiplied by its inverse
+            # the last, shorter block is divided by its max|w|, the others are multiplied by its
+            # inverse
             last = flat[full:].abs().amax().clamp(min=_LEAST_ABSMAX)
             absmax = torch.cat([absmax, last[None]])
             scaled = torch.cat([scaled, flat[full:] / last])
@@ -84,25 +89,42 @@ class Nf4(Format):
         levels = torch.nn.functional.pad(levels, (0, -count % BLOCK)).view(-1, BLOCK)
         return (levels * dequantize_absmax(parts)[:, None]).flatten()[:count].view(shape)
 
-    def decode_native(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+    def decode_native(
+        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+    ) -> None:
         if out.is_cuda:
             names = ("packed", "absmax", "nested_absmax", "offset")
-            decode("nf4", out, out_scale, [*(parts[name] for name in names), code(out.device), absmax_code(out.device)])
+            decode(
+                "nf4",
+                out,
+                out_scale,
+                [*(parts[name] for name in names), code(out.device), absmax_code(out.device)],
+            )
         else:
             decode("nf4", out, out_scale, (parts["packed"], dequantize_absmax(parts)))
 
-    def decode_triton(self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None) -> None:
+    def decode_triton(
+        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+    ) -> None:
         from fluxfast_kernels.dequant_nf4 import dequant_nf4
 
-        dequant_nf4(**parts, tables=(code(out.device), absmax_code(out.device)), out=out, out_scale=out_scale)
+        dequant_nf4(
+            **parts,
+            tables=(code(out.device), absmax_code(out.device)),
+            out=out,
+            out_scale=out_scale,
+        )
 
 
 def quantize_absmax(absmax: Tensor) -> Parts:
     """The parts absmax, nested_absmax and offset of max|w| [blocks] fp32."""
-    # a GPU adds up in another order; the mean of so few numbers is taken where bitsandbytes' bytes are defined
+    # a GPU adds up in another order; the mean of so few numbers is taken where bitsandbytes' bytes
+    # are defined
     offset = absmax.cpu().mean().to(absmax.device)
     count = absmax.numel()
-    centred = torch.nn.functional.pad(absmax - offset, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    centred = torch.nn.functional.pad(absmax - offset, (0, -count % NESTED_BLOCK)).view(
+        -1, NESTED_BLOCK
+    )
     nested = centred.abs().amax(1)
     scaled = centred * (1 / nested)[:, None]
     bins = ((scaled.clamp(-1, 1) + 1) * 0.5) * (_BINS - 1) + 0.5
@@ -130,14 +152,18 @@ def code(device: torch.device) -> Tensor:
 
 @functools.cache
 def bounds(device: torch.device) -> Tensor:
-    """Where one code ends and the next begins [15] fp32: half-way, and a tie goes to the lower code."""
+    """Where one code ends and the next begins [15] fp32: half-way, and a tie goes to the lower
+    code.
+    """
     levels = code(device)
     return (levels[:-1] + levels[1:]) / 2
 
 
 @functools.cache
 def absmax_code(device: torch.device) -> Tensor:
-    """The 256 values of the dynamic code, ascending, fp32: seven decades, each with twice the values of the one below it."""
+    """The 256 values of the dynamic code, ascending, fp32: seven decades, each with twice the
+    values of the one below it.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)

@@ -1,4 +1,6 @@
-"""Which linears of a transformer are quantised, and to what: SimpleTuner's names and rules, our formats."""
+"""Which linears of a transformer are quantised, and to what: SimpleTuner's names and rules, our
+formats.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fluxfast.quant import FORMATS
-from fluxfast.quant._format import Format
+from fluxfast.quant.format import Format
 from fluxfast.quant.linear import QuantLinear
 
 logger = logging.getLogger("fluxfast")
 
-# full names, so a block's own proj_out is none of them; the modulation linears, norm_out.linear and the time and text embedders
-# are quantised, as upstream does
+# full names, so a block's own proj_out is none of them; the modulation linears, norm_out.linear and
+# the time and text embedders are quantised, as upstream does
 KEPT = ("x_embedder", "context_embedder", "proj_out")
 
 # SimpleTuner's `base_model_precision`, and the format that each means here
@@ -32,7 +34,9 @@ PRECISIONS: dict[str, str | None] = {
 
 @dataclass
 class QuantReport:
-    """What `quantize_model` did: the linears now in `format`, those kept, and the former's bytes before and after."""
+    """What `quantize_model` did: the linears now in `format`, those kept, and the former's bytes
+    before and after.
+    """
 
     format: str
     quantized: list[str] = field(default_factory=list)
@@ -42,13 +46,15 @@ class QuantReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.quantized)} linears in {self.format}: {self.bytes_before / 2**30:.2f} GiB became "
+            f"{len(self.quantized)} linears in {self.format}: {self.bytes_before / 2**30:.2f} "
+            "GiB became "
             f"{self.bytes_after / 2**30:.2f}; {len(self.kept)} kept: {', '.join(self.kept)}"
         )
 
 
 def format_of(precision: str, key: str = "base_model_precision") -> Format | None:
-    """The format that a value of `base_model_precision` (or `key`) means, None for no_change; one line of the log says so.
+    """The format that a value of `base_model_precision` (or `key`) means, None for no_change; one
+    line of the log says so.
 
     Raises ValueError on a name that is not in PRECISIONS.
     """
@@ -58,24 +64,38 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
     if name is None:
         return None
     format = FORMATS[name]
-    logger.info("%s %s: kept in fluxfast's %s, %g bits a weight", key, precision, name, format.bits_per_weight)
+    logger.info(
+        "%s %s: kept in fluxfast's %s, %g bits a weight",
+        key,
+        precision,
+        name,
+        format.bits_per_weight,
+    )
     return format
 
 
-def quantize_model(transformer: nn.Module, format: Format, *, kept: tuple[str, ...] = KEPT) -> QuantReport:
-    """Replaces every `nn.Linear` of `transformer` by a `QuantLinear`, in place and one by one, so that only one is held twice.
+def quantize_model(
+    transformer: nn.Module, format: Format, *, kept: tuple[str, ...] = KEPT
+) -> QuantReport:
+    """Replaces every `nn.Linear` of `transformer` by a `QuantLinear`, in place and one by one, so
+    that only one is held twice.
 
-    `kept`: full names of linears to leave alone. Raises ValueError if adapters are there already, or a linear that is
-    quantised.
+    `kept`: full names of linears to leave alone. Raises ValueError if adapters are there already,
+    or a linear that is quantised.
     """
     for name, module in transformer.named_modules():
         if hasattr(module, "base_layer"):
             raise ValueError(f"{name} has an adapter: quantise the model first, then add adapters")
         if isinstance(module, QuantLinear):
-            raise ValueError(f"{name} is in {module.format.name} already: quantise a model that is in a floating dtype")
+            raise ValueError(
+                f"{name} is in {module.format.name} already: quantise a model that is in a "
+                "floating dtype"
+            )
     report = QuantReport(format.name)
     # names, because a list of the modules would keep them all alive
-    for name in [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]:
+    for name in [
+        name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)
+    ]:
         if name in kept:
             report.kept.append(name)
             continue

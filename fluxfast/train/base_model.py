@@ -1,7 +1,9 @@
-"""The frozen transformer of a run, as the config wants it: found, quantised while it is read, kept in the cache, placed.
+"""The frozen transformer of a run, as the config wants it: found, quantised while it is read, kept
+in the cache, placed.
 
-A quantised base is written to `<cache_dir>/transformer/` once; a later start maps that file and reads nothing else. Where the
-file in the cache turns out to be stale or damaged, it is removed and made anew.
+A quantised base is written to `<cache_dir>/transformer/` once; a later start maps that file and
+reads nothing else. Where the file in the cache turns out to be stale or damaged, it is removed and
+made anew.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fluxfast.data.text import to_bytes
-from fluxfast.model.checkpoint import Checkpoint, open_checkpoint, open_single_file
+from fluxfast.checkpoint.flux import Checkpoint, open_checkpoint, open_single_file
+from fluxfast.checkpoint.quantized import StaleFile
+from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
+from fluxfast.checkpoint.writer import free_bytes
+from fluxfast.config.run import TrainConfig
 from fluxfast.model.modulation import linear_names
-from fluxfast.model.quantized_file import StaleFile
-from fluxfast.model.tensor_files import BrokenFile, CheckpointError, DamagedFile
-from fluxfast.model.tensor_writer import free_bytes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import Format
 from fluxfast.quant.rules import PRECISIONS, format_of
-from fluxfast.train.config import TrainConfig
+from fluxfast.text import to_bytes
 from fluxfast.train.modulation import keeps_on_host
 from fluxfast.train.offload import STREAMED_MODULES
 
@@ -33,33 +35,44 @@ IN_CHANNELS = 64
 
 
 def open_base(config: TrainConfig) -> Checkpoint:
-    """The transformer that the config names (a file, a folder, a repository), opened; no weight is read.
+    """The transformer that the config names (a file, a folder, a repository), opened; no weight is
+    read.
 
-    Raises CheckpointError saying what the name leads to where that can't be trained: another kind of file, other weights, a
-    transformer that takes more than the noisy image, a file that fluxfast quantised to another format than the config asks for
-    or from something that has changed since.
+    Raises CheckpointError saying what the name leads to where that can't be trained: another kind
+    of file, other weights, a transformer that takes more than the noisy image, a file that fluxfast
+    quantised to another format than the config asks for or from something that has changed since.
     """
     pipeline = config.base_source.path
     if Path(pipeline).expanduser().is_file():
         raise CheckpointError(
-            f'"pretrained_model_name_or_path" {pipeline}: is one file, expected the folder or repository of a whole pipeline, '
-            'with text encoders and VAE: name the file as "pretrained_transformer_model_name_or_path"'
+            f'"pretrained_model_name_or_path" {pipeline}: is one file, expected the folder or '
+            "repository of a whole pipeline, "
+            "with text encoders and VAE: name the file as "
+            '"pretrained_transformer_model_name_or_path"'
         )
     path, subfolder, revision = config.transformer_source
     checkpoint = open_checkpoint(
-        path, subfolder=subfolder, revision=revision, variant=config.variant, in_channels=IN_CHANNELS
+        path,
+        subfolder=subfolder,
+        revision=revision,
+        variant=config.variant,
+        in_channels=IN_CHANNELS,
     )
     if (info := checkpoint.quantized) is not None:
         if PRECISIONS[config.base_model_precision] not in (None, info.format.name):
             raise CheckpointError(
-                f"{checkpoint.where}: is quantised to {info.format.name}, but base_model_precision is "
-                f'{config.base_model_precision}: set it to "no_change", or name the checkpoint that the file was made from'
+                f"{checkpoint.where}: is quantised to {info.format.name}, but "
+                "base_model_precision is "
+                f'{config.base_model_precision}: set it to "no_change", or name the checkpoint '
+                "that the file was made from"
             )
         info.check_own_source()
     return checkpoint
 
 
-def load_transformer(config: TrainConfig, device: torch.device, console: Console) -> FluxTransformer:
+def load_transformer(
+    config: TrainConfig, device: torch.device, console: Console
+) -> FluxTransformer:
     """The transformer that the config names, frozen, quantised, on the device."""
     checkpoint = open_base(config)
     format = format_of(config.base_model_precision)
@@ -74,12 +87,17 @@ def load_transformer(config: TrainConfig, device: torch.device, console: Console
             device=device,
             format=format,
             quantize_on=quantize_on,
-            on_host=[*(modulation if ahead else ()), *(STREAMED_MODULES if config.enable_group_offload else ())],
+            on_host=[
+                *(modulation if ahead else ()),
+                *(STREAMED_MODULES if config.enable_group_offload else ()),
+            ],
         )
 
     if (info := checkpoint.quantized) is not None:
         unread = device.type == "cpu" and not checkpoint.verified_when_mapped
-        how = "; not verified (`fluxfast-train quantize --verify` reads it through)" if unread else ""
+        how = (
+            "; not verified (`fluxfast-train quantize --verify` reads it through)" if unread else ""
+        )
         _say(console, f"{info.path}: {info.format.name}, quantised before{how}")
         transformer = load(checkpoint, None)
     elif format is not None:
@@ -97,7 +115,10 @@ def quantizing_device(quantize_via: str | None, device: torch.device | None = No
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if quantize_via == "accelerator" and device.type != "cuda":
-        raise ValueError('quantize_via is "accelerator", and there is no CUDA or ROCm device: leave it out, or set "cpu"')
+        raise ValueError(
+            'quantize_via is "accelerator", and there is no CUDA or ROCm device: leave it out, '
+            'or set "cpu"'
+        )
     return device if device.type == "cuda" and quantize_via != "cpu" else torch.device("cpu")
 
 
@@ -116,7 +137,9 @@ def _load_cached(
     console: Console,
     load: Callable[[Checkpoint, Format | None], FluxTransformer],
 ) -> FluxTransformer:
-    """Load the source in `format`: from the cache, or into it first, or past it where the disk has no room."""
+    """Load the source in `format`: from the cache, or into it first, or past it where the disk has
+    no room.
+    """
     path = cache_path(config, source, format)
     damage = ""
     if (kept := _kept(path, source, format, console)) is not None:
@@ -134,7 +157,9 @@ def _load_cached(
 
 
 def _kept(path: Path, source: Checkpoint, format: Format, console: Console) -> Checkpoint | None:
-    """The quantised base that the cache has, opened; None where it has none that holds, which is then removed."""
+    """The quantised base that the cache has, opened; None where it has none that holds, which is
+    then removed.
+    """
     if not path.exists():
         return None
     try:
@@ -154,14 +179,20 @@ def _kept(path: Path, source: Checkpoint, format: Format, console: Console) -> C
 def _make(
     path: Path, source: Checkpoint, format: Format, quantize_on: torch.device, console: Console
 ) -> Checkpoint | None:
-    """The quantised base, made in the cache; None, and a line that says so, where the disk has no room."""
+    """The quantised base, made in the cache; None, and a line that says so, where the disk has no
+    room.
+    """
     needed = int(source.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
     if (free := free_bytes(path)) < needed:
         room = f"{path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}"
         _say(console, f"base: {format.name}, not kept: {room}")
         return None
     size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
-    _say(console, f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in {path}")
+    _say(
+        console,
+        f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in "
+        f"{path}",
+    )
     return open_single_file(path)
 
 

@@ -1,4 +1,6 @@
-"""From the config to what `fluxfast.memory.plan` reckons with: what a run is to compute, and what it may choose itself."""
+"""From the config to what `fluxfast.memory.plan` reckons with: what a run is to compute, and what
+it may choose itself.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ import torch
 from rich.console import Console
 
 from fluxfast.adapters.presets import preset_targets
+from fluxfast.config.datasets import ImageDataset
+from fluxfast.config.run import TrainConfig
+from fluxfast.config.settings import ConfigError
 from fluxfast.data.buckets import target_size
-from fluxfast.data.config import ImageDataset
-from fluxfast.data.settings import ConfigError
 from fluxfast.memory.gpus import Gpu, find_gpu
 from fluxfast.memory.plan import CUDA_CONTEXT, GIB, Choices, Plan, account, fit
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.routing import keep_count, resolve_routes
 from fluxfast.ops import verdicts
 from fluxfast.quant.rules import PRECISIONS
-from fluxfast.train.config import TrainConfig
 
 # width / height of the images that a dataset without crops is taken to hold
 ASPECTS = tuple(i / 20 for i in range(10, 41))
@@ -44,7 +46,9 @@ class Batch(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """How blocks stream, where they do: groups of them on the device, and whether their inputs wait in host memory."""
+    """How blocks stream, where they do: groups of them on the device, and whether their inputs wait
+    in host memory.
+    """
 
     slots: int = DEFAULT_RING
     inputs_on_host: bool = False
@@ -53,7 +57,11 @@ class Ring(NamedTuple):
 def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> Batch:
     """The batch with the most tokens, by the datasets' settings; nothing on disk is looked at."""
     batches = [
-        Batch(target_size(aspect, d.resolution, d.resolution_type), d.train_batch_size or config.train_batch_size, d.id)
+        Batch(
+            target_size(aspect, d.resolution, d.resolution_type),
+            d.train_batch_size or config.train_batch_size,
+            d.id,
+        )
         for d in datasets
         for aspect in ([1.0] if d.crop and d.crop_aspect == "square" else ASPECTS)
     ]
@@ -93,7 +101,11 @@ def compute_of(config: TrainConfig, gpu: Gpu) -> str:
     if format is None:
         return "same"
     compute = "e4m3" if format == FP8_FORMAT else "int8"
-    return compute if gpu.rate(compute) and verdicts.failed(verdicts.COMPUTE, compute) is None else "same"
+    return (
+        compute
+        if gpu.rate(compute) and verdicts.failed(verdicts.COMPUTE, compute) is None
+        else "same"
+    )
 
 
 def stated_choices(config: TrainConfig, workload: Workload) -> Choices:
@@ -101,10 +113,17 @@ def stated_choices(config: TrainConfig, workload: Workload) -> Choices:
     blocks = workload.sizes.blocks
     if config.recompute is not None:
         # one for all in a config, one for each where a budget has chosen
-        recompute = [config.recompute] * blocks if isinstance(config.recompute, str) else list(config.recompute)
+        recompute = (
+            [config.recompute] * blocks
+            if isinstance(config.recompute, str)
+            else list(config.recompute)
+        )
     else:
         interval = config.gradient_checkpointing_interval or 1
-        recompute = ["full" if config.gradient_checkpointing and i % interval == 0 else "none" for i in range(blocks)]
+        recompute = [
+            "full" if config.gradient_checkpointing and i % interval == 0 else "none"
+            for i in range(blocks)
+        ]
     streams = config.enable_group_offload
     return Choices(
         tuple(recompute),
@@ -133,7 +152,9 @@ def budget_bytes(config: TrainConfig, memory_gib: float) -> int:
 
 
 def choose(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tuple[Choices, Plan]:
-    """The fastest choices within the budget, and their plan. Raises ConfigError where nothing fits, with what would help."""
+    """The fastest choices within the budget, and their plan. Raises ConfigError where nothing fits,
+    with what would help.
+    """
     choices = fit(workload, gpu, budget)
     if choices is None:
         lines = why_not(workload, budget)
@@ -143,15 +164,30 @@ def choose(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tu
     return choices, account(workload, choices)
 
 
-def settle(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tuple[TrainConfig, Ring, str]:
-    """The config with what the budget chooses in the place of what it said, the ring, and a line about it."""
+def settle(
+    config: TrainConfig, workload: Workload, gpu: Gpu, budget: int
+) -> tuple[TrainConfig, Ring, str]:
+    """The config with what the budget chooses in the place of what it said, the ring, and a line
+    about it.
+    """
     choices, plan = choose(config, workload, gpu, budget)
-    update: dict[str, Any] = {"recompute": choices.recompute, "enable_group_offload": choices.streams}
+    update: dict[str, Any] = {
+        "recompute": choices.recompute,
+        "enable_group_offload": choices.streams,
+    }
     if choices.streams:
-        update |= {"group_offload_use_stream": True, "group_offload_blocks_per_group": choices.blocks_per_group}
-    counts = ", ".join(f"{n} in {choices.recompute.count(n)}" for n in ("none", "selective", "full") if n in choices.recompute)
+        update |= {
+            "group_offload_use_stream": True,
+            "group_offload_blocks_per_group": choices.blocks_per_group,
+        }
+    counts = ", ".join(
+        f"{n} in {choices.recompute.count(n)}"
+        for n in ("none", "selective", "full")
+        if n in choices.recompute
+    )
     told = (
-        f"vram_budget {budget / GIB:.2f} GiB: a step should take {plan.needed / GIB:.2f}; recomputation of blocks: {counts}; "
+        f"vram_budget {budget / GIB:.2f} GiB: a step should take {plan.needed / GIB:.2f}; "
+        f"recomputation of blocks: {counts}; "
         f"blocks {f'streamed through a ring of {choices.slots}' if choices.streams else 'resident'}"
         + (", their inputs in host memory" if choices.host_inputs else "")
     )
@@ -162,19 +198,24 @@ def settle(config: TrainConfig, workload: Workload, gpu: Gpu, budget: int) -> tu
 def within_budget(
     config: TrainConfig, sizes: Iterable[tuple[int, int]], device: torch.device, console: Console
 ) -> tuple[TrainConfig, Ring]:
-    """The config of a run on this device, with vram_budget's choices, and how blocks stream where they do.
+    """The config of a run on this device, with vram_budget's choices, and how blocks stream where
+    they do.
 
     sizes: (width, height) of the images. Raises ConfigError where nothing fits.
     """
     if device.type != "cuda":
         if config.vram_budget is not None:
-            console.print('· "vram_budget" has no effect: there is no GPU', highlight=False, markup=False)
+            console.print(
+                '· "vram_budget" has no effect: there is no GPU', highlight=False, markup=False
+            )
         return config, Ring()
     if config.vram_budget is None:
         return config, _stated_ring(config)
     gpu = gpu_of(device)
     largest = max(sizes, key=lambda size: size[0] * size[1])
-    workload = workload_of(config, Batch(largest, config.train_batch_size, "the largest"), compute_of(config, gpu))
+    workload = workload_of(
+        config, Batch(largest, config.train_batch_size, "the largest"), compute_of(config, gpu)
+    )
     budget = budget_bytes(config, gpu.memory)
     if config.vram_budget == "auto":
         # by now the context is there, and so is what other programs have taken
@@ -188,14 +229,21 @@ def why_not(workload: Workload, budget: int) -> list[str]:
     """Lines on what a step takes at the very least, and which settings would make it fit."""
     blocks = workload.sizes.blocks
     ahead = not workload.trains_modulation
-    least = Choices(("full",) * blocks, slots=DEFAULT_RING, modulation_ahead=ahead, host_inputs=True)
+    least = Choices(
+        ("full",) * blocks, slots=DEFAULT_RING, modulation_ahead=ahead, host_inputs=True
+    )
     needed = account(workload, least).needed
-    lines = [f"a step takes {needed / GIB:.2f} GiB at the least (blocks streamed, recomputed), there are {budget / GIB:.2f}"]
+    lines = [
+        f"a step takes {needed / GIB:.2f} GiB at the least (blocks streamed, recomputed), there "
+        f"are {budget / GIB:.2f}"
+    ]
     smaller = {
         "a smaller train_batch_size": replace(workload, batch=1) if workload.batch > 1 else None,
         "int8-quanto as base_model_precision": _stored(workload, "int8"),
         "int4-quanto as base_model_precision": _stored(workload, "int4"),
-        "half the tokens (a lower resolution)": replace(workload, tokens=tuple(t // 2 for t in workload.tokens)),
+        "half the tokens (a lower resolution)": replace(
+            workload, tokens=tuple(t // 2 for t in workload.tokens)
+        ),
         "lora_rank 4": replace(workload, rank=min(workload.rank, 4)),
     }
     for name, other in smaller.items():
@@ -209,7 +257,9 @@ def _stored(workload: Workload, format: str) -> Workload:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The table's entry of a device; where it has none, an RTX 3090's rates, which only order the choices."""
+    """The table's entry of a device; where it has none, an RTX 3090's rates, which only order the
+    choices.
+    """
     properties = torch.cuda.get_device_properties(device)
     try:
         gpu = find_gpu(properties.name)

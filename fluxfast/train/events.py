@@ -1,6 +1,7 @@
 """What a run tells: the progress bar, `metrics.jsonl`, the trackers; and how it is told to stop.
 
-Numbers about a run never stop it: what can't be read, written or drawn is told once, and the run goes on.
+Numbers about a run never stop it: what can't be read, written or drawn is told once, and the run
+goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from fluxfast.files import atomic_file, write_atomic
 
@@ -31,7 +39,9 @@ RATE_WINDOW = 20
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: the allocator's on a GPU, the process's on a CPU, None where the system doesn't say."""
+    """Peak memory so far, GiB: the allocator's on a GPU, the process's on a CPU, None where the
+    system doesn't say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # peak resident set, KiB on Linux
@@ -41,7 +51,9 @@ def memory_gib(device: torch.device) -> float | None:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask the loop to save and stop after its step; a second signal stops at once."""
+    """SIGINT and SIGTERM ask the loop to save and stop after its step; a second signal stops at
+    once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -63,7 +75,9 @@ class StopRequest:
 
 
 class Numbers:
-    """Where numbers about the run go, beside the training itself: a failure there is told once, and goes no further."""
+    """Where numbers about the run go, beside the training itself: a failure there is told once, and
+    goes no further.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -82,7 +96,9 @@ class Numbers:
 
 
 class Metrics:
-    """`metrics.jsonl` in the output folder: a line a step. What a resumed run repeats is cut off first."""
+    """`metrics.jsonl` in the output folder: a line a step. What a resumed run repeats is cut off
+    first.
+    """
 
     def __init__(self, output_dir: Path, from_step: int, say: Callable[[str], None]) -> None:
         self.path = output_dir / METRICS_NAME
@@ -105,11 +121,13 @@ class Metrics:
                 os.fsync(self._file.fileno())
 
 
-def read_metrics(path: Path, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+def read_metrics(
+    path: Path, say: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` that can be read: JSON objects with a step and a finite loss.
 
-    A last line that a kill cut short is left out; how many others are not readable is told to `say` in one line. OSError
-    where there is a file, but it can't be opened.
+    A last line that a kill cut short is left out; how many others are not readable is told to `say`
+    in one line. OSError where there is a file, but it can't be opened.
     """
     if not path.exists():
         return []
@@ -128,7 +146,11 @@ def _metrics_line(text: bytes) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and _is_step(line.get("step")) and _is_finite(line.get("loss")) else None
+    return (
+        line
+        if isinstance(line, dict) and _is_step(line.get("step")) and _is_finite(line.get("loss"))
+        else None
+    )
 
 
 def _is_step(value: Any) -> bool:
@@ -136,7 +158,11 @@ def _is_step(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
 
 
 class TrainingBar:
@@ -174,14 +200,16 @@ class TrainingBar:
 
     def show(self, step: int, line: dict[str, Any]) -> None:
         numbers = (
-            f"loss {line['loss']:.4f} · lr {line['learning_rate']:.2e} · {line['steps_per_second']:.2f} steps/s"
+            f"loss {line['loss']:.4f} · lr {line['learning_rate']:.2e} · "
+            f"{line['steps_per_second']:.2f} steps/s"
             + ("" if line["memory_gib"] is None else f" · {line['memory_gib']:.1f} GiB")
         )
         self._progress.update(self._task, completed=step, numbers=numbers)
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
-    """`loss.png`: every step's loss and its running mean, with the learning rate, where it is known, below.
+    """`loss.png`: every step's loss and its running mean, with the learning rate, where it is
+    known, below.
 
     metrics: lines as `read_metrics` gives them, at least one.
     """
@@ -193,7 +221,9 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
 
     steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
     window = max(1, len(losses) // 25)
-    smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+    smooth = [
+        sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))
+    ]
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained"
     )
@@ -204,7 +234,9 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     top.legend()
     top.grid(alpha=0.3)
     rates = [m.get("learning_rate") for m in metrics]
-    bottom.plot(steps, [rate if _is_finite(rate) else math.nan for rate in rates], color="tab:orange")
+    bottom.plot(
+        steps, [rate if _is_finite(rate) else math.nan for rate in rates], color="tab:orange"
+    )
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)

@@ -1,11 +1,13 @@
-"""The rectified-flow objective: which noise level, what the model sees, what it should answer, how far off it was.
+"""The rectified-flow objective: which noise level, what the model sees, what it should answer, how
+far off it was.
 
     noisy  = (1 - sigma) · x0 + sigma · eps          sigma in [0, 1]: 0 is the clean latent, 1 pure noise
     target = eps - x0                                d noisy / d sigma
     t      = sigma                                   FLUX.1 multiplies by 1000 itself
 
-Pure functions of tensors and plain numbers. Whatever is random is drawn on the CPU from the generator that the caller
-passes in, so a run draws the same numbers on every device and can be resumed from that generator's state.
+Pure functions of tensors and plain numbers. Whatever is random is drawn on the CPU from the
+generator that the caller passes in, so a run draws the same numbers on every device and can be
+resumed from that generator's state.
 """
 
 import math
@@ -37,9 +39,10 @@ def auto_shift(
 ) -> float:
     """The shift k that fits a resolution: larger images need more noise to hide as much.
 
-    `h_lat`, `w_lat` are the latent's sides (pixels / 8); the defaults are those of FLUX.1's scheduler_config.json.
-    k = exp(mu), mu linear in the number of image tokens through (`base_image_seq_len`, `base_shift`) and
-    (`max_image_seq_len`, `max_shift`): 1.88 at 512 px, 3.16 at 1024 px.
+    `h_lat`, `w_lat` are the latent's sides (pixels / 8); the defaults are those of FLUX.1's
+    scheduler_config.json. k = exp(mu), mu linear in the number of image tokens through
+    (`base_image_seq_len`, `base_shift`) and (`max_image_seq_len`, `max_shift`): 1.88 at 512 px,
+    3.16 at 1024 px.
     """
     tokens = (h_lat // 2) * (w_lat // 2)
     slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
@@ -65,9 +68,10 @@ def sample_sigmas(
 ) -> Tensor:
     """One noise level per sample, fp32 [batch] on the CPU.
 
-    sigmoid: sigmoid(`sigmoid_scale` · (n + `offset`)), n normal. uniform: uniform. beta: Beta(`alpha`, `beta`).
-    fast: a uniform choice from `FAST_SIGMAS`, which no shift moves.
-    `shift` is the k of `apply_shift`, 0 for none: the configured number, or what `auto_shift` says of the batch's size.
+    sigmoid: sigmoid(`sigmoid_scale` · (n + `offset`)), n normal. uniform: uniform. beta:
+    Beta(`alpha`, `beta`). fast: a uniform choice from `FAST_SIGMAS`, which no shift moves. `shift`
+    is the k of `apply_shift`, 0 for none: the configured number, or what `auto_shift` says of the
+    batch's size.
     """
     if schedule == "fast":
         choice = torch.randint(len(FAST_SIGMAS), (batch,), generator=generator)
@@ -81,7 +85,9 @@ def sample_sigmas(
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         sigmas = torch.from_numpy(np.random.default_rng(seed).beta(alpha, beta, batch)).float()
     else:
-        raise ValueError(f"unknown sigma schedule {schedule!r}: choose sigmoid, uniform, beta or fast")
+        raise ValueError(
+            f"unknown sigma schedule {schedule!r}: choose sigmoid, uniform, beta or fast"
+        )
     return apply_shift(sigmas, shift) if shift else sigmas
 
 
@@ -96,15 +102,21 @@ def sigmas_from_list(
     """Noise levels taken from the user's own list, fp32 [batch]; never shifted.
 
     A list whose largest entry is at most 1 holds sigmas, any other holds timesteps out of 1000.
-    fixed-list draws at random; round-robin walks the list, `batch` entries a step: `step` counts batches, so the walk
-    goes on where it was when a run resumes.
+    fixed-list draws at random; round-robin walks the list, `batch` entries a step: `step` counts
+    batches, so the walk goes on where it was when a run resumes.
     """
     if not timesteps:
-        raise ValueError("flow_custom_timesteps is empty: give at least one sigma (0 to 1) or timestep (0 to 1000)")
+        raise ValueError(
+            "flow_custom_timesteps is empty: give at least one sigma (0 to 1) or timestep (0 to "
+            "1000)"
+        )
     values = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
     values = values / 1000 if values.max() > 1 else values
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(f"flow_custom_timesteps must be sigmas in 0..1 or timesteps in 0..1000, got {list(timesteps)}")
+        raise ValueError(
+            "flow_custom_timesteps must be sigmas in 0..1 or timesteps in 0..1000, got "
+            f"{list(timesteps)}"
+        )
     if mode == "fixed-list":
         index = torch.randint(len(values), (batch,), generator=generator)
     elif mode == "round-robin":
@@ -133,8 +145,9 @@ def target(x0: Tensor, eps: Tensor) -> Tensor:
 def huber_threshold(sigmas: Tensor, huber_c: float, schedule: HuberSchedule) -> Tensor:
     """The pseudo-Huber threshold c at each noise level, in sigmas' shape.
 
-    Scheduled pseudo-Huber loss (arXiv 2403.16728), as diffusers' research project and kohya's sd-scripts define it on
-    a DDPM scheduler, carried over to the flow's sigma (t/1000 = sigma; noise-to-signal ratio = sigma / (1 - sigma)):
+    Scheduled pseudo-Huber loss (arXiv 2403.16728), as diffusers' research project and kohya's
+    sd-scripts define it on a DDPM scheduler, carried over to the flow's sigma (t/1000 = sigma;
+    noise-to-signal ratio = sigma / (1 - sigma)):
 
         constant      c = h
         exponential   c = exp(ln(h) · t/1000)                                = h^sigma
@@ -162,8 +175,8 @@ def loss(
 ) -> Tensor:
     """Each sample's loss, fp32 [B]; the training loss is its mean.
 
-    pred, target [B, ...]. With d = pred - target and c = `huber_threshold`: l2 is d², huber 2c·(√(d² + c²) - c),
-    smooth_l1 2·(√(d² + c²) - c); the last two need `sigmas` [B].
+    pred, target [B, ...]. With d = pred - target and c = `huber_threshold`: l2 is d², huber
+    2c·(√(d² + c²) - c), smooth_l1 2·(√(d² + c²) - c); the last two need `sigmas` [B].
     """
     error = (pred.float() - target.float()).square()
     if kind in ("huber", "smooth_l1"):
@@ -186,7 +199,9 @@ def guidance_vector(
     max: float = 4.0,
     generator: torch.Generator,
 ) -> Tensor:
-    """The guidance scale that each sample trains under, fp32 [batch]: `value`, or uniform in [`min`, `max`)."""
+    """The guidance scale that each sample trains under, fp32 [batch]: `value`, or uniform in
+    [`min`, `max`).
+    """
     if mode == "constant":
         return torch.full((batch,), value)
     if mode == "random-range":
@@ -195,7 +210,9 @@ def guidance_vector(
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H/2 · W/2, 4C]: each token is a 2 × 2 patch, (channel, row, column) fastest last."""
+    """[B, C, H, W] -> [B, H/2 · W/2, 4C]: each token is a 2 × 2 patch, (channel, row, column)
+    fastest last.
+    """
     b, c, h, w = latents.shape
     if h % 2 or w % 2:
         raise ValueError(f"latent sides must be even (pixels a multiple of 16), got {h} x {w}")
@@ -203,8 +220,16 @@ def pack_latents(latents: Tensor) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
-def image_ids(h_lat: int, w_lat: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """The RoPE position (0, row, column) of every token of a packed latent, [H/2 · W/2, 3]. Text tokens' are all 0."""
+def image_ids(
+    h_lat: int,
+    w_lat: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The RoPE position (0, row, column) of every token of a packed latent, [H/2 · W/2, 3]. Text
+    tokens' are all 0.
+    """
     ids = torch.zeros(h_lat // 2, w_lat // 2, 3, device=device, dtype=dtype)
     ids[..., 1] = torch.arange(h_lat // 2, device=device, dtype=dtype)[:, None]
     ids[..., 2] = torch.arange(w_lat // 2, device=device, dtype=dtype)[None, :]

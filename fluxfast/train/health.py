@@ -1,18 +1,20 @@
-"""What a run's config asks of this machine, as `fluxfast.doctor` checks it, and what the config may not ask after that."""
+"""What a run's config asks of this machine, as `fluxfast.doctor` checks it, and what the config may
+not ask after that.
+"""
 
 from __future__ import annotations
 
 import torch
 from rich.console import Console
 
-from fluxfast.data.settings import ConfigError
+from fluxfast.config.run import TrainConfig
+from fluxfast.config.settings import ConfigError
 from fluxfast.doctor import startup
 from fluxfast.doctor.scope import PLAIN, Scope, sizes_for
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops import verdicts
 from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.compute import compute_for
-from fluxfast.train.config import TrainConfig
 
 
 def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = False) -> Scope:

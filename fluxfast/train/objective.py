@@ -1,4 +1,5 @@
-"""The loss of a batch: what is drawn at random, what the model is given, what its answer is compared with.
+"""The loss of a batch: what is drawn at random, what the model is given, what its answer is
+compared with.
 
 The maths is in `flow`; this is where a run's settings meet it.
 """
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch
 from fluxfast.model.modulation import Conditions
 from fluxfast.model.pinned import pin, send
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
-from fluxfast.train.config import TrainConfig
 
 
 def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
@@ -29,16 +30,16 @@ def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """A micro-batch as the model is to see it, on the host, in memory that the device reads by itself.
+    """A micro-batch as the model is to see it, on the host, in memory that the device reads by
+    itself.
 
     Attributes:
-        step, micro: the micro-batch's place in the run; steps count from 1.
-        hidden_states: the noisy latents, packed [B, S_img, C].
-        target: what the model should answer, packed fp32 [B, S_img, C].
-        sigmas: noise levels, fp32 [B].
-        guidance: the guidance that each sample is trained under, fp32 [B]; None where the model takes none.
-        prompt_embeds, pooled: the text encoders' outputs [B, L, T5 width] and [B, CLIP width].
-        size: (height, width) of the latents.
+        step, micro: the micro-batch's place in the run; steps count from 1. hidden_states: the
+        noisy latents, packed [B, S_img, C]. target: what the model should answer, packed fp32 [B,
+        S_img, C]. sigmas: noise levels, fp32 [B]. guidance: the guidance that each sample is
+        trained under, fp32 [B]; None where the model takes none. prompt_embeds, pooled: the text
+        encoders' outputs [B, L, T5 width] and [B, CLIP width]. size: (height, width) of the
+        latents.
     """
 
     batch: Batch
@@ -54,23 +55,38 @@ class Example:
 
 
 class Objective:
-    """Flow matching as a config asks for it. `shift_bounds` are `flow.auto_shift`'s, from the pipeline's scheduler."""
+    """Flow matching as a config asks for it. `shift_bounds` are `flow.auto_shift`'s, from the
+    pipeline's scheduler.
+    """
 
     def __init__(
-        self, config: TrainConfig, transformer: FluxTransformer, seed: int, shift_bounds: Mapping[str, Any]
+        self,
+        config: TrainConfig,
+        transformer: FluxTransformer,
+        seed: int,
+        shift_bounds: Mapping[str, Any],
     ) -> None:
-        self.config, self.transformer, self.seed, self.shift_bounds = config, transformer, seed, shift_bounds
+        self.config, self.transformer, self.seed, self.shift_bounds = (
+            config,
+            transformer,
+            seed,
+            shift_bounds,
+        )
         self.device = transformer.device
         # position ids [S, 3] on the device, by the latents' size and the number of text tokens
         self._ids: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def example(self, batch: Batch, number: int) -> Example:
-        """Draw noise levels, guidance and noise for micro-batch `number` of the run, counted from 0; from any thread.
+        """Draw noise levels, guidance and noise for micro-batch `number` of the run, counted from
+        0; from any thread.
 
         The same batch and number give the same example.
         """
         config, dtype = self.config, self.config.weight_dtype
-        step, micro = number // config.gradient_accumulation_steps + 1, number % config.gradient_accumulation_steps
+        step, micro = (
+            number // config.gradient_accumulation_steps + 1,
+            number % config.gradient_accumulation_steps,
+        )
         g = torch.Generator().manual_seed(step_seed(self.seed, step, micro, "flow"))
         sigmas = self._sigmas(batch, number, g)
         guidance = flow.guidance_vector(
@@ -101,11 +117,17 @@ class Objective:
         )
 
     def modulation_conditions(self, example: Example) -> Conditions:
-        """What the model's modulation will be a function of in this example's loss; from any thread."""
-        return Conditions.of(example.sigmas, example.guidance, example.pooled, self.config.weight_dtype)
+        """What the model's modulation will be a function of in this example's loss; from any
+        thread.
+        """
+        return Conditions.of(
+            example.sigmas, example.guidance, example.pooled, self.config.weight_dtype
+        )
 
     def loss(self, example: Example) -> Tensor:
-        """The flow-matching loss: predict eps - x0 at the sampled sigmas. Waits for nothing that is on the device."""
+        """The flow-matching loss: predict eps - x0 at the sampled sigmas. Waits for nothing that is
+        on the device.
+        """
         config, place = self.config, (self.seed, example.step, example.micro)
         inputs = self._model_inputs(example)
         target = send(example.target, self.device)
@@ -129,7 +151,11 @@ class Objective:
         config = self.config
         if config.custom_sigmas is not None:
             return flow.sigmas_from_list(
-                len(batch.latents), config.custom_sigmas, mode=config.flow_timesteps_mode, generator=g, step=number
+                len(batch.latents),
+                config.custom_sigmas,
+                mode=config.flow_timesteps_mode,
+                generator=g,
+                step=number,
             )
         shift = config.flow_schedule_shift
         if config.flow_schedule_auto_shift:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fluxfast.memory.offload import DEFAULT_SLOTS, BlockStream, stream_blocks
+from fluxfast.config.run import TrainConfig
+from fluxfast.memory.stream import DEFAULT_SLOTS, BlockStream, stream_blocks
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.train.config import TrainConfig
 
 # the parts of a transformer that are loaded into host memory if they are to be streamed
 STREAMED_MODULES = ("transformer_blocks", "single_transformer_blocks")
@@ -24,7 +24,8 @@ def stream(
     slots: int = DEFAULT_SLOTS,
     inputs_on_host: bool = False,
 ) -> BlockStream | None:
-    """Stream the blocks of a transformer that has its adapters, and say so; None where the config doesn't ask for it.
+    """Stream the blocks of a transformer that has its adapters, and say so; None where the config
+    doesn't ask for it.
 
     slots: groups of blocks on the device at a time. inputs_on_host: as `stream_blocks` takes it.
     """
@@ -34,12 +35,19 @@ def stream(
     def say(text: str) -> None:
         console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
 
-    disk_path = Path(config.group_offload_to_disk_path).expanduser() if config.group_offload_to_disk_path else None
+    disk_path = (
+        Path(config.group_offload_to_disk_path).expanduser()
+        if config.group_offload_to_disk_path
+        else None
+    )
     on_cuda = device.type == "cuda"
     if config.group_offload_use_stream and not on_cuda:
         say('"group_offload_use_stream" has no effect: there is no CUDA device')
     if on_cuda and not config.group_offload_use_stream:
-        say('the step waits for each copy of weights: "group_offload_use_stream": true copies beside the computation')
+        say(
+            'the step waits for each copy of weights: "group_offload_use_stream": true copies '
+            "beside the computation"
+        )
     made = stream_blocks(
         transformer,
         device,

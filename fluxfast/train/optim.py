@@ -1,10 +1,11 @@
 """Optimisers, learning-rate schedules and gradient clipping.
 
-`AdamWBF16` keeps parameters and both moments in bf16: 6 bytes a parameter where fp32 AdamW takes 12. Rounding to nearest
-would stop it: bf16 has 8 significant bits, so an update under 2^-9 of its parameter is lost, and so is the 1 - beta2 =
-0.001 that exp_avg_sq should lose in a step. Everything is therefore computed in fp32 and stored with stochastic rounding,
-which keeps the mean. For exp_avg_sq that is an unbiased noise of about 4 % (2^-8 / √6 a step, averaged over 1 / 0.001
-steps), half that in the step's size; fp32 moments would buy it off for twice the state.
+`AdamWBF16` keeps parameters and both moments in bf16: 6 bytes a parameter where fp32 AdamW takes
+12. Rounding to nearest would stop it: bf16 has 8 significant bits, so an update under 2^-9 of its
+parameter is lost, and so is the 1 - beta2 = 0.001 that exp_avg_sq should lose in a step. Everything
+is therefore computed in fp32 and stored with stochastic rounding, which keeps the mean. For
+exp_avg_sq that is an unbiased noise of about 4 % (2^-8 / √6 a step, averaged over 1 / 0.001 steps),
+half that in the step's size; fp32 moments would buy it off for twice the state.
 """
 
 import math
@@ -24,7 +25,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 
 OPTIMIZERS = ("adamw_bf16", "torch-adamw")
 LR_SCHEDULERS = (
@@ -35,20 +36,26 @@ LR_SCHEDULERS = (
     "polynomial",
 )
 
-# elements that one pass of the optimiser flattens. On a CPU the fp32 temporaries, about 28 bytes an element, should stay in
-# cache (2^17 was the fastest of 2^16 … 2^22); on a GPU they should hide the launches, and take no more than 100 MiB
+# elements that one pass of the optimiser flattens. On a CPU the fp32 temporaries, about 28 bytes an
+# element, should stay in cache (2^17 was the fastest of 2^16 … 2^22); on a GPU they should hide the
+# launches, and take no more than 100 MiB
 _PASS_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 22}
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 to bf16, up or down with the probability that keeps the mean; any shape.
 
-    16 random bits are added below bf16's last one and the sum is cut off there. What bf16 can hold comes out unchanged,
-    infinities and NaNs too. `generator` is on x's device.
+    16 random bits are added below bf16's last one and the sum is cut off there. What bf16 can hold
+    comes out unchanged, infinities and NaNs too. `generator` is on x's device.
     """
     # four elements share a 64-bit word: on a CPU, drawing is what costs
     words = torch.randint(
-        -(1 << 63), (1 << 63) - 1, ((x.numel() + 3) // 4,), generator=generator, device=x.device, dtype=torch.int64
+        -(1 << 63),
+        (1 << 63) - 1,
+        ((x.numel() + 3) // 4,),
+        generator=generator,
+        device=x.device,
+        dtype=torch.int64,
     )
     bits = words.view(torch.int16)[: x.numel()].to(torch.int32).bitwise_and_(0xFFFF).view(x.shape)
     bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
@@ -57,13 +64,15 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class AdamWBF16(Optimizer):
-    """AdamW (decoupled decay, both bias corrections) for bf16 parameters; fp32 ones are updated without rounding.
+    """AdamW (decoupled decay, both bias corrections) for bf16 parameters; fp32 ones are updated
+    without rounding.
 
-    Moments have their parameter's dtype. The rounding's noise depends on `seed`, the step and the order of the
-    parameters, which `state_dict` holds, and on nothing else: a resumed run goes on bit for bit on the same kind of
-    device, and ranks that reduced the same gradients stay equal.
-    impl: "auto" takes Triton's fused kernel on a GPU, one launch for all parameters that are alike, and torch elsewhere;
-    "triton" or "ref" asks for one of them, and `step` raises ValueError where that can't do it.
+    Moments have their parameter's dtype. The rounding's noise depends on `seed`, the step and the
+    order of the parameters, which `state_dict` holds, and on nothing else: a resumed run goes on
+    bit for bit on the same kind of device, and ranks that reduced the same gradients stay equal.
+    impl: "auto" takes Triton's fused kernel on a GPU, one launch for all parameters that are alike,
+    and torch elsewhere; "triton" or "ref" asks for one of them, and `step` raises ValueError where
+    that can't do it.
     """
 
     def __init__(
@@ -80,10 +89,15 @@ class AdamWBF16(Optimizer):
         self.impl = impl
         # by param group and place in it, the addresses that a table was made for, and the table
         self._tables: dict[tuple[int, int], tuple[list[int], Any]] = {}
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed},
+        )
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         if not dtypes <= {torch.bfloat16, torch.float32}:
-            raise ValueError(f"adamw_bf16 takes bf16 or fp32 parameters, got {', '.join(map(str, dtypes))}")
+            raise ValueError(
+                f"adamw_bf16 takes bf16 or fp32 parameters, got {', '.join(map(str, dtypes))}"
+            )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -107,7 +121,9 @@ class AdamWBF16(Optimizer):
                     continue
                 seed = np.random.SeedSequence((group["seed"], index, step)).generate_state(1)[0]
                 generator = torch.Generator(device).manual_seed(int(seed))
-                for chunk in _chunks(params, _PASS_ELEMENTS["cpu" if device.type == "cpu" else "gpu"]):
+                for chunk in _chunks(
+                    params, _PASS_ELEMENTS["cpu" if device.type == "cpu" else "gpu"]
+                ):
                     self._update(chunk, group, step, generator)
         return loss
 
@@ -121,16 +137,30 @@ class AdamWBF16(Optimizer):
         return state["step"]
 
     def _is_fused(self, params: Sequence[Parameter]) -> bool:
-        scattered = None if all(p.is_contiguous() for p in params) else "a parameter is not contiguous"
-        backend = _impl.resolve("adamw_bf16", self.impl, params, obstacle=scattered, native_obstacle="there is no native AdamW")
+        scattered = (
+            None if all(p.is_contiguous() for p in params) else "a parameter is not contiguous"
+        )
+        backend = dispatch.resolve(
+            "adamw_bf16",
+            self.impl,
+            params,
+            obstacle=scattered,
+            native_obstacle="there is no native AdamW",
+        )
         return backend == "triton"
 
-    def _fused_update(self, params: list[Parameter], group: dict[str, Any], step: int, place: tuple[int, int]) -> None:
-        """The same update in one launch. place: of the param group, and of these parameters among those of the group."""
+    def _fused_update(
+        self, params: list[Parameter], group: dict[str, Any], step: int, place: tuple[int, int]
+    ) -> None:
+        """The same update in one launch. place: of the param group, and of these parameters among
+        those of the group.
+        """
         from fluxfast_kernels.optim import adamw_step
 
         # the kernel's noise is a function of this, the step and the element
-        seed = int(np.random.SeedSequence((group["seed"], *place)).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(
+            np.random.SeedSequence((group["seed"], *place)).generate_state(1, np.uint64)[0] >> 1
+        )
         adamw_step(
             self._table(params, place),
             [p.grad.contiguous() for p in params if p.grad is not None],
@@ -143,14 +173,22 @@ class AdamWBF16(Optimizer):
         )
 
     def _table(self, params: list[Parameter], place: tuple[int, int]) -> Any:
-        """Where the kernel finds parameters and moments: made anew when one of them has other memory than at the last step."""
+        """Where the kernel finds parameters and moments: made anew when one of them has other
+        memory than at the last step.
+        """
         from fluxfast_kernels.optim import adamw_table
 
-        tensors = [list(params), *([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))]
+        tensors = [
+            list(params),
+            *([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")),
+        ]
         addresses = [t.data_ptr() for each in tensors for t in each]
         known = self._tables.get(place)
         if known is None or known[0] != addresses:
-            known = self._tables[place] = (addresses, adamw_table(*([t.detach() for t in each] for each in tensors)))
+            known = self._tables[place] = (
+                addresses,
+                adamw_table(*([t.detach() for t in each] for each in tensors)),
+            )
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,21 +198,30 @@ class AdamWBF16(Optimizer):
         super().__setstate__(state)
         self._tables = {}
 
-    def _update(self, params: list[Parameter], group: dict[str, Any], step: int, generator: torch.Generator) -> None:
+    def _update(
+        self, params: list[Parameter], group: dict[str, Any], step: int, generator: torch.Generator
+    ) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
-        moments = [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params]
+        moments = (
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+        )
         grad = _flat([p.grad for p in params if p.grad is not None])
         p, m, v = _flat(params), _flat(moments[0]), _flat(moments[1])
 
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        p.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+        p.mul_(1 - lr * group["weight_decay"]).addcdiv_(
+            m, denominator, value=-lr / (1 - beta1**step)
+        )
         for flat, tensors in ((p, params), (m, moments[0]), (v, moments[1])):
             if tensors[0].dtype == torch.bfloat16:
                 flat = stochastic_round(flat, generator)
             parts = flat.split([t.numel() for t in tensors])
-            torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+            torch._foreach_copy_(
+                list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+            )
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -205,12 +252,15 @@ def build_optimizer(
     eps: float | None = None,
     seed: int = 0,
 ) -> Optimizer:
-    """The optimiser that `optimizer` names. `eps` None is its own default; `seed` is for stochastic rounding.
+    """The optimiser that `optimizer` names. `eps` None is its own default; `seed` is for stochastic
+    rounding.
 
     Given by name, parameters whose names contain bias, norm or embed aren't decayed.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer {name!r} isn't implemented: choose one of {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"optimizer {name!r} isn't implemented: choose one of {', '.join(OPTIMIZERS)}"
+        )
     groups = _decay_groups(params, weight_decay) if isinstance(params, Mapping) else list(params)
     if name == "adamw_bf16":
         return AdamWBF16(groups, lr, betas, 1e-6 if eps is None else eps, weight_decay, seed=seed)
@@ -218,21 +268,30 @@ def build_optimizer(
 
 
 def _decay_groups(params: Mapping[str, Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    plain = [p for name, p in params.items() if any(part in name for part in ("bias", "norm", "embed"))]
+    plain = [
+        p for name, p in params.items() if any(part in name for part in ("bias", "norm", "embed"))
+    ]
     decayed = [p for p in params.values() if not any(p is other for other in plain)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def load_moments(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Take each parameter's state (moments and step count) from `saved`, an `Optimizer.state_dict()`, and nothing else.
+    """Take each parameter's state (moments and step count) from `saved`, an
+    `Optimizer.state_dict()`, and nothing else.
 
-    Learning rate, betas, epsilon and weight decay stay the optimiser's own. ValueError where `saved` has other parameters.
+    Learning rate, betas, epsilon and weight decay stay the optimiser's own. ValueError where
+    `saved` has other parameters.
     """
     own = optimizer.state_dict()["param_groups"]
     counts = [[len(group["params"]) for group in groups] for groups in (own, saved["param_groups"])]
     if counts[0] != counts[1]:
-        raise ValueError(f"the saved optimiser has groups of {counts[1]} parameters, this one of {counts[0]}")
+        raise ValueError(
+            f"the saved optimiser has groups of {counts[1]} parameters, this one of {counts[0]}"
+        )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
@@ -246,13 +305,15 @@ def build_lr_scheduler(
     lr_end: float = 4e-7,
     done: int = 0,
 ) -> LambdaLR:
-    """The schedule that `lr_scheduler` names, over a run of `total` optimiser steps; call `step()` after each.
+    """The schedule that `lr_scheduler` names, over a run of `total` optimiser steps; call `step()`
+    after each.
 
-    `done` steps lie behind already: the next one's rate is what it is in a run that had this schedule from its start.
-    The highest rates are the optimiser's own, as it was built.
+    `done` steps lie behind already: the next one's rate is what it is in a run that had this
+    schedule from its start. The highest rates are the optimiser's own, as it was built.
 
-    All rise linearly over the first `warmup` steps. Then constant holds, linear falls to 0 at `total`, polynomial falls to
-    `lr_end` as (1 - progress)^`power`, cosine falls to `lr_end` in half a wave.
+    All rise linearly over the first `warmup` steps. Then constant holds, linear falls to 0 at
+    `total`, polynomial falls to `lr_end` as (1 - progress)^`power`, cosine falls to `lr_end` in
+    half a wave.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -265,7 +326,9 @@ def build_lr_scheduler(
     if name == "linear":
         return get_linear_schedule_with_warmup(optimizer, warmup, total, last_epoch=last)
     if name not in LR_SCHEDULERS:
-        raise ValueError(f"lr_scheduler {name!r} isn't implemented: choose one of {', '.join(LR_SCHEDULERS)}")
+        raise ValueError(
+            f"lr_scheduler {name!r} isn't implemented: choose one of {', '.join(LR_SCHEDULERS)}"
+        )
     lr = optimizer.defaults["lr"]
     if lr_end >= lr:
         raise ValueError(f"lr_end must be below learning_rate for {name}, got {lr_end} and {lr}")
@@ -283,11 +346,14 @@ def build_lr_scheduler(
     return LambdaLR(optimizer, factor, last_epoch=last)
 
 
-def clip_gradients(params: Iterable[Parameter], method: Literal["value", "norm"], max_norm: float) -> Tensor:
-    """Clips in place and returns the gradients' total L2 norm before that, an fp32 scalar on their device (no sync).
+def clip_gradients(
+    params: Iterable[Parameter], method: Literal["value", "norm"], max_norm: float
+) -> Tensor:
+    """Clips in place and returns the gradients' total L2 norm before that, an fp32 scalar on their
+    device (no sync).
 
-    `norm` scales all gradients so that the total is at most `max_norm`; `value` clamps every element to ± `max_norm`.
-    0 clips nothing.
+    `norm` scales all gradients so that the total is at most `max_norm`; `value` clamps every
+    element to ± `max_norm`. 0 clips nothing.
     """
     if method not in ("value", "norm"):
         raise ValueError(f"unknown grad_clip_method {method!r}: choose value or norm")
@@ -295,7 +361,9 @@ def clip_gradients(params: Iterable[Parameter], method: Literal["value", "norm"]
     if not with_grad:
         return torch.zeros(())
     # bf16 gradients' norms are added up in fp32
-    norms = torch._foreach_norm([p.grad for p in with_grad if p.grad is not None], 2, dtype=torch.float32)
+    norms = torch._foreach_norm(
+        [p.grad for p in with_grad if p.grad is not None], 2, dtype=torch.float32
+    )
     total = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0 and method == "norm":
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, total)

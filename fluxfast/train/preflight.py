@@ -1,8 +1,9 @@
-"""What can be known to go wrong in a run before any image is encoded or weight loaded: looked for at once, and told together.
+"""What can be known to go wrong in a run before any image is encoded or weight loaded: looked for
+at once, and told together.
 
-Paths, data config, prompts, checkpoint, LoRA and the names and shapes of the base cost a second; a run that finds out about
-them one by one, after its captions and images are encoded, costs an hour. Whatever comes from the Hub is fetched last, and
-only by a run that nothing else is wrong with.
+Paths, data config, prompts, checkpoint, LoRA and the names and shapes of the base cost a second; a
+run that finds out about them one by one, after its captions and images are encoded, costs an hour.
+Whatever comes from the Hub is fetched last, and only by a run that nothing else is wrong with.
 """
 
 from __future__ import annotations
@@ -19,18 +20,24 @@ from safetensors import SafetensorError
 
 from fluxfast.adapters.formats import LoraFile, check_fits
 from fluxfast.adapters.lora import check_init
-from fluxfast.data.config import DataConfig, load_data_config
-from fluxfast.data.settings import ConfigError
+from fluxfast.checkpoint.flux import Checkpoint
+from fluxfast.config.datasets import DataConfig, load_data_config
+from fluxfast.config.run import Source, TrainConfig
+from fluxfast.config.settings import ConfigError
 from fluxfast.data.sources import local_folder
-from fluxfast.model.checkpoint import Checkpoint
 from fluxfast.model.routing import resolve_routes
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.train import disk, resume
-from fluxfast.train.adapter import not_resumable, read_init_lora, saved_lora, targeted, told_beside_init_lora
+from fluxfast.train import disk_space, resume
+from fluxfast.train.adapter import (
+    not_resumable,
+    read_init_lora,
+    saved_lora,
+    targeted,
+    told_beside_init_lora,
+)
 from fluxfast.train.base_model import open_base, quantizing_device
+from fluxfast.train.build import validation_prompts
 from fluxfast.train.compute import choose_compute
-from fluxfast.train.config import Source, TrainConfig
-from fluxfast.train.setup import validation_prompts
 from fluxfast.train.state import SavedRun
 
 # a pipeline's folders that a run reads beside the transformer; the models among them have weights
@@ -38,7 +45,9 @@ _TOKENIZERS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 class Checked(NamedTuple):
-    """What was read on the way: the checkpoint to go on from, the LoRA that says what the adapter is like, lines to print."""
+    """What was read on the way: the checkpoint to go on from, the LoRA that says what the adapter
+    is like, lines to print.
+    """
 
     saved: SavedRun | None
     lora: LoraFile | None
@@ -46,7 +55,9 @@ class Checked(NamedTuple):
 
 
 def check(config: TrainConfig, device: torch.device) -> Checked:
-    """Everything about a run that can be checked without loading weights. ConfigError with every problem there is."""
+    """Everything about a run that can be checked without loading weights. ConfigError with every
+    problem there is.
+    """
     problems: list[str] = []
     notes: list[str] = []
     saved: SavedRun | None = None
@@ -88,7 +99,9 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
 
 @contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
-    """Add what the block raises about the user's files and settings to `problems`, and go on after it."""
+    """Add what the block raises about the user's files and settings to `problems`, and go on after
+    it.
+    """
     try:
         yield
     except ConfigError as error:
@@ -101,23 +114,30 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
     """Folders that are not there, and places where nothing can be written."""
     written = {'"output_dir"': config.output_dir, '"cache_dir"': config.cache_dir}
     if config.enable_group_offload and config.group_offload_to_disk_path:
-        written['"group_offload_to_disk_path"'] = Path(config.group_offload_to_disk_path).expanduser()
+        written['"group_offload_to_disk_path"'] = Path(
+            config.group_offload_to_disk_path
+        ).expanduser()
     problems = []
     for dataset in data.images if data else ():
         written[f'dataset "{dataset.id}": "cache_dir_vae"'] = dataset.cache_dir_vae
         if not dataset.instance_data_dir.is_dir():
             problems.append(
-                f'{config.data_backend_config}: dataset "{dataset.id}": "instance_data_dir" {dataset.instance_data_dir}: '
+                f'{config.data_backend_config}: dataset "{dataset.id}": "instance_data_dir" '
+                f"{dataset.instance_data_dir}: "
                 "no such folder"
             )
     if data:
         written[f'dataset "{data.text_embeds.id}": "cache_dir"'] = data.text_embeds.cache_dir
     for name, path in written.items():
-        place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        place = next(
+            folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
+        )
         if not place.is_dir():
             problems.append(f"{name} {path}: can't be made a folder, as {place} is a file")
         # a cache that is there may be whole, and then nothing is written to it
-        elif not os.access(place, os.W_OK | os.X_OK) and (name == '"output_dir"' or place != path.absolute()):
+        elif not os.access(place, os.W_OK | os.X_OK) and (
+            name == '"output_dir"' or place != path.absolute()
+        ):
             problems.append(f"{name} {path}: nothing can be written to {place}")
     return problems
 
@@ -133,17 +153,28 @@ def _sources(config: TrainConfig) -> list[Source]:
 
 
 def _is_hub_name(path: str) -> bool:
-    return not Path(path).expanduser().exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return (
+        not Path(path).expanduser().exists()
+        and path.count("/") == 1
+        and not path.startswith((".", "/", "~"))
+    )
 
 
 def _check_folder(source: Source) -> None:
     folder = local_folder(source)
     if source.subfolder not in _TOKENIZERS and not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder}: holds no .safetensors file; expected the weights of a model in diffusers' layout")
+        raise ValueError(
+            f"{folder}: holds no .safetensors file; expected the weights of a model in "
+            "diffusers' layout"
+        )
 
 
 def _check_devices(config: TrainConfig, device: torch.device) -> None:
-    precisions = {config.base_model_precision, config.text_encoder_1_precision, config.text_encoder_2_precision}
+    precisions = {
+        config.base_model_precision,
+        config.text_encoder_1_precision,
+        config.text_encoder_2_precision,
+    }
     if precisions != {"no_change"}:
         quantizing_device(config.quantize_via, device)
     if config.compute_precision in ("int8", "fp8"):
@@ -166,7 +197,9 @@ def _check_model(
         model = FluxTransformer.from_config(dict(base.config))
     if config.tread_config:
         with _collecting(problems):
-            resolve_routes([route.model_dump() for route in config.tread_config.routes], len(model.blocks))
+            resolve_routes(
+                [route.model_dump() for route in config.tread_config.routes], len(model.blocks)
+            )
     ranks: dict[str, int] = {}
     changes: list[str] = []
     with _collecting(problems):
@@ -185,9 +218,14 @@ def _check_model(
     if lora is not None:
         notes += told_beside_init_lora(config, lora, model)
     if data is not None and ranks:
-        size = disk.checkpoint_bytes(config, model, ranks)
-        features = {"t5": model.config.joint_attention_dim, "clip": model.config.pooled_projection_dim}
-        found, more = disk.shortage(config, data.images, data.text_embeds.cache_dir, size, **features)
+        size = disk_space.checkpoint_bytes(config, model, ranks)
+        features = {
+            "t5": model.config.joint_attention_dim,
+            "clip": model.config.pooled_projection_dim,
+        }
+        found, more = disk_space.shortage(
+            config, data.images, data.text_embeds.cache_dir, size, **features
+        )
         problems += found
         notes += more
     return changes

@@ -1,10 +1,11 @@
 """What a run needs to go on as if it had never stopped, in `<output_dir>/checkpoint-<step>`.
 
-A checkpoint folder holds the LoRA that other programs load (`pytorch_lora_weights.safetensors`), the trained tensors and the
-optimiser's as they are (`adapter.safetensors`, `optimizer.safetensors`), and everything else in `training_state.json`. Random
-numbers need no state: each step's come from the seed and the step's number. The folder is complete or absent (`files`).
-`checksums.json` says what each of the three files that a run goes on from holds, so that one which a disk has changed since is
-refused instead of trained from.
+A checkpoint folder holds the LoRA that other programs load (`pytorch_lora_weights.safetensors`),
+the trained tensors and the optimiser's as they are (`adapter.safetensors`,
+`optimizer.safetensors`), and everything else in `training_state.json`. Random numbers need no
+state: each step's come from the seed and the step's number. The folder is complete or absent
+(`files`). `checksums.json` says what each of the three files that a run goes on from holds, so that
+one which a disk has changed since is refused instead of trained from.
 """
 
 from __future__ import annotations
@@ -30,8 +31,17 @@ CHECKSUMS_NAME = "checksums.json"
 # 2 added checksums and the settings that the steps so far were trained with
 VERSION = 2
 _READ_VERSIONS = (1, 2)
-# besides the files' own errors: JSON that was changed may lack a key, be of another shape, or name a tensor that isn't there
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+# besides the files' own errors: JSON that was changed may lack a key, be of another shape, or name
+# a tensor that isn't there
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SafetensorError,
+)
 
 
 class ResumeError(ValueError):
@@ -39,12 +49,15 @@ class ResumeError(ValueError):
 
 
 class SaveError(RuntimeError):
-    """A checkpoint that could not be written: the message names it, why, and the last one that is there."""
+    """A checkpoint that could not be written: the message names it, why, and the last one that is
+    there.
+    """
 
 
 class SavedRun(NamedTuple):
-    """A checkpoint as it was read. `state` is training_state.json's, `adapter` the trained tensors, `optimizer` the
-    optimiser's state dict."""
+    """A checkpoint as it was read. `state` is training_state.json's, `adapter` the trained tensors,
+    `optimizer` the optimiser's state dict.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -67,7 +80,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
-    """The folder that `resume_from_checkpoint` names: `latest` (None where there is none yet), a name or a path."""
+    """The folder that `resume_from_checkpoint` names: `latest` (None where there is none yet), a
+    name or a path.
+    """
     if not wanted:
         return None
     if wanted == "latest":
@@ -76,7 +91,9 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
         if path.is_dir():
             return path
     have = ", ".join(path.name for path in checkpoints(output_dir)) or "none"
-    raise ResumeError(f'resume_from_checkpoint "{wanted}": no such folder in {output_dir} (it has {have})')
+    raise ResumeError(
+        f'resume_from_checkpoint "{wanted}": no such folder in {output_dir} (it has {have})'
+    )
 
 
 def save_checkpoint(
@@ -89,7 +106,9 @@ def save_checkpoint(
     save_lora: Any,
     keep: int,
 ) -> Path:
-    """Write checkpoint-<step>, then remove the oldest beyond `keep`; `save_lora(folder)` writes the LoRA into it."""
+    """Write checkpoint-<step>, then remove the oldest beyond `keep`; `save_lora(folder)` writes the
+    LoRA into it.
+    """
     path = output_dir / f"checkpoint-{step}"
     tensors, numbers = split_tensors(optimizer.state_dict())
     content = {"version": VERSION, "global_step": step, **state, "optimizer": numbers}
@@ -98,7 +117,9 @@ def save_checkpoint(
         OPTIMIZER_NAME: save(tensors),
         STATE_NAME: json.dumps(content, indent=1, sort_keys=True).encode(),
     }
-    files[CHECKSUMS_NAME] = json.dumps({name: _checksum(data) for name, data in files.items()}, indent=1).encode()
+    files[CHECKSUMS_NAME] = json.dumps(
+        {name: _checksum(data) for name, data in files.items()}, indent=1
+    ).encode()
     try:
         with atomic_folder(path) as folder:
             save_lora(folder)
@@ -107,7 +128,8 @@ def save_checkpoint(
     except OSError as error:
         good = last_good(output_dir)
         raise SaveError(
-            f"{path}: can't be written ({error.strerror or error}). Make room or give the folder back its permissions, then "
+            f"{path}: can't be written ({error.strerror or error}). Make room or give the "
+            "folder back its permissions, then "
             f"go on with the same command; the last good checkpoint: {good or 'none yet'}"
         ) from error
     # the new one stays, also where a run went back to an older step than those that are there
@@ -118,25 +140,36 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> SavedRun:
-    """Read a checkpoint folder. ResumeError where it is damaged: it names the file, and the last good checkpoint beside it."""
+    """Read a checkpoint folder. ResumeError where it is damaged: it names the file, and the last
+    good checkpoint beside it.
+    """
     try:
         return _read(path)
     except _UNREADABLE as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ResumeError(f"{path}: damaged or not a checkpoint of fluxfast ({why}). {_instead_of(path)}") from error
+        raise ResumeError(
+            f"{path}: damaged or not a checkpoint of fluxfast ({why}). {_instead_of(path)}"
+        ) from error
 
 
 def _read(path: Path) -> SavedRun:
-    files = {name: (path / name).read_bytes() for name in (STATE_NAME, ADAPTER_NAME, OPTIMIZER_NAME)}
+    files = {
+        name: (path / name).read_bytes() for name in (STATE_NAME, ADAPTER_NAME, OPTIMIZER_NAME)
+    }
     manifest = path / CHECKSUMS_NAME
     if manifest.exists():
         written = json.loads(manifest.read_bytes())
         for name, data in files.items():
             if written[name] != (now := _checksum(data)):
-                raise ValueError(f"{name} has changed since it was written: checksum {now}, expected {written[name]}")
+                raise ValueError(
+                    f"{name} has changed since it was written: checksum {now}, expected "
+                    f"{written[name]}"
+                )
     state = json.loads(files[STATE_NAME])
     if (version := state["version"]) not in _READ_VERSIONS:
-        raise ValueError(f"{STATE_NAME} is of version {version!r}, this fluxfast reads {_READ_VERSIONS}")
+        raise ValueError(
+            f"{STATE_NAME} is of version {version!r}, this fluxfast reads {_READ_VERSIONS}"
+        )
     if version > 1 and not manifest.exists():
         raise ValueError(f"{CHECKSUMS_NAME} is missing")
     if missing := sorted({"global_step", "seed", "sampler", "fixed", "optimizer"} - state.keys()):
@@ -146,7 +179,9 @@ def _read(path: Path) -> SavedRun:
 
 
 def _checksum(data: bytes) -> str:
-    """The CRC-32 of a file's bytes, and how many there are: a gigabyte a second, and enough against chance."""
+    """The CRC-32 of a file's bytes, and how many there are: a gigabyte a second, and enough against
+    chance.
+    """
     return f"{zlib.crc32(data):08x}-{len(data)}"
 
 
@@ -167,7 +202,10 @@ def _instead_of(path: Path) -> str:
     """What to do about a damaged checkpoint."""
     good = last_good(path.parent, besides=path)
     if good is None:
-        return 'There is no good one beside it: start anew in another output_dir, or with "resume_from_checkpoint": ""'
+        return (
+            "There is no good one beside it: start anew in another output_dir, or with "
+            '"resume_from_checkpoint": ""'
+        )
     return (
         f"The last good one is {good.name}: remove or move {path.name} away, "
         f'or set "resume_from_checkpoint": "{good.name}"'
@@ -175,7 +213,9 @@ def _instead_of(path: Path) -> str:
 
 
 def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state dict as tensors by name, and the same structure in JSON with their names in their places."""
+    """An optimiser's state dict as tensors by name, and the same structure in JSON with their names
+    in their places.
+    """
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, name: str) -> Any:

@@ -1,7 +1,8 @@
 """The training run, from a config to a LoRA: prepare the data, build the model, loop.
 
-Everything random in a step comes from the run's seed and the step's number, so that a resumed run needs no random state, and
-ends with the same bits as one that was never stopped. The loop itself is `Trainer.loop`; one step is `Trainer.train_step`.
+Everything random in a step comes from the run's seed and the step's number, so that a resumed run
+needs no random state, and ends with the same bits as one that was never stopped. The loop itself is
+`Trainer.loop`; one step is `Trainer.train_step`.
 """
 
 from __future__ import annotations
@@ -18,38 +19,52 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fluxfast.adapters.formats import modelspec_metadata, save_lora
 from fluxfast.adapters.lora import adapter_state, load_adapter_state, trainable_parameters
+from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
+from fluxfast.model.apply import make_ready
 from fluxfast.model.pinned import Readback
-from fluxfast.model.ready import make_ready
 from fluxfast.train import health, preflight, resume, state
 from fluxfast.train.adapter import add_adapter, config_of, init_lora_of
 from fluxfast.train.budget import within_budget
+from fluxfast.train.build import Parts, RunData, load_data, load_parts
 from fluxfast.train.compute import choose_compute, make_deterministic, set_cuda_graphs
-from fluxfast.train.config import TrainConfig
-from fluxfast.train.events import Metrics, Numbers, StopRequest, TrainingBar, memory_gib, plot_loss, read_metrics
+from fluxfast.train.events import (
+    Metrics,
+    Numbers,
+    StopRequest,
+    TrainingBar,
+    memory_gib,
+    plot_loss,
+    read_metrics,
+)
 from fluxfast.train.modulation import settle
 from fluxfast.train.objective import Objective
 from fluxfast.train.offload import stream
 from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients, load_moments
-from fluxfast.train.setup import Parts, RunData, load_data, load_parts
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite: the message names the step, the batch's files and the last good checkpoint."""
+    """The loss became NaN or infinite: the message names the step, the batch's files and the last
+    good checkpoint.
+    """
 
 
 class Stopped(Exception):
     """A signal ended the run after a step; `checkpoint` is where it goes on from."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by signal {number}; go on from {checkpoint} with the same command")
+        super().__init__(
+            f"stopped by signal {number}; go on from {checkpoint} with the same command"
+        )
         self.signal, self.checkpoint = number, checkpoint
 
 
 @dataclass
 class StepResult:
-    """What a step leaves to report; `numbers`, its loss and the gradients' norm, are on their way from the device."""
+    """What a step leaves to report; `numbers`, its loss and the gradients' norm, are on their way
+    from the device.
+    """
 
     step: int
     epoch: int
@@ -59,7 +74,9 @@ class StepResult:
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
-    """Run a config to its end; returns the LoRA's path. Raises `Stopped` after a signal, once a checkpoint is written."""
+    """Run a config to its end; returns the LoRA's path. Raises `Stopped` after a signal, once a
+    checkpoint is written.
+    """
     console = console or Console()
     for note in config.notes:
         console.print(f"· {note}", highlight=False, markup=False)
@@ -76,7 +93,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 class Trainer:
-    """A run's parts and state. Building one prepares the data, then loads the model: the two are never in memory together."""
+    """A run's parts and state. Building one prepares the data, then loads the model: the two are
+    never in memory together.
+    """
 
     def __init__(self, config: TrainConfig, console: Console, checked: preflight.Checked) -> None:
         # as it was given; `self.config` has what init_lora and vram_budget decide
@@ -96,14 +115,27 @@ class Trainer:
 
         health.settle(config, self.device, console)
         self.data: RunData = load_data(config, self.seed, self.device, console)
-        self.config, ring = within_budget(config_of(config, checked.lora), self.data.sizes, self.device, console)
+        self.config, ring = within_budget(
+            config_of(config, checked.lora), self.data.sizes, self.device, console
+        )
         self.parts: Parts = load_parts(self.config, self.data, self.seed, self.device, console)
         self.transformer = self.parts.transformer
         if config.tread_config:
-            self.transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
-        self.objective = Objective(self.config, self.transformer, self.seed, self.parts.shift_bounds)
+            self.transformer.set_routes(
+                [route.model_dump() for route in config.tread_config.routes]
+            )
+        self.objective = Objective(
+            self.config, self.transformer, self.seed, self.parts.shift_bounds
+        )
         resumed = self.saved is not None
-        add_adapter(self.config, self.transformer, checked.lora, seed=self.seed, resumed=resumed, console=console)
+        add_adapter(
+            self.config,
+            self.transformer,
+            checked.lora,
+            seed=self.seed,
+            resumed=resumed,
+            console=console,
+        )
         self._settle_transformer()
         self.stream = stream(self.config, self.transformer, self.device, console, **ring._asdict())
         self._make_optimizer()
@@ -126,7 +158,9 @@ class Trainer:
             compute=compute,
             outliers=config.compute_outliers,
             recompute=config.recompute,
-            checkpoint_every=(config.gradient_checkpointing_interval or 1) if config.gradient_checkpointing else 0,
+            checkpoint_every=(config.gradient_checkpointing_interval or 1)
+            if config.gradient_checkpointing
+            else 0,
         )
         told = "in the activations' type" if compute == "same" else f"in {compute}"
         if compute != "same" and config.compute_outliers:
@@ -139,7 +173,8 @@ class Trainer:
         self.parameters = list(named.values())
         if config.deterministic:
             make_deterministic(self.transformer)
-        # graphs write each micro-batch's gradients to the same memory, from which they are added up elsewhere
+        # graphs write each micro-batch's gradients to the same memory, from which they are added up
+        # elsewhere
         graphs = set_cuda_graphs(config, self.transformer, self.console)
         self.keeps_grads = graphs and config.gradient_accumulation_steps > 1
         if self.keeps_grads:
@@ -173,7 +208,9 @@ class Trainer:
         return self.config.max_train_steps or self.data.sampler.steps(self.config.num_train_epochs)
 
     def resume(self) -> None:
-        """Go on from the checkpoint that was found, if there is one, with the settings that the config has now."""
+        """Go on from the checkpoint that was found, if there is one, with the settings that the
+        config has now.
+        """
         if self.saved is None:
             return
         saved, self.saved = self.saved, None
@@ -184,15 +221,31 @@ class Trainer:
         load_moments(self.optimizer, saved.optimizer)
         self.step = saved.step
         self.scheduler = self._schedule()
-        for note in [*resume.notes(saved, self._settings()), *self.data.sampler.load_state_dict(saved.state["sampler"])]:
+        for note in [
+            *resume.notes(saved, self._settings()),
+            *self.data.sampler.load_state_dict(saved.state["sampler"]),
+        ]:
             self._say(note)
-        newer = [p.name for p in state.checkpoints(self.config.output_dir) if int(p.name.split("-")[1]) > self.step]
+        newer = [
+            p.name
+            for p in state.checkpoints(self.config.output_dir)
+            if int(p.name.split("-")[1]) > self.step
+        ]
         if newer:
-            self._say(f"{', '.join(newer)}: of a longer run; move what is of no use away, or the next \"latest\" is the newest")
-        self.console.print(f"resumed from {saved.path}: step {self.step} of {self.steps}", highlight=False, markup=False)
+            self._say(
+                f"{', '.join(newer)}: of a longer run; move what is of no use away, or the next "
+                '"latest" is the newest'
+            )
+        self.console.print(
+            f"resumed from {saved.path}: step {self.step} of {self.steps}",
+            highlight=False,
+            markup=False,
+        )
 
     def _settings(self) -> dict[str, Any]:
-        return resume.settings(self.given, self.data.config.images, seed=self.seed, steps=self.steps)
+        return resume.settings(
+            self.given, self.data.config.images, seed=self.seed, steps=self.steps
+        )
 
     def close(self) -> None:
         """Let go of what outlives the objects: streamed blocks' pinned memory or files."""
@@ -203,10 +256,16 @@ class Trainer:
         """Train to the last step, save, and return the final LoRA's path."""
         config, bar_console = self.config, self.console
         self._start_trackers()
-        if self.parts.validator and self.step == 0 and (config.validation_on_startup or not config.disable_benchmark):
+        if (
+            self.parts.validator
+            and self.step == 0
+            and (config.validation_on_startup or not config.disable_benchmark)
+        ):
             self._validate(0)
         self.metrics = Metrics(config.output_dir, self.step, self._say)
-        self.batches = self.data.loader(self.step * config.gradient_accumulation_steps, self.objective.example)
+        self.batches = self.data.loader(
+            self.step * config.gradient_accumulation_steps, self.objective.example
+        )
         with StopRequest() as stop, TrainingBar(bar_console, self.steps, self.step) as self.bar:
             try:
                 self._look_ahead(self.step + 1)
@@ -218,9 +277,17 @@ class Trainer:
                     last = self.step == self.steps
                     if stop.signal is not None and not last:
                         raise Stopped(stop.signal, self._save())
-                    if config.checkpoint_step_interval and self.step % config.checkpoint_step_interval == 0 and not last:
+                    if (
+                        config.checkpoint_step_interval
+                        and self.step % config.checkpoint_step_interval == 0
+                        and not last
+                    ):
                         self._save()
-                    if config.validation_step_interval and self.step % config.validation_step_interval == 0 and not last:
+                    if (
+                        config.validation_step_interval
+                        and self.step % config.validation_step_interval == 0
+                        and not last
+                    ):
                         self._validate(self.step)
                 self._save()
             finally:
@@ -246,7 +313,9 @@ class Trainer:
             (loss / accumulation).backward()
             total += loss.detach() / accumulation
             batches.append(example.batch)
-        norm = clip_gradients(self.parameters, self.config.grad_clip_method, self.config.max_grad_norm)
+        norm = clip_gradients(
+            self.parameters, self.config.grad_clip_method, self.config.max_grad_norm
+        )
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
@@ -254,26 +323,36 @@ class Trainer:
         return StepResult(step, epoch, Readback(total, norm), learning_rate, batches)
 
     def _look_ahead(self, step: int) -> None:
-        """Start on the modulation of the next micro-batch, of that step: a thread computes it while the device works."""
+        """Start on the modulation of the next micro-batch, of that step: a thread computes it while
+        the device works.
+        """
         if self.transformer.modulation is None or step > self.steps:
             return
         assert self.batches is not None
         upcoming = self.batches.upcoming()
-        self.transformer.prepare_modulation(lambda: self.objective.modulation_conditions(upcoming()))
+        self.transformer.prepare_modulation(
+            lambda: self.objective.modulation_conditions(upcoming())
+        )
 
     # ----------------------------------------------------------------------------------------------------------------------
 
     def _report(self, result: StepResult | None) -> None:
-        """Read a step's numbers (the device is a step ahead by now), write them down, and stop if the loss is not finite."""
+        """Read a step's numbers (the device is a step ahead by now), write them down, and stop if
+        the loss is not finite.
+        """
         if result is None:
             return
         loss, norm = result.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            files = ", ".join(f"{file} ({batch.dataset})" for batch in result.batches for file in batch.files)
+            files = ", ".join(
+                f"{file} ({batch.dataset})" for batch in result.batches for file in batch.files
+            )
             good = state.find_checkpoint(self.config.output_dir, "latest")
             raise NonFiniteLoss(
-                f"step {result.step}: the loss is {loss}, the gradients' norm {norm}. The batch: {files}. "
-                f"The last good checkpoint: {good or 'none yet'}. A lower learning_rate or max_grad_norm may help, or "
+                f"step {result.step}: the loss is {loss}, the gradients' norm {norm}. The "
+                f"batch: {files}. "
+                f"The last good checkpoint: {good or 'none yet'}. A lower learning_rate or "
+                "max_grad_norm may help, or "
                 "leaving out a damaged image"
             )
         memory = memory_gib(self.device)
@@ -290,7 +369,9 @@ class Trainer:
         self.metrics.write(line)
         self.bar.show(result.step, line)
         if (config := self.config).report_to != "none":
-            values = {k: v for k, v in line.items() if k not in ("step", "dataset") and v is not None}
+            values = {
+                k: v for k, v in line.items() if k not in ("step", "dataset") and v is not None
+            }
             with self.numbers.guard(config.report_to):
                 self.accelerator.log(values, step=result.step)
 
@@ -310,7 +391,8 @@ class Trainer:
             state={
                 "seed": self.seed,
                 "sampler": self.batches.state_dict(),
-                "fixed": resume.fixed(self.config) | {"lora_rank": self.config.lora_rank, "lora_alpha": self.config.alpha},
+                "fixed": resume.fixed(self.config)
+                | {"lora_rank": self.config.lora_rank, "lora_alpha": self.config.alpha},
                 "init_lora": self.init_lora,
                 "settings": self._settings(),
             },
@@ -341,7 +423,11 @@ class Trainer:
 
     def _start_trackers(self) -> None:
         if self.config.report_to != "none":
-            flat = {k: v for k, v in self.config.model_dump().items() if isinstance(v, int | float | str | bool)}
+            flat = {
+                k: v
+                for k, v in self.config.model_dump().items()
+                if isinstance(v, int | float | str | bool)
+            }
             with self.numbers.guard(self.config.report_to):
                 self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
 

@@ -1,7 +1,9 @@
-"""Validation images: diffusers' `FluxPipeline` around our transformer, from prompts that were encoded before the run.
+"""Validation images: diffusers' `FluxPipeline` around our transformer, from prompts that were
+encoded before the run.
 
-Files: `<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. The first images of a run are made with
-the adapters off (step 0, the base model); they stand to the left of every later one, unless that is disabled.
+Files: `<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. The first images
+of a run are made with the adapters off (step 0, the base model); they stand to the left of every
+later one, unless that is disabled.
 """
 
 from __future__ import annotations
@@ -39,14 +41,17 @@ class ValidationSettings:
 
 
 def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
-    """The nickname as it is where a file system takes it; else cleaned and shortened, and still unlike any other's."""
+    """The nickname as it is where a file system takes it; else cleaned and shortened, and still
+    unlike any other's.
+    """
     return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.png"
 
 
 class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
-    `embeds` maps a prompt to its text embeddings (prompt_embeds [1, L, D], pooled_prompt_embeds [1, P]).
+    `embeds` maps a prompt to its text embeddings (prompt_embeds [1, L, D], pooled_prompt_embeds [1,
+    P]).
     """
 
     def __init__(
@@ -65,7 +70,9 @@ class Validator:
         self._embeds, self._dtype = embeds, dtype
 
     def run(self, step: int, console: Console) -> list[Path]:
-        """Write the images of a step. Leaves the global random state, the model's mode and its adapters as they were."""
+        """Write the images of a step. Leaves the global random state, the model's mode and its
+        adapters as they were.
+        """
         training = self._transformer.training
         self._transformer.eval()
         if step == 0:
@@ -101,14 +108,21 @@ class Validator:
         ]
         paths = []
         with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task(f"validation, step {step}", total=len(jobs) * self.settings.steps)
+            bar = progress.add_task(
+                f"validation, step {step}", total=len(jobs) * self.settings.steps
+            )
             for nickname, prompt, size, index in jobs:
                 image = self._image(pipeline, prompt, size, index, lambda: progress.advance(bar))
                 paths.append(self._save(image, step, nickname, index, size))
         return paths
 
     def _image(
-        self, pipeline: FluxPipeline, prompt: str, size: tuple[int, int], index: int, advance: Callable[[], None]
+        self,
+        pipeline: FluxPipeline,
+        prompt: str,
+        size: tuple[int, int],
+        index: int,
+        advance: Callable[[], None],
     ) -> Image.Image:
         def on_step(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             advance()
@@ -118,7 +132,9 @@ class Validator:
         arguments = {name: self._on_device(tensor) for name, tensor in self._embeds(prompt).items()}
         if s.guidance_real > 1:
             negative = self._embeds(s.negative_prompt)
-            arguments |= {f"negative_{name}": self._on_device(tensor) for name, tensor in negative.items()}
+            arguments |= {
+                f"negative_{name}": self._on_device(tensor) for name, tensor in negative.items()
+            }
         latents = pipeline(
             **arguments,
             width=size[0],
@@ -141,7 +157,9 @@ class Validator:
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._transformer.device, self._dtype)
 
-    def _save(self, image: Image.Image, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path:
+    def _save(
+        self, image: Image.Image, step: int, nickname: str, index: int, size: tuple[int, int]
+    ) -> Path:
         path = self.folder / file_name(step, nickname, index, size)
         base = self.folder / file_name(0, nickname, index, size)
         if step > 0 and self.settings.beside_base and base.exists():

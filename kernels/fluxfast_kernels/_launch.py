@@ -1,10 +1,11 @@
-"""Launch numbers as data, and what every launcher needs: block sizes per architecture, device keys, ahead-of-time variants.
+"""Launch numbers as data, and what every launcher needs: block sizes per architecture, device keys,
+ahead-of-time variants.
 
-An op's table maps an architecture key ("sm_90", "gfx942", …) to its numbers; "default" holds safe ones for every target.
-Tuning on a device adds a row there and nothing else.
+An op's table maps an architecture key ("sm_90", "gfx942", …) to its numbers; "default" holds safe
+ones for every target. Tuning on a device adds a row there and nothing else.
 
-Ahead-of-time variants are recorded, not written down: a launcher called on meta tensors launches nothing, and what it would
-have launched is the variant. So the two cannot drift apart.
+Ahead-of-time variants are recorded, not written down: a launcher called on meta tensors launches
+nothing, and what it would have launched is the variant. So the two cannot drift apart.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# what `fluxfast-bench aot` compiles for: the key, Triton's back end, its architecture, and the width of a warp
+# what `fluxfast-bench aot` compiles for: the key, Triton's back end, its architecture, and the
+# width of a warp
 AOT_TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
@@ -33,8 +35,9 @@ E4M3_TARGETS: tuple[str, ...] = ("sm_89", "sm_90", "gfx942", "gfx1100")
 
 LaunchTable = Mapping[str, Mapping[str, int]]
 
-# for ops whose programs hold one row in registers: elements of it per thread, which sets the number of warps; the widest piece
-# of a row that a program takes, where it need not take the whole; rows per program, where it sums over them
+# for ops whose programs hold one row in registers: elements of it per thread, which sets the number
+# of warps; the widest piece of a row that a program takes, where it need not take the whole; rows
+# per program, where it sums over them
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
     "dequant": {"default": {"per_thread": 16, "widest": 2048}},
@@ -90,19 +93,26 @@ WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
 
 
 def wide_engine(kind: str, tokens: int, device: torch.device) -> str:
-    """The engine of WIDE_ENGINES for a W of `kind` ("float", or its codes' format) and so many tokens."""
+    """The engine of WIDE_ENGINES for a W of `kind` ("float", or its codes' format) and so many
+    tokens.
+    """
     rows = WIDE_ENGINES[kind]
-    return next(name for most, name in rows.get(arch_key(device)) or rows["default"] if most is None or tokens <= most)
+    return next(
+        name
+        for most, name in rows.get(arch_key(device)) or rows["default"]
+        if most is None or tokens <= most
+    )
 
 
 @dataclass(frozen=True)
 class AotVariant:
     """One kernel as a launcher would specialise it, for compiling without a device.
 
-    signature: argument → Triton type ("*bf16", "i32", "fp32"), constexprs left out; constexprs: the rest, None for an absent
-    pointer. `num_warps` and `num_stages` are None where the launcher names none: the default is the back end's, and so is part
-    of Triton's key to a compiled kernel. `divisible` names the integers that are multiples of 16 (pointers always are).
-    `targets`: keys of AOT_TARGETS.
+    signature: argument → Triton type ("*bf16", "i32", "fp32"), constexprs left out; constexprs: the
+    rest, None for an absent pointer. `num_warps` and `num_stages` are None where the launcher names
+    none: the default is the back end's, and so is part of Triton's key to a compiled kernel.
+    `divisible` names the integers that are multiples of 16 (pointers always are). `targets`: keys
+    of AOT_TARGETS.
     """
 
     name: str
@@ -120,7 +130,9 @@ AotCase = tuple[str, Callable[[], object], Sequence[str]]
 
 
 def compile_ahead(variant: AotVariant, target: str) -> Any:
-    """Triton's compiled kernel (`.asm`, `.metadata`) for a key of AOT_TARGETS; needs no device, but no interpreter either."""
+    """Triton's compiled kernel (`.asm`, `.metadata`) for a key of AOT_TARGETS; needs no device, but
+    no interpreter either.
+    """
     names = variant.kernel.arg_names
     types = {name: variant.signature.get(name, "constexpr") for name in names}
     source = ASTSource(
@@ -135,7 +147,9 @@ def compile_ahead(variant: AotVariant, target: str) -> Any:
 
 
 def _attributes(variant: AotVariant, types: Mapping[str, str]) -> dict[tuple[int], list[list[Any]]]:
-    """As Triton's JIT has them, whose key to a kernel they are a part of: where it looks and finds nothing, it notes that."""
+    """As Triton's JIT has them, whose key to a kernel they are a part of: where it looks and finds
+    nothing, it notes that.
+    """
     attributes = {}
     for i, param in enumerate(variant.kernel.params):
         kind = types[param.name]
@@ -171,7 +185,9 @@ def _arch_of(index: int) -> str:
 
 
 def arch_key(device: torch.device) -> str:
-    """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU; for meta, the recorded target."""
+    """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU; for meta,
+    the recorded target.
+    """
     if device.type == "meta":
         return _aot_target
     # a fake tensor may say "cuda" where there is none
@@ -195,25 +211,32 @@ def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int
 
 @functools.cache
 def row_numbers(op: str, width: int, arch: str) -> Mapping[str, int]:
-    """BLOCK and num_warps (and ROWS, where the op has it) of an op of ROW_LAUNCH on rows of `width` elements."""
+    """BLOCK and num_warps (and ROWS, where the op has it) of an op of ROW_LAUNCH on rows of `width`
+    elements.
+    """
     numbers = dict(ROW_LAUNCH[op].get(arch) or ROW_LAUNCH[op]["default"])
     block = next_pow2(width)
     block = min(block, numbers.pop("widest", block))
-    # gfx9 runs 64 threads a warp, everything else 32; 1024 threads is the most that a program may have
+    # gfx9 runs 64 threads a warp, everything else 32; 1024 threads is the most that a program may
+    # have
     warp = 64 if arch.startswith("gfx9") else 32
     warps = min(max(block // (numbers.pop("per_thread") * warp), 1), 1024 // warp)
     return {"BLOCK": block, "num_warps": warps, **numbers}
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, which is where Triton launches; free where it already is."""
+    """Makes the tensor's GPU the current one, which is where Triton launches; free where it already
+    is.
+    """
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: Any) -> None:
-    """Launches `kernel` on the GPU that its tensors are on; on meta tensors, records the variant that it would be."""
+    """Launches `kernel` on the GPU that its tensors are on; on meta tensors, records the variant
+    that it would be.
+    """
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     if tensor.is_meta:
         _record(kernel, args, numbers)
@@ -257,7 +280,13 @@ def _record(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> N
                 divisible.append(param.name)
     _aot_recorded.append(
         AotVariant(
-            kernel.__name__, kernel, signature, constexprs, divisible=tuple(divisible), targets=(_aot_target,), **options
+            kernel.__name__,
+            kernel,
+            signature,
+            constexprs,
+            divisible=tuple(divisible),
+            targets=(_aot_target,),
+            **options,
         )
     )
 
@@ -274,6 +303,8 @@ def record_variants(cases: Iterable[AotCase]) -> list[AotVariant]:
     for name, call, targets in cases:
         for _aot_target in targets:
             call()
-            variants += [replace(v, name=f"{v.name.removesuffix('_kernel')}-{name}") for v in _aot_recorded]
+            variants += [
+                replace(v, name=f"{v.name.removesuffix('_kernel')}-{name}") for v in _aot_recorded
+            ]
             _aot_recorded.clear()
     return variants

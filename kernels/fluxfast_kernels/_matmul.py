@@ -1,15 +1,17 @@
-"""The one matrix product behind `lora_linear` and `quant_matmul`: y = x wᵀ, and in its epilogue all that a linear adds.
+"""The one matrix product behind `lora_linear` and `quant_matmul`: y = x wᵀ, and in its epilogue all
+that a linear adds.
 
-    y[m, n] = x_scale[m] · w_scale[n] · Σ_k x[m, k] w[n, k]  +  Σ_t u[m, t] v[n, t]  +  bias[n]  (+ y[m, n])
+    y[m, n] = x_scale[m] · w_scale[n] · Σ_k x[m, k] w[n, k]  +  Σ_t u[m, t] v[n, t]  +  bias[n]  (+
+    y[m, n])
 
-Forward and dgrad are the same product: dx = dy w reads w through its transpose, so the packed weight exists once. Only the
-order in memory differs, and the kernel is told it (W_K_MAJOR, V_K_MAJOR) so that loads stay contiguous. x and w may be int8
-(int32 accumulation, exact), e4m3, or floats (fp32 accumulation); where their types differ both are cast to DOT_TYPE in
-registers.
+Forward and dgrad are the same product: dx = dy w reads w through its transpose, so the packed
+weight exists once. Only the order in memory differs, and the kernel is told it (W_K_MAJOR,
+V_K_MAJOR) so that loads stay contiguous. x and w may be int8 (int32 accumulation, exact), e4m3, or
+floats (fp32 accumulation); where their types differ both are cast to DOT_TYPE in registers.
 
-Linears that share x are one packed w. Their low-rank parts are then block-diagonal: the rows of v that belong to one linear
-meet only that linear's columns of u. A table of segments says which, and a tile never crosses a segment's end, so that it
-needs one slice of u and v.
+Linears that share x are one packed w. Their low-rank parts are then block-diagonal: the rows of v
+that belong to one linear meet only that linear's columns of u. A table of segments says which, and
+a tile never crosses a segment's end, so that it needs one slice of u and v.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import LaunchTable, arch_key, cdiv, interpreted, launch, launch_numbers, next_pow2
+from fluxfast_kernels._launch import (
+    LaunchTable,
+    arch_key,
+    cdiv,
+    interpreted,
+    launch,
+    launch_numbers,
+    next_pow2,
+)
 from fluxfast_kernels.row_quant import check_rows
 
 TL_TYPES = {
@@ -31,15 +41,17 @@ TL_TYPES = {
     torch.float32: tl.float32,
 }
 
-# a segment's columns are counted in this unit, so that a compiler knows how its loads and stores are aligned
+# a segment's columns are counted in this unit, so that a compiler knows how its loads and stores
+# are aligned
 SEGMENT_UNIT = tl.constexpr(16)
 
 
 class Segments(NamedTuple):
     """How the linears of a packed group divide its output columns and its adapters' ranks.
 
-    table [n, 4] int32 on the group's device: first column and last column + 1 in units of SEGMENT_UNIT, first rank, number of
-    ranks; the sizes on the host as `outs` and `ranks`, so that no launch waits for the device.
+    table [n, 4] int32 on the group's device: first column and last column + 1 in units of
+    SEGMENT_UNIT, first rank, number of ranks; the sizes on the host as `outs` and `ranks`, so that
+    no launch waits for the device.
     """
 
     table: Tensor
@@ -47,15 +59,21 @@ class Segments(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def make_segments(outs: Sequence[int], ranks: Sequence[int], device: torch.device | str) -> Segments:
-    """Segments of linears with `outs` output features and `ranks` adapter ranks (of all its adapters; 0 for none), in order.
+def make_segments(
+    outs: Sequence[int], ranks: Sequence[int], device: torch.device | str
+) -> Segments:
+    """Segments of linears with `outs` output features and `ranks` adapter ranks (of all its
+    adapters; 0 for none), in order.
 
     Raises ValueError unless every number of features is a multiple of SEGMENT_UNIT.
     """
     rows, col, rank, unit = [], 0, 0, SEGMENT_UNIT.value
     for n, r in zip(outs, ranks, strict=True):
         if n % unit:
-            raise ValueError(f"linears in one group need multiples of {unit} output features, got {n}; call them one by one")
+            raise ValueError(
+                f"linears in one group need multiples of {unit} output features, got {n}; call "
+                "them one by one"
+            )
         rows.append((col // unit, (col + n) // unit, rank, r))
         col, rank = col + n, rank + r
     return Segments(torch.tensor(rows, dtype=torch.int32).to(device), tuple(outs), tuple(ranks))
@@ -63,7 +81,9 @@ def make_segments(outs: Sequence[int], ranks: Sequence[int], device: torch.devic
 
 @triton.jit
 def as_type(b, TYPE: tl.constexpr):
-    """b in the type of a product. gfx942's e4m3 has another bias: the same bits mean half as much, but minus zero means NaN."""
+    """b in the type of a product. gfx942's e4m3 has another bias: the same bits mean half as much,
+    but minus zero means NaN.
+    """
     if TYPE.is_fp8e4b8() and b.dtype.is_fp8e4nv():
         b_code = b.to(tl.uint8, bitcast=True)
         b = tl.where(b_code == 0x80, 0, b_code).to(tl.uint8).to(TYPE, bitcast=True)
@@ -74,7 +94,9 @@ def as_type(b, TYPE: tl.constexpr):
 
 @triton.jit
 def segment_tile(p_seg, n_seg, i_tile, BLOCK_N: tl.constexpr):
-    """The i-th of the tiles that cut every segment from its own start: first column, end of its segment, first rank, ranks."""
+    """The i-th of the tiles that cut every segment from its own start: first column, end of its
+    segment, first rank, ranks.
+    """
     i_first, n_begin, n_end, r_begin, n_rank = 0, 0, 0, 0, 0
     for i_seg in range(n_seg):
         n_lo = tl.load(p_seg + 4 * i_seg) * SEGMENT_UNIT
@@ -123,7 +145,8 @@ def matmul_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # programs that run at one time share GROUP_M row tiles of x and a few tiles of w, which then stay in L2
+    # programs that run at one time share GROUP_M row tiles of x and a few tiles of w, which then
+    # stay in L2
     i_pid = tl.program_id(0)
     m_tiles = tl.cdiv(M, BLOCK_M)
     in_group = GROUP_M * n_tiles
@@ -191,7 +214,11 @@ def matmul_kernel(
                 o_v = o_n[None, :] * stride_v + o_r[:, None]
             else:
                 o_v = o_r[:, None] * stride_v + o_n[None, :]
-            b_u = tl.load(p_u + o_m[:, None] * stride_u + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+            b_u = tl.load(
+                p_u + o_m[:, None] * stride_u + o_r[None, :],
+                mask=m_m[:, None] & m_r[None, :],
+                other=0.0,
+            )
             b_v = tl.load(p_v + o_v, mask=m_r[:, None] & m_n[None, :], other=0.0)
             b_y = tl.dot(b_u.to(LORA_TYPE), b_v.to(LORA_TYPE), b_y, input_precision="ieee")
     if p_bias is not None:
@@ -206,26 +233,42 @@ def matmul_kernel(
 
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The type in which products of `dtype` are taken: itself, or fp32 in the interpreter, whose bf16 products are wrong."""
+    """The type in which products of `dtype` are taken: itself, or fp32 in the interpreter, whose
+    bf16 products are wrong.
+    """
     return tl.float32 if dtype is torch.bfloat16 and interpreted() else TL_TYPES[dtype]
 
 
 def product_type(x: Tensor, w: Tensor, dtype: torch.dtype) -> tl.dtype:
-    """The type of the product of x and w: theirs; else x's if x is float; else (x codes, w float) that of `dtype`."""
+    """The type of the product of x and w: theirs; else x's if x is float; else (x codes, w float)
+    that of `dtype`.
+    """
     if x.dtype is torch.float8_e4m3fn and w.dtype == x.dtype and arch_key(x.device) == "gfx942":
         return tl.float8e4b8
     return dot_type(x.dtype if x.dtype == w.dtype or x.itemsize > 1 else dtype)
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": num_warps, "num_stages": num_stages}
+    return {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP_M": 8,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
 
 
 def _tiles(default: dict[str, int], nvidia: dict[str, int], **archs: dict[str, int]) -> LaunchTable:
-    return {"default": default, **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), nvidia), **archs}
+    return {
+        "default": default,
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), nvidia),
+        **archs,
+    }
 
 
-# by the type of the product; compiled ahead of time without a spill for every target, not yet tuned on a device
+# by the type of the product; compiled ahead of time without a spill for every target, not yet tuned
+# on a device
 MATMUL: dict[str, LaunchTable] = {
     "int8": _tiles(
         _tile(128, 64, 64, 8, 2),
@@ -247,8 +290,8 @@ MATMUL: dict[str, LaunchTable] = {
     ),
     "fp32": _tiles(_tile(64, 64, 32, 8, 2), _tile(64, 64, 16, 8, 3), sm_90=_tile(64, 64, 32, 8, 3)),
 }
-# where w's contraction is not the contiguous dimension. sm_90's 8-bit tensor cores take K-major operands only, so its tile is
-# transposed byte by byte, which a wider tile doesn't make cheaper
+# where w's contraction is not the contiguous dimension. sm_90's 8-bit tensor cores take K-major
+# operands only, so its tile is transposed byte by byte, which a wider tile doesn't make cheaper
 MATMUL |= {f"{kind}_t": rows for kind, rows in MATMUL.items()}
 MATMUL["int8_t"] = {**MATMUL["int8"], "sm_90": _tile(128, 128, 128, 8, 4)}
 
@@ -256,15 +299,20 @@ _KINDS = {tl.int8: "int8", tl.float8e4nv: "e4m3", tl.float8e4b8: "e4m3", tl.floa
 
 
 def rank_block(rank: int, most: int) -> int:
-    """The block in which `rank` columns of an adapter are taken: tensor cores want 16 at least, registers allow `most`."""
+    """The block in which `rank` columns of an adapter are taken: tensor cores want 16 at least,
+    registers allow `most`.
+    """
     return min(most, max(16, next_pow2(rank)))
 
 
 def order_of(op: str, t: Tensor) -> tuple[bool, int]:
-    """Whether the second dimension of t is the contiguous one, and the stride of the other; ValueError if neither is."""
+    """Whether the second dimension of t is the contiguous one, and the stride of the other;
+    ValueError if neither is.
+    """
     if 1 not in t.stride():
         raise ValueError(
-            f"{op}: a matrix {list(t.shape)} with strides {t.stride()} has no contiguous dimension; call .contiguous()"
+            f"{op}: a matrix {list(t.shape)} with strides {t.stride()} has no contiguous "
+            "dimension; call .contiguous()"
         )
     return (True, t.stride(0)) if t.stride(1) == 1 else (False, t.stride(1))
 
@@ -284,17 +332,24 @@ def matmul(
     accumulate: bool = False,
     numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """x_scale · w_scale · (x wᵀ) + u vᵀ + bias, to a new [M, N] tensor of `out_dtype` or to (with `accumulate`: onto) `out`.
+    """x_scale · w_scale · (x wᵀ) + u vᵀ + bias, to a new [M, N] tensor of `out_dtype` or to (with
+    `accumulate`: onto) `out`.
 
-    x [M, K] and u [M, R] with contiguous rows; w [N, K] and v [N, R] with either dimension contiguous; x_scale [M], w_scale
-    [N] fp32; bias [N]; out [M, N] with contiguous rows, whose distance is free. With `segments`, u is [M, Σ ranks] and v
-    [N, max ranks]. `numbers` overrides single launch numbers of MATMUL's.
+    x [M, K] and u [M, R] with contiguous rows; w [N, K] and v [N, R] with either dimension
+    contiguous; x_scale [M], w_scale [N] fp32; bias [N]; out [M, N] with contiguous rows, whose
+    distance is free. With `segments`, u is [M, Σ ranks] and v [N, max ranks]. `numbers` overrides
+    single launch numbers of MATMUL's.
     """
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty((m, n), dtype=out_dtype or x.dtype, device=x.device) if out is None else out
     check_rows("matmul", x=x, out=y, u=u, x_scale=x_scale, w_scale=w_scale, bias=bias)
     rank = 0 if u is None else u.shape[1] if segments is None else max(segments.ranks)
-    assert w.shape[1] == k and y.shape == (m, n) and (u is None) == (v is None) and (v is None or v.shape == (n, rank))
+    assert (
+        w.shape[1] == k
+        and y.shape == (m, n)
+        and (u is None) == (v is None)
+        and (v is None or v.shape == (n, rank))
+    )
     if y.numel() == 0:
         return y
     product = product_type(x, w, y.dtype)
@@ -304,7 +359,9 @@ def matmul(
     chosen = {**launch_numbers(MATMUL[kind], x.device), **(numbers or {})}
     block_n, block_k = chosen["BLOCK_N"], chosen["BLOCK_K"]
     m_tiles = cdiv(m, chosen["BLOCK_M"])
-    n_tiles = cdiv(n, block_n) if segments is None else sum(cdiv(outs, block_n) for outs in segments.outs)
+    n_tiles = (
+        cdiv(n, block_n) if segments is None else sum(cdiv(outs, block_n) for outs in segments.outs)
+    )
     n_seg, seg = (0, None) if segments is None else (len(segments.outs), segments.table)
     launch(
         matmul_kernel, (m_tiles * n_tiles,),

@@ -1,4 +1,5 @@
-"""Long sums, cut into parts that run side by side: each part fills a slab of its own, and the slabs are added in order.
+"""Long sums, cut into parts that run side by side: each part fills a slab of its own, and the slabs
+are added in order.
 
 No atomics: the same inputs give the same bits, whatever order the parts finished in.
 """
@@ -19,7 +20,17 @@ PROGRAMS: LaunchTable = {
 
 
 @triton.jit(do_not_specialize=["M", "n_slabs"])
-def sum_slabs_kernel(p_slabs, p_out, M, N, n_slabs, stride_slab, stride_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def sum_slabs_kernel(
+    p_slabs,
+    p_out,
+    M,
+    N,
+    n_slabs,
+    stride_slab,
+    stride_out,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """out [M, N] = the sum of contiguous slabs, in their order."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -29,13 +40,19 @@ def sum_slabs_kernel(p_slabs, p_out, M, N, n_slabs, stride_slab, stride_out, BLO
     for _ in range(n_slabs):
         b_sum += tl.load(p_slabs + o_slab, mask=m_mn, other=0.0)
         p_slabs += stride_slab
-    tl.store(p_out + o_m[:, None] * stride_out + o_n[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_mn)
+    tl.store(
+        p_out + o_m[:, None] * stride_out + o_n[None, :],
+        b_sum.to(p_out.dtype.element_ty),
+        mask=m_mn,
+    )
 
 
 def split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts to cut a sum that `programs` would take, and their length, which is at least four blocks.
+    """Into how many parts to cut a sum that `programs` would take, and their length, which is at
+    least four blocks.
 
-    One, unless it would leave three quarters of the device idle: adding parts up is a launch of its own.
+    One, unless it would leave three quarters of the device idle: adding parts up is a launch of its
+    own.
     """
     full = launch_numbers(PROGRAMS, device)["programs"]
     parts = 1 if 4 * programs >= full else full // programs
@@ -44,7 +61,9 @@ def split(length: int, block: int, programs: int, device: torch.device) -> tuple
 
 
 def slabs_for(n: int, out: Tensor) -> tuple[Tensor, int, int]:
-    """What the parts of a sum are written to, the distance of rows and of parts: `out` itself where there is one part."""
+    """What the parts of a sum are written to, the distance of rows and of parts: `out` itself where
+    there is one part.
+    """
     if n == 1:
         return out, out.stride(0), 0
     slabs = torch.empty((n, cdiv(out.numel(), 16) * 16), dtype=torch.float32, device=out.device)
@@ -52,9 +71,23 @@ def slabs_for(n: int, out: Tensor) -> tuple[Tensor, int, int]:
 
 
 def sum_slabs(slabs: Tensor, out: Tensor) -> None:
-    """Writes the sum of the slabs to `out` [M, N], in its dtype; rows of `out` may be any distance apart."""
+    """Writes the sum of the slabs to `out` [M, N], in its dtype; rows of `out` may be any distance
+    apart.
+    """
     m, n = out.shape
     cols = min(next_pow2(n), 128)
     blocks = {"BLOCK_M": 1024 // cols, "BLOCK_N": cols}
     grid = (cdiv(m, blocks["BLOCK_M"]), cdiv(n, cols))
-    launch(sum_slabs_kernel, grid, slabs, out, m, n, slabs.shape[0], slabs.stride(0), out.stride(0), **blocks, num_warps=4)
+    launch(
+        sum_slabs_kernel,
+        grid,
+        slabs,
+        out,
+        m,
+        n,
+        slabs.shape[0],
+        slabs.stride(0),
+        out.stride(0),
+        **blocks,
+        num_warps=4,
+    )

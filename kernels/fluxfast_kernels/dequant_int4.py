@@ -1,4 +1,6 @@
-"""Decoding int4: 64 columns share a bf16 scale and a zero, w = scale · (16·code - zero): `fluxfast.quant.int4`'s format."""
+"""Decoding int4: 64 columns share a bf16 scale and a zero, w = scale · (16·code - zero):
+`fluxfast.quant.int4`'s format.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +19,9 @@ UNIT = tl.constexpr(16)
 
 @triton.jit
 def decode_int4(p_packed, p_scale, p_zero, i_row, o_g, n_group):
-    """Columns [GROUP · len(o_g)] fp32 of the groups o_g of row i_row; zeros past the last of its n_group groups."""
+    """Columns [GROUP · len(o_g)] fp32 of the groups o_g of row i_row; zeros past the last of its
+    n_group groups.
+    """
     m_g = o_g < n_group
     o_group = i_row * n_group + o_g
     o_byte = o_group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
@@ -40,13 +44,19 @@ def dequant_int4_kernel(
     store_row(b_w, i_row, i_block * BLOCK + tl.arange(0, BLOCK), p_out, p_out_scale, K, TO_E4M3)
 
 
-def dequant_int4(packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor, out_scale: Tensor | None = None) -> None:
-    """Decodes packed [N, 32 · groups] uint8, scale [N, groups] bf16 and zero [N, groups] uint8 into out [N, K].
+def dequant_int4(
+    packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor, out_scale: Tensor | None = None
+) -> None:
+    """Decodes packed [N, 32 · groups] uint8, scale [N, groups] bf16 and zero [N, groups] uint8 into
+    out [N, K].
 
     Outputs as `dequant_rows`; groups = ceil(K / 64).
     """
     rows, groups = out.shape[0], cdiv(out.shape[1], GROUP.value)
-    assert packed.shape == (rows, groups * GROUP.value // 2) and scale.shape == zero.shape == (rows, groups)
+    assert packed.shape == (rows, groups * GROUP.value // 2) and scale.shape == zero.shape == (
+        rows,
+        groups,
+    )
     assert packed.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
     parts = (packed.view(torch.int8), scale, zero.view(torch.int8))
     launch_decoder(dequant_int4_kernel, parts, groups * GROUP.value, out, out_scale)

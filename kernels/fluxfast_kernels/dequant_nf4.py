@@ -1,4 +1,5 @@
-"""Decoding nf4: blocks of 64 along the flattened weight, sixteen levels, max|w| quantised in turn (`fluxfast.quant.nf4`).
+"""Decoding nf4: blocks of 64 along the flattened weight, sixteen levels, max|w| quantised in turn
+(`fluxfast.quant.nf4`).
 
 w = level[code] · (value[absmax] · nested_absmax + offset)
 """
@@ -22,7 +23,9 @@ NESTED_BLOCK_SIZE = tl.constexpr(256)
 def absmax_of(p_absmax, p_nested, p_offset, p_value, o_b, m_b):
     """max|w| [fp32] of the blocks o_b; zero where it is masked."""
     b_absmax = tl.load(p_value + (tl.load(p_absmax + o_b, mask=m_b, other=0).to(tl.int32) & 0xFF))
-    b_absmax = b_absmax * tl.load(p_nested + o_b // NESTED_BLOCK_SIZE, mask=m_b, other=0.0) + tl.load(p_offset)
+    b_absmax = b_absmax * tl.load(
+        p_nested + o_b // NESTED_BLOCK_SIZE, mask=m_b, other=0.0
+    ) + tl.load(p_offset)
     return tl.where(m_b, b_absmax, 0.0)
 
 
@@ -31,7 +34,8 @@ def decode_blocks(p_packed, p_absmax, p_nested, p_offset, p_level, p_value, o_b,
     """Weights [BLOCK_SIZE · len(o_b)] fp32 of the blocks o_b, zeros where that is masked."""
     o_byte = o_b[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
     b_byte = tl.load(p_packed + o_byte, mask=m_b[:, None], other=0).to(tl.int32)
-    # the even weight in the high bits; all sixteen levels lie in one line of the cache, so that a warp reads them in one go
+    # the even weight in the high bits; all sixteen levels lie in one line of the cache, so that a
+    # warp reads them in one go
     b_w = tl.join(tl.load(p_level + ((b_byte >> 4) & 15)), tl.load(p_level + (b_byte & 15)))
     b_absmax = absmax_of(p_absmax, p_nested, p_offset, p_value, o_b, m_b)
     return tl.reshape(b_w * b_absmax[:, None, None], [o_b.shape[0] * BLOCK_SIZE])
@@ -58,7 +62,9 @@ def dequant_nf4_kernel(
         o_b += i_row * (K // BLOCK_SIZE)
         b_w = decode_blocks(p_packed, p_absmax, p_nested, p_offset, p_level, p_value, o_b, m_b)
     else:
-        b_w = decode_weights(p_packed, p_absmax, p_nested, p_offset, p_level, p_value, i_row * K + o_k, o_k < K)
+        b_w = decode_weights(
+            p_packed, p_absmax, p_nested, p_offset, p_level, p_value, i_row * K + o_k, o_k < K
+        )
     store_row(b_w, i_row, o_k, p_out, p_out_scale, K, TO_E4M3)
 
 
@@ -71,10 +77,11 @@ def dequant_nf4(
     out: Tensor,
     out_scale: Tensor | None = None,
 ) -> None:
-    """Decodes packed [ceil(N·K / 2)], absmax [blocks] uint8, nested_absmax [ceil(blocks / 256)] and offset [1] into out [N, K].
+    """Decodes packed [ceil(N·K / 2)], absmax [blocks] uint8, nested_absmax [ceil(blocks / 256)] and
+    offset [1] into out [N, K].
 
-    `tables`: the levels [16] and the values of absmax [256], fp32, on the weight's device. Outputs as `dequant_rows`;
-    blocks = ceil(N·K / 64).
+    `tables`: the levels [16] and the values of absmax [256], fp32, on the weight's device. Outputs
+    as `dequant_rows`; blocks = ceil(N·K / 64).
     """
     blocks = cdiv(out.numel(), BLOCK_SIZE.value)
     assert packed.shape == (cdiv(out.numel(), 2),) and absmax.shape == (blocks,)
@@ -92,7 +99,9 @@ def _aot_cases() -> Iterator[AotCase]:
         blocks = cdiv(3072 * cols, BLOCK_SIZE.value)
         packed, absmax = meta(3072 * cols // 2, dtype=torch.uint8), meta(blocks, dtype=torch.uint8)
         nested, offset = meta(cdiv(blocks, NESTED_BLOCK_SIZE.value)), meta(1)
-        yield from decoder_cases(dequant_nf4, (packed, absmax, nested, offset, tables), (3072, cols))
+        yield from decoder_cases(
+            dequant_nf4, (packed, absmax, nested, offset, tables), (3072, cols)
+        )
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

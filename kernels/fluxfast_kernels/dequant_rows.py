@@ -1,10 +1,12 @@
-"""Decoding int8 and e4m3 codes with one scale a row; and what every decoder does with a row of weights it has decoded.
+"""Decoding int8 and e4m3 codes with one scale a row; and what every decoder does with a row of
+weights it has decoded.
 
     w = code · scale
 
-A decoder writes the weight in a float dtype, or as int8 or e4m3 codes with one scale a row, which is what an 8-bit product
-takes: a scratch that is written once a direction. Values are computed in fp32 as `fluxfast.quant` says, product by product
-(launched without contraction of a·b + c), so that they equal its references bit for bit.
+A decoder writes the weight in a float dtype, or as int8 or e4m3 codes with one scale a row, which
+is what an 8-bit product takes: a scratch that is written once a direction. Values are computed in
+fp32 as `fluxfast.quant` says, product by product (launched without contraction of a·b + c), so that
+they equal its references bit for bit.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, interpreted, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    cdiv,
+    interpreted,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.quantize_e4m3 import quantize_row_e4m3
 from fluxfast_kernels.row_quant import quantize_row
 
@@ -35,14 +46,18 @@ def round_to_bf16(b_y):
 
 @triton.jit
 def row_and_block(K: tl.constexpr, BLOCK: tl.constexpr):
-    """The row and the piece of it, columns [BLOCK · piece, BLOCK · (piece + 1)), that this program decodes."""
+    """The row and the piece of it, columns [BLOCK · piece, BLOCK · (piece + 1)), that this program
+    decodes.
+    """
     N_BLOCK: tl.constexpr = (K + BLOCK - 1) // BLOCK
     return (tl.program_id(0) // N_BLOCK).to(tl.int64), tl.program_id(0) % N_BLOCK
 
 
 @triton.jit
 def store_row(b_y, i_row, o_k, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr):
-    """Writes decoded weights b_y fp32 of row i_row, columns o_k: as values, or, a whole row and its scale, as codes."""
+    """Writes decoded weights b_y fp32 of row i_row, columns o_k: as values, or, a whole row and its
+    scale, as codes.
+    """
     m_k = o_k < K
     p_out += i_row * K + o_k
     if p_out_scale is None:
@@ -65,7 +80,8 @@ def decode_e4m3(b_code):
     """fp32 values of e4m3fn codes [int8]: by their bits, because not every GPU has the type."""
     b_code = b_code.to(tl.int32)
     b_bits = ((b_code & 0x7F) << 20) | ((b_code & 0x80) << 24)
-    # the exponent's bias differs by 120; a product with 2^120 mends that for subnormal numbers as well
+    # the exponent's bias differs by 120; a product with 2^120 mends that for subnormal numbers as
+    # well
     return b_bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
@@ -82,13 +98,22 @@ def dequant_rows_kernel(
 
 
 def launch_decoder(
-    kernel: Any, parts: tuple[Tensor, ...], width: int, out: Tensor, out_scale: Tensor | None, **constants: int
+    kernel: Any,
+    parts: tuple[Tensor, ...],
+    width: int,
+    out: Tensor,
+    out_scale: Tensor | None,
+    **constants: int,
 ) -> None:
-    """Launches `kernel(*parts, out, out_scale, ...)` over the rows of `out`, each of `width` columns with its padding."""
+    """Launches `kernel(*parts, out, out_scale, ...)` over the rows of `out`, each of `width`
+    columns with its padding.
+    """
     rows, cols = out.shape
     assert out.is_contiguous() and (out_scale is None) == (out.itemsize > 1)
     assert out_scale is None or (out_scale.shape == (rows,) and out_scale.is_contiguous())
-    numbers = row_numbers("dequant" if out_scale is None else "dequant_quantized", width, arch_key(out.device))
+    numbers = row_numbers(
+        "dequant" if out_scale is None else "dequant_quantized", width, arch_key(out.device)
+    )
     is_e4m3 = out.dtype == torch.float8_e4m3fn
     launch(
         kernel, (rows * cdiv(width, numbers["BLOCK"]),), *parts, out.view(torch.int8) if is_e4m3 else out, out_scale,
@@ -96,17 +121,35 @@ def launch_decoder(
     )  # fmt: skip
 
 
-def dequant_rows(packed: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor | None = None) -> None:
-    """Decodes packed [N, K], int8 or float8_e4m3fn, with scale [N] fp32, into out [N, K], contiguous.
+def dequant_rows(
+    packed: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor | None = None
+) -> None:
+    """Decodes packed [N, K], int8 or float8_e4m3fn, with scale [N] fp32, into out [N, K],
+    contiguous.
 
-    out in a float dtype: values. int8 or float8_e4m3fn: codes, whose scales [N] fp32 go to out_scale.
+    out in a float dtype: values. int8 or float8_e4m3fn: codes, whose scales [N] fp32 go to
+    out_scale.
     """
-    assert packed.is_contiguous() and packed.itemsize == 1 and packed.shape == out.shape and scale.shape == packed.shape[:1]
+    assert (
+        packed.is_contiguous()
+        and packed.itemsize == 1
+        and packed.shape == out.shape
+        and scale.shape == packed.shape[:1]
+    )
     is_e4m3 = int(packed.dtype == torch.float8_e4m3fn)
-    launch_decoder(dequant_rows_kernel, (packed.view(torch.int8), scale), out.shape[1], out, out_scale, FROM_E4M3=is_e4m3)
+    launch_decoder(
+        dequant_rows_kernel,
+        (packed.view(torch.int8), scale),
+        out.shape[1],
+        out,
+        out_scale,
+        FROM_E4M3=is_e4m3,
+    )
 
 
-def decoder_cases(decode: Any, parts: tuple[Any, ...], shape: tuple[int, int], name: str = "") -> Iterator[AotCase]:
+def decoder_cases(
+    decode: Any, parts: tuple[Any, ...], shape: tuple[int, int], name: str = ""
+) -> Iterator[AotCase]:
     """`decode(*parts, out, out_scale)` ahead of time, for each of OUTPUTS."""
     for dtype in OUTPUTS:
         out = torch.empty(shape, dtype=dtype, device="meta")
@@ -118,7 +161,10 @@ def decoder_cases(decode: Any, parts: tuple[Any, ...], shape: tuple[int, int], n
 def _aot_cases() -> Iterator[AotCase]:
     for stored in (torch.int8, torch.float8_e4m3fn):
         for cols in (3072, 15360):
-            codes, scale = torch.empty(3072, cols, dtype=stored, device="meta"), torch.empty(3072, device="meta")
+            codes, scale = (
+                torch.empty(3072, cols, dtype=stored, device="meta"),
+                torch.empty(3072, device="meta"),
+            )
             name = f"{str(stored).removeprefix('torch.')}-"
             # codes of the type that is stored are copied, not made
             cases = decoder_cases(dequant_rows, (codes, scale), (3072, cols), name)

@@ -1,4 +1,5 @@
-"""Dropout whose mask is never stored: Philox of a seed, a row and a column, so that backward draws it again.
+"""Dropout whose mask is never stored: Philox of a seed, a row and a column, so that backward draws
+it again.
 
 y = x / (1 - p) where the element is kept, with probability 1 - p; else 0
 """
@@ -11,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    cdiv,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.row_quant import check_rows
 
 
@@ -29,7 +38,9 @@ def dropout_kernel(p_x, p_y, stride_x, seed, p, K: tl.constexpr, BLOCK: tl.const
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [M, K], any distance between rows, with each element dropped with probability p, 0 to 1; seed is any int64."""
+    """x [M, K], any distance between rows, with each element dropped with probability p, 0 to 1;
+    seed is any int64.
+    """
     check_rows("dropout", x=x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if p >= 1:
@@ -44,7 +55,11 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 def _aot_cases() -> Iterator[AotCase]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.empty(4608, 3072, dtype=dtype, device="meta")
-        yield str(dtype).removeprefix("torch."), partial(dropout, x, 0.1, 1 << 40), tuple(AOT_TARGETS)
+        yield (
+            str(dtype).removeprefix("torch."),
+            partial(dropout, x, 0.1, 1 << 40),
+            tuple(AOT_TARGETS),
+        )
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

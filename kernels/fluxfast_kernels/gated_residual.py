@@ -1,10 +1,11 @@
 """The gated residual, out = x + gate·y with one gate per sample and channel: forward and backward.
 
-Backward: dy = gate·dout, as values or as the codes that dgrad wants; dgate is a sum over tokens, in partial sums over ROWS rows
-a program that are added up afterwards: deterministic. dx is dout itself.
-`modulated_layer_norm` has the fused form, for where a norm follows.
+Backward: dy = gate·dout, as values or as the codes that dgrad wants; dgate is a sum over tokens, in
+partial sums over ROWS rows a program that are added up afterwards: deterministic. dx is dout
+itself. `modulated_layer_norm` has the fused form, for where a norm follows.
 
-Shapes: x, y, dout, dy [B, S, D], rows any distance apart; gate [B, D], at any distance from sample to sample.
+Shapes: x, y, dout, dy [B, S, D], rows any distance apart; gate [B, D], at any distance from sample
+to sample.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels._launch import AotCase, arch_key, cdiv, launch, record_variants, row_numbers
-from fluxfast_kernels.row_quant import OUTPUTS, check_rows, empty_outputs, quantize_row, row_strides, targets_of
+from fluxfast_kernels.row_quant import (
+    OUTPUTS,
+    check_rows,
+    empty_outputs,
+    quantize_row,
+    row_strides,
+    targets_of,
+)
 
 
 class GatedResidualGrads(NamedTuple):
@@ -48,8 +56,12 @@ def gated_residual_fwd_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_y = tl.load(p_y + i_b * stride_y_b + i_s * stride_y_s + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_d, other=0.0).to(
+        tl.float32
+    )
+    b_y = tl.load(p_y + i_b * stride_y_b + i_s * stride_y_s + o_d, mask=m_d, other=0.0).to(
+        tl.float32
+    )
     b_gate = tl.load(p_gate + i_b * stride_gate_b + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_out = b_x + b_gate * b_y
     tl.store(p_out + (i_b * S + i_s) * D + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d)
@@ -89,7 +101,9 @@ def gated_residual_bwd_kernel(
         m_s = i_s < S
         # not m_d & m_s: the interpreter makes integers of a scalar mask that it broadcasts
         m_row = o_d < tl.where(m_s, D, 0)
-        b_dout = tl.load(p_dout + i_b * stride_dout_b + i_s * stride_dout_s + o_d, mask=m_row, other=0.0).to(tl.float32)
+        b_dout = tl.load(
+            p_dout + i_b * stride_dout_b + i_s * stride_dout_s + o_d, mask=m_row, other=0.0
+        ).to(tl.float32)
         b_dy = b_dout * b_gate
         if p_dy is not None:
             tl.store(p_dy + i_row * D + o_d, b_dy.to(p_dy.dtype.element_ty), mask=m_row)
@@ -100,7 +114,9 @@ def gated_residual_bwd_kernel(
             tl.store(p_q + i_row * D + o_d, b_q, mask=m_row)
             tl.store(p_q_scale + i_row, b_q_scale, mask=m_s)
         if p_sums is not None:
-            b_y = tl.load(p_y + i_b * stride_y_b + i_s * stride_y_s + o_d, mask=m_row, other=0.0).to(tl.float32)
+            b_y = tl.load(
+                p_y + i_b * stride_y_b + i_s * stride_y_s + o_d, mask=m_row, other=0.0
+            ).to(tl.float32)
             b_dgate += b_dout * b_y
 
     if p_sums is not None:
@@ -122,9 +138,15 @@ def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def gated_residual_bwd(
-    dout: Tensor, gate: Tensor, y: Tensor | None = None, *, out: str = "same", col_scale: Tensor | None = None
+    dout: Tensor,
+    gate: Tensor,
+    y: Tensor | None = None,
+    *,
+    out: str = "same",
+    col_scale: Tensor | None = None,
 ) -> GatedResidualGrads:
-    """dy = gate·dout as `out` says (`row_quant.OUTPUTS`); its codes are those of dy·col_scale, col_scale [D].
+    """dy = gate·dout as `out` says (`row_quant.OUTPUTS`); its codes are those of dy·col_scale,
+    col_scale [D].
 
     dgate comes where y is given.
     """
@@ -135,7 +157,11 @@ def gated_residual_bwd(
     numbers = row_numbers(table, width, arch_key(dout.device))
     blocks = cdiv(tokens, numbers["ROWS"])
     outputs = empty_outputs(dout, out)
-    sums = None if y is None else torch.empty((batch, blocks, width), dtype=torch.float32, device=dout.device)
+    sums = (
+        None
+        if y is None
+        else torch.empty((batch, blocks, width), dtype=torch.float32, device=dout.device)
+    )
     launch(
         gated_residual_bwd_kernel, (blocks, batch),
         dout, gate, y, col_scale, *outputs, sums,

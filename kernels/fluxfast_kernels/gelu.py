@@ -1,10 +1,13 @@
-"""GELU in its tanh form, as x·sigmoid(2u) with u = sqrt(2/π)·(x + 0.044715 x³): forward and backward.
+"""GELU in its tanh form, as x·sigmoid(2u) with u = sqrt(2/π)·(x + 0.044715 x³): forward and
+backward.
 
-Where the output is quantised, a program holds a whole row, because a row has one scale; else it takes a piece of one.
-Forward can put `prefix`, columns that it copies, in front of its own: the single block's attention output, so that the next
-projection's input [attention | gelu(mlp)] is written, and quantised, once.
+Where the output is quantised, a program holds a whole row, because a row has one scale; else it
+takes a piece of one. Forward can put `prefix`, columns that it copies, in front of its own: the
+single block's attention output, so that the next projection's input [attention | gelu(mlp)] is
+written, and quantised, once.
 
-Shapes: x, y, dy, dx [B, S, K], prefix [B, S, P]; rows may lie any distance apart, in the outputs too.
+Shapes: x, y, dy, dx [B, S, K], prefix [B, S, P]; rows may lie any distance apart, in the outputs
+too.
 """
 
 from collections.abc import Iterator
@@ -17,7 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels._launch import AotCase, arch_key, cdiv, launch, record_variants, row_numbers
-from fluxfast_kernels.row_quant import OUTPUTS, check_rows, empty_outputs, quantize_row, row_strides, targets_of
+from fluxfast_kernels.row_quant import (
+    OUTPUTS,
+    check_rows,
+    empty_outputs,
+    quantize_row,
+    row_strides,
+    targets_of,
+)
 
 
 class GeluOut(NamedTuple):
@@ -56,14 +66,18 @@ def gelu_fwd_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_k = o_k < P + K
-    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_k - P, mask=m_k & (o_k >= P), other=0.0).to(tl.float32)
+    b_x = tl.load(
+        p_x + i_b * stride_x_b + i_s * stride_x_s + o_k - P, mask=m_k & (o_k >= P), other=0.0
+    ).to(tl.float32)
     b_y = b_x * _sigmoid_2u(b_x)
     if p_prefix is not None:
         p_prefix_row = p_prefix + i_b * stride_prefix_b + i_s * stride_prefix_s
         # one of the two is zero
         b_y += tl.load(p_prefix_row + o_k, mask=o_k < P, other=0.0).to(tl.float32)
     if p_y is not None:
-        tl.store(p_y + i_b * stride_y_b + i_s * stride_y_s + o_k, b_y.to(p_y.dtype.element_ty), mask=m_k)
+        tl.store(
+            p_y + i_b * stride_y_b + i_s * stride_y_s + o_k, b_y.to(p_y.dtype.element_ty), mask=m_k
+        )
     if p_q is not None:
         b_q, b_q_scale = quantize_row(b_y, p_q.dtype.element_ty)
         i_row = i_b * S + i_s
@@ -93,14 +107,22 @@ def gelu_bwd_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_k = o_k < K
-    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_dy = tl.load(p_dy + i_b * stride_dy_b + i_s * stride_dy_s + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_k, mask=m_k, other=0.0).to(
+        tl.float32
+    )
+    b_dy = tl.load(p_dy + i_b * stride_dy_b + i_s * stride_dy_s + o_k, mask=m_k, other=0.0).to(
+        tl.float32
+    )
     b_sig = _sigmoid_2u(b_x)
     # (x·sigmoid(2u))' = sigmoid(2u) + x·sigmoid(2u)·(1 - sigmoid(2u))·2u'
     b_slope = 1.5957691216057308 * (1.0 + 0.134145 * b_x * b_x)
     b_dx = b_dy * b_sig * (1.0 + b_x * (1.0 - b_sig) * b_slope)
     if p_dx is not None:
-        tl.store(p_dx + i_b * stride_dx_b + i_s * stride_dx_s + o_k, b_dx.to(p_dx.dtype.element_ty), mask=m_k)
+        tl.store(
+            p_dx + i_b * stride_dx_b + i_s * stride_dx_s + o_k,
+            b_dx.to(p_dx.dtype.element_ty),
+            mask=m_k,
+        )
     if p_q is not None:
         if p_col_scale is not None:
             b_dx *= tl.load(p_col_scale + o_k, mask=m_k, other=0.0).to(tl.float32)
@@ -111,14 +133,16 @@ def gelu_bwd_kernel(
 
 
 def _numbers(kernel: str, width: int, quantized: bool, device: torch.device) -> dict[str, int]:
-    return dict(row_numbers(f"{kernel}_quantized" if quantized else kernel, width, arch_key(device)))
+    return dict(
+        row_numbers(f"{kernel}_quantized" if quantized else kernel, width, arch_key(device))
+    )
 
 
 def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None) -> GeluOut:
     """[prefix | gelu(x)] as values, as codes, or as both.
 
-    x [B, S, K], prefix [B, S, P] of the same dtype; out one of `row_quant.OUTPUTS`. Raises ValueError on an unknown `out` or a
-    last dimension that is not contiguous.
+    x [B, S, K], prefix [B, S, P] of the same dtype; out one of `row_quant.OUTPUTS`. Raises
+    ValueError on an unknown `out` or a last dimension that is not contiguous.
     """
     check_rows("gelu", x=x, prefix=prefix)
     batch, tokens, cols = x.shape
@@ -135,11 +159,17 @@ def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None) -> G
 
 
 def gelu_bwd(
-    dy: Tensor, x: Tensor, *, out: str = "same", col_scale: Tensor | None = None, dx: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    *,
+    out: str = "same",
+    col_scale: Tensor | None = None,
+    dx: Tensor | None = None,
 ) -> GeluOut:
     """dx = dy·gelu'(x), as `out` says; the codes are those of dx·col_scale.
 
-    dy, x [B, S, K]; col_scale [K]. The values go to `dx` where it is given: a slice of a wider buffer, say.
+    dy, x [B, S, K]; col_scale [K]. The values go to `dx` where it is given: a slice of a wider
+    buffer, say.
     """
     check_rows("gelu", dy=dy, x=x, col_scale=col_scale, dx=dx)
     batch, tokens, cols = x.shape
@@ -164,7 +194,11 @@ def _aot_cases() -> Iterator[AotCase]:
             where = targets_of(out)
             yield f"{name}-{out}", partial(gelu_fwd, x, out=out), where
             yield f"{name}-{out}-prefix", partial(gelu_fwd, x, out=out, prefix=attn), where
-            yield f"{name}-{out}", partial(gelu_bwd, x, x, out=out, col_scale=None if out == "same" else col_scale), where
+            yield (
+                f"{name}-{out}",
+                partial(gelu_bwd, x, x, out=out, col_scale=None if out == "same" else col_scale),
+                where,
+            )
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

@@ -1,14 +1,17 @@
-"""Linears with low-rank adapters on a float base: y = x Wᵀ + b + s Bᵀ, where s = scale · x Aᵀ is the adapters' narrow half.
+"""Linears with low-rank adapters on a float base: y = x Wᵀ + b + s Bᵀ, where s = scale · x Aᵀ is
+the adapters' narrow half.
 
-Everything narrow is packed over the group of linears that share x: A [Σ ranks, K] of all adapters, their s and dS [M, Σ ranks],
-and B [N, max ranks], each linear's adapters side by side in its own rows. `scale` is folded into s and dS and never seen again:
+Everything narrow is packed over the group of linears that share x: A [Σ ranks, K] of all adapters,
+their s and dS [M, Σ ranks], and B [N, max ranks], each linear's adapters side by side in its own
+rows. `scale` is folded into s and dS and never seen again:
 
     forward    s  = scale · x Aᵀ            y  = x Wᵀ + s Bᵀ + b
     backward   dS = scale · dy B            dx = dy W + dS A
                dB = dyᵀ s                   dA = dSᵀ x
 
-The wide products carry the narrow ones in their epilogue (`_matmul`). What is left is as narrow as it gets: each reads a large
-matrix once to make a small one, so it is cut along the sum until the device is busy (`_slabs`), reproducibly.
+The wide products carry the narrow ones in their epilogue (`_matmul`). What is left is as narrow as
+it gets: each reads a large matrix once to make a small one, so it is cut along the sum until the
+device is busy (`_slabs`), reproducibly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, LaunchTable, cdiv, launch, launch_numbers, record_variants
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    LaunchTable,
+    cdiv,
+    launch,
+    launch_numbers,
+    record_variants,
+)
 from fluxfast_kernels._matmul import (
     SEGMENT_UNIT,
     Segments,
@@ -33,7 +44,16 @@ from fluxfast_kernels._matmul import (
 from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
 from fluxfast_kernels.row_quant import check_rows
 
-__all__ = ["AOT_VARIANTS", "Segments", "lora_da", "lora_db", "lora_down", "lora_ds", "lora_matmul", "lora_matmul_dgrad"]
+__all__ = [
+    "AOT_VARIANTS",
+    "Segments",
+    "lora_da",
+    "lora_db",
+    "lora_down",
+    "lora_ds",
+    "lora_matmul",
+    "lora_matmul_dgrad",
+]
 __all__ += ["make_segments"]
 
 
@@ -60,7 +80,9 @@ def lora_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """s = scale · x_scale · x vᵀ over c_split columns of x; with segments, each over its own columns, to its own ranks."""
+    """s = scale · x_scale · x vᵀ over c_split columns of x; with segments, each over its own
+    columns, to its own ranks.
+    """
     i_m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     i_seg = tl.program_id(1) // r_tiles
     i_r0 = (tl.program_id(1) % r_tiles) * BLOCK_R
@@ -101,7 +123,11 @@ def lora_down_kernel(
     if p_scale is not None:
         b_s *= tl.load(p_scale + r_begin + o_r, mask=m_r, other=0.0)[None, :]
     p_s += i_m0 * stride_s + r_begin + i_split.to(tl.int64) * stride_s_split
-    tl.store(p_s + o_m[:, None] * stride_s + o_r[None, :], b_s.to(p_s.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+    tl.store(
+        p_s + o_m[:, None] * stride_s + o_r[None, :],
+        b_s.to(p_s.dtype.element_ty),
+        mask=m_m[:, None] & m_r[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -126,7 +152,9 @@ def lora_outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """g [N, R] (or its transpose) = xᵀ (x_scale · u) over m_split rows; with segments, u's columns are those of x's segment."""
+    """g [N, R] (or its transpose) = xᵀ (x_scale · u) over m_split rows; with segments, u's columns
+    are those of x's segment.
+    """
     i_n = tl.program_id(0)
     i_split = tl.program_id(2).to(tl.int64)
     if p_seg is not None:
@@ -176,8 +204,8 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-# launch numbers: compiled ahead of time without a spill for every target, not yet tuned on a device. BLOCK_N is along the
-# columns of the large matrix; "wide" where products are taken in fp32
+# launch numbers: compiled ahead of time without a spill for every target, not yet tuned on a
+# device. BLOCK_N is along the columns of the large matrix; "wide" where products are taken in fp32
 DOWN: dict[str, LaunchTable] = {
     "half": {
         "default": _tile(32, 64, 4, 2),
@@ -207,10 +235,12 @@ def lora_matmul(
     out: Tensor | None = None,
     numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """y = x wᵀ + s Bᵀ + bias, [M, N] in x's dtype, or written to `out` (a column slice of a wider buffer will do).
+    """y = x wᵀ + s Bᵀ + bias, [M, N] in x's dtype, or written to `out` (a column slice of a wider
+    buffer will do).
 
-    x [M, K], w [N, K] (packed over the group), bias [N], lora_s [M, Σ ranks] from `lora_down`, lora_b [N, max ranks]; several
-    linears need `segments`. w, bias and lora_b may be of other float dtypes: they are cast as they are read. fp32 accumulation.
+    x [M, K], w [N, K] (packed over the group), bias [N], lora_s [M, Σ ranks] from `lora_down`,
+    lora_b [N, max ranks]; several linears need `segments`. w, bias and lora_b may be of other float
+    dtypes: they are cast as they are read. fp32 accumulation.
     """
     return matmul(x, w, bias=bias, u=lora_s, v=lora_b, segments=segments, out=out, numbers=numbers)
 
@@ -227,7 +257,8 @@ def lora_matmul_dgrad(
 ) -> Tensor:
     """dx = dy w + dS A, [M, K] in dy's dtype; written to `out`, or added to what it holds.
 
-    dy [M, N], w [N, K] as in the forward pass, lora_ds [M, Σ ranks] from `lora_ds`, lora_a [Σ ranks, K].
+    dy [M, N], w [N, K] as in the forward pass, lora_ds [M, Σ ranks] from `lora_ds`, lora_a [Σ
+    ranks, K].
     """
     v = None if lora_a is None else lora_a.T
     return matmul(dy, w.T, u=lora_ds, v=v, out=out, accumulate=accumulate, numbers=numbers)
@@ -244,7 +275,8 @@ def lora_down(
 ) -> Tensor:
     """s = scale · x Aᵀ, [M, Σ ranks] in `out_dtype` (x's own), from fp32 sums.
 
-    x [M, K] float, or int8 / e4m3 with x_scale [M] fp32 (then out_dtype must be given); a [Σ ranks, K]; scale [Σ ranks] fp32.
+    x [M, K] float, or int8 / e4m3 with x_scale [M] fp32 (then out_dtype must be given); a [Σ ranks,
+    K]; scale [Σ ranks] fp32.
     """
     s = torch.empty((x.shape[0], a.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
     return _down(x, a, s, scale, x_scale, None, numbers)
@@ -276,8 +308,8 @@ def lora_db(
 ) -> Tensor:
     """dB = dyᵀ s, written to db [N, max ranks], whose rows may lie any distance apart.
 
-    dy as `lora_ds` takes it, s as `lora_down` gave it. Where a segment has fewer ranks than the widest, its spare columns are
-    zero. fp32 sums.
+    dy as `lora_ds` takes it, s as `lora_down` gave it. Where a segment has fewer ranks than the
+    widest, its spare columns are zero. fp32 sums.
     """
     return _outer(dy, s, db, None, segments, False, numbers)
 
@@ -296,7 +328,11 @@ def lora_da(
 
 
 def _numbers(
-    table: dict[str, LaunchTable], product: tl.dtype, rank: int, x: Tensor, numbers: Mapping[str, int] | None
+    table: dict[str, LaunchTable],
+    product: tl.dtype,
+    rank: int,
+    x: Tensor,
+    numbers: Mapping[str, int] | None,
 ) -> dict[str, int]:
     wide = product == tl.float32
     row = launch_numbers(table["wide" if wide else "half"], x.device)
@@ -321,7 +357,11 @@ def _down(
     chosen = _numbers(DOWN, product, rank, x, numbers)
     block_m, block_c, r_tiles = chosen["BLOCK_M"], chosen["BLOCK_N"], cdiv(rank, chosen["BLOCK_R"])
     v_c_major, stride_v = order_of("lora_down", v)
-    seg, longest, n_seg = (None, c, 1) if segments is None else (segments.table, max(segments.outs), len(segments.outs))
+    seg, longest, n_seg = (
+        (None, c, 1)
+        if segments is None
+        else (segments.table, max(segments.outs), len(segments.outs))
+    )
     grid = (cdiv(m, block_m), n_seg * r_tiles)
     splits, c_split = split(longest, block_c, grid[0] * grid[1], x.device)
     target, stride_s, stride_split = slabs_for(splits, s)
@@ -345,7 +385,9 @@ def _outer(
     transposed: bool,
     numbers: Mapping[str, int] | None,
 ) -> Tensor:
-    """g = xᵀ (x_scale · u), [N, R], or [R, N] if `transposed`, for x [M, N]; segments divide N, and R is the widest one's."""
+    """g = xᵀ (x_scale · u), [N, R], or [R, N] if `transposed`, for x [M, N]; segments divide N, and
+    R is the widest one's.
+    """
     check_rows("lora_da, lora_db", x=x, u=u, x_scale=x_scale)
     (m, n), rank = x.shape, g.shape[0 if transposed else 1]
     if m == 0:
@@ -353,7 +395,9 @@ def _outer(
     product = product_type(x, u, u.dtype)
     chosen = _numbers(OUTER, product, rank, x, numbers)
     block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-    n_tiles = cdiv(n, block_n) if segments is None else sum(cdiv(outs, block_n) for outs in segments.outs)
+    n_tiles = (
+        cdiv(n, block_n) if segments is None else sum(cdiv(outs, block_n) for outs in segments.outs)
+    )
     grid = (n_tiles, cdiv(rank, chosen["BLOCK_R"]))
     n_seg, seg = (0, None) if segments is None else (len(segments.outs), segments.table)
     splits, m_split = split(m, block_m, grid[0] * grid[1], x.device)
@@ -383,21 +427,49 @@ def _aot_cases() -> Iterator[AotCase]:
         one = partial(meta, dtype=dtype)
         x, x_out, w, w_out, dy = one(m, d), one(m, n_out), one(n, d), one(d, n_out), one(m, n)
         yield f"{name}-fwd", partial(lora_matmul, x_out, w_out, bias=one(d)), targets
-        yield f"{name}-dgrad", partial(lora_matmul_dgrad, x, w_out, out=x_out, accumulate=True), targets
+        yield (
+            f"{name}-dgrad",
+            partial(lora_matmul_dgrad, x, w_out, out=x_out, accumulate=True),
+            targets,
+        )
         for rank in ranks:
             segments, total = make_segments(outs, (rank,) * 4, "meta"), 4 * rank
             s, a, b, scale = one(m, total), one(total, d), one(n, rank), meta(total)
             fwd = partial(lora_matmul, x, w, bias=one(n), lora_s=s, lora_b=b, segments=segments)
             yield f"{name}-fwd-r{rank}", fwd, targets
-            yield f"{name}-dgrad-r{rank}", partial(lora_matmul_dgrad, dy, w, lora_ds=s, lora_a=a), targets
+            yield (
+                f"{name}-dgrad-r{rank}",
+                partial(lora_matmul_dgrad, dy, w, lora_ds=s, lora_a=a),
+                targets,
+            )
             yield f"{name}-s-r{rank}", partial(lora_down, x, a, scale=scale), targets
-            yield f"{name}-ds-r{rank}", partial(_down, dy, b.T, s, scale, None, segments, None), targets
-            yield f"{name}-db-r{rank}", partial(_outer, dy, s, meta(n, rank), None, segments, False, None), targets
-            yield f"{name}-da-r{rank}", partial(_outer, x, s, meta(total, d), None, None, True, None), targets
+            yield (
+                f"{name}-ds-r{rank}",
+                partial(_down, dy, b.T, s, scale, None, segments, None),
+                targets,
+            )
+            yield (
+                f"{name}-db-r{rank}",
+                partial(_outer, dy, s, meta(n, rank), None, segments, False, None),
+                targets,
+            )
+            yield (
+                f"{name}-da-r{rank}",
+                partial(_outer, x, s, meta(total, d), None, None, True, None),
+                targets,
+            )
     # few tokens, so that sums are cut, and x as codes
     xq, x_scale, a, s = meta(512, d, dtype=torch.int8), meta(512), one(16, d), one(512, 16)
-    yield "int8-s-r16", partial(lora_down, xq, a, x_scale=x_scale, out_dtype=torch.bfloat16), targets
-    yield "int8-da-r16", partial(_outer, xq, s.bfloat16(), meta(16, d), x_scale, None, True, None), targets
+    yield (
+        "int8-s-r16",
+        partial(lora_down, xq, a, x_scale=x_scale, out_dtype=torch.bfloat16),
+        targets,
+    )
+    yield (
+        "int8-da-r16",
+        partial(_outer, xq, s.bfloat16(), meta(16, d), x_scale, None, True, None),
+        targets,
+    )
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

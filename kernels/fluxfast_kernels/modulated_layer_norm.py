@@ -1,13 +1,17 @@
-"""LayerNorm without an affine part and a per-sample modulation, y = LayerNorm(x)·(1 + scale) + shift: forward and backward.
+"""LayerNorm without an affine part and a per-sample modulation, y = LayerNorm(x)·(1 + scale) +
+shift: forward and backward.
 
-One program holds one row of x in registers, so that x is read once. Three things ride along where asked for, each saving the
-passes that an op of its own would cost: y's codes (`row_quant.quantize_row`), the gated residual before the norm
-(x = residual + gate·branch) with its backward after it, and the sum with the gradient that reaches x past the norm.
-Backward, with g = dy·(1 + scale) and xhat = (x - mean)·rstd:  dx = rstd·(g - mean(g) - xhat·mean(g·xhat)).
-Sums over tokens (dscale, dshift, dgate) are partial sums over ROWS rows a program, added up afterwards: deterministic.
+One program holds one row of x in registers, so that x is read once. Three things ride along where
+asked for, each saving the passes that an op of its own would cost: y's codes
+(`row_quant.quantize_row`), the gated residual before the norm (x = residual + gate·branch) with its
+backward after it, and the sum with the gradient that reaches x past the norm. Backward, with g =
+dy·(1 + scale) and xhat = (x - mean)·rstd:  dx = rstd·(g - mean(g) - xhat·mean(g·xhat)). Sums over
+tokens (dscale, dshift, dgate) are partial sums over ROWS rows a program, added up afterwards:
+deterministic.
 
-Shapes: x, y, dy, dx, branch [B, S, D]; scale, shift, gate [B, D], at any distance from sample to sample (chunks of one
-modulation vector); mean, rstd [B, S] fp32. Rows may lie any distance apart. All arithmetic is fp32.
+Shapes: x, y, dy, dx, branch [B, S, D]; scale, shift, gate [B, D], at any distance from sample to
+sample (chunks of one modulation vector); mean, rstd [B, S] fp32. Rows may lie any distance apart.
+All arithmetic is fp32.
 """
 
 from collections.abc import Iterator
@@ -19,12 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, launch, record_variants, row_numbers
-from fluxfast_kernels.row_quant import OUTPUTS, check_rows, empty_outputs, quantize_row, row_strides, targets_of
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    cdiv,
+    launch,
+    record_variants,
+    row_numbers,
+)
+from fluxfast_kernels.row_quant import (
+    OUTPUTS,
+    check_rows,
+    empty_outputs,
+    quantize_row,
+    row_strides,
+    targets_of,
+)
 
 
 class LayerNormOut(NamedTuple):
-    """y [B, S, D], or None; its codes and their scales [B, S], or None; mean and reciprocal standard deviation [B, S]."""
+    """y [B, S, D], or None; its codes and their scales [B, S], or None; mean and reciprocal
+    standard deviation [B, S].
+    """
 
     y: Tensor | None
     q: Tensor | None
@@ -34,8 +55,9 @@ class LayerNormOut(NamedTuple):
 
 
 class LayerNormGrads(NamedTuple):
-    """dx [B, S, D] (the residual's gradient too); the rest where asked for, else None: dscale, dshift, dgate [B, D], the
-    branch's gradient [B, S, D], its codes, and their scales [B, S]."""
+    """dx [B, S, D] (the residual's gradient too); the rest where asked for, else None: dscale,
+    dshift, dgate [B, D], the branch's gradient [B, S, D], its codes, and their scales [B, S].
+    """
 
     dx: Tensor
     dscale: Tensor | None
@@ -77,7 +99,9 @@ def modulated_layer_norm_fwd_kernel(
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
 
-    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_d, other=0.0).to(
+        tl.float32
+    )
     if p_gate is not None:
         b_gate = tl.load(p_gate + i_b * stride_gate_b + o_d, mask=m_d, other=0.0).to(tl.float32)
         p_branch_row = p_branch + i_b * stride_branch_b + i_s * stride_branch_s
@@ -139,7 +163,9 @@ def modulated_layer_norm_bwd_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    b_one_scale = 1.0 + tl.load(p_scale + i_b * stride_scale_b + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_one_scale = 1.0 + tl.load(p_scale + i_b * stride_scale_b + o_d, mask=m_d, other=0.0).to(
+        tl.float32
+    )
     if p_gate is not None:
         b_gate = tl.load(p_gate + i_b * stride_gate_b + o_d, mask=m_d, other=0.0).to(tl.float32)
     if p_partial is not None:
@@ -155,8 +181,12 @@ def modulated_layer_norm_bwd_kernel(
         m_row = o_d < tl.where(m_s, D, 0)
         b_mean = tl.load(p_mean + i_row, mask=m_s, other=0.0)
         b_rstd = tl.load(p_rstd + i_row, mask=m_s, other=0.0)
-        b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_row, other=0.0).to(tl.float32)
-        b_dy = tl.load(p_dy + i_b * stride_dy_b + i_s * stride_dy_s + o_d, mask=m_row, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_row, other=0.0).to(
+            tl.float32
+        )
+        b_dy = tl.load(
+            p_dy + i_b * stride_dy_b + i_s * stride_dy_s + o_d, mask=m_row, other=0.0
+        ).to(tl.float32)
         b_xhat = (b_x - b_mean) * b_rstd
         b_g = b_dy * b_one_scale
         b_mean_g = tl.sum(b_g, axis=0) / D
@@ -172,7 +202,11 @@ def modulated_layer_norm_bwd_kernel(
         if p_gate is not None:
             b_dbranch = tl.where(m_d, b_dx * b_gate, 0.0)
             if p_dbranch is not None:
-                tl.store(p_dbranch + i_row * D + o_d, b_dbranch.to(p_dbranch.dtype.element_ty), mask=m_row)
+                tl.store(
+                    p_dbranch + i_row * D + o_d,
+                    b_dbranch.to(p_dbranch.dtype.element_ty),
+                    mask=m_row,
+                )
             if p_q is not None:
                 if p_col_scale is not None:
                     b_dbranch *= tl.load(p_col_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -217,7 +251,8 @@ def gated_residual_layer_norm_fwd(
 ) -> tuple[Tensor, LayerNormOut]:
     """x = residual + gate·branch, and what `modulated_layer_norm_fwd` makes of x, in one pass.
 
-    residual, branch [B, S, D], any distance between rows; gate, scale, shift [B, D]. x [B, S, D] comes back first.
+    residual, branch [B, S, D], any distance between rows; gate, scale, shift [B, D]. x [B, S, D]
+    comes back first.
     """
     x = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     return x, _fwd(residual, gate, branch, x, scale, shift, eps, out)
@@ -236,7 +271,9 @@ def _fwd(
     check_rows("modulated_layer_norm", x=x, gate=gate, branch=branch, scale=scale, shift=shift)
     batch, tokens, width = x.shape
     assert scale.shape == shift.shape == (batch, width)
-    assert gate is None or (branch is not None and gate.shape == scale.shape and branch.shape == x.shape)
+    assert gate is None or (
+        branch is not None and gate.shape == scale.shape and branch.shape == x.shape
+    )
     y, q, q_scale = empty_outputs(x, out)
     mean = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
@@ -263,15 +300,24 @@ def modulated_layer_norm_bwd(
     out: str = "same",
     col_scale: Tensor | None = None,
 ) -> LayerNormGrads:
-    """The gradient that reaches x through y, plus `add_to` [B, S, D], the one that reaches x past it.
+    """The gradient that reaches x through y, plus `add_to` [B, S, D], the one that reaches x past
+    it.
 
-    dy, x [B, S, D], any distance between rows; scale [B, D]; mean, rstd as forward gave them. `modulation` asks for dscale and
-    dshift. With the gate [B, D] of x = residual + gate·branch comes the branch's gradient, as `out` says (`row_quant.OUTPUTS`;
-    codes are those of dbranch·col_scale, col_scale [D]), and, given the branch and `modulation`, dgate.
+    dy, x [B, S, D], any distance between rows; scale [B, D]; mean, rstd as forward gave them.
+    `modulation` asks for dscale and dshift. With the gate [B, D] of x = residual + gate·branch
+    comes the branch's gradient, as `out` says (`row_quant.OUTPUTS`; codes are those of
+    dbranch·col_scale, col_scale [D]), and, given the branch and `modulation`, dgate.
     """
-    check_rows("modulated_layer_norm", dy=dy, x=x, scale=scale, add_to=add_to, gate=gate, branch=branch)
+    check_rows(
+        "modulated_layer_norm", dy=dy, x=x, scale=scale, add_to=add_to, gate=gate, branch=branch
+    )
     batch, tokens, width = x.shape
-    assert scale.shape == (batch, width) and dy.shape == x.shape and mean.is_contiguous() and rstd.is_contiguous()
+    assert (
+        scale.shape == (batch, width)
+        and dy.shape == x.shape
+        and mean.is_contiguous()
+        and rstd.is_contiguous()
+    )
     assert add_to is None or add_to.shape == x.shape
     assert gate is None or gate.shape == scale.shape
     assert branch is None or (gate is not None and branch.shape == x.shape)
@@ -306,10 +352,22 @@ def _aot_cases() -> Iterator[AotCase]:
         name = str(dtype).removeprefix("torch.")
         for out in OUTPUTS if dtype == torch.bfloat16 else ("same",):
             where = targets_of(out)
-            yield f"{name}-{out}", partial(modulated_layer_norm_fwd, x, scale, shift, out=out), where
-            yield f"{name}-{out}-gated", partial(gated_residual_layer_norm_fwd, x, gate, x, scale, shift, out=out), where
+            yield (
+                f"{name}-{out}",
+                partial(modulated_layer_norm_fwd, x, scale, shift, out=out),
+                where,
+            )
+            yield (
+                f"{name}-{out}-gated",
+                partial(gated_residual_layer_norm_fwd, x, gate, x, scale, shift, out=out),
+                where,
+            )
             col_scale = None if out == "same" else meta(torch.float32, 3072)
-            yield f"{name}-{out}-gated", partial(bwd, gate=gate, out=out, col_scale=col_scale), where
+            yield (
+                f"{name}-{out}-gated",
+                partial(bwd, gate=gate, out=out, col_scale=col_scale),
+                where,
+            )
             sums = partial(bwd, gate=gate, branch=x, modulation=True, out=out, col_scale=col_scale)
             yield f"{name}-{out}-gated-modulation", sums, where
         yield name, bwd, tuple(AOT_TARGETS)

@@ -3,12 +3,14 @@
     m ← m + (1 - β1)(g - m),  v ← β2 v + (1 - β2) g²
     p ← p (1 - lr·weight_decay) - lr/(1 - β1^t) · m / (sqrt(v/(1 - β2^t)) + eps)
 
-All of it is fp32, and each result is rounded once, where it is stored: to bf16 stochastically (16 random bits are added below
-its last one and the sum is cut off there, which keeps the mean), to fp32 not at all. The bits are Philox's for the key `seed`
-and the counter (element, step), three of its four words for the three results of two neighbours. They depend on nothing else:
-a resumed run goes on bit for bit, and how tensors are cut into blocks does not matter.
+All of it is fp32, and each result is rounded once, where it is stored: to bf16 stochastically (16
+random bits are added below its last one and the sum is cut off there, which keeps the mean), to
+fp32 not at all. The bits are Philox's for the key `seed` and the counter (element, step), three of
+its four words for the three results of two neighbours. They depend on nothing else: a resumed run
+goes on bit for bit, and how tensors are cut into blocks does not matter.
 
-A program finds its tensor in a table of addresses, one row a tensor, through a list of blocks (tensor, block within it).
+A program finds its tensor in a table of addresses, one row a tensor, through a list of blocks
+(tensor, block within it).
 """
 
 import math
@@ -21,7 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, OPTIM_LAUNCH, AotCase, cdiv, launch, launch_numbers, record_variants
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    OPTIM_LAUNCH,
+    AotCase,
+    cdiv,
+    launch,
+    launch_numbers,
+    record_variants,
+)
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -29,7 +39,8 @@ _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 class AdamWTable(NamedTuple):
     """Where the tensors of an update are, for `adamw_step`."""
 
-    # addresses of parameter and moments, elements, half the elements of the tensors before (each rounded up): [T, 5] int64
+    # addresses of parameter and moments, elements, half the elements of the tensors before (each
+    # rounded up): [T, 5] int64
     rows: Tensor
     # tensor and block within it [C, 2] int32
     blocks: Tensor
@@ -41,7 +52,9 @@ class AdamWTable(NamedTuple):
 
 @triton.jit
 def _round_stochastically(b_x, b_random):
-    """fp32 to the fp32 neighbour that bf16 holds, up or down; b_random holds 16 bits. NaN stays NaN."""
+    """fp32 to the fp32 neighbour that bf16 holds, up or down; b_random holds 16 bits. NaN stays
+    NaN.
+    """
     b_bits = (b_x.to(tl.int32, bitcast=True) + b_random) & -65536
     return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
 
@@ -76,7 +89,9 @@ def _update(
         b_low = (b_pair & 0xFFFFFFFF).to(tl.uint32)
         b_high = (b_pair >> 32).to(tl.uint32)
         b_zero = tl.zeros_like(b_low)
-        b_word_p, b_word_m, b_word_v, _ = tl.philox(seed, b_low, b_high, b_zero + step.to(tl.uint32), b_zero)
+        b_word_p, b_word_m, b_word_v, _ = tl.philox(
+            seed, b_low, b_high, b_zero + step.to(tl.uint32), b_zero
+        )
         b_p = _round_stochastically(b_p, _sixteen_bits(b_word_p))
         b_m = _round_stochastically(b_m, _sixteen_bits(b_word_m))
         b_v = _round_stochastically(b_v, _sixteen_bits(b_word_v))
@@ -114,7 +129,8 @@ def adamw_kernel(
     b_size = tl.load(p_row + 3)
     o_x = i_first + tl.arange(0, BLOCK)
     b_pair = tl.load(p_row + 4) + i_first // 2 + tl.arange(0, BLOCK // 2)
-    # a mask whose edge may lie anywhere would break every access into single elements: only the last block has one
+    # a mask whose edge may lie anywhere would break every access into single elements: only the
+    # last block has one
     if i_first + BLOCK <= b_size:
         _update(
             p_param, p_m, p_v, p_grad, o_x, None, None, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step, DTYPE
@@ -126,18 +142,24 @@ def adamw_kernel(
         )  # fmt: skip
 
 
-def adamw_table(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]) -> AdamWTable:
-    """The table of the tensors that `adamw_step` updates, at least one: contiguous, of one dtype and on one device.
+def adamw_table(
+    params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
+) -> AdamWTable:
+    """The table of the tensors that `adamw_step` updates, at least one: contiguous, of one dtype
+    and on one device.
 
-    It holds for as long as nobody gives one of them other memory. Raises ValueError if they are not contiguous or not of one
-    dtype, bf16 or fp32.
+    It holds for as long as nobody gives one of them other memory. Raises ValueError if they are not
+    contiguous or not of one dtype, bf16 or fp32.
     """
     groups = list(zip(params, exp_avgs, exp_avg_sqs, strict=True))
     dtype, device = params[0].dtype, params[0].device
     for group in groups:
-        if dtype not in _TRITON_DTYPES or any(t.dtype != dtype or not t.is_contiguous() for t in group):
+        if dtype not in _TRITON_DTYPES or any(
+            t.dtype != dtype or not t.is_contiguous() for t in group
+        ):
             raise ValueError(
-                "adamw: parameters and moments must be contiguous and of one dtype, bfloat16 or float32, got "
+                "adamw: parameters and moments must be contiguous and of one dtype, bfloat16 or "
+                "float32, got "
                 f"{[(t.dtype, list(t.shape), list(t.stride())) for t in group]}"
             )
     rows, pairs = [], 0
@@ -167,16 +189,25 @@ def adamw_step(
     step: int,
     seed: int,
 ) -> None:
-    """One update of the table's tensors, in place, by gradients in the same order; `step` counts from 1, `seed` is any int64.
+    """One update of the table's tensors, in place, by gradients in the same order; `step` counts
+    from 1, `seed` is any int64.
 
-    Raises ValueError if a gradient has another size, is not contiguous, or the gradients' dtypes differ.
+    Raises ValueError if a gradient has another size, is not contiguous, or the gradients' dtypes
+    differ.
     """
     params, dtype = table.tensors[0], grads[0].dtype
     for grad, p in zip(grads, params, strict=True):
-        if grad.numel() != p.numel() or grad.dtype != dtype or dtype not in _TRITON_DTYPES or not grad.is_contiguous():
+        if (
+            grad.numel() != p.numel()
+            or grad.dtype != dtype
+            or dtype not in _TRITON_DTYPES
+            or not grad.is_contiguous()
+        ):
             raise ValueError(
-                f"adamw: gradients must be contiguous, in their parameter's shape {list(p.shape)} and of one dtype ({dtype}; "
-                f"bfloat16 or float32), got {grad.dtype} {list(grad.shape)} with strides {list(grad.stride())}"
+                "adamw: gradients must be contiguous, in their parameter's shape "
+                f"{list(p.shape)} and of one dtype ({dtype}; "
+                f"bfloat16 or float32), got {grad.dtype} {list(grad.shape)} with strides "
+                f"{list(grad.stride())}"
             )
     addresses = [grad.data_ptr() for grad in grads]
     (beta1, beta2), device = betas, table.rows.device
@@ -197,7 +228,15 @@ def _aot_cases() -> Iterator[AotCase]:
         for aligned in (True, False):
             table = adamw_table(*([t] for t in tensors[:3]))._replace(aligned=aligned)
             update = partial(
-                adamw_step, table, tensors[3:], lr=1e-4, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, step=7, seed=1 << 40
+                adamw_step,
+                table,
+                tensors[3:],
+                lr=1e-4,
+                betas=(0.9, 0.999),
+                eps=1e-6,
+                weight_decay=0.01,
+                step=7,
+                seed=1 << 40,
             )
             name = str(dtype).removeprefix("torch.")
             yield name if aligned else f"{name}-unaligned", update, tuple(AOT_TARGETS)

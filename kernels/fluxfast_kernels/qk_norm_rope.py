@@ -1,17 +1,22 @@
-"""From packed q|k|v projections to attention's inputs and back: RMSNorm and rotary embedding of q and k, text joined to image.
+"""From packed q|k|v projections to attention's inputs and back: RMSNorm and rotary embedding of q
+and k, text joined to image.
 
-    y = rot(x·rstd·w),  rot(x0, x1) = (x0·cos - x1·sin, x1·cos + x0·sin) on adjacent pairs,  rstd = 1/sqrt(mean(x²) + eps)
+    y = rot(x·rstd·w),  rot(x0, x1) = (x0·cos - x1·sin, x1·cos + x0·sin) on adjacent pairs,  rstd =
+    1/sqrt(mean(x²) + eps)
 
-One program takes HEADS heads of one token: their q, k and v. Text rows come first; whether a token is text decides which
-tensor and which weights a program reads, so both parts go in one launch. Everything between load and store is fp32.
+One program takes HEADS heads of one token: their q, k and v. Text rows come first; whether a token
+is text decides which tensor and which weights a program reads, so both parts go in one launch.
+Everything between load and store is fp32.
 
-Backward, with n = rot⁻¹(y) = x·rstd·w and d = rot⁻¹(dy):  dx = rstd·(d·w - x·rstd·mean(d·n)).
-Given y, which attention keeps anyway, x·rstd = n/w, and forward's input is not needed. That asks for weights whose smallest is
-not far below the largest (`fluxfast.ops.qk_norm_rope` says how far); where they are not, forward's input is given instead.
+Backward, with n = rot⁻¹(y) = x·rstd·w and d = rot⁻¹(dy):  dx = rstd·(d·w - x·rstd·mean(d·n)). Given
+y, which attention keeps anyway, x·rstd = n/w, and forward's input is not needed. That asks for
+weights whose smallest is not far below the largest (`fluxfast.ops.qk_norm_rope` says how far);
+where they are not, forward's input is given instead.
 
-Shapes: qkv, dqkv [B, S_img, 3·H·hd] and txt_qkv, dtxt_qkv [B, S_txt, 3·H·hd], rows any distance apart; q, k, v [B, S, H, hd],
-S = S_txt + S_img; rstd [B, S, 2, H] fp32; weights [2 or 4, hd]: q, k, and with text txt_q, txt_k; cos, sin [rows, hd/2]: token
-i takes row i, or the row that `index` ([S] or [B, S], int32 or int64) names, which is not checked: that would stop the GPU.
+Shapes: qkv, dqkv [B, S_img, 3·H·hd] and txt_qkv, dtxt_qkv [B, S_txt, 3·H·hd], rows any distance
+apart; q, k, v [B, S, H, hd], S = S_txt + S_img; rstd [B, S, 2, H] fp32; weights [2 or 4, hd]: q, k,
+and with text txt_q, txt_k; cos, sin [rows, hd/2]: token i takes row i, or the row that `index` ([S]
+or [B, S], int32 or int64) names, which is not checked: that would stop the GPU.
 """
 
 from collections.abc import Iterator
@@ -47,9 +52,13 @@ class QKNormRopeOut(NamedTuple):
 
 @triton.jit
 def _rotate(b_x, b_cos, b_sin, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Rotates adjacent pairs of b_x [HEADS, 2·HALF] by the angles whose cosines and sines are [HALF]."""
+    """Rotates adjacent pairs of b_x [HEADS, 2·HALF] by the angles whose cosines and sines are
+    [HALF].
+    """
     b_0, b_1 = tl.split(tl.reshape(b_x, (HEADS, HALF, 2)))
-    b_y = tl.join(b_0 * b_cos[None, :] - b_1 * b_sin[None, :], b_1 * b_cos[None, :] + b_0 * b_sin[None, :])
+    b_y = tl.join(
+        b_0 * b_cos[None, :] - b_1 * b_sin[None, :], b_1 * b_cos[None, :] + b_0 * b_sin[None, :]
+    )
     return tl.reshape(b_y, (HEADS, 2 * HALF))
 
 
@@ -190,10 +199,24 @@ def qk_norm_rope_bwd_kernel(
         b_w = tl.load(p_w + i_qk * HD + o_d, mask=m_d, other=1.0).to(tl.float32)
         b_rstd = tl.load(p_rstd + (i_row * 2 + i_qk) * H + o_h, mask=m_h, other=0.0)
         if i_qk == 0:
-            p_dy = p_dq + i_b * stride_dq_b + i_s * stride_dq_s + o_h[:, None] * stride_dq_h + o_d[None, :]
+            p_dy = (
+                p_dq
+                + i_b * stride_dq_b
+                + i_s * stride_dq_s
+                + o_h[:, None] * stride_dq_h
+                + o_d[None, :]
+            )
         else:
-            p_dy = p_dk + i_b * stride_dk_b + i_s * stride_dk_s + o_h[:, None] * stride_dk_h + o_d[None, :]
-        b_d = _rotate(tl.load(p_dy, mask=m_hd, other=0.0).to(tl.float32), b_cos, -b_sin, HEADS, HALF)
+            p_dy = (
+                p_dk
+                + i_b * stride_dk_b
+                + i_s * stride_dk_s
+                + o_h[:, None] * stride_dk_h
+                + o_d[None, :]
+            )
+        b_d = _rotate(
+            tl.load(p_dy, mask=m_hd, other=0.0).to(tl.float32), b_cos, -b_sin, HEADS, HALF
+        )
         if p_q is not None:
             p_y = p_q if i_qk == 0 else p_k
             b_y = tl.load(p_y + i_row * H * HD + o_hd, mask=m_hd, other=0.0).to(tl.float32)
@@ -222,7 +245,8 @@ def qk_norm_rope_fwd(
     eps: float = 1e-6,
     index: Tensor | None = None,
 ) -> QKNormRopeOut:
-    """q, k and v of the joined sequence, from its packed projections; shapes as in this module's docstring.
+    """q, k and v of the joined sequence, from its packed projections; shapes as in this module's
+    docstring.
 
     Raises ValueError if a last dimension is not contiguous.
     """
@@ -231,7 +255,10 @@ def qk_norm_rope_fwd(
     batch, s_img, width = qkv.shape
     s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
     tokens, head_dim = s_txt + s_img, width // (3 * heads)
-    q, k, v = (torch.empty((batch, tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    q, k, v = (
+        torch.empty((batch, tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+        for _ in range(3)
+    )
     rstd = torch.empty((batch, tokens, 2, heads), dtype=torch.float32, device=qkv.device)
     numbers = _numbers("qk_norm_rope_fwd", heads, head_dim, qkv.device)
     launch(
@@ -260,12 +287,23 @@ def qk_norm_rope_bwd(
     dqkv: Tensor | None = None,
     dtxt_qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dqkv, and dtxt_qkv where s_txt is not 0; written into those given, slices of wider buffers, say.
+    """dqkv, and dtxt_qkv where s_txt is not 0; written into those given, slices of wider buffers,
+    say.
 
-    dq, dk, dv [B, S, H, hd] with contiguous heads, at any distance from each other. Forward left either its outputs q and k
-    (contiguous) or its inputs qkv and txt_qkv: give one pair.
+    dq, dk, dv [B, S, H, hd] with contiguous heads, at any distance from each other. Forward left
+    either its outputs q and k (contiguous) or its inputs qkv and txt_qkv: give one pair.
     """
-    check_rows("qk_norm_rope", dq=dq, dk=dk, dv=dv, qkv=qkv, txt_qkv=txt_qkv, index=index, dqkv=dqkv, dtxt_qkv=dtxt_qkv)
+    check_rows(
+        "qk_norm_rope",
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        qkv=qkv,
+        txt_qkv=txt_qkv,
+        index=index,
+        dqkv=dqkv,
+        dtxt_qkv=dtxt_qkv,
+    )
     assert (q is None) == (k is None) != (qkv is None) and rstd.is_contiguous()
     assert q is None or k is None or (q.is_contiguous() and k.is_contiguous())
     assert weights.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
@@ -301,7 +339,8 @@ def _aot_cases() -> Iterator[AotCase]:
     index = torch.empty(1, 2560, dtype=torch.int32, device="meta")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        # a double block's two parts; a single block's one, inside the packed q|k|v|mlp, whole and routed
+        # a double block's two parts; a single block's one, inside the packed q|k|v|mlp, whole and
+        # routed
         img, txt = (torch.empty(1, s, 9216, dtype=dtype, device="meta") for s in (4096, 512))
         packed = torch.empty(1, 4608, 21504, dtype=dtype, device="meta")[..., :9216]
         # as the model stores them
@@ -311,12 +350,16 @@ def _aot_cases() -> Iterator[AotCase]:
             ("single", packed, None, None),
             ("routed", packed[:, :2560], None, index),
         ):
-            forward = partial(qk_norm_rope_fwd, qkv, weights, cos, cos, heads=24, txt_qkv=txt_qkv, index=rows)
+            forward = partial(
+                qk_norm_rope_fwd, qkv, weights, cos, cos, heads=24, txt_qkv=txt_qkv, index=rows
+            )
             yield f"{name}-{case}", forward, targets
             s_txt = 0 if txt_qkv is None else 512
             y = torch.empty(1, s_txt + qkv.shape[1], 24, 128, dtype=dtype, device="meta")
             rstd = torch.empty(1, s_txt + qkv.shape[1], 2, 24, device="meta")
-            backward = partial(qk_norm_rope_bwd, y, y, y, rstd, weights, cos, cos, s_txt=s_txt, index=rows)
+            backward = partial(
+                qk_norm_rope_bwd, y, y, y, rstd, weights, cos, cos, s_txt=s_txt, index=rows
+            )
             yield f"{name}-{case}-outputs", partial(backward, q=y, k=y), targets
             yield f"{name}-{case}-inputs", partial(backward, qkv=qkv, txt_qkv=txt_qkv), targets
 

@@ -1,7 +1,9 @@
-"""Quantising to int4 and int2: a uniform grid per group of columns, searched for least squared error.
+"""Quantising to int4 and int2: a uniform grid per group of columns, searched for least squared
+error.
 
-The search, its names, and why its sums may run in any order are in `fluxfast.quant._affine`, the numbers in `Int4` and `Int2`
-there; the bytes are the same. Launched without contraction of a·b + c, and every division is IEEE's.
+The search, its names, and why its sums may run in any order are in `fluxfast.quant.affine`, the
+numbers in `Int4` and `Int2` there; the bytes are the same. Launched without contraction of a·b + c,
+and every division is IEEE's.
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    cdiv,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.dequant_int2 import BIAS, SHIFT
 from fluxfast_kernels.dequant_rows import round_to_bf16, row_and_block
 
@@ -45,7 +55,9 @@ def _codes(b_u, b_per_size, b_z, TOP: tl.constexpr):
 
 @triton.jit
 def _store_scale(b_scale, p_global_scale):
-    """What a scale is stored as [int32], and the value of that: int4's bf16, or, where there is a global scale, int2's byte."""
+    """What a scale is stored as [int32], and the value of that: int4's bf16, or, where there is a
+    global scale, int2's byte.
+    """
     if p_global_scale is None:
         b_stored = round_to_bf16(b_scale)
         return b_stored, (b_stored << 16).to(tl.float32, bitcast=True)
@@ -85,7 +97,9 @@ def quantize_affine_kernel(
     b_low = tl.minimum(tl.min(b_w, axis=1), 0.0)
     b_high = tl.maximum(tl.max(b_w, axis=1), 0.0)
     if p_global_scale is not None:
-        least_step = tl.maximum(tl.load(p_global_scale) * (UNIT * 2.3283064365386963e-10), least_step)
+        least_step = tl.maximum(
+            tl.load(p_global_scale) * (UNIT * 2.3283064365386963e-10), least_step
+        )
     b_step = b_high * (1.0 / TOP) - b_low * (1.0 / TOP)
     b_step = tl.where(b_step < least_step, 0.0, b_step)
     b_per_step = _inverse(b_step)
@@ -106,7 +120,11 @@ def quantize_affine_kernel(
             b_zero = _round(_clamp(-b_start * b_per_size * UNIT, UNIT * TOP))
             b_z = b_zero * (1.0 / UNIT)
             b_q = _codes(b_u, b_per_size, b_z, TOP)
-            b_q_sum, b_qq_sum, b_uq_sum = tl.sum(b_q, axis=1), tl.sum(b_q * b_q, axis=1), tl.sum(b_u * b_q, axis=1)
+            b_q_sum, b_qq_sum, b_uq_sum = (
+                tl.sum(b_q, axis=1),
+                tl.sum(b_q * b_q, axis=1),
+                tl.sum(b_u * b_q, axis=1),
+            )
             b_error = (b_size * b_size) * ((b_qq_sum - 2.0 * b_z * b_q_sum) + GROUP * (b_z * b_z))
             b_error -= 2.0 * b_size * (b_uq_sum - b_z * b_u_sum)
             b_better = b_error < b_least
@@ -118,14 +136,20 @@ def quantize_affine_kernel(
             b_variance = GROUP * b_qq_sum - b_q_sum * b_q_sum
             b_fits = (b_covariance > 0.0) & (b_variance > 0.0)
             b_fitted = tl.div_rn(b_covariance, tl.where(b_fits, b_variance, 1.0))
-            b_start = tl.where(b_fits, (b_u_sum - b_fitted * b_q_sum) * (1.0 / GROUP), -(b_z * b_size))
+            b_start = tl.where(
+                b_fits, (b_u_sum - b_fitted * b_q_sum) * (1.0 / GROUP), -(b_z * b_size)
+            )
             b_size = tl.where(b_fits, b_fitted, b_size)
 
     b_code = _codes(b_u, b_best_per_size, b_best_zero * (1.0 / UNIT), TOP).to(tl.int32)
     o_group = i_row * N_GROUP + o_g
     if p_global_scale is None:
         # what isn't finite shows in the scale
-        tl.store(p_scale + o_group, tl.where(b_top >= _INFINITY, 0x7F80, b_best_stored).to(tl.int16), mask=m_g)
+        tl.store(
+            p_scale + o_group,
+            tl.where(b_top >= _INFINITY, 0x7F80, b_best_stored).to(tl.int16),
+            mask=m_g,
+        )
         tl.store(p_zero + o_group, b_best_zero.to(tl.int32).to(tl.int8), mask=m_g)
         b_high_code, b_low_code = tl.split(tl.reshape(b_code, [GROUPS, GROUP // 2, 2]))
         b_byte = (b_high_code << 4) | b_low_code
@@ -159,13 +183,17 @@ def quantize_affine(
     refits: int,
     least_step: float,
 ) -> None:
-    """Quantises weight [N, K], rows any distance apart, into the parts given: int4's, or, with a global scale, int2's.
+    """Quantises weight [N, K], rows any distance apart, into the parts given: int4's, or, with a
+    global scale, int2's.
 
-    The other arguments are the fields of `fluxfast.quant._affine.Affine`, and the step below which a group becomes zeros.
+    The other arguments are the fields of `fluxfast.quant.affine.Affine`, and the step below which a
+    group becomes zeros.
     """
     rows, cols = weight.shape
     assert weight.stride(1) == 1 and scale.shape == (rows, cdiv(cols, group))
-    numbers = row_numbers("quantize_affine", max(scale.shape[1], 2) * group, arch_key(weight.device))
+    numbers = row_numbers(
+        "quantize_affine", max(scale.shape[1], 2) * group, arch_key(weight.device)
+    )
     launch(
         quantize_affine_kernel, (rows * cdiv(scale.shape[1] * group, numbers["BLOCK"]),),
         weight, packed.view(torch.int8), scale.view(torch.int16 if global_scale is None else torch.int8),
@@ -180,12 +208,18 @@ def _aot_cases() -> Iterator[AotCase]:
     byte = partial(meta, dtype=torch.uint8)
     search = partial(quantize_affine, least_step=2.0**-100)
     int4 = partial(search, group=64, top=15, unit=16, grain=2**-8, shrinks=(1.0, 0.92), refits=2)
-    int2 = partial(search, group=16, top=3, unit=5, grain=2**-10, shrinks=(1.0, 0.75, 0.5), refits=1)
+    int2 = partial(
+        search, group=16, top=3, unit=5, grain=2**-10, shrinks=(1.0, 0.75, 0.5), refits=1
+    )
     n, k = 3072, 3072
     scale4 = meta(n, k // 64, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         weight, name = meta(n, k, dtype=dtype), str(dtype).removeprefix("torch.")
-        yield f"int4-{name}", partial(int4, weight, byte(n, k // 2), scale4, byte(n, k // 64), None), tuple(AOT_TARGETS)
+        yield (
+            f"int4-{name}",
+            partial(int4, weight, byte(n, k // 2), scale4, byte(n, k // 64), None),
+            tuple(AOT_TARGETS),
+        )
         parts = byte(n, k // 4), byte(n, k // 16), byte(n, k // 32), meta(1)
         yield f"int2-{name}", partial(int2, weight, *parts), tuple(AOT_TARGETS)
 

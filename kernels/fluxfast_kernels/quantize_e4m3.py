@@ -1,4 +1,6 @@
-"""Quantising rows to e4m3fn codes by their bits, for weights: `row_quant` wants a GPU that has the type, storage doesn't."""
+"""Quantising rows to e4m3fn codes by their bits, for weights: `row_quant` wants a GPU that has the
+type, storage doesn't.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.row_quant import check_rows
 
 _ROUND = tl.constexpr(12582912.0)
@@ -23,8 +32,12 @@ def encode_e4m3(b_x):
     # the exponent's bias differs by 120
     b_normal = (b_size + 0x7FFFF + ((b_size >> 20) & 1) - (120 << 23)) >> 20
     # below 2^-6 the unit is 2^-9
-    b_subnormal = (b_size.to(tl.float32, bitcast=True) * 512.0 + _ROUND).to(tl.int32, bitcast=True) & 0xFF
-    return (tl.where(b_size < (121 << 23), b_subnormal, b_normal) | ((b_bits >> 24) & 0x80)).to(tl.int8)
+    b_subnormal = (b_size.to(tl.float32, bitcast=True) * 512.0 + _ROUND).to(
+        tl.int32, bitcast=True
+    ) & 0xFF
+    return (tl.where(b_size < (121 << 23), b_subnormal, b_normal) | ((b_bits >> 24) & 0x80)).to(
+        tl.int8
+    )
 
 
 @triton.jit

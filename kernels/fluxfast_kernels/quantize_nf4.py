@@ -1,4 +1,6 @@
-"""Quantising to nf4: blocks of 64 along the flattened weight, each code's nearest level, max|w| of each block in fp32."""
+"""Quantising to nf4: blocks of 64 along the flattened weight, each code's nearest level, max|w| of
+each block in fp32.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    cdiv,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.dequant_nf4 import BLOCK_SIZE
 
 # bitsandbytes bounds the inverse of max|w| with this, which is not a normal number
@@ -18,7 +28,9 @@ _ZERO = tl.constexpr(7)
 
 
 @triton.jit
-def quantize_nf4_kernel(p_w, p_packed, p_absmax, p_bound, n, HAS_REST: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_nf4_kernel(
+    p_w, p_packed, p_absmax, p_bound, n, HAS_REST: tl.constexpr, BLOCK: tl.constexpr
+):
     i_block = tl.program_id(0).to(tl.int64) * (BLOCK // BLOCK_SIZE)
     o_b = i_block + tl.arange(0, BLOCK // BLOCK_SIZE)
     o_w = o_b[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
@@ -36,16 +48,20 @@ def quantize_nf4_kernel(p_w, p_packed, p_absmax, p_bound, n, HAS_REST: tl.conste
     # a tie goes to the lower code
     for i in tl.static_range(15):
         b_code += (tl.load(p_bound + i) < b_v).to(tl.int32)
-    b_high, b_low = tl.split(tl.reshape(tl.where(o_w < n, b_code, _ZERO), [BLOCK // BLOCK_SIZE, BLOCK_SIZE // 2, 2]))
+    b_high, b_low = tl.split(
+        tl.reshape(tl.where(o_w < n, b_code, _ZERO), [BLOCK // BLOCK_SIZE, BLOCK_SIZE // 2, 2])
+    )
     o_byte = o_b[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
     tl.store(p_packed + o_byte, ((b_high << 4) | b_low).to(tl.int8), mask=o_byte * 2 < n)
     tl.store(p_absmax + o_b, b_top, mask=o_b * BLOCK_SIZE < n)
 
 
 def quantize_nf4(weight: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes packed two a byte [ceil(n / 2)] uint8, the even one in the high bits, and max|w| of each block [ceil(n / 64)] fp32.
+    """Codes packed two a byte [ceil(n / 2)] uint8, the even one in the high bits, and max|w| of
+    each block [ceil(n / 64)] fp32.
 
-    weight: n numbers, contiguous; bounds [15] fp32, ascending: a code is the number of bounds below w / max|w|.
+    weight: n numbers, contiguous; bounds [15] fp32, ascending: a code is the number of bounds below
+    w / max|w|.
     """
     assert weight.is_contiguous() and bounds.shape == (15,)
     n = weight.numel()
@@ -62,8 +78,15 @@ def quantize_nf4(weight: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
 
 def _aot_cases() -> Iterator[AotCase]:
     for dtype in (torch.bfloat16, torch.float32):
-        weight, bounds = torch.empty(3072 * 3072, dtype=dtype, device="meta"), torch.empty(15, device="meta")
-        yield str(dtype).removeprefix("torch."), partial(quantize_nf4, weight, bounds), tuple(AOT_TARGETS)
+        weight, bounds = (
+            torch.empty(3072 * 3072, dtype=dtype, device="meta"),
+            torch.empty(15, device="meta"),
+        )
+        yield (
+            str(dtype).removeprefix("torch."),
+            partial(quantize_nf4, weight, bounds),
+            tuple(AOT_TARGETS),
+        )
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

@@ -2,9 +2,10 @@
 
     scale = max|y| / top,  q = round(y · (1/scale)),  y ≈ q · scale      top = 127 for int8, 448 for e4m3fn
 
-Rounding is to nearest, halves to even. A row whose scale would not be a normal fp32 number (all zeros, in practice) gets scale
-1 and codes 0. A NaN or an infinity anywhere in a row makes that row's scale NaN or infinite, so it shows in the product.
-`quantize_row` is what the ops that quantise their own output call; `row_quant` is for a tensor that no such op wrote.
+Rounding is to nearest, halves to even. A row whose scale would not be a normal fp32 number (all
+zeros, in practice) gets scale 1 and codes 0. A NaN or an infinity anywhere in a row makes that
+row's scale NaN or infinite, so it shows in the product. `quantize_row` is what the ops that
+quantise their own output call; `row_quant` is for a tensor that no such op wrote.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,8 @@ FORMATS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 # what an op that can quantise its own output may be asked for: values, codes and scales, or both
 OUTPUTS = ("same", "int8", "e4m3", "both-int8", "both-e4m3")
 
-# 1.5·2²³: adding it to |v| < 2²² rounds v to an integer, halves to even, and leaves that integer in the low bits
+# 1.5·2²³: adding it to |v| < 2²² rounds v to an integer, halves to even, and leaves that integer in
+# the low bits
 _ROUND = tl.constexpr(12582912.0)
 _LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 _INTERPRETED = tl.constexpr(interpreted())
@@ -39,13 +41,15 @@ _INTERPRETED = tl.constexpr(interpreted())
 @triton.jit
 def quantize_row(b_y, DTYPE: tl.constexpr):
     """Codes of DTYPE and the scale of one row; b_y [BLOCK] fp32 is zero where it is masked."""
-    # as integers, magnitudes keep their order, NaN comes out on top, and the reduction is one instruction a warp
+    # as integers, magnitudes keep their order, NaN comes out on top, and the reduction is one
+    # instruction a warp
     b_top = tl.max(b_y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
     b_scale = tl.div_rn(b_top, 127.0 if DTYPE.is_int() else 448.0)
     b_scale = tl.where(b_scale < _LEAST_NORMAL, 1.0, b_scale)
     b_v = b_y * tl.div_rn(1.0, b_scale)
     if DTYPE.is_int():
-        # the clamp is never felt, but it keeps the compiler from fusing product and sum, which would round differently
+        # the clamp is never felt, but it keeps the compiler from fusing product and sum, which
+        # would round differently
         b_v = tl.minimum(tl.maximum(b_v, -127.0), 127.0) + _ROUND
         b_q = b_v.to(tl.int32, bitcast=True).to(tl.int8)
     else:
@@ -59,7 +63,9 @@ def quantize_row(b_y, DTYPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def row_quant_kernel(p_x, p_col_scale, p_q, p_scale, stride_x, M, K: tl.constexpr, BLOCK: tl.constexpr):
+def row_quant_kernel(
+    p_x, p_col_scale, p_q, p_scale, stride_x, M, K: tl.constexpr, BLOCK: tl.constexpr
+):
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < K
@@ -72,10 +78,11 @@ def row_quant_kernel(p_x, p_col_scale, p_q, p_scale, stride_x, M, K: tl.constexp
 
 
 def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantises the rows of x, or of x · col_scale: a weight's row scales, folded into the gradient before dgrad.
+    """Quantises the rows of x, or of x · col_scale: a weight's row scales, folded into the gradient
+    before dgrad.
 
-    x [M, K], any distance between rows; col_scale [K]; fmt "int8" or "e4m3". Returns codes [M, K] and scales [M] fp32.
-    Raises ValueError on another format or a column stride that is not 1.
+    x [M, K], any distance between rows; col_scale [K]; fmt "int8" or "e4m3". Returns codes [M, K]
+    and scales [M] fp32. Raises ValueError on another format or a column stride that is not 1.
     """
     if fmt not in FORMATS:
         raise ValueError(f"row_quant: the format is one of {sorted(FORMATS)}, not {fmt!r}")
@@ -91,9 +98,11 @@ def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[
 def empty_outputs(
     x: Tensor, out: str, width: int | None = None, y: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for an op's output: values in x's dtype (`y` if given), codes, and a scale a row, where `out` asks for them.
+    """Room for an op's output: values in x's dtype (`y` if given), codes, and a scale a row, where
+    `out` asks for them.
 
-    The shape is x's, with `width` columns where that is given. Raises ValueError if `out` is not one of OUTPUTS.
+    The shape is x's, with `width` columns where that is given. Raises ValueError if `out` is not
+    one of OUTPUTS.
     """
     if out not in OUTPUTS:
         raise ValueError(f"the output is one of {OUTPUTS}, not {out!r}")
@@ -110,7 +119,9 @@ def empty_outputs(
 
 
 def row_strides(x: Tensor | None) -> tuple[int, int]:
-    """Elements from one sample of x [B, S, D] to the next, and from one row to the next; zeros for an absent x."""
+    """Elements from one sample of x [B, S, D] to the next, and from one row to the next; zeros for
+    an absent x.
+    """
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
@@ -120,22 +131,30 @@ def targets_of(out: str) -> Sequence[str]:
 
 
 def check_rows(op: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError if a tensor's last dimension is not contiguous: kernels take rows any distance apart, no more."""
+    """Raises ValueError if a tensor's last dimension is not contiguous: kernels take rows any
+    distance apart, no more.
+    """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
-                f"{op}: {name} {list(tensor.shape)} must have a contiguous last dimension, got stride {tensor.stride(-1)}; "
+                f"{op}: {name} {list(tensor.shape)} must have a contiguous last dimension, got "
+                f"stride {tensor.stride(-1)}; "
                 "call .contiguous() on it"
             )
 
 
 def _aot_cases() -> Iterator[AotCase]:
-    # the output of attention + MLP (forward); the gradients of a double and of a single block's first projection
+    # the output of attention + MLP (forward); the gradients of a double and of a single block's
+    # first projection
     for cols, col_scaled in ((15360, False), (9216, True), (21504, True)):
         x = torch.empty(4608, cols, dtype=torch.bfloat16, device="meta")
         col_scale = torch.empty(cols, device="meta") if col_scaled else None
         for fmt in FORMATS:
-            yield f"bf16-{cols}-{fmt}", partial(row_quant, x, fmt, col_scale=col_scale), targets_of(fmt)
+            yield (
+                f"bf16-{cols}-{fmt}",
+                partial(row_quant, x, fmt, col_scale=col_scale),
+                targets_of(fmt),
+            )
 
 
 AOT_VARIANTS = record_variants(_aot_cases())

@@ -1,13 +1,14 @@
-"""Routing tokens around blocks (TREAD): gather the tokens that go through, scatter them back. Each is the other's backward.
+"""Routing tokens around blocks (TREAD): gather the tokens that go through, scatter them back. Each
+is the other's backward.
 
     gather   out = x[idx]                       backward: scatter of dout into zeros
     scatter  out = base, out[idx] = y           backward: dbase = dout with zeros at idx, dy = gather of dout
 
-All three scatters are one kernel, in which an absent operand means zeros. It writes each output row once, and finds out where
-that row comes from in `inverse` [B, S]: the row's place in idx, or -1.
+All three scatters are one kernel, in which an absent operand means zeros. It writes each output row
+once, and finds out where that row comes from in `inverse` [B, S]: the row's place in idx, or -1.
 
-Shapes: x, base, out [B, S, D]; y [B, K, D]; idx [B, K], int32 or int64, distinct within a sample and below S (not checked: that
-would stop the GPU). Rows may lie any distance apart.
+Shapes: x, base, out [B, S, D]; y [B, K, D]; idx [B, K], int32 or int64, distinct within a sample
+and below S (not checked: that would stop the GPU). Rows may lie any distance apart.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AOT_TARGETS, AotCase, arch_key, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AOT_TARGETS,
+    AotCase,
+    arch_key,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.row_quant import check_rows, row_strides
 
 
@@ -64,14 +72,18 @@ def token_scatter_kernel(
         tl.store(p_row, b_out, mask=m_d)
     else:
         if p_base is not None:
-            b_out = tl.load(p_base + i_b * stride_base_b + i_s * stride_base_s + o_d, mask=m_d, other=0.0)
+            b_out = tl.load(
+                p_base + i_b * stride_base_b + i_s * stride_base_s + o_d, mask=m_d, other=0.0
+            )
         else:
             b_out = tl.zeros((BLOCK,), dtype=p_out.dtype.element_ty)
         tl.store(p_row, b_out, mask=m_d)
 
 
 def inverse_index(idx: Tensor, tokens: int) -> Tensor:
-    """[B, tokens] int32: each token's place in its sample's idx [B, K], or -1. One route's scatters can share it."""
+    """[B, tokens] int32: each token's place in its sample's idx [B, K], or -1. One route's scatters
+    can share it.
+    """
     batch, kept = idx.shape
     inverse = torch.full((batch, tokens), -1, dtype=torch.int32, device=idx.device)
     places = torch.arange(kept, dtype=torch.int32, device=idx.device).expand(batch, kept)
@@ -79,7 +91,9 @@ def inverse_index(idx: Tensor, tokens: int) -> Tensor:
 
 
 def token_gather(x: Tensor, idx: Tensor) -> Tensor:
-    """The rows idx [B, K] of x [B, S, D]: [B, K, D]. Also the gradient that `token_scatter`'s y gets from dout."""
+    """The rows idx [B, K] of x [B, S, D]: [B, K, D]. Also the gradient that `token_scatter`'s y
+    gets from dout.
+    """
     check_rows("token_gather", x=x, idx=idx)
     batch, _, width = x.shape
     assert idx.shape[0] == batch
@@ -94,10 +108,11 @@ def token_gather(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def token_scatter(base: Tensor | None, y: Tensor | None, inverse: Tensor) -> Tensor:
-    """base [B, S, D] with the rows of y [B, K, D] in the places that `inverse` [B, S] (of `inverse_index`) gives them.
+    """base [B, S, D] with the rows of y [B, K, D] in the places that `inverse` [B, S] (of
+    `inverse_index`) gives them.
 
-    Without base the other rows are zero: that is the gradient of `token_gather`'s x. Without y the routed rows are: that of
-    base.
+    Without base the other rows are zero: that is the gradient of `token_gather`'s x. Without y the
+    routed rows are: that of base.
     """
     check_rows("token_scatter", base=base, y=y)
     given = y if base is None else base

@@ -24,13 +24,24 @@ class FakeHub:
         api, tree = f"/api/models/{self.repository}", f"/api/models/{self.repository}/tree/"
         if path.startswith(tree):
             listing = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
                 for name, data in self.files.items()
             ]
             return 200, {}, json.dumps(listing).encode()
         if path == api or path.startswith(f"{api}/revision/"):
             siblings = [{"rfilename": name} for name in self.files]
-            info = {"id": self.repository, "modelId": self.repository, "sha": COMMIT, "siblings": siblings, "tags": []}
+            info = {
+                "id": self.repository,
+                "modelId": self.repository,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "tags": [],
+            }
             return 200, {}, json.dumps(info).encode()
         for revision in ("main", COMMIT):
             resolve = f"/{self.repository}/resolve/{revision}/"
@@ -38,7 +49,11 @@ class FakeHub:
                 data = self.files.get(path.removeprefix(resolve))
                 if data is None:
                     return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
-                return 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, data
+                return (
+                    200,
+                    {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT},
+                    data,
+                )
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
 

@@ -17,7 +17,11 @@ def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None 
 
 
 def pairs(
-    module: str = TO_Q, prefix: str = "transformer.", rank: int = 4, a: str = "lora_A", b: str = "lora_B"
+    module: str = TO_Q,
+    prefix: str = "transformer.",
+    rank: int = 4,
+    a: str = "lora_A",
+    b: str = "lora_B",
 ) -> dict[str, Tensor]:
     """One pair for a linear from 32 to 32."""
     g = torch.Generator().manual_seed(5)
@@ -30,6 +34,9 @@ def pairs(
 def products(lora: LoraFile) -> dict[str, Tensor]:
     """What the LoRA adds to each module's weight."""
     return {
-        name: lora.alphas[name] / lora.ranks[name] * lora.state[f"{name}.lora_B.weight"] @ lora.state[f"{name}.lora_A.weight"]
+        name: lora.alphas[name]
+        / lora.ranks[name]
+        * lora.state[f"{name}.lora_B.weight"]
+        @ lora.state[f"{name}.lora_A.weight"]
         for name in lora.targets
     }

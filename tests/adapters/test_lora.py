@@ -18,7 +18,9 @@ SHAPES = ["to_q", "ff.net.0.proj", "proj_out"]
 
 def _base_weights(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
-        name.replace(".base_layer", ""): p.detach().clone() for name, p in transformer.named_parameters() if "lora_" not in name
+        name.replace(".base_layer", ""): p.detach().clone()
+        for name, p in transformer.named_parameters()
+        if "lora_" not in name
     }
 
 
@@ -26,9 +28,13 @@ def _base_weights(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_only_the_lora_trains_in_its_own_dtype(base, dtype):
     transformer = tiny_transformer(base)
-    parameters = add_lora(transformer, targets="all+ffs", rank=4, alpha=6, dropout=0.25, dtype=dtype)
+    parameters = add_lora(
+        transformer, targets="all+ffs", rank=4, alpha=6, dropout=0.25, dtype=dtype
+    )
     layers = lora_layers(transformer)
-    assert [id(p) for p in parameters] == [id(p) for p in trainable_parameters(transformer).values()]
+    assert [id(p) for p in parameters] == [
+        id(p) for p in trainable_parameters(transformer).values()
+    ]
     assert {p.dtype for p in parameters} == {dtype}
     assert {p.dtype for n, p in transformer.named_parameters() if "lora_" not in n} == {base}
     assert len(parameters) == 2 * len(layers)
@@ -85,9 +91,13 @@ def test_exported_state_is_for_the_original_base(init, base, dtype):
     for name, layer in lora_layers(transformer).items():
         a, b = state[f"{name}.lora_A.weight"].double(), state[f"{name}.lora_B.weight"].double()
         assert a.shape[0] == b.shape[1] == 8
-        current_a, current_b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        current_a, current_b = (
+            layer.lora_A["default"].weight.double(),
+            layer.lora_B["default"].weight.double(),
+        )
         effective = layer.get_base_layer().weight.double() + 1.5 * current_b @ current_a
-        # the residual base is rounded to its storage: half a ulp of its entries, which are all under 1
+        # the residual base is rounded to its storage: half a ulp of its entries, which are all
+        # under 1
         atol = 2**-24 if base == torch.float32 else 2**-8 / 2
         expected = original[f"{name}.weight"].double() + 1.5 * b @ a
         torch.testing.assert_close(effective, expected, rtol=0, atol=atol)
@@ -107,7 +117,9 @@ def test_pissa_takes_the_principal_part_and_olora_the_first_columns():
     layer = lora_layers(transformer)["transformer_blocks.0.attn.to_q"]
     b = layer.lora_B["default"].weight.double()
     torch.testing.assert_close(b.T @ b, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-5)
-    torch.testing.assert_close(b @ (b.T @ weight), b @ layer.lora_A["default"].weight.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        b @ (b.T @ weight), b @ layer.lora_A["default"].weight.double(), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("init", ["default", "olora", "pissa_niter_8"])
@@ -144,7 +156,9 @@ def test_another_adapters_state_is_refused():
         load_adapter_state(wider, state)
     louder = tiny_transformer()
     add_lora(louder, targets=["to_q"], rank=4, alpha=8)
-    with pytest.raises(ValueError, match=r"to_q: expected alpha 8, found 4\.0 in the saved adapter"):
+    with pytest.raises(
+        ValueError, match=r"to_q: expected alpha 8, found 4\.0 in the saved adapter"
+    ):
         load_adapter_state(louder, state)
 
 
@@ -155,7 +169,10 @@ def test_another_adapters_state_is_refused():
         ({"init": "orthogonal"}, "unknown lora_init_type 'orthogonal'"),
         ({"init": "pissa_niter_0"}, "unknown lora_init_type"),
         ({"rank": 0}, "lora_rank"),
-        ({"init": "pissa", "rank": 33}, "rank 33 from transformer_blocks.0.attn.to_q, a 32 to 32 linear"),
+        (
+            {"init": "pissa", "rank": 33},
+            "rank 33 from transformer_blocks.0.attn.to_q, a 32 to 32 linear",
+        ),
     ],
 )
 def test_impossible_adapters_are_refused_before_anything_changes(arguments, message):
@@ -170,7 +187,10 @@ def test_an_init_from_the_base_needs_floating_point():
     transformer = tiny_transformer()
     linear = transformer.transformer_blocks[0].attn.to_q
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"'olora' needs a base in floating point, but transformer_blocks\.0\.attn\.to_q"):
+    with pytest.raises(
+        ValueError,
+        match=r"'olora' needs a base in floating point, but transformer_blocks\.0\.attn\.to_q",
+    ):
         add_lora(transformer, targets="all", rank=4, init="olora")
     add_lora(transformer, targets="all", rank=4)
     with pytest.raises(ValueError, match="already carries another adapter"):
@@ -184,7 +204,9 @@ def test_nothing_is_decoded_to_add_a_lora_to_a_quantised_base(monkeypatch):
     model = tiny_transformer(torch.float32)
     quantize_model(model, FORMATS["nf4"])
     decoded, original = [], QuantWeight.dequantize
-    monkeypatch.setattr(QuantWeight, "dequantize", lambda self, *args: decoded.append(1) or original(self, *args))
+    monkeypatch.setattr(
+        QuantWeight, "dequantize", lambda self, *args: decoded.append(1) or original(self, *args)
+    )
     add_lora(model, targets="all+ffs", rank=2, dtype=torch.bfloat16)
     assert not decoded
     linear = model.transformer_blocks[0].attn.to_q

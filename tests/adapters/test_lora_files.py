@@ -15,7 +15,9 @@ FILE = "pytorch_lora_weights.safetensors"
 
 def _trained(**arguments):
     transformer = tiny_transformer()
-    parameters = add_lora(transformer, **{"targets": "all+ffs", "rank": 4, "alpha": 10, **arguments})
+    parameters = add_lora(
+        transformer, **{"targets": "all+ffs", "rank": 4, "alpha": 10, **arguments}
+    )
     train(parameters)
     return transformer
 
@@ -46,7 +48,9 @@ def test_diffusers_pipeline_loads_it_with_its_scale(tmp_path, format, init):
 @pytest.mark.parametrize("format", ["diffusers", "comfyui"])
 def test_keys_and_metadata(tmp_path, format):
     transformer = _trained(targets=["to_q", "proj_out"], dropout=0.25)
-    path = save_lora(transformer, tmp_path / "my.safetensors", format=format, metadata={"modelspec.title": "me"})
+    path = save_lora(
+        transformer, tmp_path / "my.safetensors", format=format, metadata={"modelspec.title": "me"}
+    )
     assert path == tmp_path / "my.safetensors"
     assert [p.name for p in tmp_path.iterdir()] == ["my.safetensors"]
     state, metadata = load_file(path), _metadata(path)
@@ -101,8 +105,12 @@ def test_init_lora_of_a_bf16_base_keeps_an_fp32_files_bits(tmp_path):
     load_lora(transformer, path)
     state = load_file(path)
     for name, layer in lora_layers(transformer).items():
-        assert torch.equal(layer.lora_A["default"].weight, state[f"transformer.{name}.lora_A.weight"])
-        assert torch.equal(layer.lora_B["default"].weight, state[f"transformer.{name}.lora_B.weight"])
+        assert torch.equal(
+            layer.lora_A["default"].weight, state[f"transformer.{name}.lora_A.weight"]
+        )
+        assert torch.equal(
+            layer.lora_B["default"].weight, state[f"transformer.{name}.lora_B.weight"]
+        )
 
 
 def test_one_adapter_always_gives_the_same_bytes(tmp_path):
@@ -138,7 +146,11 @@ def test_unknown_format_is_refused(tmp_path):
 def test_rank_and_alpha_per_module(tmp_path):
     state, k = pairs(), "transformer_blocks.0.attn.to_k"
     g = torch.Generator().manual_seed(6)
-    for module, rank, (out, inp) in [(k, 3, (32, 32)), ("proj_out", 2, (8, 32)), ("x_embedder", 4, (32, 8))]:
+    for module, rank, (out, inp) in [
+        (k, 3, (32, 32)),
+        ("proj_out", 2, (8, 32)),
+        ("x_embedder", 4, (32, 8)),
+    ]:
         state[f"transformer.{module}.lora_A.weight"] = torch.randn(rank, inp, generator=g)
         state[f"transformer.{module}.lora_B.weight"] = torch.randn(out, rank, generator=g)
     alphas = {TO_Q: 4.0, k: 9.0, "proj_out": 5.0, "x_embedder": 4.0}
@@ -175,34 +187,57 @@ def test_a_lora_for_another_transformer_is_refused_before_anything_changes(tmp_p
     for i in range(5):
         state |= {k.replace("blocks.0", f"blocks.{i}"): v.clone() for k, v in pairs().items()}
     path = write(tmp_path / "x.safetensors", state)
-    with pytest.raises(ValueError, match=r"x\.safetensors: .*no such linear layers: transformer_blocks\.1.* and 1 more"):
+    with pytest.raises(
+        ValueError,
+        match=r"x\.safetensors: .*no such linear layers: transformer_blocks\.1.* and 1 more",
+    ):
         load_lora(transformer, path)
-    wide = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 48), f"transformer.{TO_Q}.lora_B.weight": torch.ones(32, 4)}
+    wide = {
+        f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 48),
+        f"transformer.{TO_Q}.lora_B.weight": torch.ones(32, 4),
+    }
     path = write(tmp_path / "y.safetensors", wide)
-    with pytest.raises(ValueError, match=r"y\.safetensors: .*to_q\.lora_A: expected \[4, 32\] .*, found \[4, 48\]"):
+    with pytest.raises(
+        ValueError, match=r"y\.safetensors: .*to_q\.lora_A: expected \[4, 32\] .*, found \[4, 48\]"
+    ):
         load_lora(transformer, path)
     # a square linear's factors changed about share a "rank" of 32
-    turned = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(32, 4), f"transformer.{TO_Q}.lora_B.weight": torch.ones(4, 32)}
+    turned = {
+        f"transformer.{TO_Q}.lora_A.weight": torch.ones(32, 4),
+        f"transformer.{TO_Q}.lora_B.weight": torch.ones(4, 32),
+    }
     path = write(tmp_path / "t.safetensors", turned)
-    with pytest.raises(ValueError, match=r"t\.safetensors: .*to_q\.lora_A: expected \[32, 32\] .*, found \[32, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"t\.safetensors: .*to_q\.lora_A: expected \[32, 32\] .*, found \[32, 4\]"
+    ):
         load_lora(transformer, path)
     # block 19 is known to the reader, and not to a transformer of one
-    path = write(tmp_path / "z.safetensors", {k.replace("blocks.0", "blocks.19"): v for k, v in pairs().items()})
-    with pytest.raises(ValueError, match=r"z\.safetensors: .*no such linear layers: transformer_blocks\.19\.attn\.to_q"):
+    path = write(
+        tmp_path / "z.safetensors",
+        {k.replace("blocks.0", "blocks.19"): v for k, v in pairs().items()},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"z\.safetensors: .*no such linear layers: transformer_blocks\.19\.attn\.to_q",
+    ):
         load_lora(transformer, path)
     assert dict(transformer.named_parameters()).keys() == names
 
 
 @pytest.mark.parametrize("alpha", [-4.0, 0.0, 1.5])
 def test_an_unusual_alpha_is_kept_by_load_and_save(tmp_path, alpha):
-    path = write(tmp_path / "x.safetensors", pairs() | {f"transformer.{TO_Q}.alpha": torch.tensor(alpha)})
+    path = write(
+        tmp_path / "x.safetensors", pairs() | {f"transformer.{TO_Q}.alpha": torch.tensor(alpha)}
+    )
     transformer = tiny_transformer()
     load_lora(transformer, read_lora(path))
     assert lora_layers(transformer)[TO_Q].scaling["default"] == alpha / 4
     for format in ("diffusers", "comfyui"):
         again = read_lora(save_lora(transformer, tmp_path / format, format=format))
         assert again.alphas == {TO_Q: alpha}
-        assert all(torch.equal(again.state[key], tensor) for key, tensor in read_lora(path).state.items())
+        assert all(
+            torch.equal(again.state[key], tensor) for key, tensor in read_lora(path).state.items()
+        )
 
 
 def test_modelspec(tmp_path):

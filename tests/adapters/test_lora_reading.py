@@ -56,17 +56,39 @@ PROCESSORS = {
     "transformer_blocks.0.attn.processor.add_k_proj_lora": ["transformer_blocks.0.attn.add_k_proj"],
 }
 
-# program: its names, prefix, whether dots become underscores, the two factors, whether it writes alpha
+# program: its names, prefix, whether dots become underscores, the two factors, whether it writes
+# alpha
 STYLES = {
     "PEFT": (DIFFUSERS, "base_model.model.", False, "lora_A", "lora_B", False),
-    "PEFT, adapter's name": (DIFFUSERS, "base_model.model.", False, "lora_A.default", "lora_B.default", False),
-    "PEFT, wrapped twice": (DIFFUSERS, "base_model.model.transformer._orig_mod.", False, "lora_A", "lora_B", False),
+    "PEFT, adapter's name": (
+        DIFFUSERS,
+        "base_model.model.",
+        False,
+        "lora_A.default",
+        "lora_B.default",
+        False,
+    ),
+    "PEFT, wrapped twice": (
+        DIFFUSERS,
+        "base_model.model.transformer._orig_mod.",
+        False,
+        "lora_A",
+        "lora_B",
+        False,
+    ),
     "diffusers": (DIFFUSERS, "transformer.", False, "lora_A", "lora_B", True),
     "diffusers, down and up": (DIFFUSERS, "transformer.", False, "lora_down", "lora_up", True),
     "diffusers, bare": (DIFFUSERS, "", False, "lora_A", "lora_B", True),
     "older diffusers": (DIFFUSERS, "transformer.", False, "lora.down", "lora.up", False),
     "processors": (PROCESSORS, "transformer.", False, "down", "up", False),
-    "ComfyUI, diffusers' names": (DIFFUSERS, "diffusion_model.", False, "lora_down", "lora_up", True),
+    "ComfyUI, diffusers' names": (
+        DIFFUSERS,
+        "diffusion_model.",
+        False,
+        "lora_down",
+        "lora_up",
+        True,
+    ),
     "ComfyUI": (BFL, "diffusion_model.", False, "lora_down", "lora_up", True),
     "ai-toolkit": (BFL, "diffusion_model.", False, "lora_A", "lora_B", False),
     "PEFT of BFL's model": (BFL, "base_model.model.", False, "lora_A", "lora_B", False),
@@ -121,7 +143,9 @@ def test_every_linear_in_every_programs_names(tmp_path, style):
     assert layers.keys() == deltas.keys()
     for name, layer in layers.items():
         # two fp32 products of rank 2 in another order
-        torch.testing.assert_close(layer.get_delta_weight("default"), deltas[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            layer.get_delta_weight("default"), deltas[name], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 3.0])
@@ -129,19 +153,28 @@ def test_every_linear_in_every_programs_names(tmp_path, style):
 def test_diffusers_converter_reads_the_same(tmp_path, style, alpha):
     state, _ = _file_of(style, alpha)
     # its converter splits linear1 of FLUX.1's own sizes only, and loses the final layer's alpha
-    state = {k: v for k, v in state.items() if not any(part in k for part in ("linear1", "qkv_lora.", "final_layer"))}
+    state = {
+        k: v
+        for k, v in state.items()
+        if not any(part in k for part in ("linear1", "qkv_lora.", "final_layer"))
+    }
     if style == "kohya":
         # q, k and v trained apart, in one pair: block-diagonal, which the converter takes apart
         blocks = torch.block_diag(*torch.ones(3, 32, 1))
         at = "lora_unet_double_blocks_0_img_attn_qkv"
         state |= {
-            f"{at}.lora_down.weight": torch.randn(3, 32, generator=torch.Generator().manual_seed(6)),
+            f"{at}.lora_down.weight": torch.randn(
+                3, 32, generator=torch.Generator().manual_seed(6)
+            ),
             f"{at}.lora_up.weight": blocks,
         }
     got = products(read_lora(write(tmp_path / "x.safetensors", state)))
     theirs = FluxLoraLoaderMixin.lora_state_dict({k: v.clone() for k, v in state.items()})
     expected = {
-        key.removeprefix("transformer.").removesuffix(".lora_A.weight"): theirs[key.replace("lora_A", "lora_B")] @ theirs[key]
+        key.removeprefix("transformer.").removesuffix(".lora_A.weight"): theirs[
+            key.replace("lora_A", "lora_B")
+        ]
+        @ theirs[key]
         for key in theirs
         if "lora_A" in key
     }
@@ -154,16 +187,25 @@ def test_fused_single_block_of_the_real_size(tmp_path):
     g = torch.Generator().manual_seed(4)
     a, b = torch.randn(2, 3072, generator=g), torch.randn(21504, 2, generator=g)
     at = "lora_unet_single_blocks_37_linear1"
-    lora = read_lora(write(tmp_path / "x.safetensors", {f"{at}.lora_down.weight": a, f"{at}.lora_up.weight": b}))
+    lora = read_lora(
+        write(tmp_path / "x.safetensors", {f"{at}.lora_down.weight": a, f"{at}.lora_up.weight": b})
+    )
     block = "single_transformer_blocks.37"
-    assert lora.targets == [f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"]
+    assert lora.targets == [
+        f"{block}.attn.to_q",
+        f"{block}.attn.to_k",
+        f"{block}.attn.to_v",
+        f"{block}.proj_mlp",
+    ]
     assert torch.equal(lora.state[f"{block}.attn.to_k.lora_B.weight"], b[3072:6144])
     assert torch.equal(lora.state[f"{block}.proj_mlp.lora_B.weight"], b[9216:])
     assert torch.equal(lora.state[f"{block}.proj_mlp.lora_A.weight"], a)
 
 
 def test_styles_and_ranks_may_be_mixed_in_one_file(tmp_path):
-    state = pairs() | pairs("double_blocks_1_img_attn_proj", "lora_unet_", 3, "lora_down", "lora_up")
+    state = pairs() | pairs(
+        "double_blocks_1_img_attn_proj", "lora_unet_", 3, "lora_down", "lora_up"
+    )
     lora = read_lora(write(tmp_path / "x.safetensors", state))
     assert lora.ranks == {TO_Q: 4, "transformer_blocks.1.attn.to_out.0": 3}
 
@@ -185,7 +227,10 @@ def test_styles_and_ranks_may_be_mixed_in_one_file(tmp_path):
 def test_text_encoders_are_left_out_with_one_line(tmp_path, style, prefix):
     state, deltas = _file_of(style, 1.0)
     # no pair needs to be whole there, and none to be plain LoRA
-    text = {f"{prefix}{part}": torch.ones(2, 2) for part in (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")}
+    text = {
+        f"{prefix}{part}": torch.ones(2, 2)
+        for part in (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")
+    }
     lora = read_lora(write(tmp_path / "x.safetensors", state | text))
     assert lora.ranks.keys() == deltas.keys()
     assert len(lora.notes) == 1
@@ -208,13 +253,29 @@ def test_leftovers_without_effect_are_left_out_with_one_line(tmp_path):
     assert lora.targets == [TO_Q]
     assert len(lora.notes) == 1
     assert "6 tensors without effect are left out" in lora.notes[0]
-    turned_off = pairs("position_embedding") | {"transformer.position_embedding.alpha": torch.tensor(0)}
-    assert "3 tensors without effect" in read_lora(write(tmp_path / "z.safetensors", pairs() | turned_off)).notes[0]
+    turned_off = pairs("position_embedding") | {
+        "transformer.position_embedding.alpha": torch.tensor(0)
+    }
+    assert (
+        "3 tensors without effect"
+        in read_lora(write(tmp_path / "z.safetensors", pairs() | turned_off)).notes[0]
+    )
     # one that is zero says nothing about the others
-    with pytest.raises(ValueError, match=r"x\.safetensors: 1 of its tensors have no place .*: transformer\.x\.diff;"):
-        read_lora(write(tmp_path / "x.safetensors", pairs() | leftovers | {"transformer.x.diff": torch.ones(1)}))
+    with pytest.raises(
+        ValueError,
+        match=r"x\.safetensors: 1 of its tensors have no place .*: transformer\.x\.diff;",
+    ):
+        read_lora(
+            write(
+                tmp_path / "x.safetensors",
+                pairs() | leftovers | {"transformer.x.diff": torch.ones(1)},
+            )
+        )
     nonzero = {key: tensor + 1 for key, tensor in leftovers.items()}
-    with pytest.raises(ValueError, match=r"y\.safetensors: 6 of its tensors have no place .*img_attn_norm.* and 3 more"):
+    with pytest.raises(
+        ValueError,
+        match=r"y\.safetensors: 6 of its tensors have no place .*img_attn_norm.* and 3 more",
+    ):
         read_lora(write(tmp_path / "y.safetensors", pairs() | nonzero))
 
 
@@ -225,57 +286,108 @@ def test_a_module_under_two_names_must_have_equal_values(tmp_path):
     lora = read_lora(write(tmp_path / "x.safetensors", pairs() | pair))
     assert len(lora.targets) == 3
     assert [TO_Q in note and "two names" in note for note in lora.notes] == [True]
-    for change in ({f"{fused}.lora_up.weight": torch.cat([b, b, b]) + 1}, {f"{fused}.alpha": torch.tensor(1.0)}):
-        with pytest.raises(ValueError, match=rf"y\.safetensors: gives {TO_Q} twice.*{fused}.*transformer\.{TO_Q}"):
+    for change in (
+        {f"{fused}.lora_up.weight": torch.cat([b, b, b]) + 1},
+        {f"{fused}.alpha": torch.tensor(1.0)},
+    ):
+        with pytest.raises(
+            ValueError, match=rf"y\.safetensors: gives {TO_Q} twice.*{fused}.*transformer\.{TO_Q}"
+        ):
             read_lora(write(tmp_path / "y.safetensors", pairs() | pair | change))
 
 
 A, B = (f"transformer.{TO_Q}.lora_{x}.weight" for x in "AB")
 NOT_A_LORA = {
     "LoKr": ({"lycoris_x.lokr_w1": torch.ones(1)}, r"LoKr weights \(lycoris_x\.lokr_w1\)"),
-    "LoHa": ({"lora_unet_img_in.hada_w1_a": torch.ones(1)}, r"LoHa weights \(lora_unet_img_in\.hada_w1_a\)"),
+    "LoHa": (
+        {"lora_unet_img_in.hada_w1_a": torch.ones(1)},
+        r"LoHa weights \(lora_unet_img_in\.hada_w1_a\)",
+    ),
     "OFT": ({"oft_unet_img_in.oft_blocks": torch.ones(1)}, "OFT weights"),
-    "DoRA": (pairs() | {f"transformer.{TO_Q}.dora_scale": torch.ones(32)}, r"DoRA weights \(.*to_q\.dora_scale\)"),
-    "PEFT's DoRA": (pairs() | {f"transformer.{TO_Q}.lora_magnitude_vector": torch.ones(32)}, "DoRA weights"),
-    "convolution": (pairs() | {f"transformer.{TO_Q}.lora_mid.weight": torch.ones(4, 4)}, r"Tucker\) LoRA weights .*lora_mid"),
+    "DoRA": (
+        pairs() | {f"transformer.{TO_Q}.dora_scale": torch.ones(32)},
+        r"DoRA weights \(.*to_q\.dora_scale\)",
+    ),
+    "PEFT's DoRA": (
+        pairs() | {f"transformer.{TO_Q}.lora_magnitude_vector": torch.ones(32)},
+        "DoRA weights",
+    ),
+    "convolution": (
+        pairs() | {f"transformer.{TO_Q}.lora_mid.weight": torch.ones(4, 4)},
+        r"Tucker\) LoRA weights .*lora_mid",
+    ),
     "a model": (
         {f"{TO_Q}.weight": torch.ones(2, 2)},
         r"no LoRA weights for FLUX.1's transformer; none of its 1 keys .*to_q\.weight",
     ),
-    "another model": ({"lora_unet_middle_block_0.lora_down.weight": torch.ones(1, 1)}, "no LoRA weights .*middle_block_0"),
+    "another model": (
+        {"lora_unet_middle_block_0.lora_down.weight": torch.ones(1, 1)},
+        "no LoRA weights .*middle_block_0",
+    ),
     "no up": ({A: torch.ones(4, 32)}, rf"half of a LoRA pair is missing beside {A}"),
     "no down": ({B: torch.ones(32, 4)}, rf"half of a LoRA pair is missing beside {B}"),
     "no up beside a whole pair": (
         pairs() | {"lora_unet_img_in.lora_down.weight": torch.ones(4, 8)},
         r"missing beside lora_unet_img_in\.lora_down\.weight",
     ),
-    "ranks": (pairs() | {B: torch.ones(32, 3)}, rf"{A} \[4, 32\] and {B} \[32, 3\] don't share a rank"),
+    "ranks": (
+        pairs() | {B: torch.ones(32, 3)},
+        rf"{A} \[4, 32\] and {B} \[32, 3\] don't share a rank",
+    ),
     "swapped shapes": ({A: torch.ones(32, 4), B: torch.ones(4, 24)}, "don't share a rank"),
     "rank 0": ({A: torch.ones(0, 32), B: torch.ones(32, 0)}, "don't share a rank"),
-    "convolution's shape": ({A: torch.ones(4, 32, 1, 1), B: torch.ones(32, 4, 1, 1)}, "don't share a rank"),
-    "integers": (pairs() | {A: torch.ones(4, 32, dtype=torch.int8)}, rf"{A} holds I8, expected one of F64"),
+    "convolution's shape": (
+        {A: torch.ones(4, 32, 1, 1), B: torch.ones(32, 4, 1, 1)},
+        "don't share a rank",
+    ),
+    "integers": (
+        pairs() | {A: torch.ones(4, 32, dtype=torch.int8)},
+        rf"{A} holds I8, expected one of F64",
+    ),
     "a key without a module": (
         pairs() | {"transformer.lora_extra": torch.ones(1)},
         r"1 of its tensors .*: transformer\.lora_extra",
     ),
     "a second adapter": (
-        {k.replace("weight", f"{name}.weight"): v for name in ("one", "two") for k, v in pairs().items()},
+        {
+            k.replace("weight", f"{name}.weight"): v
+            for name in ("one", "two")
+            for k, v in pairs().items()
+        },
         r"2 of its tensors .*to_q\.lora_A\.two\.weight",
     ),
-    "upper case": (pairs() | {A.upper(): torch.ones(4, 32)}, r"1 of its tensors .*TRANSFORMER_BLOCKS\.0"),
+    "upper case": (
+        pairs() | {A.upper(): torch.ones(4, 32)},
+        r"1 of its tensors .*TRANSFORMER_BLOCKS\.0",
+    ),
     "an alpha alone": (
         pairs() | {"transformer.proj_out.alpha": torch.tensor(1.0)},
         r"1 of its tensors .*: transformer\.proj_out",
     ),
-    "a bias": (pairs() | {f"transformer.{TO_Q}.lora_B.bias": torch.ones(32)}, r"1 of its tensors .*lora_B\.bias"),
-    "no such linear": (pairs() | pairs("transformer_blocks.0.attn.to_z"), r"2 of its tensors .*to_z\.lora_A\.weight"),
-    "fused rows": (pairs("img_attn_qkv", "lora_unet_double_blocks_0_", 4, "lora_down", "lora_up"), "has 32 rows, which can't"),
-    "several alphas": (pairs() | {f"transformer.{TO_Q}.alpha": torch.ones(3)}, r"to_q\.alpha: expected one number.*\[3\]"),
+    "a bias": (
+        pairs() | {f"transformer.{TO_Q}.lora_B.bias": torch.ones(32)},
+        r"1 of its tensors .*lora_B\.bias",
+    ),
+    "no such linear": (
+        pairs() | pairs("transformer_blocks.0.attn.to_z"),
+        r"2 of its tensors .*to_z\.lora_A\.weight",
+    ),
+    "fused rows": (
+        pairs("img_attn_qkv", "lora_unet_double_blocks_0_", 4, "lora_down", "lora_up"),
+        "has 32 rows, which can't",
+    ),
+    "several alphas": (
+        pairs() | {f"transformer.{TO_Q}.alpha": torch.ones(3)},
+        r"to_q\.alpha: expected one number.*\[3\]",
+    ),
     "infinite alpha": (
         pairs() | {f"transformer.{TO_Q}.alpha": torch.tensor(torch.inf)},
         "to_q.alpha's 1 values aren't finite",
     ),
-    "NaN": (pairs() | {B: torch.full((32, 4), torch.nan)}, rf"128 of {B}'s 128 values aren't finite"),
+    "NaN": (
+        pairs() | {B: torch.full((32, 4), torch.nan)},
+        rf"128 of {B}'s 128 values aren't finite",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The alpha of each module of a LoRA file: its tensors, metadata, PEFT's settings in the folder, in any dtype."""
+"""The alpha of each module of a LoRA file: its tensors, metadata, PEFT's settings in the folder, in
+any dtype.
+"""
 
 import json
 
@@ -24,7 +26,9 @@ from fluxfast.adapters.lora import lora_layers
         (torch.tensor(1.5, dtype=torch.float8_e4m3fn), 1.5),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_alpha_and_weights_of_any_dtype(tmp_path, dtype, alpha, expected):
     for prefix, module, a, b in [
         ("transformer.", TO_Q, "lora_A", "lora_B"),
@@ -37,7 +41,9 @@ def test_alpha_and_weights_of_any_dtype(tmp_path, dtype, alpha, expected):
         # fp32 holds every one of these values exactly
         factors = zip(sorted(lora.state.items()), sorted(state.items()), strict=True)
         assert all(torch.equal(got, want.float()) for (_, got), (_, want) in factors)
-        assert [("alpha is 0" in note, TO_Q.split(".")[0] in note) for note in lora.notes] == [(True, True)] * (expected == 0)
+        assert [("alpha is 0" in note, TO_Q.split(".")[0] in note) for note in lora.notes] == [
+            (True, True)
+        ] * (expected == 0)
 
 
 def test_where_alpha_comes_from(tmp_path):
@@ -50,13 +56,25 @@ def test_where_alpha_comes_from(tmp_path):
         return read_lora(write(path, state, metadata)).alphas
 
     assert alphas(state) == {TO_Q: 4, to_k: 4}
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    )
     assert alphas(state) == {TO_Q: 8, to_k: 8}
-    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 12, "text_encoder.r": 2})}
+    metadata = {
+        "lora_adapter_metadata": json.dumps(
+            {"transformer.r": 4, "transformer.lora_alpha": 12, "text_encoder.r": 2}
+        )
+    }
     assert alphas(state, metadata) == {TO_Q: 12, to_k: 12}
-    assert alphas(state | {f"transformer.{TO_Q}.alpha": torch.tensor(-1.0)}, metadata) == {TO_Q: -1, to_k: 12}
+    assert alphas(state | {f"transformer.{TO_Q}.alpha": torch.tensor(-1.0)}, metadata) == {
+        TO_Q: -1,
+        to_k: 12,
+    }
     # settings that say nothing about alpha leave it to the next
-    assert alphas(state, {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 2})}) == {TO_Q: 8, to_k: 8}
+    assert alphas(state, {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 2})}) == {
+        TO_Q: 8,
+        to_k: 8,
+    }
     # another file's settings, by PEFT's name for it
     write(tmp_path / "adapter_model.safetensors", pairs())
     assert alphas(state) == {TO_Q: 4, to_k: 4}
@@ -86,13 +104,16 @@ def test_alpha_from_diffusers_own_file(tmp_path):
     ],
 )
 def test_a_folder_that_peft_wrote_has_pefts_scales(tmp_path, settings):
-    config = LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k"], init_lora_weights=False, **settings)
+    config = LoraConfig(
+        r=4, lora_alpha=32, target_modules=["to_q", "to_k"], init_lora_weights=False, **settings
+    )
     model = get_peft_model(tiny_transformer(), config)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     layers = lora_layers(model)
     expected = {
-        name.removeprefix("base_model.model."): layer.get_delta_weight("default").detach() for name, layer in layers.items()
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").detach()
+        for name, layer in layers.items()
     }
     got = products(read_lora(tmp_path))
     assert got.keys() == expected.keys()
@@ -107,8 +128,14 @@ def test_a_folder_that_peft_wrote_has_pefts_scales(tmp_path, settings):
         ({"use_dora": True}, "use_dora on"),
         ({"bias": "lora_only"}, "bias 'lora_only'"),
         ({"lora_bias": True}, "lora_bias on"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4', which moves a part of the base"),
-        ({"r": 8, "lora_alpha": 8}, r"gives transformer_blocks\.0\.attn\.to_q rank 8, but its tensors have rank 4"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights 'pissa_niter_4', which moves a part of the base",
+        ),
+        (
+            {"r": 8, "lora_alpha": 8},
+            r"gives transformer_blocks\.0\.attn\.to_q rank 8, but its tensors have rank 4",
+        ),
         ({"r": 4, "lora_alpha": "16"}, "expected a number for lora_alpha of .*to_q, found '16'"),
         ({"lora_alpha": 8, "alpha_pattern": ["to_q"]}, "alpha_pattern is no table"),
         ({"lora_alpha": 8, "alpha_pattern": {"(": 3}}, "alpha_pattern is no table"),
@@ -122,7 +149,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message, besid
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
         where = r"adapter_config\.json"
     else:
-        path = write(tmp_path / "x.safetensors", pairs(), {"lora_adapter_metadata": json.dumps(settings)})
+        path = write(
+            tmp_path / "x.safetensors", pairs(), {"lora_adapter_metadata": json.dumps(settings)}
+        )
         where = r"x\.safetensors: its metadata"
     with pytest.raises(ValueError, match=f"{where}.*{message}"):
         read_lora(path)
@@ -130,7 +159,9 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message, besid
 
 def test_settings_that_are_not_json_are_refused_by_name(tmp_path):
     path = write(tmp_path / "x.safetensors", pairs(), {"lora_adapter_metadata": "{"})
-    with pytest.raises(ValueError, match=r"x\.safetensors: its metadata lora_adapter_metadata isn't JSON"):
+    with pytest.raises(
+        ValueError, match=r"x\.safetensors: its metadata lora_adapter_metadata isn't JSON"
+    ):
         read_lora(path)
     path = write(tmp_path / "y.safetensors", pairs())
     (tmp_path / "adapter_config.json").write_bytes(b'{"r": "\xff"}')

@@ -16,7 +16,10 @@ from fluxfast.adapters import lora_source
 from fluxfast.adapters.formats import read_lora
 
 TO_Q = "transformer_blocks.0.attn.to_q"
-PAIR = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 32), f"transformer.{TO_Q}.lora_B.weight": torch.ones(32, 4)}
+PAIR = {
+    f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 32),
+    f"transformer.{TO_Q}.lora_B.weight": torch.ones(32, 4),
+}
 LORA = save(PAIR)
 NAMED = "pytorch_lora_weights.safetensors"
 
@@ -35,7 +38,9 @@ def _zip() -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("data", [_zip(), *(pickle.dumps({"a": 1}, protocol) for protocol in (2, 3, 4, 5))])
+@pytest.mark.parametrize(
+    "data", [_zip(), *(pickle.dumps({"a": 1}, protocol) for protocol in (2, 3, 4, 5))]
+)
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x"])
 def test_pickles_are_refused_by_content(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
@@ -55,17 +60,31 @@ def test_another_kind_of_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x\.ckpt: a pickle, .*never loaded"):
         read_lora(tmp_path / "x.ckpt")
     (tmp_path / "x.safetensors").write_text("<html>not found</html>")
-    with pytest.raises(ValueError, match=r"x\.safetensors: not a whole safetensors file \(it has 22 bytes"):
+    with pytest.raises(
+        ValueError, match=r"x\.safetensors: not a whole safetensors file \(it has 22 bytes"
+    ):
         read_lora(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["./absent", "../a/b", "/absent/x", "~/absent-lora", "absent", "a/b.safetensors", "a/b/c", "a/", "absent.safetensors"],
+    [
+        "./absent",
+        "../a/b",
+        "/absent/x",
+        "~/absent-lora",
+        "absent",
+        "a/b.safetensors",
+        "a/b/c",
+        "a/",
+        "absent.safetensors",
+    ],
 )
 def test_what_looks_like_a_path_is_no_repository(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lora_source, "_from_hub", lambda *asked: pytest.fail(f"asked the Hub for {asked}"))
+    monkeypatch.setattr(
+        lora_source, "_from_hub", lambda *asked: pytest.fail(f"asked the Hub for {asked}")
+    )
     with pytest.raises(ValueError, match=rf"^{name}: no such LoRA file or folder$"):
         read_lora(name)
 
@@ -77,13 +96,16 @@ def test_one_of_a_folders_files_is_chosen_or_all_are_named(tmp_path):
     for name in ("a.safetensors", "b.sft"):
         (tmp_path / name).write_bytes(LORA)
     with pytest.raises(
-        ValueError, match=r"found 2 files that may be it: a\.safetensors, b\.sft\. To choose one, give the file"
+        ValueError,
+        match=r"found 2 files that may be it: a\.safetensors, b\.sft\. To choose one, give the file",
     ):
         read_lora(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(LORA)
     assert read_lora(tmp_path).path.name == "adapter_model.safetensors"
     (tmp_path / NAMED).write_bytes(LORA)
-    with pytest.raises(ValueError, match=rf"found 2 files that may be it: {NAMED}, adapter_model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=rf"found 2 files that may be it: {NAMED}, adapter_model\.safetensors"
+    ):
         read_lora(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     assert read_lora(tmp_path).path.name == NAMED
@@ -99,7 +121,9 @@ def hub(tmp_path, monkeypatch):
         huggingface_hub.close_session()
         cache = tmp_path / "cache"
         for name in ("snapshot_download", "hf_hub_download"):
-            asking = partial(getattr(huggingface_hub, name), endpoint=hub.url, cache_dir=cache, token=False)
+            asking = partial(
+                getattr(huggingface_hub, name), endpoint=hub.url, cache_dir=cache, token=False
+            )
             monkeypatch.setattr(lora_source, name, asking)
         looking = partial(huggingface_hub.try_to_load_from_cache, cache_dir=cache)
         monkeypatch.setattr(lora_source, "try_to_load_from_cache", looking)
@@ -110,12 +134,23 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_repository_is_downloaded_once(hub):
     # neither the pickle nor the second LoRA is fetched
-    hub.files = {NAMED: LORA, "pytorch_lora_weights.bin": b"x", "steps/500.safetensors": b"x", "README.md": b"x"}
+    hub.files = {
+        NAMED: LORA,
+        "pytorch_lora_weights.bin": b"x",
+        "steps/500.safetensors": b"x",
+        "README.md": b"x",
+    }
     lora = read_lora("owner/name")
     assert lora.targets == [TO_Q]
     assert lora.path.read_bytes() == LORA
-    assert lora.notes == (f"owner/name: {NAMED} of the Hugging Face Hub's repository, commit {COMMIT[:8]}",)
-    fetched = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert lora.notes == (
+        f"owner/name: {NAMED} of the Hugging Face Hub's repository, commit {COMMIT[:8]}",
+    )
+    fetched = {
+        path.rpartition("/")[2]
+        for method, path in hub.requests
+        if method == "GET" and "/resolve/" in path
+    }
     assert fetched == {NAMED}
     hub.requests.clear()
     again = read_lora("owner/name")
@@ -152,19 +187,28 @@ def test_one_of_a_repositorys_files_is_chosen_or_all_are_named(hub):
     assert hub.requests == []
     hub.files["b.safetensors"] = other
     with pytest.raises(
-        ValueError, match=r"owner/name: .*found 2 files .*a\.safetensors, b\.safetensors.*give owner/name/<file>"
+        ValueError,
+        match=r"owner/name: .*found 2 files .*a\.safetensors, b\.safetensors.*give owner/name/<file>",
     ):
         read_lora("owner/name")
-    with pytest.raises(ValueError, match=r"owner/name: holds no c\.safetensors; its safetensors files: a\.safetensors, b"):
+    with pytest.raises(
+        ValueError,
+        match=r"owner/name: holds no c\.safetensors; its safetensors files: a\.safetensors, b",
+    ):
         read_lora("owner/name/c.safetensors")
     hub.files = {"x.bin": b"x"}
-    with pytest.raises(ValueError, match=r"owner/name: expected one LoRA.*found 0 safetensors files"):
+    with pytest.raises(
+        ValueError, match=r"owner/name: expected one LoRA.*found 0 safetensors files"
+    ):
         read_lora("owner/name")
 
 
 @pytest.mark.parametrize("name", ["owner/absent", "owner/absent/x.safetensors", "a--b/c"])
 def test_a_repository_that_the_hub_does_not_give(hub, name):
-    with pytest.raises(ValueError, match=rf"^{name}: not a file or folder here, and the Hugging Face Hub gave no LoRA"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name}: not a file or folder here, and the Hugging Face Hub gave no LoRA",
+    ):
         read_lora(name)
 
 
@@ -173,7 +217,10 @@ def test_without_a_connection_the_cache_serves_and_an_unknown_name_is_refused(hu
     lora = read_lora("owner/name")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert read_lora("owner/name").path == lora.path
-    with pytest.raises(ValueError, match=r"^owner/other: not a file or folder here, and the Hugging Face Hub gave no LoRA"):
+    with pytest.raises(
+        ValueError,
+        match=r"^owner/other: not a file or folder here, and the Hugging Face Hub gave no LoRA",
+    ):
         read_lora("owner/other")
 
 

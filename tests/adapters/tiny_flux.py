@@ -24,7 +24,9 @@ def tiny_transformer(dtype: torch.dtype = torch.float32) -> FluxTransformer2DMod
 def run(transformer: torch.nn.Module) -> torch.Tensor:
     """The transformer's output for one fixed input: 15 image tokens, 7 text tokens, batch 2."""
     g = torch.Generator().manual_seed(1)
-    ids = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij"), -1).view(-1, 2)
+    ids = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij"), -1).view(
+        -1, 2
+    )
     dtype = next(transformer.parameters()).dtype
     return transformer(
         hidden_states=torch.randn(2, 15, 8, generator=g).to(dtype),
@@ -48,4 +50,6 @@ def train(parameters: list[torch.nn.Parameter], seed: int = 2) -> None:
 
 def pipeline(transformer: torch.nn.Module) -> FluxPipeline:
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts
+    )

@@ -36,4 +36,6 @@ KERNELS = {
 
 def measure_kernel(name: str, block: int, target: str) -> Compiled:
     kernel, pointer, num_warps = KERNELS[name]
-    return measure(AotVariant(name, kernel, {"x": pointer}, {"BLOCK": block}, num_warps=num_warps), target)
+    return measure(
+        AotVariant(name, kernel, {"x": pointer}, {"BLOCK": block}, num_warps=num_warps), target
+    )

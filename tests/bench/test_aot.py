@@ -12,11 +12,22 @@ import aot_kernels
 import pytest
 
 from fluxfast_bench import aot
-from fluxfast_bench.compilers import SHARED_LIMITS, Compiled, Compilers, Task, Worker, prepare_worker
+from fluxfast_bench.compilers import (
+    SHARED_LIMITS,
+    Compiled,
+    Compilers,
+    Task,
+    Worker,
+    prepare_worker,
+)
 from fluxfast_bench.main import main
 
 GOOD = Compiled(seconds=0.5, registers=32, spills=0, shared=128)
-TASKS = [Task("gelu", f"variant-{i}", target) for target in ("sm_80", "sm_90", "gfx942") for i in range(5)]
+TASKS = [
+    Task("gelu", f"variant-{i}", target)
+    for target in ("sm_80", "sm_90", "gfx942")
+    for i in range(5)
+]
 
 
 @pytest.fixture
@@ -25,8 +36,14 @@ def compiled(monkeypatch):
     outcome = dict.fromkeys(TASKS, GOOD)
     monkeypatch.setattr(Compilers, "__init__", lambda self, jobs, prepare, arguments: None)
     monkeypatch.setattr(Compilers, "__exit__", lambda self, *_: None)
-    monkeypatch.setattr(Compilers, "tasks", lambda self, op: [task for task in outcome if task.op == op])
-    monkeypatch.setattr(Compilers, "compile", lambda self, tasks: ((task, outcome[task]) for task in reversed(tasks)))
+    monkeypatch.setattr(
+        Compilers, "tasks", lambda self, op: [task for task in outcome if task.op == op]
+    )
+    monkeypatch.setattr(
+        Compilers,
+        "compile",
+        lambda self, tasks: ((task, outcome[task]) for task in reversed(tasks)),
+    )
     return outcome
 
 
@@ -49,10 +66,21 @@ def stored(path):
 
 def test_a_sample_really_compiles(tmp_path, capsys):
     out = tmp_path / "results" / "aot.json"
-    options = ["--ops", "token_route,row_quant", "--targets", "sm_90,gfx942", "--sample", "1", "--jobs", "1"]
+    options = [
+        "--ops",
+        "token_route,row_quant",
+        "--targets",
+        "sm_90,gfx942",
+        "--sample",
+        "1",
+        "--jobs",
+        "1",
+    ]
     assert main(["aot", *options, "--out", str(out)]) == 0
     variants, runs = stored(out)
-    assert [(t.op, t.target) for t in variants] == [(op, t) for op in ("row_quant", "token_route") for t in ("gfx942", "sm_90")]
+    assert [(t.op, t.target) for t in variants] == [
+        (op, t) for op in ("row_quant", "token_route") for t in ("gfx942", "sm_90")
+    ]
     for line in variants.values():
         assert 8 <= line["registers"] <= 255 and line["spills"] == 0 and 0 <= line["shared"] < 4096
         assert line["seconds"] > 0 and "error" not in line
@@ -61,7 +89,11 @@ def test_a_sample_really_compiles(tmp_path, capsys):
         assert run["triton"] and run["commit"]
     # a row's amax is shared between its warps; tokens are only copied
     assert variants[next(t for t in variants if t.op == "row_quant")]["shared"] > 0
-    table = [row.replace("│", " ").split() for row in capsys.readouterr().out.splitlines() if "token_route" in row]
+    table = [
+        row.replace("│", " ").split()
+        for row in capsys.readouterr().out.splitlines()
+        if "token_route" in row
+    ]
     assert [row[:4] for row in table] == [["token_route", t, "1", "0"] for t in ("gfx942", "sm_90")]
 
 
@@ -80,9 +112,14 @@ def test_a_kernel_that_does_not_compile(worker):
 
 
 def test_a_kernel_that_needs_too_much_shared_memory(worker):
-    fits, too_big = (worker.call(aot_kernels.measure_kernel, "square", block, "gfx942") for block in (32, 256))
+    fits, too_big = (
+        worker.call(aot_kernels.measure_kernel, "square", block, "gfx942") for block in (32, 256)
+    )
     assert fits.error is None and fits.shared <= SHARED_LIMITS["gfx942"]
-    assert too_big.shared > SHARED_LIMITS["gfx942"] and "shared memory, gfx942 has 65536" in too_big.error
+    assert (
+        too_big.shared > SHARED_LIMITS["gfx942"]
+        and "shared memory, gfx942 has 65536" in too_big.error
+    )
 
 
 def test_a_crash_takes_one_worker_and_no_more(tmp_path):
@@ -104,7 +141,9 @@ def test_no_worker_outlives_the_command(tmp_path):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # returns when nobody holds stdout any more, which the worker inherits
-    process = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", killed], capture_output=True, text=True, timeout=60, check=False
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert int(process.stdout) > 0
 
@@ -127,7 +166,10 @@ def test_a_crash_is_a_failed_variant(tmp_path, monkeypatch):
     ("bad", "said"),
     [
         (replace(GOOD, spills=4), "spills 4"),
-        (Compiled(seconds=1.0, error="CompilationError: no such thing"), "CompilationError: no such thing"),
+        (
+            Compiled(seconds=1.0, error="CompilationError: no such thing"),
+            "CompilationError: no such thing",
+        ),
         (replace(GOOD, shared=232449, error="needs 232449 bytes"), "needs 232449 bytes"),
     ],
 )
@@ -152,7 +194,9 @@ def test_a_part_leaves_the_rest(compiled, tmp_path):
     data = json.loads(out.read_text())
     # written by an earlier run than any of today's
     data["runs"] = {"2020-01-01T00:00:00Z": data["runs"][first_run]}
-    data["variants"] = [{**line, "run": "2020-01-01T00:00:00Z"} for line in [*data["variants"], foreign, gone]]
+    data["variants"] = [
+        {**line, "run": "2020-01-01T00:00:00Z"} for line in [*data["variants"], foreign, gone]
+    ]
     out.write_text(json.dumps(data))
     compiled.update(dict.fromkeys(TASKS, replace(GOOD, registers=40)))
     del compiled[TASKS[0]]

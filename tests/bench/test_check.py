@@ -12,7 +12,11 @@ from fluxfast_bench.main import main
 from fluxfast_bench.worker import CONTESTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
-H200 = {"device": "NVIDIA H200", "cuda": "13.0", "gpu": {"driver_version": "580", "clocks.sm": "1980", "clocks.max.sm": "1980"}}
+H200 = {
+    "device": "NVIDIA H200",
+    "cuda": "13.0",
+    "gpu": {"driver_version": "580", "clocks.sm": "1980", "clocks.max.sm": "1980"},
+}
 
 
 def record(contestant, seconds, **more):
@@ -57,13 +61,22 @@ def test_nothing_measured_is_not_passed(tmp_path, wanted, capsys):
     verdicts = check.verdicts_of([], wanted)
     assert {v.verdict for v in verdicts} == {check.UNMEASURED}
     assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 3 + 2
-    assert main(["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]) == 0
+    assert (
+        main(
+            ["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]
+        )
+        == 0
+    )
     assert f"0 met, 0 missed, 0 worse, {len(verdicts)} not measured" in capsys.readouterr().out
 
 
 def test_a_target_tightened_turns_red(tmp_path, wanted):
     stored = store(
-        tmp_path, run_of(record("diffusers:full", 1.5), record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": 1.5}))
+        tmp_path,
+        run_of(
+            record("diffusers:full", 1.5),
+            record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": 1.5}),
+        ),
     )
     verdicts = check.verdicts_of(stored, wanted)
     assert found(verdicts, EAGER).verdict == check.MET
@@ -71,22 +84,36 @@ def test_a_target_tightened_turns_red(tmp_path, wanted):
     assert found(verdicts, "peak VRAM, bf16, resident").verdict == check.MET
     assert not any(v.red for v in verdicts)
     tight = copy.deepcopy(wanted)
-    tight["ratio"][0]["at_least"], tight["floor"]["at_least"], tight["vram"]["bf16"]["resident-1024"] = 1.51, 0.81, 14.9
+    (
+        tight["ratio"][0]["at_least"],
+        tight["floor"]["at_least"],
+        tight["vram"]["bf16"]["resident-1024"],
+    ) = 1.51, 0.81, 14.9
     verdicts = check.verdicts_of(stored, tight)
     assert found(verdicts, EAGER).verdict == check.MISSED
-    assert found(verdicts, "fluxfast+graphs:full, share of the floor's rate").verdict == check.MISSED
+    assert (
+        found(verdicts, "fluxfast+graphs:full, share of the floor's rate").verdict == check.MISSED
+    )
     assert found(verdicts, "peak VRAM, bf16, resident").verdict == check.MISSED
     assert sum(v.red for v in verdicts) == 3
 
 
 def test_the_command_fails_where_a_target_is_missed(tmp_path, capsys):
     store(tmp_path, run_of(record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": 1.39})))
-    assert main(["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]) == 1
+    assert (
+        main(
+            ["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]
+        )
+        == 1
+    )
     assert "1 missed" in capsys.readouterr().out
 
 
 def test_the_newest_measurement_counts(tmp_path, wanted):
-    old, new = (record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": ratio}) for ratio in (1.3, 1.5))
+    old, new = (
+        record("fluxfast+graphs:full", 1.0, ratios={"diffusers:full": ratio})
+        for ratio in (1.3, 1.5)
+    )
     failed = record("fluxfast+graphs:full", 1, reason="failed")
     stored = store(tmp_path, run_of(new, day=3), run_of(old, day=2), run_of(failed, day=4))
     assert found(check.verdicts_of(stored, wanted), EAGER).found == "1.50"
@@ -98,7 +125,12 @@ def test_targets_hold_for_each_device_of_a_group(tmp_path, wanted):
         made["conditions"] = made["conditions"] | {"device": device}
         return made
 
-    stored = store(tmp_path, run("NVIDIA H100 80GB HBM3", 1.5), run("NVIDIA H200", 1.3), run("NVIDIA A100-SXM4-80GB", 1.0))
+    stored = store(
+        tmp_path,
+        run("NVIDIA H100 80GB HBM3", 1.5),
+        run("NVIDIA H200", 1.3),
+        run("NVIDIA A100-SXM4-80GB", 1.0),
+    )
     lines = [v for v in check.verdicts_of(stored, wanted) if v.name == EAGER]
     assert {(line.where, line.verdict) for line in lines} == {
         ("nvidia-h200, 1024px-b1", check.MISSED),
@@ -108,9 +140,15 @@ def test_targets_hold_for_each_device_of_a_group(tmp_path, wanted):
 
 @pytest.mark.parametrize(("seconds", "red"), [(1.04, False), (1.06, True), (0.5, False)])
 def test_worse_than_the_last_run_on_the_device(tmp_path, seconds, red):
-    stored = store(tmp_path, run_of(record("fluxfast:full", 1.0)), run_of(record("fluxfast:full", seconds), day=2))
+    stored = store(
+        tmp_path,
+        run_of(record("fluxfast:full", 1.0)),
+        run_of(record("fluxfast:full", seconds), day=2),
+    )
     lines = list(check.regressions(stored))
-    assert [line.name for line in lines] == (["step 1024px-b1 fluxfast:full seconds"] if red else [])
+    assert [line.name for line in lines] == (
+        ["step 1024px-b1 fluxfast:full seconds"] if red else []
+    )
 
 
 def test_another_device_and_a_peer_are_no_regression(tmp_path):
@@ -126,17 +164,29 @@ def test_another_device_and_a_peer_are_no_regression(tmp_path):
 
 def test_on_a_cpu_ratios_are_compared_and_times_are_not(tmp_path, wanted):
     runs = [
-        run_of(record("fluxfast:none", seconds, case="small-b2", ratios={"diffusers:none": ratio}), day=day, device="Some CPU")
+        run_of(
+            record("fluxfast:none", seconds, case="small-b2", ratios={"diffusers:none": ratio}),
+            day=day,
+            device="Some CPU",
+        )
         for day, seconds, ratio in ((1, 1.0, 1.5), (2, 3.0, 1.4))
     ]
     stored = store(tmp_path, *runs)
-    assert [line.name for line in check.regressions(stored)] == ["step small-b2 fluxfast:none vs diffusers:none"]
-    (line,) = [v for v in check.verdicts_of(stored, wanted) if v.name == "the small model in fp32, against diffusers + PEFT"]
+    assert [line.name for line in check.regressions(stored)] == [
+        "step small-b2 fluxfast:none vs diffusers:none"
+    ]
+    (line,) = [
+        v
+        for v in check.verdicts_of(stored, wanted)
+        if v.name == "the small model in fp32, against diffusers + PEFT"
+    ]
     assert (line.verdict, line.found) == (check.MET, "1.40")
 
 
 def test_every_target_names_contestants_that_there_are(wanted):
-    names = {target[key].partition(":")[0] for target in wanted["ratio"] for key in ("ours", "peer")}
+    names = {
+        target[key].partition(":")[0] for target in wanted["ratio"] for key in ("ours", "peer")
+    }
     assert names - set(CONTESTANTS) == set()
 
 
@@ -156,7 +206,12 @@ def test_guards_run_their_commands(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("ratio = [", "targets.toml: "), ("a = 1", "expected the tables"), (None, "not found; run this in")]
+    ("text", "message"),
+    [
+        ("ratio = [", "targets.toml: "),
+        ("a = 1", "expected the tables"),
+        (None, "not found; run this in"),
+    ],
 )
 def test_targets_that_can_not_be_read(tmp_path, text, message):
     path = tmp_path / "targets.toml"
@@ -174,23 +229,38 @@ def test_device_names_as_folders():
 # ---- report
 
 
-README = "# name\n\n<!-- bench:step -->\nold\n<!-- /bench -->\n\nwords\n\n<!-- bench:plots -->\n<!-- /bench -->\n"
+README = (
+    "# name\n\n<!-- bench:step -->\nold\n<!-- /bench -->\n\nwords\n\n<!-- bench:plots -->\n<!-- "
+    "/bench -->\n"
+)
 
 
 def test_the_tables_are_made_from_the_newest_results(tmp_path, capsys):
     root, readme = tmp_path / "results", tmp_path / "README.md"
     readme.write_text(README)
     old = run_of(record("fluxfast:full", 9.0))
-    new = run_of(record("diffusers:full", 1.5), record("fluxfast:full", 1.0), record("bnb-nf4:full", 0, reason="no GPU"), day=2)
+    new = run_of(
+        record("diffusers:full", 1.5),
+        record("fluxfast:full", 1.0),
+        record("bnb-nf4:full", 0, reason="no GPU"),
+        day=2,
+    )
     store(root, old, new)
     words = ["--results", str(root), "--readme", str(readme)]
     assert main(["report", *words, "--check"]) == 1
     assert readme.read_text() == README
     assert main(["report", *words]) == 0
     text = readme.read_text()
-    assert "| **fluxfast, unquantised** | full | 1000.0 | 1000.0 … 1000.0 | 1.50 | 15.0 | 80% |" in text
+    assert (
+        "| **fluxfast, unquantised** | full | 1000.0 | 1000.0 … 1000.0 | 1.50 | 15.0 | 80% |"
+        in text
+    )
     assert text.index("fluxfast, unquantised") < text.index("diffusers + PEFT, eager | full")
-    assert "Not measured: bnb-nf4:full (no GPU)." in text and "9000" not in text and "\nold\n" not in text
+    assert (
+        "Not measured: bnb-nf4:full (no GPU)." in text
+        and "9000" not in text
+        and "\nold\n" not in text
+    )
     assert "driver 580" in text and "words" in text
     assert "![step on nvidia-h200](results/nvidia-h200/step.png)" in text
     assert (root / "nvidia-h200" / "step.png").read_bytes().startswith(b"\x89PNG")
@@ -214,7 +284,10 @@ def test_scaling_is_drawn_where_there_are_several_cases(tmp_path):
 
 def test_a_readme_without_places_and_one_with_a_wrong_one(tmp_path, capsys):
     readme = tmp_path / "README.md"
-    for text, message in (("nothing", "has no place for a table"), ("<!-- bench:luck -->\n<!-- /bench -->", "no such table")):
+    for text, message in (
+        ("nothing", "has no place for a table"),
+        ("<!-- bench:luck -->\n<!-- /bench -->", "no such table"),
+    ):
         readme.write_text(text)
         assert main(["report", "--results", str(tmp_path), "--readme", str(readme)]) == 1
         assert message in capsys.readouterr().err
@@ -237,12 +310,17 @@ def test_startup_measures_each_way_in_a_process_of_its_own(tmp_path, monkeypatch
 
     def started(way, path, format, device, limit):
         asked.append((way, path.name, format))
-        return {"reason": "its process died with exit code 9"} if way == "diffusers" else dict(steps)
+        return (
+            {"reason": "its process died with exit code 9"} if way == "diffusers" else dict(steps)
+        )
 
     monkeypatch.setattr(startup, "started", started)
     monkeypatch.setattr(startup, "LARGE", 0)
     monkeypatch.setattr(startup, "copy_seconds", lambda files, folder: 1.6)
-    assert main(["startup", "--device", "cpu", "--formats", "int4,nf4", "--results", str(tmp_path)]) == 0
+    assert (
+        main(["startup", "--device", "cpu", "--formats", "int4,nf4", "--results", str(tmp_path)])
+        == 0
+    )
     assert asked == [
         ("diffusers", "checkpoint", ""),
         ("quantise", "checkpoint", "int4"),
@@ -259,9 +337,14 @@ def test_startup_measures_each_way_in_a_process_of_its_own(tmp_path, monkeypatch
 
 
 def test_a_start_really_ends_with_a_step(tmp_path, capsys):
-    assert main(["startup", "--device", "cpu", "--ways", "quantise", "--results", str(tmp_path)]) == 0
+    assert (
+        main(["startup", "--device", "cpu", "--ways", "quantise", "--results", str(tmp_path)]) == 0
+    )
     (line,) = results.read_all(tmp_path)[0].records
-    assert 0 < line["load_seconds"] < line["seconds"] and 0 <= line["load_rss_gib"] < line["peak_rss_gib"]
+    assert (
+        0 < line["load_seconds"] < line["seconds"]
+        and 0 <= line["load_rss_gib"] < line["peak_rss_gib"]
+    )
     assert "extra_gib" not in line
     assert json.loads(results.read_all(tmp_path)[0].path.read_text())["kind"] == "startup"
     capsys.readouterr()
@@ -270,19 +353,40 @@ def test_a_start_really_ends_with_a_step(tmp_path, capsys):
 def test_every_format_is_held_to_the_startup_targets():
     def run(date, **copies):
         records = [
-            {"contestant": f"quantise {name}", "ours": True, "case": "24 GB", "extra_gib": 0.5, "times_copy": times}
+            {
+                "contestant": f"quantise {name}",
+                "ours": True,
+                "case": "24 GB",
+                "extra_gib": 0.5,
+                "times_copy": times,
+            }
             for name, times in copies.items()
         ]
-        return results.Result("cpu", Path("x"), {"kind": "startup", "conditions": {"date": date}, "records": records})
+        return results.Result(
+            "cpu", Path("x"), {"kind": "startup", "conditions": {"date": date}, "records": records}
+        )
 
     stored = [run("2026-01-01", int8=2.0, int2=2.0), run("2026-01-02", int8=1.1)]
     verdicts = list(check.startup_verdicts(stored, {"extra_gib": 3.0, "times_copy": 1.3}))
     red = [v for v in verdicts if v.red]
-    assert len(verdicts) == 4 and len(red) == 1 and "quantise int2" in red[0].name and red[0].found == "2.00"
+    assert (
+        len(verdicts) == 4
+        and len(red) == 1
+        and "quantise int2" in red[0].name
+        and red[0].found == "2.00"
+    )
 
 
 def test_a_stored_command_names_no_place_of_its_machine():
-    words = ["startup", "--checkpoint", "/home/someone/ck", "--results", "/tmp/x", "--formats", "int8"]
+    words = [
+        "startup",
+        "--checkpoint",
+        "/home/someone/ck",
+        "--results",
+        "/tmp/x",
+        "--formats",
+        "int8",
+    ]
     assert repeatable(words) == "fluxfast-bench startup --checkpoint ck --formats int8"
 
 
@@ -300,8 +404,20 @@ def test_a_ratio_to_another_of_ours_is_no_regression(tmp_path):
 
 
 def counted_figures():
-    step = {"case": "512px-b1", "contestant": "fluxfast, int8", "ours": True, "memory_ratio": 0.27, "launch_ratio": 0.2485}
-    preset = {"base": "int4", "shape": "512px-b1", "streamed": False, "recompute": "full", "gib": 5.7}
+    step = {
+        "case": "512px-b1",
+        "contestant": "fluxfast, int8",
+        "ours": True,
+        "memory_ratio": 0.27,
+        "launch_ratio": 0.2485,
+    }
+    preset = {
+        "base": "int4",
+        "shape": "512px-b1",
+        "streamed": False,
+        "recompute": "full",
+        "gib": 5.7,
+    }
     return {
         "vram": [preset, preset | {"recompute": "none", "gib": 99.0}],
         "counts": [step, step | {"ours": False, "launch_ratio": 1.0}],
@@ -335,7 +451,12 @@ def test_a_kernel_that_spills_turns_red(wanted, variant):
 def test_what_a_device_measured_goes_before_what_was_counted(tmp_path, wanted):
     preset = counted_figures()["vram"][0] | {"base": "bf16", "shape": "1024px-b1", "gib": 1.0}
     stored = store(tmp_path, run_of(record("fluxfast:full", 1.0)))
-    assert found(check.verdicts_of(stored, wanted, {"vram": [preset]}), "peak VRAM, bf16, resident").found == "15.00 GiB"
+    assert (
+        found(
+            check.verdicts_of(stored, wanted, {"vram": [preset]}), "peak VRAM, bf16, resident"
+        ).found
+        == "15.00 GiB"
+    )
 
 
 def test_a_damaged_count_is_named(tmp_path):

@@ -1,4 +1,6 @@
-"""`fluxfast-bench convergence`: its arithmetic and its verdict; the runs themselves are the command's."""
+"""`fluxfast-bench convergence`: its arithmetic and its verdict; the runs themselves are the
+command's.
+"""
 
 import json
 
@@ -8,11 +10,15 @@ from fluxfast_bench import convergence
 
 
 def fake_losses(monkeypatch, shift):
-    """Runs whose loss is 1 + seed / 10, and `shift` more in int8 compute; seeds 1, 2, 3 spread by 0.1."""
+    """Runs whose loss is 1 + seed / 10, and `shift` more in int8 compute; seeds 1, 2, 3 spread by
+    0.1.
+    """
 
     def train(config, mode, seed, steps):
         assert config.exists()
-        return [9.0] * (steps - steps // 4) + [1 + seed / 10 + (shift if mode == "int8 compute" else 0)] * (steps // 4)
+        return [9.0] * (steps - steps // 4) + [
+            1 + seed / 10 + (shift if mode == "int8 compute" else 0)
+        ] * (steps // 4)
 
     monkeypatch.setattr(convergence, "train", train)
 
@@ -26,7 +32,12 @@ def fake_losses(monkeypatch, shift):
 @pytest.mark.parametrize(("shift", "status"), [(0.09, 0), (-0.09, 0), (0.11, 1), (-0.11, 1)])
 def test_a_mode_beyond_the_spread_between_seeds_is_red(monkeypatch, tmp_path, shift, status):
     fake_losses(monkeypatch, shift)
-    assert convergence.main(["--steps", "8", "--modes", "int8 compute", "nf4 storage", "--out", str(tmp_path)]) == status
+    assert (
+        convergence.main(
+            ["--steps", "8", "--modes", "int8 compute", "nf4 storage", "--out", str(tmp_path)]
+        )
+        == status
+    )
     result = json.loads((tmp_path / "convergence.json").read_text())
     summary = result["summary"]
     assert summary["spread"]["seeds"] == pytest.approx(0.1) and summary["spread"]["last"] == 2
@@ -38,7 +49,7 @@ def test_a_mode_beyond_the_spread_between_seeds_is_red(monkeypatch, tmp_path, sh
 
 def test_modes_are_configs(tmp_path):
     from fluxfast.cli.demo import config_json
-    from fluxfast.train.config import load_config
+    from fluxfast.config.run import load_config
 
     for changes in convergence.MODES.values():
         (tmp_path / "config.json").write_text(json.dumps(config_json(tmp_path, 4) | changes))

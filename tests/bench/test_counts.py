@@ -63,7 +63,10 @@ def test_a_cast_writes_its_own_size():
 def test_gradients_that_meet_are_added():
     x = meta(6, 8, requires_grad=True)
     # forward two products, backward two again and their sum
-    assert total(lambda: torch.autograd.backward([x * 2.0, x * 3.0], [meta(6, 8)] * 2)) == (5, (4 * 96 + 3 * 48) * B)
+    assert total(lambda: torch.autograd.backward([x * 2.0, x * 3.0], [meta(6, 8)] * 2)) == (
+        5,
+        (4 * 96 + 3 * 48) * B,
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,9 @@ def test_narrow_products_count_as_memory(rows, inner, cols, category):
     elements = rows * inner + inner * cols + rows * cols
     assert total(lambda: meta(rows, inner) @ meta(inner, cols), category) == (1, elements * B)
     elements += rows * cols
-    assert total(lambda: torch.addmm(meta(rows, cols), meta(rows, inner), meta(inner, cols)), category) == (1, elements * B)
+    assert total(
+        lambda: torch.addmm(meta(rows, cols), meta(rows, inner), meta(inner, cols)), category
+    ) == (1, elements * B)
 
 
 def test_attention_is_one_kernel_each_way():
@@ -97,7 +102,9 @@ def test_attention_is_one_kernel_each_way():
 
 def test_rms_norm_is_one_kernel_each_way():
     x, weight = meta(1, 4, 64, requires_grad=True), meta(64)
-    tally = counted(lambda: torch.nn.functional.rms_norm(x, (64,), weight, 1e-6).backward(meta(1, 4, 64)))
+    tally = counted(
+        lambda: torch.nn.functional.rms_norm(x, (64,), weight, 1e-6).backward(meta(1, 4, 64))
+    )
     assert tally.launches == {"memory": 2}
     assert tally.bytes["memory"] == (256 + 64 + 256) * B + 4 * 4 + (256 * 3 + 64) * B + 4 * 4
 
@@ -105,7 +112,10 @@ def test_rms_norm_is_one_kernel_each_way():
 def test_our_ops_count_as_their_triton_kernels():
     x = meta(1, 4, 64, requires_grad=True)
     tally = counted(lambda: gelu(x).backward(meta(1, 4, 64)))
-    assert {op: n for (_, op), n in tally.op_launches.items()} == {"gelu_fwd_kernel": 1, "gelu_bwd_kernel": 1}
+    assert {op: n for (_, op), n in tally.op_launches.items()} == {
+        "gelu_fwd_kernel": 1,
+        "gelu_bwd_kernel": 1,
+    }
     assert tally.bytes["memory"] == (2 + 3) * 256 * B
 
 
@@ -122,7 +132,9 @@ def flux_blocks(monkeypatch, doubles, singles):
 
 @pytest.mark.parametrize(("kind", "launches", "passes"), [((1, 0), 356, 486), ((0, 1), 175, 455)])
 def test_a_block_of_diffusers_and_peft(monkeypatch, kind, launches, passes):
-    """Against a count by hand of one block with rank 16, checkpointed: kernels, and passes over its activations."""
+    """Against a count by hand of one block with rank 16, checkpointed: kernels, and passes over its
+    activations.
+    """
     one = count(BASELINE, flux_blocks(monkeypatch, 1, 1))
     two = count(BASELINE, flux_blocks(monkeypatch, 1 + kind[0], 1 + kind[1]))
     assert abs(two.total_launches - one.total_launches - launches) <= 2
@@ -142,7 +154,9 @@ def test_ours_moves_and_launches_less(monkeypatch):
 def test_violations_name_the_figure():
     good = {"case": "c", "contestant": "x", "ours": True, "memory_ratio": 0.3, "launch_ratio": 0.2}
     assert violations([good, good | {"ours": False, "memory_ratio": 1.0}], LIMITS) == []
-    assert violations([good | {"memory_ratio": 0.36}], LIMITS) == ["c x: memory_ratio 0.360, at most 0.35"]
+    assert violations([good | {"memory_ratio": 0.36}], LIMITS) == [
+        "c x: memory_ratio 0.360, at most 0.35"
+    ]
     assert len(violations([good | {"memory_ratio": 0.36, "launch_ratio": 0.26}], LIMITS)) == 2
 
 
@@ -150,9 +164,18 @@ def test_the_command_stores_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(counts, "CONTESTANTS", (BASELINE, CONTESTANTS[2]))
     out, loose, tight = (tmp_path / name for name in ("counts.json", "loose.toml", "tight.toml"))
     text = targets.TARGETS.read_text(encoding="utf-8")
-    loose.write_text(text.replace("bytes = 0.35", "bytes = 9.0").replace("launches = 0.25", "launches = 9.0"))
-    tight.write_text(text.replace("bytes = 0.35", "bytes = 0.0").replace("launches = 0.25", "launches = 9.0"))
-    assert main(["counts", "--shapes", "tiny", "--out", str(out), "--details", "--targets", str(loose)]) == 0
+    loose.write_text(
+        text.replace("bytes = 0.35", "bytes = 9.0").replace("launches = 0.25", "launches = 9.0")
+    )
+    tight.write_text(
+        text.replace("bytes = 0.35", "bytes = 0.0").replace("launches = 0.25", "launches = 9.0")
+    )
+    assert (
+        main(
+            ["counts", "--shapes", "tiny", "--out", str(out), "--details", "--targets", str(loose)]
+        )
+        == 0
+    )
     stored = json.loads(out.read_text())
     assert stored["run"]["command"].startswith("fluxfast-bench counts --shapes tiny")
     baseline, ours = stored["records"]

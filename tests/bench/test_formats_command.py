@@ -1,4 +1,6 @@
-"""`fluxfast-bench formats`: its figures are what a format does, and a peer that isn't there is said to be missing."""
+"""`fluxfast-bench formats`: its figures are what a format does, and a peer that isn't there is said
+to be missing.
+"""
 
 import json
 
@@ -21,7 +23,11 @@ def test_errors_are_measured(monkeypatch, capsys):
     def lossy(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
         return weight.float() * 0.9, weight.numel() * 5 // 8
 
-    monkeypatch.setattr(formats, "GROUPS", {"5 bits": (formats.Coder("fluxfast", "lossy", lossy), formats.ours("int8"))})
+    monkeypatch.setattr(
+        formats,
+        "GROUPS",
+        {"5 bits": (formats.Coder("fluxfast", "lossy", lossy), formats.ours("int8"))},
+    )
     lossy_result, int8 = json.loads(run(capsys, "--json"))["results"]
     # a product in fp32
     assert lossy_result["errors"] == pytest.approx({"gaussian": 0.1, "heavy-tailed": 0.1}, rel=1e-5)
@@ -44,7 +50,10 @@ def test_a_peer_that_is_not_installed_is_listed(monkeypatch, capsys):
     rows = json.loads(run(capsys, "--json"))["results"]
     assert {row["why"] for row in rows if row["maker"] != "fluxfast"} == {"not installed"}
     table = run(capsys)
-    assert table.count("not installed") == sum(row["maker"] != "fluxfast" for row in rows) and "int4" in table
+    assert (
+        table.count("not installed") == sum(row["maker"] != "fluxfast" for row in rows)
+        and "int4" in table
+    )
 
 
 def test_rows_are_checked(capsys):

@@ -1,4 +1,6 @@
-"""`bench/gpu.sh`: its limits add up, its contestants exist, and whatever is killed, a page and an archive are left."""
+"""`bench/gpu.sh`: its limits add up, its contestants exist, and whatever is killed, a page and an
+archive are left.
+"""
 
 import os
 import re
@@ -34,7 +36,9 @@ def start(tmp_path):
     def start(part="first", **env):
         env = os.environ | {"PYTHON": str(stub), "WORK": str(tmp_path / "work"), "SMALL": "1"} | env
         words = [tmp_path / "out", *([part] if part else [])]
-        return subprocess.Popen(["bash", SCRIPT, *words], env=env, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            ["bash", SCRIPT, *words], env=env, stdout=subprocess.PIPE, text=True
+        )
 
     return start
 
@@ -56,17 +60,30 @@ def wait_for(path):
 
 
 def plan(**env):
-    lines = subprocess.run(["bash", SCRIPT, "plan"], env=os.environ | env, capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(
+        ["bash", SCRIPT, "plan"], env=os.environ | env, capture_output=True, text=True, check=True
+    ).stdout
     return [line.split() for line in lines.splitlines()]
 
 
 def test_both_parts_take_less_than_ten_minutes():
     stages = plan()
     for part in ("first", "second"):
-        limits = [int(limit) for of, name, limit in stages if of == part and name != "total" and limit != "left"]
+        limits = [
+            int(limit)
+            for of, name, limit in stages
+            if of == part and name != "total" and limit != "left"
+        ]
         (total,) = [int(limit) for of, name, limit in stages if (of, name) == (part, "total")]
         assert sum(limits) < total < 400
-    assert sum(int(limit) for of, name, limit in stages if name == "total" and of in ("first", "second")) < 600
+    assert (
+        sum(
+            int(limit)
+            for of, name, limit in stages
+            if name == "total" and of in ("first", "second")
+        )
+        < 600
+    )
 
 
 def test_its_contestants_exist():
@@ -80,8 +97,14 @@ def test_every_stage_runs_and_the_page_says_so(start, tmp_path):
     process = start(FAIL="main()) ceilings")
     assert process.wait(timeout=60) == 0
     page, archive = result(tmp_path)
-    stages = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ") and " | ok | " in line]
-    assert stages == [name for part, name, _ in plan() if part == "first" and name not in ("total", "ceilings")]
+    stages = [
+        line.split("|")[1].strip()
+        for line in page.splitlines()
+        if line.startswith("| ") and " | ok | " in line
+    ]
+    assert stages == [
+        name for part, name, _ in plan() if part == "first" and name not in ("total", "ceilings")
+    ]
     assert "| ceilings | failed (3) |" in page and "went wrong" in page
     assert {"logs/sweep.log", "results/figure.jsonl", "summary.md"} <= archive
 
@@ -92,7 +115,9 @@ def test_a_stage_out_of_time_costs_itself_alone(start, tmp_path):
     process = start(HANG="smoke", BUDGET="28")
     assert process.wait(timeout=60) == 0
     page, archive = result(tmp_path)
-    assert re.search(r"\| ceilings \| ok \|", page) and re.search(r"\| smoke \| out of time after [678] s \|", page)
+    assert re.search(r"\| ceilings \| ok \|", page) and re.search(
+        r"\| smoke \| out of time after [678] s \|", page
+    )
     assert "| smoke-short | no time left |" in page and time.monotonic() - begun < 40
     assert "results/figure.jsonl" in archive and "logs/smoke.log" in archive
 
@@ -121,7 +146,11 @@ def test_the_second_part_has_the_first_ones_results(start, tmp_path):
 def test_without_a_part_it_is_the_first_and_the_second(start, tmp_path):
     assert start(part=None).wait(timeout=60) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [f"fluxfast-gpu-{part}.{ending}" for part in ("first", "second") for ending in ("md", "tar.gz")]
+    assert names == [
+        f"fluxfast-gpu-{part}.{ending}"
+        for part in ("first", "second")
+        for ending in ("md", "tar.gz")
+    ]
     for path in (tmp_path / "out").iterdir():
         path.unlink()
     shutil.rmtree(tmp_path / "work")
@@ -135,5 +164,7 @@ def test_without_a_part_it_is_the_first_and_the_second(start, tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["out", "third"]])
 def test_it_says_how_it_is_used(arguments):
-    process = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        ["bash", SCRIPT, *arguments], capture_output=True, text=True, check=False
+    )
     assert process.returncode == 2 and "usage: bench/gpu.sh" in process.stderr

@@ -25,10 +25,14 @@ def test_a_record(monkeypatch, name):
     monkeypatch.setattr(host, "STEPS", 1)
     monkeypatch.setattr(host, "WARM_STEPS", 0)
     launches = []
-    monkeypatch.setattr(host, "_no_launch", lambda kernel, *args, **numbers: launches.append(kernel))
+    monkeypatch.setattr(
+        host, "_no_launch", lambda kernel, *args, **numbers: launches.append(kernel)
+    )
     record = host.measure(name, "full")
     assert record["contestant"] == f"{name}:full" and record["ours"] == (name != "diffusers")
-    assert record["seconds"] == pytest.approx(record["forward_seconds"] + record["backward_seconds"], abs=2e-5)
+    assert record["seconds"] == pytest.approx(
+        record["forward_seconds"] + record["backward_seconds"], abs=2e-5
+    )
     assert len(launches) == (counted_launches() if record["ours"] else 0)
 
 

@@ -1,13 +1,18 @@
 """A run's results while it runs: written one by one, read when it was cut short, whole at the end."""
 
-
 import pytest
 
 from fluxfast_bench import report, results, worker
 from fluxfast_bench.main import main
 from fluxfast_bench.results import Journal
 
-RUN = {"date": "2026-11-27T10:00:00Z", "device": "Some CPU", "commit": "abc", "command": "fluxfast-bench step", "versions": {}}
+RUN = {
+    "date": "2026-11-27T10:00:00Z",
+    "device": "Some CPU",
+    "commit": "abc",
+    "command": "fluxfast-bench step",
+    "versions": {},
+}
 
 
 def record(contestant, **more):
@@ -51,7 +56,16 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path):
 def test_a_step_that_is_killed_keeps_what_it_had(tmp_path, monkeypatch):
     def events(job, *args, limit):
         if job == "ceilings":
-            yield ("ceilings", "tiny", {"copy": 1e10, "float": 1e11, "attention_forward": 1e11, "attention_backward": 1e11})
+            yield (
+                "ceilings",
+                "tiny",
+                {
+                    "copy": 1e10,
+                    "float": 1e11,
+                    "attention_forward": 1e11,
+                    "attention_backward": 1e11,
+                },
+            )
             return
         for key in ("diffusers:none", "fluxfast:none"):
             yield ("start", key)
@@ -88,29 +102,64 @@ def test_stored_ceilings_are_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "device_name", lambda device: RUN["device"])
     journal = Journal(tmp_path, "ceilings", RUN)
     journal.note(ceilings={"tiny": {"copy": 1.0}})
-    arguments = ["--device", "cpu", "--shapes", "tiny", "--contestants", "diffusers", "--results", str(tmp_path)]
+    arguments = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--contestants",
+        "diffusers",
+        "--results",
+        str(tmp_path),
+    ]
     main(["step", *arguments])
     main(["step", *arguments, "--stored-ceilings"])
     assert asked == ["ceilings", "measure", "measure"]
     newest = [r for r in results.read_all(tmp_path) if r.kind == "step"]
-    assert [r.data["ceilings"] for r in newest] in ([{}, {"tiny": {"copy": 1.0}}], [{"tiny": {"copy": 1.0}}])
+    assert [r.data["ceilings"] for r in newest] in (
+        [{}, {"tiny": {"copy": 1.0}}],
+        [{"tiny": {"copy": 1.0}}],
+    )
 
 
 def test_a_page_says_what_was_compiled_checked_and_timed():
     def result(kind, *records):
-        return results.Result("gpu", tmp, {"kind": kind, "conditions": RUN, "records": list(records)})
+        return results.Result(
+            "gpu", tmp, {"kind": kind, "conditions": RUN, "records": list(records)}
+        )
 
     tmp = results.ROOT / "gpu" / "x.json"
     product = {"case": "1024px-b1", "contestant": "int8 1x2x3", "ours": True, "count": 10}
     stored = [
-        result("prewarm", {"case": "sm_90", "contestant": "k()", "ours": True, "seconds": 1.0, "reason": "no such type"}),
-        result("smoke", record("op:gelu", relative_error=0.001), record("fluxfast", reason="wrong: 2")),
-        result("ceilings", record("copy", gb_s=3000.0), record("float 1x2x3", seconds=1e-3, tflops=600.0)),
+        result(
+            "prewarm",
+            {
+                "case": "sm_90",
+                "contestant": "k()",
+                "ours": True,
+                "seconds": 1.0,
+                "reason": "no such type",
+            },
+        ),
+        result(
+            "smoke", record("op:gelu", relative_error=0.001), record("fluxfast", reason="wrong: 2")
+        ),
+        result(
+            "ceilings",
+            record("copy", gb_s=3000.0),
+            record("float 1x2x3", seconds=1e-3, tflops=600.0),
+        ),
         result(
             "sweep",
             {**product, "mode": "a", "table": True, "seconds": 3e-3, "tflops": 1.0},
             {**product, "mode": "b", "table": False, "seconds": 1e-3, "tflops": 3.0},
-            {**product, "contestant": "int8 4x5x6", "mode": "a", "table": True, "reason": "no room"},
+            {
+                **product,
+                "contestant": "int8 4x5x6",
+                "mode": "a",
+                "table": True,
+                "reason": "no room",
+            },
         ),
         result(
             "profile",
@@ -123,4 +172,7 @@ def test_a_page_says_what_was_compiled_checked_and_timed():
     assert "| tiny | copy |  | 3000 GB/s |" in page
     assert "| 1024px-b1 | int8 1x2x3 | b | 1000.0 | 3.0 | 3000.0 | 20.00 |" in page
     assert "- 1024px-b1 int8 4x5x6: no room" in page
-    assert "tiny, fluxfast: 200.0 ms, 100.0 of them in kernels." in page and "| `matmul_kernel` | 9 | 100.00 |" in page
+    assert (
+        "tiny, fluxfast: 200.0 ms, 100.0 of them in kernels." in page
+        and "| `matmul_kernel` | 9 | 100.00 |" in page
+    )

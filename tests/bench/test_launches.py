@@ -1,4 +1,6 @@
-"""What a step launches: recorded from a shallow model, compiled by the JIT without a GPU, under the keys that it asks for."""
+"""What a step launches: recorded from a shallow model, compiled by the JIT without a GPU, under the
+keys that it asks for.
+"""
 
 import json
 import os
@@ -54,7 +56,9 @@ def recorded(tmp_path_factory):
         "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "bench")),
     }  # fmt: skip
-    process = subprocess.run([sys.executable, "-c", RECORD], env=env, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", RECORD], env=env, capture_output=True, text=True, check=False
+    )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -83,12 +87,16 @@ def test_an_engine_is_the_contestants_own(recorded):
 LAUNCHES = [Launch("m", f"k{i}", (Pointer(torch.bfloat16), i), ()) for i in range(3)]
 
 
-@pytest.mark.parametrize(("found", "status"), [({"seconds": 1.0}, 0), ({"seconds": 1.0, "reason": "no"}, 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("found", "status"), [({"seconds": 1.0}, 0), ({"seconds": 1.0, "reason": "no"}, 1), (None, 1)]
+)
 def test_the_command_stores_each_kernel(tmp_path, monkeypatch, capsys, found, status):
     monkeypatch.setattr(prewarm, "launches_of", lambda *_: set(LAUNCHES))
     monkeypatch.setattr(Compilers, "__init__", lambda self, *_: None)
     monkeypatch.setattr(Compilers, "__exit__", lambda self, *_: None)
-    monkeypatch.setattr(Compilers, "each", lambda self, function, items: ((item, found) for item in items))
+    monkeypatch.setattr(
+        Compilers, "each", lambda self, function, items: ((item, found) for item in items)
+    )
     assert main(["prewarm", "--results", str(tmp_path), "--jobs", "1"]) == status
     (stored,) = results.read_all(tmp_path)
     assert [r["contestant"] for r in stored.records] == [f"k{i}(bfloat16, {i})" for i in range(3)]

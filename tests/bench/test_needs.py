@@ -1,4 +1,6 @@
-"""The memory that a contestant is expected to take: ours by the plan, the peers' by a count on meta tensors."""
+"""The memory that a contestant is expected to take: ours by the plan, the peers' by a count on meta
+tensors.
+"""
 
 import pytest
 import torch
@@ -25,8 +27,12 @@ def need(name, *args):
 
 
 def peer_peak(doubles, singles, recompute):
-    """Of diffusers' blocks with PEFT's adapters at FLUX.1's width, in [tokens, dim] tensors above what was there."""
-    shape = Shape("blocks", "flux", 32, 512, 1).with_model(num_layers=doubles, num_single_layers=singles)
+    """Of diffusers' blocks with PEFT's adapters at FLUX.1's width, in [tokens, dim] tensors above
+    what was there.
+    """
+    shape = Shape("blocks", "flux", 32, 512, 1).with_model(
+        num_layers=doubles, num_single_layers=singles
+    )
     model = build(FluxTransformer2DModel, shape)
     add_lora(model, targets=TARGETS, rank=RANK, dtype=torch.bfloat16)
     if recompute == "full":
@@ -56,7 +62,11 @@ def test_ours_keeps_a_dozen_tensors_a_block_where_nothing_is_recomputed():
 
 
 def test_the_largest_shape_counts_and_what_streams_does_not():
-    assert need("fluxfast", "none", SHORT, LONG) == need("fluxfast", "none", LONG) > need("fluxfast", "none", SHORT)
+    assert (
+        need("fluxfast", "none", SHORT, LONG)
+        == need("fluxfast", "none", LONG)
+        > need("fluxfast", "none", SHORT)
+    )
     assert need("fluxfast-int4+int8+streamed") < 4 < need("fluxfast-int4+int8")
     # modulation's weights stay on the host, unless it is told to be on the device
     assert 2.5 < need("fluxfast-int8+int8+device-modulation") - need("fluxfast-int8+int8") < 3.5

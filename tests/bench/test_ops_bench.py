@@ -21,7 +21,20 @@ def ceilings(monkeypatch):
 
 
 def run_ops(path, *options):
-    return main(["ops", "--device", "cpu", "--shapes", "tiny", "--seconds", "0.005", "--results", str(path), *options])
+    return main(
+        [
+            "ops",
+            "--device",
+            "cpu",
+            "--shapes",
+            "tiny",
+            "--seconds",
+            "0.005",
+            "--results",
+            str(path),
+            *options,
+        ]
+    )
 
 
 def test_a_run_is_timed_and_stored(tmp_path, capsys):
@@ -36,21 +49,29 @@ def test_a_run_is_timed_and_stored(tmp_path, capsys):
     # 4 dim wide, read and written, 64 tokens of 64 dim in fp32
     moved = 8 * 64 * 64 * 4
     assert ours["gb_s"] == pytest.approx(moved / ours["seconds"] / 1e9, abs=1e-3)
-    assert ours["ceiling_share"] == pytest.approx(moved / ours["seconds"] / CEILINGS["copy"], abs=1e-4)
+    assert ours["ceiling_share"] == pytest.approx(
+        moved / ours["seconds"] / CEILINGS["copy"], abs=1e-4
+    )
     product = lines["lora_linear_qkv tiny", "both", "fluxfast"]
     flops = 2 * 2 * 3 * 64**2 * 64
-    assert product["ceiling_share"] == pytest.approx(flops / product["seconds"] / CEILINGS["float"], abs=1e-4)
+    assert product["ceiling_share"] == pytest.approx(
+        flops / product["seconds"] / CEILINGS["float"], abs=1e-4
+    )
     assert "gelu tiny" in capsys.readouterr().out
 
 
 def test_a_kernel_made_wrong_stops_its_case_and_no_other(tmp_path, monkeypatch, capsys):
     right = gelu.backward
-    monkeypatch.setattr(gelu, "backward", lambda *args, **kwargs: tuple(g * 1.001 for g in right(*args, **kwargs)))
+    monkeypatch.setattr(
+        gelu, "backward", lambda *args, **kwargs: tuple(g * 1.001 for g in right(*args, **kwargs))
+    )
     assert run_ops(tmp_path, "--ops", "gelu,gated_residual", "--contenders", "fluxfast,eager") == 1
     (stored,) = results.read_all(tmp_path)
     wrong = [r for r in stored.records if r["case"] == "gelu tiny"]
     assert len(wrong) == 4
-    assert all(r["reason"].startswith("wrong: relative error") and "seconds" not in r for r in wrong)
+    assert all(
+        r["reason"].startswith("wrong: relative error") and "seconds" not in r for r in wrong
+    )
     assert all("seconds" in r for r in stored.records if r["case"] == "gated_residual tiny")
     assert "wrong: relative error" in capsys.readouterr().out
 
@@ -61,10 +82,15 @@ def test_ours_and_eager_agree_with_the_reference(name):
     session.check(Timing(name, "tiny", "forward", "fluxfast"))
     case = CASES[name]
     inputs = session.inputs(case, SHAPES["tiny"], torch.float32)
-    ours, eager = ([out] if isinstance(out, torch.Tensor) else out for out in (case.ours(*inputs), case.eager(*inputs)))
+    ours, eager = (
+        [out] if isinstance(out, torch.Tensor) else out
+        for out in (case.ours(*inputs), case.eager(*inputs))
+    )
     for a, b in zip(ours, eager, strict=True):
         # codes may differ by one where a quotient lies between two
-        torch.testing.assert_close(a.float(), b.float(), rtol=1e-5, atol=1.0 if a.dtype == torch.int8 else 1e-5)
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=1e-5, atol=1.0 if a.dtype == torch.int8 else 1e-5
+        )
 
 
 def test_codes_that_are_wrong_are_seen(monkeypatch):

@@ -6,7 +6,12 @@ import pytest
 
 from fluxfast_bench import proofs, report
 
-RUN = {"date": "2026-01-02T03:04:05Z", "commit": "abc", "command": "fluxfast-bench x", "versions": {"torch": "9.9"}}
+RUN = {
+    "date": "2026-01-02T03:04:05Z",
+    "commit": "abc",
+    "command": "fluxfast-bench x",
+    "versions": {"torch": "9.9"},
+}
 COUNTS = {
     "run": RUN,
     "records": [
@@ -27,10 +32,29 @@ VRAM = {
     ],
 }  # fmt: skip
 FORMATS = {
-    "conditions": {"rows": 8, "cols": 64, "commit": "abc", "versions": {"torch": "9.9", "bitsandbytes": None}},
+    "conditions": {
+        "rows": 8,
+        "cols": 64,
+        "commit": "abc",
+        "versions": {"torch": "9.9", "bitsandbytes": None},
+    },
     "results": [
-        {"group": "4 bits", "maker": "fluxfast", "name": "nf4", "bits": 4.127, "errors": {"gaussian": 0.0922}, "why": None},
-        {"group": "4 bits", "maker": "bitsandbytes", "name": "nf4", "bits": None, "errors": {}, "why": "not installed"},
+        {
+            "group": "4 bits",
+            "maker": "fluxfast",
+            "name": "nf4",
+            "bits": 4.127,
+            "errors": {"gaussian": 0.0922},
+            "why": None,
+        },
+        {
+            "group": "4 bits",
+            "maker": "bitsandbytes",
+            "name": "nf4",
+            "bits": None,
+            "errors": {},
+            "why": "not installed",
+        },
     ],
 }
 CONVERGENCE = {
@@ -59,12 +83,19 @@ def test_a_file_becomes_a_table(tmp_path, name, data, line):
     (tmp_path / f"{name}.json").write_text(json.dumps(data))
     text = f"before\n<!-- bench:{name} -->\nold\n<!-- /bench -->\nafter"
     made = report.render(text, [], tmp_path, "")
-    assert line in made.splitlines() and "old" not in made and made.startswith("before\n") and made.endswith("\nafter")
+    assert (
+        line in made.splitlines()
+        and "old" not in made
+        and made.startswith("before\n")
+        and made.endswith("\nafter")
+    )
     assert report.render(made, [], tmp_path, "") == made
 
 
 def test_what_was_not_counted_yet(tmp_path):
-    assert "Not measured yet." in report.render("<!-- bench:vram -->\n<!-- /bench -->", [], tmp_path, "")
+    assert "Not measured yet." in report.render(
+        "<!-- bench:vram -->\n<!-- /bench -->", [], tmp_path, ""
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"run": {}}'])

@@ -1,4 +1,6 @@
-"""`fluxfast-bench smoke`: each check is made and stored, what is wrong is named, and a fault costs one check."""
+"""`fluxfast-bench smoke`: each check is made and stored, what is wrong is named, and a fault costs
+one check.
+"""
 
 import pytest
 import torch
@@ -12,18 +14,38 @@ CPU = torch.device("cpu")
 
 
 def run(tmp_path, *arguments):
-    command = ["smoke", "--device", "cpu", "--shapes", "tiny", "--one-process", "--results", str(tmp_path), *arguments]
+    command = [
+        "smoke",
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--one-process",
+        "--results",
+        str(tmp_path),
+        *arguments,
+    ]
     status = main(command)
     return status, {r["contestant"]: r for r in results.read_all(tmp_path)[0].records}
 
 
 def test_everything_is_checked(tmp_path):
-    status, found = run(tmp_path, "--contestants", "fluxfast-int8+int8,fluxfast-nf4+int8,fluxfast+graphs")
+    status, found = run(
+        tmp_path, "--contestants", "fluxfast-int8+int8,fluxfast-nf4+int8,fluxfast+graphs"
+    )
     assert status == 0 and not any("reason" in r for r in found.values())
     ops = {f"op:{name}" for name, case in CASES.items() if not case.cuda_only}
-    assert set(found) == {"attention:cpu", "attention:native", *ops, "fluxfast-int8+int8", "fluxfast-nf4+int8"}
+    assert set(found) == {
+        "attention:cpu",
+        "attention:native",
+        *ops,
+        "fluxfast-int8+int8",
+        "fluxfast-nf4+int8",
+    }
     assert 1e-4 < found["fluxfast-int8+int8"]["relative_error"] < 0.08
-    assert smoke.names_of(["fluxfast+graphs"], torch.device("cuda"))[:3] == [f"attention:{n}" for n in smoke.ON_GPU]
+    assert smoke.names_of(["fluxfast+graphs"], torch.device("cuda"))[:3] == [
+        f"attention:{n}" for n in smoke.ON_GPU
+    ]
 
 
 def test_a_wrong_kernel_is_found(tmp_path, monkeypatch):
@@ -50,7 +72,11 @@ def test_a_wrong_attention_back_end_is_found(tmp_path, monkeypatch, part):
         if backend != "cpu":
             return right(q, k, v, mask, backend)
         # forward is wrong, or only what backward says of v
-        return right(q, k, v * 1.1, mask, backend) if part == "out" else right(q, k, 2 * v - v.detach(), mask, backend)
+        return (
+            right(q, k, v * 1.1, mask, backend)
+            if part == "out"
+            else right(q, k, 2 * v - v.detach(), mask, backend)
+        )
 
     monkeypatch.setattr(attention._Attention, "apply", wrong)
     monkeypatch.setattr(smoke, "names_of", lambda *_: ["attention:cpu", "attention:native"])

@@ -1,4 +1,6 @@
-"""`fluxfast-bench step`: what is measured and stored, what is refused, and what becomes of contestants that fail."""
+"""`fluxfast-bench step`: what is measured and stored, what is refused, and what becomes of
+contestants that fail.
+"""
 
 import dataclasses
 import json
@@ -29,22 +31,40 @@ PEERS_IN_CI = ["diffusers", "quanto-int8", "quanto-int4", "quanto-int2", "bnb-nf
 def test_a_run_is_measured_and_stored(tmp_path, monkeypatch, capsys):
     fake = {"copy": 1e10, "float": 1e11, "attention_forward": 1e11, "attention_backward": 1e11}
     monkeypatch.setattr("fluxfast_bench.ceilings.measure", lambda shape, device: fake)
-    arguments = ["--contestants", "diffusers,fluxfast,sdnq-int8", "--rounds", "2", "--seconds", "0.01", "--one-process"]
+    arguments = [
+        "--contestants",
+        "diffusers,fluxfast,sdnq-int8",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0.01",
+        "--one-process",
+    ]
     trace = tmp_path / "trace"
     paths = ["--results", str(tmp_path), "--torch-profile", str(trace)]
     assert main(["step", "--device", "cpu", "--shapes", "tiny", *arguments, *paths]) == 0
     (stored,) = results.read_all(tmp_path)
     assert stored.kind == "step" and stored.data["ceilings"] == {"tiny": fake}
     found = stored.data["conditions"]
-    assert found["command"].startswith("fluxfast-bench step --device cpu") and found["versions"]["torch"]
+    assert (
+        found["command"].startswith("fluxfast-bench step --device cpu")
+        and found["versions"]["torch"]
+    )
     peer, ours, absent = stored.records
-    assert peer["seconds"] > 0 and peer["low"] <= peer["seconds"] <= peer["high"] and peer["count"] >= 4
+    assert (
+        peer["seconds"] > 0
+        and peer["low"] <= peer["seconds"] <= peer["high"]
+        and peer["count"] >= 4
+    )
     assert "ratios" not in peer and list(ours["ratios"]) == ["diffusers:none"]
     assert 0 < ours["relative_error"] < 1e-4 and ours["storage"] == "fp32"
     floor = floor_seconds(step_work(SHAPES["tiny"], "none", itemsize=4), fake, "float")
     assert ours["floor_share"] == pytest.approx(floor / ours["seconds"], rel=1e-2, abs=1e-4)
     assert absent["reason"] in ("needs a GPU", "not installed: sdnq") and "seconds" not in absent
-    assert sorted(path.name for path in trace.iterdir()) == ["tiny-diffusers-none.json.gz", "tiny-fluxfast-none.json.gz"]
+    assert sorted(path.name for path in trace.iterdir()) == [
+        "tiny-diffusers-none.json.gz",
+        "tiny-fluxfast-none.json.gz",
+    ]
     shown = capsys.readouterr().out
     assert "fluxfast:none" in shown and str(stored.path) in shown
 
@@ -54,7 +74,8 @@ def test_a_run_is_measured_and_stored(tmp_path, monkeypatch, capsys):
 def test_contestants_are_built_alike_and_train(name):
     contestant = CONTESTANTS[name]
     runner, reference = Runner(contestant, TINY), Runner(CONTESTANTS["diffusers"], TINY)
-    # the tiny model's 1 + 1 blocks: 12 and 5 linears, two factors each, and the last proj_out, which `all+ffs` names too
+    # the tiny model's 1 + 1 blocks: 12 and 5 linears, two factors each, and the last proj_out,
+    # which `all+ffs` names too
     assert len(runner.parameters) == len(reference.parameters) == 2 * (12 + 5 + 1)
     assert [p.shape for p in runner.parameters] == [p.shape for p in reference.parameters]
     assert sum(p.requires_grad for p in runner.model.parameters()) == len(runner.parameters)
@@ -67,7 +88,9 @@ def test_contestants_are_built_alike_and_train(name):
 
 
 def test_weights_are_the_same_for_all():
-    ours, peer = (Runner(CONTESTANTS[name], TINY).model.state_dict() for name in ("fluxfast", "diffusers"))
+    ours, peer = (
+        Runner(CONTESTANTS[name], TINY).model.state_dict() for name in ("fluxfast", "diffusers")
+    )
     names = [name for name in ours if "lora" not in name]
     assert len(names) > 50
     assert all(torch.equal(ours[name], peer[name]) for name in names)
@@ -85,11 +108,28 @@ def test_a_kernel_made_wrong_stops_its_case(tmp_path, monkeypatch, capsys):
     with pytest.raises(WrongResult, match="wrong: relative error"):
         verify(CONTESTANTS["fluxfast"], TINY)
     monkeypatch.setattr("fluxfast_bench.ceilings.measure", lambda shape, device: {})
-    arguments = ["--contestants", "diffusers,fluxfast", "--rounds", "1", "--seconds", "0", "--one-process"]
-    assert main(["step", "--device", "cpu", "--shapes", "tiny", *arguments, "--results", str(tmp_path)]) == 1
+    arguments = [
+        "--contestants",
+        "diffusers,fluxfast",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--one-process",
+    ]
+    assert (
+        main(
+            ["step", "--device", "cpu", "--shapes", "tiny", *arguments, "--results", str(tmp_path)]
+        )
+        == 1
+    )
     peer, ours = results.read_all(tmp_path)[0].records
     assert "seconds" in peer
-    assert ours["reason"].startswith("wrong: relative error") and "seconds" not in ours and "ratios" not in ours
+    assert (
+        ours["reason"].startswith("wrong: relative error")
+        and "seconds" not in ours
+        and "ratios" not in ours
+    )
     assert "wrong: relative error" in capsys.readouterr().out
 
 
@@ -101,7 +141,9 @@ def test_a_quantised_contestant_that_quantises_nothing_is_refused():
 
 def test_graphs_are_checked_once_they_are_replayed(monkeypatch):
     see_every_op(monkeypatch)
-    replayed = classmethod(lambda cls, model, **options: cls(model, partial(capture, pool=Pool()), **options))
+    replayed = classmethod(
+        lambda cls, model, **options: cls(model, partial(capture, pool=Pool()), **options)
+    )
     monkeypatch.setattr(StepGraphs, "on_gpu", replayed)
     contestant = CONTESTANTS["fluxfast-int8+int8+graphs"]
     assert 0 < verify(contestant, TINY) <= contestant.error
@@ -155,7 +197,11 @@ def case_of(*names):
 
 
 def ready(*keys):
-    return [event for key in keys for event in (("start", key), ("ready", key, {"tiny": {"relative_error": 0.0}}))]
+    return [
+        event
+        for key in keys
+        for event in (("start", key), ("ready", key, {"tiny": {"relative_error": 0.0}}))
+    ]
 
 
 def test_a_crash_costs_one_contestant(monkeypatch):
@@ -175,7 +221,12 @@ def test_a_crash_costs_one_contestant(monkeypatch):
 def test_a_failure_that_breaks_the_gpu_is_blamed_on_nobody_else(monkeypatch):
     script = Script(
         monkeypatch,
-        [*ready("a:none"), ("start", "b:none"), ("failed", "b:none", "illegal access"), ("died", "its process died")],
+        [
+            *ready("a:none"),
+            ("start", "b:none"),
+            ("failed", "b:none", "illegal access"),
+            ("died", "its process died"),
+        ],
         [*ready("a:none", "c:none"), *times("a:none", 1), *times("c:none", 1), ("done",)],
     )
     a, b, c = case_of("a", "b", "c").measure()
@@ -224,15 +275,29 @@ def ours_entry():
 
 
 def test_each_contestant_is_timed_beside_the_anchor_as_soon_as_it_is_there(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tinier", dataclasses.replace(SHAPES["tiny"], name="tinier", side=3))
+    monkeypatch.setitem(
+        SHAPES, "tinier", dataclasses.replace(SHAPES["tiny"], name="tinier", side=3)
+    )
     plan = dataclasses.replace(PLAN, shapes=("tiny", "tinier"), steps=1)
     events = list(worker.run("measure", ["diffusers:none", "fluxfast:none"], plan))
     told = [(kind, *(x for x in rest if isinstance(x, str))) for kind, *rest in events]
     peer, ours = "diffusers:none", "fluxfast:none"
     own = [(("ready", peer), ("round", peer, shape)) for shape in ("tiny", "tinier")]
-    pair = [(("ready", ours), ("round", peer, shape), ("round", ours, shape)) for shape in ("tiny", "tinier")]
+    pair = [
+        (("ready", ours), ("round", peer, shape), ("round", ours, shape))
+        for shape in ("tiny", "tinier")
+    ]
     second = [("round", key, shape) for shape in ("tiny", "tinier") for key in (peer, ours)]
-    assert told == [("start", peer), *own[0], *own[1], ("start", ours), *pair[0], *pair[1], *second, ("done",)]
+    assert told == [
+        ("start", peer),
+        *own[0],
+        *own[1],
+        ("start", ours),
+        *pair[0],
+        *pair[1],
+        *second,
+        ("done",),
+    ]
     assert all(len(event[3]) == 1 for event in events if event[0] == "round")
 
 
@@ -245,7 +310,10 @@ def test_what_fails_on_a_second_shape_keeps_the_first(monkeypatch):
         ],
     )  # fmt: skip
     case = Case(
-        dataclasses.replace(PLAN, shapes=("tiny", "1024px-b1")), case_of("a", "b").entries, apart=True, limit=1
+        dataclasses.replace(PLAN, shapes=("tiny", "1024px-b1")),
+        case_of("a", "b").entries,
+        apart=True,
+        limit=1,
     )
     a, b = case.measure()
     assert "seconds" in record_of(b, [a, b], case.plan, "tiny", {})
@@ -275,23 +343,36 @@ def test_floors_are_the_models_arithmetic():
     for name in ("512px-b1", "1024px-b1"):
         for recompute in ("none", "full"):
             work = step_work(SHAPES[name], recompute)
-            totals[name, recompute] = (work.linear + work.attention_forward + work.attention_backward) / 1e12
+            totals[name, recompute] = (
+                work.linear + work.attention_forward + work.attention_backward
+            ) / 1e12
     # 19 + 38 blocks of dim 3072, 512 text tokens: FLOPs counted from the modules' shapes
     assert totals["512px-b1", "none"] == pytest.approx(45.4, abs=0.1)
     assert totals["512px-b1", "full"] == pytest.approx(66.9, abs=0.1)
     assert totals["1024px-b1", "none"] == pytest.approx(171.0, abs=0.1)
     assert totals["1024px-b1", "full"] == pytest.approx(245.4, abs=0.1)
     routed = step_work(SHAPES["1024px-b1"], "full", route=Route(0.5))
-    assert (routed.linear + routed.attention_forward + routed.attention_backward) / 1e12 == pytest.approx(128.6, abs=0.1)
+    assert (
+        routed.linear + routed.attention_forward + routed.attention_backward
+    ) / 1e12 == pytest.approx(128.6, abs=0.1)
     assert step_work(SHAPES["1024px-b1"], "full").bytes / 1e9 == pytest.approx(84.5, abs=0.1)
     # twice the batch is twice the work
-    one, two = step_work(SHAPES["512px-b1"], "selective"), step_work(SHAPES["512px-b2"], "selective")
+    one, two = (
+        step_work(SHAPES["512px-b1"], "selective"),
+        step_work(SHAPES["512px-b2"], "selective"),
+    )
     assert dataclasses.astuple(two) == pytest.approx([2 * x for x in dataclasses.astuple(one)])
 
 
 def test_the_floor_takes_each_product_at_its_own_rate():
     work = step_work(SHAPES["1024px-b1"], "full", codes=True)
-    rates = {"copy": 4e12, "float": 8e14, "int8": 16e14, "attention_forward": 6e14, "attention_backward": 5e14}
+    rates = {
+        "copy": 4e12,
+        "float": 8e14,
+        "int8": 16e14,
+        "attention_forward": 6e14,
+        "attention_backward": 5e14,
+    }
     gained = floor_seconds(work, rates, "float") - floor_seconds(work, rates, "int8")
     assert gained == pytest.approx(work.linear / 16e14)
 
@@ -300,7 +381,10 @@ def test_the_floor_takes_each_product_at_its_own_rate():
     ("arguments", "message"),
     [
         (["--contestants", "nobody"], "there is no 'nobody'"),
-        (["--contestants", "fluxfast:sometimes"], "there is no 'sometimes'; there are none, selective, full"),
+        (
+            ["--contestants", "fluxfast:sometimes"],
+            "there is no 'sometimes'; there are none, selective, full",
+        ),
         (["--rounds", "0"], "--rounds: expected 1 or more"),
         (["--steps", "0"], "--steps: expected 1 or more"),
         (["--shapes", "huge"], "there is no 'huge'"),

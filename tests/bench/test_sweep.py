@@ -1,4 +1,6 @@
-"""`fluxfast-bench sweep`, `profile` and `ceilings`: a step's products, timed; its kernels, summed up."""
+"""`fluxfast-bench sweep`, `profile` and `ceilings`: a step's products, timed; its kernels, summed
+up.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,9 @@ def test_a_product_is_made_anew_as_it_was():
         with counted() as again:
             from fluxfast_kernels import quant_matmul
 
-            arguments = {name: like.random(CPU) for name, like in product.tensors} | dict(product.others)
+            arguments = {name: like.random(CPU) for name, like in product.tensors} | dict(
+                product.others
+            )
             if product.segments:
                 arguments["segments"] = _matmul.make_segments(*product.segments, CPU)
             quant_matmul.matmul(**arguments, numbers=sweep.numbers_of(sweep.INTERPRETED[1]))
@@ -79,11 +83,20 @@ def test_a_tile_without_room_is_no_best(monkeypatch):
     monkeypatch.setattr(Product, "on", no_room)
     records = [{"case": "tiny", "count": 1, **r} for r in sweep.time_product(product, CPU, 0)]
     assert report_gpu.best_of(records) == []
-    assert report_gpu.untimed(records) == [f"tiny {product}: RuntimeError: out of resource: shared memory"]
+    assert report_gpu.untimed(records) == [
+        f"tiny {product}: RuntimeError: out of resource: shared memory"
+    ]
 
 
 def test_kernels_are_summed_up(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--shapes", "tiny", "--contestants", "fluxfast:none,fluxfast+graphs"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--contestants",
+        "fluxfast:none,fluxfast+graphs",
+    ]
     assert main(["profile", *arguments, "--results", str(tmp_path)]) == 0
     (stored,) = results.read_all(tmp_path)
     step, *kernels = stored.records
@@ -95,8 +108,24 @@ def test_kernels_are_summed_up(tmp_path, capsys):
 
 
 def test_ceilings_are_stored_by_figure(tmp_path):
-    arguments = ["--device", "cpu", "--shapes", "tiny", "--seconds", "0", "--results", str(tmp_path)]
+    arguments = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--seconds",
+        "0",
+        "--results",
+        str(tmp_path),
+    ]
     assert main(["ceilings", *arguments]) == 0
     (stored,) = results.read_all(tmp_path)
-    assert set(stored.data["ceilings"]["tiny"]) == {"copy", "float", "attention_forward", "attention_backward"}
-    assert {r["contestant"].split()[0] for r in stored.records} == set(stored.data["ceilings"]["tiny"])
+    assert set(stored.data["ceilings"]["tiny"]) == {
+        "copy",
+        "float",
+        "attention_forward",
+        "attention_backward",
+    }
+    assert {r["contestant"].split()[0] for r in stored.records} == set(
+        stored.data["ceilings"]["tiny"]
+    )

@@ -81,7 +81,9 @@ def test_held_and_ignored_tensors():
 
 
 def test_attentions_backward_takes_an_fp32_copy_of_dq():
-    q, out, lse = (torch.empty(1, 2, 200, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    q, out, lse = (
+        torch.empty(1, 2, 200, 64, dtype=torch.bfloat16, device="meta") for _ in range(3)
+    )
     lse = torch.empty(1, 2, 200, device="meta")
     seed = torch.empty((), dtype=torch.uint64, device="meta")
     with LiveBytes() as live:
@@ -115,16 +117,23 @@ def test_streaming_keeps_a_ring_of_blocks(few_blocks):
     resident, streamed = (measure(Preset("bf16", "few-32", s, "full")) for s in (False, True))
     # of one double and two single blocks, two slots of a double block's size
     # (modulation is in host memory either way), and of three blocks' inputs
-    double, single = (339_831_296 - 113_283_072 - 36_864) * 2, (141_591_808 - 28_311_552 - 9_216) * 2
+    double, single = (
+        (339_831_296 - 113_283_072 - 36_864) * 2,
+        (141_591_808 - 28_311_552 - 9_216) * 2,
+    )
     kept = 1536 * 3072 * 2
-    assert resident - streamed == pytest.approx(double + 2 * single - 2 * double + kept, abs=1.1 * kept)
+    assert resident - streamed == pytest.approx(
+        double + 2 * single - 2 * double + kept, abs=1.1 * kept
+    )
 
 
 def test_every_combination_is_a_preset():
     made = presets(vram.BASES, vram.DEFAULT_SHAPES)
     assert len(made) == len(set(made)) == 6 * 2 * 2 * 3
     wanted = targets.read(targets.TARGETS)
-    limits = {p: limit for p in made if (limit := targets.vram_limit(wanted, **vars(p))) is not None}
+    limits = {
+        p: limit for p in made if (limit := targets.vram_limit(wanted, **vars(p))) is not None
+    }
     assert len(limits) == 5 * 2 * 2 and all(p.recompute == "full" for p in limits)
     assert limits[Preset("int4", "1024px-b1", True, "full")] == 2.8
     assert targets.vram_limit(wanted, "int4", "1024px-b2", streamed=True, recompute="full") is None
@@ -136,7 +145,9 @@ def test_violations_name_the_preset():
         "gib": 10.0, "plan_gib": 10.2, "plan_error": 0.02, "limit_gib": 10.5,
     }  # fmt: skip
     assert violations([good, good | {"limit_gib": None, "gib": 99.0}]) == []
-    assert violations([good | {"gib": 10.6}]) == ["int8 512px-b1 resident full: 10.60 GiB, at most 10.5"]
+    assert violations([good | {"gib": 10.6}]) == [
+        "int8 512px-b1 resident full: 10.60 GiB, at most 10.5"
+    ]
     assert "the plan says" in violations([good | {"plan_error": -0.031}])[0]
 
 

@@ -1,4 +1,6 @@
-"""The command as a user meets it: help, mistakes in a config, and the demo from nothing to its pictures."""
+"""The command as a user meets it: help, mistakes in a config, and the demo from nothing to its
+pictures.
+"""
 
 import io
 import json
@@ -31,7 +33,11 @@ def test_what_the_terminal_cannot_show_is_printed_with_backslashes(monkeypatch):
 @pytest.mark.parametrize("words", [[], ["train"]])
 def test_mistakes_are_named_without_a_traceback(tmp_path, capsys, words):
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "lora", "model_family": "flux", "learnin_rate": 1, "use_ema": True}))
+    config.write_text(
+        json.dumps(
+            {"model_type": "lora", "model_family": "flux", "learnin_rate": 1, "use_ema": True}
+        )
+    )
     assert main([*words, str(config)]) == 2
     error = capsys.readouterr().err
     assert "learnin_rate" in error and "learning_rate" in error
@@ -43,8 +49,20 @@ def test_missing_model_is_named(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
     data = [
-        {"id": "a", "type": "local", "instance_data_dir": str(tmp_path / "images"), "resolution": 64, "repeats": 9},
-        {"id": "t", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": str(tmp_path / "t")},
+        {
+            "id": "a",
+            "type": "local",
+            "instance_data_dir": str(tmp_path / "images"),
+            "resolution": 64,
+            "repeats": 9,
+        },
+        {
+            "id": "t",
+            "type": "local",
+            "dataset_type": "text_embeds",
+            "default": True,
+            "cache_dir": str(tmp_path / "t"),
+        },
     ]
     (tmp_path / "data.json").write_text(json.dumps(data))
     config = {

@@ -1,4 +1,6 @@
-"""`fluxfast-train doctor`: its options, its table, its JSON, its exit status, and what training makes of it."""
+"""`fluxfast-train doctor`: its options, its table, its JSON, its exit status, and what training
+makes of it.
+"""
 
 import json
 
@@ -12,14 +14,14 @@ from fluxfast.doctor import model_checks
 from fluxfast.doctor.scope import PLAIN
 from fluxfast.doctor.store import folder
 from fluxfast.model.graphs import StepGraphs
-from fluxfast.ops import _impl, attention, verdicts
+from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.gelu import gelu
 from fluxfast.quant import FORMATS
 from graph_emulator import capture, see_every_op
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built"),
+    pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built"),
 ]
 CPU = torch.device("cpu")
 
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 def own_cache(monkeypatch, tmp_path):
     """A machine that nobody has checked, and on which Triton's interpreter was not asked for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_impl, "_interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
     yield
     verdicts.set_failed({})
 
@@ -88,16 +90,26 @@ def test_the_short_form(capsys):
     status, out = run(capsys, "--short")
     assert status == 0
     text = " ".join(out.out.split())
-    assert f"the native module uses {_impl.native.cpu_isa()} of {', '.join(_impl.native.cpu_isas())}" in text
+    assert (
+        f"the native module uses {dispatch.native.cpu_isa()} of "
+        f"{', '.join(dispatch.native.cpu_isas())}" in text
+    )
     assert "gelu" in text and "pass" in text and "0 failed" in text and "FAIL" not in text
     assert len(list(folder().iterdir())) == 1
 
 
 def test_json_says_everything(capsys, config):
-    status, out = run(capsys, config(base_model_precision="int8-quanto", compute_precision="int8"), "--short", "--json")
+    status, out = run(
+        capsys,
+        config(base_model_precision="int8-quanto", compute_precision="int8"),
+        "--short",
+        "--json",
+    )
     found = json.loads(out.out)
     assert status == 0 and found["failed"] == [] and found["passed"] == len(found["checks"])
-    assert {"device", "driver", "torch", "triton", "fluxfast", "native module"} <= found["machine"].keys()
+    assert {"device", "driver", "torch", "triton", "fluxfast", "native module"} <= found[
+        "machine"
+    ].keys()
     assert found["scope"]["formats"] == ["int8"] and found["scope"]["rank"] == 3
     names = {check["name"] for check in found["checks"]}
     assert any(name.startswith("q, k and v, int8 weights in int8") for name in names)
@@ -110,8 +122,10 @@ def test_options_of_the_config(capsys, config):
 
 
 def test_a_wrong_kernel_a_wrong_graph_and_a_wrong_back_end(monkeypatch, capsys, caplog):
-    """Each is found and told with a cause and a way out; `auto` passes over it from then on, and asking for it is an error."""
-    right, forward, cpu = _impl.native.gelu_fwd, attention.forward, torch.randn(1, 5, 2, 16)
+    """Each is found and told with a cause and a way out; `auto` passes over it from then on, and
+    asking for it is an error.
+    """
+    right, forward, cpu = dispatch.native.gelu_fwd, attention.forward, torch.randn(1, 5, 2, 16)
 
     class WrongGelu:
         def __getattr__(self, name):
@@ -128,13 +142,17 @@ def test_a_wrong_kernel_a_wrong_graph_and_a_wrong_back_end(monkeypatch, capsys, 
         graphed, kept = capture(module, samples), [sample.clone() for sample in samples]
         return lambda *inputs: graphed(*kept)
 
-    native = _impl.native
+    native = dispatch.native
     with monkeypatch.context() as patch:
-        patch.setattr(_impl, "native", WrongGelu())
+        patch.setattr(dispatch, "native", WrongGelu())
         patch.setattr(attention, "forward", wrong_attention)
         see_every_op(patch)
         patch.setattr(model_checks, "graphs_obstacle", lambda scope: None)
-        patch.setattr(model_checks, "turn_graphs_on", lambda model: setattr(model, "graphs", StepGraphs(model, stale)))
+        patch.setattr(
+            model_checks,
+            "turn_graphs_on",
+            lambda model: setattr(model, "graphs", StepGraphs(model, stale)),
+        )
         patch.setattr("fluxfast.cli.doctor.scope_for", lambda *_: small_scope())
         status, out = run(capsys)
         json_status, json_out = run(capsys, "--json")
@@ -142,8 +160,16 @@ def test_a_wrong_kernel_a_wrong_graph_and_a_wrong_back_end(monkeypatch, capsys, 
     assert status == json_status == 1
     for name in ("gelu (native", "attention (cpu)", "CUDA graphs"):
         assert f"FAILED {name}" in text
-    assert '"cuda_graphs": false runs steps eagerly' in text and "Rebuild the module" in text and "report it" in text
-    failed = {c["name"].partition(" (")[0]: c for c in json.loads(json_out.out)["checks"] if c["status"] == "fail"}
+    assert (
+        '"cuda_graphs": false runs steps eagerly' in text
+        and "Rebuild the module" in text
+        and "report it" in text
+    )
+    failed = {
+        c["name"].partition(" (")[0]: c
+        for c in json.loads(json_out.out)["checks"]
+        if c["status"] == "fail"
+    }
     assert {"gelu", "gelu behind attention", "attention", "CUDA graphs"} <= failed.keys()
     assert all(check["cause"] and check["way_out"] for check in failed.values())
     # a run that starts now minds it
@@ -166,7 +192,9 @@ def small_scope():
 
     from fluxfast.doctor.scope import INTERPRETED, Scope
 
-    return Scope(device="cpu", dtype="float32", rank=3, graphs=True, sizes=replace(INTERPRETED, timed=8))
+    return Scope(
+        device="cpu", dtype="float32", rank=3, graphs=True, sizes=replace(INTERPRETED, timed=8)
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_told(capsys, tmp_path):
@@ -176,20 +204,31 @@ def test_a_cache_that_cannot_be_written_is_told(capsys, tmp_path):
 
 
 def test_what_is_checked(config):
-    from fluxfast.train.config import load_config
+    from fluxfast.config.run import load_config
 
     everything = scope_for(parse(["--all"]), None, CPU)
-    assert set(everything.formats) == {PLAIN, *FORMATS} and everything.computes == ("same", "int8", "e4m3")
+    assert set(everything.formats) == {PLAIN, *FORMATS} and everything.computes == (
+        "same",
+        "int8",
+        "e4m3",
+    )
     default = scope_for(parse([]), None, CPU)
-    assert (default.formats, default.computes, default.rank, default.dropout) == ((PLAIN,), ("same",), 16, 0.1)
+    assert (default.formats, default.computes, default.rank, default.dropout) == (
+        (PLAIN,),
+        ("same",),
+        16,
+        0.1,
+    )
     assert default.sizes.dim == 3072 and not default.interpreted
-    of_config = scope_for(parse(["c.json"]), load_config(config(enable_group_offload=True, lora_dropout=0)), CPU)
+    of_config = scope_for(
+        parse(["c.json"]), load_config(config(enable_group_offload=True, lora_dropout=0)), CPU
+    )
     assert of_config.streams and of_config.dropout == 0 and of_config.adapter_dtype == "bfloat16"
     assert scope_for(parse(["--short"]), None, CPU).short
 
 
 def test_the_interpreter_is_used_where_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(_impl, "_interpreted", lambda: True)
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: True)
     scope = scope_for(parse([]), None, CPU)
     assert scope.interpreted and scope.sizes.dim < 100
 

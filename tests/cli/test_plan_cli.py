@@ -78,16 +78,24 @@ def test_what_fits_nowhere_comes_with_what_would_help(report):
 
 @pytest.mark.parametrize(("gpu", "compute"), [("RTX 3090", "same"), ("RTX 4090", "e4m3")])
 def test_products_run_in_what_the_gpu_has(report, gpu, compute):
-    found = report("--gpu", gpu, "--base_model_precision=fp8-quanto", "--gradient_checkpointing_interval=1")
+    found = report(
+        "--gpu", gpu, "--base_model_precision=fp8-quanto", "--gradient_checkpointing_interval=1"
+    )
     assert found["compute"] == compute
 
 
 def test_the_largest_batch_counts(report, tmp_path):
     # images of the second dataset are not cropped: 1152x960 is the largest of its sizes
-    assert report("--gpu=H200")["batch"] == {"size": [1152, 960], "samples": 1, "dataset": "dreambooth-subject"}
+    assert report("--gpu=H200")["batch"] == {
+        "size": [1152, 960],
+        "samples": 1,
+        "dataset": "dreambooth-subject",
+    }
     twice = report("--gpu=H200", "--train_batch_size=2")
     once = report("--gpu=H200")
-    assert twice["vram"]["saved activations"] == pytest.approx(2 * once["vram"]["saved activations"], rel=1e-3)
+    assert twice["vram"]["saved activations"] == pytest.approx(
+        2 * once["vram"]["saved activations"], rel=1e-3
+    )
     assert twice["step"]["seconds"] > 1.5 * once["step"]["seconds"]
 
 
@@ -104,14 +112,22 @@ def test_images_that_are_there_are_counted(report, tmp_path):
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
     disk = report("--gpu=H200")["disk"]
     # three images at up to 1152x960 and up to 576x512, and a prompt for either dataset
-    assert 3 * 16 * 2 * (144 * 120 + 64 * 64) <= disk["latents"] < 3 * 16 * 2 * (144 * 120 + 72 * 72)
+    assert (
+        3 * 16 * 2 * (144 * 120 + 64 * 64) <= disk["latents"] < 3 * 16 * 2 * (144 * 120 + 72 * 72)
+    )
     assert disk["text embeddings"] == 2 * (512 * 4096 + 768) * 2
 
 
 def test_a_lora_to_go_on_with_says_its_own_rank_and_modules(report, tmp_path):
     name = "transformer.single_transformer_blocks.7.proj_out"
-    halves = {"A": torch.zeros(64, 15360, dtype=torch.bfloat16), "B": torch.zeros(3072, 64, dtype=torch.bfloat16)}
-    save_file({f"{name}.lora_{half}.weight": tensor for half, tensor in halves.items()}, tmp_path / "lora.safetensors")
+    halves = {
+        "A": torch.zeros(64, 15360, dtype=torch.bfloat16),
+        "B": torch.zeros(3072, 64, dtype=torch.bfloat16),
+    }
+    save_file(
+        {f"{name}.lora_{half}.weight": tensor for half, tensor in halves.items()},
+        tmp_path / "lora.safetensors",
+    )
     from_file = report("--gpu=h200", "--init_lora=lora.safetensors", "--lora_rank=4")
     as_told = report("--gpu=h200", "--lora_rank=64", "--flux_lora_target=nano")
     assert from_file["disk"]["checkpoints"] == as_told["disk"]["checkpoints"] > 0
@@ -120,7 +136,10 @@ def test_a_lora_to_go_on_with_says_its_own_rank_and_modules(report, tmp_path):
 def test_tread_and_the_dataloader_that_is_missing(report):
     plain = report("--gpu=H200")
     route = '{"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}'
-    assert report("--gpu=H200", f"--tread_config={route}")["step"]["seconds"] < 0.75 * plain["step"]["seconds"]
+    assert (
+        report("--gpu=H200", f"--tread_config={route}")["step"]["seconds"]
+        < 0.75 * plain["step"]["seconds"]
+    )
     Path("config/multidatabackend.json").unlink()
     assert "is not there" in report("--gpu=H200")["notes"][0]
 

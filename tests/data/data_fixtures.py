@@ -1,4 +1,6 @@
-"""A tiny FLUX.1 pipeline folder in diffusers' layout (VAE, CLIP, T5, tokenizers; no transformer), and images."""
+"""A tiny FLUX.1 pipeline folder in diffusers' layout (VAE, CLIP, T5, tokenizers; no transformer),
+and images.
+"""
 
 import string
 from pathlib import Path
@@ -7,15 +9,29 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 T5_WIDTH, CLIP_WIDTH = 32, 24
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
     letters = list(string.ascii_lowercase + string.digits + ".,!-")
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77
+    )
 
 
 def _t5_tokenizer() -> T5TokenizerFast:

@@ -4,7 +4,7 @@ import os
 
 from rich.console import Console
 
-from fluxfast.data.config import DataConfig, ImageDataset, TextEmbeds
+from fluxfast.config.datasets import DataConfig, ImageDataset, TextEmbeds
 from fluxfast.data.encoders import LatentEncoder, TextEncoders
 
 
@@ -65,7 +65,9 @@ def config(tmp_path, *datasets, **options):
     ]
     return DataConfig(
         images=tuple(images),
-        text_embeds=TextEmbeds(id="text", dataset_type="text_embeds", cache_dir=tmp_path / "cache" / "text"),
+        text_embeds=TextEmbeds(
+            id="text", dataset_type="text_embeds", cache_dir=tmp_path / "cache" / "text"
+        ),
     )
 
 

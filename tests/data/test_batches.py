@@ -39,8 +39,20 @@ def prepared(tmp_path):
         samples = []
         for i in range(6):
             width = 8 if i < 4 else 10
-            images.put(f"{id}/{i}", "l", {"latents": torch.full((16, 6, width), float(i), dtype=torch.bfloat16)})
-            samples.append(Sample(f"{i}.png", ("one", "two", "three")[: 1 + i % 3], (width * 8, 48), f"{id}/{i}", "l"))
+            images.put(
+                f"{id}/{i}",
+                "l",
+                {"latents": torch.full((16, 6, width), float(i), dtype=torch.bfloat16)},
+            )
+            samples.append(
+                Sample(
+                    f"{i}.png",
+                    ("one", "two", "three")[: 1 + i % 3],
+                    (width * 8, 48),
+                    f"{id}/{i}",
+                    "l",
+                )
+            )
         datasets.append(
             PreparedDataset(
                 id=id,
@@ -61,18 +73,29 @@ def test_a_batch_holds_what_the_caches_do(prepared):
     assert batch.latents.dtype == batch.prompt_embeds.dtype == torch.bfloat16
     assert batch.latents[:, 0, 0, 0].tolist() == [1, 2]
     assert batch.files == ["1.png", "2.png"]
-    assert (batch.dataset, batch.is_regularisation_data, batch.timestep_sampling_offset) == ("b", True, 0.5)
+    assert (batch.dataset, batch.is_regularisation_data, batch.timestep_sampling_offset) == (
+        "b",
+        True,
+        0.5,
+    )
     for i, caption in enumerate(batch.captions):
         assert caption in ("one", "two", "three")
         assert batch.prompt_embeds[i].unique().tolist() == [value(caption)]
-        assert batch.pooled_prompt_embeds[i].unique().tolist() == [float(torch.tensor(value(caption) + 1).bfloat16())]
+        assert batch.pooled_prompt_embeds[i].unique().tolist() == [
+            float(torch.tensor(value(caption) + 1).bfloat16())
+        ]
         assert batch.attention_mask[i].sum() == min(4, len(caption))
 
 
 def test_captions_are_picked_evenly_and_dropped_with_the_given_probability(prepared):
     counts = Counter()
     for step in range(600):
-        batch = load_batch(prepared, [SampleRef("a", 2)], caption_dropout_probability=0.25, rng=caption_rng(1, step))
+        batch = load_batch(
+            prepared,
+            [SampleRef("a", 2)],
+            caption_dropout_probability=0.25,
+            rng=caption_rng(1, step),
+        )
         counts[batch.captions[0]] += 1
         expected = value(batch.captions[0])
         assert batch.prompt_embeds.unique().tolist() == [float(torch.tensor(expected).bfloat16())]
@@ -83,13 +106,17 @@ def test_captions_are_picked_evenly_and_dropped_with_the_given_probability(prepa
 def test_dropout_of_none_and_all(prepared):
     refs = [SampleRef("a", 0)] * 20
     assert set(load_batch(prepared, refs, rng=caption_rng(0, 0)).captions) == {"one"}
-    assert set(load_batch(prepared, refs, caption_dropout_probability=1.0, rng=caption_rng(0, 0)).captions) == {""}
+    assert set(
+        load_batch(prepared, refs, caption_dropout_probability=1.0, rng=caption_rng(0, 0)).captions
+    ) == {""}
 
 
 def test_a_lost_cache_file_is_named(prepared):
     for path in prepared.datasets[0].cache.folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"vae: the latents of 0.png \(dataset 'a'\) are not in the cache any more"):
+    with pytest.raises(
+        ValueError, match=r"vae: the latents of 0.png \(dataset 'a'\) are not in the cache any more"
+    ):
         load_batch(prepared, [SampleRef("a", 0)], rng=caption_rng(0, 0))
 
 
@@ -107,7 +134,9 @@ class TestLost:
         gone.unlink()
         damaged.write_bytes(damaged.read_bytes()[:-3] + b"xyz")
         refs = [SampleRef("a", 1), SampleRef("a", 2)]
-        batch = load_batch(prepared, refs, rng=caption_rng(0, 0), on_lost=lambda *lost: told.append(lost))
+        batch = load_batch(
+            prepared, refs, rng=caption_rng(0, 0), on_lost=lambda *lost: told.append(lost)
+        )
         # 4 and 5 are of another size
         assert batch.files == ["1.png", "0.png"]
         assert batch.latents[:, 0, 0, 0].tolist() == [1, 0]
@@ -133,12 +162,23 @@ class TestLost:
         # "" stands for itself
         texts._blob("", "t").unlink()
         with pytest.raises(LostEntry, match="the embeddings of ''"):
-            load_batch(prepared, [SampleRef("a", 1)], caption_dropout_probability=1.0, rng=caption_rng(0, 0))
+            load_batch(
+                prepared,
+                [SampleRef("a", 1)],
+                caption_dropout_probability=1.0,
+                rng=caption_rng(0, 0),
+            )
 
     def test_a_loader_tells_once_and_goes_on(self, prepared, caplog):
         blobs(prepared, "a", 2)[0].unlink()
         batches = loader(prepared)
-        files = [file for _ in range(60) for batch in [next(batches)] if batch.dataset == "a" for file in batch.files]
+        files = [
+            file
+            for _ in range(60)
+            for batch in [next(batches)]
+            if batch.dataset == "a"
+            for file in batch.files
+        ]
         batches.close()
         assert "2.png" not in files
         assert len(set(files)) == 5
@@ -163,7 +203,12 @@ class TestLoader:
         sampler = Sampler(prepared.datasets, seed=3)
         batches = loader(prepared)
         for step in range(40):
-            expected = load_batch(prepared, sampler.next(step), caption_dropout_probability=0.3, rng=caption_rng(3, step))
+            expected = load_batch(
+                prepared,
+                sampler.next(step),
+                caption_dropout_probability=0.3,
+                rng=caption_rng(3, step),
+            )
             got = next(batches)
             assert identity(got) == identity(expected)
             assert torch.equal(got.latents, expected.latents)
@@ -202,4 +247,6 @@ class TestLoader:
         next(batches)
         assert any(thread.name.startswith("fluxfast-batches") for thread in threading.enumerate())
         batches.close()
-        assert not any(thread.name.startswith("fluxfast-batches") for thread in threading.enumerate())
+        assert not any(
+            thread.name.startswith("fluxfast-batches") for thread in threading.enumerate()
+        )

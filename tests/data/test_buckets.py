@@ -44,7 +44,15 @@ def test_golden_sizes(edge, size, target, intermediary, bucket):
 
 
 def test_round64_ties_go_to_the_even_multiple():
-    assert [round64(value) for value in (0, 31, 96, 160, 224, 97, 159)] == [64, 64, 128, 128, 256, 128, 128]
+    assert [round64(value) for value in (0, 31, 96, 160, 224, 97, 159)] == [
+        64,
+        64,
+        128,
+        128,
+        256,
+        128,
+        128,
+    ]
 
 
 def test_an_area_of_round_megapixels():
@@ -66,19 +74,32 @@ def test_square_crop_covers_the_square_with_the_shorter_side():
 
 def test_quickstart_square_crop():
     # the quickstart's first dataset: maximum_image_size = target_downsample_size = resolution
-    planned = plan_for((1920, 1080), crop=True, crop_style="center", maximum_image_size=512, target_downsample_size=512)
+    planned = plan_for(
+        (1920, 1080),
+        crop=True,
+        crop_style="center",
+        maximum_image_size=512,
+        target_downsample_size=512,
+    )
     assert (planned.target, planned.intermediary) == ((512, 512), (910, 512))
 
 
 def test_crop_after_downsampling_only_above_the_maximum():
-    options = {"crop": True, "crop_style": "center", "maximum_image_size": 1536, "target_downsample_size": 1024}
+    options = {
+        "crop": True,
+        "crop_style": "center",
+        "maximum_image_size": 1536,
+        "target_downsample_size": 1024,
+    }
     assert plan_for((4000, 3000), **options).intermediary == (1194, 896)
     assert plan_for((1600, 1200), **options).intermediary == (682, 512)
     # without both keys there is no such step
     assert plan_for((4000, 3000), crop=True, maximum_image_size=1536).intermediary == (682, 512)
 
 
-@pytest.mark.parametrize(("style", "box"), [("center", (66, 0)), ("centre", (66, 0)), ("corner", (0, 0))])
+@pytest.mark.parametrize(
+    ("style", "box"), [("center", (66, 0)), ("centre", (66, 0)), ("corner", (0, 0))]
+)
 def test_crop_styles(style, box):
     assert plan_for((1000, 794), crop=True, crop_style=style).crop_box[:2] == box
 
@@ -96,8 +117,12 @@ def test_crop_aspects():
     assert target("preserve") == (704, 384)
     assert target("closest", crop_aspect_buckets=[0.5, 1.0, 1.5]) == (640, 448)
     portrait_only = [{"aspect": 0.5, "weight": 1.0}, {"aspect": 1.5, "weight": 0.0}]
-    assert {target("random", crop_aspect_buckets=portrait_only, rng=random.Random(i)) for i in range(20)} == {(384, 704)}
-    both = {target("random", crop_aspect_buckets=[1.0, 0.5], rng=random.Random(i)) for i in range(20)}
+    assert {
+        target("random", crop_aspect_buckets=portrait_only, rng=random.Random(i)) for i in range(20)
+    } == {(384, 704)}
+    both = {
+        target("random", crop_aspect_buckets=[1.0, 0.5], rng=random.Random(i)) for i in range(20)
+    }
     assert both == {(512, 512), (384, 704)}
     with pytest.raises(ValueError, match="'closest' needs crop_aspect_buckets"):
         target("closest")
@@ -108,7 +133,12 @@ def test_random_crops_follow_seed_dataset_and_file():
         return plan_for((1920, 1080), crop=True, rng=crop_rng(*key)).crop_box
 
     assert box(1, "cats", "a.png") == box(1, "cats", "a.png")
-    others = {box(1, "cats", "a.png"), box(2, "cats", "a.png"), box(1, "dogs", "a.png"), box(1, "cats", "b.png")}
+    others = {
+        box(1, "cats", "a.png"),
+        box(2, "cats", "a.png"),
+        box(1, "dogs", "a.png"),
+        box(1, "cats", "b.png"),
+    }
     assert len(others) == 4
 
 
@@ -125,7 +155,9 @@ sizes = st.tuples(st.integers(1, 9000), st.integers(1, 9000))
     maximum=st.sampled_from([None, 512, 2048]),
     seed=st.integers(0, 9),
 )
-def test_any_image_gets_a_crop_inside_an_undistorted_image(size, resolution, resolution_type, crop, crop_aspect, maximum, seed):
+def test_any_image_gets_a_crop_inside_an_undistorted_image(
+    size, resolution, resolution_type, crop, crop_aspect, maximum, seed
+):
     planned = plan(
         size,
         resolution=resolution,
@@ -144,9 +176,12 @@ def test_any_image_gets_a_crop_inside_an_undistorted_image(size, resolution, res
     assert right <= planned.intermediary[0]
     assert bottom <= planned.intermediary[1]
     assert planned.target[0] % 64 == planned.target[1] % 64 == 0
-    # whole pixels: each side is within 2 pixels of the size's own proportions, seen from one side or the other
+    # whole pixels: each side is within 2 pixels of the size's own proportions, seen from one side
+    # or the other
     (width, height), ratio = planned.intermediary, size[0] / size[1]
-    assert abs(width - height * ratio) <= 2 * max(1, ratio) or abs(height - width / ratio) <= 2 * max(1, 1 / ratio)
+    assert abs(width - height * ratio) <= 2 * max(1, ratio) or abs(
+        height - width / ratio
+    ) <= 2 * max(1, 1 / ratio)
 
 
 def test_limits_and_their_reasons():
@@ -157,7 +192,10 @@ def test_limits_and_their_reasons():
     assert why((512, 511), minimum_image_size=512) == "smaller than minimum_image_size 512"
     # an area is enough, unless a square is cut from it
     assert why((400, 800), minimum_image_size=512) is None
-    assert why((400, 800), minimum_image_size=512, square_crop=True) == "smaller than minimum_image_size 512"
+    assert (
+        why((400, 800), minimum_image_size=512, square_crop=True)
+        == "smaller than minimum_image_size 512"
+    )
     assert why((512, 512), minimum_image_size=0.262144, resolution_type="area") is None
     assert why((512, 511), minimum_image_size=0.262144, resolution_type="area") is not None
     assert why((768, 1024), minimum_image_size=1024, resolution_type="pixel") is not None
@@ -170,7 +208,9 @@ def test_limits_and_their_reasons():
 
 def test_apply_resizes_and_crops():
     img = photo(200, 100)
-    result = apply(img, Plan(target=(64, 64), intermediary=(128, 64), crop_box=(64, 0, 128, 64), bucket="1.0"))
+    result = apply(
+        img, Plan(target=(64, 64), intermediary=(128, 64), crop_box=(64, 0, 128, 64), bucket="1.0")
+    )
     assert result.size == (64, 64)
     # the right half of the image, at 64/100 of its size
     expected = np.asarray(img.crop((100, 0, 200, 100)).resize((64, 64))).astype(int)

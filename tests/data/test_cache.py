@@ -31,7 +31,11 @@ def tensors(seed=0, size=7):
 
 
 def same(a, b):
-    return a is not None and a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in b)
+    return (
+        a is not None
+        and a.keys() == b.keys()
+        and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in b)
+    )
 
 
 @pytest.fixture
@@ -54,7 +58,10 @@ def test_round_trip_across_instances(cache):
 def test_fingerprints_are_separate_entries(cache):
     cache.put("a", "f1", tensors(1))
     assert cache.get("a", "f2") is None
-    assert cache.missing([("a", "f2"), ("b", "f1"), ("a", "f1"), ("a", "f2")]) == [("a", "f2"), ("b", "f1")]
+    assert cache.missing([("a", "f2"), ("b", "f1"), ("a", "f1"), ("a", "f2")]) == [
+        ("a", "f2"),
+        ("b", "f1"),
+    ]
     cache.put("a", "f2", tensors(2))
     assert same(cache.get("a", "f1"), tensors(1))
     assert same(cache.get("a", "f2"), tensors(2))
@@ -84,7 +91,14 @@ def damage(path, how):
         path.unlink()
 
 
-DAMAGE = ["cut", "emptied", "bit flipped in the data", "dtype changed in the header", "garbage", "gone"]
+DAMAGE = [
+    "cut",
+    "emptied",
+    "bit flipped in the data",
+    "dtype changed in the header",
+    "garbage",
+    "gone",
+]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -154,7 +168,9 @@ def test_a_lost_index_is_made_anew(cache, index, caplog):
 
 
 def test_orphaned_temporary_files_are_removed(cache):
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
     dead, stem, token = int(process.stdout), "0" * 40, "0" * 32
     here = socket.gethostname()
     orphan = cache.folder / f".{stem}.{here}@{dead}.{token}.tmp"
@@ -166,7 +182,13 @@ def test_orphaned_temporary_files_are_removed(cache):
         path.touch()
     os.utime(old, (time.time() - 7200,) * 2)
     TensorCache(cache.folder)
-    assert [path.exists() for path in (orphan, mine, elsewhere, old, not_ours)] == [False, True, True, False, True]
+    assert [path.exists() for path in (orphan, mine, elsewhere, old, not_ours)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_failed_write_leaves_nothing(cache, monkeypatch):
@@ -219,7 +241,9 @@ def test_killed_at_any_moment_it_stays_usable(tmp_path):
         cache = TensorCache(tmp_path / stage)
         assert not list(cache.folder.glob(".*"))
         # renamed but not indexed, it is whole and can be used
-        assert cache.missing([("before", "f"), ("after", "f")]) == ([] if stage == "index" else [("after", "f")])
+        assert cache.missing([("before", "f"), ("after", "f")]) == (
+            [] if stage == "index" else [("after", "f")]
+        )
         cache.put("after", "f", expected)
         assert cache.missing([("before", "f"), ("after", "f")]) == []
         assert same(cache.get("before", "f"), expected)
@@ -243,7 +267,9 @@ def test_processes_and_threads_write_at_the_same_time(tmp_path):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0]
     cache = TensorCache(tmp_path)
-    keys = [f"shared{i}" for i in range(25)] + [f"own{worker}-{i}" for worker in range(4) for i in range(25)]
+    keys = [f"shared{i}" for i in range(25)] + [
+        f"own{worker}-{i}" for worker in range(4) for i in range(25)
+    ]
     assert cache.missing([(key, "f") for key in keys]) == []
     for key in keys:
         assert same(cache.get(key, "f"), tensors(int(key.removeprefix("shared").split("-")[-1])))
@@ -255,7 +281,9 @@ def test_one_instance_serves_many_threads(cache):
     def work(worker):
         for i in range(10):
             cache.put(f"{worker}-{i}", "f", tensors(i))
-            if cache.missing([(f"{worker}-{i}", "f")]) or not same(cache.get(f"{worker}-{i}", "f"), tensors(i)):
+            if cache.missing([(f"{worker}-{i}", "f")]) or not same(
+                cache.get(f"{worker}-{i}", "f"), tensors(i)
+            ):
                 failures.append((worker, i))
 
     threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
@@ -297,8 +325,17 @@ def test_a_file_replaced_by_one_of_equal_size_and_time_is_another(cache, tmp_pat
     assert cache.file_facts("image.png", file.stat()) is None
 
 
-# a name from a file system, half of a character from JSON, and others that text might be confused with
-ODD_KEYS = [b"M\xfcnchen.png".decode(errors="surrogateescape"), "M\\xfcnchen.png", "\ud800", "a\0b", "a\nb", "[bold]", "'; --"]
+# a name from a file system, half of a character from JSON, and others that text might be confused
+# with
+ODD_KEYS = [
+    b"M\xfcnchen.png".decode(errors="surrogateescape"),
+    "M\\xfcnchen.png",
+    "\ud800",
+    "a\0b",
+    "a\nb",
+    "[bold]",
+    "'; --",
+]
 
 
 def test_keys_and_names_may_be_any_strings(cache, tmp_path):
@@ -327,7 +364,11 @@ def flip_unnoticed(cache, key, seed=0):
     path = cache._blob(key, "f")
     flip(path, seed)
     index = TensorCache(cache.folder)._index
-    index._do(lambda db: db.execute("UPDATE entries SET stamp = ? WHERE file = ?", (stamp(path.stat()), path.name)))
+    index._do(
+        lambda db: db.execute(
+            "UPDATE entries SET stamp = ? WHERE file = ?", (stamp(path.stat()), path.name)
+        )
+    )
 
 
 def test_a_start_finds_what_a_disk_has_changed(cache, caplog):
@@ -409,7 +450,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_fingerprint():
     assert fingerprint("a", 1, {"x": 1, "y": [2]}) == fingerprint("a", 1, {"y": (2,), "x": 1})
-    assert len({fingerprint("a", 1), fingerprint("a", "1"), fingerprint("a1"), fingerprint(["a", 1]), fingerprint()}) == 5
+    assert (
+        len(
+            {
+                fingerprint("a", 1),
+                fingerprint("a", "1"),
+                fingerprint("a1"),
+                fingerprint(["a", 1]),
+                fingerprint(),
+            }
+        )
+        == 5
+    )
 
 
 def test_warnings_go_to_the_modules_logger(cache, caplog):

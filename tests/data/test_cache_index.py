@@ -6,7 +6,10 @@ import pytest
 from fluxfast.data.cache_index import Index
 
 ENTRIES = [(f"{i:040x}.safetensors", f"{i} 179{i} {i} 17{i}") for i in range(40)]
-FACTS = [(f"set/image {i}.png", f"{i} 17 {i} 9", {"size": [100 + i, 200], "sha256": f"{i:064x}"}) for i in range(30)]
+FACTS = [
+    (f"set/image {i}.png", f"{i} 17 {i} 9", {"size": [100 + i, 200], "sha256": f"{i:064x}"})
+    for i in range(30)
+]
 
 
 @pytest.fixture
@@ -56,7 +59,8 @@ def test_damage_that_shows_while_it_is_used(tmp_path, caplog, filled):
     path.write_bytes(filled)
     index = Index(path)
     with path.open("r+b") as file:
-        # from the counter of changes on, without which SQLite would not look at the pages that it has read
+        # from the counter of changes on, without which SQLite would not look at the pages that it
+        # has read
         file.seek(24)
         file.write(b"\xff" * (len(filled) - 24))
     assert index.entries() == {}

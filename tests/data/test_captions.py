@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from fluxfast.data.captions import NoCaption, caption_filter, captions, pick
+from fluxfast.config.caption_filter import caption_filter
+from fluxfast.data.captions import NoCaption, captions, pick
 
 
 def test_filename():
@@ -40,9 +41,13 @@ class TestTextfile:
         assert self.read(tmp_path, "one\r\n\r\n  two \nöne\none\n") == ["one", "two", "öne"]
 
     def test_other_breaks_belong_to_the_caption(self, tmp_path):
-        # what Word, PDFs and old programs leave in pasted text; SimpleTuner splits at newlines alone
+        # what Word, PDFs and old programs leave in pasted text; SimpleTuner splits at newlines
+        # alone
         for character in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r":
-            assert self.read(tmp_path, f"one{character}more\ntwo\n") == [f"one{character}more", "two"]
+            assert self.read(tmp_path, f"one{character}more\ntwo\n") == [
+                f"one{character}more",
+                "two",
+            ]
 
     def test_a_byte_order_mark_is_no_text(self, tmp_path):
         assert self.read(tmp_path, b"\xef\xbb\xbfone") == ["one"]
@@ -52,7 +57,9 @@ class TestTextfile:
             assert self.read(tmp_path, text, disable_multiline_split=True) == ["one\ntwo"]
 
     def test_prepended_to_each(self, tmp_path):
-        assert self.read(tmp_path, "one\ntwo", prepend_instance_prompt=True, instance_prompt="x") == ["x one", "x two"]
+        assert self.read(
+            tmp_path, "one\ntwo", prepend_instance_prompt=True, instance_prompt="x"
+        ) == ["x one", "x two"]
 
     @pytest.mark.parametrize(
         ("text", "reason"),
@@ -75,17 +82,25 @@ class TestTextfile:
 
 class TestFilter:
     def test_removes_matches_and_replaces_the_first(self):
-        apply = caption_filter(["arafed ", "this .* has a ", "^start ", r"s/cat/dog/", r"s/a\/b/c\1/"])
+        apply = caption_filter(
+            ["arafed ", "this .* has a ", "^start ", r"s/cat/dog/", r"s/a\/b/c\1/"]
+        )
         assert apply("start arafed man, arafed cat and cat a/b") == r"man, dog and cat c\1"
         assert apply("well, this old thing has a roof") == "well, roof"
 
     def test_an_entry_that_is_no_expression_is_named(self):
-        with pytest.raises(ValueError, match=r"caption_filter_list: '\(' is not a regular expression"):
+        with pytest.raises(
+            ValueError, match=r"caption_filter_list: '\(' is not a regular expression"
+        ):
             caption_filter(["fine", "("])
 
     def test_edits_captions_before_the_instance_prompt(self):
         edit = caption_filter(["blurry "])
-        options = {"caption_filter": edit, "prepend_instance_prompt": True, "instance_prompt": "blurry x"}
+        options = {
+            "caption_filter": edit,
+            "prepend_instance_prompt": True,
+            "instance_prompt": "blurry x",
+        }
         assert captions("blurry_cat.png", **options) == ["blurry x cat"]
         with pytest.raises(NoCaption, match="its caption is empty"):
             captions("blurry_.png", caption_filter=caption_filter(["blurry"]))

@@ -46,9 +46,12 @@ def test_embeddings_are_the_flux_pipelines(pipeline, pipeline_folder, max_length
 
 def test_attention_mask_counts_tokens_and_zero_padding_uses_it(pipeline_folder):
     plain = TextEncoders.from_pretrained(source(pipeline_folder), max_length=64).encode(CAPTIONS)
-    zeroed = TextEncoders.from_pretrained(source(pipeline_folder), max_length=64, t5_padding="zero").encode(CAPTIONS)
+    zeroed = TextEncoders.from_pretrained(
+        source(pipeline_folder), max_length=64, t5_padding="zero"
+    ).encode(CAPTIONS)
     mask = plain["attention_mask"]
-    # one token a character of this vocabulary, one a word for its space, one for the end; nothing but the end for ""
+    # one token a character of this vocabulary, one a word for its space, one for the end; nothing
+    # but the end for ""
     assert mask.sum(1).tolist()[:2] == [len("aphotoofacat") + 5 + 1, 1]
     assert mask.dtype == torch.bool
     assert torch.equal(zeroed["prompt_embeds"], plain["prompt_embeds"] * mask[..., None])
@@ -57,7 +60,10 @@ def test_attention_mask_counts_tokens_and_zero_padding_uses_it(pipeline_folder):
 
 def test_a_caption_too_long_for_t5_is_cut_with_a_warning(pipeline_folder, caplog):
     encoders = TextEncoders.from_pretrained(source(pipeline_folder), max_length=16)
-    short, long = encoders.encode(["tiny"]), encoders.encode(["a caption of more than sixteen letters"])
+    short, long = (
+        encoders.encode(["tiny"]),
+        encoders.encode(["a caption of more than sixteen letters"]),
+    )
     assert short["prompt_embeds"].shape == long["prompt_embeds"].shape
     assert len(caplog.records) == 1
     assert "cut to 16: a caption of more" in caplog.text
@@ -68,7 +74,9 @@ def test_latents_are_the_normalised_posterior_sample(pipeline, pipeline_folder):
     ours = LatentEncoder.from_pretrained(source(pipeline_folder, "vae")).encode(images, [3, 4])
     for i, seed in enumerate([3, 4]):
         with torch.no_grad():
-            sample = pipeline.vae.encode(images[i : i + 1]).latent_dist.sample(torch.Generator().manual_seed(seed))
+            sample = pipeline.vae.encode(images[i : i + 1]).latent_dist.sample(
+                torch.Generator().manual_seed(seed)
+            )
         expected = (sample - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
         assert torch.equal(ours[i : i + 1], expected.to(torch.bfloat16))
     assert ours.shape == (2, 16, 8, 16)
@@ -84,7 +92,9 @@ def test_latents_do_not_depend_on_the_batch(pipeline_folder):
 
 
 def test_tiling_and_slicing_reach_the_vae(pipeline_folder):
-    vae = LatentEncoder.from_pretrained(source(pipeline_folder, "vae"), tiling=True, slicing=True).vae
+    vae = LatentEncoder.from_pretrained(
+        source(pipeline_folder, "vae"), tiling=True, slicing=True
+    ).vae
     assert vae.use_tiling
     assert vae.use_slicing
 
@@ -96,17 +106,27 @@ def test_a_vae_in_the_root_of_its_folder_is_found(pipeline_folder):
 def test_t5_from_elsewhere(pipeline_folder, tmp_path):
     shutil.copytree(pipeline_folder / "text_encoder_2", tmp_path / "t5")
     weights = load_file(tmp_path / "t5" / "model.safetensors")
-    save_file({name: weight * 0.5 for name, weight in weights.items()}, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight * 0.5 for name, weight in weights.items()},
+        tmp_path / "t5" / "model.safetensors",
+        {"format": "pt"},
+    )
     pipeline = source(pipeline_folder)
     ours = TextEncoders.from_pretrained(pipeline, max_length=8).encode(["cat"])
-    other = TextEncoders.from_pretrained(pipeline, t5_source=source(tmp_path / "t5"), max_length=8).encode(["cat"])
+    other = TextEncoders.from_pretrained(
+        pipeline, t5_source=source(tmp_path / "t5"), max_length=8
+    ).encode(["cat"])
     assert torch.equal(ours["pooled_prompt_embeds"], other["pooled_prompt_embeds"])
     assert not torch.allclose(ours["prompt_embeds"], other["prompt_embeds"], atol=0.1)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("/no/such/folder", "no such folder"), ("plainname", "no such folder"), ("./a/b", "no such folder")],
+    [
+        ("/no/such/folder", "no such folder"),
+        ("plainname", "no such folder"),
+        ("./a/b", "no such folder"),
+    ],
 )
 def test_a_source_that_does_not_exist_is_named(path, message):
     with pytest.raises(ValueError, match=f"{path}: {message}"):
@@ -118,7 +138,10 @@ def test_a_repository_that_cannot_be_reached_is_named(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr("fluxfast.data.sources.snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"(?s)someone/model at revision 'v1'.*can't be downloaded.*offline.*hf auth login"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)someone/model at revision 'v1'.*can't be downloaded.*offline.*hf auth login",
+    ):
         local_folder(("someone/model", "vae", "v1"))
 
 
@@ -166,7 +189,11 @@ def test_damaged_weights_are_refused_by_name(pipeline_folder, tmp_path, damage):
         file.unlink()
     else:
         (folder / "config.json").unlink()
-    expected = "encoder.conv_in.weight" if damage == "missing weight" else "can't be loaded as AutoencoderKL"
+    expected = (
+        "encoder.conv_in.weight"
+        if damage == "missing weight"
+        else "can't be loaded as AutoencoderKL"
+    )
     with pytest.raises(ValueError, match=expected) as caught:
         LatentEncoder.from_pretrained(source(tmp_path, "vae"))
     assert str(folder) in str(caught.value)
@@ -188,7 +215,9 @@ def test_identity_follows_content_not_place_or_time(pipeline_folder, tmp_path):
 def test_identity_reads_weights_once(pipeline_folder, tmp_path, monkeypatch):
     cache = TensorCache(tmp_path / "cache")
     before = identity(pipeline_folder / "vae", cache)
-    monkeypatch.setattr("fluxfast.data.sources.file_hash", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(
+        "fluxfast.data.sources.file_hash", lambda path: pytest.fail(f"{path} is read again")
+    )
     assert identity(pipeline_folder / "vae", cache) == before
 
 
@@ -198,5 +227,7 @@ def test_identity_takes_the_hubs_word_for_a_hash(tmp_path, monkeypatch):
     (blobs / ("ab" * 32)).write_bytes(b"weights")
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(blobs / ("ab" * 32))
-    monkeypatch.setattr("fluxfast.data.sources.file_hash", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(
+        "fluxfast.data.sources.file_hash", lambda path: pytest.fail(f"{path} is read")
+    )
     identity(tmp_path / "snapshot", TensorCache(tmp_path / "cache"))

@@ -32,7 +32,9 @@ def touch(path):
 
 class TestDiscover:
     def test_recursive_sorted_suffixes_of_any_case(self, tmp_path):
-        wanted = [touch(tmp_path / name) for name in ("B.JPG", "a.png", "sub/deep/c.WebP", "sub/d.tiff")]
+        wanted = [
+            touch(tmp_path / name) for name in ("B.JPG", "a.png", "sub/deep/c.WebP", "sub/d.tiff")
+        ]
         for name in ("notes.txt", "a.json", "clip.mp4", "png"):
             touch(tmp_path / name)
         assert discover(tmp_path).images == sorted(wanted)
@@ -51,7 +53,9 @@ class TestDiscover:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
-        with pytest.raises(ValueError, match=f"{tmp_path}: can't be looked into: Permission denied"):
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}: can't be looked into: Permission denied"
+        ):
             discover(tmp_path)
 
     def test_hidden_and_skipped_folders_are_left_out(self, tmp_path):
@@ -105,7 +109,9 @@ class TestLoad:
         exif = Image.Exif()
         exif[0x112] = orientation
         path = tmp_path / f"a.{suffix}"
-        options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+        options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(
+            suffix, {}
+        )
         Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **options)
         loaded = load_image(path)
         # JPEG at its best quality is within a few steps
@@ -165,8 +171,14 @@ class TestLoad:
         # Pillow can't write one: a PNG with colour type 2, depth 16, one filter byte a row
         samples = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
         rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-        chunks = {b"IHDR": struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
-        png = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, data) for kind, data in chunks.items())
+        chunks = {
+            b"IHDR": struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0),
+            b"IDAT": zlib.compress(rows),
+            b"IEND": b"",
+        }
+        png = b"\x89PNG\r\n\x1a\n" + b"".join(
+            png_chunk(kind, data) for kind, data in chunks.items()
+        )
         (tmp_path / "a.png").write_bytes(png)
         # Pillow takes the high byte, so up to one step below the rounded value
         assert np.abs(pixels(load_image(tmp_path / "a.png")) - samples / 257).max() <= 1
@@ -186,7 +198,8 @@ class TestLoad:
         assert pixels(load_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 0, 0, 0, 128, 255]
 
     def test_cmyk_as_adobe_writes_it(self, tmp_path):
-        # saved by Pillow with Adobe's marker and inverted inks; pure colours survive JPEG in flat areas
+        # saved by Pillow with Adobe's marker and inverted inks; pure colours survive JPEG in flat
+        # areas
         img = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
         img.save(tmp_path / "a.jpg", quality=95)
         assert np.abs(pixels(load_image(tmp_path / "a.jpg"))[16, 16] - (255, 0, 0)).max() <= 4
@@ -196,7 +209,10 @@ class TestLoad:
         plain = pixels(img.convert("RGB"))
         img.save(tmp_path / "plain.tif")
         img.save(tmp_path / "broken.tif", icc_profile=b"no profile at all")
-        img.save(tmp_path / "rgb.tif", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        img.save(
+            tmp_path / "rgb.tif",
+            icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        )
         for name in ("plain", "broken", "rgb"):
             assert (pixels(load_image(tmp_path / f"{name}.tif")) == plain).all()
 
@@ -226,7 +242,9 @@ class TestLoad:
         exif[0x112] = 6
         Image.fromarray(noise(6, 10, 3)).save(tmp_path / "a.png")
         png, end = (tmp_path / "a.png").read_bytes()[:-12], png_chunk(b"IEND", b"")
-        (tmp_path / "a.png").write_bytes(png + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + end)
+        (tmp_path / "a.png").write_bytes(
+            png + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + end
+        )
         assert image_size(tmp_path / "a.png") == load_image(tmp_path / "a.png").size == (6, 10)
 
     @pytest.mark.parametrize("suffix", ["tga", "ppm", "qoi", "dib", "j2k", "mpo"])
@@ -239,7 +257,9 @@ class TestLoad:
             assert (pixels(loaded) == pixels(img)).all()
 
     def test_deep_pgm_and_pfm(self, tmp_path):
-        (tmp_path / "a.pgm").write_bytes(b"P5 3 1 65535\n" + np.array([0, 65535, 32768], ">u2").tobytes())
+        (tmp_path / "a.pgm").write_bytes(
+            b"P5 3 1 65535\n" + np.array([0, 65535, 32768], ">u2").tobytes()
+        )
         (tmp_path / "a.pfm").write_bytes(b"Pf\n2 1\n-1.0\n" + np.array([0.5, 1], "<f4").tobytes())
         assert pixels(load_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 255, 128]
         assert pixels(load_image(tmp_path / "a.pfm"))[0, :, 0].tolist() == [128, 255]
@@ -281,7 +301,9 @@ class TestUnreadable:
 
     # Pillow warns of some damage that it gets over
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-    @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp", "avif", "tga", "ppm", "qoi"])
+    @pytest.mark.parametrize(
+        "suffix", ["jpg", "png", "gif", "webp", "tif", "bmp", "avif", "tga", "ppm", "qoi"]
+    )
     def test_random_damage_never_raises_anything_else(self, tmp_path, suffix):
         path = tmp_path / f"a.{suffix}"
         Image.fromarray(noise(20, 30, 3)).save(path)

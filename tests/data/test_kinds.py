@@ -1,4 +1,6 @@
-"""Which suffixes are read depends on Pillow's build and on packages: both are pretended here, as they may be there or not."""
+"""Which suffixes are read depends on Pillow's build and on packages: both are pretended here, as
+they may be there or not.
+"""
 
 import sys
 import types
@@ -36,7 +38,9 @@ def test_a_package_that_is_installed_is_used(monkeypatch):
     Image.init()
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    assert all(kinds.is_readable(Path(name)) for name in ("a.heic", "IMG_1.HEIC", "b.heif", "c.hif"))
+    assert all(
+        kinds.is_readable(Path(name)) for name in ("a.heic", "IMG_1.HEIC", "b.heif", "c.hif")
+    )
     assert "HEIF" in kinds.decoders(Path("a.jpg"))
 
 
@@ -49,7 +53,9 @@ def test_without_the_package_it_is_named(without, tmp_path):
     assert kinds.how_to_read(".dng") is None
     # what phones' photographs are often renamed to
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    with pytest.raises(UnreadableImage, match=r"holds HEIC under another name.*pip install pillow-heif"):
+    with pytest.raises(
+        UnreadableImage, match=r"holds HEIC under another name.*pip install pillow-heif"
+    ):
         load_image(tmp_path / "a.jpg")
 
 
@@ -63,13 +69,28 @@ def test_a_pillow_without_avif(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["a.HEIC", "a.jxl", "a.dng", "a.CR2", "a.cr3", "a.nef", "a.arw", "a.psd", "a.svg", "a.exr", "a.hdr", "a.ico"],
+    [
+        "a.HEIC",
+        "a.jxl",
+        "a.dng",
+        "a.CR2",
+        "a.cr3",
+        "a.nef",
+        "a.arw",
+        "a.psd",
+        "a.svg",
+        "a.exr",
+        "a.hdr",
+        "a.ico",
+    ],
 )
 def test_names_of_images(name):
     assert kinds.looks_like_an_image(Path(name))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.mp4", "a.npz", "a.safetensors", "a.pdf", "a", "png", "a.db"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.json", "a.mp4", "a.npz", "a.safetensors", "a.pdf", "a", "png", "a.db"]
+)
 def test_names_of_other_files(name):
     assert not kinds.looks_like_an_image(Path(name))
 

@@ -27,14 +27,23 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_collection")
 def test_everything_is_cached_as_the_encoders_give_it(tmp_path, folder, settings, pipeline_folder):
     prepared = prepare(config(tmp_path), settings, extra_prompts=["a validation prompt"])
     (dataset,) = prepared.datasets
-    files = ["sub/tall_0.png", "sub/tall_1.png", "wide_0.png", "wide_1.png", "wide_2.png", "wide_3.png"]
+    files = [
+        "sub/tall_0.png",
+        "sub/tall_1.png",
+        "wide_0.png",
+        "wide_1.png",
+        "wide_2.png",
+        "wide_3.png",
+    ]
     assert [sample.file for sample in dataset.samples] == files
     vae = LatentEncoder.from_pretrained((str(pipeline_folder), "vae", None))
     for sample in dataset.samples:
         assert sample.target == ((64, 192) if "tall" in sample.file else (192, 64))
         img = load_image(folder / sample.file)
         planned = plan(img.size, resolution=128, rng=crop_rng(0, dataset.id, sample.file))
-        expected = vae.encode(to_tensor(apply(img, planned))[None], [int(sample.fingerprint[:15], 16)])[0]
+        expected = vae.encode(
+            to_tensor(apply(img, planned))[None], [int(sample.fingerprint[:15], 16)]
+        )[0]
         assert torch.equal(dataset.latents(sample), expected)
     text = TextEncoders.from_pretrained(settings.pipeline, max_length=24)
     for prompt in ["wide 0", "tall 1", "", "a validation prompt"]:
@@ -43,7 +52,9 @@ def test_everything_is_cached_as_the_encoders_give_it(tmp_path, folder, settings
         assert got["prompt_embeds"].shape == (24, T5_WIDTH)
         assert got["pooled_prompt_embeds"].shape == (CLIP_WIDTH,)
         assert torch.equal(got["prompt_embeds"], expected["prompt_embeds"].to(torch.bfloat16))
-        assert torch.equal(got["pooled_prompt_embeds"], expected["pooled_prompt_embeds"].to(torch.bfloat16))
+        assert torch.equal(
+            got["pooled_prompt_embeds"], expected["pooled_prompt_embeds"].to(torch.bfloat16)
+        )
         assert torch.equal(got["attention_mask"], expected["attention_mask"])
     with pytest.raises(ValueError, match="'never seen' are not in the cache"):
         prepared.prompts.get("never seen")
@@ -56,18 +67,28 @@ class TestRecomputation:
 
     def test_a_second_start_computes_and_loads_nothing(self, tmp_path, folder, settings, encoders):
         first = self.start(tmp_path, settings, encoders)
-        assert encoders == (["text", "vae"], ["tall 0", "tall 1", "wide 0", "wide 1", "wide 2", "wide 3", ""], 6)
+        assert encoders == (
+            ["text", "vae"],
+            ["tall 0", "tall 1", "wide 0", "wide 1", "wide 2", "wide 3", ""],
+            6,
+        )
         again = self.start(tmp_path, settings, encoders)
         assert encoders == NOTHING
         assert again.datasets[0].samples == first.datasets[0].samples
 
     def test_images_are_not_read_by_a_second_start(self, tmp_path, folder, settings, monkeypatch):
         prepare(config(tmp_path), settings)
-        monkeypatch.setattr("fluxfast.data.scan.image_size", lambda path: pytest.fail(f"{path} is read"))
-        monkeypatch.setattr("fluxfast.data.scan.file_hash", lambda path: pytest.fail(f"{path} is read"))
+        monkeypatch.setattr(
+            "fluxfast.data.scan.image_size", lambda path: pytest.fail(f"{path} is read")
+        )
+        monkeypatch.setattr(
+            "fluxfast.data.scan.file_hash", lambda path: pytest.fail(f"{path} is read")
+        )
         prepare(config(tmp_path), settings)
 
-    def test_a_touched_image_is_not_recomputed_and_a_changed_one_alone_is(self, tmp_path, folder, settings, encoders):
+    def test_a_touched_image_is_not_recomputed_and_a_changed_one_alone_is(
+        self, tmp_path, folder, settings, encoders
+    ):
         self.start(tmp_path, settings, encoders)
         os.utime(folder / "wide_1.png", (time.time() + 5,) * 2)
         self.start(tmp_path, settings, encoders)
@@ -86,10 +107,14 @@ class TestRecomputation:
         self.start(tmp_path, settings, encoders)
         assert encoders == (["text", "vae"], ["renamed"], 1)
 
-    def test_a_changed_setting_recomputes_only_what_it_changes(self, tmp_path, folder, settings, encoders):
+    def test_a_changed_setting_recomputes_only_what_it_changes(
+        self, tmp_path, folder, settings, encoders
+    ):
         self.start(tmp_path, settings, encoders)
         # six images have one prompt now, and their latents don't depend on it
-        self.start(tmp_path, settings, encoders, caption_strategy="instanceprompt", instance_prompt="sks")
+        self.start(
+            tmp_path, settings, encoders, caption_strategy="instanceprompt", instance_prompt="sks"
+        )
         assert encoders == (["text"], ["sks"], 0)
         self.start(tmp_path, settings, encoders, resolution=64)
         assert encoders == (["vae"], [], 6)
@@ -122,7 +147,9 @@ class TestRecomputation:
         self.start(tmp_path, replace(settings, t5=(other, "text_encoder_2", None)), encoders)
         assert (encoders.loaded, len(encoders.texts)) == (["text"], 7)
 
-    def test_damaged_cache_files_alone_are_recomputed(self, tmp_path, folder, settings, encoders, caplog):
+    def test_damaged_cache_files_alone_are_recomputed(
+        self, tmp_path, folder, settings, encoders, caplog
+    ):
         self.start(tmp_path, settings, encoders)
         latents = sorted((tmp_path / "cache" / "vae0").glob("*.safetensors"))
         texts = sorted((tmp_path / "cache" / "text").glob("*.safetensors"))
@@ -137,13 +164,19 @@ class TestRecomputation:
         for damaged in (latents[0], latents[1], texts[0]):
             assert str(damaged) in caplog.text
 
-    def test_what_a_failing_disk_changes_is_computed_anew(self, tmp_path, folder, settings, encoders):
+    def test_what_a_failing_disk_changes_is_computed_anew(
+        self, tmp_path, folder, settings, encoders
+    ):
         first = self.start(tmp_path, settings, encoders)
         whole = {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*.safetensors")}
         for number, (path, data) in enumerate(whole.items()):
             # eight bytes, of which the index is told that nothing has happened
             middle = len(data) // 2 + number
-            path.write_bytes(data[:middle] + bytes(byte ^ 1 for byte in data[middle : middle + 8]) + data[middle + 8 :])
+            path.write_bytes(
+                data[:middle]
+                + bytes(byte ^ 1 for byte in data[middle : middle + 8])
+                + data[middle + 8 :]
+            )
             index = Index(path.with_name("index.sqlite"))
             index.put_entries([(path.name, stamp(path.stat()))])
             index.close()
@@ -155,7 +188,9 @@ class TestRecomputation:
             assert all(torch.equal(before[name], now[name]) for name in before)
         assert again.datasets[0].samples == first.datasets[0].samples
 
-    def test_an_image_replaced_by_one_of_equal_size_and_time(self, tmp_path, folder, settings, encoders):
+    def test_an_image_replaced_by_one_of_equal_size_and_time(
+        self, tmp_path, folder, settings, encoders
+    ):
         # without compression, so that all are of one size
         for number, name in enumerate(("a", "b")):
             photo(200, 100, 30 + number).save(folder / f"{name}.bmp")
@@ -173,7 +208,9 @@ class TestRecomputation:
         self.start(tmp_path, settings, encoders)
         assert encoders == NOTHING
 
-    def test_killed_in_between_it_goes_on_where_it_was(self, tmp_path, folder, settings, encoders, monkeypatch):
+    def test_killed_in_between_it_goes_on_where_it_was(
+        self, tmp_path, folder, settings, encoders, monkeypatch
+    ):
         put = TensorCache.put_many
         writes = []
 
@@ -186,7 +223,8 @@ class TestRecomputation:
         monkeypatch.setattr(TensorCache, "put_many", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(config(tmp_path), settings)
-        # seven captions one by one, then batches of four images: two portraits make the first, the landscapes the second
+        # seven captions one by one, then batches of four images: two portraits make the first, the
+        # landscapes the second
         assert encoders.images == 6
         (tmp_path / "cache" / "vae0" / "index.sqlite").unlink()
         self.start(tmp_path, settings, encoders)
@@ -194,7 +232,11 @@ class TestRecomputation:
 
     def test_datasets_can_share_folders_and_caches(self, tmp_path, folder, settings, encoders):
         shared = {"cache_dir_vae": tmp_path / "cache" / "shared"}
-        datasets = ({"id": "large", **shared}, {"id": "small", "resolution": 64, **shared}, {"id": "same", **shared})
+        datasets = (
+            {"id": "large", **shared},
+            {"id": "small", "resolution": 64, **shared},
+            {"id": "same", **shared},
+        )
         encoders.reset()
         prepared = prepare(config(tmp_path, *datasets), settings)
         assert encoders.loaded == ["text", "vae"]
@@ -225,12 +267,18 @@ def test_encoders_are_loaded_in_turn_and_freed(tmp_path, folder, settings, monke
     monkeypatch.setattr(TextEncoders, "from_pretrained", text)
     monkeypatch.setattr(LatentEncoder, "from_pretrained", vae)
     prepared = prepare(config(tmp_path), settings)
-    assert {name: model() for name, model in alive.items()} == {"clip": None, "t5": None, "vae": None}
+    assert {name: model() for name, model in alive.items()} == {
+        "clip": None,
+        "t5": None,
+        "vae": None,
+    }
     assert prepared.datasets
 
 
 def test_a_missing_model_is_named_before_anything_is_encoded(tmp_path, folder, pipeline_folder):
-    shutil.copytree(pipeline_folder, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder_2"))
+    shutil.copytree(
+        pipeline_folder, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder_2")
+    )
     with pytest.raises(ValueError, match=r"model: holds no folder 'text_encoder_2'"):
         prepare(config(tmp_path), EncoderSettings(pipeline=(str(tmp_path / "model"), None, None)))
 
@@ -245,7 +293,9 @@ def test_progress_bars_count_to_their_end(tmp_path, folder, settings):
     }
 
 
-def test_batches_are_of_one_size_and_at_most_vae_batch_size(tmp_path, folder, pipeline_folder, monkeypatch):
+def test_batches_are_of_one_size_and_at_most_vae_batch_size(
+    tmp_path, folder, pipeline_folder, monkeypatch
+):
     shapes = []
     encode_images = LatentEncoder.encode
 
@@ -254,7 +304,9 @@ def test_batches_are_of_one_size_and_at_most_vae_batch_size(tmp_path, folder, pi
         return encode_images(encoder, images, seeds)
 
     monkeypatch.setattr(encode.LatentEncoder, "encode", watched)
-    settings = EncoderSettings(pipeline=(str(pipeline_folder), None, None), max_length=8, vae_batch_size=3)
+    settings = EncoderSettings(
+        pipeline=(str(pipeline_folder), None, None), max_length=8, vae_batch_size=3
+    )
     prepare(config(tmp_path), settings)
     assert sorted(shapes) == [(1, 3, 64, 192), (2, 3, 192, 64), (3, 3, 64, 192)]
 

@@ -36,7 +36,8 @@ class TestLeftOut:
                 "gone.png: unreadable (the link points nowhere)",
             ):
                 assert line in text
-        # the second start has nothing to encode but what can't be read, and needs no encoder to find that out
+        # the second start has nothing to encode but what can't be read, and needs no encoder to
+        # find that out
         assert encoders == NOTHING
 
     def test_kinds_that_are_not_read_are_counted_and_named(self, tmp_path, folder, settings):
@@ -45,12 +46,22 @@ class TestLeftOut:
         report = prepare(config(tmp_path), settings).report
         assert report.datasets[0].found == 6
         expected = (
-            "set0: 4 files of kinds that are not read: .dng 2, .psd 1, .cr2 1 (such as IMG_0001.DNG, IMG_0002.dng, old [b].psd)"
+            "set0: 4 files of kinds that are not read: .dng 2, .psd 1, .cr2 1 (such as "
+            "IMG_0001.DNG, IMG_0002.dng, old [b].psd)"
         )
         assert f"{expected}; convert to PNG or JPEG" in rendered(report).replace("\n", "")
 
     def test_names_that_are_no_text(self, tmp_path, folder, settings, encoders):
-        odd = [os.fsdecode(name) for name in (b"M\xfcnchen", "写真".encode("gbk"), b"new\nline", b"M\\xfcnchen", b"[bold]")]
+        odd = [
+            os.fsdecode(name)
+            for name in (
+                b"M\xfcnchen",
+                "写真".encode("gbk"),
+                b"new\nline",
+                b"M\\xfcnchen",
+                b"[bold]",
+            )
+        ]
         for number, name in enumerate(odd):
             photo(200, 100, 20 + number).save(folder / f"{name}.png")
             (folder / f"{name}.txt").write_text("a photo")
@@ -63,10 +74,18 @@ class TestLeftOut:
             prepared = prepare(config(tmp_path, caption_strategy="textfile", id="[/odd]"), settings)
             (dataset,) = prepared.datasets
             assert len(dataset.samples) == 11
-            assert len({dataset.latents(sample).float().sum().item() for sample in dataset.samples}) == 11
+            assert (
+                len({dataset.latents(sample).float().sum().item() for sample in dataset.samples})
+                == 11
+            )
             text = rendered(prepared.report)
             assert text.encode()
-            for name in ("bad M\\xfcnchen.jpg", "bad д\\xd5\\xe6.jpg", "bad new\\nline.jpg", "bad [bold].jpg"):
+            for name in (
+                "bad M\\xfcnchen.jpg",
+                "bad д\\xd5\\xe6.jpg",
+                "bad new\\nline.jpg",
+                "bad [bold].jpg",
+            ):
                 assert f"{name}: unreadable (empty file)" in text
         assert encoders == NOTHING
         # as captions, those that are no text are left out
@@ -78,7 +97,9 @@ class TestLeftOut:
         sampler = Sampler(prepared.datasets, seed=1)
         assert json.loads(json.dumps(sampler.state_dict())) == sampler.state_dict()
 
-    def test_an_image_whose_damage_shows_only_when_decoded(self, tmp_path, folder, settings, encoders):
+    def test_an_image_whose_damage_shows_only_when_decoded(
+        self, tmp_path, folder, settings, encoders
+    ):
         photo(200, 100, 3).save(folder / "late.jpg", quality=95)
         data = (folder / "late.jpg").read_bytes()
         (folder / "late.jpg").write_bytes(data[: len(data) * 2 // 3])
@@ -113,10 +134,18 @@ class TestLeftOut:
         for name in ("tiny", "panorama", "tower"):
             (folder / f"{name}.txt").write_text("caption")
         data = config(
-            tmp_path, caption_strategy="textfile", minimum_image_size=100, minimum_aspect_ratio=0.4, maximum_aspect_ratio=4
+            tmp_path,
+            caption_strategy="textfile",
+            minimum_image_size=100,
+            minimum_aspect_ratio=0.4,
+            maximum_aspect_ratio=4,
         )
         prepared = prepare(data, settings, disable_bucket_pruning=True)
-        assert [sample.file for sample in prepared.datasets[0].samples] == ["wide_0.png", "wide_1.png", "wide_2.png"]
+        assert [sample.file for sample in prepared.datasets[0].samples] == [
+            "wide_0.png",
+            "wide_1.png",
+            "wide_2.png",
+        ]
         assert prepared.datasets[0].samples[1].captions == ("first caption 1", "second caption 1")
         text = rendered(prepared.report)
         for line in (
@@ -134,12 +163,20 @@ class TestLeftOut:
         photo(64, 64).save(folder / "output" / "validation.png")
         (folder / "vae").mkdir()
         photo(64, 64).save(folder / "vae" / "no_image.png")
-        prepared = prepare(config(tmp_path, cache_dir_vae=folder / "vae"), settings, skip_folders=[folder / "output"])
+        prepared = prepare(
+            config(tmp_path, cache_dir_vae=folder / "vae"),
+            settings,
+            skip_folders=[folder / "output"],
+        )
         assert prepared.report.datasets[0].found == 6
 
     def test_max_num_samples_is_a_fixed_choice_by_id(self, tmp_path, folder, settings):
         def chosen(**options):
-            prepared = prepare(config(tmp_path, max_num_samples=3, **options), settings, disable_bucket_pruning=True)
+            prepared = prepare(
+                config(tmp_path, max_num_samples=3, **options),
+                settings,
+                disable_bucket_pruning=True,
+            )
             return [sample.file for sample in prepared.datasets[0].samples]
 
         assert len(chosen()) == 3
@@ -169,7 +206,10 @@ class TestUnusable:
         message = self.error(tmp_path, settings)
         assert 'dataset "set0"' in message
         assert "it holds only 2 .dng" in message
-        assert "2 files of kinds that are not read: .dng 2 (such as a.dng, b.dng); convert to PNG or JPEG" in message
+        assert (
+            "2 files of kinds that are not read: .dng 2 (such as a.dng, b.dng); convert to PNG "
+            "or JPEG" in message
+        )
         assert "jpg" in message
         assert encoders == NOTHING
 
@@ -181,7 +221,10 @@ class TestUnusable:
         (folder / "bad.png").touch()
         message = self.error(tmp_path, settings, {"minimum_image_size": 512})
         assert "7 found in" in message
-        assert re.search(r"6x smaller than minimum_image_size 512 \(such as sub/tall_0.png: 100x200\); lower", message)
+        assert re.search(
+            r"6x smaller than minimum_image_size 512 \(such as sub/tall_0.png: 100x200\); lower",
+            message,
+        )
         assert "1x unreadable (such as bad.png: empty file); replace or remove" in message
         message = self.error(tmp_path, settings, {"caption_strategy": "textfile"})
         assert "6x no caption file beside it" in message
@@ -208,7 +251,13 @@ class TestUnusable:
         assert 'Set "repeats": 1 (gives 8)' in message
 
     def test_all_bad_datasets_are_named_together(self, tmp_path, folder, settings):
-        message = self.error(tmp_path, settings, {"minimum_image_size": 512}, {}, {"id": "third", "train_batch_size": 9})
+        message = self.error(
+            tmp_path,
+            settings,
+            {"minimum_image_size": 512},
+            {},
+            {"id": "third", "train_batch_size": 9},
+        )
         assert '"set0"' in message
         assert '"set1"' not in message
         assert 'dataset "third"' in message
@@ -219,7 +268,9 @@ class TestUnusable:
         prepared = prepare(config(tmp_path), settings, disable_bucket_pruning=True, **options)
         assert prepared.datasets[0].repeats == 0
         assert "batches of 64x192 are filled up with repeats" in rendered(prepared.report)
-        prepared = prepare(config(tmp_path), settings, allow_dataset_oversubscription=True, **options)
+        prepared = prepare(
+            config(tmp_path), settings, allow_dataset_oversubscription=True, **options
+        )
         # two portraits: 2 * (1 + 3) = 8 fill a step
         assert prepared.datasets[0].repeats == 3
         text = rendered(prepared.report)

@@ -17,7 +17,9 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def make(cache):
     def make(id="cats", sizes=((512, 512),) * 5, **options):
-        samples = tuple(Sample(f"{i}.png", ("caption",), size, f"{id}/{i}", "f") for i, size in enumerate(sizes))
+        samples = tuple(
+            Sample(f"{i}.png", ("caption",), size, f"{id}/{i}", "f") for i, size in enumerate(sizes)
+        )
         return PreparedDataset(id=id, samples=samples, cache=cache, **options)
 
     return make
@@ -51,16 +53,21 @@ def test_an_epoch_covers_each_sample_equally(make, repeats, batch_size):
         samples = len(indices) * (repeats + 1)
         padding = -samples % batch_size
         # padding is spread over the bucket too
-        assert all(repeats + 1 <= counts[i] <= repeats + 1 + -(-padding // len(indices)) for i in indices)
+        assert all(
+            repeats + 1 <= counts[i] <= repeats + 1 + -(-padding // len(indices)) for i in indices
+        )
         assert sum(counts[i] for i in indices) == samples + padding
 
 
 @pytest.mark.parametrize(
-    ("batches", "epochs", "accumulation", "steps"), [(5, 2, 2, 5), (5, 4, 4, 5), (5, 3, 2, 8), (3, 1, 4, 1), (7, 10, 1, 70)]
+    ("batches", "epochs", "accumulation", "steps"),
+    [(5, 2, 2, 5), (5, 4, 4, 5), (5, 3, 2, 8), (3, 1, 4, 1), (7, 10, 1, 70)],
 )
 def test_a_run_of_epochs_is_rounded_up_once(make, batches, epochs, accumulation, steps):
     dataset = make(sizes=((512, 512),) * batches)
-    assert Sampler([dataset], seed=1, gradient_accumulation_steps=accumulation).steps(epochs) == steps
+    assert (
+        Sampler([dataset], seed=1, gradient_accumulation_steps=accumulation).steps(epochs) == steps
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,10 @@ def test_a_last_step_that_nobody_can_fill_is_left_out(make):
 
 
 def test_a_batch_is_of_one_dataset_and_one_bucket(make):
-    datasets = [make("a", SIZES, train_batch_size=2), make("b", SIZES, train_batch_size=3, repeats=2)]
+    datasets = [
+        make("a", SIZES, train_batch_size=2),
+        make("b", SIZES, train_batch_size=3, repeats=2),
+    ]
     sampler = Sampler(datasets, seed=2)
     for batch in epoch_of(sampler):
         assert len({ref.dataset for ref in batch}) == 1
@@ -115,7 +125,10 @@ def test_passes_are_shuffled_differently(make):
 
 def test_seeds_and_ids_give_other_orders(make):
     def order(seed, id="cats"):
-        return [[ref.index for ref in batch] for batch in epoch_of(Sampler([make(id, SIZES, repeats=1)], seed=seed))]
+        return [
+            [ref.index for ref in batch]
+            for batch in epoch_of(Sampler([make(id, SIZES, repeats=1)], seed=seed))
+        ]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
@@ -123,7 +136,8 @@ def test_seeds_and_ids_give_other_orders(make):
 
 
 def test_buckets_are_drawn_in_proportion_to_what_is_left(make):
-    # 20 images, one of another size, and far fewer steps than the epoch has: the odd one comes one time in twenty
+    # 20 images, one of another size, and far fewer steps than the epoch has: the odd one comes one
+    # time in twenty
     sizes = ((512, 512),) * 19 + ((384, 704),)
     sampler = Sampler([make(sizes=sizes, repeats=1000)], seed=4)
     odd = sum(sampler.next(step)[0].index == 19 for step in range(1000))
@@ -134,7 +148,10 @@ def test_buckets_are_drawn_in_proportion_to_what_is_left(make):
 @pytest.mark.parametrize(("sampling", "expected"), [("uniform", 0.75), ("auto-weighting", 0.25)])
 def test_datasets_are_drawn_by_weight(make, sampling, expected):
     # probability 3 to 1, batches 1 to 9
-    datasets = [make("a", ((512, 512),) * 10, probability=3, repeats=9), make("b", ((512, 512),) * 90, repeats=9)]
+    datasets = [
+        make("a", ((512, 512),) * 10, probability=3, repeats=9),
+        make("b", ((512, 512),) * 90, repeats=9),
+    ]
     sampler = Sampler(datasets, seed=5, sampling=sampling)
     share = sum(sampler.next(step)[0].dataset == "a" for step in range(100)) / 100
     # four standard deviations of 100 draws
@@ -146,7 +163,9 @@ def test_dataset_choice_is_torch_multinomial_with_seed_plus_step(make):
     sampler = Sampler(datasets, seed=11, sampling="uniform")
     for step in range(50):
         weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
-        expected = "ab"[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(11 + step)))]
+        expected = "ab"[
+            int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(11 + step)))
+        ]
         assert sampler.next(step)[0].dataset == expected
 
 
@@ -163,7 +182,10 @@ def run(sampler, steps, start=0):
 @pytest.mark.parametrize("stop", [0, 1, 7, 18, 19, 20, 33])
 def test_a_resumed_run_draws_what_the_uninterrupted_one_does(make, stop):
     def sampler():
-        datasets = [make("a", SIZES, train_batch_size=2, repeats=1), make("b", SIZES[:6], probability=0.5)]
+        datasets = [
+            make("a", SIZES, train_batch_size=2, repeats=1),
+            make("b", SIZES[:6], probability=0.5),
+        ]
         return Sampler(datasets, seed=7)
 
     whole = run(sampler(), 60)
@@ -190,8 +212,12 @@ class TestResumedWithChanges:
             make("a", SIZES, repeats=3),
         ):
             notes, sampler = self.resume([make("a", SIZES), make("b")], [changed, make("b")])
-            assert notes == ["dataset 'a' has changed since the checkpoint: its part of this epoch starts anew"]
-            assert len(epoch_of(sampler, 3)) == Sampler([changed], seed=1).batches_per_epoch + 5 - self.drawn_of_b(make)
+            assert notes == [
+                "dataset 'a' has changed since the checkpoint: its part of this epoch starts anew"
+            ]
+            assert len(epoch_of(sampler, 3)) == Sampler(
+                [changed], seed=1
+            ).batches_per_epoch + 5 - self.drawn_of_b(make)
 
     def drawn_of_b(self, make):
         sampler = Sampler([make("a", SIZES), make("b")], seed=1)
@@ -199,7 +225,10 @@ class TestResumedWithChanges:
 
     def test_new_and_gone_datasets_are_told(self, make):
         notes, _ = self.resume([make("a"), make("b")], [make("b"), make("c")])
-        assert notes == ["dataset 'c' is new since the checkpoint", "dataset 'a' of the checkpoint is gone"]
+        assert notes == [
+            "dataset 'c' is new since the checkpoint",
+            "dataset 'a' of the checkpoint is gone",
+        ]
 
     def test_another_seed_is_told(self, make):
         notes, sampler = self.resume([make("a")], [make("a")], seed=2)
@@ -207,7 +236,9 @@ class TestResumedWithChanges:
         assert len(epoch_of(sampler, 3)) == 5
 
     def test_another_batch_size_is_refused(self, make):
-        with pytest.raises(ValueError, match="with train_batch_size 1, and it is 4 now; resume with 1"):
+        with pytest.raises(
+            ValueError, match="with train_batch_size 1, and it is 4 now; resume with 1"
+        ):
             self.resume([make("a")], [make("a", train_batch_size=4)])
 
 

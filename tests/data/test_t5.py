@@ -1,4 +1,6 @@
-"""Quantised text encoders: what they compute, what they keep, and that other embeddings are other cache entries."""
+"""Quantised text encoders: what they compute, what they keep, and that other embeddings are other
+cache entries.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,15 @@ IDS = torch.tensor([[5, 9, 3, 1, 0, 0], [7, 7, 7, 2, 8, 1]])
 
 def save_t5(folder, **options):
     torch.manual_seed(0)
-    config = T5Config(vocab_size=70, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=70,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     model = T5EncoderModel(config)
     model.save_pretrained(folder, **options)
     return model.eval()
@@ -31,7 +41,12 @@ def decoded(model, format):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             shape = tuple(module.weight.shape)
-            weight = QuantWeight(FORMATS[format], FORMATS[format].quantize(module.weight.detach()), shape, torch.float32)
+            weight = QuantWeight(
+                FORMATS[format],
+                FORMATS[format].quantize(module.weight.detach()),
+                shape,
+                torch.float32,
+            )
             module.weight.data = weight.dequantize()
     return model
 
@@ -55,8 +70,14 @@ def test_as_over_the_decoded_weights(tmp_path, format, options):
 def test_no_weight_is_decoded_for_its_dtype(tmp_path, monkeypatch):
     """T5 asks its last linear for `weight.dtype` in each forward."""
     save_t5(tmp_path)
-    model, calls, dequantize = load_t5(tmp_path, FORMATS["int8"], torch.float32), [], QuantWeight.dequantize
-    monkeypatch.setattr(QuantWeight, "dequantize", lambda self, *args: calls.append(1) or dequantize(self, *args))
+    model, calls, dequantize = (
+        load_t5(tmp_path, FORMATS["int8"], torch.float32),
+        [],
+        QuantWeight.dequantize,
+    )
+    monkeypatch.setattr(
+        QuantWeight, "dequantize", lambda self, *args: calls.append(1) or dequantize(self, *args)
+    )
     model(IDS)
     assert len(calls) == 2 * 7
 
@@ -65,7 +86,9 @@ def test_no_weight_is_decoded_for_its_dtype(tmp_path, monkeypatch):
 def test_dtype(tmp_path):
     save_t5(tmp_path)
     model = load_t5(tmp_path, FORMATS["int8"], torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {
+        torch.bfloat16
+    } and model.dtype == torch.bfloat16
     assert model(IDS)[0].dtype == torch.bfloat16
 
 
@@ -75,7 +98,10 @@ def test_a_whole_t5_and_the_other_name_of_its_table(tmp_path):
     file = tmp_path / "model.safetensors"
     state = load_file(file)
     assert "shared.weight" in state
-    state |= {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(3), "lm_head.weight": torch.ones(3)}
+    state |= {
+        "decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(3),
+        "lm_head.weight": torch.ones(3),
+    }
     state["encoder.embed_tokens.weight"] = state.pop("shared.weight")
     save_file(state, file)
     out = load_t5(tmp_path, FORMATS["int8"], torch.float32)(IDS)[0]
@@ -91,7 +117,10 @@ def test_a_whole_t5_and_the_other_name_of_its_table(tmp_path):
             r"1 weights .*block\.1\.layer\.0\.SelfAttention\.v",
         ),
         (lambda s: s.pop("shared.weight"), r"2 weights .* shared\.weight"),
-        (lambda s: s.update({"encoder.final_layer_norm.weight": torch.ones(31)}), r"final_layer_norm\.weight \[32\]"),
+        (
+            lambda s: s.update({"encoder.final_layer_norm.weight": torch.ones(31)}),
+            r"final_layer_norm\.weight \[32\]",
+        ),
         (
             lambda s: s["encoder.block.0.layer.1.DenseReluDense.wo.weight"].mul_(torch.inf),
             r"DenseReluDense\.wo\.weight: .*finite",
@@ -130,10 +159,15 @@ def test_text_encoders(pipeline_folder):
 def test_embeddings_of_another_precision_are_others(pipeline_folder, tmp_path, monkeypatch):
     cache, made = TensorCache(tmp_path), []
     load = t5_module.load_t5
-    monkeypatch.setattr("fluxfast.data.encoders.load_t5", lambda *args, **kw: made.append(args[1].name) or load(*args, **kw))
+    monkeypatch.setattr(
+        "fluxfast.data.encoders.load_t5",
+        lambda *args, **kw: made.append(args[1].name) or load(*args, **kw),
+    )
 
     def encode(**precisions):
-        settings = EncoderSettings(pipeline=(str(pipeline_folder), None, None), max_length=8, **precisions)
+        settings = EncoderSettings(
+            pipeline=(str(pipeline_folder), None, None), max_length=8, **precisions
+        )
         with Progress(disable=True) as progress:
             return encode_prompts(["cat"], cache, settings, batch_size=1, progress=progress)[1]
 

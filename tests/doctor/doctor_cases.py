@@ -5,7 +5,7 @@ from dataclasses import replace
 from fluxfast.doctor.catalogue import checks_for
 from fluxfast.doctor.executor import run_checks
 from fluxfast.doctor.scope import INTERPRETED, Scope
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 
 TINY = replace(INTERPRETED, timed=8)
 
@@ -30,18 +30,20 @@ class WrongNative:
     """The native module but for some functions."""
 
     def __init__(self, **wrong):
-        self._right, self._wrong = _impl.native, wrong
+        self._right, self._wrong = dispatch.native, wrong
 
     def __getattr__(self, name):
         return self._wrong[name] if name in self._wrong else getattr(self._right, name)
 
 
 def leaving_out_the_last_row(function, rows):
-    """A native function that computes a row less than it is asked for; `rows`: the place of their number."""
+    """A native function that computes a row less than it is asked for; `rows`: the place of their
+    number.
+    """
     return lambda *args: function(*args[:rows], args[rows] - 1, *args[rows + 1 :])
 
 
 def break_gelu(monkeypatch):
     """The native GELU leaves out a row."""
-    wrong = leaving_out_the_last_row(_impl.native.gelu_fwd, rows=4)
-    monkeypatch.setattr(_impl, "native", WrongNative(gelu_fwd=wrong))
+    wrong = leaving_out_the_last_row(dispatch.native.gelu_fwd, rows=4)
+    monkeypatch.setattr(dispatch, "native", WrongNative(gelu_fwd=wrong))

@@ -8,7 +8,7 @@ from fluxfast.doctor.catalogue import checks_for
 from fluxfast.doctor.executor import MOST_WORKERS, workers_for
 from fluxfast.doctor.rates import gpu_of
 from fluxfast.doctor.scope import FULL_GPU, Scope, everything, sizes_for
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 
 # one of each kind
 EXPECTED = {
@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("fluxfast.ops.attention._capability", lambda q: 9)
-    monkeypatch.setattr(_impl, "HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     with FakeTensorMode():
         yield
 
@@ -53,7 +53,11 @@ def names(scope):
 def test_everything_on_a_gpu(gpu):
     scope = everything(GPU)
     assert Scope.from_json(scope.as_json()) == scope
-    assert (scope.dtype, scope.sizes, scope.computes) == ("bfloat16", FULL_GPU, ("same", "int8", "e4m3"))
+    assert (scope.dtype, scope.sizes, scope.computes) == (
+        "bfloat16",
+        FULL_GPU,
+        ("same", "int8", "e4m3"),
+    )
     checks = {check.name: check for check in checks_for(scope)}
     assert checks.keys() >= EXPECTED
     assert "attention, masked (flash)" not in checks
@@ -65,33 +69,54 @@ def test_everything_on_a_gpu(gpu):
 
 
 def test_the_short_form_has_what_a_run_launches(gpu):
-    of = Scope(device="cuda", dtype="bfloat16", formats=("int4",), computes=("same", "int8"), dropout=0.1, short=True)
+    of = Scope(
+        device="cuda",
+        dtype="bfloat16",
+        formats=("int4",),
+        computes=("same", "int8"),
+        dropout=0.1,
+        short=True,
+    )
     short = names(of)
-    assert {"gelu, values and int8 codes (Triton)", "int4: decoded to codes (Triton)", "attention (cudnn)"} <= short
-    assert not any(name.startswith(("blocks", "CUDA graphs", "copy", "attention (flash)")) for name in short)
+    assert {
+        "gelu, values and int8 codes (Triton)",
+        "int4: decoded to codes (Triton)",
+        "attention (cudnn)",
+    } <= short
+    assert not any(
+        name.startswith(("blocks", "CUDA graphs", "copy", "attention (flash)")) for name in short
+    )
     assert len(short) < 40
 
 
 def test_without_triton(gpu, monkeypatch):
-    monkeypatch.setattr(_impl, "HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     checks = checks_for(everything(GPU))
     obstacles = {check.obstacle for check in checks if "(Triton)" in check.name}
     assert obstacles == {"triton is not installed"}
 
 
 def test_on_a_cpu_what_cannot_be_checked_is_said():
-    obstacles = {check.name: check.obstacle for check in checks_for(everything(CPU)) if check.obstacle}
+    obstacles = {
+        check.name: check.obstacle for check in checks_for(everything(CPU)) if check.obstacle
+    }
     assert "there is no GPU" in obstacles["Triton's kernels"]
     assert obstacles["CUDA graphs"] == "only a GPU has CUDA graphs"
 
 
 def test_sizes_by_device():
-    assert sizes_for(GPU, short=False, interpreted=False).dim == sizes_for(CPU, short=False, interpreted=False).dim == 3072
+    assert (
+        sizes_for(GPU, short=False, interpreted=False).dim
+        == sizes_for(CPU, short=False, interpreted=False).dim
+        == 3072
+    )
     assert sizes_for(GPU, short=True, interpreted=False).timed == 0
     assert sizes_for(CPU, short=False, interpreted=True).dim < 100
 
 
-@pytest.mark.parametrize(("free", "cores", "expected"), [(80, 16, MOST_WORKERS), (24, 4, 4), (7.5, 16, 2), (1, 16, 1)])
+@pytest.mark.parametrize(
+    ("free", "cores", "expected"), [(80, 16, MOST_WORKERS), (24, 4, 4), (7.5, 16, 2), (1, 16, 1)]
+)
 def test_processes_by_memory_and_cores(monkeypatch, free, cores, expected):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)

@@ -1,4 +1,6 @@
-"""Nothing that a step launches on a GPU goes unchecked: both on meta tensors of full width, which launch nothing."""
+"""Nothing that a step launches on a GPU goes unchecked: both on meta tensors of full width, which
+launch nothing.
+"""
 
 from types import SimpleNamespace
 
@@ -9,13 +11,13 @@ from fluxfast.doctor import attention_checks, format_checks, linear_checks, op_c
 from fluxfast.doctor.checks import Random
 from fluxfast.doctor.scope import SHORT_GPU, Scope
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast.quant import FORMATS
-from fluxfast.quant._format import Format
+from fluxfast.quant.format import Format
 from fluxfast_bench.cases import SHAPES
 from fluxfast_bench.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of
 
-pytestmark = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
 META = torch.device("meta")
 
 
@@ -31,11 +33,18 @@ class MetaRandom(Random):
 
 
 def launches(run):
-    """What `run` launches: the kernel, and of each argument whether it is there, and a tensor's dtype."""
+    """What `run` launches: the kernel, and of each argument whether it is there, and a tensor's
+    dtype.
+    """
     seen = set()
 
     def on_launch(kernel, args, numbers):
-        seen.add((kernel.__name__, tuple(str(a.dtype) if isinstance(a, torch.Tensor) else a is None for a in args)))
+        seen.add(
+            (
+                kernel.__name__,
+                tuple(str(a.dtype) if isinstance(a, torch.Tensor) else a is None for a in args),
+            )
+        )
 
     with as_on_gpu(on_launch):
         run()
@@ -46,38 +55,61 @@ def checked(scope):
     """What the short form's comparisons launch."""
     with torch.no_grad():
         for case in op_checks.op_cases(scope):
-            case.compute("triton", case.inputs(MetaRandom(META, scope.torch_dtype), scope.sizes, scope.sizes.tokens[0]))
+            case.compute(
+                "triton",
+                case.inputs(
+                    MetaRandom(META, scope.torch_dtype), scope.sizes, scope.sizes.tokens[0]
+                ),
+            )
         groups = [
             (linear_checks.make_group(scope, fmt, cols, outs), cols, sum(outs), compute)
             for fmt in scope.formats
             for compute in scope.computes
             for cols, outs in linear_checks.shapes_of(scope).values()
         ]
-        groups += [(linears, cols, rows, "same") for _, linears, cols, rows in linear_checks.embedders(scope)]
+        groups += [
+            (linears, cols, rows, "same")
+            for _, linears, cols, rows in linear_checks.embedders(scope)
+        ]
         for linears, cols, rows, compute in groups:
             for tokens in scope.sizes.products:
-                x, dy = (torch.empty(tokens, n, dtype=scope.torch_dtype, device=META) for n in (cols, rows))
+                x, dy = (
+                    torch.empty(tokens, n, dtype=scope.torch_dtype, device=META)
+                    for n in (cols, rows)
+                )
                 linear_checks._products(linears, x, dy, "triton", compute=compute)
 
 
-@pytest.mark.parametrize(("format", "compute"), [(None, "same"), ("int8", "int8"), ("nf4", "int8"), ("fp8_e4m3", "e4m3")])
+@pytest.mark.parametrize(
+    ("format", "compute"), [(None, "same"), ("int8", "int8"), ("nf4", "int8"), ("fp8_e4m3", "e4m3")]
+)
 def test_every_launch_of_a_step_is_among_the_short_forms(monkeypatch, format, compute):
     for module in (op_checks, linear_checks, format_checks, attention_checks):
         monkeypatch.setattr(module, "Random", MetaRandom)
-    monkeypatch.setattr(Format, "quantize", lambda self, weight, **_: self.empty(tuple(weight.shape), META))
+    monkeypatch.setattr(
+        Format, "quantize", lambda self, weight, **_: self.empty(tuple(weight.shape), META)
+    )
     assert format is None or format in FORMATS
     scope = Scope(
         device="meta", dtype="bfloat16", formats=(format or "plain",), computes=(compute,), adapter_dtype="bfloat16",
         sizes=SHORT_GPU, short=True,
     )  # fmt: skip
     # a block of each kind; its base may have linears that are not quantised
-    plain = Scope(device="meta", dtype="bfloat16", adapter_dtype="bfloat16", sizes=SHORT_GPU, short=True)
+    plain = Scope(
+        device="meta", dtype="bfloat16", adapter_dtype="bfloat16", sizes=SHORT_GPU, short=True
+    )
     shape = SHAPES["1024px-b1"]
     shallow = SimpleNamespace(config=shape.config | {"num_layers": 1, "num_single_layers": 1})
 
     def step():
         for recompute in ("full", "none"):
-            model = fluxfast_model(shallow, adapters=torch.bfloat16, format=format, compute=compute, recompute=recompute)
+            model = fluxfast_model(
+                shallow,
+                adapters=torch.bfloat16,
+                format=format,
+                compute=compute,
+                recompute=recompute,
+            )
             assert isinstance(model, FluxTransformer)
             forward_backward(model, inputs_of(shape))
 

@@ -1,4 +1,6 @@
-"""Processes that check: what they answer, and what becomes of one that ends, hangs, can't start or has no device left."""
+"""Processes that check: what they answer, and what becomes of one that ends, hangs, can't start or
+has no device left.
+"""
 
 import sys
 from dataclasses import replace
@@ -37,14 +39,19 @@ for line in sys.stdin:
 @pytest.fixture
 def stand_in(monkeypatch):
     def use(start="works", limit=30.0):
-        monkeypatch.setattr(executor, "COMMAND", [sys.executable, "-c", STAND_IN.format(start=start)])
+        monkeypatch.setattr(
+            executor, "COMMAND", [sys.executable, "-c", STAND_IN.format(start=start)]
+        )
         monkeypatch.setattr(executor, "LIMIT", limit)
 
     return use
 
 
 def ask(*names, workers=1):
-    requests = [Request(Check(name, what="gelu", way="triton", way_out="update"), True, False) for name in names]
+    requests = [
+        Request(Check(name, what="gelu", way="triton", way_out="update"), True, False)
+        for name in names
+    ]
     found = {}
     with Pool(scope(), workers) as pool:
         pool.run(requests, workers, lambda outcome: found.setdefault(outcome.name, outcome))
@@ -54,7 +61,9 @@ def ask(*names, workers=1):
 def test_the_scope_survives_its_way_to_a_process():
     of = scope(formats=("plain", "nf4"), computes=("same", "int8"), rank=3, dropout=0.1)
     assert Scope.from_json(of.as_json()) == of
-    assert [check.name for check in checks_for(Scope.from_json(of.as_json()))] == [check.name for check in checks_for(of)]
+    assert [check.name for check in checks_for(Scope.from_json(of.as_json()))] == [
+        check.name for check in checks_for(of)
+    ]
 
 
 def test_a_process_answers_one_check_after_the_other(stand_in):
@@ -90,7 +99,10 @@ def test_a_check_that_ends_its_process(stand_in, name, status, cause):
 def test_a_check_that_hangs_is_ended(stand_in):
     stand_in(limit=0.5)
     found = ask("hangs", "two")
-    assert (found["hangs"].status, found["hangs"].cause) == ("fail", "it did not end within 0 seconds")
+    assert (found["hangs"].status, found["hangs"].cause) == (
+        "fail",
+        "it did not end within 0 seconds",
+    )
     assert found["two"].status == "pass"
 
 
@@ -114,7 +126,10 @@ def test_a_process_that_cannot_start_is_no_failure_of_what_it_would_have_checked
     stand_in(start="fails")
     found = ask("one", "two")
     assert {outcome.status for outcome in found.values()} == {"not checked"}
-    assert all("could be started" in outcome.cause and "no such library" in outcome.cause for outcome in found.values())
+    assert all(
+        "could be started" in outcome.cause and "no such library" in outcome.cause
+        for outcome in found.values()
+    )
 
 
 def test_what_passed_is_timed_and_what_lacked_memory_is_tried_again(monkeypatch):
@@ -127,7 +142,9 @@ def test_what_passed_is_timed_and_what_lacked_memory_is_tried_again(monkeypatch)
             asked.append((request.check.name, request.comparing, request.timing, workers))
             name = request.check.name
             if name == "small" and workers > 1:
-                outcome = Outcome(name, "not checked", again=True, cause="there is not enough free memory: 2 GiB")
+                outcome = Outcome(
+                    name, "not checked", again=True, cause="there is not enough free memory: 2 GiB"
+                )
             elif request.comparing:
                 outcome = replace(fine, name=name, status="fail" if name == "wrong" else "pass")
             else:
@@ -154,19 +171,29 @@ def test_what_passed_is_timed_and_what_lacked_memory_is_tried_again(monkeypatch)
 
 
 def test_a_real_process(one_thread):
-    """Over its pipe come the same numbers as in this process; what libraries print does not come between."""
+    """Over its pipe come the same numbers as in this process; what libraries print does not come
+    between.
+    """
     of = scope()
     checks = [check for check in checks_for(of) if check.name.startswith(("gelu", "attention"))]
     here, there = run_checks(checks, of, 0), run_checks(checks, of, 1)
-    assert len(here) > 2 and [outcome.name for outcome in here] == [outcome.name for outcome in there]
+    assert len(here) > 2 and [outcome.name for outcome in here] == [
+        outcome.name for outcome in there
+    ]
     for one, other in zip(here, there, strict=True):
-        assert (one.status, one.parts.keys(), one.bound) == (other.status, other.parts.keys(), other.bound)
+        assert (one.status, one.parts.keys(), one.bound) == (
+            other.status,
+            other.parts.keys(),
+            other.bound,
+        )
         assert other.rate > 0 and other.error == pytest.approx(one.error, rel=1e-3)
 
 
 def test_the_worst_part_is_the_one_that_is_most_beyond_its_bound():
     def worst(*parts):
-        return Finding(tuple(Part(name, error, Tolerance(bound, "")) for name, error, bound in parts)).worst.name
+        return Finding(
+            tuple(Part(name, error, Tolerance(bound, "")) for name, error, bound in parts)
+        ).worst.name
 
     assert worst(("a", 0.1, 1.0), ("b", 0.01, 0.02)) == "b"
     assert worst(("a", 0.1, 0.01), ("b", float("nan"), 1.0)) == "b"

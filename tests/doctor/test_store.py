@@ -11,11 +11,11 @@ from fluxfast.doctor import machine, startup
 from fluxfast.doctor.catalogue import checks_for
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.store import Store, folder, verdicts_of
-from fluxfast.ops import _impl, verdicts
+from fluxfast.ops import dispatch, verdicts
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built"),
+    pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built"),
 ]
 CPU = torch.device("cpu")
 
@@ -36,23 +36,46 @@ def settle(of):
 
 
 def passed(name="gelu (native)", **changes):
-    return Outcome(name, "pass", "gelu", "native", error=1e-7, bound=2e-5, why="rounding", parts={"y": 1e-7}, **changes)
+    return Outcome(
+        name,
+        "pass",
+        "gelu",
+        "native",
+        error=1e-7,
+        bound=2e-5,
+        why="rounding",
+        parts={"y": 1e-7},
+        **changes,
+    )
 
 
 def wrong(name="gelu (native)"):
-    return Outcome(name, "fail", "gelu", "native", error=float("nan"), parts={"y": float("nan")}, cause="y is wrong")
+    return Outcome(
+        name,
+        "fail",
+        "gelu",
+        "native",
+        error=float("nan"),
+        parts={"y": float("nan")},
+        cause="y is wrong",
+    )
 
 
 def test_outcomes_are_kept_whole(cache):
     store, of = Store(CPU), scope()
-    outcomes = [passed(rate=1e9, unit="B/s", note="a note"), replace(wrong("two"), way_out="update", error=float("inf"))]
+    outcomes = [
+        passed(rate=1e9, unit="B/s", note="a note"),
+        replace(wrong("two"), way_out="update", error=float("inf")),
+    ]
     lacking = Outcome("three", "not checked", cause="no kernel")
     unknown = Outcome("four", "not checked", cause="there is not enough free memory", again=True)
     store.add([*outcomes, lacking, unknown, Outcome("copy", "pass", rate=1.0)], of)
     store.save()
     (path,) = folder().iterdir()
     assert path == Store(CPU).path and path.is_relative_to(cache)
-    entries = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["outcomes"]
+    entries = json.loads(
+        path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )["outcomes"]
     kept = [Outcome.from_json(entry["outcome"]) for entry in entries]
     # a rate is measured anew, and so is what could not be looked at
     assert kept[0] == outcomes[0] and str(kept[1]) == str(outcomes[1]) and kept[2:] == [lacking]
@@ -79,7 +102,14 @@ def test_a_check_that_passes_takes_back_its_failures():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"version": 0, "outcomes": []}', '{"version": 1, "outcomes": [{"outcome": {}}]}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"version": 0, "outcomes": []}',
+        '{"version": 1, "outcomes": [{"outcome": {}}]}',
+    ],
 )
 def test_a_file_that_cannot_be_read_is_none(text):
     path = Store(CPU).path
@@ -88,7 +118,9 @@ def test_a_file_that_cannot_be_read_is_none(text):
     assert len(Store(CPU)) == 0
 
 
-@pytest.mark.parametrize("fact", ["device", "driver", "torch", "triton", "fluxfast", "native module", "sources"])
+@pytest.mark.parametrize(
+    "fact", ["device", "driver", "torch", "triton", "fluxfast", "native module", "sources"]
+)
 def test_another_combination_is_another_file(fact):
     facts = machine.facts(CPU)
     assert all(isinstance(value, str) and value for value in facts.values())
@@ -116,7 +148,9 @@ def test_what_failed_is_passed_over_loudly(monkeypatch):
         first, *lines = settle(scope())
     checks = len([check for check in checks_for(scope()) if check.obstacle is None])
     assert first.startswith(f"{checks - 2} of {checks} checks of ")
-    assert len(lines) == 2 and all(line.startswith("! passed over: gelu") and "fluxfast-train doctor" in line for line in lines)
+    assert len(lines) == 2 and all(
+        line.startswith("! passed over: gelu") and "fluxfast-train doctor" in line for line in lines
+    )
     assert "Rebuild the module" in lines[0]
     assert verdicts.failed("gelu", "native") and not verdicts.failed("qk_norm_rope", "native")
     # the next start knows it, and says it again
@@ -154,4 +188,6 @@ def test_recall_minds_what_is_known_and_checks_nothing():
     assert verdicts.failed("gelu", "native") is None
     startup.recall(CPU, torch.float32)
     assert "y is wrong" in verdicts.failed("gelu", "native")
-    assert verdicts_of(store.failures("float32")) == {("gelu", "native"): "gelu (native): y is wrong"}
+    assert verdicts_of(store.failures("float32")) == {
+        ("gelu", "native"): "gelu (native): y is wrong"
+    }

@@ -1,22 +1,33 @@
-"""What is right passes; a kernel, a decoder, a back end, a graph or a copy that was made wrong is found, and named."""
+"""What is right passes; a kernel, a decoder, a back end, a graph or a copy that was made wrong is
+found, and named.
+"""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from doctor_cases import TINY, WrongNative, break_gelu, failed, leaving_out_the_last_row, outcomes, scope
+from doctor_cases import (
+    TINY,
+    WrongNative,
+    break_gelu,
+    failed,
+    leaving_out_the_last_row,
+    outcomes,
+    scope,
+)
 
 from fluxfast.doctor import model_checks
 from fluxfast.doctor.scope import PLAIN
 from fluxfast.memory.engine import Engine
 from fluxfast.model.graphs import StepGraphs
-from fluxfast.ops import _impl, attention, linear_group
+from fluxfast.ops import attention, dispatch
+from fluxfast.ops.linear import group
 from fluxfast.quant import FORMATS
 from graph_emulator import capture, see_every_op
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built"),
+    pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built"),
 ]
 EVERYTHING = {
     "formats": (PLAIN, *FORMATS),
@@ -34,16 +45,25 @@ def test_everything_passes_and_has_a_rate():
     found = outcomes(scope(**EVERYTHING))
     assert not failed(found)
     passed = [outcome for outcome in found.values() if outcome.status == "pass"]
-    assert len(passed) > 60 and all(outcome.error <= outcome.bound and outcome.why for outcome in passed)
-    assert all(outcome.rate > 0 and outcome.unit for outcome in passed if "layer norm" in outcome.name)
+    assert len(passed) > 60 and all(
+        outcome.error <= outcome.bound and outcome.why for outcome in passed
+    )
+    assert all(
+        outcome.rate > 0 and outcome.unit for outcome in passed if "layer norm" in outcome.name
+    )
     # what the native module has no code for is said, not passed over in silence
     skipped = {outcome.cause for outcome in found.values() if outcome.status == "not checked"}
     assert skipped == {"the native module doesn't route tokens"}
 
 
 def test_triton_passes_in_its_interpreter():
-    one_of_each = scope(interpreted=True, computes=("int8",), formats=("int8",), rank=3, dropout=0.2, routes=True)
-    found = outcomes(one_of_each, only=("gelu,", "row", "q, k and v, int8", "adapters", "tokens", "int8: decoded", "AdamW"))
+    one_of_each = scope(
+        interpreted=True, computes=("int8",), formats=("int8",), rank=3, dropout=0.2, routes=True
+    )
+    found = outcomes(
+        one_of_each,
+        only=("gelu,", "row", "q, k and v, int8", "adapters", "tokens", "int8: decoded", "AdamW"),
+    )
     triton = {name: outcome for name, outcome in found.items() if "Triton" in name}
     assert len(triton) > 7 and all(outcome.status == "pass" for outcome in triton.values())
 
@@ -53,8 +73,8 @@ def test_triton_passes_in_its_interpreter():
     [("gelu_fwd", 4, "gelu"), ("gelu_bwd", 6, "gelu"), ("quantize_int8", 2, "row_quant")],
 )
 def test_a_native_kernel_that_leaves_out_a_row(monkeypatch, function, rows, op):
-    wrong = leaving_out_the_last_row(getattr(_impl.native, function), rows)
-    monkeypatch.setattr(_impl, "native", WrongNative(**{function: wrong}))
+    wrong = leaving_out_the_last_row(getattr(dispatch.native, function), rows)
+    monkeypatch.setattr(dispatch, "native", WrongNative(**{function: wrong}))
     found = outcomes(scope(computes=("same", "int8")))
     named = [outcome for outcome in found.values() if outcome.what == op]
     assert named and all(outcome.status == "fail" and outcome.way == "native" for outcome in named)
@@ -85,19 +105,28 @@ def _wrong_sigmoid(b_x):
     return tl.sigmoid(1.5957691216057308 * (b_x + 0.0449 * b_x * b_x * b_x))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a compiled kernel keeps the function that it was compiled with")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="a compiled kernel keeps the function that it was compiled with",
+)
 def test_a_triton_kernel_with_a_wrong_constant(monkeypatch):
     monkeypatch.setattr("fluxfast_kernels.gelu._sigmoid_2u", _wrong_sigmoid)
     found = outcomes(scope(interpreted=True), only="gelu")
     assert failed(found) == {name for name in found if "Triton" in name}
-    assert {(outcome.what, outcome.way) for outcome in found.values() if outcome.status == "fail"} == {("gelu", "triton")}
+    assert {
+        (outcome.what, outcome.way) for outcome in found.values() if outcome.status == "fail"
+    } == {("gelu", "triton")}
 
 
 @pytest.mark.parametrize(
     ("where", "checks", "ops"),
     [
         ("gelu", "gelu (", {"gelu"}),
-        ("modulated_layer_norm", ("layer norm (", "residual and layer norm ("), {"modulated_layer_norm"}),
+        (
+            "modulated_layer_norm",
+            ("layer norm (", "residual and layer norm ("),
+            {"modulated_layer_norm"},
+        ),
         ("qk_norm_rope", "q and k norm, rope (", {"qk_norm_rope"}),
         ("gated_residual", "gated residual (", {"gated_residual"}),
         ("token_route", "tokens", {"token_gather", "token_scatter"}),
@@ -108,35 +137,44 @@ def test_a_triton_kernel_that_leaves_out_its_last_program(monkeypatch, where, ch
     from fluxfast_kernels._launch import launch
 
     def short_launch(kernel, grid, *args, **numbers):
-        launch(kernel, (grid[0] - 1, *grid[1:]), *args, **numbers) if grid[0] > 1 else launch(kernel, grid, *args, **numbers)
+        launch(kernel, (grid[0] - 1, *grid[1:]), *args, **numbers) if grid[0] > 1 else launch(
+            kernel, grid, *args, **numbers
+        )
 
     monkeypatch.setattr(f"fluxfast_kernels.{where}.launch", short_launch)
-    found = outcomes(scope(interpreted=True, routes=True, computes=("same", "int8"), dropout=0.1), only=checks)
+    found = outcomes(
+        scope(interpreted=True, routes=True, computes=("same", "int8"), dropout=0.1), only=checks
+    )
     assert failed(found) == {name for name in found if "Triton" in name}
     assert {found[name].what for name in failed(found)} == ops
 
 
 @pytest.mark.parametrize("compute", ["same", "int8"])
 def test_a_product_that_forgets_an_adapter(monkeypatch, compute):
-    right = linear_group.LinearGroup._dgrad
+    right = group.LinearGroup._dgrad
 
     def wrong(self, parts, ds, dx):
         right(self, parts, None if self.impl == "native" else ds, dx)
 
-    monkeypatch.setattr(linear_group.LinearGroup, "_dgrad", wrong)
+    monkeypatch.setattr(group.LinearGroup, "_dgrad", wrong)
     found = outcomes(scope(computes=("same", "int8"), formats=(PLAIN, "nf4")))
     wrong = [found[name] for name in failed(found)]
-    assert {(outcome.what, outcome.way) for outcome in wrong} == {("lora_linear", "native"), ("compute", "int8")}
+    assert {(outcome.what, outcome.way) for outcome in wrong} == {
+        ("lora_linear", "native"),
+        ("compute", "int8"),
+    }
     assert all(outcome.worst.startswith("dx") for outcome in wrong)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_decoder_that_leaves_out_a_row(monkeypatch, format):
     name = {"fp8_e4m3": "fp8"}.get(format, format)
-    wrong = leaving_out_the_last_row(getattr(_impl.native, f"dequantize_{name}"), rows=2)
-    monkeypatch.setattr(_impl, "native", WrongNative(**{f"dequantize_{name}": wrong}))
+    wrong = leaving_out_the_last_row(getattr(dispatch.native, f"dequantize_{name}"), rows=2)
+    monkeypatch.setattr(dispatch, "native", WrongNative(**{f"dequantize_{name}": wrong}))
     found = outcomes(scope(formats=(format,)), only=f"{format}:")
-    assert {(found[name].what, found[name].way) for name in failed(found)} == {(f"{format}.dequantize", "native")}
+    assert {(found[name].what, found[name].way) for name in failed(found)} == {
+        (f"{format}.dequantize", "native")
+    }
 
 
 @pytest.mark.parametrize("backend", ["native", "cpu"])
@@ -161,7 +199,9 @@ def test_attention_to_a_token_that_is_not_there(monkeypatch):
         if backend == "cpu":
             k, v, q = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v, q))
         out, saved = right(q, k, v, mask, backend=backend)
-        return (out[:, :-1].contiguous(), (saved[0][..., :-1],)) if backend == "cpu" else (out, saved)
+        return (
+            (out[:, :-1].contiguous(), (saved[0][..., :-1],)) if backend == "cpu" else (out, saved)
+        )
 
     monkeypatch.setattr(attention, "forward", wrong)
     assert outcomes(scope(), only="attention")["attention (cpu)"].status == "fail"
@@ -169,14 +209,19 @@ def test_attention_to_a_token_that_is_not_there(monkeypatch):
 
 def test_blocks_that_forget_a_residual(monkeypatch):
     """Every op is right, and what is made of them is not."""
-    from fluxfast.model import fused_single
+    from fluxfast.model import single_block
 
     blocks = {"short": False, "formats": ("int8",), "computes": ("same", "int8"), "rank": 3}
     assert not failed(outcomes(scope(**blocks), only="blocks"))
-    right = fused_single.gated_residual.forward
-    monkeypatch.setattr(fused_single.gated_residual, "forward", lambda x, *args, **kw: right(0 * x, *args, **kw))
+    right = single_block.gated_residual.forward
+    monkeypatch.setattr(
+        single_block.gated_residual, "forward", lambda x, *args, **kw: right(0 * x, *args, **kw)
+    )
     found = outcomes(scope(**blocks), only="blocks")
-    assert {(outcome.what, outcome.way) for outcome in found.values()} == {("a fused block", "native"), ("compute", "int8")}
+    assert {(outcome.what, outcome.way) for outcome in found.values()} == {
+        ("a fused block", "native"),
+        ("compute", "int8"),
+    }
     assert failed(found) == found.keys()
 
 
@@ -187,7 +232,11 @@ def with_graphs(monkeypatch, make_capture):
     """Graphs on the CPU, by their emulator."""
     see_every_op(monkeypatch)
     monkeypatch.setattr(model_checks, "graphs_obstacle", lambda scope: None)
-    monkeypatch.setattr(model_checks, "turn_graphs_on", lambda model: setattr(model, "graphs", StepGraphs(model, make_capture)))
+    monkeypatch.setattr(
+        model_checks,
+        "turn_graphs_on",
+        lambda model: setattr(model, "graphs", StepGraphs(model, make_capture)),
+    )
     return outcomes(scope(short=False, graphs=True, rank=3), only="CUDA graphs")["CUDA graphs"]
 
 
@@ -264,7 +313,9 @@ class Forgetful(Engine):
 def test_streamed_blocks(monkeypatch):
     streamed = scope(short=False, streams=True, rank=3, formats=("int8",))
     assert outcomes(streamed, only="streamed")["streamed blocks"].error == 0
-    monkeypatch.setattr("fluxfast.memory.offload.engine_for", lambda device, use_stream: Forgetful(device))
+    monkeypatch.setattr(
+        "fluxfast.memory.stream.engine_for", lambda device, use_stream: Forgetful(device)
+    )
     outcome = outcomes(streamed, only="streamed")["streamed blocks"]
     assert outcome.status == "fail" and outcome.bound == 0
 
@@ -276,7 +327,9 @@ def test_adamw(monkeypatch, dtype):
     from fluxfast_kernels import optim
 
     right = optim.adamw_step
-    monkeypatch.setattr(optim, "adamw_step", lambda *args, step, **kw: right(*args, step=step + 1, **kw))
+    monkeypatch.setattr(
+        optim, "adamw_step", lambda *args, step, **kw: right(*args, step=step + 1, **kw)
+    )
     (outcome,) = outcomes(fused, only="AdamW").values()
     assert outcome.status == "fail" and (outcome.what, outcome.way) == ("adamw_bf16", "triton")
 
@@ -285,37 +338,44 @@ def test_what_raises_has_failed_and_says_so(monkeypatch):
     def wrong(*args):
         raise RuntimeError("an illegal memory access\n was encountered")
 
-    monkeypatch.setattr(_impl, "native", WrongNative(gelu_fwd=wrong))
+    monkeypatch.setattr(dispatch, "native", WrongNative(gelu_fwd=wrong))
     (one, *_) = outcomes(scope(), only="gelu").values()
-    assert (one.status, one.cause) == ("fail", "RuntimeError: an illegal memory access was encountered")
+    assert (one.status, one.cause) == (
+        "fail",
+        "RuntimeError: an illegal memory access was encountered",
+    )
 
 
 def test_too_little_memory_is_no_failure(monkeypatch):
     def wrong(*args):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(_impl, "native", WrongNative(gelu_fwd=wrong))
+    monkeypatch.setattr(dispatch, "native", WrongNative(gelu_fwd=wrong))
     (one, *_) = outcomes(scope(), only="gelu").values()
     assert one.status == "not checked" and one.cause.startswith("there is not enough free memory")
 
 
 def test_without_the_native_module(monkeypatch):
-    monkeypatch.setattr(_impl, "HAS_NATIVE", False)
+    monkeypatch.setattr(dispatch, "HAS_NATIVE", False)
     found = outcomes(scope(formats=("int8",), modulation_ahead=True))
     native = [outcome for name, outcome in found.items() if "native" in name]
     assert native and all(outcome.status == "not checked" for outcome in native)
-    assert all("pip install" in outcome.cause or "was not built" in outcome.cause for outcome in native)
+    assert all(
+        "pip install" in outcome.cause or "was not built" in outcome.cause for outcome in native
+    )
     assert found["attention (cpu)"].status == "pass"
 
 
 def test_each_instruction_set_is_checked_and_only_that_in_use_counts(monkeypatch):
-    isas = _impl.native.cpu_isas()
+    isas = dispatch.native.cpu_isas()
     found = outcomes(scope(exhaustive=True), only="gelu (")
     assert found.keys() == {f"gelu (native {isa})" for isa in isas}
-    assert [bool(outcome.what) for outcome in found.values()] == [isa == _impl.native.cpu_isa() for isa in isas]
+    assert [bool(outcome.what) for outcome in found.values()] == [
+        isa == dispatch.native.cpu_isa() for isa in isas
+    ]
     break_gelu(monkeypatch)
     assert failed(outcomes(scope(exhaustive=True), only="gelu (")) == found.keys()
-    assert _impl.native.cpu_isa() == isas[-1]
+    assert dispatch.native.cpu_isa() == isas[-1]
 
 
 def test_memory_is_poisoned_only_meanwhile():

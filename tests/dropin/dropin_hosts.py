@@ -1,6 +1,8 @@
-"""Small FLUX.1 hosts in the layouts that other programs carry, and the ways in which these programs add LoRA.
+"""Small FLUX.1 hosts in the layouts that other programs carry, and the ways in which these programs
+add LoRA.
 
-Written from the architecture and the interfaces, in plain torch and diffusers' parts: they share no function with ours.
+Written from the architecture and the interfaces, in plain torch and diffusers' parts: they share no
+function with ours.
 """
 
 import copy
@@ -10,7 +12,11 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from diffusers.models.normalization import (
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+)
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -22,10 +28,44 @@ from support import SMALL, randomise, relative_error
 # fp32: two orders of summation differ by a few ulp per product, and depth adds them up
 FP32 = 1e-5
 DIM = SMALL["attention_head_dim"] * SMALL["num_attention_heads"]
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-MLPS = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"]
-BFL_TARGETS = ["qkv", "proj", "img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2", "linear1", "linear2", "lin"]
-EVERYTHING = [*ATTENTION, *MLPS, "norm.linear", "norm1.linear", "norm1_context.linear", "x_embedder", "context_embedder"]
+ATTENTION = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+]
+MLPS = [
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+]
+BFL_TARGETS = [
+    "qkv",
+    "proj",
+    "img_mlp.0",
+    "img_mlp.2",
+    "txt_mlp.0",
+    "txt_mlp.2",
+    "linear1",
+    "linear2",
+    "lin",
+]
+EVERYTHING = [
+    *ATTENTION,
+    *MLPS,
+    "norm.linear",
+    "norm1.linear",
+    "norm1_context.linear",
+    "x_embedder",
+    "context_embedder",
+]
 
 
 def diffusers_host(dtype=torch.float32, **config):
@@ -46,17 +86,24 @@ def add_lora(model, name="default", targets=EVERYTHING, seed=3, size=0.2, **conf
 
 def inject_peft(model, **config):
     """PEFT's LoRA on all linears of the blocks of a model that is not diffusers' own."""
-    targets = BFL_TARGETS if isinstance(model, Flux) else [t for t in EVERYTHING if "embedder" not in t]
+    targets = (
+        BFL_TARGETS if isinstance(model, Flux) else [t for t in EVERYTHING if "embedder" not in t]
+    )
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=5, target_modules=targets, **config), model)
     randomise_trained(model)
 
 
 class ReplacedForward(nn.Module):
-    """LoRA as ai-toolkit, OneTrainer and sd-scripts add it: a module of its own whose forward takes the linear's place."""
+    """LoRA as ai-toolkit, OneTrainer and sd-scripts add it: a module of its own whose forward takes
+    the linear's place.
+    """
 
     def __init__(self, linear, rank=3):
         super().__init__()
-        self.down, self.up = nn.Linear(linear.in_features, rank, bias=False), nn.Linear(rank, linear.out_features, bias=False)
+        self.down, self.up = (
+            nn.Linear(linear.in_features, rank, bias=False),
+            nn.Linear(rank, linear.out_features, bias=False),
+        )
         self.original = linear.forward
         linear.forward = self.forward
 
@@ -83,23 +130,43 @@ def replace_forwards(model, block_classes, seed=5):
 
 
 class FluxAttnProcessor2_0:
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        image_rotary_emb=None,
+    ):
         def heads(x):
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(hidden_states)), heads(attn.to_v(hidden_states))
+        q, k, v = (
+            heads(attn.to_q(hidden_states)),
+            heads(attn.to_k(hidden_states)),
+            heads(attn.to_v(hidden_states)),
+        )
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:
-            tq, tk, tv = (heads(f(encoder_hidden_states)) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+            tq, tk, tv = (
+                heads(f(encoder_hidden_states))
+                for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            )
             tq, tk = attn.norm_added_q(tq), attn.norm_added_k(tk)
             q, k, v = torch.cat([tq, q], 2), torch.cat([tk, k], 2), torch.cat([tv, v], 2)
         cos, sin = (t[None, None] if t.ndim == 2 else t[:, None] for t in image_rotary_emb)
 
         def rotate(x):
             real, imag = x.unflatten(-1, (-1, 2)).unbind(-1)
-            return (x.float() * cos + torch.stack([-imag, real], -1).flatten(3).float() * sin).to(x.dtype)
+            return (x.float() * cos + torch.stack([-imag, real], -1).flatten(3).float() * sin).to(
+                x.dtype
+            )
 
-        out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        out = (
+            F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=attention_mask)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         if encoder_hidden_states is None:
             return out
         txt, img = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
@@ -121,10 +188,20 @@ class FluxSingleTransformerBlock(nn.Module):
         self.proj_mlp, self.proj_out = nn.Linear(DIM, 4 * DIM), nn.Linear(5 * DIM, DIM)
         self.attn = older_attention(pre_only=True)
 
-    def forward(self, hidden_states, temb, image_rotary_emb=None, attention_mask=None, stages=(1, 1), offload=False):
+    def forward(
+        self,
+        hidden_states,
+        temb,
+        image_rotary_emb=None,
+        attention_mask=None,
+        stages=(1, 1),
+        offload=False,
+    ):
         x, gate = self.norm(hidden_states, emb=temb)
         mlp = self.act_mlp(self.proj_mlp(x))
-        attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, attention_mask=attention_mask)
+        attn = self.attn(
+            hidden_states=x, image_rotary_emb=image_rotary_emb, attention_mask=attention_mask
+        )
         return hidden_states + gate[:, None] * self.proj_out(torch.cat([attn, mlp], 2))
 
 
@@ -133,8 +210,12 @@ class FluxTransformerBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm1_context = AdaLayerNormZero(DIM), AdaLayerNormZero(DIM)
         self.attn = older_attention(added_kv_proj_dim=DIM, context_pre_only=False)
-        self.norm2, self.norm2_context = (nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6) for _ in range(2))
-        self.ff, self.ff_context = (FeedForward(dim=DIM, dim_out=DIM, activation_fn="gelu-approximate") for _ in range(2))
+        self.norm2, self.norm2_context = (
+            nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6) for _ in range(2)
+        )
+        self.ff, self.ff_context = (
+            FeedForward(dim=DIM, dim_out=DIM, activation_fn="gelu-approximate") for _ in range(2)
+        )
 
     def forward(
         self,
@@ -152,33 +233,53 @@ class FluxTransformerBlock(nn.Module):
         txt_in, c_gate, c_shift2, c_scale2, c_gate2 = self.norm1_context(
             txt, emb=temb if context_temb is None else context_temb
         )
-        img_attn, txt_attn = self.attn(img_in, txt_in, image_rotary_emb=image_rotary_emb, attention_mask=attention_mask)
+        img_attn, txt_attn = self.attn(
+            img_in, txt_in, image_rotary_emb=image_rotary_emb, attention_mask=attention_mask
+        )
         img, txt = img + gate[:, None] * img_attn, txt + c_gate[:, None] * txt_attn
-        img = img + gate2[:, None] * self.ff(self.norm2(img) * (1 + scale2[:, None]) + shift2[:, None])
-        txt = txt + c_gate2[:, None] * self.ff_context(self.norm2_context(txt) * (1 + c_scale2[:, None]) + c_shift2[:, None])
+        img = img + gate2[:, None] * self.ff(
+            self.norm2(img) * (1 + scale2[:, None]) + shift2[:, None]
+        )
+        txt = txt + c_gate2[:, None] * self.ff_context(
+            self.norm2_context(txt) * (1 + c_scale2[:, None]) + c_shift2[:, None]
+        )
         return txt, img
 
 
 class OlderFlux(nn.Module):
-    """hidden_states and the rest as diffusers' model; `per_sample`: rotary tables of each sample, as under its own routes;
-    `options`: what blocks are called with beside that, all of which changes nothing in what they compute.
+    """hidden_states and the rest as diffusers' model; `per_sample`: rotary tables of each sample,
+    as under its own routes; `options`: what blocks are called with beside that, all of which
+    changes nothing in what they compute.
     """
 
     def __init__(self):
         super().__init__()
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=SMALL["axes_dims_rope"])
-        self.time_text_embed = CombinedTimestepTextProjEmbeddings(DIM, SMALL["pooled_projection_dim"])
+        self.time_text_embed = CombinedTimestepTextProjEmbeddings(
+            DIM, SMALL["pooled_projection_dim"]
+        )
         self.context_embedder = nn.Linear(SMALL["joint_attention_dim"], DIM)
         self.x_embedder = nn.Linear(SMALL["in_channels"], DIM)
-        self.transformer_blocks = nn.ModuleList(FluxTransformerBlock() for _ in range(SMALL["num_layers"]))
-        self.single_transformer_blocks = nn.ModuleList(FluxSingleTransformerBlock() for _ in range(SMALL["num_single_layers"]))
+        self.transformer_blocks = nn.ModuleList(
+            FluxTransformerBlock() for _ in range(SMALL["num_layers"])
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxSingleTransformerBlock() for _ in range(SMALL["num_single_layers"])
+        )
         self.norm_out = AdaLayerNormContinuous(DIM, DIM, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(DIM, SMALL["in_channels"])
         self.checkpointing = self.per_sample = False
         self.options = {"stages": (1, 1), "offload": False}
 
     def forward(
-        self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, attention_mask=None
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        pooled_projections,
+        timestep,
+        img_ids,
+        txt_ids,
+        attention_mask=None,
     ):
         img, txt = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         vec = self.time_text_embed(timestep * 1000, pooled_projections)
@@ -188,7 +289,9 @@ class OlderFlux(nn.Module):
 
         def run(block, *args):
             if self.checkpointing:
-                return checkpoint(lambda *inputs: block(*inputs, **self.options), *args, use_reentrant=False)
+                return checkpoint(
+                    lambda *inputs: block(*inputs, **self.options), *args, use_reentrant=False
+                )
             return block(*args, **self.options)
 
         for block in self.transformer_blocks:
@@ -208,7 +311,11 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.empty(SMALL["attention_head_dim"]).uniform_(0.5, 1.5))
 
     def forward(self, x):
-        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale.float()).to(x.dtype)
+        return (
+            x.float()
+            * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+            * self.scale.float()
+        ).to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -243,8 +350,14 @@ def bfl_attention(q, k, v, pe, text_mask):
 
     mask = None
     if text_mask is not None:
-        mask = F.pad(text_mask.bool(), (0, q.shape[2] - text_mask.shape[1]), value=True)[:, None, None]
-    return F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask).transpose(1, 2).flatten(2)
+        mask = F.pad(text_mask.bool(), (0, q.shape[2] - text_mask.shape[1]), value=True)[
+            :, None, None
+        ]
+    return (
+        F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 class Checkpointing(nn.Module):
@@ -264,7 +377,9 @@ class DoubleStreamBlock(Checkpointing):
             setattr(self, f"{who}_attn", SelfAttention())
             setattr(self, f"{who}_norm1", nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6))
             setattr(self, f"{who}_norm2", nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6))
-            mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(approximate="tanh"), nn.Linear(4 * DIM, DIM))
+            mlp = nn.Sequential(
+                nn.Linear(DIM, 4 * DIM), nn.GELU(approximate="tanh"), nn.Linear(4 * DIM, DIM)
+            )
             setattr(self, f"{who}_mlp", mlp)
 
     def _forward(self, img, txt, vec, pe, txt_attention_mask=None, lengths=None, split=False):
@@ -274,13 +389,20 @@ class DoubleStreamBlock(Checkpointing):
             attn = getattr(self, f"{who}_attn")
             q, k, v = split_heads(attn.qkv((1 + scale) * getattr(self, f"{who}_norm1")(x) + shift))
             parts[who] = mods, (attn.norm.query_norm(q), attn.norm.key_norm(k), v)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(parts["txt"][1], parts["img"][1], strict=True))
+        q, k, v = (
+            torch.cat(pair, dim=2) for pair in zip(parts["txt"][1], parts["img"][1], strict=True)
+        )
         out = bfl_attention(q, k, v, pe, txt_attention_mask)
         results = []
-        for who, x, y in (("img", img, out[:, txt.shape[1] :]), ("txt", txt, out[:, : txt.shape[1]])):
+        for who, x, y in (
+            ("img", img, out[:, txt.shape[1] :]),
+            ("txt", txt, out[:, : txt.shape[1]]),
+        ):
             _, _, gate, shift, scale, gate2 = parts[who][0]
             x = x + gate * getattr(self, f"{who}_attn").proj(y)
-            x = x + gate2 * getattr(self, f"{who}_mlp")((1 + scale) * getattr(self, f"{who}_norm2")(x) + shift)
+            x = x + gate2 * getattr(self, f"{who}_mlp")(
+                (1 + scale) * getattr(self, f"{who}_norm2")(x) + shift
+            )
             results.append(x)
         return tuple(results)
 
@@ -290,30 +412,51 @@ class SingleStreamBlock(Checkpointing):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(DIM, 7 * DIM), nn.Linear(5 * DIM, DIM)
         self.norm, self.modulation = QKNorm(), Modulation(3)
-        self.pre_norm, self.mlp_act = nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6), nn.GELU(approximate="tanh")
+        self.pre_norm, self.mlp_act = (
+            nn.LayerNorm(DIM, elementwise_affine=False, eps=1e-6),
+            nn.GELU(approximate="tanh"),
+        )
 
     def _forward(self, x, vec, pe, txt_attention_mask=None, lengths=None, split=False):
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1((1 + scale) * self.pre_norm(x) + shift).split([3 * DIM, 4 * DIM], dim=-1)
+        qkv, mlp = self.linear1((1 + scale) * self.pre_norm(x) + shift).split(
+            [3 * DIM, 4 * DIM], dim=-1
+        )
         q, k, v = split_heads(qkv)
-        attn = bfl_attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, txt_attention_mask)
+        attn = bfl_attention(
+            self.norm.query_norm(q), self.norm.key_norm(k), v, pe, txt_attention_mask
+        )
         return x + gate * self.linear2(torch.cat([attn, self.mlp_act(mlp)], 2))
 
 
 class Flux(nn.Module):
-    """Inputs as diffusers' model, but for txt_attention_mask [B, S_txt]; `options` as `OlderFlux` has them."""
+    """Inputs as diffusers' model, but for txt_attention_mask [B, S_txt]; `options` as `OlderFlux`
+    has them.
+    """
 
     def __init__(self):
         super().__init__()
-        self.img_in, self.txt_in = nn.Linear(SMALL["in_channels"], DIM), nn.Linear(SMALL["joint_attention_dim"], DIM)
+        self.img_in, self.txt_in = (
+            nn.Linear(SMALL["in_channels"], DIM),
+            nn.Linear(SMALL["joint_attention_dim"], DIM),
+        )
         self.vector_in = nn.Linear(SMALL["pooled_projection_dim"], DIM)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock() for _ in range(SMALL["num_layers"]))
-        self.single_blocks = nn.ModuleList(SingleStreamBlock() for _ in range(SMALL["num_single_layers"]))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock() for _ in range(SMALL["num_single_layers"])
+        )
         self.final = nn.Linear(DIM, SMALL["in_channels"])
         self.options = {"lengths": [], "split": False}
 
     def forward(
-        self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, txt_attention_mask=None
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        pooled_projections,
+        timestep,
+        img_ids,
+        txt_ids,
+        txt_attention_mask=None,
     ):
         img, txt = self.img_in(hidden_states), self.txt_in(encoder_hidden_states)
         vec = self.vector_in(pooled_projections) + timestep[:, None].to(img.dtype)
@@ -325,10 +468,21 @@ class Flux(nn.Module):
             ],
             dim=-1,
         )
-        pe = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2)).float()
+        pe = (
+            torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1)
+            .unflatten(-1, (2, 2))
+            .float()
+        )
         pe = pe[None, None].expand(len(img), -1, -1, -1, -1, -1)
         for block in self.double_blocks:
-            img, txt = block(img=img, txt=txt, vec=vec, pe=pe, txt_attention_mask=txt_attention_mask, **self.options)
+            img, txt = block(
+                img=img,
+                txt=txt,
+                vec=vec,
+                pe=pe,
+                txt_attention_mask=txt_attention_mask,
+                **self.options,
+            )
         x = torch.cat([txt, img], 1)
         for block in self.single_blocks:
             x = block(x, vec, pe, txt_attention_mask, *self.options.values())

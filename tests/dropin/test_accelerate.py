@@ -10,7 +10,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from dropin_hosts import EVERYTHING, add_lora, diffusers_host, pair
 from peft import LoraConfig, get_peft_model
 
@@ -31,18 +34,31 @@ def test_the_object_is_what_it_was():
     before = {name: id(p) for name, p in ours.named_parameters()}
     keys, modules = list(ours.state_dict()), [name for name, _ in ours.named_modules()]
     report = fluxfast.accelerate(ours)
-    assert report.layout == "diffusers" and len(report.blocks) == 5 and all(block.fused for block in report.blocks)
+    assert (
+        report.layout == "diffusers"
+        and len(report.blocks) == 5
+        and all(block.fused for block in report.blocks)
+    )
     assert type(ours) is FluxTransformer2DModel
     assert {name: id(p) for name, p in ours.named_parameters()} == before
     assert list(ours.state_dict()) == keys and [name for name, _ in ours.named_modules()] == modules
     assert (ours.dtype, ours.device, ours.config) == (host.dtype, host.device, host.config)
-    kinds = {FluxTransformerBlock: ours.transformer_blocks, FluxSingleTransformerBlock: ours.single_transformer_blocks}
+    kinds = {
+        FluxTransformerBlock: ours.transformer_blocks,
+        FluxSingleTransformerBlock: ours.single_transformer_blocks,
+    }
     for kind, blocks in kinds.items():
         for block in blocks:
             assert isinstance(block, kind)
-            assert (type(block).__name__, type(block).__module__) == (kind.__name__, kind.__module__)
+            assert (type(block).__name__, type(block).__module__) == (
+                kind.__name__,
+                kind.__module__,
+            )
             assert type(block).__name__ in ours._no_split_modules
-            assert list(inspect.signature(block.forward).parameters) == list(inspect.signature(kind.forward).parameters)[1:]
+            assert (
+                list(inspect.signature(block.forward).parameters)
+                == list(inspect.signature(kind.forward).parameters)[1:]
+            )
 
 
 def test_restore_leaves_nothing_behind():
@@ -81,7 +97,9 @@ def test_saves_as_before(tmp_path):
     fluxfast.accelerate(ours)
     ours.save_pretrained(tmp_path / "ours")
     host.save_pretrained(tmp_path / "host")
-    assert (tmp_path / "ours/config.json").read_text() == (tmp_path / "host/config.json").read_text()
+    assert (tmp_path / "ours/config.json").read_text() == (
+        tmp_path / "host/config.json"
+    ).read_text()
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "ours")
     assert torch.equal(output(again), output(host))
 
@@ -135,7 +153,11 @@ def test_lora_files_and_hot_swap(tmp_path):
     source.save_lora_adapter(tmp_path / "two", adapter_name="second")
     host, ours = pair(diffusers_host)
     fluxfast.accelerate(ours)
-    options = {"prefix": None, "adapter_name": "x", "weight_name": "pytorch_lora_weights.safetensors"}
+    options = {
+        "prefix": None,
+        "adapter_name": "x",
+        "weight_name": "pytorch_lora_weights.safetensors",
+    }
     for model in (host, ours):
         model.load_lora_adapter(tmp_path / "one", **options)
     first = output(ours)
@@ -155,8 +177,16 @@ def test_hooks_run_and_change_what_they_change():
         calls.append(module)
         return out * 2
 
-    names = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn", "single_transformer_blocks.0.act_mlp"]
-    names += ["single_transformer_blocks.1.proj_out", "transformer_blocks.0.norm2", "single_transformer_blocks.2.attn.norm_q"]
+    names = [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn",
+        "single_transformer_blocks.0.act_mlp",
+    ]
+    names += [
+        "single_transformer_blocks.1.proj_out",
+        "transformer_blocks.0.norm2",
+        "single_transformer_blocks.2.attn.norm_q",
+    ]
     handles = []
     for name in names:
         for model in (host, ours):
@@ -172,7 +202,9 @@ def test_hooks_run_and_change_what_they_change():
         handle.remove()
     assert all(block.fused for block in fluxfast.dropin.inspect(ours).blocks)
     seen = []
-    ours.single_transformer_blocks[1].register_forward_hook(lambda module, args, out: seen.append([x.shape for x in out]))
+    ours.single_transformer_blocks[1].register_forward_hook(
+        lambda module, args, out: seen.append([x.shape for x in out])
+    )
     output(ours)
     # text and image apart, as diffusers gives them
     assert seen == [[(1, 7, 64), (1, 12, 64)]]
@@ -202,10 +234,21 @@ def test_backends_projections_and_control_residuals():
 
 def test_choices():
     _, ours = pair(diffusers_host)
-    report = fluxfast.accelerate(ours, compute="int8", attention="ref", recompute=["full"] * 4 + ["none"], impl="ref")
-    assert (report.compute, report.attention, report.recompute, report.impl) == ("int8", "ref", "4 full, 1 none", "ref")
+    report = fluxfast.accelerate(
+        ours, compute="int8", attention="ref", recompute=["full"] * 4 + ["none"], impl="ref"
+    )
+    assert (report.compute, report.attention, report.recompute, report.impl) == (
+        "int8",
+        "ref",
+        "4 full, 1 none",
+        "ref",
+    )
     report = fluxfast.accelerate(ours)
-    assert (report.compute, report.attention, report.recompute) == ("same", "auto", "as the host checkpoints")
+    assert (report.compute, report.attention, report.recompute) == (
+        "same",
+        "auto",
+        "as the host checkpoints",
+    )
     assert len(report.linears) == 46 and report.count("fused") == 39
     for wrong, match in (
         ({"compute": "int4"}, "compute must be one of"),
@@ -235,14 +278,25 @@ def test_report_says_what_and_why():
     (block,) = (block for block in report.blocks if not block.fused)
     assert block.name == "transformer_blocks.1" and "1 of its linears" in block.because
     text = str(report)
-    assert "4 of 5 blocks can run fused" in text and "it has hooks (transformer_blocks.1.attn.to_v)" in text
+    assert (
+        "4 of 5 blocks can run fused" in text
+        and "it has hooks (transformer_blocks.1.attn.to_v)" in text
+    )
     assert report.to_dict()["linears"][0] == {
-        **{"name": "transformer_blocks.0.attn.to_q", "runs": "fused", "base": "float32", "adapters": 1, "because": None}
+        **{
+            "name": "transformer_blocks.0.attn.to_q",
+            "runs": "fused",
+            "base": "float32",
+            "adapters": 1,
+            "because": None,
+        }
     }
 
 
 def test_diffusers_own_machinery():
-    """What diffusers hangs on blocks by class and on modules by hook: caches, casts of layers, offload."""
+    """What diffusers hangs on blocks by class and on modules by hook: caches, casts of layers,
+    offload.
+    """
     inputs = make_inputs(1, 3, 4, guidance=False)
     for use in (
         lambda m: m.enable_cache(FirstBlockCacheConfig(threshold=0.0)),
@@ -255,7 +309,11 @@ def test_diffusers_own_machinery():
         results = []
         for model in (host, ours):
             use(model)
-            cached = model.cache_context("x") if getattr(model, "is_cache_enabled", False) else nullcontext()
+            cached = (
+                model.cache_context("x")
+                if getattr(model, "is_cache_enabled", False)
+                else nullcontext()
+            )
             with torch.no_grad(), cached:
                 results.append([model(**inputs).sample for _ in range(2)])
         for actual, expected in zip(results[1], results[0], strict=True):
@@ -264,7 +322,9 @@ def test_diffusers_own_machinery():
 
 def test_wrappers_around_the_model():
     host, ours = pair(diffusers_host)
-    wrapped = get_peft_model(ours, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    wrapped = get_peft_model(
+        ours, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    )
     assert len(fluxfast.accelerate(wrapped).blocks) == 5
     assert relative_error(output(wrapped.unload()), output(host)) < FP32
     host, ours = pair(diffusers_host)

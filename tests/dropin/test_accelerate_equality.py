@@ -1,4 +1,6 @@
-"""Outputs, LoRA gradients and trained LoRA tensors of accelerated hosts beside the same hosts left alone."""
+"""Outputs, LoRA gradients and trained LoRA tensors of accelerated hosts beside the same hosts left
+alone.
+"""
 
 from functools import partial
 
@@ -25,7 +27,8 @@ import fluxfast
 from fluxfast.model import blocks
 from support import make_inputs, randomise, relative_error
 
-# 16 bits: 2^-8 per rounding there, over every op of five blocks; here a CPU rounds between blocks only
+# 16 bits: 2^-8 per rounding there, over every op of five blocks; here a CPU rounds between blocks
+# only
 BF16 = 2e-2
 
 
@@ -60,13 +63,17 @@ def test_peft_lora_and_checkpointing(inputs, how, before):
         if how == "reentrant":
             # it hands on gradients only where an input asks for one
             model.x_embedder.register_forward_hook(lambda module, args, out: out.requires_grad_())
-            model.context_embedder.register_forward_hook(lambda module, args, out: out.requires_grad_())
+            model.context_embedder.register_forward_hook(
+                lambda module, args, out: out.requires_grad_()
+            )
     if not before:
         fluxfast.accelerate(ours)
     assert_equal(host, ours, inputs)
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full", ["full", "none", "selective", "none", "full"]])
+@pytest.mark.parametrize(
+    "policy", ["none", "selective", "full", ["full", "none", "selective", "none", "full"]]
+)
 @pytest.mark.parametrize("how", [None, "default"])
 def test_recompute_policies(inputs, policy, how):
     host, ours = pair(diffusers_host)
@@ -78,7 +85,9 @@ def test_recompute_policies(inputs, policy, how):
 
 
 def test_a_checkpoint_does_not_compute_a_block_twice(inputs):
-    """What the host's checkpoint would recompute as a whole, the block recomputes by its own policy, once."""
+    """What the host's checkpoint would recompute as a whole, the block recomputes by its own
+    policy, once.
+    """
     _, ours = pair(diffusers_host)
     add_lora(ours)
     ours.enable_gradient_checkpointing()
@@ -156,7 +165,9 @@ def dora(model):
 
 
 def lokr(model):
-    model.add_adapter(LoKrConfig(r=2, target_modules=["to_q", "to_add_out", "proj_mlp"], init_weights=False), "kr")
+    model.add_adapter(
+        LoKrConfig(r=2, target_modules=["to_q", "to_add_out", "proj_mlp"], init_weights=False), "kr"
+    )
     randomise_trained(model)
 
 
@@ -178,7 +189,9 @@ def mixed(model):
 @pytest.mark.parametrize("inject", [dora, lokr, bias_in_b, dropped, mixed])
 @pytest.mark.parametrize("how", [None, "default"])
 def test_what_is_no_plain_lora_is_computed_by_its_module(inputs, inject, how):
-    """With dropout too: the modules are called in diffusers' order, so that the same seed gives the same masks."""
+    """With dropout too: the modules are called in diffusers' order, so that the same seed gives the
+    same masks.
+    """
     host, ours = pair(diffusers_host)
     for model in (host, ours):
         torch.manual_seed(0)
@@ -186,7 +199,9 @@ def test_what_is_no_plain_lora_is_computed_by_its_module(inputs, inject, how):
         model.train()
         checkpointing(model, how)
     report = fluxfast.accelerate(ours)
-    assert report.count("module") > 0 and all(linear.because for linear in report.linears if linear.runs == "module")
+    assert report.count("module") > 0 and all(
+        linear.because for linear in report.linears if linear.runs == "module"
+    )
     assert_equal(host, ours, inputs)
 
 
@@ -211,14 +226,19 @@ def test_16_bits(inputs, dtype, matrix_unit):
     theirs = matrix_unit and dtype == torch.bfloat16
     assert [block.fused for block in report.blocks] == [not theirs] * 5
     rounded = cast(inputs, dtype)
-    # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed different timesteps
+    # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed
+    # different timesteps
     rounded["timestep"] = torch.tensor([0.5, 0.25], dtype=dtype)
     with torch.no_grad():
         expected, actual = host(**rounded).sample, ours(**rounded).sample
     assert actual.dtype == dtype and relative_error(actual, expected) < BF16
     (_, theirs), (_, grads), (_, truth) = (
         outputs_and_grads(model, x, lora_parameters(model))
-        for model, x in ((host, rounded), (ours, rounded), (reference, cast(rounded, torch.float32)))
+        for model, x in (
+            (host, rounded),
+            (ours, rounded),
+            (reference, cast(rounded, torch.float32)),
+        )
     )
     for name, grad in grads.items():
         bound = max(BF16, relative_error(theirs[name], truth[name]))
@@ -228,7 +248,9 @@ def test_16_bits(inputs, dtype, matrix_unit):
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inject", [add_lora, dora])
 def test_autocast(inputs, storage, inject, matrix_unit):
-    """As accelerate and diffusers' scripts run: adapters in fp32, the base in fp32 or bf16, both under autocast."""
+    """As accelerate and diffusers' scripts run: adapters in fp32, the base in fp32 or bf16, both
+    under autocast.
+    """
     host, ours = pair(diffusers_host, storage)
     for model in (host, ours):
         inject(model)
@@ -238,10 +260,13 @@ def test_autocast(inputs, storage, inject, matrix_unit):
     inputs = cast(inputs, storage)
     inputs["timestep"] = torch.tensor([0.5, 0.25], dtype=storage)
     with torch.autocast("cpu", torch.bfloat16):
-        (expected, truth), (actual, grads) = (outputs_and_grads(m, inputs, lora_parameters(m)) for m in (host, ours))
+        (expected, truth), (actual, grads) = (
+            outputs_and_grads(m, inputs, lora_parameters(m)) for m in (host, ours)
+        )
     assert actual.dtype == expected.dtype and relative_error(actual, expected) < BF16
     for name, grad in grads.items():
-        # gradients have twice as many roundings behind them, and the host does all of its own in bf16
+        # gradients have twice as many roundings behind them, and the host does all of its own in
+        # bf16
         assert relative_error(grad, truth[name]) < 2.5 * BF16, name
 
 
@@ -266,7 +291,8 @@ def test_two_training_steps(inputs, dropout):
             optimizer.zero_grad()
         trained.append({name: p.detach().clone() for name, p in lora_parameters(model).items()})
     for name, expected in trained[0].items():
-        # AdamW divides by a gradient's own size: where that is rounding alone, a step of 1e-3 goes either way
+        # AdamW divides by a gradient's own size: where that is rounding alone, a step of 1e-3 goes
+        # either way
         assert relative_error(trained[1][name], expected) < 1e-4, name
 
 

@@ -1,4 +1,6 @@
-"""Bases that other libraries have quantised: read where they lie, computed as their own modules compute."""
+"""Bases that other libraries have quantised: read where they lie, computed as their own modules
+compute.
+"""
 
 import types
 
@@ -8,15 +10,17 @@ from dropin_hosts import add_lora, diffusers_host, lora_parameters, outputs_and_
 from torch import nn
 
 import fluxfast
-from fluxfast.model.bases import Decoded
+from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import StoredWeight, obstacle, read_linear
 from support import make_inputs, relative_error
 
 pytestmark = pytest.mark.usefixtures("eager_peers")
 
-# the host decodes to its scales' 16 bits where we compute in fp32: 2^-8 a weight, averaged over a sum, over five blocks
+# the host decodes to its scales' 16 bits where we compute in fp32: 2^-8 a weight, averaged over a
+# sum, over five blocks
 DECODED = 2e-2
-# bitsandbytes' int8 product also rounds its input to 8 bits: 0.6 % of a row's RMS in each of some twenty products
+# bitsandbytes' int8 product also rounds its input to 8 bits: 0.6 % of a row's RMS in each of some
+# twenty products
 INT8 = 5e-2
 
 
@@ -40,7 +44,10 @@ def bnb4(quant_type="nf4", nested=True):
             quant_type=quant_type,
         )
         made.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=nested, quant_type=quant_type
+            linear.weight.data,
+            requires_grad=False,
+            compress_statistics=nested,
+            quant_type=quant_type,
         ).to("cpu")
         made.bias = linear.bias
         return made
@@ -53,7 +60,9 @@ def bnb8():
 
     def convert(linear):
         made = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False).to("cpu")
+        made.weight = bnb.nn.Int8Params(
+            linear.weight.data, requires_grad=False, has_fp16_weights=False
+        ).to("cpu")
         made.bias = linear.bias
         return made
 
@@ -111,8 +120,9 @@ def test_weights_are_read_in_place(base):
     assert params is not None and obstacle(module) is None and params.weight.shape == (96, 192)
     decoded = params.weight.to(torch.float32)
     assert decoded.shape == (96, 192) and params.bias is not None
-    # bitsandbytes' own numbers, or those of the library's decoder, up to the rounding of its 16-bit result
-    # (in training mode: on some CPUs a Linear4bit that is not packs its weight anew for inference)
+    # bitsandbytes' own numbers, or those of the library's decoder, up to the rounding of its 16-bit
+    # result (in training mode: on some CPUs a Linear4bit that is not packs its weight anew for
+    # inference)
     module.train()
     x = torch.eye(192, dtype=torch.bfloat16)
     own = (module(x) - params.bias).float().T
@@ -133,7 +143,11 @@ def tensors_of(module):
     state = getattr(weight, "quant_state", None)
     if state is not None:
         return [weight.data, state.absmax, state.state2.absmax, state.offset]
-    inner = [getattr(weight, name) for name in ("_data", "_scale", "qdata", "scale") if hasattr(weight, name)]
+    inner = [
+        getattr(weight, name)
+        for name in ("_data", "_scale", "qdata", "scale")
+        if hasattr(weight, name)
+    ]
     return inner or [weight.data]
 
 
@@ -160,11 +174,18 @@ def test_outputs_and_gradients(base):
     assert all(block.fused for block in report.blocks), str(report)
     assert {linear.base for linear in report.linears} == {name or "decoded by its library"}
     assert report.compute == "same"
-    inputs = {k: x if "ids" in k else x.bfloat16() for k, x in make_inputs(2, 3, 5, guidance=False).items()}
+    inputs = {
+        k: x if "ids" in k else x.bfloat16()
+        for k, x in make_inputs(2, 3, 5, guidance=False).items()
+    }
     inputs["timestep"] = torch.tensor([0.5, 0.25], dtype=torch.bfloat16)
-    (expected, truth), (actual, grads) = (outputs_and_grads(m, inputs, lora_parameters(m)) for m in (host, ours))
+    (expected, truth), (actual, grads) = (
+        outputs_and_grads(m, inputs, lora_parameters(m)) for m in (host, ours)
+    )
     assert relative_error(actual, expected) < tolerance
-    flat, flat_truth = (torch.cat([g.float().flatten() for g in every.values()]) for every in (grads, truth))
+    flat, flat_truth = (
+        torch.cat([g.float().flatten() for g in every.values()]) for every in (grads, truth)
+    )
     assert relative_error(flat, flat_truth) < 2 * tolerance
 
 
@@ -180,13 +201,17 @@ def test_what_can_not_be_read_says_why():
     library = pytest.importorskip("optimum.quanto")
     unfrozen = library.QLinear.from_module(nn.Linear(64, 32), weights=library.qint8)
     assert obstacle(unfrozen) == "its weight is not frozen yet"
-    both = library.QLinear.from_module(nn.Linear(64, 32), weights=library.qint8, activations=library.qint8)
+    both = library.QLinear.from_module(
+        nn.Linear(64, 32), weights=library.qint8, activations=library.qint8
+    )
     both.freeze()
     assert obstacle(both) == "it has hooks"
 
 
 def test_an_int8_scale_that_changes_is_read_anew():
-    module = quanto("qint8")(nn.Linear(64, 32).bfloat16().requires_grad_(False)).requires_grad_(False)
+    module = quanto("qint8")(nn.Linear(64, 32).bfloat16().requires_grad_(False)).requires_grad_(
+        False
+    )
     before = read_linear(module).weight.to(torch.float32)
     with torch.no_grad():
         module.weight._scale.mul_(2)

@@ -1,4 +1,6 @@
-"""What becomes of calls that an accelerated block leaves to its host: counted, named once, an error where asked for."""
+"""What becomes of calls that an accelerated block leaves to its host: counted, named once, an error
+where asked for.
+"""
 
 import copy
 import pickle
@@ -56,7 +58,9 @@ def single_blocks(model):
 # ---- which arguments say anything -------------------------------------------------------------------------------------------
 
 
-def block(self, x, vec, mask=None, flag=False, scale=1.0, sizes=(1, 2), extra=None, *, mode="a"): ...
+def block(
+    self, x, vec, mask=None, flag=False, scale=1.0, sizes=(1, 2), extra=None, *, mode="a"
+): ...
 
 
 def open_block(self, x, vec, mask=None, **more): ...
@@ -98,8 +102,14 @@ def test_an_argument_at_its_default_says_nothing(given):
     ],
 )
 def test_any_other_value_is_the_hosts_affair(given, shown):
-    known, because, value = arguments(signature_of(block), ("x", "v"), given, frozenset({"x", "vec"}))
-    assert not known and because == f"only the host knows its argument {shown.partition('=')[0]}" and value == shown
+    known, because, value = arguments(
+        signature_of(block), ("x", "v"), given, frozenset({"x", "vec"})
+    )
+    assert (
+        not known
+        and because == f"only the host knows its argument {shown.partition('=')[0]}"
+        and value == shown
+    )
 
 
 def test_arguments_that_no_signature_has():
@@ -128,7 +138,9 @@ def test_a_host_that_passes_its_defaults_is_fused(inputs, layout, checkpointed):
     report = fluxfast.accelerate(ours, strict=True)
     assert "5 of 5 blocks can run fused; no call so far" in str(report)
     assert_equal(host, ours, inputs)
-    assert counts(report) == (5, 0, 0) and "5 of 5 blocks can run fused; 5 of 5 calls did" in str(report)
+    assert counts(report) == (5, 0, 0) and "5 of 5 blocks can run fused; 5 of 5 calls did" in str(
+        report
+    )
 
 
 OPTIONS = {
@@ -143,7 +155,11 @@ def test_an_argument_that_only_the_host_knows(inputs, layout, number):
     host, ours = hosts(layout)
     report = fluxfast.accelerate(ours)
     ours.options = {**ours.options, **OPTIONS[layout][number]}
-    name, value = next((name, v) for name, v in ours.options.items() if v != host.options[name] and (v or name == "stages"))
+    name, value = next(
+        (name, v)
+        for name, v in ours.options.items()
+        if v != host.options[name] and (v or name == "stages")
+    )
     with pytest.warns(UserWarning, match="by the host's own forward") as caught:
         assert torch.equal(output(ours, inputs), output(host, inputs))
     (message,) = {str(w.message) for w in caught if "fluxfast" in str(w.message)}
@@ -156,7 +172,10 @@ def test_an_argument_that_only_the_host_knows(inputs, layout, number):
     assert [one.calls.count("host") for one in report.blocks] == [2] * 5
     text = str(report)
     assert "5 of 5 blocks can run fused; 0 of 10 calls did" in text and f"{name}={value!r}" in text
-    assert f"10 calls in 5 blocks ran by the host's own forward: only the host knows its argument {name}" in text
+    assert (
+        "10 calls in 5 blocks ran by the host's own forward: only the host knows its argument "
+        f"{name}" in text
+    )
     assert str(fluxfast.dropin.inspect(ours)) == text
     (fallback,) = report.to_dict()["blocks"][0]["calls"]["fallbacks"]
     assert fallback == {
@@ -164,7 +183,10 @@ def test_an_argument_that_only_the_host_knows(inputs, layout, number):
         **{"calls": 2, "last": f"{name}={value!r}"},
     }
     report = fluxfast.accelerate(ours, strict=True)
-    with pytest.raises(ValueError, match=rf"strict=True.*{first} would run by the host's own forward.*argument {name}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"strict=True.*{first} would run by the host's own forward.*argument {name}",
+    ):
         output(ours, inputs)
     assert counts(report) == (0, 0, 0)
 
@@ -184,7 +206,9 @@ def test_fallbacks_are_counted_by_reason(inputs, layout):
     output(ours, inputs)
     # a hook on a block itself sees the block, whatever runs in it
     assert counts(report) == (14, 0, 1)
-    assert "14 of 15 calls did" in str(report) and "1 call in 1 block ran by the host's own forward" in str(report)
+    assert "14 of 15 calls did" in str(
+        report
+    ) and "1 call in 1 block ran by the host's own forward" in str(report)
 
 
 # ---- every way off the fused path -------------------------------------------------------------------------------------------
@@ -225,7 +249,9 @@ def other_norm(model):
 
 
 def norm_with_weights(model):
-    model.transformer_blocks[0].norm2 = nn.LayerNorm(model.transformer_blocks[0].norm2.normalized_shape, eps=1e-6)
+    model.transformer_blocks[0].norm2 = nn.LayerNorm(
+        model.transformer_blocks[0].norm2.normalized_shape, eps=1e-6
+    )
     with torch.no_grad():
         model.transformer_blocks[0].norm2.weight.fill_(1.5)
     model.requires_grad_(False)
@@ -279,7 +305,9 @@ def test_every_way_off_the_fused_path_is_seen(inputs, change):
     ((way, reason),) = seen
     assert way == how and because in reason and reason in str(report)
     # a modulation is no block's own: its block is fused beside it
-    assert report.calls("fused") == 5 - (0 if how == "module" else len([b for b in report.blocks if b.calls.count(how)]))
+    assert report.calls("fused") == 5 - (
+        0 if how == "module" else len([b for b in report.blocks if b.calls.count(how)])
+    )
     # what is there already is an error at once, and the model is as it was
     with pytest.raises(ValueError, match=r"strict=True.*would not run fused"):
         fluxfast.accelerate(ours, strict=True)
@@ -301,7 +329,10 @@ def test_a_block_without_positions_is_the_hosts(inputs):
 
     def blocks(model):
         with torch.no_grad():
-            return [*model.transformer_blocks[0](x, txt, vec), *model.single_transformer_blocks[0](x, txt, vec)]
+            return [
+                *model.transformer_blocks[0](x, txt, vec),
+                *model.single_transformer_blocks[0](x, txt, vec),
+            ]
 
     with pytest.warns(UserWarning, match="without image_rotary_emb"):
         actual = blocks(ours)
@@ -392,7 +423,9 @@ def test_a_forward_that_was_replaced_before_is_said_to_be_uncounted(inputs):
     one = ours.transformer_blocks[0]
     original = one.forward
     one.forward = lambda *args, **kwargs: original(*args, **kwargs)
-    with pytest.raises(ValueError, match=r"transformer_blocks\.0 would not run fused: its forward was replaced"):
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks\.0 would not run fused: its forward was replaced"
+    ):
         fluxfast.accelerate(ours, strict=True)
     report = fluxfast.accelerate(ours)
     assert relative_error(output(ours, inputs), output(host, inputs)) < FP32

@@ -1,4 +1,6 @@
-"""Hooks that change a module's weights for the length of its call, and weights in dtypes that nothing multiplies by."""
+"""Hooks that change a module's weights for the length of its call, and weights in dtypes that
+nothing multiplies by.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,9 @@ def with_lora(make):
 
 
 class Elsewhere:
-    """A module's weights, which are NaN but for the length of its calls: whoever reads them at any other time is found out."""
+    """A module's weights, which are NaN but for the length of its calls: whoever reads them at any
+    other time is found out.
+    """
 
     def __init__(self, module):
         self.kept = {p: p.data.clone() for p in module.parameters(recurse=False)}
@@ -111,11 +115,18 @@ def test_weights_that_are_there_for_the_length_of_a_call(layout, hang, which):
     inputs = make_inputs(2, 3, 5, guidance=False)
     with torch.no_grad():
         expected = host(**inputs)
-    hung = [m for m in leaves(ours) if which == "all" or (type(m).__name__ == "Linear") == (which == "linears")]
+    hung = [
+        m
+        for m in leaves(ours)
+        if which == "all" or (type(m).__name__ == "Linear") == (which == "linears")
+    ]
     assert len(hung) > 10
     for module in hung:
         hang(module, Elsewhere(module))
-    with torch.no_grad(), pytest.warns(UserWarning, match="fluxfast: .*(has hooks|forward was replaced)"):
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="fluxfast: .*(has hooks|forward was replaced)"),
+    ):
         actual = ours(**inputs)
     first = [out if isinstance(out, torch.Tensor) else out.sample for out in (actual, expected)]
     assert relative_error(*first) < FP32
@@ -155,7 +166,9 @@ CASTS = [
 @pytest.mark.parametrize("adapters", ["apart", "cast too"])
 @pytest.mark.parametrize("before", [True, False])
 def test_layerwise_casting_with_lora(storage, compute, tolerance, adapters, before):
-    """Forward and gradients; diffusers' method leaves adapters as they are, its function casts them as well."""
+    """Forward and gradients; diffusers' method leaves adapters as they are, its function casts them
+    as well.
+    """
     host, ours = pair(lambda: with_lora(diffusers_host).to(compute))
     if before:
         fluxfast.accelerate(ours)
@@ -164,11 +177,22 @@ def test_layerwise_casting_with_lora(storage, compute, tolerance, adapters, befo
             model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
         else:
             # by default what is called norm is left out, which would be the modulation as well
-            apply_layerwise_casting(model, storage, compute, ("pos_embed", r"norm_[qk]$", r"norm_added_[qk]$", "norm_out"))
+            apply_layerwise_casting(
+                model,
+                storage,
+                compute,
+                ("pos_embed", r"norm_[qk]$", r"norm_added_[qk]$", "norm_out"),
+            )
     report = fluxfast.accelerate(ours)
-    assert "diffusers' peft_autocast_disable" in str(report) or "diffusers' layerwise_casting" in str(report)
-    inputs = {k: x if "ids" in k else x.to(compute) for k, x in make_inputs(2, 3, 5, guidance=False).items()}
-    # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed different timesteps
+    assert "diffusers' peft_autocast_disable" in str(
+        report
+    ) or "diffusers' layerwise_casting" in str(report)
+    inputs = {
+        k: x if "ids" in k else x.to(compute)
+        for k, x in make_inputs(2, 3, 5, guidance=False).items()
+    }
+    # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed
+    # different timesteps
     inputs["timestep"] = torch.tensor([0.5, 0.25], dtype=compute)
     with torch.no_grad():
         expected, actual = host(**inputs).sample, ours(**inputs).sample
@@ -176,16 +200,22 @@ def test_layerwise_casting_with_lora(storage, compute, tolerance, adapters, befo
     if adapters == "cast too":
         # a gradient of what is stored in 8 bits is nothing to train with
         return
-    (_, truth), (_, grads) = (outputs_and_grads(model, inputs, lora_parameters(model)) for model in (host, ours))
+    (_, truth), (_, grads) = (
+        outputs_and_grads(model, inputs, lora_parameters(model)) for model in (host, ours)
+    )
     for name, grad in grads.items():
-        assert grad.dtype == truth[name].dtype and relative_error(grad, truth[name]) < 3 * tolerance, name
+        assert (
+            grad.dtype == truth[name].dtype and relative_error(grad, truth[name]) < 3 * tolerance
+        ), name
     assert report.calls("host") == 0 and report.calls() == 10
 
 
 @pytest.mark.parametrize("lora", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_base_in_float8_under_autocast(lora, policy):
-    """As sd-scripts trains with fp8_base: the blocks' weights in 8 bits, norms' too, the adapters in 16 or 32."""
+    """As sd-scripts trains with fp8_base: the blocks' weights in 8 bits, norms' too, the adapters
+    in 16 or 32.
+    """
     host, ours = pair(lambda: with_lora(Flux))
     for model in (host, ours):
         for name, p in model.named_parameters():
@@ -195,10 +225,19 @@ def test_a_base_in_float8_under_autocast(lora, policy):
                 p.data = p.data.to(torch.float8_e4m3fn if "blocks." in name else torch.bfloat16)
     report = fluxfast.accelerate(ours, recompute=policy, strict=True)
     assert {linear.base for linear in report.linears} == {"float8_e4m3fn"}
-    inputs = {k: x if "ids" in k else x.bfloat16() for k, x in make_inputs(2, 3, 5, guidance=False).items()}
+    inputs = {
+        k: x if "ids" in k else x.bfloat16()
+        for k, x in make_inputs(2, 3, 5, guidance=False).items()
+    }
     with torch.autocast("cpu", torch.bfloat16):
-        (expected, truth), (actual, grads) = (outputs_and_grads(m, inputs, lora_parameters(m)) for m in (host, ours))
+        (expected, truth), (actual, grads) = (
+            outputs_and_grads(m, inputs, lora_parameters(m)) for m in (host, ours)
+        )
     assert actual.dtype == expected.dtype and relative_error(actual, expected) < BF16
-    flat, flat_truth = (torch.cat([g.float().flatten() for g in every.values()]) for every in (grads, truth))
-    assert {g.dtype for g in grads.values()} == {lora} and relative_error(flat, flat_truth) < 2 * BF16
+    flat, flat_truth = (
+        torch.cat([g.float().flatten() for g in every.values()]) for every in (grads, truth)
+    )
+    assert {g.dtype for g in grads.values()} == {lora} and relative_error(
+        flat, flat_truth
+    ) < 2 * BF16
     assert report.calls("fused") == report.calls() == 5

@@ -8,10 +8,10 @@ import fluxfast
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.scope import Scope
 from fluxfast.doctor.store import Store
-from fluxfast.ops import _impl, verdicts
+from fluxfast.ops import dispatch, verdicts
 from support import SMALL, make_inputs, randomise
 
-pytestmark = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
+pytestmark = pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built")
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,10 @@ def own_cache(monkeypatch, tmp_path):
 
 def keep(what, way):
     store = Store(torch.device("cpu"))
-    store.add([Outcome("a check", "fail", what, way, cause="it is off by 0.4")], Scope(device="cpu", dtype="float32"))
+    store.add(
+        [Outcome("a check", "fail", what, way, cause="it is off by 0.4")],
+        Scope(device="cpu", dtype="float32"),
+    )
     store.save()
 
 
@@ -42,7 +45,9 @@ def test_what_a_check_found_counts():
     assert torch.allclose(accelerated(**make_inputs(1, 2, 3)).sample, plain, atol=1e-4)
     keep("a fused block", "native")
     report = fluxfast.accelerate(accelerated)
-    assert not any(block.fused for block in report.blocks) and "off by 0.4" in report.blocks[0].because
+    assert (
+        not any(block.fused for block in report.blocks) and "off by 0.4" in report.blocks[0].because
+    )
 
 
 def test_what_was_asked_for_and_failed():

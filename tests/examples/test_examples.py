@@ -35,16 +35,22 @@ def test_diffusers_peft_loop(run, tmp_path):
     plain = run("diffusers_peft_loop.py", "--steps", "3", "--output", "plain", "--plain")
     losses, expected = (re.findall(r"loss ([0-9.]+)", text) for text in (out, plain))
     assert losses == expected and len(losses) == 3
-    ours, theirs = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("ours", "plain"))
+    ours, theirs = (
+        load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+        for name in ("ours", "plain")
+    )
     assert ours.keys() == theirs.keys() and len(ours) > 0
     for name, tensor in theirs.items():
-        # AdamW divides by a gradient's own size: where that is rounding alone, a step goes either way
+        # AdamW divides by a gradient's own size: where that is rounding alone, a step goes either
+        # way
         assert relative_error(ours[name], tensor) < 1e-3, name
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_script(run, tmp_path, precision):
-    out = run("accelerate_script.py", "--mixed-precision", precision, "--output", "lora.safetensors")
+    out = run(
+        "accelerate_script.py", "--mixed-precision", precision, "--output", "lora.safetensors"
+    )
     assert len(re.findall("loss", out)) == 4
     # in bf16 a CPU with a matrix unit keeps the host's own products
     assert precision == "bf16" or "3 of 3 blocks can run fused; 12 of 12 calls did" in out

@@ -1,4 +1,6 @@
-"""The quantisers and decoders of the storage formats: the bytes and the values of `fluxfast.quant`'s references, exactly."""
+"""The quantisers and decoders of the storage formats: the bytes and the values of
+`fluxfast.quant`'s references, exactly.
+"""
 
 import pytest
 import torch
@@ -11,10 +13,16 @@ from quant_cases import assert_shares_a_scratch, gaussian, hard, heavy_tailed, s
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 SHAPES = [(1, 64), (1, 1), (5, 63), (3, 1000), (7, 24), (2, 129), (5, 320)]
-# every shape in fp32, and two of them in the other types: how a type is read and written depends on no shape
+# every shape in fp32, and two of them in the other types: how a type is read and written depends on
+# no shape
 TYPED_SHAPES = [
     *((shape, torch.float32) for shape in SHAPES),
-    *((shape, dtype) for shape in [(5, 63), (3, 1000)] for dtype in DTYPES if dtype != torch.float32),
+    *(
+        (shape, dtype)
+        for shape in [(5, 63), (3, 1000)]
+        for dtype in DTYPES
+        if dtype != torch.float32
+    ),
 ]
 
 
@@ -41,7 +49,13 @@ def test_bytes_of_hard_rows(format, dtype):
 @every_format
 def test_strided_weights(format):
     wide = gaussian(4, 150).to(DEVICE)
-    for weight in (wide[:, :5].T, wide[:, 3:70], wide[::3], wide.double(), widen(wide[:, :64].bfloat16())):
+    for weight in (
+        wide[:, :5].T,
+        wide[:, 3:70],
+        wide[::3],
+        wide.double(),
+        widen(wide[:, :64].bfloat16()),
+    ):
         assert_quantizes_as_ref(format, weight)
 
 
@@ -94,8 +108,8 @@ def test_all_e4m3_codes():
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_rows_wider_than_a_program(format, dtype):
-    # three programs to a row where values are wanted, one that is not full where codes are; the second one's rows begin
-    # within nf4's blocks
+    # three programs to a row where values are wanted, one that is not full where codes are; the
+    # second one's rows begin within nf4's blocks
     for shape in ((2, 4160), (2, 4104)):
         parts = format.quantize(gaussian(*shape).to(DEVICE))
         if dtype == torch.bfloat16:
@@ -103,7 +117,9 @@ def test_rows_wider_than_a_program(format, dtype):
             assert same_bytes(values, format.dequantize(parts, shape, dtype, impl="ref"))
         else:
             fmt = "int8" if dtype == torch.int8 else "e4m3"
-            codes, expected = (format.codes(parts, shape, fmt, impl=impl) for impl in ("triton", "ref"))
+            codes, expected = (
+                format.codes(parts, shape, fmt, impl=impl) for impl in ("triton", "ref")
+            )
             assert same_bytes(codes.q, expected.q) and same_bytes(codes.scale, expected.scale)
 
 

@@ -1,4 +1,6 @@
-"""The dropout kernel: what it keeps, how often, and that its mask is a function of seed, row and column alone."""
+"""The dropout kernel: what it keeps, how often, and that its mask is a function of seed, row and
+column alone.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ def test_keeps_and_scales(dtype, p):
     assert y.dtype == dtype and bool(kept.all()) == (p == 0) and bool(kept.any()) == (p < 1)
     # one rounding, which the interpreter cuts off in bf16
     expected = x.double() / (1 - p) if p < 1 else x.double()
-    torch.testing.assert_close(y[kept].double(), expected[kept], rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(
+        y[kept].double(), expected[kept], rtol=torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_the_mask_is_the_seeds():

@@ -26,7 +26,9 @@ def test_forward_and_backward(dtype, batch, tokens, width):
     expected = x.double() + exact[0][:, None] * exact[1]
     dgate, dy = torch.autograd.grad(expected, exact, dout.double())
     out = gated_residual_fwd(x, gate, y)
-    assert out.dtype == dtype and out.is_contiguous() and relative_error(out, expected) < bound(dtype)
+    assert (
+        out.dtype == dtype and out.is_contiguous() and relative_error(out, expected) < bound(dtype)
+    )
     plain, full = gated_residual_bwd(dout, gate), gated_residual_bwd(dout, gate, y)
     assert plain.dgate is None and plain.dy_q is None and torch.equal(plain.dy, full.dy)
     assert plain.dy.dtype == dtype and relative_error(plain.dy, dy) < bound(dtype)

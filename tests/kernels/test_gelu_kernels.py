@@ -1,4 +1,6 @@
-"""`gelu`: values, codes and the gradient beside fp64, in slices of wider buffers, and behind a copied prefix."""
+"""`gelu`: values, codes and the gradient beside fp64, in slices of wider buffers, and behind a
+copied prefix.
+"""
 
 import pytest
 import torch
@@ -29,13 +31,20 @@ def test_forward_and_backward(dtype, batch, tokens, cols):
 
 
 def test_tails():
-    x = torch.tensor([[[-1e4, -30, -12, -6, -1e-6, 0, 1e-6, 6, 30, 1e4, float("nan")]]], device=DEVICE)
+    x = torch.tensor(
+        [[[-1e4, -30, -12, -6, -1e-6, 0, 1e-6, 6, 30, 1e4, float("nan")]]], device=DEVICE
+    )
     exact = x.double().requires_grad_()
     expected = reference(exact)
     (dx,) = torch.autograd.grad(expected.sum(), exact)
-    # far out, exp magnifies what fp32 rounds off its argument, and there the value is next to nothing
-    torch.testing.assert_close(gelu_fwd(x).y.double(), expected, rtol=1e-4, atol=1e-9, equal_nan=True)
-    torch.testing.assert_close(gelu_bwd(torch.ones_like(x), x).y.double(), dx, rtol=1e-4, atol=1e-9, equal_nan=True)
+    # far out, exp magnifies what fp32 rounds off its argument, and there the value is next to
+    # nothing
+    torch.testing.assert_close(
+        gelu_fwd(x).y.double(), expected, rtol=1e-4, atol=1e-9, equal_nan=True
+    )
+    torch.testing.assert_close(
+        gelu_bwd(torch.ones_like(x), x).y.double(), dx, rtol=1e-4, atol=1e-9, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,7 +68,10 @@ def test_prefix_is_copied(dtype, cols):
 @pytest.mark.parametrize("fmt", ["int8", "e4m3"])
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_codes(fmt, prefixed):
-    x, prefix = randn(2, 4, 72, seed=1).float(), randn(2, 4, 24, seed=2).float() if prefixed else None
+    x, prefix = (
+        randn(2, 4, 72, seed=1).float(),
+        randn(2, 4, 24, seed=2).float() if prefixed else None,
+    )
     x[0, 1], x[1, 2, 70], x[0, 3] = 0, 3e4, -1e3
     if prefixed:
         prefix[0, 1], prefix[0, 3] = 0, 50
@@ -76,7 +88,10 @@ def test_codes_of_the_gradient(fmt, col_scaled):
     x, dy = randn(2, 4, 72, seed=1).float(), randn(2, 4, 72, seed=2).float()
     dy[0, 1], dy[1, 2, 71] = 0, 1e5
     col_scale = randn(72, seed=3).float() if col_scaled else None
-    both, only = gelu_bwd(dy, x, out=f"both-{fmt}", col_scale=col_scale), gelu_bwd(dy, x, out=fmt, col_scale=col_scale)
+    both, only = (
+        gelu_bwd(dy, x, out=f"both-{fmt}", col_scale=col_scale),
+        gelu_bwd(dy, x, out=fmt, col_scale=col_scale),
+    )
     q, q_scale = quantize_rows(both.y * col_scale if col_scaled else both.y, fmt)
     assert only.y is None and torch.equal(both.y, gelu_bwd(dy, x).y) and q_scale[0, 1] == 1
     for out in (both, only):

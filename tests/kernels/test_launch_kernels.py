@@ -1,4 +1,6 @@
-"""Launch numbers, and the variants recorded from the launchers: what they hold, and that token counts share them."""
+"""Launch numbers, and the variants recorded from the launchers: what they hold, and that token
+counts share them.
+"""
 
 import json
 import os
@@ -10,7 +12,14 @@ import pytest
 import torch
 
 from fluxfast_kernels import _launch
-from fluxfast_kernels._launch import ROW_LAUNCH, arch_key, cdiv, launch_numbers, next_pow2, row_numbers
+from fluxfast_kernels._launch import (
+    ROW_LAUNCH,
+    arch_key,
+    cdiv,
+    launch_numbers,
+    next_pow2,
+    row_numbers,
+)
 
 # in a process of its own: under the interpreter nothing is recorded
 RECORD = """
@@ -57,10 +66,18 @@ print(json.dumps({"variants": variants, "steps": plain}, default=str))
 
 @pytest.fixture(scope="module")
 def recorded():
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     kernels = Path(__file__).parents[2] / "kernels"
     process = subprocess.run(
-        [sys.executable, "-c", RECORD], env=env | {"PYTHONPATH": str(kernels)}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", RECORD],
+        env=env | {"PYTHONPATH": str(kernels)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -70,7 +87,9 @@ def test_every_op_has_variants_for_every_target(recorded):
     for op, variants in recorded["variants"].items():
         keys = [(name, *targets) for name, targets in variants]
         assert len(keys) == len(set(keys)), op
-        assert {target for _, target in keys} == {"sm_80", "sm_89", "sm_90", "gfx942", "gfx1100"}, op
+        assert {target for _, target in keys} == {"sm_80", "sm_89", "sm_90", "gfx942", "gfx1100"}, (
+            op
+        )
         # sm_80 has no e4m3
         assert not any("e4m3" in name for name, target in keys if target == "sm_80")
 
@@ -87,7 +106,9 @@ def test_row_numbers():
         for width in (1, 96, 3072, 12288, 15360, 21504):
             for arch in ("default", "sm_90", "gfx942"):
                 numbers = row_numbers(op, width, arch)
-                assert numbers["BLOCK"] == next_pow2(numbers["BLOCK"]) and numbers["BLOCK"] < 2 * width
+                assert (
+                    numbers["BLOCK"] == next_pow2(numbers["BLOCK"]) and numbers["BLOCK"] < 2 * width
+                )
                 assert 1 <= numbers["num_warps"] <= (16 if arch == "gfx942" else 32)
 
 
@@ -105,10 +126,17 @@ def test_engines_cover_every_number_of_tokens():
         known = {"library", "fused"} if kind == "float" else {"codes", "decode"}
         for rows in table.values():
             bounds = [most for most, _ in rows]
-            assert bounds[-1] is None and bounds[:-1] == sorted(bounds[:-1]) and {name for _, name in rows} <= known
+            assert (
+                bounds[-1] is None
+                and bounds[:-1] == sorted(bounds[:-1])
+                and {name for _, name in rows} <= known
+            )
         for tokens in (0, 1, 64, 65, 4608):
             assert _launch.wide_engine(kind, tokens, device) in known
-    assert [_launch.wide_engine("int8", tokens, device) for tokens in (64, 65)] == ["codes", "decode"]
+    assert [_launch.wide_engine("int8", tokens, device) for tokens in (64, 65)] == [
+        "codes",
+        "decode",
+    ]
 
 
 def test_where_e4m3_has_products(monkeypatch):

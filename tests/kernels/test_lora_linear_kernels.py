@@ -1,4 +1,6 @@
-"""`lora_linear`'s kernels: forward and every gradient of groups against `lora_linear_ref` in fp64, and each alone."""
+"""`lora_linear`'s kernels: forward and every gradient of groups against `lora_linear_ref` in fp64,
+and each alone.
+"""
 
 import json
 import os
@@ -10,29 +12,44 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 
-from fluxfast.ops.lora_linear import Adapter, LinearParams, lora_linear_ref
-from fluxfast_kernels.lora_linear import lora_da, lora_db, lora_down, lora_ds, lora_matmul, lora_matmul_dgrad, make_segments
+from fluxfast.ops.linear.lora_linear import Adapter, LinearParams, lora_linear_ref
+from fluxfast_kernels.lora_linear import (
+    lora_da,
+    lora_db,
+    lora_down,
+    lora_ds,
+    lora_matmul,
+    lora_matmul_dgrad,
+    make_segments,
+)
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
 
-# small tiles, so that small operands take several of them, a last one that is not full, and a last group that is not full
+# small tiles, so that small operands take several of them, a last one that is not full, and a last
+# group that is not full
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 3, "num_warps": 4, "num_stages": 2}
 # sums are cut into parts of at least four blocks: 64 rows or columns
 NARROW = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
 
-def lora_grads(dy, s, x, b, *, scale=None, x_scale=None, segments=None, grad_dtype=torch.float32, numbers=None):
+def lora_grads(
+    dy, s, x, b, *, scale=None, x_scale=None, segments=None, grad_dtype=torch.float32, numbers=None
+):
     """dS, dA and dB, as a backward pass asks for them."""
-    ds = lora_ds(dy, b, torch.empty_like(s, dtype=dy.dtype), scale=scale, segments=segments, numbers=numbers)
+    ds = lora_ds(
+        dy, b, torch.empty_like(s, dtype=dy.dtype), scale=scale, segments=segments, numbers=numbers
+    )
     db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
     lora_db(dy, s, db, segments=segments, numbers=numbers)
     return ds, lora_da(x, ds, x_scale=x_scale, grad_dtype=grad_dtype, numbers=numbers), db
 
 
 def group(outs, ranks, k, m, dtype, seed=0):
-    """A group of linears as torch sees it (fp64, each adapter apart) and as the kernels do (packed, in dtype).
+    """A group of linears as torch sees it (fp64, each adapter apart) and as the kernels do (packed,
+    in dtype).
 
-    ranks: of each linear, the ranks of its adapters. Every number is one of dtype's, so that both see the same.
+    ranks: of each linear, the ranks of its adapters. Every number is one of dtype's, so that both
+    see the same.
     """
     g = iter(range(seed, seed + 1000))
 
@@ -83,16 +100,31 @@ def test_forward_and_every_gradient(case, dtype):
     expected = lora_linear_ref(x, linears)
     dy = randn(m, sum(outs), seed=99).to(dtype)
     adapters = [ad for linear in linears for ad in linear.adapters]
-    wanted = torch.autograd.grad(expected, [x, *(t for ad in adapters for t in (ad.a, ad.b))], dy.double())
+    wanted = torch.autograd.grad(
+        expected, [x, *(t for ad in adapters for t in (ad.a, ad.b))], dy.double()
+    )
 
     s = lora_down(p["x"], p["a"], scale=p["scale"], numbers=NARROW)
-    y = lora_matmul(p["x"], p["w"], bias=p["bias"], lora_s=s, lora_b=p["b"], segments=p["segments"], numbers=TILE)
-    ds, da, db = lora_grads(dy, s, p["x"], p["b"], scale=p["scale"], segments=p["segments"], numbers=NARROW)
+    y = lora_matmul(
+        p["x"],
+        p["w"],
+        bias=p["bias"],
+        lora_s=s,
+        lora_b=p["b"],
+        segments=p["segments"],
+        numbers=TILE,
+    )
+    ds, da, db = lora_grads(
+        dy, s, p["x"], p["b"], scale=p["scale"], segments=p["segments"], numbers=NARROW
+    )
     dx = lora_matmul_dgrad(dy, p["w"], lora_ds=ds, lora_a=p["a"], numbers=TILE)
 
     # s and dS are stored in dtype between two products: that rounding comes on top of the output's
     error = 2 * bound(dtype)
-    assert y.dtype == dx.dtype == s.dtype == ds.dtype == dtype and da.dtype == db.dtype == torch.float32
+    assert (
+        y.dtype == dx.dtype == s.dtype == ds.dtype == dtype
+        and da.dtype == db.dtype == torch.float32
+    )
     assert relative_error(y, expected) < error
     assert relative_error(dx, wanted[0]) < error
     pairs, grads, col, row = iter(wanted[1:]), [], 0, 0
@@ -100,7 +132,10 @@ def test_forward_and_every_gradient(case, dtype):
         rank = 0
         for adapter in linear.adapters:
             r = adapter.a.shape[0]
-            grads += [(da[row : row + r], next(pairs)), (db[col : col + n, rank : rank + r], next(pairs))]
+            grads += [
+                (da[row : row + r], next(pairs)),
+                (db[col : col + n, rank : rank + r], next(pairs)),
+            ]
             rank, row = rank + r, row + r
         assert not db[col : col + n, rank:].any()
         col += n
@@ -111,17 +146,27 @@ def test_forward_and_every_gradient(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (63, 80, 112), (2, 37, 51)])
 def test_without_adapters(m, n, k, dtype):
-    x, w, dy = randn(m, k, seed=1).to(dtype), randn(n, k, seed=2).to(dtype), randn(m, n, seed=3).to(dtype)
+    x, w, dy = (
+        randn(m, k, seed=1).to(dtype),
+        randn(n, k, seed=2).to(dtype),
+        randn(m, n, seed=3).to(dtype),
+    )
     assert relative_error(lora_matmul(x, w, numbers=TILE), x.double() @ w.double().T) < bound(dtype)
-    assert relative_error(lora_matmul_dgrad(dy, w, numbers=TILE), dy.double() @ w.double()) < bound(dtype)
+    assert relative_error(lora_matmul_dgrad(dy, w, numbers=TILE), dy.double() @ w.double()) < bound(
+        dtype
+    )
 
 
 def test_storage_of_another_dtype_is_cast_as_it_is_read():
     m, n, k, rank = 17, 48, 64, 5
     x, dy = randn(m, k, seed=1).to(torch.float16), randn(m, n, seed=2).to(torch.float16)
-    w, a, b = (randn(*shape, seed=3 + i).float() for i, shape in enumerate([(n, k), (rank, k), (n, rank)]))
+    w, a, b = (
+        randn(*shape, seed=3 + i).float() for i, shape in enumerate([(n, k), (rank, k), (n, rank)])
+    )
     s = lora_down(x, a, numbers=NARROW)
-    assert s.dtype == torch.float16 and relative_error(s, x.double() @ a.half().double().T) < bound(torch.float16)
+    assert s.dtype == torch.float16 and relative_error(s, x.double() @ a.half().double().T) < bound(
+        torch.float16
+    )
     y = lora_matmul(x, w, lora_s=s, lora_b=b, numbers=TILE)
     expected = x.double() @ w.half().double().T + s.double() @ b.half().double().T
     assert y.dtype == torch.float16 and relative_error(y, expected) < bound(torch.float16)
@@ -134,30 +179,50 @@ def test_storage_of_another_dtype_is_cast_as_it_is_read():
 def test_strided_rows_and_outputs_in_wider_buffers():
     m, n, k, rank = 33, 48, 64, 3
     x, dy, s = (widen(randn(m, cols, seed=i).float(), 16, 5) for i, cols in enumerate([k, n, rank]))
-    w, a, b = randn(n, k, seed=4).float(), randn(rank, k, seed=5).float(), randn(n, rank, seed=6).float()
+    w, a, b = (
+        randn(n, k, seed=4).float(),
+        randn(rank, k, seed=5).float(),
+        randn(n, rank, seed=6).float(),
+    )
     out, dx = widen(torch.zeros(m, n, device=DEVICE)), widen(randn(m, k, seed=7).float())
     held = dx.double()
     lora_matmul(x, w, lora_s=s, lora_b=b, out=out, numbers=TILE)
-    assert relative_error(out, x.double() @ w.double().T + s.double() @ b.double().T) < bound(torch.float32)
+    assert relative_error(out, x.double() @ w.double().T + s.double() @ b.double().T) < bound(
+        torch.float32
+    )
     assert out._base[:, :16].isnan().all() and out._base[:, 16 + n :].isnan().all()
     ds, da, db = lora_grads(dy, s, x, b, numbers=NARROW)
     lora_matmul_dgrad(dy, w, lora_ds=ds, lora_a=a, out=dx, accumulate=True, numbers=TILE)
     expected_ds = dy.double() @ b.double()
-    assert relative_error(dx, held + dy.double() @ w.double() + expected_ds @ a.double()) < bound(torch.float32)
+    assert relative_error(dx, held + dy.double() @ w.double() + expected_ds @ a.double()) < bound(
+        torch.float32
+    )
     assert relative_error(da, expected_ds.T @ x.double()) < bound(torch.float32)
     assert relative_error(db, dy.double().T @ s.double()) < bound(torch.float32)
-    assert relative_error(lora_down(x, a, numbers=NARROW), x.double() @ a.double().T) < bound(torch.float32)
+    assert relative_error(lora_down(x, a, numbers=NARROW), x.double() @ a.double().T) < bound(
+        torch.float32
+    )
 
 
 @pytest.mark.parametrize("outs", [(96,), (80, 48)])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 def test_sums_cut_into_parts_are_reproducible(outs, grad_dtype):
-    """More than 64 rows or columns make two parts, but the short segment has one. The same bits every time."""
+    """More than 64 rows or columns make two parts, but the short segment has one. The same bits
+    every time.
+    """
     m, k, ranks = 70, 72, (3, 2)[: len(outs)]
     n, total = sum(outs), sum(ranks)
     segments = make_segments(outs, ranks, DEVICE) if len(outs) > 1 else None
-    dy, x, s = randn(m, n, seed=1).float(), randn(m, k, seed=2).float(), randn(m, total, seed=3).float()
-    b, a, scale = randn(n, 3, seed=4).float(), randn(total, k, seed=5).float(), 1 / torch.arange(1, total + 1, device=DEVICE)
+    dy, x, s = (
+        randn(m, n, seed=1).float(),
+        randn(m, k, seed=2).float(),
+        randn(m, total, seed=3).float(),
+    )
+    b, a, scale = (
+        randn(n, 3, seed=4).float(),
+        randn(total, k, seed=5).float(),
+        1 / torch.arange(1, total + 1, device=DEVICE),
+    )
     options = {"scale": scale, "segments": segments, "grad_dtype": grad_dtype, "numbers": NARROW}
     first, second = (lora_grads(dy, s, x, b, **options) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
@@ -178,7 +243,9 @@ def test_sums_cut_into_parts_are_reproducible(outs, grad_dtype):
 def test_adapters_read_the_rows_that_the_product_reads(fmt):
     """A producer may have written x as codes and scales only."""
     m, n, k, rank = 33, 32, 80, 3
-    x, x_scale = row_quant(randn(m, k, seed=1).float() * torch.linspace(0.1, 9, m, device=DEVICE)[:, None], fmt)
+    x, x_scale = row_quant(
+        randn(m, k, seed=1).float() * torch.linspace(0.1, 9, m, device=DEVICE)[:, None], fmt
+    )
     a, dy = randn(rank, k, seed=2).float(), randn(m, n, seed=3).float()
     values = x.double() * x_scale[:, None].double()
     s = lora_down(x, a, x_scale=x_scale, out_dtype=torch.float32, numbers=NARROW)
@@ -193,7 +260,9 @@ def test_rows_of_zeros_and_outliers():
     x, w = randn(m, k, seed=1).to(torch.float16), randn(n, k, seed=2, scale=0.1).to(torch.float16)
     x[0], x[1, 3] = 0, 3e4
     shapes = [(rank, k), (n, rank), (n,)]
-    a, b, bias = (randn(*shape, seed=3 + i, scale=0.1).to(torch.float16) for i, shape in enumerate(shapes))
+    a, b, bias = (
+        randn(*shape, seed=3 + i, scale=0.1).to(torch.float16) for i, shape in enumerate(shapes)
+    )
     s = lora_down(x, a, numbers=NARROW)
     y = lora_matmul(x, w, bias=bias, lora_s=s, lora_b=b, numbers=TILE)
     assert not s[0].any() and torch.equal(y[0], bias)
@@ -203,9 +272,14 @@ def test_rows_of_zeros_and_outliers():
 
 
 def test_no_rows():
-    x, w, a, b = (torch.zeros(shape, device=DEVICE) for shape in [(0, 32), (16, 32), (3, 32), (16, 3)])
+    x, w, a, b = (
+        torch.zeros(shape, device=DEVICE) for shape in [(0, 32), (16, 32), (3, 32), (16, 3)]
+    )
     s = lora_down(x, a, numbers=NARROW)
-    assert s.shape == (0, 3) and lora_matmul(x, w, lora_s=s, lora_b=b, numbers=TILE).shape == (0, 16)
+    assert s.shape == (0, 3) and lora_matmul(x, w, lora_s=s, lora_b=b, numbers=TILE).shape == (
+        0,
+        16,
+    )
     ds, da, db = lora_grads(x.new_zeros(0, 16), s, x, b, numbers=NARROW)
     assert ds.shape == (0, 3) and not da.any() and not db.any()
 
@@ -244,15 +318,22 @@ print(json.dumps([[plain(v) for v in step] for step in steps], default=str))
 
 
 def test_token_counts_share_their_kernels():
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     env["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
-    process = subprocess.run([sys.executable, "-c", RECORD], env=env, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", RECORD], env=env, capture_output=True, text=True, check=False
+    )
     assert process.returncode == 0, process.stderr
     found: dict[str, set[str]] = {}
     for step in json.loads(process.stdout):
         for name, *rest in step:
             found.setdefault(name, set()).add(json.dumps(rest))
-    # four wide products; s and dS, as they are or, where rows are few, as fp32 slabs; dA and dB; and the sum of those slabs
+    # four wide products; s and dS, as they are or, where rows are few, as fp32 slabs; dA and dB;
+    # and the sum of those slabs
     assert {name: len(variants) for name, variants in found.items()} == {
         "matmul-": 4, "lora_down-": 4, "lora_outer-": 2, "sum_slabs-": 1,
     }  # fmt: skip

@@ -1,4 +1,6 @@
-"""`modulated_layer_norm`: values, codes and every gradient beside fp64, plain and with the gated residual fused in."""
+"""`modulated_layer_norm`: values, codes and every gradient beside fp64, plain and with the gated
+residual fused in.
+"""
 
 import pytest
 import torch
@@ -11,16 +13,22 @@ from fluxfast_kernels.modulated_layer_norm import (
 )
 from support import relative_error
 
-# batch, tokens, width: FLUX.1's width is no power of two either; 33 rows end inside a program that sums 16
+# batch, tokens, width: FLUX.1's width is no power of two either; 33 rows end inside a program that
+# sums 16
 SIZES = [(1, 1, 96), (2, 33, 64), (2, 3, 1000), (1, 20, 17)]
 
 
 def reference(x, scale, shift, eps):
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+    return (
+        torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None])
+        + shift[:, None]
+    )
 
 
 def inputs(batch, tokens, width, dtype):
-    """x as a slice of columns, and shift, scale and gate as chunks of one vector a sample, in `dtype`."""
+    """x as a slice of columns, and shift, scale and gate as chunks of one vector a sample, in
+    `dtype`.
+    """
     x = widen((randn(batch, tokens, width, seed=1) * 3 + 1).to(dtype))
     return x, *(0.3 * randn(batch, 3 * width, seed=2)).to(dtype).chunk(3, dim=-1)
 
@@ -32,7 +40,9 @@ def test_forward(dtype, batch, tokens, width):
     out = modulated_layer_norm_fwd(x, scale, shift, 1e-6)
     exact = x.double()
     assert out.y.dtype == dtype and out.y.is_contiguous() and out.q is None and out.q_scale is None
-    assert relative_error(out.y, reference(exact, scale.double(), shift.double(), 1e-6)) < bound(dtype)
+    assert relative_error(out.y, reference(exact, scale.double(), shift.double(), 1e-6)) < bound(
+        dtype
+    )
     assert relative_error(out.mean, exact.mean(-1)) < bound(torch.float32)
     rstd = (exact.var(-1, unbiased=False) + 1e-6).rsqrt()
     assert relative_error(out.rstd, rstd) < bound(torch.float32)
@@ -59,7 +69,9 @@ def test_codes_come_from_values_that_were_not_rounded(dtype):
     out = modulated_layer_norm_fwd(x, scale, shift, 1e-6, out="both-int8")
     exact = reference(x.double(), scale.double(), shift.double(), 1e-6)
     # half a code, and fp32 on the way there
-    assert ((out.q.double() * out.q_scale[..., None] - exact).abs() <= 0.5001 * out.q_scale[..., None]).all()
+    assert (
+        (out.q.double() * out.q_scale[..., None] - exact).abs() <= 0.5001 * out.q_scale[..., None]
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +103,8 @@ def test_gated_residual_in_front(dtype, batch, tokens, width):
     x, out = gated_residual_layer_norm_fwd(residual, gate, branch, scale, shift, 1e-6)
     total = torch.addcmul(exact[0], exact[1][:, None], exact[2])
     y = reference(total, *exact[3:], 1e-6)
-    # y is made of the rounded x, as it is where the two ops run one after the other: x's rounding counts twice
+    # y is made of the rounded x, as it is where the two ops run one after the other: x's rounding
+    # counts twice
     assert relative_error(x, total) < bound(dtype) and relative_error(out.y, y) < 2 * bound(dtype)
 
     dy, add_to = (randn(batch, tokens, width, seed=seed).to(dtype) for seed in (6, 7))
@@ -100,14 +113,20 @@ def test_gated_residual_in_front(dtype, batch, tokens, width):
         dy, x, scale, out.mean, out.rstd, add_to=add_to, modulation=True, gate=gate, branch=branch
     )
     actual = (grads.dx, grads.dgate, grads.dbranch, grads.dscale, grads.dshift)
-    for name, grad, reference_grad in zip(("dx", "dgate", "dbranch", "dscale", "dshift"), actual, expected, strict=True):
+    for name, grad, reference_grad in zip(
+        ("dx", "dgate", "dbranch", "dscale", "dshift"), actual, expected, strict=True
+    ):
         assert grad.dtype == dtype and relative_error(grad, reference_grad) < 2 * bound(dtype), name
 
 
 @pytest.mark.parametrize("fmt", ["int8", "e4m3"])
 def test_codes_of_the_branch_gradient(fmt):
     x, _, scale, gate = inputs(2, 5, 96, torch.float32)
-    dy, add_to, col_scale = randn(2, 5, 96, seed=6).float(), randn(2, 5, 96, seed=7).float(), randn(96, seed=8).float()
+    dy, add_to, col_scale = (
+        randn(2, 5, 96, seed=6).float(),
+        randn(2, 5, 96, seed=7).float(),
+        randn(96, seed=8).float(),
+    )
     dy[0, 1] = add_to[0, 1] = 0
     mean, rstd = x.mean(-1), x.var(-1, unbiased=False).rsqrt()
     call = {"add_to": add_to, "gate": gate, "col_scale": col_scale}
@@ -116,7 +135,9 @@ def test_codes_of_the_branch_gradient(fmt):
     assert torch.equal(both.dbranch, both.dx * gate[:, None]) and only.dbranch is None
     q, q_scale = quantize_rows(both.dbranch * col_scale, fmt)
     for grads in (both, only):
-        assert torch.equal(grads.dbranch_q_scale, q_scale) and code_distance(grads.dbranch_q, q) == 0
+        assert (
+            torch.equal(grads.dbranch_q_scale, q_scale) and code_distance(grads.dbranch_q, q) == 0
+        )
     assert q_scale[0, 1] == 1 and not q[0, 1].float().any()
 
 
@@ -133,7 +154,11 @@ def test_no_tokens():
     x, shift, scale, _ = inputs(2, 0, 32, torch.float32)
     out = modulated_layer_norm_fwd(x, scale, shift, out="both-int8")
     grads = modulated_layer_norm_bwd(x, x, scale, out.mean, out.rstd, modulation=True)
-    assert out.y.shape == out.q.shape == grads.dx.shape == (2, 0, 32) and out.mean.shape == out.q_scale.shape == (2, 0)
+    assert out.y.shape == out.q.shape == grads.dx.shape == (
+        2,
+        0,
+        32,
+    ) and out.mean.shape == out.q_scale.shape == (2, 0)
     assert not grads.dscale.any() and not grads.dshift.any()
 
 

@@ -1,4 +1,6 @@
-"""The fused AdamW: torch's own in fp32, stochastic rounding that keeps the mean in bf16, the same bits whenever it is run."""
+"""The fused AdamW: torch's own in fp32, stochastic rounding that keeps the mean in bf16, the same
+bits whenever it is run.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ SIZES = [1, 63, 1024, 1500]
 
 
 def tensors(dtype, sizes=SIZES, *, shift=0):
-    """Parameters, gradients and two moments of trained sizes; with `shift`, views that start off a 16-byte boundary."""
+    """Parameters, gradients and two moments of trained sizes; with `shift`, views that start off a
+    16-byte boundary.
+    """
     groups = []
     for kind, scale in enumerate((1.0, 0.1, 0.05, 0.01)):
         group = []
@@ -48,7 +52,9 @@ def test_fp32_is_torchs_adamw():
     (beta1, beta2), eps = HYPER["betas"], HYPER["eps"]
     optimizer = torch.optim.AdamW(params, HYPER["lr"], (beta1, beta2), eps, HYPER["weight_decay"])
     ours = [p.detach().clone() for p in params]
-    table = adamw_table(ours, [torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours])
+    table = adamw_table(
+        ours, [torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours]
+    )
     for step in range(1, 6):
         grads = [randn(p.numel(), seed=100 * step + i).float() for i, p in enumerate(params)]
         for p, grad in zip(params, grads, strict=True):
@@ -65,11 +71,14 @@ def test_fp32_is_torchs_adamw():
 def test_bf16_rounds_to_a_neighbour(shift, grad_dtype):
     groups = tensors(torch.bfloat16, shift=shift)
     groups[1] = [g.to(grad_dtype) for g in groups[1]]
-    expected = zip(*(expected_update(*args, step=3) for args in zip(*groups, strict=True)), strict=True)
+    expected = zip(
+        *(expected_update(*args, step=3) for args in zip(*groups, strict=True)), strict=True
+    )
     actual = run(groups)
     up = down = 0
     for value, exact in zip(actual, (t for group in expected for t in group), strict=True):
-        # the neighbours are less than a step, 2^-7 of the value, away; fp32 on the way there costs next to nothing
+        # the neighbours are less than a step, 2^-7 of the value, away; fp32 on the way there costs
+        # next to nothing
         error = (value.double() - exact) / exact.abs()
         assert error.abs().max() < 2**-7 * (1 + 1e-4)
         up, down = up + int((error > 0).sum()), down + int((error < 0).sum())
@@ -81,14 +90,16 @@ def test_bf16_rounds_to_a_neighbour(shift, grad_dtype):
 
 
 def test_rounding_keeps_the_mean():
-    # without gradients and moments a step multiplies by 1 - lr·weight_decay: here, less than an eighth of a bf16 step
+    # without gradients and moments a step multiplies by 1 - lr·weight_decay: here, less than an
+    # eighth of a bf16 step
     p = torch.full((20_000,), 1.0, dtype=torch.bfloat16, device=DEVICE)
     zeros = [torch.zeros_like(p) for _ in range(3)]
     decay = 1 - HYPER["lr"] * HYPER["weight_decay"]
     run([[p], *([z] for z in zeros)])
     values = p.float().unique()
     assert values.tolist() == [1 - 2**-8, 1.0]
-    # standard deviation of one element, sqrt(q (1 - q)) · 2^-8 with q = 0.077, over 20,000: four of them
+    # standard deviation of one element, sqrt(q (1 - q)) · 2^-8 with q = 0.077, over 20,000: four of
+    # them
     assert abs(p.double().mean().item() - decay) < 4 * 0.27 * 2**-8 / 20_000**0.5
     assert all(not z.any() for z in zeros)
 
@@ -99,8 +110,11 @@ def test_the_same_bits_again_and_others_otherwise(monkeypatch):
     for call in ({"seed": 6}, {"step": 3, "seed": 5 + (1 << 40)}):
         other = run(tensors(torch.bfloat16), **call)
         assert not torch.equal(other[3], first[3]) and not torch.equal(other[11], first[11])
-    # how tensors are cut into blocks, and whether they lie in one buffer or in several, changes nothing
-    monkeypatch.setattr("fluxfast_kernels.optim.OPTIM_LAUNCH", {"default": {"BLOCK": 64, "num_warps": 1}})
+    # how tensors are cut into blocks, and whether they lie in one buffer or in several, changes
+    # nothing
+    monkeypatch.setattr(
+        "fluxfast_kernels.optim.OPTIM_LAUNCH", {"default": {"BLOCK": 64, "num_warps": 1}}
+    )
     assert all(map(torch.equal, run(tensors(torch.bfloat16)), first))
     flat, whole = tensors(torch.bfloat16, [512]), tensors(torch.bfloat16, [512])
     parts = [[t for flat_t in group for t in flat_t.split([128, 384])] for group in flat]
@@ -111,9 +125,12 @@ def test_the_same_bits_again_and_others_otherwise(monkeypatch):
 
 def test_noise_differs_between_results_neighbours_and_tensors():
     same = torch.full((4096,), 1.0 + 2**-9, dtype=torch.float32, device=DEVICE)
-    # β = 0 in both moments makes m = g and v = g²: three roundings of values a quarter or a half step above one
+    # β = 0 in both moments makes m = g and v = g²: three roundings of values a quarter or a half
+    # step above one
     hyper = HYPER | {"betas": (0.0, 0.0), "lr": 0.0}
-    groups = [[torch.zeros(4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)] for _ in range(3)]
+    groups = [
+        [torch.zeros(4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)] for _ in range(3)
+    ]
     adamw_step(adamw_table(*groups), [same, same], step=1, seed=1, **hyper)
     m, other_m, v, _ = (t.double() for t in (*groups[1], *groups[2]))
     for a, b in ((m, other_m), (m, v), (m[::2], m[1::2]), (m[1:], m[:-1])):

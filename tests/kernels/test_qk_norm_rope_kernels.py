@@ -1,4 +1,6 @@
-"""`qk_norm_rope`: values and gradients beside the op's reference in fp64, joined, packed, routed, from either saved pair."""
+"""`qk_norm_rope`: values and gradients beside the op's reference in fp64, joined, packed, routed,
+from either saved pair.
+"""
 
 import pytest
 import torch
@@ -10,17 +12,26 @@ from support import relative_error
 
 
 def inputs(batch, s_txt, s_img, heads, head_dim, dtype, index=None):
-    """Packed q|k|v as slices of wider projections, norm weights away from zero, and tables with rows to spare."""
+    """Packed q|k|v as slices of wider projections, norm weights away from zero, and tables with
+    rows to spare.
+    """
     width = 3 * heads * head_dim
-    qkv, txt_qkv = (widen((2 * randn(batch, s, width, seed=seed)).to(dtype)) for seed, s in ((1, s_img), (2, s_txt)))
+    qkv, txt_qkv = (
+        widen((2 * randn(batch, s, width, seed=seed)).to(dtype))
+        for seed, s in ((1, s_img), (2, s_txt))
+    )
     rows = 2 * (s_txt + s_img) + 1
     angle = 3 * randn(rows, head_dim // 2, seed=3)
     weights = 1 + 0.2 * randn(4 if s_txt else 2, head_dim, seed=4).clamp(-3, 3)
     generator = torch.Generator().manual_seed(5)
     if index == "shared":
-        index = torch.randperm(rows, generator=generator)[: s_txt + s_img].to(torch.int32).to(DEVICE)
+        index = (
+            torch.randperm(rows, generator=generator)[: s_txt + s_img].to(torch.int32).to(DEVICE)
+        )
     elif index == "per sample":
-        index = torch.stack([torch.randperm(rows, generator=generator)[: s_txt + s_img] for _ in range(batch)]).to(DEVICE)
+        index = torch.stack(
+            [torch.randperm(rows, generator=generator)[: s_txt + s_img] for _ in range(batch)]
+        ).to(DEVICE)
     txt_qkv = txt_qkv if s_txt else None
     return qkv, txt_qkv, weights.float(), angle.cos().float(), angle.sin().float(), index
 
@@ -28,27 +39,44 @@ def inputs(batch, s_txt, s_img, heads, head_dim, dtype, index=None):
 def reference(qkv, txt_qkv, weights, cos, sin, index, heads):
     """q, k, v and a function from their gradients to those of qkv (and txt_qkv), all in fp64."""
     leaves = [t.double().requires_grad_() for t in (qkv, txt_qkv) if t is not None]
-    txt = {} if txt_qkv is None else {"txt_qkv": leaves[1]} | dict(
-        zip(("txt_q_weight", "txt_k_weight"), weights[2:].double(), strict=True)
+    txt = (
+        {}
+        if txt_qkv is None
+        else {"txt_qkv": leaves[1]}
+        | dict(zip(("txt_q_weight", "txt_k_weight"), weights[2:].double(), strict=True))
     )
     tables = (cos.double(), sin.double())
-    out = qk_norm_rope_ref(leaves[0], *weights[:2].double(), *tables, heads=heads, index=index, **txt)
+    out = qk_norm_rope_ref(
+        leaves[0], *weights[:2].double(), *tables, heads=heads, index=index, **txt
+    )
     return out, lambda grads: torch.autograd.grad(out, leaves, [g.double() for g in grads])
 
 
 def gradients(batch, tokens, heads, head_dim, dtype):
-    """dq, dk, dv in the layouts that attention gives: contiguous, heads outermost, and inside a packed tensor."""
+    """dq, dk, dv in the layouts that attention gives: contiguous, heads outermost, and inside a
+    packed tensor.
+    """
     dq, dk, dv = (randn(batch, tokens, heads, head_dim, seed=seed).to(dtype) for seed in (6, 7, 8))
-    return dq, dk.transpose(1, 2).contiguous().transpose(1, 2), torch.stack((dv, dv), dim=2)[:, :, 1]
+    return (
+        dq,
+        dk.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack((dv, dv), dim=2)[:, :, 1],
+    )
 
 
-# batch, text tokens, image tokens, heads, head_dim: heads that fill no block, a head_dim that is no power of two
+# batch, text tokens, image tokens, heads, head_dim: heads that fill no block, a head_dim that is no
+# power of two
 CASES = [(1, 0, 1, 2, 32), (2, 3, 6, 3, 16), (1, 2, 3, 9, 128), (2, 1, 2, 5, 24), (1, 5, 0, 2, 8)]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("dtype", "index"), [*((dtype, None) for dtype in DTYPES), (torch.float32, "shared"), (torch.float32, "per sample")]
+    ("dtype", "index"),
+    [
+        *((dtype, None) for dtype in DTYPES),
+        (torch.float32, "shared"),
+        (torch.float32, "per sample"),
+    ],
 )
 def test_forward_and_backward(dtype, case, index):
     batch, s_txt, s_img, heads, head_dim = case
@@ -57,16 +85,24 @@ def test_forward_and_backward(dtype, case, index):
     (q, k, v), grad = reference(*args, heads)
     out = qk_norm_rope_fwd(qkv, weights, cos, sin, heads=heads, txt_qkv=txt_qkv, index=index)
     for actual, expected in ((out.q, q), (out.k, k)):
-        assert actual.dtype == dtype and actual.is_contiguous() and relative_error(actual, expected) < bound(dtype)
+        assert (
+            actual.dtype == dtype
+            and actual.is_contiguous()
+            and relative_error(actual, expected) < bound(dtype)
+        )
     assert torch.equal(out.v, v.to(dtype)) and out.v.is_contiguous()
 
     grads = gradients(batch, s_txt + s_img, heads, head_dim, dtype)
     expected = grad(grads)
     call = {"s_txt": s_txt, "index": index}
-    from_inputs = qk_norm_rope_bwd(*grads, out.rstd, weights, cos, sin, qkv=qkv, txt_qkv=txt_qkv, **call)
+    from_inputs = qk_norm_rope_bwd(
+        *grads, out.rstd, weights, cos, sin, qkv=qkv, txt_qkv=txt_qkv, **call
+    )
     from_outputs = qk_norm_rope_bwd(*grads, out.rstd, weights, cos, sin, q=out.q, k=out.k, **call)
     for i, reference_grad in enumerate(expected):
-        assert from_inputs[i].dtype == dtype and relative_error(from_inputs[i], reference_grad) < bound(dtype)
+        assert from_inputs[i].dtype == dtype and relative_error(
+            from_inputs[i], reference_grad
+        ) < bound(dtype)
         # the outputs were rounded when they were stored, and dividing by a weight magnifies that
         assert relative_error(from_outputs[i], reference_grad) < 2 * bound(dtype)
     if not s_txt:
@@ -82,7 +118,9 @@ def test_gradients_into_wider_buffers(dtype):
     dqkv, dtxt_qkv = wide[..., 16:160], txt_wide[..., 32:176]
     written = qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k, dqkv=dqkv, dtxt_qkv=dtxt_qkv)
     assert written[0] is dqkv and written[1] is dtxt_qkv
-    for actual, expected in zip(written, qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k), strict=True):
+    for actual, expected in zip(
+        written, qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k), strict=True
+    ):
         assert torch.equal(actual, expected)
     assert (wide[..., :16] == 7).all() and (wide[..., 160:] == 7).all()
     assert (txt_wide[..., :32] == 7).all() and (txt_wide[..., 176:] == 7).all()
@@ -94,10 +132,14 @@ def test_hard_rows_and_weights():
     weights[0, 5], weights[3] = 0, 0
     (q, k, _), grad = reference(*args, 2)
     out = qk_norm_rope_fwd(qkv, weights, cos, sin, heads=2, txt_qkv=txt_qkv)
-    assert relative_error(out.q, q) < bound(torch.float32) and relative_error(out.k, k) < bound(torch.float32)
+    assert relative_error(out.q, q) < bound(torch.float32) and relative_error(out.k, k) < bound(
+        torch.float32
+    )
     grads = gradients(1, 5, 2, 16, torch.float32)
     # where a weight is zero only the inputs can tell what the norm saw
-    actual = qk_norm_rope_bwd(*grads, out.rstd, weights, cos, sin, s_txt=2, qkv=qkv, txt_qkv=txt_qkv)
+    actual = qk_norm_rope_bwd(
+        *grads, out.rstd, weights, cos, sin, s_txt=2, qkv=qkv, txt_qkv=txt_qkv
+    )
     for part, expected in zip(actual, grad(grads), strict=True):
         # token by token: the gradient of a zero row is 1e6 times the others'
         for token in range(part.shape[1]):

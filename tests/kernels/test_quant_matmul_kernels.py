@@ -1,4 +1,6 @@
-"""`quant_matmul`: exact integer sums, the epilogue's terms, both directions and both layouts, on small tiles."""
+"""`quant_matmul`: exact integer sums, the epilogue's terms, both directions and both layouts, on
+small tiles.
+"""
 
 import pytest
 import torch
@@ -9,11 +11,17 @@ from packaging.version import Version
 
 from fluxfast_kernels import _matmul
 from fluxfast_kernels._launch import interpreted
-from fluxfast_kernels.quant_matmul import make_segments, quant_matmul, quant_matmul_dgrad, transpose_codes
+from fluxfast_kernels.quant_matmul import (
+    make_segments,
+    quant_matmul,
+    quant_matmul_dgrad,
+    transpose_codes,
+)
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
 
-# small tiles, so that small operands take several of them, a last one that is not full, and a last group that is not full
+# small tiles, so that small operands take several of them, a last one that is not full, and a last
+# group that is not full
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 3, "num_warps": 4, "num_stages": 2}
 SHAPES = [(1, 16, 16), (17, 48, 80), (63, 80, 112), (2, 37, 51)]
 FORMATS = ["int8", "e4m3"]
@@ -51,7 +59,9 @@ def test_forward(fmt, m, n, k, dtype):
 
 @pytest.mark.parametrize("w_transposed", [False, True])
 def test_integer_sums_are_exact(w_transposed):
-    """Past 2²⁴, where fp32 sums would already have lost bits: the only rounding is that of the finished sum."""
+    """Past 2²⁴, where fp32 sums would already have lost bits: the only rounding is that of the
+    finished sum.
+    """
     m, n, k = 3, 16, 1100
     x, w = codes(m, k, "int8", 1), codes(n, k, "int8", 2)
     x[0], w[0], w[1] = 127, 127, -127
@@ -59,7 +69,9 @@ def test_integer_sums_are_exact(w_transposed):
     one = torch.ones(max(m, n), device=DEVICE)
     numbers = TILE | {"BLOCK_K": 128}
     y = quant_matmul(x, one[:m], w_kernel, one[:n], out_dtype=torch.float32, numbers=numbers)
-    exact = x.long() @ w.long().T if DEVICE == "cpu" else (x.cpu().long() @ w.cpu().long().T).to(DEVICE)
+    exact = (
+        x.long() @ w.long().T if DEVICE == "cpu" else (x.cpu().long() @ w.cpu().long().T).to(DEVICE)
+    )
     assert int(exact.abs().max()) == 127 * 127 * k > 2**24
     assert torch.equal(y, exact.float())
 
@@ -69,22 +81,36 @@ def test_integer_sums_are_exact(w_transposed):
 def test_dgrad_reads_the_same_weight_in_both_layouts(fmt, m, n, k):
     dy, w, dy_scale = codes(m, n, fmt, 1), codes(n, k, fmt, 2), scales(m, 3)
     dx = quant_matmul_dgrad(dy, dy_scale, w, out_dtype=torch.float32, numbers=TILE)
-    assert dx.shape == (m, k) and relative_error(dx, dy.double() @ w.double() * dy_scale[:, None]) < bound(torch.float32)
+    assert dx.shape == (m, k) and relative_error(
+        dx, dy.double() @ w.double() * dy_scale[:, None]
+    ) < bound(torch.float32)
     w_t = transpose_codes(w)
     assert w_t.is_contiguous() and torch.equal(w_t.view(torch.int8), w.view(torch.int8).T)
     again = quant_matmul_dgrad(dy, dy_scale, w_t.T, out_dtype=torch.float32, numbers=TILE)
     # int8's sums are exact in any order
-    assert torch.equal(dx, again) if fmt == "int8" else relative_error(again, dx) < bound(torch.float32)
+    assert (
+        torch.equal(dx, again)
+        if fmt == "int8"
+        else relative_error(again, dx) < bound(torch.float32)
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize(("rank", "dtype"), [(1, torch.float32), (3, torch.bfloat16), (16, torch.float16), (45, torch.float32)])
+@pytest.mark.parametrize(
+    ("rank", "dtype"),
+    [(1, torch.float32), (3, torch.bfloat16), (16, torch.float16), (45, torch.float32)],
+)
 def test_low_rank_term_in_both_directions(fmt, rank, dtype):
     m, n, k = 17, 48, 80
     x, w, dy = codes(m, k, fmt, 1), codes(n, k, fmt, 2), codes(m, n, fmt, 6)
     x_scale, w_scale = scales(m, 3), scales(n, 4)
-    # a slice of the columns of a wider s, as a group's packed one gives it; B is kept in fp32 whatever the output's type
-    s, b, a = widen(randn(m, rank, seed=7).to(dtype), 3, 2), randn(n, rank, seed=8).float(), randn(rank, k, seed=9).to(dtype)
+    # a slice of the columns of a wider s, as a group's packed one gives it; B is kept in fp32
+    # whatever the output's type
+    s, b, a = (
+        widen(randn(m, rank, seed=7).to(dtype), 3, 2),
+        randn(n, rank, seed=8).float(),
+        randn(rank, k, seed=9).to(dtype),
+    )
     y = quant_matmul(x, x_scale, w, w_scale, lora_s=s, lora_b=b, out_dtype=dtype, numbers=TILE)
     expected = product(x, w) * x_scale[:, None] * w_scale + product(s, b.to(dtype))
     assert relative_error(y, expected) < bound(dtype)
@@ -96,8 +122,17 @@ def test_low_rank_term_in_both_directions(fmt, rank, dtype):
 def test_groups_of_linears_with_adapters_of_their_own():
     outs, ranks = (48, 16, 64), (3, 0, 5)
     m, k, n, total, widest = 19, 64, sum(outs), sum(ranks), max(ranks)
-    x, w, x_scale, w_scale = codes(m, k, "int8", 1), codes(n, k, "int8", 2), scales(m, 3), scales(n, 4)
-    s, b, bias = randn(m, total, seed=5).float(), randn(n, widest, seed=6).float(), randn(n, seed=7).float()
+    x, w, x_scale, w_scale = (
+        codes(m, k, "int8", 1),
+        codes(n, k, "int8", 2),
+        scales(m, 3),
+        scales(n, 4),
+    )
+    s, b, bias = (
+        randn(m, total, seed=5).float(),
+        randn(n, widest, seed=6).float(),
+        randn(n, seed=7).float(),
+    )
     y = quant_matmul(
         x, x_scale, w, w_scale, bias=bias, lora_s=s, lora_b=b, segments=make_segments(outs, ranks, DEVICE),
         out_dtype=torch.float32, numbers=TILE,
@@ -118,16 +153,25 @@ def test_segments_must_be_aligned():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_out_is_a_slice_and_can_be_added_to(dtype):
     m, n, k = 17, 48, 80
-    x, w, x_scale, w_scale = codes(m, k, "int8", 1), codes(n, k, "int8", 2), scales(m, 3), scales(n, 4)
+    x, w, x_scale, w_scale = (
+        codes(m, k, "int8", 1),
+        codes(n, k, "int8", 2),
+        scales(m, 3),
+        scales(n, 4),
+    )
     plain = quant_matmul(x, x_scale, w, w_scale, out_dtype=dtype, numbers=TILE)
     out = widen(torch.full_like(plain, float("nan")))
     assert quant_matmul(x, x_scale, w, w_scale, out=out, numbers=TILE) is out
     wide = out._base
-    assert torch.equal(out, plain) and wide[:, :16].isnan().all() and wide[:, 16 + n :].isnan().all()
+    assert (
+        torch.equal(out, plain) and wide[:, :16].isnan().all() and wide[:, 16 + n :].isnan().all()
+    )
     dy, held = codes(m, n, "int8", 5), randn(m, k, seed=6).to(dtype)
     dx = widen(held)
     quant_matmul_dgrad(dy, x_scale, w, out=dx, accumulate=True, numbers=TILE)
-    assert relative_error(dx, held.double() + dy.double() @ w.double() * x_scale[:, None]) < bound(dtype)
+    assert relative_error(dx, held.double() + dy.double() @ w.double() * x_scale[:, None]) < bound(
+        dtype
+    )
     assert dx._base[:, :16].isnan().all() and dx._base[:, 16 + k :].isnan().all()
 
 
@@ -150,9 +194,14 @@ def test_rows_that_are_hard(fmt):
 
 @pytest.mark.parametrize(("fmt", "error"), [("int8", 0.02), ("e4m3", 0.06)])
 def test_scales_folded_into_dy_give_the_gradient(fmt, error):
-    """dgrad of a weight quantised per row against the exact one; kernels of this precision measure 0.009 and 0.027."""
+    """dgrad of a weight quantised per row against the exact one; kernels of this precision measure
+    0.009 and 0.027.
+    """
     m, n, k = 33, 96, 64
-    weight, dy = randn(n, k, seed=1).float() * torch.linspace(0.1, 4, n, device=DEVICE)[:, None], randn(m, n, seed=2).float()
+    weight, dy = (
+        randn(n, k, seed=1).float() * torch.linspace(0.1, 4, n, device=DEVICE)[:, None],
+        randn(m, n, seed=2).float(),
+    )
     w, w_scale = row_quant(weight, fmt)
     dyq, dy_scale = row_quant(dy, fmt, col_scale=w_scale)
     dx = quant_matmul_dgrad(dyq, dy_scale, w, out_dtype=torch.float32, numbers=TILE)
@@ -163,7 +212,12 @@ def test_scales_folded_into_dy_give_the_gradient(fmt, error):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_float_rows_on_codes(fmt, dtype):
     m, n, k = 17, 48, 80
-    x, w, w_scale, bias = randn(m, k, seed=1).to(dtype), codes(n, k, fmt, 2), scales(n, 3), randn(n, seed=4).to(dtype)
+    x, w, w_scale, bias = (
+        randn(m, k, seed=1).to(dtype),
+        codes(n, k, fmt, 2),
+        scales(n, 3),
+        randn(n, seed=4).to(dtype),
+    )
     y = quant_matmul(x, None, w, w_scale, bias=bias, out_dtype=dtype, numbers=TILE)
     assert relative_error(y, product(x, w) * w_scale + bias) < bound(dtype)
     dy = (randn(m, n, seed=5) * w_scale).to(dtype)
@@ -174,12 +228,15 @@ def test_float_rows_on_codes(fmt, dtype):
 @triton.jit
 def fnuz_codes_kernel(p_in, p_out):
     o = tl.arange(0, 256)
-    tl.store(p_out + o, _matmul.as_type(tl.load(p_in + o), tl.float8e4b8).to(tl.uint8, bitcast=True))
+    tl.store(
+        p_out + o, _matmul.as_type(tl.load(p_in + o), tl.float8e4b8).to(tl.uint8, bitcast=True)
+    )
 
 
 # older interpreters do not know the type, and a GPU other than gfx942 does not either
 in_gfx942s_bias = pytest.mark.skipif(
-    not interpreted() or Version(triton.__version__) < Version("3.9"), reason="needs an interpreter that knows fp8e4b8"
+    not interpreted() or Version(triton.__version__) < Version("3.9"),
+    reason="needs an interpreter that knows fp8e4b8",
 )
 
 
@@ -187,7 +244,12 @@ in_gfx942s_bias = pytest.mark.skipif(
 def test_e4m3fn_in_gfx942s_bias(monkeypatch):
     monkeypatch.setattr(_matmul, "arch_key", lambda device: "gfx942")
     m, n, k = 17, 48, 80
-    x, w, x_scale, w_scale = codes(m, k, "e4m3", 1), codes(n, k, "e4m3", 2), scales(m, 3), scales(n, 4)
+    x, w, x_scale, w_scale = (
+        codes(m, k, "e4m3", 1),
+        codes(n, k, "e4m3", 2),
+        scales(m, 3),
+        scales(n, 4),
+    )
     assert _matmul.product_type(x, w, torch.float32) == tl.float8e4b8
     y = quant_matmul(x, x_scale, w, w_scale, out_dtype=torch.float32, numbers=TILE)
     assert relative_error(y, product(x, w) * x_scale[:, None] * w_scale) < bound(torch.float32)
@@ -202,5 +264,11 @@ def test_minus_zero_is_nan_in_gfx942s_bias():
 
 
 def test_no_rows():
-    y = quant_matmul(codes(4, 32, "int8", 1)[:0], scales(4, 2)[:0], codes(16, 32, "int8", 3), scales(16, 4), numbers=TILE)
+    y = quant_matmul(
+        codes(4, 32, "int8", 1)[:0],
+        scales(4, 2)[:0],
+        codes(16, 32, "int8", 3),
+        scales(16, 4),
+        numbers=TILE,
+    )
     assert y.shape == (0, 16) and y.dtype == torch.bfloat16

@@ -15,7 +15,9 @@ def test_codes_are_the_formulas(fmt, dtype, rows, cols, col_scaled):
     x = randn(rows, cols, seed=1).to(dtype)
     col_scale = randn(cols, seed=2, scale=0.01).float() if col_scaled else None
     q, scale = row_quant(x, fmt, col_scale=col_scale)
-    expected, expected_scale = quantize_rows(x.float() if col_scale is None else x.float() * col_scale, fmt)
+    expected, expected_scale = quantize_rows(
+        x.float() if col_scale is None else x.float() * col_scale, fmt
+    )
     assert q.dtype == expected.dtype and q.shape == x.shape and torch.equal(scale, expected_scale)
     assert code_distance(q, expected) == 0
 

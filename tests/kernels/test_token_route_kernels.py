@@ -12,7 +12,9 @@ SIZES = [(1, 1, 1, 96), (2, 63, 31, 40), (3, 10, 10, 1000), (2, 9, 0, 16)]
 
 def route(batch, tokens, kept, *, index_dtype=torch.int64, ordered=True):
     generator = torch.Generator().manual_seed(tokens)
-    idx = torch.stack([torch.randperm(tokens, generator=generator)[:kept] for _ in range(batch)]).to(DEVICE)
+    idx = torch.stack(
+        [torch.randperm(tokens, generator=generator)[:kept] for _ in range(batch)]
+    ).to(DEVICE)
     return (idx.sort(-1).values if ordered else idx).to(index_dtype)
 
 
@@ -34,7 +36,9 @@ def test_values_and_gradients(dtype, batch, tokens, kept, width):
     scattered = leaves[0].scatter(1, where, leaves[1])
     assert torch.equal(token_scatter(base, y, inverse), scattered)
     dbase, dy = torch.autograd.grad(scattered, leaves, x)
-    assert torch.equal(token_scatter(x, None, inverse), dbase) and torch.equal(token_gather(x, idx), dy)
+    assert torch.equal(token_scatter(x, None, inverse), dbase) and torch.equal(
+        token_gather(x, idx), dy
+    )
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -44,7 +48,9 @@ def test_any_order_and_a_shared_route(index_dtype):
     inverse = inverse_index(idx, 12)
     y = token_gather(x, idx)
     assert torch.equal(y, x[:, idx[0].long()])
-    assert torch.equal(token_scatter(torch.zeros_like(x), y, inverse), token_scatter(None, y, inverse))
+    assert torch.equal(
+        token_scatter(torch.zeros_like(x), y, inverse), token_scatter(None, y, inverse)
+    )
     assert torch.equal(token_scatter(x, y, inverse), x)
 
 

@@ -1,4 +1,6 @@
-"""A small model to stream, and engines that show what a real device would hide: stale reads, early reads, broken copies."""
+"""A small model to stream, and engines that show what a real device would hide: stale reads, early
+reads, broken copies.
+"""
 
 import random
 import threading
@@ -6,9 +8,9 @@ import time
 
 import torch
 
+from fluxfast.checkpoint.side_by_side import pack_groups
 from fluxfast.memory.engine import Engine
-from fluxfast.memory.offload import BlockStream
-from fluxfast.model.packing import pack_groups
+from fluxfast.memory.stream import BlockStream
 from small_flux import small_flux
 from support import make_inputs
 
@@ -84,12 +86,16 @@ def blocks_of(model):
 
 
 def stream(model, engine=None, poison=True, **options):
-    """Stream a model's blocks. poison: what the tensors hold between uses is garbage, as nobody may read it."""
+    """Stream a model's blocks. poison: what the tensors hold between uses is garbage, as nobody may
+    read it.
+    """
     made = BlockStream(blocks_of(model), engine or LateEngine(), **options)
     made.watch(model)
     if poison:
         for block in made._blocks:
-            block.host = [torch.full_like(view.view(torch.uint8), 255).view(view.dtype) for view in block.host]
+            block.host = [
+                torch.full_like(view.view(torch.uint8), 255).view(view.dtype) for view in block.host
+            ]
             block.layout.point_at(block.host)
     return made
 
@@ -109,7 +115,9 @@ def same(actual, expected):
     """Output and every gradient, bit for bit."""
     assert torch.equal(actual[0], expected[0])
     assert actual[1].keys() == expected[1].keys()
-    different = [name for name in expected[1] if not torch.equal(actual[1][name], expected[1][name])]
+    different = [
+        name for name in expected[1] if not torch.equal(actual[1][name], expected[1][name])
+    ]
     assert not different
     assert all(grad.isfinite().all() for grad in expected[1].values())
 

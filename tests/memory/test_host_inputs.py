@@ -1,4 +1,6 @@
-"""Blocks' inputs in host memory: the same values in any order, and no buffer taken twice or for ever."""
+"""Blocks' inputs in host memory: the same values in any order, and no buffer taken twice or for
+ever.
+"""
 
 import random
 

@@ -1,4 +1,6 @@
-"""Pinned host memory, with a driver that is made up: what is asked of it, and what is said when it refuses."""
+"""Pinned host memory, with a driver that is made up: what is asked of it, and what is said when it
+refuses.
+"""
 
 import gc
 

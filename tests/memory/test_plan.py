@@ -1,4 +1,6 @@
-"""The plan's parts: sizes against real modules, GPUs by name, step times against known ones, and what a budget chooses."""
+"""The plan's parts: sizes against real modules, GPUs by name, step times against known ones, and
+what a budget chooses.
+"""
 
 from dataclasses import replace
 
@@ -35,8 +37,14 @@ def workload(tokens=4608, **changes):
 def test_sizes_are_those_of_a_model(format, guidance):
     sizes = replace(SMALL, guidance_embeds=guidance)
     model = FluxTransformer(**vars(sizes), axes_dims_rope=(4, 14, 14)).to(torch.bfloat16)
-    linears = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert {linear.name: (linear.out_features, linear.in_features) for linear in sizes.linears()} == linears
+    linears = {
+        n: (m.out_features, m.in_features)
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
+    assert {
+        linear.name: (linear.out_features, linear.in_features) for linear in sizes.linears()
+    } == linears
     if format is not None:
         quantize_model(model, FORMATS[format])
     tensors = [*model.parameters(), *model.buffers()]
@@ -110,9 +118,17 @@ def test_the_table_is_consistent():
     ],
 )
 def test_step_times_are_near_a_roofline_from_measured_rates(gpu, pixels, policy, compute, seconds):
-    """Rates measured elsewhere gave these times; here they come from peaks, so they agree only roughly."""
-    w = workload((pixels // 16) ** 2 + 512, compute=compute, storage=Storage("int8" if compute == "int8" else None))
-    assert predict(w, Choices((policy,) * 57), find_gpu(gpu)).total == pytest.approx(seconds, rel=0.25)
+    """Rates measured elsewhere gave these times; here they come from peaks, so they agree only
+    roughly.
+    """
+    w = workload(
+        (pixels // 16) ** 2 + 512,
+        compute=compute,
+        storage=Storage("int8" if compute == "int8" else None),
+    )
+    assert predict(w, Choices((policy,) * 57), find_gpu(gpu)).total == pytest.approx(
+        seconds, rel=0.25
+    )
 
 
 def test_streaming_waits_where_blocks_compute_faster_than_they_come():
@@ -128,7 +144,12 @@ def test_parts_add_up_and_move():
     w = workload(storage=Storage("int8"), compute="int8")
     resident, ahead, streamed, put_aside = (
         account(w, Choices(FULL, **given))
-        for given in ({}, {"modulation_ahead": True}, {"slots": 3}, {"slots": 3, "host_inputs": True})
+        for given in (
+            {},
+            {"modulation_ahead": True},
+            {"slots": 3},
+            {"slots": 3, "host_inputs": True},
+        )
     )
     assert resident.peak == sum(resident.vram.values()) - resident.vram["CUDA context"]
     assert ahead.host["modulation"] == sum(w.modulation_weights) + w.outer_modulation_weights
@@ -143,8 +164,12 @@ def test_parts_add_up_and_move():
 
 def test_more_recomputation_takes_less_memory_and_more_time():
     w, gpu = workload(), find_gpu("H200")
-    needed = [account(w, Choices((policy,) * 57)).needed for policy in ("none", "selective", "full")]
-    seconds = [predict(w, Choices((policy,) * 57), gpu).total for policy in ("none", "selective", "full")]
+    needed = [
+        account(w, Choices((policy,) * 57)).needed for policy in ("none", "selective", "full")
+    ]
+    seconds = [
+        predict(w, Choices((policy,) * 57), gpu).total for policy in ("none", "selective", "full")
+    ]
     assert needed == sorted(needed, reverse=True)
     assert seconds == sorted(seconds)
     made = list(policies(3))
@@ -159,7 +184,9 @@ def test_tread_takes_less():
     routed = replace(plain, tokens=tokens)
     assert account(routed, Choices(FULL)).peak < account(plain, Choices(FULL)).peak
     gpu = find_gpu("H200")
-    assert predict(plain, Choices(FULL), gpu).total > 1.6 * predict(routed, Choices(FULL), gpu).total
+    assert (
+        predict(plain, Choices(FULL), gpu).total > 1.6 * predict(routed, Choices(FULL), gpu).total
+    )
 
 
 @pytest.mark.parametrize("budget", [6, 9, 12, 16, 24, 40, 80])

@@ -14,7 +14,9 @@ class Violation(AssertionError):
 
 
 class Device:
-    """A copy queue and a compute queue, each in order; `sabotage` changes the actions on their way in."""
+    """A copy queue and a compute queue, each in order; `sabotage` changes the actions on their way
+    in.
+    """
 
     def __init__(self, rng, sabotage=None):
         self.rng, self.sabotage = rng, sabotage
@@ -60,7 +62,10 @@ class Device:
             before = [copy for copy in self.copies if copy[0] == slot and copy[2] < end]
             into = before[-1] if before else None
             if into is None or into[1] != group or into[3] > start:
-                raise Violation(f"group {group} is read in slot {slot} from {start} to {end}, where {into} was last")
+                raise Violation(
+                    f"group {group} is read in slot {slot} from {start} to {end}, where {into} "
+                    "was last"
+                )
 
 
 class Run:
@@ -206,7 +211,9 @@ def test_the_next_one_is_on_its_way(direction):
     schedule.begin()
     order = list(range(8)) if direction == "forward" else list(reversed(range(8)))
     for i, group in enumerate(order):
-        copied = [action.group for action in schedule.enter(group, direction) if isinstance(action, Copy)]
+        copied = [
+            action.group for action in schedule.enter(group, direction) if isinstance(action, Copy)
+        ]
         schedule.leave(group)
         if 0 < i < 7:
             assert copied == [order[i + 1]]

@@ -1,4 +1,6 @@
-"""A step as graphs: captured once a shape, it gives what the step gives that is run, whatever changes between steps."""
+"""A step as graphs: captured once a shape, it gives what the step gives that is run, whatever
+changes between steps.
+"""
 
 import threading
 
@@ -29,7 +31,9 @@ def make_model(*, norms=False, dropout=0.0, storage=None):
 
 
 def train(model, inputs):
-    """Losses of steps on these inputs, and the adapters that they end with; every step changes the weights."""
+    """Losses of steps on these inputs, and the adapters that they end with; every step changes the
+    weights.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.SGD(parameters, lr=0.01), []
     for step in inputs:
@@ -47,7 +51,9 @@ STEPS = STEPS_RUN_FIRST + 3
 
 def steps(count=STEPS):
     """`count` steps of each of two shapes in turn, other values each time."""
-    return [make_inputs(2, *((3, 4) if seed % 2 else (2, 5)), seed=seed) for seed in range(2 * count)]
+    return [
+        make_inputs(2, *((3, 4) if seed % 2 else (2, 5)), seed=seed) for seed in range(2 * count)
+    ]
 
 
 def one_shape(count=STEPS):
@@ -90,7 +96,10 @@ def test_replays_are_the_steps_themselves(policy, routes, ahead, monkeypatch):
     assert len(model.graphs.said) == 1 and "steps are replayed" in model.graphs.said[0]
 
 
-@pytest.mark.parametrize(("storage", "compute", "outliers"), [("int8", "int8", 0), ("nf4", "same", 0), ("int4", "int8", 2)])
+@pytest.mark.parametrize(
+    ("storage", "compute", "outliers"),
+    [("int8", "int8", 0), ("nf4", "same", 0), ("int4", "int8", 2)],
+)
 def test_replays_of_a_quantised_base(storage, compute, outliers, monkeypatch):
     see_every_op(monkeypatch)
 
@@ -114,7 +123,9 @@ def test_replays_in_bfloat16(monkeypatch):
     model = make_model().to(torch.bfloat16)
     model.graphs = Counting(model)
     losses, adapters = train(model, inputs)
-    assert losses == expected[0] and adapters[0].dtype == torch.bfloat16 and model.graphs.replays == 2
+    assert (
+        losses == expected[0] and adapters[0].dtype == torch.bfloat16 and model.graphs.replays == 2
+    )
     assert all(torch.equal(a, b) for a, b in zip(adapters, expected[1], strict=True))
 
 
@@ -164,11 +175,15 @@ def test_a_graph_made_wrong_is_found_and_the_steps_are_run(monkeypatch, wrong):
 
 
 def test_weights_as_they_were_captured_are_noticed(monkeypatch):
-    """The step that is compared comes after an update: a graph that has taken a copy of the weights differs."""
+    """The step that is compared comes after an update: a graph that has taken a copy of the weights
+    differs.
+    """
     see_every_op(monkeypatch)
 
     def of_a_copy(blocks, samples):
-        copied = torch.nn.ParameterList([p.detach().clone().requires_grad_() for p in blocks.trainable])
+        copied = torch.nn.ParameterList(
+            [p.detach().clone().requires_grad_() for p in blocks.trainable]
+        )
 
         class Copy(torch.nn.Module):
             def __init__(self):
@@ -205,10 +220,14 @@ def test_only_so_many_sizes_are_captured(monkeypatch):
 
 
 def test_no_thread_pins_memory_during_a_capture(monkeypatch):
-    """The threads that look ahead ask CUDA for pinned memory, which a capture, whoever captures, forbids."""
+    """The threads that look ahead ask CUDA for pinned memory, which a capture, whoever captures,
+    forbids.
+    """
     see_every_op(monkeypatch)
     pinned = threading.Event()
-    thread = threading.Thread(target=lambda: (pin(FakeGpuTensor(), torch.device("cuda")), pinned.set()))
+    thread = threading.Thread(
+        target=lambda: (pin(FakeGpuTensor(), torch.device("cuda")), pinned.set())
+    )
 
     class FakeGpuTensor:
         def pin_memory(self):
@@ -227,7 +246,9 @@ def test_no_thread_pins_memory_during_a_capture(monkeypatch):
 
 
 def test_the_emulator_would_show_a_value_that_is_no_input(monkeypatch):
-    """A scale that changes after the capture is not seen by replays: `set_cuda_graphs` says that it must not."""
+    """A scale that changes after the capture is not seen by replays: `set_cuda_graphs` says that it
+    must not.
+    """
     see_every_op(monkeypatch)
 
     def losses(graphs):
@@ -245,7 +266,9 @@ def test_the_emulator_would_show_a_value_that_is_no_input(monkeypatch):
 
 
 def test_the_emulator_would_show_memory_that_two_graphs_share(monkeypatch):
-    """A forward whose backward comes only after another shape's forward finds its activations overwritten."""
+    """A forward whose backward comes only after another shape's forward finds its activations
+    overwritten.
+    """
     see_every_op(monkeypatch)
     model = make_model()
     model.graphs = Counting(model)
@@ -297,7 +320,9 @@ def test_an_input_that_wants_a_gradient_is_refused():
 
 def test_what_cannot_be_captured_is_named(monkeypatch):
     model = make_model(dropout=0.1)
-    with pytest.raises(ValueError, match="CUDA graphs: the model is on cpu, and only a GPU has them"):
+    with pytest.raises(
+        ValueError, match="CUDA graphs: the model is on cpu, and only a GPU has them"
+    ):
         model.set_cuda_graphs(True)
     monkeypatch.setattr(FluxTransformer, "device", torch.device("cuda"))
     assert why_not(model) == "an adapter has a dropout, whose seed would be the same in every step"
@@ -321,4 +346,7 @@ def test_on_a_gpu(routes):
     expected, actual = result(False), result(True)
     # sums that atomic additions may have in another order
     assert torch.allclose(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-4)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(actual[1], expected[1], strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+        for a, b in zip(actual[1], expected[1], strict=True)
+    )

@@ -1,4 +1,6 @@
-"""Modulation ahead: what the blocks would have computed, from weights that stay on the host, in time or on the spot."""
+"""Modulation ahead: what the blocks would have computed, from weights that stay on the host, in
+time or on the spot.
+"""
 
 import copy
 import threading
@@ -9,8 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from fluxfast import FluxTransformer
+from fluxfast.checkpoint.flux import open_folder, open_single_file
 from fluxfast.model import modulation
-from fluxfast.model.checkpoint import open_folder, open_single_file
 from fluxfast.model.linear import project
 from fluxfast.model.modulation import Conditions, embed, linear_names
 from fluxfast.quant import FORMATS
@@ -48,7 +50,10 @@ def run(model, inputs):
 
 def conditions_of(inputs):
     return Conditions.of(
-        inputs["timestep"], inputs.get("guidance"), inputs["pooled_projections"], inputs["hidden_states"].dtype
+        inputs["timestep"],
+        inputs.get("guidance"),
+        inputs["pooled_projections"],
+        inputs["hidden_states"].dtype,
     )
 
 
@@ -56,7 +61,10 @@ def in_place(model, conditions, dtype):
     """The vectors as the blocks compute them."""
     vec = torch.nn.functional.silu(embed(model.time_text_embed, conditions, dtype))
     blocks = [block.modulation_linears() for block in model.blocks]
-    return [tuple(project(vec, linear) for linear in linears) for linears in [*blocks, (model.norm_out.linear,)]]
+    return [
+        tuple(project(vec, linear) for linear in linears)
+        for linears in [*blocks, (model.norm_out.linear,)]
+    ]
 
 
 def flatten(vectors):
@@ -67,8 +75,14 @@ def test_names_are_those_of_the_linears():
     for guidance in (True, False):
         with torch.device("meta"):
             model = FluxTransformer(**SMALL | {"guidance_embeds": guidance})
-        linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "." in n}
-        found = [n for n in linears if n.startswith("time_text_embed.") or n.split(".")[-2].startswith("norm")]
+        linears = {
+            n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "." in n
+        }
+        found = [
+            n
+            for n in linears
+            if n.startswith("time_text_embed.") or n.split(".")[-2].startswith("norm")
+        ]
         assert sorted(linear_names(model.config)) == sorted(found)
     assert len(linear_names({"guidance_embeds": True})) == 6 + 2 * 19 + 38 + 1
 
@@ -80,7 +94,9 @@ def test_vectors_are_those_of_the_blocks(format, batch):
     expected = in_place(make_model(format), conditions, torch.float32)
     model = ahead(format)
     vectors = vectors_of(model, conditions, CPU, torch.float32)
-    assert [[v.shape for v in block] for block in vectors] == [[v.shape for v in block] for block in expected]
+    assert [[v.shape for v in block] for block in vectors] == [
+        [v.shape for v in block] for block in expected
+    ]
     assert all(v.is_contiguous() for block in vectors for v in block)
     assert len({v.untyped_storage().data_ptr() for block in vectors for v in block}) == 1
     assert relative_error(flatten(vectors), flatten(expected)) < TOLERANCE
@@ -109,12 +125,16 @@ def test_equal_vectors_give_equal_gradients(monkeypatch, checkpointing):
             model.enable_gradient_checkpointing()
         elif checkpointing == "theirs":
             theirs = torch.utils.checkpoint.checkpoint
-            model.enable_gradient_checkpointing(lambda block, *args: theirs(block, *args, use_reentrant=False))
+            model.enable_gradient_checkpointing(
+                lambda block, *args: theirs(block, *args, use_reentrant=False)
+            )
         return model
 
     expected_out, expected = run(make(False), inputs)
     model = make(True)
-    monkeypatch.setattr(modulation, "apply_on_host", lambda x, module, out=None, **_: _into(out, project(x, module)))
+    monkeypatch.setattr(
+        modulation, "apply_on_host", lambda x, module, out=None, **_: _into(out, project(x, module))
+    )
     out, grads = run(model, inputs)
     assert torch.equal(out, expected_out)
     assert all(torch.equal(grads[n], g) for n, g in expected.items())
@@ -129,11 +149,16 @@ def test_in_bf16_the_vectors_are_the_nearest():
     inputs = make_inputs(2, 2, 3)
     conditions = conditions_of(inputs | {"hidden_states": inputs["hidden_states"].bfloat16()})
     assert conditions.timestep.dtype == torch.bfloat16
-    exact = in_place(make_model(dtype=torch.bfloat16).double(), Conditions(*(x.double() for x in conditions)), torch.float64)
+    exact = in_place(
+        make_model(dtype=torch.bfloat16).double(),
+        Conditions(*(x.double() for x in conditions)),
+        torch.float64,
+    )
     model = ahead(dtype=torch.bfloat16)
     vectors = flatten(vectors_of(model, conditions, CPU, torch.bfloat16))
     assert vectors.dtype == torch.bfloat16
-    # half a unit in the last of 8 bits, and what the sinusoids of fp32 arguments up to 4000 are off by
+    # half a unit in the last of 8 bits, and what the sinusoids of fp32 arguments up to 4000 are off
+    # by
     assert ((vectors.double() - flatten(exact)).abs() <= flatten(exact).abs() * 2**-8 + 1e-3).all()
     theirs = flatten(in_place(make_model(dtype=torch.bfloat16), conditions, torch.bfloat16))
     assert relative_error(vectors, flatten(exact)) < relative_error(theirs, flatten(exact)) < 0.05
@@ -255,7 +280,9 @@ def test_adapters_on_modulation(target):
 def test_a_base_that_trains_is_refused():
     model = make_model()
     model.time_text_embed.text_embedder.linear_2.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"time_text_embed.text_embedder.linear_2: its base is trained"):
+    with pytest.raises(
+        ValueError, match=r"time_text_embed.text_embedder.linear_2: its base is trained"
+    ):
         model.set_modulation_ahead(True)
 
 
@@ -295,7 +322,9 @@ def test_moves_and_casts(format):
 def test_state_dict_copies_and_files(tmp_path):
     plain, model = make_model("int4", targets=()), ahead("int4", targets=())
     expected, state = plain.state_dict(), model.state_dict()
-    assert list(state) == list(expected) and all(torch.equal(state[n].view(-1), t.view(-1)) for n, t in expected.items())
+    assert list(state) == list(expected) and all(
+        torch.equal(state[n].view(-1), t.view(-1)) for n, t in expected.items()
+    )
     inputs = make_inputs(2, 2, 3)
     out = model(**inputs).sample
     model.prepare_modulation(lambda: conditions_of(inputs))
@@ -334,7 +363,9 @@ def test_loading_leaves_modulation_on_the_host(tmp_path, format, quantised_befor
     plain.save_pretrained(tmp_path / "folder")
     checkpoint = open_folder(tmp_path / "folder")
     if quantised_before:
-        checkpoint.quantize(FluxTransformer, tmp_path / "base.safetensors", FORMATS[format or "int8"])
+        checkpoint.quantize(
+            FluxTransformer, tmp_path / "base.safetensors", FORMATS[format or "int8"]
+        )
         checkpoint = open_single_file(tmp_path / "base.safetensors")
     names = linear_names(checkpoint.config)
     load = {"format": None if quantised_before or format is None else FORMATS[format]}
@@ -345,4 +376,7 @@ def test_loading_leaves_modulation_on_the_host(tmp_path, format, quantised_befor
     reference = checkpoint.load(FluxTransformer, torch.float32, **load).requires_grad_(False)
     conditions = conditions_of(make_inputs(2, 2, 3))
     vectors = vectors_of(model, conditions, CPU, torch.float32)
-    assert relative_error(flatten(vectors), flatten(in_place(reference, conditions, torch.float32))) < TOLERANCE
+    assert (
+        relative_error(flatten(vectors), flatten(in_place(reference, conditions, torch.float32)))
+        < TOLERANCE
+    )

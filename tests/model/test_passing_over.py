@@ -7,20 +7,20 @@ import torch
 
 from fluxfast import FluxTransformer
 from fluxfast.memory.gpus import find_gpu
-from fluxfast.memory.offload import stream_blocks
 from fluxfast.memory.plan import candidates
+from fluxfast.memory.stream import stream_blocks
 from fluxfast.model import block_maths
-from fluxfast.model.fused import OPS
-from fluxfast.model.fused_double import DoubleBlock
-from fluxfast.model.fused_single import SingleBlock
+from fluxfast.model.double_block import DoubleBlock
 from fluxfast.model.graphs import why_not
-from fluxfast.ops import _impl, modulated_layer_norm, verdicts
+from fluxfast.model.single_block import SingleBlock
+from fluxfast.model.tape import OPS
+from fluxfast.ops import dispatch, modulated_layer_norm, verdicts
 from small_flux import small_flux
 from support import make_inputs, relative_error
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built"),
+    pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built"),
 ]
 TARGETS = ["to_q", "to_v", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2"]
 
@@ -36,11 +36,15 @@ def fresh(caplog):
 def step(model):
     out = model(**make_inputs(2, 3, 4)).sample
     out.square().mean().backward()
-    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return out.detach(), torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    )
 
 
 def same(actual, expected):
-    assert all(relative_error(one, other) < 1e-5 for one, other in zip(actual, expected, strict=True))
+    assert all(
+        relative_error(one, other) < 1e-5 for one, other in zip(actual, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("storage", [None, "int8"])
@@ -55,7 +59,13 @@ def test_a_block_runs_each_op_that_failed_on_the_reference(monkeypatch, caplog, 
         if name == "lora_linear":
             continue
         module = getattr(__import__("fluxfast.ops", fromlist=[name]), name)
-        for direction in ("forward", "backward", "backward_rows", "forward_residual", "backward_residual"):
+        for direction in (
+            "forward",
+            "backward",
+            "backward_rows",
+            "forward_residual",
+            "backward_residual",
+        ):
             if (function := getattr(module, direction, None)) is not None:
 
                 def seen(*args, impl, name=name, function=function, **kwargs):
@@ -75,20 +85,30 @@ def test_a_block_runs_each_op_that_failed_on_the_reference(monkeypatch, caplog, 
 
 def test_linears_of_blocks(caplog):
     expected = step(small_flux("int4", TARGETS))
-    verdicts.set_failed({("lora_linear", "native"): "wrong", ("int4.dequantize", "native"): "wrong"})
+    verdicts.set_failed(
+        {("lora_linear", "native"): "wrong", ("int4.dequantize", "native"): "wrong"}
+    )
     same(step(small_flux("int4", TARGETS)), expected)
-    assert any(message.startswith("lora_linear runs on 'ref' in blocks") for message in caplog.messages)
+    assert any(
+        message.startswith("lora_linear runs on 'ref' in blocks") for message in caplog.messages
+    )
 
 
 def test_a_fused_block_that_failed_runs_op_by_op(monkeypatch):
     expected = step(small_flux(None, TARGETS))
     for function in (DoubleBlock, SingleBlock):
         monkeypatch.setattr(function, "apply", None)
-    own = {("a fused block", "native"): "wrong", ("attention", "native"): "wrong", ("attention", "cpu"): "wrong"}
+    own = {
+        ("a fused block", "native"): "wrong",
+        ("attention", "native"): "wrong",
+        ("attention", "cpu"): "wrong",
+    }
     verdicts.set_failed(own)
     model = small_flux(None, TARGETS)
     same(step(model), expected)
-    assert all(block.composed_because({}).startswith("it failed its check") for block in model.blocks)
+    assert all(
+        block.composed_because({}).startswith("it failed its check") for block in model.blocks
+    )
 
 
 @pytest.mark.parametrize("what", ["gelu", "a fused block"])
@@ -98,7 +118,9 @@ def test_an_implementation_that_was_asked_for(what):
         block.impl = "native"
     step(model)
     verdicts.set_failed({(what, "native"): "wrong"})
-    with pytest.raises(ValueError, match=r"a block: impl='native' can't be had: .*failed its check"):
+    with pytest.raises(
+        ValueError, match=r"a block: impl='native' can't be had: .*failed its check"
+    ):
         step(model)
 
 
@@ -109,7 +131,9 @@ def test_the_reference_has_no_verdict():
         block.impl = "ref"
     step(model)
     with pytest.raises(ValueError, match="failed its check"):
-        modulated_layer_norm.modulated_layer_norm(torch.ones(1, 2, 4), torch.ones(1, 4), torch.ones(1, 4), impl="native")
+        modulated_layer_norm.modulated_layer_norm(
+            torch.ones(1, 2, 4), torch.ones(1, 4), torch.ones(1, 4), impl="native"
+        )
 
 
 def test_graphs_that_failed_are_not_possible(monkeypatch):
@@ -117,7 +141,9 @@ def test_graphs_that_failed_are_not_possible(monkeypatch):
     monkeypatch.setattr(FluxTransformer, "device", torch.device("cuda"))
     assert why_not(model) is None
     verdicts.set_failed({("CUDA graphs", "on"): "gradients, replayed are off by 0.4"})
-    assert why_not(model).startswith("it failed its check on this machine (gradients, replayed are off by 0.4)")
+    assert why_not(model).startswith(
+        "it failed its check on this machine (gradients, replayed are off by 0.4)"
+    )
     with pytest.raises(ValueError, match="CUDA graphs: it failed its check"):
         model.set_cuda_graphs(True)
 
@@ -129,7 +155,9 @@ def test_streams_that_failed_are_refused_and_planned_without():
         sizes=FluxSizes(), tokens=(4608,) * 57, text_tokens=512, batch=1, storage=Storage("int8", 2), targets=("to_q",), rank=4,
         adapter_itemsize=2, optimizer="adamw_bf16", compute="int8",
     )  # fmt: skip
-    assert find_gpu("RTX 3080").memory == 10 and any(choices.streams for choices in candidates(work))
+    assert find_gpu("RTX 3080").memory == 10 and any(
+        choices.streams for choices in candidates(work)
+    )
     verdicts.set_failed({("streamed blocks", "on"): "wrong"})
     assert not any(choices.streams for choices in candidates(work))
     with pytest.raises(ValueError, match="blocks can't be streamed: it failed its check"):

@@ -1,4 +1,6 @@
-"""The model over a quantised base: the same arithmetic as over the decoded weights, and as close to fp32 as the format is."""
+"""The model over a quantised base: the same arithmetic as over the decoded weights, and as close to
+fp32 as the format is.
+"""
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from fluxfast.quant.linear import QuantLinear
 from small_flux import small_flux
 from support import make_inputs, relative_error
 
-# relative error of a gaussian weight in each format, times 6 for what five blocks and their backward make of
-# it: random weights have no redundancy, and blocks multiply what went wrong before them
+# relative error of a gaussian weight in each format, times 6 for what five blocks and their
+# backward make of it: random weights have no redundancy, and blocks multiply what went wrong before
+# them
 TOLERANCE = {"int8": 0.05, "fp8_e4m3": 0.16, "int4": 0.6, "nf4": 0.6}
 
 
@@ -28,8 +31,13 @@ def decode(model):
     """The same model with every quantised linear as a plain one that holds the decoded weight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
-            plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.load_state_dict({"weight": module.weight} | ({"bias": module.bias} if module.bias is not None else {}))
+            plain = torch.nn.Linear(
+                module.in_features, module.out_features, bias=module.bias is not None
+            )
+            plain.load_state_dict(
+                {"weight": module.weight}
+                | ({"bias": module.bias} if module.bias is not None else {})
+            )
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain.requires_grad_(False))
     return model
@@ -55,7 +63,10 @@ def test_near_the_model_in_fp32(format):
     expected_out, expected = run(make_model())
     assert relative_error(out, expected_out) < TOLERANCE[format]
     total = torch.cat([g.flatten() for g in grads.values()])
-    assert relative_error(total, torch.cat([g.flatten() for g in expected.values()])) < TOLERANCE[format]
+    assert (
+        relative_error(total, torch.cat([g.flatten() for g in expected.values()]))
+        < TOLERANCE[format]
+    )
     assert relative_error(out, expected_out) > 1e-5
 
 
@@ -73,8 +84,8 @@ def test_a_hooked_quantised_linear_is_called():
     assert relative_error(project(x, linear), expected) < 1e-6 and calls == [1]
 
 
-# what the products on codes add to a format's own error: 1.2 % (int8) or 3.8 % (e4m3) a product in an isolated GEMM
-# (kernels.md 2.5), times the same 6
+# what the products on codes add to a format's own error: 1.2 % (int8) or 3.8 % (e4m3) a product in
+# an isolated GEMM (kernels.md 2.5), times the same 6
 ADDED = {"int8": 0.07, "e4m3": 0.23}
 
 

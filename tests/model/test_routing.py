@@ -1,4 +1,6 @@
-"""TREAD: which tokens a route drops, that blocks see the rest as if they were alone, and that everything comes back."""
+"""TREAD: which tokens a route drops, that blocks see the rest as if they were alone, and that
+everything comes back.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,10 @@ def test_flux_indices():
         ([route(0.5, 2, 5)], "route 0 .*no block 5; the model has 5, 0 to 4"),
         ([route(0.5, -6, 2)], "no block -6"),
         ([route(0.5, 3, 1)], "ends at block 1, before it starts at block 3"),
-        ([route(0.5, 0, 2), route(0.5, 2, 3)], "route 1 .*starts at block 2, but the route before it ends at block 2"),
+        (
+            [route(0.5, 0, 2), route(0.5, 2, 3)],
+            "route 1 .*starts at block 2, but the route before it ends at block 2",
+        ),
         ([route(0.5, 3, 4), route(0.5, 0, 1)], "route 1 .*may not overlap"),
         ([route(1.0, 0, 1)], "selection_ratio is the part"),
         ([route(-0.1, 0, 1)], "selection_ratio is the part"),
@@ -43,9 +48,14 @@ def test_bad_routes_are_named(routes, message):
         make_model().set_routes(routes)
 
 
-@pytest.mark.parametrize(("tokens", "ratio", "kept"), [(1024, 0.5, 512), (63, 0.5, 31), (5, 0.1, 5), (7, 0.5, 3), (4, 0.99, 0)])
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "kept"),
+    [(1024, 0.5, 512), (63, 0.5, 31), (5, 0.1, 5), (7, 0.5, 3), (4, 0.99, 0)],
+)
 def test_keep_counts(tokens, ratio, kept):
-    """K = S - round(S·ratio), with Python's rounding of halves to even: 63·0.5 = 31.5 drops 32, 7·0.5 = 3.5 drops 4."""
+    """K = S - round(S·ratio), with Python's rounding of halves to even: 63·0.5 = 31.5 drops 32,
+    7·0.5 = 3.5 drops 4.
+    """
     assert keep_count(tokens, ratio) == kept
 
 
@@ -98,7 +108,9 @@ def test_ratio_zero_is_no_route_bit_for_bit(checkpointing):
 
 
 def by_hand(model, inputs, first, last, index):
-    """The routed model from its parts: blocks of their own class on tokens gathered by torch, tables gathered per sample."""
+    """The routed model from its parts: blocks of their own class on tokens gathered by torch,
+    tables gathered per sample.
+    """
     seen = {}
 
     def keep_inputs(module, args):
@@ -134,7 +146,9 @@ def by_hand(model, inputs, first, last, index):
 def finish(model, inputs, img):
     """What follows the blocks, by diffusers' own module."""
     seen = {}
-    handle = model.transformer_blocks[0].register_forward_pre_hook(lambda m, args: seen.update(vec=args[2]))
+    handle = model.transformer_blocks[0].register_forward_pre_hook(
+        lambda m, args: seen.update(vec=args[2])
+    )
     with torch.no_grad():
         model(**inputs)
     handle.remove()
@@ -144,7 +158,9 @@ def finish(model, inputs, img):
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (1, 3), (2, 4), (3, 3)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_routed_block_is_the_block_on_the_kept_tokens(first, last, checkpointing):
-    """Routes in double blocks, in single blocks, and across; batch 2 with other tokens in each sample."""
+    """Routes in double blocks, in single blocks, and across; batch 2 with other tokens in each
+    sample.
+    """
     model, inputs = make_model(), make_inputs(2, 3, 4)
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -159,7 +175,11 @@ def test_a_routed_block_is_the_block_on_the_kept_tokens(first, last, checkpointi
     expected = finish(model, inputs, by_hand(model, inputs, first, last, index))
     assert relative_error(out, expected) < FP32
     expected.square().sum().backward()
-    assert all(relative_error(grads[n], p.grad) < 2e-5 for n, p in model.named_parameters() if "blocks" in n)
+    assert all(
+        relative_error(grads[n], p.grad) < 2e-5
+        for n, p in model.named_parameters()
+        if "blocks" in n
+    )
 
 
 def test_recomputed_blocks_see_the_same_tokens():
@@ -184,7 +204,9 @@ def test_only_in_training_with_gradients():
 
 
 def test_dropped_tokens_carry_their_gradient_past_the_route():
-    """All blocks routed, all tokens but one dropped: the others reach the output unchanged, and no other token's input."""
+    """All blocks routed, all tokens but one dropped: the others reach the output unchanged, and no
+    other token's input.
+    """
     model, inputs = make_model(), make_inputs(1, 2, 4)
     model.set_routes([route(0.87, 0, -1)])
     x = inputs["hidden_states"].requires_grad_()
@@ -197,18 +219,28 @@ def test_dropped_tokens_carry_their_gradient_past_the_route():
 
 
 def test_control_residuals_meet_their_tokens():
-    """A residual that is the same for every token gives the same with and without knowing which were dropped."""
+    """A residual that is the same for every token gives the same with and without knowing which
+    were dropped.
+    """
     model, inputs = make_model(), make_inputs(1, 2, 4)
     residual = torch.randn(1, 8, 64)
     model.set_routes([route(0.5, 0, -2)], seed=1)
-    out = model(**inputs, controlnet_block_samples=[residual], controlnet_single_block_samples=[residual]).sample
+    out = model(
+        **inputs, controlnet_block_samples=[residual], controlnet_single_block_samples=[residual]
+    ).sample
     model.set_routes([route(0.5, 0, -2)], seed=1)
     index = Router(model.router.routes, seed=1).draw(1, 8, 0.5, None, torch.device("cpu"))
     # what a dropped token would have got inside the route must not matter
     changed = residual.clone()
     changed[:, [i for i in range(8) if i not in index[0]]] += 100
     samples = [changed] * 2, [changed] * 2 + [residual]
-    again = model(**inputs, controlnet_block_samples=samples[0], controlnet_single_block_samples=samples[1]).sample
+    again = model(
+        **inputs, controlnet_block_samples=samples[0], controlnet_single_block_samples=samples[1]
+    ).sample
     model.set_routes([route(0.5, 0, -2)], seed=1)
-    plain = model(**inputs, controlnet_block_samples=[residual] * 2, controlnet_single_block_samples=[residual] * 3).sample
+    plain = model(
+        **inputs,
+        controlnet_block_samples=[residual] * 2,
+        controlnet_single_block_samples=[residual] * 3,
+    ).sample
     assert torch.equal(again, plain) and out.isfinite().all()

@@ -1,4 +1,6 @@
-"""`FluxTransformer` beside diffusers' own model and beside an independent BFL-style one, on shared weights."""
+"""`FluxTransformer` beside diffusers' own model and beside an independent BFL-style one, on shared
+weights.
+"""
 
 from functools import partial
 
@@ -10,18 +12,26 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fluxfast import FluxTransformer
-from fluxfast.model import checkpoint
+from fluxfast.checkpoint import flux
 from small_flux import randomise_lora
 from support import SMALL, make_inputs, randomise, relative_error
 
 # fp32: two orders of summation differ by a few ulp per product, and depth adds them up
 FP32 = 1e-5
-# bf16 storage, fp32 compute here against bf16 compute there: 2^-8 per rounding, over every op of five blocks
+# bf16 storage, fp32 compute here against bf16 compute there: 2^-8 per rounding, over every op of
+# five blocks
 BF16 = 2e-2
 
 TARGETS = [
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+    *(
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "proj_mlp",
+        "proj_out",
+    ),
     *("norm.linear", "norm1.linear", "norm1_context.linear", "x_embedder", "context_embedder"),
 ]
 
@@ -36,7 +46,9 @@ def pair(*, guidance=True, lora=False, dtype=torch.float32, dropout=0.0):
     if lora:
         for model in (theirs, ours):
             model.requires_grad_(False)
-            model.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, lora_dropout=dropout))
+            model.add_adapter(
+                LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, lora_dropout=dropout)
+            )
             randomise_lora(model)
     return theirs, ours
 
@@ -72,7 +84,9 @@ def test_lora_gradients_equal_diffusers(guidance, interval, batch, height, width
         ours.enable_gradient_checkpointing()
         ours.gradient_checkpointing_interval = interval
     # diffusers' own gradients in fp32 are up to 1.5e-5 from these
-    expected_out, expected = loss_of(theirs.double(), {name: x.double() for name, x in inputs.items()})
+    expected_out, expected = loss_of(
+        theirs.double(), {name: x.double() for name, x in inputs.items()}
+    )
     actual_out, actual = loss_of(ours, inputs)
     expected.backward()
     actual.backward()
@@ -115,7 +129,9 @@ def test_a_checkpointing_function_of_the_callers_own_is_called():
 @pytest.mark.parametrize("policy", [["none", "selective", "full", "selective", "none"], "full"])
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_recomputing_changes_no_bit(policy, reentrant):
-    """By policies of the blocks, inside somebody's checkpoint as well: the same ops on the same numbers."""
+    """By policies of the blocks, inside somebody's checkpoint as well: the same ops on the same
+    numbers.
+    """
     _, ours = pair(lora=True, dropout=0.3)
     inputs = make_inputs(2, 3, 4)
 
@@ -151,10 +167,13 @@ def test_choices_are_checked():
 
 @pytest.mark.parametrize("guidance", [True, False])
 def test_bf16_storage(guidance):
-    """Weights and inputs in bf16: outputs as diffusers' in bf16; gradients as diffusers' in fp32 on the same weights."""
+    """Weights and inputs in bf16: outputs as diffusers' in bf16; gradients as diffusers' in fp32 on
+    the same weights.
+    """
     theirs, ours = pair(guidance=guidance, lora=True, dtype=torch.bfloat16)
     inputs = make_inputs(2, 4, 5, guidance=guidance)
-    # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed different timesteps
+    # values whose product with 1000 bf16 holds exactly: elsewhere the two precisions embed
+    # different timesteps
     inputs["timestep"] = torch.tensor([0.5, 0.25])
     if guidance:
         inputs["guidance"] = torch.tensor([1.0, 0.5])
@@ -195,7 +214,11 @@ def test_dropout_adapters_are_applied_and_trained():
         dropped = model(**inputs).sample
         assert relative_error(dropped, no_drop[name]) > 1e-3
         dropped.sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_A" in n)
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0
+            for n, p in model.named_parameters()
+            if "lora_A" in n
+        )
     assert relative_error(no_drop["ours"], no_drop["theirs"]) < FP32
 
 
@@ -215,7 +238,9 @@ def test_adapter_states_are_honoured():
     scaled = check()
     del inputs["joint_attention_kwargs"]
     for model in (theirs, ours):
-        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], init_lora_weights=False), "second")
+        model.add_adapter(
+            LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], init_lora_weights=False), "second"
+        )
         randomise_lora(model)
         model.set_adapters(["default", "second"], weights=[0.7, 1.3])
     both = check()
@@ -231,12 +256,16 @@ def test_adapter_states_are_honoured():
 
 
 def test_base_weights_can_be_trained_too():
-    """A base weight that requires a gradient gets it (fine-tuning the model is unusual here, silence would be wrong)."""
+    """A base weight that requires a gradient gets it (fine-tuning the model is unusual here,
+    silence would be wrong).
+    """
     theirs, ours = pair()
     inputs = make_inputs(1, 3, 3)
     for model in (theirs, ours):
         loss_of(model, inputs)[1].backward()
-    for (name, expected), (_, actual) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+    for (name, expected), (_, actual) in zip(
+        theirs.named_parameters(), ours.named_parameters(), strict=True
+    ):
         assert relative_error(actual.grad, expected.grad) < 2e-5, name
 
 
@@ -272,16 +301,36 @@ def test_bfl_model_and_its_files(tmp_path, guidance, prefix):
 
     torch.manual_seed(0)
     bfl = BflFlux(
-        in_channels=16, dim=64, n_heads=2, depth=2, depth_single=3, context=24, pooled=20, axes=(4, 14, 14), guidance=guidance
+        in_channels=16,
+        dim=64,
+        n_heads=2,
+        depth=2,
+        depth_single=3,
+        context=24,
+        pooled=20,
+        axes=(4, 14, 14),
+        guidance=guidance,
     )
     extra = {"vae.decoder.conv_in.weight": torch.zeros(2)} if prefix else {}
-    save_file({prefix + k: v for k, v in bfl.state_dict().items()} | extra, tmp_path / "flux.safetensors")
+    save_file(
+        {prefix + k: v for k, v in bfl.state_dict().items()} | extra, tmp_path / "flux.safetensors"
+    )
     ours = FluxTransformer.from_single_file(tmp_path / "flux.safetensors")
     assert ours.config.guidance_embeds is guidance
     i = make_inputs(2, 3, 5, guidance=guidance)
     with torch.no_grad():
         expected = bfl(
-            *(i[k] for k in ("hidden_states", "img_ids", "encoder_hidden_states", "txt_ids", "timestep", "pooled_projections")),
+            *(
+                i[k]
+                for k in (
+                    "hidden_states",
+                    "img_ids",
+                    "encoder_hidden_states",
+                    "txt_ids",
+                    "timestep",
+                    "pooled_projections",
+                )
+            ),
             i.get("guidance"),
         )
         assert relative_error(ours(**i).sample, expected) < FP32
@@ -295,12 +344,15 @@ def test_saved_folder_loads_in_diffusers_and_back(tmp_path):
     assert type(again) is FluxTransformer2DModel
     mine = FluxTransformer.from_pretrained(tmp_path / "ours", torch_dtype=torch.float32)
     for loaded in (again, mine):
-        assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        assert all(
+            torch.equal(tensor, theirs.state_dict()[name])
+            for name, tensor in loaded.state_dict().items()
+        )
     inputs = make_inputs(1, 2, 3)
     expected = theirs(**inputs).sample
-    # the weights are the same bits, but a mapped file's lie at other addresses: by a tensor's alignment, BLAS chooses a kernel
-    # with its own order of summation
+    # the weights are the same bits, but a mapped file's lie at other addresses: by a tensor's
+    # alignment, BLAS chooses a kernel with its own order of summation
     assert relative_error(again(**inputs).sample, expected) < FP32
     assert relative_error(mine(**inputs).sample, expected) < FP32
-    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+    with pytest.raises(flux.CheckpointError, match="no such folder"):
         FluxTransformer.from_pretrained(tmp_path / "absent")

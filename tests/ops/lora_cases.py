@@ -1,4 +1,6 @@
-"""Groups of linears for `lora_linear`, and what it must give: its formula in fp64 on the codes that it is to read."""
+"""Groups of linears for `lora_linear`, and what it must give: its formula in fp64 on the codes that
+it is to read.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +9,8 @@ import torch
 from op_checks import TRITON_DEVICE
 from torch import Tensor
 
-from fluxfast.ops.linear_group import Adapter, LinearParams
-from fluxfast.ops.lora_linear import lora_linear
+from fluxfast.ops.linear.group import Adapter, LinearParams
+from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.ops.quant_matmul import CodedWeight
 from fluxfast.ops.row_quant import Quantized, row_quant_ref
 from support import relative_error
@@ -31,7 +33,9 @@ def make_group(
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(device, store or dtype)
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(
+            device, store or dtype
+        )
 
     weight = rand(sum(outs), n_in, scale=n_in**-0.5)
     weights = weight.split(list(outs)) if packed else [w.clone() for w in weight.split(list(outs))]
@@ -47,18 +51,28 @@ def make_group(
             for j, r in enumerate(adapter_ranks)
         )
         # one linear of a group without a bias is as good as zeros
-        linears.append(LinearParams(w, rand(len(w)) if bias and (i != 1 or not packed) else None, adapters))
+        linears.append(
+            LinearParams(w, rand(len(w)) if bias and (i != 1 or not packed) else None, adapters)
+        )
     return linears
 
 
-def as_codes(linears: Sequence[LinearParams], stored: str | None, packed: bool) -> list[LinearParams]:
-    """The same linears with weights that are stored as codes, or, for None, as floats that have to be decoded."""
+def as_codes(
+    linears: Sequence[LinearParams], stored: str | None, packed: bool
+) -> list[LinearParams]:
+    """The same linears with weights that are stored as codes, or, for None, as floats that have to
+    be decoded.
+    """
     weights = [p.weight for p in linears]
     q, scale = row_quant_ref(torch.cat(weights), stored or "int8")
     outs = [len(w) for w in weights]
     pieces = zip(q.split(outs), scale.split(outs), strict=True)
     return [
-        p._replace(weight=CodedWeight(*((q_i, scale_i) if packed else (q_i.clone(), scale_i.clone())), stored or "none"))
+        p._replace(
+            weight=CodedWeight(
+                *((q_i, scale_i) if packed else (q_i.clone(), scale_i.clone())), stored or "none"
+            )
+        )
         for p, (q_i, scale_i) in zip(linears, pieces, strict=True)
     ]
 
@@ -72,10 +86,16 @@ def decoded(codes: Quantized) -> Tensor:
 
 
 def weight_codes(p: LinearParams, compute: str) -> Quantized:
-    return row_quant_ref(p.weight, compute) if isinstance(p.weight, Tensor) else p.weight.codes(compute)
+    return (
+        row_quant_ref(p.weight, compute)
+        if isinstance(p.weight, Tensor)
+        else p.weight.codes(compute)
+    )
 
 
-def expected(x: Tensor, dy: Tensor, linears: Sequence[LinearParams], compute: str) -> tuple[Tensor, list[Tensor]]:
+def expected(
+    x: Tensor, dy: Tensor, linears: Sequence[LinearParams], compute: str
+) -> tuple[Tensor, list[Tensor]]:
     """y, and the gradients of x and of `leaves`, all in fp64."""
     rows, d_rows = x.detach().flatten(0, -2), dy.detach().flatten(0, -2)
     if compute == "same":
@@ -115,17 +135,32 @@ CASES = {
     "no tokens": (0, 8, [16], [[2]], True),
 }
 
-# sums of up to 1000 fp32 terms in another order; 16 bits: s, dS and the output are rounded one after the other, each to half a
-# step, which the interpreter cuts to a whole one
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# sums of up to 1000 fp32 terms in another order; 16 bits: s, dS and the output are rounded one
+# after the other, each to half a step, which the interpreter cuts to a whole one
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
 
 
 def device_of(impl: str) -> str:
     return TRITON_DEVICE if impl == "triton" else "cpu"
 
 
-def check(impl: str, case: str, dtype: torch.dtype, compute: str = "same", *, stored: bool = False, **options: Any) -> None:
-    """One of CASES against its formula; `stored`: its weights are codes of the format that the product wants."""
+def check(
+    impl: str,
+    case: str,
+    dtype: torch.dtype,
+    compute: str = "same",
+    *,
+    stored: bool = False,
+    **options: Any,
+) -> None:
+    """One of CASES against its formula; `stored`: its weights are codes of the format that the
+    product wants.
+    """
     tokens, n_in, outs, ranks, packed = CASES[case]
     device = device_of(impl)
     linears = make_group(n_in, outs, ranks, dtype, packed=packed, device=device, **options)
@@ -144,6 +179,8 @@ def check(impl: str, case: str, dtype: torch.dtype, compute: str = "same", *, st
     grads = torch.autograd.grad(y, [x, *leaves(linears)], dy)
     wanted, wanted_grads = expected(x, dy, linears, compute)
     assert relative_error(y, wanted) < TOLERANCES[dtype]
-    for i, (grad, reference, leaf) in enumerate(zip(grads, wanted_grads, [x, *leaves(linears)], strict=True)):
+    for i, (grad, reference, leaf) in enumerate(
+        zip(grads, wanted_grads, [x, *leaves(linears)], strict=True)
+    ):
         assert grad.dtype == leaf.dtype
         assert relative_error(grad, reference) < TOLERANCES[dtype], f"gradient {i}"

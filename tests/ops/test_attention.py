@@ -4,32 +4,44 @@ import pytest
 import torch
 from op_cases import needs_native
 
-from fluxfast.ops import _attention_native, _impl, attention
+from fluxfast.ops import attention, attention_native, dispatch
 from support import for_thread_counts, relative_error
 
 ON_CPU = {"cpu": (torch.float32, torch.bfloat16), "ref": (torch.float64, torch.float32)}
-if _impl.HAS_NATIVE:
+if dispatch.HAS_NATIVE:
     ON_CPU["native"] = (torch.float32,)
 ON_GPU = {
     "cudnn": (torch.bfloat16, torch.float16),
     "flash": (torch.bfloat16, torch.float16),
     "efficient": (torch.float32, torch.bfloat16),
 }
-# fp64: the same formula in another order; fp32 and 16 bit: rounding of the inputs, of p and of the sums
+# fp64: the same formula in another order; fp32 and 16 bit: rounding of the inputs, of p and of the
+# sums
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-CASES = [(name, dtype) for name, dtypes in (ON_GPU if torch.cuda.is_available() else ON_CPU).items() for dtype in dtypes]
+CASES = [
+    (name, dtype)
+    for name, dtypes in (ON_GPU if torch.cuda.is_available() else ON_CPU).items()
+    for dtype in dtypes
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(batch=2, tokens=63, heads=3, head_dim=16):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, tokens, heads, head_dim, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return [
+        torch.randn(batch, tokens, heads, head_dim, generator=generator, dtype=torch.float64)
+        for _ in range(4)
+    ]
 
 
 def masks(tokens):
     keep = torch.rand(2, 1, 1, tokens, generator=torch.Generator().manual_seed(1)) > 0.3
     keep[..., 0] = True
-    return {"none": None, "bool": keep, "added": torch.randn(1, 3, tokens, tokens, generator=torch.Generator().manual_seed(2))}
+    return {
+        "none": None,
+        "bool": keep,
+        "added": torch.randn(1, 3, tokens, tokens, generator=torch.Generator().manual_seed(2)),
+    }
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
@@ -38,7 +50,11 @@ def masks(tokens):
 def test_values_and_gradients(backend, dtype, mask, tokens):
     if backend in ("flash", "native") and mask != "none":
         with pytest.raises(ValueError, match="takes no mask"):
-            attention.resolve(backend, torch.empty(1, 1, 1, 16, dtype=dtype, device=DEVICE), torch.ones(1, device=DEVICE))
+            attention.resolve(
+                backend,
+                torch.empty(1, 1, 1, 16, dtype=dtype, device=DEVICE),
+                torch.ones(1, device=DEVICE),
+            )
         return
     *qkv, dout = inputs(tokens=tokens)
     bias = masks(tokens)[mask]
@@ -53,7 +69,8 @@ def test_values_and_gradients(backend, dtype, mask, tokens):
     actual = attention.backward(g, q, k, v, out, saved, bias, backend=backend)
     assert out.shape == q.shape and out.dtype == dtype
     assert relative_error(out.cpu(), expected.detach()) < TOLERANCE[dtype]
-    # one token attends to itself alone: dq and dk are 0, and what is there is rounding against the size of dv
+    # one token attends to itself alone: dq and dk are 0, and what is there is rounding against the
+    # size of dv
     for grad, wanted in zip(actual, grads, strict=True):
         assert grad.shape == q.shape
         error = (grad.cpu().double() - wanted).norm() / max(wanted.norm(), grads[2].norm())
@@ -62,7 +79,9 @@ def test_values_and_gradients(backend, dtype, mask, tokens):
 
 @pytest.mark.parametrize("mask", ["bool", "added"])
 def test_rows_of_a_mask_begin_where_a_vector_load_may(mask):
-    """PyTorch's memory-efficient kernel refuses others; its own entrance pads them, which ours passes by."""
+    """PyTorch's memory-efficient kernel refuses others; its own entrance pads them, which ours
+    passes by.
+    """
     q, given = torch.empty(2, 63, 3, 16), masks(63)[mask]
     bias = attention._bias(given, q)
     assert bias.shape == (2, 3, 63, 63) and bias.stride(-1) == 1
@@ -80,7 +99,9 @@ def test_differentiable(mask):
         leaves = [x.clone().requires_grad_() for x in qkv]
         out = run(*leaves, bias)
         results.append([out, *torch.autograd.grad(out, leaves, dout)])
-    assert all(relative_error(a, b) < TOLERANCE[torch.float64] for a, b in zip(*results, strict=True))
+    assert all(
+        relative_error(a, b) < TOLERANCE[torch.float64] for a, b in zip(*results, strict=True)
+    )
 
 
 def test_shapes_that_differ_are_refused():
@@ -91,32 +112,44 @@ def test_shapes_that_differ_are_refused():
 
 def test_the_reference_is_sdpa():
     q, k, v, _ = inputs()
-    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    ).transpose(1, 2)
     assert torch.allclose(attention.attention_ref(q, k, v), expected, atol=1e-12)
 
 
 def packed(tensors):
     """The tensors as slices of one, in whose gaps NaNs lie: as a projection gives q, k and v."""
-    whole = torch.full((*tensors[0].shape[:-1], len(tensors), tensors[0].shape[-1] + 3), torch.nan, dtype=torch.float32)
+    whole = torch.full(
+        (*tensors[0].shape[:-1], len(tensors), tensors[0].shape[-1] + 3),
+        torch.nan,
+        dtype=torch.float32,
+    )
     for i, x in enumerate(tensors):
         whole[..., i, 1:-2] = x
     return [whole[..., i, 1:-2] for i in range(len(tensors))]
 
 
-# a block of keys and of queries is 384 and 48 rows; heads of 1, 2 and 3 vectors, and of several tiles
-@pytest.mark.parametrize(("tokens", "head_dim"), [(0, 16), (1, 16), (63, 48), (48, 128), (385, 32), (1000, 64), (1000, 112)])
+# a block of keys and of queries is 384 and 48 rows; heads of 1, 2 and 3 vectors, and of several
+# tiles
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"),
+    [(0, 16), (1, 16), (63, 48), (48, 128), (385, 32), (1000, 64), (1000, 112)],
+)
 def test_native_equals_fp64(isa, poisoned, tokens, head_dim):
     *qkv, dout = inputs(heads=2, tokens=tokens, head_dim=head_dim)
     leaves = [x.clone().requires_grad_() for x in qkv]
     expected = attention.attention_ref(*leaves)
     grads = torch.autograd.grad(expected, leaves, dout)
     q, k, v, g = packed([*qkv, dout])
-    out, lse = _attention_native.forward(q, k, v)
+    out, lse = attention_native.forward(q, k, v)
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
     assert relative_error(lse, attention._ref(*qkv, None)[1]) < TOLERANCE[torch.float32]
-    actual = _attention_native.backward(g, q, k, v, out, lse)
+    actual = attention_native.backward(g, q, k, v, out, lse)
     for grad, wanted in zip(actual, grads, strict=True):
-        error = (grad.double() - wanted).norm() / max(wanted.norm(), grads[2].norm()).clamp_min(1e-30)
+        error = (grad.double() - wanted).norm() / max(wanted.norm(), grads[2].norm()).clamp_min(
+            1e-30
+        )
         assert error < TOLERANCE[torch.float32]
 
 
@@ -128,9 +161,9 @@ def test_native_softmax_is_safe(isa):
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected = attention.attention_ref(*leaves)
     grads = torch.autograd.grad(expected, leaves, dout.double())
-    out, lse = _attention_native.forward(q, k, v)
+    out, lse = attention_native.forward(q, k, v)
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
-    for grad, wanted in zip(_attention_native.backward(dout, q, k, v, out, lse), grads, strict=True):
+    for grad, wanted in zip(attention_native.backward(dout, q, k, v, out, lse), grads, strict=True):
         # scores of several hundred are rounded by 3e-5, which exp makes relative
         assert relative_error(grad, wanted) < 5e-5
 
@@ -138,7 +171,7 @@ def test_native_softmax_is_safe(isa):
 def test_native_hands_on_nan(isa):
     q, k, v, _ = (x.float() for x in inputs(batch=1, tokens=40, heads=2, head_dim=16))
     k[0, 7, 0, 3] = torch.nan
-    out, lse = _attention_native.forward(q, k, v)
+    out, lse = attention_native.forward(q, k, v)
     assert out[:, :, 0].isnan().all() and lse[:, 0].isnan().all()
     assert not out[:, :, 1].isnan().any() and not lse[:, 1].isnan().any()
 
@@ -149,8 +182,8 @@ def test_native_threads_change_no_bit(heads):
     q, k, v, dout = (x.float() for x in inputs(tokens=1000, heads=heads, head_dim=16))
 
     def run():
-        out, lse = _attention_native.forward(q, k, v)
-        return [out, lse, *_attention_native.backward(dout, q, k, v, out, lse)]
+        out, lse = attention_native.forward(q, k, v)
+        return [out, lse, *attention_native.backward(dout, q, k, v, out, lse)]
 
     first, *others = for_thread_counts(run)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -160,7 +193,7 @@ def test_native_threads_change_no_bit(heads):
 def test_native_registration():
     q, k, v, dout = (x.float() for x in inputs(tokens=5))
     torch.library.opcheck(torch.ops.fluxfast.attention_fwd, (q, k, v))
-    out, lse = _attention_native.forward(q, k, v)
+    out, lse = attention_native.forward(q, k, v)
     torch.library.opcheck(torch.ops.fluxfast.attention_bwd, (dout, q, k, v, out, lse))
 
 
@@ -168,14 +201,26 @@ def test_native_registration():
     ("shape", "dtype", "fastest", "chosen", "why"),
     [
         ((1, 2, 1, 16), torch.float32, True, "native", "float32 tensors on the CPU"),
-        ((1, 2, 1, 16), torch.float32, False, "cpu", "the native module has no code for this processor's vectors"),
-        ((1, 2, 1, 8), torch.float32, True, "cpu", "not on 'native': heads must be a multiple of 16 wide, not 8"),
+        (
+            (1, 2, 1, 16),
+            torch.float32,
+            False,
+            "cpu",
+            "the native module has no code for this processor's vectors",
+        ),
+        (
+            (1, 2, 1, 8),
+            torch.float32,
+            True,
+            "cpu",
+            "not on 'native': heads must be a multiple of 16 wide, not 8",
+        ),
         ((1, 2, 1, 16), torch.float64, True, "ref", "float64"),
     ],
 )
 @needs_native
 def test_auto_says_what_it_takes(caplog, monkeypatch, shape, dtype, fastest, chosen, why):
-    monkeypatch.setattr(_attention_native, "is_fastest", lambda: fastest)
+    monkeypatch.setattr(attention_native, "is_fastest", lambda: fastest)
     attention._on_cpu.cache_clear()
     with caplog.at_level("INFO", "fluxfast"):
         for _ in range(2):

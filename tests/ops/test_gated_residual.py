@@ -1,6 +1,12 @@
 import pytest
 import torch
-from op_checks import assert_matches_fp64, assert_same_for_any_thread_count, outputs_and_grads, randn, saved_shapes
+from op_checks import (
+    assert_matches_fp64,
+    assert_same_for_any_thread_count,
+    outputs_and_grads,
+    randn,
+    saved_shapes,
+)
 
 from fluxfast.ops.gated_residual import gated_residual, gated_residual_ref
 
@@ -12,7 +18,11 @@ def native(x, gate, y):
 
 
 def make(batch, tokens, dim):
-    return randn(batch, tokens, dim, seed=1), randn(batch, dim, seed=2), randn(batch, tokens, dim, seed=3)
+    return (
+        randn(batch, tokens, dim, seed=1),
+        randn(batch, dim, seed=2),
+        randn(batch, tokens, dim, seed=3),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -20,7 +30,10 @@ def test_native_matches_fp64(isa, poisoned, shape):
     assert_matches_fp64(native, gated_residual_ref, make(*shape))
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "needed",
+    [(True, False, False), (False, True, False), (False, False, True), (True, False, True)],
+)
 def test_only_the_gradients_asked_for(isa, needed):
     inputs = [t.detach().requires_grad_(n) for t, n in zip(make(2, 63, 40), needed, strict=True)]
     assert_matches_fp64(native, gated_residual_ref, inputs)
@@ -32,7 +45,9 @@ def test_ref_is_the_formula():
 
 
 def test_ref_gradients():
-    assert torch.autograd.gradcheck(gated_residual_ref, [t.detach().double().requires_grad_() for t in make(2, 3, 7)])
+    assert torch.autograd.gradcheck(
+        gated_residual_ref, [t.detach().double().requires_grad_() for t in make(2, 3, 7)]
+    )
 
 
 def test_strided_inputs_and_gradient(isa, poisoned):
@@ -45,7 +60,11 @@ def test_strided_inputs_and_gradient(isa, poisoned):
 
         return run
 
-    assert_matches_fp64(op(native), op(gated_residual_ref), (randn(2, 21, 63, seed=5), modulation, randn(2, 63, 16, seed=6)))
+    assert_matches_fp64(
+        op(native),
+        op(gated_residual_ref),
+        (randn(2, 21, 63, seed=5), modulation, randn(2, 63, 16, seed=6)),
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 16), (0, 3, 16)])

@@ -2,7 +2,13 @@ import math
 
 import pytest
 import torch
-from op_checks import assert_matches_fp64, assert_same_for_any_thread_count, outputs_and_grads, randn, saved_shapes
+from op_checks import (
+    assert_matches_fp64,
+    assert_same_for_any_thread_count,
+    outputs_and_grads,
+    randn,
+    saved_shapes,
+)
 
 from fluxfast.ops.gelu import gelu, gelu_ref
 
@@ -35,14 +41,18 @@ def test_every_value_is_near(isa):
     y = native(x)
     y.sum().backward()
     expected.sum().backward()
-    # the exponent 2u reaches 50 there, and its rounding is the result's relative error: 50 · 2^-24 · a few
+    # the exponent 2u reaches 50 there, and its rounding is the result's relative error: 50 · 2^-24
+    # · a few
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=0)
     # the derivative crosses zero near -0.75
     torch.testing.assert_close(x.grad.double(), double.grad, rtol=1e-5, atol=3e-7)
 
 
 def test_extremes(isa):
-    x = torch.tensor([1e-30, -1e-30, 0.0, 12.0, 1e30, math.inf, -12.0, -1e30, -math.inf, math.nan], requires_grad=True)
+    x = torch.tensor(
+        [1e-30, -1e-30, 0.0, 12.0, 1e30, math.inf, -12.0, -1e30, -math.inf, math.nan],
+        requires_grad=True,
+    )
     y = native(x)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     expected = torch.tensor([5e-31, -5e-31, 0.0, 12.0, 1e30, math.inf, 0.0, 0.0, 0.0, math.nan])
@@ -52,7 +62,9 @@ def test_extremes(isa):
 
 
 def test_strided_input_and_gradient(isa, poisoned):
-    """The MLP's columns of a packed projection, read in place; a transposed tensor, which must be copied."""
+    """The MLP's columns of a packed projection, read in place; a transposed tensor, which must be
+    copied.
+    """
 
     def columns(fn):
         return lambda packed: fn(packed[..., 24:]).expand(2, 2, 9, 40)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from op_cases import needs_native
 
-from fluxfast.ops import _linear_native
-from fluxfast.ops.linear_group import Adapter, LinearGroup, LinearParams
+from fluxfast.ops.linear import products_native
+from fluxfast.ops.linear.group import Adapter, LinearGroup, LinearParams
 from fluxfast.ops.row_quant import RowOutput, row_quant_ref
 from support import for_thread_counts, relative_error
 
@@ -19,11 +19,16 @@ def linears(counts=(1, 0, 2), weight_dtype=torch.float32, dropout=0.0):
     def adapter():
         return Adapter(randn(3, 24), randn(16, 3), 0.7, dropout)
 
-    return [LinearParams(randn(16, 24).to(weight_dtype), randn(16), tuple(adapter() for _ in range(n))) for n in counts]
+    return [
+        LinearParams(randn(16, 24).to(weight_dtype), randn(16), tuple(adapter() for _ in range(n)))
+        for n in counts
+    ]
 
 
 def both_ways(params, tokens, impl, dtype, **options):
-    """Forward's y and s, backward's dx and gradients, and whether W was replaced by a copy with the adapters in it."""
+    """Forward's y and s, backward's dx and gradients, and whether W was replaced by a copy with the
+    adapters in it.
+    """
     g = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(tokens, n, generator=g, dtype=torch.float64).to(dtype) for n in (24, 48))
     group = LinearGroup(params, dtype, impl=impl, **options)
@@ -44,7 +49,11 @@ def test_adapters_within_the_weight(tokens, merged, weight_dtype):
     actual, merges = both_ways(params, tokens, "native", torch.float32)
     assert merges == merged
     doubles = [
-        LinearParams(p.weight.double(), p.bias.double(), tuple(a._replace(a=a.a.double(), b=a.b.double()) for a in p.adapters))
+        LinearParams(
+            p.weight.double(),
+            p.bias.double(),
+            tuple(a._replace(a=a.a.double(), b=a.b.double()) for a in p.adapters),
+        )
         for p in params
     ]
     expected, _ = both_ways(doubles, tokens, "ref", torch.float64)
@@ -58,7 +67,13 @@ def test_adapters_within_the_weight(tokens, merged, weight_dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{"compute": "int8"}, {"dropout_seed": 3}, {"params": linears(counts=(0, 0, 0))}, {"impl": "ref"}]
+    "options",
+    [
+        {"compute": "int8"},
+        {"dropout_seed": 3},
+        {"params": linears(counts=(0, 0, 0))},
+        {"impl": "ref"},
+    ],
 )
 def test_where_they_stay_apart(options):
     params = options.pop("params", linears(dropout=0.5))
@@ -66,7 +81,8 @@ def test_where_they_stay_apart(options):
     assert not LinearGroup(params, torch.float32, impl=impl, **options)._merges(1000)
 
 
-# ranks of less than a vector, one, and more than a tile; rows of less than a block, and several tasks of blocks
+# ranks of less than a vector, one, and more than a tile; rows of less than a block, and several
+# tasks of blocks
 @pytest.mark.parametrize("rows", [0, 1, 63, 1000])
 @pytest.mark.parametrize("ranks", [[[3], [16]], [[17, 2], [70]], [[], [1, 1, 40]]])
 def test_adapter_grads(isa, rows, ranks):
@@ -83,7 +99,9 @@ def test_adapter_grads(isa, rows, ranks):
     x, dy = wide_x[:, 2 : 2 + k], wide_dy[:, 1 : 1 + sum(outs)]
     # what the module reads lies among NaNs
     x32, dy32 = (among_nans(t) for t in (x.float(), dy.float()))
-    d_a, d_b = _linear_native.adapter_grads(x32, dy32, [t.float() for t in a], [t.float() for t in b], scales, cols)
+    d_a, d_b = products_native.adapter_grads(
+        x32, dy32, [t.float() for t in a], [t.float() for t in b], scales, cols
+    )
     for j, (i, _) in enumerate(flat):
         part = dy[:, cols[j] : cols[j] + outs[i]]
         # fp32: sums of up to 1000 products, whose errors of 6e-8 add up as their square root
@@ -101,10 +119,12 @@ def among_nans(x):
 @needs_native
 def test_threads_change_no_bit():
     g = torch.Generator().manual_seed(4)
-    x, dy, a, b = (torch.randn(*shape, generator=g) for shape in ((777, 64), (777, 48), (8, 64), (48, 8)))
+    x, dy, a, b = (
+        torch.randn(*shape, generator=g) for shape in ((777, 64), (777, 48), (8, 64), (48, 8))
+    )
 
     def run():
-        (d_a,), (d_b,) = _linear_native.adapter_grads(x, dy, [a], [b], [1.0], [0])
+        (d_a,), (d_b,) = products_native.adapter_grads(x, dy, [a], [b], [1.0], [0])
         return d_a, d_b
 
     first, *others = for_thread_counts(run)
@@ -129,10 +149,13 @@ def test_outliers_stay_out_of_the_codes(impl, compute, counts):
     y, s = group.forward(x)
     codes = x._replace(y=None, **row_codes(x.y, compute))
     plain = LinearGroup(params, torch.float32, compute=compute, impl=impl).forward(codes)[0]
-    # against the part of y that the other channels make: the outliers' own is 40 times as large, and exact but for W's codes
+    # against the part of y that the other channels make: the outliers' own is 40 times as large,
+    # and exact but for W's codes
     small = x.y.abs().amax(0) < 20
     rest = LinearGroup(
-        [p._replace(weight=p.weight[:, small], bias=None, adapters=()) for p in params], torch.float32, impl="ref"
+        [p._replace(weight=p.weight[:, small], bias=None, adapters=()) for p in params],
+        torch.float32,
+        impl="ref",
     ).forward(RowOutput(x.y[:, small], None, None))[0]
     w_error = 0.007 * exact.norm() if compute == "int8" else 0.03 * exact.norm()
     assert (y - exact).norm() < 0.015 * rest.norm() + w_error

@@ -7,8 +7,8 @@ from op_cases import needs_native, needs_triton
 from op_checks import TRITON_DEVICE, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fluxfast.ops import _linear_native, _linear_torch, _linear_triton  # noqa: F401 (they register the ops)
-from fluxfast.ops.lora_linear import lora_linear
+from fluxfast.ops.linear import products_native, products_torch, products_triton  # noqa: F401 (they register the ops)
+from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.ops.row_quant import row_quant_ref
 
 OUTS, RANKS = [16, 32], [[3], [2]]
@@ -34,7 +34,10 @@ def calls():
     yield ops.linear_da, (s, q, scale, torch.float32)
     yield ops.linear_dropout, (x, 0.5, 1 << 40)
     yield ops.linear_mask, (x.cpu(), 0.5, 3)
-    yield ops.linear_lora_grads, (x.cpu(), dy.cpu(), [t.cpu() for t in a], [t.cpu() for t in b], scales, [0, 16])
+    yield (
+        ops.linear_lora_grads,
+        (x.cpu(), dy.cpu(), [t.cpu() for t in a], [t.cpu() for t in b], scales, [0, 16]),
+    )
     y, dx = torch.zeros(5, 48, device=device), torch.zeros(5, 24, device=device)
     qs, q_scales = [c.q for c in codes], [c.scale for c in codes]
     yield ops.linear_fwd, (x, None, weights, [], biases, s, b, counts, y)
@@ -57,8 +60,14 @@ def outputs(x, linears, **options):
 @needs_triton
 @every_compute
 def test_fake_tensors_go_through(compute):
-    """As whoever counts bytes and launches sends them; every launch of Triton shows as an op of ours."""
-    real = outputs(torch.zeros(5, 24, requires_grad=True), make_group(24, OUTS, RANKS, torch.float32), compute=compute)
+    """As whoever counts bytes and launches sends them; every launch of Triton shows as an op of
+    ours.
+    """
+    real = outputs(
+        torch.zeros(5, 24, requires_grad=True),
+        make_group(24, OUTS, RANKS, torch.float32),
+        compute=compute,
+    )
     seen = set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -73,7 +82,9 @@ def test_fake_tensors_go_through(compute):
             fakes = outputs(x, linears, compute=compute, impl="triton")
     for fake, expected in zip(fakes, real, strict=True):
         assert fake.shape == expected.shape and fake.dtype == expected.dtype
-    wanted = {f"fluxfast.linear_{name}.default" for name in ("down", "fwd", "ds", "da", "db", "dgrad")}
+    wanted = {
+        f"fluxfast.linear_{name}.default" for name in ("down", "fwd", "ds", "da", "db", "dgrad")
+    }
     assert wanted <= seen
     assert ("fluxfast.row_quant_fwd.default" in seen) == (compute != "same")
 
@@ -89,12 +100,18 @@ def test_fake_tensors_go_through(compute):
     ],
 )
 def test_compiles_whole_and_once(impl, compute):
-    """One graph, eager's values, and no recompilation for another number of tokens; weights that are codes, and dropout."""
+    """One graph, eager's values, and no recompilation for another number of tokens; weights that
+    are codes, and dropout.
+    """
     device = TRITON_DEVICE if impl == "triton" else "cpu"
-    linears = as_codes(make_group(24, OUTS, RANKS, torch.float32, dropout=0.3, device=device), "int8", True)
+    linears = as_codes(
+        make_group(24, OUTS, RANKS, torch.float32, dropout=0.3, device=device), "int8", True
+    )
     options = {"impl": impl, "compute": compute, "dropout_seed": 5}
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: lora_linear(x, linears, **options), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: lora_linear(x, linears, **options), fullgraph=True, backend="aot_eager"
+    )
     for tokens in (3, 4, 5):
         x = torch.randn(1, tokens, 24, device=device, requires_grad=True)
         with torch.compiler.set_stance("default" if tokens < 5 else "fail_on_recompile"):

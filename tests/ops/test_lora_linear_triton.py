@@ -6,12 +6,18 @@ from lora_cases import CASES, as_codes, check, make_group
 from op_cases import needs_triton
 from op_checks import TRITON_DEVICE
 
-from fluxfast.ops.lora_linear import lora_linear
+from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.ops.quant_matmul import CodedWeight
 
 pytestmark = needs_triton
-# every program of the interpreter takes its time: codes of other cases are in the kernels' own tests
-CODED = ["one token, rank 1", "packed, odd ranks, one without", "apart", "side by side, but not in the kernels' unit"]
+# every program of the interpreter takes its time: codes of other cases are in the kernels' own
+# tests
+CODED = [
+    "one token, rank 1",
+    "packed, odd ranks, one without",
+    "apart",
+    "side by side, but not in the kernels' unit",
+]
 
 
 @pytest.fixture(params=["library", "fused"])
@@ -71,7 +77,13 @@ def test_weights_and_adapters_of_another_dtype(engine):
 def test_few_tokens_read_stored_codes_in_place(tokens, monkeypatch):
     """Up to the table's number of tokens, a product of values with codes decodes no weight."""
     decoded = []
-    monkeypatch.setattr(CodedWeight, "decode_into", lambda self, out: (decoded.append(out), out.copy_(self.to(out.dtype))))
-    linears = as_codes(make_group(24, [32], [[]], torch.float32, device=TRITON_DEVICE), "int8", True)
+    monkeypatch.setattr(
+        CodedWeight,
+        "decode_into",
+        lambda self, out: (decoded.append(out), out.copy_(self.to(out.dtype))),
+    )
+    linears = as_codes(
+        make_group(24, [32], [[]], torch.float32, device=TRITON_DEVICE), "int8", True
+    )
     lora_linear(torch.randn(tokens, 24, device=TRITON_DEVICE), linears, "triton")
     assert len(decoded) == (tokens > 64)

@@ -1,6 +1,12 @@
 import pytest
 import torch
-from op_checks import assert_matches_fp64, assert_same_for_any_thread_count, outputs_and_grads, randn, saved_shapes
+from op_checks import (
+    assert_matches_fp64,
+    assert_same_for_any_thread_count,
+    outputs_and_grads,
+    randn,
+    saved_shapes,
+)
 
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_ref
 
@@ -13,7 +19,11 @@ def native(x, scale, shift):
 
 def make(batch, tokens, dim, *, modulation_grad=True):
     x = randn(batch, tokens, dim, seed=1, grad=False).mul_(3).add_(0.5).requires_grad_()
-    return x, randn(batch, dim, seed=2, grad=modulation_grad), randn(batch, dim, seed=3, grad=modulation_grad)
+    return (
+        x,
+        randn(batch, dim, seed=2, grad=modulation_grad),
+        randn(batch, dim, seed=3, grad=modulation_grad),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -57,7 +67,9 @@ def test_eps(isa):
 
 
 def test_strided_inputs_and_gradient(isa, poisoned):
-    """Modulation as chunks of one projection, x a slice of the joint tokens, the gradient with a strided last dimension."""
+    """Modulation as chunks of one projection, x a slice of the joint tokens, the gradient with a
+    strided last dimension.
+    """
     modulation = randn(2, 6 * 63, seed=4)
 
     def op(fn):
@@ -68,7 +80,10 @@ def test_strided_inputs_and_gradient(isa, poisoned):
 
         return run
 
-    for x in (randn(2, 21, 63, seed=5), randn(2, 63, 21, seed=5, grad=False).transpose(1, 2).requires_grad_()):
+    for x in (
+        randn(2, 21, 63, seed=5),
+        randn(2, 63, 21, seed=5, grad=False).transpose(1, 2).requires_grad_(),
+    ):
         assert_matches_fp64(op(native), op(modulated_layer_norm_ref), (x, modulation))
 
 

@@ -1,4 +1,6 @@
-"""The ops under torch.compile: one graph, the values of eager, and no recompilation for another number of tokens."""
+"""The ops under torch.compile: one graph, the values of eager, and no recompilation for another
+number of tokens.
+"""
 
 import torch
 from op_cases import every_case, make

@@ -1,4 +1,6 @@
-"""The registered ops: what fake tensors get from them, and torch's own checks of their registration."""
+"""The registered ops: what fake tensors get from them, and torch's own checks of their
+registration.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ def test_fake_tensors_go_through(case, impl):
         outs = op(*fakes)
         outs = list(outs) if isinstance(outs, tuple) else [outs]
         torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
-    for fake, real in zip(outs + [t.grad for t in fakes], expected_outs + expected_grads, strict=True):
+    for fake, real in zip(
+        outs + [t.grad for t in fakes], expected_outs + expected_grads, strict=True
+    ):
         assert (fake is None) == (real is None)
         if real is not None:
             assert fake.shape == real.shape
@@ -53,7 +57,9 @@ def registered_calls(impl):
     yield ops.gated_residual_layer_norm_bwd, (*kept, None, x, False, "int8", col_scale, impl)
     yield ops.gated_residual_layer_norm_bwd, (*kept, y, None, True, "same", None, impl)
 
-    qkv, txt_qkv = (randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device, dtype) for tokens in (6, 3))
+    qkv, txt_qkv = (
+        randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device, dtype) for tokens in (6, 3)
+    )
     weights = (1 + randn(4, DIM, seed=2, grad=False)).to(device)
     angle = randn(9, DIM // 2, seed=3, grad=False).to(device)
     constants = (weights, angle.cos(), angle.sin(), None)
@@ -61,10 +67,16 @@ def registered_calls(impl):
     yield ops.qk_norm_rope_fwd, (qkv, None, *constants, HEADS, 1e-6, impl)
     q, k, v, rstd = ops.qk_norm_rope_fwd(qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
     yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, q, k, None, None, 3, None, None, impl)
-    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, None, None, qkv, txt_qkv, 3, None, None, impl)
+    yield (
+        ops.qk_norm_rope_bwd,
+        (q, k, v, rstd, *constants, None, None, qkv, txt_qkv, 3, None, None, impl),
+    )
     packed = randn(2, 6, WIDTH + 10, seed=9, grad=False).to(device, dtype)[..., :WIDTH]
     kept = (q, k, v, rstd, *constants, q, k, None, None)
-    yield ops.qk_norm_rope_bwd_into, (*kept, 3, packed, None, impl, [torch.empty_like(packed[:, :3]).contiguous()])
+    yield (
+        ops.qk_norm_rope_bwd_into,
+        (*kept, 3, packed, None, impl, [torch.empty_like(packed[:, :3]).contiguous()]),
+    )
 
     yield ops.row_quant_fwd, (x[0], "int8", gate[0], impl)
     yield ops.row_quant_fwd, (x[0], "e4m3", None, impl)
@@ -76,7 +88,9 @@ def registered_calls(impl):
         yield ops.token_scatter_fwd, (x, None, idx, 6)
 
 
-@pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "impl", [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
+)
 def test_registration(impl):
     for op, arguments in registered_calls(impl):
         torch.library.opcheck(op, arguments)

@@ -1,4 +1,6 @@
-"""The public ops on Triton, in its interpreter where there is no GPU, against their references in fp64; and output modes."""
+"""The public ops on Triton, in its interpreter where there is no GPU, against their references in
+fp64; and output modes.
+"""
 
 import pytest
 import torch
@@ -22,10 +24,15 @@ every_out = pytest.mark.parametrize("out", ["int8", "e4m3", "both-int8", "both-e
 
 
 def make(case, tokens, dtype=torch.float32):
-    """The op on Triton, its reference, and inputs: `dtype` where a gradient is asked for, else as they come."""
+    """The op on Triton, its reference, and inputs: `dtype` where a gradient is asked for, else as
+    they come.
+    """
     op, inputs = case(tokens, "triton")
     inputs = [
-        x.detach().to(TRITON_DEVICE, dtype if x.requires_grad else x.dtype).requires_grad_(x.requires_grad) for x in inputs
+        x.detach()
+        .to(TRITON_DEVICE, dtype if x.requires_grad else x.dtype)
+        .requires_grad_(x.requires_grad)
+        for x in inputs
     ]
     return op, case(tokens, "ref")[0], inputs
 
@@ -71,7 +78,9 @@ def test_only_the_gradients_asked_for(case):
     op, ref, inputs = make(case, 4)
     learned = [i for i, x in enumerate(inputs) if x.requires_grad]
     for one in learned:
-        some = [x.detach().requires_grad_(i == one) if i in learned else x for i, x in enumerate(inputs)]
+        some = [
+            x.detach().requires_grad_(i == one) if i in learned else x for i, x in enumerate(inputs)
+        ]
         assert_matches_fp64(op, ref, some)
 
 
@@ -85,7 +94,11 @@ def test_no_tokens(case):
 @needs_triton
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 2, 5)])
 def test_gelu_of_any_shape(shape):
-    x = torch.linspace(-3, 3, max(1, torch.Size(shape).numel()), device=TRITON_DEVICE).reshape(shape).requires_grad_()
+    x = (
+        torch.linspace(-3, 3, max(1, torch.Size(shape).numel()), device=TRITON_DEVICE)
+        .reshape(shape)
+        .requires_grad_()
+    )
     assert_matches_fp64(lambda x: gelu(x, impl="triton"), gelu_ref, [x])
 
 
@@ -97,7 +110,9 @@ def test_what_backward_keeps():
     assert saved_shapes(lambda: op(*inputs)) == [(2, 5), (2, 5), (2, 5, 12), (2, 12)]
     op, _, inputs = make(qk_norm_rope_case, 5)
     # with the reciprocal RMS, all of its inputs, and nothing else
-    assert saved_shapes(lambda: op(*inputs)) == sorted([(2, 7, 2, 3), *(tuple(x.shape) for x in inputs)])
+    assert saved_shapes(lambda: op(*inputs)) == sorted(
+        [(2, 7, 2, 3), *(tuple(x.shape) for x in inputs)]
+    )
 
 
 def quantizing_ops(impl):
@@ -141,7 +156,9 @@ def test_codes_are_those_of_the_values(poisoned, impl, out):
 @pytest.mark.parametrize("impl", ["ref", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_are_quantized_before_they_are_rounded(impl, dtype):
-    """The error against fp64 is half a code's step, without what rounding the values to 16 bits would add."""
+    """The error against fp64 is half a code's step, without what rounding the values to 16 bits
+    would add.
+    """
     x = make_rows(TRITON_DEVICE if impl == "triton" else "cpu", dtype)
     for op, exact in zip(quantizing_ops(impl), quantizing_ops("ref"), strict=True):
         q, q_scale = op(x, out="int8")[1:]

@@ -1,12 +1,25 @@
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from op_checks import assert_matches_fp64, assert_same_for_any_thread_count, outputs_and_grads, randn, saved_shapes
+from op_checks import (
+    assert_matches_fp64,
+    assert_same_for_any_thread_count,
+    outputs_and_grads,
+    randn,
+    saved_shapes,
+)
 
 from fluxfast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
 # batch, text tokens, image tokens, heads, head_dim
-SHAPES = [(2, 5, 63, 3, 16), (1, 0, 17, 2, 32), (3, 7, 1, 1, 128), (1, 3, 100, 4, 128), (2, 2, 9, 5, 2), (1, 1, 1, 1, 62)]
+SHAPES = [
+    (2, 5, 63, 3, 16),
+    (1, 0, 17, 2, 32),
+    (3, 7, 1, 1, 128),
+    (1, 3, 100, 4, 128),
+    (2, 2, 9, 5, 2),
+    (1, 1, 1, 1, 62),
+]
 TEXT = {"txt_q_weight": 2, "txt_k_weight": 3}
 
 
@@ -22,7 +35,9 @@ def norm_weights(head_dim, seed=6):
 
 def make(batch, txt, img, heads, head_dim):
     width = 3 * heads * head_dim
-    inputs = [randn(batch, img, width, seed=1)] + ([randn(batch, txt, width, seed=2)] if txt else [])
+    inputs = [randn(batch, img, width, seed=1)] + (
+        [randn(batch, txt, width, seed=2)] if txt else []
+    )
     return inputs, norm_weights(head_dim), tables(txt + img, head_dim)
 
 
@@ -30,7 +45,11 @@ def bind(fn, weights, cos_sin, heads, **kwargs):
     """The op as a function of the packed projections alone."""
 
     def run(qkv, txt_qkv=None):
-        text = {} if txt_qkv is None else {"txt_qkv": txt_qkv} | {name: weights[row] for name, row in TEXT.items()}
+        text = (
+            {}
+            if txt_qkv is None
+            else {"txt_qkv": txt_qkv} | {name: weights[row] for name, row in TEXT.items()}
+        )
         return fn(qkv, weights[0], weights[1], *cos_sin, heads=heads, **text, **kwargs)
 
     return run
@@ -54,17 +73,25 @@ def test_ref_is_diffusers():
     (qkv, txt_qkv), weights, (cos, sin) = make(2, 5, 9, heads, dim)
 
     def norm(x, weight):
-        return torch.nn.functional.rms_norm(x.unflatten(-1, (heads, dim)), (dim,), weight.double(), 1e-6)
+        return torch.nn.functional.rms_norm(
+            x.unflatten(-1, (heads, dim)), (dim,), weight.double(), 1e-6
+        )
 
     q, k, v = qkv.detach().double().chunk(3, dim=-1)
     txt_q, txt_k, txt_v = txt_qkv.detach().double().chunk(3, dim=-1)
     full = cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1)
     expected_q = torch.cat((norm(txt_q, weights[2]), norm(q, weights[0])), dim=1)
     expected_k = torch.cat((norm(txt_k, weights[3]), norm(k, weights[1])), dim=1)
-    outs = bind(qk_norm_rope_ref, weights, (cos, sin), heads)(qkv.detach().double(), txt_qkv.detach().double())
+    outs = bind(qk_norm_rope_ref, weights, (cos, sin), heads)(
+        qkv.detach().double(), txt_qkv.detach().double()
+    )
     # diffusers rotates in fp32 whatever it is given
-    torch.testing.assert_close(outs[0], apply_rotary_emb(expected_q, full, sequence_dim=1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(outs[1], apply_rotary_emb(expected_k, full, sequence_dim=1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        outs[0], apply_rotary_emb(expected_q, full, sequence_dim=1), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        outs[1], apply_rotary_emb(expected_k, full, sequence_dim=1), rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(outs[2], torch.cat((txt_v, v), dim=1).unflatten(-1, (heads, dim)))
 
 
@@ -80,7 +107,9 @@ def test_index(isa, poisoned, dtype, per_sample):
     """Routed tokens: each has the table row of its place in the full sequence."""
     inputs, weights, _ = make(2, 5, 63, 3, 16)
     cos_sin = tables(200, 16)
-    index = torch.stack([torch.randperm(200, generator=torch.Generator().manual_seed(s))[:68] for s in (1, 2)]).to(dtype)
+    index = torch.stack(
+        [torch.randperm(200, generator=torch.Generator().manual_seed(s))[:68] for s in (1, 2)]
+    ).to(dtype)
     index = index if per_sample else index[0]
     native, ref = pair(weights, cos_sin, 3, index=index)
     assert_matches_fp64(native, ref, inputs)
@@ -88,7 +117,9 @@ def test_index(isa, poisoned, dtype, per_sample):
     gathered = [t.detach() for t in native(*inputs)]
     rows = index[1] if per_sample else index
     second = [t[1:].detach() for t in inputs]
-    plain = bind(qk_norm_rope, weights, [t[rows.long()] for t in cos_sin], 3, impl="native")(*second)
+    plain = bind(qk_norm_rope, weights, [t[rows.long()] for t in cos_sin], 3, impl="native")(
+        *second
+    )
     assert all(torch.equal(a[1:], b) for a, b in zip(gathered, plain, strict=True))
 
 
@@ -96,7 +127,14 @@ def test_index(isa, poisoned, dtype, per_sample):
 def test_index_outside_the_tables_is_refused(isa, row):
     inputs, weights, _ = make(1, 0, 3, 1, 16)
     with pytest.raises(ValueError, match="the tables don't have"):
-        bind(qk_norm_rope, weights, tables(200, 16), 1, impl="native", index=torch.tensor([0, row, 1]))(*inputs)
+        bind(
+            qk_norm_rope,
+            weights,
+            tables(200, 16),
+            1,
+            impl="native",
+            index=torch.tensor([0, row, 1]),
+        )(*inputs)
 
 
 def kept_inputs(native, inputs):
@@ -142,12 +180,16 @@ def test_tables_that_are_no_rotation(isa, poisoned):
 
 
 def test_strided_inputs_and_gradients(isa, poisoned):
-    """qkv as columns of a wider projection, text and image as rows of one; attention's layout in the gradient."""
+    """qkv as columns of a wider projection, text and image as rows of one; attention's layout in
+    the gradient.
+    """
     heads, dim = 3, 16
     _, weights, cos_sin = make(2, 5, 9, heads, dim)
 
     def op(fn):
-        inner = bind(fn, weights, cos_sin, heads, **({"impl": "native"} if fn is qk_norm_rope else {}))
+        inner = bind(
+            fn, weights, cos_sin, heads, **({"impl": "native"} if fn is qk_norm_rope else {})
+        )
 
         def run(packed):
             qkv, txt_qkv = packed[:, 5:, : 3 * heads * dim], packed[:, :5, : 3 * heads * dim]
@@ -241,7 +283,10 @@ def test_weights_stored_in_bf16(isa):
         ({"heads": 5}, r"qkv \[B, S, 3·heads·head_dim\], heads 5"),
         ({"q_weight": torch.ones(8)}, r"norm weights \[16\]"),
         ({"cos": torch.ones(14, 16)}, r"\[rows, 8\], got \[14, 16\]"),
-        ({"cos": torch.ones(9, 8), "sin": torch.ones(9, 8)}, "14 tokens need as many table rows, got 9"),
+        (
+            {"cos": torch.ones(9, 8), "sin": torch.ones(9, 8)},
+            "14 tokens need as many table rows, got 9",
+        ),
         ({"txt_k_weight": None}, "txt_q_weight and txt_k_weight"),
         ({"txt_qkv": torch.ones(1, 5, 144)}, r"txt_qkv \[2, S_txt, 144\]"),
         ({"index": torch.arange(13)}, r"index \[14\] or \[2, 14\]"),
@@ -250,7 +295,14 @@ def test_weights_stored_in_bf16(isa):
 )
 def test_wrong_arguments_are_refused(change, message):
     (qkv, txt_qkv), weights, (cos, sin) = make(2, 5, 9, 3, 16)
-    arguments = {"qkv": qkv, "q_weight": weights[0], "k_weight": weights[1], "cos": cos, "sin": sin, "heads": 3}
+    arguments = {
+        "qkv": qkv,
+        "q_weight": weights[0],
+        "k_weight": weights[1],
+        "cos": cos,
+        "sin": sin,
+        "heads": 3,
+    }
     arguments |= {"txt_qkv": txt_qkv, "txt_q_weight": weights[2], "txt_k_weight": weights[3]}
     with pytest.raises(ValueError, match=message):
         qk_norm_rope(**arguments | change)

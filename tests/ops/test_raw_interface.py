@@ -1,4 +1,6 @@
-"""forward and backward of every op, called as a block calls them, against autograd through the public op."""
+"""forward and backward of every op, called as a block calls them, against autograd through the
+public op.
+"""
 
 import pytest
 import torch
@@ -16,10 +18,19 @@ from op_cases import (
 )
 from op_checks import TRITON_DEVICE, outputs_and_grads
 
-from fluxfast.ops import _impl, gated_residual, gelu, modulated_layer_norm, qk_norm_rope, row_quant, token_route
+from fluxfast.ops import (
+    dispatch,
+    gated_residual,
+    gelu,
+    modulated_layer_norm,
+    qk_norm_rope,
+    row_quant,
+    token_route,
+)
 from support import relative_error
 
-# each takes an implementation and inputs, and returns the outputs, and what makes gradients of theirs, given which are needed
+# each takes an implementation and inputs, and returns the outputs, and what makes gradients of
+# theirs, given which are needed
 
 
 def raw_gated_residual(impl, *inputs):
@@ -34,7 +45,9 @@ def raw_gelu(impl, x):
 
 def raw_modulated_layer_norm(impl, *inputs):
     out, saved = modulated_layer_norm.forward(*inputs, impl=impl)
-    return [out.y], lambda grads, needs: modulated_layer_norm.backward(*grads, saved, needs, impl=impl)
+    return [out.y], lambda grads, needs: modulated_layer_norm.backward(
+        *grads, saved, needs, impl=impl
+    )
 
 
 def raw_qk_norm_rope(keep_outputs):
@@ -42,9 +55,15 @@ def raw_qk_norm_rope(keep_outputs):
         sizes = {"heads": HEADS, "keep_outputs": keep_outputs, "impl": impl}
         outs, saved = qk_norm_rope.forward(qkv, txt_qkv, weights, cos, sin, index, **sizes)
         kept = [t is not None for t in saved[5:]]
-        assert kept == ([True, True, False, False] if keep_outputs else [False, False, True, txt_qkv is not None])
+        assert kept == (
+            [True, True, False, False]
+            if keep_outputs
+            else [False, False, True, txt_qkv is not None]
+        )
         s_txt = 0 if txt_qkv is None else TXT
-        return outs, lambda grads, needs: qk_norm_rope.backward(grads, saved, needs, s_txt=s_txt, impl=impl)
+        return outs, lambda grads, needs: qk_norm_rope.backward(
+            grads, saved, needs, s_txt=s_txt, impl=impl
+        )
 
     return run
 
@@ -56,7 +75,9 @@ def raw_joint_qk_norm_rope(impl, qkv, *constants):
 
 def raw_token_gather(impl, x, idx):
     out, saved = token_route.gather_forward(x, idx, impl=impl)
-    return [out], lambda grads, needs: token_route.gather_backward(*grads, saved, needs, tokens=x.shape[1], impl=impl)
+    return [out], lambda grads, needs: token_route.gather_backward(
+        *grads, saved, needs, tokens=x.shape[1], impl=impl
+    )
 
 
 def raw_token_scatter(impl, base, y, idx):
@@ -67,9 +88,12 @@ def raw_token_scatter(impl, base, y, idx):
 RAW = [
     pytest.param(gated_residual_case, raw_gated_residual, 1e-13, id="gated_residual"),
     pytest.param(gelu_case, raw_gelu, 1e-13, id="gelu"),
-    pytest.param(modulated_layer_norm_case, raw_modulated_layer_norm, 1e-13, id="modulated_layer_norm"),
+    pytest.param(
+        modulated_layer_norm_case, raw_modulated_layer_norm, 1e-13, id="modulated_layer_norm"
+    ),
     pytest.param(qk_norm_rope_case, raw_qk_norm_rope(False), 1e-13, id="qk_norm_rope"),
-    # the tables come from fp32 and are rotations to its precision, which is what taking them back costs
+    # the tables come from fp32 and are rotations to its precision, which is what taking them back
+    # costs
     pytest.param(qk_norm_rope_case, raw_qk_norm_rope(True), 1e-7, id="qk_norm_rope-from_outputs"),
     pytest.param(joint_qk_norm_rope_case, raw_joint_qk_norm_rope, 1e-13, id="joint_qk_norm_rope"),
     pytest.param(token_gather_case, raw_token_gather, 1e-13, id="token_gather"),
@@ -82,12 +106,16 @@ RAW = [
 def test_equals_autograd(case, raw, fp64_tolerance, impl):
     if impl == "native" and case in (token_gather_case, token_scatter_case):
         pytest.skip("the native module doesn't route tokens")
-    # the reference's backward is a formula of its own: in fp64 it must be autograd's to the last digits
+    # the reference's backward is a formula of its own: in fp64 it must be autograd's to the last
+    # digits
     dtype, tolerance = (torch.float64, fp64_tolerance) if impl == "ref" else (torch.float32, 2e-6)
     op, inputs = case(5, impl)
     device = TRITON_DEVICE if impl == "triton" else "cpu"
     inputs = [
-        x.detach().to(device, dtype if x.is_floating_point() else x.dtype).requires_grad_(x.requires_grad) for x in inputs
+        x.detach()
+        .to(device, dtype if x.is_floating_point() else x.dtype)
+        .requires_grad_(x.requires_grad)
+        for x in inputs
     ]
     expected_outs, expected_grads = outputs_and_grads(op, inputs)
     learned = [i for i, x in enumerate(inputs) if x.requires_grad]
@@ -97,7 +125,9 @@ def test_equals_autograd(case, raw, fp64_tolerance, impl):
         for out, expected in zip(outs, expected_outs, strict=True):
             assert torch.equal(out, expected)
         generator = torch.Generator().manual_seed(7)
-        douts = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outs]
+        douts = [
+            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outs
+        ]
         for needs in [[True] * len(learned), *([i == one for i in learned] for one in learned)]:
             grads = backward(douts, needs)
             assert len(grads) == len(needs)
@@ -114,7 +144,10 @@ def test_the_gradient_past_the_norm_is_added(impl):
     device = TRITON_DEVICE if impl == "triton" else "cpu"
     x, scale, shift = (t.detach().to(device) for t in (x, scale, shift))
     out, saved = modulated_layer_norm.forward(x, scale, shift, impl=impl)
-    past, needs = torch.linspace(-1, 1, x.numel(), device=device).view(x.shape), (True, False, False)
+    past, needs = (
+        torch.linspace(-1, 1, x.numel(), device=device).view(x.shape),
+        (True, False, False),
+    )
     plain = modulated_layer_norm.backward(out.y, saved, needs, impl=impl)[0]
     added = modulated_layer_norm.backward(out.y, saved, needs, add_to=past, impl=impl)[0]
     torch.testing.assert_close(added, plain + past)
@@ -148,7 +181,8 @@ def test_codes_and_their_gradient(impl):
 
 
 @pytest.mark.parametrize(
-    ("weight", "scale", "suffice"), [(1.0, 1.0, True), (0.0, 1.0, False), (9.0, 1.0, False), (1.0, 1.2, False)]
+    ("weight", "scale", "suffice"),
+    [(1.0, 1.0, True), (0.0, 1.0, False), (9.0, 1.0, False), (1.0, 1.2, False)],
 )
 def test_whether_outputs_suffice(monkeypatch, weight, scale, suffice):
     weights = torch.ones(4, 10)
@@ -157,5 +191,5 @@ def test_whether_outputs_suffice(monkeypatch, weight, scale, suffice):
     constants = (weights, angle.cos() * scale, angle.sin())
     assert qk_norm_rope.outputs_suffice(*constants) == suffice
     # and what a GPU is asked, there being no native module for it
-    monkeypatch.setattr(_impl, "HAS_NATIVE", False)
+    monkeypatch.setattr(dispatch, "HAS_NATIVE", False)
     assert qk_norm_rope.outputs_suffice(*constants) == suffice

@@ -1,4 +1,6 @@
-"""Gradients as dgrad and packed buffers want them: codes of dx·col_scale, values in a slice of a wider buffer; fused norms."""
+"""Gradients as dgrad and packed buffers want them: codes of dx·col_scale, values in a slice of a
+wider buffer; fused norms.
+"""
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from support import relative_error
 
 every_output = pytest.mark.parametrize("out", ["same", "int8", "e4m3", "both-int8", "both-e4m3"])
 
-# codes are those of the values before they are rounded; an implementation that computes those in another order may land on the
-# other side of a rounding, which costs one code of 127, or a step of e4m3
+# codes are those of the values before they are rounded; an implementation that computes those in
+# another order may land on the other side of a rounding, which costs one code of 127, or a step of
+# e4m3
 CODE_STEP = {"int8": 1 / 127, "e4m3": 2**-3}
 
 
@@ -32,8 +35,15 @@ def assert_rows(actual, expected, out, col_scale=None):
         torch.testing.assert_close(actual.q_scale, wanted.scale, rtol=2e-6, atol=0)
         differ = (actual.q.float() - wanted.q.float()).abs() > 0
         assert differ.float().mean() < 0.02
-        step = actual.q_scale[..., None] * wanted.q.float().abs().clamp_min(127 if fmt == "int8" else 2**-6) * CODE_STEP[fmt]
-        values = [codes.float() * scale[..., None] for codes, scale in ((actual.q, actual.q_scale), wanted)]
+        step = (
+            actual.q_scale[..., None]
+            * wanted.q.float().abs().clamp_min(127 if fmt == "int8" else 2**-6)
+            * CODE_STEP[fmt]
+        )
+        values = [
+            codes.float() * scale[..., None]
+            for codes, scale in ((actual.q, actual.q_scale), wanted)
+        ]
         assert ((values[0] - values[1]).abs() <= 1.001 * step).all()
 
 
@@ -49,7 +59,9 @@ def test_gelu_behind_a_prefix(impl, out):
 @every_impl
 @every_output
 def test_gelu_gradient_as_rows(impl, out):
-    x, dy, col_scale = on_device(impl, randn(2, 5, 12), randn(2, 5, 12, seed=1), randn(12, seed=2).abs() + 0.1)
+    x, dy, col_scale = on_device(
+        impl, randn(2, 5, 12), randn(2, 5, 12, seed=1), randn(12, seed=2).abs() + 0.1
+    )
     scale = None if out == "same" else col_scale
     expected = gelu.backward(dy.double(), (x.double(),), [True], impl="ref")[0].float()
     rows = gelu.backward_rows(dy, (x,), out=out, col_scale=scale, impl=impl)
@@ -70,7 +82,9 @@ def test_gated_residual_gradient_as_rows(impl, out, needs_gate):
     dout, y, gate = on_device(impl, randn(2, 5, 12), randn(2, 5, 12, seed=1), randn(2, 12, seed=2))
     (col_scale,) = on_device(impl, randn(12, seed=3).abs() + 0.1)
     scale = None if out == "same" else col_scale
-    rows, dgate = gated_residual.backward_rows(dout, (gate, y), out=out, col_scale=scale, needs_gate=needs_gate, impl=impl)
+    rows, dgate = gated_residual.backward_rows(
+        dout, (gate, y), out=out, col_scale=scale, needs_gate=needs_gate, impl=impl
+    )
     assert_rows(rows, dout * gate[:, None], out, scale)
     assert (dgate is not None) == needs_gate
     if needs_gate:
@@ -82,15 +96,24 @@ def test_gated_residual_gradient_as_rows(impl, out, needs_gate):
 def test_qk_norm_rope_gradient_into_wider_buffers(impl, keep_outputs):
     _, inputs = qk_norm_rope_case(5, impl)
     qkv, txt_qkv, *constants = on_device(impl, *inputs)
-    outs, saved = qk_norm_rope.forward(qkv, txt_qkv, *constants, heads=HEADS, keep_outputs=keep_outputs, impl=impl)
+    outs, saved = qk_norm_rope.forward(
+        qkv, txt_qkv, *constants, heads=HEADS, keep_outputs=keep_outputs, impl=impl
+    )
     douts = on_device(impl, *(randn(*out.shape, seed=i) for i, out in enumerate(outs)))
     expected = qk_norm_rope.backward(douts, saved, (True, True), s_txt=TXT, impl=impl)
     for given in ((True, True), (True, False), (False, True)):
-        wide = [torch.full((2, tokens, qkv.shape[2] + 11), 7.0, device=qkv.device) for tokens in (5, TXT)]
+        wide = [
+            torch.full((2, tokens, qkv.shape[2] + 11), 7.0, device=qkv.device)
+            for tokens in (5, TXT)
+        ]
         slices = [w[..., 4:-7] for w in wide]
         dqkv, dtxt_qkv = (s if use else None for s, use in zip(slices, given, strict=True))
-        actual = qk_norm_rope.backward(douts, saved, (True, True), s_txt=TXT, dqkv=dqkv, dtxt_qkv=dtxt_qkv, impl=impl)
-        for grad, reference, target, w, use in zip(actual, expected, slices, wide, given, strict=True):
+        actual = qk_norm_rope.backward(
+            douts, saved, (True, True), s_txt=TXT, dqkv=dqkv, dtxt_qkv=dtxt_qkv, impl=impl
+        )
+        for grad, reference, target, w, use in zip(
+            actual, expected, slices, wide, given, strict=True
+        ):
             assert torch.equal(grad, reference)
             assert (grad is target) == use
             assert (w[..., :4] == 7).all() and (w[..., -7:] == 7).all()
@@ -100,10 +123,18 @@ def test_qk_norm_rope_gradient_into_wider_buffers(impl, keep_outputs):
 @every_output
 def test_gated_residual_and_norm_in_one(impl, out):
     _, inputs = modulated_layer_norm_case(5, impl)
-    residual, scale, shift, branch, gate = on_device(impl, *inputs, randn(2, 5, 12, seed=8), randn(2, 12, seed=9))
-    x, rows, saved = modulated_layer_norm.forward_residual(residual, gate, branch, scale, shift, 1e-5, out=out, impl=impl)
+    residual, scale, shift, branch, gate = on_device(
+        impl, *inputs, randn(2, 5, 12, seed=8), randn(2, 12, seed=9)
+    )
+    x, rows, saved = modulated_layer_norm.forward_residual(
+        residual, gate, branch, scale, shift, 1e-5, out=out, impl=impl
+    )
     assert relative_error(x, residual.double() + gate[:, None].double() * branch.double()) < 2e-7
-    assert_rows(rows, modulated_layer_norm.modulated_layer_norm_ref(x.double(), scale, shift, 1e-5).float(), out)
+    assert_rows(
+        rows,
+        modulated_layer_norm.modulated_layer_norm_ref(x.double(), scale, shift, 1e-5).float(),
+        out,
+    )
     _, kept = modulated_layer_norm.forward(x, scale, shift, 1e-5, impl=impl)
     assert saved[0] is x and saved[4] is gate and saved[5] is None
     for mine, theirs in zip(saved[:4], kept, strict=True):
@@ -112,12 +143,18 @@ def test_gated_residual_and_norm_in_one(impl, out):
 
 @every_impl
 @every_output
-@pytest.mark.parametrize(("modulation", "keep_branch"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("modulation", "keep_branch"), [(False, False), (True, False), (True, True)]
+)
 def test_gradients_of_gated_residual_and_norm(impl, out, modulation, keep_branch):
-    """Against autograd through both ops in fp64, `past` being the gradient that reaches x past the norm."""
+    """Against autograd through both ops in fp64, `past` being the gradient that reaches x past the
+    norm.
+    """
     _, inputs = modulated_layer_norm_case(5, impl)
     tensors = on_device(impl, *inputs, randn(2, 5, 12, seed=8), randn(2, 12, seed=9))
-    dy, past, col_scale = on_device(impl, randn(2, 5, 12, seed=3), randn(2, 5, 12, seed=4), randn(12, seed=5).abs() + 0.1)
+    dy, past, col_scale = on_device(
+        impl, randn(2, 5, 12, seed=3), randn(2, 5, 12, seed=4), randn(12, seed=5).abs() + 0.1
+    )
     col_scale = None if out == "same" else col_scale
     residual, scale, shift, branch, gate = tensors
     leaves = [t.double().requires_grad_() for t in tensors]
@@ -126,13 +163,17 @@ def test_gradients_of_gated_residual_and_norm(impl, out, modulation, keep_branch
     expected = torch.autograd.grad((y, x), leaves, (dy.double(), past.double()))
 
     args = {"keep_branch": keep_branch, "impl": impl}
-    _, _, saved = modulated_layer_norm.forward_residual(residual, gate, branch, scale, shift, **args)
+    _, _, saved = modulated_layer_norm.forward_residual(
+        residual, gate, branch, scale, shift, **args
+    )
     dx, dbranch, sums = modulated_layer_norm.backward_residual(
         dy, saved, add_to=past, out=out, col_scale=col_scale, modulation=modulation, impl=impl
     )
     assert relative_error(dx, expected[0]) < 2e-6
     assert_rows(dbranch, expected[3].float(), out, col_scale)
-    for grad, wanted, reference in zip(sums, (modulation, modulation, keep_branch), (*expected[1:3], expected[4]), strict=True):
+    for grad, wanted, reference in zip(
+        sums, (modulation, modulation, keep_branch), (*expected[1:3], expected[4]), strict=True
+    ):
         assert (grad is not None) == wanted
         if grad is not None:
             assert relative_error(grad, reference) < 2e-6
@@ -142,7 +183,9 @@ def test_gradients_of_gated_residual_and_norm(impl, out, modulation, keep_branch
 
 @every_impl
 def test_raw_rows_compile_whole(impl):
-    """As in a block's backward under torch.compile: one graph, buffers written in it, and eager's numbers."""
+    """As in a block's backward under torch.compile: one graph, buffers written in it, and eager's
+    numbers.
+    """
     _, inputs = modulated_layer_norm_case(5, impl)
     residual, scale, shift, branch, gate, dy = on_device(
         impl, *inputs, *(randn(2, 5, 12, seed=8),), randn(2, 12, seed=9), randn(2, 5, 12)
@@ -153,7 +196,9 @@ def test_raw_rows_compile_whole(impl):
             residual, gate, branch, scale, shift, out="both-int8", keep_branch=True, impl=impl
         )
         options = {"out": "both-int8", "col_scale": scale[0], "impl": impl}
-        dx, dbranch, sums = modulated_layer_norm.backward_residual(dy, saved, modulation=True, add_to=dy, **options)
+        dx, dbranch, sums = modulated_layer_norm.backward_residual(
+            dy, saved, modulation=True, add_to=dy, **options
+        )
         wide = torch.zeros(2, 5, 30, device=x.device)
         dh = gelu.backward_rows(dx, (x,), into=wide[..., 7:19], **options)
         return x, *rows, dx, *dbranch, *sums, dh.q, dh.q_scale, wide

@@ -3,7 +3,7 @@ import torch
 from op_cases import needs_triton
 from op_checks import DTYPES, TRITON_DEVICE, randn
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import forward, row_quant, row_quant_ref
 
 # half of a code's step, relative to the scale (int8) or, above the subnormals, to the value (e4m3)
@@ -21,7 +21,13 @@ def rows(dtype=torch.float32, width=63):
 
 def test_int8_by_hand():
     """Halves go to even, the largest is always 127, and no code is -128."""
-    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -126.5], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [-254.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    x = torch.tensor(
+        [
+            [127.0, 0.5, 1.5, 2.5, -0.5, -126.5],
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            [-254.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        ]
+    )
     q, scale = row_quant_ref(x, "int8")
     assert q.tolist() == [[127, 0, 2, 2, 0, -126], [0] * 6, [-127, 1, 2, 2, 2, 3]]
     assert scale.tolist() == [1.0, 1.0, 2.0]
@@ -56,7 +62,10 @@ def test_what_is_not_finite_shows_in_the_scale(fmt, value):
 
 def test_col_scale_comes_first():
     x, col_scale = rows(), randn(63, grad=False).abs()
-    got, expected = row_quant(x, "int8", col_scale, impl="ref"), row_quant_ref(x * col_scale, "int8")
+    got, expected = (
+        row_quant(x, "int8", col_scale, impl="ref"),
+        row_quant_ref(x * col_scale, "int8"),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -89,11 +98,18 @@ def test_native_gives_the_same_codes(poisoned, isa, fmt, dtype, width):
     for col_scale in (None, randn(width, seed=9, grad=False)):
         expected = row_quant_ref(x, fmt, col_scale)
         finite = expected.scale.isfinite()
-        for layout in (x, torch.nn.functional.pad(x, (2, 5))[:, 2:-5], x.t().contiguous().t(), x.unflatten(0, (4, 2))):
+        for layout in (
+            x,
+            torch.nn.functional.pad(x, (2, 5))[:, 2:-5],
+            x.t().contiguous().t(),
+            x.unflatten(0, (4, 2)),
+        ):
             q, scale = forward(layout, fmt, col_scale, impl="native")
             assert q.shape == layout.shape and scale.shape == layout.shape[:-1]
             assert torch.equal(q.view(x.shape)[finite].float(), expected.q[finite].float())
-            torch.testing.assert_close(scale.flatten(), expected.scale, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                scale.flatten(), expected.scale, rtol=0, atol=0, equal_nan=True
+            )
 
 
 def test_nothing_to_quantise():
@@ -104,7 +120,7 @@ def test_nothing_to_quantise():
 
 
 def test_codes_have_no_gradient():
-    for impl in ("ref", "triton") if _impl.HAS_TRITON else ("ref",):
+    for impl in ("ref", "triton") if dispatch.HAS_TRITON else ("ref",):
         q, scale = row_quant(rows().to(TRITON_DEVICE).requires_grad_(), "int8", impl=impl)
         assert not q.requires_grad
         assert not scale.requires_grad

@@ -3,7 +3,12 @@ import torch
 from op_cases import needs_triton, places
 from op_checks import DTYPES, TRITON_DEVICE, outputs_and_grads, randn
 
-from fluxfast.ops.token_route import token_gather, token_gather_ref, token_scatter, token_scatter_ref
+from fluxfast.ops.token_route import (
+    token_gather,
+    token_gather_ref,
+    token_scatter,
+    token_scatter_ref,
+)
 
 
 def test_refs_are_loops_over_rows():
@@ -46,7 +51,12 @@ def test_triton_copies_exactly(poisoned, dtype, index):
     def scatter(impl):
         return lambda x, y: token_scatter(x, y, idx, impl=impl)
 
-    for op, inputs in ((gather, [x]), (scatter, [x, y]), (scatter, [x.detach(), y]), (scatter, [x, y.detach()])):
+    for op, inputs in (
+        (gather, [x]),
+        (scatter, [x, y]),
+        (scatter, [x.detach(), y]),
+        (scatter, [x, y.detach()]),
+    ):
         (out,), grads = outputs_and_grads(op("triton"), inputs)
         (expected,), expected_grads = outputs_and_grads(op("ref"), inputs)
         assert torch.equal(out, expected)
@@ -60,7 +70,9 @@ def test_there_and_back():
         assert torch.equal(token_scatter(x, token_gather(x, idx), idx), x)
 
 
-@pytest.mark.parametrize("idx", [torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "idx", [torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)]
+)
 @pytest.mark.parametrize("impl", ["ref", pytest.param("triton", marks=needs_triton)])
 def test_no_tokens_taken(impl, idx):
     x, idx = randn(2, 9, 5).to(TRITON_DEVICE), idx.to(TRITON_DEVICE)
@@ -71,7 +83,10 @@ def test_no_tokens_taken(impl, idx):
 @pytest.mark.parametrize(
     ("idx", "message"),
     [
-        (torch.ones(2, 2, 2, dtype=torch.int64), r"idx \[K\] or \[2, K\], int32 or int64, got \[2, 2, 2\]"),
+        (
+            torch.ones(2, 2, 2, dtype=torch.int64),
+            r"idx \[K\] or \[2, K\], int32 or int64, got \[2, 2, 2\]",
+        ),
         (torch.ones(3, 2, dtype=torch.int64), r"idx \[K\] or \[2, K\].*got \[3, 2\]"),
         (torch.ones(2, 2), "torch.float32"),
         (torch.arange(10), "10 distinct rows of 9"),
@@ -88,7 +103,9 @@ def test_wrong_indices_are_refused(idx, message):
 
 def test_wrong_rows_are_refused():
     x, idx = randn(2, 9, 5), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match=r"y \[B, K, D\] = \[2, 2, 5\] in torch.float32, got \[2, 3, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"y \[B, K, D\] = \[2, 2, 5\] in torch.float32, got \[2, 3, 5\]"
+    ):
         token_scatter(x, x[:, :3], idx)
     with pytest.raises(ValueError, match=r"torch\.bfloat16"):
         token_scatter(x, x[:, :2].bfloat16(), idx)

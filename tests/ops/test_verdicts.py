@@ -1,4 +1,6 @@
-"""What failed its check on this machine: `auto` passes over it and says so, an explicit choice is an error."""
+"""What failed its check on this machine: `auto` passes over it and says so, an explicit choice is
+an error.
+"""
 
 import logging
 
@@ -7,14 +9,14 @@ import torch
 from op_cases import needs_native
 from op_checks import randn
 
-from fluxfast.ops import _impl, attention, verdicts
+from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.gelu import gelu
 from fluxfast.quant import FORMATS
 
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    monkeypatch.setattr(_impl, "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     attention._on_cpu.cache_clear()
     attention._automatic.cache_clear()
     caplog.set_level(logging.WARNING, logger="fluxfast")
@@ -31,9 +33,13 @@ def test_auto_passes_over_an_op_and_says_so_once(log):
     assert torch.allclose(gelu(x), right, atol=1e-6)
     gelu(x)
     (message,) = log.messages
-    assert message.startswith("gelu runs on 'ref': not on 'native': it failed its check on this machine")
+    assert message.startswith(
+        "gelu runs on 'ref': not on 'native': it failed its check on this machine"
+    )
     assert "y is off by 0.3" in message and "fluxfast-train doctor" in message
-    with pytest.raises(ValueError, match=r"gelu: impl='native' can't do this call: it failed its check .* doctor"):
+    with pytest.raises(
+        ValueError, match=r"gelu: impl='native' can't do this call: it failed its check .* doctor"
+    ):
         gelu(x, impl="native")
     with verdicts.ignored():
         assert torch.equal(gelu(x, impl="native"), right)
@@ -62,7 +68,10 @@ def test_attention_takes_another_back_end(log):
     verdicts.set_failed({("attention", own): "wrong", ("masked attention", "cpu"): "wrong"})
     assert attention.resolve("auto", q, None) == ("ref" if own == "cpu" else "cpu")
     assert attention.resolve("auto", q, mask) == "ref"
-    assert log.messages == [f"attention passes over '{name}': it failed its check on this machine" for name in (own, "cpu")]
+    assert log.messages == [
+        f"attention passes over '{name}': it failed its check on this machine"
+        for name in (own, "cpu")
+    ]
     with pytest.raises(ValueError, match=f"the back end '{own}' can't be had: it failed its check"):
         attention.resolve(own, q, None)
     with pytest.raises(ValueError, match="'cpu' can't be had"):
@@ -82,12 +91,20 @@ def test_attention_takes_another_back_end(log):
     ],
 )
 def test_on_a_gpu_the_next_fastest_is_taken(log, capability, masked, failed, chosen):
-    assert attention._automatic("cuda", torch.bfloat16, 128, masked, capability, frozenset(failed)) == chosen
+    assert (
+        attention._automatic("cuda", torch.bfloat16, 128, masked, capability, frozenset(failed))
+        == chosen
+    )
     assert len(log.messages) == len(failed)
 
 
 def test_verdicts_take_each_others_place():
-    verdicts.set_failed({("attention", "flash"): "a", ("attention", "cudnn"): "b", ("gelu", "triton"): "c"})
+    verdicts.set_failed(
+        {("attention", "flash"): "a", ("attention", "cudnn"): "b", ("gelu", "triton"): "c"}
+    )
     assert verdicts.ways_failed("attention") == {"flash", "cudnn"}
     verdicts.set_failed({})
-    assert verdicts.ways_failed("attention") == frozenset() and verdicts.failed("gelu", "triton") is None
+    assert (
+        verdicts.ways_failed("attention") == frozenset()
+        and verdicts.failed("gelu", "triton") is None
+    )

@@ -1,4 +1,6 @@
-"""Every format beside what its docstring says: layout, values decoded by hand, bounds on the error, what is refused."""
+"""Every format beside what its docstring says: layout, values decoded by hand, bounds on the error,
+what is refused.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,14 +10,16 @@ import torch
 
 from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, Format, QuantWeight, int2, int4, nf4
-from fluxfast.quant._affine import Affine
+from fluxfast.quant.affine import Affine
 from quant_cases import AWKWARD, DTYPES, assert_shares_a_scratch, gaussian, hard, heavy_tailed
 from support import relative_error
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 
 
-def round_trip(format: Format, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def round_trip(
+    format: Format, weight: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     return format.dequantize(format.quantize(weight), tuple(weight.shape), dtype)
 
 
@@ -24,14 +28,21 @@ def round_trip(format: Format, weight: torch.Tensor, dtype: torch.dtype = torch.
 def test_parts_are_as_laid_out(format, shape):
     parts, empty = format.quantize(gaussian(*shape)), format.empty(shape)
     layout = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
-    assert layout == format.layout(shape) == {name: (tuple(part.shape), part.dtype) for name, part in empty.items()}
+    assert (
+        layout
+        == format.layout(shape)
+        == {name: (tuple(part.shape), part.dtype) for name, part in empty.items()}
+    )
     assert list(parts) == list(empty) and all(part.is_contiguous() for part in parts.values())
 
 
 @every_format
 def test_bits_per_weight(format):
     shape = (512, 3072)
-    parts = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in format.layout(shape).items()}
+    parts = {
+        name: torch.empty(size, dtype=dtype, device="meta")
+        for name, (size, dtype) in format.layout(shape).items()
+    }
     bits = 8 * QuantWeight(format, parts, shape, torch.bfloat16).nbytes / math.prod(shape)
     assert bits == pytest.approx(format.bits_per_weight, rel=1e-3)
     # what the memory targets leave room for
@@ -77,7 +88,8 @@ def test_values_are_the_bytes_decoded_by_hand(format, shape):
     parts = format.quantize(heavy_tailed(*shape))
     decode = DECODE[format.name]
     expected = torch.tensor(
-        [[decode(parts, i, j, shape) for j in range(shape[1])] for i in range(shape[0])], dtype=torch.float64
+        [[decode(parts, i, j, shape) for j in range(shape[1])] for i in range(shape[0])],
+        dtype=torch.float64,
     )
     actual = format.dequantize(parts, shape, torch.float32)
     # two fp32 roundings at most; nf4's sum of two terms may cancel a little
@@ -94,7 +106,9 @@ def test_dequantized_dtype_is_fp32_rounded_once(format, dtype):
     assert torch.equal(out, format.dequantize(parts, (9, 80), torch.float32).to(dtype))
 
 
-@pytest.mark.parametrize("weight", [gaussian(33, 320), heavy_tailed(5, 63), hard()], ids=["gaussian", "heavy", "hard"])
+@pytest.mark.parametrize(
+    "weight", [gaussian(33, 320), heavy_tailed(5, 63), hard()], ids=["gaussian", "heavy", "hard"]
+)
 def test_int8_is_within_half_a_step(weight):
     parts = FORMATS["int8"].quantize(weight)
     top = weight.abs().amax(1)
@@ -106,17 +120,25 @@ def test_int8_is_within_half_a_step(weight):
     assert (parts["packed"].int().abs().amax(1)[normal] == 127).all()
 
 
-@pytest.mark.parametrize("weight", [gaussian(33, 320), heavy_tailed(5, 63), hard()], ids=["gaussian", "heavy", "hard"])
+@pytest.mark.parametrize(
+    "weight", [gaussian(33, 320), heavy_tailed(5, 63), hard()], ids=["gaussian", "heavy", "hard"]
+)
 def test_fp8_is_within_half_a_step(weight):
     parts = FORMATS["fp8_e4m3"].quantize(weight)
     error = (round_trip(FORMATS["fp8_e4m3"], weight) - weight).abs()
     # three bits of mantissa, and a smallest step of 2^-9
-    assert (error <= (weight.abs() * 2**-4).maximum(parts["scale"][:, None] * 2**-10) * 1.00001).all()
+    assert (
+        error <= (weight.abs() * 2**-4).maximum(parts["scale"][:, None] * 2**-10) * 1.00001
+    ).all()
 
 
 def min_max_error(weight: torch.Tensor, affine: Affine) -> torch.Tensor:
-    """Squared error of each group in fp64, on the grid that spans its range and zero, without a search."""
-    w = torch.nn.functional.pad(weight.double(), (0, -weight.shape[1] % affine.group)).unflatten(1, (-1, affine.group))
+    """Squared error of each group in fp64, on the grid that spans its range and zero, without a
+    search.
+    """
+    w = torch.nn.functional.pad(weight.double(), (0, -weight.shape[1] % affine.group)).unflatten(
+        1, (-1, affine.group)
+    )
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     step = ((high - low) / affine.top).clamp(min=1e-300)
     grid = ((w - low) / step).round() * step + low
@@ -128,12 +150,21 @@ def min_max_error(weight: torch.Tensor, affine: Affine) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(33, 320), (5, 63), (64, 16)])
 def test_search_beats_the_plain_grid_in_every_group(format, make, shape):
     weight, affine = make(*shape, seed=3), format.AFFINE
-    found = round_trip(FORMATS["int4" if format is int4 else "int2"], weight).double() - weight.double()
-    found = torch.nn.functional.pad(found, (0, -shape[1] % affine.group)).unflatten(1, (-1, affine.group)).square().sum(-1)
+    found = (
+        round_trip(FORMATS["int4" if format is int4 else "int2"], weight).double() - weight.double()
+    )
+    found = (
+        torch.nn.functional.pad(found, (0, -shape[1] % affine.group))
+        .unflatten(1, (-1, affine.group))
+        .square()
+        .sum(-1)
+    )
     plain = min_max_error(weight, affine)
-    # the grid without a search is one of those tried, but its scale (int2: to three bits) and zero are rounded to be stored
+    # the grid without a search is one of those tried, but its scale (int2: to three bits) and zero
+    # are rounded to be stored
     assert (found <= plain * (1.01 if format is int4 else 1.2) + 1e-12).all()
-    # and on the whole the search is worth something: at most 0.91 (int4) and 0.67 (int2) of the squared error were measured
+    # and on the whole the search is worth something: at most 0.91 (int4) and 0.67 (int2) of the
+    # squared error were measured
     assert found.sum() < plain.sum() * (0.95 if format is int4 else 0.75)
 
 
@@ -163,12 +194,14 @@ def test_hard_rows(name, bound):
     # an outlier costs its own group, nobody else
     assert relative_error(out[4, 64:], weight[4, 64:]) < bound
     if name == "int4":
-        # a scale of its own for each group, so rows 1e-18 of the largest one keep theirs; 1e-41 is below any scale
+        # a scale of its own for each group, so rows 1e-18 of the largest one keep theirs; 1e-41 is
+        # below any scale
         assert relative_error(out[5], weight[5]) < bound and (out[6] == 0).all()
 
 
 def test_zeros_stay_zeros_in_nf4():
-    # its other rows share their statistics with one that is a million times their size: that is the format
+    # its other rows share their statistics with one that is a million times their size: that is the
+    # format
     out = round_trip(FORMATS["nf4"], hard())
     assert (out[0] == 0).all() and (out[9] == 0).all() and out.isfinite().all()
 
@@ -185,7 +218,10 @@ def test_input_dtypes(format, dtype):
 def test_strided_weights(format):
     wide = gaussian(40, 150)
     for weight in (wide.T, wide[:, 3:70], wide[::3], wide[:, ::2], wide[:1].expand(6, 150)):
-        parts, expected = format.quantize(weight), format.quantize(weight.clone(memory_format=torch.contiguous_format))
+        parts, expected = (
+            format.quantize(weight),
+            format.quantize(weight.clone(memory_format=torch.contiguous_format)),
+        )
         assert all(torch.equal(parts[name].float(), expected[name].float()) for name in expected)
 
 
@@ -196,7 +232,10 @@ def test_strided_weights(format):
 def test_a_weight_that_is_not_finite_is_refused(format, dtype, value, place):
     weight = gaussian(5, 63).to(dtype)
     weight[place] = value
-    with pytest.raises(ValueError, match=rf"{format.name}: the weight \[5, 63\] holds {value} at \[{place[0]}, {place[1]}\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{format.name}: the weight \[5, 63\] holds {value} at \[{place[0]}, {place[1]}\]",
+    ):
         format.quantize(weight)
 
 
@@ -209,7 +248,9 @@ def test_a_weight_that_is_too_large_is_refused(format):
 
 
 @every_format
-@pytest.mark.parametrize("weight", [torch.zeros(4), torch.zeros(2, 3, 4), torch.zeros(0, 4), torch.zeros(4, 4).int()])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4), torch.zeros(2, 3, 4), torch.zeros(0, 4), torch.zeros(4, 4).int()]
+)
 def test_what_is_no_weight_is_refused(format, weight):
     with pytest.raises(ValueError, match=f"{format.name}: expected a weight"):
         format.quantize(weight)
@@ -231,11 +272,15 @@ def test_codes(format, fmt, shape):
         assert (error <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all()
     else:
         # three bits of mantissa, and a smallest step of 2^-9
-        assert (error <= (weight.abs() * 2**-4).maximum(codes.scale[:, None] * 2**-10) * 1.0001).all()
+        assert (
+            error <= (weight.abs() * 2**-4).maximum(codes.scale[:, None] * 2**-10) * 1.0001
+        ).all()
     if fmt == format.stored_codes:
         assert codes.q is parts["packed"] and codes.scale is parts["scale"]
     else:
-        assert all(torch.equal(a, b) for a, b in zip(codes, row_quant_ref(weight, fmt), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(codes, row_quant_ref(weight, fmt), strict=True)
+        )
 
 
 @every_format
@@ -247,11 +292,25 @@ def test_linears_share_a_scratch(format):
 def test_what_cannot_be_decoded_into_is_refused(format):
     weight = QuantWeight(format, format.quantize(gaussian(4, 64)), (4, 64), torch.float32)
     out = torch.empty(4, 64)
-    for bad in (out[:, :63], torch.empty(64, 4).T, torch.empty(4, 70)[:, 6:], out.char(), out.to("meta")):
-        with pytest.raises(ValueError, match=rf"{format.name}: out must be a contiguous \[4, 64\] torch.float32 on cpu, got "):
+    for bad in (
+        out[:, :63],
+        torch.empty(64, 4).T,
+        torch.empty(4, 70)[:, 6:],
+        out.char(),
+        out.to("meta"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"{format.name}: out must be a contiguous \[4, 64\] torch.float32 on cpu, got ",
+        ):
             weight.decode_into(bad)
     q, scale = torch.empty(4, 64, dtype=torch.int8), torch.empty(4)
-    for bad_q, bad_scale in ((q.float(), scale), (q[:3], scale), (q, scale.double()), (q, torch.empty(8)[::2])):
+    for bad_q, bad_scale in (
+        (q.float(), scale),
+        (q[:3], scale),
+        (q, scale.double()),
+        (q, torch.empty(8)[::2]),
+    ):
         with pytest.raises(ValueError, match=f"{format.name}: (q|scale) must be a contiguous"):
             weight.codes_into(bad_q, bad_scale)
     with pytest.raises(ValueError, match=f"{format.name}: codes are one of int8, e4m3, not 'int4'"):

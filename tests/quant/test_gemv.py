@@ -1,4 +1,6 @@
-"""y = x Wᵀ over stored rows: every format and dtype, every instruction set, against fp64 products of what they decode to."""
+"""y = x Wᵀ over stored rows: every format and dtype, every instruction set, against fp64 products
+of what they decode to.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ TOLERANCE = 1e-6
 def stored(weight, name):
     if name in FLOATS:
         return weight.to(FLOATS[name])
-    return QuantWeight(FORMATS[name], FORMATS[name].quantize(weight), tuple(weight.shape), torch.float32)
+    return QuantWeight(
+        FORMATS[name], FORMATS[name].quantize(weight), tuple(weight.shape), torch.float32
+    )
 
 
 def vectors(batch, cols):
@@ -50,7 +54,9 @@ def test_rows_with_strides_are_read_in_place():
     x = vectors(2, 40)
     assert torch.equal(gemv(x, wide[:, 8:48]), gemv(x, wide[:, 8:48].contiguous()))
     assert torch.equal(gemv(x[:, :20], wide.T), gemv(x[:, :20], wide.T.contiguous()))
-    assert torch.equal(gemv(torch.stack([x, x], dim=-1)[..., 0], wide[:, :40]), gemv(x, wide[:, :40]))
+    assert torch.equal(
+        gemv(torch.stack([x, x], dim=-1)[..., 0], wide[:, :40]), gemv(x, wide[:, :40])
+    )
 
 
 @pytest.mark.parametrize("name", [*FLOATS, *FORMATS])

@@ -1,4 +1,6 @@
-"""The native GPU kernels: their source run on the CPU, compiled for devices, and, where there is one, on the device."""
+"""The native GPU kernels: their source run on the CPU, compiled for devices, and, where there is
+one, on the device.
+"""
 
 import ctypes
 import os
@@ -10,10 +12,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import row_quant_ref
-from fluxfast.quant import FORMATS, _gpu, nf4
-from fluxfast.quant._rows import CODE_TYPES, FLOAT_TYPES
+from fluxfast.quant import FORMATS, gpu, nf4
+from fluxfast.quant.rows import CODE_TYPES, FLOAT_TYPES
 from quant_cases import AWKWARD, gaussian, hard, heavy_tailed, same_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +31,16 @@ def kernels(tmp_path_factory):
         pytest.skip("no C++ compiler was found")
     library = tmp_path_factory.mktemp("gpu_on_cpu") / "kernels.so"
     source = ROOT / "tests/quant/gpu_on_cpu.cpp"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+    ]
     # which finds an access in eights to an address that isn't one of eights
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *flags, source, "-o", library], check=True)
@@ -45,8 +56,21 @@ def call(function, *args):
 
 def row_quant(kernels, x, fmt, col_scale=None):
     dtype = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}[fmt]
-    q, scale = torch.full(x.shape, 0x77, dtype=torch.uint8).view(dtype), torch.full(x.shape[:1], float("nan"))
-    call(kernels.row_quant, x, FLOAT_TYPES[x.dtype], *x.shape, x.stride(0), col_scale, q, CODE_TYPES[dtype], scale)
+    q, scale = (
+        torch.full(x.shape, 0x77, dtype=torch.uint8).view(dtype),
+        torch.full(x.shape[:1], float("nan")),
+    )
+    call(
+        kernels.row_quant,
+        x,
+        FLOAT_TYPES[x.dtype],
+        *x.shape,
+        x.stride(0),
+        col_scale,
+        q,
+        CODE_TYPES[dtype],
+        scale,
+    )
     return q, scale
 
 
@@ -75,7 +99,13 @@ def test_row_quant_of_hard_rows(kernels, fmt, dtype):
 @pytest.mark.parametrize("fmt", ["int8", "e4m3"])
 def test_row_quant_of_every_number_of_sixteen_bits(kernels, fmt):
     for dtype in (torch.bfloat16, torch.float16):
-        x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(128, 512).view(dtype).clone()
+        x = (
+            torch.arange(2**16, dtype=torch.int32)
+            .to(torch.int16)
+            .view(128, 512)
+            .view(dtype)
+            .clone()
+        )
         x[~x.isfinite()] = 1
         for got, expected in zip(row_quant(kernels, x, fmt), row_quant_ref(x, fmt), strict=True):
             assert same_bytes(got, expected)
@@ -124,12 +154,17 @@ def test_the_compile_check_fails_where_it_should(tmp_path):
         script.chmod(0o755)
         names = {"NVCC": str(script), "HIPCC": str(script)} | env
         command = ["bash", str(ROOT / "csrc/compile_check.sh")]
-        return subprocess.run(command, env=os.environ | names, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env=os.environ | names, capture_output=True, text=True, check=False
+        )
 
     passed = check("exit 0")
     assert passed.returncode == 0 and passed.stdout.count(" compiles\n") == 2 * 5
     failing = check("echo wrong here; exit 1")
-    assert failing.returncode == 1 and "sm_86: gpu/dequant.cu does not compile\nwrong here" in failing.stdout
+    assert (
+        failing.returncode == 1
+        and "sm_86: gpu/dequant.cu does not compile\nwrong here" in failing.stdout
+    )
     assert check("echo 'ptxas info: 8 bytes spill stores'").returncode == 1
     assert check("echo 'remark: VGPRs Spill: 3'").returncode == 1
     absent = check("exit 0", HIPCC=str(tmp_path / "none"))
@@ -139,27 +174,35 @@ def test_the_compile_check_fails_where_it_should(tmp_path):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 def test_native_on_a_gpu_runs_or_is_refused(format, monkeypatch):
     """Never another back end in its place: on fake CUDA tensors, whatever this machine has."""
-    monkeypatch.setattr(_gpu, "obstacle", lambda: "this test says so")
+    monkeypatch.setattr(gpu, "obstacle", lambda: "this test says so")
     with FakeTensorMode():
         weight = torch.empty(4, 64, device="cuda")
         parts = format.empty((4, 64), "cuda")
         quantizes, decodes = "quantize" in format.gpu_tasks, "dequantize" in format.gpu_tasks
         assert quantizes != decodes
         why = "this test says so" if quantizes else "the native module doesn't quantize this format"
-        with pytest.raises(ValueError, match=f"{format.name}.quantize: impl='native' can't do this call: .*{why}"):
+        with pytest.raises(
+            ValueError, match=f"{format.name}.quantize: impl='native' can't do this call: .*{why}"
+        ):
             format.quantize(weight, impl="native")
         why = "this test says so" if decodes else "the native module doesn't dequantize this format"
-        with pytest.raises(ValueError, match=f"{format.name}.dequantize: impl='native' can't do this call: .*{why}"):
+        with pytest.raises(
+            ValueError, match=f"{format.name}.dequantize: impl='native' can't do this call: .*{why}"
+        ):
             format.dequantize(parts, (4, 64), torch.bfloat16, impl="native")
-        why = "decodes to torch.bfloat16, not to torch.float32" if decodes else "the native module doesn't"
+        why = (
+            "decodes to torch.bfloat16, not to torch.float32"
+            if decodes
+            else "the native module doesn't"
+        )
         with pytest.raises(ValueError, match=why):
             format.dequantize(parts, (4, 64), torch.float32, impl="native")
 
 
 def test_the_obstacle_is_named(monkeypatch):
-    monkeypatch.setattr(_impl, "HAS_NATIVE", False)
-    assert _gpu.obstacle() == "the native module fluxfast._C was not built"
-    monkeypatch.setattr(_impl, "HAS_NATIVE", True)
+    monkeypatch.setattr(dispatch, "HAS_NATIVE", False)
+    assert gpu.obstacle() == "the native module fluxfast._C was not built"
+    monkeypatch.setattr(dispatch, "HAS_NATIVE", True)
 
     class Native:
         def __init__(self, backend, error=None):
@@ -171,13 +214,13 @@ def test_the_obstacle_is_named(monkeypatch):
         (Native(other), f"built for {other}, and torch for {torchs}"),
         (Native(torchs, "no driver"), f"{torchs} says: no driver"),
     ):
-        monkeypatch.setattr(_impl, "native", native, raising=False)
-        assert why in (_gpu.obstacle() or "")
-    monkeypatch.setattr(_impl, "native", Native(torchs))
-    assert _gpu.obstacle() is None
+        monkeypatch.setattr(dispatch, "native", native, raising=False)
+        assert why in (gpu.obstacle() or "")
+    monkeypatch.setattr(dispatch, "native", Native(torchs))
+    assert gpu.obstacle() is None
 
 
-WHY_NOT = _gpu.obstacle() if torch.cuda.is_available() else "torch has no GPU"
+WHY_NOT = gpu.obstacle() if torch.cuda.is_available() else "torch has no GPU"
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -1,4 +1,6 @@
-"""`QuantLinear`: values and gradients beside fp64, what it keeps, state dicts, casts and moves, PEFT, torch.compile."""
+"""`QuantLinear`: values and gradients beside fp64, what it keeps, state dicts, casts and moves,
+PEFT, torch.compile.
+"""
 
 import copy
 
@@ -27,13 +29,22 @@ def plain(n_in=63, n_out=24, dtype=torch.float32, bias=True) -> nn.Linear:
 
 @every_format
 @pytest.mark.parametrize("bias", [True, False])
-# the order of summation over at most 63 terms, at fp32's 6e-8; one rounding of W and of the result at bf16's 4e-3
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+# the order of summation over at most 63 terms, at fp32's 6e-8; one rounding of W and of the result
+# at bf16's 4e-3
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)]
+)
 def test_forward_and_gradients_equal_fp64(format, bias, dtype, tolerance):
     module = QuantLinear.from_linear(plain(bias=bias), format)
     weight = module.packed().dequantize(torch.float64)
-    x = torch.randn(2, 5, 63, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).requires_grad_()
-    dy = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    x = (
+        torch.randn(2, 5, 63, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
+    dy = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
     y = module(x)
     (dx,) = torch.autograd.grad(y, x, dy)
     expected = nn.functional.linear(x.double(), weight, module.bias.double() if bias else None)
@@ -67,10 +78,19 @@ def test_it_is_a_frozen_linear_on_the_same_bias(format):
     assert not any(p.requires_grad for p in module.parameters())
     assert module.bias.data_ptr() == linear.bias.data_ptr()
     assert module.weight.dtype == torch.bfloat16 and module.weight.shape == (24, 63)
-    assert type(module.weight) is torch.Tensor and all(type(b) is torch.Tensor for b in module.buffers())
-    assert repr(module) == f"QuantLinear(in_features=63, out_features=24, bias=True, format={format.name})"
+    assert type(module.weight) is torch.Tensor and all(
+        type(b) is torch.Tensor for b in module.buffers()
+    )
+    assert (
+        repr(module)
+        == f"QuantLinear(in_features=63, out_features=24, bias=True, format={format.name})"
+    )
     weight = module.packed()
-    assert isinstance(weight, QuantWeight) and weight.shape == (24, 63) and weight.dtype == torch.bfloat16
+    assert (
+        isinstance(weight, QuantWeight)
+        and weight.shape == (24, 63)
+        and weight.dtype == torch.bfloat16
+    )
     assert weight.parts["packed"] is module.weight_packed
     assert torch.equal(weight.dequantize(), module.weight)
 
@@ -81,7 +101,9 @@ def test_state_dict_round_trip(format, assign):
     source = nn.ModuleDict({"proj": QuantLinear.from_linear(plain(), format)})
     state = source.state_dict()
     assert set(state) == {"proj.bias", *(f"proj.weight.{name}" for name in format.layout((24, 63)))}
-    target = nn.ModuleDict({"proj": QuantLinear(63, 24, format=format, device="meta" if assign else None)})
+    target = nn.ModuleDict(
+        {"proj": QuantLinear(63, 24, format=format, device="meta" if assign else None)}
+    )
     target.load_state_dict(state, assign=assign)
     assert torch.equal(target["proj"].weight, source["proj"].weight)
     assert torch.equal(target["proj"].bias, source["proj"].bias)
@@ -91,8 +113,13 @@ def test_state_dicts_that_do_not_fit():
     state = QuantLinear.from_linear(plain(), FORMATS["int4"]).state_dict()
     module = QuantLinear(63, 24, format=FORMATS["int4"])
     with pytest.raises(RuntimeError, match=r"Missing key.*weight\.zero"):
-        module.load_state_dict({name: part for name, part in state.items() if name != "weight.zero"})
-    with pytest.raises(RuntimeError, match=r"weight\.scale: int4 of a weight \[24, 63\] is \[24, 1\] torch.bfloat16, the"):
+        module.load_state_dict(
+            {name: part for name, part in state.items() if name != "weight.zero"}
+        )
+    with pytest.raises(
+        RuntimeError,
+        match=r"weight\.scale: int4 of a weight \[24, 63\] is \[24, 1\] torch.bfloat16, the",
+    ):
         module.load_state_dict(state | {"weight.scale": state["weight.scale"].float()})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight"'):
         module.load_state_dict(state | {"weight": torch.zeros(24, 63)})
@@ -104,15 +131,24 @@ def test_state_dicts_that_do_not_fit():
 def test_casts_and_moves_leave_the_parts_alone(format):
     module = QuantLinear.from_linear(plain(), format)
     before = {name: part.clone() for name, part in module.packed().parts.items()}
-    for dtype, cast in ((torch.bfloat16, module.bfloat16), (torch.float16, module.half), (torch.float32, module.float)):
+    for dtype, cast in (
+        (torch.bfloat16, module.bfloat16),
+        (torch.float16, module.half),
+        (torch.float32, module.float),
+    ):
         assert cast() is module
         assert module.compute_dtype == module.weight.dtype == module.bias.dtype == dtype
     module.to(torch.float64)
     for name, part in module.packed().parts.items():
-        assert part.dtype == before[name].dtype and torch.equal(part.view(torch.uint8), before[name].view(torch.uint8))
+        assert part.dtype == before[name].dtype and torch.equal(
+            part.view(torch.uint8), before[name].view(torch.uint8)
+        )
     twin = copy.deepcopy(module)
     assert torch.equal(twin.weight, module.weight)
-    layout = {name: (tuple(part.shape), part.dtype) for name, part in twin.to("meta").packed().parts.items()}
+    layout = {
+        name: (tuple(part.shape), part.dtype)
+        for name, part in twin.to("meta").packed().parts.items()
+    }
     assert layout == format.layout((24, 63)) and twin.weight_packed.is_meta
 
 
@@ -130,7 +166,9 @@ def test_peft_wraps_it_as_a_linear(format):
     leaves = [x, a, b]
     grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
     xd, ad, bd = (t.detach().double().requires_grad_() for t in leaves)
-    expected = nn.functional.linear(xd, weight, bias) + xd @ ad.T @ bd.T * wrapped.scaling["default"]
+    expected = (
+        nn.functional.linear(xd, weight, bias) + xd @ ad.T @ bd.T * wrapped.scaling["default"]
+    )
     expected_grads = torch.autograd.grad(expected, [xd, ad, bd], torch.ones_like(expected))
     # sums of at most 63 terms in fp32
     assert relative_error(y, expected) < 1e-6
@@ -184,8 +222,12 @@ def test_the_registered_ops(format):
         (ops.codes, (parts, format.name, *size, other, "auto")),
         (ops.codes_into, (parts, format.name, q, scale, "auto")),
     ):
-        has_float8 = format.name == "fp8_e4m3" or (other == "e4m3" and op in (ops.codes, ops.codes_into))
-        torch.library.opcheck(op.default, args, test_utils=checks if has_float8 else (*checks, "test_schema"))
+        has_float8 = format.name == "fp8_e4m3" or (
+            other == "e4m3" and op in (ops.codes, ops.codes_into)
+        )
+        torch.library.opcheck(
+            op.default, args, test_utils=checks if has_float8 else (*checks, "test_schema")
+        )
 
 
 @every_format
@@ -199,6 +241,12 @@ def test_decoding_into_a_scratch_compiles(format):
 
     out, q, scale = torch.zeros(30, 63), torch.zeros(24, 63, dtype=torch.int8), torch.zeros(24)
     values, doubled = torch.compile(scaled, fullgraph=True, backend="aot_eager")(out, q, scale)
-    assert torch.equal(out[2:26], weight.dequantize()) and torch.equal(values, weight.dequantize() + 1)
+    assert torch.equal(out[2:26], weight.dequantize()) and torch.equal(
+        values, weight.dequantize() + 1
+    )
     codes = weight.codes("int8")
-    assert torch.equal(q, codes.q) and torch.equal(scale, codes.scale) and torch.equal(doubled, codes.scale * 2)
+    assert (
+        torch.equal(q, codes.q)
+        and torch.equal(scale, codes.scale)
+        and torch.equal(doubled, codes.scale * 2)
+    )

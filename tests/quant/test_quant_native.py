@@ -1,9 +1,11 @@
-"""The native quantisers: the reference's bytes from every instruction set, any threads, dtype, shape and stride."""
+"""The native quantisers: the reference's bytes from every instruction set, any threads, dtype,
+shape and stride.
+"""
 
 import pytest
 import torch
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from quant_cases import AWKWARD, assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
@@ -37,7 +39,9 @@ def assert_equals_ref(format, weight):
         out = format.dequantize(expected, shape, dtype, impl="native")
         assert same_bytes(out, format.dequantize(expected, shape, dtype, impl="ref")), dtype
     for fmt in ("int8", "e4m3"):
-        codes, reference = (format.codes(expected, shape, fmt, impl=impl) for impl in ("native", "ref"))
+        codes, reference = (
+            format.codes(expected, shape, fmt, impl=impl) for impl in ("native", "ref")
+        )
         assert same_bytes(codes.q, reference.q) and same_bytes(codes.scale, reference.scale), fmt
 
 
@@ -72,13 +76,21 @@ def test_every_number_of_sixteen_bits(isa, format):
 @every_format
 def test_strides(isa, format):
     wide = gaussian(40, 150)
-    for weight in (wide.T, wide[:, 3:70], wide[::3], wide[:, ::2], wide[:1].expand(6, 150), wide[:, :1], wide.double()):
+    for weight in (
+        wide.T,
+        wide[:, 3:70],
+        wide[::3],
+        wide[:, ::2],
+        wide[:1].expand(6, 150),
+        wide[:, :1],
+        wide.double(),
+    ):
         assert_equals_ref(format, weight)
 
 
 @every_format
 def test_same_for_any_thread_count(format):
-    if not _impl.HAS_NATIVE:
+    if not dispatch.HAS_NATIVE:
         pytest.skip("the native module was not built")
     weight = gaussian(61, 1088).bfloat16()
 
@@ -111,15 +123,20 @@ def test_a_weight_that_is_not_finite_is_refused(isa, format, dtype, place, value
 @every_format
 def test_auto_is_native_and_an_impl_that_cannot_is_refused(format, monkeypatch):
     weight = gaussian(3, 64)
-    if _impl.HAS_NATIVE:
+    if dispatch.HAS_NATIVE:
         monkeypatch.setattr(type(format), "quantize_ref", None)
         format.quantize(weight)
     with pytest.raises(ValueError, match=f"{format.name}.quantize: impl must be"):
         format.quantize(weight, impl="cuda")
-    monkeypatch.setattr(_impl, "HAS_NATIVE", False)
-    with pytest.raises(ValueError, match=f"{format.name}.quantize: impl='native' can't do this call: the native module"):
+    monkeypatch.setattr(dispatch, "HAS_NATIVE", False)
+    with pytest.raises(
+        ValueError,
+        match=f"{format.name}.quantize: impl='native' can't do this call: the native module",
+    ):
         format.quantize(weight, impl="native")
-    with pytest.raises(ValueError, match=f"{format.name}.dequantize: impl='native' can't do this call"):
+    with pytest.raises(
+        ValueError, match=f"{format.name}.dequantize: impl='native' can't do this call"
+    ):
         format.dequantize(format.empty((3, 64)), (3, 64), torch.float32, impl="native")
 
 

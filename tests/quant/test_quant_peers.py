@@ -1,4 +1,6 @@
-"""Errors beside optimum-quanto's and bitsandbytes', nf4 equal to the latter byte for byte; needs both (extra `compare`)."""
+"""Errors beside optimum-quanto's and bitsandbytes', nf4 equal to the latter byte for byte; needs
+both (extra `compare`).
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("eager_peers")
 
 
 def quanto_error(weight: torch.Tensor, qtype) -> float:
-    """quanto's own choices for a FLUX.1 linear: its QLinear's optimizer, a scale a row for 8 bits, groups of 128 below that."""
+    """quanto's own choices for a FLUX.1 linear: its QLinear's optimizer, a scale a row for 8 bits,
+    groups of 128 below that.
+    """
     if qtype.bits == 8:
         quantized = quantize_weight(weight, qtype, 0, AbsmaxOptimizer()(weight, qtype, 0))
     else:
@@ -30,7 +34,9 @@ def quanto_error(weight: torch.Tensor, qtype) -> float:
 
 
 def bnb_error(weight: torch.Tensor, quant_type: str) -> float:
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=quant_type)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type=quant_type
+    )
     return relative_error(bnb.dequantize_4bit(packed, state), weight)
 
 
@@ -65,13 +71,16 @@ def test_int2_is_clearly_better_than_qint2(make):
 def assert_equals_bitsandbytes(weight: torch.Tensor) -> None:
     shape = tuple(weight.shape)
     parts = FORMATS["nf4"].quantize(weight)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     assert torch.equal(parts["packed"], packed.flatten())
     assert torch.equal(parts["absmax"], state.absmax)
     assert torch.equal(parts["nested_absmax"], state.state2.absmax)
     assert torch.equal(parts["offset"], state.offset.view(1))
     values = FORMATS["nf4"].dequantize(parts, shape, weight.dtype)
-    # its kernel for the CPU takes the wrong scales (0.50.2) where rows are shorter than a block: let it see one long row
+    # its kernel for the CPU takes the wrong scales (0.50.2) where rows are shorter than a block:
+    # let it see one long row
     state.shape = torch.Size([1, weight.numel()])
     assert torch.equal(values, bnb.dequantize_4bit(packed, state).view(shape))
 
@@ -103,7 +112,8 @@ def neighbours(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_nf4_equals_bitsandbytes_at_ties():
-    # blocks whose max|w| is 1 hold every bound between two codes; the last block is shorter, and is scaled another way
+    # blocks whose max|w| is 1 hold every bound between two codes; the last block is shorter, and is
+    # scaled another way
     ties = neighbours(bounds(CPU))
     blocks = torch.ones(12, 64)
     blocks[:, 1:] = ties.repeat(20)[: 12 * 63].view(12, 63)
@@ -119,4 +129,6 @@ def test_nf4_equals_bitsandbytes_at_ties_of_the_statistics():
     absmax = torch.cat([torch.cat([torch.ones(1), piece]) for piece in absmax.split(255)])
     parts = quantize_absmax(absmax)
     expected, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
-    assert torch.equal(parts["absmax"], expected) and torch.equal(parts["nested_absmax"], state.absmax)
+    assert torch.equal(parts["absmax"], expected) and torch.equal(
+        parts["nested_absmax"], state.absmax
+    )

@@ -1,4 +1,6 @@
-"""`quantize_model` on diffusers' own FLUX.1: which linears, how many, one at a time; SimpleTuner's names."""
+"""`quantize_model` on diffusers' own FLUX.1: which linears, how many, one at a time; SimpleTuner's
+names.
+"""
 
 import logging
 import weakref
@@ -34,7 +36,9 @@ def test_which_linears():
     ):  # fmt: skip
         assert name in report.quantized and type(model.get_submodule(name)) is QuantLinear
     assert {n for n, m in model.named_modules() if type(m) is nn.Linear} == set(report.kept)
-    assert report.bytes_after == sum(m.packed().nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    assert report.bytes_after == sum(
+        m.packed().nbytes for m in model.modules() if isinstance(m, QuantLinear)
+    )
     # fp32 in one byte, and four for a row's scale
     assert 3 < report.bytes_before / report.bytes_after < 4
     assert str(report).startswith(f"{total - 3} linears in int8: 0.00 GiB became 0.00; 3 kept: ")
@@ -44,13 +48,18 @@ def test_counts_of_flux():
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    # 19 double blocks of 14, 38 single blocks of 6, six in the embedders, norm_out, and the three that stay
+    # 19 double blocks of 14, 38 single blocks of 6, six in the embedders, norm_out, and the three
+    # that stay
     assert len(names) == 19 * 14 + 38 * 6 + 6 + 1 + 3
 
 
 @pytest.mark.parametrize("cls", [FluxTransformer2DModel, FluxTransformer])
-# the model is as wide as one group: what is left of int2's 0.26 a weight after five blocks is large, and must not be more
-@pytest.mark.parametrize(("name", "bound"), [("int8", 0.02), ("fp8_e4m3", 0.06), ("int4", 0.2), ("nf4", 0.2), ("int2", 0.6)])
+# the model is as wide as one group: what is left of int2's 0.26 a weight after five blocks is
+# large, and must not be more
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("int8", 0.02), ("fp8_e4m3", 0.06), ("int4", 0.2), ("nf4", 0.2), ("int2", 0.6)],
+)
 def test_the_model_still_computes_the_same(cls, name, bound):
     model, inputs = small(cls), make_inputs(2, 3, 5)
     expected = model(**inputs).sample
@@ -94,7 +103,9 @@ def test_other_layers_to_keep():
 def test_refusals():
     model = small()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn.to_q has an adapter: quantise the model first"):
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks.0.attn.to_q has an adapter: quantise the model first"
+    ):
         quantize_model(model, FORMATS["int8"])
     model = small()
     quantize_model(model, FORMATS["int8"])
@@ -118,5 +129,7 @@ def test_precision_names(caplog):
         ]
     caplog.clear()
     assert format_of("no_change") is None and not caplog.messages
-    with pytest.raises(ValueError, match=r"expected one of no_change, int8-quanto.* got 'int5-sdnq'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of no_change, int8-quanto.* got 'int5-sdnq'"
+    ):
         format_of("int5-sdnq")

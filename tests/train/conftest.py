@@ -25,7 +25,7 @@ def workspace(tmp_path_factory):
     """Pipeline, images and caches, filled by the first run that uses them."""
     from PIL import Image
 
-    from fluxfast.cli.demo_pipeline import PHOTOGRAPHS, make_pipeline, photographs
+    from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
 
     root = tmp_path_factory.mktemp("run")
     make_pipeline(root / "pipeline", TINY)
@@ -39,7 +39,9 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def write_config(workspace, tmp_path):
-    """Write a config with some keys changed; returns its path. Datasets: keys of the image entry to change."""
+    """Write a config with some keys changed; returns its path. Datasets: keys of the image entry to
+    change.
+    """
 
     def write(dataset=None, name="output", **changes):
         images = {
@@ -89,7 +91,7 @@ def write_config(workspace, tmp_path):
 @pytest.fixture
 def run(write_config):
     """Run a config in this process; returns the LoRA's path and what was printed."""
-    from fluxfast.train.config import load_config
+    from fluxfast.config.run import load_config
     from fluxfast.train.trainer import train
 
     def run_config(**changes):

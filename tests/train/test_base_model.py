@@ -1,4 +1,6 @@
-"""A run's frozen base: quantised once, opened from the cache after that, never from a file that is not what it should be."""
+"""A run's frozen base: quantised once, opened from the cache after that, never from a file that is
+not what it should be.
+"""
 
 import gc
 import io
@@ -12,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fluxfast import FluxTransformer
+from fluxfast.checkpoint import flux, reader
+from fluxfast.config.run import load_config
 from fluxfast.data import encode, encoders
-from fluxfast.model import checkpoint, tensor_files
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
-from fluxfast.train import base_model, setup
+from fluxfast.train import base_model, build
 from fluxfast.train.base_model import load_transformer, open_base, quantizing_device
-from fluxfast.train.config import load_config
 from support import SMALL, randomise
 
 CPU = torch.device("cpu")
@@ -38,9 +40,14 @@ def load(transformer, write_config):
     """Load the base as a run with these keys would; returns it, and what was printed."""
 
     def load_base(**changes):
-        changes = {"pretrained_transformer_model_name_or_path": str(transformer), "quantize_via": "cpu"} | changes
+        changes = {
+            "pretrained_transformer_model_name_or_path": str(transformer),
+            "quantize_via": "cpu",
+        } | changes
         out = io.StringIO()
-        return load_transformer(load_config(write_config(**changes)), CPU, Console(file=out, width=200)), out.getvalue()
+        return load_transformer(
+            load_config(write_config(**changes)), CPU, Console(file=out, width=200)
+        ), out.getvalue()
 
     return load_base
 
@@ -48,13 +55,13 @@ def load(transformer, write_config):
 @pytest.fixture
 def reads(monkeypatch):
     """The files whose tensors were read from then on."""
-    files, stream = [], tensor_files.TensorFiles.stream
+    files, stream = [], reader.TensorFiles.stream
 
     def noted(self, *args):
         files.extend(path.name for path in self.files)
         return stream(self, *args)
 
-    monkeypatch.setattr(tensor_files.TensorFiles, "stream", noted)
+    monkeypatch.setattr(reader.TensorFiles, "stream", noted)
     return files
 
 
@@ -66,7 +73,9 @@ def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     assert all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a
+        a[name].dtype == b[name].dtype
+        and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for name in a
     )
 
 
@@ -77,10 +86,14 @@ def in_memory(transformer, format, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(("precision", "format"), [("int8-quanto", "int8"), ("nf4-bnb", "nf4")])
-def test_the_second_start_reads_the_cache_only(tmp_path, transformer, load, reads, precision, format):
+def test_the_second_start_reads_the_cache_only(
+    tmp_path, transformer, load, reads, precision, format
+):
     first, said = load(base_model_precision=precision)
     (file,) = cached(tmp_path)
-    assert f"in {format}, kept in {file}" in said and reads[0] == "diffusion_pytorch_model.safetensors"
+    assert (
+        f"in {format}, kept in {file}" in said and reads[0] == "diffusion_pytorch_model.safetensors"
+    )
     same(first, in_memory(transformer, format))
     reads.clear()
     second, said = load(base_model_precision=precision)
@@ -93,7 +106,10 @@ def test_the_second_start_reads_the_cache_only(tmp_path, transformer, load, read
 def test_one_file_for_each_format(tmp_path, load):
     load(base_model_precision="int8-quanto")
     load(base_model_precision="int4-quanto")
-    assert [path.name.rsplit("-", 1)[1] for path in cached(tmp_path)] == ["int4.safetensors", "int8.safetensors"]
+    assert [path.name.rsplit("-", 1)[1] for path in cached(tmp_path)] == [
+        "int4.safetensors",
+        "int8.safetensors",
+    ]
 
 
 def test_no_cache_of_what_is_not_quantised(tmp_path, load):
@@ -134,7 +150,12 @@ def test_flipped_bytes_in_the_cache(tmp_path, transformer, load, place):
     whole = file.read_bytes()
     flip(file, whole.index(b"num_layers") if place == "config" else len(whole) - 1000)
     model, said = load(base_model_precision="int8-quanto")
-    assert f"{file}: " in said and "damaged" in said and "(done now)" in said and f"kept in {file}" in said
+    assert (
+        f"{file}: " in said
+        and "damaged" in said
+        and "(done now)" in said
+        and f"kept in {file}" in said
+    )
     same(model, in_memory(transformer, "int8"))
     assert file.read_bytes() == whole
     _, said = load(base_model_precision="int8-quanto")
@@ -144,14 +165,17 @@ def test_flipped_bytes_in_the_cache(tmp_path, transformer, load, place):
 def test_flipped_bytes_in_a_file_of_ones_own(tmp_path, transformer, load, monkeypatch):
     """Refused and kept; where reading it would take long, the run says that it was not verified."""
     target = tmp_path / "mine.safetensors"
-    checkpoint.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int8"])
+    flux.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int8"])
     flip(target, target.stat().st_size - 1000)
     damaged = target.read_bytes()
     base = {"pretrained_transformer_model_name_or_path": str(target)}
-    with pytest.raises(ValueError, match=r"mine\.safetensors: tensor .* has changed since it was written.*make it anew"):
+    with pytest.raises(
+        ValueError,
+        match=r"mine\.safetensors: tensor .* has changed since it was written.*make it anew",
+    ):
         load(**base)
     assert target.read_bytes() == damaged
-    monkeypatch.setattr(checkpoint, "VERIFIED_BYTES", 0)
+    monkeypatch.setattr(flux, "VERIFIED_BYTES", 0)
     _, said = load(**base)
     assert "not verified (`fluxfast-train quantize --verify` reads it through)" in said
 
@@ -161,22 +185,36 @@ def test_a_single_file(tmp_path, transformer, load, name):
     (file,) = (transformer / "transformer").glob("*.safetensors")
     shutil.copyfile(file, tmp_path / name)
     model, _ = load(pretrained_transformer_model_name_or_path=str(tmp_path / name))
-    same(model, FluxTransformer.from_pretrained(transformer / "transformer", torch_dtype=torch.bfloat16))
+    same(
+        model,
+        FluxTransformer.from_pretrained(transformer / "transformer", torch_dtype=torch.bfloat16),
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x_embedder.weight": torch.zeros(64, 384)}, r"base\.sft: 384 input channels: FLUX\.1 Fill.*take flux1-dev"),
-        ({"x_embedder.weight": torch.zeros(64, 16)}, r"base\.sft: 16 input channels: .*take flux1-dev"),
-        ({"proj_out.weight.absmax": torch.zeros(1)}, r"base\.sft: holds weights quantised by bitsandbytes.*take .*flux1-dev"),
+        (
+            {"x_embedder.weight": torch.zeros(64, 384)},
+            r"base\.sft: 384 input channels: FLUX\.1 Fill.*take flux1-dev",
+        ),
+        (
+            {"x_embedder.weight": torch.zeros(64, 16)},
+            r"base\.sft: 16 input channels: .*take flux1-dev",
+        ),
+        (
+            {"proj_out.weight.absmax": torch.zeros(1)},
+            r"base\.sft: holds weights quantised by bitsandbytes.*take .*flux1-dev",
+        ),
     ],
 )
 def test_bases_that_are_not_trained(tmp_path, transformer, write_config, change, message):
     """Refused when they are opened, before anything is read."""
     (file,) = (transformer / "transformer").glob("*.safetensors")
     save_file(load_file(file) | change, tmp_path / "base.sft")
-    config = load_config(write_config(pretrained_transformer_model_name_or_path=str(tmp_path / "base.sft")))
+    config = load_config(
+        write_config(pretrained_transformer_model_name_or_path=str(tmp_path / "base.sft"))
+    )
     with pytest.raises(ValueError, match=message):
         open_base(config)
 
@@ -184,18 +222,27 @@ def test_bases_that_are_not_trained(tmp_path, transformer, write_config, change,
 @pytest.mark.parametrize("transformer_too", [False, True])
 def test_a_file_in_the_pipelines_place(tmp_path, transformer, write_config, transformer_too):
     (tmp_path / "flux1-dev.sft").touch()
-    keys = {"pretrained_transformer_model_name_or_path": str(transformer)} if transformer_too else {}
-    config = load_config(write_config(pretrained_model_name_or_path=str(tmp_path / "flux1-dev.sft"), **keys))
-    with pytest.raises(ValueError, match=r'flux1-dev\.sft: is one file, .*as "pretrained_transformer_model_name_or_path"'):
+    keys = (
+        {"pretrained_transformer_model_name_or_path": str(transformer)} if transformer_too else {}
+    )
+    config = load_config(
+        write_config(pretrained_model_name_or_path=str(tmp_path / "flux1-dev.sft"), **keys)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r'flux1-dev\.sft: is one file, .*as "pretrained_transformer_model_name_or_path"',
+    ):
         open_base(config)
 
 
 def test_somebody_elses_file_is_refused_and_kept(tmp_path, transformer, load):
     load(base_model_precision="int8-quanto")
     (file,) = cached(tmp_path)
-    file.write_bytes((transformer / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+    file.write_bytes(
+        (transformer / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
     before = file.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match="not made by fluxfast"):
+    with pytest.raises(flux.CheckpointError, match="not made by fluxfast"):
         load(base_model_precision="int8-quanto")
     assert file.read_bytes() == before
 
@@ -210,16 +257,24 @@ def test_without_room_it_is_placed_in_memory(tmp_path, transformer, load, monkey
 
 def test_a_quantised_file_by_name(tmp_path, transformer, load):
     target = tmp_path / "mine.safetensors"
-    checkpoint.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int4"])
+    flux.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int4"])
     for changes in ({}, {"base_model_precision": "int4-quanto"}):
         model, said = load(pretrained_transformer_model_name_or_path=str(target), **changes)
         assert f"{target}: int4, quantised before" in said
         same(model, in_memory(transformer, "int4"))
-    with pytest.raises(ValueError, match=r"mine\.safetensors: is quantised to int4, but base_model_precision is int8-quanto"):
-        load(pretrained_transformer_model_name_or_path=str(target), base_model_precision="int8-quanto")
+    with pytest.raises(
+        ValueError,
+        match=r"mine\.safetensors: is quantised to int4, but base_model_precision is int8-quanto",
+    ):
+        load(
+            pretrained_transformer_model_name_or_path=str(target),
+            base_model_precision="int8-quanto",
+        )
     file = transformer / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match=r"mine\.safetensors: made from .*, which has changed since"):
+    with pytest.raises(
+        ValueError, match=r"mine\.safetensors: made from .*, which has changed since"
+    ):
         load(pretrained_transformer_model_name_or_path=str(target))
 
 
@@ -240,7 +295,12 @@ def test_default_dtype(transformer, load):
 def test_where_it_is_quantised():
     cuda = torch.device("cuda", 1)
     assert quantizing_device(None, cuda) == quantizing_device("accelerator", cuda) == cuda
-    assert quantizing_device("cpu", cuda) == quantizing_device(None, CPU) == quantizing_device("cpu", CPU) == CPU
+    assert (
+        quantizing_device("cpu", cuda)
+        == quantizing_device(None, CPU)
+        == quantizing_device("cpu", CPU)
+        == CPU
+    )
     with pytest.raises(ValueError, match='quantize_via is "accelerator", and there is no CUDA'):
         quantizing_device("accelerator", CPU)
 
@@ -264,7 +324,7 @@ def test_one_model_at_a_time(run, monkeypatch, tmp_path):
 
     noting(encoders, "load_t5", "T5")
     noting(encode.LatentEncoder, "from_pretrained", "VAE")
-    noting(setup, "load_transformer", "transformer")
+    noting(build, "load_transformer", "transformer")
     gc.collect()
     # other tests' models that a library still holds
     before = {id(thing) for thing in models()}

@@ -7,7 +7,7 @@ import torch
 from config_helpers import load
 from rich.console import Console
 
-from fluxfast.data.settings import ConfigError
+from fluxfast.config.settings import ConfigError
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.plan import GIB, account
 from fluxfast.train.budget import (
@@ -22,7 +22,12 @@ from fluxfast.train.budget import (
 )
 
 BATCH = Batch((1024, 1024), 1, "images")
-FLUX = {"model_flavour": "dev", "flux_lora_target": "all+ffs", "lora_rank": 16, "train_batch_size": 1}
+FLUX = {
+    "model_flavour": "dev",
+    "flux_lora_target": "all+ffs",
+    "lora_rank": 16,
+    "train_batch_size": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +42,11 @@ def test_the_workload_is_the_configs():
     assert w.adapter_itemsize == 4
     assert w.adapters == 65_372_160 + 16 * (3072 + 64)
     quantised = workload_of(load(**FLUX, base_model_precision="nf4-bnb"), BATCH, "int8")
-    assert (quantised.storage.format, quantised.compute, quantised.adapter_itemsize) == ("nf4", "int8", 2)
+    assert (quantised.storage.format, quantised.compute, quantised.adapter_itemsize) == (
+        "nf4",
+        "int8",
+        2,
+    )
     schnell = workload_of(load(model_flavour="schnell", flux_fast_schedule=True), BATCH, "same")
     assert schnell.text_tokens == 256 and not schnell.sizes.guidance_embeds
 
@@ -54,7 +63,9 @@ def test_the_workload_is_the_configs():
 def test_stated_choices(keys, recompute):
     config = load(**FLUX, **keys)
     choices = stated_choices(config, workload_of(config, BATCH, "same"))
-    assert {policy: choices.recompute.count(policy) for policy in set(choices.recompute)} == recompute
+    assert {
+        policy: choices.recompute.count(policy) for policy in set(choices.recompute)
+    } == recompute
     assert choices.modulation_ahead and not choices.streams
 
 
@@ -97,7 +108,9 @@ def test_a_budget_settles_the_config():
     assert settled.enable_group_offload and settled.group_offload_use_stream and ring.slots >= 2
     assert len(settled.recompute) == 57 and set(settled.recompute) <= {"none", "selective", "full"}
     # the plan of the settled config is the one that was chosen, and fits
-    chosen = replace(stated_choices(settled, workload), slots=ring.slots, host_inputs=ring.inputs_on_host)
+    chosen = replace(
+        stated_choices(settled, workload), slots=ring.slots, host_inputs=ring.inputs_on_host
+    )
     assert account(workload, chosen).needed <= 7 * GIB
     assert "streamed through a ring of" in told
     # all else stays as it was

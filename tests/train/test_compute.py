@@ -1,4 +1,6 @@
-"""compute_precision and recompute in a run: what is chosen, and that gradients stay what they should be."""
+"""compute_precision and recompute in a run: what is chosen, and that gradients stay what they
+should be.
+"""
 
 import pytest
 import torch
@@ -58,13 +60,18 @@ def test_what_the_device_lacks_is_refused(monkeypatch, asked, capability):
 def test_deterministic(monkeypatch):
     on_cpu = transformer()
     make_deterministic(on_cpu)
-    assert {block.attention for block in on_cpu.blocks} == {"auto"} and not torch.are_deterministic_algorithms_enabled()
+    assert {block.attention for block in on_cpu.blocks} == {
+        "auto"
+    } and not torch.are_deterministic_algorithms_enabled()
     on_gpu = transformer()
     monkeypatch.setattr(FluxTransformer, "device", torch.device("cuda"))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         make_deterministic(on_gpu)
-        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+        assert (
+            torch.are_deterministic_algorithms_enabled()
+            and not torch.utils.deterministic.fill_uninitialized_memory
+        )
         # the one back end of PyTorch's whose backward has an order of its own
         assert {block.attention for block in on_gpu.blocks} == {"flash"}
     finally:
@@ -80,11 +87,15 @@ def test_the_same_bits_on_a_gpu():
     def gradients():
         model = small_flux(targets=["to_q", "proj_mlp", "ff.net.2"], dtype=torch.bfloat16).cuda()
         make_deterministic(model)
-        model(**{name: x.cuda() for name, x in make_inputs(2, 20, 30).items()}).sample.float().square().mean().backward()
+        model(
+            **{name: x.cuda() for name, x in make_inputs(2, 20, 30).items()}
+        ).sample.float().square().mean().backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     try:
         first = gradients()
-        assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(gradients(), first, strict=True))
+        assert all(
+            torch.equal(a, b) for _ in range(3) for a, b in zip(gradients(), first, strict=True)
+        )
     finally:
         torch.use_deterministic_algorithms(False)

@@ -20,7 +20,12 @@ def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
     metrics = Metrics(tmp_path, 3, print)
     metrics.write({"step": 4, "loss": 9.0})
     metrics.close()
-    assert [(m["step"], m["loss"]) for m in read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
+    assert [(m["step"], m["loss"]) for m in read_metrics(path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 9.0),
+    ]
 
 
 def test_first_signal_asks_second_interrupts():
@@ -35,13 +40,20 @@ def test_first_signal_asks_second_interrupts():
 
 
 def test_loss_plot_is_drawn(tmp_path):
-    plot_loss([{"step": i, "loss": 1 / i, "learning_rate": 1e-4} for i in range(1, 120)], tmp_path / "loss.png")
+    plot_loss(
+        [{"step": i, "loss": 1 / i, "learning_rate": 1e-4} for i in range(1, 120)],
+        tmp_path / "loss.png",
+    )
     with Image.open(tmp_path / "loss.png") as image:
         assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 10
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
-GOOD = ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": 0.25, "learning_rate": null}', '{"step": 3, "loss": 1}']
+GOOD = [
+    '{"step": 1, "loss": 0.5}',
+    '{"step": 2, "loss": 0.25, "learning_rate": null}',
+    '{"step": 3, "loss": 1}',
+]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +68,9 @@ GOOD = ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": 0.25, "learning_rate": 
 )  # fmt: skip
 def test_a_damaged_line_is_left_out_and_counted(tmp_path, bad):
     path, said = tmp_path / "metrics.jsonl", []
-    path.write_bytes(b"\n".join([GOOD[0].encode(), bad, *(line.encode() for line in GOOD[1:]), bad]) + b"\n")
+    path.write_bytes(
+        b"\n".join([GOOD[0].encode(), bad, *(line.encode() for line in GOOD[1:]), bad]) + b"\n"
+    )
     lines = read_metrics(path, said.append)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert said == [f"{path}: 2 of 5 lines can't be read, and are left out"]

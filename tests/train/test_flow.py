@@ -15,12 +15,15 @@ def _quantiles(sigmas: torch.Tensor) -> torch.Tensor:
     return torch.quantile(sigmas.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
 
 
-# the standard error of a quantile of 100,000 draws is under 0.002 for every density used here: 0.01 is five of them
+# the standard error of a quantile of 100,000 draws is under 0.002 for every density used here: 0.01
+# is five of them
 DRAWS, QUANTILE_TOLERANCE = 100_000, 0.01
 NORMAL_QUANTILES = torch.tensor([-1.2815515655, 0.0, 1.2815515655], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("tokens_side", "mu", "k"), [(32, 0.63, 1.88), (64, 1.15, 3.16), (16, 0.5, 1.6487)])
+@pytest.mark.parametrize(
+    ("tokens_side", "mu", "k"), [(32, 0.63, 1.88), (64, 1.15, 3.16), (16, 0.5, 1.6487)]
+)
 def test_auto_shift_golden_values(tokens_side, mu, k):
     shift = flow.auto_shift(2 * tokens_side, 2 * tokens_side)
     assert shift == pytest.approx(k, abs=0.005)
@@ -29,21 +32,27 @@ def test_auto_shift_golden_values(tokens_side, mu, k):
 
 def test_auto_shift_counts_patches_of_a_wide_latent_and_takes_the_schedulers_numbers():
     assert flow.auto_shift(96, 168) == pytest.approx(math.exp(0.5 + 0.65 / 3840 * (48 * 84 - 256)))
-    k = flow.auto_shift(20, 20, base_image_seq_len=100, max_image_seq_len=200, base_shift=0.25, max_shift=2.0)
+    k = flow.auto_shift(
+        20, 20, base_image_seq_len=100, max_image_seq_len=200, base_shift=0.25, max_shift=2.0
+    )
     assert k == pytest.approx(math.exp(0.25))
 
 
 def test_apply_shift_multiplies_the_odds():
     s = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
     shifted = flow.apply_shift(s, 3.0)
-    torch.testing.assert_close(shifted, torch.tensor([0, 0.25, 0.75, 27 / 28, 1], dtype=torch.float64))
+    torch.testing.assert_close(
+        shifted, torch.tensor([0, 0.25, 0.75, 27 / 28, 1], dtype=torch.float64)
+    )
     torch.testing.assert_close(flow.apply_shift(s, 1.0), s)
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.5, 1.5)])
 def test_sigmoid_quantiles(scale, offset, shift):
-    s = flow.sample_sigmas(DRAWS, generator=_generator(), sigmoid_scale=scale, offset=offset, shift=shift)
+    s = flow.sample_sigmas(
+        DRAWS, generator=_generator(), sigmoid_scale=scale, offset=offset, shift=shift
+    )
     expected = torch.sigmoid(scale * (NORMAL_QUANTILES + offset))
     if shift:
         expected = flow.apply_shift(expected, shift)
@@ -62,7 +71,9 @@ def test_uniform_quantiles(shift):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 2.0), (1.0, 3.0), (5.0, 1.5)])
 def test_beta_moments(alpha, beta):
-    s = flow.sample_sigmas(DRAWS, generator=_generator(), schedule="beta", alpha=alpha, beta=beta).double()
+    s = flow.sample_sigmas(
+        DRAWS, generator=_generator(), schedule="beta", alpha=alpha, beta=beta
+    ).double()
     mean = alpha / (alpha + beta)
     var = alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))
     # standard errors are under 0.0008 for the mean and 0.0002 for the variance
@@ -81,7 +92,9 @@ def test_fast_schedule_is_the_set_and_takes_no_shift():
     values, counts = s.unique(return_counts=True)
     assert values.tolist() == [0.25, 0.5, 0.75, 1.0]
     share = counts.double() / DRAWS
-    torch.testing.assert_close(share, torch.tensor([0.1, 0.1, 0.1, 0.7], dtype=torch.float64), atol=0.006, rtol=0)
+    torch.testing.assert_close(
+        share, torch.tensor([0.1, 0.1, 0.1, 0.7], dtype=torch.float64), atol=0.006, rtol=0
+    )
 
 
 @pytest.mark.parametrize("schedule", ["sigmoid", "uniform", "beta", "fast"])
@@ -103,7 +116,10 @@ def test_unknown_schedule_is_refused():
 
 def test_custom_list_round_robin_goes_on_across_steps():
     values = [1000, 750, 500, 250, 1]
-    walk = [flow.sigmas_from_list(3, values, mode="round-robin", generator=_generator(), step=i) for i in range(4)]
+    walk = [
+        flow.sigmas_from_list(3, values, mode="round-robin", generator=_generator(), step=i)
+        for i in range(4)
+    ]
     expected = [values[i % 5] / 1000 for i in range(12)]
     torch.testing.assert_close(torch.cat(walk), torch.tensor(expected))
 
@@ -128,7 +144,9 @@ def test_noise_and_target(dtype):
     assert noisy.dtype == dtype
     # one rounding to the storage dtype: half a ulp of values up to about 4
     atol = 1e-6 if dtype == torch.float32 else 2**-7
-    torch.testing.assert_close(noisy.double(), (1 - s) * x0.double() + s * eps.double(), atol=atol, rtol=0)
+    torch.testing.assert_close(
+        noisy.double(), (1 - s) * x0.double() + s * eps.double(), atol=atol, rtol=0
+    )
     assert torch.equal(noisy[0], x0[0])
     assert torch.equal(noisy[2], eps[2])
     answer = flow.target(x0, eps)
@@ -173,7 +191,8 @@ def test_loss_and_gradient(kind):
     expected.mean().backward()
     assert value.shape == (3,)
     assert value.dtype == torch.float32
-    # fp32 arithmetic over 252 elements; the errors d themselves carry fp32's rounding of pred - target
+    # fp32 arithmetic over 252 elements; the errors d themselves carry fp32's rounding of pred -
+    # target
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(pred.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
 
@@ -196,11 +215,16 @@ def test_unknown_loss_and_schedule_are_refused():
 
 def test_guidance():
     assert flow.guidance_vector(3, value=3.5, generator=_generator()).tolist() == [3.5] * 3
-    g = flow.guidance_vector(DRAWS, "random-range", min=1.0, max=5.0, generator=_generator()).double()
+    g = flow.guidance_vector(
+        DRAWS, "random-range", min=1.0, max=5.0, generator=_generator()
+    ).double()
     assert g.min() >= 1
     assert g.max() <= 5
     torch.testing.assert_close(
-        _quantiles(g), torch.tensor([1.4, 3, 4.6], dtype=torch.float64), atol=4 * QUANTILE_TOLERANCE, rtol=0
+        _quantiles(g),
+        torch.tensor([1.4, 3, 4.6], dtype=torch.float64),
+        atol=4 * QUANTILE_TOLERANCE,
+        rtol=0,
     )
     with pytest.raises(ValueError, match="range"):
         flow.guidance_vector(1, "range", generator=_generator())  # type: ignore[arg-type]

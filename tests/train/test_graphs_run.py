@@ -1,9 +1,11 @@
-"""`cuda_graphs` in a run: the same LoRA as without, emulated on the CPU; what forbids them, and what turns them off."""
+"""`cuda_graphs` in a run: the same LoRA as without, emulated on the CPU; what forbids them, and
+what turns them off.
+"""
 
 import pytest
 from test_trainer import BF16, FP32, TREAD, Killed, kill_at
 
-from fluxfast.data.settings import ConfigError
+from fluxfast.config.settings import ConfigError
 from fluxfast.model import graphs
 from fluxfast.model.graphs import StepGraphs
 from fluxfast.model.transformer import FluxTransformer
@@ -35,7 +37,11 @@ def emulated(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "mode",
-    [FP32 | NO_DROPOUT | {"gradient_accumulation_steps": 3}, BF16 | NO_DROPOUT | TREAD, BF16 | NO_DROPOUT | INT8],
+    [
+        FP32 | NO_DROPOUT | {"gradient_accumulation_steps": 3},
+        BF16 | NO_DROPOUT | TREAD,
+        BF16 | NO_DROPOUT | INT8,
+    ],
     ids=["accumulation", "bf16-tread", "int8"],
 )
 def test_the_same_lora(run, emulated, mode):
@@ -52,7 +58,12 @@ def test_two_sizes_and_a_resumed_run(run, emulated, monkeypatch, workspace):
     """Images of two numbers of tokens, and a run that is killed when both are replayed."""
     mode = FP32 | NO_DROPOUT | {"max_train_steps": 20, "checkpoint_step_interval": 15}
     folder, cache = two_sizes(workspace), workspace / "cache" / "two_sizes"
-    data = {"crop": False, "resolution": 128, "instance_data_dir": str(folder), "cache_dir_vae": str(cache)}
+    data = {
+        "crop": False,
+        "resolution": 128,
+        "instance_data_dir": str(folder),
+        "cache_dir_vae": str(cache),
+    }
     expected, _ = run(name="run", cuda_graphs=False, dataset=data, **mode)
     kill_at(monkeypatch, 16)
     with pytest.raises(Killed):
@@ -72,7 +83,9 @@ def two_sizes(workspace):
         for i, path in enumerate(sorted((workspace / "images").glob("*.png"))):
             with Image.open(path) as image:
                 image.resize((192, 96) if i % 2 else (96, 96)).save(folder / path.name)
-            (folder / path.name).with_suffix(".txt").write_text(path.with_suffix(".txt").read_text())
+            (folder / path.name).with_suffix(".txt").write_text(
+                path.with_suffix(".txt").read_text()
+            )
     return folder
 
 
@@ -80,7 +93,11 @@ def test_a_graph_that_differs_turns_them_off(run, monkeypatch):
     mode = FP32 | NO_DROPOUT
     expected, _ = run(name="run", cuda_graphs=False, **mode)
     wrong = lambda *args: lambda *inputs: capture(*args)(*inputs) * 1.01  # noqa: E731
-    monkeypatch.setattr(StepGraphs, "on_gpu", lambda transformer, **options: StepGraphs(transformer, wrong, **options))
+    monkeypatch.setattr(
+        StepGraphs,
+        "on_gpu",
+        lambda transformer, **options: StepGraphs(transformer, wrong, **options),
+    )
     turned_off, out = run(name="off", **mode)
     assert out.getvalue().count(f"{OFF}, and steps are run: a replayed step's output is 0.01") == 1
     assert expected.read_bytes() == turned_off.read_bytes()
@@ -91,14 +108,22 @@ def test_a_graph_that_differs_turns_them_off(run, monkeypatch):
 def test_what_forbids_them_is_said_where_there_is_a_gpu(run, emulated, monkeypatch):
     _, out = run(**FP32 | {"lora_dropout": 0.1, "max_train_steps": 1})
     assert not emulated and "CUDA graphs" not in out.getvalue()
-    with pytest.raises(ConfigError, match=r'"cuda_graphs" is true, but they are not possible here \(an adapter has a dropout'):
-        run(name="asked_for", cuda_graphs=True, **FP32 | {"lora_dropout": 0.1, "max_train_steps": 1})
+    with pytest.raises(
+        ConfigError,
+        match=r'"cuda_graphs" is true, but they are not possible here \(an adapter has a dropout',
+    ):
+        run(
+            name="asked_for", cuda_graphs=True, **FP32 | {"lora_dropout": 0.1, "max_train_steps": 1}
+        )
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"cuda_graphs": "auto", "vram_budget": 12.0}, '"vram_budget" does not count what they keep'),
+        (
+            {"cuda_graphs": "auto", "vram_budget": 12.0},
+            '"vram_budget" does not count what they keep',
+        ),
         ({}, "an adapter has a dropout"),
     ],
 )
@@ -109,20 +134,25 @@ def test_auto_gives_its_reason(settings, reason, write_config, monkeypatch):
     import torch
     from rich.console import Console
 
+    from fluxfast.config.run import load_config
     from fluxfast.train.compute import set_cuda_graphs
-    from fluxfast.train.config import load_config
 
     out = io.StringIO()
     found = None if "vram_budget" in settings else reason
     monkeypatch.setattr("fluxfast.train.compute.why_not", lambda transformer: found)
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    assert not set_cuda_graphs(load_config(write_config(**settings)), on_gpu, Console(file=out, width=200))
+    assert not set_cuda_graphs(
+        load_config(write_config(**settings)), on_gpu, Console(file=out, width=200)
+    )
     assert out.getvalue().startswith(f"· {OFF}: {reason}")
 
 
 def test_without_a_gpu_they_are_refused_where_asked_for(run, monkeypatch):
     monkeypatch.setattr("fluxfast.train.compute.why_not", graphs.why_not)
-    with pytest.raises(ConfigError, match=r'"cuda_graphs" is true, but they are not possible here .*only a GPU has them'):
+    with pytest.raises(
+        ConfigError,
+        match=r'"cuda_graphs" is true, but they are not possible here .*only a GPU has them',
+    ):
         run(cuda_graphs=True, **FP32 | NO_DROPOUT)
 
 
@@ -130,6 +160,8 @@ def test_the_model_says_so_too(monkeypatch):
     monkeypatch.undo()
     from small_flux import small_flux
 
-    with pytest.raises(ValueError, match="CUDA graphs: the model is on cpu, and only a GPU has them"):
+    with pytest.raises(
+        ValueError, match="CUDA graphs: the model is on cpu, and only a GPU has them"
+    ):
         small_flux(targets=["to_q"]).set_cuda_graphs(True)
     assert FluxTransformer.graphs is None

@@ -6,18 +6,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from fluxfast.data.settings import ConfigError
+from fluxfast.config.run import default_config, load_config
+from fluxfast.config.settings import ConfigError
 from fluxfast.doctor import startup
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.scope import PLAIN
 from fluxfast.doctor.store import Store
-from fluxfast.ops import _impl, verdicts
+from fluxfast.ops import dispatch, verdicts
 from fluxfast.train import health
 from fluxfast.train.compute import choose_compute
-from fluxfast.train.config import default_config, load_config
 from small_flux import small_flux
 
-pytestmark = pytest.mark.skipif(not _impl.HAS_NATIVE, reason="the native module was not built")
+pytestmark = pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -52,7 +52,9 @@ def test_a_run_passes_over_what_failed(run, write_config, caplog):
 
     def losses(name):
         lora, out = run(max_train_steps=2, name=name)
-        return [line["loss"] for line in read_metrics(lora.parent / "metrics.jsonl")], out.getvalue()
+        return [
+            line["loss"] for line in read_metrics(lora.parent / "metrics.jsonl")
+        ], out.getvalue()
 
     expected, _ = losses("right")
     of = health.scope_of(load_config(write_config(name="again")), CPU)
@@ -68,9 +70,24 @@ def test_a_run_passes_over_what_failed(run, write_config, caplog):
 @pytest.mark.parametrize(
     ("changes", "what", "way", "said"),
     [
-        ({"compute_precision": "int8"}, "compute", "int8", '"compute_precision" is int8, but it failed its check'),
-        ({"cuda_graphs": True}, "CUDA graphs", "on", '"cuda_graphs" is true, but it failed its check'),
-        ({"enable_group_offload": True}, "streamed blocks", "on", '"enable_group_offload" is true, but it failed'),
+        (
+            {"compute_precision": "int8"},
+            "compute",
+            "int8",
+            '"compute_precision" is int8, but it failed its check',
+        ),
+        (
+            {"cuda_graphs": True},
+            "CUDA graphs",
+            "on",
+            '"cuda_graphs" is true, but it failed its check',
+        ),
+        (
+            {"enable_group_offload": True},
+            "streamed blocks",
+            "on",
+            '"enable_group_offload" is true, but it failed',
+        ),
     ],
 )
 def test_what_was_asked_for_and_failed_is_an_error(changes, what, way, said):
@@ -91,7 +108,10 @@ def test_auto_takes_no_8_bits_that_failed(monkeypatch):
     verdicts.set_failed({("compute", "int8"): "dx is off by 0.4"})
     compute, why = choose_compute("auto", model, GPU)
     assert compute == "same" and "dx is off by 0.4" in why
-    with pytest.raises(ValueError, match=r'"compute_precision" is int8, but it failed .*: set it to "auto" or "same"'):
+    with pytest.raises(
+        ValueError,
+        match=r'"compute_precision" is int8, but it failed .*: set it to "auto" or "same"',
+    ):
         choose_compute("int8", model, GPU)
 
 
@@ -110,12 +130,28 @@ def test_the_budget_knows_of_it():
     [
         ({}, CPU, {"dtype": "float32", "formats": (PLAIN,), "computes": ("same",), "dropout": 0.1}),
         ({}, GPU, {"dtype": "bfloat16", "modulation_ahead": True, "fused_adamw": True}),
-        ({"base_model_precision": "int4-quanto"}, GPU, {"formats": ("int4",), "computes": ("same", "int8")}),
-        ({"base_model_precision": "fp8-quanto", "compute_precision": "same"}, GPU, {"computes": ("same",)}),
+        (
+            {"base_model_precision": "int4-quanto"},
+            GPU,
+            {"formats": ("int4",), "computes": ("same", "int8")},
+        ),
+        (
+            {"base_model_precision": "fp8-quanto", "compute_precision": "same"},
+            GPU,
+            {"computes": ("same",)},
+        ),
         ({"compute_precision": "fp8"}, GPU, {"computes": ("e4m3",), "formats": (PLAIN,)}),
-        ({"optimizer": "torch-adamw", "mixed_precision": "no"}, GPU, {"dtype": "float32", "fused_adamw": False}),
+        (
+            {"optimizer": "torch-adamw", "mixed_precision": "no"},
+            GPU,
+            {"dtype": "float32", "fused_adamw": False},
+        ),
         ({"cuda_graphs": True, "vram_budget": 8.0}, GPU, {"graphs": True, "streams": True}),
-        ({"compute_outliers": 3, "lora_rank": 7}, CPU, {"outliers": 3, "rank": 7, "modulation_ahead": False}),
+        (
+            {"compute_outliers": 3, "lora_rank": 7},
+            CPU,
+            {"outliers": 3, "rank": 7, "modulation_ahead": False},
+        ),
     ],
 )
 def test_what_a_config_asks_for(monkeypatch, changes, device, expected):

@@ -1,4 +1,6 @@
-"""modulation_ahead in a run: the run's result is what it is in place, however it is stopped; and when it is on."""
+"""modulation_ahead in a run: the run's result is what it is in place, however it is stopped; and
+when it is on.
+"""
 
 import io
 import threading
@@ -9,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_trainer import BF16, FP32, TREAD, Killed, kill_at, same_files
 
-from fluxfast.data.settings import ConfigError
+from fluxfast.config.settings import ConfigError
 from fluxfast.model.modulation import ModulationAhead
 from fluxfast.train.modulation import keeps_on_host
 from fluxfast.train.objective import Objective
@@ -18,7 +20,8 @@ from support import relative_error
 
 LINE = "modulation is computed a step ahead"
 IN_PLACE = "modulation is computed on the device"
-# of a LoRA after six steps: fp32 sums in another order, which AdamW's first steps, all of one size, enlarge
+# of a LoRA after six steps: fp32 sums in another order, which AdamW's first steps, all of one size,
+# enlarge
 TOLERANCE = 1e-4
 
 
@@ -43,16 +46,30 @@ def computed(monkeypatch):
 def assert_same_lora(a, b):
     left, right = load_file(a), load_file(b)
     assert left.keys() == right.keys()
-    flat = [torch.cat([tensor.flatten().double() for tensor in lora.values()]) for lora in (left, right)]
+    flat = [
+        torch.cat([tensor.flatten().double() for tensor in lora.values()]) for lora in (left, right)
+    ]
     assert relative_error(*flat) < TOLERANCE
 
 
 @pytest.mark.parametrize(
     "mode",
     [
-        FP32 | {"gradient_accumulation_steps": 2, "flux_guidance_mode": "random-range", "gradient_checkpointing": False},
-        FP32 | TREAD | {"lora_dropout": 0.2, "flow_schedule_auto_shift": True, "train_batch_size": 3},
-        FP32 | {"flow_custom_timesteps": "100,400,900", "flow_timesteps_mode": "round-robin", "train_batch_size": 1},
+        FP32
+        | {
+            "gradient_accumulation_steps": 2,
+            "flux_guidance_mode": "random-range",
+            "gradient_checkpointing": False,
+        },
+        FP32
+        | TREAD
+        | {"lora_dropout": 0.2, "flow_schedule_auto_shift": True, "train_batch_size": 3},
+        FP32
+        | {
+            "flow_custom_timesteps": "100,400,900",
+            "flow_timesteps_mode": "round-robin",
+            "train_batch_size": 1,
+        },
     ],
     ids=["accumulation-guidance", "tread-dropout-batch", "round-robin"],
 )
@@ -66,9 +83,16 @@ def test_a_run_ends_where_it_would_in_place(run, computed, mode):
     assert_same_lora(in_place, ahead)
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "int4-quanto", "nf4-bnb", "int2-quanto", "fp8-torchao"])
+@pytest.mark.parametrize(
+    "precision",
+    ["no_change", "int8-quanto", "int4-quanto", "nf4-bnb", "int2-quanto", "fp8-torchao"],
+)
 def test_killed_and_resumed(run, monkeypatch, computed, precision):
-    mode = BF16 | {"base_model_precision": precision, "modulation_ahead": True, "max_train_steps": 4}
+    mode = BF16 | {
+        "base_model_precision": precision,
+        "modulation_ahead": True,
+        "max_train_steps": 4,
+    }
     whole, _ = run(name="whole", **mode)
     kill_at(monkeypatch, 3)
     with pytest.raises(Killed):
@@ -81,7 +105,11 @@ def test_killed_and_resumed(run, monkeypatch, computed, precision):
 
 def test_with_streamed_blocks(run):
     """Modulation is no part of what is streamed, and nothing changes."""
-    mode = BF16 | {"base_model_precision": "int8-quanto", "modulation_ahead": True, "max_train_steps": 3}
+    mode = BF16 | {
+        "base_model_precision": "int8-quanto",
+        "modulation_ahead": True,
+        "max_train_steps": 3,
+    }
     resident, _ = run(name="resident", **mode)
     streamed, out = run(name="streamed", enable_group_offload=True, **mode)
     assert LINE in out.getvalue() and "blocks are streamed" in out.getvalue()
@@ -99,17 +127,24 @@ def test_validation_and_a_teacher(run, computed):
     mode = FP32 | images | {"max_train_steps": 4, "dataset": {"is_regularisation_data": True}}
     in_place, _ = run(name="in_place", **mode)
     ahead, _ = run(name="ahead", modulation_ahead="true", **mode)
-    # a teacher's forward finds what its pupil's does; images ask for others, twice each of three times
+    # a teacher's forward finds what its pupil's does; images ask for others, twice each of three
+    # times
     assert sorted(computed) == ["ahead"] * 4 + ["main"] * 6
     assert_same_lora(in_place, ahead)
 
 
-@pytest.mark.parametrize("key", [{"flux_lora_target": "ai-toolkit"}, {"peft_lora_target_modules": ["to_q", "norm_out.linear"]}])
+@pytest.mark.parametrize(
+    "key",
+    [{"flux_lora_target": "ai-toolkit"}, {"peft_lora_target_modules": ["to_q", "norm_out.linear"]}],
+)
 def test_adapters_on_modulation(run, monkeypatch, key):
     with pytest.raises(ConfigError, match=r"\"modulation_ahead\" is true.*norm\w*\.linear"):
         run(name="asked", modulation_ahead=True, **FP32, **key)
+
     # a CPU that would choose as a GPU does
-    on_gpu = lambda config, linears, device, console: keeps_on_host(config, linears, torch.device("cuda"), console)  # noqa: E731
+    def on_gpu(config, linears, device, console):
+        return keeps_on_host(config, linears, torch.device("cuda"), console)
+
     monkeypatch.setattr("fluxfast.train.base_model.keeps_on_host", on_gpu)
     lora, out = run(name="auto", **FP32, **key, max_train_steps=2)
     assert out.getvalue().count(IN_PLACE) == 1 and LINE not in out.getvalue()
@@ -134,14 +169,16 @@ def test_an_exception_of_the_thread_ends_the_step(run, monkeypatch):
     monkeypatch.setattr(Objective, "modulation_conditions", fail)
     steps = []
     train_step = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda self, step: steps.append(step) or train_step(self, step))
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self, step: steps.append(step) or train_step(self, step)
+    )
     with pytest.raises(OSError, match="damaged"):
         run(**FP32, modulation_ahead=True)
     assert steps == [1, 2, 3]
 
 
 def test_auto_is_off_on_a_cpu(write_config):
-    from fluxfast.train.config import load_config
+    from fluxfast.config.run import load_config
 
     out = io.StringIO()
     config = load_config(write_config(**FP32))
@@ -150,7 +187,9 @@ def test_auto_is_off_on_a_cpu(write_config):
     assert keeps_on_host(config, ["norm_out.linear"], torch.device("cuda"), Console(file=out))
     assert not out.getvalue()
     values = {"true": True, "false": False, "auto": "auto"}
-    assert {text: load_config(write_config(modulation_ahead=text)).modulation_ahead for text in values} == values
+    assert {
+        text: load_config(write_config(modulation_ahead=text)).modulation_ahead for text in values
+    } == values
     with pytest.raises(ConfigError, match="modulation_ahead"):
         load_config(write_config(modulation_ahead="sometimes"))
     with pytest.raises(ConfigError, match="train_batch_size"):
@@ -171,16 +210,22 @@ def test_auto_is_off_on_a_cpu(write_config):
         ("H200", 900, {"enable_group_offload": True}, False),
     ],
 )
-def test_a_cpu_that_takes_longer_than_the_step(write_config, monkeypatch, gpu, milliseconds, settings, late):
+def test_a_cpu_that_takes_longer_than_the_step(
+    write_config, monkeypatch, gpu, milliseconds, settings, late
+):
     from types import SimpleNamespace
 
+    from fluxfast.config.run import load_config
     from fluxfast.memory.gpus import find_gpu
     from fluxfast.train import modulation
-    from fluxfast.train.config import load_config
 
-    ahead = SimpleNamespace(seconds=lambda batch, device, dtype: milliseconds / 1000, nbytes=6 << 30)
+    ahead = SimpleNamespace(
+        seconds=lambda batch, device, dtype: milliseconds / 1000, nbytes=6 << 30
+    )
     turned = []
-    transformer = SimpleNamespace(device=torch.device("cuda"), modulation=ahead, set_modulation_ahead=turned.append)
+    transformer = SimpleNamespace(
+        device=torch.device("cuda"), modulation=ahead, set_modulation_ahead=turned.append
+    )
     monkeypatch.setattr(modulation, "gpu_of", lambda device: find_gpu(gpu))
     monkeypatch.setattr(modulation, "why_not", lambda transformer: None)
     out = io.StringIO()

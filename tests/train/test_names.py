@@ -1,12 +1,14 @@
-"""Names and texts of a run that are no text, or no file's name: refused by name before anything is loaded, or made one."""
+"""Names and texts of a run that are no text, or no file's name: refused by name before anything is
+loaded, or made one.
+"""
 
 import json
 
 import pytest
 
-from fluxfast.data.settings import ConfigError
-from fluxfast.train.config import load_config
-from fluxfast.train.setup import validation_prompts
+from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
+from fluxfast.train.build import validation_prompts
 from fluxfast.train.validation import file_name
 
 MUNICH = b"M\xfcnchen".decode(errors="surrogateescape")
@@ -27,9 +29,15 @@ def configured(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"validation_prompt": "half \ud800"}, ['"validation_prompt"', "half of a character (\\ud800)"]),
+        (
+            {"validation_prompt": "half \ud800"},
+            ['"validation_prompt"', "half of a character (\\ud800)"],
+        ),
         ({"instance_prompt": MUNICH}, ['"instance_prompt"', "no UTF-8 (\\xfc)"]),
-        ({"output_dir": f"runs/{MUNICH}"}, ['"output_dir" is "runs/M\\xfcnchen"', "name another folder"]),
+        (
+            {"output_dir": f"runs/{MUNICH}"},
+            ['"output_dir" is "runs/M\\xfcnchen"', "name another folder"],
+        ),
         ({"cache_dir": f"runs/{MUNICH}"}, ['"cache_dir"', "name another folder"]),
         ({"output_dir": "a\0b"}, ['"output_dir"', "zero character"]),
         ({"init_lora": MUNICH}, ['"init_lora"', "rename the file"]),
@@ -45,7 +53,9 @@ def test_what_is_no_text_is_refused_by_its_key(configured, keys, parts):
 
 
 def test_files_that_are_only_read_may_have_any_name(configured, tmp_path):
-    config = configured(f"--user_prompt_library={tmp_path}/{MUNICH}.json", data_backend_config=f"{MUNICH}.json")
+    config = configured(
+        f"--user_prompt_library={tmp_path}/{MUNICH}.json", data_backend_config=f"{MUNICH}.json"
+    )
     assert config.data_backend_config.name == f"{MUNICH}.json"
     config.user_prompt_library.write_text('{"a": "a cat"}')
     assert validation_prompts(config) == {"a": "a cat"}
@@ -53,7 +63,10 @@ def test_files_that_are_only_read_may_have_any_name(configured, tmp_path):
 
 @pytest.mark.parametrize(
     ("library", "part"),
-    [({"a": "half \ud800"}, 'prompt "a" holds half of a character'), ({"validation": "x"}, '"validation" is the nickname')],
+    [
+        ({"a": "half \ud800"}, 'prompt "a" holds half of a character'),
+        ({"validation": "x"}, '"validation" is the nickname'),
+    ],
 )
 def test_a_prompt_library_that_cannot_be_used(configured, tmp_path, library, part):
     (tmp_path / "library.json").write_text(json.dumps(library))
@@ -66,7 +79,20 @@ def test_a_prompt_library_that_cannot_be_used(configured, tmp_path, library, par
 
 def test_every_nickname_has_a_file_of_its_own():
     assert file_name(3, "a cat, sitting", 0, (64, 48)) == "step_3_a cat, sitting_0_64x48.png"
-    nicknames = ["a/b", "a:b", "a_b", "../a", "", ".", "x" * 300, "x" * 301, "\ud800", MUNICH, "a\nb", "a\0b"]
+    nicknames = [
+        "a/b",
+        "a:b",
+        "a_b",
+        "../a",
+        "",
+        ".",
+        "x" * 300,
+        "x" * 301,
+        "\ud800",
+        MUNICH,
+        "a\nb",
+        "a\0b",
+    ]
     names = {file_name(1000000, nickname, 0, (2048, 2048)) for nickname in nicknames}
     assert len(names) == len(nicknames)
     for name in names:

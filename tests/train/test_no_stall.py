@@ -1,7 +1,9 @@
-"""A step never waits for the device: counted on one that notices, where a value can't be read and each copy is seen.
+"""A step never waits for the device: counted on one that notices, where a value can't be read and
+each copy is seen.
 
-Meta tensors stand for a GPU's. Reading one raises an error, so a step that ends has read nothing; and a copy from the host that
-is not asynchronous, or whose source was not made ready for it, is written down.
+Meta tensors stand for a GPU's. Reading one raises an error, so a step that ends has read nothing;
+and a copy from the host that is not asynchronous, or whose source was not made ready for it, is
+written down.
 """
 
 import pytest
@@ -18,7 +20,11 @@ from fluxfast.train.optim import build_optimizer, clip_gradients
 from support import SMALL, randomise
 
 META = torch.device("meta")
-TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]}}
+TREAD = {
+    "tread_config": {
+        "routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]
+    }
+}
 # numbers that are cheaper to send from ordinary memory, which CUDA copies before the call returns
 FEW_BYTES = 64 << 10
 
@@ -37,7 +43,9 @@ class Copies(TorchDispatchMode):
             self.seen += 1
             asynchronous = (kwargs or {}).get("non_blocking") or (len(args) > 2 and args[2])
             tensor = args[source]
-            if not asynchronous or (tensor.nbytes > FEW_BYTES and tensor.data_ptr() not in self.ready):
+            if not asynchronous or (
+                tensor.nbytes > FEW_BYTES and tensor.data_ptr() not in self.ready
+            ):
                 self.waiting.append((func._schema.name, list(tensor.shape)))
         return out
 
@@ -75,7 +83,11 @@ def small_model(ahead):
 
 def batch(regularisation):
     g = torch.Generator().manual_seed(0)
-    made = {"latents": (2, 16, 32, 48), "prompt_embeds": (2, 512, 24), "pooled_prompt_embeds": (2, 20)}
+    made = {
+        "latents": (2, 16, 32, 48),
+        "prompt_embeds": (2, 512, 24),
+        "pooled_prompt_embeds": (2, 20),
+    }
     return Batch(
         **{name: torch.randn(shape, generator=g).bfloat16() for name, shape in made.items()},
         attention_mask=torch.ones(2, 512, dtype=torch.bool),
@@ -98,7 +110,7 @@ def batch(regularisation):
     ids=["plain", "tread-huber", "teacher"],
 )
 def test_a_step_waits_for_nothing(write_config, ready, settings, regularisation, ahead):
-    from fluxfast.train.config import load_config
+    from fluxfast.config.run import load_config
 
     config = load_config(write_config(optimizer="torch-adamw", **settings))
     model = small_model(ahead)
@@ -157,7 +169,9 @@ def test_numbers_are_read_back_when_they_are_asked_for(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(pinned, "pin", lambda tensor, device: tensor.as_subclass(Landing))
-    monkeypatch.setattr(torch, "stack", lambda numbers: torch.tensor([n.item() for n in numbers]).as_subclass(OnGpu))
+    monkeypatch.setattr(
+        torch, "stack", lambda numbers: torch.tensor([n.item() for n in numbers]).as_subclass(OnGpu)
+    )
     readback = pinned.Readback(torch.tensor(1.5), torch.tensor(2.0, dtype=torch.bfloat16))
     assert calls == ["copy", "record"]
     assert readback.read() == [1.5, 2.0] and calls == ["copy", "record", "synchronize"]

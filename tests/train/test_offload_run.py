@@ -1,11 +1,18 @@
-"""Runs whose blocks are streamed: the same LoRA as where they are resident, from memory and from disk, resumed too."""
+"""Runs whose blocks are streamed: the same LoRA as where they are resident, from memory and from
+disk, resumed too.
+"""
 
 import pytest
 from config_helpers import load, only
 
 from fluxfast.train.trainer import Trainer
 
-SETTINGS = {"optimizer": "torch-adamw", "mixed_precision": "no", "lora_dropout": 0.0, "max_train_steps": 3}
+SETTINGS = {
+    "optimizer": "torch-adamw",
+    "mixed_precision": "no",
+    "lora_dropout": 0.0,
+    "max_train_steps": 3,
+}
 SETTINGS |= {"checkpoint_step_interval": 2}
 
 
@@ -22,12 +29,18 @@ def in_tmp_path(tmp_path, monkeypatch):
 def test_the_same_lora(run, tmp_path, precision):
     settings = SETTINGS | {"base_model_precision": precision}
     resident, _ = run(name="resident", **settings)
-    streamed, out = run(name="streamed", enable_group_offload=True, group_offload_use_stream=True, **settings)
+    streamed, out = run(
+        name="streamed", enable_group_offload=True, group_offload_use_stream=True, **settings
+    )
     assert resident.read_bytes() == streamed.read_bytes()
     assert "blocks are streamed" in out.getvalue() and "in host memory" in out.getvalue()
     assert '"group_offload_use_stream" has no effect: there is no CUDA device' in out.getvalue()
     folder = tmp_path / "blocks"
-    other = {"group_offload_to_disk_path": str(folder), "group_offload_blocks_per_group": 2, "gradient_checkpointing": False}
+    other = {
+        "group_offload_to_disk_path": str(folder),
+        "group_offload_blocks_per_group": 2,
+        "gradient_checkpointing": False,
+    }
     from_disk, out = run(name="disk", enable_group_offload=True, **settings | other)
     assert resident.read_bytes() == from_disk.read_bytes()
     assert str(folder) in out.getvalue()
@@ -62,6 +75,7 @@ def test_what_a_config_is_told():
     config = load(group_offload_blocks_per_group=2)
     only(
         [note for note in config.notes if "group_offload" in note],
-        '"group_offload_blocks_per_group" has no effect: only read with "enable_group_offload" or "vram_budget"',
+        '"group_offload_blocks_per_group" has no effect: only read with "enable_group_offload" '
+        'or "vram_budget"',
     )
     assert not any("group_offload" in note for note in load().notes)

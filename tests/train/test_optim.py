@@ -7,7 +7,13 @@ from safetensors.torch import load, save
 from torch.nn import Parameter
 
 from fluxfast.train import optim
-from fluxfast.train.optim import AdamWBF16, build_lr_scheduler, build_optimizer, clip_gradients, stochastic_round
+from fluxfast.train.optim import (
+    AdamWBF16,
+    build_lr_scheduler,
+    build_optimizer,
+    clip_gradients,
+    stochastic_round,
+)
 
 BF16 = torch.bfloat16
 # one element, odd sizes, and more than one pass of the CPU
@@ -27,7 +33,9 @@ def _set_gradients(params: list[Parameter], step: int) -> None:
     g = _generator(100 + step)
     for p in params:
         # elements of very different size
-        p.grad = (torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-6, 1, p.shape, generator=g)).to(p.dtype)
+        p.grad = (
+            torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-6, 1, p.shape, generator=g)
+        ).to(p.dtype)
 
 
 @pytest.mark.parametrize("x", [1.0, -3.7, 1.0 + 2**-9, 1.0 + 2**-16, 3e-39, -1e30, 0.1])
@@ -95,7 +103,8 @@ def test_several_passes_and_single_ones_agree(monkeypatch):
 
 
 def test_bf16_moves_where_rounding_to_nearest_stalls():
-    # parameters near 1, where bf16's ulp is 2^-7, and steps of 2e-4: to nearest, none of them ever arrives
+    # parameters near 1, where bf16's ulp is 2^-7, and steps of 2e-4: to nearest, none of them ever
+    # arrives
     n, lr, steps = 4096, 2e-4, 400
     start = 1 + torch.rand(n, generator=_generator()) * 0.5
 
@@ -116,7 +125,8 @@ def test_bf16_moves_where_rounding_to_nearest_stalls():
     moved = (start.to(BF16).float() - exact).mean().item()
     assert moved == pytest.approx(lr * steps, rel=0.1)
     drift = (ours.detach().float() - exact).mean().item()
-    # each element is a random walk of at most √steps half-ulps; their mean over n of them is 64 times steadier
+    # each element is a random walk of at most √steps half-ulps; their mean over n of them is 64
+    # times steadier
     assert abs(drift) < 0.02 * moved + 5 * math.sqrt(steps) * 2**-8 / math.sqrt(n) * 0.25
     assert (ours.detach().float() - exact).std().item() < math.sqrt(steps) * 2**-8
 
@@ -141,8 +151,15 @@ def test_bf16_second_moment_decays_without_bias():
 def _as_files(optimizer: torch.optim.Optimizer) -> tuple[bytes, str]:
     """A state_dict as safetensors and JSON, which is all a checkpoint may hold."""
     state = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items() if torch.is_tensor(v)}
-    numbers = {i: {k: v for k, v in e.items() if not torch.is_tensor(v)} for i, e in state["state"].items()}
+    tensors = {
+        f"{i}.{k}": v
+        for i, entry in state["state"].items()
+        for k, v in entry.items()
+        if torch.is_tensor(v)
+    }
+    numbers = {
+        i: {k: v for k, v in e.items() if not torch.is_tensor(v)} for i, e in state["state"].items()
+    }
     return save(tensors), json.dumps({"numbers": numbers, "groups": state["param_groups"]})
 
 
@@ -230,17 +247,29 @@ def test_factory():
     a = build_optimizer("adamw_bf16", [p], lr=1e-3, betas=(0.8, 0.9), weight_decay=0.2)
     assert isinstance(a, AdamWBF16)
     group = a.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (1e-3, (0.8, 0.9), 0.2, 1e-6)
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (
+        1e-3,
+        (0.8, 0.9),
+        0.2,
+        1e-6,
+    )
     b = build_optimizer("torch-adamw", [p], lr=1e-3)
     assert type(b) is torch.optim.AdamW
     assert b.param_groups[0]["eps"] == 1e-8
     assert build_optimizer("torch-adamw", [p], lr=1e-3, eps=1e-4).param_groups[0]["eps"] == 1e-4
-    with pytest.raises(ValueError, match="'optimi-lion' isn't implemented: choose one of adamw_bf16, torch-adamw"):
+    with pytest.raises(
+        ValueError, match="'optimi-lion' isn't implemented: choose one of adamw_bf16, torch-adamw"
+    ):
         build_optimizer("optimi-lion", [p], lr=1e-3)
 
 
 def test_norms_and_embedders_are_not_decayed():
-    names = ["x_embedder.lora_A", "blocks.0.norm1.linear.lora_B", "blocks.0.attn.to_q.lora_A", "proj_out.bias"]
+    names = [
+        "x_embedder.lora_A",
+        "blocks.0.norm1.linear.lora_B",
+        "blocks.0.attn.to_q.lora_A",
+        "proj_out.bias",
+    ]
     params = {name: Parameter(torch.ones(1)) for name in names}
     groups = build_optimizer("adamw_bf16", params, lr=1.0, weight_decay=0.5).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.5, 1), (0.0, 3)]
@@ -279,13 +308,18 @@ def _expected(name, progress):
 def test_schedules(name, warmup):
     rates = _curve(name, warmup=warmup)
     progress = [min(1.0, (step - warmup) / (10 - warmup)) for step in range(warmup, 12)]
-    assert rates == pytest.approx(RISE[:warmup] + [_expected(name, p) for p in progress], rel=1e-9, abs=1e-12)
+    assert rates == pytest.approx(
+        RISE[:warmup] + [_expected(name, p) for p in progress], rel=1e-9, abs=1e-12
+    )
 
 
 def test_schedules_refuse():
     with pytest.raises(ValueError, match="'sine' isn't implemented: choose one of constant, "):
         _curve("sine")
-    with pytest.raises(ValueError, match=r"lr_end must be below learning_rate for polynomial, got 0\.0001 and 5e-05"):
+    with pytest.raises(
+        ValueError,
+        match=r"lr_end must be below learning_rate for polynomial, got 0\.0001 and 5e-05",
+    ):
         _curve("polynomial", lr=5e-5)
     assert _curve("constant", lr=5e-5)[-1] == 5e-5
 

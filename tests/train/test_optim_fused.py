@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fluxfast.ops import _impl
+from fluxfast.ops import dispatch
 from fluxfast.train.optim import AdamWBF16
 
-pytestmark = pytest.mark.skipif(not _impl.HAS_TRITON, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
 
 BF16 = torch.bfloat16
 # in its interpreter, if there is no GPU
@@ -46,7 +46,9 @@ def test_fp32_follows_the_plain_path():
         # fp32 sums of a few terms in another order
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
         for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(one.state[p][name], other.state[q][name], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                one.state[p][name], other.state[q][name], rtol=1e-5, atol=1e-7
+            )
 
 
 def test_bf16_rounds_to_a_neighbour_with_the_mean_kept():
@@ -56,7 +58,8 @@ def test_bf16_rounds_to_a_neighbour_with_the_mean_kept():
         exact.copy_(p)
     _step_both(_fused([p]), AdamWBF16([exact], 1e-2, weight_decay=0.1, impl="ref"), 1)
     error = (p.float() - exact) / exact.abs()
-    # bf16's steps are 2^-7 of a number or less; the error is uniform within one, so its mean is one over √n of that
+    # bf16's steps are 2^-7 of a number or less; the error is uniform within one, so its mean is one
+    # over √n of that
     assert error.abs().max() < 2**-7 + 1e-4
     assert abs(error.mean()) < 5 * 2**-7 / (12 * p.numel()) ** 0.5
     assert not torch.equal(p, exact.to(BF16))
@@ -85,7 +88,9 @@ def test_noise_is_the_seeds_and_a_resumed_run_goes_on():
 
 
 def test_groups_ages_and_copies():
-    """Parameters of two ages and two dtypes in two groups, one without a gradient, in an optimiser that was copied."""
+    """Parameters of two ages and two dtypes in two groups, one without a gradient, in an optimiser
+    that was copied.
+    """
     params = [*_on_device(BF16, [(5, 7), (9,)]), *_on_device(torch.float32, [(3,), (4,)])]
     optimizer = AdamWBF16([{"params": params[:2]}, {"params": params[2:]}], 1e-2, impl="triton")
     for step in range(2):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxfast.data.config import load_data_config
-from fluxfast.data.settings import ConfigError
+from fluxfast.config.datasets import load_data_config
+from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
 from fluxfast.files import TEMPORARY
-from fluxfast.train import disk, preflight, setup, trainer
-from fluxfast.train.config import load_config
+from fluxfast.train import build, disk_space, preflight, trainer
 
 CPU = torch.device("cpu")
 
@@ -41,12 +41,14 @@ def test_a_sound_run_has_nothing_to_tell(check, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
-def test_every_problem_comes_at_once_and_nothing_is_read_before(run, monkeypatch, tmp_path, workspace):
+def test_every_problem_comes_at_once_and_nothing_is_read_before(
+    run, monkeypatch, tmp_path, workspace
+):
     def refuse(*args, **kwargs):
         raise AssertionError("the data was prepared")
 
     monkeypatch.setattr(trainer, "load_data", refuse)
-    monkeypatch.setattr(setup, "prepare", refuse)
+    monkeypatch.setattr(build, "prepare", refuse)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as caught:
         run(
@@ -58,7 +60,9 @@ def test_every_problem_comes_at_once_and_nothing_is_read_before(run, monkeypatch
             validation_disable=False,
             user_prompt_library=str(tmp_path / "no-prompts.json"),
             resume_from_checkpoint="checkpoint-7",
-            tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 9}]},
+            tread_config={
+                "routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 9}]
+            },
             quantize_via="accelerator",
             base_model_precision="int8-quanto",
         )
@@ -88,7 +92,10 @@ def test_a_hub_name_waits_until_nothing_else_is_wrong(problems, check, monkeypat
         raise ValueError(f"{source[0]}: not downloaded here")
 
     monkeypatch.setattr(preflight, "local_folder", local_folder)
-    hub = {"pretrained_vae_model_name_or_path": "owner/vae", "init_lora": str(tmp_path / "none.safetensors")}
+    hub = {
+        "pretrained_vae_model_name_or_path": "owner/vae",
+        "init_lora": str(tmp_path / "none.safetensors"),
+    }
     problems(**hub)
     assert "owner/vae" not in asked
     # and with nothing else wrong it is looked up
@@ -102,15 +109,24 @@ def test_the_base_is_opened_and_compared(problems, tmp_path, workspace):
     weights = next(base.glob("*.safetensors"))
     tensors = load_file(weights)
     key = "transformer_blocks.0.attn.to_q.weight"
-    named = {"pretrained_transformer_model_name_or_path": str(base), "pretrained_transformer_subfolder": "none"}
+    named = {
+        "pretrained_transformer_model_name_or_path": str(base),
+        "pretrained_transformer_subfolder": "none",
+    }
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, weights)
     only(problems(**named), "1 missing", key)
     save_file(tensors | {key: tensors[key][:5].contiguous()}, weights)
     only(problems(**named), key, "expected")
     weights.write_bytes(weights.read_bytes()[:500])
     only(problems(**named), weights.name)
-    only(problems(pretrained_transformer_model_name_or_path=str(tmp_path / "no.safetensors")), "no.safetensors")
-    assert all(str(tmp_path) in problem for problem in problems(pretrained_model_name_or_path=str(tmp_path)))
+    only(
+        problems(pretrained_transformer_model_name_or_path=str(tmp_path / "no.safetensors")),
+        "no.safetensors",
+    )
+    assert all(
+        str(tmp_path) in problem
+        for problem in problems(pretrained_model_name_or_path=str(tmp_path))
+    )
 
 
 def test_a_model_folder_without_weights(problems, tmp_path, workspace):
@@ -131,9 +147,13 @@ def test_adapter_and_base_are_compared(problems, check, run, tmp_path):
     lora, _ = run(max_train_steps=1, mixed_precision="no", optimizer="torch-adamw")
     tensors = load_file(lora)
     wrong = tmp_path / "wrong.safetensors"
-    save_file({key.replace("blocks.0", "blocks.5"): tensor for key, tensor in tensors.items()}, wrong)
+    save_file(
+        {key.replace("blocks.0", "blocks.5"): tensor for key, tensor in tensors.items()}, wrong
+    )
     only(problems(name="other", init_lora=str(wrong)), "wrong.safetensors", "no such linear layers")
-    save_file({key: t[:, :7].contiguous() if "lora_A" in key else t for key, t in tensors.items()}, wrong)
+    save_file(
+        {key: t[:, :7].contiguous() if "lora_A" in key else t for key, t in tensors.items()}, wrong
+    )
     only(problems(name="other", init_lora=str(wrong)), "wrong.safetensors", "expected [3,")
     (tmp_path / "words.safetensors").write_text("a letter")
     only(problems(name="other", init_lora=str(tmp_path / "words.safetensors")), "words.safetensors")
@@ -148,7 +168,12 @@ def test_a_damaged_checkpoint_is_refused_and_never_trained_from(run, problems, t
     data = bytearray(file.read_bytes())
     data[-200:-192] = bytes(8 * [7])
     file.write_bytes(data)
-    only(problems(**mode), "checkpoint-4: damaged", "optimizer.safetensors has changed", "checkpoint-2")
+    only(
+        problems(**mode),
+        "checkpoint-4: damaged",
+        "optimizer.safetensors has changed",
+        "checkpoint-2",
+    )
     _, out = run(resume_from_checkpoint="checkpoint-2", max_train_steps=3, **mode)
     assert "resumed from" in out.getvalue() and "checkpoint-4: of a longer run" in out.getvalue()
     assert not [p for p in (tmp_path / "output").rglob("*") if p.name.endswith(TEMPORARY)]
@@ -156,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused_and_never_trained_from(run, problems, t
 
 def test_a_disk_that_is_too_small(problems, check, monkeypatch):
     def free(size):
-        monkeypatch.setattr(disk, "free_bytes", lambda path: size)
+        monkeypatch.setattr(disk_space, "free_bytes", lambda path: size)
 
     free(1000)
     only(problems(), "a checkpoint takes", "0.00 GB left", '"output_dir"')
@@ -166,24 +191,31 @@ def test_a_disk_that_is_too_small(problems, check, monkeypatch):
 
 def test_what_may_not_fit_is_a_note(write_config, monkeypatch, tmp_path):
     config = load_config(write_config(checkpoints_total_limit=2))
-    (dataset,) = load_data_config(config.data_backend_config, defaults=config.dataset_defaults).images
+    (dataset,) = load_data_config(
+        config.data_backend_config, defaults=config.dataset_defaults
+    ).images
     dataset = dataset.model_copy(update={"cache_dir_vae": tmp_path / "new"})
     gb = 10**9
     # two checkpoints and the next one, before the oldest goes
     for left, fits in ((4 * gb, True), (2 * gb, False)):
-        monkeypatch.setattr(disk, "free_bytes", lambda path, left=left: left)
-        found, notes = disk.shortage(config, [dataset], tmp_path / "text", gb)
+        monkeypatch.setattr(disk_space, "free_bytes", lambda path, left=left: left)
+        found, notes = disk_space.shortage(config, [dataset], tmp_path / "text", gb)
         assert found == [] and bool(notes) is not fits
-    assert "has 2.00 GB left, and this run may take 3.0" in notes[0] and "checkpoints 3.00 GB, latents 0.00 GB" in notes[0]
-    monkeypatch.setattr(disk, "free_bytes", lambda path: gb)
-    (found,), _ = disk.shortage(config, [dataset], tmp_path / "text", gb)
+    assert (
+        "has 2.00 GB left, and this run may take 3.0" in notes[0]
+        and "checkpoints 3.00 GB, latents 0.00 GB" in notes[0]
+    )
+    monkeypatch.setattr(disk_space, "free_bytes", lambda path: gb)
+    (found,), _ = disk_space.shortage(config, [dataset], tmp_path / "text", gb)
     assert "a checkpoint takes 1.25 GB, and its disk has 1.00 GB left" in found
 
 
 def test_a_checkpoint_is_as_large_as_was_reckoned(run, check, monkeypatch, tmp_path):
     sizes = []
-    reckon = disk.checkpoint_bytes
-    monkeypatch.setattr(disk, "checkpoint_bytes", lambda *args: sizes.append(reckon(*args)) or sizes[-1])
+    reckon = disk_space.checkpoint_bytes
+    monkeypatch.setattr(
+        disk_space, "checkpoint_bytes", lambda *args: sizes.append(reckon(*args)) or sizes[-1]
+    )
     for optimizer, precision in (("torch-adamw", "no"), ("adamw_bf16", "bf16")):
         run(name=optimizer, max_train_steps=1, optimizer=optimizer, mixed_precision=precision)
         written = (tmp_path / optimizer / "checkpoint-1").glob("*.safetensors")
@@ -194,7 +226,10 @@ def test_a_checkpoint_is_as_large_as_was_reckoned(run, check, monkeypatch, tmp_p
 def test_a_place_where_nothing_can_be_written(problems, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.os, "access", lambda path, mode: False)
     found = problems()
-    assert sum('"output_dir"' in problem and "nothing can be written" in problem for problem in found) == 1
+    assert (
+        sum('"output_dir"' in problem and "nothing can be written" in problem for problem in found)
+        == 1
+    )
 
 
 def test_a_damaged_data_config_is_one_problem_of_several(problems, write_config, tmp_path):
@@ -209,4 +244,8 @@ def test_a_damaged_data_config_is_one_problem_of_several(problems, write_config,
 def test_prompts_that_no_encoder_can_read(problems, tmp_path):
     library = tmp_path / "prompts.json"
     library.write_text('{"half": "a \\ud83d cup"}')
-    only(problems(validation_disable=False, user_prompt_library=str(library)), '"half"', "half of a character")
+    only(
+        problems(validation_disable=False, user_prompt_library=str(library)),
+        '"half"',
+        "half of a character",
+    )

@@ -8,9 +8,9 @@ from config_helpers import load
 from safetensors.torch import load_file, save_file
 
 from fluxfast.adapters.formats import read_lora
-from fluxfast.data.config import ImageDataset
+from fluxfast.config.datasets import ImageDataset
+from fluxfast.config.run_fields import TrainFields
 from fluxfast.train import resume, state, trainer
-from fluxfast.train.config_fields import TrainFields
 from fluxfast.train.events import read_metrics
 from fluxfast.train.optim import LR_SCHEDULERS, build_lr_scheduler, build_optimizer, load_moments
 from fluxfast.train.state import SavedRun
@@ -19,7 +19,13 @@ FP32 = {"optimizer": "torch-adamw", "mixed_precision": "no", "lora_dropout": 0.0
 
 
 def photos(**changes):
-    entry = {"id": "photos", "instance_data_dir": "i", "cache_dir_vae": "c", "resolution": 64, "resolution_type": "pixel_area"}
+    entry = {
+        "id": "photos",
+        "instance_data_dir": "i",
+        "cache_dir_vae": "c",
+        "resolution": 64,
+        "resolution_type": "pixel_area",
+    }
     return [ImageDataset(caption_strategy="filename", **entry | changes)]
 
 
@@ -30,7 +36,12 @@ def in_folder(monkeypatch, tmp_path):
 
 def saved_with(now, step=2, **more):
     """A checkpoint of a run with these settings, as it comes back from its file."""
-    return SavedRun("ckpt", json.loads(json.dumps({"global_step": step, "seed": 7, "settings": now, **more})), {}, {})
+    return SavedRun(
+        "ckpt",
+        json.loads(json.dumps({"global_step": step, "seed": 7, "settings": now, **more})),
+        {},
+        {},
+    )
 
 
 # every option that a step's result may depend on, away from its default
@@ -55,10 +66,19 @@ def test_every_changed_setting_is_told_once(in_folder, key):
 
 
 def test_settled_values_are_compared_and_not_their_spelling(in_folder):
-    before = resume.settings(load(adam_beta1=0.5, adam_beta2=0.6, max_train_steps=9), photos(), seed=7, steps=9)
-    after = resume.settings(load(optimizer_beta1=0.5, optimizer_beta2=0.6, num_train_epochs=3), photos(), seed=7, steps=9)
+    before = resume.settings(
+        load(adam_beta1=0.5, adam_beta2=0.6, max_train_steps=9), photos(), seed=7, steps=9
+    )
+    after = resume.settings(
+        load(optimizer_beta1=0.5, optimizer_beta2=0.6, num_train_epochs=3),
+        photos(),
+        seed=7,
+        steps=9,
+    )
     assert resume.notes(saved_with(before), after) == []
-    after = resume.settings(load(optimizer_beta1=0.5, optimizer_beta2=0.7), photos(repeats=3), seed=8, steps=12)
+    after = resume.settings(
+        load(optimizer_beta1=0.5, optimizer_beta2=0.7), photos(repeats=3), seed=8, steps=12
+    )
     assert resume.notes(saved_with(before), after) == [
         '"adam_beta2" was 0.6 and is 0.7 from step 3 on',
         '"seed" was 7 and is 8 from step 3 on',
@@ -72,7 +92,11 @@ def test_settled_values_are_compared_and_not_their_spelling(in_folder):
 def test_every_option_is_told_or_left_out_on_purpose():
     for key in (*resume.FIXED, *resume.STARTING, *resume._NO_PART_IN_STEPS, *resume._SETTLED):
         assert key in TrainFields.model_fields, key
-    assert not resume.compared("output_dir") and not resume.compared("validation_seed") and not resume.compared("resolution")
+    assert (
+        not resume.compared("output_dir")
+        and not resume.compared("validation_seed")
+        and not resume.compared("resolution")
+    )
     assert set(CHANGES) <= {key for key in TrainFields.model_fields if resume.compared(key)}
 
 
@@ -82,7 +106,11 @@ def test_what_makes_another_run_of_it_is_refused(in_folder):
     assert resume.refused(config, saved_with({}, **then), photos()) == []
     (line,) = resume.refused(config, saved_with({}, **then), photos(train_batch_size=5))
     assert line == 'dataset "photos": train_batch_size 2, this run has 5'
-    for key, value in {"train_batch_size": 1, "gradient_accumulation_steps": 1, "base_model_precision": "int8-quanto"}.items():
+    for key, value in {
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "base_model_precision": "int8-quanto",
+    }.items():
         other = load(**{"train_batch_size": 2, "gradient_accumulation_steps": 3, key: value})
         (line,) = resume.refused(other, saved_with({}, **then), photos())
         assert line == f"{key} {getattr(config, key)}, this run has {value}"
@@ -97,7 +125,13 @@ def test_the_seed(in_folder):
 
 
 def test_a_checkpoint_of_version_1_tells_what_it_knows(in_folder):
-    group = {"lr": 5e-4, "initial_lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+    group = {
+        "lr": 5e-4,
+        "initial_lr": 1e-3,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+    }
     then = SavedRun("ckpt", {"global_step": 2, "seed": 7}, {}, {"param_groups": [group]})
     config = load(learning_rate=1e-5, optimizer="torch-adamw")
     first, change = resume.notes(then, resume.settings(config, photos(), seed=7, steps=9))
@@ -155,16 +189,27 @@ def test_only_moments_come_from_the_saved_optimiser(name):
 
 
 def test_a_longer_run_with_other_settings(run, tmp_path):
-    """The config's settings are in the optimiser and its schedule, which is where a run of that length has it."""
+    """The config's settings are in the optimiser and its schedule, which is where a run of that
+    length has it.
+    """
     cosine = FP32 | {"lr_scheduler": "cosine", "lr_end": 1e-5}
     run(name="long", max_train_steps=4, **cosine)
     run(name="made-long", max_train_steps=2, **cosine)
     _, out = run(name="made-long", max_train_steps=4, **cosine)
     assert "length was 2 steps and is 4" in out.getvalue()
-    rates = [[m["learning_rate"] for m in read_metrics(tmp_path / n / "metrics.jsonl")] for n in ("long", "made-long")]
+    rates = [
+        [m["learning_rate"] for m in read_metrics(tmp_path / n / "metrics.jsonl")]
+        for n in ("long", "made-long")
+    ]
     assert rates[0][2:] == rates[1][2:]
 
-    new = cosine | {"learning_rate": 1e-4, "adam_weight_decay": 0.5, "optimizer_beta1": 0.5, "optimizer_beta2": 0.6, "seed": 12}
+    new = cosine | {
+        "learning_rate": 1e-4,
+        "adam_weight_decay": 0.5,
+        "optimizer_beta1": 0.5,
+        "optimizer_beta2": 0.6,
+        "seed": 12,
+    }
     _, out = run(name="made-long", max_train_steps=6, **new)
     for change in (
         '"learning_rate" was 0.001 and is 0.0001 from step 5 on', '"adam_weight_decay" was 0.01 and is 0.5',
@@ -182,9 +227,19 @@ def test_a_longer_run_with_other_settings(run, tmp_path):
 
 def test_what_init_lora_brings_is_said_and_recorded(run, tmp_path, write_config):
     first, _ = run(name="first", max_train_steps=1, lora_alpha=5, **FP32)
-    told = {"init_lora": str(first), "lora_rank": 16, "lora_alpha": 32, "flux_lora_target": "all", "max_train_steps": 1}
+    told = {
+        "init_lora": str(first),
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "flux_lora_target": "all",
+        "max_train_steps": 1,
+    }
     lora, out = run(name="second", **told, **FP32)
-    for line in ('"lora_rank" is 16: no effect', '"lora_alpha" is 32: no effect', '"flux_lora_target" is all ('):
+    for line in (
+        '"lora_rank" is 16: no effect',
+        '"lora_alpha" is 32: no effect',
+        '"flux_lora_target" is all (',
+    ):
         assert out.getvalue().count(line) == 1, line
     fixed = state.load_checkpoint(tmp_path / "second" / "checkpoint-1").state["fixed"]
     assert (fixed["lora_rank"], fixed["lora_alpha"]) == (3, 5.0)
@@ -198,7 +253,9 @@ def test_what_init_lora_brings_is_said_and_recorded(run, tmp_path, write_config)
     true = {"lora_rank": 3, "lora_alpha": 5, "flux_lora_target": "all+ffs"}
     _, out = run(name="second", **true, **FP32 | {"max_train_steps": 3})
     assert "resumed from" in out.getvalue() and "has 3" not in out.getvalue()
-    with pytest.raises(ValueError, match=r"lora_rank 3, this run has 8; with lora_alpha 5, this run has 4;"):
+    with pytest.raises(
+        ValueError, match=r"lora_rank 3, this run has 8; with lora_alpha 5, this run has 4;"
+    ):
         run(name="second", **true | {"lora_rank": 8, "lora_alpha": 4}, **longer)
 
 
@@ -209,7 +266,9 @@ def test_a_run_that_began_with_odd_alphas_resumes_to_the_same_bits(run, tmp_path
     # a whole name: PEFT's patterns hold for every module that ends like them
     key = next(name for name in tensors if "transformer_blocks.0." in name).split(".lora_")[0]
     for half in ("A", "B"):
-        tensors[f"{key}.lora_{half}.weight"] = tensors[f"{key}.lora_{half}.weight"].repeat(*((2, 1) if half == "A" else (1, 2)))
+        tensors[f"{key}.lora_{half}.weight"] = tensors[f"{key}.lora_{half}.weight"].repeat(
+            *((2, 1) if half == "A" else (1, 2))
+        )
     odd = tmp_path / "odd.safetensors"
     name = key.removeprefix("transformer.")
     settings = {"r": 3, "lora_alpha": 0.1, "alpha_pattern": {name: 0.3}, "rank_pattern": {name: 6}}
@@ -226,7 +285,12 @@ def test_a_changed_adapter_is_refused(run):
     run(max_train_steps=1, **FP32)
     with pytest.raises(ValueError) as caught:
         run(lora_alpha=7, flux_lora_target="all", train_batch_size=1, max_train_steps=2, **FP32)
-    for part in ("train_batch_size 2, this run has 1", "lora_alpha 3, this run has 7", "flux_lora_target", "all (14 modules)"):
+    for part in (
+        "train_batch_size 2, this run has 1",
+        "lora_alpha 3, this run has 7",
+        "flux_lora_target",
+        "all (14 modules)",
+    ):
         assert part in str(caught.value), part
 
 
@@ -242,7 +306,10 @@ def test_a_checkpoint_of_version_1_and_damaged_metrics_go_on_to_the_same_bits(ru
     metrics.write_bytes(metrics.read_bytes().replace(b"}\n{", b"\x00\xff\n{", 1))
     resumed, out = run(name="old", max_train_steps=3, **FP32)
     assert whole.read_bytes() == resumed.read_bytes()
-    assert out.getvalue().count("is of an earlier version") == 1 and "1 of 2 lines can't be read" in out.getvalue()
+    assert (
+        out.getvalue().count("is of an earlier version") == 1
+        and "1 of 2 lines can't be read" in out.getvalue()
+    )
     assert [m["step"] for m in read_metrics(metrics)] == [2, 3]
 
 
@@ -254,4 +321,6 @@ def test_a_tracker_that_fails_ends_nothing(run, monkeypatch):
         monkeypatch.setattr(trainer.Accelerator, name, fail)
     monkeypatch.setattr(trainer, "plot_loss", fail)
     lora, out = run(max_train_steps=2, report_to="tensorboard", **FP32)
-    assert lora.exists() and out.getvalue().count("the tracker is gone; the run goes on without") == 2
+    assert (
+        lora.exists() and out.getvalue().count("the tracker is gone; the run goes on without") == 2
+    )

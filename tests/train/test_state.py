@@ -36,7 +36,11 @@ def save(tmp_path, step, keep=3):
 def test_round_trip_is_exact(tmp_path):
     path, optimizer, adapter = save(tmp_path, 12)
     _, content, tensors, restored = state.load_checkpoint(path)
-    assert content["global_step"] == 12 and content["seed"] == 7 and content["sampler"] == {"x": [1, 2]}
+    assert (
+        content["global_step"] == 12
+        and content["seed"] == 7
+        and content["sampler"] == {"x": [1, 2]}
+    )
     assert torch.equal(tensors["a.lora_A.weight"], adapter["a.lora_A.weight"])
     expected = optimizer.state_dict()
     assert restored["state"].keys() == expected["state"].keys()
@@ -52,10 +56,18 @@ def test_rotation_and_choice(tmp_path):
         save(tmp_path, step, keep=3)
     # a run that went back: what it has just written is never what is removed
     path, _, _ = save(tmp_path, 7, keep=3)
-    assert [p.name for p in state.checkpoints(tmp_path)] == ["checkpoint-7", "checkpoint-20", "checkpoint-100"]
+    assert [p.name for p in state.checkpoints(tmp_path)] == [
+        "checkpoint-7",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
     save(tmp_path, 10, keep=4)
     state.remove_folder(path)
-    assert [p.name for p in state.checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20", "checkpoint-100"]
+    assert [p.name for p in state.checkpoints(tmp_path)] == [
+        "checkpoint-10",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
     assert state.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
     assert state.find_checkpoint(tmp_path, "checkpoint-10").name == "checkpoint-10"
     assert state.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-20")).name == "checkpoint-20"
@@ -70,20 +82,29 @@ FILES = (state.STATE_NAME, state.ADAPTER_NAME, state.OPTIMIZER_NAME)
 
 @pytest.mark.parametrize("name", [*FILES, state.CHECKSUMS_NAME])
 def test_damage_is_named_with_the_last_good_checkpoint(tmp_path, name):
-    """Cut off, gone, or eight bytes flipped anywhere, which every reader but a checksum takes for good."""
+    """Cut off, gone, or eight bytes flipped anywhere, which every reader but a checksum takes for
+    good.
+    """
     good, _, _ = save(tmp_path, 1)
     path, _, _ = save(tmp_path, 2)
     whole = (path / name).read_bytes()
     for place in {0, 8, len(whole) // 2, len(whole) - 8}:
         flipped = bytes(byte ^ 1 for byte in whole[place : place + 8])
         (path / name).write_bytes(whole[:place] + flipped + whole[place + 8 :])
-        with pytest.raises(state.ResumeError, match=r"checkpoint-2: damaged.*\"resume_from_checkpoint\": \"checkpoint-1\""):
+        with pytest.raises(
+            state.ResumeError,
+            match=r"checkpoint-2: damaged.*\"resume_from_checkpoint\": \"checkpoint-1\"",
+        ):
             state.load_checkpoint(path)
     (path / name).write_bytes(whole[:20])
-    with pytest.raises(state.ResumeError, match=r"checkpoint-2: damaged.*last good one is checkpoint-1"):
+    with pytest.raises(
+        state.ResumeError, match=r"checkpoint-2: damaged.*last good one is checkpoint-1"
+    ):
         state.load_checkpoint(path)
     (path / name).unlink()
-    with pytest.raises(state.ResumeError, match=r"checkpoint-2: damaged.*last good one is checkpoint-1"):
+    with pytest.raises(
+        state.ResumeError, match=r"checkpoint-2: damaged.*last good one is checkpoint-1"
+    ):
         state.load_checkpoint(path)
     (path / name).write_bytes(whole)
     assert state.load_checkpoint(path).step == 2
@@ -104,7 +125,17 @@ def test_the_last_good_checkpoint_is_not_a_damaged_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "null", '"x"', "{}", '{"version": 9}', '{"version": 1, "global_step": 1}', "[" * 100_000, "\udcff"]
+    "content",
+    [
+        "[]",
+        "null",
+        '"x"',
+        "{}",
+        '{"version": 9}',
+        '{"version": 1, "global_step": 1}',
+        "[" * 100_000,
+        "\udcff",
+    ],
 )
 def test_a_state_that_is_none_is_refused(tmp_path, content):
     path, _, _ = save(tmp_path, 1)
@@ -133,7 +164,9 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(tmp_path, monkeypatch
         return write(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(state.SaveError, match=r"checkpoint-2: can't be written \(No space left.*checkpoint-1"):
+    with pytest.raises(
+        state.SaveError, match=r"checkpoint-2: can't be written \(No space left.*checkpoint-1"
+    ):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
     assert state.load_checkpoint(good).step == 1

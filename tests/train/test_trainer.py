@@ -1,4 +1,6 @@
-"""Whole runs on a tiny model: what they leave, and that stopping one in any way changes nothing of its result."""
+"""Whole runs on a tiny model: what they leave, and that stopping one in any way changes nothing of
+its result.
+"""
 
 import os
 import signal
@@ -43,11 +45,17 @@ def same_files(a, b):
     return a.read_bytes() == b.read_bytes()
 
 
-TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]}}
+TREAD = {
+    "tread_config": {
+        "routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -1}]
+    }
+}
 
 
 @pytest.mark.parametrize(
-    "mode", [BF16 | TREAD, FP32 | {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}], ids=["bf16-tread", "fp32"]
+    "mode",
+    [BF16 | TREAD, FP32 | {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}],
+    ids=["bf16-tread", "fp32"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, mode):
     whole, _ = run(name="whole", **mode)
@@ -70,7 +78,10 @@ def test_signals_save_first(run, monkeypatch, tmp_path):
     output = tmp_path / "stop[" / "ped]"
     with pytest.raises(Stopped) as stopped:
         run(name="stopped", output_dir=str(output), **FP32)
-    assert stopped.value.checkpoint == output / "checkpoint-3" and stopped.value.signal == signal.SIGTERM
+    assert (
+        stopped.value.checkpoint == output / "checkpoint-3"
+        and stopped.value.signal == signal.SIGTERM
+    )
     again, out = run(name="stopped", output_dir=str(output), **FP32)
     assert "stop[/ped]/checkpoint-3" in out.getvalue().replace("\n", "")
     assert same_files(whole, again)
@@ -80,7 +91,12 @@ def test_sigkill_of_the_command(write_config, run, tmp_path):
     """The real thing: the command, killed as soon as a checkpoint shows, then run again to its end."""
     steps = {"max_train_steps": 400, "checkpoint_step_interval": 3, "checkpoints_total_limit": 2}
     config = write_config(name="killed", **FP32, **steps)
-    command = [sys.executable, "-c", "import sys; from fluxfast.cli.main import main; sys.exit(main())", str(config)]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from fluxfast.cli.main import main; sys.exit(main())",
+        str(config),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while not list((tmp_path / "killed").glob("checkpoint-*")):
@@ -97,7 +113,9 @@ def test_sigkill_of_the_command(write_config, run, tmp_path):
     assert same_files(whole, killed)
 
 
-@pytest.mark.parametrize("mode", [FP32, BF16 | {"vae_enable_tiling": True, "validation_guidance_real": 2.0}])
+@pytest.mark.parametrize(
+    "mode", [FP32, BF16 | {"vae_enable_tiling": True, "validation_guidance_real": 2.0}]
+)
 def test_what_a_run_leaves(run, tmp_path, mode):
     lora, out = run(
         **mode,
@@ -120,7 +138,11 @@ def test_what_a_run_leaves(run, tmp_path, mode):
     }
     base = Image.open(output / "validation_images" / "step_0_validation_0_64x48.png")
     both = Image.open(output / "validation_images" / "step_6_validation_0_64x48.png")
-    assert both.crop((0, 0, 64, 48)).tobytes() == base.tobytes() != both.crop((64, 0, 128, 48)).tobytes()
+    assert (
+        both.crop((0, 0, 64, 48)).tobytes()
+        == base.tobytes()
+        != both.crop((64, 0, 128, 48)).tobytes()
+    )
     metrics = read_metrics(output / "metrics.jsonl")
     assert len(metrics) == 6 and all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)
     assert (output / "loss.png").stat().st_size > 10_000
@@ -137,13 +159,22 @@ def test_diffusers_loads_the_lora_and_it_acts_the_same(run, workspace):
 
     def sample():
         g = torch.Generator().manual_seed(0)
-        return pipeline("a red cup", height=64, width=64, num_inference_steps=2, generator=g, output_type="latent").images
+        return pipeline(
+            "a red cup",
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            generator=g,
+            output_type="latent",
+        ).images
 
     before = sample()
     pipeline.load_lora_weights(lora.parent)
     after = sample()
     assert (after - before).norm() > 0.01 * before.norm()
-    scales = {m.scaling["default_0"] for m in pipeline.transformer.modules() if hasattr(m, "scaling")}
+    scales = {
+        m.scaling["default_0"] for m in pipeline.transformer.modules() if hasattr(m, "scaling")
+    }
     assert scales == {5 / 3}
 
 
@@ -154,7 +185,13 @@ def test_init_lora_goes_on_where_the_file_ends(run, monkeypatch):
 
     def train_step(self, step):
         if step == 1:
-            seen.update({n: p.detach().clone() for n, p in self.transformer.named_parameters() if "lora_" in n})
+            seen.update(
+                {
+                    n: p.detach().clone()
+                    for n, p in self.transformer.named_parameters()
+                    if "lora_" in n
+                }
+            )
         return original(self, step)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -166,9 +203,15 @@ def test_init_lora_goes_on_where_the_file_ends(run, monkeypatch):
 
 
 def test_regularisation_data_pulls_towards_the_base(run, tmp_path):
-    """With B = 0 the model is the base: the first loss is exactly zero, whatever the image, and nothing moves it."""
+    """With B = 0 the model is the base: the first loss is exactly zero, whatever the image, and
+    nothing moves it.
+    """
     run(dataset={"is_regularisation_data": True}, max_train_steps=3, **FP32)
-    assert [m["loss"] for m in read_metrics(tmp_path / "output" / "metrics.jsonl")] == [0.0, 0.0, 0.0]
+    assert [m["loss"] for m in read_metrics(tmp_path / "output" / "metrics.jsonl")] == [
+        0.0,
+        0.0,
+        0.0,
+    ]
     data = {"is_regularisation_data": False}
     run(dataset=data, name="plain", max_train_steps=1, **FP32)
     assert read_metrics(tmp_path / "plain" / "metrics.jsonl")[0]["loss"] > 0
@@ -197,7 +240,11 @@ def test_non_finite_loss_names_step_files_and_checkpoint(run, monkeypatch, tmp_p
         run(**FP32)
     message = str(error.value)
     assert str(tmp_path / "output" / "checkpoint-4") in message
-    named = [name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.png") if name in message]
+    named = [
+        name
+        for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.png")
+        if name in message
+    ]
     assert 1 <= len(named) <= 2
     for tensor in load_file(tmp_path / "output" / "checkpoint-4" / "adapter.safetensors").values():
         assert tensor.isfinite().all()
@@ -205,7 +252,9 @@ def test_non_finite_loss_names_step_files_and_checkpoint(run, monkeypatch, tmp_p
 
 def test_gradient_checkpointing_changes_no_bit(run):
     plain, _ = run(name="plain", gradient_checkpointing=False, **FP32)
-    recomputed, _ = run(name="recomputed", gradient_checkpointing=True, gradient_checkpointing_interval=2, **FP32)
+    recomputed, _ = run(
+        name="recomputed", gradient_checkpointing=True, gradient_checkpointing_interval=2, **FP32
+    )
     assert same_files(plain, recomputed)
 
 
@@ -214,14 +263,25 @@ def test_tread_changes_the_training_alone(run):
     routed, _ = run(name="routed", **FP32, **TREAD)
     assert not same_files(plain, routed)
     with pytest.raises(ValueError, match="there is no block 9"):
-        run(name="bad", tread_config={"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 9}]}, **FP32)
+        run(
+            name="bad",
+            tread_config={
+                "routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 9}]
+            },
+            **FP32,
+        )
 
 
-@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto", "nf4-bnb", "int2-quanto", "fp8-torchao"])
+@pytest.mark.parametrize(
+    "precision", ["int8-quanto", "int4-quanto", "nf4-bnb", "int2-quanto", "fp8-torchao"]
+)
 def test_quantised_bases_train_and_resume(run, monkeypatch, precision):
     mode = BF16 | {"base_model_precision": precision, "max_train_steps": 3}
     whole, out = run(name="whole", **mode)
-    assert f" in {PRECISIONS[precision]}, kept in " in out.getvalue() or f"base: {PRECISIONS[precision]} from" in out.getvalue()
+    assert (
+        f" in {PRECISIONS[precision]}, kept in " in out.getvalue()
+        or f"base: {PRECISIONS[precision]} from" in out.getvalue()
+    )
     kill_at(monkeypatch, 3)
     with pytest.raises(Killed):
         run(name="killed", **mode)
@@ -231,7 +291,11 @@ def test_quantised_bases_train_and_resume(run, monkeypatch, precision):
 
 @pytest.mark.parametrize("compute", ["int8", "fp8"])
 def test_eight_bit_products_train_and_resume(run, monkeypatch, compute):
-    mode = BF16 | {"base_model_precision": "int8-quanto", "compute_precision": compute, "recompute": "selective"}
+    mode = BF16 | {
+        "base_model_precision": "int8-quanto",
+        "compute_precision": compute,
+        "recompute": "selective",
+    }
     whole, out = run(name="whole", **mode)
     assert f"matrix products run in {'int8' if compute == 'int8' else 'e4m3'}" in out.getvalue()
     kill_at(monkeypatch, 4)
@@ -262,5 +326,10 @@ def test_tensorboard_is_written(run, tmp_path):
 
 
 def test_step_seeds_differ():
-    seeds = {step_seed(1, step, micro, p) for step in range(9) for micro in (0, 1) for p in ("flow", "dropout")}
+    seeds = {
+        step_seed(1, step, micro, p)
+        for step in range(9)
+        for micro in (0, 1)
+        for p in ("flow", "dropout")
+    }
     assert len(seeds) == 36 and all(0 <= seed < 2**63 for seed in seeds)

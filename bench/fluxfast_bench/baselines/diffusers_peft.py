@@ -8,7 +8,8 @@ from fluxfast_bench.contestants import Contestant, Setup, checkpointing
 def compiled(model: Any, setup: Setup) -> None:
     """One compiled block of each kind serves all blocks of its kind, anew for each shape.
 
-    torch.compile's own choice, sizes that may change from the second shape on, would make the second shape's kernels slower.
+    torch.compile's own choice, sizes that may change from the second shape on, would make the
+    second shape's kernels slower.
     """
     checkpointing(model, setup)
     model.compile_repeated_blocks(dynamic=False)
@@ -16,5 +17,7 @@ def compiled(model: Any, setup: Setup) -> None:
 
 CONTESTANTS = [
     Contestant("diffusers", "diffusers + PEFT, eager", cpu=True),
-    Contestant("diffusers-compile", "diffusers + PEFT, regional compile", settle=compiled, cpu=True),
+    Contestant(
+        "diffusers-compile", "diffusers + PEFT, regional compile", settle=compiled, cpu=True
+    ),
 ]

@@ -1,4 +1,6 @@
-"""torchao where it trains: fp8 and int8 products over bf16 weights, with regional compilation, which it counts on."""
+"""torchao where it trains: fp8 and int8 products over bf16 weights, with regional compilation,
+which it counts on.
+"""
 
 from torch import nn
 

@@ -1,0 +1,146 @@
+"""Side by side in memory: linears that see the same input, so that one product can read them all
+without a copy.
+
+A block's to_q, to_k, to_v (and, in a single block, proj_mlp) share one [ΣN, K] storage for their
+weights and one [ΣN] for their biases; so do add_q_proj, add_k_proj, add_v_proj. Of quantised
+weights it is each part: codes, scales and what else there is. The modules' tensors are slices, so
+names, shapes and state dicts stay what they were.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fluxfast.quant.linear import QuantLinear
+
+GROUPS = (
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
+_MEMBER = re.compile(
+    r"((?:single_)?transformer_blocks\.\d+)\.("
+    + "|".join(re.escape(name) for group in GROUPS for name in group)
+    + r")(?:\.(.+))?"
+)
+_PLACES = {name: (number, i) for number, group in enumerate(GROUPS) for i, name in enumerate(group)}
+
+
+def groups(names: Iterable[str]) -> list[list[str]]:
+    """Names that belong side by side, in order: of tensors (the same part of each member of a
+    group) or of modules.
+    """
+    found: dict[tuple[str, int, str], list[tuple[int, str]]] = {}
+    for name in names:
+        if match := _MEMBER.fullmatch(name):
+            block, linear, part = match.groups(default="")
+            number, place = _PLACES[linear]
+            found.setdefault((block, number, part), []).append((place, name))
+    return [[name for _, name in sorted(members)] for members in found.values()]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """The names in their order, except that those which belong side by side follow the first of
+    them.
+    """
+    names = list(names)
+    follow = {members[0]: members for members in groups(names)}
+    placed = {name for members in follow.values() for name in members}
+    return [
+        n
+        for name in names
+        if name in follow or name not in placed
+        for n in follow.get(name, [name])
+    ]
+
+
+def allocate(like: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Uninitialised tensors of the shapes and dtypes of `like` (meta will do), in its order, packed
+    by groups.
+    """
+    made: dict[str, Tensor] = {}
+    for members in groups(like):
+        tensors = [like[name] for name in members]
+        if _alike(tensors):
+            made |= dict(zip(members, _slices(tensors, device), strict=True))
+    return {
+        name: made[name]
+        if name in made
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        for name, tensor in like.items()
+    }
+
+
+def pack_groups(model: nn.Module) -> None:
+    """Bring the linears of each group of a loaded model side by side, in place, one group's tensors
+    at a time.
+
+    Plain and quantised linears, also under PEFT's, and the factors of adapters that all members
+    carry (an adapter's A's, and its B's). Members that differ in device, dtype or width are left
+    where they are, and what lies side by side already is not touched, so that a second call does
+    nothing. Call it after the model has been moved: `.to()` gives each tensor memory of its own.
+    """
+    # a member itself, not what an adapter has put into it
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if (m := _MEMBER.fullmatch(name)) and not m[3]
+    }
+    modules = {name: getattr(module, "base_layer", module) for name, module in found.items()}
+    for members in groups(modules):
+        linears = [modules[name] for name in members]
+        for factor in ("lora_A", "lora_B"):
+            _pack_factors([getattr(found[name], factor, {}) for name in members])
+        if any(type(linear) not in (nn.Linear, QuantLinear) for linear in linears):
+            continue
+        tensors = [
+            {**dict(linear.named_parameters()), **dict(linear.named_buffers())}
+            for linear in linears
+        ]
+        for name in tensors[0]:
+            if all(name in each for each in tensors):
+                _pack(linears, name, [each[name] for each in tensors])
+
+
+def _pack_factors(factors: Sequence[Mapping[str, nn.Module]]) -> None:
+    """One of PEFT's two factors, by adapter, of each member."""
+    for adapter in factors[0]:
+        if all(adapter in each for each in factors):
+            linears = [each[adapter] for each in factors]
+            _pack(linears, "weight", [linear.weight for linear in linears])  # type: ignore[misc]
+
+
+def _pack(linears: Sequence[nn.Module], name: str, tensors: Sequence[Tensor]) -> None:
+    if not _alike(tensors) or side_by_side(tensors):
+        return
+    for linear, tensor, place in zip(
+        linears, tensors, _slices(tensors, tensors[0].device), strict=True
+    ):
+        place.copy_(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = place
+        else:
+            setattr(linear, name, place)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> bool:
+    """Whether each contiguous tensor begins where the one before it ends, in the same storage."""
+    return all(tensor.is_contiguous() for tensor in tensors) and all(
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and (a.storage_offset() + a.numel()) * a.itemsize == b.storage_offset() * b.itemsize
+        for a, b in pairwise(tensors)
+    )
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    return len({(tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors}) == 1
+
+
+def _slices(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    rows = [tensor.shape[0] for tensor in tensors]
+    whole = torch.empty((sum(rows), *tensors[0].shape[1:]), dtype=tensors[0].dtype, device=device)
+    return [whole[sum(rows[:i]) : sum(rows[: i + 1])] for i in range(len(rows))]

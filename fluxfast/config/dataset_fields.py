@@ -1,0 +1,296 @@
+"""The entries of the dataloader's config: image datasets and the text cache, each valid by itself.
+
+Fields have the names and defaults of the JSON keys. Sizes are in the unit that resolution_type
+says.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from fluxfast.config.caption_filter import caption_filter
+from fluxfast.config.settings import Settings, read_json, shown
+from fluxfast.text import lines, printable
+
+ResolutionType = Literal["pixel", "area", "pixel_area"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+
+
+@dataclass(frozen=True)
+class DatasetDefaults:
+    """The run's values for what a dataset doesn't say."""
+
+    resolution: float = 1024.0
+    resolution_type: ResolutionType = "pixel_area"
+    minimum_image_size: float | None = None
+    maximum_image_size: float | None = None
+    target_downsample_size: float | None = None
+    caption_strategy: CaptionStrategy = "filename"
+    instance_prompt: str | None = None
+    prepend_instance_prompt: bool = False
+    only_instance_prompt: bool = False
+    disable_multiline_split: bool = False
+    output_dir: Path = Path("simpletuner-results")
+    cache_dir: Path = Path("cache")
+    write_batch_size: int = 128
+    text_encoder_batch_size: int = 1
+
+
+def _read_filters(value: Any) -> Any:
+    """A `caption_filter_list` as a list: given so, as a JSON file that holds one, or as a text file
+    with an entry a line.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value:
+        return ()
+    path = Path(value)
+    if path.suffix == ".json":
+        return read_json(path)
+    try:
+        found = lines(path.read_bytes().decode("utf-8-sig"))
+    # a name with a zero character is a ValueError, as is what isn't UTF-8
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't be read as a text file: {error}") from None
+    return tuple(line for line in found if line.strip())
+
+
+def _check_filters(value: tuple[str, ...]) -> tuple[str, ...]:
+    caption_filter(value)
+    return value
+
+
+FilterList = Annotated[
+    tuple[str, ...], BeforeValidator(_read_filters), AfterValidator(_check_filters)
+]
+
+
+class _Entry(Settings):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str = Field(min_length=1)
+    """Name of the entry, different from every other's; caches and sampler states belong to it."""
+    type: Literal["local"] = "local"
+    """Where the files lie."""
+
+    @field_validator("id")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if printable(value) != value:
+            raise ValueError(
+                "holds a line break or another character that can't be printed; remove it"
+            )
+        return value
+
+
+class TextEmbeds(_Entry):
+    """Where the text encoders' outputs are cached."""
+
+    dataset_type: Literal["text_embeds"]
+    """Kind of the entry."""
+    default: bool = False
+    """The entry of datasets that name none."""
+    cache_dir: Path
+    """Folder of the cache (unset: text in the run's cache_dir)."""
+    write_batch_size: int = Field(128, ge=1)
+    """Embeddings per write."""
+    text_encoder_batch_size: int = Field(1, ge=1)
+    """Captions per text encoder pass."""
+    caption_filter_list: FilterList = ()
+    """What is taken out of the captions of datasets that have no list of their own."""
+
+
+class ImageDataset(_Entry):
+    """A folder of images: their captions, their sizes and how often they are seen.
+
+    Sizes (`resolution` and the three `*_size` fields) are in the unit that `resolution_type` says;
+    a size of 0 is none.
+    """
+
+    dataset_type: Literal["image"] = "image"
+    """Kind of the entry."""
+    instance_data_dir: Path
+    """Folder of the images, searched with its subfolders."""
+    cache_dir_vae: Path
+    """Folder of the latents' cache (unset: vae/<id> in the run's cache_dir)."""
+    text_embeds: str | None = None
+    """The text_embeds entry that caches the captions (unset: the default one)."""
+    metadata_backend: Literal["discovery"] = "discovery"
+    """How images are found: by looking into the folder."""
+
+    # sizes and crops
+    resolution: float = Field(gt=0)
+    """Size that images are trained at."""
+    resolution_type: ResolutionType
+    """Unit of sizes: shorter edge in pixels; megapixels; edge, in pixels, of a square of the same
+    area.
+    """
+    minimum_image_size: float | None = Field(None, ge=0)
+    """Smaller images are left out."""
+    maximum_image_size: float | None = Field(None, ge=0)
+    """Larger images are downsampled before they are cropped."""
+    target_downsample_size: float | None = Field(None, ge=0)
+    """Size that larger images are downsampled to."""
+    minimum_aspect_ratio: float | None = Field(None, gt=0)
+    """Images with a smaller width / height are left out."""
+    maximum_aspect_ratio: float | None = Field(None, gt=0)
+    """Images with a larger width / height are left out."""
+    crop: bool = False
+    """Crop to crop_aspect; else only what doesn't fit the bucket is cropped."""
+    crop_style: Literal["random", "center", "corner"] = "random"
+    """Which part of an image a crop keeps."""
+    crop_aspect: Literal["square", "preserve", "random", "closest"] = "square"
+    """Shape of a crop: square, the image's own, or one of crop_aspect_buckets."""
+    crop_aspect_buckets: tuple[float | dict[str, float], ...] = ()
+    """Shapes (width / height) for crop_aspect random and closest; each may be {"aspect": ...,
+    "weight": ...}.
+    """
+
+    # captions
+    caption_strategy: CaptionStrategy
+    """Where captions come from: the file's name, a .txt beside it, or instance_prompt."""
+    instance_prompt: str | None = None
+    """Caption of every image (instanceprompt), or what is put before each caption."""
+    prepend_instance_prompt: bool = False
+    """Put instance_prompt before each caption."""
+    only_instance_prompt: bool = False
+    """Replace each caption by instance_prompt."""
+    disable_multiline_split: bool = False
+    """A caption file is one caption, not one a line."""
+    caption_filter_list: FilterList = ()
+    """What is taken out of captions: a list, a JSON file that holds one, or a text file with one
+    entry a line.
+    """
+
+    # sampling
+    repeats: int = Field(0, ge=0)
+    """Extra passes over the dataset in each epoch."""
+    probability: float = Field(1.0, ge=0)
+    """Weight of the dataset when the next batch's is drawn."""
+    max_num_samples: int | None = Field(None, ge=1)
+    """Images to use, drawn once by the dataset's id (unset: all)."""
+    train_batch_size: int | None = Field(None, ge=1)
+    """Images per forward pass (unset: the run's)."""
+    vae_batch_size: int | None = Field(None, ge=1)
+    """Images per VAE pass (unset: the run's)."""
+    max_workers: int | None = Field(None, ge=1)
+    """Threads that read images (unset: the run's)."""
+    start_epoch: int = Field(1, ge=0)
+    """First epoch that the dataset takes part in, counted from 1."""
+    start_step: int = Field(0, ge=0)
+    """First optimiser step that the dataset takes part in."""
+    end_epoch: int | None = Field(None, ge=1)
+    """Last epoch that the dataset takes part in (unset: it stays)."""
+    end_step: int | None = Field(None, ge=1)
+    """Last optimiser step that the dataset takes part in (unset: it stays)."""
+    timestep_sampling_offset: float = 0.0
+    """Added to the normal under the sigmoid schedule: above 0 means more noise."""
+    is_regularisation_data: bool = False
+    """Train these images towards the base model's own prediction."""
+
+    @field_validator("minimum_image_size", "maximum_image_size", "target_downsample_size")
+    @classmethod
+    def _zero_is_none(cls, value: float | None) -> float | None:
+        return value or None
+
+    @field_validator("crop_aspect_buckets", mode="before")
+    @classmethod
+    def _weighted(cls, value: Any) -> Any:
+        if not isinstance(value, list) or not any(isinstance(bucket, dict) for bucket in value):
+            return value
+        if not all(
+            isinstance(bucket, dict) and bucket.keys() == {"aspect_bucket", "weight"}
+            for bucket in value
+        ):
+            raise ValueError('expects numbers, or {"aspect_bucket": 1.0, "weight": 0.5} for each')
+        return [{"aspect": bucket["aspect_bucket"], "weight": bucket["weight"]} for bucket in value]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImageDataset":
+        problems = [*_size_problems(self), *_caption_problems(self), *_window_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _size_problems(dataset: ImageDataset) -> list[str]:
+    problems = []
+    if dataset.maximum_image_size and not dataset.target_downsample_size:
+        problems.append(
+            '"maximum_image_size" needs "target_downsample_size": the size that larger images '
+            "are brought down to"
+        )
+    for name in ("resolution", "maximum_image_size", "target_downsample_size"):
+        size = getattr(dataset, name)
+        if size and dataset.resolution_type == "area" and size >= 20:
+            problems.append(
+                f'"{name}" is {size:g} megapixels with "resolution_type" area: must be less '
+                "than 20; "
+                'for edges in pixels set "resolution_type": "pixel_area"'
+            )
+        # SimpleTuner's bound on pixel edges; the lower one only tells pixels from megapixels
+        least = 512 if dataset.resolution_type == "pixel" and name != "resolution" else 16
+        if size and dataset.resolution_type != "area" and size < least:
+            problems.append(
+                f'"{name}" is an edge of {size:g} pixels with "resolution_type" '
+                f"{dataset.resolution_type}: "
+                f'must be at least {least}; for megapixels set "resolution_type": "area"'
+            )
+    lowest, highest = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
+    if lowest and highest and lowest > highest:
+        problems.append(
+            f'"minimum_aspect_ratio" ({lowest:g}) is larger than "maximum_aspect_ratio" '
+            f"({highest:g})"
+        )
+    if dataset.crop_aspect in ("random", "closest") and not dataset.crop_aspect_buckets:
+        problems.append(
+            f'"crop_aspect" {dataset.crop_aspect} needs "crop_aspect_buckets", such as [0.75, '
+            "1.0, 1.5]"
+        )
+    return problems + _bucket_problems(dataset.crop_aspect_buckets)
+
+
+def _bucket_problems(buckets: tuple[float | dict[str, float], ...]) -> list[str]:
+    problems = []
+    if any((bucket["aspect"] if isinstance(bucket, dict) else bucket) <= 0 for bucket in buckets):
+        problems.append('"crop_aspect_buckets" must be width / height, each larger than 0')
+    weights = [bucket["weight"] for bucket in buckets if isinstance(bucket, dict)]
+    if weights and (min(weights) < 0 or abs(sum(weights) - 1) > 1e-3):
+        problems.append(
+            f'"crop_aspect_buckets" have the weights {shown(weights)}: they must add up to 1'
+        )
+    return problems
+
+
+def _caption_problems(dataset: ImageDataset) -> list[str]:
+    if dataset.instance_prompt:
+        return []
+    wanting = [
+        name
+        for name in ("prepend_instance_prompt", "only_instance_prompt")
+        if getattr(dataset, name)
+    ]
+    if dataset.caption_strategy == "instanceprompt":
+        wanting.insert(0, "caption_strategy")
+    return [
+        f'"{name}" is {shown(getattr(dataset, name))}: needs an "instance_prompt"'
+        for name in wanting
+    ]
+
+
+def _window_problems(dataset: ImageDataset) -> list[str]:
+    problems = []
+    for unit in ("epoch", "step"):
+        start, end = getattr(dataset, f"start_{unit}"), getattr(dataset, f"end_{unit}")
+        if end is not None and end < start:
+            problems.append(f'"end_{unit}" ({end}) comes before "start_{unit}" ({start})')
+    return problems

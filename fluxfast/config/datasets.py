@@ -1,0 +1,295 @@
+"""The dataloader's config: SimpleTuner's `multidatabackend.json`, parsed once into typed,
+validated, frozen objects.
+
+The file is a list of entries: image datasets, and one `text_embeds` entry that says where the text
+encoders' outputs are cached. What a dataset doesn't say comes from the run's config
+(`DatasetDefaults`). Nothing on disk but the file itself is looked at here.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
+from fluxfast.config.dataset_keys import (
+    ACCEPTED_NO_EFFECT,
+    ALIASES,
+    DATASET_TYPES_NOT_YET,
+    NOT_IMPLEMENTED,
+    TYPES_NOT_YET,
+    VALUE_ALIASES,
+    VALUES_NOT_YET,
+)
+from fluxfast.config.settings import (
+    ConfigError,
+    Settings,
+    as_bool,
+    did_you_mean,
+    expand,
+    is_default,
+    problem_text,
+    quoted,
+    read_json,
+    shown,
+)
+from fluxfast.files import safe_name
+from fluxfast.text import lines, printable
+
+__all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_data_config"]
+
+_DATASET_TYPES = ("image", "text_embeds")
+
+
+class DataConfig(Settings):
+    """The enabled datasets in the file's order, the text cache, and what a run prints about them
+    once.
+    """
+
+    images: tuple[ImageDataset, ...]
+    text_embeds: TextEmbeds
+    notes: tuple[str, ...] = ()
+
+
+def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConfig:
+    """The dataloader's config in the file at `path`.
+
+    `ConfigError` names every entry's keys that are unknown, not implemented yet, of a wrong value
+    or in conflict, repeated ids, and a missing image dataset or text cache. Whether the folders
+    exist is not looked at.
+    """
+    path = Path(path)
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        held = (
+            "an object (is it the run's config?)" if isinstance(entries, dict) else "something else"
+        )
+        raise ConfigError(
+            [f"{path}: must hold a list of datasets ([{{...}}, ...]), and holds {held}"]
+        )
+    problems: list[str] = []
+    notes: list[str] = []
+    images: list[ImageDataset] = []
+    texts: list[TextEmbeds] = []
+    seen: set[str] = set()
+    for position, entry in enumerate(entries, 1):
+        where = f"{path}: entry {position}"
+        if not isinstance(entry, dict):
+            problems.append(f"{where}: must be an object ({{...}}), not {shown(entry)}")
+            continue
+        if "id" in entry:
+            where = f'{path}: dataset "{printable(entry["id"])}"'
+        parsed = _read_entry(entry, defaults, where, problems, notes)
+        if entry.get("id") is not None and str(entry["id"]) in seen:
+            problems.append(f"{where}: this id is taken by an entry before it; give each its own")
+        seen.add(str(entry.get("id")))
+        if isinstance(parsed, ImageDataset):
+            images.append(parsed)
+        elif parsed is not None:
+            texts.append(parsed)
+    text = None
+    # entries that couldn't be read would be missed here
+    if not problems:
+        problems += _whole_problems(images, path)
+        text = _default_texts(texts, images, path, problems)
+    if problems or text is None:
+        raise ConfigError(problems)
+    images = [_with_filters(image, text) for image in images]
+    if all(image.is_regularisation_data for image in images):
+        notes.append(
+            "every dataset is regularisation data: the LoRA is only held to the base model's "
+            "own predictions"
+        )
+    return DataConfig(images=tuple(images), text_embeds=text, notes=tuple(notes))
+
+
+def _read_entry(
+    entry: dict[str, Any],
+    defaults: DatasetDefaults,
+    where: str,
+    problems: list[str],
+    notes: list[str],
+) -> ImageDataset | TextEmbeds | None:
+    """The entry as an object; None if it is disabled, or has problems, which are added to
+    `problems`.
+    """
+    before = len(problems)
+    # SimpleTuner's placeholders
+    known = {
+        "model_family": "flux",
+        "output_dir": str(defaults.output_dir),
+        "id": str(entry.get("id", "")),
+    }
+    values = _canonical(expand(entry, known, problems, where), where, problems)
+    try:
+        if as_bool(values.pop("disabled", False)):
+            # its other keys may be of a kind that isn't implemented, and are not looked at
+            notes.append(f"{where} is disabled")
+            return None
+    except ValueError as error:
+        problems.append(f'{where}: "disabled" {error}')
+    kind = values.get("dataset_type", "image")
+    if kind not in _DATASET_TYPES:
+        kinds = (*_DATASET_TYPES, *DATASET_TYPES_NOT_YET)
+        why = (
+            "not implemented yet"
+            if kind in kinds
+            else f"not a kind of dataset{did_you_mean(str(kind), kinds)}"
+        )
+        problems.append(
+            f'{where}: "dataset_type" is {shown(kind)}: {why}; fluxfast has '
+            f"{quoted(_DATASET_TYPES)}"
+        )
+        return None
+    if values.get("type") in TYPES_NOT_YET:
+        # its other keys say where such files lie
+        problems.append(
+            f'{where}: "type" is {shown(values["type"])}: not implemented yet; fluxfast has '
+            "'local'"
+        )
+        return None
+    model: type[ImageDataset] | type[TextEmbeds] = (
+        TextEmbeds if kind == "text_embeds" else ImageDataset
+    )
+    fields = _with_defaults(values, model, defaults)
+    for name in [name for name in fields if name not in model.model_fields]:
+        _without_field(name, fields.pop(name), model, where, problems, notes)
+    built = _build(model, fields, where, problems)
+    return built if len(problems) == before else None
+
+
+def _canonical(entry: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    for key, value in entry.items():
+        name = ALIASES.get(key, key)
+        if name in values:
+            problems.append(
+                f'{where}: "{written[name]}" and "{key}" are the same key: keep one of them'
+            )
+        # null asks for the default, and __keys__ are the web interface's
+        elif value is not None and not name.startswith("__"):
+            value = VALUE_ALIASES.get((name, value), value) if isinstance(value, str) else value
+            values[name], written[name] = value, key
+    return values
+
+
+def _with_defaults(
+    values: dict[str, Any], model: type[Settings], defaults: DatasetDefaults
+) -> dict[str, Any]:
+    inherited = {
+        name: value for name, value in asdict(defaults).items() if name in model.model_fields
+    }
+    if model is TextEmbeds:
+        inherited["cache_dir"] = defaults.cache_dir / "text"
+    else:
+        inherited["cache_dir_vae"] = defaults.cache_dir / "vae" / safe_name(str(values.get("id")))
+    # an empty folder name asks for the default as well
+    return {
+        **inherited,
+        **{name: value for name, value in values.items() if value != "" or name not in inherited},
+    }
+
+
+def _without_field(
+    name: str, value: Any, model: type[Settings], where: str, problems: list[str], notes: list[str]
+) -> None:
+    if name in ACCEPTED_NO_EFFECT:
+        if not is_default(value, None):
+            notes.append(f'{where}: "{name}" has no effect: {ACCEPTED_NO_EFFECT[name]}')
+    elif name in NOT_IMPLEMENTED:
+        off = isinstance(value, dict) and is_default(
+            value.get("enable", value.get("enabled", True)), False
+        )
+        if not off and not is_default(value, None) and not is_default(value, NOT_IMPLEMENTED[name]):
+            problems.append(f'{where}: "{name}" is {shown(value)}: not implemented yet; remove it')
+    elif name in ImageDataset.model_fields or name in TextEmbeds.model_fields:
+        kinds = quoted(["text_embeds" if model is ImageDataset else "image"])
+        problems.append(
+            f'{where}: "{name}" is a key of entries whose "dataset_type" is {kinds}; remove it here'
+        )
+    else:
+        known = {*model.model_fields, *ALIASES, *NOT_IMPLEMENTED, *ACCEPTED_NO_EFFECT, "disabled"}
+        problems.append(f'{where}: "{name}" is not a key of a dataset{did_you_mean(name, known)}')
+
+
+def _build(
+    model: type[ImageDataset] | type[TextEmbeds],
+    fields: dict[str, Any],
+    where: str,
+    problems: list[str],
+) -> ImageDataset | TextEmbeds | None:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    for name, detail in {
+        str(detail["loc"][0]): detail for detail in reversed(details) if detail["loc"]
+    }.items():
+        if detail["type"] == "literal_error" and fields[name] in VALUES_NOT_YET.get(name, ()):
+            text = (
+                f"is {shown(fields[name])}: not implemented yet; fluxfast has "
+                f"{detail['ctx']['expected']}"
+            )
+        else:
+            text = problem_text(detail)
+        problems.append(f'{where}: "{name}" {text}')
+    problems += [
+        f"{where}: {line}"
+        for detail in details
+        if not detail["loc"]
+        for line in lines(str(detail["ctx"]["error"]))
+    ]
+    return None
+
+
+def _default_texts(
+    texts: list[TextEmbeds], images: list[ImageDataset], path: Path, problems: list[str]
+) -> TextEmbeds | None:
+    """The entry that caches every caption: the only one, or the only default one."""
+    default = texts if len(texts) == 1 else [text for text in texts if text.default]
+    if not texts:
+        problems.append(
+            f'{path}: no entry for the text cache: add {{"id": "text-embeds", "type": "local", '
+            '"dataset_type": "text_embeds", "default": true, "cache_dir": "cache/text"}'
+        )
+    elif len(default) != 1:
+        ids = quoted(text.id for text in default or texts)
+        problems.append(
+            f'{path}: exactly one text_embeds entry must have "default": true; {len(default)} '
+            f"of {ids} have it"
+        )
+    for image in images:
+        if image.text_embeds is None or len(default) != 1 or image.text_embeds == default[0].id:
+            continue
+        where = f'{path}: dataset "{image.id}": "text_embeds" is {shown(image.text_embeds)}'
+        if image.text_embeds in (text.id for text in texts):
+            problems.append(
+                f"{where}: another text cache than the default one is not implemented yet; "
+                "remove it"
+            )
+        else:
+            problems.append(f"{where}: there is no text_embeds entry with this id")
+    return default[0] if len(default) == 1 else None
+
+
+def _with_filters(image: ImageDataset, text: TextEmbeds) -> ImageDataset:
+    """SimpleTuner's `caption_filter_list` is the text cache's; a dataset's own comes before it."""
+    if image.caption_filter_list or not text.caption_filter_list:
+        return image
+    return image.model_copy(update={"caption_filter_list": text.caption_filter_list})
+
+
+def _whole_problems(images: list[ImageDataset], path: Path) -> list[str]:
+    if not images:
+        return [f'{path}: no image dataset is enabled: add one, or remove "disabled" from one']
+    problems = []
+    if not any(image.start_epoch <= 1 and image.start_step <= 1 for image in images):
+        problems.append(
+            f'{path}: no dataset takes part from the start: leave "start_epoch" and '
+            '"start_step" out of one'
+        )
+    if not any(image.probability for image in images):
+        problems.append(f'{path}: the "probability" of every dataset is 0: raise one')
+    return problems

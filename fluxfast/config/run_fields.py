@@ -1,0 +1,348 @@
+"""The options that fluxfast implements, under SimpleTuner's names: type, range, default and meaning
+of each.
+
+Sizes in pixels or megapixels follow resolution_type; steps are optimiser steps unless a field says
+otherwise.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from fluxfast.config.settings import Settings, Utf8Path
+
+Precision = Literal[
+    "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb", "fp8-quanto", "fp8-torchao",
+]  # fmt: skip
+LoraTarget = Literal[
+    "mmdit", "context", "context+ffs", "all", "all+ffs", "ai-toolkit", "tiny", "nano", "all+ffs+embedder",
+    "all+ffs+embedder+controlnet",
+]  # fmt: skip
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+
+
+class TreadRoute(Settings):
+    """A range of blocks that a part of the image tokens skips."""
+
+    selection_ratio: float = Field(ge=0, lt=1)
+    """Part of the image tokens to drop."""
+    start_layer_idx: int
+    """First block that sees fewer tokens, counted from 0 through both kinds; below 0 from the last.
+    """
+    end_layer_idx: int
+    """Last such block."""
+
+
+class TreadConfig(Settings):
+    """TREAD's routes, in order."""
+
+    routes: tuple[TreadRoute, ...] = Field(min_length=1)
+    """The ranges; they may not overlap."""
+
+
+class TrainFields(Settings):
+    """What a config file can say, each value valid by itself; `TrainConfig` adds what values do to
+    each other.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    # the model
+    model_type: Literal["lora"]
+    """What is trained."""
+    model_family: Literal["flux"]
+    """The model's architecture."""
+    model_flavour: Literal["krea", "dev", "schnell", "fluxbooru"] = "krea"
+    """Which FLUX.1: weights to load if no path is given, and their rules."""
+    pretrained_model_name_or_path: str | None = None
+    """Pipeline folder or Hub repository (unset: the flavour's)."""
+    pretrained_transformer_model_name_or_path: str | None = None
+    """Folder, single file or repository of the transformer (unset: the pipeline's)."""
+    pretrained_transformer_subfolder: str = "transformer"
+    """Folder of the transformer in its repository; "none" is the root."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Repository of the VAE (unset: the pipeline's)."""
+    pretrained_t5_model_name_or_path: str | None = None
+    """Repository of the T5 text encoder (unset: the pipeline's)."""
+    revision: str | None = None
+    """Branch, tag or commit of pretrained_model_name_or_path."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    base_model_precision: Precision = "no_change"
+    """Storage format of the frozen transformer."""
+    base_model_default_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of what a quantised base leaves unquantised."""
+    text_encoder_1_precision: Precision = "no_change"
+    """Storage format of CLIP."""
+    text_encoder_2_precision: Precision = "no_change"
+    """Storage format of T5."""
+    quantize_via: Literal["cpu", "accelerator"] | None = None
+    """Where weights are quantised (unset: on the accelerator if there is one)."""
+    offload_during_startup: bool = False
+    """Text encoders and VAE take turns on the device; here they always do."""
+    attention_mechanism: Literal["diffusers"] = "diffusers"
+    """Implementation of attention; diffusers is PyTorch's own."""
+    vae_dtype: Literal["default", "fp32", "fp16", "bf16"] = "bf16"
+    """Type that the VAE computes in on an accelerator."""
+    vae_enable_tiling: bool = False
+    """Encode large images tile by tile: less memory, slightly other values."""
+    vae_enable_slicing: bool = False
+    """Encode a batch's images one by one: less memory."""
+
+    # the LoRA
+    lora_type: Literal["standard"] = "standard"
+    """Kind of adapter; standard is PEFT's LoRA."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the LoRA's matrices."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """The LoRA's scale is alpha / rank (unset: alpha is the rank)."""
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability of dropping an input of the LoRA."""
+    lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = "default"
+    """How the LoRA's matrices start."""
+    init_lora: str | None = None
+    """LoRA file, folder or repository to continue from."""
+    lora_format: Literal["diffusers", "comfyui"] = "diffusers"
+    """Key layout of the saved LoRA."""
+    flux_lora_target: LoraTarget = "all"
+    """Preset of the modules that get a LoRA."""
+    peft_lora_target_modules: tuple[str, ...] | None = Field(None, min_length=1)
+    """Module name suffixes in place of the preset: a list, or a JSON file that holds one."""
+
+    # the run
+    output_dir: Utf8Path = Path("simpletuner-results")
+    """Folder for checkpoints, images, logs and the LoRA."""
+    cache_dir: Utf8Path = Field(default_factory=lambda settled: settled["output_dir"] / "cache")
+    """Folder for caches that name none (unset: output_dir/cache)."""
+    seed: int | None = Field(None, ge=-1, lt=2**63)
+    """Seed of everything random (unset, 0 or -1: drawn when the run starts)."""
+    resume_from_checkpoint: str = "latest"
+    """Checkpoint folder to go on from; "latest" is the newest one, "" a fresh start."""
+    max_train_steps: int | None = Field(None, ge=0)
+    """Length of the run in optimiser steps (0 or unset: by epochs)."""
+    num_train_epochs: int = Field(1, ge=0)
+    """Length of the run in passes over the data (0: by steps)."""
+    train_batch_size: int = Field(4, ge=1)
+    """Images per forward pass."""
+    gradient_accumulation_steps: int = Field(1, ge=0)
+    """Forward passes per optimiser step."""
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+    """Type of weights and activations; no is fp32."""
+    compute_precision: Literal["auto", "same", "int8", "fp8"] = "auto"
+    """What the blocks' matrix products run in; "same" is the activations' type, auto 8 bit for a
+    quantised base on a GPU.
+    """
+    compute_outliers: int = Field(0, ge=0)
+    """Channels of each product's input, the largest, that are kept out of 8 bits."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Replay forward and backward as CUDA graphs, once they were compared with a step that was run;
+    auto: where possible.
+    """
+    deterministic: bool = False
+    """On a GPU, the same bits each time that a step is computed, so that a resumed run ends as one
+    never stopped; slower.
+    """
+    recompute: Literal["none", "selective", "full"] | None = None
+    """What every block recomputes in the backward pass (unset: all of it where
+    gradient_checkpointing says so).
+    """
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory."""
+    gradient_checkpointing_interval: int | None = Field(None, ge=1)
+    """Checkpoint every nth block (unset: each)."""
+    modulation_ahead: bool | Literal["auto"] = "auto"
+    """Compute modulation a step ahead on the CPU, its weights in host memory; auto: on a GPU,
+    unless the LoRA trains it.
+    """
+    vram_budget: float | Literal["auto"] | None = None
+    """GiB of VRAM for the run, or auto: all there is; recompute and streaming are chosen to fit
+    (unset: as the config says).
+    """
+    enable_group_offload: bool = False
+    """Keep the blocks' weights in host memory and stream them to the device as they are used."""
+    group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
+    """What moves at a time; leaf by leaf would copy the same bytes in more pieces, so it is blocks
+    either way.
+    """
+    group_offload_blocks_per_group: int = Field(1, ge=1)
+    """Blocks that move together."""
+    group_offload_use_stream: bool = False
+    """Copy on a CUDA stream of its own, beside the computation."""
+    group_offload_to_disk_path: str = ""
+    """Folder for the streamed weights ("": they are in host memory)."""
+    tread_config: TreadConfig | None = None
+    """Token routing: {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx":
+    -2}]}.
+    """
+    num_processes: int = Field(1, ge=1)
+    """Training processes."""
+    max_workers: int = Field(32, ge=1)
+    """Threads that read images."""
+    disable_tf32: bool = False
+    """Compute fp32 matrix products in full fp32 on the GPU."""
+    i_know_what_i_am_doing: bool = False
+    """Lift the checks that say so."""
+
+    # optimiser and learning rate
+    learning_rate: float = Field(4e-7, gt=0)
+    """Highest learning rate."""
+    optimizer: Literal["adamw_bf16", "torch-adamw"] = "adamw_bf16"
+    """Optimiser of the LoRA's weights."""
+    optimizer_beta1: float | None = Field(None, ge=0, lt=1)
+    """First-moment decay; goes before adam_beta1."""
+    optimizer_beta2: float | None = Field(None, ge=0, lt=1)
+    """Second-moment decay; goes before adam_beta2."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """First-moment decay."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Second-moment decay."""
+    adam_weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay, per unit of learning rate."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment (adamw_bf16: 1e-6 if unset)."""
+    lr_scheduler: Scheduler = "constant_with_warmup"
+    """Course of the learning rate over the run."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Optimiser steps until the highest learning rate."""
+    lr_num_cycles: int = Field(1, ge=1)
+    """Cycles of cosine_with_restarts, which is yet to come; 1 until then."""
+    lr_power: float = Field(0.8, gt=0)
+    """Exponent of the polynomial schedule."""
+    lr_end: float = Field(4e-7, ge=0)
+    """Learning rate at the end of a polynomial or cosine schedule."""
+    max_grad_norm: float = Field(2.0, ge=0)
+    """Bound that gradients are clipped to (0: not clipped)."""
+    grad_clip_method: Literal["norm", "value"] = "norm"
+    """Clip the gradients' joint norm, or each value."""
+
+    # objective
+    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
+    """Distance between prediction and target."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    """How huber's width follows the timestep."""
+    huber_c: float = Field(0.1, gt=0)
+    """Width of the quadratic part of huber and smooth_l1."""
+    flow_sigmoid_scale: float = Field(1.0, gt=0)
+    """Standard deviation of the normal under the sigmoid schedule."""
+    flow_schedule_shift: float = Field(0.0, ge=0)
+    """Static shift k of sigma: k s / (1 + (k - 1) s) (0: none)."""
+    flow_schedule_auto_shift: bool = False
+    """Shift sigma by the image's resolution, as FLUX.1 does at inference."""
+    flow_use_uniform_schedule: bool = False
+    """Sample sigma uniformly."""
+    flow_use_beta_schedule: bool = False
+    """Sample sigma from a beta distribution."""
+    flow_beta_schedule_alpha: float = Field(2.0, gt=0)
+    """First parameter of the beta distribution."""
+    flow_beta_schedule_beta: float = Field(2.0, gt=0)
+    """Second parameter of the beta distribution."""
+    flow_custom_timesteps: tuple[float, ...] | None = Field(None, min_length=1)
+    """Sigmas (all up to 1) or timesteps (up to 1000) to train on: a list, or numbers between
+    commas.
+    """
+    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = "fixed-list"
+    """Draw from the custom timesteps, or take turns."""
+    flux_fast_schedule: bool = False
+    """FLUX.1-schnell's schedule: mostly sigma 1, else 0.75, 0.5 or 0.25."""
+    flux_guidance_mode: Literal["constant", "random-range"] = "constant"
+    """Guidance that training tells the model."""
+    flux_guidance_value: float = Field(1.0, ge=0)
+    """Guidance in constant mode; 1 keeps the distillation."""
+    flux_guidance_min: float = Field(0.0, ge=0)
+    """Lowest guidance in random-range mode."""
+    flux_guidance_max: float = Field(4.0, ge=0)
+    """Highest guidance in random-range mode."""
+
+    # data
+    data_backend_config: Path
+    """The dataloader's config (multidatabackend.json)."""
+    data_backend_sampling: Literal["uniform", "auto-weighting"] = "auto-weighting"
+    """How the next batch's dataset is drawn: by probability, or by probability and size."""
+    resolution: float = Field(1024.0, gt=0)
+    """Image size in resolution_type's unit, for datasets that name none."""
+    resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
+    """Unit of sizes: shorter edge in pixels; megapixels; edge of a square of that area in pixels.
+    """
+    minimum_image_size: float | None = Field(None, ge=0)
+    """Smaller images are left out (resolution_type's unit)."""
+    maximum_image_size: float | None = Field(None, ge=0)
+    """Larger images are downsampled before cropping (same unit)."""
+    target_downsample_size: float | None = Field(None, ge=0)
+    """Size that larger images are downsampled to (same unit)."""
+    aspect_bucket_rounding: int = Field(2, ge=1, le=9)
+    """Decimals of an aspect ratio."""
+    aspect_bucket_alignment: int = Field(64, ge=8)
+    """Multiple, in pixels, of a bucket's edges; always 64."""
+    caption_strategy: Literal["filename", "textfile", "instanceprompt"] = "filename"
+    """Where captions come from, for datasets that don't say."""
+    instance_prompt: str | None = None
+    """Caption of instanceprompt datasets, and what prepend_instance_prompt prepends."""
+    prepend_instance_prompt: bool = False
+    """Put instance_prompt before each caption."""
+    only_instance_prompt: bool = False
+    """Replace each caption by instance_prompt."""
+    disable_multiline_split: bool = False
+    """A caption file is one caption, not one a line."""
+    caption_dropout_probability: float = Field(0.1, ge=0, le=1)
+    """Probability of replacing a caption by the empty one."""
+    t5_padding: Literal["unmodified", "zero"] = "unmodified"
+    """Keep or zero T5's outputs at padding."""
+    tokenizer_max_length: int = Field(512, ge=1)
+    """T5 tokens per caption; always 512 (schnell: 256)."""
+    vae_batch_size: int = Field(4, ge=1)
+    """Images per VAE pass."""
+    text_encoder_batch_size: int = Field(1, ge=1)
+    """Captions per text encoder pass."""
+    write_batch_size: int = Field(128, ge=1)
+    """Text embeddings per write to the cache; what is encoded together is written together, so it
+    has no effect.
+    """
+    disable_bucket_pruning: bool = False
+    """Keep buckets with fewer images than a step takes."""
+    allow_dataset_oversubscription: bool = False
+    """Raise a dataset's repeats until each bucket fills a step."""
+
+    # checkpoints and tracking
+    checkpoint_step_interval: int = Field(500, ge=0)
+    """Optimiser steps between checkpoints (0: only at the end)."""
+    checkpoints_total_limit: int = Field(5, ge=1)
+    """Checkpoints to keep."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Tracker of the metrics."""
+    tracker_project_name: str = "simpletuner"
+    """Project in the tracker."""
+    tracker_run_name: str = "simpletuner-testing"
+    """Run in the tracker, and the saved LoRA's title."""
+    logging_dir: Path = Path("logs")
+    """Folder for the tracker's files."""
+
+    # validation
+    validation_disable: bool = False
+    """Draw no validation images."""
+    validation_step_interval: int = Field(100, ge=0)
+    """Optimiser steps between validations (0: only at the ends)."""
+    validation_on_startup: bool = False
+    """Draw validation images before a resumed run goes on."""
+    validation_prompt: str | None = None
+    """Prompt to draw."""
+    user_prompt_library: Path | None = None
+    """JSON file of further prompts by nickname."""
+    validation_prompt_library: bool = False
+    """Draw SimpleTuner's own prompts as well."""
+    validation_negative_prompt: str = "blurry, cropped, ugly"
+    """Negative prompt, used if validation_guidance_real is above 1."""
+    validation_resolution: str = "256"
+    """Sizes to draw in pixels, between commas: "1024x1024,1280x768" or "512"."""
+    validation_guidance: float = Field(7.5, ge=0)
+    """Guidance that validation tells the model."""
+    validation_guidance_real: float = Field(1.0, ge=0)
+    """Classifier-free guidance; above 1 it takes a second pass a step."""
+    validation_num_inference_steps: int = Field(30, ge=1)
+    """Denoising steps per image."""
+    validation_seed: int | None = Field(None, ge=0, lt=2**63)
+    """Seed of each image (unset: the run's seed)."""
+    num_validation_images: int = Field(1, ge=1)
+    """Images per prompt and size."""
+    disable_benchmark: bool = False
+    """Don't draw the base model's images at step 0."""

@@ -1,0 +1,246 @@
+"""What the run's config and the dataloader's config share: reading a file, checking it, naming
+every mistake in it.
+
+A mistake is never the first of many that a user meets one at a time: readers collect problems, each
+a line that names file, key and value and says what to do, and raise them together as one
+`ConfigError`.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+
+from fluxfast.text import is_text, printable, text_problem
+
+_ENV = re.compile(r"\{env:([^{}]*)\}")
+_BOOL = TypeAdapter(bool)
+
+
+class ConfigError(ValueError):
+    """What a config file asks for can't be done; `problems` holds every reason."""
+
+    def __init__(self, problems: Sequence[str]):
+        # a config may hold what no terminal can print; a syntax error shows its line below it
+        self.problems = tuple(
+            "\n".join(map(printable, problem.split("\n"))) for problem in problems
+        )
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = (f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+            super().__init__(
+                "\n".join([f"{len(self.problems)} problems in the configuration:", *lines])
+            )
+
+
+class Settings(BaseModel):
+    """Base of the typed config objects: frozen, no unknown keys, numbers and booleans may be
+    written as strings.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = (annotation, *get_args(annotation))
+        for text in _strings(value):
+            # a path names a file by its bytes, which may be no UTF-8
+            if problem := text_problem(text, file_name=Path in kinds):
+                raise ValueError(problem)
+        # saved forms write "" where nothing was filled in
+        if value == "" and type(None) in get_args(annotation):
+            return None
+        # pydantic would take true for the number 1
+        if isinstance(value, bool) and bool not in kinds:
+            raise ValueError("expects a value, not true or false")
+        return value
+
+
+def _utf8(path: Path) -> Path:
+    if not is_text(str(path)):
+        raise ValueError(
+            "is not UTF-8, and safetensors reads no file below such a name; name another folder"
+        )
+    return path
+
+
+# a folder for safetensors files
+Utf8Path = Annotated[Path, AfterValidator(_utf8)]
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Every string in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def read_json(path: Path) -> Any:
+    """The value a JSON file holds. `ConfigError`: unreadable, not UTF-8, a syntax error (with its
+    line), a repeated key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file (looked in {Path.cwd()})"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: can't be read: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            [f"{path}: not UTF-8 text (byte {error.start}); is this the right file?"]
+        ) from None
+    # a name with a zero character
+    except ValueError as error:
+        raise ConfigError([f"{shown(str(path))}: can't be a file's name: {error}"]) from None
+    try:
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_not_a_number)
+    except json.JSONDecodeError as error:
+        raise ConfigError([_syntax_problem(path, text, error)]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: nested too deeply to be a config file"]) from None
+    # what the two hooks raise, and Python's limit on the digits of an integer
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise ValueError(
+            f"{quoted(repeated)} given more than once in the same object: keep one of them"
+        )
+    return dict(pairs)
+
+
+def _not_a_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _syntax_problem(path: Path, text: str, error: json.JSONDecodeError) -> str:
+    line = text.split("\n")[error.lineno - 1]
+    shown_whole = "".join(c if c.isprintable() else " " for c in line)
+    # a window around the place, as the line may be a whole file long
+    first = max(0, error.colno - 60)
+    shown_line, caret = shown_whole[first : first + 100], " " * (error.colno - 1 - first) + "^"
+    hint = ""
+    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    if not text.strip():
+        hint = " (the file is empty)"
+    elif re.match(r",\s*[}\]]", after) or (before.endswith(",") and after[:1] in ("}", "]")):
+        hint = " (JSON allows no comma after the last entry: remove it)"
+    elif after.startswith(("//", "#", "/*")):
+        hint = " (JSON allows no comments: remove it)"
+    elif after.startswith("'"):
+        hint = " (JSON strings take double quotes)"
+    return (
+        f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{hint}\n    "
+        f"{shown_line}\n    {caret}"
+    )
+
+
+def expand(value: Any, placeholders: dict[str, str], problems: list[str], where: str) -> Any:
+    """`value` with `{env:VAR}` and each `{placeholder}` replaced inside its strings, however deep
+    they lie.
+
+    An unset variable adds a line that starts with `where` to `problems`.
+    """
+    if isinstance(value, dict):
+        return {
+            key: expand(inner, placeholders, problems, f'{where} "{key}"')
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [expand(inner, placeholders, problems, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+    missing = [name for name in _ENV.findall(value) if name not in os.environ]
+    problems += [
+        f"{where}: the environment variable {name} in {{env:{name}}} is not set" for name in missing
+    ]
+    if missing:
+        return value
+    value = _ENV.sub(lambda match: os.environ[match[1]], value)
+    for name, replacement in placeholders.items():
+        value = value.replace(f"{{{name}}}", replacement)
+    return value
+
+
+def quoted(names: Iterable[str]) -> str:
+    """`"a", "b"`, for a message."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def shown(value: object) -> str:
+    """A value as the config file would write it, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """`; did you mean "x"?` for the nearest known name, or nothing."""
+    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    return f'; did you mean "{nearest[0]}"?' if nearest else ""
+
+
+def as_bool(value: Any) -> bool:
+    """True or false, also as the strings and numbers that SimpleTuner's configs hold. `ValueError`
+    for anything else.
+    """
+    try:
+        return _BOOL.validate_python(value)
+    except ValidationError:
+        raise ValueError(f"expects true or false, not {shown(value)}") from None
+
+
+def is_default(value: Any, default: Any) -> bool:
+    """Whether `value`, as a file writes it, says the same as an option's default (None: the option
+    is off).
+    """
+    if default is None:
+        return value in (None, "", [], {}, False) or str(value).lower() in ("none", "false")
+    try:
+        if isinstance(default, bool):
+            return as_bool(value) == default
+        if isinstance(default, int | float):
+            return not isinstance(value, bool) and float(value) == default
+    except (TypeError, ValueError):
+        return False
+    return value == default
+
+
+def problem_text(error: ErrorDetails) -> str:
+    """One of pydantic's errors, without the field's name, in the tone of our messages."""
+    if error["type"] == "missing":
+        return "is required"
+    got = "" if isinstance(error["input"], dict | BaseModel) else f"is {shown(error['input'])}: "
+    if error["type"] == "literal_error":
+        return f"{got}must be {error['ctx']['expected']}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return got + message[:1].lower() + message[1:]

@@ -1,0 +1,280 @@
+"""Black Forest Labs' layout, as sd-scripts and musubi-tuner carry it: one linear for q, k and v, in
+a single block one for the MLP as well; positions as 2x2 rotations.
+
+A block's modules are shown to the maths under diffusers' names (`_double_view`, `_single_view`),
+made for each call. Where a host's block has a `_forward` inside its `forward`, for checkpointing,
+that is what is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxfast.dropin.arguments import HostBlock, signature_of
+from fluxfast.dropin.cpu import host_is_faster
+from fluxfast.model.block_maths import Choices, DoubleMaths, SingleMaths
+from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.linear import touched
+
+# of the RMS norms, whose modules don't tell
+EPS = 1e-6
+_NO_DROPOUT = nn.Dropout(0.0)
+# the only argument after pe that the maths knows
+MASK = "txt_attention_mask"
+KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK})
+KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK})
+
+
+class _Names:
+    """Modules by other names; torch.compile does not know types.SimpleNamespace."""
+
+    def __init__(self, **modules: Any) -> None:
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+class _DoubleView(DoubleMaths):
+    """A double block's modules by diffusers' names."""
+
+    def __init__(self, block: Any) -> None:
+        _copy_choices(self, block)
+        img, txt = block.img_attn, block.txt_attn
+        self.attn = _Names(
+            heads=_heads(img.qkv, img.norm),
+            inner_dim=img.qkv.in_features,
+            fused_projections=True,
+            to_qkv=img.qkv,
+            to_added_qkv=txt.qkv,
+            to_out=(img.proj, _NO_DROPOUT),
+            to_add_out=txt.proj,
+            norm_q=_norm(img.norm.query_norm),
+            norm_k=_norm(img.norm.key_norm),
+            norm_added_q=_norm(txt.norm.query_norm),
+            norm_added_k=_norm(txt.norm.key_norm),
+        )
+        self.norm1 = _Names(norm=block.img_norm1, linear=block.img_mod.lin)
+        self.norm1_context = _Names(norm=block.txt_norm1, linear=block.txt_mod.lin)
+        self.norm2, self.norm2_context = block.img_norm2, block.txt_norm2
+        self.ff = _Names(net=(_Names(proj=block.img_mlp[0]), None, block.img_mlp[2]))
+        self.ff_context = _Names(net=(_Names(proj=block.txt_mlp[0]), None, block.txt_mlp[2]))
+
+    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
+        return None
+
+
+class _SingleView(SingleMaths):
+    """A single block's modules by diffusers' names."""
+
+    def __init__(self, block: Any) -> None:
+        _copy_choices(self, block)
+        self._linears: list[tuple[nn.Module, ...]] = [(block.linear1,), (block.linear2,)]
+        dim = block.linear1.in_features
+        self.attn = _Names(
+            heads=_heads(block.linear1, block.norm),
+            inner_dim=dim,
+            norm_q=_norm(block.norm.query_norm),
+            norm_k=_norm(block.norm.key_norm),
+        )
+        self.mlp_hidden_dim = block.linear1.out_features - 3 * dim
+        self.norm = _Names(norm=block.pre_norm, linear=block.modulation.lin)
+
+    def linear_groups(self) -> list[tuple[nn.Module, ...]]:
+        return self._linears
+
+    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
+        return None
+
+
+def _copy_choices(view: Any, block: Any) -> None:
+    for name in Choices.__annotations__:
+        setattr(view, name, getattr(block, name))
+    view.training = block.training
+
+
+def _norm(norm: Any) -> Any:
+    return _Names(weight=norm.scale, eps=EPS)
+
+
+def _heads(linear: Any, norm: Any) -> int:
+    return linear.in_features // norm.query_norm.scale.shape[0]
+
+
+def tables(pe: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, head_dim/2], or [B, S, head_dim/2] of rotations [..., S, head_dim/2, 2, 2]
+    with one for heads and B.
+    """
+    cos, sin = pe[..., 0, 0], pe[..., 1, 0]
+    if cos.ndim == 4:
+        cos, sin = cos[:, 0], sin[:, 0]
+    if cos.ndim == 3 and cos.shape[0] == 1:
+        cos, sin = cos[0], sin[0]
+    return cos.contiguous().float(), sin.contiguous().float()
+
+
+def joint_mask(mask: Tensor | None, tokens: int) -> dict[str, Any]:
+    """sd-scripts' mask of the text tokens [B, S_txt] as one of all tokens, [B, 1, 1, S], under the
+    processors' name for it.
+    """
+    if mask is None:
+        return {}
+    image = torch.ones(mask.shape[0], tokens - mask.shape[1], dtype=torch.bool, device=mask.device)
+    return {"attention_mask": torch.cat([mask.bool(), image], dim=1)[:, None, None]}
+
+
+class _Shared(HostBlock, Choices):
+    entry = "forward"
+    host_class: Any
+    # what it can't be called without, the stream first
+    needs: tuple[str, ...]
+
+    def settled(self) -> tuple[nn.Module, ...]:
+        """The modules beside linears whose work is done without calling them, of torch's own
+        classes.
+        """
+        raise NotImplementedError
+
+    def passed_by(self) -> tuple[nn.Module, ...]:
+        """The same, of the host's classes."""
+        raise NotImplementedError
+
+    def last_linear(self) -> Any:
+        raise NotImplementedError
+
+    def maths(self) -> Any:
+        """What computes the block."""
+        raise NotImplementedError
+
+    def modules_because(self: Any) -> str | None:
+        """Why its modules make the host's own forward run; None where they don't."""
+        if getattr(self, "attn_mode", None) == "sageattn":
+            return "its attention is sageattn"
+        for module in self.passed_by():
+            if (because := touched(module)) is not None:
+                return f"its {type(module).__name__} is called as a module: {because}"
+        return must_be_called(self.settled())
+
+    def host_because(self: Any, given: dict[str, Any]) -> str | None:
+        for name in self.needs:
+            if not isinstance(given.get(name), Tensor):
+                return f"it is called without a tensor {name}"
+        if given["vec"].ndim != 2:
+            return "its vec is of each token"
+        return self.modules_because() or host_is_faster(given[self.needs[0]], self.last_linear())
+
+
+class _Double(_Shared):
+    needs = ("img", "txt", "vec", "pe")
+
+    def maths(self) -> Any:
+        return _DoubleView(self)
+
+    def last_linear(self: Any) -> Any:
+        return self.img_mlp[2]
+
+    def passed_by(self: Any) -> tuple[nn.Module, ...]:
+        both = (self.img_attn, self.txt_attn)
+        norms = [
+            n for attn in both for n in (attn, attn.norm, attn.norm.query_norm, attn.norm.key_norm)
+        ]
+        return *norms, self.img_mod, self.txt_mod, self.img_mlp, self.txt_mlp
+
+    def settled(self: Any) -> tuple[nn.Module, ...]:
+        norms = (self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2)
+        return *norms, self.img_mlp[1], self.txt_mlp[1]
+
+    def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self.ours(args, kwargs, KNOWN_TO_DOUBLE)
+        if given is None:
+            return theirs(self, *args, **kwargs)
+        img, txt, vec = given["img"], given["txt"], given["vec"]
+        mask = joint_mask(given.get(MASK), img.shape[1] + txt.shape[1])
+        txt, img = self.maths().run(img, txt, vec, tables(given["pe"]), mask)
+        return img, txt
+
+
+class _Single(_Shared):
+    needs = ("x", "vec", "pe")
+
+    def maths(self) -> Any:
+        return _SingleView(self)
+
+    def last_linear(self: Any) -> Any:
+        return self.linear2
+
+    def passed_by(self: Any) -> tuple[nn.Module, ...]:
+        return self.modulation, self.norm, self.norm.query_norm, self.norm.key_norm
+
+    def settled(self: Any) -> tuple[nn.Module, ...]:
+        return self.pre_norm, self.mlp_act
+
+    def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self.ours(args, kwargs, KNOWN_TO_SINGLE)
+        if given is None:
+            return theirs(self, *args, **kwargs)
+        x = given["x"]
+        return self.maths().run(
+            x, given["vec"], tables(given["pe"]), joint_mask(given.get(MASK), x.shape[1])
+        )
+
+
+class Double(_Double):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.run_call(self.host_class.forward, args, kwargs)
+
+
+class CheckpointedDouble(_Double):
+    entry = "_forward"
+
+    def _forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.run_call(self.host_class._forward, args, kwargs)
+
+
+class Single(_Single):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.run_call(self.host_class.forward, args, kwargs)
+
+
+class CheckpointedSingle(_Single):
+    entry = "_forward"
+
+    def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.run_call(self.host_class._forward, args, kwargs)
+
+
+def mixin_for(block: nn.Module) -> type | None:
+    """The mixin for a block that has BFL's modules and takes its arguments."""
+    kind: Any = type(block)
+    inside = hasattr(kind, "_forward")
+    takes = tuple(signature_of(kind._forward if inside else kind.forward).defaults)
+    parts = ("mod.lin", "attn.qkv", "attn.norm.query_norm.scale", "norm1", "norm2", "mlp")
+    double = [f"{who}_{part}" for who in ("img", "txt") for part in parts]
+    if takes[:4] == ("img", "txt", "vec", "pe") and _reaches(block, *double):
+        return CheckpointedDouble if inside else Double
+    single = (
+        "modulation.lin",
+        "linear1",
+        "linear2",
+        "norm.query_norm.scale",
+        "pre_norm",
+        "mlp_act",
+    )
+    if takes[:3] == ("x", "vec", "pe") and _reaches(block, *single):
+        return CheckpointedSingle if inside else Single
+    return None
+
+
+def _reaches(block: nn.Module, *paths: str) -> bool:
+    for path in paths:
+        found: Any = block
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is None:
+            return False
+    return True
+
+
+def register(host: type, made: type) -> None:
+    """Nobody looks these blocks up by class."""

@@ -1,0 +1,109 @@
+"""The older layout of diffusers' blocks, as SimpleTuner carries it: diffusers' module names; text
+and image one tensor in the single block; `Attention` with `FluxAttnProcessor2_0`.
+
+Its blocks replace NaN by 0 in what they return; ours let it through, so that a broken step is seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from fluxfast.dropin.arguments import HostBlock, signature_of
+from fluxfast.dropin.cpu import host_is_faster
+from fluxfast.model.block_maths import DoubleMaths, SingleMaths
+from fluxfast.model.blocks import NO_POSITIONS
+from fluxfast.model.known_modules import must_be_called
+
+# the same attention on different back ends
+PROCESSORS = {"FluxAttnProcessor2_0", "FluxAttnProcessor3_0", "FluxSingleAttnProcessor3_0"}
+SINGLE_ARGUMENTS = frozenset({"hidden_states", "temb", "image_rotary_emb"})
+DOUBLE_ARGUMENTS = SINGLE_ARGUMENTS | {"encoder_hidden_states", "context_temb"}
+
+
+class _Shared(HostBlock):
+    entry = "forward"
+    host_class: Any
+    attn: Any
+
+    def maths(self) -> Any:
+        """What computes the block."""
+        return self
+
+    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
+        # where it is, the host's own forward runs
+        return None
+
+    def modules_because(self: Any) -> str | None:
+        """Why its modules make the host's own forward run; None where they don't."""
+        attn = self.attn
+        if type(attn.processor).__name__ not in PROCESSORS:
+            return f"its attention processor is {type(attn.processor).__name__}"
+        if attn.fused_projections:
+            return "its projections are fused"
+        norms = self._norms()
+        if any(norm is None for norm in norms):
+            return "its attention does not normalise q and k"
+        return must_be_called((*self.bypassed(), attn, *norms))
+
+    def host_because(self: Any, given: dict[str, Any]) -> str | None:
+        if not isinstance(given.get("image_rotary_emb"), (tuple, list)):
+            return NO_POSITIONS
+        for name in ("temb", "context_temb"):
+            if name in given and given[name].ndim != 2:
+                return f"its {name} is of each token"
+        if (because := self.modules_because()) is not None:
+            return because
+        return host_is_faster(given["hidden_states"], self.linear_groups()[-1][0])
+
+
+class Double(_Shared, DoubleMaths):
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given = self.ours(args, kwargs, DOUBLE_ARGUMENTS)
+        if given is None:
+            return self.host_class.forward(self, *args, **kwargs)
+        img, txt, vec, pe = (
+            given[name]
+            for name in ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
+        )
+        return self.run(img, txt, vec, pe, {}, txt_vec=given.get("context_temb"))
+
+
+class Single(_Shared, SingleMaths):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = self.ours(args, kwargs, SINGLE_ARGUMENTS)
+        if given is None:
+            return self.host_class.forward(self, *args, **kwargs)
+        return self.run(given["hidden_states"], given["temb"], given["image_rotary_emb"], {})
+
+
+def mixin_for(block: nn.Module) -> type | None:
+    """The mixin for a block that has the older layout's modules and takes its arguments."""
+    kind = type(block)
+    if not isinstance(getattr(block, "attn", None), Attention):
+        return None
+    parameters = signature_of(kind.forward).defaults.keys()
+    if kind.__name__ == "FluxTransformerBlock" and parameters >= DOUBLE_ARGUMENTS - {
+        "context_temb"
+    }:
+        return (
+            Double
+            if _has(block, "norm1", "norm1_context", "norm2", "norm2_context", "ff", "ff_context")
+            else None
+        )
+    if (
+        kind.__name__ == "FluxSingleTransformerBlock"
+        and "encoder_hidden_states" not in parameters >= SINGLE_ARGUMENTS
+    ):
+        return Single if _has(block, "norm", "proj_mlp", "act_mlp", "proj_out") else None
+    return None
+
+
+def _has(block: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(block, name, None), nn.Module) for name in names)
+
+
+def register(host: type, made: type) -> None:
+    """Nobody looks these blocks up by class."""

@@ -1,0 +1,194 @@
+"""Frozen weights that other libraries hold, read where they lie: bitsandbytes, optimum-quanto,
+torchao.
+
+Where their bytes are one of our formats' (bitsandbytes' nf4 with nested statistics and its int8;
+quanto's and torchao's 8-bit codes with a scale a row), the weight is a `QuantWeight` over their
+tensors and our kernels decode it. Else the library decodes it when it is used (`Decoded`). Nothing
+here imports these libraries: a module that comes from one has imported it.
+
+A library's own product may do more than the weight says: bitsandbytes' int8 also rounds its input
+to 8 bits, for instance. Here the product runs in what `compute` says.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fluxfast.ops import row_quant
+from fluxfast.ops.row_quant import Quantized
+from fluxfast.quant import FORMATS, QuantWeight
+from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
+
+# of a scale that somebody else holds: the state that it was in, and the fp32 vector made of it then
+_row_scales = WeakIdKeyDictionary()
+# of zero points: whether all of them are 0
+_zero_points = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A weight [N, K] that its own library decodes, each time that it is used."""
+
+    shape: Sequence[int]
+    device: torch.device
+    decode: Callable[[], Tensor]
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        with torch.no_grad():
+            # what comes out of groups may lie in another order
+            return self.decode().to(dtype).contiguous()
+
+    def decode_into(self, out: Tensor, /) -> None:
+        out.copy_(self.to(out.dtype))
+
+    def stores(self, fmt: str, /) -> bool:
+        return False
+
+    def codes(self, fmt: str, /) -> Quantized:
+        return row_quant.row_quant(self.to(torch.float32), fmt)
+
+    def codes_into(self, q: Tensor, scale: Tensor, /) -> None:
+        made = self.codes("int8" if q.dtype == torch.int8 else "e4m3")
+        q.copy_(made.q)
+        scale.copy_(made.scale)
+
+
+def foreign_weight(module: nn.Module) -> QuantWeight | Decoded | str | None:
+    """The frozen weight of another library's linear, or of an `nn.Linear` that holds another
+    library's tensor.
+
+    None: there is no such library in it. A str: there is, and why only the module itself can be
+    asked.
+    """
+    library = type(module).__module__.split(".")[0]
+    if library == "bitsandbytes":
+        return _bitsandbytes(module)
+    if library == "optimum":
+        return _quanto(module)
+    if type(module).forward is nn.Linear.forward:
+        weight = module.weight
+        # whoever quantises by tensor has a class with a way back; fake tensors and parameters have
+        # torch's own
+        if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
+            return _tensor_subclass(weight)
+        if _is_distributed(weight):
+            return "its weight is spread over devices"
+    return None
+
+
+def _is_distributed(weight: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(weight, module.DTensor)
+
+
+def _rows(
+    name: str, codes: Tensor, scale: Tensor, dtype: torch.dtype, divisor: float = 1.0
+) -> QuantWeight:
+    """Codes [N, K] and row scales, of any shape and type, that are those of the format `name` times
+    `divisor`.
+    """
+    parts = {"packed": codes, "scale": _row_scale(scale, divisor)}
+    return QuantWeight(FORMATS[name], parts, (codes.shape[0], codes.shape[1]), dtype)
+
+
+def _row_scale(scale: Tensor, divisor: float) -> Tensor:
+    """The scales as [N] fp32; made once, as long as nobody changes them."""
+    if scale.dtype == torch.float32 and divisor == 1:
+        return scale.detach().reshape(-1)
+    state = (scale._version, scale.device)
+    known = _row_scales.get(scale)
+    if known is None or known[0] != state:
+        known = (state, scale.detach().reshape(-1).float() / divisor)
+        _row_scales[scale] = known
+    return known[1]
+
+
+def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
+    import bitsandbytes as bnb
+
+    weight = module.weight
+    if type(module).forward is bnb.nn.Linear8bitLt.forward:
+        scale = module.state.SCB if module.state.SCB is not None else getattr(weight, "SCB", None)
+        if module.state.has_fp16_weights or weight.dtype != torch.int8 or scale is None:
+            return "its weight is not quantised yet"
+        return _rows("int8", weight.data, scale, torch.float16, divisor=127)
+    if type(module).forward is not bnb.nn.Linear4bit.forward:
+        return f"{type(module).__name__} is not known"
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None:
+        return "its weight is not quantised yet"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "its weight is packed for inference on a CPU"
+    packed = weight.data.reshape(-1).view(torch.uint8)
+    if (
+        state.quant_type == "nf4"
+        and state.nested
+        and (state.blocksize, state.state2.blocksize) == (BLOCK, NESTED_BLOCK)
+    ):
+        parts = {
+            "packed": packed,
+            "absmax": state.absmax,
+            "nested_absmax": state.state2.absmax,
+            "offset": state.offset.reshape(1),
+        }
+        return QuantWeight(FORMATS["nf4"], parts, (state.shape[0], state.shape[1]), state.dtype)
+    return Decoded(
+        state.shape, packed.device, lambda: bnb.functional.dequantize_4bit(weight.data, state)
+    )
+
+
+def _quanto(module: Any) -> QuantWeight | Decoded | str:
+    from optimum.quanto import QLinear, WeightQBytesTensor
+
+    if type(module).forward is not QLinear.forward:
+        return f"{type(module).__name__} is not known"
+    if not module.frozen:
+        return "its weight is not frozen yet"
+    if module.activation_qtype is not None:
+        return "it quantises its activations"
+    weight = module.weight
+    names = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3"}
+    if type(weight) is WeightQBytesTensor and weight.axis == 0 and weight._data.dtype in names:
+        return _rows(names[weight._data.dtype], weight._data, weight._scale, weight.dtype)
+    return Decoded(weight.shape, weight.device, weight.dequantize)
+
+
+def _tensor_subclass(weight: Any) -> QuantWeight | Decoded | str:
+    name = type(weight).__name__
+    if type(weight).__module__.split(".")[0] != "torchao" or hasattr(weight, "input_quant_func"):
+        return f"its weight is of the class {name}"
+    if any(
+        getattr(weight, part, None) is not None
+        for part in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")
+    ):
+        return f"{name} quantises its activations"
+    codes: Any = getattr(weight, "qdata", None)
+    names = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3"}
+    if (
+        codes is None
+        or codes.dtype not in names
+        or not codes.is_contiguous()
+        or codes.shape != weight.shape
+    ):
+        return Decoded(weight.shape, weight.device, weight.dequantize)
+    if weight.scale.numel() != weight.shape[0] or not _symmetric(
+        getattr(weight, "zero_point", None)
+    ):
+        return Decoded(weight.shape, weight.device, weight.dequantize)
+    return _rows(names[codes.dtype], codes, weight.scale, weight.dtype)
+
+
+def _symmetric(zero_point: Tensor | None) -> bool:
+    if zero_point is None:
+        return True
+    if zero_point not in _zero_points:
+        # once: the answer comes from the device
+        _zero_points[zero_point] = not bool(zero_point.any())
+    return _zero_points[zero_point]

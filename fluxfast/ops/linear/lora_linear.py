@@ -1,0 +1,173 @@
+"""Linear layers with low-rank adapters over a frozen base: y = x Wᵀ + b + Σ s·(x Aᵀ) Bᵀ.
+
+Linears that read the same x (q, k, v; in a single block also the MLP's first) are one call and one
+packed output, so that x is read once, the adapters' down-projections are one product, and the next
+op reads one tensor. The base is frozen: backward gives dx, dA and dB and never a gradient of W. W
+is kept in its storage type and decoded when it is used, in both directions: keeping the decoded
+copy for backward would hold a second model in memory. The arithmetic is `linear_group`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fluxfast.ops import dispatch, row_quant
+from fluxfast.ops.linear.group import COMPUTE, Adapter, FrozenWeight, LinearGroup, LinearParams
+from fluxfast.ops.row_quant import RowOutput
+from fluxfast.ops.tensors import own_dtypes
+
+__all__ = ["Adapter", "FrozenWeight", "LinearParams", "lora_linear", "lora_linear_ref"]
+
+
+def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
+    """The maths in plain, differentiable torch, without dropout; also the path on which the base
+    may get a gradient.
+    """
+    outs = []
+    for weight, bias, adapters in linears:
+        y = torch.nn.functional.linear(
+            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
+        for a, b, scale, _ in adapters:
+            y = y + (x @ a.to(x.dtype).T) @ b.to(x.dtype).T * scale
+        outs.append(y)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+
+def input_form(x: Tensor, group: LinearGroup) -> RowOutput:
+    """Values x [..., K] in the form that the group reads."""
+    if group.form == "same":
+        return RowOutput(x, None, None)
+    codes = row_quant.forward(x, group.compute, impl=group.impl)
+    return RowOutput(x if group.form.startswith("both") else None, *codes)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bases: Sequence[LinearParams],
+        compute: str,
+        outliers: int,
+        impl: str,
+        seed: int | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        # the bases come with their adapters' scales; the adapters' tensors, which take gradients,
+        # one by one: a, b, a, b, …
+        ctx.bases, ctx.options = (
+            bases,
+            {"compute": compute, "outliers": outliers, "impl": impl, "dropout_seed": seed},
+        )
+        group = LinearGroup(_with_factors(bases, factors), x.dtype, **ctx.options)
+        y, s = group.forward(input_form(x, group))
+        ctx.has_s = s is not None
+        # frozen weights stay where they are: nobody has to keep, copy or move them for backward
+        ctx.save_for_backward(x, *([s] if s is not None else []), *factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @own_dtypes
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        s = rest.pop(0) if ctx.has_s else None
+        group = LinearGroup(_with_factors(ctx.bases, rest), x.dtype, **ctx.options)
+        need_dx = ctx.needs_input_grad[0]
+        dx, grads = group.backward(dy, input_form(x, group), s, need_dx=need_dx)
+        return dx, None, None, None, None, None, *(grad for pair in grads for grad in pair)
+
+
+def _with_factors(bases: Sequence[LinearParams], factors: Sequence[Tensor]) -> list[LinearParams]:
+    it = iter(factors)
+    return [
+        base._replace(adapters=tuple(old._replace(a=next(it), b=next(it)) for old in base.adapters))
+        for base in bases
+    ]
+
+
+def lora_linear(
+    x: Tensor,
+    linears: Sequence[LinearParams],
+    impl: str = "auto",
+    *,
+    compute: str = "same",
+    outliers: int = 0,
+    dropout_seed: int | None = None,
+) -> Tensor:
+    """Apply one or several linears with their adapters to the same x.
+
+    x [..., in]; returns [..., Σ out], the linears' outputs side by side, in x's dtype. Weights and
+    adapters may be stored in other floating types. compute "int8" or "e4m3" runs the wide products
+    on codes of x, of W and, in backward, of dy (scales a row); the `outliers` largest channels of x
+    stay out of its codes and are multiplied in its dtype. dropout_seed: draws the masks of adapters
+    that have a dropout; None: no dropout. Gradients: x and every A and B; a base weight or bias
+    that requires a gradient is refused, since the point of this op is never to compute one (use
+    `lora_linear_ref`). Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
+    Source: LoRA, arXiv 2106.09685, section 4.1.
+    """
+    _check(x, linears, compute)
+    if torch.is_grad_enabled() and any(
+        getattr(t, "requires_grad", False) for p in linears for t in (p.weight, p.bias)
+    ):
+        raise ValueError(
+            "lora_linear: a base weight or bias requires a gradient, and this op never computes "
+            "one; freeze it "
+            "(requires_grad_(False)) or use lora_linear_ref"
+        )
+    factors = [t for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
+    stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]
+    backend = dispatch.resolve(
+        "lora_linear", impl, (x,), cast=(*stored, *factors), obstacle=codes_obstacle(x, compute)
+    )
+    # only the tensors passed one by one belong to the graph
+    detached = [
+        p._replace(adapters=tuple(a._replace(a=a.a.detach(), b=a.b.detach()) for a in p.adapters))
+        for p in linears
+    ]
+    return _LoraLinear.apply(x, detached, compute, outliers, backend, dropout_seed, *factors)
+
+
+def codes_obstacle(x: Tensor, compute: str) -> str | None:
+    """Why only the reference has products of `compute` where x is; None where there is no such
+    reason.
+    """
+    if compute != "e4m3" or not x.is_cuda or not dispatch.HAS_TRITON:
+        return None
+    from fluxfast_kernels._launch import multiplies_e4m3
+
+    return None if multiplies_e4m3(x.device) else "this GPU has no products of e4m3"
+
+
+def _check(x: Tensor, linears: Sequence[LinearParams], compute: str) -> None:
+    if compute not in COMPUTE:
+        raise ValueError(f"lora_linear: compute must be one of {COMPUTE}, not {compute!r}")
+    if not linears or x.ndim == 0:
+        raise ValueError(
+            f"lora_linear: expected x [..., in] and at least one linear, got x {list(x.shape)} "
+            f"and {len(linears)}"
+        )
+    for i, p in enumerate(linears):
+        n, k = p.weight.shape
+        if k != x.shape[-1] or (p.bias is not None and p.bias.shape != (n,)):
+            bias = None if p.bias is None else list(p.bias.shape)
+            raise ValueError(
+                f"lora_linear: expected weight [out, {x.shape[-1]}] and bias [out], "
+                f"got linear {i}: weight {[n, k]}, bias {bias}"
+            )
+        for adapter in p.adapters:
+            if (
+                adapter.a.ndim != 2
+                or adapter.b.shape != (n, adapter.a.shape[0])
+                or adapter.a.shape[1] != k
+            ):
+                raise ValueError(
+                    f"lora_linear: expected A [r, {k}] and B [{n}, r], "
+                    f"got linear {i}: A {list(adapter.a.shape)}, B {list(adapter.b.shape)}"
+                )

@@ -1,0 +1,45 @@
+"""Small helpers for tensors that all ops share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` itself if its last dimension is contiguous, which is all that native code and
+    kernels ask for; else a copy.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous_like(tensor: Tensor) -> Tensor:
+    """Memory for a contiguous tensor of the same shape and dtype; at half the price of
+    `torch.empty`.
+    """
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def full_dtype(tensor: Tensor) -> torch.dtype:
+    """What references compute in: fp32, or fp64 where the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def own_dtypes(backward: _Backward) -> _Backward:
+    """For an autograd.Function's backward that multiplies: autocast, where somebody runs a backward
+    pass under it, is off.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return cast(_Backward, run)

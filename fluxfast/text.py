@@ -1,0 +1,72 @@
+"""Names and texts as they come: not always UTF-8, not always printable.
+
+Python gives a file's name that isn't UTF-8 as a string in which each odd byte is half of a
+character (a "surrogate"). Such a string opens the file, but can't be encoded, and so can't be
+printed, hashed or stored as text. JSON can hold such halves too.
+"""
+
+import os
+import sys
+import unicodedata
+
+# categories of Unicode that break a line or move the cursor: controls, surrogates, line and
+# paragraph separators
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+
+
+def printable(text: object) -> str:
+    r"""`text` in one line that any UTF-8 terminal can show: a newline as `\n`, a byte that is no
+    UTF-8 as `\xfc`.
+    """
+    return "".join(_escaped(c) if unicodedata.category(c) in _UNPRINTABLE else c for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    if _is_byte(character):
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _is_byte(character: str) -> bool:
+    """Whether it stands for a byte of a file's name, as Python's "surrogateescape" writes it."""
+    return "\udc80" <= character <= "\udcff"
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8 for hashes and seeds: different texts give different bytes, whatever they hold."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, so holds no half of a character."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def text_problem(text: str, *, file_name: bool = False) -> str | None:
+    """Why a string of a config can be no text, or no file's name; None if it can."""
+    if "\0" in text:
+        return "holds a zero character (\\u0000), which no text and no file's name can; remove it"
+    try:
+        os.fsencode(text) if file_name else text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start]
+        if _is_byte(wrong):
+            return (
+                f"holds a byte that is no UTF-8 ({_escaped(wrong)}); write the text in UTF-8, "
+                "or rename the file"
+            )
+        if not is_text(wrong):
+            return f"holds half of a character ({_escaped(wrong)}); write the whole one"
+        encoding = sys.getfilesystemencoding()
+        return (
+            f"can be no file's name where these are {encoding} ({_escaped(wrong)}); set "
+            "PYTHONUTF8=1 in the environment"
+        )
+    return None
+
+
+def lines(text: str) -> list[str]:
+    r"""The lines of a text, which end at `\n` or `\r\n` only: other breaks that Unicode knows
+    belong to what was written.
+    """
+    return text.replace("\r\n", "\n").split("\n")

@@ -1,0 +1,258 @@
+"""From the config to a run's parts: the data with its caches, the model, what validation needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fluxfast.config.datasets import DataConfig, load_data_config
+from fluxfast.config.run import TrainConfig
+from fluxfast.config.settings import ConfigError, read_json, shown
+from fluxfast.data.batches import Batch, BatchLoader
+from fluxfast.data.encode import EncoderSettings
+from fluxfast.data.encoders import compute_dtype
+from fluxfast.data.prepare import prepare
+from fluxfast.data.prepared import Prepared
+from fluxfast.data.sampler import Sampler
+from fluxfast.data.sources import local_folder
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.text import text_problem
+from fluxfast.train.base_model import load_transformer, quantizing_device
+from fluxfast.train.validation import ValidationSettings, Validator
+
+# the nickname of validation_prompt, beside those of the user's library
+PRIMARY_PROMPT = "validation"
+VAE_DTYPES = {
+    "default": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+@dataclass
+class RunData:
+    """The prepared datasets, and the position in them."""
+
+    config: DataConfig
+    prepared: Prepared
+    sampler: Sampler
+    caption_dropout_probability: float
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image."""
+        return [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of most images, for the LoRA's metadata."""
+        sizes = self.sizes
+        return max(sorted(set(sizes)), key=sizes.count)
+
+    @property
+    def instance_prompts(self) -> list[str]:
+        return sorted(
+            {dataset.instance_prompt for dataset in self.config.images if dataset.instance_prompt}
+        )
+
+    def loader(self, batch: int, then: Callable[[Batch, int], Any]) -> BatchLoader:
+        """What `then` makes of the run's batches from number `batch`, counted from 0 over all
+        micro-steps, on.
+        """
+        return BatchLoader(
+            self.prepared,
+            self.sampler,
+            step=batch,
+            caption_dropout_probability=self.caption_dropout_probability,
+            then=then,
+        )
+
+
+@dataclass
+class Parts:
+    """The model and what depends on it; `validator` is None where validation is off or has no
+    prompt.
+    """
+
+    transformer: FluxTransformer
+    shift_bounds: Mapping[str, Any]
+    validator: Validator | None
+
+
+def load_data(config: TrainConfig, seed: int, device: torch.device, console: Console) -> RunData:
+    """Read the dataloader's config, fill the caches, print the closing table."""
+    data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
+    for note in data.notes:
+        console.print(f"· {note}", highlight=False, markup=False)
+    prompts = validation_prompts(config)
+    # a crop seed that changed from start to start would compute every latent anew
+    crop_seed = config.seed if config.seed is not None and config.seed >= 0 else 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        prepared = prepare(
+            data,
+            _encoder_settings(config, device),
+            train_batch_size=config.train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            extra_prompts=[
+                *prompts.values(),
+                *([config.validation_negative_prompt] if prompts else []),
+            ],
+            skip_folders=[config.output_dir],
+            crop_seed=crop_seed,
+            aspect_bucket_rounding=config.aspect_bucket_rounding,
+            disable_bucket_pruning=config.disable_bucket_pruning,
+            allow_dataset_oversubscription=config.allow_dataset_oversubscription,
+            max_workers=config.max_workers,
+            progress=progress,
+        )
+    console.print(prepared.report)
+    sampler = Sampler(
+        prepared.datasets,
+        seed=seed,
+        sampling=config.data_backend_sampling,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    return RunData(data, prepared, sampler, config.caption_dropout_probability)
+
+
+def validation_prompts(config: TrainConfig) -> dict[str, str]:
+    """Nickname to prompt: validation_prompt and the user's library."""
+    if config.validation_disable:
+        return {}
+    prompts = {PRIMARY_PROMPT: config.validation_prompt} if config.validation_prompt else {}
+    if config.user_prompt_library:
+        library = read_json(config.user_prompt_library)
+        if not isinstance(library, dict) or not all(
+            isinstance(text, str) for text in library.values()
+        ):
+            raise ConfigError(
+                [
+                    f'{config.user_prompt_library}: expected {{"nickname": "prompt", ...}}, all '
+                    "of them texts"
+                ]
+            )
+        problems = [
+            f'{config.user_prompt_library}: the prompt "{nickname}" {problem}'
+            for nickname, text in library.items()
+            if (problem := text_problem(text))
+        ]
+        if PRIMARY_PROMPT in library and prompts:
+            problems.append(
+                f'{config.user_prompt_library}: "{PRIMARY_PROMPT}" is the nickname of '
+                "validation_prompt: take another one"
+            )
+        if problems:
+            raise ConfigError(problems)
+        prompts |= library
+    for name, text in [
+        *prompts.items(),
+        ("validation_negative_prompt", config.validation_negative_prompt),
+    ]:
+        if (name + text).encode(errors="replace").decode() != name + text:
+            raise ConfigError(
+                [
+                    f"the prompt {shown(name)} holds half of a character ({ascii(text)[:100]}): "
+                    "write it anew"
+                ]
+            )
+    return prompts
+
+
+def _encoder_settings(config: TrainConfig, device: torch.device) -> EncoderSettings:
+    quantised = {config.text_encoder_1_precision, config.text_encoder_2_precision} != {"no_change"}
+    return EncoderSettings(
+        pipeline=config.base_source,
+        vae=config.vae_source,
+        t5=config.t5_source,
+        variant=config.variant,
+        device=device,
+        text_dtype=config.weight_dtype,
+        clip_precision=config.text_encoder_1_precision,
+        t5_precision=config.text_encoder_2_precision,
+        quantize_on=quantizing_device(config.quantize_via, device) if quantised else "cpu",
+        vae_dtype=VAE_DTYPES[config.vae_dtype],
+        max_length=config.tokenizer_max_length,
+        t5_padding=config.t5_padding,
+        vae_batch_size=config.vae_batch_size,
+        vae_tiling=config.vae_enable_tiling,
+        vae_slicing=config.vae_enable_slicing,
+    )
+
+
+def load_parts(
+    config: TrainConfig, data: RunData, seed: int, device: torch.device, console: Console
+) -> Parts:
+    """Load the transformer, frozen, and make ready for validation."""
+    path, _, revision = config.base_source
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        local_folder((path, "scheduler", revision))
+    )
+    bounds = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    transformer = load_transformer(config, device, console)
+    return Parts(
+        transformer,
+        {name: scheduler.config[name] for name in bounds},
+        _validator(config, data, seed, transformer, scheduler),
+    )
+
+
+def _validator(
+    config: TrainConfig,
+    data: RunData,
+    seed: int,
+    transformer: FluxTransformer,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+) -> Validator | None:
+    prompts = validation_prompts(config)
+    if not prompts:
+        return None
+    settings = ValidationSettings(
+        prompts=prompts,
+        negative_prompt=config.validation_negative_prompt,
+        resolutions=config.validation_resolutions,
+        steps=config.validation_num_inference_steps,
+        guidance=config.validation_guidance,
+        guidance_real=config.validation_guidance_real,
+        seed=seed if config.validation_seed is None else config.validation_seed,
+        images_per_prompt=config.num_validation_images,
+        beside_base=not config.disable_benchmark,
+    )
+
+    def embeds(prompt: str) -> dict[str, Tensor]:
+        tensors = data.prepared.prompts.get(prompt)
+        return {name: tensors[name][None] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+
+    def load_vae() -> Any:
+        vae = AutoencoderKL.from_pretrained(
+            local_folder(config.vae_source),
+            torch_dtype=compute_dtype(transformer.device, VAE_DTYPES[config.vae_dtype]),
+        )
+        if config.vae_enable_tiling:
+            vae.enable_tiling()
+        if config.vae_enable_slicing:
+            vae.enable_slicing()
+        return vae.eval()
+
+    return Validator(
+        settings,
+        output_dir=config.output_dir,
+        transformer=transformer,
+        scheduler=scheduler,
+        load_vae=load_vae,
+        embeds=embeds,
+        dtype=config.weight_dtype,
+    )

@@ -1,0 +1,116 @@
+"""What a run writes, in bytes, and whether the disks have room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fluxfast.checkpoint.writer import free_bytes
+from fluxfast.config.datasets import ImageDataset
+from fluxfast.config.run import TrainConfig
+from fluxfast.data.images import discover
+from fluxfast.train.budget import largest_batch
+
+# FLUX.1's text encoders: features of a T5 token, and of CLIP's pooled output
+T5_FEATURES, CLIP_FEATURES = 4096, 768
+
+
+def cache_bytes(
+    config: TrainConfig, dataset: ImageDataset, t5: int = T5_FEATURES, clip: int = CLIP_FEATURES
+) -> tuple[int, int]:
+    """(latents, text embeddings) of a dataset's images, at most about: none where its folder isn't
+    there yet.
+    """
+    if not dataset.instance_data_dir.is_dir():
+        return 0, 0
+    images = len(discover(dataset.instance_data_dir, skip=[]).images)
+    width, height = largest_batch(config, [dataset]).size
+    captions = 1 if dataset.caption_strategy == "instanceprompt" else images
+    # 16 channels, an eighth of the size each way, bf16
+    return images * 16 * (width // 8) * (height // 8) * 2, captions * (
+        config.tokenizer_max_length * t5 + clip
+    ) * 2
+
+
+def checkpoint_bytes(config: TrainConfig, transformer: nn.Module, ranks: Mapping[str, int]) -> int:
+    """A checkpoint of an adapter of these ranks by module: its values twice (as they are, and as a
+    LoRA), two moments.
+    """
+    layers: dict[str, Any] = {name: transformer.get_submodule(name) for name in ranks}
+    count = sum(
+        rank * (layers[name].in_features + layers[name].out_features)
+        for name, rank in ranks.items()
+    )
+    return 4 * count * (2 if config.optimizer == "adamw_bf16" else 4)
+
+
+def shortage(
+    config: TrainConfig,
+    datasets: Iterable[ImageDataset],
+    text_cache: Path,
+    checkpoint: int,
+    *,
+    t5: int = T5_FEATURES,
+    clip: int = CLIP_FEATURES,
+) -> tuple[list[str], list[str]]:
+    """(problems, notes): what certainly does not fit, and what may not.
+
+    checkpoint: bytes of one. Caches that hold something already are left out, as nobody knows what
+    of them is missing.
+    """
+    wanted = [
+        (config.output_dir / "checkpoint", checkpoint * (_checkpoints(config) + 1), "checkpoints")
+    ]
+    for dataset in datasets:
+        latents, texts = cache_bytes(config, dataset, t5, clip)
+        wanted += [
+            (dataset.cache_dir_vae / "x", latents, "latents"),
+            (text_cache / "x", texts, "text embeddings"),
+        ]
+    problems, notes = [], []
+    # one checkpoint is written whole before an older one goes, and the LoRA beside it
+    least = checkpoint + checkpoint // 4
+    if (free := free_bytes(wanted[0][0])) < least:
+        problems.append(
+            f"{config.output_dir}: a checkpoint takes {_gb(least)}, and its disk has "
+            f"{_gb(free)} left: make room, or set "
+            'another "output_dir"'
+        )
+    by_disk: dict[int, list[tuple[Path, int, str]]] = {}
+    for path, size, what in wanted:
+        parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+        if size and not (
+            what != "checkpoints" and path.parent.is_dir() and any(path.parent.iterdir())
+        ):
+            by_disk.setdefault(parent.stat().st_dev, []).append((path, size, what))
+    for parts in by_disk.values():
+        total, free = sum(size for _, size, _ in parts), free_bytes(parts[0][0])
+        if free < total and not problems:
+            sums = {
+                what: sum(size for _, size, each in parts if each == what) for _, _, what in parts
+            }
+            told = ", ".join(f"{what} {_gb(size)}" for what, size in sums.items())
+            notes.append(
+                f"the disk of {parts[0][0].parent} has {_gb(free)} left, and this run may take "
+                f"{_gb(total)} ({told})"
+            )
+    return problems, notes
+
+
+def _checkpoints(config: TrainConfig) -> int:
+    """How many checkpoints lie side by side at the most."""
+    if not config.checkpoint_step_interval:
+        return 1
+    if not config.max_train_steps:
+        return config.checkpoints_total_limit
+    return min(
+        config.checkpoints_total_limit,
+        -(-config.max_train_steps // config.checkpoint_step_interval),
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

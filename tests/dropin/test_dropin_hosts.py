@@ -1,0 +1,91 @@
+"""The three layouts, with LoRA by PEFT and by forward replacement, checkpointed or not, beside the
+same hosts left alone.
+"""
+
+import pytest
+import torch
+from dropin_hosts import (
+    Flux,
+    OlderFlux,
+    assert_equal,
+    diffusers_host,
+    inject_peft,
+    pair,
+    replace_forwards,
+)
+
+import fluxfast
+from support import make_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_inputs(2, 3, 5, guidance=False)
+
+
+HOSTS = {
+    "diffusers": (diffusers_host, ("FluxTransformerBlock", "FluxSingleTransformerBlock")),
+    "concatenated": (OlderFlux, ("FluxTransformerBlock", "FluxSingleTransformerBlock")),
+    "bfl": (Flux, ("DoubleStreamBlock", "SingleStreamBlock")),
+}
+
+
+@pytest.mark.parametrize("layout", HOSTS)
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_lora_by_forward_replacement(inputs, layout, before, checkpointed):
+    make, names = HOSTS[layout]
+    torch.manual_seed(0)
+    host, ours = pair(lambda: make().requires_grad_(False))
+    networks = {}
+    if before:
+        fluxfast.accelerate(ours)
+    for model in (host, ours):
+        networks[id(model)] = replace_forwards(model, names)
+        model.train()
+        if checkpointed:
+            checkpoint_host(model)
+    report = fluxfast.accelerate(ours)
+    assert report.layout == layout and report.count("module") == len(report.linears)
+    assert_equal(
+        host, ours, inputs, trained=lambda model: dict(networks[id(model)].named_parameters())
+    )
+
+
+def checkpoint_host(model):
+    if isinstance(model, Flux):
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.gradient_checkpointing = True
+    elif isinstance(model, OlderFlux):
+        model.checkpointing = True
+    else:
+        model.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "bfl"])
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("variant", ["plain", "per_sample", "mask"])
+def test_other_layouts(inputs, layout, checkpointed, variant):
+    torch.manual_seed(0)
+    host, ours = pair(lambda: HOSTS[layout][0]().requires_grad_(False))
+    more = {}
+    for model in (host, ours):
+        inject_peft(model)
+        model.per_sample = variant == "per_sample"
+        model.train()
+        if checkpointed:
+            checkpoint_host(model)
+    report = fluxfast.accelerate(ours)
+    assert report.layout == layout and all(block.fused for block in report.blocks)
+    if variant == "mask":
+        keep = torch.ones(2, 7)
+        keep[0, 3:] = 0
+        more = {"txt_attention_mask": keep}
+        if layout == "concatenated":
+            hidden = torch.nn.functional.pad(keep, (0, 15), value=1.0)[:, None, None] == 0
+            more = {"attention_mask": torch.zeros(2, 1, 1, 22).masked_fill(hidden, -1e9)}
+    assert_equal(host, ours, inputs | more)
+    fluxfast.restore(ours)
+    assert type(next(iter(ours.children()))) is type(next(iter(host.children())))
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs | more), host(**inputs | more))
