@@ -99,7 +99,7 @@ def prepare_worker(cache: str) -> None:
 
 def variants_of(op: str) -> dict[Task, Any]:
     """In a worker: an op's AotVariants."""
-    variants = importlib.import_module(f"fluxfast_kernels.{op}").AOT_VARIANTS
+    variants = importlib.import_module(f"fluxfast_kernels.{op}").aot_variants()
     found = {Task(op, v.name, target): v for v in variants for target in v.targets}
     assert len(found) == sum(len(v.targets) for v in variants), (
         f"two variants of {op} have the same name"

@@ -11,27 +11,22 @@ next to nothing.
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.table import Table
 
-import fluxfast_kernels
-from fluxfast.ops import dispatch
+from fluxfast.ops.device import pretend
 from fluxfast_bench import results
 from fluxfast_bench.cases import Shape
 from fluxfast_bench.conditions import conditions
 from fluxfast_bench.contestants import Setup
-from fluxfast_bench.meta_step import resolve_on_gpu
 from fluxfast_bench.options import chosen, wide_console
 from fluxfast_bench.runner import Runner
 from fluxfast_bench.worker import CONTESTANTS
@@ -43,30 +38,13 @@ SIDE, TXT, RANK = 2, 4, 16
 WARM_STEPS, STEPS = 2, 15
 
 
-# functions, not Mocks, whose calls would take longer than what is measured
-def _no_launch(*args: Any, **numbers: Any) -> None:
-    return None
+def no_launch(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
+    """In the place of a launch: what is measured is the way to it."""
 
 
-def _hopper(device: torch.device) -> str:
-    return "sm_90"
-
-
-@contextmanager
-def launches_nothing() -> Iterator[None]:
-    """Our ops run on CPU tensors as they would on a GPU, up to the launch."""
-    # all of them before anything is patched: one that is imported later would take what is patched
-    # for its own
-    names = [module.name for module in pkgutil.iter_modules(fluxfast_kernels.__path__)]
-    modules = [importlib.import_module(f"fluxfast_kernels.{name}") for name in names]
-    with ExitStack() as patches:
-        for module in modules:
-            if hasattr(module, "launch"):
-                patches.enter_context(mock.patch.object(module, "launch", _no_launch))
-            if hasattr(module, "arch_key"):
-                patches.enter_context(mock.patch.object(module, "arch_key", _hopper))
-        patches.enter_context(mock.patch.object(dispatch, "resolve", resolve_on_gpu))
-        yield
+def launches_nothing() -> AbstractContextManager[None]:
+    """Our ops run on CPU tensors as they would on a Hopper GPU, up to the launch."""
+    return pretend("sm_90", no_launch)
 
 
 def measure(name: str, recompute: str) -> dict[str, Any]:

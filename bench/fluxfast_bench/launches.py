@@ -14,6 +14,7 @@ import importlib
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class Launch:
         return f"{self.kernel}({', '.join(told)})"
 
 
-def launch_of(kernel: Any, args: tuple[Any, ...], numbers: dict[str, Any]) -> Launch:
+def launch_of(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> Launch:
     """What `fluxfast_kernels._launch.launch` was called with."""
     params = zip(kernel.params, args, strict=False)
     told = tuple(

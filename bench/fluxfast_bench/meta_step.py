@@ -10,22 +10,18 @@ CUDA, autograd aborts on them.)
 from __future__ import annotations
 
 import contextlib
-import importlib
-import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-import fluxfast_kernels
 from fluxfast.adapters.lora import add_lora
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.ops import attention, dispatch
+from fluxfast.ops.device import OnLaunch, pretend
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import KEPT
@@ -33,10 +29,6 @@ from fluxfast_bench.cases import Shape, model_inputs
 from fluxfast_bench.contestants import TARGETS
 from fluxfast_bench.launches import Launch, launch_of
 from fluxfast_bench.ours import ready
-
-# a kernel, its arguments in order, its launch numbers
-OnLaunch = Callable[[Any, tuple[Any, ...], Any], None]
-
 
 # the reference workload's adapters, on every linear of the blocks
 RANK = 16
@@ -173,40 +165,24 @@ def _one_rms_norm(
     return _RmsNorm.apply(x, weight)
 
 
-def resolve_on_gpu(
-    op: str,
-    impl: str,
-    tensors: Any,
-    *,
-    obstacle: str | None = None,
-    native_obstacle: str | None = None,
-    **_: Any,
-) -> str:
-    return "ref" if impl == "ref" or obstacle else "triton"
-
-
 @contextlib.contextmanager
 def as_on_gpu(on_launch: OnLaunch, target: str = "sm_90") -> Iterator[None]:
-    """Meta tensors stand for a GPU's; `on_launch` hears of each kernel that a Triton launcher
-    launches for that target.
-    """
-    from fluxfast_kernels import _launch
+    """Meta tensors stand for a GPU's; `on_launch` hears of each of our kernels' launches.
 
-    for module in pkgutil.iter_modules(fluxfast_kernels.__path__):
-        # at its first import, a module records its own variants
-        importlib.import_module(f"fluxfast_kernels.{module.name}")
+    diffusers' own model, which stands beside ours, calls attention and RMSNorm through torch, and
+    torch takes both apart on meta tensors. So torch's two functions are exchanged meanwhile for
+    what a GPU would run: flash attention, and one kernel each way. (A TorchFunctionMode would not
+    do: it does not reach the thread in which checkpoints are recomputed.)
+    """
     functional = torch.nn.functional
-    with (
-        # torch knows no autocast of meta tensors, not even that it is off
-        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
-        mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
-        mock.patch.object(functional, "rms_norm", _one_rms_norm),
-        mock.patch.object(dispatch, "resolve", resolve_on_gpu),
-        mock.patch.object(attention, "_automatic", return_value="flash"),
-        mock.patch.object(_launch, "_record", on_launch),
-        mock.patch.object(_launch, "_aot_target", target),
-    ):
-        yield
+    before = functional.scaled_dot_product_attention, functional.rms_norm
+    functional.scaled_dot_product_attention = _flash_attention
+    functional.rms_norm = _one_rms_norm  # type: ignore[assignment]
+    try:
+        with pretend(target, on_launch):
+            yield
+    finally:
+        functional.scaled_dot_product_attention, functional.rms_norm = before
 
 
 def recorded(run: Callable[[], object], target: str = "sm_90") -> Counter[Launch]:

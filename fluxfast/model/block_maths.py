@@ -36,6 +36,7 @@ from fluxfast.model.residency import resident
 from fluxfast.model.single_block import SingleBlock
 from fluxfast.model.tape import OPS, Reads, Run, factors_of, norm_weights, read_groups, seed_for
 from fluxfast.ops import attention, dispatch, verdicts
+from fluxfast.ops.device import autocast_dtype
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
@@ -51,7 +52,7 @@ def arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
     and worse.
     """
     device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_dtype(device)
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast
     return (torch.float32 if device == "cpu" and dtype.itemsize < 4 else dtype), autocast
 

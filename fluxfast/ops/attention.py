@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import attention_native, verdicts
+from fluxfast.ops import attention_native, device, verdicts
 from fluxfast.ops.tensors import own_dtypes
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
@@ -40,10 +40,13 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
         )
     what = checked_as(mask is not None)
     if backend == "auto":
+        if q.is_meta and device.pretending():
+            # cuDNN, which a real one may prefer, can't be asked without one
+            return "flash"
         if q.device.type == "cpu":
             obstacle = attention_native.obstacle(q, mask is not None)
             return _on_cpu(q.dtype, obstacle, verdicts.ways_failed(what))
-        capability = _capability(q)
+        capability = device.generation(q.device)
         return _automatic(
             q.device.type,
             q.dtype,
@@ -78,13 +81,6 @@ def checked_as(masked: bool) -> str:
     return "masked attention" if masked else "attention"
 
 
-def _capability(q: Tensor) -> int:
-    # fake tensors have a device, but there may be none to ask
-    if q.device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return 0
-    return torch.cuda.get_device_capability(q.device)[0]
-
-
 @functools.cache
 def _on_cpu(dtype: torch.dtype, obstacle: str | None, failed: frozenset[str]) -> str:
     if dtype == torch.float64:
@@ -100,7 +96,7 @@ def _on_cpu(dtype: torch.dtype, obstacle: str | None, failed: frozenset[str]) ->
 
 @functools.cache
 def _automatic(
-    device: str,
+    device_type: str,
     dtype: torch.dtype,
     head_dim: int,
     masked: bool,
@@ -108,8 +104,8 @@ def _automatic(
     failed: frozenset[str],
 ) -> str:
     any_call = ("efficient", "it takes every call")
-    if device != "cuda":
-        choices = [("ref", f"tensors on {device}")]
+    if device_type != "cuda":
+        choices = [("ref", f"tensors on {device_type}")]
     elif dtype not in _HALF or head_dim % 8:
         choices = [("efficient", f"{dtype}, heads of {head_dim}")]
     else:

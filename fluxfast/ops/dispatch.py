@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import verdicts
+from fluxfast.ops.device import pretending
 
 try:
     import fluxfast._C as native  # noqa: F401
@@ -58,6 +59,8 @@ def resolve(
         raise ValueError(f"{op}: impl must be 'auto', 'triton', 'native' or 'ref', not {impl!r}")
     if impl == "ref":
         return "ref"
+    if pretending():
+        return "triton" if obstacle is None else "ref"
     wanted: Backend = typing.cast(Backend, impl)
     if impl == "auto":
         wanted = "triton" if tensors[0].is_cuda else "native"

@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fluxfast.ops.device import autocast_dtype
+
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
@@ -37,7 +39,7 @@ def own_dtypes(backward: _Backward) -> _Backward:
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
         device = grads[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if autocast_dtype(device) is None:
             return backward(ctx, *grads)
         with torch.autocast(device, enabled=False):
             return backward(ctx, *grads)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fluxfast.ops.device import autocast_dtype
 from fluxfast.quant import FORMATS, Format, QuantWeight
 from fluxfast.quant.format import Shape
 
@@ -144,9 +145,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] to [..., out] in its dtype, or in autocast's where that is on."""
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
+        if (dtype := autocast_dtype(input.device.type)) is not None:
+            input = input.to(dtype)
         return quant_linear(input, self.packed(), self.bias)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ nothing, and what it would have launched is the variant. So the two cannot drift
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -185,11 +185,12 @@ def _arch_of(index: int) -> str:
 
 
 def arch_key(device: torch.device) -> str:
-    """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU; for meta,
-    the recorded target.
+    """A launch table's key for a device: "sm_90", "gfx942"; "default" where it is no GPU.
+
+    Inside `pretend`, every device has the key of the GPU that it stands for.
     """
-    if device.type == "meta":
-        return _aot_target
+    if _pretence is not None:
+        return _pretence.arch
     # a fake tensor may say "cuda" where there is none
     if device.type != "cuda" or not torch.cuda.is_available():
         return "default"
@@ -233,21 +234,52 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: Any) -> None:
-    """Launches `kernel` on the GPU that its tensors are on; on meta tensors, records the variant
-    that it would be.
+# a kernel, its arguments in order, and its launch numbers
+OnLaunch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Pretence:
+    """The architecture that tensors stand for, and who hears of launches in place of a GPU."""
+
+    arch: str
+    on_launch: OnLaunch
+
+
+_pretence: _Pretence | None = None
+
+
+@contextlib.contextmanager
+def pretend(arch: str, on_launch: OnLaunch) -> Iterator[None]:
+    """Inside, tensors stand for tensors on a GPU of `arch`, and a launch only calls `on_launch`.
+
+    arch: a key of the launch tables, such as "sm_90". Meta tensors take no memory; tensors on the
+    CPU keep whatever values they had, since no kernel writes to them. It holds for all threads of
+    the process.
     """
-    tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    if tensor.is_meta:
-        _record(kernel, args, numbers)
+    global _pretence
+    before = _pretence
+    _pretence = _Pretence(arch, on_launch)
+    try:
+        yield
+    finally:
+        _pretence = before
+
+
+def pretending() -> bool:
+    """Whether the caller is inside `pretend`."""
+    return _pretence is not None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: Any) -> None:
+    """Launches `kernel` on the GPU that its tensors are on; inside `pretend`, nothing runs."""
+    if _pretence is not None:
+        _pretence.on_launch(kernel, args, numbers)
         return
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
     with on_device(tensor):
         kernel[grid](*args, **numbers)
 
-
-# the target that meta tensors stand for, and the variants recorded for it
-_aot_target = ""
-_aot_recorded: list[AotVariant] = []
 
 _TRITON_TYPES = {
     torch.float32: "fp32",
@@ -261,8 +293,13 @@ _TRITON_TYPES = {
 }
 
 
-def _record(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
-    """Specialises as Triton's JIT does: an absent pointer and an integer that is 1 are constants."""
+def variant_of(
+    kernel: Any, args: Sequence[Any], numbers: Mapping[str, Any], target: str
+) -> AotVariant:
+    """The variant that Triton's JIT would make of a launch for a key of AOT_TARGETS.
+
+    As there, an absent pointer and an integer that is 1 become constants.
+    """
     options = {k: v for k, v in numbers.items() if k in ("num_warps", "num_stages")}
     signature, divisible = {}, []
     constexprs = {k: v for k, v in numbers.items() if k not in options}
@@ -278,33 +315,33 @@ def _record(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> N
             signature[param.name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
             if arg % 16 == 0 and not fixed:
                 divisible.append(param.name)
-    _aot_recorded.append(
-        AotVariant(
-            kernel.__name__,
-            kernel,
-            signature,
-            constexprs,
-            divisible=tuple(divisible),
-            targets=(_aot_target,),
-            **options,
-        )
+    return AotVariant(
+        kernel.__name__.removesuffix("_kernel"),
+        kernel,
+        signature,
+        constexprs,
+        divisible=tuple(divisible),
+        targets=(target,),
+        **options,
     )
 
 
 def record_variants(cases: Iterable[AotCase]) -> list[AotVariant]:
-    """The variants that launchers would launch on each target.
+    """The variants that launchers, called on meta tensors, would launch on each target.
 
     None under the interpreter, which compiles nothing.
     """
-    global _aot_target
     variants: list[AotVariant] = []
     if interpreted():
         return variants
     for name, call, targets in cases:
-        for _aot_target in targets:
-            call()
-            variants += [
-                replace(v, name=f"{v.name.removesuffix('_kernel')}-{name}") for v in _aot_recorded
-            ]
-            _aot_recorded.clear()
+        for target in targets:
+            found: list[AotVariant] = []
+
+            def record(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
+                found.append(variant_of(kernel, args, numbers, target))  # noqa: B023
+
+            with pretend(target, record):
+                call()
+            variants += [replace(variant, name=f"{variant.name}-{name}") for variant in found]
     return variants

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, cdiv, record_variants
+from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, record_variants
 from fluxfast_kernels.dequant_rows import decoder_cases, launch_decoder, row_and_block, store_row
 
 GROUP = tl.constexpr(16)
@@ -94,4 +94,6 @@ def _aot_cases() -> Iterator[AotCase]:
         yield from decoder_cases(dequant_int2, parts, (3072, cols))
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

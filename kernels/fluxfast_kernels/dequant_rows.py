@@ -21,6 +21,7 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     AotCase,
+    AotVariant,
     arch_key,
     cdiv,
     interpreted,
@@ -171,4 +172,6 @@ def _aot_cases() -> Iterator[AotCase]:
             yield from (case for case in cases if not case[0].endswith(name.removesuffix("-")))
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

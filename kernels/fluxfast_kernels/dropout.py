@@ -15,6 +15,7 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     AotCase,
+    AotVariant,
     arch_key,
     cdiv,
     launch,
@@ -62,4 +63,6 @@ def _aot_cases() -> Iterator[AotCase]:
         )
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

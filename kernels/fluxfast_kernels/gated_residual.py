@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AotCase,
+    AotVariant,
+    arch_key,
+    cdiv,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,
@@ -183,4 +191,6 @@ def _aot_cases() -> Iterator[AotCase]:
             yield f"{name}-{out}-dgate", partial(bwd, x, gate, x), targets_of(out)
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, arch_key, cdiv, launch, record_variants, row_numbers
+from fluxfast_kernels._launch import (
+    AotCase,
+    AotVariant,
+    arch_key,
+    cdiv,
+    launch,
+    record_variants,
+    row_numbers,
+)
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,
@@ -201,4 +209,6 @@ def _aot_cases() -> Iterator[AotCase]:
             )
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -25,6 +25,7 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     AotCase,
+    AotVariant,
     LaunchTable,
     cdiv,
     launch,
@@ -45,8 +46,8 @@ from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
 from fluxfast_kernels.row_quant import check_rows
 
 __all__ = [
-    "AOT_VARIANTS",
     "Segments",
+    "aot_variants",
     "lora_da",
     "lora_db",
     "lora_down",
@@ -472,4 +473,6 @@ def _aot_cases() -> Iterator[AotCase]:
     )
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -27,6 +27,7 @@ from fluxfast_kernels._launch import (
     AOT_TARGETS,
     OPTIM_LAUNCH,
     AotCase,
+    AotVariant,
     cdiv,
     launch,
     launch_numbers,
@@ -242,4 +243,6 @@ def _aot_cases() -> Iterator[AotCase]:
             yield name if aligned else f"{name}-unaligned", update, tuple(AOT_TARGETS)
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

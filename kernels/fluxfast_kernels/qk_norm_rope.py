@@ -32,6 +32,7 @@ from fluxfast_kernels._launch import (
     AOT_TARGETS,
     HEAD_LAUNCH,
     AotCase,
+    AotVariant,
     cdiv,
     launch,
     launch_numbers,
@@ -364,4 +365,6 @@ def _aot_cases() -> Iterator[AotCase]:
             yield f"{name}-{case}-inputs", partial(backward, qkv=qkv, txt_qkv=txt_qkv), targets
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -30,6 +30,7 @@ from fluxfast_kernels._launch import (
     AOT_TARGETS,
     E4M3_TARGETS,
     AotCase,
+    AotVariant,
     LaunchTable,
     cdiv,
     launch,
@@ -39,8 +40,8 @@ from fluxfast_kernels._launch import (
 from fluxfast_kernels._matmul import Segments, make_segments, matmul
 
 __all__ = [
-    "AOT_VARIANTS",
     "Segments",
+    "aot_variants",
     "dgrad_transposes",
     "make_segments",
     "quant_matmul",
@@ -209,4 +210,6 @@ def _aot_cases() -> Iterator[AotCase]:
     yield "codes", partial(transpose_codes, meta(n, d, dtype=torch.int8)), tuple(AOT_TARGETS)
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -17,6 +17,7 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     AotCase,
+    AotVariant,
     arch_key,
     cdiv,
     launch,
@@ -224,4 +225,6 @@ def _aot_cases() -> Iterator[AotCase]:
         yield f"int2-{name}", partial(int2, weight, *parts), tuple(AOT_TARGETS)
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -13,6 +13,7 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     AotCase,
+    AotVariant,
     arch_key,
     launch,
     record_variants,
@@ -84,4 +85,6 @@ def _aot_cases() -> Iterator[AotCase]:
         yield f"bf16-{cols}", partial(quantize_e4m3, weight), tuple(AOT_TARGETS)
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -20,6 +20,7 @@ from fluxfast_kernels._launch import (
     AOT_TARGETS,
     E4M3_TARGETS,
     AotCase,
+    AotVariant,
     arch_key,
     interpreted,
     launch,
@@ -157,4 +158,6 @@ def _aot_cases() -> Iterator[AotCase]:
             )
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

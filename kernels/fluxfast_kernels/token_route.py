@@ -22,6 +22,7 @@ from torch import Tensor
 from fluxfast_kernels._launch import (
     AOT_TARGETS,
     AotCase,
+    AotVariant,
     arch_key,
     launch,
     record_variants,
@@ -142,4 +143,6 @@ def _aot_cases() -> Iterator[AotCase]:
         yield f"{name}-zeros_into", partial(token_scatter, x, None, inverse), targets
 
 
-AOT_VARIANTS = record_variants(_aot_cases())
+def aot_variants() -> list[AotVariant]:
+    """The variants that `fluxfast-bench aot` compiles."""
+    return record_variants(_aot_cases())

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-import fluxfast_kernels.gelu as kernels
+from fluxfast.ops import device
 from fluxfast.ops.gelu import gelu
 from fluxfast_bench import host
 from fluxfast_bench.cases import Shape
 from fluxfast_bench.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of
+from fluxfast_kernels import _launch
 
 
 def counted_launches():
@@ -25,9 +26,7 @@ def test_a_record(monkeypatch, name):
     monkeypatch.setattr(host, "STEPS", 1)
     monkeypatch.setattr(host, "WARM_STEPS", 0)
     launches = []
-    monkeypatch.setattr(
-        host, "_no_launch", lambda kernel, *args, **numbers: launches.append(kernel)
-    )
+    monkeypatch.setattr(host, "no_launch", lambda kernel, args, numbers: launches.append(kernel))
     record = host.measure(name, "full")
     assert record["contestant"] == f"{name}:full" and record["ours"] == (name != "diffusers")
     assert record["seconds"] == pytest.approx(
@@ -36,10 +35,26 @@ def test_a_record(monkeypatch, name):
     assert len(launches) == (counted_launches() if record["ours"] else 0)
 
 
-def test_launches_come_back():
-    before, x = kernels.launch, torch.randn(3, 64)
+def test_nothing_runs_inside_and_everything_after():
+    x = torch.randn(3, 64)
+    truth = torch.nn.functional.gelu(x, approximate="tanh")
     with host.launches_nothing():
-        assert kernels.launch is not before
-        assert gelu(x).shape == x.shape
-    assert kernels.launch is before
-    assert torch.allclose(gelu(x), torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
+        assert device.pretending() and _launch.arch_key(x.device) == "sm_90"
+        y = gelu(x)
+        assert y.shape == x.shape and not torch.allclose(y, truth, atol=1e-6)
+    assert not device.pretending() and _launch.arch_key(x.device) == "default"
+    assert torch.allclose(gelu(x), truth, atol=1e-6)
+
+
+def test_one_pretence_inside_another():
+    heard = []
+
+    def hear(arch):
+        return lambda kernel, args, numbers: heard.append(arch)
+
+    x = torch.empty(3, 64, device="meta")
+    with device.pretend("sm_90", hear("sm_90")):
+        with device.pretend("gfx942", hear("gfx942")):
+            gelu(x)
+        gelu(x)
+    assert heard == ["gfx942", "sm_90"]

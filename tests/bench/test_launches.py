@@ -36,7 +36,7 @@ for format, compute in ((None, "same"), ("int8", "int8"), ("nf4", "int8")):
 
 meta = torch.empty(1, 64, 12288, dtype=torch.bfloat16, device="meta")
 (launch,) = recorded(lambda: gelu.gelu_fwd(meta, out="int8"))
-(variant,) = [v for v in gelu.AOT_VARIANTS if v.targets == ("sm_90",) and v.name == "gelu_fwd-bfloat16-int8"]
+(variant,) = [v for v in gelu.aot_variants() if v.targets == ("sm_90",) and v.name == "gelu_fwd-bfloat16-int8"]
 mock_gpu.activate("sm_90")
 jit = compiled(launch)
 broken = compile_launch(type(launch)(launch.module, launch.kernel, launch.args[1:], launch.numbers))

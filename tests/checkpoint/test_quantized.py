@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bfl_reference import BflFlux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bfl_reference import BflFlux
 from fluxfast import FluxTransformer
 from fluxfast.checkpoint import naming, quantized, writer
 from fluxfast.checkpoint.flux import open_folder, open_single_file

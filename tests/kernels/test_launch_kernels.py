@@ -56,7 +56,7 @@ def step(tokens, text):
     qk_norm_rope_bwd(out.q, out.k, out.v, out.rstd, weights, table, table, s_txt=text, q=out.q, k=out.k, index=index)
 
 ops = ("row_quant", "modulated_layer_norm", "qk_norm_rope", "gelu", "gated_residual", "token_route", "optim")
-variants = {op: [(v.name, v.targets) for v in importlib.import_module(f"fluxfast_kernels.{op}").AOT_VARIANTS] for op in ops}
+variants = {op: [(v.name, v.targets) for v in importlib.import_module(f"fluxfast_kernels.{op}").aot_variants()] for op in ops}
 counts = [(1, 512), (63, 17), (1000, 512), (1024, 512), (4096, 1)]
 steps = [_launch.record_variants([("", lambda: step(*count), ("sm_90",))]) for count in counts]
 plain = [[(v.name, dict(v.signature), sorted(v.constexprs.items(), key=str), v.divisible) for v in s] for s in steps]

@@ -1,0 +1,75 @@
+"""What a device can do, asked in one place; and a GPU that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+# compute capabilities of NVIDIA GPUs from which tensor cores multiply codes of a kind
+LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
+
+# a kernel, its arguments in order, and its launch numbers
+OnLaunch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
+
+_pretending = False
+
+
+def multiplies(compute: str, device: torch.device) -> bool:
+    """Whether a device has matrix products of "same", "int8" or "e4m3" in hardware.
+
+    On a CPU, 8-bit products are emulated where they are asked for, so the answer is yes.
+    """
+    if compute == "same" or device.type != "cuda":
+        return True
+    if torch.version.hip is not None:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return compute == "int8" or architecture.startswith("gfx94")
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY[compute]
+
+
+def generation(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU; 0 for everything else.
+
+    It is 0, too, for a fake tensor's "cuda" where there is no GPU to ask.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast has chosen on a type of device; None where autocast is off.
+
+    torch knows no autocast of meta tensors, not even that it is off.
+    """
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+@contextlib.contextmanager
+def pretend(arch: str, on_launch: OnLaunch) -> Iterator[None]:
+    """Inside, tensors on the CPU or on meta stand for tensors on a GPU of that architecture.
+
+    All ops choose as on that GPU: Triton's kernels, flash attention. A launch runs nothing and
+    calls `on_launch(kernel, args, numbers)` instead. With meta tensors a whole training step of the
+    full model can be counted or measured so, without memory; with tensors on the CPU, what Python
+    takes for it. arch: a key of the kernels' launch tables, such as "sm_90" or "gfx942".
+    """
+    from fluxfast_kernels import _launch
+
+    global _pretending
+    before, _pretending = _pretending, True
+    try:
+        with _launch.pretend(arch, on_launch):
+            yield
+    finally:
+        _pretending = before
+
+
+def pretending() -> bool:
+    """Whether the caller is inside `pretend`."""
+    return _pretending
