@@ -17,7 +17,9 @@ from torch.nn import functional
 from fluxfast.ops.attention import attention, attention_ref
 from fluxfast.ops.gated_residual import gated_residual, gated_residual_ref
 from fluxfast.ops.gelu import gelu, gelu_ref
-from fluxfast.ops.linear.lora_linear import Adapter, LinearParams, lora_linear, lora_linear_ref
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.group import LinearParams, loras_of
+from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_ref
 from fluxfast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from fluxfast.ops.row_quant import row_quant
@@ -168,7 +170,7 @@ def _linears(tensors: Sequence[Tensor]) -> list[LinearParams]:
     factors, weights = tensors[:6], tensors[6:]
     return [
         LinearParams(
-            weights[2 * i], weights[2 * i + 1], (Adapter(factors[2 * i], factors[2 * i + 1], 1.0),)
+            weights[2 * i], weights[2 * i + 1], (Lora(factors[2 * i], factors[2 * i + 1], 1.0),)
         )
         for i in range(3)
     ]
@@ -176,7 +178,8 @@ def _linears(tensors: Sequence[Tensor]) -> list[LinearParams]:
 
 def _eager_linear(x: Tensor, *tensors: Tensor) -> Tensor:
     outs = []
-    for weight, bias, ((a, b, scale, _),) in _linears(tensors):
+    for linear in _linears(tensors):
+        weight, bias, ((a, b, scale, _),) = linear.weight, linear.bias, loras_of(linear)
         assert isinstance(weight, Tensor)
         outs.append(
             functional.linear(x, weight, bias)

@@ -33,7 +33,8 @@ from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, seconds_of, ways
 from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.model.linear import StoredWeight
 from fluxfast.ops import dispatch, row_quant, verdicts
-from fluxfast.ops.linear.group import Adapter, LinearGroup, LinearParams
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.group import LinearGroup, LinearParams, loras_of
 from fluxfast.ops.linear.lora_linear import input_form
 from fluxfast.quant import FORMATS, Format, QuantWeight
 
@@ -78,7 +79,7 @@ def make_group(
             randn(scope.rank, cols, scale=cols**-0.5),
             randn(rows, scope.rank, scale=scope.rank**-0.5),
         )
-        adapter = Adapter(a.to(adapter_dtype), b.to(adapter_dtype), scale)
+        adapter = Lora(a.to(adapter_dtype), b.to(adapter_dtype), scale)
         linears.append(LinearParams(weight, randn(rows), (adapter,)))
     return linears
 
@@ -105,7 +106,7 @@ def _widened(linears: list[LinearParams], dtype: torch.dtype) -> list[LinearPara
             weight=widened(p.weight, dtype) if isinstance(p.weight, Tensor) else p.weight,
             bias=None if p.bias is None else widened(p.bias, dtype),
             adapters=tuple(
-                a._replace(a=widened(a.a, dtype), b=widened(a.b, dtype)) for a in p.adapters
+                a.with_tensors([widened(t, dtype) for t in a.tensors]) for a in p.adapters
             ),
         )
         for p in linears
@@ -137,7 +138,7 @@ def _products(
     return found
 
 
-def _named_grads(grads: list[tuple[Tensor, Tensor]]) -> Named:
+def _named_grads(grads: list[tuple[Tensor, ...]]) -> Named:
     return {
         f"d{name} {i}": grad
         for i, pair in enumerate(grads)
@@ -229,7 +230,8 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
     # what a scale that isn't 1 changes is checked here, too
     plain = make_group(scope, PLAIN, cols, outs, 0.5)
     dropped = [
-        lin._replace(adapters=tuple(a._replace(dropout=p) for a in lin.adapters)) for lin in plain
+        lin._replace(adapters=tuple(lora._replace(dropout=p) for lora in loras_of(lin)))
+        for lin in plain
     ]
     x, dy = _inputs(scope, tokens, cols, sum(outs))
     wide, tolerance = (
@@ -240,13 +242,13 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
         actual = _products(dropped, x, dy, impl, compute=compute, dropout_seed=seed)
         # drawn as forward and backward draw it
         group = LinearGroup(dropped, x.dtype, impl=impl, dropout_seed=seed)
-        mask = widened(group._dropped(torch.ones_like(x), p), wide)
+        mask = widened(group.dropped(torch.ones_like(x), p), wide)
         linears, wx, wdy = _widened(plain, wide), widened(x, wide), widened(dy, wide)
         bare = [lin._replace(adapters=()) for lin in linears]
         expected, column = _products(bare, wx, wdy, "ref", compute=compute), 0
         y = expected["y"].split(outs, dim=1)
         for i, lin in enumerate(linears):
-            a, b, scale, _ = lin.adapters[0]
+            a, b, scale, _ = loras_of(lin)[0]
             d = wdy[:, column : column + outs[i]]
             column += outs[i]
             s, ds = scale * (wx * mask) @ a.T, scale * d @ b

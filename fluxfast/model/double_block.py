@@ -34,7 +34,7 @@ from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.row_quant import RowOutput
 from fluxfast.ops.tensors import own_dtypes
 
-Grads = list[tuple[Tensor, Tensor]]
+Grads = list[tuple[Tensor, ...]]
 
 
 class _Stream:

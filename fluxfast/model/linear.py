@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
-from fluxfast.ops.linear.lora_linear import Adapter, LinearParams, lora_linear
+from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.group import LinearParams
+from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import QuantWeight
 from fluxfast.quant.linear import QuantLinear
@@ -200,7 +202,7 @@ def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         if p > 0 and not share_dropout:
             return f"adapter {name!r} has a dropout"
-        adapters.append(Adapter(a.weight, b.weight, scale, p))
+        adapters.append(Lora(a.weight, b.weight, scale, p))
     return base._replace(adapters=tuple(adapters))
 
 

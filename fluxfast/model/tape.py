@@ -35,6 +35,7 @@ from fluxfast.model.attention_module import norm_weight
 from fluxfast.model.linear import draw_seed, read_or_because
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops import attention, qk_norm_rope, row_quant
+from fluxfast.ops.linear.adapters import over_tensors, tensors_of
 from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput
 
@@ -135,7 +136,7 @@ def reads_again(ctx: Any, factors: Sequence[Tensor]) -> Reads:
     it = iter(factors)
     return [
         [
-            p._replace(adapters=tuple(old._replace(a=next(it), b=next(it)) for old in adapters))
+            p._replace(adapters=over_tensors(adapters, it))
             for p, adapters in zip(linears, of_group, strict=True)
         ]
         for linears, of_group in zip(reads, ctx.adapters, strict=True)
@@ -149,14 +150,8 @@ def seed_for(reads: Reads) -> int | None:
 
 
 def factors_of(reads: Reads) -> list[Tensor]:
-    """The adapters' tensors, a, b, a, b, …, in the order of the groups."""
-    return [
-        t
-        for linears in reads
-        for p in linears
-        for adapter in p.adapters
-        for t in (adapter.a, adapter.b)
-    ]
+    """The adapters' tensors, one adapter after the other, in the order of the groups."""
+    return [t for linears in reads for p in linears for t in tensors_of(p.adapters)]
 
 
 def norm_weights(*norms: Any, impl: str) -> Tensor:
@@ -272,5 +267,5 @@ def values_of(rows: RowOutput) -> Tensor:
     return rows.y
 
 
-def flat(grads: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Iterator[Tensor]:
-    return (grad for group in grads for pair in group for grad in pair)
+def flat(grads: Sequence[Sequence[tuple[Tensor, ...]]]) -> Iterator[Tensor]:
+    return (grad for group in grads for of_adapter in group for grad in of_adapter)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 
-from fluxfast.ops.linear.lora_linear import Adapter, LinearParams, lora_linear_ref
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.group import LinearParams
+from fluxfast.ops.linear.lora_linear import lora_linear_ref
 from fluxfast_kernels.lora_linear import (
     lora_da,
     lora_db,
@@ -63,7 +65,7 @@ def group(outs, ranks, k, m, dtype, seed=0):
         adapters = []
         for r in linear_ranks:
             a, b = draw(r, k, scale=k**-0.5).requires_grad_(), draw(n, r).requires_grad_()
-            adapters.append(Adapter(a, b, 0.25 * (1 + len(a_all) % 3)))
+            adapters.append(Lora(a, b, 0.25 * (1 + len(a_all) % 3)))
             a_all.append(a)
             scale_all += [adapters[-1].scale] * r
         linears.append(LinearParams(draw(n, k, scale=k**-0.5), draw(n), tuple(adapters)))

@@ -9,7 +9,8 @@ import torch
 from op_checks import TRITON_DEVICE
 from torch import Tensor
 
-from fluxfast.ops.linear.group import Adapter, LinearParams
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.ops.quant_matmul import CodedWeight
 from fluxfast.ops.row_quant import Quantized, row_quant_ref
@@ -42,7 +43,7 @@ def make_group(
     linears = []
     for i, (w, adapter_ranks) in enumerate(zip(weights, ranks, strict=True)):
         adapters = tuple(
-            Adapter(
+            Lora(
                 rand(r, n_in, scale=n_in**-0.5).requires_grad_(),
                 rand(len(w), r, scale=0.5).requires_grad_(),
                 0.25 * (1 + (i + j) % 3),

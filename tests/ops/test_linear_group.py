@@ -5,7 +5,8 @@ import torch
 from op_cases import needs_native
 
 from fluxfast.ops.linear import products_native
-from fluxfast.ops.linear.group import Adapter, LinearGroup, LinearParams
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.row_quant import RowOutput, row_quant_ref
 from support import for_thread_counts, relative_error
 
@@ -17,7 +18,7 @@ def linears(counts=(1, 0, 2), weight_dtype=torch.float32, dropout=0.0):
         return torch.randn(*shape, generator=g)
 
     def adapter():
-        return Adapter(randn(3, 24), randn(16, 3), 0.7, dropout)
+        return Lora(randn(3, 24), randn(16, 3), 0.7, dropout)
 
     return [
         LinearParams(randn(16, 24).to(weight_dtype), randn(16), tuple(adapter() for _ in range(n)))

@@ -8,7 +8,8 @@ from lora_cases import CASES, TOLERANCES, as_codes, check, device_of, expected, 
 from op_cases import every_impl
 
 from fluxfast.ops.linear import products_triton
-from fluxfast.ops.linear.group import Adapter, LinearGroup, LinearParams
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.quant_matmul import CodedWeight
 from fluxfast.ops.row_quant import Quantized, RowOutput, row_quant_ref
@@ -181,7 +182,7 @@ def test_mixed_storage_keeps_gradients_in_the_storage_dtype():
         LinearParams(
             linears[0].weight.float(),
             linears[0].bias.float(),
-            (Adapter(a.a.float(), a.b.float(), a.scale),),
+            (Lora(a.a.float(), a.b.float(), a.scale),),
         )
     ]
     # the storage type decides what the weights are; the arithmetic is fp32
@@ -210,7 +211,7 @@ def test_dropout(impl, compute):
     eye = torch.eye(32, device=device)
     linears = [
         LinearParams(
-            torch.zeros_like(eye), None, (Adapter(eye.clone().requires_grad_(), eye, 1.0, 0.25),)
+            torch.zeros_like(eye), None, (Lora(eye.clone().requires_grad_(), eye, 1.0, 0.25),)
         )
     ]
     x = torch.ones(9, 32, device=device, requires_grad=True)
@@ -264,7 +265,7 @@ def test_what_it_refuses():
         lora_linear(torch.randn(2, 5, dtype=torch.float64), linears)
     with pytest.raises(ValueError, match=r"expected A \[r, 4\] and B \[4, r\]"):
         lora_linear(
-            x, [linears[0]._replace(adapters=(Adapter(torch.zeros(2, 4), torch.zeros(4, 3), 1.0),))]
+            x, [linears[0]._replace(adapters=(Lora(torch.zeros(2, 4), torch.zeros(4, 3), 1.0),))]
         )
     with pytest.raises(ValueError, match="compute must be one of"):
         lora_linear(x, linears, compute="int4")

@@ -30,21 +30,11 @@ from torch import Tensor
 
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_native, products_torch, products_triton
+from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.products_torch import adjoining, stack
 from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput
 
 COMPUTE = ("same", *FORMATS)
-
-
-class Adapter(NamedTuple):
-    """One LoRA: A [r, in], B [out, r], the scale on their product (alpha / r), and the dropout on
-    its x.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout: float = 0.0
 
 
 class FrozenWeight(Protocol):
@@ -114,7 +104,9 @@ class LinearGroup:
         self.dropout_seed = dropout_seed
         self.outs = [p.weight.shape[0] for p in linears]
         self.adapters = [adapter for p in linears for adapter in p.adapters]
-        self._counts = [len(p.adapters) for p in linears]
+        self._loras = [loras_of(p) for p in linears]
+        self._counts = [len(loras) for loras in self._loras]
+        self.loras = [lora for loras in self._loras for lora in loras]
         self._products = products_triton if impl == "triton" else products_torch
         self._ready: _Weights | None = None
 
@@ -123,7 +115,12 @@ class LinearGroup:
         """What forward and backward want of x: the `out=` of the op that makes it."""
         if self.compute == "same" or self.outliers:
             return "same"
-        return f"both-{self.compute}" if self._drops else self.compute
+        return f"both-{self.compute}" if self._drops or self._beside else self.compute
+
+    @property
+    def _beside(self) -> bool:
+        """Whether there are adapters that the group doesn't fuse."""
+        return len(self.loras) < len(self.adapters)
 
     @property
     def _drops(self) -> bool:
@@ -156,7 +153,7 @@ class LinearGroup:
             self.impl == "native"
             and self.compute == "same"
             and not self._drops
-            and bool(self.adapters)
+            and bool(self.loras)
             and tokens >= wide
         )
 
@@ -164,17 +161,17 @@ class LinearGroup:
         """W + scale · B A of each linear, side by side."""
         scratch = torch.empty(sum(self.outs), weights[0].shape[1], dtype=self.dtype)
         rows = list(scratch.split_with_sizes(self.outs))
-        for p, weight, out in zip(self.linears, weights, rows, strict=True):
+        for loras, weight, out in zip(self._loras, weights, rows, strict=True):
             base = weight.to(self.dtype)
-            for adapter in p.adapters:
+            for lora in loras:
                 base = torch.addmm(
                     base,
-                    adapter.b.detach().to(self.dtype),
-                    adapter.a.detach().to(self.dtype),
-                    alpha=adapter.scale,
+                    lora.b.detach().to(self.dtype),
+                    lora.a.detach().to(self.dtype),
+                    alpha=lora.scale,
                     out=out,
                 )
-            if not p.adapters:
+            if not loras:
                 out.copy_(base)
         return rows
 
@@ -261,13 +258,15 @@ class LinearGroup:
         s = self._down(rows)
         weights, w_scales = self._weights(len(_present(rows)))
         biases = [None if p.bias is None else p.bias.detach() for p in self.linears]
-        b = [adapter.b.detach() for adapter in self.adapters]
+        b = [lora.b.detach() for lora in self.loras]
         up, counts, operand = s, self._counts, self._operand(rows)
         if self.outliers:
             operand, up, b, counts = self._apart(operand[0], s, weights, w_scales)
         self._products.wide(
             *operand, weights, w_scales, biases, up, b, counts, y.view(-1, y.shape[-1])
         )
+        for adapter, cols in self._others():
+            adapter.add_to(y.view(-1, y.shape[-1])[:, cols], self._seen_by(adapter, rows))
         return y, s
 
     def _apart(
@@ -284,12 +283,12 @@ class LinearGroup:
             impl=self.impl,
         )
         apart, columns, b, rank = x[:, largest], [], [], 0
-        for p, w, scale in zip(self.linears, weights, w_scales, strict=True):
-            width = sum(adapter.a.shape[0] for adapter in p.adapters)
+        for loras, w, scale in zip(self._loras, weights, w_scales, strict=True):
+            width = sum(lora.a.shape[0] for lora in loras)
             columns += [] if s is None else [s[:, rank : rank + width]]
             columns.append(apart)
             rank += width
-            b += [adapter.b.detach().to(self.dtype) for adapter in p.adapters]
+            b += [lora.b.detach().to(self.dtype) for lora in loras]
             b.append((w[:, largest].to(scale.dtype) * scale[:, None]).to(self.dtype))
         return (
             (codes.q, codes.scale),
@@ -311,18 +310,19 @@ class LinearGroup:
         codes: Sequence[tuple[int, Quantized]] = (),
         need_dx: bool = True,
         out: Tensor | None = None,
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """dx [..., K], written to `out` where given (None if not needed), and (dA, dB) of every
-        adapter, in order.
+    ) -> tuple[Tensor | None, list[tuple[Tensor, ...]]]:
+        """dx [..., K], written to `out` where given (None if not needed), and for every adapter, in
+        order, the gradients of its tensors.
 
         dy: values [..., N]; x in `form`, as forward had it. codes: where dy's producers quantised
         it with `fold()`, its codes, in parts that cover the columns in order, each with its first
         column and scales a row of its own.
         """
         d_rows = dy.reshape(-1, dy.shape[-1])
-        ds, grads = self._adapter_grads(d_rows, _rows(x), s)
+        rows = _rows(x)
+        ds, grads = self._adapter_grads(d_rows, rows, s)
         if not need_dx:
-            return None, grads
+            return None, self._all_grads(grads, d_rows, rows, None)
         parts: list[tuple[int, Tensor, Tensor | None]] = [(0, d_rows, None)]
         if self.compute != "same":
             if not codes:
@@ -338,7 +338,7 @@ class LinearGroup:
             else out
         )
         self._dgrad(parts, ds, dx.view(-1, width))
-        return dx, grads
+        return dx, self._all_grads(grads, d_rows, rows, dx.view(-1, width))
 
     def _dgrad(
         self, parts: Sequence[tuple[int, Tensor, Tensor | None]], ds: Tensor | None, dx: Tensor
@@ -348,15 +348,15 @@ class LinearGroup:
             weights = self._products.for_dgrad(weights, len(dx))
         whole = ds is not None and not self._drops
         for i, (col, part, scale) in enumerate(parts):
-            a = [adapter.a.detach() for adapter in self.adapters] if whole and i == 0 else []
+            a = [lora.a.detach() for lora in self.loras] if whole and i == 0 else []
             self._products.wide_dgrad(
                 part, scale, col, weights, w_scales, ds if a else None, a, i > 0, dx
             )
         if ds is None or whole:
             return
         for p, ranks, run in self._runs():
-            delta = ds[:, ranks] @ stack([adapter.a for adapter in run]).to(self.dtype)
-            dx += delta if p == 0 else self._dropped(delta, p)
+            delta = ds[:, ranks] @ stack([lora.a for lora in run]).to(self.dtype)
+            dx += delta if p == 0 else self.dropped(delta, p)
 
     def _operand(self, x: RowOutput) -> tuple[Tensor, Tensor | None]:
         """What products read of x: its codes and their scales where there are any."""
@@ -365,22 +365,22 @@ class LinearGroup:
         assert x.y is not None
         return x.y, None
 
-    def _runs(self) -> list[tuple[float, slice, list[Adapter]]]:
-        """Neighbouring adapters whose dropout is the same: that, their columns of s, and they
+    def _runs(self) -> list[tuple[float, slice, list[Lora]]]:
+        """Neighbouring LoRAs whose dropout is the same: that, their columns of s, and they
         themselves.
         """
-        runs: list[tuple[float, slice, list[Adapter]]] = []
+        runs: list[tuple[float, slice, list[Lora]]] = []
         rank = 0
-        for adapter in self.adapters:
-            p, stop = adapter.dropout if self._drops else 0.0, rank + adapter.a.shape[0]
+        for lora in self.loras:
+            p, stop = lora.dropout if self._drops else 0.0, rank + lora.a.shape[0]
             if runs and runs[-1][0] == p:
-                runs[-1] = (p, slice(runs[-1][1].start, stop), [*runs[-1][2], adapter])
+                runs[-1] = (p, slice(runs[-1][1].start, stop), [*runs[-1][2], lora])
             else:
-                runs.append((p, slice(rank, stop), [adapter]))
+                runs.append((p, slice(rank, stop), [lora]))
             rank = stop
         return runs
 
-    def _dropped(self, x: Tensor, p: float) -> Tensor:
+    def dropped(self, x: Tensor, p: float) -> Tensor:
         """x [M, K] with the mask of dropout p, which is the same for all adapters of the group."""
         assert self.dropout_seed is not None
         return self._products.dropped(x, p, self.dropout_seed)
@@ -390,7 +390,48 @@ class LinearGroup:
         if p == 0:
             return self._operand(x)
         assert x.y is not None
-        return self._dropped(x.y, p), None
+        return self.dropped(x.y, p), None
+
+    def _others(self) -> list[tuple[Adapter, slice]]:
+        """The adapters that the group doesn't fuse, each with its columns of y."""
+        starts = accumulate(self.outs, initial=0)
+        return [
+            (adapter, slice(start, start + out))
+            for p, start, out in zip(self.linears, starts, self.outs, strict=False)
+            for adapter in p.adapters
+            if not isinstance(adapter, Lora)
+        ]
+
+    def _seen_by(self, adapter: Adapter, x: RowOutput) -> Tensor:
+        """The values [M, K] that an adapter sees: x's, or with its dropout."""
+        assert x.y is not None
+        return self.dropped(x.y, adapter.dropout) if self._is_dropped(adapter) else x.y
+
+    def _is_dropped(self, adapter: Adapter) -> bool:
+        return self.dropout_seed is not None and adapter.dropout > 0
+
+    def _all_grads(
+        self, fused: list[tuple[Tensor, ...]], dy: Tensor, x: RowOutput, dx: Tensor | None
+    ) -> list[tuple[Tensor, ...]]:
+        """The gradients of all adapters in order, with those of the LoRAs given; adds to dx what
+        reaches x through the others.
+        """
+        if not self._beside:
+            return fused
+        others = iter(self._others())
+        loras = iter(fused)
+        grads: list[tuple[Tensor, ...]] = []
+        for adapter in self.adapters:
+            if isinstance(adapter, Lora):
+                grads.append(next(loras))
+                continue
+            _, cols = next(others)
+            part = torch.zeros_like(dx) if dx is not None and self._is_dropped(adapter) else dx
+            made = adapter.backward(dy[:, cols], self._seen_by(adapter, x), part)
+            if dx is not None and part is not None and part is not dx:
+                dx += self.dropped(part, adapter.dropout)
+            grads.append(tuple(g.to(t.dtype) for g, t in zip(made, adapter.tensors, strict=True)))
+        return grads
 
     def _down(self, x: RowOutput) -> Tensor | None:
         """s = scale · x Aᵀ [M, Σ ranks], each adapter on its own dropped x; None where nothing
@@ -413,23 +454,23 @@ class LinearGroup:
 
     def _adapter_grads(
         self, dy: Tensor, x: RowOutput, s: Tensor | None
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """dS [M, Σ ranks], where dx needs it, and (dA, dB) of every adapter."""
-        if not self.adapters:
+    ) -> tuple[Tensor | None, list[tuple[Tensor, ...]]]:
+        """dS [M, Σ ranks], where dx needs it, and (dA, dB) of every LoRA."""
+        if not self.loras:
             return None, []
         if self._merges(len(dy)):
             return None, self._grads_in_one_pass(dy, self._operand(x)[0])
         assert s is not None
-        ranks = [sum(adapter.a.shape[0] for adapter in p.adapters) for p in self.linears]
+        ranks = [sum(lora.a.shape[0] for lora in loras) for loras in self._loras]
         b, scales = (
-            [adapter.b.detach() for adapter in self.adapters],
-            [adapter.scale for adapter in self.adapters],
+            [lora.b.detach() for lora in self.loras],
+            [lora.scale for lora in self.loras],
         )
         ds = self._products.down_grad(dy, b, scales, self._counts, self.outs)
         packed = self._products.grad_b(dy, s, self.outs, ranks, b[0].dtype)
         d_b: list[Tensor] = []
-        for p, rows in zip(self.linears, packed.split_with_sizes(self.outs), strict=True):
-            widths = [adapter.b.shape[1] for adapter in p.adapters]
+        for loras, rows in zip(self._loras, packed.split_with_sizes(self.outs), strict=True):
+            widths = [lora.b.shape[1] for lora in loras]
             d_b += (
                 [rows]
                 if widths == [rows.shape[1]]
@@ -440,26 +481,30 @@ class LinearGroup:
             grad = self._products.grad_a(
                 ds[:, columns], *self._adapter_x(x, dropout), run[0].a.dtype
             )
-            d_a += grad.split_with_sizes([adapter.a.shape[0] for adapter in run])
+            d_a += grad.split_with_sizes([lora.a.shape[0] for lora in run])
         return ds, self._pairs(d_a, d_b)
 
-    def _grads_in_one_pass(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        a = [adapter.a.detach().to(self.dtype) for adapter in self.adapters]
-        b = [adapter.b.detach().to(self.dtype) for adapter in self.adapters]
+    def _grads_in_one_pass(self, dy: Tensor, x: Tensor) -> list[tuple[Tensor, ...]]:
+        a = [lora.a.detach().to(self.dtype) for lora in self.loras]
+        b = [lora.b.detach().to(self.dtype) for lora in self.loras]
         starts = [
             col
             for col, count in zip(accumulate(self.outs, initial=0), self._counts, strict=False)
             for _ in range(count)
         ]
-        scales = [adapter.scale for adapter in self.adapters]
+        scales = [lora.scale for lora in self.loras]
         return self._pairs(*products_native.adapter_grads(x, dy, a, b, scales, starts))
 
-    def _pairs(self, d_a: Sequence[Tensor], d_b: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        pairs = zip(self.adapters, d_a, d_b, strict=True)
+    def _pairs(self, d_a: Sequence[Tensor], d_b: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        pairs = zip(self.loras, d_a, d_b, strict=True)
         return [
-            (g_a.to(adapter.a.dtype), g_b.to(adapter.b.dtype).contiguous())
-            for adapter, g_a, g_b in pairs
+            (g_a.to(lora.a.dtype), g_b.to(lora.b.dtype).contiguous()) for lora, g_a, g_b in pairs
         ]
+
+
+def loras_of(linear: LinearParams) -> list[Lora]:
+    """The adapters of a linear that a group fuses."""
+    return [adapter for adapter in linear.adapters if isinstance(adapter, Lora)]
 
 
 def _present(x: RowOutput) -> Tensor:

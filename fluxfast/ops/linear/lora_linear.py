@@ -17,26 +17,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import dispatch, row_quant
-from fluxfast.ops.linear.group import COMPUTE, Adapter, FrozenWeight, LinearGroup, LinearParams
+from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
+from fluxfast.ops.linear.group import COMPUTE, LinearGroup, LinearParams
 from fluxfast.ops.row_quant import RowOutput
 from fluxfast.ops.tensors import own_dtypes
-
-__all__ = ["Adapter", "FrozenWeight", "LinearParams", "lora_linear", "lora_linear_ref"]
 
 
 def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
     """The maths in plain, differentiable torch, without dropout; also the path on which the base
     may get a gradient.
     """
-    outs = []
+    rows, outs = x.reshape(-1, x.shape[-1]), []
     for weight, bias, adapters in linears:
-        y = torch.nn.functional.linear(
-            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
-        for a, b, scale, _ in adapters:
-            y = y + (x @ a.to(x.dtype).T) @ b.to(x.dtype).T * scale
+        bias = None if bias is None else bias.to(x.dtype)
+        y = torch.nn.functional.linear(rows, weight.to(x.dtype), bias)
+        for adapter in adapters:
+            adapter.add_to(y, rows)
         outs.append(y)
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+    y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def input_form(x: Tensor, group: LinearGroup) -> RowOutput:
@@ -57,19 +56,18 @@ class _LoraLinear(torch.autograd.Function):
         outliers: int,
         impl: str,
         seed: int | None,
-        *factors: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
-        # the bases come with their adapters' scales; the adapters' tensors, which take gradients,
-        # one by one: a, b, a, b, …
+        # the adapters' tensors, which take gradients, come one by one beside the adapters
         ctx.bases, ctx.options = (
             bases,
             {"compute": compute, "outliers": outliers, "impl": impl, "dropout_seed": seed},
         )
-        group = LinearGroup(_with_factors(bases, factors), x.dtype, **ctx.options)
+        group = LinearGroup(_over_tensors(bases, trained), x.dtype, **ctx.options)
         y, s = group.forward(input_form(x, group))
         ctx.has_s = s is not None
         # frozen weights stay where they are: nobody has to keep, copy or move them for backward
-        ctx.save_for_backward(x, *([s] if s is not None else []), *factors)
+        ctx.save_for_backward(x, *([s] if s is not None else []), *trained)
         return y
 
     @staticmethod
@@ -78,18 +76,23 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
         s = rest.pop(0) if ctx.has_s else None
-        group = LinearGroup(_with_factors(ctx.bases, rest), x.dtype, **ctx.options)
+        group = LinearGroup(_over_tensors(ctx.bases, rest), x.dtype, **ctx.options)
         need_dx = ctx.needs_input_grad[0]
         dx, grads = group.backward(dy, input_form(x, group), s, need_dx=need_dx)
-        return dx, None, None, None, None, None, *(grad for pair in grads for grad in pair)
+        return (
+            dx,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *(grad for of_adapter in grads for grad in of_adapter),
+        )
 
 
-def _with_factors(bases: Sequence[LinearParams], factors: Sequence[Tensor]) -> list[LinearParams]:
-    it = iter(factors)
-    return [
-        base._replace(adapters=tuple(old._replace(a=next(it), b=next(it)) for old in base.adapters))
-        for base in bases
-    ]
+def _over_tensors(bases: Sequence[LinearParams], trained: Sequence[Tensor]) -> list[LinearParams]:
+    it = iter(trained)
+    return [base._replace(adapters=over_tensors(base.adapters, it)) for base in bases]
 
 
 def lora_linear(
@@ -121,17 +124,14 @@ def lora_linear(
             "one; freeze it "
             "(requires_grad_(False)) or use lora_linear_ref"
         )
-    factors = [t for p in linears for adapter in p.adapters for t in (adapter.a, adapter.b)]
+    trained = [t for p in linears for t in tensors_of(p.adapters)]
     stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]
     backend = dispatch.resolve(
-        "lora_linear", impl, (x,), cast=(*stored, *factors), obstacle=codes_obstacle(x, compute)
+        "lora_linear", impl, (x,), cast=(*stored, *trained), obstacle=codes_obstacle(x, compute)
     )
     # only the tensors passed one by one belong to the graph
-    detached = [
-        p._replace(adapters=tuple(a._replace(a=a.a.detach(), b=a.b.detach()) for a in p.adapters))
-        for p in linears
-    ]
-    return _LoraLinear.apply(x, detached, compute, outliers, backend, dropout_seed, *factors)
+    detached = _over_tensors(linears, [t.detach() for t in trained])
+    return _LoraLinear.apply(x, detached, compute, outliers, backend, dropout_seed, *trained)
 
 
 def codes_obstacle(x: Tensor, compute: str) -> str | None:
@@ -161,13 +161,12 @@ def _check(x: Tensor, linears: Sequence[LinearParams], compute: str) -> None:
                 f"lora_linear: expected weight [out, {x.shape[-1]}] and bias [out], "
                 f"got linear {i}: weight {[n, k]}, bias {bias}"
             )
-        for adapter in p.adapters:
-            if (
-                adapter.a.ndim != 2
-                or adapter.b.shape != (n, adapter.a.shape[0])
-                or adapter.a.shape[1] != k
-            ):
+        for lora in p.adapters:
+            if not isinstance(lora, Lora):
+                continue
+            a, b = lora.a.shape, lora.b.shape
+            if len(a) != 2 or a[1] != k or b != (n, a[0]):
                 raise ValueError(
                     f"lora_linear: expected A [r, {k}] and B [{n}, r], "
-                    f"got linear {i}: A {list(adapter.a.shape)}, B {list(adapter.b.shape)}"
+                    f"got linear {i}: A {list(a)}, B {list(b)}"
                 )

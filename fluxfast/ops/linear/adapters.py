@@ -1,0 +1,90 @@
+"""What an adapter adds to a frozen linear's product y = x Wᵀ + b, and what it gives back.
+
+A `LinearGroup` runs every kind of adapter, on every engine and in every compute mode. It fuses the
+kind that it knows, `Lora`: all LoRAs of a group are one low-rank product in the epilogue of the
+wide one. Every other kind implements `Adapter` in plain torch and runs beside the wide product.
+
+A new kind is a class with the members of `Adapter`. LoKr and LyCORIS's kinds add x ΔWᵀ and fit as
+they are. DoRA also rescales the rows of the whole product, base and adapter together; it will need
+one more member, which the group calls between the product and the bias and, in backward, on dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Adapter(Protocol):
+    """An adapter of one linear, with what trains in it.
+
+    Its tensors may have another floating dtype than x and y, which share theirs: the adapter casts
+    them, and the group casts gradients back.
+    """
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What trains, in a fixed order."""
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of x is dropped before the adapter sees it."""
+
+    def with_tensors(self, tensors: Sequence[Tensor], /) -> Adapter:
+        """The same adapter over other tensors, such as those that an autograd.Function saved."""
+
+    def add_to(self, y: Tensor, x: Tensor, /) -> None:
+        """Adds its output to y [M, N] in place; x [M, K] is dropped already.
+
+        In operations that autograd can differentiate: `lora_linear_ref` relies on it.
+        """
+
+    def backward(self, dy: Tensor, x: Tensor, dx: Tensor | None, /) -> tuple[Tensor, ...]:
+        """The gradients of `tensors`; its part of x's gradient is added to dx [M, K] in place.
+
+        dy [M, N]; x [M, K] as `add_to` saw it; dx is None where nobody wants x's gradient.
+        """
+
+
+class Lora(NamedTuple):
+    """y += scale · (x Aᵀ) Bᵀ with a [r, K], b [N, r] and scale = alpha / r.
+
+    Source: arXiv 2106.09685, section 4.1.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float = 0.0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.a, self.b
+
+    def with_tensors(self, tensors: Sequence[Tensor], /) -> Lora:
+        a, b = tensors
+        return self._replace(a=a, b=b)
+
+    def add_to(self, y: Tensor, x: Tensor, /) -> None:
+        y += (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T * self.scale
+
+    def backward(self, dy: Tensor, x: Tensor, dx: Tensor | None, /) -> tuple[Tensor, ...]:
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        ds = dy @ b * self.scale
+        if dx is not None:
+            dx.addmm_(ds, a)
+        return ds.T @ x, dy.T @ (x @ a.T) * self.scale
+
+
+def tensors_of(adapters: Sequence[Adapter]) -> list[Tensor]:
+    """The tensors of several adapters, one after the other: what an autograd.Function is given."""
+    return [t for adapter in adapters for t in adapter.tensors]
+
+
+def over_tensors(adapters: Sequence[Adapter], tensors: Iterator[Tensor]) -> tuple[Adapter, ...]:
+    """The same adapters over the next tensors of an iterator, which has them as `tensors_of`."""
+    return tuple(
+        adapter.with_tensors([next(tensors) for _ in adapter.tensors]) for adapter in adapters
+    )
