@@ -9,6 +9,7 @@ weight is quantised or not.
 from __future__ import annotations
 
 from fluxfast.adapters.presets import preset_targets
+from fluxfast.config.optimizers import OPTIMIZERS
 from fluxfast.memory import plan
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast_bench.contestants import TARGETS, Contestant, Setup
@@ -70,6 +71,6 @@ def _peer(contestant: Contestant, setup: Setup, workload: Workload) -> int:
     activations = tensors * workload.tokens[0] * workload.batch * sizes.dim * setup.dtype.itemsize
     # a gradient beside each parameter
     adapters = workload.adapters * (
-        2 * workload.adapter_itemsize + plan.OPTIMIZER_STATE[setup.optimizer](2)
+        2 * workload.adapter_itemsize + OPTIMIZERS[setup.optimizer].state_bytes(2)
     )
     return round(weights + activations + adapters) + plan.GEMM_WORKSPACE

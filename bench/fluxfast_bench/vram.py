@@ -27,6 +27,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fluxfast.adapters.presets import preset_targets
+from fluxfast.config.optimizers import OPTIMIZERS
 from fluxfast.memory import plan
 from fluxfast.memory.host import HostMemory
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
@@ -105,7 +106,7 @@ def measure(preset: Preset) -> int:
     inputs = inputs_of(shape)
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # made by the first step and kept from then on
-    state = plan.OPTIMIZER_STATE["adamw8bit"](ADAPTERS.itemsize) * elements
+    state = OPTIMIZERS["adamw8bit"].state_bytes(ADAPTERS.itemsize) * elements
     others = [_bytes(round(state)), _bytes(plan.GEMM_WORKSPACE)]
     live = LiveBytes()
     live.ignore(host_tensors(model))

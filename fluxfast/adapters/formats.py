@@ -71,7 +71,7 @@ def save_lora(
 
 def modelspec_metadata(
     *,
-    flavour: str,
+    architecture: str,
     title: str,
     resolution: tuple[int, int],
     global_step: int | None = None,
@@ -80,12 +80,12 @@ def modelspec_metadata(
     """Metadata by the Stability AI Model Metadata Standard 1.0.1
     (github.com/Stability-AI/ModelSpec), for `save_lora`.
 
-    `resolution` is width, height in pixels; `trained_words` are the instance prompts. No date: two
-    equal runs write equal files.
+    `architecture` is the base model's name, such as flux-dev; `resolution` is width, height in
+    pixels; `trained_words` are the instance prompts. No date: two equal runs write equal files.
     """
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"flux-{flavour}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": "{}x{}".format(*resolution),

@@ -209,11 +209,10 @@ def _preparing(config: TrainConfig) -> dict[str, int]:
 
 def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) -> dict[str, int]:
     """Bytes of caches and checkpoints; images are counted where their folder is there already."""
-    from fluxfast.memory.plan import OPTIMIZER_STATE
     from fluxfast.train.disk_space import cache_bytes
 
     caches = [cache_bytes(config, dataset) for dataset in datasets if dataset.id != "?"]
-    state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
+    state = config.optimizer_kind.state_bytes(workload.adapter_itemsize)
     return {
         "latents": sum(latents for latents, _ in caches),
         "text embeddings": sum(texts for _, texts in caches),

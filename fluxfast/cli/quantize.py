@@ -81,9 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     # torch and diffusers take seconds to import; `--help` doesn't need them
     from fluxfast.checkpoint.flux import open_checkpoint
     from fluxfast.checkpoint.locate import CONFIG_NAME, WEIGHT_ENDINGS, WEIGHTS_NAME
+    from fluxfast.config.flavours import IN_CHANNELS
     from fluxfast.files import write_atomic
     from fluxfast.model.transformer import FluxTransformer
-    from fluxfast.train.base_model import IN_CHANNELS, quantizing_device
+    from fluxfast.train.base_model import quantizing_device
 
     checkpoint = open_checkpoint(
         arguments.source,

@@ -1,13 +1,13 @@
-"""What the values of a config do to each other: which ones a flavour or another option settles, and
-which can't go together.
+"""What the values of a config do to each other.
+
+Some are decided by the flavour or by another option (`adjustments`); some can't go together
+(`conflicts`).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fluxfast.config.run import TrainConfig
+from fluxfast.config.derived import DerivedValues
 
-_BF16_OPTIMIZERS = ("adamw_bf16",)
 # options that another one, if it is given, takes the place of
 _REPLACED_BY = {
     "flux_lora_target": "peft_lora_target_modules",
@@ -18,10 +18,12 @@ _REPLACED_BY = {
 _LARGEST_AREA = 5
 
 
-def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
-    """(values that take the place of the ones given, notes that say so) for a config whose single
-    values are valid.
+def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
+    """(values that take the place of those given, notes that say so).
+
+    config: each of its values is valid by itself.
     """
+    flavour = config.flavour
     forced: dict[str, Any] = {}
     notes: list[str] = []
 
@@ -47,54 +49,31 @@ def adjustments(config: "TrainConfig") -> tuple[dict[str, Any], list[str]]:
             "an SDXL VAE doesn't fit FLUX.1; its own is loaded",
         )
     force("aspect_bucket_alignment", 64, "FLUX.1's buckets are multiples of 64")
-    force(
-        "tokenizer_max_length",
-        256 if config.model_flavour == "schnell" else 512,
-        f"{config.model_flavour} takes no other",
-    )
+    force("tokenizer_max_length", flavour.text_tokens, f"{config.model_flavour} takes no other")
     if config.flow_schedule_auto_shift:
         force("flow_schedule_shift", 0.0, "flow_schedule_auto_shift takes its place")
-    notes.append(_schedule_note(config))
-    if config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
-        notes.append(
-            f"gradients are clipped to a norm of {config.max_grad_norm:g} "
-            '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'
-        )
-    if config.model_flavour == "fluxbooru":
-        why = "fluxbooru is de-distilled"
-        force("flux_guidance_value", 3.5, why)
-        force("validation_guidance_real", 6.0, why)
-        force("validation_num_inference_steps", max(28, config.validation_num_inference_steps), why)
-    notes += _flavour_notes(config)
-    precisions = (
-        config.base_model_precision,
-        config.text_encoder_1_precision,
-        config.text_encoder_2_precision,
-    )
-    if config.quantize_via and set(precisions) == {"no_change"}:
-        notes.append('"quantize_via" has no effect: nothing is quantised')
-    if config.offload_during_startup:
-        notes.append(
-            '"offload_during_startup" has no effect: text encoders and VAE are never on the '
-            "device together"
-        )
     if config.enable_group_offload:
         force(
             "group_offload_type",
             "block_level",
             "leaf by leaf the same bytes would be copied, in more pieces",
         )
-    for name, by in _REPLACED_BY.items():
-        if name in config.model_fields_set and getattr(config, by) is not None:
-            notes.append(f'"{name}" has no effect: "{by}" takes its place')
-    if config.write_batch_size != type(config).model_fields["write_batch_size"].default:
+    notes.append(_schedule_note(config))
+    if config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
         notes.append(
-            '"write_batch_size" has no effect: what is encoded together is written together'
+            f"gradients are clipped to a norm of {config.max_grad_norm:g} "
+            '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'
         )
+    for name, value in flavour.forced.items():
+        force(name, value, flavour.forced_because)
+    steps = max(flavour.least_validation_steps, config.validation_num_inference_steps)
+    force("validation_num_inference_steps", steps, flavour.forced_because)
+    notes += _flavour_notes(config)
+    notes += _notes_of_no_effect(config)
     return forced, notes
 
 
-def _schedule_note(config: "TrainConfig") -> str:
+def _schedule_note(config: DerivedValues) -> str:
     schedule = config.schedule
     if schedule in ("fast", "custom"):
         return f"timestep schedule: {schedule}, which no shift applies to"
@@ -108,25 +87,41 @@ def _schedule_note(config: "TrainConfig") -> str:
     )
 
 
-def _flavour_notes(config: "TrainConfig") -> list[str]:
-    notes = []
-    steps = config.validation_num_inference_steps
-    if config.model_flavour == "dev" and not config.validation_disable and not 15 <= steps <= 28:
-        notes.append(
-            f'"validation_num_inference_steps" is {steps}: FLUX.1-dev is at its best with 15 to 28'
-        )
-    if config.model_flavour == "schnell":
-        notes.append(
-            "FLUX.1-schnell is trained without the assistant LoRA that SimpleTuner adds for it"
-        )
-        if not config.validation_disable and steps > 4:
-            notes.append(
-                f'"validation_num_inference_steps" is {steps}: FLUX.1-schnell needs no more than 4'
-            )
+def _flavour_notes(config: DerivedValues) -> list[str]:
+    flavour, steps = config.flavour, config.validation_num_inference_steps
+    notes = list(flavour.notes)
+    if flavour.good_validation_steps is not None and not config.validation_disable:
+        fewest, most = flavour.good_validation_steps
+        if not fewest <= steps <= most:
+            notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     return notes
 
 
-def conflicts(config: "TrainConfig") -> list[str]:
+def _notes_of_no_effect(config: DerivedValues) -> list[str]:
+    notes = []
+    precisions = (
+        config.base_model_precision,
+        config.text_encoder_1_precision,
+        config.text_encoder_2_precision,
+    )
+    if config.quantize_via and set(precisions) == {"no_change"}:
+        notes.append('"quantize_via" has no effect: nothing is quantised')
+    if config.offload_during_startup:
+        notes.append(
+            '"offload_during_startup" has no effect: text encoders and VAE are never on the '
+            "device together"
+        )
+    for name, by in _REPLACED_BY.items():
+        if name in config.model_fields_set and getattr(config, by) is not None:
+            notes.append(f'"{name}" has no effect: "{by}" takes its place')
+    if config.write_batch_size != type(config).model_fields["write_batch_size"].default:
+        notes.append(
+            '"write_batch_size" has no effect: what is encoded together is written together'
+        )
+    return notes
+
+
+def conflicts(config: DerivedValues) -> list[str]:
     """What can't work together, or isn't implemented yet in this combination: one line each."""
     return [
         *_run_conflicts(config),
@@ -136,35 +131,34 @@ def conflicts(config: "TrainConfig") -> list[str]:
     ]
 
 
-def _run_conflicts(config: "TrainConfig") -> list[str]:
+def _run_conflicts(config: DerivedValues) -> list[str]:
     problems = []
     if config.max_train_steps and config.num_train_epochs:
         problems.append(
             f'"max_train_steps" is {config.max_train_steps} and "num_train_epochs" is '
-            f"{config.num_train_epochs}: "
-            "the run can have one length only; set num_train_epochs to 0 or leave "
-            "max_train_steps out"
+            f"{config.num_train_epochs}: the run can have one length only; set "
+            "num_train_epochs to 0 or leave max_train_steps out"
         )
     if not config.max_train_steps and not config.num_train_epochs:
         problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
-    if config.optimizer in _BF16_OPTIMIZERS and config.weight_dtype_name == "fp32":
+    trains_bf16 = config.optimizer_kind.weights == "bf16"
+    if trains_bf16 and config.weight_dtype_name == "fp32":
         problems.append(
             f'"optimizer" {config.optimizer} trains bf16 weights, but "mixed_precision" is no: '
             'set "optimizer": "torch-adamw" or "mixed_precision": "bf16"'
         )
-    elif config.optimizer in _BF16_OPTIMIZERS and config.base_model_default_dtype == "fp32":
+    elif trains_bf16 and config.base_model_default_dtype == "fp32":
         problems.append(
-            f'"optimizer" {config.optimizer} trains bf16 weights, but '
-            '"base_model_default_dtype" is fp32: '
-            'set "optimizer": "torch-adamw" or "base_model_default_dtype": "bf16"'
+            f'"optimizer" {config.optimizer} trains bf16 weights, but "base_model_default_dtype" '
+            'is fp32: set "optimizer": "torch-adamw" or "base_model_default_dtype": "bf16"'
         )
     if (config.optimizer_beta1 is None) != (config.optimizer_beta2 is None):
         problems.append('"optimizer_beta1" and "optimizer_beta2" go together: give both or neither')
     if config.lr_scheduler in ("polynomial", "cosine") and config.lr_end >= config.learning_rate:
         problems.append(
             f'"lr_scheduler" {config.lr_scheduler} decays from "learning_rate" '
-            f'({config.learning_rate:g}) to "lr_end" '
-            f"({config.lr_end:g}): learning_rate must be larger"
+            f'({config.learning_rate:g}) to "lr_end" ({config.lr_end:g}): learning_rate must '
+            "be larger"
         )
     if config.num_processes > 1:
         problems.append(
@@ -174,7 +168,7 @@ def _run_conflicts(config: "TrainConfig") -> list[str]:
     return problems
 
 
-def _objective_conflicts(config: "TrainConfig") -> list[str]:
+def _objective_conflicts(config: DerivedValues) -> list[str]:
     problems = []
     schedules = {
         "flow_use_uniform_schedule": config.flow_use_uniform_schedule,
@@ -188,14 +182,13 @@ def _objective_conflicts(config: "TrainConfig") -> list[str]:
             f"{' and '.join(chosen)} are each a timestep schedule of their own: keep one of them"
         )
     if (
-        config.model_flavour == "schnell"
+        config.flavour.few_steps
         and not config.flux_fast_schedule
         and not config.i_know_what_i_am_doing
     ):
         problems.append(
-            '"model_flavour" schnell is trained on its own few timesteps: set '
-            '"flux_fast_schedule": true '
-            '(or "i_know_what_i_am_doing": true to train it otherwise)'
+            f'"model_flavour" {config.model_flavour} is trained on its own few timesteps: set '
+            '"flux_fast_schedule": true (or "i_know_what_i_am_doing": true to train it otherwise)'
         )
     if (
         config.flux_guidance_mode == "random-range"
@@ -203,26 +196,23 @@ def _objective_conflicts(config: "TrainConfig") -> list[str]:
     ):
         problems.append(
             f'"flux_guidance_min" ({config.flux_guidance_min:g}) is larger than '
-            '"flux_guidance_max" '
-            f"({config.flux_guidance_max:g})"
+            f'"flux_guidance_max" ({config.flux_guidance_max:g})'
         )
     return problems
 
 
-def _model_conflicts(config: "TrainConfig") -> list[str]:
+def _model_conflicts(config: DerivedValues) -> list[str]:
     problems = []
     if config.base_model_precision != "no_change" and config.lora_init_type in ("olora", "pissa"):
         problems.append(
             f'"lora_init_type" {config.lora_init_type} takes its start out of the base\'s '
-            "weights, which "
-            f'"base_model_precision" {config.base_model_precision} has rounded: set '
-            "lora_init_type to default or gaussian"
+            f'weights, which "base_model_precision" {config.base_model_precision} has rounded: '
+            "set lora_init_type to default or gaussian"
         )
     if config.init_lora and config.lora_init_type in ("olora", "pissa"):
         problems.append(
             f'"lora_init_type" {config.lora_init_type} moves part of the base into the LoRA, '
-            'which "init_lora" would then '
-            "replace: leave one of them out"
+            'which "init_lora" would then replace: leave one of them out'
         )
     if config.validation_prompt_library and not config.validation_disable:
         problems.append(
@@ -232,7 +222,7 @@ def _model_conflicts(config: "TrainConfig") -> list[str]:
     return problems
 
 
-def _data_conflicts(config: "TrainConfig") -> list[str]:
+def _data_conflicts(config: DerivedValues) -> list[str]:
     problems = []
     if config.maximum_image_size and not config.target_downsample_size:
         problems.append(
@@ -245,7 +235,6 @@ def _data_conflicts(config: "TrainConfig") -> list[str]:
             if size and size > _LARGEST_AREA:
                 problems.append(
                     f'"{name}" is {size:g} megapixels with "resolution_type" area: at most '
-                    f"{_LARGEST_AREA}; "
-                    'for edges in pixels set "resolution_type": "pixel_area"'
+                    f'{_LARGEST_AREA}; for edges in pixels set "resolution_type": "pixel_area"'
                 )
     return problems

@@ -1,25 +1,23 @@
-"""The run's config: SimpleTuner's `config.json`, parsed once into one typed, validated, frozen
-object.
+"""A run's config: SimpleTuner's `config.json`, parsed once into a typed, validated, frozen object.
 
 Names, types and defaults are SimpleTuner's, except that the timestep schedule has no shift,
 gradients are clipped by norm, every nth block is checkpointed, and "false" means false.
-`config_file` finds and reads the file, `config_fields` lists the options, `options` knows the keys
-that are none of them, `config_rules` what values do to each other. Only `train` and `cli` see this
-object.
+
+`TrainFields` lists the options, `DerivedValues` adds what follows from them, `TrainConfig` checks
+them against each other. `run_file` finds and reads the file, `simpletuner` and `switches` know the
+keys that are no options of ours, `rules` what values do to each other.
 """
 
 import ast
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any
 
 from pydantic import PrivateAttr, ValidationError, field_validator, model_validator
 
-from fluxfast.config.datasets import DatasetDefaults
+from fluxfast.config.derived import DerivedValues, read_sizes
 from fluxfast.config.rules import adjustments, conflicts
-from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
 from fluxfast.config.simpletuner import (
@@ -30,32 +28,12 @@ from fluxfast.config.simpletuner import (
     unknown,
     without_field,
 )
-from fluxfast.config.switches import Switch, is_refused_with_its_switch, switched_off
+from fluxfast.config.switches import is_refused_with_its_switch, switched_off
 from fluxfast.config.switches import note as switch_note
 
-if TYPE_CHECKING:
-    import torch
 
-FLAVOURS = {
-    "krea": "black-forest-labs/FLUX.1-Krea-dev",
-    "dev": "black-forest-labs/FLUX.1-dev",
-    "schnell": "black-forest-labs/FLUX.1-schnell",
-    "fluxbooru": "terminusresearch/fluxbooru-v0.3",
-}
-
-
-class Source(NamedTuple):
-    """Where a part of the model comes from: a folder, file or Hub repository, and the folder inside
-    it (None: its root).
-    """
-
-    path: str
-    subfolder: str | None
-    revision: str | None
-
-
-class TrainConfig(TrainFields):
-    """Everything a training run is told, with what one option settles for another already settled."""
+class TrainConfig(DerivedValues):
+    """Everything a training run is told, once options that decide others have done so."""
 
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -102,13 +80,13 @@ class TrainConfig(TrainFields):
     @field_validator("validation_resolution")
     @classmethod
     def _check_sizes(cls, value: str) -> str:
-        _sizes(value)
+        read_sizes(value)
         return value
 
     @model_validator(mode="after")
-    def _settle(self) -> "TrainConfig":
+    def _apply_rules(self) -> "TrainConfig":
         forced, notes = adjustments(self)
-        # behind the freeze, as other options decide these values before anyone reads them
+        # past the model's freeze: nobody has read these values yet
         self.__dict__.update(forced)
         self._notes = tuple(notes)
         problems = conflicts(self)
@@ -118,145 +96,8 @@ class TrainConfig(TrainFields):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a run prints once: values that others settled, and keys that were accepted without
-        effect.
-        """
+        """What a run prints once: values that other options decide, and keys without effect."""
         return self._notes
-
-    @property
-    def alpha(self) -> float:
-        """The LoRA's alpha; its scale is alpha / lora_rank."""
-        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """AdamW's decay of the first and second moment."""
-        if self.optimizer_beta1 is not None and self.optimizer_beta2 is not None:
-            return self.optimizer_beta1, self.optimizer_beta2
-        return self.adam_beta1, self.adam_beta2
-
-    @property
-    def epsilon(self) -> float:
-        """AdamW's epsilon: adamw_bf16 has 1e-6 unless adam_epsilon is given."""
-        if self.optimizer == "adamw_bf16" and "adam_epsilon" not in self.model_fields_set:
-            return 1e-6
-        return self.adam_epsilon
-
-    @property
-    def weight_dtype_name(self) -> Literal["bf16", "fp32"]:
-        """Type of the model's inputs, and of its weights where they are not quantised, by name."""
-        quantised = self.base_model_precision != "no_change"
-        return (
-            "bf16"
-            if self.mixed_precision == "bf16"
-            or (quantised and self.base_model_default_dtype == "bf16")
-            else "fp32"
-        )
-
-    @property
-    def weight_dtype(self) -> "torch.dtype":
-        """Type of the model's inputs, and of its weights where they are not quantised."""
-        # here, so that a mistake in a config is named before torch has loaded
-        import torch
-
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.weight_dtype_name]
-
-    @property
-    def base_dtype(self) -> "torch.dtype":
-        """Type of the transformer's weights that are not quantised."""
-        import torch
-
-        if self.base_model_precision == "no_change":
-            return self.weight_dtype
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.base_model_default_dtype]
-
-    @property
-    def schedule(self) -> Literal["sigmoid", "uniform", "beta", "fast", "custom"]:
-        """How sigma is sampled."""
-        if self.flow_custom_timesteps is not None:
-            return "custom"
-        if self.flow_use_uniform_schedule:
-            return "uniform"
-        if self.flow_use_beta_schedule:
-            return "beta"
-        return "fast" if self.flux_fast_schedule else "sigmoid"
-
-    @property
-    def custom_sigmas(self) -> tuple[float, ...] | None:
-        """The custom schedule's sigmas, from 0 to 1."""
-        if self.flow_custom_timesteps is None or max(self.flow_custom_timesteps) <= 1:
-            return self.flow_custom_timesteps
-        return tuple(timestep / 1000 for timestep in self.flow_custom_timesteps)
-
-    @property
-    def validation_resolutions(self) -> list[tuple[int, int]]:
-        """(width, height), in pixels, of the validation images."""
-        return _sizes(self.validation_resolution)
-
-    @property
-    def base_source(self) -> Source:
-        """The pipeline that whatever has no path of its own is loaded from."""
-        return Source(
-            self.pretrained_model_name_or_path or FLAVOURS[self.model_flavour], None, self.revision
-        )
-
-    @property
-    def transformer_source(self) -> Source:
-        """The transformer's weights."""
-        subfolder = (
-            None
-            if self.pretrained_transformer_subfolder in ("none", "")
-            else self.pretrained_transformer_subfolder
-        )
-        return self._source(self.pretrained_transformer_model_name_or_path, subfolder)
-
-    @property
-    def vae_source(self) -> Source:
-        """The VAE's weights."""
-        return self._source(self.pretrained_vae_model_name_or_path, "vae")
-
-    @property
-    def t5_source(self) -> Source:
-        """The T5 text encoder's weights; its tokenizer is in tokenizer_2 beside them."""
-        return self._source(self.pretrained_t5_model_name_or_path, "text_encoder_2")
-
-    def _source(self, path: str | None, subfolder: str | None) -> Source:
-        base = self.base_source
-        # a revision is one repository's
-        return (
-            base._replace(subfolder=subfolder)
-            if path in (None, base.path)
-            else Source(path or "", subfolder, None)
-        )
-
-    @property
-    def dataset_defaults(self) -> DatasetDefaults:
-        """What `load_data_config` gives to datasets that don't say."""
-        return DatasetDefaults(
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(DatasetDefaults)
-            }
-        )
-
-
-def _sizes(text: str) -> list[tuple[int, int]]:
-    sizes = []
-    for size in text.split(","):
-        edges = size.strip().lower().split("x")
-        if not 1 <= len(edges) <= 2 or not all(edge.strip().isdecimal() for edge in edges):
-            raise ValueError(
-                'expects sizes in pixels such as "1024x1024" or "512", between commas, not '
-                f"{shown(size)}"
-            )
-        width, height = int(edges[0]), int(edges[-1])
-        if not width or not height or width % 16 or height % 16:
-            near = "x".join(str(max(16, round(edge / 16) * 16)) for edge in (width, height))
-            raise ValueError(
-                f"{size.strip()}: FLUX.1 draws multiples of 16 pixels; {near} is the nearest"
-            )
-        sizes.append((width, height))
-    return sizes
 
 
 _REQUIRED = {
@@ -278,9 +119,13 @@ def load_config(
     """The config of a run: SimpleTuner's file, with the command line's overrides in front of it.
 
     `path` None is looked for as `find_config` says. `overrides` are words (`--max_train_steps=10`)
-    or keys and values. `ConfigError` names every key that is unknown, not implemented yet, of a
-    wrong value or in conflict with another.
+    or keys and values.
+
+    Raises:
+        ConfigError: it names every key that is unknown, not implemented yet, of a wrong value or
+            in conflict with another.
     """
+    fields = TrainConfig.model_fields
     file = find_config(path)
     problems: list[str] = []
     given: dict[str, tuple[Any, str]] = {}
@@ -288,15 +133,16 @@ def load_config(
         (read_config(file), str(file)),
         (parse_overrides(overrides), "command line"),
     ):
-        values, found = canonical(expand(raw, {"model_family": "flux"}, problems, where))
+        expanded = expand(raw, {"model_family": "flux"}, problems, where)
+        values, found = canonical(expanded, fields)
         problems += [f"{where}: {problem}" for problem in found]
         given.update({name: (value, where) for name, value in values.items()})
     # null asks for the default
     given = {name: (value, where) for name, (value, where) in given.items() if value is not None}
     found, notes = _keys_problems(given)
     problems += found
-    fields = {name: value for name, (value, _) in given.items() if name in TrainConfig.model_fields}
-    config, found = _build(fields, {name: where for name, (_, where) in given.items()}, str(file))
+    values = {name: value for name, (value, _) in given.items() if name in fields}
+    config, found = _build(values, {name: where for name, (_, where) in given.items()}, str(file))
     problems += found
     if problems or config is None:
         raise ConfigError(problems)
@@ -305,22 +151,24 @@ def load_config(
 
 
 def _keys_problems(given: dict[str, tuple[Any, str]]) -> tuple[list[str], list[str]]:
-    """(problems, notes) of the keys that nothing reads: unknown, not implemented, or without
-    effect.
+    """(problems, notes) of the keys that nothing reads.
 
-    given: value by option, and where it was written.
+    They are unknown, not implemented, or without effect. given: by option, its value and where it
+    was written.
     """
+    fields = TrainConfig.model_fields
     problems, notes = [], []
-    unread: dict[Switch, list[str]] = {}
+    # options by the switch that is off
+    unread: dict[str, list[str]] = {}
     values = {name: value for name, (value, _) in given.items()}
     for name, (value, where) in given.items():
-        is_field = name in TrainConfig.model_fields
-        problem, note = unknown(name, TrainConfig.model_fields), None
-        if problem is None and not means_default(name, value):
-            if (switch := switched_off(name, values)) is not None:
+        is_field = name in fields
+        problem, note = unknown(name, fields), None
+        if problem is None and not means_default(name, value, fields):
+            if (switch := switched_off(name, values, fields)) is not None:
                 problem = None if is_field else malformed(name, value)
                 unread.setdefault(switch, []).append(name)
-            elif not is_field and not is_refused_with_its_switch(name, values):
+            elif not is_field and not is_refused_with_its_switch(name, values, fields):
                 problem, note = without_field(name, value)
         problems += [f"{where}: {problem}"] if problem else []
         notes += [note] if note else []
@@ -328,15 +176,16 @@ def _keys_problems(given: dict[str, tuple[Any, str]]) -> tuple[list[str], list[s
 
 
 def default_config() -> TrainConfig:
-    """What a config would be that says nothing, for whoever has none to read."""
+    """The config of an empty file, for commands that were given none."""
     return TrainConfig.model_validate({name: value for name, (value, _) in _REQUIRED.items()})
 
 
 def _build(
     fields: dict[str, Any], origin: dict[str, str], file: str
 ) -> tuple[TrainConfig | None, list[str]]:
-    """(config, problems). Keys of wrong values are named and put aside, so that the conflicts of
-    the others show as well.
+    """(config, problems). None and problems where there are any.
+
+    Keys of wrong values are named and put aside, so that the conflicts of the others show as well.
     """
     problems = [
         f'{file}: "{name}" is required: {how}'

@@ -1,25 +1,34 @@
-"""The options that fluxfast implements, under SimpleTuner's names: type, range, default and meaning
-of each.
+"""The options that fluxfast implements, under SimpleTuner's names: type, range, default, meaning.
 
-Sizes in pixels or megapixels follow resolution_type; steps are optimiser steps unless a field says
-otherwise.
+A new option is a field here. `option` says what else the loader, the notes and a resumed run need
+to know of it. Sizes in pixels or megapixels follow resolution_type; steps are optimiser steps
+unless a field says otherwise.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from fluxfast.config.settings import Settings, Utf8Path
+from fluxfast.config.flavours import FLAVOURS
+from fluxfast.config.optimizers import optimizer_options
+from fluxfast.config.option import option
+from fluxfast.config.settings import Settings, Utf8Path, named_in
 
 Precision = Literal[
-    "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb", "fp8-quanto", "fp8-torchao",
+    "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb",
+    "fp8-quanto", "fp8-torchao",
 ]  # fmt: skip
 LoraTarget = Literal[
-    "mmdit", "context", "context+ffs", "all", "all+ffs", "ai-toolkit", "tiny", "nano", "all+ffs+embedder",
-    "all+ffs+embedder+controlnet",
+    "mmdit", "context", "context+ffs", "all", "all+ffs", "ai-toolkit", "tiny", "nano",
+    "all+ffs+embedder", "all+ffs+embedder+controlnet",
 ]  # fmt: skip
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+
+# switches that several options are only read with
+_VALIDATION = "validation_disable=false"
+# a budget of VRAM may turn streaming on
+_STREAMING = "enable_group_offload or vram_budget"
 
 
 class TreadRoute(Settings):
@@ -28,8 +37,7 @@ class TreadRoute(Settings):
     selection_ratio: float = Field(ge=0, lt=1)
     """Part of the image tokens to drop."""
     start_layer_idx: int
-    """First block that sees fewer tokens, counted from 0 through both kinds; below 0 from the last.
-    """
+    """First block that sees fewer tokens: from 0 through both kinds; below 0, from the last."""
     end_layer_idx: int
     """Last such block."""
 
@@ -49,11 +57,11 @@ class TrainFields(Settings):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     # the model
-    model_type: Literal["lora"]
+    model_type: Literal["lora"] = option(on_resume="ignored")
     """What is trained."""
-    model_family: Literal["flux"]
+    model_family: Literal["flux"] = option(on_resume="ignored")
     """The model's architecture."""
-    model_flavour: Literal["krea", "dev", "schnell", "fluxbooru"] = "krea"
+    model_flavour: Annotated[str, named_in(lambda: FLAVOURS)] = "krea"
     """Which FLUX.1: weights to load if no path is given, and their rules."""
     pretrained_model_name_or_path: str | None = None
     """Pipeline folder or Hub repository (unset: the flavour's)."""
@@ -69,7 +77,7 @@ class TrainFields(Settings):
     """Branch, tag or commit of pretrained_model_name_or_path."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
-    base_model_precision: Precision = "no_change"
+    base_model_precision: Precision = option("no_change", on_resume="refused")
     """Storage format of the frozen transformer."""
     base_model_default_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of what a quantised base leaves unquantised."""
@@ -77,121 +85,135 @@ class TrainFields(Settings):
     """Storage format of CLIP."""
     text_encoder_2_precision: Precision = "no_change"
     """Storage format of T5."""
-    quantize_via: Literal["cpu", "accelerator"] | None = None
+    quantize_via: Literal["cpu", "accelerator"] | None = option(None, on_resume="ignored")
     """Where weights are quantised (unset: on the accelerator if there is one)."""
-    offload_during_startup: bool = False
+    offload_during_startup: bool = option(False, on_resume="ignored")
     """Text encoders and VAE take turns on the device; here they always do."""
-    attention_mechanism: Literal["diffusers"] = "diffusers"
+    attention_mechanism: Literal["diffusers"] = option("diffusers", on_resume="ignored")
     """Implementation of attention; diffusers is PyTorch's own."""
     vae_dtype: Literal["default", "fp32", "fp16", "bf16"] = "bf16"
     """Type that the VAE computes in on an accelerator."""
     vae_enable_tiling: bool = False
     """Encode large images tile by tile: less memory, slightly other values."""
-    vae_enable_slicing: bool = False
+    vae_enable_slicing: bool = option(False, on_resume="ignored")
     """Encode a batch's images one by one: less memory."""
 
     # the LoRA
     lora_type: Literal["standard"] = "standard"
     """Kind of adapter; standard is PEFT's LoRA."""
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = option(16, ge=1, on_resume="elsewhere")
     """Rank of the LoRA's matrices."""
-    lora_alpha: float | None = Field(None, gt=0)
+    lora_alpha: float | None = option(None, gt=0, on_resume="elsewhere")
     """The LoRA's scale is alpha / rank (unset: alpha is the rank)."""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """Probability of dropping an input of the LoRA."""
-    lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = "default"
+    lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = option(
+        "default", on_resume="start_only"
+    )
     """How the LoRA's matrices start."""
-    init_lora: str | None = None
+    init_lora: str | None = option(None, on_resume="start_only")
     """LoRA file, folder or repository to continue from."""
-    lora_format: Literal["diffusers", "comfyui"] = "diffusers"
+    lora_format: Literal["diffusers", "comfyui"] = option("diffusers", on_resume="ignored")
     """Key layout of the saved LoRA."""
-    flux_lora_target: LoraTarget = "all"
+    flux_lora_target: LoraTarget = option("all", on_resume="elsewhere")
     """Preset of the modules that get a LoRA."""
-    peft_lora_target_modules: tuple[str, ...] | None = Field(None, min_length=1)
+    peft_lora_target_modules: tuple[str, ...] | None = option(
+        None, min_length=1, on_resume="elsewhere"
+    )
     """Module name suffixes in place of the preset: a list, or a JSON file that holds one."""
 
     # the run
-    output_dir: Utf8Path = Path("simpletuner-results")
+    output_dir: Utf8Path = option(Path("simpletuner-results"), on_resume="ignored")
     """Folder for checkpoints, images, logs and the LoRA."""
-    cache_dir: Utf8Path = Field(default_factory=lambda settled: settled["output_dir"] / "cache")
+    cache_dir: Utf8Path = option(
+        default_factory=lambda settled: settled["output_dir"] / "cache", on_resume="ignored"
+    )
     """Folder for caches that name none (unset: output_dir/cache)."""
-    seed: int | None = Field(None, ge=-1, lt=2**63)
+    seed: int | None = option(None, ge=-1, lt=2**63, on_resume="elsewhere")
     """Seed of everything random (unset, 0 or -1: drawn when the run starts)."""
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: str = option("latest", on_resume="ignored")
     """Checkpoint folder to go on from; "latest" is the newest one, "" a fresh start."""
-    max_train_steps: int | None = Field(None, ge=0)
+    max_train_steps: int | None = option(None, ge=0, on_resume="elsewhere")
     """Length of the run in optimiser steps (0 or unset: by epochs)."""
-    num_train_epochs: int = Field(1, ge=0)
+    num_train_epochs: int = option(1, ge=0, on_resume="elsewhere")
     """Length of the run in passes over the data (0: by steps)."""
-    train_batch_size: int = Field(4, ge=1)
+    train_batch_size: int = option(4, ge=1, on_resume="refused")
     """Images per forward pass."""
-    gradient_accumulation_steps: int = Field(1, ge=0)
+    gradient_accumulation_steps: int = option(1, ge=0, on_resume="refused")
     """Forward passes per optimiser step."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Type of weights and activations; no is fp32."""
-    compute_precision: Literal["auto", "same", "int8", "fp8"] = "auto"
+    compute_precision: Literal["auto", "same", "int8", "fp8"] = option("auto", ours=True)
     """What the blocks' matrix products run in; "same" is the activations' type, auto 8 bit for a
     quantised base on a GPU.
     """
-    compute_outliers: int = Field(0, ge=0)
+    compute_outliers: int = option(0, ge=0, ours=True)
     """Channels of each product's input, the largest, that are kept out of 8 bits."""
-    cuda_graphs: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = option("auto", on_resume="ignored", ours=True)
     """Replay forward and backward as CUDA graphs, once they were compared with a step that was run;
     auto: where possible.
     """
-    deterministic: bool = False
+    deterministic: bool = option(False, ours=True)
     """On a GPU, the same bits each time that a step is computed, so that a resumed run ends as one
     never stopped; slower.
     """
-    recompute: Literal["none", "selective", "full"] | None = None
+    recompute: Literal["none", "selective", "full"] | None = option(
+        None, on_resume="ignored", ours=True
+    )
     """What every block recomputes in the backward pass (unset: all of it where
     gradient_checkpointing says so).
     """
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = option(True, on_resume="ignored")
     """Recompute activations in the backward pass: less memory."""
-    gradient_checkpointing_interval: int | None = Field(None, ge=1)
+    gradient_checkpointing_interval: int | None = option(
+        None, ge=1, only_with="gradient_checkpointing=true", on_resume="ignored"
+    )
     """Checkpoint every nth block (unset: each)."""
-    modulation_ahead: bool | Literal["auto"] = "auto"
+    modulation_ahead: bool | Literal["auto"] = option("auto", on_resume="ignored", ours=True)
     """Compute modulation a step ahead on the CPU, its weights in host memory; auto: on a GPU,
     unless the LoRA trains it.
     """
-    vram_budget: float | Literal["auto"] | None = None
+    vram_budget: float | Literal["auto"] | None = option(None, on_resume="ignored", ours=True)
     """GiB of VRAM for the run, or auto: all there is; recompute and streaming are chosen to fit
     (unset: as the config says).
     """
-    enable_group_offload: bool = False
+    enable_group_offload: bool = option(False, on_resume="ignored")
     """Keep the blocks' weights in host memory and stream them to the device as they are used."""
-    group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
+    group_offload_type: Literal["block_level", "leaf_level"] = option(
+        "block_level", only_with=_STREAMING, on_resume="ignored"
+    )
     """What moves at a time; leaf by leaf would copy the same bytes in more pieces, so it is blocks
     either way.
     """
-    group_offload_blocks_per_group: int = Field(1, ge=1)
+    group_offload_blocks_per_group: int = option(1, ge=1, only_with=_STREAMING, on_resume="ignored")
     """Blocks that move together."""
-    group_offload_use_stream: bool = False
+    group_offload_use_stream: bool = option(False, only_with=_STREAMING, on_resume="ignored")
     """Copy on a CUDA stream of its own, beside the computation."""
-    group_offload_to_disk_path: str = ""
+    group_offload_to_disk_path: str = option("", only_with=_STREAMING, on_resume="ignored")
     """Folder for the streamed weights ("": they are in host memory)."""
     tread_config: TreadConfig | None = None
     """Token routing: {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx":
     -2}]}.
     """
-    num_processes: int = Field(1, ge=1)
+    num_processes: int = option(1, ge=1, on_resume="ignored")
     """Training processes."""
-    max_workers: int = Field(32, ge=1)
+    max_workers: int = option(32, ge=1, on_resume="ignored")
     """Threads that read images."""
     disable_tf32: bool = False
     """Compute fp32 matrix products in full fp32 on the GPU."""
-    i_know_what_i_am_doing: bool = False
+    i_know_what_i_am_doing: bool = option(False, on_resume="ignored")
     """Lift the checks that say so."""
 
     # optimiser and learning rate
     learning_rate: float = Field(4e-7, gt=0)
     """Highest learning rate."""
-    optimizer: Literal["adamw_bf16", "torch-adamw"] = "adamw_bf16"
+    optimizer: Annotated[str, named_in(optimizer_options)] = option(
+        "adamw_bf16", on_resume="refused"
+    )
     """Optimiser of the LoRA's weights."""
-    optimizer_beta1: float | None = Field(None, ge=0, lt=1)
+    optimizer_beta1: float | None = option(None, ge=0, lt=1, on_resume="elsewhere")
     """First-moment decay; goes before adam_beta1."""
-    optimizer_beta2: float | None = Field(None, ge=0, lt=1)
+    optimizer_beta2: float | None = option(None, ge=0, lt=1, on_resume="elsewhere")
     """Second-moment decay; goes before adam_beta2."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """First-moment decay."""
@@ -205,11 +227,15 @@ class TrainFields(Settings):
     """Course of the learning rate over the run."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Optimiser steps until the highest learning rate."""
-    lr_num_cycles: int = Field(1, ge=1)
+    lr_num_cycles: int = option(
+        1, ge=1, only_with="lr_scheduler=cosine_with_restarts", on_resume="ignored"
+    )
     """Cycles of cosine_with_restarts, which is yet to come; 1 until then."""
-    lr_power: float = Field(0.8, gt=0)
+    lr_power: float = option(0.8, gt=0, only_with="lr_scheduler=polynomial")
     """Exponent of the polynomial schedule."""
-    lr_end: float = Field(4e-7, ge=0)
+    lr_end: float = option(
+        4e-7, ge=0, only_with="lr_scheduler=polynomial or lr_scheduler=cosine* or lr_scheduler=sine"
+    )
     """Learning rate at the end of a polynomial or cosine schedule."""
     max_grad_norm: float = Field(2.0, ge=0)
     """Bound that gradients are clipped to (0: not clipped)."""
@@ -219,9 +245,11 @@ class TrainFields(Settings):
     # objective
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
-    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    huber_schedule: Literal["snr", "exponential", "constant"] = option(
+        "snr", only_with="loss_type=huber"
+    )
     """How huber's width follows the timestep."""
-    huber_c: float = Field(0.1, gt=0)
+    huber_c: float = option(0.1, gt=0, only_with="loss_type=huber or loss_type=smooth_l1")
     """Width of the quadratic part of huber and smooth_l1."""
     flow_sigmoid_scale: float = Field(1.0, gt=0)
     """Standard deviation of the normal under the sigmoid schedule."""
@@ -233,29 +261,31 @@ class TrainFields(Settings):
     """Sample sigma uniformly."""
     flow_use_beta_schedule: bool = False
     """Sample sigma from a beta distribution."""
-    flow_beta_schedule_alpha: float = Field(2.0, gt=0)
+    flow_beta_schedule_alpha: float = option(2.0, gt=0, only_with="flow_use_beta_schedule")
     """First parameter of the beta distribution."""
-    flow_beta_schedule_beta: float = Field(2.0, gt=0)
+    flow_beta_schedule_beta: float = option(2.0, gt=0, only_with="flow_use_beta_schedule")
     """Second parameter of the beta distribution."""
     flow_custom_timesteps: tuple[float, ...] | None = Field(None, min_length=1)
     """Sigmas (all up to 1) or timesteps (up to 1000) to train on: a list, or numbers between
     commas.
     """
-    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = "fixed-list"
+    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = option(
+        "fixed-list", only_with="flow_custom_timesteps"
+    )
     """Draw from the custom timesteps, or take turns."""
     flux_fast_schedule: bool = False
     """FLUX.1-schnell's schedule: mostly sigma 1, else 0.75, 0.5 or 0.25."""
     flux_guidance_mode: Literal["constant", "random-range"] = "constant"
     """Guidance that training tells the model."""
-    flux_guidance_value: float = Field(1.0, ge=0)
+    flux_guidance_value: float = option(1.0, ge=0, only_with="flux_guidance_mode=constant")
     """Guidance in constant mode; 1 keeps the distillation."""
-    flux_guidance_min: float = Field(0.0, ge=0)
+    flux_guidance_min: float = option(0.0, ge=0, only_with="flux_guidance_mode=random-range")
     """Lowest guidance in random-range mode."""
-    flux_guidance_max: float = Field(4.0, ge=0)
+    flux_guidance_max: float = option(4.0, ge=0, only_with="flux_guidance_mode=random-range")
     """Highest guidance in random-range mode."""
 
     # data
-    data_backend_config: Path
+    data_backend_config: Path = option(on_resume="ignored")
     """The dataloader's config (multidatabackend.json)."""
     data_backend_sampling: Literal["uniform", "auto-weighting"] = "auto-weighting"
     """How the next batch's dataset is drawn: by probability, or by probability and size."""
@@ -272,7 +302,7 @@ class TrainFields(Settings):
     """Size that larger images are downsampled to (same unit)."""
     aspect_bucket_rounding: int = Field(2, ge=1, le=9)
     """Decimals of an aspect ratio."""
-    aspect_bucket_alignment: int = Field(64, ge=8)
+    aspect_bucket_alignment: int = option(64, ge=8, on_resume="ignored")
     """Multiple, in pixels, of a bucket's edges; always 64."""
     caption_strategy: Literal["filename", "textfile", "instanceprompt"] = "filename"
     """Where captions come from, for datasets that don't say."""
@@ -290,7 +320,7 @@ class TrainFields(Settings):
     """Keep or zero T5's outputs at padding."""
     tokenizer_max_length: int = Field(512, ge=1)
     """T5 tokens per caption; always 512 (schnell: 256)."""
-    vae_batch_size: int = Field(4, ge=1)
+    vae_batch_size: int = option(4, ge=1, on_resume="ignored")
     """Images per VAE pass."""
     text_encoder_batch_size: int = Field(1, ge=1)
     """Captions per text encoder pass."""
@@ -304,45 +334,59 @@ class TrainFields(Settings):
     """Raise a dataset's repeats until each bucket fills a step."""
 
     # checkpoints and tracking
-    checkpoint_step_interval: int = Field(500, ge=0)
+    checkpoint_step_interval: int = option(
+        500, ge=0, on_resume="ignored", aliases=("checkpointing_steps",)
+    )
     """Optimiser steps between checkpoints (0: only at the end)."""
-    checkpoints_total_limit: int = Field(5, ge=1)
+    checkpoints_total_limit: int = option(
+        5, ge=1, on_resume="ignored", aliases=("save_total_limit",)
+    )
     """Checkpoints to keep."""
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Literal["none", "tensorboard"] = option("none", on_resume="ignored")
     """Tracker of the metrics."""
-    tracker_project_name: str = "simpletuner"
+    tracker_project_name: str = option("simpletuner", on_resume="ignored")
     """Project in the tracker."""
-    tracker_run_name: str = "simpletuner-testing"
+    tracker_run_name: str = option("simpletuner-testing", on_resume="ignored")
     """Run in the tracker, and the saved LoRA's title."""
-    logging_dir: Path = Path("logs")
+    logging_dir: Path = option(Path("logs"), on_resume="ignored")
     """Folder for the tracker's files."""
 
     # validation
-    validation_disable: bool = False
+    validation_disable: bool = option(False, on_resume="ignored")
     """Draw no validation images."""
-    validation_step_interval: int = Field(100, ge=0)
+    validation_step_interval: int = option(
+        100, ge=0, only_with=_VALIDATION, on_resume="ignored", aliases=("validation_steps",)
+    )
     """Optimiser steps between validations (0: only at the ends)."""
-    validation_on_startup: bool = False
+    validation_on_startup: bool = option(False, only_with=_VALIDATION, on_resume="ignored")
     """Draw validation images before a resumed run goes on."""
-    validation_prompt: str | None = None
+    validation_prompt: str | None = option(None, only_with=_VALIDATION, on_resume="ignored")
     """Prompt to draw."""
-    user_prompt_library: Path | None = None
+    user_prompt_library: Path | None = option(None, only_with=_VALIDATION, on_resume="ignored")
     """JSON file of further prompts by nickname."""
-    validation_prompt_library: bool = False
+    validation_prompt_library: bool = option(False, only_with=_VALIDATION, on_resume="ignored")
     """Draw SimpleTuner's own prompts as well."""
-    validation_negative_prompt: str = "blurry, cropped, ugly"
+    validation_negative_prompt: str = option(
+        "blurry, cropped, ugly",
+        only_with=(_VALIDATION, "validation_guidance_real"),
+        on_resume="ignored",
+    )
     """Negative prompt, used if validation_guidance_real is above 1."""
-    validation_resolution: str = "256"
+    validation_resolution: str = option("256", only_with=_VALIDATION, on_resume="ignored")
     """Sizes to draw in pixels, between commas: "1024x1024,1280x768" or "512"."""
-    validation_guidance: float = Field(7.5, ge=0)
+    validation_guidance: float = option(7.5, ge=0, only_with=_VALIDATION, on_resume="ignored")
     """Guidance that validation tells the model."""
-    validation_guidance_real: float = Field(1.0, ge=0)
+    validation_guidance_real: float = option(1.0, ge=0, only_with=_VALIDATION, on_resume="ignored")
     """Classifier-free guidance; above 1 it takes a second pass a step."""
-    validation_num_inference_steps: int = Field(30, ge=1)
+    validation_num_inference_steps: int = option(
+        30, ge=1, only_with=_VALIDATION, on_resume="ignored"
+    )
     """Denoising steps per image."""
-    validation_seed: int | None = Field(None, ge=0, lt=2**63)
+    validation_seed: int | None = option(
+        None, ge=0, lt=2**63, only_with=_VALIDATION, on_resume="ignored"
+    )
     """Seed of each image (unset: the run's seed)."""
-    num_validation_images: int = Field(1, ge=1)
+    num_validation_images: int = option(1, ge=1, only_with=_VALIDATION, on_resume="ignored")
     """Images per prompt and size."""
-    disable_benchmark: bool = False
+    disable_benchmark: bool = option(False, only_with=_VALIDATION, on_resume="ignored")
     """Don't draw the base model's images at step 0."""

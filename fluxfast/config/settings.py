@@ -10,20 +10,21 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticKnownError
 
 from fluxfast.text import is_text, printable, text_problem
 
@@ -86,6 +87,23 @@ def _utf8(path: Path) -> Path:
 
 # a folder for safetensors files
 Utf8Path = Annotated[Path, AfterValidator(_utf8)]
+
+
+def named_in(names: Callable[[], Iterable[str]]) -> BeforeValidator:
+    """A validator that refuses all but some names, as a `Literal` of them would.
+
+    The names are asked for at each value, so that a record added to a table counts at once.
+    """
+
+    def check(value: Any) -> Any:
+        known = list(names())
+        if value in known:
+            return value
+        *others, last = [f"'{name}'" for name in known]
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticKnownError("literal_error", {"expected": expected})
+
+    return BeforeValidator(check)
 
 
 def _strings(value: Any) -> Iterable[str]:

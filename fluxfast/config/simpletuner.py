@@ -1,5 +1,4 @@
-"""SimpleTuner's options: which ones there are, their other names, and what becomes of those that
-fluxfast has no field for.
+"""SimpleTuner's options, and what becomes of those that fluxfast has no field for.
 
 `options.tsv` lists every option (name, kind, default, choices). A key of a config file is one of
 five things: a field of `TrainConfig`; a key of `ACCEPTED_NO_EFFECT`; an option that is only read
@@ -8,19 +7,19 @@ typing error.
 """
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic.fields import FieldInfo
+
+from fluxfast.config.option import aliases_of
 from fluxfast.config.settings import as_bool, did_you_mean, is_default, quoted, shown
 
-# other name: (option, whether its meaning is the opposite)
+# other names of options that are no fields: the option, and whether its meaning is the opposite
 ALIASES = {
-    "validation_steps": ("validation_step_interval", False),
-    "checkpointing_steps": ("checkpoint_step_interval", False),
-    "save_total_limit": ("checkpoints_total_limit", False),
     "vae_cache_preprocess": ("vae_cache_ondemand", True),
     "ignore_final_epochs": ("strict_epoch_limit", True),
     "fused_qkv_projections": ("fuse_qkv_projections", False),
@@ -32,25 +31,28 @@ VALUE_ALIASES = {
     ("caption_strategy", "instance_prompt"): "instanceprompt",
 }
 
-# options that change nothing here, and why that is harmless; a run prints those that its config
-# sets
+# options that change nothing here, and why that is harmless; a run prints each that its config sets
 ACCEPTED_NO_EFFECT = {
-    "accelerator_cache_clear_interval": "the allocator's cache is never worth clearing in this loop",
+    "accelerator_cache_clear_interval":
+        "the allocator's cache is never worth clearing in this loop",
     "aspect_bucket_worker_count": "the number of workers is max_workers; it changes no result",
     "aws_max_pool_connections": "only read by aws datasets, which are refused",
-    "checkpointing_use_tempdir": "a checkpoint is always written under a temporary name and renamed",
+    "checkpointing_use_tempdir":
+        "a checkpoint is always written under a temporary name and renamed",
     **dict.fromkeys(
         (
-            "audio_channels", "audio_duration_interval", "audio_flow_schedule_shift", "audio_max_duration_seconds",
-            "audio_min_duration_seconds", "audio_truncation_mode", "framerate", "validation_num_video_frames",
+            "audio_channels", "audio_duration_interval", "audio_flow_schedule_shift",
+            "audio_max_duration_seconds", "audio_min_duration_seconds", "audio_truncation_mode",
+            "framerate", "validation_num_video_frames",
         ),
         "only read for video and sound",
     ),
     **dict.fromkeys(
         (
-            "pretrained_unet_model_name_or_path", "pretrained_unet_subfolder", "pretrained_gemma_model_name_or_path",
-            "qwen_text_encoder_model_name_or_path", "text_encoder_3_precision", "text_encoder_4_precision",
-            "unet_attention_slice", "vae_enable_patch_conv", "vae_enable_temporal_roll",
+            "pretrained_unet_model_name_or_path", "pretrained_unet_subfolder",
+            "pretrained_gemma_model_name_or_path", "qwen_text_encoder_model_name_or_path",
+            "text_encoder_3_precision", "text_encoder_4_precision", "unet_attention_slice",
+            "vae_enable_patch_conv", "vae_enable_temporal_roll",
         ),
         "only read for models with such a part, which FLUX.1 does not have",
     ),
@@ -63,13 +65,16 @@ ACCEPTED_NO_EFFECT = {
     "delete_model_after_load": "downloads are left where they are",
     "disable_assistant_lora": "no assistant LoRA is applied",
     "enable_multiprocessing": "workers are threads; it changes no result",
-    "fully_unload_text_encoder": "the text encoders are always dropped once their outputs are cached",
+    "fully_unload_text_encoder":
+        "the text encoders are always dropped once their outputs are cached",
     "image_processing_batch_size": "images are read one at a time; it changes no result",
     "masked_loss_probability": "only read with datasets of masks, which are refused",
     "metadata_update_interval": "the cache's index is up to date after every entry",
-    "override_dataset_config": "a changed dataset setting recomputes what depends on it, without being asked",
+    "override_dataset_config":
+        "a changed dataset setting recomputes what depends on it, without being asked",
     "preserve_data_backend_cache": "caches are never deleted",
-    "print_filenames": "it only prints; files that were skipped or made a loss non-finite are always named",
+    "print_filenames":
+        "it only prints; files that were skipped or made a loss non-finite are always named",
     "print_sampler_statistics": "it only prints",
     "read_batch_size": "it changes no result",
     "set_grads_to_none": "gradients are always set to none",
@@ -89,28 +94,22 @@ _SAME_AS_DEFAULT = {
 # how configs write that something is off
 _OFF = ("", "none", "null", "no", "false", "0", "0.0")
 
-# values (patterns) that SimpleTuner knows besides the choices in options.tsv; those a field doesn't
-# list are to come
+# values (patterns) that SimpleTuner has besides the choices in options.tsv; a field that doesn't
+# list one calls it "not implemented yet"
 _QUANTISED = ("*-quanto", "*-torchao", "*-sdnq", "*-bnb", "fp8-native", "fp8-transformerengine")
 _OPTIMIZERS = (
     "adamw_schedulefree*", "optimi-*", "bnb-*", "ao-*", "sdnq-*", "torch-*",
     "soap", "muon", "prodigy*", "adafactor", "dadapt*", "lion*",
+)  # fmt: skip
+_ATTENTION = (
+    "xformers", "flash*", "flex", "cudnn", "native-*", "sla", "sageattention*", "metal-*",
 )  # fmt: skip
 _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
     "model_flavour": ("kontext", "libreflux"),
     "base_model_precision": _QUANTISED,
     "text_encoder_1_precision": _QUANTISED,
     "text_encoder_2_precision": _QUANTISED,
-    "attention_mechanism": (
-        "xformers",
-        "flash*",
-        "flex",
-        "cudnn",
-        "native-*",
-        "sla",
-        "sageattention*",
-        "metal-*",
-    ),
+    "attention_mechanism": _ATTENTION,
     "optimizer": _OPTIMIZERS,
     "lr_scheduler": ("sine", "cosine_with_restarts"),
     "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
@@ -118,16 +117,15 @@ _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
 
 _WHY_NOT = {
     ("model_type", "full"): "only LoRAs are trained",
-    (
-        "lora_init_type",
-        "loftq",
-    ): "it needs a base quantised by bitsandbytes, and never goes with a Quanto one",
+    ("lora_init_type", "loftq"): (
+        "it needs a base quantised by bitsandbytes, and never goes with a Quanto one"
+    ),
     ("flux_lora_target", "controlnet"): "there is no ControlNet to train",
     ("report_to", "all"): 'set "tensorboard"',
 }
 
 
-class Option(NamedTuple):
+class KnownOption(NamedTuple):
     """A row of options.tsv; `choices` is empty where the table has no plain list."""
 
     name: str
@@ -136,41 +134,43 @@ class Option(NamedTuple):
     choices: tuple[Any, ...] = ()
 
 
-# known, but in no row of the table: two that came later or earlier than it, and one that
-# SimpleTuner has removed
+# known, but in no row of the table, since SimpleTuner had them before or after it was made
 _EXTRA = (
-    Option("enable_model_cpu_offload", "checkbox", False),
-    Option("fuse_qkv_projections", "checkbox", False),
-    Option("validation_torch_compile", "checkbox", False),
+    KnownOption("enable_model_cpu_offload", "checkbox", False),
+    KnownOption("fuse_qkv_projections", "checkbox", False),
+    KnownOption("validation_torch_compile", "checkbox", False),
 )
 
 
 @cache
-def options() -> dict[str, Option]:
+def options() -> dict[str, KnownOption]:
     """Every option that SimpleTuner knows, by name."""
     table = {option.name: option for option in _EXTRA}
     text = Path(__file__).with_name("options.tsv").read_text(encoding="utf-8")
     for row in text.splitlines()[1:]:
         name, kind, default, choices = row.split("\t")[:4]
         listed = tuple(ast.literal_eval(choices)) if choices.startswith("[") else ()
-        table[name] = Option(name, kind, ast.literal_eval(default), listed)
+        table[name] = KnownOption(name, kind, ast.literal_eval(default), listed)
     return table
 
 
-def canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """One source's keys under the options' own names (no dashes, no aliases), and the problems on
-    the way there.
+def canonical(
+    raw: Mapping[str, Any], fields: Mapping[str, FieldInfo]
+) -> tuple[dict[str, Any], list[str]]:
+    """(values under the options' own names, without dashes and aliases; problems on the way there).
 
-    Keys such as `__active_tab__` belong to SimpleTuner's web interface and are left out.
+    raw: the keys of one file, or of the command line. Keys such as `__active_tab__` belong to
+    SimpleTuner's web interface and are left out.
     """
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
     problems = []
+    aliases = {**ALIASES, **{a: (name, False) for a, name in aliases_of(fields).items()}}
     for key, value in raw.items():
         name = key.removeprefix("--").replace("-", "_")
         if name.startswith("__"):
             continue
-        target, inverted = ALIASES.get(name, (name, False))
+        target, inverted = aliases.get(name, (name, False))
         if target in values:
             problems.append(
                 f'"{written[target]}" and "{key}" are the same option: keep one of them'
@@ -188,13 +188,26 @@ def canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def means_default(name: str, value: Any) -> bool:
-    """Whether `value`, as a file writes it, says the same as the default of an option, or, if that
-    is off, says off.
+def default_of(name: str, fields: Mapping[str, FieldInfo]) -> Any:
+    """An option's default as SimpleTuner has it, or as a field that is ours alone has it."""
+    if name in options():
+        return options()[name].default
+    return fields[name].get_default() if name in fields else None
 
-    An option that isn't SimpleTuner's is off by default.
+
+def is_checkbox(name: str, fields: Mapping[str, FieldInfo]) -> bool:
+    """Whether an option's values are true and false."""
+    if name in options():
+        return options()[name].kind == "checkbox"
+    return name in fields and fields[name].annotation is bool
+
+
+def means_default(name: str, value: Any, fields: Mapping[str, FieldInfo]) -> bool:
+    """Whether `value`, as a file writes it, says the same as an option's default.
+
+    Where the default is off, other words for off say the same.
     """
-    default = options()[name].default if name in options() else None
+    default = default_of(name, fields)
     # a form writes "" where nothing was filled in
     if value == "" or is_default(value, default):
         return True
@@ -207,30 +220,24 @@ def _is_off(value: Any) -> bool:
     return value is None or value == [] or value == {} or str(value).strip().lower() in _OFF
 
 
-def unknown(name: str, fields: Iterable[str]) -> str | None:
-    """The problem with a key that is neither a field of `TrainConfig` nor an option of
-    SimpleTuner's, else None.
-    """
+def unknown(name: str, fields: Mapping[str, FieldInfo]) -> str | None:
+    """The problem with a key that is neither a field nor an option of SimpleTuner's, else None."""
     if name in fields or name in options():
         return None
-    return f'"{name}" is not an option{did_you_mean(name, {*fields, *options(), *ALIASES})}'
+    known = {*fields, *options(), *ALIASES, *aliases_of(fields)}
+    return f'"{name}" is not an option{did_you_mean(name, known)}'
 
 
 def without_field(name: str, value: Any) -> tuple[str | None, str | None]:
-    """(problem, note) for a known option that is no field of `TrainConfig`, away from its default
-    and read.
+    """(problem, note) for an option of SimpleTuner's that is no field.
+
+    Its value is away from its default, and would be read.
     """
     option = options()[name]
     if name in ACCEPTED_NO_EFFECT:
         return malformed(name, value), f'"{name}" has no effect: {ACCEPTED_NO_EFFECT[name]}'
-    alias = next(
-        (
-            f' (also called "{a}", inverted)'
-            for a, (t, opposite) in ALIASES.items()
-            if t == name and opposite
-        ),
-        "",
-    )
+    opposites = [a for a, (target, inverted) in ALIASES.items() if target == name and inverted]
+    alias = f' (also called "{opposites[0]}", inverted)' if opposites else ""
     default = "" if option.default is None else f" (its default is {shown(option.default)})"
     return f'"{name}"{alias} is {shown(value)}: not implemented yet; remove it{default}', None
 
@@ -254,13 +261,10 @@ def malformed(name: str, value: Any) -> str | None:
 
 
 def not_yet(name: str, value: Any) -> str | None:
-    """Why a value that a field refuses, but SimpleTuner knows, is refused; None for one that
-    SimpleTuner doesn't know.
-    """
+    """Why a field refuses a value that SimpleTuner knows; None for one that nobody knows."""
     option = options().get(name)
     if option is None:
-        # one of fluxfast's own
-        return None
+        return None  # one of fluxfast's own
     known = value in option.choices or any(
         fnmatchcase(str(value), pattern) for pattern in _KNOWN_VALUES.get(name, ())
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from fluxfast.config.optimizers import OPTIMIZERS
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.sizes import Workload
 from fluxfast.memory.step_time import BlockWork, StepTime, step_seconds
@@ -26,13 +27,6 @@ FRAGMENTATION = 0.03
 # cuBLAS's, from the caching allocator, for each stream that computes (Hopper's size, which is the
 # largest)
 GEMM_WORKSPACE = 32 * 2**20
-# bytes of an optimiser's state for each element, by the elements' size
-OPTIMIZER_STATE = {
-    "adamw_bf16": lambda itemsize: 2 * itemsize,
-    "torch-adamw": lambda itemsize: 2 * itemsize,
-    # two codes, and an fp32 absmax for each 256 of them
-    "adamw8bit": lambda itemsize: 2 + 2 * 4 / 256,
-}
 # Python with PyTorch and its CUDA libraries
 PROCESS = 2 * GIB
 # what loading holds beside the model (the bound that it keeps)
@@ -97,7 +91,7 @@ def account(workload: Workload, choices: Choices) -> Plan:
     step = choices.blocks_per_group
     groups = [sum(blocks[i : i + step]) for i in range(0, sizes.blocks, step)]
     saved, gradients, working = _at_peak(workload, choices)
-    state = OPTIMIZER_STATE[workload.optimizer](workload.adapter_itemsize)
+    state = OPTIMIZERS[workload.optimizer].state_bytes(workload.adapter_itemsize)
     vram = {
         "weights": workload.outer_weights + (0 if choices.streams else sum(blocks)),
         "modulation": workload.modulation_vectors if choices.modulation_ahead else modulation,

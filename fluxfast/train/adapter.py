@@ -160,7 +160,7 @@ def add_adapter(
 
     resumed: a checkpoint's values will take the place of these.
     """
-    dtype = torch.bfloat16 if config.optimizer == "adamw_bf16" else torch.float32
+    dtype = config.adapter_dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, 0, 0, "adapter"))
         if lora is not None:

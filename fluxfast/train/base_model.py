@@ -30,8 +30,6 @@ from fluxfast.train.offload import STREAMED_MODULES
 
 # left free beside a cached base: checkpoints, images and logs of the run need room too
 SPARE_BYTES = 2 << 30
-# what FLUX.1's autoencoder gives to the transformer: 16 latent channels of 2x2 pixels
-IN_CHANNELS = 64
 
 
 def open_base(config: TrainConfig) -> Checkpoint:
@@ -56,7 +54,7 @@ def open_base(config: TrainConfig) -> Checkpoint:
         subfolder=subfolder,
         revision=revision,
         variant=config.variant,
-        in_channels=IN_CHANNELS,
+        in_channels=config.flavour.in_channels,
     )
     if (info := checkpoint.quantized) is not None:
         if PRECISIONS[config.base_model_precision] not in (None, info.format.name):

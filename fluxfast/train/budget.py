@@ -70,7 +70,7 @@ def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> Batc
 
 def workload_of(config: TrainConfig, batch: Batch, compute: str) -> Workload:
     """What a step of this config computes on this batch."""
-    sizes = FluxSizes(guidance_embeds=config.model_flavour != "schnell")
+    sizes = FluxSizes(guidance_embeds=config.flavour.takes_guidance)
     text = config.tokenizer_max_length
     image = [batch.image_tokens] * sizes.blocks
     routes = config.tread_config.routes if config.tread_config else ()
@@ -86,7 +86,7 @@ def workload_of(config: TrainConfig, batch: Batch, compute: str) -> Workload:
         storage=Storage(PRECISIONS[config.base_model_precision], config.base_dtype.itemsize),
         targets=tuple(targets),
         rank=config.lora_rank,
-        adapter_itemsize=2 if config.optimizer == "adamw_bf16" else 4,
+        adapter_itemsize=config.optimizer_kind.itemsize,
         optimizer=config.optimizer,
         compute=compute,
     )

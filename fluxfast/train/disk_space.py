@@ -36,15 +36,17 @@ def cache_bytes(
 
 
 def checkpoint_bytes(config: TrainConfig, transformer: nn.Module, ranks: Mapping[str, int]) -> int:
-    """A checkpoint of an adapter of these ranks by module: its values twice (as they are, and as a
-    LoRA), two moments.
+    """A checkpoint of an adapter of these ranks by module.
+
+    It holds the adapter's values twice, as they are and as a LoRA, and the optimiser's state.
     """
     layers: dict[str, Any] = {name: transformer.get_submodule(name) for name in ranks}
     count = sum(
         rank * (layers[name].in_features + layers[name].out_features)
         for name, rank in ranks.items()
     )
-    return 4 * count * (2 if config.optimizer == "adamw_bf16" else 4)
+    kind = config.optimizer_kind
+    return round(count * (2 * kind.itemsize + kind.state_bytes(kind.itemsize)))
 
 
 def shortage(

@@ -27,7 +27,6 @@ def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = F
     if config.compute_precision == "auto" and computes != ["same"]:
         # what `auto` takes where 8 bits fail
         computes.insert(0, "same")
-    fused_adamw = config.optimizer == "adamw_bf16"
     return Scope(
         device=str(device),
         dtype=str(compute_dtype(device, config.base_dtype)).removeprefix("torch."),
@@ -37,8 +36,8 @@ def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = F
         rank=config.lora_rank,
         lora_scale=config.alpha / config.lora_rank,
         dropout=config.lora_dropout,
-        adapter_dtype="bfloat16" if fused_adamw else "float32",
-        fused_adamw=fused_adamw,
+        adapter_dtype=str(config.adapter_dtype).removeprefix("torch."),
+        fused_adamw=config.optimizer_kind.has_kernel,
         routes=config.tread_config is not None,
         graphs=bool(config.cuda_graphs) and device.type == "cuda",
         streams=config.enable_group_offload or config.vram_budget is not None,

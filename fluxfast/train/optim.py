@@ -9,8 +9,9 @@ half that in the step's size; fp32 moments would buy it off for twice the state.
 """
 
 import math
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -25,16 +26,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fluxfast.config.optimizers import OPTIMIZERS, optimizer_options
+from fluxfast.config.run_fields import Scheduler
 from fluxfast.ops import dispatch
 
-OPTIMIZERS = ("adamw_bf16", "torch-adamw")
-LR_SCHEDULERS = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "polynomial",
-)
+LR_SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 
 # elements that one pass of the optimiser flattens. On a CPU the fp32 temporaries, about 28 bytes an
 # element, should stay in cache (2^17 was the fastest of 2^16 … 2^22); on a GPU they should hide the
@@ -247,24 +243,27 @@ def build_optimizer(
     params: Mapping[str, Parameter] | Iterable[Parameter],
     *,
     lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    weight_decay: float = 0.01,
-    eps: float | None = None,
     seed: int = 0,
+    **arguments: Any,
 ) -> Optimizer:
-    """The optimiser that `optimizer` names. `eps` None is its own default; `seed` is for stochastic
-    rounding.
+    """The optimiser of that name in `config.optimizers`.
 
-    Given by name, parameters whose names contain bias, norm or embed aren't decayed.
+    `arguments` take the place of its record's defaults. `seed` is for those that round at random.
+    Of parameters given by name, those whose names contain bias, norm or embed aren't decayed.
+
+    Raises:
+        ValueError: there is no record of that name, or its class has no such argument.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(
-            f"optimizer {name!r} isn't implemented: choose one of {', '.join(OPTIMIZERS)}"
-        )
-    groups = _decay_groups(params, weight_decay) if isinstance(params, Mapping) else list(params)
-    if name == "adamw_bf16":
-        return AdamWBF16(groups, lr, betas, 1e-6 if eps is None else eps, weight_decay, seed=seed)
-    return torch.optim.AdamW(groups, lr, betas, 1e-8 if eps is None else eps, weight_decay)
+        known = ", ".join(optimizer_options())
+        raise ValueError(f"optimizer {name!r} isn't implemented: choose one of {known}")
+    kind = OPTIMIZERS[name]
+    if unknown := sorted(arguments.keys() - kind.defaults.keys()):
+        raise ValueError(f"optimizer {name!r} takes no {', '.join(unknown)}")
+    arguments = {**kind.defaults, **arguments, **({"seed": seed} if kind.takes_seed else {})}
+    decay = arguments.get("weight_decay", 0.0)
+    groups = _decay_groups(params, decay) if isinstance(params, Mapping) else list(params)
+    return pkgutil.resolve_name(kind.entry_point)(groups, lr=lr, **arguments)
 
 
 def _decay_groups(params: Mapping[str, Parameter], weight_decay: float) -> list[dict[str, Any]]:

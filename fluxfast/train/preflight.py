@@ -22,7 +22,8 @@ from fluxfast.adapters.formats import LoraFile, check_fits
 from fluxfast.adapters.lora import check_init
 from fluxfast.checkpoint.flux import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
-from fluxfast.config.run import Source, TrainConfig
+from fluxfast.config.derived import ModelSource
+from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.sources import local_folder
 from fluxfast.model.routing import resolve_routes
@@ -142,11 +143,11 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
     return problems
 
 
-def _sources(config: TrainConfig) -> list[Source]:
+def _sources(config: TrainConfig) -> list[ModelSource]:
     """Where everything but the transformer comes from."""
     path, _, revision = config.base_source
     return [
-        *(Source(path, part, revision) for part in (*_TOKENIZERS, "text_encoder")),
+        *(ModelSource(path, part, revision) for part in (*_TOKENIZERS, "text_encoder")),
         config.t5_source,
         config.vae_source,
     ]
@@ -160,7 +161,7 @@ def _is_hub_name(path: str) -> bool:
     )
 
 
-def _check_folder(source: Source) -> None:
+def _check_folder(source: ModelSource) -> None:
     folder = local_folder(source)
     if source.subfolder not in _TOKENIZERS and not list(folder.glob("*.safetensors")):
         raise ValueError(

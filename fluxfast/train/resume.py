@@ -1,99 +1,90 @@
-"""Going on from a checkpoint with a config that may have changed since: what holds, what is said,
-what is refused.
+"""Going on from a checkpoint with a config that may have changed since.
 
 A checkpoint brings values (the adapter's, the optimiser's moments, the position in the data) and no
-setting. Learning rate and schedule, objective and seed are the config's from the next step on, and
-each that differs from what the steps so far were trained with is told in one line. What would make
-another run of it is refused.
+setting. Learning rate, schedule, objective and seed are the config's from the next step on, and a
+line says so for each that differs from what the steps so far were trained with. A change that would
+make another run of it is refused. Which of these holds for an option, its field says
+(`OptionFacts.on_resume`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from fluxfast.config.datasets import DatasetDefaults, ImageDataset
+from fluxfast.config.option import OnResume, facts_of
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import shown
 from fluxfast.train import state
-from fluxfast.train.adapter import ADAPTER_KEYS
 from fluxfast.train.state import SavedRun
 
-# another value would be another run under the same name; the adapter's rank, alpha and modules are
-# looked at by `adapter`
-FIXED = ("train_batch_size", "gradient_accumulation_steps", "optimizer", "base_model_precision")
-# settings that only decide what a run's adapter begins with
-STARTING = ("init_lora", "lora_init_type")
-# settings that no step's result depends on: where things lie, what is shown, how memory and time
-# are spent
-_NO_PART_IN_STEPS = (
-    "model_type", "model_family", "output_dir", "cache_dir", "logging_dir", "data_backend_config", "resume_from_checkpoint",
-    "i_know_what_i_am_doing", "lora_format", "report_to", "tracker_project_name", "tracker_run_name", "num_processes",
-    "max_workers", "quantize_via", "offload_during_startup", "vae_batch_size", "vae_enable_slicing", "attention_mechanism",
-    "cuda_graphs", "recompute", "gradient_checkpointing", "gradient_checkpointing_interval", "modulation_ahead", "vram_budget",
-    "enable_group_offload", "group_offload_type", "group_offload_blocks_per_group", "group_offload_use_stream",
-    "group_offload_to_disk_path", "checkpoint_step_interval", "checkpoints_total_limit", "disable_benchmark",
-    "num_validation_images", "user_prompt_library", "lr_num_cycles", "aspect_bucket_alignment",
-)  # fmt: skip
-# settings that are recorded as what they come to, under one name
-_SETTLED = ("seed", "max_train_steps", "num_train_epochs", "optimizer_beta1", "optimizer_beta2")
 # keys of a dataset that say where it lies
 _NO_PART_IN_DATA = {
-    "id", "type", "dataset_type", "instance_data_dir", "cache_dir_vae", "text_embeds", "metadata_backend",
-}  # fmt: skip
+    *("id", "type", "dataset_type", "instance_data_dir", "cache_dir_vae", "text_embeds"),
+    "metadata_backend",
+}
 
 
-def compared(key: str) -> bool:
-    """Whether a change of this option of the config, as it is written, is told when a run goes on."""
-    elsewhere = (
-        *FIXED,
-        *ADAPTER_KEYS,
-        *_SETTLED,
-        *(field.name for field in fields(DatasetDefaults)),
-    )
-    return key not in (*elsewhere, *_NO_PART_IN_STEPS) and not key.startswith("validation_")
+def options_that_are(*on_resume: OnResume, fields: Mapping[str, FieldInfo]) -> list[str]:
+    """The options that say one of these of themselves.
+
+    A dataset that names no value of its own has the run's, so that the options of `DatasetDefaults`
+    are compared with the datasets and are left out.
+    """
+    of_datasets = {field.name for field in dataclasses.fields(DatasetDefaults)}
+    return [
+        name
+        for name, field in fields.items()
+        if facts_of(field).on_resume in on_resume and name not in of_datasets
+    ]
 
 
 def settings(
     config: TrainConfig, datasets: Iterable[ImageDataset], *, seed: int, steps: int
 ) -> dict[str, Any]:
-    """What a run's steps depend on, as JSON, for its checkpoints. seed and steps: those in use,
-    however they were told.
+    """What a run's steps depend on, as JSON, for its checkpoints.
+
+    seed and steps are those in use, however the config came to them.
     """
-    told = {key: value for key, value in config.model_dump(mode="json").items() if compared(key)}
+    compared = options_that_are("told", "start_only", fields=type(config).model_fields)
+    told = config.model_dump(mode="json", include=set(compared))
     told |= {
         "adam_beta1": config.betas[0],
         "adam_beta2": config.betas[1],
         "adam_epsilon": config.epsilon,
+        "adam_weight_decay": config.weight_decay,
+        "seed": seed,
+        "steps": steps,
     }
-    told |= {"seed": seed, "steps": steps}
-    return told | {
-        "datasets": {
-            dataset.id: dataset.model_dump(mode="json", exclude=_NO_PART_IN_DATA)
-            for dataset in datasets
-        }
+    of_datasets = {
+        dataset.id: dataset.model_dump(mode="json", exclude=_NO_PART_IN_DATA)
+        for dataset in datasets
     }
+    return told | {"datasets": of_datasets}
 
 
 def fixed(config: TrainConfig) -> dict[str, Any]:
     """The settings that can't change within a run, for its checkpoints."""
-    return {key: getattr(config, key) for key in FIXED}
+    names = options_that_are("refused", fields=type(config).model_fields)
+    return {name: getattr(config, name) for name in names}
 
 
 def run_seed(config: TrainConfig, saved: SavedRun | None) -> int:
-    """The seed of everything random: the config's, else that of the run that goes on, else a new
-    one.
-    """
+    """The seed of everything random: the config's, else the resumed run's, else a new one."""
     if config.seed is not None and config.seed > 0:
         return config.seed
     return random.SystemRandom().randrange(1, 2**31) if saved is None else int(saved.state["seed"])
 
 
 def find(config: TrainConfig) -> SavedRun | None:
-    """The checkpoint that the config goes on from, read; None for a run from the start. ResumeError
-    where it is damaged.
+    """The checkpoint that the config goes on from, read; None for a run from the start.
+
+    Raises ResumeError where it is damaged.
     """
     path = state.find_checkpoint(config.output_dir, config.resume_from_checkpoint)
     return None if path is None else state.load_checkpoint(path)
@@ -110,7 +101,7 @@ def refused(config: TrainConfig, saved: SavedRun, datasets: Iterable[ImageDatase
     for dataset in datasets:
         now = dataset.train_batch_size or config.train_batch_size
         before = batches.get(dataset.id, {}).get("batch_size", now)
-        # a dataset that has the run's, then and now, has been said above
+        # a dataset that takes the run's batch size, then and now, has been named above
         if before != now and (before, now) != (
             then.get("train_batch_size"),
             config.train_batch_size,
@@ -123,8 +114,7 @@ def refusal(saved: SavedRun, changes: list[str]) -> str:
     """The problem that these changes are, and what to do about it."""
     return (
         f"{saved.path}: it was written with {'; with '.join(changes)}; go on with the same "
-        "values, or start anew in another "
-        'output_dir (or with "resume_from_checkpoint": "")'
+        'values, or start anew in another output_dir (or with "resume_from_checkpoint": "")'
     )
 
 
@@ -136,11 +126,16 @@ def notes(saved: SavedRun, now: Mapping[str, Any]) -> list[str]:
         then = _settings_of_version_1(saved)
         lines.append(
             f"{saved.path} is of an earlier version of fluxfast, without checksums and most "
-            "settings: damage to it would not "
-            f"be noticed, and of the settings only {', '.join(then)} are compared"
+            "settings: damage to it would not be noticed, and of the settings only "
+            f"{', '.join(then)} are compared"
         )
-    known = [key for key in now if key in then and key not in ("datasets", "steps")]
-    lines += [_line(key, then[key], now[key], saved.step) for key in known if then[key] != now[key]]
+    starting = options_that_are("start_only", fields=TrainConfig.model_fields)
+    for key in [key for key in now if key in then and key not in ("datasets", "steps")]:
+        if then[key] != now[key] and key in starting:
+            change = _change(key, then[key], now[key])
+            lines.append(f"{change}: no effect, the adapter's values are the checkpoint's")
+        elif then[key] != now[key]:
+            lines.append(f"{_change(key, then[key], now[key])} from step {saved.step + 1} on")
     if then.get("steps", now["steps"]) != now["steps"]:
         lines.append(
             f"the run's length was {then['steps']} steps and is {now['steps']}: the learning "
@@ -149,18 +144,15 @@ def notes(saved: SavedRun, now: Mapping[str, Any]) -> list[str]:
     for id, dataset in now["datasets"].items():
         before = then.get("datasets", {}).get(id, {})
         lines += [
-            f'dataset "{id}": {_line(key, before[key], value, saved.step)}'
+            f'dataset "{id}": {_change(key, before[key], value)} from step {saved.step + 1} on'
             for key, value in dataset.items()
             if key in before and before[key] != value
         ]
     return lines
 
 
-def _line(key: str, then: Any, now: Any, step: int) -> str:
-    change = f'"{key}" was {shown(then)} and is {shown(now)}'
-    if key in STARTING:
-        return f"{change}: no effect, the adapter's values are the checkpoint's"
-    return f"{change} from step {step + 1} on"
+def _change(key: str, then: Any, now: Any) -> str:
+    return f'"{key}" was {shown(then)} and is {shown(now)}'
 
 
 def _settings_of_version_1(saved: SavedRun) -> dict[str, Any]:

@@ -184,10 +184,8 @@ class Trainer:
             config.optimizer,
             named,
             lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.adam_weight_decay,
-            eps=config.epsilon,
             seed=self.seed,
+            **config.optimizer_arguments,
         )
 
     def _schedule(self) -> LambdaLR:
@@ -405,7 +403,7 @@ class Trainer:
     def _save_lora(self, folder: Path) -> Path:
         config = self.config
         metadata = modelspec_metadata(
-            flavour=config.model_flavour,
+            architecture=config.flavour.architecture,
             title=config.tracker_run_name,
             resolution=self.data.resolution,
             global_step=self.step,

@@ -242,7 +242,7 @@ def test_an_unusual_alpha_is_kept_by_load_and_save(tmp_path, alpha):
 
 def test_modelspec(tmp_path):
     metadata = modelspec_metadata(
-        flavour="dev",
+        architecture="flux-dev",
         title="run",
         resolution=(1024, 768),
         global_step=500,
@@ -257,7 +257,9 @@ def test_modelspec(tmp_path):
         "modelspec.trigger_phrase": "sks dog, sks",
         "global_step": "500",
     }
-    plain = modelspec_metadata(flavour="krea", title="t", resolution=(512, 512), global_step=0)
+    plain = modelspec_metadata(
+        architecture="flux-krea", title="t", resolution=(512, 512), global_step=0
+    )
     assert plain["global_step"] == "0"
     assert "modelspec.trigger_phrase" not in plain
     path = save_lora(_trained(targets=["to_q"]), tmp_path, metadata=metadata)

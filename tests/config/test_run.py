@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from config_helpers import LEAST, load, only, refused
 from pydantic import ValidationError
 
-from fluxfast.config.run import FLAVOURS, Source, TrainConfig, load_config
+from config_helpers import LEAST, load, only, refused
+from fluxfast.config.derived import ModelSource
+from fluxfast.config.flavours import FLAVOURS
+from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.config.simpletuner import options
 
@@ -41,7 +43,9 @@ def test_the_quickstart_config_loads():
     assert config.output_dir == Path("output/models")
     assert config.cache_dir == Path("output/models/cache")
     assert config.max_train_steps == 10000
-    assert config.transformer_source == Source("black-forest-labs/FLUX.1-dev", "transformer", None)
+    assert config.transformer_source == ModelSource(
+        "black-forest-labs/FLUX.1-dev", "transformer", None
+    )
 
 
 def test_the_quickstart_snippet_for_fine_tuned_models():
@@ -52,9 +56,9 @@ def test_the_quickstart_snippet_for_fine_tuned_models():
         pretrained_transformer_subfolder="none",
         revision="main",
     )
-    assert config.transformer_source == Source("ashen0209/Flux-Dev2Pro", None, None)
-    assert config.vae_source == Source("black-forest-labs/FLUX.1-dev", "vae", "main")
-    assert config.t5_source == Source("black-forest-labs/FLUX.1-dev", "text_encoder_2", "main")
+    assert config.transformer_source == ModelSource("ashen0209/Flux-Dev2Pro", None, None)
+    assert config.vae_source == ModelSource("black-forest-labs/FLUX.1-dev", "vae", "main")
+    assert config.t5_source == ModelSource("black-forest-labs/FLUX.1-dev", "text_encoder_2", "main")
 
 
 # options that SimpleTuner doesn't have
@@ -91,7 +95,7 @@ def test_least_config():
     assert config.schedule == "sigmoid"
     assert config.betas == (0.9, 0.999)
     assert config.epsilon == 1e-6
-    assert config.base_source == Source(FLAVOURS["krea"], None, None)
+    assert config.base_source == ModelSource(FLAVOURS["krea"].repository, None, None)
     assert any("no shift" in note for note in config.notes)
     assert any("norm of 2" in note for note in config.notes)
 
@@ -112,7 +116,7 @@ def test_derived_values():
         (0.8, 0.999),
         1e-8,
     )
-    assert config.transformer_source == Source(FLAVOURS["krea"], None, None)
+    assert config.transformer_source == ModelSource(FLAVOURS["krea"].repository, None, None)
     assert load(optimizer_beta1=0.5, optimizer_beta2=0.6).betas == (0.5, 0.6)
     assert load(adam_epsilon=1e-8).epsilon == 1e-8
     assert load(cache_dir="elsewhere").cache_dir == Path("elsewhere")
@@ -219,7 +223,7 @@ def test_flavours():
         validation_num_inference_steps=8,
     )
     assert (schnell.tokenizer_max_length, schnell.schedule) == (256, "fast")
-    assert schnell.base_source.path == FLAVOURS["schnell"]
+    assert schnell.base_source.path == FLAVOURS["schnell"].repository
     for part in ("tokenizer_max_length", "assistant LoRA", "no more than 4"):
         assert any(part in note for note in schnell.notes)
     assert load(model_flavour="schnell", i_know_what_i_am_doing=True).schedule == "sigmoid"
@@ -265,7 +269,7 @@ def test_forced_values():
     assert sum(" instead of " in note for note in config.notes) == 3
     assert (
         load(pretrained_vae_model_name_or_path="madebyollin/sdxl-vae").vae_source.path
-        == FLAVOURS["krea"]
+        == FLAVOURS["krea"].repository
     )
 
 

@@ -3,8 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from config_helpers import LEAST, load, only, refused
 
+from config_helpers import LEAST, load, only, refused
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 

@@ -3,12 +3,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from config_helpers import load, only, refused
 
+from config_helpers import load, only, refused
+from fluxfast.config.option import aliases_of
 from fluxfast.config.run import TrainConfig
-from fluxfast.config.simpletuner import ACCEPTED_NO_EFFECT, ALIASES, Option, means_default, options
+from fluxfast.config.simpletuner import (
+    ACCEPTED_NO_EFFECT,
+    ALIASES,
+    KnownOption,
+    means_default,
+    options,
+)
 from fluxfast.config.switches import SWITCHES, switched_off, switches_of
 
+FIELDS = TrainConfig.model_fields
 TABLE = Path(__file__).parents[2] / "fluxfast" / "config" / "options.tsv"
 
 
@@ -17,13 +25,13 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def off_default(option: Option):
+def off_default(option: KnownOption):
     """A value of the option's kind that is not its default."""
     if option.kind == "checkbox":
         return option.default is not True
     if option.kind == "number":
         return (option.default or 0) + 7
-    others = [choice for choice in option.choices if not means_default(option.name, choice)]
+    others = [choice for choice in option.choices if not means_default(option.name, choice, FIELDS)]
     return {"anything": 1} if option.kind == "text_json" else [*others, "something-else"][0]
 
 
@@ -81,12 +89,12 @@ def test_quickstart_options_at_their_default_are_accepted(key):
 
 @pytest.mark.parametrize("option", options().values(), ids=lambda option: option.name)
 def test_every_option_is_a_field_or_accepted_at_its_default_only(option):
-    if option.name in TrainConfig.model_fields:
+    if option.name in FIELDS:
         assert option.name not in ACCEPTED_NO_EFFECT
         return
     at_default = load(**{option.name: option.default})
     assert not any(f'"{option.name}"' in note for note in at_default.notes)
-    if option.name in ACCEPTED_NO_EFFECT or switched_off(option.name, {}):
+    if option.name in ACCEPTED_NO_EFFECT or switched_off(option.name, {}, FIELDS):
         notes = load(**{option.name: off_default(option)}).notes
         assert sum(f'"{option.name}" has no effect: ' in note for note in notes) == 1
     else:
@@ -96,7 +104,7 @@ def test_every_option_is_a_field_or_accepted_at_its_default_only(option):
 
 
 def switched_on(condition):
-    """(option, a value that turns a switch on) for an entry of `Switch.on`."""
+    """(option, a value that turns a switch on) for a condition of `Switch.on`."""
     name, _, pattern = condition.partition("=")
     name = name.replace("?", "2")
     value = (
@@ -111,36 +119,50 @@ def switched_on(condition):
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.options[0])
 def test_options_of_a_switch_are_refused_with_it_and_inert_without_it(switch):
     names = [
-        name
-        for name in options()
-        if switch in switches_of(name) and name not in TrainConfig.model_fields
+        name for name in options() if name not in FIELDS and switch.on in switches_of(name, FIELDS)
     ]
+    assert names
     # of an option with two switches, the other one may be off as well
     values = {name: off_default(options()[name]) for name in names}
     # the two switches that are on by default
-    values |= {"validation_disable": True} if "validation_disable=false" in switch.on else {}
+    values |= {"validation_disable": True} if switch.on == "validation_disable=false" else {}
     values |= (
-        {"gradient_checkpointing": False} if "gradient_checkpointing=true" in switch.on else {}
+        {"gradient_checkpointing": False} if switch.on == "gradient_checkpointing=true" else {}
     )
-    if values:
-        notes = [note for note in load(**values).notes if " no effect: only read with " in note]
-        assert all(
-            sum(f'"{name}"' in note.split(" no effect")[0] for note in notes) == 1 for name in names
-        )
-    for condition in switch.on if switch.refused else ():
+    notes = [note for note in load(**values).notes if " no effect: only read with " in note]
+    assert all(
+        sum(f'"{name}"' in note.split(" no effect")[0] for note in notes) == 1 for name in names
+    )
+    for condition in switch.on.split(" or ") if switch.refused else ():
         key, value = switched_on(condition)
-        if switched_off(key, {}) is None:
+        if switched_off(key, {}, FIELDS) is None:
             only(refused(**{**values, key: value}), f'"{key}"')
 
 
 def test_every_switch_and_its_options_are_options():
+    of_fields = [switch for name in FIELDS for switch in switches_of(name, FIELDS)]
+    for on in [*of_fields, *(switch.on for switch in SWITCHES)]:
+        for condition in on.split(" or "):
+            assert switched_on(condition)[0] in {*options(), *FIELDS}
     for switch in SWITCHES:
-        for condition in switch.on:
-            assert switched_on(condition)[0] in {*options(), *TrainConfig.model_fields}
         for pattern in switch.options:
             assert any(
-                fnmatchcase(name, pattern) and switch in switches_of(name) for name in options()
+                fnmatchcase(name, pattern) and switch.on in switches_of(name, FIELDS)
+                for name in options()
+                if name not in FIELDS
             ), pattern
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name in options()])
+def test_a_field_names_the_switches_that_simpletuners_options_like_it_have(name):
+    """A new field for an option that a pattern of `SWITCHES` covers says so itself."""
+    covering = [
+        switch.on
+        for switch in SWITCHES
+        if any(fnmatchcase(name, pattern) for pattern in switch.options)
+        and name not in [condition.partition("=")[0] for condition in switch.on.split(" or ")]
+    ]
+    assert set(covering) <= set(switches_of(name, FIELDS))
 
 
 def test_an_option_of_a_switch_that_is_off_has_one_note_and_is_still_checked():
@@ -201,10 +223,10 @@ def test_off_in_other_words(off):
         "dynamo_backend",
     ):
         assert not any(name in note for note in load(**{name: off}).notes)
-    assert means_default("gradient_precision", "unmodified") and means_default(
-        "prediction_type", "flow_matching"
-    )
-    assert not means_default("gradient_precision", "fp32") and not means_default("ema_decay", 0)
+    assert means_default("gradient_precision", "unmodified", FIELDS)
+    assert means_default("prediction_type", "flow_matching", FIELDS)
+    assert not means_default("gradient_precision", "fp32", FIELDS)
+    assert not means_default("ema_decay", 0, FIELDS)
 
 
 # the keys of SimpleTuner's examples flux.peft-lora and, with routes, flux.peft-lora+TREAD
@@ -241,7 +263,7 @@ def test_the_table_is_read_whole():
     assert set(names) <= set(options())
     for line in TABLE.read_text().splitlines()[1:]:
         for alias in json.loads(line.split("\t")[4].replace("'", '"') or "[]"):
-            assert ALIASES[alias.removeprefix("--")] == (line.split("\t")[0], False)
+            assert aliases_of(FIELDS)[alias.removeprefix("--")] == line.split("\t")[0]
     assert set(ACCEPTED_NO_EFFECT) <= set(options())
     assert {target for target, _ in ALIASES.values()} <= set(options())
 

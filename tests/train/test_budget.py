@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from config_helpers import load
 from rich.console import Console
 
+from config_helpers import load
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.plan import GIB, account

@@ -3,8 +3,8 @@ disk, resumed too.
 """
 
 import pytest
-from config_helpers import load, only
 
+from config_helpers import load, only
 from fluxfast.train.trainer import Trainer
 
 SETTINGS = {

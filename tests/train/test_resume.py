@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from config_helpers import load
 from safetensors.torch import load_file, save_file
 
+from config_helpers import load
 from fluxfast.adapters.formats import read_lora
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run_fields import TrainFields
 from fluxfast.train import resume, state, trainer
+from fluxfast.train.adapter import ADAPTER_KEYS
 from fluxfast.train.events import read_metrics
 from fluxfast.train.optim import LR_SCHEDULERS, build_lr_scheduler, build_optimizer, load_moments
 from fluxfast.train.state import SavedRun
@@ -90,14 +91,17 @@ def test_settled_values_are_compared_and_not_their_spelling(in_folder):
 
 
 def test_every_option_is_told_or_left_out_on_purpose():
-    for key in (*resume.FIXED, *resume.STARTING, *resume._NO_PART_IN_STEPS, *resume._SETTLED):
-        assert key in TrainFields.model_fields, key
-    assert (
-        not resume.compared("output_dir")
-        and not resume.compared("validation_seed")
-        and not resume.compared("resolution")
-    )
-    assert set(CHANGES) <= {key for key in TrainFields.model_fields if resume.compared(key)}
+    fields = TrainFields.model_fields
+    told = resume.options_that_are("told", fields=fields)
+    assert not {"output_dir", "validation_seed", "resolution", "optimizer", "seed"} & set(told)
+    assert set(CHANGES) <= set(told)
+    assert set(ADAPTER_KEYS) <= set(resume.options_that_are("elsewhere", fields=fields))
+    assert resume.options_that_are("refused", fields=fields) == [
+        *("base_model_precision", "train_batch_size", "gradient_accumulation_steps", "optimizer")
+    ]
+    assert set(resume.options_that_are("start_only", fields=fields)) == {
+        *("init_lora", "lora_init_type")
+    }
 
 
 def test_what_makes_another_run_of_it_is_refused(in_folder):

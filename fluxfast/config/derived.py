@@ -1,0 +1,193 @@
+"""What follows from a run's options: values that no file says, but that the run reads."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fluxfast.config.dataset_fields import DatasetDefaults
+from fluxfast.config.flavours import FLAVOURS, Flavour
+from fluxfast.config.optimizers import OPTIMIZERS, OptimizerKind
+from fluxfast.config.run_fields import TrainFields
+from fluxfast.config.settings import shown
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModelSource(NamedTuple):
+    """Where a part of the model comes from.
+
+    Attributes:
+        path: a folder, a file or a repository on the Hub.
+        subfolder: the part's folder in it; None is its root.
+        revision: branch, tag or commit of a repository; None is its default branch.
+    """
+
+    path: str
+    subfolder: str | None
+    revision: str | None
+
+
+class DerivedValues(TrainFields):
+    """The options with the values that follow from them."""
+
+    @property
+    def flavour(self) -> Flavour:
+        """What holds for every run on this flavour's weights."""
+        return FLAVOURS[self.model_flavour]
+
+    @property
+    def optimizer_kind(self) -> OptimizerKind:
+        """What is known of the optimiser before it is built."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def alpha(self) -> float:
+        """The LoRA's alpha; its scale is alpha / lora_rank."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The optimiser's decay of the first and second moment."""
+        if self.optimizer_beta1 is not None and self.optimizer_beta2 is not None:
+            return self.optimizer_beta1, self.optimizer_beta2
+        beta1, beta2 = self.optimizer_kind.defaults.get("betas", (None, None))
+        return self._given("adam_beta1", beta1), self._given("adam_beta2", beta2)
+
+    @property
+    def epsilon(self) -> float:
+        """The optimiser's epsilon."""
+        return self._given("adam_epsilon", self.optimizer_kind.defaults.get("eps"))
+
+    @property
+    def weight_decay(self) -> float:
+        """The optimiser's weight decay."""
+        return self._given("adam_weight_decay", self.optimizer_kind.defaults.get("weight_decay"))
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the optimiser: its own defaults, where the config says nothing."""
+        told = {"betas": self.betas, "eps": self.epsilon, "weight_decay": self.weight_decay}
+        defaults = self.optimizer_kind.defaults
+        return {name: told.get(name, default) for name, default in defaults.items()}
+
+    def _given(self, name: str, default: Any) -> Any:
+        """The option's value where the config sets it; `default`, if there is one, where not."""
+        if default is None or name in self.model_fields_set:
+            return getattr(self, name)
+        return default
+
+    @property
+    def weight_dtype_name(self) -> Literal["bf16", "fp32"]:
+        """Type of the model's inputs, and of its weights where they are not quantised, by name."""
+        quantised = self.base_model_precision != "no_change"
+        if self.mixed_precision == "bf16":
+            return "bf16"
+        return "bf16" if quantised and self.base_model_default_dtype == "bf16" else "fp32"
+
+    @property
+    def weight_dtype(self) -> "torch.dtype":
+        """Type of the model's inputs, and of its weights where they are not quantised."""
+        return _torch_dtype(self.weight_dtype_name)
+
+    @property
+    def base_dtype(self) -> "torch.dtype":
+        """Type of the transformer's weights that are not quantised."""
+        if self.base_model_precision == "no_change":
+            return self.weight_dtype
+        return _torch_dtype(self.base_model_default_dtype)
+
+    @property
+    def adapter_dtype(self) -> "torch.dtype":
+        """Type of the weights that are trained."""
+        return _torch_dtype(self.optimizer_kind.weights)
+
+    @property
+    def schedule(self) -> Literal["sigmoid", "uniform", "beta", "fast", "custom"]:
+        """How sigma is sampled."""
+        if self.flow_custom_timesteps is not None:
+            return "custom"
+        if self.flow_use_uniform_schedule:
+            return "uniform"
+        if self.flow_use_beta_schedule:
+            return "beta"
+        return "fast" if self.flux_fast_schedule else "sigmoid"
+
+    @property
+    def custom_sigmas(self) -> tuple[float, ...] | None:
+        """The custom schedule's sigmas, from 0 to 1."""
+        if self.flow_custom_timesteps is None or max(self.flow_custom_timesteps) <= 1:
+            return self.flow_custom_timesteps
+        return tuple(timestep / 1000 for timestep in self.flow_custom_timesteps)
+
+    @property
+    def validation_resolutions(self) -> list[tuple[int, int]]:
+        """(width, height), in pixels, of the validation images."""
+        return read_sizes(self.validation_resolution)
+
+    @property
+    def base_source(self) -> ModelSource:
+        """The pipeline that whatever has no path of its own is loaded from."""
+        path = self.pretrained_model_name_or_path or self.flavour.repository
+        return ModelSource(path, None, self.revision)
+
+    @property
+    def transformer_source(self) -> ModelSource:
+        """The transformer's weights."""
+        subfolder = self.pretrained_transformer_subfolder
+        return self._source(
+            self.pretrained_transformer_model_name_or_path,
+            None if subfolder in ("none", "") else subfolder,
+        )
+
+    @property
+    def vae_source(self) -> ModelSource:
+        """The VAE's weights."""
+        return self._source(self.pretrained_vae_model_name_or_path, "vae")
+
+    @property
+    def t5_source(self) -> ModelSource:
+        """The T5 text encoder's weights; its tokenizer is in tokenizer_2 beside them."""
+        return self._source(self.pretrained_t5_model_name_or_path, "text_encoder_2")
+
+    def _source(self, path: str | None, subfolder: str | None) -> ModelSource:
+        base = self.base_source
+        if path in (None, base.path):
+            return base._replace(subfolder=subfolder)
+        # the config's revision is one of the pipeline's repository
+        return ModelSource(path or "", subfolder, None)
+
+    @property
+    def dataset_defaults(self) -> DatasetDefaults:
+        """What `load_data_config` gives to datasets that don't say."""
+        names = [field.name for field in dataclasses.fields(DatasetDefaults)]
+        return DatasetDefaults(**{name: getattr(self, name) for name in names})
+
+
+def _torch_dtype(name: Literal["bf16", "fp32"]) -> "torch.dtype":
+    # imported here, so that a mistake in a config is named before torch has loaded
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def read_sizes(text: str) -> list[tuple[int, int]]:
+    """(width, height) of each size in a text such as "1024x1024,512".
+
+    ValueError where one is no size, or not a multiple of 16 pixels each way.
+    """
+    sizes = []
+    for size in text.split(","):
+        edges = size.strip().lower().split("x")
+        if not 1 <= len(edges) <= 2 or not all(edge.strip().isdecimal() for edge in edges):
+            raise ValueError(
+                'expects sizes in pixels such as "1024x1024" or "512", between commas, not '
+                f"{shown(size)}"
+            )
+        width, height = int(edges[0]), int(edges[-1])
+        if not width or not height or width % 16 or height % 16:
+            near = "x".join(str(max(16, round(edge / 16) * 16)) for edge in (width, height))
+            raise ValueError(
+                f"{size.strip()}: FLUX.1 draws multiples of 16 pixels; {near} is the nearest"
+            )
+        sizes.append((width, height))
+    return sizes

@@ -1,0 +1,77 @@
+"""The flavours of FLUX.1: everything in which one is unlike another, a record for each.
+
+A new flavour is a record here. Config, plan and trainer read it as `TrainConfig.flavour`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# features of an image token: the 16 latent channels of 2 x 2 pixels
+IN_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What holds for every run on one set of FLUX.1's weights.
+
+    Attributes:
+        repository: the pipeline on the Hub that is loaded where the config names none.
+        takes_guidance: whether the transformer has a guidance embedder (it is guidance-distilled).
+        text_tokens: T5 tokens of a caption; no other number is trained.
+        in_channels: features of an image token as the transformer takes it, with those of its
+            conditioning, if it has any.
+        few_steps: whether it draws in a few large steps, so that it is trained on
+            `flux_fast_schedule` unless the user insists on another schedule.
+        forced: values that take the place of the config's own, by option.
+        forced_because: why, for the note that a run prints.
+        least_validation_steps: validation never takes fewer denoising steps.
+        good_validation_steps: (fewest, most) denoising steps that draw well; None: any number.
+        advice: what the note about another number of steps says of the flavour.
+        notes: what a run always prints.
+        architecture: the base model's name in the metadata of a saved LoRA (ModelSpec's
+            `modelspec.architecture`, without "/lora").
+    """
+
+    repository: str
+    architecture: str
+    takes_guidance: bool = True
+    text_tokens: int = 512
+    in_channels: int = IN_CHANNELS
+    few_steps: bool = False
+    forced: Mapping[str, Any] = field(default_factory=dict)
+    forced_because: str = ""
+    least_validation_steps: int = 1
+    good_validation_steps: tuple[int, int] | None = None
+    advice: str = ""
+    notes: tuple[str, ...] = ()
+
+
+FLAVOURS = {
+    "krea": Flavour("black-forest-labs/FLUX.1-Krea-dev", architecture="flux-krea"),
+    "dev": Flavour(
+        "black-forest-labs/FLUX.1-dev",
+        architecture="flux-dev",
+        good_validation_steps=(15, 28),
+        advice="FLUX.1-dev is at its best with 15 to 28",
+    ),
+    "schnell": Flavour(
+        "black-forest-labs/FLUX.1-schnell",
+        architecture="flux-schnell",
+        takes_guidance=False,
+        text_tokens=256,
+        few_steps=True,
+        good_validation_steps=(1, 4),
+        advice="FLUX.1-schnell needs no more than 4",
+        notes=(
+            "FLUX.1-schnell is trained without the assistant LoRA that SimpleTuner adds for it",
+        ),
+    ),
+    "fluxbooru": Flavour(
+        "terminusresearch/fluxbooru-v0.3",
+        architecture="flux-fluxbooru",
+        forced={"flux_guidance_value": 3.5, "validation_guidance_real": 6.0},
+        forced_because="fluxbooru is de-distilled",
+        least_validation_steps=28,
+    ),
+}
