@@ -27,6 +27,8 @@ LAYERS: list[set[str]] = [
     {"fluxfast.cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# circles that the work on a quantised weight is about to open
+ABOUT_TO_GO = [["fluxfast.quant", "fluxfast.quant.weight", "fluxfast.quant"]]
 # the package itself only hands out what the others make
 FACADE = "fluxfast"
 
@@ -42,6 +44,7 @@ def modules(folder: Path, package: str) -> list[tuple[str, Path]]:
 MODULES = modules(ROOT / "fluxfast", "fluxfast") + modules(
     ROOT / "kernels/fluxfast_kernels", "fluxfast_kernels"
 )
+BENCH = modules(ROOT / "bench/fluxfast_bench", "fluxfast_bench")
 every_module = pytest.mark.parametrize(
     ("module", "path"), MODULES, ids=[name for name, _ in MODULES]
 )
@@ -64,6 +67,44 @@ def imports_in(tree: ast.AST, module: str, is_package: bool) -> set[str]:
                 )
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
+
+
+def import_graph(found: list[tuple[str, Path]]) -> dict[str, set[str]]:
+    """By module, the modules among these that it imports, wherever in its text it does so.
+
+    The façade is left out: it imports everybody, inside a function, and nobody imports it but for
+    its version and the compiled module.
+    """
+    names = {name for name, _ in found} - {FACADE}
+
+    def module_of(imported: str) -> str:
+        while imported and imported not in names:
+            imported = imported.rpartition(".")[0]
+        return imported
+
+    graph = {}
+    for name, path in found:
+        tree = ast.parse(path.read_text())
+        imported = imports_in(tree, name, path.name == "__init__.py")
+        graph[name] = {module_of(each) for each in imported} - {"", name}
+    return {name: graph[name] for name in names}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every module's shortest way back to itself, if there is one; each circle once."""
+    found = {}
+    for start in sorted(graph):
+        ways = [[start]]
+        seen: set[str] = set()
+        while ways:
+            way = ways.pop(0)
+            if start in graph[way[-1]]:
+                found.setdefault(frozenset(way), [*way, start])
+                break
+            nexts = sorted(graph[way[-1]] - seen)
+            seen.update(nexts)
+            ways += [[*way, module] for module in nexts]
+    return list(found.values())
 
 
 def layer_of(name: str) -> str | None:
@@ -111,6 +152,31 @@ def test_left_never_imports_right(module, path):
     wrong = {name for name in ours if (layer := layer_of(name)) is None or RANK[layer] > RANK[own]}
     # below the façade nobody needs it, and it would import everybody
     assert not wrong, f"{module} is in '{own}' and imports {sorted(wrong)}"
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"d2"}, "d2": {"d"}, "e": {"a"}}
+    assert circles(graph) == [["a", "b", "c", "a"], ["d", "d2", "d"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_graph_sees_every_import(tmp_path):
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "a.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pack.b import thing\n"
+    )
+    (tmp_path / "b.py").write_text("def f():\n    from pack import c\n")
+    (tmp_path / "c.py").write_text("import pack.a\n")
+    graph = import_graph(modules(tmp_path, "pack"))
+    assert circles(graph) == [["pack.a", "pack.b", "pack.c", "pack.a"]]
+
+
+def test_no_circle_of_imports():
+    """Not even through an import inside a function or one for a type checker alone."""
+    found = [
+        circle for circle in circles(import_graph([*MODULES, *BENCH])) if circle not in ABOUT_TO_GO
+    ]
+    assert not found, "\n".join(" imports ".join(circle) for circle in found)
 
 
 @every_module
@@ -165,10 +231,12 @@ def test_every_native_source_is_built():
     assert listed == {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp")}
 
 
-def test_only_train_and_cli_see_the_config():
-    """Everything below takes plain arguments."""
-    for module, path in MODULES:
-        if layer_of(module) in {"fluxfast.train", "fluxfast.cli"}:
-            continue
-        imported = imports_in(ast.parse(path.read_text()), module, path.name == "__init__.py")
-        assert not {name for name in imported if name.startswith("fluxfast.train")}, module
+def test_only_train_and_cli_see_the_runs_config():
+    """Everything below takes plain arguments, but for the function that makes a run's choices."""
+    of_a_run = ("run", "run_fields", "derived", "rules", "run_file", "simpletuner", "switches")
+    modules_of_it = {f"fluxfast.config.{name}" for name in of_a_run}
+    assert modules_of_it <= {name for name, _ in MODULES}
+    for module, imported in import_graph(MODULES).items():
+        readers = ("fluxfast.config", "fluxfast.train", "fluxfast.demo", "fluxfast.cli")
+        if layer_of(module) not in readers and module != "fluxfast.memory.choices":
+            assert not imported & modules_of_it, f"{module} reads the run's config"

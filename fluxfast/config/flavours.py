@@ -46,6 +46,13 @@ class Flavour:
     advice: str = ""
     notes: tuple[str, ...] = ()
 
+    def draws_well_in(self, steps: int) -> bool:
+        """Whether so many denoising steps suit it."""
+        if self.good_validation_steps is None:
+            return True
+        fewest, most = self.good_validation_steps
+        return fewest <= steps <= most
+
 
 FLAVOURS = {
     "krea": Flavour("black-forest-labs/FLUX.1-Krea-dev", architecture="flux-krea"),

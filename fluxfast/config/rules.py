@@ -68,7 +68,9 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         force(name, value, flavour.forced_because)
     steps = max(flavour.least_validation_steps, config.validation_num_inference_steps)
     force("validation_num_inference_steps", steps, flavour.forced_because)
-    notes += _flavour_notes(config)
+    notes += flavour.notes
+    if not config.validation_disable and not flavour.draws_well_in(steps):
+        notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     notes += _notes_of_no_effect(config)
     return forced, notes
 
@@ -85,16 +87,6 @@ def _schedule_note(config: DerivedValues) -> str:
         f"timestep schedule: {schedule}, no shift (SimpleTuner shifts by 3 unless told: "
         '"flow_schedule_shift": 3 does that)'
     )
-
-
-def _flavour_notes(config: DerivedValues) -> list[str]:
-    flavour, steps = config.flavour, config.validation_num_inference_steps
-    notes = list(flavour.notes)
-    if flavour.good_validation_steps is not None and not config.validation_disable:
-        fewest, most = flavour.good_validation_steps
-        if not fewest <= steps <= most:
-            notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
-    return notes
 
 
 def _notes_of_no_effect(config: DerivedValues) -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from config_helpers import LEAST, load, only, refused
 from fluxfast.config.derived import ModelSource
 from fluxfast.config.flavours import FLAVOURS
+from fluxfast.config.option import facts_of
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.config.simpletuner import options
@@ -61,26 +62,11 @@ def test_the_quickstart_snippet_for_fine_tuned_models():
     assert config.t5_source == ModelSource("black-forest-labs/FLUX.1-dev", "text_encoder_2", "main")
 
 
-# options that SimpleTuner doesn't have
-OUR_OWN = {
-    *(
-        "compute_outliers",
-        "compute_precision",
-        "cuda_graphs",
-        "deterministic",
-        "modulation_ahead",
-        "recompute",
-        "vram_budget",
-    ),
-}
-
-
 @pytest.mark.parametrize("name", TrainConfig.model_fields)
 def test_fields_are_described_and_have_simpletuners_default(name):
     field = TrainConfig.model_fields[name]
     assert field.description
-    assert (name in options()) != (name in OUR_OWN)
-    if name in OUR_OWN or name in REQUIRED or name == "cache_dir":
+    if facts_of(field).ours or name in REQUIRED or name == "cache_dir":
         return
     expected = OTHER_DEFAULTS.get(name, options()[name].default)
     assert str(field.default) == str(expected) or field.default == expected

@@ -1,0 +1,79 @@
+"""A flavour is one record: a new one is loaded, checked and noted without another line of code."""
+
+import pytest
+
+from config_helpers import load, only, refused
+from fluxfast.config.flavours import FLAVOURS, Flavour
+
+KONTEXT = Flavour(
+    "somebody/FLUX.1-Kontext-dev",
+    architecture="flux-kontext",
+    takes_guidance=False,
+    text_tokens=128,
+    in_channels=128,
+    few_steps=True,
+    forced={"validation_guidance_real": 2.0},
+    forced_because="kontext draws with two passes",
+    least_validation_steps=5,
+    good_validation_steps=(6, 9),
+    advice="kontext likes 6 to 9",
+    notes=("kontext is new",),
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def kontext(monkeypatch):
+    monkeypatch.setitem(FLAVOURS, "kontext", KONTEXT)
+
+    def load_kontext(**keys):
+        return load(model_flavour="kontext", flux_fast_schedule=True, **keys)
+
+    return load_kontext
+
+
+def test_without_its_record_a_flavour_is_refused():
+    only(
+        refused(model_flavour="kontext"),
+        '"model_flavour" is "kontext": not implemented yet; fluxfast has '
+        "'krea', 'dev', 'schnell' or 'fluxbooru'",
+    )
+
+
+def test_a_new_record_is_a_flavour(kontext):
+    config = kontext(
+        validation_guidance_real=1.5,
+        validation_num_inference_steps=3,
+        validation_negative_prompt="grey",
+    )
+    assert config.flavour is KONTEXT
+    assert config.transformer_source == ("somebody/FLUX.1-Kontext-dev", "transformer", None)
+    assert (config.tokenizer_max_length, config.validation_guidance_real) == (128, 2.0)
+    assert config.validation_num_inference_steps == 5
+    assert [note for note in config.notes if "kontext" in note] == [
+        '"validation_guidance_real" is 2.0 instead of 1.5: kontext draws with two passes',
+        '"validation_num_inference_steps" is 5 instead of 3: kontext draws with two passes',
+        "kontext is new",
+        '"validation_num_inference_steps" is 5: kontext likes 6 to 9',
+    ]
+
+
+def test_it_is_known_by_name(kontext):
+    (problem,) = refused(model_flavour="kontxt")
+    assert problem.endswith("must be 'krea', 'dev', 'schnell', 'fluxbooru' or 'kontext'")
+    (problem,) = refused(model_flavour="kontext")
+    assert problem.startswith('config.json: "model_flavour" kontext is trained on its own few')
+
+
+def test_an_option_that_it_forces_switches_others_on(kontext):
+    """It draws with two passes, so that the negative prompt is read."""
+    assert not any("negative" in note for note in kontext(validation_negative_prompt="x").notes)
+    (note,) = [n for n in load(validation_negative_prompt="x").notes if "negative" in n]
+    assert note.endswith(
+        'only read with "validation_guidance_real" or "model_flavour" fluxbooru or '
+        '"model_flavour" kontext'
+    )
