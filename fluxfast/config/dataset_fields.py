@@ -1,7 +1,6 @@
 """The entries of the dataloader's config: image datasets and the text cache, each valid by itself.
 
-Fields have the names and defaults of the JSON keys. Sizes are in the unit that resolution_type
-says.
+Fields have the names and defaults of the JSON keys. Sizes are in the unit of resolution_type.
 """
 
 from dataclasses import dataclass
@@ -46,8 +45,9 @@ class DatasetDefaults:
 
 
 def _read_filters(value: Any) -> Any:
-    """A `caption_filter_list` as a list: given so, as a JSON file that holds one, or as a text file
-    with an entry a line.
+    """A `caption_filter_list` as a list.
+
+    It is given as one, as a JSON file that holds one, or as a text file with an entry on each line.
     """
     if not isinstance(value, str):
         return value
@@ -58,7 +58,7 @@ def _read_filters(value: Any) -> Any:
         return read_json(path)
     try:
         found = lines(path.read_bytes().decode("utf-8-sig"))
-    # a name with a zero character is a ValueError, as is what isn't UTF-8
+    # a name with a zero character and text that isn't UTF-8 are ValueErrors
     except (OSError, ValueError) as error:
         raise ValueError(f"can't be read as a text file: {error}") from None
     return tuple(line for line in found if line.strip())
@@ -131,9 +131,7 @@ class ImageDataset(_Entry):
     resolution: float = Field(gt=0)
     """Size that images are trained at."""
     resolution_type: ResolutionType
-    """Unit of sizes: shorter edge in pixels; megapixels; edge, in pixels, of a square of the same
-    area.
-    """
+    """Unit of sizes: shorter edge in pixels; megapixels; pixels of the edge of an equal square."""
     minimum_image_size: float | None = Field(None, ge=0)
     """Smaller images are left out."""
     maximum_image_size: float | None = Field(None, ge=0)
@@ -151,9 +149,7 @@ class ImageDataset(_Entry):
     crop_aspect: Literal["square", "preserve", "random", "closest"] = "square"
     """Shape of a crop: square, the image's own, or one of crop_aspect_buckets."""
     crop_aspect_buckets: tuple[float | dict[str, float], ...] = ()
-    """Shapes (width / height) for crop_aspect random and closest; each may be {"aspect": ...,
-    "weight": ...}.
-    """
+    """Shapes (width / height) for crop_aspect random and closest; each may have a weight."""
 
     # captions
     caption_strategy: CaptionStrategy
@@ -167,9 +163,7 @@ class ImageDataset(_Entry):
     disable_multiline_split: bool = False
     """A caption file is one caption, not one a line."""
     caption_filter_list: FilterList = ()
-    """What is taken out of captions: a list, a JSON file that holds one, or a text file with one
-    entry a line.
-    """
+    """What is taken out of captions (`caption_filter`)."""
 
     # sampling
     repeats: int = Field(0, ge=0)
@@ -233,17 +227,16 @@ def _size_problems(dataset: ImageDataset) -> list[str]:
         size = getattr(dataset, name)
         if size and dataset.resolution_type == "area" and size >= 20:
             problems.append(
-                f'"{name}" is {size:g} megapixels with "resolution_type" area: must be less '
-                "than 20; "
-                'for edges in pixels set "resolution_type": "pixel_area"'
+                f'"{name}" is {size:g} megapixels with "resolution_type" area: must be less than '
+                '20; for edges in pixels set "resolution_type": "pixel_area"'
             )
         # SimpleTuner's bound on pixel edges; the lower one only tells pixels from megapixels
         least = 512 if dataset.resolution_type == "pixel" and name != "resolution" else 16
         if size and dataset.resolution_type != "area" and size < least:
             problems.append(
                 f'"{name}" is an edge of {size:g} pixels with "resolution_type" '
-                f"{dataset.resolution_type}: "
-                f'must be at least {least}; for megapixels set "resolution_type": "area"'
+                f"{dataset.resolution_type}: must be at least {least}; for megapixels set "
+                '"resolution_type": "area"'
             )
     lowest, highest = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
     if lowest and highest and lowest > highest:

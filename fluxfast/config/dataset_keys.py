@@ -1,8 +1,8 @@
-"""The keys of SimpleTuner's dataloader config that are no field here: other names, what has no
-effect, what is missing.
+"""The keys of SimpleTuner's dataloader config that are no fields here.
 
-Every key that its loader reads is known, so that a file made for it is read, or refused for what
-isn't implemented, and never for a key that it knows.
+They are other names of fields, keys without effect, and keys that are not implemented. Every key
+that SimpleTuner reads is among them, so that a file made for it is never refused for a key that
+nobody knows.
 """
 
 from typing import Any
@@ -25,26 +25,31 @@ NOT_IMPLEMENTED: dict[str, Any] = {
     **dict.fromkeys(
         (
             # other data beside the images
-            "conditioning", "conditioning_config", "conditioning_data", "conditioning_type", "source_dataset_id",
-            "conditioning_image_embeds", "cache_dir_conditioning_image_embeds", "conditioning_image_embed_batch_size",
-            "image_embeds", "grounding", "grounding_data", "bbox_column", "s2v_datasets", "slider_strength", "caption_shuffle",
-            "max_upscale_threshold", "disable_after_epoch_step", "auto_generated", "distillation_cache", "distillation_type",
+            "conditioning", "conditioning_config", "conditioning_data", "conditioning_type",
+            "source_dataset_id", "conditioning_image_embeds", "cache_dir_conditioning_image_embeds",
+            "conditioning_image_embed_batch_size", "image_embeds", "grounding", "grounding_data",
+            "bbox_column", "s2v_datasets", "slider_strength", "caption_shuffle",
+            "max_upscale_threshold", "disable_after_epoch_step", "auto_generated",
+            "distillation_cache", "distillation_type",
             # video and audio
-            "video", "audio", "audio_only", "audio_column", "audio_caption_fields", "audio_channels", "audio_bucket_strategy",
-            "audio_bucket_interval", "audio_duration_interval", "audio_duration_interval_seconds",
+            "video", "audio", "audio_only", "audio_column", "audio_caption_fields",
+            "audio_channels", "audio_bucket_strategy", "audio_bucket_interval",
+            "audio_duration_interval", "audio_duration_interval_seconds",
             "audio_min_duration_seconds", "audio_max_duration_seconds", "audio_truncation_mode",
-            "target_resolution", "lyrics_column", "lyrics_extension", "lyrics_suffix", "lyrics_filename_format",
+            "target_resolution", "lyrics_column", "lyrics_extension", "lyrics_suffix",
+            "lyrics_filename_format",
             # where the files of other types lie
-            "aws", "aws_bucket_name", "aws_region_name", "aws_endpoint_url", "aws_access_key_id", "aws_secret_access_key",
-            "aws_session_token", "aws_data_prefix",
-            "csv", "csv_file", "csv_cache_dir", "csv_caption_column", "csv_url_column", "shorten_filenames", "image_cache_loc",
-            "huggingface", "dataset_name", "dataset_config", "dataset_path", "revision", "subfolder", "streaming",
-            "num_proc", "auto_load", "auth_token", "filter_func", "caption_column",
-            "fallback_caption_column", "description_column", "quality_column", "composite_image_column",
-            "composite_image_config", "split_composite_images", "caption_file_extensions",
-            "webshart", "source", "metadata", "hf_token", "shard_cache_gb", "shard_cache_dir", "metadata_cache_dir",
-            "parallel_downloads", "buffer_size", "max_file_size", "webshart_optimize_captions", "webshart_optimise_captions",
-            "optimize_captions", "optimise_captions",
+            "aws", "aws_bucket_name", "aws_region_name", "aws_endpoint_url", "aws_access_key_id",
+            "aws_secret_access_key", "aws_session_token", "aws_data_prefix", "csv", "csv_file",
+            "csv_cache_dir", "csv_caption_column", "csv_url_column", "shorten_filenames",
+            "image_cache_loc", "huggingface", "dataset_name", "dataset_config", "dataset_path",
+            "revision", "subfolder", "streaming", "num_proc", "auto_load", "auth_token",
+            "filter_func", "caption_column", "fallback_caption_column", "description_column",
+            "quality_column", "composite_image_column", "composite_image_config",
+            "split_composite_images", "caption_file_extensions", "webshart", "source", "metadata",
+            "hf_token", "shard_cache_gb", "shard_cache_dir", "metadata_cache_dir",
+            "parallel_downloads", "buffer_size", "max_file_size", "webshart_optimize_captions",
+            "webshart_optimise_captions", "optimize_captions", "optimise_captions",
             "memory_filesystem_path", "memory_filesystem_size", "memory_filesystem_sudo",
         )
     ),
@@ -64,10 +69,11 @@ NOT_IMPLEMENTED: dict[str, Any] = {
     "delete_nsfw_images": False,
 }  # fmt: skip
 
-# keys that change nothing here, and why that is harmless; a run prints those that a dataset sets
+# keys that change nothing here, and why that is harmless; a run prints each that a dataset sets
 ACCEPTED_NO_EFFECT = {
     "aws_max_pool_connections": "only read by aws datasets, which are refused",
-    "cache_file_suffix": "cached files are named by a hash of what they depend on, so settings never share one",
+    "cache_file_suffix":
+        "cached files are named by a hash of what they depend on, so settings never share one",
     "compress_cache": "latents and embeddings hardly get smaller, and are kept as they are",
     "config_version": "an entry is read for what it says",
     "disable_validation": "validation takes no images from datasets",
@@ -78,17 +84,18 @@ ACCEPTED_NO_EFFECT = {
     "parquet": "only read with metadata_backend or caption_strategy parquet, which are refused",
     "preserve_data_backend_cache": "caches are never deleted",
     "read_batch_size": "one VAE batch is read ahead",
-    "scan_for_errors": "each cached file is checked when it is read, and what is damaged is computed anew",
+    "scan_for_errors":
+        "each cached file is checked when it is read, and what is damaged is computed anew",
     "skip_file_discovery": "a second start recomputes nothing anyway",
     "vae_cache_scan_behaviour": "what is damaged or doesn't fit is computed anew, and nothing else",
     "write_batch_size": "each latent is written by itself",
-}
+}  # fmt: skip
 
-# where the files of an entry lie, beside "local"
+# kinds of places for an entry's files, beside "local"
 TYPES_NOT_YET = ("aws", "csv", "huggingface", "memory", "webshart")
 DATASET_TYPES_NOT_YET = (
-    "video", "audio", "image_embeds", "conditioning", "conditioning_image_embeds", "eval", "caption", "grounding",
-    "distillation_cache",
+    "video", "audio", "image_embeds", "conditioning", "conditioning_image_embeds", "eval",
+    "caption", "grounding", "distillation_cache",
 )  # fmt: skip
 # values that SimpleTuner knows and a field refuses
 VALUES_NOT_YET = {

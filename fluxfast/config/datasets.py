@@ -1,9 +1,8 @@
-"""The dataloader's config: SimpleTuner's `multidatabackend.json`, parsed once into typed,
-validated, frozen objects.
+"""The dataloader's config: SimpleTuner's `multidatabackend.json` as typed, frozen objects.
 
 The file is a list of entries: image datasets, and one `text_embeds` entry that says where the text
-encoders' outputs are cached. What a dataset doesn't say comes from the run's config
-(`DatasetDefaults`). Nothing on disk but the file itself is looked at here.
+encoders' outputs are cached. A value that a dataset leaves out is the run's (`DatasetDefaults`).
+Nothing on disk but the file itself is looked at here.
 """
 
 from dataclasses import asdict
@@ -43,9 +42,7 @@ _DATASET_TYPES = ("image", "text_embeds")
 
 
 class DataConfig(Settings):
-    """The enabled datasets in the file's order, the text cache, and what a run prints about them
-    once.
-    """
+    """The enabled datasets in the file's order, the text cache, and notes that a run prints."""
 
     images: tuple[ImageDataset, ...]
     text_embeds: TextEmbeds
@@ -55,9 +52,10 @@ class DataConfig(Settings):
 def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConfig:
     """The dataloader's config in the file at `path`.
 
-    `ConfigError` names every entry's keys that are unknown, not implemented yet, of a wrong value
-    or in conflict, repeated ids, and a missing image dataset or text cache. Whether the folders
-    exist is not looked at.
+    Raises:
+        ConfigError: it names every entry's keys that are unknown, not implemented yet, of a wrong
+            value or in conflict, repeated ids, and a missing image dataset or text cache. Whether
+            the folders exist is not looked at.
     """
     path = Path(path)
     entries = read_json(path)
@@ -89,7 +87,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         elif parsed is not None:
             texts.append(parsed)
     text = None
-    # entries that couldn't be read would be missed here
+    # an entry that couldn't be read may be the one that the others lack
     if not problems:
         problems += _whole_problems(images, path)
         text = _default_texts(texts, images, path, problems)
@@ -111,8 +109,9 @@ def _read_entry(
     problems: list[str],
     notes: list[str],
 ) -> ImageDataset | TextEmbeds | None:
-    """The entry as an object; None if it is disabled, or has problems, which are added to
-    `problems`.
+    """The entry as an object; None where it is disabled or has problems.
+
+    Its problems and notes are added to the two lists.
     """
     before = len(problems)
     # SimpleTuner's placeholders
@@ -124,7 +123,7 @@ def _read_entry(
     values = _canonical(expand(entry, known, problems, where), where, problems)
     try:
         if as_bool(values.pop("disabled", False)):
-            # its other keys may be of a kind that isn't implemented, and are not looked at
+            # its other keys are not looked at, as they may belong to a kind of entry yet to come
             notes.append(f"{where} is disabled")
             return None
     except ValueError as error:
@@ -143,7 +142,7 @@ def _read_entry(
         )
         return None
     if values.get("type") in TYPES_NOT_YET:
-        # its other keys say where such files lie
+        # its other keys, which are of that type, are not looked at
         problems.append(
             f'{where}: "type" is {shown(values["type"])}: not implemented yet; fluxfast has '
             "'local'"

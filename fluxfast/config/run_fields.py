@@ -50,9 +50,7 @@ class TreadConfig(Settings):
 
 
 class TrainFields(Settings):
-    """What a config file can say, each value valid by itself; `TrainConfig` adds what values do to
-    each other.
-    """
+    """What a config file can say, each value valid by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -144,25 +142,17 @@ class TrainFields(Settings):
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Type of weights and activations; no is fp32."""
     compute_precision: Literal["auto", "same", "int8", "fp8"] = option("auto", ours=True)
-    """What the blocks' matrix products run in; "same" is the activations' type, auto 8 bit for a
-    quantised base on a GPU.
-    """
+    """Type of the blocks' products: the activations' (same), 8 bits (auto, of a quantised base)."""
     compute_outliers: int = option(0, ge=0, ours=True)
     """Channels of each product's input, the largest, that are kept out of 8 bits."""
     cuda_graphs: bool | Literal["auto"] = option("auto", on_resume="ignored", ours=True)
-    """Replay forward and backward as CUDA graphs, once they were compared with a step that was run;
-    auto: where possible.
-    """
+    """Replay forward and backward as CUDA graphs that were checked first (auto: where possible)."""
     deterministic: bool = option(False, ours=True)
-    """On a GPU, the same bits each time that a step is computed, so that a resumed run ends as one
-    never stopped; slower.
-    """
+    """Give the same bits on a GPU each time, so that resuming changes nothing; slower."""
     recompute: Literal["none", "selective", "full"] | None = option(
         None, on_resume="ignored", ours=True
     )
-    """What every block recomputes in the backward pass (unset: all of it where
-    gradient_checkpointing says so).
-    """
+    """What blocks recompute in the backward pass (unset: as gradient_checkpointing says)."""
     gradient_checkpointing: bool = option(True, on_resume="ignored")
     """Recompute activations in the backward pass: less memory."""
     gradient_checkpointing_interval: int | None = option(
@@ -170,21 +160,15 @@ class TrainFields(Settings):
     )
     """Checkpoint every nth block (unset: each)."""
     modulation_ahead: bool | Literal["auto"] = option("auto", on_resume="ignored", ours=True)
-    """Compute modulation a step ahead on the CPU, its weights in host memory; auto: on a GPU,
-    unless the LoRA trains it.
-    """
+    """Compute modulation a step ahead on the CPU (auto: for a GPU, unless the LoRA trains it)."""
     vram_budget: float | Literal["auto"] | None = option(None, on_resume="ignored", ours=True)
-    """GiB of VRAM for the run, or auto: all there is; recompute and streaming are chosen to fit
-    (unset: as the config says).
-    """
+    """GiB of VRAM, or auto for all there is: recompute and streaming are chosen to fit it."""
     enable_group_offload: bool = option(False, on_resume="ignored")
     """Keep the blocks' weights in host memory and stream them to the device as they are used."""
     group_offload_type: Literal["block_level", "leaf_level"] = option(
         "block_level", only_with=_STREAMING, on_resume="ignored"
     )
-    """What moves at a time; leaf by leaf would copy the same bytes in more pieces, so it is blocks
-    either way.
-    """
+    """What moves at a time: blocks either way, since leaves are the same bytes in more pieces."""
     group_offload_blocks_per_group: int = option(1, ge=1, only_with=_STREAMING, on_resume="ignored")
     """Blocks that move together."""
     group_offload_use_stream: bool = option(False, only_with=_STREAMING, on_resume="ignored")
@@ -192,9 +176,7 @@ class TrainFields(Settings):
     group_offload_to_disk_path: str = option("", only_with=_STREAMING, on_resume="ignored")
     """Folder for the streamed weights ("": they are in host memory)."""
     tread_config: TreadConfig | None = None
-    """Token routing: {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx":
-    -2}]}.
-    """
+    """Token routing: an object with "routes", a list of `TreadRoute`."""
     num_processes: int = option(1, ge=1, on_resume="ignored")
     """Training processes."""
     max_workers: int = option(32, ge=1, on_resume="ignored")
@@ -222,7 +204,7 @@ class TrainFields(Settings):
     adam_weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay, per unit of learning rate."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment (adamw_bf16: 1e-6 if unset)."""
+    """Added to the root of the second moment (unset: the optimiser's own)."""
     lr_scheduler: Scheduler = "constant_with_warmup"
     """Course of the learning rate over the run."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -266,9 +248,7 @@ class TrainFields(Settings):
     flow_beta_schedule_beta: float = option(2.0, gt=0, only_with="flow_use_beta_schedule")
     """Second parameter of the beta distribution."""
     flow_custom_timesteps: tuple[float, ...] | None = Field(None, min_length=1)
-    """Sigmas (all up to 1) or timesteps (up to 1000) to train on: a list, or numbers between
-    commas.
-    """
+    """Sigmas (all up to 1) or timesteps (up to 1000): a list, or numbers between commas."""
     flow_timesteps_mode: Literal["fixed-list", "round-robin"] = option(
         "fixed-list", only_with="flow_custom_timesteps"
     )
@@ -292,8 +272,7 @@ class TrainFields(Settings):
     resolution: float = Field(1024.0, gt=0)
     """Image size in resolution_type's unit, for datasets that name none."""
     resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
-    """Unit of sizes: shorter edge in pixels; megapixels; edge of a square of that area in pixels.
-    """
+    """Unit of sizes: shorter edge in pixels; megapixels; pixels of the edge of an equal square."""
     minimum_image_size: float | None = Field(None, ge=0)
     """Smaller images are left out (resolution_type's unit)."""
     maximum_image_size: float | None = Field(None, ge=0)
@@ -319,15 +298,13 @@ class TrainFields(Settings):
     t5_padding: Literal["unmodified", "zero"] = "unmodified"
     """Keep or zero T5's outputs at padding."""
     tokenizer_max_length: int = Field(512, ge=1)
-    """T5 tokens per caption; always 512 (schnell: 256)."""
+    """T5 tokens per caption; always the flavour's number."""
     vae_batch_size: int = option(4, ge=1, on_resume="ignored")
     """Images per VAE pass."""
     text_encoder_batch_size: int = Field(1, ge=1)
     """Captions per text encoder pass."""
     write_batch_size: int = Field(128, ge=1)
-    """Text embeddings per write to the cache; what is encoded together is written together, so it
-    has no effect.
-    """
+    """No effect: the embeddings that are encoded together are written together."""
     disable_bucket_pruning: bool = False
     """Keep buckets with fewer images than a step takes."""
     allow_dataset_oversubscription: bool = False

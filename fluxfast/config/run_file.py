@@ -1,6 +1,4 @@
-"""Where a run's config comes from: which file, and the overrides of the command line, as plain keys
-and values.
-"""
+"""Find and read a run's config file, and the overrides of the command line, as keys and values."""
 
 import os
 import sys
@@ -16,10 +14,10 @@ _SUFFIXES = (".json", ".toml", ".env")
 def find_config(path: str | Path | None) -> Path:
     """The file to read: `path`, or the one that SimpleTuner would take.
 
-    Without a path: the environment's CONFIG_PATH; else config/<name>/config.json for the name in
-    ENV or SIMPLETUNER_ENV; else config/config.json. A folder, or a name without a suffix, is
-    completed by .json, .toml or .env, in this order, or by what SIMPLETUNER_CONFIG_BACKEND or
-    CONFIG_BACKEND names. `ConfigError` where nothing is found.
+    Without a path that is the environment's CONFIG_PATH; else config/<name>/config.json for the
+    name in ENV or SIMPLETUNER_ENV; else config/config.json. A folder, or a name without a suffix,
+    is completed by .json, .toml or .env, in this order, or by the suffix that
+    SIMPLETUNER_CONFIG_BACKEND or CONFIG_BACKEND names. Raises ConfigError where nothing is found.
     """
     why = ""
     if path is None:
@@ -62,8 +60,9 @@ def _suffixes() -> tuple[str, ...]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys and values of a config file, as written. `ConfigError` if it can't be read or isn't
-    one.
+    """The keys and values of a config file, as written.
+
+    Raises ConfigError where it can't be read or is no config of a run.
     """
     if path.suffix == ".toml":
         raw = _read_toml(path)
@@ -73,7 +72,7 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     else:
         raw = read_json(path)
-    # files that SimpleTuner's web interface saved
+    # SimpleTuner's web interface saves the config with metadata beside it
     if isinstance(raw, dict) and "_metadata" in raw and isinstance(raw.get("config"), dict):
         raw = raw["config"]
     if isinstance(raw, list):
@@ -96,16 +95,15 @@ def _read_toml(path: Path) -> Any:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"{path}: can't be read: {error.strerror}"]) from None
-    # tomllib's own error, and text that isn't UTF-8
+    # TOMLDecodeError and UnicodeDecodeError are ValueErrors
     except ValueError as error:
         raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
 
 
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """`["--max-train-steps=10", "--seed", "7", "--vae_enable_tiling"]` as keys and values; the last
-    of equal keys wins.
+    """Words such as `["--max-train-steps=10", "--seed", "7", "--vae_enable_tiling"]` as a dict.
 
-    `ConfigError` for a word that belongs to no option.
+    The last of equal keys wins. Raises ConfigError for a word that belongs to no option.
     """
     if isinstance(overrides, Mapping):
         return dict(overrides)
@@ -116,7 +114,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
         if word.startswith("--") and len(word) > 2:
             key, given, value = word.partition("=")
             name = key[2:].replace("-", "_")
-            # true until a value follows, as a flag says it
+            # a flag is true, unless its value is the next word
             values[name] = value if given else True
             waiting = None if given else name
         elif waiting is not None:

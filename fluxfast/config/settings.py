@@ -1,9 +1,7 @@
-"""What the run's config and the dataloader's config share: reading a file, checking it, naming
-every mistake in it.
+"""What the run's config and the dataloader's config share: reading a file and naming its mistakes.
 
-A mistake is never the first of many that a user meets one at a time: readers collect problems, each
-a line that names file, key and value and says what to do, and raise them together as one
-`ConfigError`.
+Readers collect every problem, a line each that names file, key and value and says what to do, and
+raise them together as one `ConfigError`, so that a user need not find them one at a time.
 """
 
 import difflib
@@ -36,7 +34,8 @@ class ConfigError(ValueError):
     """What a config file asks for can't be done; `problems` holds every reason."""
 
     def __init__(self, problems: Sequence[str]):
-        # a config may hold what no terminal can print; a syntax error shows its line below it
+        # a config may hold characters that no terminal prints; a problem may have several lines,
+        # as a syntax error does
         self.problems = tuple(
             "\n".join(map(printable, problem.split("\n"))) for problem in problems
         )
@@ -50,8 +49,9 @@ class ConfigError(ValueError):
 
 
 class Settings(BaseModel):
-    """Base of the typed config objects: frozen, no unknown keys, numbers and booleans may be
-    written as strings.
+    """Base of the typed config objects.
+
+    They are frozen and take no unknown keys; numbers and booleans may be written as strings.
     """
 
     model_config = ConfigDict(
@@ -65,7 +65,7 @@ class Settings(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         kinds = (annotation, *get_args(annotation))
         for text in _strings(value):
-            # a path names a file by its bytes, which may be no UTF-8
+            # a file's name is any bytes but zero; other texts must be UTF-8
             if problem := text_problem(text, file_name=Path in kinds):
                 raise ValueError(problem)
         # saved forms write "" where nothing was filled in
@@ -120,8 +120,10 @@ def _strings(value: Any) -> Iterable[str]:
 
 
 def read_json(path: Path) -> Any:
-    """The value a JSON file holds. `ConfigError`: unreadable, not UTF-8, a syntax error (with its
-    line), a repeated key.
+    """The value that a JSON file holds.
+
+    Raises ConfigError where it can't be read, is not UTF-8, repeats a key or is not valid JSON,
+    which the message shows the line of.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -164,7 +166,7 @@ def _not_a_number(constant: str) -> NoReturn:
 def _syntax_problem(path: Path, text: str, error: json.JSONDecodeError) -> str:
     line = text.split("\n")[error.lineno - 1]
     shown_whole = "".join(c if c.isprintable() else " " for c in line)
-    # a window around the place, as the line may be a whole file long
+    # a window around the place, since a file may be a single line
     first = max(0, error.colno - 60)
     shown_line, caret = shown_whole[first : first + 100], " " * (error.colno - 1 - first) + "^"
     hint = ""
@@ -177,17 +179,14 @@ def _syntax_problem(path: Path, text: str, error: json.JSONDecodeError) -> str:
         hint = " (JSON allows no comments: remove it)"
     elif after.startswith("'"):
         hint = " (JSON strings take double quotes)"
-    return (
-        f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}{hint}\n    "
-        f"{shown_line}\n    {caret}"
-    )
+    where = f"{path}:{error.lineno}:{error.colno}"
+    return f"{where}: not valid JSON: {error.msg}{hint}\n    {shown_line}\n    {caret}"
 
 
 def expand(value: Any, placeholders: dict[str, str], problems: list[str], where: str) -> Any:
-    """`value` with `{env:VAR}` and each `{placeholder}` replaced inside its strings, however deep
-    they lie.
+    """`value` with `{env:VAR}` and each `{placeholder}` replaced in the strings at any depth.
 
-    An unset variable adds a line that starts with `where` to `problems`.
+    A variable that isn't set adds a line to `problems`, which starts with `where`.
     """
     if isinstance(value, dict):
         return {
@@ -228,8 +227,9 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
 
 
 def as_bool(value: Any) -> bool:
-    """True or false, also as the strings and numbers that SimpleTuner's configs hold. `ValueError`
-    for anything else.
+    """True or false, also as the strings and numbers that SimpleTuner's configs hold.
+
+    Raises ValueError for anything else.
     """
     try:
         return _BOOL.validate_python(value)
@@ -238,8 +238,9 @@ def as_bool(value: Any) -> bool:
 
 
 def is_default(value: Any, default: Any) -> bool:
-    """Whether `value`, as a file writes it, says the same as an option's default (None: the option
-    is off).
+    """Whether `value`, as a file writes it, says the same as an option's default.
+
+    A default of None is an option that is off.
     """
     if default is None:
         return value in (None, "", [], {}, False) or str(value).lower() in ("none", "false")
@@ -254,7 +255,7 @@ def is_default(value: Any, default: Any) -> bool:
 
 
 def problem_text(error: ErrorDetails) -> str:
-    """One of pydantic's errors, without the field's name, in the tone of our messages."""
+    """One of pydantic's errors in the words of our messages, without the field's name."""
     if error["type"] == "missing":
         return "is required"
     got = "" if isinstance(error["input"], dict | BaseModel) else f"is {shown(error['input'])}: "

@@ -190,7 +190,7 @@ def _option_of(condition: str) -> str:
 
 
 def _conditions(switch: str) -> list[str]:
-    """The conditions that each turn the switch on, flavours that force such an option among them."""
+    """The conditions that each turn the switch on; a flavour that forces such an option is one."""
     written = switch.split(" or ")
     forcing = [name for name, flavour in FLAVOURS.items() if flavour.forced.keys() & set(written)]
     return [*written, *(f"model_flavour={name}" for name in forcing)]

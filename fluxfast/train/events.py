@@ -1,7 +1,7 @@
-"""What a run tells: the progress bar, `metrics.jsonl`, the trackers; and how it is told to stop.
+"""What a run shows and logs: the progress bar, `metrics.jsonl`, the loss curve; how it is stopped.
 
-Numbers about a run never stop it: what can't be read, written or drawn is told once, and the run
-goes on.
+A number about a run never stops it: a failure to write or draw one is told once, and the run goes
+on.
 """
 
 from __future__ import annotations
@@ -39,21 +39,20 @@ RATE_WINDOW = 20
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: the allocator's on a GPU, the process's on a CPU, None where the
-    system doesn't say.
+    """Peak memory so far in GiB: the allocator's on a GPU, the process's on a CPU.
+
+    None where the system doesn't say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # peak resident set, KiB on Linux
+    # the peak of the resident set, in KiB
     lines = PROCESS_STATUS.read_text().splitlines() if PROCESS_STATUS.exists() else []
     peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
     return peaks[0] / 2**20 if peaks else None
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask the loop to save and stop after its step; a second signal stops at
-    once.
-    """
+    """SIGINT and SIGTERM ask the loop to save and stop after its step; a second stops at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -75,8 +74,9 @@ class StopRequest:
 
 
 class Numbers:
-    """Where numbers about the run go, beside the training itself: a failure there is told once, and
-    goes no further.
+    """Keeps a failure of whatever handles numbers about the run, such as a tracker, from ending it.
+
+    The name of a guarded thing and its failure are told once.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -85,10 +85,10 @@ class Numbers:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Do something about `what`; an error is told the first time that it happens there."""
+        """Catch what the block raises, and tell it the first time that it happens for `what`."""
         try:
             yield
-        # whatever a tracker, a plot or a disk may raise
+        # a tracker, a plot or a disk may raise anything
         except Exception as error:
             if what not in self._failed:
                 self._say(f"{what}: {error or type(error).__name__}; the run goes on without")
@@ -96,8 +96,9 @@ class Numbers:
 
 
 class Metrics:
-    """`metrics.jsonl` in the output folder: a line a step. What a resumed run repeats is cut off
-    first.
+    """`metrics.jsonl` in the output folder, a line for each step.
+
+    A resumed run cuts off the lines of the steps that it repeats.
     """
 
     def __init__(self, output_dir: Path, from_step: int, say: Callable[[str], None]) -> None:
@@ -126,8 +127,8 @@ def read_metrics(
 ) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` that can be read: JSON objects with a step and a finite loss.
 
-    A last line that a kill cut short is left out; how many others are not readable is told to `say`
-    in one line. OSError where there is a file, but it can't be opened.
+    A last line that a kill cut short is left out. `say` is told in one line how many others can't
+    be read. OSError where there is a file that can't be opened.
     """
     if not path.exists():
         return []
@@ -189,12 +190,12 @@ class TrainingBar:
         self._progress.stop()
 
     def tick(self) -> float:
-        """Note that a step ended; returns the steps per second over the last ones."""
+        """Count a step that has ended; returns the steps per second over the last RATE_WINDOW."""
         self._times.append(time.perf_counter())
         return (len(self._times) - 1) / (self._times[-1] - self._times[0])
 
     def pause(self) -> None:
-        """Leave out of the rate what comes between two steps (validation, a checkpoint)."""
+        """Start the rate anew after a validation or a checkpoint, which are no part of it."""
         self._times.clear()
         self._times.append(time.perf_counter())
 
@@ -208,12 +209,11 @@ class TrainingBar:
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
-    """`loss.png`: every step's loss and its running mean, with the learning rate, where it is
-    known, below.
+    """Draw `loss.png`: every step's loss and its running mean, and the learning rate below.
 
     metrics: lines as `read_metrics` gives them, at least one.
     """
-    # a picture is drawn once, at the end of a run; matplotlib takes a second to import
+    # matplotlib takes a second to import, and only the end of a run draws
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,13 +1,12 @@
-"""The rectified-flow objective: which noise level, what the model sees, what it should answer, how
-far off it was.
+"""The rectified-flow objective: noise levels, the model's inputs, its target and the loss.
 
-    noisy  = (1 - sigma) · x0 + sigma · eps          sigma in [0, 1]: 0 is the clean latent, 1 pure noise
-    target = eps - x0                                d noisy / d sigma
-    t      = sigma                                   FLUX.1 multiplies by 1000 itself
+    noisy  = (1 - sigma) · x0 + sigma · eps     sigma in [0, 1]: 0 is clean, 1 is pure noise
+    target = eps - x0                           d noisy / d sigma
+    t      = sigma                              FLUX.1 multiplies by 1000 itself
 
-Pure functions of tensors and plain numbers. Whatever is random is drawn on the CPU from the
-generator that the caller passes in, so a run draws the same numbers on every device and can be
-resumed from that generator's state.
+These are pure functions of tensors and plain numbers. Random numbers are drawn on the CPU from the
+generator that the caller passes in, so that a run draws the same on every device and can be resumed
+from that generator's state.
 """
 
 import math
@@ -24,7 +23,7 @@ LossKind = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
 GuidanceMode = Literal["constant", "random-range"]
 
-# pure noise seven times in ten, and three lower levels: what a four-step model is asked for
+# a four-step model sees these levels only: pure noise seven times in ten, and three lower ones
 FAST_SIGMAS = (1.0,) * 7 + (0.75, 0.5, 0.25)
 
 
@@ -37,7 +36,7 @@ def auto_shift(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """The shift k that fits a resolution: larger images need more noise to hide as much.
+    """The shift k for a resolution: in a larger image the same noise hides less.
 
     `h_lat`, `w_lat` are the latent's sides (pixels / 8); the defaults are those of FLUX.1's
     scheduler_config.json. k = exp(mu), mu linear in the number of image tokens through
@@ -50,7 +49,7 @@ def auto_shift(
 
 
 def apply_shift(sigmas: Tensor, k: float) -> Tensor:
-    """k·s / (1 + (k - 1)·s): multiplies the odds s / (1 - s) by k > 0. k = 1 changes nothing."""
+    """k·s / (1 + (k - 1)·s), which multiplies the odds s / (1 - s) by k > 0."""
     assert k > 0, f"a shift is a positive factor, got {k}"
     return k * sigmas / (1 + (k - 1) * sigmas)
 
@@ -68,10 +67,12 @@ def sample_sigmas(
 ) -> Tensor:
     """One noise level per sample, fp32 [batch] on the CPU.
 
-    sigmoid: sigmoid(`sigmoid_scale` · (n + `offset`)), n normal. uniform: uniform. beta:
-    Beta(`alpha`, `beta`). fast: a uniform choice from `FAST_SIGMAS`, which no shift moves. `shift`
-    is the k of `apply_shift`, 0 for none: the configured number, or what `auto_shift` says of the
-    batch's size.
+    schedule:
+        sigmoid: sigmoid(`sigmoid_scale` · (n + `offset`)), n from the standard normal
+        uniform: uniform in [0, 1)
+        beta: Beta(`alpha`, `beta`)
+        fast: a uniform choice from `FAST_SIGMAS`, which no shift moves
+    shift: the k of `apply_shift`; 0 for none.
     """
     if schedule == "fast":
         choice = torch.randint(len(FAST_SIGMAS), (batch,), generator=generator)
@@ -81,7 +82,7 @@ def sample_sigmas(
     elif schedule == "uniform":
         sigmas = torch.rand(batch, generator=generator)
     elif schedule == "beta":
-        # torch's own Beta draws from the global generator only
+        # torch.distributions.Beta draws from the global generator only
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         sigmas = torch.from_numpy(np.random.default_rng(seed).beta(alpha, beta, batch)).float()
     else:
@@ -99,11 +100,11 @@ def sigmas_from_list(
     generator: torch.Generator,
     step: int = 0,
 ) -> Tensor:
-    """Noise levels taken from the user's own list, fp32 [batch]; never shifted.
+    """Noise levels from the user's own list, fp32 [batch] on the CPU; never shifted.
 
     A list whose largest entry is at most 1 holds sigmas, any other holds timesteps out of 1000.
-    fixed-list draws at random; round-robin walks the list, `batch` entries a step: `step` counts
-    batches, so the walk goes on where it was when a run resumes.
+    fixed-list draws at random. round-robin walks the list, `batch` entries a step; `step` is the
+    number of the batch, so that a resumed run goes on where the walk was.
     """
     if not timesteps:
         raise ValueError(
@@ -127,12 +128,12 @@ def sigmas_from_list(
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, ...], fp32, on `like`'s device."""
+    """[B] as [B, 1, 1, ...] in fp32 on `like`'s device."""
     return values.to(like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))
 
 
 def add_noise(x0: Tensor, eps: Tensor, sigmas: Tensor) -> Tensor:
-    """(1 - sigma)·x0 + sigma·eps, computed in fp32, in x0's dtype. x0, eps [B, ...]; sigmas [B]."""
+    """(1 - sigma)·x0 + sigma·eps in x0's dtype, computed in fp32. x0, eps [B, ...]; sigmas [B]."""
     s = _per_sample(sigmas, x0)
     return ((1 - s) * x0 + s * eps).to(x0.dtype)
 
@@ -150,8 +151,8 @@ def huber_threshold(sigmas: Tensor, huber_c: float, schedule: HuberSchedule) -> 
     noise-to-signal ratio = sigma / (1 - sigma)):
 
         constant      c = h
-        exponential   c = exp(ln(h) · t/1000)                                = h^sigma
-        snr           c = (1 - h) / (1 + noise-to-signal)² + h               = (1 - h)·(1 - sigma)² + h
+        exponential   c = exp(ln(h) · t/1000)                  = h^sigma
+        snr           c = (1 - h) / (1 + noise-to-signal)² + h = (1 - h)·(1 - sigma)² + h
 
     The last two fall from 1 on a clean latent to h on pure noise.
     """
@@ -199,8 +200,9 @@ def guidance_vector(
     max: float = 4.0,
     generator: torch.Generator,
 ) -> Tensor:
-    """The guidance scale that each sample trains under, fp32 [batch]: `value`, or uniform in
-    [`min`, `max`).
+    """The guidance that each sample is trained under, fp32 [batch] on the CPU.
+
+    It is `value`, or uniform in [`min`, `max`).
     """
     if mode == "constant":
         return torch.full((batch,), value)
@@ -210,9 +212,7 @@ def guidance_vector(
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H/2 · W/2, 4C]: each token is a 2 × 2 patch, (channel, row, column)
-    fastest last.
-    """
+    """[B, C, H, W] as [B, H/2 · W/2, 4C]: a token is a 2 × 2 patch, as (channel, row, column)."""
     b, c, h, w = latents.shape
     if h % 2 or w % 2:
         raise ValueError(f"latent sides must be even (pixels a multiple of 16), got {h} x {w}")
@@ -227,8 +227,9 @@ def image_ids(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The RoPE position (0, row, column) of every token of a packed latent, [H/2 · W/2, 3]. Text
-    tokens' are all 0.
+    """The RoPE position (0, row, column) of every token of a packed latent, [H/2 · W/2, 3].
+
+    Those of text tokens are all 0.
     """
     ids = torch.zeros(h_lat // 2, w_lat // 2, 3, device=device, dtype=dtype)
     ids[..., 1] = torch.arange(h_lat // 2, device=device, dtype=dtype)[:, None]

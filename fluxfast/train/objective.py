@@ -1,8 +1,4 @@
-"""The loss of a batch: what is drawn at random, what the model is given, what its answer is
-compared with.
-
-The maths is in `flow`; this is where a run's settings meet it.
-"""
+"""The loss of a batch, as a run's config asks for it; the maths is in `flow`."""
 
 from __future__ import annotations
 
@@ -30,16 +26,17 @@ def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """A micro-batch as the model is to see it, on the host, in memory that the device reads by
-    itself.
+    """A micro-batch ready for the model: on the host, pinned where the device is a GPU.
 
     Attributes:
-        step, micro: the micro-batch's place in the run; steps count from 1. hidden_states: the
-        noisy latents, packed [B, S_img, C]. target: what the model should answer, packed fp32 [B,
-        S_img, C]. sigmas: noise levels, fp32 [B]. guidance: the guidance that each sample is
-        trained under, fp32 [B]; None where the model takes none. prompt_embeds, pooled: the text
-        encoders' outputs [B, L, T5 width] and [B, CLIP width]. size: (height, width) of the
-        latents.
+        step, micro: the micro-batch's place in the run; steps count from 1.
+        hidden_states: the noisy latents, packed [B, S_img, C].
+        target: what the model should answer, packed fp32 [B, S_img, C].
+        sigmas: noise levels, fp32 [B].
+        guidance: the guidance that each sample is trained under, fp32 [B]; None where the model
+            takes none.
+        prompt_embeds, pooled: the text encoders' outputs [B, L, T5 width] and [B, CLIP width].
+        size: (height, width) of the latents.
     """
 
     batch: Batch
@@ -55,8 +52,9 @@ class Example:
 
 
 class Objective:
-    """Flow matching as a config asks for it. `shift_bounds` are `flow.auto_shift`'s, from the
-    pipeline's scheduler.
+    """Flow matching as a config asks for it.
+
+    `shift_bounds` are `flow.auto_shift`'s keyword arguments, from the pipeline's scheduler.
     """
 
     def __init__(
@@ -77,10 +75,10 @@ class Objective:
         self._ids: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def example(self, batch: Batch, number: int) -> Example:
-        """Draw noise levels, guidance and noise for micro-batch `number` of the run, counted from
-        0; from any thread.
+        """Draw noise levels, guidance and noise for a micro-batch; may be called from any thread.
 
-        The same batch and number give the same example.
+        number: of the micro-batch in the run, from 0. The same batch and number always give the
+        same example.
         """
         config, dtype = self.config, self.config.weight_dtype
         step, micro = (
@@ -117,17 +115,13 @@ class Objective:
         )
 
     def modulation_conditions(self, example: Example) -> Conditions:
-        """What the model's modulation will be a function of in this example's loss; from any
-        thread.
-        """
+        """The inputs of the model's modulation in this example; may be called from any thread."""
         return Conditions.of(
             example.sigmas, example.guidance, example.pooled, self.config.weight_dtype
         )
 
     def loss(self, example: Example) -> Tensor:
-        """The flow-matching loss: predict eps - x0 at the sampled sigmas. Waits for nothing that is
-        on the device.
-        """
+        """The flow-matching loss: predict eps - x0 at the sampled sigmas. It is not waited for."""
         config, place = self.config, (self.seed, example.step, example.micro)
         inputs = self._model_inputs(example)
         target = send(example.target, self.device)
@@ -174,7 +168,7 @@ class Objective:
         )
 
     def _model_inputs(self, example: Example) -> dict[str, Tensor]:
-        # where modulation is computed
+        # conditions stay where modulation is computed: on the host, if that is done ahead
         near = self.device if self.transformer.modulation is None else torch.device("cpu")
         img_ids, txt_ids = self._position_ids(*example.size, example.prompt_embeds.shape[1])
         inputs = {

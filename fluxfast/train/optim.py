@@ -1,11 +1,12 @@
 """Optimisers, learning-rate schedules and gradient clipping.
 
 `AdamWBF16` keeps parameters and both moments in bf16: 6 bytes a parameter where fp32 AdamW takes
-12. Rounding to nearest would stop it: bf16 has 8 significant bits, so an update under 2^-9 of its
-parameter is lost, and so is the 1 - beta2 = 0.001 that exp_avg_sq should lose in a step. Everything
-is therefore computed in fp32 and stored with stochastic rounding, which keeps the mean. For
-exp_avg_sq that is an unbiased noise of about 4 % (2^-8 / √6 a step, averaged over 1 / 0.001 steps),
-half that in the step's size; fp32 moments would buy it off for twice the state.
+12. With rounding to nearest it would stand still: bf16 has 8 significant bits, so an update of less
+than 2^-9 of its parameter is lost, and so is the 1 - beta2 = 0.001 that exp_avg_sq should lose in a
+step. Everything is therefore computed in fp32 and stored with stochastic rounding, which keeps the
+mean. In exp_avg_sq this makes an unbiased noise of about 4 % (2^-8 / √6 a step, averaged over
+1 / 0.001 steps), which is 2 % of the step's size. Moments in fp32 would be without it, at twice the
+state.
 """
 
 import math
@@ -32,19 +33,19 @@ from fluxfast.ops import dispatch
 
 LR_SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 
-# elements that one pass of the optimiser flattens. On a CPU the fp32 temporaries, about 28 bytes an
-# element, should stay in cache (2^17 was the fastest of 2^16 … 2^22); on a GPU they should hide the
-# launches, and take no more than 100 MiB
+# Elements that one pass of the optimiser flattens. On a CPU their fp32 temporaries, about 28 bytes
+# an element, should stay in cache: 2^17 was the fastest of 2^16 to 2^22. On a GPU a pass should be
+# long enough to hide its launches, and its temporaries should take no more than 100 MiB.
 _PASS_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 22}
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 to bf16, up or down with the probability that keeps the mean; any shape.
 
-    16 random bits are added below bf16's last one and the sum is cut off there. What bf16 can hold
-    comes out unchanged, infinities and NaNs too. `generator` is on x's device.
+    16 random bits are added to the 16 that bf16 lacks, and the sum is cut off above them. Values
+    that bf16 can hold come out unchanged, infinities and NaNs too. `generator` is on x's device.
     """
-    # four elements share a 64-bit word: on a CPU, drawing is what costs
+    # drawing is the slow part on a CPU, so four elements share a 64-bit word
     words = torch.randint(
         -(1 << 63),
         (1 << 63) - 1,
@@ -60,15 +61,16 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class AdamWBF16(Optimizer):
-    """AdamW (decoupled decay, both bias corrections) for bf16 parameters; fp32 ones are updated
-    without rounding.
+    """AdamW (decoupled decay, both bias corrections) for bf16 parameters.
 
-    Moments have their parameter's dtype. The rounding's noise depends on `seed`, the step and the
-    order of the parameters, which `state_dict` holds, and on nothing else: a resumed run goes on
-    bit for bit on the same kind of device, and ranks that reduced the same gradients stay equal.
-    impl: "auto" takes Triton's fused kernel on a GPU, one launch for all parameters that are alike,
-    and torch elsewhere; "triton" or "ref" asks for one of them, and `step` raises ValueError where
-    that can't do it.
+    fp32 parameters are updated without rounding. Moments have their parameter's dtype.
+
+    The rounding's noise depends on `seed`, the step and the order of the parameters, which
+    `state_dict` holds, and on nothing else. A resumed run therefore goes on bit for bit on the same
+    kind of device, and ranks that reduced the same gradients stay equal.
+
+    impl: "auto" takes the Triton kernel on a GPU and torch elsewhere; "triton" and "ref" ask for
+    one of the two, and `step` raises ValueError where that can't run.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class AdamWBF16(Optimizer):
         impl: str = "auto",
     ) -> None:
         self.impl = impl
-        # by param group and place in it, the addresses that a table was made for, and the table
+        # by `_update_fused`'s place: the addresses that a table was made for, and the table
         self._tables: dict[tuple[int, int], tuple[list[int], Any]] = {}
         super().__init__(
             params,
@@ -106,25 +108,20 @@ class AdamWBF16(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for index, group in enumerate(self.param_groups):
-            # parameters that share a dtype and an age go together: usually all of them
+            # parameters that share a dtype and a number of steps go together: usually all of them
             alike: dict[tuple[torch.device, torch.dtype, int], list[Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((p.device, p.dtype, self._age(p)), []).append(p)
-            for part, ((device, _, step), params) in enumerate(alike.items()):
-                if self._is_fused(params):
-                    self._fused_update(params, group, step, (index, part))
-                    continue
-                seed = np.random.SeedSequence((group["seed"], index, step)).generate_state(1)[0]
-                generator = torch.Generator(device).manual_seed(int(seed))
-                for chunk in _chunks(
-                    params, _PASS_ELEMENTS["cpu" if device.type == "cpu" else "gpu"]
-                ):
-                    self._update(chunk, group, step, generator)
+                    alike.setdefault((p.device, p.dtype, self._count_step(p)), []).append(p)
+            for part, ((_, _, step), params) in enumerate(alike.items()):
+                if self._backend(params) == "triton":
+                    self._update_fused(params, group, step, (index, part))
+                else:
+                    self._update_plain(params, group, step, index)
         return loss
 
-    def _age(self, p: Parameter) -> int:
-        """Counts this step, and makes the moments before the first."""
+    def _count_step(self, p: Parameter) -> int:
+        """The number of this step for the parameter, from 1; the first makes its moments."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -132,31 +129,29 @@ class AdamWBF16(Optimizer):
         state["step"] += 1
         return state["step"]
 
-    def _is_fused(self, params: Sequence[Parameter]) -> bool:
-        scattered = (
-            None if all(p.is_contiguous() for p in params) else "a parameter is not contiguous"
-        )
-        backend = dispatch.resolve(
+    def _backend(self, params: Sequence[Parameter]) -> str:
+        whole = all(p.is_contiguous() for p in params)
+        return dispatch.resolve(
             "adamw_bf16",
             self.impl,
             params,
-            obstacle=scattered,
+            obstacle=None if whole else "a parameter is not contiguous",
             native_obstacle="there is no native AdamW",
         )
-        return backend == "triton"
 
-    def _fused_update(
+    def _update_fused(
         self, params: list[Parameter], group: dict[str, Any], step: int, place: tuple[int, int]
     ) -> None:
-        """The same update in one launch. place: of the param group, and of these parameters among
-        those of the group.
+        """`_update_plain` in one launch.
+
+        place: the number of the param group, and of these parameters among those of the group that
+        are updated together.
         """
         from fluxfast_kernels.optim import adamw_step
 
-        # the kernel's noise is a function of this, the step and the element
-        seed = int(
-            np.random.SeedSequence((group["seed"], *place)).generate_state(1, np.uint64)[0] >> 1
-        )
+        # the kernel's noise is a function of this seed, the step and the element
+        words = np.random.SeedSequence((group["seed"], *place)).generate_state(1, np.uint64)
+        seed = int(words[0] >> 1)
         adamw_step(
             self._table(params, place),
             [p.grad.contiguous() for p in params if p.grad is not None],
@@ -169,8 +164,9 @@ class AdamWBF16(Optimizer):
         )
 
     def _table(self, params: list[Parameter], place: tuple[int, int]) -> Any:
-        """Where the kernel finds parameters and moments: made anew when one of them has other
-        memory than at the last step.
+        """Where the kernel finds parameters and moments.
+
+        It is made anew when one of them is at another address than at the last step.
         """
         from fluxfast_kernels.optim import adamw_table
 
@@ -194,7 +190,18 @@ class AdamWBF16(Optimizer):
         super().__setstate__(state)
         self._tables = {}
 
-    def _update(
+    def _update_plain(
+        self, params: list[Parameter], group: dict[str, Any], step: int, index: int
+    ) -> None:
+        """The update in plain torch. index: of the param group."""
+        device = params[0].device
+        seed = np.random.SeedSequence((group["seed"], index, step)).generate_state(1)[0]
+        generator = torch.Generator(device).manual_seed(int(seed))
+        limit = _PASS_ELEMENTS["cpu" if device.type == "cpu" else "gpu"]
+        for chunk in _chunks(params, limit):
+            self._update_chunk(chunk, group, step, generator)
+
+    def _update_chunk(
         self, params: list[Parameter], group: dict[str, Any], step: int, generator: torch.Generator
     ) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
@@ -226,7 +233,7 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _chunks(params: list[Parameter], limit: int) -> Iterable[list[Parameter]]:
-    """Runs of `params` of at most `limit` elements, or one parameter that alone has more."""
+    """`params` in order, in lists of at most `limit` elements, or of one longer parameter."""
     chunk: list[Parameter] = []
     elements = 0
     for p in params:
@@ -279,11 +286,10 @@ def _decay_groups(params: Mapping[str, Parameter], weight_decay: float) -> list[
 
 
 def load_moments(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Take each parameter's state (moments and step count) from `saved`, an
-    `Optimizer.state_dict()`, and nothing else.
+    """Take each parameter's state (moments and step count) from a saved `state_dict()`.
 
     Learning rate, betas, epsilon and weight decay stay the optimiser's own. ValueError where
-    `saved` has other parameters.
+    `saved` has other numbers of parameters.
     """
     own = optimizer.state_dict()["param_groups"]
     counts = [[len(group["params"]) for group in groups] for groups in (own, saved["param_groups"])]
@@ -307,16 +313,16 @@ def build_lr_scheduler(
     """The schedule that `lr_scheduler` names, over a run of `total` optimiser steps; call `step()`
     after each.
 
-    `done` steps lie behind already: the next one's rate is what it is in a run that had this
-    schedule from its start. The highest rates are the optimiser's own, as it was built.
+    The first `done` steps are behind: the next one's rate is what a run would have there that had
+    this schedule from its start. The highest rates are those that the optimiser was built with.
 
-    All rise linearly over the first `warmup` steps. Then constant holds, linear falls to 0 at
-    `total`, polynomial falls to `lr_end` as (1 - progress)^`power`, cosine falls to `lr_end` in
+    All rise linearly over the first `warmup` steps. Then constant stays, linear falls to 0 at
+    `total`, polynomial falls to `lr_end` as (1 - progress)^`power`, and cosine falls to `lr_end` in
     half a wave.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    # the schedules' own constructor makes the first step, from -1 to 0
+    # the schedule's constructor makes one step itself
     last = done - 1
     if name in ("constant", "constant_with_warmup"):
         if not warmup:
@@ -348,18 +354,18 @@ def build_lr_scheduler(
 def clip_gradients(
     params: Iterable[Parameter], method: Literal["value", "norm"], max_norm: float
 ) -> Tensor:
-    """Clips in place and returns the gradients' total L2 norm before that, an fp32 scalar on their
-    device (no sync).
+    """Clip in place; returns the gradients' total L2 norm before that.
 
-    `norm` scales all gradients so that the total is at most `max_norm`; `value` clamps every
-    element to ± `max_norm`. 0 clips nothing.
+    The norm is an fp32 scalar on their device, which nobody waits for. `norm` scales all gradients
+    so that the total is at most `max_norm`; `value` clamps every element to ± `max_norm`. 0 clips
+    nothing.
     """
     if method not in ("value", "norm"):
         raise ValueError(f"unknown grad_clip_method {method!r}: choose value or norm")
     with_grad = [p for p in params if p.grad is not None]
     if not with_grad:
         return torch.zeros(())
-    # bf16 gradients' norms are added up in fp32
+    # squares of bf16 gradients are added up in fp32
     norms = torch._foreach_norm(
         [p.grad for p in with_grad if p.grad is not None], 2, dtype=torch.float32
     )

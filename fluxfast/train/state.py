@@ -1,11 +1,11 @@
-"""What a run needs to go on as if it had never stopped, in `<output_dir>/checkpoint-<step>`.
+"""Checkpoints: what a run needs to go on as if it had never stopped.
 
-A checkpoint folder holds the LoRA that other programs load (`pytorch_lora_weights.safetensors`),
-the trained tensors and the optimiser's as they are (`adapter.safetensors`,
-`optimizer.safetensors`), and everything else in `training_state.json`. Random numbers need no
+The folder `<output_dir>/checkpoint-<step>` holds the LoRA that other programs load
+(`pytorch_lora_weights.safetensors`), the trained tensors (`adapter.safetensors`), the optimiser's
+(`optimizer.safetensors`) and everything else in `training_state.json`. Random numbers need no
 state: each step's come from the seed and the step's number. The folder is complete or absent
-(`files`). `checksums.json` says what each of the three files that a run goes on from holds, so that
-one which a disk has changed since is refused instead of trained from.
+(`files`). `checksums.json` has a checksum of each file that a run reads again, so that a file which
+the disk has damaged since is refused.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CHECKSUMS_NAME = "checksums.json"
 # 2 added checksums and the settings that the steps so far were trained with
 VERSION = 2
 _READ_VERSIONS = (1, 2)
-# besides the files' own errors: JSON that was changed may lack a key, be of another shape, or name
-# a tensor that isn't there
+# what reading a damaged checkpoint may raise: besides the files' own errors, JSON that was changed
+# may lack a key, have another shape, or name a tensor that isn't there
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -49,14 +49,14 @@ class ResumeError(ValueError):
 
 
 class SaveError(RuntimeError):
-    """A checkpoint that could not be written: the message names it, why, and the last one that is
-    there.
-    """
+    """A checkpoint could not be written: the message says why, and which is the last good one."""
 
 
 class SavedRun(NamedTuple):
-    """A checkpoint as it was read. `state` is training_state.json's, `adapter` the trained tensors,
-    `optimizer` the optimiser's state dict.
+    """A checkpoint as it was read.
+
+    `state` is training_state.json's, `adapter` the trained tensors, `optimizer` the optimiser's
+    state dict.
     """
 
     path: Path
@@ -66,7 +66,7 @@ class SavedRun(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Optimiser steps that were done."""
+        """Optimiser steps before it was written."""
         return int(self.state["global_step"])
 
 
@@ -80,8 +80,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
-    """The folder that `resume_from_checkpoint` names: `latest` (None where there is none yet), a
-    name or a path.
+    """The folder that `resume_from_checkpoint` names; None for a run from the start.
+
+    wanted: "latest" (None where there is none yet), a folder's name, a path, or "".
     """
     if not wanted:
         return None
@@ -106,8 +107,9 @@ def save_checkpoint(
     save_lora: Any,
     keep: int,
 ) -> Path:
-    """Write checkpoint-<step>, then remove the oldest beyond `keep`; `save_lora(folder)` writes the
-    LoRA into it.
+    """Write checkpoint-<step>, then remove the oldest beyond `keep`.
+
+    `save_lora(folder)` writes the LoRA into it. Raises SaveError.
     """
     path = output_dir / f"checkpoint-{step}"
     tensors, numbers = split_tensors(optimizer.state_dict())
@@ -128,11 +130,11 @@ def save_checkpoint(
     except OSError as error:
         good = last_good(output_dir)
         raise SaveError(
-            f"{path}: can't be written ({error.strerror or error}). Make room or give the "
-            "folder back its permissions, then "
-            f"go on with the same command; the last good checkpoint: {good or 'none yet'}"
+            f"{path}: can't be written ({error.strerror or error}). Make room or give the folder "
+            "back its permissions, then go on with the same command; the last good checkpoint: "
+            f"{good or 'none yet'}"
         ) from error
-    # the new one stays, also where a run went back to an older step than those that are there
+    # the new one stays, even where a run went back to before the steps of those that are there
     others = [other for other in checkpoints(output_dir) if other != path]
     for old in others[: max(0, len(others) - keep + 1)]:
         remove_folder(old)
@@ -140,8 +142,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> SavedRun:
-    """Read a checkpoint folder. ResumeError where it is damaged: it names the file, and the last
-    good checkpoint beside it.
+    """Read a checkpoint folder.
+
+    Raises ResumeError where it is damaged, which names the last good checkpoint beside it.
     """
     try:
         return _read(path)
@@ -179,14 +182,15 @@ def _read(path: Path) -> SavedRun:
 
 
 def _checksum(data: bytes) -> str:
-    """The CRC-32 of a file's bytes, and how many there are: a gigabyte a second, and enough against
-    chance.
+    """The CRC-32 of a file's bytes, and their number.
+
+    It finds what a disk or a copy does to a file by chance, at a gigabyte a second.
     """
     return f"{zlib.crc32(data):08x}-{len(data)}"
 
 
 def last_good(output_dir: Path, *, besides: Path | None = None) -> Path | None:
-    """The newest checkpoint that can be gone on from, other than `besides`; None if there is none."""
+    """The newest checkpoint that can be read, other than `besides`; None if there is none."""
     for path in reversed(checkpoints(output_dir)):
         if besides is not None and path.resolve() == besides.resolve():
             continue
@@ -213,9 +217,7 @@ def _instead_of(path: Path) -> str:
 
 
 def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state dict as tensors by name, and the same structure in JSON with their names
-    in their places.
-    """
+    """An optimiser's state dict as (tensors by name, the structure that holds them, as JSON)."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, name: str) -> Any:
@@ -223,7 +225,7 @@ def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str
             tensors[name] = value.detach().cpu().contiguous()
             return {"tensor": name}
         if isinstance(value, Mapping):
-            # keys keep their type: torch numbers parameters with integers
+            # a list of pairs, since JSON's keys are strings and torch numbers parameters
             return {"items": [[key, walk(item, f"{name}.{key}")] for key, item in value.items()]}
         if isinstance(value, list | tuple):
             return {"list": [walk(item, f"{name}.{i}") for i, item in enumerate(value)]}

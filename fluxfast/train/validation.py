@@ -1,9 +1,9 @@
-"""Validation images: diffusers' `FluxPipeline` around our transformer, from prompts that were
-encoded before the run.
+"""Validation images: diffusers' `FluxPipeline` around our transformer.
 
-Files: `<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. The first images
-of a run are made with the adapters off (step 0, the base model); they stand to the left of every
-later one, unless that is disabled.
+The prompts were encoded before the run. Files are
+`<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. Step 0 draws with the
+adapters off, which is the base model; later images have that one at their left, unless this is
+disabled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,19 @@ FOLDER = "validation_images"
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """prompts: nickname to text; resolutions: (width, height) in pixels."""
+    """What a round of validation draws.
+
+    Attributes:
+        prompts: texts by nickname.
+        negative_prompt: used where `guidance_real` is above 1.
+        resolutions: (width, height) in pixels.
+        steps: denoising steps.
+        guidance: what the model is told.
+        guidance_real: classifier-free guidance.
+        seed: of the first image of each prompt and size; the next has the next seed.
+        images_per_prompt: of each size.
+        beside_base: whether each image has the base model's at its left.
+    """
 
     prompts: Mapping[str, str]
     negative_prompt: str
@@ -41,17 +53,14 @@ class ValidationSettings:
 
 
 def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
-    """The nickname as it is where a file system takes it; else cleaned and shortened, and still
-    unlike any other's.
-    """
+    """The image's file; the nickname is cleaned where a file system would not take it."""
     return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.png"
 
 
 class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
-    `embeds` maps a prompt to its text embeddings (prompt_embeds [1, L, D], pooled_prompt_embeds [1,
-    P]).
+    `embeds` gives a prompt's text embeddings: prompt_embeds [1, L, D], pooled_prompt_embeds [1, P].
     """
 
     def __init__(
@@ -70,8 +79,9 @@ class Validator:
         self._embeds, self._dtype = embeds, dtype
 
     def run(self, step: int, console: Console) -> list[Path]:
-        """Write the images of a step. Leaves the global random state, the model's mode and its
-        adapters as they were.
+        """Write the images of a step and return their paths.
+
+        The global random state, the model's mode and its adapters stay as they were.
         """
         training = self._transformer.training
         self._transformer.eval()
@@ -142,7 +152,7 @@ class Validator:
             num_inference_steps=s.steps,
             guidance_scale=s.guidance,
             true_cfg_scale=s.guidance_real,
-            # on the CPU, so that every device draws the same noise
+            # a generator on the CPU draws the same noise for every device
             generator=torch.Generator().manual_seed(s.seed + index),
             callback_on_step_end=on_step,
             output_type="latent",

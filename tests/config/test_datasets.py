@@ -210,25 +210,40 @@ def test_disabled_entries_are_not_looked_at(key):
     ("keys", "parts"),
     [
         ({"id": "a\nb"}, ['"id"', "can't be printed"]),
-        ({"type": "aws", "aws_bucket_name": "b", "unknown": 1}, ['"type"', '"aws"', "not implemented yet"]),
+        (
+            {"type": "aws", "aws_bucket_name": "b", "unknown": 1},
+            ['"type"', '"aws"', "not implemented yet"],
+        ),
         ({"type": "aws"}, ['"type"', '"aws"', "not implemented yet", "'local'"]),
         ({"type": "huggingface"}, ['"type"', "not implemented yet"]),
-        ({"dataset_type": "conditioning"}, ['"dataset_type"', '"conditioning"', "not implemented yet"]),
+        (
+            {"dataset_type": "conditioning"},
+            ['"dataset_type"', '"conditioning"', "not implemented yet"],
+        ),
         ({"dataset_type": "eval"}, ['"dataset_type"', "not implemented yet"]),
         ({"dataset_type": "video"}, ['"dataset_type"', "not implemented yet"]),
-        ({"crop_style": "face"}, ['"crop_style"', "not implemented yet", "'random', 'center' or 'corner'"]),
+        (
+            {"crop_style": "face"},
+            ['"crop_style"', "not implemented yet", "'random', 'center' or 'corner'"],
+        ),
         ({"caption_strategy": "parquet"}, ['"caption_strategy"', "not implemented yet"]),
         ({"metadata_backend": "parquet"}, ['"metadata_backend"', "not implemented yet"]),
         ({"conditioning_data": "masks"}, ['"conditioning_data" is "masks"', "not implemented yet"]),
         ({"caption_shuffle": {"enable": True}}, ['"caption_shuffle"', "not implemented yet"]),
-        ({"vae_cache_clear_each_epoch": True}, ['"vae_cache_clear_each_epoch"', "not implemented yet"]),
+        (
+            {"vae_cache_clear_each_epoch": True},
+            ['"vae_cache_clear_each_epoch"', "not implemented yet"],
+        ),
         ({"vae_cache_disable": "true"}, ['"vae_cache_disable"', "not implemented yet"]),
         ({"delete_unwanted_images": True}, ['"delete_unwanted_images"', "not implemented yet"]),
         ({"max_upscale_threshold": 0.2}, ['"max_upscale_threshold"', "not implemented yet"]),
         ({"dataset_type": "grounding"}, ['"dataset_type"', "not implemented yet"]),
         ({"grounding": {"enabled": True}}, ['"grounding"', "not implemented yet"]),
         ({"hf_token": "x"}, ['"hf_token"', "not implemented yet"]),
-        ({"instance_prompt": "half \ud800"}, ['"instance_prompt"', "half of a character (\\ud800)"]),
+        (
+            {"instance_prompt": "half \ud800"},
+            ['"instance_prompt"', "half of a character (\\ud800)"],
+        ),
         ({"instance_prompt": "M\udcfcnchen"}, ['"instance_prompt"', "no UTF-8 (\\xfc)"]),
         ({"instance_data_dir": "a\0b"}, ['"instance_data_dir"', "zero character"]),
         ({"instance_data_dir": "a\ud800"}, ['"instance_data_dir"', "half of a character"]),
@@ -241,30 +256,45 @@ def test_disabled_entries_are_not_looked_at(key):
         ({"crop": "maybe"}, ['"crop" is "maybe"']),
         ({"repeats": -1}, ['"repeats" is -1']),
         ({"repeats": True}, ['"repeats" is true']),
-        ({"crop_style": "middle"}, ['"crop_style" is "middle"', "must be 'random', 'center' or 'corner'"]),
+        (
+            {"crop_style": "middle"},
+            ['"crop_style" is "middle"', "must be 'random', 'center' or 'corner'"],
+        ),
         ({"disabled": "perhaps"}, ['"disabled"', "true or false"]),
-        ({"resolution": 1024, "resolution_type": "area"}, ['"resolution" is 1024 megapixels', "pixel_area"]),
+        (
+            {"resolution": 1024, "resolution_type": "area"},
+            ['"resolution" is 1024 megapixels', "pixel_area"],
+        ),
         ({"resolution": 0.5}, ['"resolution"', "0.5 pixels", '"area"']),
         (
             {"resolution_type": "pixel", "maximum_image_size": 511, "target_downsample_size": 512},
             ['"maximum_image_size"', "at least 512"],
         ),
         ({"maximum_image_size": 1024}, ['"maximum_image_size" needs "target_downsample_size"']),
-        ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}, ['"minimum_aspect_ratio" (2)', '"maximum_aspect_ratio" (1)']),
+        (
+            {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
+            ['"minimum_aspect_ratio" (2)', '"maximum_aspect_ratio" (1)'],
+        ),
         ({"crop_aspect": "closest"}, ['"crop_aspect" closest needs "crop_aspect_buckets"']),
         ({"crop_aspect_buckets": [0]}, ['"crop_aspect_buckets"', "larger than 0"]),
         ({"crop_aspect_buckets": ["wide"]}, ['"crop_aspect_buckets"', "wide"]),
-        ({"crop_aspect_buckets": [{"aspect_bucket": 1.0, "weight": 0.5}]}, ["weights [0.5]", "add up to 1"]),
+        (
+            {"crop_aspect_buckets": [{"aspect_bucket": 1.0, "weight": 0.5}]},
+            ["weights [0.5]", "add up to 1"],
+        ),
         ({"crop_aspect_buckets": [{"aspect_bucket": 0, "weight": 1}]}, ["larger than 0"]),
         ({"crop_aspect_buckets": [{"aspect_bucket": 1.0, "weight": 0.5}, 2.0]}, ["for each"]),
         ({"caption_filter_list": ["("]}, ['"caption_filter_list"', "regular expression"]),
-        ({"caption_strategy": "instanceprompt"}, ['"caption_strategy" is "instanceprompt": needs an "instance_prompt"']),
+        (
+            {"caption_strategy": "instanceprompt"},
+            ['"caption_strategy" is "instanceprompt": needs an "instance_prompt"'],
+        ),
         ({"prepend_instance_prompt": True}, ['"prepend_instance_prompt"', '"instance_prompt"']),
         ({"only_instance_prompt": "true"}, ['"only_instance_prompt"', '"instance_prompt"']),
         ({"start_step": 10, "end_step": 5}, ['"end_step" (5)', '"start_step" (10)']),
         ({"caption_filter_list": "gone.txt"}, ['"caption_filter_list"', "gone.txt"]),
     ],
-)  # fmt: skip
+)
 def test_problems_name_file_dataset_and_key(keys, parts):
     id = keys.get("id", "cats").encode("unicode_escape").decode()
     only(refused(**keys), f'data.json: dataset "{id}": ', *parts)
@@ -371,19 +401,22 @@ def test_an_id_that_no_folder_can_have_keeps_its_cache_inside():
 # every key that SimpleTuner's loader reads of an entry of any kind, beside those that the other
 # tests name
 KNOWN = """
-aws aws_access_key_id aws_bucket_name aws_data_prefix aws_endpoint_url aws_max_pool_connections aws_region_name
-aws_secret_access_key aws_session_token audio auto_load bbox_column buffer_size cache_dir_conditioning_image_embeds
-caption_column caption_file_extensions caption_shuffle composite_image_column conditioning conditioning_config
-conditioning_data conditioning_image_embeds conditioning_type config_version csv csv_cache_dir csv_caption_column csv_file
-csv_url_column dataset_name delete_nsfw_images delete_problematic_images delete_unwanted_images description_column
-disable_after_epoch_step distillation_cache distillation_type end_epoch end_step fallback_caption_column filter_func
-grounding grounding_data hf_token huggingface image_column image_embeds is_regularization_data lyrics_column max_file_size
-max_upscale_threshold memory_filesystem_path memory_filesystem_size memory_filesystem_sudo metadata metadata_cache_dir
+aws aws_access_key_id aws_bucket_name aws_data_prefix aws_endpoint_url aws_max_pool_connections
+aws_region_name aws_secret_access_key aws_session_token audio auto_load bbox_column buffer_size
+cache_dir_conditioning_image_embeds caption_column caption_file_extensions caption_shuffle
+composite_image_column conditioning conditioning_config conditioning_data conditioning_image_embeds
+conditioning_type config_version csv csv_cache_dir csv_caption_column csv_file csv_url_column
+dataset_name delete_nsfw_images delete_problematic_images delete_unwanted_images description_column
+disable_after_epoch_step distillation_cache distillation_type end_epoch end_step
+fallback_caption_column filter_func grounding grounding_data hf_token huggingface image_column
+image_embeds is_regularization_data lyrics_column max_file_size max_upscale_threshold
+memory_filesystem_path memory_filesystem_size memory_filesystem_sudo metadata metadata_cache_dir
 metadata_update_interval num_proc optimise_captions optimize_captions parallel_downloads parquet
-preserve_data_backend_cache quality_column revision s2v_datasets shard_cache_dir shard_cache_gb shorten_filenames
-skip_file_discovery slider_strength source source_dataset_id split split_composite_images streaming subfolder
-text_cache_disable text_cache_ondemand timestep_sampling_offset truncation_mode vae_cache_clear_each_epoch
-vae_cache_disable vae_cache_ondemand video video_column webshart webshart_optimise_captions webshart_optimize_captions
+preserve_data_backend_cache quality_column revision s2v_datasets shard_cache_dir shard_cache_gb
+shorten_filenames skip_file_discovery slider_strength source source_dataset_id split
+split_composite_images streaming subfolder text_cache_disable text_cache_ondemand
+timestep_sampling_offset truncation_mode vae_cache_clear_each_epoch vae_cache_disable
+vae_cache_ondemand video video_column webshart webshart_optimise_captions webshart_optimize_captions
 write_batch_size
 """
 
@@ -399,10 +432,12 @@ def test_no_key_of_simpletuners_loader_is_unknown():
 # the entry that SimpleTuner's shipped flux.peft-lora trains on, and the same with a folder of one's
 # own
 DOMOKUN = {
-    "id": "dreambooth-512", "type": "huggingface", "dataset_name": "RareConcepts/Domokun", "crop": True, "crop_style": "random",
-    "crop_aspect": "square", "minimum_image_size": 128, "maximum_image_size": 512, "target_downsample_size": 512,
-    "resolution": 512, "resolution_type": "pixel", "metadata_backend": "huggingface", "caption_strategy": "instanceprompt",
-    "instance_prompt": "x", "cache_dir_vae": "cache/vae/{model_family}/dreambooth-512",
+    "id": "dreambooth-512", "type": "huggingface", "dataset_name": "RareConcepts/Domokun",
+    "crop": True, "crop_style": "random", "crop_aspect": "square", "minimum_image_size": 128,
+    "maximum_image_size": 512, "target_downsample_size": 512, "resolution": 512,
+    "resolution_type": "pixel", "metadata_backend": "huggingface",
+    "caption_strategy": "instanceprompt", "instance_prompt": "x",
+    "cache_dir_vae": "cache/vae/{model_family}/dreambooth-512",
 }  # fmt: skip
 
 
@@ -420,8 +455,8 @@ def test_the_shipped_examples_dataset():
 
 def test_every_entrys_problems_come_together():
     problems = refused_entries([
-        {**IMAGE, "croop": 1, "repeats": "x"}, {**IMAGE, "type": "csv"}, 3, {"instance_data_dir": "y"}, {"id": "z"},
-        {**TEXT, "crop": True},
+        {**IMAGE, "croop": 1, "repeats": "x"}, {**IMAGE, "type": "csv"}, 3,
+        {"instance_data_dir": "y"}, {"id": "z"}, {**TEXT, "crop": True},
     ])  # fmt: skip
     parts = (
         "croop",

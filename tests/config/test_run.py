@@ -151,8 +151,9 @@ def test_wrong_tread_routes_are_refused(given, part):
 
 def test_all_problems_come_together():
     problems = refused(
-        ["--nope=1"], lora_rnak=1, lora_rank="x", base_model_precision="int8-sdnq", lora_init_type="loftq",
-        tread_config={"a": 1}, max_train_steps=4, num_train_epochs=4, validation_steps=1, validation_step_interval=1,
+        ["--nope=1"], lora_rnak=1, lora_rank="x", base_model_precision="int8-sdnq",
+        lora_init_type="loftq", tread_config={"a": 1}, max_train_steps=4, num_train_epochs=4,
+        validation_steps=1, validation_step_interval=1,
     )  # fmt: skip
     for part in (
         "nope",
@@ -290,7 +291,10 @@ def test_shift():
     ("keys", "parts"),
     [
         ({"mixed_precision": "no"}, ["adamw_bf16", '"mixed_precision"', "torch-adamw"]),
-        ({"base_model_default_dtype": "fp32"}, ["adamw_bf16", '"base_model_default_dtype"', "torch-adamw"]),
+        (
+            {"base_model_default_dtype": "fp32"},
+            ["adamw_bf16", '"base_model_default_dtype"', "torch-adamw"],
+        ),
         ({"optimizer_beta1": 0.9}, ['"optimizer_beta1" and "optimizer_beta2"']),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, ['"learning_rate"', '"lr_end"']),
         ({"maximum_image_size": 1024}, ['"maximum_image_size" needs "target_downsample_size"']),
@@ -298,12 +302,21 @@ def test_shift():
             {"maximum_image_size": 1024, "target_downsample_size": 1, "resolution_type": "area"},
             ['"maximum_image_size"', "1024 megapixels", "pixel_area"],
         ),
-        ({"lr_scheduler": "cosine", "learning_rate": 1e-6, "lr_end": 1e-5}, ["cosine", '"learning_rate"', '"lr_end" (1e-05)']),
-        ({"flux_guidance_mode": "random-range", "flux_guidance_min": 5}, ['"flux_guidance_min"', '"flux_guidance_max"']),
-        ({"init_lora": "a.safetensors", "lora_init_type": "pissa"}, ['"lora_init_type" pissa', '"init_lora"']),
+        (
+            {"lr_scheduler": "cosine", "learning_rate": 1e-6, "lr_end": 1e-5},
+            ["cosine", '"learning_rate"', '"lr_end" (1e-05)'],
+        ),
+        (
+            {"flux_guidance_mode": "random-range", "flux_guidance_min": 5},
+            ['"flux_guidance_min"', '"flux_guidance_max"'],
+        ),
+        (
+            {"init_lora": "a.safetensors", "lora_init_type": "pissa"},
+            ['"lora_init_type" pissa', '"init_lora"'],
+        ),
         ({"num_processes": 4}, ['"num_processes" is 4', "not implemented yet"]),
     ],
-)  # fmt: skip
+)
 def test_conflicts(keys, parts):
     only(refused(**keys), *parts)
     with pytest.raises(ValidationError):

@@ -173,10 +173,8 @@ def test_an_option_of_a_switch_that_is_off_has_one_note_and_is_still_checked():
         "ema_validation": "none",
     }
     (note,) = [note for note in load(**values).notes if "ema_" in note]
-    assert (
-        note
-        == '"ema_decay", "ema_update_interval", "ema_validation" have no effect: only read with "use_ema"'
-    )
+    names = '"ema_decay", "ema_update_interval", "ema_validation"'
+    assert note == f'{names} have no effect: only read with "use_ema"'
     only(refused(ema_decay="much"), '"ema_decay"', "a number")
     only(refused(ema_validation="sometimes"), '"ema_validation"', "ema_only")
     # on, and not implemented: the switch is refused, and nothing else needs to be
@@ -214,7 +212,7 @@ def test_fields_that_nothing_reads_are_named():
 
 @pytest.mark.parametrize("off", [None, "", "none", "None", False, 0, "0"])
 def test_off_in_other_words(off):
-    """What configs write where an option is off; none of these options is anything else by default."""
+    """What configs write where an option is off; each of these options is off by default."""
     for name in (
         "gradient_precision",
         "musubi_blocks_to_swap",
@@ -231,21 +229,27 @@ def test_off_in_other_words(off):
 
 # the keys of SimpleTuner's examples flux.peft-lora and, with routes, flux.peft-lora+TREAD
 EXAMPLE = {
-    "base_model_precision": "int8-quanto", "checkpoint_step_interval": 10, "controlnet": False, "disable_bucket_pruning": True,
-    "flow_schedule_shift": 3, "fuse_qkv_projections": False, "grad_clip_method": "value", "gradient_checkpointing": True,
-    "hub_model_id": "me/mine", "learning_rate": 1e-4, "lora_alpha": 16, "lora_rank": 16, "lora_type": "standard",
-    "lr_scheduler": "constant", "max_train_steps": 100, "mixed_precision": "bf16", "num_eval_images": 25,
-    "num_train_epochs": 0, "optimizer": "adamw_bf16", "output_dir": "output", "push_checkpoints_to_hub": False,
-    "push_to_hub": False, "quantize_via": "cpu", "report_to": "none", "seed": 42, "tracker_project_name": "a",
-    "tracker_run_name": "b", "train_batch_size": 1, "use_ema": False, "vae_batch_size": 1,
-    "validation_disable_unconditional": True, "validation_guidance": 4.0, "validation_guidance_rescale": 0.0,
-    "validation_negative_prompt": "blurry", "validation_num_inference_steps": 16, "validation_prompt": "a cup",
-    "validation_prompt_library": False, "validation_resolution": "1024x1024", "validation_seed": 42, "validation_steps": 50,
+    "base_model_precision": "int8-quanto", "checkpoint_step_interval": 10, "controlnet": False,
+    "disable_bucket_pruning": True, "flow_schedule_shift": 3, "fuse_qkv_projections": False,
+    "grad_clip_method": "value", "gradient_checkpointing": True, "hub_model_id": "me/mine",
+    "learning_rate": 1e-4, "lora_alpha": 16, "lora_rank": 16, "lora_type": "standard",
+    "lr_scheduler": "constant", "max_train_steps": 100, "mixed_precision": "bf16",
+    "num_eval_images": 25, "num_train_epochs": 0, "optimizer": "adamw_bf16", "output_dir": "output",
+    "push_checkpoints_to_hub": False, "push_to_hub": False, "quantize_via": "cpu",
+    "report_to": "none", "seed": 42, "tracker_project_name": "a", "tracker_run_name": "b",
+    "train_batch_size": 1, "use_ema": False, "vae_batch_size": 1,
+    "validation_disable_unconditional": True, "validation_guidance": 4.0,
+    "validation_guidance_rescale": 0.0, "validation_negative_prompt": "blurry",
+    "validation_num_inference_steps": 16, "validation_prompt": "a cup",
+    "validation_prompt_library": False, "validation_resolution": "1024x1024", "validation_seed": 42,
+    "validation_steps": 50,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("routes", [{}, {"tread_config": {"routes": [
-    {"end_layer_idx": -2, "selection_ratio": 0.5, "start_layer_idx": 2}]}}], ids=["lora", "tread"])  # fmt: skip
+ROUTES = {"routes": [{"end_layer_idx": -2, "selection_ratio": 0.5, "start_layer_idx": 2}]}
+
+
+@pytest.mark.parametrize("routes", [{}, {"tread_config": ROUTES}], ids=["lora", "tread"])
 def test_the_shipped_examples_pass(routes):
     config = load(**EXAMPLE, **routes)
     assert (config.flow_schedule_shift, config.grad_clip_method, bool(config.tread_config)) == (

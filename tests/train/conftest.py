@@ -1,4 +1,4 @@
-"""A run small enough for tests: a few photographs, a pipeline of a few MB, a config of ten lines."""
+"""A run small enough for tests: a few photographs, a pipeline of a few MB, a short config."""
 
 import io
 import json

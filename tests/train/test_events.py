@@ -59,9 +59,10 @@ GOOD = [
 @pytest.mark.parametrize(
     "bad",
     [
-        b"{", b"\xff\xfe\x00\x80", b"null", b"[1, 2]", b"7", b'"step"', b"", b"{}", b'{"step": 4}', b'{"loss": 1}',
-        b'{"step": "4", "loss": 1}', b'{"step": true, "loss": 1}', b'{"step": -1, "loss": 1}', b'{"step": 4, "loss": NaN}',
-        b'{"step": 4, "loss": Infinity}', b'{"step": 4, "loss": "x"}', b'{"step": 4, "loss": null}', b"[" * 100_000,
+        b"{", b"\xff\xfe\x00\x80", b"null", b"[1, 2]", b"7", b'"step"', b"", b"{}", b'{"step": 4}',
+        b'{"loss": 1}', b'{"step": "4", "loss": 1}', b'{"step": true, "loss": 1}',
+        b'{"step": -1, "loss": 1}', b'{"step": 4, "loss": NaN}', b'{"step": 4, "loss": Infinity}',
+        b'{"step": 4, "loss": "x"}', b'{"step": 4, "loss": null}', b"[" * 100_000,
         b'{"step": 4, "loss": 1' + b"0" * 400 + b"}", b'{"step": 4, "loss": 1' + b"0" * 5000 + b"}",
         b'{"step": 2.5, "loss": 1}',
     ],

@@ -47,12 +47,16 @@ def saved_with(now, step=2, **more):
 
 # every option that a step's result may depend on, away from its default
 CHANGES = {
-    "learning_rate": 1e-3, "adam_weight_decay": 0.5, "adam_epsilon": 1e-4, "lr_scheduler": "linear", "lr_warmup_steps": 3,
-    "max_grad_norm": 1.0, "grad_clip_method": "value", "loss_type": "huber", "flow_schedule_shift": 2.0,
-    "flux_guidance_value": 3.0, "caption_dropout_probability": 0.5, "lora_dropout": 0.3, "model_flavour": "dev",
-    "pretrained_transformer_model_name_or_path": "elsewhere", "mixed_precision": "no", "compute_precision": "same",
-    "tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 2}]}, "vae_dtype": "fp32",
-    "t5_padding": "zero", "data_backend_sampling": "uniform",
+    "learning_rate": 1e-3, "adam_weight_decay": 0.5, "adam_epsilon": 1e-4, "lr_scheduler": "linear",
+    "lr_warmup_steps": 3, "max_grad_norm": 1.0, "grad_clip_method": "value", "loss_type": "huber",
+    "flow_schedule_shift": 2.0, "flux_guidance_value": 3.0, "caption_dropout_probability": 0.5,
+    "lora_dropout": 0.3, "model_flavour": "dev",
+    "pretrained_transformer_model_name_or_path": "elsewhere", "mixed_precision": "no",
+    "compute_precision": "same",
+    "tread_config": {
+        "routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 2}]
+    },
+    "vae_dtype": "fp32", "t5_padding": "zero", "data_backend_sampling": "uniform",
 }  # fmt: skip
 
 
@@ -216,9 +220,12 @@ def test_a_longer_run_with_other_settings(run, tmp_path):
     }
     _, out = run(name="made-long", max_train_steps=6, **new)
     for change in (
-        '"learning_rate" was 0.001 and is 0.0001 from step 5 on', '"adam_weight_decay" was 0.01 and is 0.5',
-        '"adam_beta1" was 0.9 and is 0.5', '"adam_beta2" was 0.999 and is 0.6', '"seed" was 11 and is 12',
-    ):  # fmt: skip
+        '"learning_rate" was 0.001 and is 0.0001 from step 5 on',
+        '"adam_weight_decay" was 0.01 and is 0.5',
+        '"adam_beta1" was 0.9 and is 0.5',
+        '"adam_beta2" was 0.999 and is 0.6',
+        '"seed" was 11 and is 12',
+    ):
         assert out.getvalue().count(change) == 1, change
     saved = state.load_checkpoint(tmp_path / "made-long" / "checkpoint-6")
     group = saved.optimizer["param_groups"][0]
