@@ -1,25 +1,150 @@
-"""LoRA on a transformer, through PEFT: W x becomes W x + (alpha / rank) · B A x, with W frozen.
+"""LoRA, through PEFT: W x becomes W x + (alpha / rank) · B A x, with W frozen."""
 
-The initialisers `olora` and `pissa` take A₀ and B₀ out of W itself and leave W - s·B₀A₀ in the
-base, s = alpha / rank. The function is unchanged at first, but the base is no longer the file's. So
-A₀ and B₀ are kept beside the weights (on the CPU), and `exported_state` gives the LoRA against the
-*original* base: s·(B A - B₀A₀), one LoRA of twice the rank.
-"""
+from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fluxfast.adapters.presets import FUSED_PROJECTIONS, match_targets, preset_targets
+from fluxfast.adapters.kind import AdapterFile, AdapterKind, AdapterSettings, Wrapped
+from fluxfast.adapters.lora_init import check_init, init_from_base
+from fluxfast.adapters.lora_read import LoraFile, read_lora
+from fluxfast.adapters.lora_state import (
+    adapter_state,
+    factors_of,
+    load_adapter_state,
+    lora_layers,
+)
+from fluxfast.adapters.lora_write import save_lora
+from fluxfast.adapters.presets import find_targets, preset_targets
+from fluxfast.hooks import hooked
+from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.quant.linear import shapes_only
 
-INIT_TYPES = ("default", "gaussian", "olora", "pissa")
+# PEFT's modules whose forward is LoRA's formula and nothing more. They are known by name, as some
+# of them can only be imported beside the library whose linears they wrap
+_PEFT_LINEARS = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+}
+
+
+class LoraKind(AdapterKind):
+    """SimpleTuner's `lora_type` "standard": PEFT's LoRA, under PEFT's adapter name "default"."""
+
+    label = "LoRA"
+
+    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
+
+    def tensors(self, module: nn.Module) -> dict[str, Parameter]:
+        return factors_of(module)
+
+    def kept_per_token(self, rank: int) -> int:
+        # x Aᵀ
+        return rank
+
+    def add(self, transformer: nn.Module, settings: AdapterSettings) -> None:
+        add_lora(
+            transformer,
+            targets=settings.targets,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            init=settings.init,
+            dtype=settings.dtype,
+        )
+
+    def modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        return lora_layers(transformer)
+
+    def set_enabled(self, transformer: nn.Module, enabled: bool) -> None:
+        for layer in lora_layers(transformer).values():
+            layer.enable_adapters(enabled)
+
+    def read(self, module: Any, *, share_dropout: bool) -> Wrapped | None:
+        if (type(module).__module__, type(module).__name__) not in _PEFT_LINEARS:
+            return None
+        return Wrapped(module.base_layer, _read_peft(module, share_dropout))
+
+    def check(self, transformer: nn.Module, settings: AdapterSettings) -> dict[str, int]:
+        ranks = super().check(transformer, settings)
+        check_init(transformer, list(ranks), settings.init, settings.rank)
+        return ranks
+
+    def add_from(
+        self, transformer: nn.Module, file: AdapterFile, settings: AdapterSettings
+    ) -> None:
+        assert isinstance(file, LoraFile)
+        load_lora(transformer, file, dropout=settings.dropout, dtype=settings.dtype)
+
+    def state(self, transformer: nn.Module) -> dict[str, Tensor]:
+        return adapter_state(transformer)
+
+    def load_state(self, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+        load_adapter_state(transformer, state)
+
+    def from_state(self, path: Path, state: Mapping[str, Tensor]) -> LoraFile:
+        factors = {key: tensor for key, tensor in state.items() if key.endswith(".weight")}
+        targets = [
+            key.removesuffix(".lora_A.weight") for key in factors if key.endswith(".lora_A.weight")
+        ]
+        return LoraFile.of(
+            path,
+            factors,
+            ranks={name: len(factors[f"{name}.lora_A.weight"]) for name in targets},
+            alphas={name: float(state[f"{name}.alpha"]) for name in targets},
+        )
+
+    def save(
+        self,
+        transformer: nn.Module,
+        path: str | os.PathLike[str],
+        *,
+        style: str = "diffusers",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        return save_lora(transformer, path, format=style, metadata=metadata)
+
+    def read_file(self, adapter: str | os.PathLike[str]) -> LoraFile:
+        return read_lora(adapter)
+
+
+def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
+    """The active adapters of one of PEFT's linears, or why only PEFT can compute what they add."""
+    if module.merged and module.disable_adapters:
+        return "only PEFT can take its merged adapter out of the base again"
+    if module.merged or module.disable_adapters:
+        return ()
+    adapters: list[Adapter] = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, b, scale = module.lora_A[name], module.lora_B[name], module.scaling[name]
+        if (variant := module.lora_variant.get(name)) is not None:
+            return f"adapter {name!r} is no plain LoRA but {type(variant).__name__}"
+        if not (_is_plain(a) and _is_plain(b)) or b.bias is not None:
+            return f"adapter {name!r} has a bias, hooks or layers of its own"
+        if isinstance(scale, Tensor):
+            return f"adapter {name!r} keeps its scale in a tensor, for hot-swapping"
+        dropout = module.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        if p > 0 and not share_dropout:
+            return f"adapter {name!r} has a dropout"
+        adapters.append(Lora(a.weight, b.weight, scale, p))
+    return tuple(adapters)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward and hooked(module) is None
 
 
 def add_lora(
@@ -33,246 +158,88 @@ def add_lora(
     adapter_name: str = "default",
     dtype: torch.dtype = torch.float32,
 ) -> list[Parameter]:
-    """Freezes `transformer` (a diffusers model) and gives it a LoRA to train; returns the new
-    parameters in order.
+    """Freezes `transformer` (a diffusers model) and puts a new LoRA on it.
 
-    `targets` is the name of a preset or a list of module names or their ends. `alpha` None means
-    `rank`. `init`: `default` (A Kaiming-uniform, B zero), `gaussian` (A normal / rank, B zero),
-    `olora` and `pissa` (from the base's weights, which must be floating point), `pissa_niter_<n>`
-    (PiSSA by n steps of a randomised SVD: seconds, not minutes). Random numbers come from torch's
-    global generator. `dtype` is that of the LoRA's parameters. Raises ValueError, before anything
-    is changed, for targets that match nothing, unknown inits and impossible ranks.
+    Returns the new parameters in order. `targets` is the name of a preset or a list of module names
+    or their ends. `alpha` None means `rank`. `init`: `default` (A Kaiming-uniform, B zero),
+    `gaussian` (A normal / rank, B zero), `olora` and `pissa` (from the base's weights, which must
+    be floating point), `pissa_niter_<n>` (PiSSA by n steps of a randomised SVD: seconds, not
+    minutes). Random numbers come from torch's global generator. `dtype` is that of the parameters.
+    Raises ValueError, before anything is changed, for targets that match nothing, unknown inits and
+    impossible ranks.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
-    optional = FUSED_PROJECTIONS if isinstance(targets, str) else ()
-    targets = preset_targets(targets) if isinstance(targets, str) else list(targets)
-    modules = match_targets(transformer, targets, optional=optional)
-    from_base = check_init(transformer, modules, init, rank)
-
+    from_base = check_init(transformer, find_targets(transformer, targets), init, rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=list(targets),
-        # what is taken from the base is taken below: a config that says olora or pissa would do it
-        # again to the base of whoever loads the file
+        target_modules=list(preset_targets(targets) if isinstance(targets, str) else targets),
+        # olora and pissa change the base, which `init_from_base` does below; a config with their
+        # names would have it done again to the base of whoever loads the file
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
-    return inject(
-        transformer, config, adapter_name, dtype, init_from_base=init if from_base else None
+    return _inject(transformer, config, adapter_name, dtype, init if from_base else None)
+
+
+def load_lora(
+    transformer: nn.Module,
+    lora: LoraFile | str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> list[Parameter]:
+    """Freezes `transformer` and puts a LoRA on it that was trained before (`init_lora`).
+
+    Returns its parameters as `add_lora` does; modules, ranks, alphas and values are the file's.
+    `lora` is what `read_lora` gave, or a path for it. Raises `read_lora`'s errors, and ValueError
+    where the transformer lacks a module of the LoRA or has it in another shape.
+    """
+    if not isinstance(lora, LoraFile):
+        lora = read_lora(lora)
+    LoraKind().check_fits(transformer, lora)
+    rank, alpha = lora.rank, lora.alpha
+    # PEFT reads a string as a regular expression for the whole name, so that `proj_out` means that
+    # module alone
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(_exactly(name) for name in lora.targets),
+        rank_pattern={f"^{_exactly(name)}": r for name, r in lora.ranks.items() if r != rank},
+        alpha_pattern={f"^{_exactly(name)}": a for name, a in lora.alphas.items() if a != alpha},
     )
+    parameters = _inject(transformer, config, adapter_name, dtype)
+    with torch.no_grad():
+        for name, layer in lora_layers(transformer, adapter_name).items():
+            for key, factor in factors_of(layer, adapter_name).items():
+                factor.copy_(lora.state[f"{name}.{key}"])
+    return parameters
 
 
-def inject(
+def _exactly(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _inject(
     transformer: Any,
     config: LoraConfig,
     adapter_name: str,
     dtype: torch.dtype,
-    *,
-    init_from_base: str | None = None,
+    from_base: str | None = None,
 ) -> list[Parameter]:
     """Adds the adapter that `config` describes, with parameters in `dtype`; returns them."""
     # PEFT asks each linear for its weight some twenty times
     with shapes_only():
         transformer.add_adapter(config, adapter_name)
-    layers = lora_layers(transformer, adapter_name)
-    for layer in layers.values():
-        if init_from_base is not None:
-            _init_from_base(layer, adapter_name, init_from_base, dtype)
+    layers = lora_layers(transformer, adapter_name).values()
+    for layer in layers:
+        if from_base is not None:
+            init_from_base(layer, adapter_name, from_base, dtype)
         layer.lora_A[adapter_name].to(dtype)
         layer.lora_B[adapter_name].to(dtype)
-    # PEFT's new modules start in training mode, whatever the model is in
+    # PEFT's new modules start in training mode, whatever mode the model is in
     transformer.train(transformer.training)
-    return [
-        factor[adapter_name].weight
-        for layer in layers.values()
-        for factor in (layer.lora_A, layer.lora_B)
-    ]
-
-
-def lora_layers(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
-    """The PEFT layers that carry the adapter, by module name, in the model's order."""
-    return {
-        name: module
-        for name, module in transformer.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
-    }
-
-
-def trainable_parameters(transformer: nn.Module) -> dict[str, Parameter]:
-    """Every parameter that requires a gradient, by name, in the model's order."""
-    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-
-
-def check_init(transformer: nn.Module, modules: list[str], init: str, rank: int) -> bool:
-    """Whether `init` takes its values from the base's weights; ValueError where it can't. The
-    weights may be on meta.
-    """
-    if init == "loftq":
-        raise ValueError(
-            "lora_init_type 'loftq' corrects the error of a quantised base, and needs one that "
-            "fluxfast can't give it "
-            f"yet: choose one of {', '.join(INIT_TYPES)}"
-        )
-    if init not in INIT_TYPES and not re.fullmatch(r"pissa_niter_[1-9]\d*", init):
-        raise ValueError(f"unknown lora_init_type {init!r}: choose one of {', '.join(INIT_TYPES)}")
-    if init in ("default", "gaussian"):
-        return False
-    for name in modules:
-        module: Any = transformer.get_submodule(name)
-        weight = getattr(module, "weight", None)
-        if isinstance(module, LoraLayer):
-            raise ValueError(
-                f"lora_init_type {init!r} changes the base, but {name} already carries another "
-                "adapter"
-            )
-        if not isinstance(weight, Tensor) or weight.dtype not in (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ):
-            raise ValueError(
-                f"lora_init_type {init!r} needs a base in floating point, but {name} is a "
-                f"{type(module).__name__}: "
-                "set base_model_precision to no_change, or lora_init_type to default"
-            )
-        if rank > min(module.in_features, module.out_features):
-            raise ValueError(
-                f"lora_init_type {init!r} can't take rank {rank} from {name}, "
-                f"a {module.in_features} to {module.out_features} linear"
-            )
-    return True
-
-
-def _init_from_base(layer: Any, adapter_name: str, init: str, dtype: torch.dtype) -> None:
-    weight = layer.get_base_layer().weight
-    original = weight.detach().clone()
-    if init == "olora":
-        layer.olora_init(adapter_name)
-    else:
-        layer.pissa_init(adapter_name, init)
-    # the residual is taken again below, from the factors as they are after their rounding to
-    # `dtype`
-    weight.data = original
-    factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    for factor in factors:
-        factor.weight.data = factor.weight.data.contiguous().to(dtype)
-    _subtract_from_base(layer, adapter_name, *(factor.weight.detach() for factor in factors))
-
-
-@torch.no_grad()
-def _subtract_from_base(
-    layer: Any, adapter_name: str, initial_a: Tensor, initial_b: Tensor
-) -> None:
-    """W -= s·B₀A₀, and remembers the two factors."""
-    weight = layer.get_base_layer().weight
-    a, b = (factor.to(weight.device, torch.float64) for factor in (initial_a, initial_b))
-    # fp64: a TF32 matmul would leave the base off by more than the training that follows
-    weight.data = weight.double().sub_(b @ a, alpha=layer.scaling[adapter_name]).to(weight.dtype)
-    layer.lora_A[adapter_name].initial = initial_a.to("cpu", copy=True)
-    layer.lora_B[adapter_name].initial = initial_b.to("cpu", copy=True)
-
-
-def _initial_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor] | None:
-    """A₀ and B₀ where the adapter was initialised from the base, else None."""
-    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    return (a.initial, b.initial) if hasattr(a, "initial") else None
-
-
-def exported_state(
-    transformer: nn.Module, adapter_name: str = "default"
-) -> tuple[dict[str, Tensor], int]:
-    """The adapter against the original base, on the CPU, and the factor by which its rank and alpha
-    have grown.
-
-    Keys are `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank]. The
-    factor is 2 for an adapter initialised from the base (A over A₀, B beside -B₀), else 1.
-    """
-    state: dict[str, Tensor] = {}
-    growth = 1
-    for name, layer in lora_layers(transformer, adapter_name).items():
-        a, b = (
-            factor[adapter_name].weight.detach().cpu() for factor in (layer.lora_A, layer.lora_B)
-        )
-        initial = _initial_factors(layer, adapter_name)
-        if initial is not None:
-            growth = 2
-            a, b = torch.cat([a, initial[0].to(a)]), torch.cat([b, -initial[1].to(b)], dim=1)
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = (
-            a.contiguous(),
-            b.contiguous(),
-        )
-    return state, growth
-
-
-def adapter_state(transformer: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What resuming needs, bit for bit: the parameters, alpha, and A₀, B₀ (`.initial`) where they
-    came from the base.
-    """
-    state: dict[str, Tensor] = {}
-    for name, layer in lora_layers(transformer, adapter_name).items():
-        state[f"{name}.alpha"] = torch.tensor(
-            float(layer.lora_alpha[adapter_name]), dtype=torch.float64
-        )
-        for key in ("lora_A", "lora_B"):
-            factor = getattr(layer, key)[adapter_name]
-            state[f"{name}.{key}.weight"] = factor.weight.detach()
-            if hasattr(factor, "initial"):
-                state[f"{name}.{key}.initial"] = factor.initial
-    return state
-
-
-@torch.no_grad()
-def load_adapter_state(
-    transformer: nn.Module, state: dict[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Puts `adapter_state`'s tensors back, into a model that has its original base and the same
-    adapter.
-
-    Add the adapter with `init="default"`: A₀ and B₀ come from the state, and are taken out of the
-    base here. Parameters keep their identity. ValueError where the state is another adapter's.
-    """
-    layers = lora_layers(transformer, adapter_name)
-    _check_same_adapter(layers, adapter_name, state)
-    for name, layer in layers.items():
-        layer.lora_A[adapter_name].weight.copy_(state[f"{name}.lora_A.weight"])
-        layer.lora_B[adapter_name].weight.copy_(state[f"{name}.lora_B.weight"])
-        if f"{name}.lora_A.initial" in state:
-            assert _initial_factors(layer, adapter_name) is None, (
-                "add the adapter with init='default' to resume it"
-            )
-            _subtract_from_base(
-                layer,
-                adapter_name,
-                state[f"{name}.lora_A.initial"],
-                state[f"{name}.lora_B.initial"],
-            )
-
-
-def _check_same_adapter(
-    layers: dict[str, Any], adapter_name: str, state: dict[str, Tensor]
-) -> None:
-    expected = {f"{name}.{key}.weight" for name in layers for key in ("lora_A", "lora_B")}
-    found = {key for key in state if key.endswith(".weight")}
-    if expected != found:
-        differing = sorted(expected ^ found)
-        raise ValueError(
-            f"the saved adapter has other modules than this run's, first {', '.join(differing[:3])}"
-        )
-    for name, layer in layers.items():
-        for key in ("lora_A", "lora_B"):
-            shape, saved_shape = (
-                getattr(layer, key)[adapter_name].weight.shape,
-                state[f"{name}.{key}.weight"].shape,
-            )
-            if shape != saved_shape:
-                raise ValueError(
-                    f"{name}.{key}: expected {list(shape)}, found {list(saved_shape)} in the "
-                    "saved adapter"
-                )
-        alpha, saved_alpha = layer.lora_alpha[adapter_name], state[f"{name}.alpha"].item()
-        if alpha != saved_alpha:
-            raise ValueError(
-                f"{name}: expected alpha {alpha}, found {saved_alpha} in the saved adapter"
-            )
+    return [factor for layer in layers for factor in factors_of(layer, adapter_name).values()]

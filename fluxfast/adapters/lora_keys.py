@@ -1,20 +1,23 @@
-"""The keys of LoRA files, in the spellings of the programs that write them, sorted into pairs for
-FLUX.1's linears.
+"""The keys of LoRA files, in the spellings of the programs that write them.
 
-A key is prefixes + module + part. Modules are FLUX.1's linears by diffusers' names or by BFL's
-(`checkpoint/naming.py` holds the table), in two spellings each: with dots, or with underscores in
-place of the dots. So one table reads
+A key is prefixes + module + part, and `sort_keys` puts the keys of a file together to pairs for
+FLUX.1's linears. Modules are these linears by diffusers' names or by BFL's (`checkpoint/naming.py`
+has the table), in two spellings each: with dots, or with underscores in place of the dots. So one
+table reads
 
-    diffusers, PEFT     transformer.<module>.lora_A.weight, base_model.model.<module>.lora_A.default.weight
-    ComfyUI             diffusion_model.<module>.lora_A.weight, or .lora_down.weight
-    kohya               lora_unet_<module_in_underscores>.lora_down.weight, mostly BFL's modules
-    OneTrainer          lora_transformer_<module_in_underscores>.lora_down.weight, diffusers' modules
-    LyCORIS             lycoris_<module_in_underscores>.lora_down.weight
-    older diffusers     <block>.attn.processor.to_q_lora.down.weight, <module>.lora.down.weight
-    XLabs               double_blocks.<i>.processor.qkv_lora1.down.weight (1 is the image's, 2 the text's)
+    diffusers         transformer.<module>.lora_A.weight
+    PEFT              base_model.model.<module>.lora_A.default.weight
+    ComfyUI           diffusion_model.<module>.lora_A.weight, or .lora_down.weight
+    kohya             lora_unet_<module_with_underscores>.lora_down.weight, mostly BFL's modules
+    OneTrainer        lora_transformer_<module_with_underscores>.lora_down.weight
+    LyCORIS           lycoris_<module_with_underscores>.lora_down.weight
+    older diffusers   <block>.attn.processor.to_q_lora.down.weight, <module>.lora.down.weight
+    XLabs             double_blocks.<i>.processor.qkv_lora1.down.weight (lora2: of the text)
 
 each with `<module>.alpha` or without. Only names are looked at here, never values.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Iterable
@@ -22,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from fluxfast.adapters.kind import listed
 from fluxfast.adapters.presets import FUSED_PROJECTIONS
 from fluxfast.checkpoint.naming import SWAPPED, bfl_linears
 
@@ -43,7 +47,7 @@ _PARTS = {
     "B": re.compile(r"\.(lora_B(\.[^.]+)?|lora_up|(lora\.|lora_linear_layer\.)?up)\.weight$"),
     "alpha": re.compile(r"\.(lora\.)?alpha$"),
 }
-# parts of keys that mean an adapter which isn't a plain pair of factors
+# parts of keys that only adapters of other kinds than LoRA have
 _OTHER_ADAPTERS = {
     "lokr_": "LoKr",
     "hada_": "LoHa",
@@ -57,7 +61,7 @@ _OTHER_ADAPTERS = {
     "lora_mid": "convolution (Tucker) LoRA",
     "lora_embedding_": "embedding LoRA",
 }
-# XLabs' processors, by the linears of BFL's block that they sit on
+# XLabs' processors, and the linears of BFL's block that they sit on
 _XLABS_DOUBLE = {
     "qkv_lora1": "img_attn.qkv",
     "qkv_lora2": "txt_attn.qkv",
@@ -67,10 +71,10 @@ _XLABS_DOUBLE = {
 
 
 class Target(NamedTuple):
-    """The linears of diffusers' transformer that one pair of a file stands for.
+    """The linears of diffusers' transformer that one pair of a file is for.
 
-    Each of `modules` has its share of the rows of B, in this order. `swap`: B's two halves lie the
-    other way round.
+    Each of `modules` gets its share of the rows of B, in this order. `swap`: the two halves of B
+    have to change places first.
     """
 
     modules: tuple[str, ...]
@@ -78,8 +82,9 @@ class Target(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The keys of one LoRA pair, and the module as the file names it, without prefixes; `alpha` is
-    None if it has none.
+    """The keys of one LoRA pair; `alpha` is None if the file has none for it.
+
+    `name` is the module as the file names it, without prefixes.
     """
 
     name: str
@@ -91,7 +96,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class SortedKeys:
-    """Every key of a file, once: in a pair, of a text encoder, or left over."""
+    """Every key of a file, once: in a pair, as a text encoder's, or as a leftover."""
 
     pairs: list[Pair] = field(default_factory=list)
     text_encoders: list[str] = field(default_factory=list)
@@ -101,8 +106,8 @@ class SortedKeys:
 def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
     """Sorts a file's keys by what they belong to.
 
-    ValueError, naming keys, for adapters of another kind, a pair of which one half is missing, and
-    a file without a pair for the transformer.
+    ValueError, naming keys, for adapters of other kinds, a pair of which one half is missing, and a
+    file without a pair for the transformer.
     """
     result = SortedKeys()
     stems: dict[str, dict[str, str]] = {}
@@ -112,8 +117,8 @@ def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
             result.text_encoders.append(key)
         elif kind := _other_adapter(key):
             raise ValueError(
-                f"{file}: holds {kind} weights ({key}), which fluxfast can't continue from; it "
-                "reads plain LoRA"
+                f"{file}: holds {kind} weights ({key}), which fluxfast can't continue from; "
+                "it reads plain LoRA"
             )
         elif stem and part not in stems.setdefault(stem, {}):
             stems[stem][part] = key
@@ -141,19 +146,14 @@ def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key's module, prefixes included, and which part of a pair it is: `A`, `B` or `alpha`; two
-    empty texts for neither.
+    """A key's module with its prefixes, and its part of a pair: `A`, `B` or `alpha`.
+
+    Both are empty for a key that is no part of a pair.
     """
     for part, pattern in _PARTS.items():
         if match := pattern.search(key):
             return key[: match.start()], part
     return "", ""
-
-
-def listed(names: list[str]) -> str:
-    """The first three names and the number of the others, for a message."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "none"
 
 
 def _other_adapter(key: str) -> str | None:
@@ -168,31 +168,29 @@ def _refuse_without_pairs(file: Path, keys: SortedKeys) -> None:
         )
     raise ValueError(
         f"{file}: holds no LoRA weights for FLUX.1's transformer; none of its "
-        f"{len(keys.leftover)} keys belongs to a pair for "
-        f"one of its linears: {listed(keys.leftover)}"
+        f"{len(keys.leftover)} keys belongs to a pair for one of its linears: "
+        f"{listed(keys.leftover)}"
     )
 
 
 def _bare(stem: str) -> str:
-    """A module's name without prefixes, which may be nested."""
+    """A module's name without its prefixes, of which there may be several."""
     while prefix := next((p for p in _DOTTED_PREFIXES if stem.startswith(p)), None):
         stem = stem.removeprefix(prefix)
     flat = next((p for p in _FLAT_PREFIXES if stem.startswith(p)), None)
-    # some converters leave the dot before the part as one more underscore
+    # some converters turn the dot before the part into one more underscore
     return stem.removeprefix(flat).rstrip("_") if flat else stem
 
 
 def _targets(stems: Iterable[str]) -> dict[str, Target]:
-    """What each known module of the file stands for; the transformer's number of blocks is not
-    asked for here.
-    """
+    """The linears that each known module of a file is for, in a transformer of any depth."""
     bare = {stem: _bare(stem) for stem in stems}
     known = _spellings({int(i) for name in bare.values() for i in _BLOCK.findall(name)})
     return {stem: known[name] for stem, name in bare.items() if name in known}
 
 
 def _spellings(blocks: Iterable[int]) -> dict[str, Target]:
-    """Every name under which a linear of these blocks, or one outside them, may lie in a file."""
+    """The linears of these blocks, and those outside them, by every name that files give them."""
     indices = sorted(blocks)
     fused = bfl_linears(indices, indices)
     names: dict[str, Target] = {}
@@ -207,7 +205,7 @@ def _spellings(blocks: Iterable[int]) -> dict[str, Target]:
                 )
     for i in indices:
         for block in (f"transformer_blocks.{i}", f"single_transformer_blocks.{i}"):
-            # a transformer whose projections were fused has these instead
+            # a transformer whose projections diffusers has fused has these instead
             names |= {
                 f"{block}.attn.{linear}": Target((f"{block}.attn.{linear}",))
                 for linear in FUSED_PROJECTIONS

@@ -1,14 +1,12 @@
-"""Which linears of FLUX.1 a LoRA sits on: the presets of `flux_lora_target`.
+"""Which linears of FLUX.1 an adapter sits on: the rule, and the presets of `flux_lora_target`.
 
-A target is a module name or the end of one: it names every module whose dotted name equals it or
-ends in `.` + target (PEFT's rule). So `proj_out` means each single block's and the transformer's
-own last linear as well.
+A target is a module name or the end of one (PEFT's rule, `is_target`). So `proj_out` means each
+single block's and the transformer's own last linear as well.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -20,7 +18,7 @@ class TargetPreset:
     modules: int
 
 
-# these exist in a model whose projections were fused, and then stand for the unfused ones
+# only a model whose projections diffusers has fused has these, in place of the unfused ones
 FUSED_PROJECTIONS = ("to_qkv", "add_qkv_proj")
 
 _CONTEXT = ("add_k_proj", "add_q_proj", "add_v_proj", "add_qkv_proj", "to_add_out")
@@ -57,9 +55,7 @@ PRESETS: dict[str, TargetPreset] = {
 
 
 def preset_targets(name: str) -> tuple[str, ...]:
-    """A preset's targets. ValueError for an unknown name, and for `controlnet`, which has no
-    ControlNet to sit on.
-    """
+    """A preset's targets. ValueError for an unknown name, and for `controlnet`."""
     if name == "controlnet":
         raise ValueError(
             "flux_lora_target 'controlnet' needs a ControlNet, which fluxfast doesn't train yet"
@@ -67,6 +63,18 @@ def preset_targets(name: str) -> tuple[str, ...]:
     if name not in PRESETS:
         raise ValueError(f"unknown flux_lora_target {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].targets
+
+
+def is_target(name: str, targets: Iterable[str]) -> bool:
+    """Whether targets name a module: its dotted name equals one, or ends in `.` and one."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def find_targets(transformer: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The modules that a preset, by its name, or a list of targets stands for (`match_targets`)."""
+    if isinstance(targets, str):
+        return match_targets(transformer, preset_targets(targets), optional=FUSED_PROJECTIONS)
+    return match_targets(transformer, targets)
 
 
 def match_targets(
@@ -79,17 +87,22 @@ def match_targets(
     """
     modules = dict(transformer.named_modules())
     matched = {
-        t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets
+        target: [name for name in modules if is_target(name, [target])] for target in targets
     }
-    absent = [t for t, names in matched.items() if not names and t not in set(optional)]
+    absent = [target for target, names in matched.items() if not names]
+    absent = [target for target in absent if target not in set(optional)]
     if absent or not any(matched.values()):
         raise ValueError(
             f"LoRA targets that match no module of {type(transformer).__name__}: "
             f"{', '.join(absent or targets)}"
         )
     wanted = {name for names in matched.values() for name in names}
-    # a linear that carries an adapter already is a tuner layer, not a linear
-    other = [name for name in wanted if not isinstance(modules[name], nn.Linear | BaseTunerLayer)]
+    # a linear that carries an adapter already is that adapter's module, with the linear below it
+    other = [
+        name
+        for name in wanted
+        if not isinstance(modules[name], nn.Linear) and not hasattr(modules[name], "base_layer")
+    ]
     if other:
         raise ValueError(
             f"LoRA targets must be linear layers; these aren't: {', '.join(sorted(other)[:3])}"

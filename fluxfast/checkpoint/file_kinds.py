@@ -50,8 +50,7 @@ def why_not_safetensors(path: Path, error: Exception) -> str:
         )
     try:
         size = path.stat().st_size
-        with path.open("rb") as stream:
-            head = stream.read(_HEAD_BYTES)
+        head = read_head(path)
     except OSError as reason:
         return f"{path}: can't be read ({reason.strerror})"
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
@@ -66,7 +65,7 @@ def why_not_safetensors(path: Path, error: Exception) -> str:
             f"{path}: not a whole safetensors file: it begins with zeros, as an unfinished "
             "download does. Fetch it again"
         )
-    if _begins_like_safetensors(head):
+    if begins_like_safetensors(head):
         return f"{path}: not a whole safetensors file: {_what_is_wrong(path, size, error)}"
     kind = _other_kind(head)
     if kind is None:
@@ -78,11 +77,24 @@ def why_not_safetensors(path: Path, error: Exception) -> str:
     return f"{path}: {kind}"
 
 
-def _begins_like_safetensors(head: bytes) -> bool:
-    """Whether the file begins with a header's length and JSON: then it is one, cut short or
-    damaged.
-    """
+def read_head(path: Path) -> bytes:
+    """The first bytes of a file, from which its kind can be told."""
+    with path.open("rb") as stream:
+        return stream.read(_HEAD_BYTES)
+
+
+def begins_like_safetensors(head: bytes) -> bool:
+    """Whether a file begins with the length of a header and with JSON, as safetensors files do."""
     return head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= _LONGEST_HEADER
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file is a pickle, or an archive of torch.save's, which holds one."""
+    if head.startswith(b"PK"):
+        # torch.save's archives begin with an entry <name>/data.pkl
+        return b"data.pkl" in head
+    # a pickle begins with its protocol, 2 to 5 in every version of torch.save that is in use
+    return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
 def _what_is_wrong(path: Path, size: int, error: Exception) -> str:
@@ -123,13 +135,10 @@ def _other_kind(head: bytes) -> str | None:
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
-    if head.startswith(b"PK"):
-        # torch.save's archives begin with an entry <name>/data.pkl
-        return _PICKLE if b"data.pkl" in head else "a zip archive: unpack it first"
-    # a pickle begins with its protocol: PROTO 2 to 5, as every version of torch.save that is in use
-    # writes
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if is_pickle(head):
         return _PICKLE
+    if head.startswith(b"PK"):
+        return "a zip archive: unpack it first"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
     return _text_kind(head)

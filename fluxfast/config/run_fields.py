@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from fluxfast.config.adapters import LORA_TYPES
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.config.optimizers import optimizer_options
 from fluxfast.config.option import option
@@ -97,7 +98,7 @@ class TrainFields(Settings):
     """Encode a batch's images one by one: less memory."""
 
     # the LoRA
-    lora_type: Literal["standard"] = "standard"
+    lora_type: Annotated[str, named_in(lambda: LORA_TYPES)] = "standard"
     """Kind of adapter; standard is PEFT's LoRA."""
     lora_rank: int = option(16, ge=1, on_resume="elsewhere")
     """Rank of the LoRA's matrices."""

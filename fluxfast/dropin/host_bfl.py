@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fluxfast.dropin.arguments import HostBlock, signature_of
 from fluxfast.dropin.cpu import host_is_faster
+from fluxfast.hooks import hooked
 from fluxfast.model.block_maths import Choices, DoubleMaths, SingleMaths
 from fluxfast.model.known_modules import must_be_called
-from fluxfast.model.linear import touched
 
 # of the RMS norms, whose modules don't tell
 EPS = 1e-6
@@ -152,7 +152,7 @@ class _Shared(HostBlock, Choices):
         if getattr(self, "attn_mode", None) == "sageattn":
             return "its attention is sageattn"
         for module in self.passed_by():
-            if (because := touched(module)) is not None:
+            if (because := hooked(module)) is not None:
                 return f"its {type(module).__name__} is called as a module: {because}"
         return must_be_called(self.settled())
 

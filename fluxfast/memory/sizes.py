@@ -5,11 +5,13 @@ without a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from fluxfast.adapters.kinds import KINDS
+from fluxfast.adapters.presets import is_target
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 
@@ -29,10 +31,6 @@ class Linear(NamedTuple):
         return self.name.endswith(
             ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
         ) or (self.name.startswith("time_text_embed."))
-
-    def matches(self, targets: Sequence[str]) -> bool:
-        """Whether an adapter's targets name it, by PEFT's rule."""
-        return any(self.name == target or self.name.endswith(f".{target}") for target in targets)
 
 
 @dataclass(frozen=True)
@@ -161,11 +159,18 @@ class Workload:
     adapter_itemsize: int = 2
     optimizer: str = "adamw_bf16"
     compute: str = "same"
+    lora_type: str = "standard"
+
+    @property
+    def kept_per_token(self) -> int:
+        """How many numbers a token a linear keeps for its adapter."""
+        return KINDS[self.lora_type].kept_per_token(self.rank)
 
     @cached_property
     def trains_modulation(self) -> bool:
         return any(
-            linear.is_modulation and linear.matches(self.targets) for linear in self.sizes.linears()
+            linear.is_modulation and is_target(linear.name, self.targets)
+            for linear in self.sizes.linears()
         )
 
     @cached_property
@@ -241,7 +246,7 @@ class Workload:
 
     def _adapters(self, linears: Iterable[Linear]) -> int:
         return sum(
-            self.rank * (linear.in_features + linear.out_features)
+            KINDS[self.lora_type].elements(linear.out_features, linear.in_features, self.rank)
             for linear in linears
-            if linear.matches(self.targets)
+            if is_target(linear.name, self.targets)
         )

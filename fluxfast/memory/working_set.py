@@ -29,9 +29,11 @@ def saved_bytes(workload: Workload, index: int, policy: str, input_elsewhere: bo
     kept = (KEPT_DOUBLE if double else KEPT_SINGLE)[policy] * e
     if policy != "full":
         # log-sum-exp in fp32, and the narrow halves of the last linears' adapters
-        kept += rows * (4 * workload.sizes.num_attention_heads + ACTIVATION * workload.rank)
+        kept += rows * (
+            4 * workload.sizes.num_attention_heads + ACTIVATION * workload.kept_per_token
+        )
     if policy == "none":
-        kept += rows * ACTIVATION * workload.rank * (5 if double else 4)
+        kept += rows * ACTIVATION * workload.kept_per_token * (5 if double else 4)
     # what "none" keeps shares memory with the input, which stays
     return kept + (0 if input_elsewhere and policy != "none" else e)
 
@@ -75,7 +77,7 @@ def _small(workload: Workload, index: int, policy: str) -> int:
     a_row = (
         4 * 2 * (2 if double else 1)
         + 4 * 2 * heads
-        + ACTIVATION * workload.rank * (6 if double else 5)
+        + ACTIVATION * workload.kept_per_token * (6 if double else 5)
     )
     if policy == "full":
         a_row += 4 * heads

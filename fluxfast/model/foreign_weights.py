@@ -1,13 +1,12 @@
-"""Frozen weights that other libraries hold, read where they lie: bitsandbytes, optimum-quanto,
-torchao.
+"""Frozen weights of other libraries' linears: bitsandbytes, optimum-quanto and torchao.
 
-Where their bytes are one of our formats' (bitsandbytes' nf4 with nested statistics and its int8;
-quanto's and torchao's 8-bit codes with a scale a row), the weight is a `QuantWeight` over their
-tensors and our kernels decode it. Else the library decodes it when it is used (`Decoded`). Nothing
-here imports these libraries: a module that comes from one has imported it.
+If the bytes are those of one of our formats (bitsandbytes' nf4 with nested statistics and its int8;
+quanto's and torchao's 8-bit codes with a scale a row), the weight is a `QuantWeight` over the
+library's tensors, and our kernels decode it. Otherwise the library decodes it each time that it is
+used (`Decoded`). A library is only imported for a module that comes from it.
 
-A library's own product may do more than the weight says: bitsandbytes' int8 also rounds its input
-to 8 bits, for instance. Here the product runs in what `compute` says.
+A library's own product may do more than the weight says. bitsandbytes' int8, for instance, also
+rounds its input to 8 bits. Here the product runs in what `compute` says.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
 
-# of a scale that somebody else holds: the state that it was in, and the fp32 vector made of it then
+# for a library's tensor of scales: (its version and device, the fp32 vector made of it then)
 _row_scales = WeakIdKeyDictionary()
-# of zero points: whether all of them are 0
+# for a library's tensor of zero points: whether all of them are 0
 _zero_points = WeakIdKeyDictionary()
 
 
@@ -42,7 +41,7 @@ class Decoded:
 
     def to(self, dtype: torch.dtype, /) -> Tensor:
         with torch.no_grad():
-            # what comes out of groups may lie in another order
+            # a weight decoded from groups need not be contiguous
             return self.decode().to(dtype).contiguous()
 
     def decode_into(self, out: Tensor, /) -> None:
@@ -61,11 +60,9 @@ class Decoded:
 
 
 def foreign_weight(module: nn.Module) -> QuantWeight | Decoded | str | None:
-    """The frozen weight of another library's linear, or of an `nn.Linear` that holds another
-    library's tensor.
+    """The frozen weight of another library's linear, or of a library's tensor in an `nn.Linear`.
 
-    None: there is no such library in it. A str: there is, and why only the module itself can be
-    asked.
+    None if the module is no such linear; a str says why only the module itself can be called.
     """
     library = type(module).__module__.split(".")[0]
     if library == "bitsandbytes":
@@ -74,8 +71,7 @@ def foreign_weight(module: nn.Module) -> QuantWeight | Decoded | str | None:
         return _quanto(module)
     if type(module).forward is nn.Linear.forward:
         weight = module.weight
-        # whoever quantises by tensor has a class with a way back; fake tensors and parameters have
-        # torch's own
+        # a tensor class that quantises overrides dequantize; fake tensors and parameters don't
         if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
             return _tensor_subclass(weight)
         if _is_distributed(weight):
@@ -91,15 +87,16 @@ def _is_distributed(weight: Any) -> bool:
 def _rows(
     name: str, codes: Tensor, scale: Tensor, dtype: torch.dtype, divisor: float = 1.0
 ) -> QuantWeight:
-    """Codes [N, K] and row scales, of any shape and type, that are those of the format `name` times
-    `divisor`.
+    """A weight of the format `name` over codes [N, K] and N row scales of any shape and type.
+
+    The scales are divided by `divisor` to be the format's.
     """
     parts = {"packed": codes, "scale": _row_scale(scale, divisor)}
     return QuantWeight(FORMATS[name], parts, (codes.shape[0], codes.shape[1]), dtype)
 
 
 def _row_scale(scale: Tensor, divisor: float) -> Tensor:
-    """The scales as [N] fp32; made once, as long as nobody changes them."""
+    """The scales as [N] fp32, kept as long as nobody changes the library's tensor."""
     if scale.dtype == torch.float32 and divisor == 1:
         return scale.detach().reshape(-1)
     state = (scale._version, scale.device)
@@ -189,6 +186,6 @@ def _symmetric(zero_point: Tensor | None) -> bool:
     if zero_point is None:
         return True
     if zero_point not in _zero_points:
-        # once: the answer comes from the device
+        # kept, since asking waits for the device
         _zero_points[zero_point] = not bool(zero_point.any())
     return _zero_points[zero_point]

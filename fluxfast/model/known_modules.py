@@ -14,7 +14,7 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from fluxfast.model.linear import touched
+from fluxfast.hooks import hooked
 
 _CLASSES: tuple[Any, ...] = (
     *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),
@@ -29,7 +29,7 @@ def must_be_called(modules: Iterable[nn.Module]) -> str | None:
     FLUX.1's; None where none has.
     """
     for module in modules:
-        because = touched(module)
+        because = hooked(module)
         if because is not None:
             return f"its {type(module).__name__} is called as a module: {because}"
         if type(module).forward not in _FORWARDS or not _is_flux(module):

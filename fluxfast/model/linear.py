@@ -1,11 +1,10 @@
-"""How the blocks apply the Linear modules they hold: plain, quantised, wrapped by PEFT, or anything
-else.
+"""How the blocks apply the Linear modules they hold: plain, quantised, adapted, or anything else.
 
-A plain `nn.Linear`, a `QuantLinear`, another library's quantised linear (`bases`), and PEFT's plain
-LoRA over one are read in place and computed by `fluxfast.ops.linear.lora_linear`; adapters with
-dropout that read the same x share one mask (PEFT draws one each). Whatever else there is (DoRA,
-LoKr, a bias in B, another forward, a hook, a base that trains) is computed by the module itself:
-slower, never skipped.
+A plain `nn.Linear`, a `QuantLinear`, another library's quantised linear (`foreign_weights`) and the
+adapters on it that a kind in `fluxfast.adapters` can read are computed by
+`fluxfast.ops.linear.lora_linear`, from the tensors where they lie. Adapters with dropout that read
+the same x share one mask, where PEFT draws one each. Everything else (an unknown adapter, another
+forward, a hook, a base that trains) is computed by calling the module: slower, but never skipped.
 """
 
 from __future__ import annotations
@@ -17,62 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fluxfast.adapters.kinds import KINDS
+from fluxfast.hooks import hooked
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
-from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.ops.row_quant import Quantized
 from fluxfast.quant import QuantWeight
 from fluxfast.quant.linear import QuantLinear
-
-# PEFT's wrappers whose forward is LoRA's formula and nothing more, by name, so that no library is
-# imported for its own
-_PEFT_WRAPPERS = {
-    ("peft.tuners.lora.layer", "Linear"),
-    ("peft.tuners.lora.bnb", "Linear4bit"),
-    ("peft.tuners.lora.bnb", "Linear8bitLt"),
-    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
-}
-
-
-def touched(module: nn.Module) -> str | None:
-    """What else than its class's own forward calling the module would run: a hook, a replaced
-    forward; None for nothing.
-
-    Such a hook may change the weights for the length of a call (diffusers' layerwise casting and
-    group offloading, accelerate's offloading), so that only the module itself can say what it
-    computes.
-    """
-    if "forward" in module.__dict__ and not _is_own_forward(module, module.__dict__["forward"]):
-        registry, hook = module.__dict__.get("_diffusers_hook"), module.__dict__.get("_hf_hook")
-        if hook is not None:
-            return f"it has hooks: accelerate's {type(hook).__name__}"
-        if registry is not None and registry.hooks:
-            return f"it has hooks: diffusers' {', '.join(registry.hooks)}"
-        return "its forward was replaced"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "it has hooks"
-    return None
-
-
-def _is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's `forward` is its class's own after all: what libraries leave behind
-    that take their hooks off.
-    """
-    own = getattr(forward, "__self__", None) is module
-    return own and getattr(forward, "__func__", None) is type(module).forward
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether calling the module would run its class's own forward and nothing else: no hook, no
-    replaced forward.
-    """
-    return touched(module) is None
 
 
 class StoredWeight(NamedTuple):
@@ -104,47 +55,6 @@ class StoredWeight(NamedTuple):
         self.packed.codes_into(q, scale)
 
 
-def _base(module: nn.Module) -> LinearParams | str:
-    """A linear without adapters, or why its forward can't be read."""
-    if (because := touched(module)) is not None:
-        return because
-    if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
-        return LinearParams(StoredWeight(module.packed()), module.bias)
-    weight = foreign_weight(module)
-    if isinstance(weight, str):
-        return weight
-    if weight is not None:
-        if torch.compiler.is_compiling():
-            return "torch.compile traces its library's own product"
-        if getattr(module.weight, "requires_grad", False):
-            return "its base is trained"
-        return LinearParams(
-            StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, _bias_of(module)
-        )
-    if type(module).forward is nn.Linear.forward:
-        assert isinstance(module, nn.Linear)
-        return _plain_base(module)
-    return f"{type(module).__name__} is not known"
-
-
-def _plain_base(linear: nn.Linear) -> LinearParams:
-    weight, bias = linear.weight, linear.bias
-    if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
-        return LinearParams(weight, bias)
-    # kept in 8 bits that no product reads (float8 without a scale): every number of theirs is one
-    # of fp32's
-    wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
-    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), wide)
-
-
-def _bias_of(module: Any) -> Tensor | None:
-    return module.bias
-
-
-def _plain(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward and untouched(module)
-
-
 def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
     """The tensors of a module with a frozen base, if they say all that its forward does; else None.
 
@@ -163,55 +73,61 @@ def obstacle(module: nn.Module, *, share_dropout: bool = True) -> str | None:
 
 def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | str:
     """What `read_linear` gives, or in place of None what `obstacle` says."""
-    kind = type(module)
-    wrapped = (kind.__module__, kind.__name__) in _PEFT_WRAPPERS
-    params = _read_peft(module, share_dropout) if wrapped else _base(module)
+    if (because := hooked(module)) is not None:
+        return because
+    for kind in KINDS.values():
+        wrapped = kind.read(module, share_dropout=share_dropout)
+        if wrapped is None:
+            continue
+        base = read_or_because(wrapped.base, share_dropout=share_dropout)
+        if isinstance(base, str):
+            return base
+        if isinstance(wrapped.adapters, str):
+            return wrapped.adapters
+        return base._replace(adapters=(*base.adapters, *wrapped.adapters))
+    params = _read_base(module)
     if not isinstance(params, str) and any(getattr(t, "requires_grad", False) for t in params[:2]):
         return "its base is trained"
     return params
 
 
-def _read_peft(module: Any, share_dropout: bool) -> LinearParams | str:
-    if (because := touched(module)) is not None:
-        return because
-    base = _base(module.base_layer)
-    if isinstance(base, str):
-        return base
-    if module.merged and module.disable_adapters:
-        return "only PEFT can take its merged adapter out of the base again"
-    if module.merged or module.disable_adapters:
-        return base
-    adapters: list[Adapter] = []
-    for name in module.active_adapters:
-        if name not in module.lora_A:
-            continue
-        dropout, a, b, scale = (
-            module.lora_dropout[name],
-            module.lora_A[name],
-            module.lora_B[name],
-            module.scaling[name],
+def _read_base(module: nn.Module) -> LinearParams | str:
+    """A linear without adapters, or why its forward can't be read."""
+    if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
+        return LinearParams(StoredWeight(module.packed()), module.bias)
+    weight = foreign_weight(module)
+    if isinstance(weight, str):
+        return weight
+    if weight is not None:
+        if torch.compiler.is_compiling():
+            return "torch.compile traces its library's own product"
+        if getattr(module.weight, "requires_grad", False):
+            return "its base is trained"
+        bias: Any = module.bias
+        return LinearParams(
+            StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, bias
         )
-        if name in module.lora_variant:
-            return (
-                f"adapter {name!r} is no plain LoRA but {type(module.lora_variant[name]).__name__}"
-            )
-        if not (_plain(a) and _plain(b)) or b.bias is not None:
-            return f"adapter {name!r} has a bias, hooks or layers of its own"
-        if isinstance(scale, Tensor):
-            return f"adapter {name!r} keeps its scale in a tensor, for hot-swapping"
-        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        if p > 0 and not share_dropout:
-            return f"adapter {name!r} has a dropout"
-        adapters.append(Lora(a.weight, b.weight, scale, p))
-    return base._replace(adapters=tuple(adapters))
+    if type(module).forward is nn.Linear.forward:
+        assert isinstance(module, nn.Linear)
+        return _read_plain(module)
+    return f"{type(module).__name__} is not known"
+
+
+def _read_plain(linear: nn.Linear) -> LinearParams:
+    weight, bias = linear.weight, linear.bias
+    if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
+        return LinearParams(weight, bias)
+    # a weight of 8 bits without a scale, which no product reads: fp32 holds each of its values
+    wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
+    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), wide)
 
 
 def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: torch.dtype) -> Tensor:
-    """The module's own forward, of x in the dtype that it computes in, back in x's; `autocast` as
-    its caller had it.
+    """The output of the module's own forward, in x's dtype.
 
-    That is its weight's dtype where nothing changes the weight for the length of a call. Where
-    something may, it is `given`, the dtype in which the owner of the block would call it.
+    Under `autocast` where the model's caller had it. Otherwise x comes in the dtype of the module's
+    weight, or, where something may change the weight for the length of a call, in `given`, the
+    dtype in which the owner of the block would call the module.
     """
     if autocast is not None:
         with torch.autocast(x.device.type, autocast):
@@ -220,23 +136,22 @@ def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: tor
 
 
 def _called_in(module: Any) -> torch.dtype | None:
-    """The dtype of a linear's weight, if it has one in which its forward computes."""
+    """The dtype of a linear's weight, if the linear has one and computes in it."""
     base = getattr(module, "base_layer", module)
-    if not (untouched(module) and untouched(base)):
+    if hooked(module) is not None or hooked(base) is not None:
         return None
     if isinstance(base, QuantLinear):
         return base.compute_dtype
     dtype = getattr(getattr(base, "weight", None), "dtype", None)
-    return (
-        dtype
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
-        else None
-    )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        return None
+    return dtype
 
 
 def draw_seed() -> int:
-    """A seed for dropout masks, from torch's default generator, which whoever replays a step has
-    set as it was.
+    """A seed for dropout masks, from torch's default generator.
+
+    Whoever replays a step has set the generator as it was.
     """
     return int(torch.randint(2**62, ()).item())
 
@@ -249,8 +164,9 @@ def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -
 
 
 def without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """A context in which our own arithmetic runs in the dtypes that it is given, whatever
-    `autocast` its caller is under.
+    """A context in which our own arithmetic keeps the dtypes that it is given.
+
+    `autocast` is the dtype of the autocast that the caller is under, None for no autocast.
     """
     return nullcontext() if autocast is None else torch.autocast(device, enabled=False)
 
@@ -266,20 +182,25 @@ def project(
     by_module: Callable[[str], None] | None = None,
     last: int = 0,
 ) -> Tensor:
-    """Apply several Linear modules to the same x [..., in]; returns their outputs side by side
-    [..., Σ out], in x's dtype.
+    """Applies several Linear modules to the same x [..., in].
 
-    compute, outliers: as `lora_linear` takes them, for the modules that it computes. share_dropout:
-    as in `read_linear`. autocast: the dtype that the caller of the model chose, under which modules
-    that can't be read are called. given: the dtype in which their owner would call these; x's own
-    if it is None. last: how many of the first modules are called after the others, where the order
-    of their random numbers matters.
+    Returns their outputs side by side [..., Σ out], in x's dtype.
+
+    Args:
+        compute, outliers: as `lora_linear` takes them, for the modules that it computes.
+        share_dropout: as in `read_linear`.
+        autocast: the dtype that the caller of the model chose, under which modules that can't be
+            read are called.
+        given: the dtype in which the owner of the modules would call them; None means x's own.
+        by_module: is told why, for each module that is called.
+        last: how many of the first modules are called after the others, where the order of their
+            random numbers matters.
     """
     reads = [read_or_because(module, share_dropout=share_dropout) for module in modules]
     known = [read for read in reads if not isinstance(read, str)]
     if len(known) == len(reads):
         return _apply(x, known, compute, outliers)
-    outs: list[Tensor | None] = [None] * len(modules)
+    outs: dict[int, Tensor] = {}
     for i in (*range(last, len(modules)), *range(last)):
         read = reads[i]
         if isinstance(read, str):
@@ -288,5 +209,4 @@ def project(
             outs[i] = _call(modules[i], x, autocast, given or x.dtype)
         else:
             outs[i] = _apply(x, [read], compute, outliers)
-    made = [out for out in outs if out is not None]
-    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+    return outs[0] if len(outs) == 1 else torch.cat([outs[i] for i in range(len(outs))], dim=-1)

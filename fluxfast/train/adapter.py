@@ -1,8 +1,9 @@
-"""The run's LoRA: made as the config says, or as the file that it goes on from has it."""
+"""The run's adapter: made as the config says, or as the file has it that the run goes on from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,120 +11,117 @@ from rich.console import Console
 from torch import nn
 from torch.nn import Parameter
 
-from fluxfast.adapters.formats import LoraFile, load_lora, read_lora
-from fluxfast.adapters.lora import add_lora
-from fluxfast.adapters.presets import FUSED_PROJECTIONS, match_targets, preset_targets
+from fluxfast.adapters.kind import AdapterFile, AdapterKind, AdapterSettings, trainable_parameters
+from fluxfast.adapters.kinds import KINDS
+from fluxfast.adapters.presets import find_targets
 from fluxfast.config.run import TrainConfig
 from fluxfast.train.objective import step_seed
 from fluxfast.train.state import SavedRun
 
-# what a config says about the adapter, and a file that the run goes on from knows better
+# the options about the adapter that a file, where the run goes on from one, decides in the config's
+# place
 ADAPTER_KEYS = ("lora_rank", "lora_alpha", "flux_lora_target", "peft_lora_target_modules")
 
 
-def init_lora_of(config: TrainConfig, saved: SavedRun | None) -> dict[str, Any] | None:
-    """Where the run's adapter had its first values from: {"file": init_lora, "asked": what the
-    config said of the adapter}.
+def kind_of(config: TrainConfig) -> AdapterKind:
+    """The kind of the run's adapter."""
+    return KINDS[config.lora_type]
 
-    None for an adapter that was made as the config says. A checkpoint knows it of its run; one of
-    version 1 doesn't, and is taken to be of a run with the config's own init_lora.
+
+def settings_of(config: TrainConfig) -> AdapterSettings:
+    """What the config says about the adapter."""
+    return AdapterSettings(
+        targets=config.peft_lora_target_modules or config.flux_lora_target,
+        rank=config.lora_rank,
+        alpha=config.alpha,
+        dropout=config.lora_dropout,
+        init=config.lora_init_type,
+        dtype=config.adapter_dtype,
+    )
+
+
+def init_lora_of(config: TrainConfig, saved: SavedRun | None) -> dict[str, Any] | None:
+    """Which file the run's adapter had its first values from, and what the config said then.
+
+    Returns {"file": init_lora, "asked": the config's options about the adapter}, or None for an
+    adapter that was made as the config says. A checkpoint knows this of its run; one of version 1
+    doesn't, and is taken to be of a run with the config's own init_lora.
     """
     if saved is not None and "init_lora" in saved.state:
         return saved.state["init_lora"]
     return {"file": config.init_lora, "asked": _asked(config)} if config.init_lora else None
 
 
-def read_init_lora(config: TrainConfig, saved: SavedRun | None) -> LoraFile | None:
-    """The LoRA whose modules, ranks and alphas the run's adapter takes; None where the config says
-    them.
+def read_init_lora(config: TrainConfig, saved: SavedRun | None) -> AdapterFile | None:
+    """The adapter whose modules, ranks and alphas the run's takes; None where the config says them.
 
-    Of a run that is resumed it is the checkpoint's own, so that the file it began with need not be
-    there any more. Raises `read_lora`'s errors.
+    For a run that is resumed it is the checkpoint's own, so that the file that the run began with
+    need not be there any more. Raises the errors of the kind's `read_file`.
     """
     if init_lora_of(config, saved) is None:
         return None
-    return read_lora(config.init_lora or "") if saved is None else saved_lora(saved)
+    if saved is not None:
+        return saved_adapter(config, saved)
+    return kind_of(config).read_file(config.init_lora or "")
 
 
-def saved_lora(saved: SavedRun) -> LoraFile:
-    """A checkpoint's adapter as a LoRA that was read."""
-    weights = {key: tensor for key, tensor in saved.adapter.items() if key.endswith(".weight")}
-    ranks = {
-        key.removesuffix(".lora_A.weight"): len(a)
-        for key, a in weights.items()
-        if key.endswith(".lora_A.weight")
-    }
-    alphas = {name: float(saved.adapter[f"{name}.alpha"]) for name in ranks}
-    return LoraFile(saved.path, weights, ranks, alphas, {})
+def saved_kind(config: TrainConfig, saved: SavedRun) -> AdapterKind:
+    """The kind of a checkpoint's adapter; one of version 1 doesn't say, and has the config's."""
+    return KINDS[saved.state.get("settings", {}).get("lora_type", config.lora_type)]
 
 
-def config_of(config: TrainConfig, lora: LoraFile | None) -> TrainConfig:
-    """The config with the file's rank, alpha and modules in the place of what it said, for whatever
-    reckons with them.
-    """
-    if lora is None:
+def saved_adapter(config: TrainConfig, saved: SavedRun) -> AdapterFile:
+    """A checkpoint's adapter in the form that a file is read in."""
+    return saved_kind(config, saved).from_state(saved.path, saved.adapter)
+
+
+def config_of(config: TrainConfig, file: AdapterFile | None) -> TrainConfig:
+    """The config with the file's rank, alpha and modules in the place of its own."""
+    if file is None:
         return config
-    true = {
-        "lora_rank": lora.rank,
-        "lora_alpha": lora.alpha,
-        "peft_lora_target_modules": tuple(lora.targets),
-    }
-    return config.model_copy(update=true)
+    decided = {option: file.common(option) for option in file.decides}
+    decided["peft_lora_target_modules"] = tuple(file.targets)
+    return config.model_copy(update=decided)
 
 
 def differences(
-    config: TrainConfig, lora: LoraFile, transformer: nn.Module
+    config: TrainConfig, file: AdapterFile, transformer: nn.Module
 ) -> dict[str, tuple[str, str]]:
-    """What the config says of the adapter, and what the LoRA has instead: (both, as text) by the
-    config's key.
-    """
-    found = {}
-    if set(lora.ranks.values()) != {config.lora_rank}:
-        found["lora_rank"] = (str(config.lora_rank), _several(lora.ranks.values()))
-    if set(lora.alphas.values()) != {config.alpha}:
-        found["lora_alpha"] = (f"{config.alpha:g}", _several(lora.alphas.values()))
-    key = (
-        "flux_lora_target"
-        if config.peft_lora_target_modules is None
-        else "peft_lora_target_modules"
-    )
+    """Where config and file differ about the adapter: (the config's, the file's) by option."""
+    asked = _asked(config)
+    found = {
+        option: (f"{asked[option]:g}", _several(values.values()))
+        for option, values in file.decides.items()
+        if set(values.values()) != {asked[option]}
+    }
     try:
-        modules = targeted(config, transformer)
+        modules = find_targets(transformer, settings_of(config).targets)
     except ValueError:
         modules = []
-    if set(modules) != set(lora.targets):
-        asked = (
-            config.flux_lora_target
-            if key == "flux_lora_target"
-            else ", ".join(config.peft_lora_target_modules or ())
-        )
-        found[key] = (f"{asked} ({len(modules)} modules)", _modules(lora.targets, modules))
+    if set(modules) != set(file.targets):
+        listed = config.peft_lora_target_modules
+        option = "flux_lora_target" if listed is None else "peft_lora_target_modules"
+        targets = config.flux_lora_target if listed is None else ", ".join(listed)
+        found[option] = f"{targets} ({len(modules)} modules)", _modules(file.targets, modules)
     return found
 
 
-def targeted(config: TrainConfig, transformer: nn.Module) -> list[str]:
-    """The modules that the config has a LoRA sit on. ValueError names targets that match none."""
-    if config.peft_lora_target_modules is not None:
-        return match_targets(transformer, config.peft_lora_target_modules)
-    return match_targets(
-        transformer, preset_targets(config.flux_lora_target), optional=FUSED_PROJECTIONS
-    )
-
-
-def told_beside_init_lora(config: TrainConfig, lora: LoraFile, transformer: nn.Module) -> list[str]:
-    """Lines on a LoRA that a run began with: what it is, and which of the config's own words don't
-    hold beside it.
-    """
-    ranks, alphas = _several(lora.ranks.values()), _several(lora.alphas.values())
-    lines = [
-        f"LoRA: {lora.path}, rank {ranks}, alpha {alphas}, {len(lora.targets)} modules",
-        *lora.notes,
+def told_beside_init_lora(
+    config: TrainConfig, file: AdapterFile, transformer: nn.Module
+) -> list[str]:
+    """Lines about the file that a run began with, and the options that have no effect beside it."""
+    label = kind_of(config).label
+    decided = [
+        f"{option.removeprefix('lora_')} {_several(values.values())}"
+        for option, values in file.decides.items()
     ]
-    for key, (asked, true) in differences(config, lora, transformer).items():
-        if key in config.model_fields_set:
+    told = ", ".join([str(file.path), *decided, f"{len(file.targets)} modules"])
+    lines = [f"{label}: {told}", *file.notes]
+    for option, (asked, true) in differences(config, file, transformer).items():
+        if option in config.model_fields_set:
             lines.append(
-                f'"{key}" is {asked}: no effect, the LoRA that the run began with ("init_lora") '
-                f"has {true}"
+                f'"{option}" is {asked}: no effect, the {label} that the run began with '
+                f'("init_lora") has {true}'
             )
     if config.lora_init_type != "default":
         lines.append(f'"lora_init_type" is {config.lora_init_type}: no effect beside "init_lora"')
@@ -131,60 +129,67 @@ def told_beside_init_lora(config: TrainConfig, lora: LoraFile, transformer: nn.M
 
 
 def not_resumable(config: TrainConfig, saved: SavedRun, transformer: nn.Module) -> list[str]:
-    """What the config says of the adapter, and the checkpoint's isn't: what it was and is, for
-    each.
+    """Where the config and a checkpoint differ about the adapter: a line for each option.
 
-    A run that began with init_lora may be told what it was told then, or what is true of its
-    adapter.
+    A run that began with init_lora may say again what it said then, or what is true of its adapter.
     """
+    if (kind := saved_kind(config, saved)) is not kind_of(config):
+        return [f"a {kind.label} adapter, this run has {kind_of(config).label}"]
     origin = init_lora_of(config, saved)
     asked = _asked(config)
     return [
-        f"{key} {true}, this run has {now}"
-        for key, (now, true) in differences(config, saved_lora(saved), transformer).items()
-        if origin is None or asked[key] != origin["asked"][key]
+        f"{option} {true}, this run has {now}"
+        for option, (now, true) in differences(
+            config, saved_adapter(config, saved), transformer
+        ).items()
+        if origin is None or asked[option] != origin["asked"][option]
     ]
+
+
+def adapter_elements(config: TrainConfig, transformer: nn.Module, ranks: dict[str, int]) -> int:
+    """How many numbers an adapter on these modules, by their ranks, trains."""
+    modules: dict[str, Any] = {name: transformer.get_submodule(name) for name in ranks}
+    elements = kind_of(config).elements
+    return sum(
+        elements(modules[name].out_features, modules[name].in_features, rank)
+        for name, rank in ranks.items()
+    )
 
 
 def add_adapter(
     config: TrainConfig,
     transformer: nn.Module,
-    lora: LoraFile | None,
+    file: AdapterFile | None,
     *,
     seed: int,
     resumed: bool,
     console: Console,
 ) -> list[Parameter]:
-    """Give the transformer the LoRA to train: the one that was read, or else a new one; returns its
-    parameters.
+    """Puts the adapter to train on the transformer: a file's, or else a new one.
 
-    resumed: a checkpoint's values will take the place of these.
+    Returns its parameters. resumed: a checkpoint's values will take the place of these.
     """
-    dtype = config.adapter_dtype
+    kind, settings = kind_of(config), settings_of(config)
+    if resumed:
+        # a checkpoint brings what an initialiser took from the base
+        settings = replace(settings, init="default")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, 0, 0, "adapter"))
-        if lora is not None:
-            parameters = load_lora(transformer, lora, dtype=dtype, dropout=config.lora_dropout)
+        if file is not None:
+            kind.add_from(transformer, file, settings)
         else:
-            parameters = add_lora(
-                transformer,
-                targets=config.peft_lora_target_modules or config.flux_lora_target,
-                rank=config.lora_rank,
-                alpha=config.alpha,
-                dropout=config.lora_dropout,
-                # a checkpoint brings what an initialiser took from the base
-                init="default" if resumed else config.lora_init_type,
-                dtype=dtype,
-            )
+            kind.add(transformer, settings)
+    parameters = list(trainable_parameters(transformer).values())
     count = sum(p.numel() for p in parameters)
     console.print(
-        f"training {count:,} parameters in {len(parameters)} tensors ({dtype})", highlight=False
+        f"training {count:,} parameters in {len(parameters)} tensors ({settings.dtype})",
+        highlight=False,
     )
     return parameters
 
 
 def _asked(config: TrainConfig) -> dict[str, Any]:
-    """The config's words about the adapter, as JSON."""
+    """The config's options about the adapter, as JSON."""
     return {**config.model_dump(mode="json", include=set(ADAPTER_KEYS)), "lora_alpha": config.alpha}
 
 

@@ -89,6 +89,7 @@ def workload_of(config: TrainConfig, batch: Batch, compute: str) -> Workload:
         adapter_itemsize=config.optimizer_kind.itemsize,
         optimizer=config.optimizer,
         compute=compute,
+        lora_type=config.lora_type,
     )
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from fluxfast.checkpoint.writer import free_bytes
 from fluxfast.config.datasets import ImageDataset
@@ -35,18 +32,14 @@ def cache_bytes(
     ) * 2
 
 
-def checkpoint_bytes(config: TrainConfig, transformer: nn.Module, ranks: Mapping[str, int]) -> int:
-    """A checkpoint of an adapter of these ranks by module.
+def checkpoint_bytes(config: TrainConfig, elements: int) -> int:
+    """A checkpoint of an adapter with so many trained numbers.
 
-    It holds the adapter's values twice, as they are and as a LoRA, and the optimiser's state.
+    It holds the adapter's values twice, as they are and as a file for other programs, and the
+    optimiser's state.
     """
-    layers: dict[str, Any] = {name: transformer.get_submodule(name) for name in ranks}
-    count = sum(
-        rank * (layers[name].in_features + layers[name].out_features)
-        for name, rank in ranks.items()
-    )
     kind = config.optimizer_kind
-    return round(count * (2 * kind.itemsize + kind.state_bytes(kind.itemsize)))
+    return round(elements * (2 * kind.itemsize + kind.state_bytes(kind.itemsize)))
 
 
 def shortage(

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from fluxfast.adapters.presets import preset_targets
+from fluxfast.adapters.presets import is_target, preset_targets
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.plan import account, predict
@@ -46,7 +46,7 @@ def keeps_on_host(
         return True
     targets = config.peft_lora_target_modules or preset_targets(config.flux_lora_target)
     for name in linears:
-        if any(name == target or name.endswith(f".{target}") for target in targets):
+        if is_target(name, targets):
             _refuse(config, f"the LoRA trains it ({name})", console)
             return False
     return True

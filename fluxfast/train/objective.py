@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxfast.adapters.kinds import without_adapters
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch
 from fluxfast.model.modulation import Conditions
@@ -193,8 +194,5 @@ class Objective:
     @torch.no_grad()
     def _base_prediction(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the model without the adapters predicts: the target of regularisation data."""
-        self.transformer.disable_adapters()
-        try:
+        with without_adapters(self.transformer):
             return self.transformer(**inputs, return_dict=False)[0].float()
-        finally:
-            self.transformer.enable_adapters()

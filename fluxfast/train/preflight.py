@@ -18,8 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
-from fluxfast.adapters.formats import LoraFile, check_fits
-from fluxfast.adapters.lora import check_init
+from fluxfast.adapters.kind import AdapterFile
 from fluxfast.checkpoint.flux import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
@@ -30,10 +29,13 @@ from fluxfast.model.routing import resolve_routes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import disk_space, resume
 from fluxfast.train.adapter import (
+    adapter_elements,
+    kind_of,
     not_resumable,
     read_init_lora,
-    saved_lora,
-    targeted,
+    saved_adapter,
+    saved_kind,
+    settings_of,
     told_beside_init_lora,
 )
 from fluxfast.train.base_model import open_base, quantizing_device
@@ -51,7 +53,7 @@ class Checked(NamedTuple):
     """
 
     saved: SavedRun | None
-    lora: LoraFile | None
+    lora: AdapterFile | None
     notes: tuple[str, ...]
 
 
@@ -62,7 +64,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     problems: list[str] = []
     notes: list[str] = []
     saved: SavedRun | None = None
-    lora: LoraFile | None = None
+    lora: AdapterFile | None = None
     data: DataConfig | None = None
     with _collecting(problems):
         data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
@@ -186,7 +188,7 @@ def _check_model(
     config: TrainConfig,
     base: Checkpoint,
     saved: SavedRun | None,
-    lora: LoraFile | None,
+    lora: AdapterFile | None,
     data: DataConfig | None,
     problems: list[str],
     notes: list[str],
@@ -206,20 +208,19 @@ def _check_model(
     with _collecting(problems):
         if saved is not None:
             changes = not_resumable(config, saved, model)
-            check_fits(model, saved_lora(saved))
-            ranks = saved_lora(saved).ranks
+            file = saved_adapter(config, saved)
+            saved_kind(config, saved).check_fits(model, file)
+            ranks = file.ranks
         elif lora is not None:
-            check_fits(model, lora)
+            kind_of(config).check_fits(model, lora)
             ranks = lora.ranks
         # an init_lora that could not be read is a problem already
         elif config.init_lora is None:
-            modules = targeted(config, model)
-            check_init(model, modules, config.lora_init_type, config.lora_rank)
-            ranks = dict.fromkeys(modules, config.lora_rank)
+            ranks = kind_of(config).check(model, settings_of(config))
     if lora is not None:
         notes += told_beside_init_lora(config, lora, model)
     if data is not None and ranks:
-        size = disk_space.checkpoint_bytes(config, model, ranks)
+        size = disk_space.checkpoint_bytes(config, adapter_elements(config, model, ranks))
         features = {
             "t5": model.config.joint_attention_dim,
             "clip": model.config.pooled_projection_dim,

@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
-from fluxfast.adapters.formats import modelspec_metadata, save_lora
-from fluxfast.adapters.lora import adapter_state, load_adapter_state, trainable_parameters
+from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.adapters.writing import modelspec_metadata
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.apply import make_ready
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
-from fluxfast.train.adapter import add_adapter, config_of, init_lora_of
+from fluxfast.train.adapter import add_adapter, config_of, init_lora_of, kind_of
 from fluxfast.train.budget import within_budget
 from fluxfast.train.build import Parts, RunData, load_data, load_parts
 from fluxfast.train.compute import choose_compute, make_deterministic, set_cuda_graphs
@@ -112,6 +112,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = not config.disable_tf32
         self.seed = resume.run_seed(config, self.saved)
         self.init_lora = init_lora_of(config, self.saved)
+        self.adapter_kind = kind_of(config)
 
         health.settle(config, self.device, console)
         self.data: RunData = load_data(config, self.seed, self.device, console)
@@ -212,7 +213,7 @@ class Trainer:
         if self.saved is None:
             return
         saved, self.saved = self.saved, None
-        load_adapter_state(self.transformer, saved.adapter)
+        self.adapter_kind.load_state(self.transformer, saved.adapter)
         if self.stream is not None:
             # an initialiser's adapter takes its start out of the base again
             self.stream.refresh()
@@ -384,7 +385,7 @@ class Trainer:
         path = state.save_checkpoint(
             self.config.output_dir,
             self.step,
-            adapter=adapter_state(self.transformer),
+            adapter=self.adapter_kind.state(self.transformer),
             optimizer=self.optimizer,
             state={
                 "seed": self.seed,
@@ -409,7 +410,9 @@ class Trainer:
             global_step=self.step,
             trained_words=self.data.instance_prompts,
         )
-        return save_lora(self.transformer, folder, format=config.lora_format, metadata=metadata)
+        return self.adapter_kind.save(
+            self.transformer, folder, style=config.lora_format, metadata=metadata
+        )
 
     def _validate(self, step: int) -> None:
         if self.parts.validator is None:

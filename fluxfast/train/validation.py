@@ -9,6 +9,7 @@ disabled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from fluxfast.adapters.kinds import without_adapters
 from fluxfast.files import atomic_file, safe_name
 
 FOLDER = "validation_images"
@@ -85,15 +87,13 @@ class Validator:
         """
         training = self._transformer.training
         self._transformer.eval()
-        if step == 0:
-            self._transformer.disable_adapters()
+        base_alone = without_adapters(self._transformer) if step == 0 else nullcontext()
         rng = torch.get_rng_state()
         try:
-            return self._run(step, console)
+            with base_alone:
+                return self._run(step, console)
         finally:
             torch.set_rng_state(rng)
-            if step == 0:
-                self._transformer.enable_adapters()
             self._transformer.train(training)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxfast.adapters.formats import LoraFile
+from fluxfast.adapters.lora_read import LoraFile
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 

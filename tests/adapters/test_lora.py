@@ -2,13 +2,13 @@ import pytest
 import torch
 from tiny_flux import run, tiny_transformer, train
 
-from fluxfast.adapters.lora import (
+from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.adapters.lora import add_lora
+from fluxfast.adapters.lora_state import (
     adapter_state,
-    add_lora,
     exported_state,
     load_adapter_state,
     lora_layers,
-    trainable_parameters,
 )
 
 FROM_BASE = ["olora", "pissa", "pissa_niter_8"]

@@ -7,8 +7,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from tiny_flux import pipeline, run, tiny_transformer, train
 
-from fluxfast.adapters.formats import load_lora, modelspec_metadata, read_lora, save_lora
-from fluxfast.adapters.lora import add_lora, lora_layers
+from fluxfast.adapters.lora import add_lora, load_lora
+from fluxfast.adapters.lora_read import read_lora
+from fluxfast.adapters.lora_state import lora_layers
+from fluxfast.adapters.lora_write import save_lora
+from fluxfast.adapters.writing import modelspec_metadata
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -6,8 +6,9 @@ from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from lora_file_cases import TO_Q, pairs, products, write
 from tiny_flux import tiny_transformer
 
-from fluxfast.adapters.formats import load_lora, read_lora
-from fluxfast.adapters.lora import lora_layers
+from fluxfast.adapters.lora import load_lora
+from fluxfast.adapters.lora_read import read_lora
+from fluxfast.adapters.lora_state import lora_layers
 
 RANK = 2
 

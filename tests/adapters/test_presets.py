@@ -4,7 +4,8 @@ from diffusers import FluxTransformer2DModel
 from tiny_flux import tiny_transformer
 from torch import nn
 
-from fluxfast.adapters.lora import add_lora, trainable_parameters
+from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.adapters.lora import add_lora
 from fluxfast.adapters.presets import FUSED_PROJECTIONS, PRESETS, match_targets, preset_targets
 
 # modules and rank-16 parameters on FLUX.1's 19 + 38 blocks

@@ -41,7 +41,7 @@ def run(transformer: torch.nn.Module) -> torch.Tensor:
 
 
 def train(parameters: list[torch.nn.Parameter], seed: int = 2) -> None:
-    """What training does as far as these tests care: every LoRA parameter ends up somewhere else."""
+    """What training does as far as these tests care: every parameter ends up somewhere else."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in parameters:

@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from bfl_reference import BflFlux
 from safetensors.torch import load_file, save_file
 
+from bfl_reference import BflFlux
 from fluxfast import FluxTransformer
 from fluxfast.checkpoint import locate, naming, stream
 from fluxfast.checkpoint.flux import CheckpointError, open_checkpoint

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from bfl_reference import BflFlux
 from safetensors.torch import save_file
 
+from bfl_reference import BflFlux
 from fluxfast import FluxTransformer
 from fluxfast.checkpoint import naming
 from fluxfast.checkpoint.flux import CheckpointError, open_checkpoint

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from bfl_reference import BflFlux
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from bfl_reference import BflFlux
 from fluxfast import FluxTransformer
 from fluxfast.checkpoint import flux
 from small_flux import randomise_lora

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config_helpers import load
-from fluxfast.adapters.formats import read_lora
+from fluxfast.adapters.lora_read import read_lora
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run_fields import TrainFields
 from fluxfast.train import resume, state, trainer

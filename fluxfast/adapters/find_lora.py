@@ -1,11 +1,16 @@
-"""Where a LoRA comes from: a file, a folder, or a repository of the Hugging Face Hub, which is
-downloaded once.
+"""Finding the file of a LoRA, or of another adapter, and opening it.
+
+It is given as a file, a folder, or a repository of the Hugging Face Hub, which is downloaded once.
 """
+
+from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -15,8 +20,10 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
-from fluxfast.adapters.lora_settings import ADAPTER_CONFIG, PEFT_WEIGHTS
+from fluxfast.adapters.lora_alpha import ADAPTER_CONFIG, PEFT_WEIGHTS
+from fluxfast.checkpoint.file_kinds import begins_like_safetensors, is_pickle, read_head
 
 _SUFFIX = ".safetensors"
 # owner/name, or owner/name/<a file in it>
@@ -26,10 +33,10 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_lora(lora: str | os.PathLike[str]) -> tuple[Path, list[str]]:
-    """The safetensors file that `lora` names, and lines to tell the user about where it was found.
+    """The safetensors file that `lora` names, and lines for the user on where it was found.
 
-    `lora` is a file (of any ending: its content tells), a folder that holds one LoRA, or, where
-    neither exists, a Hub repository: `owner/name`, or `owner/name/<file>` if it holds several.
+    `lora` is a file, whatever its name ends in, a folder that holds one LoRA, or, where neither
+    exists, a Hub repository: `owner/name`, or `owner/name/<file>` if it holds several.
     ValueError where there is none, several, or another kind of file.
     """
     path = Path(lora).expanduser()
@@ -41,7 +48,7 @@ def find_lora(lora: str | os.PathLike[str]) -> tuple[Path, list[str]]:
         path = path / _choose(files, str(path), "give the file's path")
     elif not path.is_file():
         repository = _REPOSITORY.fullmatch(os.fspath(lora))
-        # two parts are a path where the second is a file's name
+        # a/b.safetensors is the path of a file, not a repository
         if repository is None or (repository[2] is None and path.suffix == _SUFFIX):
             raise ValueError(f"{lora}: no such LoRA file or folder")
         path = _from_hub(repository[1], repository[2])
@@ -59,37 +66,43 @@ def _may_be_weights(file: Path) -> bool:
 
 
 def _begins_like_safetensors(file: Path) -> bool:
-    with file.open("rb") as stream:
-        head = stream.read(9)
-    # the header's length, then the header, which is JSON
-    return head[8:] == b"{" and 8 + int.from_bytes(head[:8], "little") <= file.stat().st_size
+    """Whether a file begins with a header of safetensors that ends before the file does."""
+    head = read_head(file)
+    length = int.from_bytes(head[:8], "little")
+    return begins_like_safetensors(head) and 8 + length <= file.stat().st_size
 
 
 def _check_content(file: Path) -> None:
     if _begins_like_safetensors(file):
         return
-    with file.open("rb") as stream:
-        head = stream.read(4)
-    # a zip archive, as torch.save writes it, or a bare pickle from protocol 2 on
-    pickled = head == b"PK\x03\x04" or (
-        head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    )
-    if pickled or file.suffix in _PICKLE_SUFFIXES:
+    if is_pickle(read_head(file)) or file.suffix in _PICKLE_SUFFIXES:
         raise ValueError(
             f"{file}: a pickle, not a safetensors file; pickled formats are never loaded, since "
-            "they can run code: convert it "
-            "first"
+            "they can run code: convert it first"
         )
     raise ValueError(
         f"{file}: not a whole safetensors file (it has {file.stat().st_size:,} bytes, and does "
-        "not begin with a header that "
-        "fits into them): an interrupted download, or another kind of file"
+        "not begin with a header that fits into them): an interrupted download, or another kind "
+        "of file"
     )
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A reader of safetensors for a file; ValueError where the library can't read it."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file, or not one that can be opened ({error})"
+        ) from error
+
+
 def _choose(names: Iterable[str], where: str, how: str) -> str:
-    """The one LoRA among a folder's files: the name that diffusers or PEFT gives it, else the only
-    one there is.
+    """The one LoRA among a folder's files.
+
+    It has the name that diffusers or PEFT gives it, or else it is the only file there is.
     """
     files = sorted(names)
     candidates = [name for name in _KNOWN_NAMES if name in files] or files
@@ -101,8 +114,7 @@ def _choose(names: Iterable[str], where: str, how: str) -> str:
         )
     raise ValueError(
         f"{where}: expected one LoRA in it; found {len(candidates)} files that may be it: "
-        f"{', '.join(candidates)}. "
-        f"To choose one, {how}"
+        f"{', '.join(candidates)}. To choose one, {how}"
     )
 
 
@@ -120,11 +132,10 @@ def _choose_in_repository(names: Iterable[str], repository: str, wanted: str | N
 
 
 def _from_hub(repository: str, wanted: str | None) -> Path:
-    """The file in the Hub's cache on this machine, downloaded if it isn't there; beside it,
-    `adapter_config.json`.
+    """The file in the Hub's cache on this machine, downloaded with its settings if it isn't there.
 
-    The cache is used without asking the Hub where it is certain which file is meant, else where the
-    Hub can't be asked.
+    The cache is used without asking the Hub where it is certain which file is meant, and where the
+    Hub can't be asked. The settings are PEFT's `adapter_config.json`.
     """
     if (cached := _cached(repository, wanted)) and (wanted or cached.name in _KNOWN_NAMES):
         return cached
@@ -137,16 +148,13 @@ def _from_hub(repository: str, wanted: str | None) -> Path:
         # a dry run's error doesn't say what went wrong; its cause does
         raise ValueError(
             f"{name}: not a file or folder here, and the Hugging Face Hub gave no LoRA by that "
-            "name: "
-            f"{error.__cause__ or error}\nCheck the name; for a private or gated repository log "
-            "in with `hf auth login`."
+            f"name: {error.__cause__ or error}\n"
+            "Check the name; for a private or gated repository log in with `hf auth login`."
         ) from error
 
 
 def _cached(repository: str, wanted: str | None) -> Path | None:
-    """The file, where it was downloaded before and it is known whether settings lie beside it; else
-    None.
-    """
+    """The file in the cache, if it is known whether settings lie beside it; else None."""
     try:
         folder = Path(
             snapshot_download(
@@ -159,7 +167,7 @@ def _cached(repository: str, wanted: str | None) -> Path | None:
     if not names or (wanted is not None and wanted not in names):
         return None
     name = _choose_in_repository(names, repository, wanted)
-    # None: nobody has asked the Hub for it yet, so alpha may lie there
+    # None means that nobody has asked the Hub for the settings yet, so they may say alpha
     known = try_to_load_from_cache(repository, _settings_beside(name)) is not None
     return folder / name if known else None
 
@@ -170,10 +178,10 @@ def _download(repository: str, wanted: str | None) -> Path:
     try:
         hf_hub_download(repository, _settings_beside(name))
     except LocalEntryNotFoundError:
-        # a kind of EntryNotFoundError, but it says that the connection was lost
+        # this is an EntryNotFoundError too, but it says that the connection was lost
         raise
     except EntryNotFoundError:
-        # only PEFT writes settings; the cache remembers that there are none
+        # only PEFT writes settings; the cache now remembers that there are none
         pass
     return Path(hf_hub_download(repository, name))
 
@@ -183,7 +191,5 @@ def _settings_beside(name: str) -> str:
 
 
 def _commit(file: Path) -> str:
-    """The first digits of the commit, from where the Hub's cache keeps its files:
-    .../snapshots/<commit>/<file>.
-    """
+    """The first digits of the commit of a file in the cache, .../snapshots/<commit>/<file>."""
     return file.as_posix().rpartition("/snapshots/")[2][:8]

@@ -1,15 +1,17 @@
-"""The alpha of each module of a LoRA file: a pair stands for alpha / rank · B A.
+"""The alpha of each module of a LoRA file, with which a pair means alpha / rank · B A.
 
-Where it is taken from, the first that says something about a module holds:
+Alpha is what the first of these says about a module:
 
 1. its alpha tensor (kohya, ComfyUI, OneTrainer);
 2. the file's metadata `lora_adapter_metadata`, a LoraConfig that diffusers wrote;
 3. `adapter_config.json` in the same folder, PEFT's LoraConfig;
-4. else alpha is the rank, as diffusers, ComfyUI and kohya's scripts have it.
+4. the rank, if nothing else says it, as in diffusers, ComfyUI and kohya's scripts.
 
-kohya's metadata `ss_network_alpha` is no source: kohya writes an alpha tensor beside every pair,
-and a converter that multiplied alpha into the weights leaves the metadata as it was.
+kohya's metadata `ss_network_alpha` is not asked: kohya writes an alpha tensor beside every pair,
+and a converter that multiplies alpha into the weights leaves the metadata as it was.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -25,7 +27,7 @@ from peft.utils.other import get_pattern_key
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
-# LoraConfig's fields that make of a pair something else than alpha / rank · B A
+# fields of LoraConfig with which a pair means something else than alpha / rank · B A
 _OTHER_FUNCTION = (
     "use_dora",
     "lora_bias",
@@ -37,29 +39,29 @@ _OTHER_FUNCTION = (
     "monteclora_config",
     "layer_replication",
 )
-# initialisers that move a part of the base into the pair, by how their names begin: what the file
-# holds then belongs to a base that isn't FLUX.1's any more
+# how the names of initialisers begin that move a part of the base into the pair: what the file
+# holds is then for a base that isn't FLUX.1's any more
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _PLAIN_ONLY = "fluxfast can go on from plain LoRA only"
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a LoraConfig beside the weights says; `where` names its place in messages."""
+    """What a LoraConfig beside the weights says; `where` is its place, for messages."""
 
     where: str
     fields: Mapping[str, Any]
 
     def alpha(self, module: str, rank: int) -> float | None:
-        """Alpha for scale alpha / rank; None if nothing is said. ValueError if another rank is said
-        than the tensors have.
+        """A module's alpha, for the scale alpha / rank; None if nothing is said about it.
+
+        ValueError if another rank is said than the tensors have.
         """
         said = self._value("r", "rank_pattern", module)
         if said is not None and said != rank:
             raise ValueError(
                 f"{self.where} gives {module} rank {said:g}, but its tensors have rank {rank}: "
-                "these settings are another "
-                "LoRA's, so alpha isn't known; take them out"
+                "these settings are another LoRA's, so alpha isn't known; take them out"
             )
         alpha = self._value("lora_alpha", "alpha_pattern", module)
         if alpha is None:
@@ -90,11 +92,11 @@ class LoraSettings:
 
 
 def read_settings(file: Path, metadata: Mapping[str, str]) -> list[LoraSettings]:
-    """The LoraConfigs that hold for a file, the first before the second.
+    """The LoraConfigs that say something about a file; the first one wins.
 
-    `adapter_config.json` is that of the folder's `adapter_model.safetensors`, or of any file if
-    there is none of that name. ValueError where one is not readable, or describes an adapter that
-    isn't plain LoRA.
+    `adapter_config.json` is about the folder's `adapter_model.safetensors`, or about any file if
+    the folder has none of that name. ValueError where a config is not readable, or describes an
+    adapter that isn't plain LoRA.
     """
     found = []
     if text := metadata.get(LORA_ADAPTER_METADATA_KEY):
@@ -114,14 +116,13 @@ def read_settings(file: Path, metadata: Mapping[str, str]) -> list[LoraSettings]
 
 
 def ignored_network_alpha(metadata: Mapping[str, str]) -> str | None:
-    """A line about kohya's alpha in the metadata of a file that has no alpha tensors."""
+    """A line on kohya's alpha in the metadata of a file without alpha tensors; None without it."""
     alpha, rank = metadata.get("ss_network_alpha"), metadata.get("ss_network_dim")
     if alpha is None or alpha == rank:
         return None
     return (
         f"its metadata gives network alpha {alpha} at rank {rank}, but beside its weights lie "
-        "no alpha tensors: they count "
-        "with alpha = rank, as other programs read them"
+        "no alpha tensors: they count with alpha = rank, as other programs read them"
     )
 
 
@@ -155,7 +156,6 @@ def _check_plain_lora(settings: LoraSettings) -> None:
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
         raise ValueError(
             f"{where} has init_lora_weights {init!r}, which moves a part of the base into the "
-            "LoRA: its weights don't fit "
-            "FLUX.1 itself. Convert it with PEFT's "
+            "LoRA: its weights don't fit FLUX.1 itself. Convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...) first"
         )

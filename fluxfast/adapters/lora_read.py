@@ -1,123 +1,105 @@
-"""Reading LoRA files of any program: every tensor of the file is in the result, or named in a note
-or in the refusal.
+"""Reading LoRA files of any program.
+
+Every tensor of the file is in the result, or is named in a note or in the refusal.
 """
 
+from __future__ import annotations
+
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fluxfast.adapters.lora_keys import Pair, SortedKeys, listed, sort_keys, split_key
-from fluxfast.adapters.lora_settings import LoraSettings, ignored_network_alpha, read_settings
-from fluxfast.adapters.lora_source import find_lora
+from fluxfast.adapters.find_lora import find_lora, opened
+from fluxfast.adapters.kind import AdapterFile, listed
+from fluxfast.adapters.lora_alpha import LoraSettings, ignored_network_alpha, read_settings
+from fluxfast.adapters.lora_keys import Pair, SortedKeys, sort_keys, split_key
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as it lies in a file. Modules are named as in diffusers' transformer, without a
-    prefix.
+class LoraFile(AdapterFile):
+    """A LoRA as it was read: a module's share is alpha / rank · B A.
 
-    A module's share is alpha / rank · B A. `notes` are lines for the user: what was left out, and
-    why.
+    The state has `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank].
     """
 
-    path: Path
-    state: dict[
-        str, Tensor
-    ]  # fp32: <module>.lora_A.weight [rank, in] and <module>.lora_B.weight [out, rank]
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-    metadata: dict[str, str]
-    notes: tuple[str, ...] = ()
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        state: dict[str, Tensor],
+        *,
+        ranks: dict[str, int],
+        alphas: dict[str, float],
+        metadata: dict[str, str] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> LoraFile:
+        decides: dict[str, dict[str, Any]] = {"lora_rank": ranks, "lora_alpha": alphas}
+        return cls(path, state, list(ranks), decides, metadata or {}, notes)
 
     @property
-    def targets(self) -> list[str]:
-        return list(self.ranks)
+    def alphas(self) -> dict[str, float]:
+        """The alpha of each module."""
+        return self.decides["lora_alpha"]
 
     @property
     def rank(self) -> int:
         """The rank of most modules."""
-        return Counter(self.ranks.values()).most_common(1)[0][0]
+        return self.common("lora_rank")
 
     @property
     def alpha(self) -> float:
         """The alpha of most modules."""
-        return Counter(self.alphas.values()).most_common(1)[0][0]
+        return self.common("lora_alpha")
 
 
 def read_lora(lora: str | os.PathLike[str]) -> LoraFile:
-    """Reads a LoRA for FLUX.1's transformer: a file, a folder with one, or a Hub repository (see
-    `find_lora`).
+    """Reads a LoRA for FLUX.1's transformer: a file, a folder with one, or a Hub repository.
 
-    `lora_keys.py` says which programs' files are known, `lora_settings.py` where alpha comes from.
-    Text encoders' parts and leftovers that are all zero are left out with a note. Needs no
-    transformer, so it may be called before one is loaded; names and shapes are checked before any
-    weight is read.
+    `find_lora` finds the file, `lora_keys` knows the names of other programs, and `lora_alpha` says
+    where alpha comes from. Text encoders' parts and leftovers that are all zero are left out with a
+    note. Needs no transformer, so it may be called before one is loaded; names and shapes are
+    checked before any weight is read.
 
     ValueError, naming the file and the keys, where it isn't a whole safetensors file, holds a
     tensor that has no place in a LoRA for FLUX.1, only half of a pair, a module twice, shapes that
     don't fit together, or values that aren't finite.
     """
     file, notes = find_lora(lora)
-    with _opened(file) as reader:
+    with opened(file) as reader:
         metadata = dict(reader.metadata() or {})
         keys = sort_keys(file, reader.keys())
         for pair in keys.pairs:
             _check_shapes(file, reader, pair)
         notes += _account_for_the_rest(file, reader, keys)
         settings = read_settings(file, metadata)
-        result = LoraFile(file, {}, {}, {}, metadata)
-        first: dict[str, Pair] = {}
-        again = []
-        for pair in keys.pairs:
-            alpha = _alpha(file, reader, pair, settings)
-            for module, (a, b) in zip(
-                pair.target.modules, _factors(file, reader, pair), strict=True
-            ):
-                if module in first:
-                    _check_same(result, module, (first[module], pair), (a, b, alpha))
-                    again.append(module)
-                    continue
-                first[module] = pair
-                result.state[f"{module}.lora_A.weight"], result.state[f"{module}.lora_B.weight"] = (
-                    a,
-                    b,
-                )
-                result.ranks[module], result.alphas[module] = a.shape[0], alpha
-    if again:
-        notes.append(f"{file}: holds {listed(again)} under two names with equal values: read once")
+        values, repeated = _read_pairs(file, reader, keys, settings)
+    alphas = {module: alpha for module, (_, _, alpha) in values.items()}
+    if repeated:
+        notes.append(
+            f"{file}: holds {listed(repeated)} under two names with equal values: read once"
+        )
     says_alpha = settings or any(pair.alpha for pair in keys.pairs)
     if not says_alpha and (line := ignored_network_alpha(metadata)):
         notes.append(f"{file}: {line}")
-    if still := [module for module, alpha in result.alphas.items() if alpha == 0]:
+    if still := [module for module, alpha in alphas.items() if alpha == 0]:
         notes.append(
             f"{file}: alpha is 0 for {listed(still)}: these modules add nothing, and can't learn"
         )
-    return LoraFile(file, result.state, result.ranks, result.alphas, metadata, tuple(notes))
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            yield reader
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file, or not one that can be opened ({error})"
-        ) from error
+    state = {}
+    for module, (a, b, _) in values.items():
+        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = a, b
+    ranks = {module: a.shape[0] for module, (a, _, _) in values.items()}
+    return LoraFile.of(
+        file, state, ranks=ranks, alphas=alphas, metadata=metadata, notes=tuple(notes)
+    )
 
 
 def _check_shapes(file: Path, reader: Any, pair: Pair) -> None:
-    """By the file's header alone: dtypes, one rank for both factors, rows that can be shared out."""
+    """Checks dtypes and shapes by the file's header: one rank for both factors, rows that fit."""
     for key in (pair.a, pair.b):
         if (dtype := reader.get_slice(key).get_dtype()) not in _FLOATS:
             raise ValueError(f"{file}: {key} holds {dtype}, expected one of {', '.join(_FLOATS)}")
@@ -136,12 +118,37 @@ def _check_shapes(file: Path, reader: Any, pair: Pair) -> None:
 
 
 def _rows(pair: Pair, inputs: int) -> list[int]:
-    """How many rows of B each module of a fused linear has: FLUX.1's q, k and v are square, its MLP
-    is 4 times as wide.
+    """How many rows of B each module of a fused linear has.
+
+    FLUX.1's q, k and v are square, its MLP is 4 times as wide as its input.
     """
     return [
         4 * inputs if module.endswith(".proj_mlp") else inputs for module in pair.target.modules
     ]
+
+
+def _read_pairs(
+    file: Path, reader: Any, keys: SortedKeys, settings: list[LoraSettings]
+) -> tuple[dict[str, tuple[Tensor, Tensor, float]], list[str]]:
+    """(A, B, alpha) by module, and the modules that the file holds twice, with equal values."""
+    values: dict[str, tuple[Tensor, Tensor, float]] = {}
+    pair_of: dict[str, Pair] = {}
+    repeated = []
+    for pair in keys.pairs:
+        alpha = _alpha(file, reader, pair, settings)
+        factors = _factors(file, reader, pair)
+        for module, (a, b) in zip(pair.target.modules, factors, strict=True):
+            if module not in values:
+                values[module], pair_of[module] = (a, b, alpha), pair
+                continue
+            first_a, first_b, first_alpha = values[module]
+            if alpha != first_alpha or not (torch.equal(a, first_a) and torch.equal(b, first_b)):
+                raise ValueError(
+                    f"{file}: gives {module} twice, and not the same: by {pair_of[module].b} and "
+                    f"by {pair.b}; keep one"
+                )
+            repeated.append(module)
+    return values, repeated
 
 
 def _factors(file: Path, reader: Any, pair: Pair) -> list[tuple[Tensor, Tensor]]:
@@ -177,39 +184,16 @@ def _alpha(file: Path, reader: Any, pair: Pair, settings: list[LoraSettings]) ->
     return next((alpha for alpha in said if alpha is not None), float(rank))
 
 
-def _check_same(
-    result: LoraFile, module: str, pairs: tuple[Pair, Pair], values: tuple[Tensor, Tensor, float]
-) -> None:
-    """ValueError where a file gives a module a second time, under another name, and not with the
-    same values.
-    """
-    a, b, alpha = values
-    same = (
-        alpha == result.alphas[module]
-        and torch.equal(a, result.state[f"{module}.lora_A.weight"])
-        and torch.equal(b, result.state[f"{module}.lora_B.weight"])
-    )
-    if not same:
-        one, other = pairs
-        raise ValueError(
-            f"{result.path}: gives {module} twice, and not the same: by {one.b} and by "
-            f"{other.b}; keep one"
-        )
-
-
 def _account_for_the_rest(file: Path, reader: Any, keys: SortedKeys) -> list[str]:
-    """Notes on what isn't a pair of the transformer's; ValueError where some of that would change
-    the result.
-    """
+    """Notes on the tensors that are in no pair; ValueError where one would change the result."""
     notes = []
     if keys.text_encoders:
         notes.append(
             f"{file}: {len(keys.text_encoders)} tensors of text encoders are left out "
-            f"({listed(keys.text_encoders)}); "
-            "fluxfast trains the transformer alone"
+            f"({listed(keys.text_encoders)}); fluxfast trains the transformer alone"
         )
     zero = {key for key in keys.leftover if not reader.get_tensor(key).to(torch.float32).any()}
-    # a pair adds nothing where a factor is all zero, or alpha is
+    # a pair with a factor or an alpha of zero adds nothing
     without_effect = {split_key(key)[0] for key in zero} - {""}
     kept = [
         key for key in keys.leftover if key not in zero and split_key(key)[0] not in without_effect
@@ -217,8 +201,8 @@ def _account_for_the_rest(file: Path, reader: Any, keys: SortedKeys) -> list[str
     if kept:
         raise ValueError(
             f"{file}: {len(kept)} of its tensors have no place in a LoRA for FLUX.1's "
-            f"transformer: {listed(kept)}; fluxfast "
-            "reads pairs for its linears, and nothing else that trains"
+            f"transformer: {listed(kept)}; fluxfast reads pairs for its linears, and nothing else "
+            "that trains"
         )
     if keys.leftover:
         notes.append(
