@@ -11,6 +11,7 @@ from fluxfast.cli.plan import plan_report
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.config.optimizers import OPTIMIZERS, OptimizerKind
 from fluxfast.config.run import load_config
+from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.settings import ConfigError
 from fluxfast.train import state
 from fluxfast.train.base_model import open_base
@@ -80,3 +81,32 @@ def test_the_plan_counts_a_new_optimisers_bytes(monkeypatch, write_config):
 def test_it_needs_no_more_than_it_takes():
     with pytest.raises(ValueError, match="'torch-adamw' takes no momentum"):
         build_optimizer("torch-adamw", [torch.nn.Parameter(torch.ones(1))], lr=1, momentum=0.5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_record_tells_the_truth(name):
+    """Its class is there and takes its defaults, and a step makes so many bytes of state."""
+    kind = OPTIMIZERS[name]
+    pytest.importorskip(kind.entry_point.partition(":")[0])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind.weights]
+    assert dtype.itemsize == kind.itemsize
+    parameter = torch.nn.Parameter(torch.ones(256 * 64, dtype=dtype))
+    optimizer = build_optimizer(name, [parameter], lr=1e-3)
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in kind.defaults} == dict(kind.defaults)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    # a counter, and bitsandbytes' tables of 256 values that all parameters share
+    beside = ("step", "qmap1", "qmap2")
+    state = [value for key, value in optimizer.state[parameter].items() if key not in beside]
+    assert sum(tensor.nbytes for tensor in state) == kind.state_bytes(kind.itemsize) * (256 * 64)
+
+
+def test_what_the_options_say_of_their_defaults_is_what_optimisers_have():
+    """A field's default is torch's AdamW's, and adamw_bf16 differs in epsilon alone."""
+    fields = TrainFields.model_fields
+    betas = fields["adam_beta1"].default, fields["adam_beta2"].default
+    defaults = {"betas": betas, "weight_decay": fields["adam_weight_decay"].default}
+    eps = fields["adam_epsilon"].default
+    assert OPTIMIZERS["torch-adamw"].defaults == {**defaults, "eps": eps}
+    assert OPTIMIZERS["adamw_bf16"].defaults == {**defaults, "eps": 1e-6}
