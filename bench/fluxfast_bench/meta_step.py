@@ -19,11 +19,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from fluxfast.adapters.lora import add_lora
+from fluxfast.checkpoint.stream import linears, quantize_empty
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.device import OnLaunch, pretend
 from fluxfast.quant import FORMATS
-from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import KEPT
 from fluxfast_bench.cases import Shape, model_inputs
 from fluxfast_bench.contestants import TARGETS
@@ -42,30 +42,6 @@ def build(
         model = cls(**shape.config)
     # diffusers' own `to` warns of modules that it would rather see in fp32, of which there are none
     return nn.Module.to(model, dtype).requires_grad_(False).train()
-
-
-def store_quantized(model: nn.Module, format: str) -> None:
-    """Puts a QuantLinear in the place of each linear that `quantize_model` would quantise; nothing
-    is computed.
-    """
-    linears = {
-        name: m
-        for name, m in model.named_modules()
-        if type(m) is nn.Linear and ".lora_" not in name
-    }
-    for name, linear in linears.items():
-        if name.removesuffix(".base_layer") in KEPT:
-            continue
-        made = QuantLinear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            format=FORMATS[format],
-            compute_dtype=linear.weight.dtype,
-            device="meta",
-        )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
 
 
 def diffusers_model(shape: Shape, *, adapters: torch.dtype) -> Any:
@@ -90,10 +66,9 @@ def fluxfast_model(
     Modulation is computed ahead, as in a run; `host_tensors` are its weights.
     """
     model = build(FluxTransformer, shape)
-    add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
     if format is not None:
-        # not before: PEFT asks for a linear's weight some twenty times, and each time it is decoded
-        store_quantized(model, format)
+        quantize_empty(model, FORMATS[format], linears(model, KEPT), torch.bfloat16)
+    add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
     ready(model, compute=compute, recompute=recompute, ahead=True)
     return model
 

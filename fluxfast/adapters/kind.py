@@ -110,10 +110,6 @@ class AdapterKind(ABC):
         shapes = self.shapes(out_features, in_features, rank).values()
         return sum(torch.Size(shape).numel() for shape in shapes)
 
-    def kept_per_token(self, rank: int) -> int:
-        """How many numbers a token a linear keeps for this adapter between forward and backward."""
-        return 0
-
     # ---- on a transformer
 
     @abstractmethod

@@ -48,10 +48,6 @@ class LoraKind(AdapterKind):
     def tensors(self, module: nn.Module) -> dict[str, Parameter]:
         return factors_of(module)
 
-    def kept_per_token(self, rank: int) -> int:
-        # x Aᵀ
-        return rank
-
     def add(self, transformer: nn.Module, settings: AdapterSettings) -> None:
         add_lora(
             transformer,

@@ -161,11 +161,6 @@ class Workload:
     compute: str = "same"
     lora_type: str = "standard"
 
-    @property
-    def kept_per_token(self) -> int:
-        """How many numbers a token a linear keeps for its adapter."""
-        return KINDS[self.lora_type].kept_per_token(self.rank)
-
     @cached_property
     def trains_modulation(self) -> bool:
         return any(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,8 @@ LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
 # a kernel, its arguments in order, and its launch numbers
 OnLaunch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
 
-_pretending = False
+# inside `pretend`: whether launches are reported, or ops only say what shapes they would return
+_pretence: Literal["launches", "shapes"] | None = None
 
 
 def multiplies(compute: str, device: torch.device) -> bool:
@@ -51,25 +52,38 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def pretend(arch: str, on_launch: OnLaunch) -> Iterator[None]:
+def pretend(arch: str, on_launch: OnLaunch | None) -> Iterator[None]:
     """Inside, tensors on the CPU or on meta stand for tensors on a GPU of that architecture.
 
     All ops choose as on that GPU: Triton's kernels, flash attention. A launch runs nothing and
     calls `on_launch(kernel, args, numbers)` instead. With meta tensors a whole training step of the
     full model can be counted or measured so, without memory; with tensors on the CPU, what Python
     takes for it. arch: a key of the kernels' launch tables, such as "sm_90" or "gfx942".
+
+    With `on_launch` None no kernel is asked for either: on meta tensors, ops only make tensors of
+    the shapes that they would return. This is all that a measurement of memory needs, and Triton
+    need not be installed for it.
     """
     from fluxfast_kernels import _launch
 
-    global _pretending
-    before, _pretending = _pretending, True
+    global _pretence
+    before, _pretence = _pretence, "shapes" if on_launch is None else "launches"
     try:
-        with _launch.pretend(arch, on_launch):
+        with _launch.pretend(arch, on_launch or _unexpected_launch):
             yield
     finally:
-        _pretending = before
+        _pretence = before
+
+
+def _unexpected_launch(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
+    raise AssertionError(f"{kernel}: a launch where only shapes were asked for")
 
 
 def pretending() -> bool:
     """Whether the caller is inside `pretend`."""
-    return _pretending
+    return _pretence is not None
+
+
+def shapes_suffice() -> bool:
+    """Whether the caller is inside a `pretend` that wants to hear of no launches."""
+    return _pretence == "shapes"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxfast.ops.device import shapes_suffice
+
 
 def register(plain: Callable[..., list[Tensor]]) -> Any:
     """A launcher as the custom op fluxfast::<its name>; it returns a list, of which tensors that
@@ -77,9 +79,14 @@ def launcher(
     """The plain Python launcher, or the registered op where something has to see the call in place
     of running it.
 
-    A registered op costs about 60 µs a call in eager mode, so it is kept for torch.compile and for
-    tensor subclasses (fake tensors among them), which have no memory that a launcher could read.
+    A registered op costs about 60 µs a call in eager mode, so it is kept for torch.compile, for
+    tensor subclasses (fake tensors among them), which have no memory that a launcher could read,
+    and for meta tensors of which only shapes are wanted (`device.pretend`).
     """
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or (tensor.is_meta and shapes_suffice())
+    ):
         return registered
     return plain

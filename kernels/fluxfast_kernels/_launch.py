@@ -6,6 +6,9 @@ ones for every target. Tuning on a device adds a row there and nothing else.
 
 Ahead-of-time variants are recorded, not written down: a launcher called on meta tensors launches
 nothing, and what it would have launched is the variant. So the two cannot drift apart.
+
+Triton is imported by what compiles or asks for it, not here: a plan reads the tables on machines
+that have none.
 """
 
 import contextlib
@@ -15,10 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 # what `fluxfast-bench aot` compiles for: the key, Triton's back end, its architecture, and the
 # width of a warp
@@ -104,6 +104,17 @@ def wide_engine(kind: str, tokens: int, device: torch.device) -> str:
     )
 
 
+# rows of dy from which dgrad in 8 bits on a transposed copy of W's codes pays for making it, 0:
+# never. Not measured yet: sm_90 has no 8-bit product of another order, and 512 rows are three times
+# as much arithmetic as the copy is traffic
+TRANSPOSE_FROM: LaunchTable = {"default": {"rows": 0}, "sm_90": {"rows": 512}}
+
+
+def dgrad_transposes(rows: int, device: torch.device) -> bool:
+    """Whether dgrad of so many rows wants `.T` of a transposed copy of W's codes."""
+    return 0 < launch_numbers(TRANSPOSE_FROM, device)["rows"] <= rows
+
+
 @dataclass(frozen=True)
 class AotVariant:
     """One kernel as a launcher would specialise it, for compiling without a device.
@@ -133,6 +144,10 @@ def compile_ahead(variant: AotVariant, target: str) -> Any:
     """Triton's compiled kernel (`.asm`, `.metadata`) for a key of AOT_TARGETS; needs no device, but
     no interpreter either.
     """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     names = variant.kernel.arg_names
     types = {name: variant.signature.get(name, "constexpr") for name in names}
     source = ASTSource(
@@ -173,6 +188,8 @@ def cdiv(n: int, d: int) -> int:
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    import triton
+
     return bool(triton.knobs.runtime.interpret)
 
 

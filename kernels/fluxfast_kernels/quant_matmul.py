@@ -42,7 +42,6 @@ from fluxfast_kernels._matmul import Segments, make_segments, matmul
 __all__ = [
     "Segments",
     "aot_variants",
-    "dgrad_transposes",
     "make_segments",
     "quant_matmul",
     "quant_matmul_dgrad",
@@ -74,17 +73,6 @@ def transpose_codes(w: Tensor, *, out: Tensor | None = None) -> Tensor:
     grid = (cdiv(n, chosen["BLOCK_N"]), cdiv(k, chosen["BLOCK_K"]))
     launch(transpose_codes_kernel, grid, w.view(torch.int8), t.view(torch.int8), n, k, **chosen)
     return t
-
-
-# rows of dy from which dgrad in 8 bits on a transposed copy of W's codes pays for making it, 0:
-# never. Not measured yet: sm_90 has no 8-bit product of another order, and 512 rows are three times
-# as much arithmetic as the copy is traffic
-TRANSPOSE_FROM: LaunchTable = {"default": {"rows": 0}, "sm_90": {"rows": 512}}
-
-
-def dgrad_transposes(rows: int, device: torch.device) -> bool:
-    """Whether dgrad of so many rows wants `.T` of a transposed copy of W's codes."""
-    return 0 < launch_numbers(TRANSPOSE_FROM, device)["rows"] <= rows
 
 
 def quant_matmul(

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from fluxfast.adapters.lora import add_lora
+from fluxfast.memory.live_bytes import LiveBytes
 from fluxfast_bench.cases import SHAPES, Shape
 from fluxfast_bench.contestants import TARGETS, Setup
-from fluxfast_bench.live_bytes import LiveBytes
 from fluxfast_bench.meta_step import RANK, as_on_gpu, build, forward_backward, inputs_of
 from fluxfast_bench.needs import PEER_KEEPS, PEER_WORKS, bytes_needed
 from fluxfast_bench.worker import CONTESTANTS

@@ -47,11 +47,11 @@ def test_weights_that_have_to_be_quantised(compute):
 
 def test_transposed_copies_for_dgrad(monkeypatch):
     """As on sm_90."""
-    from fluxfast_kernels import quant_matmul
+    from fluxfast_kernels import _launch, quant_matmul
 
     made = []
     transpose = quant_matmul.transpose_codes
-    monkeypatch.setitem(quant_matmul.TRANSPOSE_FROM, "default", {"rows": 1})
+    monkeypatch.setitem(_launch.TRANSPOSE_FROM, "default", {"rows": 1})
     monkeypatch.setattr(quant_matmul, "transpose_codes", lambda w: made.append(w) or transpose(w))
     check("triton", "apart", torch.float32, "int8", stored=True)
     assert len(made) == 2

@@ -379,7 +379,7 @@ def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
     """Codes in the order in memory that dgrad of so many tokens wants: as they are, or `.T` of
     transposed copies.
     """
-    from fluxfast_kernels.quant_matmul import dgrad_transposes
+    from fluxfast_kernels._launch import dgrad_transposes
 
     if not dgrad_transposes(tokens, weights[0].device):
         return weights

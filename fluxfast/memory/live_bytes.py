@@ -1,10 +1,9 @@
-"""How many bytes are alive during a step on meta tensors: what the caching allocator of a GPU would
-count.
+"""How many bytes are alive while meta tensors are computed with: what a GPU's allocator would count.
 
 Every storage that an op makes is watched until it is freed, whoever holds it: Python, autograd's
-graph, a view. Sizes are rounded as CUDA's caching allocator rounds them. The peak is
-`torch.cuda.max_memory_allocated`'s: the allocator's own fragmentation, and the CUDA context, are
-not in it.
+graph, a view. Sizes are rounded as CUDA's caching allocator rounds them. The peak is that of
+`torch.cuda.max_memory_allocated`: neither the allocator's own fragmentation nor the CUDA context is
+in it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# c10/cuda/CUDACachingAllocator: kMinBlockSize
-BLOCK = 512
+# kMinBlockSize in c10/cuda/CUDACachingAllocator
+UNIT = 512
 
 
 def rounded(nbytes: int) -> int:
     """What the allocator hands out for a request of `nbytes`."""
-    return -(-nbytes // BLOCK) * BLOCK
+    return -(-nbytes // UNIT) * UNIT
 
 
 def workspace(name: str, args: tuple[Any, ...]) -> int:
@@ -32,7 +31,7 @@ def workspace(name: str, args: tuple[Any, ...]) -> int:
         "_scaled_dot_product_flash_attention_backward",
         "_scaled_dot_product_cudnn_attention_backward",
     ):
-        # dq is summed up in fp32, and the softmax's row sums: flash_api.cpp, mha_bwd
+        # mha_bwd in flash_api.cpp sums dq up in fp32, beside the softmax's row sums
         query = args[1]
         batch, heads, tokens, head_dim = query.shape
         tokens = -(-tokens // 128) * 128
@@ -50,14 +49,19 @@ class LiveBytes(TorchDispatchMode):
         self._ignored: set[int] = set()
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors whose memory outlives this and is not the device's, whatever they say."""
+        """Leaves these tensors out, and all views of them: they must outlive the count."""
         self._ignored |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that were there before."""
+        """Counts tensors that were made before."""
         for tensor in tensors:
             self._watch(tensor)
         self._mark()
+
+    def restart(self) -> int:
+        """Begins a new peak, with what is alive now; returns that."""
+        self.peak = self.live
+        return self.live
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
