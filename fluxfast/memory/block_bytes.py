@@ -112,7 +112,7 @@ def _frozen(block: nn.Module, leave: Collection[str]) -> Iterator[_Found]:
 
 
 def _runs(block: nn.Module, leave: Collection[str]) -> Iterator[list[_Found]]:
-    """Tensors that lie without a gap between them, in the order in which the first of each comes."""
+    """Tensors that lie without a gap between them, in the order of the first of each."""
     runs: dict[Any, list[_Found]] = {}
     for found in _frozen(block, leave):
         group, _ = _GROUPED.get(found.linear, (found.path, 0))

@@ -29,7 +29,7 @@ from fluxfast.ops.device import pretend
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 
-# The GPU that tensors stand for. Others differ only in how they read weights for 8-bit products, and
+# The GPU that tensors stand for. Others differ in how they read weights for 8-bit products, for which
 # Hopper makes the most copies.
 ARCHITECTURE = "sm_90"
 META = torch.device("meta")
@@ -220,7 +220,7 @@ class _BlocksBefore(torch.autograd.Function):
 
 
 class _BlocksBehind(torch.autograd.Function):
-    """Stands for the blocks behind: keeps nothing of a block's outputs, and makes their gradients."""
+    """Stands for the blocks behind: keeps nothing of a block's outputs, makes their gradients."""
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Event = Any
 
 
 class Engine:
-    """Plain copies, in the order of the program: every event has happened by the time it is made."""
+    """Plain copies, in the order of the program: an event has happened as soon as it is made."""
 
     # whether a copy may be given from another thread than the one that computes
     any_thread = True
@@ -32,7 +32,7 @@ class Engine:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event:
-        """Start copying bytes from the host to the device after an event; returns that of the end."""
+        """Start copying bytes from host to device after an event; returns the event of the end."""
         target.copy_(source)
         return None
 

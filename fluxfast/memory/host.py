@@ -56,7 +56,7 @@ class HostMemory:
 
     @property
     def shortfall(self) -> str | None:
-        """One line on what could not be pinned, and how it could; None if there is nothing to say."""
+        """One line on what could not be pinned, and how it could; None where all was."""
         if self._error is None:
             return None
         return (

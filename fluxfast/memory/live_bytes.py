@@ -1,4 +1,4 @@
-"""How many bytes are alive while meta tensors are computed with: what a GPU's allocator would count.
+"""How many bytes are alive while ops run on meta tensors: what a GPU's allocator would count.
 
 Every storage that an op makes is watched until it is freed, whoever holds it: Python, autograd's
 graph, a view. Sizes are rounded as CUDA's caching allocator rounds them. The peak is that of

@@ -32,7 +32,7 @@ class _Passed(NamedTuple):
 
 
 class SavedPlaces:
-    """Saves references to the tensors in slots, and every other tensor as it would be without us."""
+    """Saves references to the tensors in slots, and every other tensor as it is."""
 
     def __init__(self, slots: Collection[Tensor], find: Callable[[int], Tensor]) -> None:
         """`find` gives a block's bytes in the slot where backward needs them."""

@@ -96,7 +96,7 @@ class Schedule:
         return marks
 
     def enter(self, group: int, direction: Direction) -> list[Action]:
-        """The group is about to be read. Within itself that is nothing new, whatever the direction."""
+        """The group is about to be read. Inside a reading of the same group, this changes nothing."""
         assert 0 <= group < self.groups
         actions: list[Action] = []
         slot = self._find(group)

@@ -40,7 +40,7 @@ DEFAULT_SLOTS = 2
 
 
 class _Block:
-    """A streamed block: its tensors' places, its bytes on the host, and where it is in its group."""
+    """A streamed block: its tensors' places, its bytes on the host, its place in its group."""
 
     def __init__(
         self, layout: BlockLayout, buffer: Tensor, file: BlockFile | None, group: int, base: int
@@ -163,7 +163,7 @@ class BlockStream:
             module.__dict__["forward"] = self._wrapped(index, module.forward)
             module.__dict__["_apply"] = self._guarded(index, module._apply)
 
-    # ---- what it is made of ----------------------------------------------------------------------------------------------
+    # ---- what it is made of
 
     @property
     def ring_bytes(self) -> int:
@@ -180,7 +180,7 @@ class BlockStream:
         """One line on host memory that could not be pinned, if there is some."""
         return self._engine.memory.shortfall
 
-    # ---- when blocks compute ---------------------------------------------------------------------------------------------
+    # ---- when blocks compute
 
     def watch(self, model: nn.Module) -> None:
         """`begin` at each forward of the model that the blocks belong to."""
@@ -269,7 +269,7 @@ class BlockStream:
             return self._reader.start(block.file, target, after)
         return self._engine.copy(block.buffer, target, after)
 
-    # ---- blocks that don't say when they compute -------------------------------------------------------------------------
+    # ---- blocks that don't say when they compute
 
     def _wrapped(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -309,7 +309,7 @@ class BlockStream:
         assert slot is not None
         return block.within(self._ring[slot])
 
-    # ---- moves and casts by others ---------------------------------------------------------------------------------------
+    # ---- moves and casts by others
 
     def _guarded(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """`Module._apply` (what `.to()` and its like are made of), which leaves streamed tensors
