@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fluxfast.memory.stream import stream_blocks
-from fluxfast.model.apply import make_ready
+from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
@@ -45,8 +45,12 @@ def ready(
 
     compute: as a contestant has it. ahead: modulation is computed ahead.
     """
-    model.set_modulation_ahead(ahead)
-    make_ready(model, compute="same" if compute == "float" else compute, recompute=recompute)
+    choices = Choices(
+        (recompute,) * len(model.blocks),
+        modulation_ahead=ahead,
+        compute="same" if compute == "float" else compute,
+    )
+    make_ready(model, choices)
     if streamed:
         # a run whose blocks stream beside the computation has their inputs on the host, too
         stream_blocks(model, model.device, inputs_on_host=True)

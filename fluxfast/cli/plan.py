@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,12 +17,20 @@ from fluxfast.config.datasets import load_data_config
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 
+if TYPE_CHECKING:
+    # torch loads once the config is known to be right
+    from fluxfast.checkpoint.flux import Checkpoint
+    from fluxfast.memory.choices import Facts, Wishes
+    from fluxfast.memory.gpus import Gpu
+    from fluxfast.model.apply import Choices
+
 HELP = """fluxfast-train plan CONFIG.json [--gpu NAME] [--json] [--option=value ...]
 
-What a run takes, before anything is downloaded: VRAM by part, host memory, disk, and the time of a step on that GPU; where
-it does not fit, what makes it fit. Needs no weights, network or GPU.
+What a run takes, before anything is downloaded: VRAM by part, host memory, disk, and the time of a
+step on that GPU; where it does not fit, what makes it fit. Needs no weights, network or GPU.
 
-  --gpu NAME   such as "RTX 3080" (default: this machine's, if it has one); `--gpu list` shows the table
+  --gpu NAME   such as "RTX 3080" (default: this machine's, if it has one); `--gpu list` shows the
+               table
   --json       the same as one JSON object"""
 
 GIB = 2**30
@@ -72,41 +81,38 @@ def _options(words: Sequence[str]) -> tuple[str | None, bool, list[str]]:
 
 
 def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
-    """Everything that is printed, in bytes and seconds. Raises ValueError for a GPU that isn't in
-    the table.
-    """
-    import torch
+    """Everything that is printed, in bytes and seconds.
 
+    Raises ValueError for a GPU that isn't in the table, and for what that GPU can't do.
+    """
     from fluxfast.memory import plan
+    from fluxfast.memory.choices import budget_bytes, usable_bytes, wishes_of
     from fluxfast.memory.gpus import GPUS, find_gpu
-    from fluxfast.train import budget
     from fluxfast.train.adapter import config_of, read_init_lora
+    from fluxfast.train.choose import facts_of, largest_batch, workload_of
 
     datasets, notes = _datasets(config)
     if config.init_lora and Path(config.init_lora).exists():
         # its file says rank and modules
         config = config_of(config, read_init_lora(config, None))
-    batch = budget.largest_batch(config, datasets)
-    gpu = (
-        find_gpu(gpu_name)
-        if gpu_name
-        else budget.gpu_of(torch.device("cuda"))
-        if torch.cuda.is_available()
-        else None
-    )
-    # without a GPU to ask, one that has everything
-    compute = budget.compute_of(config, gpu or find_gpu("RTX 4090"))
-    workload = budget.workload_of(config, batch, compute)
-    choices = budget.stated_choices(config, workload)
-    limit = None if gpu is None else budget.budget_bytes(config, gpu.memory)
-    if config.vram_budget is not None and gpu is not None and limit is not None:
-        choices = plan.fit(workload, gpu, limit) or choices
+    batch = largest_batch(config, datasets)
+    workload = workload_of(config, batch, _local_base(config))
+    gpu = find_gpu(gpu_name) if gpu_name else _this_gpu(config)
+    wishes = wishes_of(config)
+    if gpu is None:
+        # without a GPU to ask, one that has everything, and no memory that could be too small
+        wishes = replace(wishes, vram_budget=None)
+    facts = facts_of(config, workload, gpu or find_gpu("RTX 4090"))
+    choices = _choose(wishes, facts)
+    workload = replace(workload, compute=choices.compute)
+    limit = None if gpu is None else budget_bytes(wishes, gpu)
     taken = plan.account(workload, choices)
     fits = None if limit is None else taken.needed <= limit
     report: dict[str, Any] = {
         "batch": {"size": list(batch.size), "samples": batch.samples, "dataset": batch.dataset},
-        "compute": compute,
+        "compute": choices.compute,
         "choices": _choices_text(choices),
+        "chosen": asdict(choices),
         "vram": taken.vram,
         "vram_peak": taken.peak,
         "vram_needed": taken.needed,
@@ -117,13 +123,46 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
         "gpu": None if gpu is None else gpu._asdict(),
         "budget": limit,
         "fits": fits,
-        "fits_on": [g.name for g in GPUS if taken.needed <= budget.usable_bytes(g.memory)],
+        "fits_on": [g.name for g in GPUS if taken.needed <= usable_bytes(g.memory)],
     }
     if gpu is not None:
         report["step"] = _step(config, plan.predict(workload, choices, gpu), batch.samples)
-    if fits is False and gpu is not None and limit is not None:
-        report["changes"] = _changes(config, workload, gpu, limit, batch.samples)
+        if not fits:
+            report["changes"] = _changes(config, wishes, facts)
     return report
+
+
+def _this_gpu(config: TrainConfig) -> Gpu | None:
+    """This machine's GPU, if it has one, with what `fluxfast-train doctor` has found on it."""
+    import torch
+
+    from fluxfast.doctor.startup import recall
+    from fluxfast.memory import gpus
+    from fluxfast.model.transformer import compute_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = gpus.this_gpu(device)
+    if gpu is not None:
+        recall(device, compute_dtype(device, config.base_dtype))
+    return gpu
+
+
+def _local_base(config: TrainConfig) -> Checkpoint | None:
+    """The transformer's checkpoint, opened, if it is on this machine; nothing is downloaded."""
+    from fluxfast.train.base_model import open_base
+
+    where = Path(config.transformer_source.path).expanduser()
+    return open_base(config) if where.exists() else None
+
+
+def _choose(wishes: Wishes, facts: Facts) -> Choices:
+    """As a run would; where nothing fits its budget, as a run without one."""
+    from fluxfast.memory.choices import OverBudget, choose
+
+    try:
+        return choose(wishes, facts)
+    except OverBudget:
+        return choose(replace(wishes, vram_budget=None), facts)
 
 
 def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
@@ -146,35 +185,39 @@ def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
     ]
 
 
-def _changes(
-    config: TrainConfig, workload: Any, gpu: Any, limit: int, samples: int
-) -> dict[str, Any]:
-    """The cheapest choices that fit, or why none do."""
+def _changes(config: TrainConfig, wishes: Wishes, facts: Facts) -> dict[str, Any]:
+    """What a run with a budget would choose so that it fits, or why nothing does."""
     from fluxfast.memory import plan
-    from fluxfast.train import budget
+    from fluxfast.memory.choices import OverBudget, Refused, choose
 
-    choices = plan.fit(workload, gpu, limit)
-    if choices is None:
-        return {"possible": False, "why": budget.why_not(workload, limit)}
+    budget = wishes.vram_budget or "auto"
+    try:
+        choices = choose(replace(wishes, vram_budget=budget), facts)
+    except Refused as error:
+        why = error.lines if isinstance(error, OverBudget) else list(error.problems)
+        return {"possible": False, "why": why}
+    assert facts.workload is not None and facts.gpu is not None
+    workload = replace(facts.workload, compute=choices.compute)
     taken = plan.account(workload, choices)
     return {
         "possible": True,
-        "config": {"vram_budget": config.vram_budget or "auto"},
+        "config": {"vram_budget": budget},
         "choices": _choices_text(choices),
         "vram": taken.vram,
         "vram_needed": taken.needed,
         "host": taken.host,
-        "step": _step(config, plan.predict(workload, choices, gpu), samples),
+        "step": _step(config, plan.predict(workload, choices, facts.gpu), workload.batch),
     }
 
 
-def _choices_text(choices: Any) -> dict[str, Any]:
+def _choices_text(choices: Choices) -> dict[str, Any]:
     counts = {policy: choices.recompute.count(policy) for policy in ("none", "selective", "full")}
     return {
         "recompute": {policy: count for policy, count in counts.items() if count},
         "blocks": f"streamed through a ring of {choices.slots}" if choices.streams else "resident",
         "modulation": "ahead, in host memory" if choices.modulation_ahead else "on the GPU",
         "blocks' inputs": "in host memory" if choices.host_inputs else "on the GPU",
+        "summary": choices.summary(),
     }
 
 
@@ -235,7 +278,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
     for note in report["notes"]:
         say(f"· {note}")
-    say(_choices_line(report["choices"]))
+    say(report["choices"]["summary"])
+    for choice, reason in report["chosen"]["reasons"].items():
+        say(f"· {_told(choice, report['chosen'])}: {reason}")
     console.print(
         _bytes_table("VRAM, at a step's peak", report["vram"], "needed", report["vram_needed"])
     )
@@ -264,7 +309,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         return
     asked = json.dumps(changes["config"]["vram_budget"])
     say(f'"vram_budget": {asked} makes it fit, in {changes["vram_needed"] / GIB:.2f} GiB:')
-    say(f"· {_choices_line(changes['choices'])}")
+    say(f"· {changes['choices']['summary']}")
     say(f"· a step in {_step_line(changes['step'])}")
 
 
@@ -272,15 +317,15 @@ def _sayer(console: Console) -> Any:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _choices_line(choices: dict[str, Any]) -> str:
-    recompute = ", ".join(f"{policy} in {count}" for policy, count in choices["recompute"].items())
-    inputs = (
-        ", their inputs in host memory" if choices["blocks' inputs"] == "in host memory" else ""
-    )
-    return (
-        f"recomputation of blocks: {recompute}; blocks {choices['blocks']}{inputs}; modulation "
-        f"{choices['modulation']}"
-    )
+def _told(choice: str, chosen: dict[str, Any]) -> str:
+    """A choice, and what it has come to, if that is not in the summary already."""
+    names = {"compute": "products", "modulation_ahead": "modulation", "graphs": "CUDA graphs"}
+    value = {
+        "compute": f" in {chosen['compute']}",
+        "graphs": " on" if chosen["graphs"] else " off",
+        "attention": f" {chosen['attention']}",
+    }
+    return names.get(choice, choice) + value.get(choice, "")
 
 
 def _step_line(step: dict[str, float]) -> str:

@@ -1,6 +1,4 @@
-"""`accelerate` and `restore`: the FLUX.1 transformer of another program on our blocks, in place,
-and back.
-"""
+"""`accelerate` and `restore`: another program's FLUX.1 transformer on our blocks, in place."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
@@ -17,17 +14,17 @@ from fluxfast.dropin.calls import CallLog, Notices
 from fluxfast.dropin.hosts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
 from fluxfast.dropin.report import Report, inspect
 from fluxfast.dropin.tread import set_router
+from fluxfast.memory import gpus
+from fluxfast.memory.choices import Facts, Wishes, choose, compute_obstacle
+from fluxfast.memory.gpus import Gpu
+from fluxfast.model.apply import apply
 from fluxfast.model.linear import StoredWeight, read_linear
 from fluxfast.model.routing import Router, resolve_routes
 from fluxfast.model.tape import POLICIES
 from fluxfast.model.transformer import FluxTransformer, compute_dtype
-from fluxfast.ops import verdicts
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.dispatch import Impl
 from fluxfast.ops.linear.group import COMPUTE
-
-# int8 tensor cores are as old as this; below it a product of codes is slower than one of halves
-LEAST_CAPABILITY = (8, 0)
 
 
 def accelerate(
@@ -40,7 +37,8 @@ def accelerate(
     seed: int = 42,
     strict: bool = False,
 ) -> Report:
-    """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place;
+    """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place.
+
     `restore` undoes it.
 
     The object, its parameters, names, hooks and state dict stay as they are; only what its blocks
@@ -77,27 +75,32 @@ def accelerate(
             "tread: routes run in diffusers' FluxTransformer2DModel, and this is a "
             f"{type(transformer).__name__}"
         )
+    gpu = _machine(found)
+    if compute not in ("auto", "same") and (missing := compute_obstacle(compute, gpu)) is not None:
+        raise ValueError(
+            f"accelerate: compute={compute!r} can't be had: {missing}; use 'auto' or 'same'"
+        )
     if model is not None:
         set_router(model, router)
-    _mind_verdicts(found)
-    if compute != "auto" and (verdict := verdicts.failed(verdicts.COMPUTE, compute)) is not None:
-        raise ValueError(
-            f"accelerate: compute={compute!r} can't be had: {verdict}; use 'auto' or 'same'"
-        )
     for block, layout in new:
         if layout is not None:
             adopt(block, *layout)
-    chosen, because = (compute, "asked for") if compute != "auto" else _automatic(found, impl)
+    wishes = Wishes(
+        compute=compute,
+        # a host's user expects its numbers: 8 bits only where the base has them already
+        eight_bit_bases=("int8",),
+        impl=impl,
+        recompute=policies,
+        attention=attention,
+        modulation_ahead=False,
+        cuda_graphs=False,
+    )
+    choices = choose(wishes, Facts(blocks=len(found), format=_stored_format(found), gpu=gpu))
+    apply(found, choices)
     names = {id(block): name for name, block in accelerated_blocks(transformer)}
     notices = Notices(strict)
-    for block, policy in zip(found, policies, strict=True):
-        block.compute, block.compute_because, block.attention, block.impl = (
-            chosen,
-            because,
-            attention,
-            impl,
-        )
-        block.policy, block.fixed_policy = policy or "none", policy is not None
+    for block in found:
+        block.compute_because, block.impl = choices.reasons["compute"], impl
         block.share_dropout = False
         block.log = CallLog(names[id(block)], notices)
     report = inspect(transformer)
@@ -170,8 +173,8 @@ def _root(transformer: nn.Module) -> FluxTransformer2DModel | None:
 
 def _checked(
     compute: str, attention: str, recompute: str | Sequence[str] | None, impl: str, blocks: int
-) -> list[str | None]:
-    """A recompute policy for each block; raises ValueError on a choice that is none."""
+) -> tuple[str, ...] | None:
+    """A recompute policy for each block, or None; raises ValueError on a choice that is none."""
     for name, value, known in (
         ("compute", compute, ("auto", *COMPUTE)),
         ("attention", attention, BACKENDS),
@@ -179,16 +182,16 @@ def _checked(
     ):
         if value not in known:
             raise ValueError(f"accelerate: {name} must be one of {known}, not {value!r}")
-    policies: list[str | None] = (
-        [recompute] * blocks if recompute is None or isinstance(recompute, str) else [*recompute]
-    )
+    if recompute is None:
+        return None
+    policies = (recompute,) * blocks if isinstance(recompute, str) else tuple(recompute)
     if len(policies) != blocks:
         raise ValueError(
             f"accelerate: recompute has {len(policies)} policies for {blocks} blocks; give one "
             "a block"
         )
     for policy in policies:
-        if policy is not None and policy not in POLICIES:
+        if policy not in POLICIES:
             raise ValueError(f"accelerate: recompute is one of {POLICIES}, or None, not {policy!r}")
     return policies
 
@@ -197,47 +200,29 @@ def _routes(tread: Mapping[str, Any] | Iterable[Mapping[str, Any]], blocks: int)
     return resolve_routes(tread["routes"] if isinstance(tread, Mapping) else tread, blocks)
 
 
-def _mind_verdicts(blocks: list[Any]) -> None:
-    """What `fluxfast-train doctor`, or a run, has found on this machine counts here, too."""
-    parameter = next(
-        (
-            p
-            for block in blocks
-            for p in block.parameters()
-            if p.is_floating_point() and not p.is_meta
-        ),
-        None,
-    )
-    if parameter is not None:
-        recall(parameter.device, compute_dtype(parameter.device, parameter.dtype))
+def _machine(blocks: list[Any]) -> Gpu | None:
+    """The GPU that the blocks are on, None for a CPU.
+
+    What a run or `fluxfast-train doctor` has found on this machine counts from now on.
+    """
+    parameters = (p for block in blocks for p in block.parameters() if p.is_floating_point())
+    held = next((p for p in parameters if not p.is_meta), None)
+    if held is None:
+        return None
+    recall(held.device, compute_dtype(held.device, held.dtype))
+    return gpus.this_gpu(held.device)
 
 
-def _automatic(blocks: list[Any], impl: str) -> tuple[str, str]:
-    """What compute="auto" comes to, and why."""
-    formats: Counter[str] = Counter()
-    device = torch.device("cpu")
+def _stored_format(blocks: list[Any]) -> str | None:
+    """The format of ours that most of the blocks' linears are stored in; None: there is none."""
+    formats: Counter[str | None] = Counter()
     for block in blocks:
-        for group in block.maths().linear_groups():
-            for module in group:
-                params = read_linear(module)
-                if params is not None:
-                    stored = isinstance(params.weight, StoredWeight)
-                    formats[params.weight.packed.format.name if stored else "other"] += 1  # type: ignore[union-attr]
-                    device = params.weight.device
-    if formats["int8"] <= formats.total() / 2 if formats else True:
-        return "same", "auto: the base is not stored in int8"
-    if device.type != "cuda" or impl in ("native", "ref"):
-        return (
-            "same",
-            "auto: products of int8 codes gain nothing on "
-            f"{device.type if device.type != 'cuda' else repr(impl)}",
-        )
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return "same", "auto: this GPU's int8 products are slower than its products of halves"
-    if (verdict := verdicts.failed(verdicts.COMPUTE, "int8")) is not None:
-        return "same", f"auto: not in int8: {verdict}"
-    return (
-        "int8",
-        "auto: the base is stored in int8 and this GPU multiplies it fast; activations are "
-        "rounded to 8 bits",
-    )
+        for module in (linear for group in block.maths().linear_groups() for linear in group):
+            params: Any = read_linear(module)
+            if params is not None:
+                stored = isinstance(params.weight, StoredWeight)
+                formats[params.weight.packed.format.name if stored else None] += 1
+    for format, count in formats.items():
+        if count > formats.total() / 2:
+            return format
+    return None

@@ -21,7 +21,7 @@ from fluxfast.adapters.presets import is_target
 from fluxfast.checkpoint.stream import linears, quantize_empty
 from fluxfast.memory.live_bytes import LiveBytes
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
-from fluxfast.model.apply import make_ready
+from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.residency import Direction
 from fluxfast.model.transformer import FluxTransformer, compute_dtype
 from fluxfast.ops import verdicts
@@ -111,7 +111,7 @@ def block_memory(
             adapter_itemsize=workload.adapter_itemsize,
             compute=workload.compute,
             recompute=recompute,
-            trains_modulation=workload.trains_modulation,
+            trains_modulation=workload.trained_modulation is not None,
             input_on_host=input_on_host,
         )
     )
@@ -155,9 +155,8 @@ def _transformer(block: BlockWorkload) -> FluxTransformer:
             dtype = _DTYPES[block.adapter_itemsize]
             settings = AdapterSettings(block.adapted, block.rank, float(block.rank), dtype=dtype)
             KINDS[block.lora_type].add(model, settings)
-        make_ready(model, compute=block.compute)
+        make_ready(model, Choices((block.recompute,), compute=block.compute))
     (module,) = model.blocks
-    module.policy = block.recompute
     if block.input_on_host:
         module.residency = _InputOnHost()
     return model

@@ -1,11 +1,16 @@
-"""Common GPUs: what `plan` reckons with. Rates are the makers' peaks: dense, and with fp32 sums
-where they tell those apart.
+"""Common GPUs as data, so that choices and predictions can be made for one that is not there.
+
+Rates are the makers' peaks for dense products, with fp32 sums where the makers tell those apart.
 """
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
+
+import torch
+
+from fluxfast.ops.device import multiplies
 
 AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper, v2.1, tables 2, 9 and 10"
 ADA = "NVIDIA Ada GPU Architecture whitepaper, v2.1, appendix A"
@@ -18,10 +23,11 @@ SPECS = (
 
 
 class Gpu(NamedTuple):
-    """memory in GiB; bandwidth and pcie (one way) in GB/s; bf16, int8 and fp8 products in
-    tera-operations a second.
+    """One model of GPU.
 
-    int8 or fp8 of 0: its tensor cores don't have it. source: where the figures are from.
+    memory is in GiB, bandwidth and pcie (one way) in GB/s; bf16, int8 and fp8 are products in
+    tera-operations a second, 0 where its tensor cores don't have them. source: where the figures
+    are from.
     """
 
     name: str
@@ -34,7 +40,7 @@ class Gpu(NamedTuple):
     source: str
 
     def rate(self, compute: str) -> float:
-        """Of products in "same" (bf16), "int8" or "e4m3"."""
+        """Of products in "same" (bf16), "int8" or "e4m3"; 0: its tensor cores don't have them."""
         return {"same": self.bf16, "int8": self.int8, "e4m3": self.fp8}[compute]
 
 
@@ -128,11 +134,10 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, in whatever spelling ("rtx3080", "4060 Ti 16GB", "NVIDIA
-    A100-SXM4-80GB").
+    """The GPU of a name in any spelling: "rtx3080", "4060 Ti 16GB", "NVIDIA A100-SXM4-80GB".
 
-    Of a model that comes in several sizes, a name that says none means the smallest. ValueError if
-    there is none, with the names that come near.
+    Of a model that comes in several sizes, a name that says none means the smallest. Raises
+    ValueError where the table has no such GPU, with the names that come near.
     """
     model, memory = _model(name)
     same = [gpu for gpu in GPUS if _model(gpu.name)[0] == model and memory in (None, gpu.memory)]
@@ -146,8 +151,28 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
+def this_gpu(device: torch.device) -> Gpu | None:
+    """The GPU of this machine as an entry of the table; None for a CPU.
+
+    Its memory and the products that its tensor cores have are its own. A GPU that the table does
+    not have gets an RTX 3090's rates, which are only used to compare choices with one another.
+    """
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        gpu = find_gpu(properties.name)
+    except ValueError:
+        gpu = find_gpu("RTX 3090")._replace(name=properties.name)
+    return gpu._replace(
+        memory=properties.total_memory / 2**30,
+        int8=(gpu.int8 or gpu.bf16) if multiplies("int8", device) else 0,
+        fp8=(gpu.fp8 or gpu.int8) if multiplies("e4m3", device) else 0,
+    )
+
+
 def _model(name: str) -> tuple[str, float | None]:
-    """What tells a model from others ("4060ti"), and the GiB that the name says."""
+    """What tells a model from others ("4060ti"), and the GiB that the name says, if any."""
     text = name.lower()
     memory = re.search(r"(\d+) ?gi?b\b", text)
     if memory:

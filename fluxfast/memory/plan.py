@@ -1,23 +1,25 @@
-"""How much memory a run takes, part by part, and which choices make it fit, without weights or a
-device.
+"""How much memory a step takes, part by part, and which choices make it fit: without a device.
 
-What the user fixed is a `Workload`; what is ours to choose is `Choices`. `account` adds up; `fit`
-chooses. A step's peak is at some block, most often in its backward: there is what the blocks before
-it keep, the gradients of those after it, and what it works with. What a block keeps and works with
-is measured (`block_memory`); everything else follows from sizes. `fluxfast-bench vram` holds the
-sums to a whole step's, within 1.5 %.
+What the user fixed is a `Workload`; what may be chosen is `Choices`. `account` adds up the bytes of
+both, `predict` the seconds, and `fit` finds the fastest choices within a budget. A step's peak is
+at some block, most often in its backward: there is what the blocks before it keep, the gradients of
+the blocks after it, and the block's own working set. What a block keeps and works with is measured
+(`block_memory`); everything else follows from sizes. `fluxfast-bench vram` compares the sums with a
+full-size step and allows them to be 1.5 % off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from fluxfast.config.optimizers import OPTIMIZERS
 from fluxfast.memory.block_memory import BlockMemory, block_memory
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.sizes import Workload
 from fluxfast.memory.step_time import BlockWork, StepTime, step_seconds
+from fluxfast.memory.stream import DEFAULT_SLOTS
+from fluxfast.model.apply import Choices
 from fluxfast.ops import verdicts
 
 GIB = 2**30
@@ -35,38 +37,20 @@ LOADING = 3 * 10**9
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What is ours to choose. recompute: a policy for each block. slots: of the ring that blocks
-    stream through, 0: resident.
-
-    modulation_ahead: its weights, and the embedders', stay in host memory. host_inputs: blocks'
-    inputs wait there for backward.
-    """
-
-    recompute: tuple[str, ...]
-    slots: int = 0
-    blocks_per_group: int = 1
-    modulation_ahead: bool = False
-    host_inputs: bool = False
-
-    @property
-    def streams(self) -> bool:
-        return self.slots > 0
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Bytes by part, at the step's peak: of VRAM, which add up to it; of host memory; and of each
-    block's copies.
+    """Bytes that a step takes at its peak.
+
+    vram: by part; they add up to the peak. host: host memory by part. streamed: of each block, the
+    bytes that are copied to the device; empty where blocks are resident.
     """
 
     vram: dict[str, int]
     host: dict[str, int]
-    streamed: tuple[int, ...] = field(default=())
+    streamed: tuple[int, ...] = ()
 
     @property
     def peak(self) -> int:
-        """What the allocator has handed out at most: without the CUDA context."""
+        """The most that the allocator has handed out, so without the CUDA context."""
         return sum(self.vram.values()) - self.vram["CUDA context"]
 
     @property
@@ -169,40 +153,81 @@ def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
     )
 
 
-def fit(workload: Workload, gpu: Gpu, budget: int) -> Choices | None:
-    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM; None
-    where none are enough.
+def fit(
+    workload: Workload, gpu: Gpu, budget: int, *, modulation_ahead: bool = True
+) -> Choices | None:
+    """The choices with the shortest predicted step that need at most `budget` bytes of VRAM.
+
+    None where no choices fit. Of equally fast ones, those that need less are taken.
     """
     best: tuple[float, int] | None = None
     chosen = None
-    for choices in candidates(workload):
+    for choices in candidates(workload, modulation_ahead=modulation_ahead):
         needed = account(workload, choices).needed
         if needed <= budget:
-            # of equally fast ones the one that leaves more free
             rank = (round(predict(workload, choices, gpu).total, 6), needed)
             if best is None or rank < best:
                 best, chosen = rank, choices
     return chosen
 
 
-def candidates(workload: Workload) -> Iterator[Choices]:
-    """Every combination worth looking at; blocks are not streamed where that failed its check
-    (`ops.verdicts`).
-    """
-    ahead = not workload.trains_modulation
-    rings = (0, 4, 3, 2) if verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY) is None else (0,)
-    residencies = [Choices((), slots, modulation_ahead=ahead) for slots in rings]
-    residencies += [
-        replace(residency, host_inputs=True) for residency in residencies if residency.streams
+def why_nothing_fits(workload: Workload, budget: int, *, modulation_ahead: bool) -> list[str]:
+    """What a step takes at the very least, and which settings would lower that; a line each."""
+    least = Choices(
+        ("full",) * workload.sizes.blocks,
+        slots=DEFAULT_SLOTS,
+        host_inputs=True,
+        modulation_ahead=modulation_ahead,
+    )
+    needed = account(workload, least).needed
+    lines = [
+        f"a step takes {needed / GIB:.2f} GiB at the least (blocks streamed, recomputed), there "
+        f"are {budget / GIB:.2f}"
     ]
-    for residency in residencies:
-        for recompute in policies(workload.sizes.blocks):
-            yield replace(residency, recompute=recompute)
+    smaller = {
+        "a smaller train_batch_size": replace(workload, batch=1),
+        "int8-quanto as base_model_precision": _stored(workload, "int8"),
+        "int4-quanto as base_model_precision": _stored(workload, "int4"),
+        "half the tokens (a lower resolution)": replace(
+            workload, tokens=tuple(tokens // 2 for tokens in workload.tokens)
+        ),
+        "lora_rank 4": replace(workload, rank=min(workload.rank, 4)),
+    }
+    for name, other in smaller.items():
+        if (size := account(other, least).needed) < needed:
+            lines.append(f"with {name} it takes {size / GIB:.2f} GiB")
+    if (verdict := verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY)) is not None:
+        lines.append(f"blocks are not streamed: {verdict}")
+    return lines
+
+
+def _stored(workload: Workload, format: str) -> Workload:
+    return replace(workload, storage=replace(workload.storage, format=format))
+
+
+def candidates(workload: Workload, *, modulation_ahead: bool = True) -> Iterator[Choices]:
+    """Every combination worth looking at.
+
+    Streaming is left out where it failed its check on this machine (`ops.verdicts`).
+    """
+    rings = (0, 4, 3, 2) if verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY) is None else (0,)
+    for slots in rings:
+        # inputs go to host memory and back beside the computation, as streamed blocks do
+        for host_inputs in (False, True) if slots else (False,):
+            for recompute in policies(workload.sizes.blocks):
+                yield Choices(
+                    recompute,
+                    slots=slots,
+                    use_stream=slots > 0,
+                    host_inputs=host_inputs,
+                    modulation_ahead=modulation_ahead,
+                )
 
 
 def policies(blocks: int) -> Iterator[tuple[str, ...]]:
-    """Policies from "none" to "full", block by block; the last blocks keep most, as backward frees
-    them first.
+    """Policies for all blocks, from the most memory to the least.
+
+    The last blocks recompute least, since backward frees what they keep first.
     """
     for lean, rich in (("selective", "none"), ("full", "selective")):
         for rich_blocks in range(blocks, 0, -1):

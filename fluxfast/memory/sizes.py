@@ -1,6 +1,4 @@
-"""What a FLUX.1 transformer is made of, and how many bytes each part takes: from its config alone,
-without a model.
-"""
+"""What a FLUX.1 transformer is made of, and the bytes of each part, from its config alone."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ class Linear(NamedTuple):
 
     @property
     def is_modulation(self) -> bool:
-        """Whether it gives a block its shifts, scales and gates, or makes the vector that they are
-        made of.
-        """
+        """Whether it makes shifts, scales and gates, or the vector that they are made from."""
         return self.name.endswith(
             ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
         ) or (self.name.startswith("time_text_embed."))
@@ -35,7 +31,10 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class FluxSizes:
-    """The part of a FLUX.1 transformer's config that sizes follow from; defaults are FLUX.1-dev's."""
+    """The numbers of a FLUX.1 transformer's config that sizes follow from.
+
+    The defaults are FLUX.1-dev's.
+    """
 
     num_layers: int = 19
     num_single_layers: int = 38
@@ -48,7 +47,7 @@ class FluxSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FluxSizes:
-        """Of a transformer's `config.json`."""
+        """From a transformer's `config.json`."""
         return cls(
             **{field.name: config[field.name] for field in fields(cls) if field.name in config}
         )
@@ -62,7 +61,7 @@ class FluxSizes:
         return self.num_layers + self.num_single_layers
 
     def block_linears(self, index: int) -> list[Linear]:
-        """Those of a block; `index` counts both kinds, the double blocks first."""
+        """The linears of a block. index: counts both kinds, the double blocks first."""
         d, mlp = self.dim, 4 * self.dim
         if index < self.num_layers:
             shapes = {
@@ -88,7 +87,7 @@ class FluxSizes:
         return [Linear(f"{prefix}.{name}", *shape) for name, shape in shapes.items()]
 
     def outer_linears(self) -> list[Linear]:
-        """Those that belong to no block."""
+        """The linears that belong to no block."""
         d = self.dim
         embedders = {"timestep_embedder": 256, "text_embedder": self.pooled_projection_dim}
         if self.guidance_embeds:
@@ -114,14 +113,15 @@ class FluxSizes:
         yield from self.outer_linears()
 
     def norms(self, index: int) -> int:
-        """Weights of a block's RMS norms."""
+        """How many weights a block's RMS norms have."""
         return self.attention_head_dim * (4 if index < self.num_layers else 2)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How the frozen weights are kept: a format's name or None, and the bytes an element of what is
-    in no format.
+    """How the frozen weights are stored.
+
+    format: a format's name, or None. itemsize: bytes an element of what is in no format.
     """
 
     format: str | None
@@ -138,15 +138,26 @@ class Storage:
         )
 
     def linear(self, linear: Linear) -> int:
-        """Bytes of its weight and bias."""
+        """Bytes of a linear's weight and bias."""
         return self.weight(linear) + linear.out_features * self.itemsize
 
 
 # compared by identity, which makes it a quick key of caches
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What the config fixes. tokens: those that each block sees, text and image, a sample. targets:
-    what adapters sit on.
+    """What a step computes; what is chosen about how is in `Choices`, but for `compute`.
+
+    Attributes:
+        sizes: the transformer's.
+        tokens: how many each block sees of a sample, text and image together.
+        text_tokens: how many of them are text.
+        batch: samples.
+        storage: how the frozen weights are stored.
+        targets: the modules that adapters sit on, by PEFT's rule.
+        rank: the adapters'.
+        adapter_itemsize: bytes of an adapter's element.
+        optimizer: its name.
+        compute: what products run in, as in `Choices`.
     """
 
     sizes: FluxSizes
@@ -162,10 +173,15 @@ class Workload:
     lora_type: str = "standard"
 
     @cached_property
-    def trains_modulation(self) -> bool:
-        return any(
-            linear.is_modulation and is_target(linear.name, self.targets)
-            for linear in self.sizes.linears()
+    def trained_modulation(self) -> str | None:
+        """The first of modulation's linears that an adapter sits on, by its full name."""
+        return next(
+            (
+                linear.name
+                for linear in self.sizes.linears()
+                if linear.is_modulation and is_target(linear.name, self.targets)
+            ),
+            None,
         )
 
     @cached_property

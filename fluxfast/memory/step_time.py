@@ -1,9 +1,9 @@
-"""How long a training step takes on a GPU that need not be there: its FLOPs and bytes over what
-such a GPU sustains.
+"""How long a training step takes on a GPU that need not be there.
 
-A multiply-add is 2 FLOPs, a pass one read or write of a [tokens, dim] tensor. The base is frozen,
-so a linear costs forward and the gradient of its input; attention's backward costs 2.5 of its
-forward. A prediction, not a measurement: no launch gaps, no waiting for data, no clock that drops.
+It is the step's FLOPs and bytes over what such a GPU sustains. A multiply-add is 2 FLOPs, a pass is
+one read or write of a [tokens, dim] tensor. The base is frozen, so a linear costs its forward and
+the gradient of its input; attention's backward costs 2.5 times its forward. This predicts and does
+not measure: there are no gaps between launches, no waiting for data and no clock that drops.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from functools import lru_cache
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.sizes import FluxSizes
 
-# the parts of their peaks that products, attention forward and backward, memory and the link to the
-# host sustain: measured ones of an H200, an RTX 3090 and an RTX 5090 lie between 0.57 (int8) and
-# 0.92 (bf16) of them
+# the part of its peak that each of these sustains: products, 8-bit products, attention forward and
+# backward, memory, the link to the host. Measured on an H200, an RTX 3090 and an RTX 5090, products
+# reach between 0.57 (int8) and 0.92 (bf16) of their peaks
 GEMM, GEMM_8BIT, ATTENTION, ATTENTION_BACKWARD, BANDWIDTH, LINK = 0.82, 0.65, 0.72, 0.58, 0.9, 0.8
-# a block's linears, in dim² a token; those that are computed again, double and single; adapters'
-# elements a rank, in dim
+# multiply-adds a token: of a block's linears, and of those that are computed again in a double and
+# a single block, in dim²; of its adapters, double and single, in rank · dim
 LINEAR, AGAIN_DOUBLE, AGAIN_SINGLE, LORA_DOUBLE, LORA_SINGLE = 12, 8, 7, 18, 17
-# passes of the fused ops of a double and a single block, adapters with them: forward, backward
+# passes of the fused ops and adapters in a block's forward and its backward
 PASSES_DOUBLE, PASSES_SINGLE = (21, 40), (17, 32)
-# what quantising activations and gradients adds
+# passes that quantising activations and gradients adds
 PASSES_CODES = 3
 
 
 @dataclass(frozen=True)
 class BlockWork:
-    """What one block computes: tokens it sees, whether it is a double block, its recompute policy."""
+    """What one block computes: the tokens it sees, its kind and its recompute policy."""
 
     tokens: int
     double: bool
@@ -55,7 +55,7 @@ class StepTime:
 def block_seconds(
     work: BlockWork, sizes: FluxSizes, gpu: Gpu, *, batch: int, rank: int, compute: str
 ) -> tuple[StepTime, StepTime]:
-    """Forward and backward of a block whose weights are there."""
+    """Forward and backward of a block whose weights are on the device."""
     d, rows = sizes.dim, work.tokens * batch
     eight = compute != "same"
     rate = gpu.rate(compute) * 1e12 * (GEMM_8BIT if eight else GEMM)
@@ -94,11 +94,11 @@ def step_seconds(
     streamed: Sequence[int] = (),
     modulation: int = 0,
 ) -> StepTime:
-    """Forward and backward through all blocks; streamed: bytes of each block that come over the
-    link, once a direction.
+    """Forward and backward through all blocks.
 
-    What of them does not hide behind the block's own computing is in `transfers`. modulation: bytes
-    of weights that are read for it from the GPU's memory.
+    streamed: bytes of each block that come over the link, once in each direction; the time of these
+    copies that computing does not hide is in `transfers`. modulation: bytes of its weights that are
+    read from the GPU's memory.
     """
     link = gpu.pcie * 1e9 * LINK
     products = attention = memory = transfers = 0.0
@@ -113,8 +113,8 @@ def step_seconds(
                 attention + time.attention,
                 memory + time.memory,
             )
-            # copies run one after the other beside the computing, so what one block hides another
-            # may be short of
+            # copies run one after the other beside the computing, so a block that computes for
+            # longer than it copies hides the copies of another
             waiting += (streamed[index] / link if streamed else 0.0) - time.total
         transfers += max(0.0, waiting)
     memory += modulation / (gpu.bandwidth * 1e9 * BANDWIDTH)

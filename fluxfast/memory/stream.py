@@ -37,6 +37,8 @@ from fluxfast.model.residency import Direction
 from fluxfast.ops import verdicts
 
 DEFAULT_SLOTS = 2
+# a transformer's modules that hold its blocks, by name
+STREAMED_MODULES = ("transformer_blocks", "single_transformer_blocks")
 
 
 class _Block:

@@ -48,6 +48,10 @@ MOST_SHAPES = 8
 # come in another order
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
+# what a step can't be captured with
+STREAMED = "its blocks are streamed: their weights are not where they were"
+DROPOUT = "an adapter has a dropout, whose seed would be the same in every step"
+
 logger = logging.getLogger("fluxfast")
 
 
@@ -84,14 +88,14 @@ def why_not(transformer: Any) -> str | None:
 def obstacle(transformer: Any) -> str | None:
     """What of a transformer's step can't be captured, wherever it is; None where all can."""
     if any(block.residency is not None for block in transformer.blocks):
-        return "its blocks are streamed: their weights are not where they were"
+        return STREAMED
     for block in transformer.blocks:
         for module in (linear for group in block.linear_groups() for linear in group):
             params = read_linear(module)
             if params is None:
                 return "a linear of its blocks has to be called as it is"
             if any(adapter.dropout > 0 for adapter in params.adapters):
-                return "an adapter has a dropout, whose seed would be the same in every step"
+                return DROPOUT
     return None
 
 

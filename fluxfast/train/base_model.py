@@ -1,5 +1,4 @@
-"""The frozen transformer of a run, as the config wants it: found, quantised while it is read, kept
-in the cache, placed.
+"""A run's frozen transformer: found, quantised while it is read, kept in the cache, placed.
 
 A quantised base is written to `<cache_dir>/transformer/` once; a later start maps that file and
 reads nothing else. Where the file in the cache turns out to be stale or damaged, it is removed and
@@ -20,25 +19,26 @@ from fluxfast.checkpoint.quantized import StaleFile
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.checkpoint.writer import free_bytes
 from fluxfast.config.run import TrainConfig
+from fluxfast.memory.stream import STREAMED_MODULES
+from fluxfast.model.apply import Choices
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import Format
 from fluxfast.quant.rules import PRECISIONS, format_of
 from fluxfast.text import to_bytes
-from fluxfast.train.modulation import keeps_on_host
-from fluxfast.train.offload import STREAMED_MODULES
+from fluxfast.train.events import say
 
 # left free beside a cached base: checkpoints, images and logs of the run need room too
 SPARE_BYTES = 2 << 30
 
 
 def open_base(config: TrainConfig) -> Checkpoint:
-    """The transformer that the config names (a file, a folder, a repository), opened; no weight is
-    read.
+    """Open the transformer that the config names: a file, a folder or a repository.
 
-    Raises CheckpointError saying what the name leads to where that can't be trained: another kind
-    of file, other weights, a transformer that takes more than the noisy image, a file that fluxfast
-    quantised to another format than the config asks for or from something that has changed since.
+    No weight is read. Raises CheckpointError, which says what the name leads to, where that can't
+    be trained: another kind of file, other weights, a transformer that takes more than the noisy
+    image, a file that fluxfast quantised to another format than the config asks for or from
+    something that has changed since.
     """
     pipeline = config.base_source.path
     if Path(pipeline).expanduser().is_file():
@@ -69,14 +69,23 @@ def open_base(config: TrainConfig) -> Checkpoint:
 
 
 def load_transformer(
-    config: TrainConfig, device: torch.device, console: Console
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    choices: Choices,
+    device: torch.device,
+    console: Console,
 ) -> FluxTransformer:
-    """The transformer that the config names, frozen, quantised, on the device."""
-    checkpoint = open_base(config)
+    """The transformer of a checkpoint that `open_base` opened, frozen, quantised, on the device.
+
+    What the choices keep off the device, streamed blocks and modulation's weights, is loaded into
+    host memory.
+    """
     format = format_of(config.base_model_precision)
     quantize_on = torch.device("cpu")
-    modulation = linear_names(checkpoint.config)
-    ahead = keeps_on_host(config, modulation, device, console)
+    on_host = [
+        *(linear_names(checkpoint.config) if choices.modulation_ahead else ()),
+        *(STREAMED_MODULES if choices.streams else ()),
+    ]
 
     def load(checkpoint: Checkpoint, format: Format | None) -> FluxTransformer:
         return checkpoint.load(
@@ -85,10 +94,7 @@ def load_transformer(
             device=device,
             format=format,
             quantize_on=quantize_on,
-            on_host=[
-                *(modulation if ahead else ()),
-                *(STREAMED_MODULES if config.enable_group_offload else ()),
-            ],
+            on_host=on_host,
         )
 
     if (info := checkpoint.quantized) is not None:
@@ -96,7 +102,7 @@ def load_transformer(
         how = (
             "; not verified (`fluxfast-train quantize --verify` reads it through)" if unread else ""
         )
-        _say(console, f"{info.path}: {info.format.name}, quantised before{how}")
+        say(console, f"{info.path}: {info.format.name}, quantised before{how}")
         transformer = load(checkpoint, None)
     elif format is not None:
         quantize_on = quantizing_device(config.quantize_via, device)
@@ -104,12 +110,12 @@ def load_transformer(
     else:
         transformer = load(checkpoint, None)
     transformer.requires_grad_(False)
-    transformer.set_modulation_ahead(ahead)
+    transformer.set_modulation_ahead(choices.modulation_ahead)
     return transformer
 
 
 def quantizing_device(quantize_via: str | None, device: torch.device | None = None) -> torch.device:
-    """Where weights are quantised; `device` is the run's, None the first accelerator that there is."""
+    """Where weights are quantised. device: the run's; None: the first accelerator that there is."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if quantize_via == "accelerator" and device.type != "cuda":
@@ -135,8 +141,9 @@ def _load_cached(
     console: Console,
     load: Callable[[Checkpoint, Format | None], FluxTransformer],
 ) -> FluxTransformer:
-    """Load the source in `format`: from the cache, or into it first, or past it where the disk has
-    no room.
+    """Load the source in `format` from the cache, which is filled first if it has to be.
+
+    Where the disk has no room for that, the source is quantised while it is loaded.
     """
     path = cache_path(config, source, format)
     damage = ""
@@ -147,7 +154,7 @@ def _load_cached(
             # loaded anew further down, once the exception holds nothing of the first model any more
             damage = str(error)
     if damage:
-        _say(console, f"{damage} (done now)")
+        say(console, f"{damage} (done now)")
         del kept
         path.unlink()
     made = _make(path, source, format, quantize_on, console)
@@ -155,8 +162,9 @@ def _load_cached(
 
 
 def _kept(path: Path, source: Checkpoint, format: Format, console: Console) -> Checkpoint | None:
-    """The quantised base that the cache has, opened; None where it has none that holds, which is
-    then removed.
+    """The quantised base in the cache, opened; None where there is none.
+
+    One that is stale or damaged is removed.
     """
     if not path.exists():
         return None
@@ -167,32 +175,26 @@ def _kept(path: Path, source: Checkpoint, format: Format, console: Console) -> C
             raise CheckpointError(f"{path}: not made by fluxfast, but in its cache: move it away")
         info.check(source.files.files, format)
     except (StaleFile, BrokenFile) as error:
-        _say(console, f"{error} (done now)")
+        say(console, f"{error} (done now)")
         path.unlink()
         return None
-    _say(console, f"base: {format.name} from {path}")
+    say(console, f"base: {format.name} from {path}")
     return kept
 
 
 def _make(
     path: Path, source: Checkpoint, format: Format, quantize_on: torch.device, console: Console
 ) -> Checkpoint | None:
-    """The quantised base, made in the cache; None, and a line that says so, where the disk has no
-    room.
-    """
+    """Quantise the base into the cache; None, and a note, where the disk has no room."""
     needed = int(source.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
     if (free := free_bytes(path)) < needed:
         room = f"{path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}"
-        _say(console, f"base: {format.name}, not kept: {room}")
+        say(console, f"base: {format.name}, not kept: {room}")
         return None
     size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
-    _say(
+    say(
         console,
         f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in "
         f"{path}",
     )
     return open_single_file(path)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fluxfast.adapters.kind import AdapterFile
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, read_json, shown
@@ -22,9 +26,15 @@ from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared
 from fluxfast.data.sampler import Sampler
 from fluxfast.data.sources import local_folder
+from fluxfast.memory.choices import wishes_of
+from fluxfast.memory.stream import BlockStream, stream_blocks
+from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.text import text_problem
-from fluxfast.train.base_model import load_transformer, quantizing_device
+from fluxfast.train import choose
+from fluxfast.train.adapter import add_adapter
+from fluxfast.train.base_model import load_transformer, open_base, quantizing_device
+from fluxfast.train.events import say
 from fluxfast.train.validation import ValidationSettings, Validator
 
 # the nickname of validation_prompt, beside those of the user's library
@@ -64,8 +74,9 @@ class RunData:
         )
 
     def loader(self, batch: int, then: Callable[[Batch, int], Any]) -> BatchLoader:
-        """What `then` makes of the run's batches from number `batch`, counted from 0 over all
-        micro-steps, on.
+        """What `then` makes of the run's batches, from number `batch` on.
+
+        Batches are counted from 0, over all micro-steps.
         """
         return BatchLoader(
             self.prepared,
@@ -78,11 +89,18 @@ class RunData:
 
 @dataclass
 class Parts:
-    """The model and what depends on it; `validator` is None where validation is off or has no
-    prompt.
+    """The model, ready to train, and what depends on it.
+
+    Attributes:
+        choices: how the model computes.
+        stream: who streams its blocks; None: they are resident.
+        shift_bounds: `flow.auto_shift`'s, from the pipeline's scheduler.
+        validator: None where validation is off or has no prompt.
     """
 
     transformer: FluxTransformer
+    choices: Choices
+    stream: BlockStream | None
     shift_bounds: Mapping[str, Any]
     validator: Validator | None
 
@@ -91,7 +109,7 @@ def load_data(config: TrainConfig, seed: int, device: torch.device, console: Con
     """Read the dataloader's config, fill the caches, print the closing table."""
     data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
     for note in data.notes:
-        console.print(f"· {note}", highlight=False, markup=False)
+        say(console, note)
     prompts = validation_prompts(config)
     # a crop seed that changed from start to start would compute every latent anew
     crop_seed = config.seed if config.seed is not None and config.seed >= 0 else 0
@@ -194,20 +212,100 @@ def _encoder_settings(config: TrainConfig, device: torch.device) -> EncoderSetti
 
 
 def load_parts(
-    config: TrainConfig, data: RunData, seed: int, device: torch.device, console: Console
+    config: TrainConfig,
+    lora: AdapterFile | None,
+    data: RunData,
+    seed: int,
+    device: torch.device,
+    console: Console,
+    *,
+    resumed: bool,
 ) -> Parts:
-    """Load the transformer, frozen, and make ready for validation."""
-    path, _, revision = config.base_source
+    """Load the transformer, give it its adapter, and get it ready to train and to validate.
+
+    lora: the file that says what the adapter is like, if the config doesn't. resumed: a
+    checkpoint's values will take the place of the adapter's. What the run chooses by itself is
+    chosen before anything is loaded, and once more when the model is there to be looked at.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        local_folder((path, "scheduler", revision))
+        local_folder(config.base_source._replace(subfolder="scheduler"))
     )
+    base, wishes = open_base(config), wishes_of(config)
+    facts = choose.facts_before_loading(config, base, data.sizes, device)
+    choices = choose.choose(wishes, facts)
+    choose.tell_budget(choices, wishes, facts, console)
+    transformer = load_transformer(config, base, choices, device, console)
+    if config.tread_config:
+        transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
+    add_adapter(config, transformer, lora, seed=seed, resumed=resumed, console=console)
+    facts = choose.facts_of_model(facts, config, transformer)
+    choices = choose.choose(wishes, facts)
+    make_ready(transformer, choices)
+    if choices.deterministic:
+        use_deterministic_algorithms()
+    choose.tell(choices, wishes, facts, transformer, console)
+    stream = _stream(config, choices, transformer, device, console)
+    if choices.graphs:
+        transformer.set_cuda_graphs(
+            True, optional=wishes.cuda_graphs == "auto", say=partial(say, console)
+        )
     bounds = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    transformer = load_transformer(config, device, console)
     return Parts(
         transformer,
+        choices,
+        stream,
         {name: scheduler.config[name] for name in bounds},
         _validator(config, data, seed, transformer, scheduler),
     )
+
+
+def use_deterministic_algorithms() -> None:
+    """Have PyTorch compute the same bits each time on a GPU; our own kernels always do."""
+    # cuBLAS, where it computes on several streams; read when its first handle is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # it is no matter of ours, and a pass over all memory that is taken
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _stream(
+    config: TrainConfig,
+    choices: Choices,
+    transformer: FluxTransformer,
+    device: torch.device,
+    console: Console,
+) -> BlockStream | None:
+    """Stream the blocks of a transformer that has its adapters, and say so, if that was chosen."""
+    if not choices.streams:
+        return None
+    if choices.use_stream and device.type != "cuda":
+        say(console, '"group_offload_use_stream" has no effect: there is no CUDA device')
+    if device.type == "cuda" and not choices.use_stream:
+        say(
+            console,
+            'the step waits for each copy of weights: "group_offload_use_stream": true copies '
+            "beside the computation",
+        )
+    folder = config.group_offload_to_disk_path
+    disk_path = Path(folder).expanduser() if folder else None
+    stream = stream_blocks(
+        transformer,
+        device,
+        slots=choices.slots,
+        blocks_per_group=choices.blocks_per_group,
+        use_stream=choices.use_stream,
+        disk_path=disk_path,
+        inputs_on_host=choices.host_inputs,
+    )
+    where = "in host memory" if disk_path is None else f"in {disk_path}"
+    say(
+        console,
+        f"blocks are streamed: {stream.block_bytes / 2**30:.2f} GiB {where}, "
+        f"{stream.ring_bytes / 2**30:.2f} GiB on the device (a ring of {stream.schedule.slots})",
+    )
+    if stream.shortfall:
+        say(console, stream.shortfall)
+    return stream
 
 
 def _validator(

@@ -9,7 +9,7 @@ from fluxfast.checkpoint.writer import free_bytes
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.images import discover
-from fluxfast.train.budget import largest_batch
+from fluxfast.train.choose import largest_batch
 
 # FLUX.1's text encoders: features of a T5 token, and of CLIP's pooled output
 T5_FEATURES, CLIP_FEATURES = 4096, 768
@@ -18,8 +18,9 @@ T5_FEATURES, CLIP_FEATURES = 4096, 768
 def cache_bytes(
     config: TrainConfig, dataset: ImageDataset, t5: int = T5_FEATURES, clip: int = CLIP_FEATURES
 ) -> tuple[int, int]:
-    """(latents, text embeddings) of a dataset's images, at most about: none where its folder isn't
-    there yet.
+    """About the most bytes of (latents, text embeddings) that a dataset's images take.
+
+    Both are 0 where its folder isn't there yet.
     """
     if not dataset.instance_data_dir.is_dir():
         return 0, 0
@@ -51,10 +52,10 @@ def shortage(
     t5: int = T5_FEATURES,
     clip: int = CLIP_FEATURES,
 ) -> tuple[list[str], list[str]]:
-    """(problems, notes): what certainly does not fit, and what may not.
+    """(problems, notes): what certainly does not fit on the disks, and what may not.
 
-    checkpoint: bytes of one. Caches that hold something already are left out, as nobody knows what
-    of them is missing.
+    checkpoint: bytes of one. A cache that holds something already is not counted, since nobody
+    knows how much of it is missing.
     """
     wanted = [
         (config.output_dir / "checkpoint", checkpoint * (_checkpoints(config) + 1), "checkpoints")
@@ -96,7 +97,7 @@ def shortage(
 
 
 def _checkpoints(config: TrainConfig) -> int:
-    """How many checkpoints lie side by side at the most."""
+    """How many checkpoints there are side by side at most."""
     if not config.checkpoint_step_interval:
         return 1
     if not config.max_train_steps:

@@ -73,6 +73,11 @@ class StopRequest:
         self.signal = number
 
 
+def say(console: Console, text: str) -> None:
+    """Print a note as it is: what looks like markup may be a user's path."""
+    console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 class Numbers:
     """Keeps a failure of whatever handles numbers about the run, such as a tracker, from ending it.
 

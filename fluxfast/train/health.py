@@ -1,8 +1,8 @@
-"""What a run's config asks of this machine, as `fluxfast.doctor` checks it, and what the config may
-not ask after that.
-"""
+"""What a run's config asks of this machine, which `fluxfast.doctor` checks before the run."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -11,20 +11,20 @@ from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.doctor import startup
 from fluxfast.doctor.scope import PLAIN, Scope, sizes_for
+from fluxfast.memory import gpus
+from fluxfast.memory.choices import choose_compute, refusals, wishes_of
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops import verdicts
 from fluxfast.quant.rules import PRECISIONS
-from fluxfast.train.compute import compute_for
+from fluxfast.train.events import say
 
 
 def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = False) -> Scope:
-    """The formats and modes that a run of this config uses on the device.
-
-    Raises ValueError where the device has no tensor cores for what was asked for.
-    """
+    """The formats and modes that a run of this config uses on the device."""
     format = PRECISIONS[config.base_model_precision]
-    computes = [compute_for(config.compute_precision, {format} if format else set(), device)[0]]
-    if config.compute_precision == "auto" and computes != ["same"]:
+    wishes = wishes_of(config)
+    computes = [choose_compute(wishes, format, gpus.this_gpu(device))[0]]
+    if wishes.compute == "auto" and computes != ["same"]:
         # what `auto` takes where 8 bits fail
         computes.insert(0, "same")
     return Scope(
@@ -48,27 +48,12 @@ def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = F
 
 
 def settle(config: TrainConfig, device: torch.device, console: Console) -> None:
-    """Check what nobody has checked here yet, and have `auto` pass over what failed.
+    """Check what nobody has checked here yet, and have "auto" pass over what failed.
 
-    Raises ConfigError naming the options that ask for something which failed.
+    Raises ConfigError naming the options that ask for something that failed.
     """
-
-    def say(text: str) -> None:
-        console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
-
     with verdicts.ignored():
         scope = scope_of(config, device)
-    startup.settle(scope, say)
-    problems = []
-    try:
-        compute_for(config.compute_precision, set(), device)
-    except ValueError as error:
-        problems.append(str(error))
-    for asked, option, what in (
-        (config.cuda_graphs is True, "cuda_graphs", verdicts.GRAPHS),
-        (config.enable_group_offload, "enable_group_offload", verdicts.STREAMING),
-    ):
-        if asked and (verdict := verdicts.failed(what, verdicts.ONLY_WAY)) is not None:
-            problems.append(f'"{option}" is true, but {verdict}: set it to false')
-    if problems:
+    startup.settle(scope, partial(say, console))
+    if problems := refusals(wishes_of(config), gpus.this_gpu(device)):
         raise ConfigError(problems)

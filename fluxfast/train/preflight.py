@@ -1,5 +1,4 @@
-"""What can be known to go wrong in a run before any image is encoded or weight loaded: looked for
-at once, and told together.
+"""What is wrong with a run, found before any image is encoded or weight loaded, and told at once.
 
 Paths, data config, prompts, checkpoint, LoRA and the names and shapes of the base cost a second; a
 run that finds out about them one by one, after its captions and images are encoded, costs an hour.
@@ -25,8 +24,11 @@ from fluxfast.config.derived import ModelSource
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.sources import local_folder
+from fluxfast.memory import gpus
+from fluxfast.memory.choices import refusals, wishes_of
 from fluxfast.model.routing import resolve_routes
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.ops import verdicts
 from fluxfast.train import disk_space, resume
 from fluxfast.train.adapter import (
     adapter_elements,
@@ -40,7 +42,6 @@ from fluxfast.train.adapter import (
 )
 from fluxfast.train.base_model import open_base, quantizing_device
 from fluxfast.train.build import validation_prompts
-from fluxfast.train.compute import choose_compute
 from fluxfast.train.state import SavedRun
 
 # a pipeline's folders that a run reads beside the transformer; the models among them have weights
@@ -48,8 +49,10 @@ _TOKENIZERS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 class Checked(NamedTuple):
-    """What was read on the way: the checkpoint to go on from, the LoRA that says what the adapter
-    is like, lines to print.
+    """What was read on the way.
+
+    saved: the checkpoint to go on from. lora: the file that says what the adapter is like. notes:
+    lines to print.
     """
 
     saved: SavedRun | None
@@ -58,8 +61,9 @@ class Checked(NamedTuple):
 
 
 def check(config: TrainConfig, device: torch.device) -> Checked:
-    """Everything about a run that can be checked without loading weights. ConfigError with every
-    problem there is.
+    """Check everything about a run that needs no weights.
+
+    Raises ConfigError with every problem that there is.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -74,7 +78,10 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     with _collecting(problems):
         saved = resume.find(config)
     with _collecting(problems):
-        _check_devices(config, device)
+        _check_quantizing(config, device)
+    # what failed a check of this machine counts once `health` has looked at it
+    with verdicts.ignored():
+        problems += refusals(wishes_of(config), gpus.this_gpu(device))
     changes = resume.refused(config, saved, data.images if data else ()) if saved else []
 
     def may_fetch(path: str) -> bool:
@@ -102,9 +109,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
 
 @contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
-    """Add what the block raises about the user's files and settings to `problems`, and go on after
-    it.
-    """
+    """Add to `problems` what the block raises about the user's files and settings, and go on."""
     try:
         yield
     except ConfigError as error:
@@ -172,7 +177,7 @@ def _check_folder(source: ModelSource) -> None:
         )
 
 
-def _check_devices(config: TrainConfig, device: torch.device) -> None:
+def _check_quantizing(config: TrainConfig, device: torch.device) -> None:
     precisions = {
         config.base_model_precision,
         config.text_encoder_1_precision,
@@ -180,8 +185,6 @@ def _check_devices(config: TrainConfig, device: torch.device) -> None:
     }
     if precisions != {"no_change"}:
         quantizing_device(config.quantize_via, device)
-    if config.compute_precision in ("int8", "fp8"):
-        choose_compute(config.compute_precision, torch.nn.Module(), device)
 
 
 def _check_model(
@@ -193,9 +196,10 @@ def _check_model(
     problems: list[str],
     notes: list[str],
 ) -> list[str]:
-    """What depends on the transformer's modules: adapter, routes, the size of a checkpoint.
+    """Check what depends on the transformer's modules: adapter, routes, the size of a checkpoint.
 
-    Returns what of the adapter has changed since the checkpoint, and can't."""
+    Returns what of the adapter has changed since the checkpoint, and must not change.
+    """
     with init_empty_weights():
         model = FluxTransformer.from_config(dict(base.config))
     if config.tread_config:

@@ -1,14 +1,15 @@
 """The training run, from a config to a LoRA: prepare the data, build the model, loop.
 
-Everything random in a step comes from the run's seed and the step's number, so that a resumed run
-needs no random state, and ends with the same bits as one that was never stopped. The loop itself is
-`Trainer.loop`; one step is `Trainer.train_step`.
+The loop is `Trainer.loop`, one step of it `Trainer.train_step`. Everything random in a step comes
+from the run's seed and the step's number. So a resumed run needs no random state, and it ends with
+the same bits as one that was never stopped.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,10 @@ from fluxfast.adapters.writing import modelspec_metadata
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
-from fluxfast.model.apply import make_ready
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
-from fluxfast.train.adapter import add_adapter, config_of, init_lora_of, kind_of
-from fluxfast.train.budget import within_budget
+from fluxfast.train.adapter import config_of, init_lora_of, kind_of
 from fluxfast.train.build import Parts, RunData, load_data, load_parts
-from fluxfast.train.compute import choose_compute, make_deterministic, set_cuda_graphs
 from fluxfast.train.events import (
     Metrics,
     Numbers,
@@ -37,16 +35,16 @@ from fluxfast.train.events import (
     memory_gib,
     plot_loss,
     read_metrics,
+    say,
 )
-from fluxfast.train.modulation import settle
 from fluxfast.train.objective import Objective
-from fluxfast.train.offload import stream
 from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients, load_moments
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite: the message names the step, the batch's files and the last
-    good checkpoint.
+    """The loss became NaN or infinite.
+
+    The message names the step, the batch's files and the last good checkpoint.
     """
 
 
@@ -62,8 +60,9 @@ class Stopped(Exception):
 
 @dataclass
 class StepResult:
-    """What a step leaves to report; `numbers`, its loss and the gradients' norm, are on their way
-    from the device.
+    """What a step leaves to report.
+
+    numbers: its loss and the gradients' norm, which are on their way from the device.
     """
 
     step: int
@@ -74,12 +73,13 @@ class StepResult:
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
-    """Run a config to its end; returns the LoRA's path. Raises `Stopped` after a signal, once a
-    checkpoint is written.
+    """Run a config to its end; returns the LoRA's path.
+
+    Raises Stopped after a signal, once a checkpoint is written.
     """
     console = console or Console()
     for note in config.notes:
-        console.print(f"· {note}", highlight=False, markup=False)
+        say(console, note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checked = preflight.check(config, device)
     config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,13 +93,15 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 class Trainer:
-    """A run's parts and state. Building one prepares the data, then loads the model: the two are
-    never in memory together.
+    """A run's parts and state.
+
+    Building one prepares the data, then loads the model. The models that prepare the data and the
+    transformer are never in memory together.
     """
 
     def __init__(self, config: TrainConfig, console: Console, checked: preflight.Checked) -> None:
-        # as it was given; `self.config` has what init_lora and vram_budget decide
-        self.given, self.console = config, console
+        # as it was given; `self.config` has what the LoRA says that the run goes on with
+        self.given, self.console, self._say = config, console, partial(say, console)
         self.saved = checked.saved
         self.numbers = Numbers(self._say)
         for note in checked.notes:
@@ -116,68 +118,37 @@ class Trainer:
 
         health.settle(config, self.device, console)
         self.data: RunData = load_data(config, self.seed, self.device, console)
-        self.config, ring = within_budget(
-            config_of(config, checked.lora), self.data.sizes, self.device, console
+        self.config = config_of(config, checked.lora)
+        self.parts: Parts = load_parts(
+            self.config,
+            checked.lora,
+            self.data,
+            self.seed,
+            self.device,
+            console,
+            resumed=self.saved is not None,
         )
-        self.parts: Parts = load_parts(self.config, self.data, self.seed, self.device, console)
-        self.transformer = self.parts.transformer
-        if config.tread_config:
-            self.transformer.set_routes(
-                [route.model_dump() for route in config.tread_config.routes]
-            )
+        self.transformer, self.stream = self.parts.transformer, self.parts.stream
         self.objective = Objective(
             self.config, self.transformer, self.seed, self.parts.shift_bounds
         )
-        resumed = self.saved is not None
-        add_adapter(
-            self.config,
-            self.transformer,
-            checked.lora,
-            seed=self.seed,
-            resumed=resumed,
-            console=console,
-        )
-        self._settle_transformer()
-        self.stream = stream(self.config, self.transformer, self.device, console, **ring._asdict())
         self._make_optimizer()
         self.step = 0
-        self.steps = self._count_steps()
+        # optimiser steps of the run
+        self.steps = self.config.max_train_steps or self.data.sampler.steps(
+            self.config.num_train_epochs
+        )
         self.scheduler = self._schedule()
         self.pending: StepResult | None = None
         self.batches: BatchLoader | None = None
-
-    def _say(self, text: str) -> None:
-        self.console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
-
-    def _settle_transformer(self) -> None:
-        """How the transformer computes, once its adapter is there."""
-        config, transformer = self.config, self.transformer
-        settle(config, transformer, self.data.sizes, self.console)
-        compute, why = choose_compute(config.compute_precision, transformer, self.device)
-        make_ready(
-            transformer,
-            compute=compute,
-            outliers=config.compute_outliers,
-            recompute=config.recompute,
-            checkpoint_every=(config.gradient_checkpointing_interval or 1)
-            if config.gradient_checkpointing
-            else 0,
-        )
-        told = "in the activations' type" if compute == "same" else f"in {compute}"
-        if compute != "same" and config.compute_outliers:
-            told += f", {config.compute_outliers} channels apart"
-        self.console.print(f"matrix products run {told}: {why}", highlight=False)
 
     def _make_optimizer(self) -> None:
         config = self.config
         named = trainable_parameters(self.transformer)
         self.parameters = list(named.values())
-        if config.deterministic:
-            make_deterministic(self.transformer)
         # graphs write each micro-batch's gradients to the same memory, from which they are added up
         # elsewhere
-        graphs = set_cuda_graphs(config, self.transformer, self.console)
-        self.keeps_grads = graphs and config.gradient_accumulation_steps > 1
+        self.keeps_grads = self.parts.choices.graphs and config.gradient_accumulation_steps > 1
         if self.keeps_grads:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -202,13 +173,10 @@ class Trainer:
             done=self.step,
         )
 
-    def _count_steps(self) -> int:
-        """Optimiser steps of the run."""
-        return self.config.max_train_steps or self.data.sampler.steps(self.config.num_train_epochs)
-
     def resume(self) -> None:
-        """Go on from the checkpoint that was found, if there is one, with the settings that the
-        config has now.
+        """Go on from the checkpoint that was found, if there is one.
+
+        The settings are those that the config has now.
         """
         if self.saved is None:
             return
@@ -220,10 +188,8 @@ class Trainer:
         load_moments(self.optimizer, saved.optimizer)
         self.step = saved.step
         self.scheduler = self._schedule()
-        for note in [
-            *resume.notes(saved, self._settings()),
-            *self.data.sampler.load_state_dict(saved.state["sampler"]),
-        ]:
+        moved = self.data.sampler.load_state_dict(saved.state["sampler"])
+        for note in [*resume.notes(saved, self._settings()), *moved]:
             self._say(note)
         newer = [
             p.name
@@ -235,11 +201,8 @@ class Trainer:
                 f"{', '.join(newer)}: of a longer run; move what is of no use away, or the next "
                 '"latest" is the newest'
             )
-        self.console.print(
-            f"resumed from {saved.path}: step {self.step} of {self.steps}",
-            highlight=False,
-            markup=False,
-        )
+        resumed = f"resumed from {saved.path}: step {self.step} of {self.steps}"
+        self.console.print(resumed, highlight=False, markup=False)
 
     def _settings(self) -> dict[str, Any]:
         return resume.settings(
@@ -247,13 +210,13 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Let go of what outlives the objects: streamed blocks' pinned memory or files."""
+        """Free what outlives the objects: pinned memory or files of streamed blocks."""
         if self.stream is not None:
             self.stream.close()
 
     def loop(self) -> Path:
         """Train to the last step, save, and return the final LoRA's path."""
-        config, bar_console = self.config, self.console
+        config = self.config
         self._start_trackers()
         if (
             self.parts.validator
@@ -265,7 +228,7 @@ class Trainer:
         self.batches = self.data.loader(
             self.step * config.gradient_accumulation_steps, self.objective.example
         )
-        with StopRequest() as stop, TrainingBar(bar_console, self.steps, self.step) as self.bar:
+        with StopRequest() as stop, TrainingBar(self.console, self.steps, self.step) as self.bar:
             try:
                 self._look_ahead(self.step + 1)
                 while self.step < self.steps:
@@ -273,20 +236,11 @@ class Trainer:
                     self.step += 1
                     self._report(self.pending)
                     self.pending = result
-                    last = self.step == self.steps
-                    if stop.signal is not None and not last:
+                    if stop.signal is not None and self.step < self.steps:
                         raise Stopped(stop.signal, self._save())
-                    if (
-                        config.checkpoint_step_interval
-                        and self.step % config.checkpoint_step_interval == 0
-                        and not last
-                    ):
+                    if self._due(config.checkpoint_step_interval):
                         self._save()
-                    if (
-                        config.validation_step_interval
-                        and self.step % config.validation_step_interval == 0
-                        and not last
-                    ):
+                    if self._due(config.validation_step_interval):
                         self._validate(self.step)
                 self._save()
             finally:
@@ -297,7 +251,14 @@ class Trainer:
         self._validate(self.step)
         return self._finish()
 
-    # ---- one optimisation step -------------------------------------------------------------------------------------------
+    def _due(self, interval: int) -> bool:
+        """Whether something happens after this step that happens every so many (0: never).
+
+        After the last step it happens in any case.
+        """
+        return bool(interval) and self.step % interval == 0 and self.step < self.steps
+
+    # ---- one optimisation step -------------------------------------------------------------------
 
     def train_step(self, step: int) -> StepResult:
         """Forward and backward of every micro-batch, clip, update; `step` counts from 1."""
@@ -322,8 +283,9 @@ class Trainer:
         return StepResult(step, epoch, Readback(total, norm), learning_rate, batches)
 
     def _look_ahead(self, step: int) -> None:
-        """Start on the modulation of the next micro-batch, of that step: a thread computes it while
-        the device works.
+        """Have a thread compute the modulation of the next micro-batch while the device works.
+
+        step: the step that the micro-batch belongs to.
         """
         if self.transformer.modulation is None or step > self.steps:
             return
@@ -333,11 +295,12 @@ class Trainer:
             lambda: self.objective.modulation_conditions(upcoming())
         )
 
-    # ----------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _report(self, result: StepResult | None) -> None:
-        """Read a step's numbers (the device is a step ahead by now), write them down, and stop if
-        the loss is not finite.
+        """Read a step's numbers and write them down; the device is a step ahead by now.
+
+        Raises NonFiniteLoss where the loss or the gradients' norm is not finite.
         """
         if result is None:
             return
@@ -348,11 +311,9 @@ class Trainer:
             )
             good = state.find_checkpoint(self.config.output_dir, "latest")
             raise NonFiniteLoss(
-                f"step {result.step}: the loss is {loss}, the gradients' norm {norm}. The "
-                f"batch: {files}. "
-                f"The last good checkpoint: {good or 'none yet'}. A lower learning_rate or "
-                "max_grad_norm may help, or "
-                "leaving out a damaged image"
+                f"step {result.step}: the loss is {loss}, the gradients' norm {norm}. The batch: "
+                f"{files}. The last good checkpoint: {good or 'none yet'}. A lower learning_rate "
+                "or max_grad_norm may help, or leaving out a damaged image"
             )
         memory = memory_gib(self.device)
         line = {
@@ -374,14 +335,11 @@ class Trainer:
             with self.numbers.guard(config.report_to):
                 self.accelerator.log(values, step=result.step)
 
-    def _flush(self) -> None:
-        self._report(self.pending)
-        self.pending = None
-
     def _save(self) -> Path:
         """A checkpoint of this step; never of a step whose loss nobody has looked at."""
         assert self.batches is not None
-        self._flush()
+        self._report(self.pending)
+        self.pending = None
         path = state.save_checkpoint(
             self.config.output_dir,
             self.step,
@@ -423,14 +381,12 @@ class Trainer:
             self.bar.pause()
 
     def _start_trackers(self) -> None:
-        if self.config.report_to != "none":
-            flat = {
-                k: v
-                for k, v in self.config.model_dump().items()
-                if isinstance(v, int | float | str | bool)
-            }
-            with self.numbers.guard(self.config.report_to):
-                self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
+        if self.config.report_to == "none":
+            return
+        values = self.config.model_dump().items()
+        flat = {k: v for k, v in values if isinstance(v, int | float | str | bool)}
+        with self.numbers.guard(self.config.report_to):
+            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
 
     def _finish(self) -> Path:
         lora = self._save_lora(self.config.output_dir)

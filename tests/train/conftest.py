@@ -102,6 +102,17 @@ def run(write_config):
 
 
 @pytest.fixture
+def pretend_gpu(monkeypatch):
+    """Have all who choose find that GPU of the table on this machine; tensors stay on the CPU."""
+    from fluxfast.memory import gpus
+
+    def pretend(name):
+        monkeypatch.setattr(gpus, "this_gpu", lambda device: gpus.find_gpu(name))
+
+    return pretend
+
+
+@pytest.fixture
 def fresh_output(tmp_path):
     def remove(name="output"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)

@@ -17,6 +17,7 @@ from fluxfast import FluxTransformer
 from fluxfast.checkpoint import flux, reader
 from fluxfast.config.run import load_config
 from fluxfast.data import encode, encoders
+from fluxfast.model.apply import Choices
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
 from fluxfast.train import base_model, build
@@ -44,10 +45,10 @@ def load(transformer, write_config):
             "pretrained_transformer_model_name_or_path": str(transformer),
             "quantize_via": "cpu",
         } | changes
-        out = io.StringIO()
-        return load_transformer(
-            load_config(write_config(**changes)), CPU, Console(file=out, width=200)
-        ), out.getvalue()
+        config, out = load_config(write_config(**changes)), io.StringIO()
+        resident, console = Choices(recompute=()), Console(file=out, width=200)
+        model = load_transformer(config, open_base(config), resident, CPU, console)
+        return model, out.getvalue()
 
     return load_base
 

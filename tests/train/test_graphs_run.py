@@ -6,18 +6,21 @@ import pytest
 from test_trainer import BF16, FP32, TREAD, Killed, kill_at
 
 from fluxfast.config.settings import ConfigError
+from fluxfast.memory import gpus
+from fluxfast.memory.choices import Facts, Wishes, choose
 from fluxfast.model import graphs
 from fluxfast.model.graphs import StepGraphs
 from fluxfast.model.transformer import FluxTransformer
 from graph_emulator import Pool, capture, see_every_op
 
-NO_DROPOUT = {"lora_dropout": 0.0, "train_batch_size": 1}
+# how long the CPU takes for modulation would choose where it is computed
+NO_DROPOUT = {"lora_dropout": 0.0, "train_batch_size": 1, "modulation_ahead": False}
 INT8 = {"base_model_precision": "int8-quanto", "compute_precision": "int8"}
 OFF = "CUDA graphs: off"
 
 
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch, tmp_path):
+def emulated(monkeypatch, tmp_path, pretend_gpu):
     """Graphs without a GPU, for runs that may have them; the graphs of each, in order."""
     made = []
     see_every_op(monkeypatch)
@@ -31,7 +34,7 @@ def emulated(monkeypatch, tmp_path):
         return made[-1]
 
     monkeypatch.setattr(StepGraphs, "on_gpu", classmethod(on_gpu))
-    monkeypatch.setattr("fluxfast.train.compute.why_not", graphs.obstacle)
+    pretend_gpu("H100")
     return made
 
 
@@ -106,52 +109,52 @@ def test_a_graph_that_differs_turns_them_off(run, monkeypatch):
 
 
 def test_what_forbids_them_is_said_where_there_is_a_gpu(run, emulated, monkeypatch):
-    _, out = run(**FP32 | {"lora_dropout": 0.1, "max_train_steps": 1})
+    dropout = FP32 | {"lora_dropout": 0.1, "max_train_steps": 1}
+    _, out = run(**dropout)
+    assert not emulated and f"· {OFF}: an adapter has a dropout" in out.getvalue()
+    with pytest.raises(ConfigError, match=r'"cuda_graphs" is true, but an adapter has a dropout'):
+        run(name="asked_for", cuda_graphs=True, **dropout)
+    monkeypatch.setattr(gpus, "this_gpu", lambda device: None)
+    _, out = run(name="on_a_cpu", **dropout)
     assert not emulated and "CUDA graphs" not in out.getvalue()
-    with pytest.raises(
-        ConfigError,
-        match=r'"cuda_graphs" is true, but they are not possible here \(an adapter has a dropout',
-    ):
-        run(
-            name="asked_for", cuda_graphs=True, **FP32 | {"lora_dropout": 0.1, "max_train_steps": 1}
-        )
+
+
+def test_a_linear_that_has_to_be_called_forbids_them(run, emulated, monkeypatch):
+    """Only the model that is loaded shows it."""
+    monkeypatch.setattr(graphs, "read_linear", lambda module: None)
+    reason = "a linear of its blocks has to be called as it is"
+    _, out = run(max_train_steps=1, **FP32 | NO_DROPOUT)
+    assert not emulated and f"· {OFF}: {reason}" in out.getvalue()
+    with pytest.raises(ConfigError, match=f'"cuda_graphs" is true, but {reason}'):
+        run(name="asked_for", cuda_graphs=True, **FP32 | NO_DROPOUT)
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("wishes", "facts", "reason"),
     [
-        (
-            {"cuda_graphs": "auto", "vram_budget": 12.0},
-            '"vram_budget" does not count what they keep',
-        ),
-        ({}, "an adapter has a dropout"),
+        ({"vram_budget": 12.0}, {}, '"vram_budget" does not count what they keep'),
+        ({}, {"dropout": True}, "an adapter has a dropout"),
+        ({"streams": True}, {}, "its blocks are streamed"),
+        ({}, {"gpu": None}, "only a GPU has them"),
+        ({}, {"obstacles": {"graphs": "a linear"}}, "a linear"),
     ],
 )
-def test_auto_gives_its_reason(settings, reason, write_config, monkeypatch):
-    import io
-    from types import SimpleNamespace
-
-    import torch
-    from rich.console import Console
-
-    from fluxfast.config.run import load_config
-    from fluxfast.train.compute import set_cuda_graphs
-
-    out = io.StringIO()
-    found = None if "vram_budget" in settings else reason
-    monkeypatch.setattr("fluxfast.train.compute.why_not", lambda transformer: found)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    assert not set_cuda_graphs(
-        load_config(write_config(**settings)), on_gpu, Console(file=out, width=200)
-    )
-    assert out.getvalue().startswith(f"· {OFF}: {reason}")
+def test_auto_gives_its_reason(wishes, facts, reason):
+    known = Facts(**{"blocks": 3, "format": None, "gpu": gpus.find_gpu("H100")} | facts)
+    choices = choose(Wishes(checkpoint_every=1, **wishes), known)
+    assert not choices.graphs and choices.reasons["graphs"].startswith(reason)
+    asked = Wishes(checkpoint_every=1, cuda_graphs=True, **wishes)
+    if "vram_budget" in wishes:
+        assert choose(asked, known).graphs
+    else:
+        with pytest.raises(ValueError, match=f'"cuda_graphs" is true, but {reason}'):
+            choose(asked, known)
 
 
 def test_without_a_gpu_they_are_refused_where_asked_for(run, monkeypatch):
-    monkeypatch.setattr("fluxfast.train.compute.why_not", graphs.why_not)
+    monkeypatch.setattr(gpus, "this_gpu", lambda device: None)
     with pytest.raises(
-        ConfigError,
-        match=r'"cuda_graphs" is true, but they are not possible here .*only a GPU has them',
+        ConfigError, match=r'"cuda_graphs" is true, but only a GPU has them: set it to "auto"'
     ):
         run(cuda_graphs=True, **FP32 | NO_DROPOUT)
 

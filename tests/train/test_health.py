@@ -1,4 +1,4 @@
-"""A run at its start: what it checks of the machine, what it then passes over, and what it refuses."""
+"""A run at its start: what it checks of the machine, passes over after that, and refuses."""
 
 import io
 
@@ -12,10 +12,10 @@ from fluxfast.doctor import startup
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.scope import PLAIN
 from fluxfast.doctor.store import Store
+from fluxfast.memory.choices import Wishes, choose_compute, refusals
+from fluxfast.memory.gpus import find_gpu
 from fluxfast.ops import dispatch, verdicts
 from fluxfast.train import health
-from fluxfast.train.compute import choose_compute
-from small_flux import small_flux
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_NATIVE, reason="the native module was not built")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -90,7 +90,8 @@ def test_a_run_passes_over_what_failed(run, write_config, caplog):
         ),
     ],
 )
-def test_what_was_asked_for_and_failed_is_an_error(changes, what, way, said):
+def test_what_was_asked_for_and_failed_is_an_error(changes, what, way, said, pretend_gpu):
+    pretend_gpu("H100")
     asked = config(**changes)
     console = Console(file=io.StringIO())
     health.settle(asked, CPU, console)
@@ -101,28 +102,16 @@ def test_what_was_asked_for_and_failed_is_an_error(changes, what, way, said):
     health.settle(config(), CPU, console)
 
 
-def test_auto_takes_no_8_bits_that_failed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    model = small_flux("int8")
-    assert choose_compute("auto", model, GPU)[0] == "int8"
+def test_auto_takes_no_8_bits_that_failed():
+    gpu, auto, asked = find_gpu("H100"), Wishes(), Wishes(compute="int8")
+    assert choose_compute(auto, "int8", gpu)[0] == "int8"
+    assert not refusals(asked, gpu)
     verdicts.set_failed({("compute", "int8"): "dx is off by 0.4"})
-    compute, why = choose_compute("auto", model, GPU)
+    compute, why = choose_compute(auto, "int8", gpu)
     assert compute == "same" and "dx is off by 0.4" in why
-    with pytest.raises(
-        ValueError,
-        match=r'"compute_precision" is int8, but it failed .*: set it to "auto" or "same"',
-    ):
-        choose_compute("int8", model, GPU)
-
-
-def test_the_budget_knows_of_it():
-    from fluxfast.memory.gpus import find_gpu
-    from fluxfast.train.budget import compute_of
-
-    asked, gpu = config(base_model_precision="int8-quanto"), find_gpu("RTX 4090")
-    assert compute_of(asked, gpu) == "int8"
-    verdicts.set_failed({("compute", "int8"): "wrong"})
-    assert compute_of(asked, gpu) == "same"
+    (refused,) = refusals(asked, gpu)
+    assert refused.startswith('"compute_precision" is int8, but it failed')
+    assert refused.endswith(': set it to "auto" or "same"')
 
 
 @pytest.mark.parametrize(
@@ -154,8 +143,9 @@ def test_the_budget_knows_of_it():
         ),
     ],
 )
-def test_what_a_config_asks_for(monkeypatch, changes, device, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_what_a_config_asks_for(changes, device, expected, pretend_gpu):
+    if device == GPU:
+        pretend_gpu("H100")
     scope = health.scope_of(config(**changes), device)
     assert {name: getattr(scope, name) for name in expected} == expected
 

@@ -4,6 +4,8 @@ when it is on.
 
 import io
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_trainer import BF16, FP32, TREAD, Killed, kill_at, same_files
 
+from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
+from fluxfast.memory.choices import choose, wishes_of
+from fluxfast.memory.gpus import find_gpu
 from fluxfast.model.modulation import ModulationAhead
-from fluxfast.train.modulation import keeps_on_host
+from fluxfast.train.choose import BatchShape, facts_of, tell, workload_of
 from fluxfast.train.objective import Objective
 from fluxfast.train.trainer import Trainer
 from support import relative_error
@@ -137,24 +142,22 @@ def test_validation_and_a_teacher(run, computed):
     "key",
     [{"flux_lora_target": "ai-toolkit"}, {"peft_lora_target_modules": ["to_q", "norm_out.linear"]}],
 )
-def test_adapters_on_modulation(run, monkeypatch, key):
+def test_adapters_on_modulation(run, monkeypatch, pretend_gpu, key):
     with pytest.raises(ConfigError, match=r"\"modulation_ahead\" is true.*norm\w*\.linear"):
         run(name="asked", modulation_ahead=True, **FP32, **key)
-
-    # a CPU that would choose as a GPU does
-    def on_gpu(config, linears, device, console):
-        return keeps_on_host(config, linears, torch.device("cuda"), console)
-
-    monkeypatch.setattr("fluxfast.train.base_model.keeps_on_host", on_gpu)
-    lora, out = run(name="auto", **FP32, **key, max_train_steps=2)
+    # a CPU that chooses as a GPU does, and takes no time for it
+    pretend_gpu("H100")
+    no_graphs = FP32 | {"cuda_graphs": False, "max_train_steps": 2}
+    monkeypatch.setattr(ModulationAhead, "seconds", lambda self, *args: 0.0)
+    lora, out = run(name="auto", **no_graphs, **key)
     assert out.getvalue().count(IN_PLACE) == 1 and LINE not in out.getvalue()
-    _, out = run(name="resumed_from_file", init_lora=str(lora), **FP32, max_train_steps=2)
+    _, out = run(name="resumed_from_file", init_lora=str(lora), **no_graphs)
     assert out.getvalue().count(IN_PLACE) == 1 and LINE not in out.getvalue()
-    with pytest.raises(ConfigError, match="an adapter is on it"):
-        run(name="asked_with_file", init_lora=str(lora), modulation_ahead=True, **FP32)
-    _, out = run(name="plain", **FP32, max_train_steps=2)
+    with pytest.raises(ConfigError, match=r"not constant: the LoRA trains it .*norm\w*\.linear"):
+        run(name="asked_with_file", init_lora=str(lora), modulation_ahead=True, **no_graphs)
+    _, out = run(name="plain", **no_graphs)
     assert LINE in out.getvalue() and IN_PLACE not in out.getvalue()
-    _, out = run(name="off", modulation_ahead=False, **FP32, max_train_steps=2)
+    _, out = run(name="off", modulation_ahead=False, **no_graphs)
     assert LINE not in out.getvalue() and IN_PLACE not in out.getvalue()
 
 
@@ -177,15 +180,20 @@ def test_an_exception_of_the_thread_ends_the_step(run, monkeypatch):
     assert steps == [1, 2, 3]
 
 
-def test_auto_is_off_on_a_cpu(write_config):
-    from fluxfast.config.run import load_config
+def facts(config, gpu, **known):
+    """What is known of a run on images of 512 and 1024 px."""
+    small, large = (
+        workload_of(config, BatchShape((pixels, pixels), config.train_batch_size, "photos"))
+        for pixels in (512, 1024)
+    )
+    return replace(facts_of(config, large, gpu), smallest=small, **known)
 
-    out = io.StringIO()
+
+def test_auto_is_off_on_a_cpu(write_config):
     config = load_config(write_config(**FP32))
     assert config.modulation_ahead == "auto"
-    assert not keeps_on_host(config, ["norm_out.linear"], torch.device("cpu"), Console(file=out))
-    assert keeps_on_host(config, ["norm_out.linear"], torch.device("cuda"), Console(file=out))
-    assert not out.getvalue()
+    assert not choose(wishes_of(config), facts(config, None)).modulation_ahead
+    assert choose(wishes_of(config), facts(config, find_gpu("H100"))).modulation_ahead
     values = {"true": True, "false": False, "auto": "auto"}
     assert {
         text: load_config(write_config(modulation_ahead=text)).modulation_ahead for text in values
@@ -210,30 +218,26 @@ def test_auto_is_off_on_a_cpu(write_config):
         ("H200", 900, {"enable_group_offload": True}, False),
     ],
 )
-def test_a_cpu_that_takes_longer_than_the_step(
-    write_config, monkeypatch, gpu, milliseconds, settings, late
-):
-    from types import SimpleNamespace
-
-    from fluxfast.config.run import load_config
-    from fluxfast.memory.gpus import find_gpu
-    from fluxfast.train import modulation
-
-    ahead = SimpleNamespace(
-        seconds=lambda batch, device, dtype: milliseconds / 1000, nbytes=6 << 30
-    )
-    turned = []
-    transformer = SimpleNamespace(
-        device=torch.device("cuda"), modulation=ahead, set_modulation_ahead=turned.append
-    )
-    monkeypatch.setattr(modulation, "gpu_of", lambda device: find_gpu(gpu))
-    monkeypatch.setattr(modulation, "why_not", lambda transformer: None)
-    out = io.StringIO()
+def test_a_cpu_that_takes_longer_than_the_step(write_config, gpu, milliseconds, settings, late):
     config = load_config(write_config(**settings))
-    modulation.settle(config, transformer, [(512, 512), (1024, 1024)], Console(file=out, width=200))
-    assert turned == ([False] if late else [])
+    known = facts(config, find_gpu(gpu), host_seconds=milliseconds / 1000)
+    choices = choose(wishes_of(config), known)
+    assert choices.modulation_ahead is not late
+    out = io.StringIO()
+    modulation = None if late else SimpleNamespace(nbytes=6 << 30)
+    transformer = SimpleNamespace(modulation=modulation)
+    tell(choices, wishes_of(config), known, transformer, Console(file=out, width=200))
     expected = f"{IN_PLACE}, step by step: the CPU takes {milliseconds} ms for it" if late else LINE
     assert out.getvalue().startswith(expected)
+
+
+def test_a_slow_cpu_gives_the_weights_back(run, pretend_gpu, monkeypatch):
+    """It is measured on the model that a run has loaded, whose weights then go to the device."""
+    pretend_gpu("H200")
+    monkeypatch.setattr(ModulationAhead, "seconds", lambda self, *args: 9.0)
+    _, out = run(**FP32, cuda_graphs=False, max_train_steps=1)
+    assert f"{IN_PLACE}, step by step: the CPU takes 9000 ms for it" in out.getvalue()
+    assert LINE not in out.getvalue()
 
 
 def test_the_host_is_timed():

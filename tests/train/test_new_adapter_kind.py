@@ -17,9 +17,10 @@ from fluxfast.config.adapters import LORA_TYPES
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.block_memory import block_memory
+from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.plan import account
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.train.budget import Batch, stated_choices, workload_of
+from fluxfast.train.choose import BatchShape, choose, facts_of, workload_of
 from fluxfast.train.trainer import Trainer, train
 from rank_one import RankOneKind
 from small_flux import small_flux
@@ -206,10 +207,10 @@ def test_init_lora_goes_on_from_its_file(run, kind, monkeypatch):
 
 
 def test_a_plan_counts_it(kind, write_config):
-    batch = Batch((512, 512), 1, "photos")
-    lora = workload_of(load_config(write_config(**FP32)), batch, "same")
+    batch = BatchShape((512, 512), 1, "photos")
+    lora = workload_of(load_config(write_config(**FP32)), batch)
     config = load_config(write_config(**FP32, lora_type="rank-one"))
-    workload = workload_of(config, batch, "same")
+    workload = workload_of(config, batch)
     with torch.device("meta"):
         model = FluxTransformer()
         kind.add(model, AdapterSettings(targets=config.flux_lora_target, rank=0, alpha=0))
@@ -218,7 +219,7 @@ def test_a_plan_counts_it(kind, write_config):
     assert workload.block_adapters == [
         sum(p.numel() for p in block.parameters() if p.requires_grad) for block in model.blocks
     ]
-    plan = account(workload, stated_choices(config, workload))
+    plan = account(workload, choose(wishes_of(config), facts_of(config, workload, None)))
     assert plan.vram["adapters"] == 4 * trained
     assert plan.vram["optimiser"] == 8 * trained
     # LoRA keeps a narrow product a token in fp32 for q, k, v, out and the MLP's two; this kind none

@@ -15,7 +15,7 @@ from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.settings import ConfigError
 from fluxfast.train import state
 from fluxfast.train.base_model import open_base
-from fluxfast.train.budget import Batch, workload_of
+from fluxfast.train.choose import BatchShape, workload_of
 from fluxfast.train.optim import build_optimizer
 
 MOMENTUM = OptimizerKind(
@@ -30,7 +30,7 @@ def test_a_new_flavour_is_planned_and_opened(monkeypatch, write_config):
     record = replace(FLAVOURS["dev"], takes_guidance=False, text_tokens=128, in_channels=128)
     monkeypatch.setitem(FLAVOURS, "kontext", record)
     config = load_config(write_config(model_flavour="kontext"))
-    workload = workload_of(config, Batch((1024, 1024), 1, "images"), "same")
+    workload = workload_of(config, BatchShape((1024, 1024), 1, "images"))
     assert workload.text_tokens == 128 and not workload.sizes.guidance_embeds
     with pytest.raises(CheckpointError, match="128"):
         open_base(config)

@@ -1,0 +1,373 @@
+"""The one place where fluxfast chooses for its user: `choose`.
+
+The trainer, `fluxfast-train plan` and `accelerate` all call it. `Wishes` is what the user said,
+`Facts` is what is known of the machine, the model and the data. Both are plain data, so choices can
+be made for a GPU that is not there. Every choice comes with its reason, which the run's log, the
+plan's report and `accelerate`'s report show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fluxfast.memory.gpus import Gpu
+from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
+from fluxfast.memory.sizes import Workload
+from fluxfast.memory.stream import DEFAULT_SLOTS
+from fluxfast.model import graphs
+from fluxfast.model.apply import Choices
+from fluxfast.ops import verdicts
+from fluxfast.quant import FORMATS
+
+if TYPE_CHECKING:
+    # pydantic, which `accelerate` does without
+    from fluxfast.config.run import TrainConfig
+
+# GiB of a GPU's memory that its driver keeps for itself
+DRIVER = 0.25
+AS_ASKED = "as asked"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user said of the choices.
+
+    "auto" and None leave a choice to `choose`. Any other value is an order: it is followed, or
+    refused with the reason, and never falls back.
+
+    Attributes:
+        compute: what products run in: "auto", "same", "int8" or "e4m3".
+        eight_bit_bases: the formats of the base for which "auto" takes 8-bit products.
+        outliers: channels of each product's input that stay out of 8 bits.
+        impl: the kernels' implementation: "auto", "triton", "native" or "ref".
+        recompute: a policy for all blocks, or one for each; None: as `checkpoint_every` says.
+        checkpoint_every: one block of so many is checkpointed, 0: none; None: blocks do as the
+            checkpointing around them asks.
+        streams, blocks_per_group, use_stream: as in `Choices`, where no budget decides.
+        vram_budget: GiB, or "auto" for all that is free; None: no budget.
+        modulation_ahead, cuda_graphs: True, False, or "auto".
+        attention: a back end, or "auto".
+        deterministic: the same bits each time that a step is computed.
+    """
+
+    compute: str = "auto"
+    eight_bit_bases: tuple[str, ...] = tuple(FORMATS)
+    outliers: int = 0
+    impl: str = "auto"
+    recompute: str | tuple[str, ...] | None = None
+    checkpoint_every: int | None = None
+    streams: bool = False
+    blocks_per_group: int = 1
+    use_stream: bool = False
+    vram_budget: float | Literal["auto"] | None = None
+    modulation_ahead: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    attention: str = "auto"
+    deterministic: bool = False
+
+
+def wishes_of(config: TrainConfig) -> Wishes:
+    """What a run's config says of the choices."""
+    every = (config.gradient_checkpointing_interval or 1) if config.gradient_checkpointing else 0
+    return Wishes(
+        compute="e4m3" if config.compute_precision == "fp8" else config.compute_precision,
+        outliers=config.compute_outliers,
+        recompute=config.recompute,
+        checkpoint_every=every,
+        streams=config.enable_group_offload,
+        blocks_per_group=config.group_offload_blocks_per_group,
+        use_stream=config.group_offload_use_stream,
+        vram_budget=config.vram_budget,
+        modulation_ahead=config.modulation_ahead,
+        cuda_graphs=config.cuda_graphs,
+        deterministic=config.deterministic,
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the machine, the model and the data.
+
+    Attributes:
+        blocks: how many the model has.
+        format: the format that the blocks' weights are stored in; None: they are not quantised, or
+            in no format of ours.
+        gpu: None for a CPU.
+        workload: a step on the largest batch; None where nobody knows it, and then neither a budget
+            nor modulation ahead can be chosen.
+        smallest: a step on the smallest batch.
+        free: bytes of VRAM that the run may have; None: all of the GPU's but the driver's.
+        dropout: whether the adapters have one.
+        host_seconds: what the CPU takes for a batch's modulation, measured; None: nobody has
+            measured it, and it is taken to be less than a step.
+        obstacles: what of a model that is there forbids "modulation_ahead" or "graphs", and why.
+    """
+
+    blocks: int
+    format: str | None
+    gpu: Gpu | None
+    workload: Workload | None = None
+    smallest: Workload | None = None
+    free: int | None = None
+    dropout: bool = False
+    host_seconds: float | None = None
+    obstacles: Mapping[str, str | None] = field(default_factory=dict)
+
+
+class Refused(ValueError):
+    """What was asked for can't be had; `problems` has a line for each order."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class OverBudget(Refused):
+    """No choices need as little VRAM as the budget; `lines` say which settings would help."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(*(f'"vram_budget": {line}' for line in lines))
+        self.lines = lines
+
+
+def choose(wishes: Wishes, facts: Facts) -> Choices:
+    """Every choice, with its reason.
+
+    "auto" passes over what the machine lacks, what failed its check on it (`ops.verdicts`), and
+    what would be slower. Raises Refused where an order can't be followed, and OverBudget where
+    nothing fits the budget.
+    """
+    if problems := refusals(wishes, facts.gpu):
+        raise Refused(*problems)
+    compute, compute_reason = choose_compute(wishes, facts.format, facts.gpu)
+    workload = None if facts.workload is None else replace(facts.workload, compute=compute)
+    ahead, ahead_reason = _modulation_ahead(wishes, facts)
+    choices, memory_reasons = _memory(wishes, facts, workload, ahead)
+    if ahead and (late := _host_is_late(wishes, facts, workload, choices)) is not None:
+        choices, ahead_reason = replace(choices, modulation_ahead=False), late
+    graphed, graphs_reason = _graphs(wishes, facts, choices)
+    attention, attention_reason = _attention(wishes, facts)
+    return replace(
+        choices,
+        compute=compute,
+        outliers=wishes.outliers,
+        attention=attention,
+        deterministic=wishes.deterministic and facts.gpu is not None,
+        graphs=graphed,
+        reasons={
+            "compute": compute_reason,
+            **memory_reasons,
+            "modulation_ahead": ahead_reason,
+            "graphs": graphs_reason,
+            "attention": attention_reason,
+        },
+    )
+
+
+def refusals(wishes: Wishes, gpu: Gpu | None) -> list[str]:
+    """A line for each order that this machine can't follow, whatever the run computes."""
+    found = []
+    ordered = wishes.compute not in ("auto", "same")
+    if ordered and (obstacle := compute_obstacle(wishes.compute, gpu)) is not None:
+        asked = "fp8" if wishes.compute == "e4m3" else wishes.compute
+        found.append(_refusal("compute_precision", asked, obstacle, '"auto" or "same"'))
+    if wishes.cuda_graphs is True and (obstacle := _no_graphs(gpu)) is not None:
+        found.append(_refusal("cuda_graphs", "true", obstacle, '"auto" or false'))
+    if wishes.streams and (obstacle := _no_streaming()) is not None:
+        found.append(_refusal("enable_group_offload", "true", obstacle, "false"))
+    return found
+
+
+def _refusal(option: str, value: str, obstacle: str, instead: str) -> str:
+    """The line for an order that can't be followed."""
+    return f'"{option}" is {value}, but {obstacle}: set it to {instead}'
+
+
+# what products run in
+
+
+def compute_obstacle(compute: str, gpu: Gpu | None) -> str | None:
+    """Why products can't run in "int8" or "e4m3" here; None where they can.
+
+    On a CPU 8-bit products are emulated, so whoever asks for them gets them.
+    """
+    if gpu is not None and not gpu.rate(compute):
+        return f"{gpu.name} has no tensor cores for {compute}"
+    return verdicts.failed(verdicts.COMPUTE, compute)
+
+
+def choose_compute(wishes: Wishes, format: str | None, gpu: Gpu | None) -> tuple[str, str]:
+    """(what products run in, why), for a base in that format.
+
+    "auto" takes 8 bits for a base that is stored in few bits already, where they are faster: e4m3
+    for weights in fp8, else int8. An order is taken as it is; `refusals` has looked at it.
+    """
+    if wishes.compute != "auto":
+        return wishes.compute, AS_ASKED
+    if format not in wishes.eight_bit_bases:
+        every = wishes.eight_bit_bases == tuple(FORMATS)
+        stored = "quantised" if every else f"stored in {' or '.join(wishes.eight_bit_bases)}"
+        return "same", f"the base is not {stored}"
+    if gpu is None or wishes.impl in ("native", "ref"):
+        where = "on a CPU" if gpu is None else f"in the {wishes.impl} kernels"
+        return "same", f"8-bit products are no faster {where}"
+    compute = "e4m3" if format == "fp8_e4m3" else "int8"
+    if (obstacle := compute_obstacle(compute, gpu)) is not None:
+        return "same", f"not in {compute}: {obstacle}"
+    return compute, (
+        f"the base is stored in {format}, and this GPU has tensor cores for {compute}; "
+        'activations are rounded to 8 bits ("same" turns it off)'
+    )
+
+
+# what is recomputed, and where the weights are
+
+
+def usable_bytes(memory_gib: float) -> int:
+    """What a process can have of a GPU with that much memory."""
+    return round((memory_gib - DRIVER) * GIB)
+
+
+def budget_bytes(wishes: Wishes, gpu: Gpu, free: int | None = None) -> int:
+    """The VRAM that a run may take: vram_budget, where it is a number; else all that is free."""
+    if wishes.vram_budget not in (None, "auto"):
+        return round(float(wishes.vram_budget) * GIB)
+    return usable_bytes(gpu.memory) if free is None else free
+
+
+def _memory(
+    wishes: Wishes, facts: Facts, workload: Workload | None, ahead: bool
+) -> tuple[Choices, dict[str, str]]:
+    """Recomputation and streaming: as the user says, or what fits the budget on a GPU."""
+    if wishes.vram_budget is None or facts.gpu is None or workload is None:
+        return _as_said(wishes, facts, ahead)
+    budget = budget_bytes(wishes, facts.gpu, facts.free)
+    choices = fit(workload, facts.gpu, budget, modulation_ahead=ahead)
+    if choices is None:
+        raise OverBudget(why_nothing_fits(workload, budget, modulation_ahead=ahead))
+    needed = account(workload, choices).needed
+    reason = (
+        f"vram_budget {budget / GIB:.2f} GiB: a step should take {needed / GIB:.2f} and be the "
+        "fastest that fits"
+    )
+    return choices, {"recompute": reason, "streaming": "by the same budget"}
+
+
+def _as_said(wishes: Wishes, facts: Facts, ahead: bool) -> tuple[Choices, dict[str, str]]:
+    """The choices about memory as the user says them."""
+    every = wishes.checkpoint_every
+    if wishes.recompute is not None:
+        one_for_all = isinstance(wishes.recompute, str)
+        policies: Any = (wishes.recompute,) * facts.blocks if one_for_all else wishes.recompute
+        reason = AS_ASKED
+    elif every is None:
+        policies, reason = (), "as the checkpointing around the blocks asks"
+    else:
+        checkpointed = [every > 0 and index % every == 0 for index in range(facts.blocks)]
+        policies = tuple("full" if full else "none" for full in checkpointed)
+        reason = f"gradient checkpointing of {f'one block in {every}' if every else 'no block'}"
+    choices = Choices(
+        policies,
+        slots=DEFAULT_SLOTS if wishes.streams else 0,
+        blocks_per_group=wishes.blocks_per_group if wishes.streams else 1,
+        use_stream=wishes.streams and wishes.use_stream,
+        # beside the computation their way out and back costs nothing; in line with it, it would
+        host_inputs=wishes.streams and wishes.use_stream and facts.gpu is not None,
+        modulation_ahead=ahead,
+    )
+    streaming = AS_ASKED if wishes.streams else "nobody asks for it"
+    return choices, {"recompute": reason, "streaming": streaming}
+
+
+def _no_streaming() -> str | None:
+    """Why blocks can't be streamed on this machine; None where they can."""
+    return verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY)
+
+
+# modulation
+
+
+def _modulation_ahead(wishes: Wishes, facts: Facts) -> tuple[bool, str]:
+    """Whether modulation may be computed ahead, on the CPU, and why."""
+    if wishes.modulation_ahead is False:
+        return False, AS_ASKED
+    if wishes.modulation_ahead == "auto" and facts.gpu is None:
+        return False, "on a CPU it would save neither memory nor time"
+    trained = None if facts.workload is None else facts.workload.trained_modulation
+    obstacle = facts.obstacles.get("modulation_ahead")
+    if trained is not None:
+        obstacle = f"the LoRA trains it ({trained})"
+    if obstacle is None:
+        saved = "its weights stay in host memory, and the CPU is done before the step needs it"
+        return True, saved if wishes.modulation_ahead == "auto" else AS_ASKED
+    if wishes.modulation_ahead is True:
+        obstacle = f"modulation is not constant: {obstacle}"
+        raise Refused(_refusal("modulation_ahead", "true", obstacle, '"auto"'))
+    return False, obstacle
+
+
+def _host_is_late(
+    wishes: Wishes, facts: Facts, workload: Workload | None, choices: Choices
+) -> str | None:
+    """Why the GPU would wait for modulation although it has room to compute it itself; else None.
+
+    What the CPU takes is measured, what a step takes is predicted. A budget or streamed blocks want
+    the weights on the host in any case.
+    """
+    if wishes.modulation_ahead != "auto" or wishes.vram_budget is not None or choices.streams:
+        return None
+    if facts.host_seconds is None or facts.gpu is None or workload is None:
+        return None
+    in_place = replace(choices, modulation_ahead=False)
+    if account(workload, in_place).needed > usable_bytes(facts.gpu.memory):
+        return None
+    smallest = replace(facts.smallest or workload, compute=workload.compute)
+    step = predict(smallest, choices, facts.gpu).total
+    if facts.host_seconds <= step:
+        return None
+    return (
+        f"the CPU takes {facts.host_seconds * 1000:.0f} ms for it, a step's computing should take "
+        f"{step * 1000:.0f}"
+    )
+
+
+# CUDA graphs and attention
+
+
+def _no_graphs(gpu: Gpu | None) -> str | None:
+    """Why this machine has no CUDA graphs; None where it has."""
+    if gpu is None:
+        return "only a GPU has them"
+    return verdicts.failed(verdicts.GRAPHS, verdicts.ONLY_WAY)
+
+
+def _graphs(wishes: Wishes, facts: Facts, choices: Choices) -> tuple[bool, str]:
+    """Whether steps are replayed as CUDA graphs, and why."""
+    if wishes.cuda_graphs is False:
+        return False, AS_ASKED
+    obstacle = _no_graphs(facts.gpu)
+    if obstacle is None and choices.streams:
+        obstacle = graphs.STREAMED
+    if obstacle is None and facts.dropout:
+        obstacle = graphs.DROPOUT
+    obstacle = obstacle or facts.obstacles.get("graphs")
+    if wishes.cuda_graphs is True:
+        if obstacle is not None:
+            raise Refused(_refusal("cuda_graphs", "true", obstacle, '"auto" or false'))
+        return True, AS_ASKED
+    if obstacle is None and wishes.vram_budget is not None:
+        obstacle = (
+            '"vram_budget" does not count what they keep ("cuda_graphs": true asks for them all '
+            "the same)"
+        )
+    return obstacle is None, obstacle or "a step is the same launches each time"
+
+
+def _attention(wishes: Wishes, facts: Facts) -> tuple[str, str]:
+    """Attention's back end, and why."""
+    if wishes.deterministic and facts.gpu is not None:
+        # the other back ends add gradients up by atomic additions, in no fixed order
+        return "flash", "the back end whose backward adds up in the same order each time"
+    return wishes.attention, "the fastest back end" if wishes.attention == "auto" else AS_ASKED

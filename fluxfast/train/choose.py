@@ -1,0 +1,172 @@
+"""What a run chooses by itself: the facts that it chooses from, and what it says of its choices.
+
+`fluxfast.memory.choices.choose` makes the choices, for the run as for `fluxfast-train plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+
+from fluxfast.adapters.presets import preset_targets
+from fluxfast.checkpoint.flux import Checkpoint
+from fluxfast.config.datasets import ImageDataset
+from fluxfast.config.run import TrainConfig
+from fluxfast.config.settings import ConfigError
+from fluxfast.data.buckets import target_size
+from fluxfast.memory import choices, gpus
+from fluxfast.memory.choices import Facts, Refused, Wishes
+from fluxfast.memory.plan import CUDA_CONTEXT
+from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast.model import graphs, modulation
+from fluxfast.model.apply import Choices
+from fluxfast.model.routing import keep_count, resolve_routes
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.quant.rules import PRECISIONS
+from fluxfast.train.events import say
+
+# width / height of the images that a dataset without crops is taken to hold
+ASPECTS = tuple(i / 20 for i in range(10, 41))
+
+
+class BatchShape(NamedTuple):
+    """A batch: its images' size in pixels (width, height), their number, and their dataset."""
+
+    size: tuple[int, int]
+    samples: int
+    dataset: str
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.size[0] // 16) * (self.size[1] // 16)
+
+
+def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> BatchShape:
+    """The batch with the most tokens, by the datasets' settings; nothing on disk is looked at."""
+    batches = [
+        BatchShape(
+            target_size(aspect, d.resolution, d.resolution_type),
+            d.train_batch_size or config.train_batch_size,
+            d.id,
+        )
+        for d in datasets
+        for aspect in ([1.0] if d.crop and d.crop_aspect == "square" else ASPECTS)
+    ]
+    return max(batches, key=lambda batch: batch.image_tokens * batch.samples)
+
+
+def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None = None) -> Workload:
+    """What a step of this config computes on this batch.
+
+    base: the transformer's checkpoint, opened. Without one, sizes are those of the flavour and the
+    format of the weights is the config's.
+    """
+    sizes, quantized = FluxSizes(guidance_embeds=config.flavour.takes_guidance), None
+    if base is not None:
+        sizes, quantized = FluxSizes.from_config(base.config), base.quantized
+    format = PRECISIONS[config.base_model_precision] if quantized is None else quantized.format.name
+    text = config.tokenizer_max_length
+    image = [batch.image_tokens] * sizes.blocks
+    routes = config.tread_config.routes if config.tread_config else ()
+    for route in resolve_routes([route.model_dump() for route in routes], sizes.blocks):
+        kept = keep_count(batch.image_tokens, route.ratio)
+        image[route.first : route.last + 1] = [kept] * (route.last + 1 - route.first)
+    targets = config.peft_lora_target_modules or preset_targets(config.flux_lora_target)
+    return Workload(
+        sizes=sizes,
+        tokens=tuple(tokens + text for tokens in image),
+        text_tokens=text,
+        batch=batch.samples,
+        storage=Storage(format, config.base_dtype.itemsize),
+        targets=tuple(targets),
+        rank=config.lora_rank,
+        adapter_itemsize=config.optimizer_kind.itemsize,
+        optimizer=config.optimizer,
+        lora_type=config.lora_type,
+    )
+
+
+def facts_of(config: TrainConfig, workload: Workload, gpu: gpus.Gpu | None) -> Facts:
+    """What a config and the largest batch's workload say, for that GPU."""
+    return Facts(
+        blocks=workload.sizes.blocks,
+        format=workload.storage.format,
+        gpu=gpu,
+        workload=workload,
+        dropout=config.lora_dropout > 0,
+    )
+
+
+def facts_before_loading(
+    config: TrainConfig, base: Checkpoint, sizes: Sequence[tuple[int, int]], device: torch.device
+) -> Facts:
+    """What a run knows before it loads its base. sizes: (width, height) of its images."""
+    smallest, largest = (
+        BatchShape(pick(sizes, key=lambda size: size[0] * size[1]), config.train_batch_size, "")
+        for pick in (min, max)
+    )
+    facts = facts_of(config, workload_of(config, largest, base), gpus.this_gpu(device))
+    if device.type == "cuda":
+        # by now the context is there, and so is what other programs have taken
+        facts = replace(facts, free=torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT)
+    return replace(facts, smallest=workload_of(config, smallest, base))
+
+
+def facts_of_model(facts: Facts, config: TrainConfig, transformer: FluxTransformer) -> Facts:
+    """The facts with what only the loaded model shows, once its adapter is there.
+
+    These are linears that forbid a choice, and the time that the CPU takes for modulation.
+    """
+    obstacles, seconds = {"graphs": graphs.obstacle(transformer)}, None
+    if transformer.modulation is not None:
+        obstacles["modulation_ahead"] = modulation.why_not(transformer)
+        if facts.gpu is not None and config.modulation_ahead == "auto":
+            seconds = transformer.modulation.seconds(
+                config.train_batch_size, transformer.device, config.weight_dtype
+            )
+    return replace(facts, obstacles=obstacles, host_seconds=seconds)
+
+
+def choose(wishes: Wishes, facts: Facts) -> Choices:
+    """`choices.choose`, for a run: raises ConfigError where the config can't be followed."""
+    try:
+        return choices.choose(wishes, facts)
+    except Refused as refused:
+        raise ConfigError(refused.problems) from None
+
+
+def tell_budget(chosen: Choices, wishes: Wishes, facts: Facts, console: Console) -> None:
+    """Say what a budget has come to, before the model is loaded."""
+    if wishes.vram_budget is not None and facts.gpu is None:
+        say(console, '"vram_budget" has no effect: there is no GPU')
+    elif wishes.vram_budget is not None:
+        say(console, f"{chosen.reasons['recompute']}; {chosen.summary()}")
+
+
+def tell(
+    chosen: Choices, wishes: Wishes, facts: Facts, transformer: FluxTransformer, console: Console
+) -> None:
+    """Say how the model computes, once the choices are applied.
+
+    Without a GPU nobody expects modulation ahead or CUDA graphs, so "auto" says nothing there.
+    """
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    reasons = chosen.reasons
+    if transformer.modulation is not None:
+        size = f"{transformer.modulation.nbytes / 2**30:.2f} GiB"
+        tell(f"modulation is computed a step ahead on the CPU: its {size} stay in host memory")
+    elif wishes.modulation_ahead == "auto" and facts.gpu is not None:
+        tell(f"modulation is computed on the device, step by step: {reasons['modulation_ahead']}")
+    told = "in the activations' type" if chosen.compute == "same" else f"in {chosen.compute}"
+    if chosen.compute != "same" and chosen.outliers:
+        told += f", {chosen.outliers} channels apart"
+    tell(f"matrix products run {told}: {reasons['compute']}")
+    if wishes.cuda_graphs == "auto" and facts.gpu is not None and not chosen.graphs:
+        say(console, f"CUDA graphs: off: {reasons['graphs']}")

@@ -1,0 +1,140 @@
+"""`choose` by itself: what the wishes and the facts come to, each with its reason, and what is set.
+
+That trainer, plan and `accelerate` come to the same is in tests/train/test_same_choices.py.
+"""
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fluxfast.memory import gpus
+from fluxfast.memory.choices import Facts, OverBudget, Refused, Wishes, choose, refusals
+from fluxfast.memory.gpus import find_gpu, this_gpu
+from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast.model.apply import Choices, apply, make_ready
+from fluxfast.ops import verdicts
+from fluxfast.quant import FORMATS
+from small_flux import small_flux
+
+H100, AMPERE = find_gpu("H100"), find_gpu("RTX 3090")
+CUDA = torch.device("cuda")
+# what the reason for streaming tells of
+STREAMING = {"slots", "blocks_per_group", "use_stream", "host_inputs"}
+
+
+@pytest.fixture(autouse=True)
+def no_verdicts():
+    yield
+    verdicts.set_failed({})
+
+
+def facts(format=None, gpu=H100, **known):
+    return Facts(blocks=3, format=format, gpu=gpu, **known)
+
+
+def test_every_choice_has_its_reason():
+    choices = choose(Wishes(checkpoint_every=1), facts())
+    told = {"compute", "recompute", "streaming", "modulation_ahead", "graphs", "attention"}
+    assert choices.reasons.keys() == told and all(choices.reasons.values())
+    # outliers are the user's alone, and `attention` tells what is deterministic
+    covered = told | STREAMING | {"outliers", "deterministic", "reasons"}
+    assert {field.name for field in fields(Choices)} <= covered
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bases_whose_products_auto_runs_in_8_bits(format):
+    everything, accelerates = Wishes(), Wishes(eight_bit_bases=("int8",))
+    compute = "e4m3" if format == "fp8_e4m3" else "int8"
+    assert choose(everything, facts(format)).compute == compute
+    careful = choose(accelerates, facts(format))
+    assert careful.compute == ("int8" if format == "int8" else "same")
+    if format != "int8":
+        assert careful.reasons["compute"] == "the base is not stored in int8"
+    for wishes in (everything, accelerates):
+        assert choose(wishes, facts(format, gpu=None)).compute == "same"
+    for impl in ("native", "ref"):
+        choices = choose(Wishes(impl=impl), facts(format))
+        assert choices.compute == "same" and impl in choices.reasons["compute"]
+
+
+def test_recomputation():
+    assert choose(Wishes(), facts()).recompute == ()
+    assert choose(Wishes(checkpoint_every=0), facts()).recompute == ("none",) * 3
+    assert choose(Wishes(checkpoint_every=2), facts()).recompute == ("full", "none", "full")
+    own = ("none", "selective", "full")
+    assert choose(Wishes(recompute=own, checkpoint_every=1), facts()).recompute == own
+    assert choose(Wishes(recompute="full"), facts()).recompute == ("full",) * 3
+
+
+def test_orders_that_the_machine_can_not_follow():
+    wishes = Wishes(compute="e4m3", cuda_graphs=True, streams=True)
+    assert not refusals(wishes, H100)
+    assert len(refusals(wishes, AMPERE)) == 1 and len(refusals(wishes, None)) == 1
+    verdicts.set_failed({(verdicts.STREAMING, verdicts.ONLY_WAY): "wrong"})
+    with pytest.raises(Refused) as refused:
+        choose(wishes, facts(gpu=AMPERE))
+    compute, streaming = refused.value.problems
+    assert compute.startswith('"compute_precision" is fp8, but RTX 3090 has no tensor cores')
+    assert streaming.startswith('"enable_group_offload" is true, but it failed its check')
+
+
+def test_a_budget_says_what_would_help():
+    work = Workload(
+        sizes=FluxSizes(),
+        tokens=(4608,) * 57,
+        text_tokens=512,
+        batch=2,
+        storage=Storage(None),
+        targets=("to_q",),
+        rank=16,
+    )
+    known = facts(workload=work)
+    with pytest.raises(OverBudget) as over:
+        choose(Wishes(vram_budget=2), known)
+    for part in ("at the least", "train_batch_size", "int8-quanto", "half the tokens"):
+        assert any(part in line for line in over.value.lines)
+    # without a GPU there is nothing to keep to
+    assert not choose(Wishes(vram_budget=2), facts(gpu=None, workload=work)).streams
+
+
+def test_what_is_set_on_blocks():
+    model = small_flux("int8", ["to_q"]).eval()
+    policies = ("none", "selective", "full", "full", "none")
+    choices = Choices(policies, compute="int8", outliers=2, attention="ref", modulation_ahead=True)
+    make_ready(model, choices)
+    for block, policy in zip(model.blocks, policies, strict=True):
+        assert (block.compute, block.outliers, block.attention) == ("int8", 2, "ref")
+        assert block.policy == policy and block.fixed_policy
+    assert model.training and model.modulation is not None and model.recompute == [*policies]
+    make_ready(model, Choices(policies))
+    assert model.modulation is None and model.blocks[0].compute == "same"
+    blocks = [SimpleNamespace(), SimpleNamespace()]
+    apply(blocks, Choices(()))
+    assert not any(block.fixed_policy or block.policy != "none" for block in blocks)
+    with pytest.raises(ValueError, match="shorter"):
+        apply(blocks, Choices(("full",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "products"),
+    [
+        ("NVIDIA GeForce RTX 3090", (8, 6), {"int8"}),
+        ("NVIDIA H100 80GB HBM3", (9, 0), {"int8", "e4m3"}),
+        # not in the table
+        ("Tesla T4", (7, 5), {"int8"}),
+        ("Tesla V100-SXM2-16GB", (7, 0), set()),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), {"int8", "e4m3"}),
+    ],
+)
+def test_this_machines_gpu(monkeypatch, name, capability, products):
+    properties = SimpleNamespace(name=name, total_memory=15 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = this_gpu(CUDA)
+    assert gpu.memory == 15
+    assert {compute for compute in ("int8", "e4m3") if gpu.rate(compute)} == products
+    assert gpu.bandwidth and gpu.pcie and gpu.bf16
+    assert gpu.name == name or find_gpu(gpu.name) == find_gpu(name)
+    assert gpus.this_gpu(torch.device("cpu")) is None
