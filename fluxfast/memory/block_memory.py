@@ -29,8 +29,7 @@ from fluxfast.ops.device import pretend
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 
-# The GPU that tensors stand for. Others differ in how they read weights for 8-bit products, for which
-# Hopper makes the most copies.
+# The GPU that tensors stand for: Hopper makes the most copies of weights, for 8-bit products.
 ARCHITECTURE = "sm_90"
 META = torch.device("meta")
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}

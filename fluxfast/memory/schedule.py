@@ -96,7 +96,7 @@ class Schedule:
         return marks
 
     def enter(self, group: int, direction: Direction) -> list[Action]:
-        """The group is about to be read. Inside a reading of the same group, this changes nothing."""
+        """The group is about to be read. Within a reading of the same group, nothing changes."""
         assert 0 <= group < self.groups
         actions: list[Action] = []
         slot = self._find(group)
