@@ -58,7 +58,8 @@ class RankOneKind(AdapterKind):
         return {"u": module.u, "v": module.v}
 
     def add(self, transformer, settings):
-        wrap_linears(transformer, settings.targets, lambda x: RankOneLinear(x, settings.dtype))
+        names = settings.modules(transformer)
+        wrap_linears(transformer, names, lambda linear: RankOneLinear(linear, settings.dtype))
 
     def modules(self, transformer):
         return {n: m for n, m in transformer.named_modules() if isinstance(m, RankOneLinear)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +33,8 @@ from fluxfast.ops.linear.adapters import Adapter
 class AdapterSettings:
     """What a config says about its adapter. A kind uses the fields that mean something to it.
 
-    `targets` is the name of a preset, or a list of module names or their ends (`presets`). `dtype`
-    is that of the trained tensors.
+    `targets` is the name of a preset, or a list of module names or their ends (`presets`); `exact`:
+    of whole names alone. `dtype` is that of the trained tensors.
     """
 
     targets: str | tuple[str, ...]
@@ -43,6 +43,13 @@ class AdapterSettings:
     dropout: float = 0.0
     init: str = "default"
     dtype: torch.dtype = torch.float32
+    exact: bool = False
+
+    def modules(self, transformer: nn.Module) -> list[str]:
+        """The names of the targeted modules; ValueError where targets match none, or no linear."""
+        if self.exact:
+            return list(self.targets)
+        return find_targets(transformer, self.targets)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,11 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """The trained tensors of one linear, by the names that they have in files."""
+        """The trained tensors of one linear, by the names that they have in files.
+
+        A kind whose names have dots overrides `from_state`, which finds the module before the last
+        dot.
+        """
 
     @abstractmethod
     def tensors(self, module: nn.Module) -> dict[str, Parameter]:
@@ -141,14 +152,14 @@ class AdapterKind(ABC):
 
         The transformer may be on the meta device.
         """
-        return dict.fromkeys(find_targets(transformer, settings.targets), settings.rank)
+        return dict.fromkeys(settings.modules(transformer), settings.rank)
 
     def add_from(
         self, transformer: nn.Module, file: AdapterFile, settings: AdapterSettings
     ) -> None:
         """Adds the adapter of a file: its modules and values, with the dtype of the settings."""
         self.check_fits(transformer, file)
-        self.add(transformer, replace(settings, targets=tuple(file.targets)))
+        self.add(transformer, replace(settings, targets=tuple(file.targets), exact=True))
         self.load_state(transformer, file.state)
 
     # ---- its state, and its files
@@ -219,8 +230,9 @@ class AdapterKind(ABC):
             linear = modules[target]
             shapes = self.shapes(linear.out_features, linear.in_features, file.ranks[target])
             for name, expected in shapes.items():
-                found = list(file.state[f"{target}.{name}"].shape)
-                if found != list(expected):
+                if (tensor := file.state.get(f"{target}.{name}")) is None:
+                    raise ValueError(f"{file.path}: {target} has no {name} in it")
+                if (found := list(tensor.shape)) != list(expected):
                     raise ValueError(
                         f"{file.path}: {target}.{name.removesuffix('.weight')}: expected "
                         f"{list(expected)} for this transformer, found {found}"
@@ -228,10 +240,9 @@ class AdapterKind(ABC):
 
 
 def wrap_linears(
-    transformer: nn.Module, targets: str | tuple[str, ...], wrap: Callable[[nn.Module], nn.Module]
+    transformer: nn.Module, names: Sequence[str], wrap: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """Freezes a transformer and puts `wrap(linear)` in the place of each targeted linear."""
-    names = find_targets(transformer, targets)
+    """Freezes a transformer and puts `wrap(linear)` in the place of each linear of these names."""
     transformer.requires_grad_(False)
     for name in names:
         transformer.set_submodule(name, wrap(transformer.get_submodule(name)))

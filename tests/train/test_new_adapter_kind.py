@@ -178,6 +178,13 @@ def test_a_saved_file_is_read_back(kind, tmp_path):
     kind.add_from(other, file, AdapterSettings(targets="all", rank=0, alpha=0))
     assert kind.state(other).keys() == state.keys()
     assert all(torch.equal(kind.state(other)[name], tensor) for name, tensor in state.items())
+    # a file's targets are whole names: the blocks' own proj_out are other modules
+    last = {"proj_out.u": torch.ones(64), "proj_out.v": torch.ones(16)}
+    other = small_flux(num_layers=1, num_single_layers=1)
+    kind.add_from(other, kind.from_state(path, last), AdapterSettings("all", rank=0, alpha=0))
+    assert list(kind.modules(other)) == ["proj_out"]
+    with pytest.raises(ValueError, match="proj_out has no v in it"):
+        kind.check_fits(other, kind.from_state(path, {"proj_out.u": last["proj_out.u"]}))
     with torch.device("meta"):
         wider = FluxTransformer(num_layers=1, num_single_layers=1)
     with pytest.raises(ValueError, match=r"\.u: expected \[3072\] for this .* found \[64"):
