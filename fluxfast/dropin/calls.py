@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# how a call can run, as `block_maths.Log` names it, in words
+# how a call can run, as `block_base.CallRecorder` names it, in words
 WORDS: Mapping[str, str] = {
     "fused": "as one fused block",
     "composed": "op by op",
@@ -74,7 +74,7 @@ class CallLog:
             return {key: Fallback(seen.calls, seen.last) for key, seen in self._fallbacks.items()}
 
     def record(self, how: str, because: str | None = None, value: str = "") -> None:
-        """Count a call; arguments as `block_maths.Log.record` takes them.
+        """Count a call; arguments as `block_base.CallRecorder.record` takes them.
 
         Raises ValueError for a call that is not fused where accelerate was told to be strict.
         torch.compile's own way, op by op, is no reason for that.

@@ -1,9 +1,9 @@
-"""Black Forest Labs' layout, as sd-scripts and musubi-tuner carry it: one linear for q, k and v, in
-a single block one for the MLP as well; positions as 2x2 rotations.
+"""Black Forest Labs' layout, which sd-scripts and musubi-tuner use.
 
-A block's modules are shown to the maths under diffusers' names (`_double_view`, `_single_view`),
-made for each call. Where a host's block has a `_forward` inside its `forward`, for checkpointing,
-that is what is replaced.
+q, k and v are one linear, which in a single block has the MLP's first linear in it as well, and
+positions are 2x2 rotations. Each call makes a view of the block (`_DoubleView`, `_SingleView`) that
+has its modules under diffusers' names, for the maths to read. Where a host's block has a `_forward`
+inside its `forward`, for checkpointing, `_forward` is the one that is replaced.
 """
 
 from __future__ import annotations
@@ -16,31 +16,49 @@ from torch import Tensor, nn
 from fluxfast.dropin.arguments import HostBlock, signature_of
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.hooks import hooked
-from fluxfast.model.block_maths import Choices, DoubleMaths, SingleMaths
+from fluxfast.model.block_base import BlockBase, BlockOptions
+from fluxfast.model.double_block import DoubleMaths
 from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.rope import Tables
+from fluxfast.model.single_block import SingleMaths
 
-# of the RMS norms, whose modules don't tell
+# of the RMS norms: the hosts' modules have it as a number in their forward
 EPS = 1e-6
 _NO_DROPOUT = nn.Dropout(0.0)
-# the only argument after pe that the maths knows
+# the only argument after pe that our maths knows
 MASK = "txt_attention_mask"
 KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK})
 KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK})
 
 
 class _Names:
-    """Modules by other names; torch.compile does not know types.SimpleNamespace."""
+    """Modules under other names. torch.compile does not trace types.SimpleNamespace."""
 
     def __init__(self, **modules: Any) -> None:
         for name, module in modules.items():
             setattr(self, name, module)
 
 
-class _DoubleView(DoubleMaths):
-    """A double block's modules by diffusers' names."""
+class _View(BlockBase):
+    """A block's options, and its modules by diffusers' names; made for one call of the block."""
 
     def __init__(self, block: Any) -> None:
-        _copy_choices(self, block)
+        for name in BlockOptions.__annotations__:
+            setattr(self, name, getattr(block, name))
+        self.training = block.training
+
+    # `host_because` of the block itself has ruled both out
+
+    def foreign_call(self, x: Tensor, pe: Tables | None) -> str | None:
+        return None
+
+    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
+        return None
+
+
+class _DoubleView(_View, DoubleMaths):
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
         img, txt = block.img_attn, block.txt_attn
         self.attn = _Names(
             heads=_heads(img.qkv, img.norm),
@@ -61,15 +79,10 @@ class _DoubleView(DoubleMaths):
         self.ff = _Names(net=(_Names(proj=block.img_mlp[0]), None, block.img_mlp[2]))
         self.ff_context = _Names(net=(_Names(proj=block.txt_mlp[0]), None, block.txt_mlp[2]))
 
-    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
-        return None
 
-
-class _SingleView(SingleMaths):
-    """A single block's modules by diffusers' names."""
-
+class _SingleView(_View, SingleMaths):
     def __init__(self, block: Any) -> None:
-        _copy_choices(self, block)
+        super().__init__(block)
         self._linears: list[tuple[nn.Module, ...]] = [(block.linear1,), (block.linear2,)]
         dim = block.linear1.in_features
         self.attn = _Names(
@@ -84,17 +97,9 @@ class _SingleView(SingleMaths):
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
         return self._linears
 
-    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
-        return None
-
-
-def _copy_choices(view: Any, block: Any) -> None:
-    for name in Choices.__annotations__:
-        setattr(view, name, getattr(block, name))
-    view.training = block.training
-
 
 def _norm(norm: Any) -> Any:
+    """An RMS norm with its weight and eps under diffusers' names."""
     return _Names(weight=norm.scale, eps=EPS)
 
 
@@ -103,8 +108,10 @@ def _heads(linear: Any, norm: Any) -> int:
 
 
 def tables(pe: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, head_dim/2], or [B, S, head_dim/2] of rotations [..., S, head_dim/2, 2, 2]
-    with one for heads and B.
+    """cos and sin [S, head_dim/2], or [B, S, head_dim/2], of a host's rotations.
+
+    pe [..., S, head_dim/2, 2, 2], where the dimensions before S are batch and heads, or batch
+    alone; heads are 1, and the batch is 1 where all samples share their positions.
     """
     cos, sin = pe[..., 0, 0], pe[..., 1, 0]
     if cos.ndim == 4:
@@ -115,8 +122,9 @@ def tables(pe: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joint_mask(mask: Tensor | None, tokens: int) -> dict[str, Any]:
-    """sd-scripts' mask of the text tokens [B, S_txt] as one of all tokens, [B, 1, 1, S], under the
-    processors' name for it.
+    """sd-scripts' mask of the text tokens [B, S_txt] as joint_attention_kwargs.
+
+    There it is a mask of all tokens, [B, 1, 1, S], under the name that diffusers' processors use.
     """
     if mask is None:
         return {}
@@ -124,37 +132,38 @@ def joint_mask(mask: Tensor | None, tokens: int) -> dict[str, Any]:
     return {"attention_mask": torch.cat([mask.bool(), image], dim=1)[:, None, None]}
 
 
-class _Shared(HostBlock, Choices):
+class _Shared(HostBlock, BlockOptions):
+    """What both kinds of block share."""
+
     entry = "forward"
     host_class: Any
-    # what it can't be called without, the stream first
+    # the arguments that a call must have, the stream first
     needs: tuple[str, ...]
 
-    def settled(self) -> tuple[nn.Module, ...]:
-        """The modules beside linears whose work is done without calling them, of torch's own
-        classes.
-        """
+    def torch_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that are not called, of torch's own classes."""
         raise NotImplementedError
 
-    def passed_by(self) -> tuple[nn.Module, ...]:
-        """The same, of the host's classes."""
+    def host_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that are not called, of the host's classes."""
         raise NotImplementedError
 
     def last_linear(self) -> Any:
+        """The linear that the block applies last."""
         raise NotImplementedError
 
     def maths(self) -> Any:
-        """What computes the block."""
+        """A view of the block, which computes it."""
         raise NotImplementedError
 
     def modules_because(self: Any) -> str | None:
         """Why its modules make the host's own forward run; None where they don't."""
         if getattr(self, "attn_mode", None) == "sageattn":
             return "its attention is sageattn"
-        for module in self.passed_by():
+        for module in self.host_modules():
             if (because := hooked(module)) is not None:
                 return f"its {type(module).__name__} is called as a module: {because}"
-        return must_be_called(self.settled())
+        return must_be_called(self.torch_modules())
 
     def host_because(self: Any, given: dict[str, Any]) -> str | None:
         for name in self.needs:
@@ -174,14 +183,14 @@ class _Double(_Shared):
     def last_linear(self: Any) -> Any:
         return self.img_mlp[2]
 
-    def passed_by(self: Any) -> tuple[nn.Module, ...]:
+    def host_modules(self: Any) -> tuple[nn.Module, ...]:
         both = (self.img_attn, self.txt_attn)
         norms = [
             n for attn in both for n in (attn, attn.norm, attn.norm.query_norm, attn.norm.key_norm)
         ]
         return *norms, self.img_mod, self.txt_mod, self.img_mlp, self.txt_mlp
 
-    def settled(self: Any) -> tuple[nn.Module, ...]:
+    def torch_modules(self: Any) -> tuple[nn.Module, ...]:
         norms = (self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2)
         return *norms, self.img_mlp[1], self.txt_mlp[1]
 
@@ -191,7 +200,7 @@ class _Double(_Shared):
             return theirs(self, *args, **kwargs)
         img, txt, vec = given["img"], given["txt"], given["vec"]
         mask = joint_mask(given.get(MASK), img.shape[1] + txt.shape[1])
-        txt, img = self.maths().run(img, txt, vec, tables(given["pe"]), mask)
+        txt, img = self.maths().forward(img, txt, vec, tables(given["pe"]), mask)
         return img, txt
 
 
@@ -204,10 +213,10 @@ class _Single(_Shared):
     def last_linear(self: Any) -> Any:
         return self.linear2
 
-    def passed_by(self: Any) -> tuple[nn.Module, ...]:
+    def host_modules(self: Any) -> tuple[nn.Module, ...]:
         return self.modulation, self.norm, self.norm.query_norm, self.norm.key_norm
 
-    def settled(self: Any) -> tuple[nn.Module, ...]:
+    def torch_modules(self: Any) -> tuple[nn.Module, ...]:
         return self.pre_norm, self.mlp_act
 
     def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -215,9 +224,8 @@ class _Single(_Shared):
         if given is None:
             return theirs(self, *args, **kwargs)
         x = given["x"]
-        return self.maths().run(
-            x, given["vec"], tables(given["pe"]), joint_mask(given.get(MASK), x.shape[1])
-        )
+        mask = joint_mask(given.get(MASK), x.shape[1])
+        return self.maths().forward(x, None, given["vec"], tables(given["pe"]), mask)
 
 
 class Double(_Double):
@@ -277,4 +285,4 @@ def _reaches(block: nn.Module, *paths: str) -> bool:
 
 
 def register(host: type, made: type) -> None:
-    """Nobody looks these blocks up by class."""
+    """Does nothing: no library looks these blocks up by their class."""

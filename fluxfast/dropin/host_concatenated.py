@@ -1,7 +1,8 @@
-"""The older layout of diffusers' blocks, as SimpleTuner carries it: diffusers' module names; text
-and image one tensor in the single block; `Attention` with `FluxAttnProcessor2_0`.
+"""The layout of diffusers' blocks before 0.36, which SimpleTuner uses.
 
-Its blocks replace NaN by 0 in what they return; ours let it through, so that a broken step is seen.
+Module names are diffusers' of today. The single block takes text and image as one tensor, and
+attention is `Attention` with `FluxAttnProcessor2_0`. Those blocks replace NaN by 0 in what they
+return; ours do not, so that a broken step shows.
 """
 
 from __future__ import annotations
@@ -13,27 +14,35 @@ from torch import Tensor, nn
 
 from fluxfast.dropin.arguments import HostBlock, signature_of
 from fluxfast.dropin.cpu import host_is_faster
-from fluxfast.model.block_maths import DoubleMaths, SingleMaths
-from fluxfast.model.blocks import NO_POSITIONS
+from fluxfast.model.block_base import NO_POSITIONS
+from fluxfast.model.double_block import DoubleMaths
 from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.rope import Tables
+from fluxfast.model.single_block import SingleMaths
 
-# the same attention on different back ends
+# these compute the same attention, on different back ends
 PROCESSORS = {"FluxAttnProcessor2_0", "FluxAttnProcessor3_0", "FluxSingleAttnProcessor3_0"}
 SINGLE_ARGUMENTS = frozenset({"hidden_states", "temb", "image_rotary_emb"})
 DOUBLE_ARGUMENTS = SINGLE_ARGUMENTS | {"encoder_hidden_states", "context_temb"}
 
 
 class _Shared(HostBlock):
+    """What both kinds of block share."""
+
     entry = "forward"
     host_class: Any
     attn: Any
 
     def maths(self) -> Any:
-        """What computes the block."""
+        """What computes the block: itself."""
         return self
 
+    # `host_because` has ruled both out
+
+    def foreign_call(self, x: Tensor, pe: Tables | None) -> str | None:
+        return None
+
     def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
-        # where it is, the host's own forward runs
         return None
 
     def modules_because(self: Any) -> str | None:
@@ -68,7 +77,7 @@ class Double(_Shared, DoubleMaths):
             given[name]
             for name in ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
         )
-        return self.run(img, txt, vec, pe, {}, txt_vec=given.get("context_temb"))
+        return DoubleMaths.forward(self, img, txt, [vec, given.get("context_temb", vec)], pe)
 
 
 class Single(_Shared, SingleMaths):
@@ -76,7 +85,8 @@ class Single(_Shared, SingleMaths):
         given = self.ours(args, kwargs, SINGLE_ARGUMENTS)
         if given is None:
             return self.host_class.forward(self, *args, **kwargs)
-        return self.run(given["hidden_states"], given["temb"], given["image_rotary_emb"], {})
+        x, vec, pe = (given[name] for name in ("hidden_states", "temb", "image_rotary_emb"))
+        return SingleMaths.forward(self, x, None, vec, pe)
 
 
 def mixin_for(block: nn.Module) -> type | None:
@@ -88,11 +98,8 @@ def mixin_for(block: nn.Module) -> type | None:
     if kind.__name__ == "FluxTransformerBlock" and parameters >= DOUBLE_ARGUMENTS - {
         "context_temb"
     }:
-        return (
-            Double
-            if _has(block, "norm1", "norm1_context", "norm2", "norm2_context", "ff", "ff_context")
-            else None
-        )
+        names = ("norm1", "norm1_context", "norm2", "norm2_context", "ff", "ff_context")
+        return Double if _has(block, *names) else None
     if (
         kind.__name__ == "FluxSingleTransformerBlock"
         and "encoder_hidden_states" not in parameters >= SINGLE_ARGUMENTS
@@ -106,4 +113,4 @@ def _has(block: nn.Module, *names: str) -> bool:
 
 
 def register(host: type, made: type) -> None:
-    """Nobody looks these blocks up by class."""
+    """Does nothing: no library looks these blocks up by their class."""

@@ -1,7 +1,7 @@
 """How a host's block becomes ours and back: by a class of the same name over the host's own.
 
 A layout has a mixin for each kind of block, which reads the host's modules and runs
-`model.block_maths` on them. The class that a block gets has the mixin before the host's class, and
+`model.block_base` on them. The class that a block gets has the mixin before the host's class, and
 the host's name, so that `isinstance`, class-name checks and every method stay; parameters, hooks
 and attributes are the instance's, which stays the same object. Everything that a layout does not
 know (an argument, a processor, a hook on a module that would be passed by) goes to the host's own

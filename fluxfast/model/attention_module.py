@@ -1,6 +1,4 @@
-"""A block's attention module: its tables, its projections, its processor and the back end that
-someone chose for it.
-"""
+"""A block's attention module: its projections, its processor, and the back end chosen for it."""
 
 from __future__ import annotations
 
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.linear import without_autocast
+from fluxfast.model.rope import Tables, full_tables
 from fluxfast.ops import verdicts
 from fluxfast.ops.attention import checked_as, resolve
 
-Tables = tuple[Tensor, ...]
-# names that diffusers' processors take without a word whether they use them or not
+# arguments that diffusers' attention takes without a warning, whether it uses them or not
 QUIET_ATTENTION_KWARGS = {"attention_mask", "ip_hidden_states", "ip_adapter_masks"}
 # diffusers' names of the back ends that `ops.attention` knows
 _OURS = {
@@ -36,57 +34,27 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | dict.fromkeys(
 )
 
 
-def rope(pe: Tables, head_dim: int) -> dict[str, Any]:
-    """The tables as `qk_norm_rope` takes them: cos, sin [rows, head_dim/2], and the row of each
-    token or None.
-    """
-    cos, sin, *index = pe
-    if cos.ndim == 3:
-        # tables of each sample: as one, with the rows of every sample
-        rows = torch.arange(cos.shape[0] * cos.shape[1], device=cos.device).view(cos.shape[:2])
-        cos, sin, index = cos.flatten(0, 1), sin.flatten(0, 1), [rows]
-    if cos.shape[-1] == head_dim:
-        cos, sin = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
-    return {"cos": cos, "sin": sin, "index": index[0] if index else None}
-
-
-def full_tables(pe: Tables | None, head_dim: int) -> tuple[Tensor, Tensor] | None:
-    """The tables as diffusers' processors take them; None for a call without positions."""
-    if pe is None:
-        return None
-    cos, sin, *index = pe
-    if index:
-        raise ValueError(
-            "TREAD routes need FLUX.1's own attention: the processor or hooks that were set on "
-            "a block take no token positions"
-        )
-    if cos.shape[-1] == head_dim:
-        return cos, sin
-    return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
-
-
 def head_dim(attn: Any) -> int:
+    """The number of channels of one head."""
     return attn.inner_dim // attn.heads
 
 
 def norm_weight(norm: Any) -> Tensor:
-    """An RMS norm's weight, in a dtype that products take: nothing multiplies by 8-bit floats
-    without a cast.
-    """
+    """An RMS norm's weight; in fp32 where it is an 8-bit float, which torch can't multiply by."""
     weight: Tensor = norm.weight
     return weight if weight.dtype.itemsize > 1 else weight.float()
 
 
 def qkv(attn: Any) -> tuple[nn.Module, ...]:
+    """The linears of q, k and v: of the image, or of a single block's joint stream."""
     return (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
 
 
 def txt_qkv(attn: Any) -> tuple[nn.Module, ...]:
-    return (
-        (attn.to_added_qkv,)
-        if attn.fused_projections
-        else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
+    """The linears of the text's q, k and v."""
+    if attn.fused_projections:
+        return (attn.to_added_qkv,)
+    return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
 
 
 def foreign_attention(attn: Any, kwargs: dict[str, Any]) -> str | None:
@@ -104,10 +72,10 @@ def foreign_attention(attn: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def backend_of(attn: Any, chosen: str) -> str | None:
-    """The back end of `ops.attention` that a block uses: the `chosen` one, or for "auto" the
-    processor's or diffusers' own.
+    """The back end of `ops.attention` that a block uses: the chosen one, or for "auto" diffusers'.
 
-    None for one that `ops.attention` does not know.
+    diffusers' is the processor's, or else the one that is active. None where `ops.attention` does
+    not know it.
     """
     if chosen != "auto":
         return chosen
@@ -123,8 +91,9 @@ def backend_of(attn: Any, chosen: str) -> str | None:
 def dispatched(
     attn: Any, chosen: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """q, k, v [B, S, heads, head_dim] to [B, S, D] by diffusers' own dispatch, on the chosen back
-    end or the processor's.
+    """Attention by diffusers' own dispatch, on the back end of `backend_of`.
+
+    q, k, v [B, S, heads, head_dim] to [B, S, D].
     """
     processor = getattr(attn, "processor", None)
     if (
@@ -132,7 +101,7 @@ def dispatched(
         and verdicts.ways_failed(checked_as(mask is not None))
         and backend_of(attn, chosen) == "auto"
     ):
-        # PyTorch would choose among all of them
+        # PyTorch would choose among all its back ends, those that failed their check included
         chosen = resolve("auto", q, mask)
     backend = (
         getattr(processor, "_attention_backend", None) if chosen == "auto" else _THEIRS[chosen]
@@ -146,8 +115,9 @@ def dispatched(
 def by_processor(
     attn: Any, pe: Tables, kwargs: dict[str, Any], autocast: torch.dtype | None, **inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    """Attention by the processor that someone set, in the dtype its weights are stored in, back in
-    ours.
+    """Attention by the module's own processor, in autocast's dtype or that of its weights.
+
+    inputs: hidden_states, and the text's encoder_hidden_states; the outputs are in their dtype.
     """
     x = next(iter(inputs.values()))
     dtype = autocast or attn.norm_q.weight.dtype

@@ -1,5 +1,6 @@
-"""What diffusers' forward does before and between the blocks, for the forwards of ours that stand
-in its place.
+"""What diffusers' forward does before and between the blocks.
+
+Our forwards that replace it share these: `FluxTransformer.forward` and `dropin.tread`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from torch import Tensor, nn
 
 
 class Control(NamedTuple):
-    """ControlNets' residuals for the double and the single blocks, as diffusers' forward takes
-    them.
-    """
+    """ControlNets' residuals for double and single blocks, as diffusers' forward takes them."""
 
     double: list[Tensor] | None = None
     single: list[Tensor] | None = None
@@ -27,12 +26,12 @@ NO_CONTROL = Control()
 
 
 def joint_ids(txt_ids: Tensor, img_ids: Tensor) -> Tensor:
-    """Position ids [S_txt + S_img, axes]; older callers give them with a batch dimension."""
+    """Position ids [S_txt + S_img, axes]. Older callers give both with a batch dimension."""
     return torch.cat([ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)])
 
 
 def project_image_prompts(model: Any, kwargs: dict[str, Any]) -> None:
-    """Put what the blocks' processors want of an IP-adapter's images in their place."""
+    """Replace an IP-adapter's image embeddings in kwargs by what the blocks' processors read."""
     if "ip_adapter_image_embeds" in kwargs:
         kwargs["ip_hidden_states"] = model.encoder_hid_proj(kwargs.pop("ip_adapter_image_embeds"))
 
@@ -40,8 +39,10 @@ def project_image_prompts(model: Any, kwargs: dict[str, Any]) -> None:
 def control_residual(
     samples: list[Tensor], index: int, blocks: int, repeat: bool = False
 ) -> Tensor:
-    """The ControlNet residual of a block: spread over the blocks in order or, for XLabs'
-    ControlNets, cycled through.
+    """The ControlNet residual of a block.
+
+    Each sample serves a run of neighbouring blocks, or with `repeat`, as XLabs' ControlNets want
+    it, they take turns.
     """
     if repeat:
         return samples[index % len(samples)]
@@ -50,9 +51,7 @@ def control_residual(
 
 @contextmanager
 def lora_scale(model: nn.Module, scale: float):
-    """`joint_attention_kwargs["scale"]`, on every adapter for the length of a forward; 1.0 costs
-    nothing.
-    """
+    """A context in which every adapter is scaled by `joint_attention_kwargs["scale"]`."""
     if scale == 1.0:
         yield
         return

@@ -1,307 +1,394 @@
-"""The double block as one autograd.Function: image and text with weights of their own, joined in
-attention (see `fused`).
+"""The double block: image and text with weights of their own, joined in attention.
+
+This is `DoubleStreamBlock` of black-forest-labs/flux (src/flux/modules/layers.py). `_composed` is
+the maths, one op a line. `DoubleBlockFunction` is the same maths as one autograd.Function, chained
+from the ops' raw interfaces (`fluxfast.ops`); KEPT_DOUBLE says what its forward keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fluxfast import ops
+from fluxfast.model import attention_module
+from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
+from fluxfast.model.block_call import BlockCall, Reads, as_input, codes_of, values_of
+from fluxfast.model.joint_attention import JointAttention, joint_attention
+from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.residency import resident
-from fluxfast.model.tape import (
-    Kept,
-    Reads,
-    Run,
-    as_input,
-    attend,
-    codes_of,
-    flat,
-    last_product,
-    normed,
-    reads_again,
-    remember,
-    rotated,
-    save,
-    saved,
-    values_of,
-)
-from fluxfast.ops import attention, gated_residual, gelu, modulated_layer_norm, qk_norm_rope
+from fluxfast.model.rope import Tables, rope_arguments
+from fluxfast.model.tape import Tape, flat, reads_again, save, saved
+from fluxfast.ops.gated_residual import gated_residual
+from fluxfast.ops.gelu import gelu
 from fluxfast.ops.linear.group import LinearGroup
+from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
+from fluxfast.ops.qk_norm_rope import qk_norm_rope
 from fluxfast.ops.row_quant import RowOutput
 from fluxfast.ops.tensors import own_dtypes
+
+# What a fused double block makes, in the order in which it makes it, with its size in E: one
+# [B, S, D] tensor of image and text together. A few numbers a token, as an adapter's narrow product
+# has, count as 0.
+SIZES_DOUBLE = {
+    "x_in": 1,
+    "qkv": 3,
+    "rotated": 3,
+    "attn": 1,
+    "x1": 1,
+    "mlp_in": 1,
+    "h": 4,
+    "ff2_in": 4,
+    "s_ff2": 0,
+}
+# What forward keeps of it for backward, beside the block's input, by recompute policy. "all" is
+# policy "none" on a CPU, where LayerNorm, RoPE and GELU take their time even beside products. No
+# policy keeps or recomputes the output of the last products, which backward does not need.
+KEPT_DOUBLE: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "selective": ("attn", "s_ff2"),
+    "none": ("qkv", "attn", "x1", "h", "s_ff2"),
+    "all": tuple(SIZES_DOUBLE),
+}
 
 Grads = list[tuple[Tensor, ...]]
 
 
-class _Stream:
-    """One of the two streams: its modulation, its four groups of linears, and its activations as
-    they come to be.
+class DoubleMaths(BlockBase):
+    """A double block, over diffusers' names of its modules."""
 
-    `kept` holds, under names that start with `name`, what forward kept of it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        run: Run,
-        eps: Sequence[float],
-        groups: Sequence[LinearGroup],
-        x: Tensor,
-        mod: Tensor,
-        kept: Kept,
-    ) -> None:
-        self.name, self.run, self.eps, self.x, self.kept = name, run, eps, x, kept
-        self.norm2: tuple[Any, ...]
-        self.qkv_linears, self.out, self.ff1, self.ff2 = groups
-        self.shift, self.scale, self.gate, self.shift2, self.scale2, self.gate2 = mod.chunk(
-            6, dim=-1
-        )
-
-    def project_qkv(self) -> None:
-        form, impl = self.qkv_linears.form, self.run.impl_of("modulated_layer_norm")
-        self.x_in, self.norm = normed(
-            self.kept,
-            f"{self.name}.x_in",
-            lambda: modulated_layer_norm.forward(
-                self.x, self.scale, self.shift, self.eps[0], out=form, impl=impl
-            ),
-        )
-        self.qkv, self.s_qkv = self._kept("qkv") or self.qkv_linears.forward(self.x_in)
-
-    def after_attention(self, attn: Tensor) -> None:
-        """attn [B, S, D]: attention's output for this stream."""
-        run = self.run
-        norm_impl = run.impl_of("modulated_layer_norm")
-        self.attn_in = as_input(attn, self.out)
-        if (first := self._kept("x1")) is not None:
-            self.x1, self.s_out = first
-            form, x1 = self.ff1.form, self.x1
-            self.mlp_in, self.norm2 = normed(
-                self.kept,
-                f"{self.name}.mlp_in",
-                lambda: modulated_layer_norm.forward(
-                    x1, self.scale2, self.shift2, self.eps[1], out=form, impl=norm_impl
-                ),
-            )
-        else:
-            branch, self.s_out = self.out.forward(self.attn_in)
-            self.x1, self.mlp_in, saved = modulated_layer_norm.forward_residual(
-                self.x,
-                self.gate,
-                branch,
-                self.scale2,
-                self.shift2,
-                self.eps[1],
-                out=self.ff1.form,
-                impl=norm_impl,
-            )
-            self.norm2 = saved[:4]
-        self.h, self.s_ff1 = self._kept("h") or self.ff1.forward(self.mlp_in)
-        if ff2_in := self.kept.get(f"{self.name}.ff2_in"):
-            self.ff2_in = RowOutput(*ff2_in)
-        else:
-            self.ff2_in, _ = gelu.forward(self.h, out=self.ff2.form, impl=run.impl_of("gelu"))
-
-    def finish(self) -> Tensor:
-        branch, self.s_ff2 = self.ff2.forward(self.ff2_in)
-        impl = self.run.impl_of("gated_residual")
-        return gated_residual.forward(self.x1, self.gate2, branch, keep_y=False, impl=impl)[0]
-
-    def _kept(self, what: str) -> tuple[Tensor, Tensor | None] | None:
-        """A group's output and the narrow product that came with it, where they were kept."""
-        return self.kept.get(f"{self.name}.{what}")  # type: ignore[return-value]
-
-    def keep(self) -> Kept:
-        """What policy `none` keeps of this stream; `s_ff2`, alone, what `selective` does."""
-        kept: Kept = {
-            "qkv": (self.qkv, self.s_qkv),
-            "x1": (self.x1, self.s_out),
-            "h": (self.h, self.s_ff1),
-        }
-        return {f"{self.name}.{name}": tensors for name, tensors in kept.items()}
-
-    def keep_all(self) -> Kept:
-        """What `Run.keeps_all` keeps beside that."""
-        norms = {
-            "x_in": self.x_in,
-            "x_in.saved": self.norm,
-            "mlp_in": self.mlp_in,
-            "mlp_in.saved": self.norm2,
-        }
-        kept: Kept = {"ff2_in": self.ff2_in, **norms}
-        return {f"{self.name}.{name}": tensors for name, tensors in kept.items()}
-
-    def mlp_backward(self, dout: Tensor, need_mod: bool) -> None:
-        """From the gradient of the stream's output to that of attention's output (`dattn`) and of
-        the stream before it.
-        """
-        run = self.run
-        branch, s_ff2 = last_product(
-            self.ff2, self.ff2_in, self.kept.get(f"{self.name}.s_ff2"), need_mod
-        )
-        dbranch, self.dgate2 = gated_residual.backward_rows(
-            dout, (self.gate2, branch), out=run.grad_form, col_scale=self.ff2.fold(), needs_gate=need_mod,
-            impl=run.impl_of("gated_residual"),
-        )  # fmt: skip
-        dff2, self.ff2_grads = self.ff2.backward(
-            values_of(dbranch), self.ff2_in, s_ff2, codes=codes_of(dbranch)
-        )
-        assert dff2 is not None
-        del self.ff2_in, dbranch, branch
-        # what was recomputed is nobody else's, and each of its numbers is read before its gradient
-        # takes its place
-        into = None if self._kept("h") else self.h
-        dh = gelu.backward_rows(
-            dff2,
-            (self.h,),
-            out=run.grad_form,
-            col_scale=self.ff1.fold(),
-            into=into,
-            impl=run.impl_of("gelu"),
-        )
-        del dff2, self.h
-        dmlp_in, self.ff1_grads = self.ff1.backward(
-            values_of(dh), self.mlp_in, self.s_ff1, codes=codes_of(dh)
-        )
-        assert dmlp_in is not None
-        del dh, self.mlp_in
-        # for the gradient of its gate the branch is wanted again
-        branch = self.out.forward(self.attn_in)[0] if need_mod else None
-        self.dx1, dbranch, (self.dscale2, self.dshift2, self.dgate) = modulated_layer_norm.backward_residual(
-            dmlp_in, (*self.norm2, self.gate, branch), add_to=dout,
-            out=run.grad_form, col_scale=self.out.fold(), modulation=need_mod,
-            impl=run.impl_of("modulated_layer_norm"),
-        )  # fmt: skip
-        del dmlp_in, self.norm2, self.x1, branch
-        dattn, self.out_grads = self.out.backward(
-            values_of(dbranch), self.attn_in, self.s_out, codes=codes_of(dbranch)
-        )
-        assert dattn is not None
-        self.dattn = dattn
-        del self.attn_in
-
-    def input_backward(
-        self, dqkv: Tensor, need_x: bool, need_mod: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """dx and dmod."""
-        need = need_x or need_mod
-        dx_in, self.qkv_grads = self.qkv_linears.backward(dqkv, self.x_in, self.s_qkv, need_dx=need)
-        if dx_in is None:
-            return None, None
-        dx, dscale, dshift = modulated_layer_norm.backward(
-            dx_in,
-            self.norm,
-            (need_x, need_mod, need_mod),
-            add_to=self.dx1,
-            impl=self.run.impl_of("modulated_layer_norm"),
-        )
-        if not need_mod:
-            return dx, None
-        parts = (dshift, dscale, self.dgate, self.dshift2, self.dscale2, self.dgate2)
-        return dx, torch.cat([part for part in parts if part is not None], dim=-1)
+    qk_norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    norm1: Any
+    norm1_context: Any
+    norm2: Any
+    norm2_context: Any
+    ff: Any
+    ff_context: Any
 
     @property
-    def grads(self) -> tuple[Grads, ...]:
-        return self.qkv_grads, self.out_grads, self.ff1_grads, self.ff2_grads
+    def function(self) -> type[torch.autograd.Function]:
+        return DoubleBlockFunction
 
+    def linear_groups(self) -> list[tuple[nn.Module, ...]]:
+        attn, ff, ff_context = self.attn, self.ff.net, self.ff_context.net
+        img = [attention_module.qkv(attn), (attn.to_out[0],), (ff[0].proj,), (ff[2],)]
+        txt = [
+            attention_module.txt_qkv(attn),
+            (attn.to_add_out,),
+            (ff_context[0].proj,),
+            (ff_context[2],),
+        ]
+        return img + txt
 
-class _DoubleActs:
-    """A double block up to its last products' inputs; `kept` holds what need not be computed."""
+    def modulation_linears(self) -> tuple[nn.Module, ...]:
+        return self.norm1.linear, self.norm1_context.linear
 
-    def __init__(
-        self, block: Any, run: Run, reads: Reads, inputs: Sequence[Tensor], kept: Kept
-    ) -> None:
-        img, txt, img_mod, txt_mod = inputs
-        attn, groups = block.attn, run.groups(reads, img.dtype)
-        img_eps = (block.norm1.norm.eps, block.norm2.eps)
-        txt_eps = (block.norm1_context.norm.eps, block.norm2_context.eps)
-        self.img = _Stream("img", run, img_eps, groups[:4], img, img_mod, kept)
-        self.txt = _Stream("txt", run, txt_eps, groups[4:], txt, txt_mod, kept)
-        self.img.project_qkv()
-        self.txt.project_qkv()
-        (self.q, self.k, self.v), self.qk = rotated(
-            run, self.img.qkv, self.txt.qkv, kept, heads=attn.heads, eps=attn.norm_q.eps
+    def bypassed(self) -> tuple[nn.Module, ...]:
+        modulated = (
+            m for norm in (self.norm1, self.norm1_context) for m in (norm, norm.norm, norm.silu)
         )
-        self.attn, self.attn_saved = attend(run, self.q, self.k, self.v, kept)
-        joint = self.attn.flatten(2)
-        self.txt.after_attention(joint[:, : txt.shape[1]])
-        self.img.after_attention(joint[:, txt.shape[1] :])
+        mlps = (m for ff in (self.ff, self.ff_context) for m in (ff, ff.net[0], ff.net[1]))
+        return *modulated, self.norm2, self.norm2_context, *mlps
 
+    def composed_because(self, kwargs: dict[str, Any]) -> str | None:
+        return super().composed_because(kwargs) or must_be_called([self.attn.to_out[1]])
 
-class DoubleBlock(torch.autograd.Function):
-    """img [B, S_img, D], txt [B, S_txt, D], their modulations [B, 6·D] each, and the factors, to
-    (txt, img).
-    """
+    def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:
+        assert txt is not None
+        return img, txt
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        block: Any,
-        run: Run,
-        reads: Reads,
+    def _outputs(
+        self, outs: tuple[Tensor, Tensor], streams: tuple[Tensor, ...], _: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        (txt_out, img_out), (img, txt) = outs, streams
+        return finite(txt_out.to(txt.dtype)), img_out.to(img.dtype)
+
+    def _composed(
+        self,
         img: Tensor,
         txt: Tensor,
         img_mod: Tensor,
         txt_mod: Tensor,
-        *factors: Tensor,
+        pe: Tables,
+        kwargs: dict[str, Any],
+        owner: OwnerDtypes,
     ) -> tuple[Tensor, Tensor]:
-        inputs = (img, txt, img_mod, txt_mod)
-        acts = _DoubleActs(block, run, reads, inputs, {})
-        img_out, txt_out = acts.img.finish(), acts.txt.finish()
-        kept: Kept = {}
-        if run.policy != "full":
-            narrow = {"img.s_ff2": (acts.img.s_ff2,), "txt.s_ff2": (acts.txt.s_ff2,)}
-            kept = {"attn": (acts.attn, *acts.attn_saved), **narrow}
-        if run.policy == "none":
-            kept |= acts.img.keep() | acts.txt.keep()
-        if run.keeps_all:
-            kept |= {
-                "qkv": (acts.q, acts.k, acts.v, acts.qk[0]),
-                **acts.img.keep_all(),
-                **acts.txt.keep_all(),
-            }
-        remember(ctx, block, run, reads)
-        save(ctx, (img, txt), (img_mod, txt_mod), factors, kept)
+        attn, apply = self.attn, self._projection(owner)
+        img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
+        txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
+
+        img_in = modulated_layer_norm(img, img_scale, img_shift, eps=self.norm1.norm.eps)
+        txt_in = modulated_layer_norm(txt, txt_scale, txt_shift, eps=self.norm1_context.norm.eps)
+
+        extra: list[Tensor] = []
+        if self.foreign_attention(kwargs) is None:
+            q, k, v = qk_norm_rope(
+                apply(img_in, *attention_module.qkv(attn)),
+                attention_module.norm_weight(attn.norm_q),
+                attention_module.norm_weight(attn.norm_k),
+                **rope_arguments(pe, attention_module.head_dim(attn)),
+                heads=attn.heads,
+                txt_qkv=apply(txt_in, *attention_module.txt_qkv(attn)),
+                txt_q_weight=attention_module.norm_weight(attn.norm_added_q),
+                txt_k_weight=attention_module.norm_weight(attn.norm_added_k),
+                eps=attn.norm_q.eps,
+            )
+            mask = kwargs.get("attention_mask")
+            joint = attention_module.dispatched(attn, self.attention, q, k, v, mask)
+            img_attn = attn.to_out[1](apply(joint[:, txt.shape[1] :], attn.to_out[0]))
+            txt_attn = apply(joint[:, : txt.shape[1]], attn.to_add_out)
+        else:
+            # `extra` is what an IP-adapter's processor adds to the image's stream
+            inputs = {"hidden_states": img_in, "encoder_hidden_states": txt_in}
+            img_attn, txt_attn, *extra = attention_module.by_processor(
+                attn, pe, kwargs, owner.autocast, **inputs
+            )
+
+        img = gated_residual(img, img_gate, img_attn)
+        img_mlp = modulated_layer_norm(img, img_scale2, img_shift2, eps=self.norm2.eps)
+        img_mlp = gelu(apply(img_mlp, self.ff.net[0].proj))
+        img = gated_residual(img, img_gate2, apply(img_mlp, self.ff.net[2]))
+
+        txt = gated_residual(txt, txt_gate, txt_attn)
+        txt_mlp = modulated_layer_norm(txt, txt_scale2, txt_shift2, eps=self.norm2_context.eps)
+        txt_mlp = gelu(apply(txt_mlp, self.ff_context.net[0].proj))
+        txt = gated_residual(txt, txt_gate2, apply(txt_mlp, self.ff_context.net[2]))
+
+        for ip_attn in extra:
+            img = img + ip_attn
+        return txt, img
+
+
+class _Stream:
+    """One of the two streams of a fused call, in one direction.
+
+    It has the stream's modulation, its four groups of linears, its tape, and its activations, which
+    `_to_last_products` sets and backward deletes one by one, so that their memory is free early.
+    """
+
+    # the normalised input, and what the norm's backward reads
+    x_in: RowOutput
+    norm1: tuple[Any, ...]
+    # the outputs of the groups, each with its adapters' narrow product
+    qkv: Tensor
+    s_qkv: Tensor | None
+    s_out: Tensor | None
+    h: Tensor
+    s_ff1: Tensor | None
+    # the inputs of the other groups; x1 is the stream after attention
+    attn_in: RowOutput
+    x1: Tensor
+    mlp_in: RowOutput
+    norm2: tuple[Any, ...]
+    ff2_in: RowOutput
+    # in backward, the gradients of attention's output, of x1, of the modulation's chunks from gate1
+    # on (None where it needs none), and of the factors of each group
+    dattn: Tensor
+    dx1: Tensor
+    dmod: tuple[Tensor | None, ...]
+    grads: tuple[Grads, ...]
+
+    def __init__(
+        self,
+        x: Tensor,
+        mod: Tensor,
+        eps: Sequence[float],
+        groups: Sequence[LinearGroup],
+        tape: Tape,
+    ) -> None:
+        """x [B, S, D]; mod [B, 6·D]; eps: the first and the second norm's."""
+        self.x, self.tape = x, tape
+        self.eps1, self.eps2 = eps
+        self.to_qkv, self.to_out, self.ff1, self.ff2 = groups
+        chunks = mod.chunk(6, dim=-1)
+        self.shift1, self.scale1, self.gate1, self.shift2, self.scale2, self.gate2 = chunks
+
+
+def _streams(
+    block: Any, call: BlockCall, reads: Reads, inputs: Sequence[Tensor], tapes: Sequence[Tape]
+) -> tuple[_Stream, _Stream]:
+    """The image's and the text's stream, from (img, txt, img_mod, txt_mod) and their tapes."""
+    img, txt, img_mod, txt_mod = inputs
+    groups = call.groups(reads, img.dtype)
+    img_eps = (block.norm1.norm.eps, block.norm2.eps)
+    txt_eps = (block.norm1_context.norm.eps, block.norm2_context.eps)
+    return (
+        _Stream(img, img_mod, img_eps, groups[:4], tapes[0]),
+        _Stream(txt, txt_mod, txt_eps, groups[4:], tapes[1]),
+    )
+
+
+def _to_last_products(
+    call: BlockCall, attn: Any, img: _Stream, txt: _Stream, tape: Tape
+) -> JointAttention:
+    """All that a double block computes before its last products, or finds on the tapes.
+
+    Forward runs it to compute everything, backward to compute again what forward did not keep.
+    """
+    norm_impl, gelu_impl = call.impl_of("modulated_layer_norm"), call.impl_of("gelu")
+    for s in (img, txt):
+        s.x_in, s.norm1 = s.tape.kept("x_in") or s.tape.keep(
+            "x_in",
+            *ops.modulated_layer_norm.forward(
+                s.x, s.scale1, s.shift1, s.eps1, out=s.to_qkv.form, impl=norm_impl
+            ),
+        )
+        s.qkv, s.s_qkv = s.tape.kept("qkv") or s.tape.keep("qkv", *s.to_qkv.forward(s.x_in))
+
+    joint = joint_attention(call, tape, attn, img.qkv, txt.qkv)
+    rows, text = joint.out.flatten(2), txt.x.shape[1]
+
+    for s, attn_rows in ((txt, rows[:, :text]), (img, rows[:, text:])):
+        s.attn_in = as_input(attn_rows, s.to_out)
+        x1 = s.tape.kept("x1")
+        if x1 is None:
+            branch, s.s_out = s.to_out.forward(s.attn_in)
+            s.x1, s.mlp_in, norm2 = ops.modulated_layer_norm.forward_residual(
+                s.x, s.gate1, branch, s.scale2, s.shift2, s.eps2, out=s.ff1.form, impl=norm_impl
+            )
+            del branch
+            s.norm2 = norm2[:4]
+            s.tape.keep("x1", s.x1, s.s_out)
+            s.tape.keep("mlp_in", s.mlp_in, s.norm2)
+        else:
+            s.x1, s.s_out = x1
+            s.mlp_in, s.norm2 = s.tape.kept("mlp_in") or ops.modulated_layer_norm.forward(
+                s.x1, s.scale2, s.shift2, s.eps2, out=s.ff1.form, impl=norm_impl
+            )
+        s.h, s.s_ff1 = s.tape.kept("h") or s.tape.keep("h", *s.ff1.forward(s.mlp_in))
+        (s.ff2_in,) = s.tape.kept("ff2_in") or s.tape.keep(
+            "ff2_in", ops.gelu.forward(s.h, out=s.ff2.form, impl=gelu_impl)[0]
+        )
+    return joint
+
+
+class DoubleBlockFunction(torch.autograd.Function):
+    """A fused double block: img [B, S_img, D], txt [B, S_txt, D], modulation [B, 6·D] of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: Any, call: BlockCall, reads: Reads, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(txt, img); tensors: img, txt, img_mod, txt_mod, and the adapters' factors."""
+        inputs, factors = tensors[:4], tensors[4:]
+        tapes = [Tape(KEPT_DOUBLE[call.keeps]) for _ in range(3)]
+        streams = _streams(block, call, reads, inputs, tapes)
+        _to_last_products(call, block.attn, *streams, tapes[2])
+        outs = []
+        for s in streams:
+            branch, s_ff2 = s.ff2.forward(s.ff2_in)
+            s.tape.keep("s_ff2", s_ff2)
+            out, _ = ops.gated_residual.forward(
+                s.x1, s.gate2, branch, keep_y=False, impl=call.impl_of("gated_residual")
+            )
+            outs.append(out)
+            del branch
+        kept = [tape.values for tape in tapes]
+        save(ctx, block, call, reads, inputs[:2], mods=inputs[2:], factors=factors, kept=kept)
+        img_out, txt_out = outs
         return txt_out, img_out
 
     @staticmethod
     @once_differentiable
     @own_dtypes
     def backward(ctx: Any, dtxt: Tensor, dimg: Tensor) -> tuple[Tensor | None, ...]:
-        block, run = ctx.block, ctx.run
-        inputs, factors, kept = saved(ctx)
-        needs = ctx.needs_input_grad[3:7]
-        with resident(block, "backward"):
-            acts = _DoubleActs(block, run, reads_again(ctx, factors), inputs, kept)
-            return (None, None, None, *_double_backward(run, acts, dimg, dtxt, needs))
+        call: BlockCall = ctx.call
+        inputs, mods, factors, kept = saved(ctx)
+        tapes = [Tape(values=values) for values in kept]
+        need_img, need_txt, need_img_mod, need_txt_mod = ctx.needs_input_grad[3:7]
+        with resident(ctx.block, "backward"):
+            reads = reads_again(ctx, factors)
+            img, txt = _streams(ctx.block, call, reads, (*inputs, *mods), tapes)
+            joint = _to_last_products(call, ctx.block.attn, img, txt, tapes[2])
+            _mlp_backward(call, img, dimg, need_img_mod)
+            _mlp_backward(call, txt, dtxt, need_txt_mod)
+
+            dattn = torch.cat([txt.dattn, img.dattn], dim=1).unflatten(-1, joint.q.shape[2:])
+            del txt.dattn, img.dattn
+            dq, dk, dv = ops.attention.backward(
+                dattn, joint.q, joint.k, joint.v, joint.out, joint.saved,
+                call.mask, backend=call.attention,
+            )  # fmt: skip
+            del dattn, joint.out, joint.q, joint.k, joint.v
+            # projections that were computed again may be overwritten by their gradient
+            overwrite = img.tape.kept("qkv") is None
+            dqkv, dtxt_qkv = ops.qk_norm_rope.backward(
+                (dq, dk, dv), call.rope_saved(joint.rstd, img.qkv, txt.qkv), (True, True),
+                s_txt=dtxt.shape[1], dqkv=img.qkv if overwrite else None,
+                dtxt_qkv=txt.qkv if overwrite else None, impl=call.impl_of("qk_norm_rope"),
+            )  # fmt: skip
+            assert dqkv is not None and dtxt_qkv is not None
+            del dq, dk, dv
+            dimg_in, dimg_mod = _input_backward(call, img, dqkv, need_img, need_img_mod)
+            dtxt_in, dtxt_mod = _input_backward(call, txt, dtxt_qkv, need_txt, need_txt_mod)
+        grads = flat((*img.grads, *txt.grads))
+        return None, None, None, dimg_in, dtxt_in, dimg_mod, dtxt_mod, *grads
 
 
-def _double_backward(
-    run: Run, acts: _DoubleActs, dimg: Tensor, dtxt: Tensor, needs: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """dimg, dtxt, their modulations' gradients, then the factors'."""
-    img, txt = acts.img, acts.txt
-    need_img, need_txt, need_img_mod, need_txt_mod = needs
-    img.mlp_backward(dimg, need_img_mod)
-    txt.mlp_backward(dtxt, need_txt_mod)
-    dattn = torch.cat([txt.dattn, img.dattn], dim=1).unflatten(-1, acts.q.shape[2:])
-    del txt.dattn, img.dattn
-    dq, dk, dv = attention.backward(
-        dattn, acts.q, acts.k, acts.v, acts.attn, acts.attn_saved, run.mask, backend=run.attention
-    )
-    del dattn, acts.attn, acts.q, acts.k, acts.v
-    own = "img.qkv" not in img.kept
-    dqkv, dtxt_qkv = qk_norm_rope.backward(
-        (dq, dk, dv), acts.qk, (True, True), s_txt=dtxt.shape[1],
-        dqkv=img.qkv if own else None, dtxt_qkv=txt.qkv if own else None,
-        impl=run.impl_of("qk_norm_rope"),
+def _mlp_backward(call: BlockCall, s: _Stream, dout: Tensor, need_mod: bool) -> None:
+    """From the gradient of the stream's output to that of attention's output, `s.dattn`."""
+    branch = None
+    if need_mod:
+        # the gradient of gate2 needs the last product
+        branch, s_ff2 = s.ff2.forward(s.ff2_in)
+    else:
+        (s_ff2,) = s.tape.kept("s_ff2") or (s.ff2.down(s.ff2_in),)
+    dbranch, dgate2 = ops.gated_residual.backward_rows(
+        dout, (s.gate2, branch), out=call.grad_form, col_scale=s.ff2.fold(), needs_gate=need_mod,
+        impl=call.impl_of("gated_residual"),
     )  # fmt: skip
-    assert dqkv is not None and dtxt_qkv is not None
-    del dq, dk, dv
-    dimg_in, dimg_mod = img.input_backward(dqkv, need_img, need_img_mod)
-    dtxt_in, dtxt_mod = txt.input_backward(dtxt_qkv, need_txt, need_txt_mod)
-    return iter([dimg_in, dtxt_in, dimg_mod, dtxt_mod, *flat((*img.grads, *txt.grads))])
+    dff2, ff2_grads = s.ff2.backward(values_of(dbranch), s.ff2_in, s_ff2, codes=codes_of(dbranch))
+    assert dff2 is not None
+    del s.ff2_in, dbranch, branch
+
+    dh = ops.gelu.backward_rows(
+        dff2, (s.h,), out=call.grad_form, col_scale=s.ff1.fold(),
+        # h was computed again, so that its gradient may overwrite it
+        into=None if s.tape.kept("h") else s.h,
+        impl=call.impl_of("gelu"),
+    )  # fmt: skip
+    del dff2, s.h
+    dmlp_in, ff1_grads = s.ff1.backward(values_of(dh), s.mlp_in, s.s_ff1, codes=codes_of(dh))
+    assert dmlp_in is not None
+    del dh, s.mlp_in
+
+    # the gradient of gate1 needs the product after attention
+    branch = s.to_out.forward(s.attn_in)[0] if need_mod else None
+    s.dx1, dbranch, (dscale2, dshift2, dgate1) = ops.modulated_layer_norm.backward_residual(
+        dmlp_in, (*s.norm2, s.gate1, branch), add_to=dout,
+        out=call.grad_form, col_scale=s.to_out.fold(), modulation=need_mod,
+        impl=call.impl_of("modulated_layer_norm"),
+    )  # fmt: skip
+    del dmlp_in, s.norm2, s.x1, branch
+    dattn, out_grads = s.to_out.backward(
+        values_of(dbranch), s.attn_in, s.s_out, codes=codes_of(dbranch)
+    )
+    assert dattn is not None
+    del s.attn_in
+    s.dattn, s.dmod = dattn, (dgate1, dshift2, dscale2, dgate2)
+    s.grads = (out_grads, ff1_grads, ff2_grads)
+
+
+def _input_backward(
+    call: BlockCall, s: _Stream, dqkv: Tensor, need_x: bool, need_mod: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the stream's x and of its modulation [B, 6·D], None where not needed."""
+    dx_in, qkv_grads = s.to_qkv.backward(dqkv, s.x_in, s.s_qkv, need_dx=need_x or need_mod)
+    s.grads = (qkv_grads, *s.grads)
+    if dx_in is None:
+        return None, None
+    dx, dscale1, dshift1 = ops.modulated_layer_norm.backward(
+        dx_in,
+        s.norm1,
+        (need_x, need_mod, need_mod),
+        add_to=s.dx1,
+        impl=call.impl_of("modulated_layer_norm"),
+    )
+    if not need_mod:
+        return dx, None
+    parts = (dshift1, dscale1, *s.dmod)
+    return dx, torch.cat([part for part in parts if part is not None], dim=-1)

@@ -1,20 +1,20 @@
 """A training step's forward and backward as CUDA graphs: thousands of launches become two.
 
-A step of FLUX.1 launches some 3,000 kernels, and at 512 px the device is done with them before
-Python has asked for them. What `FluxTransformer.run_blocks` launches depends on nothing but shapes,
-so it is captured once for each shape of its inputs (PyTorch's `make_graphed_callables`), and from
-then on inputs are copied to where the graph reads them and both graphs replayed.
+A step of FLUX.1 launches some 3,000 kernels. At 512 px a GPU computes them faster than Python
+launches them. What `FluxTransformer.run_blocks` launches depends on shapes alone, so it is captured
+once for each shape of its inputs (PyTorch's `make_graphed_callables`). From then on a step copies
+its inputs to where the graphs read them, and replays one graph for forward and one for backward.
 
-Nobody has to believe that a graph is right. The first steps of a shape are run as ever, then its
-graph is captured on the inputs of an earlier step, and at the next step, whose inputs and weights
-are others, outputs and gradients of both are compared.
+Each graph is checked against the step that it replaces. The first steps of a shape run without a
+graph. Then the graph is captured on the inputs of an earlier step, and at the next step, which has
+other inputs and weights, the outputs and gradients of both are compared.
 
 Memory: what a step keeps between forward and backward stays allocated, and all shapes share it.
-Gradients are in the graph's own memory, and so is a `.grad` that autograd makes of them: the next
-replay overwrites it. Who adds up several micro-batches gives each parameter a `.grad` of its own
-before the first.
+Gradients are in the graph's own memory, and so is a `.grad` that autograd makes of them, so that
+the next replay overwrites it. To add up several micro-batches, give each parameter a `.grad` of its
+own before the first of them.
 
-Tested on the CPU, by an emulation that writes down what a step asks of torch and does it again; not
+Tested on the CPU, with an emulation that records what a step asks of torch and does it again. Not
 yet run on a GPU.
 """
 
@@ -34,18 +34,18 @@ from fluxfast.model.pinned import capturing
 from fluxfast.model.routing import Draws, Router
 from fluxfast.ops import verdicts
 
-# (module, sample arguments) to a callable of the same arguments: torch.cuda.make_graphed_callables
+# makes a callable of the same arguments from a module and sample arguments, as
+# torch.cuda.make_graphed_callables does
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., Tensor]]
 
-# steps of a shape that are run before it is captured: in them kernels are compiled, and buffers
-# made that stay
+# steps of a shape that run before it is captured. They compile kernels and make buffers that stay
 STEPS_RUN_FIRST = 2
-# the gradients of each shape have memory of their own: a dataset may have dozens of sizes, and the
-# rarest are not worth it
+# the gradients of each shape have memory of their own, and a dataset may have dozens of sizes, the
+# rarest of which are not worth that
 MOST_SHAPES = 8
-# how far a replayed step may be from the same step run, relative to its norm. Both launch the same
-# kernels on the same numbers; only where attention's backward adds up by atomic additions do sums
-# come in another order
+# how far a replayed step may be from the same step without a graph, relative to its norm. Both
+# launch the same kernels on the same numbers; they differ only where attention's backward sums up
+# by atomic additions, in no fixed order
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 # what a step can't be captured with
@@ -56,15 +56,18 @@ logger = logging.getLogger("fluxfast")
 
 
 class GraphDiffers(RuntimeError):
-    """A replayed step does not give what the same step gives when it is run."""
+    """A replayed step gives something else than the same step without a graph."""
 
 
 class _Blocks(nn.Module):
-    """`run_blocks` for one set of draws' places; its parameters are those that train."""
+    """`run_blocks` as a module whose parameters are those that train.
+
+    starts: the blocks at which routes start; their draws are the last of the inputs.
+    """
 
     def __init__(self, transformer: Any, router: Router | None, starts: tuple[int, ...]) -> None:
         super().__init__()
-        # not a submodule: the frozen weights are no inputs of the graph
+        # in a tuple, so that it is no submodule: the frozen weights are not inputs of the graph
         self._of = (transformer, router, starts)
         self.trainable = nn.ParameterList([p for p in transformer.parameters() if p.requires_grad])
 
@@ -77,16 +80,16 @@ class _Blocks(nn.Module):
 
 
 def why_not(transformer: Any) -> str | None:
-    """Why a transformer's steps can't be captured; None where they can."""
+    """Why a transformer's steps can't be captured here; None where they can."""
     if transformer.device.type != "cuda":
         return f"the model is on {transformer.device}, and only a GPU has them"
     if (verdict := verdicts.failed(verdicts.GRAPHS, verdicts.ONLY_WAY)) is not None:
         return verdict
-    return obstacle(transformer)
+    return uncapturable(transformer)
 
 
-def obstacle(transformer: Any) -> str | None:
-    """What of a transformer's step can't be captured, wherever it is; None where all can."""
+def uncapturable(transformer: Any) -> str | None:
+    """What in a transformer can't be captured on any device; None where there is nothing."""
     if any(block.residency is not None for block in transformer.blocks):
         return STREAMED
     for block in transformer.blocks:
@@ -101,13 +104,13 @@ def obstacle(transformer: Any) -> str | None:
 
 @dataclass
 class _Shape:
-    """One shape of the inputs: its steps as a module, how many were run, the last one's inputs, and
-    its graph.
-    """
+    """One shape of the inputs."""
 
     blocks: _Blocks
+    # steps without a graph so far, and the inputs of the last of them
     steps_run: int = 0
     samples: tuple[Tensor, ...] = ()
+    # replays the graph, once it is captured
     replay: Callable[..., Tensor] | None = None
     compared: bool = False
 
@@ -115,7 +118,7 @@ class _Shape:
 class StepGraphs:
     """The graphs of one transformer.
 
-    All shapes share memory, so a forward's backward must have run before the next forward.
+    All shapes share memory, so that a forward's backward must have run before the next forward.
     """
 
     def __init__(
@@ -126,23 +129,19 @@ class StepGraphs:
         optional: bool = False,
         say: Callable[[str], None] = logger.info,
     ):
-        """optional: an error, or a graph that differs, turns the graphs off, which `say` is told,
-        and the step is run.
+        """optional: whether an error, or a graph that differs, turns graphs off and runs the step.
 
-        Otherwise it is raised. `say` also hears, once, that steps are replayed.
+        Otherwise it is raised. say: told that graphs are turned off, and once that steps are
+        replayed.
         """
-        self._transformer, self._capture, self._optional, self._say = (
-            transformer,
-            capture,
-            optional,
-            say,
-        )
+        self._transformer, self._capture = transformer, capture
+        self._optional, self._say = optional, say
         self._shapes: dict[Any, _Shape] = {}
         self._announced: set[str] = set()
 
     @classmethod
     def on_gpu(cls, transformer: Any, **options: Any) -> StepGraphs:
-        """Raises ValueError as `why_not` says."""
+        """With PyTorch's own capture. Raises ValueError with the reason that `why_not` gives."""
         if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
         pool = torch.cuda.graph_pool_handle()
@@ -157,15 +156,16 @@ class StepGraphs:
         return sum(shape.compared for shape in self._shapes.values())
 
     def __call__(self, router: Router | None, draws: Draws, *inputs: Tensor) -> Tensor:
-        """`run_blocks` of the same arguments. Raises ValueError for an input that wants a gradient:
-        a graph has none for it.
+        """`run_blocks` of the same arguments, replayed once that is possible.
+
+        Raises ValueError for an input that requires a gradient: a graph gives none.
         """
         if any(t.requires_grad for t in inputs):
             raise ValueError(
                 "CUDA graphs: an input of the blocks requires a gradient; "
                 "set_cuda_graphs(False), or detach it"
             )
-        # a route that keeps all is none
+        # a route that keeps all tokens does nothing
         kept = {first: index for first, index in draws.items() if index is not None}
         tensors = (*inputs, *kept.values())
         key = (tuple(kept), *((t.shape, t.dtype) for t in tensors))
@@ -174,11 +174,11 @@ class StepGraphs:
             if len(self._shapes) == MOST_SHAPES:
                 self._say_once(f"CUDA graphs: {MOST_SHAPES} sizes are replayed, the others are run")
                 return self._transformer.run_blocks(router, kept, *inputs)
-            # once a shape: it looks through all of the model's parameters
+            # once for each shape, since it looks through all of the model's parameters
             shape = self._shapes[key] = _Shape(_Blocks(self._transformer, router, tuple(kept)))
         try:
             replay = self._ready(shape, tensors)
-        # what CUDA can't capture, has no memory for, or computes wrongly
+        # CUDA can't capture the step, has no memory for it, or computes it wrongly
         except RuntimeError as error:
             if not self._optional:
                 raise
@@ -187,7 +187,7 @@ class StepGraphs:
         return (replay or shape.blocks)(*tensors)
 
     def _ready(self, shape: _Shape, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
-        """What replays this step; None where it is to be run."""
+        """What replays this step; None where it has to run without a graph."""
         if shape.steps_run < STEPS_RUN_FIRST:
             shape.steps_run += 1
             shape.samples = tuple(t.detach().clone() for t in tensors)
@@ -195,7 +195,7 @@ class StepGraphs:
         if shape.replay is None:
             with capturing():
                 shape.replay = self._capture(shape.blocks, shape.samples)
-            # the capture has made them its own inputs
+            # the graph reads its inputs from these tensors now, and holds them itself
             shape.samples = ()
             return None
         if not shape.compared:
@@ -212,7 +212,7 @@ class StepGraphs:
         self._transformer.graphs = None
         self._shapes.clear()
         if torch.cuda.is_initialized():
-            # the graphs' memory
+            # gives back the graphs' memory
             torch.cuda.empty_cache()
 
     def _say_once(self, text: str) -> None:
@@ -225,10 +225,10 @@ class StepGraphs:
 def _difference(
     blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[Tensor, ...]
 ) -> float:
-    """How far output and gradients of a replayed step are from those of the step run, relative to
-    the latter's norms.
+    """How far a replayed step's output and gradients are from the step's own, whichever is farther.
 
-    Raises GraphDiffers where that is more than the order of sums explains.
+    Relative to the norms of the step's own. Raises GraphDiffers where that is more than the order
+    of sums explains.
     """
     trainable = list(blocks.trainable)
 
@@ -248,8 +248,7 @@ def _difference(
     if not all(error <= limit for error in apart):
         raise GraphDiffers(
             f"a replayed step's output is {apart[0]:.2g} from that of the step run, its "
-            f"gradients {apart[1]:.2g}, where the "
-            f"order of sums explains {limit:g}"
+            f"gradients {apart[1]:.2g}, where the order of sums explains {limit:g}"
         )
     return max(apart)
 

@@ -1,5 +1,6 @@
-"""The modules of FLUX.1's blocks whose work fluxfast does without calling them, and what they must
-be for that.
+"""The modules of FLUX.1's blocks whose work fluxfast does without calling them.
+
+That is right only for modules of known classes, with FLUX.1's settings and without hooks.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ _CLASSES: tuple[Any, ...] = (
     *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),
     *(FeedForward, GELU, nn.GELU, nn.SiLU, nn.Dropout, FluxAttention, Attention),
 )
-# a tuple, in which torch.compile finds them all
+# a tuple: torch.compile does not find all of them in a set
 _FORWARDS = tuple(known.forward for known in _CLASSES)
 
 
 def must_be_called(modules: Iterable[nn.Module]) -> str | None:
-    """Why one of the modules has to be called for what it computes: it has hooks, or is not
-    FLUX.1's; None where none has.
-    """
+    """Why one of the modules has to be called: it has hooks, or is not FLUX.1's; else None."""
     for module in modules:
         because = hooked(module)
         if because is not None:

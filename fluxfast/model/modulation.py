@@ -1,14 +1,15 @@
-"""Modulation ahead: shifts, scales and gates of all blocks at once, on the CPU, from weights that
-never occupy the device.
+"""Modulation ahead: the CPU computes shifts, scales and gates of all blocks before they run.
 
-A quarter of FLUX.1's weights only ever meet one vector a sample, vec = f(timestep, guidance, pooled
-prompt), which is known before a step starts. So these linears (`linear_names`) stay in host memory,
-in the format that they are stored in, and a thread computes the next step's vectors from them while
-the device works on this one. Their modules stay where they are in the model: names, state dict and
-`save_pretrained` are as ever; `.to(device)` leaves them on the host, `.to(dtype)` casts them.
+A quarter of FLUX.1's weights are multiplied by one vector a sample, vec = f(timestep, guidance,
+pooled prompt), which is known before a step starts. So these linears (`linear_names`) stay in host
+memory, in the format that they are stored in, and take no memory of the device. A thread computes
+the next step's vectors from them while the device works on this step. Their modules stay in their
+places in the model, so that names, state dict and `save_pretrained` do not change; `.to(device)`
+leaves them on the host, and `.to(dtype)` casts them.
 
-Sums are in fp32 whatever is stored, and the vectors are rounded once, to the activations' dtype.
-Nothing here has a gradient: an adapter on one of these linears, or a base that trains, is refused.
+Sums are in fp32 whatever the weights are stored in, and the vectors are rounded once, to the
+activations' dtype. Nothing here has a gradient, so an adapter on one of these linears, or a base
+that trains, is refused.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from fluxfast.model.pinned import pin, send
 from fluxfast.quant.gemv import gemv
 from fluxfast.quant.linear import QuantLinear
 
-# of a double block (image, text) and of a single one; what they give are the vectors of one block
+# the modulation linears of a double block (image, text) and of a single one
 _DOUBLE, _SINGLE = ("norm1.linear", "norm1_context.linear"), ("norm.linear",)
-# names inside a block, for whoever moves its other weights
+# their names inside a block; who streams blocks leaves them out
 BLOCK_LINEARS = (*_DOUBLE, *_SINGLE)
-# batches that are prepared and not used yet: the one that comes, and the one after it
+# the most batches that are prepared but not used yet: the next one, and the one after it
 _AHEAD = 2
 
 # the vectors of one block, each [B, n · D]: (image's, text's), or (the joint sequence's,)
@@ -41,8 +42,10 @@ Vectors = tuple[Tensor, ...]
 
 
 class Conditions(NamedTuple):
-    """What modulation is a function of: timestep and guidance [B], as the embedder takes them
-    (times 1000; guidance None where the model takes none), and the pooled prompts [B, P].
+    """What modulation is a function of.
+
+    timestep and guidance [B], times 1000 as the embedder takes them (guidance None where the model
+    takes none), and the pooled prompts [B, P].
     """
 
     timestep: Tensor
@@ -53,10 +56,8 @@ class Conditions(NamedTuple):
     def of(
         cls, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype
     ) -> Conditions:
-        """From a forward's own arguments; `dtype` is that of its hidden_states, to which diffusers
-        rounds the first two.
-        """
-        # in the caller's dtype, so that a bf16 caller gets the embedding it would get there
+        """From a forward's own arguments; dtype: that of its hidden_states."""
+        # diffusers rounds both to that dtype; so do we, and a bf16 caller gets the same embedding
         return cls(
             timestep.to(dtype) * 1000,
             None if guidance is None else guidance.to(dtype) * 1000,
@@ -64,11 +65,11 @@ class Conditions(NamedTuple):
         )
 
     def on_host(self) -> Conditions:
-        """In fp32 (of fp64 fp64) on the CPU."""
+        """The same on the CPU, in fp32, or in fp64 where they are."""
         return Conditions(*(None if x is None else _to_host(x) for x in self))  # type: ignore[arg-type]
 
     def equals(self, other: Conditions) -> bool:
-        """Whether two on the host are the same in every bit of every value."""
+        """Whether the values of two that are on the host are all equal."""
         if (self.guidance is None) != (other.guidance is None):
             return False
         return all(
@@ -88,8 +89,9 @@ def embed(
     dtype: torch.dtype,
     linear: Callable[[Tensor, nn.Module], Tensor] = project,
 ) -> Tensor:
-    """vec [B, D] by a transformer's `time_text_embed`, in `dtype`; `linear` applies one of its
-    linears.
+    """vec [B, D], in `dtype`, by a transformer's `time_text_embed`.
+
+    linear: applies one of its linears to a tensor.
     """
 
     def mlp(module: Any, x: Tensor) -> Tensor:
@@ -124,8 +126,9 @@ def linear_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def why_not(transformer: nn.Module) -> str | None:
-    """Why a transformer's modulation can't be computed ahead, naming the first linear in its way;
-    None where it can.
+    """Why a transformer's modulation can't be computed ahead; None where it can.
+
+    Names the first linear that prevents it.
     """
     for name in linear_names(transformer.config):  # type: ignore[arg-type]
         reason = _obstacle(transformer.get_submodule(name))
@@ -161,7 +164,10 @@ def _params(module: nn.Module) -> LinearParams:
 def apply_on_host(
     x: Tensor, module: nn.Module, out: Tensor | None = None, *, threads: int | None = None
 ) -> Tensor:
-    """A linear without adapters, on the CPU, of x [B, in]: [B, out] in x's dtype, fp32 or fp64."""
+    """A linear without adapters, on the CPU: x [B, in] to [B, out], both in fp32 or fp64.
+
+    Raises ValueError for a linear that can't be computed ahead.
+    """
     weight, bias, _ = _params(module)
     stored = weight.packed if isinstance(weight, StoredWeight) else weight
     y = gemv(x, stored, out, threads=threads)  # type: ignore[arg-type]
@@ -169,8 +175,9 @@ def apply_on_host(
 
 
 def _threads_beside(device: torch.device) -> int:
-    """Threads for modulation: where a GPU is at work, two cores stay free for who launches its
-    kernels and who reads data.
+    """The number of threads for modulation.
+
+    Beside a GPU, two cores stay free: one launches its kernels, one reads data.
     """
     threads = torch.get_num_threads()
     return max(1, threads - 2) if device.type == "cuda" else threads
@@ -184,24 +191,25 @@ class _Prepared(NamedTuple):
 class ModulationAhead:
     """The modulation of one transformer. `FluxTransformer.set_modulation_ahead` makes it.
 
-    Weights are not expected to change between `prepare` and the forward that it was for.
+    The weights must not change between `prepare` and the forward that it prepares.
     """
 
     def __init__(self, transformer: Any) -> None:
-        """Moves the linears to host memory. Raises ValueError as `why_not` says, before anything is
-        moved.
+        """Moves the linears to host memory.
+
+        Raises ValueError, before it moves anything, where `why_not` gives a reason.
         """
         reason = why_not(transformer)
         if reason is not None:
             raise ValueError(f"modulation can't be computed ahead: {reason}")
         self._embedder = transformer.time_text_embed
-        # who holds the linears: an adapter that comes later takes a linear's place there
+        # the modules that hold the linears, since an adapter that comes later replaces a linear
         self._blocks: list[list[Any]] = [
             [b.norm1, b.norm1_context] for b in transformer.transformer_blocks
         ]
         self._blocks += [[b.norm] for b in transformer.single_transformer_blocks]
         self._blocks.append([transformer.norm_out])
-        # numbers a sample, of all blocks
+        # how many numbers a sample has in all blocks together
         self._width = sum(linear.out_features for linears in self._linears() for linear in linears)
         self._move(torch.device("cpu"))
         self._begin()
@@ -221,7 +229,7 @@ class ModulationAhead:
 
     @property
     def nbytes(self) -> int:
-        """Host memory that the weights take."""
+        """Bytes of host memory that the weights take."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def _owned(self) -> Iterator[nn.Module]:
@@ -240,14 +248,14 @@ class ModulationAhead:
             if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
                 module.to(device)
 
-    # ---- before the forward ----------------------------------------------------------------------------------------------
+    # before the forward
 
     def prepare(
         self, conditions: Callable[[], Conditions], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Compute a forward's vectors in a thread, in which `conditions` is called as well.
+        """Compute a forward's vectors in a thread, which also calls `conditions`.
 
-        What goes wrong there is raised by the next `vectors`. Prepare in the order of the forwards;
+        An error there is raised by the next `flat_vectors`. Prepare in the order of the forwards;
         at most two are kept.
         """
         if self._pool is None:
@@ -269,16 +277,16 @@ class ModulationAhead:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    # ---- in the forward --------------------------------------------------------------------------------------------------
+    # in the forward
 
     @torch.compiler.disable
     def flat_vectors(
         self, conditions: Conditions, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The vectors of all blocks and of norm_out one after the other, on the device in `dtype`;
-        `views` tells them apart.
+        """The vectors of all blocks and of norm_out as one tensor, on the device in `dtype`.
 
-        Prepared ones if their conditions were these, else computed here and now: the same values.
+        `views` splits it. Vectors that were prepared for equal conditions are used; otherwise they
+        are computed here, to the same values.
         """
         batch = conditions.timestep.shape[0]
         if conditions.timestep.is_meta:
@@ -287,7 +295,7 @@ class ModulationAhead:
         flat = self._look_up(conditions)
         if flat is None or flat.dtype != dtype:
             flat = self._compute(conditions, device, dtype)
-        # one copy for all blocks, behind which the device's own queue waits, and nobody else
+        # one copy for all blocks; only the device's queue waits for it
         return send(flat, device)
 
     def _look_up(self, conditions: Conditions) -> Tensor | None:
@@ -310,8 +318,9 @@ class ModulationAhead:
         return [[owner.linear for owner in owners] for owners in self._blocks]
 
     def views(self, flat: Tensor, batch: int) -> list[Vectors]:
-        """A tuple of vectors for each block, in order, then one for norm_out: each linear's own
-        contiguous [B, out].
+        """A tuple of vectors for each block, in order, then one for norm_out.
+
+        Each vector is one linear's output [B, out], contiguous.
         """
         blocks = [
             [batch * linear.out_features for linear in linears] for linears in self._linears()
@@ -321,9 +330,7 @@ class ModulationAhead:
 
     @torch.no_grad()
     def _compute(self, conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """All vectors in one run of `dtype` on the host, in memory that `device` can read by
-        itself.
-        """
+        """All vectors as one tensor on the host, in memory that `device` can read by itself."""
         wide = torch.promote_types(dtype, torch.float32)
         batch = conditions.timestep.shape[0]
         apply = partial(apply_on_host, threads=_threads_beside(device))
@@ -335,26 +342,22 @@ class ModulationAhead:
         return pin(flat.to(dtype), device)
 
     def seconds(self, batch: int, device: torch.device, dtype: torch.dtype) -> float:
-        """How long the host takes for the vectors of a batch: measured, on conditions of no
-        meaning.
-        """
+        """How long the host takes for the vectors of a batch, measured on made-up conditions."""
         pooled = torch.zeros(batch, self._embedder.text_embedder.linear_1.in_features)
         guidance = torch.ones(batch) if hasattr(self._embedder, "guidance_embedder") else None
         conditions = Conditions(torch.full((batch,), 500.0), guidance, pooled)
         times = []
-        # the first time reads the weights from wherever they are
+        # the first time may have to read the weights from disk
         for _ in range(3):
             begun = time.perf_counter()
             self._compute(conditions, device, dtype)
             times.append(time.perf_counter() - begun)
         return min(times)
 
-    # ---- moves by others -------------------------------------------------------------------------------------------------
+    # moves by others
 
     def staying(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`fn`, as `Module._apply` takes it, which may cast the tensors on the host, but not move
-        them.
-        """
+        """`fn`, which `Module._apply` takes, with these tensors cast by it but left on the host."""
         here = {tensor.data_ptr() for tensor in self._tensors() if tensor.is_cpu}
 
         def unless_here(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Tensors on their way between the host and a GPU without anybody waiting.
+"""Copies between the host and a GPU that do not wait for each other.
 
-A copy from ordinary memory, and `.item()`, hold the calling thread until the device has worked off
-all that it was asked for, so that it idles while Python prepares the next launches. From pinned
-memory a copy is one more entry in the device's queue.
+A copy from ordinary memory, and `.item()`, block the calling thread until the device has finished
+all that is in its queue; then the device idles while Python prepares the next launches. A copy from
+pinned memory is one more entry in the queue, and blocks nobody.
 
 CUDA forbids pinning memory, in any thread, while a graph is captured (`capturing`).
 """
@@ -22,15 +22,13 @@ _may_pin = threading.Lock()
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """No thread pins memory in here: whoever wants to waits until the graph is captured."""
+    """A context in which a graph is captured: threads that want to pin memory wait for its end."""
     with _may_pin:
         yield
 
 
 def pin(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor`, which is on the CPU, in memory that `device` reads by itself: itself unless that is
-    a GPU.
-    """
+    """A copy of a CPU tensor in memory that a GPU reads by itself; itself for any other device."""
     if device.type != "cuda":
         return tensor
     with _may_pin:
@@ -38,8 +36,10 @@ def pin(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the host on the device; does not wait for the copy. Pinned (`pin`), it is read
-    later than this returns.
+    """A tensor of the host on the device, as `dtype` where that is given.
+
+    Does not wait for the copy. A pinned tensor (`pin`) may be read after this returns, so it must
+    not change.
     """
     return tensor.to(device, dtype or tensor.dtype, non_blocking=True)
 
@@ -47,8 +47,8 @@ def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 class Readback:
     """Numbers of the device on their way to the host.
 
-    They are asked for when they have been computed, not when they are read: `.item()` on an earlier
-    step's loss waits for the later steps that are in the queue by then.
+    The copy enters the device's queue here, not when the numbers are read. `.item()` on an earlier
+    step's loss would wait for all the later steps in the queue.
     """
 
     def __init__(self, *numbers: Tensor) -> None:
@@ -64,7 +64,7 @@ class Readback:
         self._arrived.record()
 
     def read(self) -> list[float]:
-        """The numbers, once they have arrived."""
+        """The numbers; waits until they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()

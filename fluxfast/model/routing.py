@@ -1,13 +1,13 @@
-"""TREAD (Krause et al., arXiv 2501.04765): during training, a random part of the image tokens skips
-a range of blocks.
+"""TREAD: during training, a random part of the image tokens skips a range of blocks.
 
-A route drops tokens just before its first block and puts them back, as they were there, just after
-its last; both ends are counted. Blocks are numbered through both kinds, double ones first. Text is
-never dropped. Kept tokens stay in order and keep their positions: attention sees them with the
-rotary rows that they have in the whole image.
+The method is Krause et al.'s (arXiv 2501.04765). A route drops tokens just before its first block
+and puts them back just after its last one, with the values that they had before the first. Blocks
+are numbered through both kinds, double blocks first. Text is never dropped. Kept tokens stay in
+order and keep their positions: RoPE gives them the rows that they have in the whole image.
 
-The keep count is K = S - round(S·ratio); with a force-keep mask, at least the largest number of
-forced tokens of a sample, so that a batch keeps one shape. With K = S a route does nothing at all.
+A route keeps K = S - round(S·ratio) of S tokens. With a force-keep mask it keeps at least as many
+as the sample with the most forced tokens has, so that all samples of a batch keep the same number.
+With K = S a route does nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from fluxfast.ops.token_route import token_gather, token_scatter
 
 
 class Route(NamedTuple):
-    """Drop `ratio` of the image tokens in blocks first..last, counted from 0 through both kinds,
-    both included.
-    """
+    """Drop `ratio` of the image tokens in blocks `first` to `last`, both included."""
 
     ratio: float
     first: int
@@ -33,19 +31,15 @@ class Route(NamedTuple):
 
 
 def resolve_routes(routes: Iterable[Mapping[str, Any]], blocks: int) -> tuple[Route, ...]:
-    """The routes of a `tread_config` on a model of so many blocks; indices below 0 count from its
-    end.
+    """The routes of a `tread_config` on a model of so many blocks.
 
-    Raises ValueError, naming the route, where one is out of range, ends before it starts, or begins
-    before the one before it has ended.
+    Indices below 0 count from the last block. Raises ValueError, naming the route, where one is out
+    of range, ends before it starts, or starts before the one before it has ended.
     """
     resolved: list[Route] = []
     for number, entry in enumerate(routes):
-        ratio, start, end = (
-            entry["selection_ratio"],
-            entry["start_layer_idx"],
-            entry["end_layer_idx"],
-        )
+        ratio = entry["selection_ratio"]
+        start, end = entry["start_layer_idx"], entry["end_layer_idx"]
         name = f"tread_config route {number} (blocks {start} to {end}, ratio {ratio})"
         if not 0 <= ratio < 1:
             raise ValueError(
@@ -63,38 +57,37 @@ def resolve_routes(routes: Iterable[Mapping[str, Any]], blocks: int) -> tuple[Ro
         if resolved and first <= resolved[-1].last:
             raise ValueError(
                 f"{name}: it starts at block {first}, but the route before it ends at block "
-                f"{resolved[-1].last}; routes are "
-                "given in order and may not overlap"
+                f"{resolved[-1].last}; routes are given in order and may not overlap"
             )
         resolved.append(Route(float(ratio), first, last))
     return tuple(resolved)
 
 
 def keep_count(tokens: int, ratio: float) -> int:
+    """How many of so many tokens a route keeps."""
     return tokens - round(tokens * ratio)
 
 
-# by the block that a route starts at: the tokens that it keeps [B, K], sorted; None where it keeps
-# all
+# for each route of a forward, by the block that it starts at: the tokens that it keeps [B, K],
+# sorted, or None where it keeps all
 Draws = dict[int, Tensor | None]
 
 
-class Kept(NamedTuple):
-    """The tokens of a route under way: their indices [B, K] in the image, all image tokens [B, S,
-    D] from before it.
-    """
+class ActiveRoute(NamedTuple):
+    """A route between its first and its last block."""
 
+    # the kept tokens' [B, K], in the image
     indices: Tensor
+    # all image tokens as they were before the route [B, S, D]
     before: Tensor
 
 
 class Router:
-    """The routes of a model and the random numbers that they use (from a generator of their own, on
-    the CPU).
+    """The routes of a model, and a generator on the CPU that draws the tokens that they keep.
 
-    The draw depends on nothing but the generator's state, so that a resumed run drops the same
-    tokens; and it happens before the blocks, so that a block that is recomputed for its backward
-    sees the same ones.
+    A draw depends on the generator's state alone, so that a resumed run drops the same tokens. It
+    happens before the blocks run, so that a block that is recomputed in backward sees the same
+    ones.
     """
 
     def __init__(self, routes: Sequence[Route], seed: int = 42) -> None:
@@ -106,25 +99,26 @@ class Router:
     def draws(
         self, batch: int, tokens: int, force_keep: Tensor | None, device: torch.device
     ) -> Draws:
-        """A `draw` for each route of a forward, by the block that it starts at."""
+        """One `draw` for each route that drops tokens."""
         return {
             first: self.draw(batch, tokens, route.ratio, force_keep, device)
             for first, route in self._starts.items()
         }
 
     def ends_at(self, block: int) -> bool:
+        """Whether a route that drops tokens has this block as its last."""
         return block in self._ends
 
     def draw(
         self, batch: int, tokens: int, ratio: float, force_keep: Tensor | None, device: torch.device
     ) -> Tensor | None:
-        """Sorted indices [B, K] of the tokens to keep, uniformly at random; None where all are
-        kept.
+        """Sorted indices [B, K] of random tokens to keep; None where all are kept.
 
-        force_keep: bool [B, tokens], true where a token must not be dropped.
+        force_keep: bool [B, tokens], true where a token must not be dropped. Raises ValueError on
+        another shape.
         """
         keep = keep_count(tokens, ratio)
-        # drawn even if nothing is dropped, so that one sample's mask does not move the next draw
+        # drawn even if nothing is dropped, so that this batch's mask does not change the next draw
         scores = torch.rand(batch, tokens, generator=self.generator)
         if force_keep is not None:
             forced = force_keep.to("cpu", torch.bool)
@@ -142,53 +136,56 @@ class Router:
 
 
 def joint_index(kept: Tensor, txt_len: int) -> Tensor:
-    """Rows of the rotary tables [B, txt_len + K] for text and kept image tokens."""
+    """The rows of the rotary tables [B, txt_len + K] for text and kept image tokens."""
     text = torch.arange(txt_len, device=kept.device).expand(len(kept), -1)
     return torch.cat([text, kept + txt_len], dim=1)
 
 
 class RouteState:
-    """One forward's way through the routes: which image tokens are in play, and the tables that go
-    with them.
+    """One forward's way through the routes: it drops tokens and puts them back.
+
+    `pe` is always the tables for the tokens that are left, as blocks take them.
     """
 
     def __init__(
         self, router: Router | None, draws: Draws, tables: tuple[Tensor, Tensor], txt_len: int
     ) -> None:
-        """draws: `router`'s, for this forward; empty without one."""
+        """draws: `router`'s, for this forward; empty without a router."""
         self._router, self._draws, self._tables, self._txt_len = router, draws, tables, txt_len
-        self._kept: Kept | None = None
+        self._active: ActiveRoute | None = None
         self.pe: tuple[Tensor, ...] = tables
 
     def before(self, block: int, img: Tensor) -> Tensor:
-        """img [B, S, D], less the tokens that a route starting at this block drops."""
+        """img [B, S, D] without the tokens that a route starting at this block drops."""
         index = self._draws.get(block)
         if index is None:
             return img
-        img, self._kept = token_gather(img, index), Kept(index, img)
+        img, self._active = token_gather(img, index), ActiveRoute(index, img)
         self.pe = (*self._tables, joint_index(index, self._txt_len))
         return img
 
     def after(self, block: int, img: Tensor) -> Tensor:
-        """img with the dropped tokens back, if a route ends at this block."""
-        if self._kept is None or self._router is None or not self._router.ends_at(block):
+        """img with the dropped tokens put back, if a route ends at this block."""
+        if self._active is None or self._router is None or not self._router.ends_at(block):
             return img
-        whole = token_scatter(self._kept.before, img, self._kept.indices)
-        self._kept, self.pe = None, self._tables
+        whole = token_scatter(self._active.before, img, self._active.indices)
+        self._active, self.pe = None, self._tables
         return whole
 
     def before_joint(self, block: int, x: Tensor) -> Tensor:
+        """As `before`, of the joint sequence x [B, S_txt + S, D]."""
         return self._on_image(x, self.before(block, x[:, self._txt_len :]))
 
     def after_joint(self, block: int, x: Tensor) -> Tensor:
+        """As `after`, of the joint sequence x."""
         return self._on_image(x, self.after(block, x[:, self._txt_len :]))
 
     def _on_image(self, x: Tensor, img: Tensor) -> Tensor:
-        # most blocks neither start nor end a route: the joint tensor goes on as it is
+        # most blocks neither start nor end a route, and then nothing is copied
         if img.shape[1] + self._txt_len == x.shape[1]:
             return x
         return torch.cat([x[:, : self._txt_len], img], dim=1)
 
     def of_kept(self, sample: Tensor) -> Tensor:
-        """A ControlNet residual [B, S, D] of the tokens in play."""
-        return sample if self._kept is None else token_gather(sample, self._kept.indices)
+        """The part of a ControlNet residual [B, S, D] that belongs to the tokens that are left."""
+        return sample if self._active is None else token_gather(sample, self._active.indices)

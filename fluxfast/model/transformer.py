@@ -1,9 +1,9 @@
-"""The FLUX.1 transformer: diffusers' `FluxTransformer2DModel` by type, config, module names and
-signature, with our blocks.
+"""The FLUX.1 transformer on our blocks.
 
-Between blocks everything is as in diffusers, except that text and image stay one joint tensor
-through all single blocks. On a CPU the arithmetic is fp32 whatever the weights are stored in (bf16
-there is many times slower, and worse).
+It is diffusers' `FluxTransformer2DModel` by type, config, module names and signature. Between
+blocks it does what diffusers' does, except that text and image stay one joint tensor through all
+single blocks. On a CPU it computes in fp32 whatever the weights are stored in, since bf16 is many
+times slower there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from fluxfast.checkpoint import flux
-from fluxfast.model.blocks import adopt
+from fluxfast.model.blocks import convert_block
 from fluxfast.model.diffusers_forward import (
     NO_CONTROL,
     Control,
@@ -32,22 +33,11 @@ from fluxfast.model.diffusers_forward import (
 from fluxfast.model.graphs import StepGraphs
 from fluxfast.model.linear import project
 from fluxfast.model.modulation import Conditions, ModulationAhead, embed
+from fluxfast.model.rope import rope_tables
 from fluxfast.model.routing import Draws, Router, RouteState, resolve_routes
 from fluxfast.model.tape import POLICIES
 from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
-
-
-def rope_tables(ids: Tensor, axes_dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, Σ axes_dims / 2] fp32 of position ids [S, axes]; frequencies in fp64, as in
-    BFL's `rope`.
-    """
-    parts = []
-    for axis, dim in enumerate(axes_dims):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
-        parts.append(torch.outer(ids[:, axis].double(), 10000.0**-exponents))
-    angles = torch.cat(parts, dim=-1)
-    return angles.cos().float(), angles.sin().float()
 
 
 def compute_dtype(device: torch.device, storage: torch.dtype) -> torch.dtype:
@@ -65,11 +55,13 @@ class FluxTransformer(FluxTransformer2DModel):
     checkpoints all.
     """
 
-    _no_split_modules = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012 (diffusers' own declarations are lists)
+    # lists, as in diffusers' own declarations
+    _no_split_modules = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012
     _repeated_blocks = ["DoubleStreamBlock", "SingleStreamBlock"]  # noqa: RUF012
-    # who computes modulation on the host; None: each block its own
+    # what computes the modulation of all blocks on the host; where it is None, each block computes
+    # its own
     modulation: ModulationAhead | None = None
-    # who replays what `run_blocks` launches; None: it is run
+    # what replays `run_blocks` as CUDA graphs; where it is None, `run_blocks` runs
     graphs: StepGraphs | None = None
 
     @register_to_config
@@ -90,8 +82,7 @@ class FluxTransformer(FluxTransformer2DModel):
         if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
             raise ValueError(
                 f"axes_dims_rope {tuple(axes_dims_rope)}: expected even numbers that sum to "
-                "attention_head_dim "
-                f"{attention_head_dim}, got a sum of {sum(axes_dims_rope)}"
+                f"attention_head_dim {attention_head_dim}, got a sum of {sum(axes_dims_rope)}"
             )
         super().__init__(
             patch_size=patch_size,
@@ -107,19 +98,18 @@ class FluxTransformer(FluxTransformer2DModel):
             axes_dims_rope=axes_dims_rope,
         )
         for block in self.blocks:
-            adopt(block)
+            convert_block(block)
         self.gradient_checkpointing_interval = 1
         self._checkpoints_itself = True
         self.recompute: list[str] | None = None
         self.router: Router | None = None
 
     def set_routes(self, routes: Iterable[Mapping[str, Any]] | None, seed: int = 42) -> None:
-        """TREAD: the `routes` of a `tread_config` (None: none), active in training mode with
-        gradients enabled.
+        """Set the TREAD routes of training, the `routes` of a `tread_config`; None sets none.
 
         Each has selection_ratio (the part of the image tokens to drop), start_layer_idx and
-        end_layer_idx. Raises ValueError naming a route that is out of range, out of order, or
-        overlaps the one before it.
+        end_layer_idx. They are active in training mode with gradients enabled. Raises ValueError
+        naming a route that is out of range, out of order, or overlaps the one before it.
         """
         blocks = len(self.transformer_blocks) + len(self.single_transformer_blocks)
         self.router = None if routes is None else Router(resolve_routes(routes, blocks), seed)
@@ -134,8 +124,7 @@ class FluxTransformer(FluxTransformer2DModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> FluxTransformer:
-        """Load a diffusers folder (local, or a hub id): `config.json` and safetensors, sharded or
-        not; or one file.
+        """Load a diffusers folder, local or a hub id (`config.json` and safetensors), or one file.
 
         Arguments: subfolder, torch_dtype (or dtype), revision, variant, cache_dir, token,
         local_files_only, force_download. Raises `checkpoint.CheckpointError` naming the file where
@@ -147,21 +136,22 @@ class FluxTransformer(FluxTransformer2DModel):
     def from_single_file(
         cls, pretrained_model_link_or_path_or_dict: str | os.PathLike, **kwargs: Any
     ) -> FluxTransformer:
-        """Load one safetensors file, of any ending: BFL's, Comfy's (`model.diffusion_model.`
-        prefix) or diffusers', told apart by its keys.
+        """Load one safetensors file, whatever its ending, in BFL's, Comfy's or diffusers' names.
 
-        Sizes are inferred from the tensors, unless `config` (a dict, a config.json, or the folder
-        of one) gives them. Arguments: torch_dtype (or dtype); config; axes_dims_rope, which no file
-        stores, where the head dimension is not FLUX.1's 128. Raises `checkpoint.CheckpointError`
-        naming the file and the first keys that are missing or unexpected.
+        The names in it tell which it has; Comfy's begin with `model.diffusion_model.`. Sizes are
+        inferred from the tensors, unless `config` (a dict, a config.json, or the folder of one)
+        gives them. Arguments: torch_dtype (or dtype); config; axes_dims_rope, which no file stores,
+        where the head dimension is not FLUX.1's 128. Raises `checkpoint.CheckpointError` naming the
+        file and the first keys that are missing or unexpected.
         """
         return flux.load_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs)
 
     def set_modulation_ahead(self, ahead: bool) -> None:
-        """Keep the weights of modulation and of the time embedding in host memory and compute both
-        on the CPU (see `fluxfast.model.modulation`), or bring them back to the model's device.
+        """Whether modulation and the time embedding are computed on the CPU, ahead of the blocks.
 
-        Raises ValueError naming a linear that can't go: one that carries an adapter, or trains.
+        Their weights are in host memory then (`fluxfast.model.modulation`); False brings them back
+        to the model's device. Raises ValueError naming a linear that can't go there: one that
+        carries an adapter, or trains.
         """
         if ahead == (self.modulation is not None):
             return
@@ -173,22 +163,19 @@ class FluxTransformer(FluxTransformer2DModel):
             modulation.release(device)
 
     def set_cuda_graphs(self, on: bool, **options: Any) -> None:
-        """Replay the forward and backward of training as CUDA graphs, captured once for each shape
-        of the inputs.
+        """Whether training replays its forward and backward as CUDA graphs, one for each shape.
 
-        `options` are `StepGraphs`'s. Raises ValueError where that can't be
-        (`fluxfast.model.graphs`). From the first step on until graphs are set off again, adapters
-        may train, but none may come, go, or change its scale; and each forward is followed by its
-        backward.
+        options: `StepGraphs`'s. Raises ValueError where steps can't be captured
+        (`fluxfast.model.graphs`). While graphs are on, adapters may train, but none may come, go,
+        or change its scale, and each forward must be followed by its backward.
         """
         self.graphs = StepGraphs.on_gpu(self, **options) if on else None
 
     def prepare_modulation(self, conditions: Callable[[], Conditions]) -> None:
-        """Have a thread compute the modulation of a forward that is to come, with what
-        `conditions`, called there, gives.
+        """Have a thread compute the modulation of a coming forward from what `conditions` returns.
 
-        The forward finds it by its values, and computes its own where it has others. Does nothing
-        unless modulation is ahead.
+        `conditions` is called in that thread. The forward compares its own conditions with these,
+        and computes modulation itself if they differ. Does nothing unless modulation is ahead.
         """
         if self.modulation is not None:
             self.modulation.prepare(
@@ -198,30 +185,26 @@ class FluxTransformer(FluxTransformer2DModel):
     def _modulation_input(
         self, conditions: Conditions, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """What the blocks' modulation is made of: vec [B, D], or all vectors that it would become
-        (`ModulationAhead`).
-        """
+        """The conditioning vector [B, D], or with modulation ahead the vectors of all blocks."""
         if self.modulation is not None:
             return self.modulation.flat_vectors(conditions, device, dtype)
         return embed(self.time_text_embed, conditions, dtype)
 
     @property
     def device(self) -> torch.device:
-        # diffusers takes the first parameter's, which is one of those that stay on the host
+        # diffusers takes the first parameter's device, which with modulation ahead is the host
         return super().device if self.modulation is None else self._x_embedder_weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FluxTransformer:
-        return super()._apply(
-            fn if self.modulation is None else self.modulation.staying(fn), recurse
-        )
+        fn = fn if self.modulation is None else self.modulation.staying(fn)
+        return super()._apply(fn, recurse)
 
     def set_compute(self, compute: str, outliers: int = 0) -> None:
-        """What the blocks' wide products run in: "same" (the activations' dtype), "int8" or "e4m3"
-        (codes, a scale a row).
+        """Set what the blocks' wide products run in, which need not be how weights are stored.
 
-        Independent of how weights are stored. outliers: how many channels of each product's input,
-        the largest, stay out of the codes (`ops.linear_group`). Raises ValueError on another name
-        or a negative number.
+        compute: "same" (the activations' dtype), "int8" or "e4m3" (8-bit codes with a scale a row).
+        outliers: how many channels of each product's input, the largest, stay out of the codes
+        (`fluxfast.ops.linear.group`). Raises ValueError on another name or a negative number.
         """
         if compute not in COMPUTE or outliers < 0:
             raise ValueError(
@@ -232,11 +215,11 @@ class FluxTransformer(FluxTransformer2DModel):
             block.compute, block.outliers = compute, outliers
 
     def set_recompute(self, policy: str | Sequence[str] | None) -> None:
-        """What each block recomputes in backward: "none", "selective" or "full" (`model.fused`),
-        one for all or one a block.
+        """Set what backward recomputes: "none", "selective" or "full", for all blocks or for each.
 
-        None, the default: "full" for the blocks that gradient checkpointing asks for, "none" for
-        the others.
+        What a policy keeps instead is in `double_block.KEPT_DOUBLE` and `single_block.KEPT_SINGLE`.
+        With None, the default, the blocks that gradient checkpointing asks for recompute all, and
+        the others nothing.
         """
         policies = [policy] * len(self.blocks) if isinstance(policy, str) else policy
         if policies is not None and len(policies) != len(self.blocks):
@@ -257,29 +240,29 @@ class FluxTransformer(FluxTransformer2DModel):
     def enable_gradient_checkpointing(
         self, gradient_checkpointing_func: Callable[..., Any] | None = None
     ) -> None:
-        """Recompute blocks in backward: by their own policy, or through
-        `gradient_checkpointing_func` where one is given.
-        """
+        """Recompute blocks in backward: themselves, or by the checkpoint function that is given."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func)
         self._checkpoints_itself = gradient_checkpointing_func is None
 
-    def _run(self, index: int, block: Any, *args: Any) -> Any:
-        """A block, numbered through both kinds, checkpointed if it is one of every
-        `gradient_checkpointing_interval`.
+    def _block_calls(self) -> list[Callable[..., Any]]:
+        """What to call for each block in this forward, after its policy is set.
+
+        That is the block itself, or the caller's own checkpoint function around it.
         """
-        asked = self.gradient_checkpointing and index % self.gradient_checkpointing_interval == 0
-        if (
-            self.recompute is None
-            and asked
-            and not self._checkpoints_itself
-            and torch.is_grad_enabled()
-        ):
-            block.policy = "none"
-            return self._gradient_checkpointing_func(block, *args)
-        block.policy = (
-            self.recompute[index] if self.recompute is not None else "full" if asked else "none"
-        )
-        return block(*args)
+        calls: list[Callable[..., Any]] = []
+        for i, block in enumerate(self.blocks):
+            asked = self.gradient_checkpointing and i % self.gradient_checkpointing_interval == 0
+            by_function = asked and not self._checkpoints_itself and torch.is_grad_enabled()
+            if self.recompute is None and by_function:
+                block.policy = "none"
+                calls.append(partial(self._gradient_checkpointing_func, block))
+                continue
+            if self.recompute is not None:
+                block.policy = self.recompute[i]
+            else:
+                block.policy = "full" if asked else "none"
+            calls.append(block)
+        return calls
 
     def forward(
         self,
@@ -297,12 +280,14 @@ class FluxTransformer(FluxTransformer2DModel):
         controlnet_blocks_repeat: bool = False,
         force_keep_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the flow: hidden_states [B, S_img, in_channels], encoder_hidden_states [B, S_txt,
-        joint_attention_dim], pooled_projections [B, pooled], timestep and guidance [B] in 0..1 and
-        as is, ids [S, 3]; returns [B, S_img, out]. With modulation ahead those three are wanted on
-        the CPU: from the device, forward has to wait for them.
+        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and one more.
 
-        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`).
+        hidden_states [B, S_img, in_channels]; encoder_hidden_states [B, S_txt,
+        joint_attention_dim]; pooled_projections [B, pooled_projection_dim]; timestep [B] in 0..1;
+        guidance [B] as it is; ids [S, 3]. With modulation ahead, pooled_projections, timestep and
+        guidance should be on the CPU, since forward has to wait for copies of them from the device.
+        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`). Raises
+        ValueError where a model with guidance embeds gets no guidance.
         """
         kwargs = dict(joint_attention_kwargs or {})
         in_dtype = hidden_states.dtype
@@ -322,11 +307,9 @@ class FluxTransformer(FluxTransformer2DModel):
         trains = self.training and torch.is_grad_enabled()
         router = self.router if trains else None
         batch, tokens, _ = hidden_states.shape
-        draws = (
-            {}
-            if router is None
-            else router.draws(batch, tokens, force_keep_mask, hidden_states.device)
-        )
+        draws: Draws = {}
+        if router is not None:
+            draws = router.draws(batch, tokens, force_keep_mask, hidden_states.device)
         inputs = (hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables)
         control = Control(
             controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
@@ -360,48 +343,43 @@ class FluxTransformer(FluxTransformer2DModel):
         kwargs: dict[str, Any] | None = None,
         control: Control = NO_CONTROL,
     ) -> Tensor:
-        """From the inputs in the activations' dtype to the prediction: all that a step computes on
-        the device.
+        """The prediction from inputs in the activations' dtype: all that runs on the device.
 
-        A function of its tensors and of the weights alone: nothing random, nothing read back.
+        Without dropout it depends on its tensors and the weights alone, and it reads nothing back
+        from the device, so that `StepGraphs` can capture it.
         """
         kwargs = kwargs or {}
         mods: list[Any] = [mod] * (len(self.blocks) + 1)
         if self.modulation is not None:
             mods = [*self.modulation.views(mod, len(hidden_states))]
-        img, txt = (
-            project(hidden_states, self.x_embedder),
-            project(encoder_hidden_states, self.context_embedder),
-        )
+        img = project(hidden_states, self.x_embedder)
+        txt = project(encoder_hidden_states, self.context_embedder)
         route = RouteState(router, draws, (cos, sin), txt.shape[1])
-        for i, block in enumerate(self.transformer_blocks):
+        doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        calls = self._block_calls()
+
+        for i in range(doubles):
             img = route.before(i, img)
-            txt, img = self._run(i, block, img, txt, mods[i], route.pe, kwargs)
+            txt, img = calls[i](img, txt, mods[i], route.pe, kwargs)
             if control.double is not None:
-                img = img + route.of_kept(
-                    control_residual(
-                        control.double, i, len(self.transformer_blocks), control.repeat
-                    )
-                )
+                sample = control_residual(control.double, i, doubles, control.repeat)
+                img = img + route.of_kept(sample)
             img = route.after(i, img)
 
         x, txt_len = torch.cat([txt, img], dim=1), txt.shape[1]
-        for i, block in enumerate(self.single_transformer_blocks):
-            number = len(self.transformer_blocks) + i
-            x = route.before_joint(number, x)
-            x = self._run(number, block, x, None, mods[number], route.pe, kwargs)
+        for i in range(doubles, doubles + singles):
+            x = route.before_joint(i, x)
+            x = calls[i](x, None, mods[i], route.pe, kwargs)
             if control.single is not None:
-                sample = control_residual(control.single, i, len(self.single_transformer_blocks))
+                sample = control_residual(control.single, i - doubles, singles)
                 x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
-            x = route.after_joint(number, x)
+            x = route.after_joint(i, x)
 
-        last = mods[-1]
-        vectors = (
-            last[0]
-            if isinstance(last, tuple)
-            else project(torch.nn.functional.silu(last), self.norm_out.linear)
-        )
-        scale, shift = vectors.chunk(2, dim=-1)
+        if isinstance(mods[-1], tuple):
+            (last_mod,) = mods[-1]
+        else:
+            last_mod = project(torch.nn.functional.silu(mods[-1]), self.norm_out.linear)
+        scale, shift = last_mod.chunk(2, dim=-1)
         img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
         return project(img, self.proj_out)
 

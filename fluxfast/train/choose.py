@@ -121,7 +121,7 @@ def facts_of_model(facts: Facts, config: TrainConfig, transformer: FluxTransform
 
     These are linears that forbid a choice, and the time that the CPU takes for modulation.
     """
-    obstacles, seconds = {"graphs": graphs.obstacle(transformer)}, None
+    obstacles, seconds = {"graphs": graphs.uncapturable(transformer)}, None
     if transformer.modulation is not None:
         obstacles["modulation_ahead"] = modulation.why_not(transformer)
         if facts.gpu is not None and config.modulation_ahead == "auto":

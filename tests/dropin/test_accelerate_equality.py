@@ -24,7 +24,7 @@ from peft import LoKrConfig
 from torch.utils.checkpoint import checkpoint
 
 import fluxfast
-from fluxfast.model import blocks
+from fluxfast.model import single_block
 from support import make_inputs, randomise, relative_error
 
 # 16 bits: 2^-8 per rounding there, over every op of five blocks; here a CPU rounds between blocks
@@ -104,14 +104,14 @@ def test_text_and_image_stay_one_tensor(inputs, monkeypatch):
     _, ours = pair(diffusers_host)
     add_lora(ours)
     fluxfast.accelerate(ours)
-    real, kept = blocks.joined, []
+    real, kept = single_block.joined, []
 
     def joined(txt, img):
         out = real(txt, img)
         kept.append(out is txt._base)
         return out
 
-    monkeypatch.setattr(blocks, "joined", joined)
+    monkeypatch.setattr(single_block, "joined", joined)
     ours(**inputs)
     assert kept == [False, True, True]
 

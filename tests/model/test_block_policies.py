@@ -4,103 +4,14 @@ compare it with diffusers.
 
 import pytest
 import torch
-from peft import LoraConfig
 
+from block_cases import EVERYTHING, MODULATION, block_of, inputs, make_model, run
 from fluxfast.model import blocks, tape
-from fluxfast.model.double_block import DoubleBlock
-from fluxfast.model.single_block import SingleBlock
-from fluxfast.model.transformer import FluxTransformer, rope_tables
-from support import SMALL, randomise, relative_error
+from support import SMALL, relative_error
 
-EVERYTHING = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-]
-EVERYTHING += [
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-    "proj_mlp",
-    "proj_out",
-]
-MODULATION = ["norm1.linear", "norm1_context.linear", "norm.linear"]
 # the same products and sums in another order; fp32 rounds at 6e-8, through some twenty ops and sums
 # over 128 numbers
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-
-
-def make_model(targets=EVERYTHING, dtype=torch.float32, dropout=0.0, rank=3, **config):
-    torch.manual_seed(0)
-    model = FluxTransformer(**SMALL | {"num_layers": 1, "num_single_layers": 1} | config)
-    model.add_adapter(
-        LoraConfig(r=rank, lora_alpha=5, target_modules=list(targets), lora_dropout=dropout)
-    )
-    randomise(model)
-    return model.to(dtype).train()
-
-
-def inputs(model, dtype, batch=2, tokens=9, text=7, requires_grad=True):
-    g = torch.Generator().manual_seed(3)
-    dim = model.inner_dim
-    shapes = ((batch, tokens, dim), (batch, text, dim), (batch, dim))
-    img, txt, vec = (torch.randn(*shape, generator=g, dtype=dtype) for shape in shapes)
-    ids = torch.randint(0, 30, (text + tokens, 3), generator=g)
-    ids[:text] = 0
-    return (
-        img.requires_grad_(requires_grad),
-        txt.requires_grad_(requires_grad),
-        vec,
-        rope_tables(ids, (4, 14, 14)),
-    )
-
-
-def run(
-    model,
-    kind,
-    dtype,
-    *,
-    composed=False,
-    policy="none",
-    requires_grad=True,
-    kwargs=None,
-    index=None,
-    batch=2,
-    **choices,
-):
-    """A block's outputs, and the gradients of its inputs and trained parameters, for fixed random
-    inputs and gradients.
-    """
-    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
-    for name, value in {"policy": policy, **choices}.items():
-        setattr(block, name, value)
-    img, txt, vec, pe = inputs(model, dtype, batch, requires_grad=requires_grad)
-    pe = pe if index is None else (*pe, index)
-    called = []
-    function = DoubleBlock if kind == "double" else SingleBlock
-    with pytest.MonkeyPatch.context() as patch:
-        if composed:
-            patch.setattr(type(block), "_fused_run", lambda *_: None)
-        apply = function.apply
-        patch.setattr(function, "apply", lambda *args: (called.append(1), apply(*args))[1])
-        torch.manual_seed(5)
-        outs = block(img, txt, vec, pe, kwargs)
-    # a comparison of the composed path with itself would tell nothing
-    assert len(called) == (0 if composed else 1)
-    leaves = [x for x in (img, txt) if requires_grad] + [
-        p for p in block.parameters() if p.requires_grad
-    ]
-    g = torch.Generator().manual_seed(4)
-    grads = torch.autograd.grad(
-        outs, leaves, [torch.randn(out.shape, generator=g, dtype=dtype) for out in outs]
-    )
-    return [*outs, *grads]
 
 
 def assert_same(actual, expected, tolerance):
@@ -164,7 +75,7 @@ def test_dropout_is_replayed(kind, policy):
 def test_dropout_is_right_on_average(kind):
     """The outputs of 400 draws average to the output without dropout."""
     model = make_model(dtype=torch.float64, dropout=0.5)
-    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
+    block = block_of(model, kind)
     img, txt, vec, pe = inputs(model, torch.float64)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -207,7 +118,7 @@ def test_outlier_channels(kind, policy):
     nothing.
     """
     model = make_model()
-    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
+    block = block_of(model, kind)
     with torch.no_grad():
         for linear in block.modulation_linears():
             # the first chunk shifts the normalised input
@@ -227,8 +138,8 @@ def test_outlier_channels(kind, policy):
 
 
 def saved_bytes(model, kind, policy, impl="ref"):
-    """Bytes that autograd keeps between a block's forward and its backward, other than parameters."""
-    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
+    """Bytes that autograd keeps between a block's forward and backward, other than parameters."""
+    block = block_of(model, kind)
     block.policy, block.impl = policy, impl
     img, txt, vec, pe = inputs(model, torch.float32, batch=1, tokens=121)
     mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -258,7 +169,7 @@ def saved_bytes(model, kind, policy, impl="ref"):
      ("double", "none", 10), ("double", "selective", 2), ("double", "full", 1)],
 )  # fmt: skip
 def test_bytes_kept_for_backward(kind, policy, passes, impl):
-    """What `fused` documents, in tensors of the joint sequence [1, 128, D], its input counted."""
+    """What is kept, in tensors of the joint sequence [1, 128, D], the block's input counted."""
     if impl == "native" and policy == "none":
         passes += 9
     model = make_model()
@@ -286,7 +197,7 @@ def test_weights_are_read_where_residency_puts_them(kind):
     """Outside of `use` the frozen weights are garbage; forward and backward each run inside it."""
     model = make_model(dtype=torch.float64)
     expected = run(model, kind, torch.float64)
-    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
+    block = block_of(model, kind)
     frozen = [p for p in block.parameters() if not p.requires_grad]
     home = [p.data.clone() for p in frozen]
     directions = []
@@ -328,7 +239,7 @@ def test_weights_are_read_where_residency_puts_them(kind):
 @pytest.mark.parametrize("obstacle", ["hook", "processor", "compile", "trains_norm"])
 def test_what_is_not_ours_takes_the_composed_path(kind, obstacle, monkeypatch):
     model = make_model()
-    block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
+    block = block_of(model, kind)
     if obstacle == "hook":
         block.attn.to_v.register_forward_hook(lambda *_: None)
     elif obstacle == "processor":
@@ -338,8 +249,7 @@ def test_what_is_not_ours_takes_the_composed_path(kind, obstacle, monkeypatch):
     else:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     img, _, _, pe = inputs(model, torch.float32)
-    reads = tape.read_groups(block.linear_groups())
-    assert block._fused_run(reads, img, pe, {}) is None
+    assert block._fused_call(img, pe, {}) is None
 
 
 def test_every_policy_of_the_composed_path_gives_the_same(monkeypatch):

@@ -185,7 +185,7 @@ def test_with_routes():
     assert max(relative_error(grads[n], g) for n, g in expected.items()) < TOLERANCE_GRADS
 
 
-# ---- a step ahead --------------------------------------------------------------------------------------------------------
+# a step ahead
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_an_exception_of_the_thread_surfaces():
     assert torch.equal(model(**inputs).sample, ahead()(**inputs).sample)
 
 
-# ---- the model around it -------------------------------------------------------------------------------------------------
+# the model around it
 
 
 @pytest.mark.parametrize("target", ["norm1.linear", "norm_out.linear", "text_embedder.linear_1"])

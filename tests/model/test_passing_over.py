@@ -9,11 +9,11 @@ from fluxfast import FluxTransformer
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.plan import candidates
 from fluxfast.memory.stream import stream_blocks
-from fluxfast.model import block_maths
-from fluxfast.model.double_block import DoubleBlock
+from fluxfast.model import block_base
+from fluxfast.model.block_call import OPS
+from fluxfast.model.double_block import DoubleBlockFunction
 from fluxfast.model.graphs import why_not
-from fluxfast.model.single_block import SingleBlock
-from fluxfast.model.tape import OPS
+from fluxfast.model.single_block import SingleBlockFunction
 from fluxfast.ops import dispatch, modulated_layer_norm, verdicts
 from small_flux import small_flux
 from support import make_inputs, relative_error
@@ -27,7 +27,7 @@ TARGETS = ["to_q", "to_v", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2"]
 
 @pytest.fixture(autouse=True)
 def fresh(caplog):
-    block_maths._announce.cache_clear()
+    block_base._announce.cache_clear()
     caplog.set_level(logging.WARNING, logger="fluxfast")
     yield
     verdicts.set_failed({})
@@ -96,7 +96,7 @@ def test_linears_of_blocks(caplog):
 
 def test_a_fused_block_that_failed_runs_op_by_op(monkeypatch):
     expected = step(small_flux(None, TARGETS))
-    for function in (DoubleBlock, SingleBlock):
+    for function in (DoubleBlockFunction, SingleBlockFunction):
         monkeypatch.setattr(function, "apply", None)
     own = {
         ("a fused block", "native"): "wrong",
@@ -152,7 +152,8 @@ def test_streams_that_failed_are_refused_and_planned_without():
     from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 
     work = Workload(
-        sizes=FluxSizes(), tokens=(4608,) * 57, text_tokens=512, batch=1, storage=Storage("int8", 2), targets=("to_q",), rank=4,
+        sizes=FluxSizes(), tokens=(4608,) * 57, text_tokens=512, batch=1,
+        storage=Storage("int8", 2), targets=("to_q",), rank=4,
         adapter_itemsize=2, optimizer="adamw_bf16", compute="int8",
     )  # fmt: skip
     assert find_gpu("RTX 3080").memory == 10 and any(

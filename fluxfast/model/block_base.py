@@ -1,0 +1,364 @@
+"""What FLUX.1's double and single blocks share: how a call of a block runs.
+
+A block reads its modules from `self` by diffusers' names, whoever holds them. A call takes the
+first of three ways that can compute it:
+
+- fused: one autograd.Function, which chains the ops' raw interfaces. It takes FLUX.1's own
+  attention, and linears whose tensors can be read (`linear.read_linear`).
+- composed: the same maths with one node of autograd for each op (`_composed`). It also takes
+  attention by a processor of someone's own and linears that have to be called as modules, and it
+  is what torch.compile traces.
+- host: the forward of the class that the block was before it became ours. It runs where a norm or
+  an MLP module has hooks, or is not FLUX.1's.
+
+Shapes: the image's stream [B, S_img, D], the text's [B, S_txt, D], a single block's joint stream
+[B, S_txt + S_img, D] with the text first; the conditioning vector [B, D], or the vectors that
+`modulation` has made of it; positions as `rope` describes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from fluxfast.model import attention_module
+from fluxfast.model.block_call import (
+    OPS,
+    BlockCall,
+    Reads,
+    norm_weights,
+    seed_for,
+)
+from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.linear import project, without_autocast
+from fluxfast.model.modulation import Vectors
+from fluxfast.model.residency import resident
+from fluxfast.model.rope import Tables, rope_arguments
+from fluxfast.model.tape import factors_of, read_groups
+from fluxfast.ops import attention, dispatch, verdicts
+from fluxfast.ops.device import autocast_dtype
+
+NO_POSITIONS = "it is called without image_rotary_emb"
+
+logger = logging.getLogger("fluxfast")
+
+
+class CallRecorder(Protocol):
+    """Who is told how each call of a block ran."""
+
+    def record(self, how: str, because: str | None = None, value: str = "") -> None:
+        """Take note of a call.
+
+        how: "fused", "composed" or "host", the way that a call of a block took; or "module", beside
+        one of these, for a modulation whose linear was called as a module. because: why the call
+        was not fused. value: the part of that reason that may differ from call to call.
+        """
+
+
+class BlockOptions:
+    """How a block runs: options of its owner, no state. `set_compute` and others set them.
+
+    compute: what the wide products run in. outliers: how many channels of their input stay out of
+    8-bit codes. impl: the implementation of the ops. attention: a back end of `ops.attention`.
+    policy: what backward recomputes. fixed_policy: whether the policy holds even where a checkpoint
+    around the block would recompute all of it. share_dropout: whether adapters that read the same x
+    may share a dropout mask; PEFT draws one each. residency: who moves the block's weights.
+    """
+
+    compute: str = "same"
+    outliers: int = 0
+    impl: str = "auto"
+    attention: str = "auto"
+    policy: str = "none"
+    fixed_policy: bool = False
+    share_dropout: bool = True
+    residency: Any = None
+    log: CallRecorder | None = None
+
+    def ran(self, how: str, because: str | None = None, value: str = "") -> None:
+        """Tell the block's log, if it has one; arguments as `CallRecorder.record` takes them."""
+        if self.log is not None:
+            self.log.record(how, because, value)
+
+
+class OwnerDtypes(NamedTuple):
+    """In which dtypes a block's owner would call the modules in it.
+
+    given: the dtype of the stream that the owner gave the block. autocast: autocast's dtype, or
+    None where it is off.
+    """
+
+    given: torch.dtype
+    autocast: torch.dtype | None
+
+
+class BlockBase(BlockOptions):
+    """A block of either kind; `DoubleMaths` and `SingleMaths` add its modules and its maths."""
+
+    training: bool
+    # attention's modules, and the names of its RMS norms in the order of `qk_norm_rope`
+    attn: Any
+    qk_norms: tuple[str, ...]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor | list[Tensor] | Vectors,
+        image_rotary_emb: Tables | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The block's outputs; arguments and results are those of diffusers' block of this kind.
+
+        temb may also be a list of one [B, D] for each stream, or the vectors that `modulation` has
+        made for this block. A single block also takes the joint stream as hidden_states, without
+        encoder_hidden_states, and returns it whole then.
+        """
+        pe, kwargs = image_rotary_emb, joint_attention_kwargs or {}
+        because = self.foreign_call(hidden_states, pe)
+        if because is not None or pe is None:
+            self.ran("host", because)
+            return self.host_forward(hidden_states, encoder_hidden_states, temb, pe, kwargs)
+        streams = self._streams(hidden_states, encoder_hidden_states)
+        dtype, autocast = _arithmetic(streams[0])
+        with resident(self, "forward"), without_autocast(streams[0].device.type, autocast):
+            inputs = [x.to(dtype) for x in streams]
+            fused = self._fused_call(inputs[0], pe, kwargs)
+            with self._saving() if fused is not None else nullcontext():
+                mods = self._modulation(temb, dtype, autocast)
+                if fused is None:
+                    owner = OwnerDtypes(streams[0].dtype, autocast)
+                    outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
+                else:
+                    call, reads = fused
+                    outs = self.function.apply(
+                        self, call, reads, *inputs, *mods, *factors_of(reads)
+                    )
+            del inputs
+        return self._outputs(outs, streams, encoder_hidden_states)
+
+    # what the kinds of block differ in
+
+    @property
+    def function(self) -> type[torch.autograd.Function]:
+        """The Function of a fused call: (block, call, reads, *streams, *modulation, *factors)."""
+        raise NotImplementedError
+
+    def linear_groups(self) -> list[tuple[nn.Module, ...]]:
+        """The block's linears in the order of the fused Function's; each tuple shares its input."""
+        raise NotImplementedError
+
+    def modulation_linears(self) -> tuple[nn.Module, ...]:
+        """The linears that make shifts, scales and gates: one for each stream."""
+        raise NotImplementedError
+
+    def bypassed(self) -> tuple[nn.Module, ...]:
+        """The modules beside linears and attention whose work is done without calling them."""
+        raise NotImplementedError
+
+    def host_forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor | list[Tensor] | Vectors,
+        pe: Tables | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The forward of the class that the block was before it became ours."""
+        raise NotImplementedError
+
+    def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:
+        """The streams of the maths, from hidden_states and encoder_hidden_states."""
+        raise NotImplementedError
+
+    def _outputs(self, outs: Any, streams: tuple[Tensor, ...], txt: Tensor | None) -> Any:
+        """The block's outputs from those of the maths, in the dtypes of the streams."""
+        raise NotImplementedError
+
+    def _composed(self, *args: Any) -> Any:
+        """The maths with one node for each op, of (*streams, *modulation, pe, kwargs, owner)."""
+        raise NotImplementedError
+
+    # which way a call takes
+
+    def foreign_call(self, x: Tensor, pe: Tables | None) -> str | None:
+        """Why `host_forward` has to run, for a call with stream x and positions pe; else None."""
+        return NO_POSITIONS if pe is None else must_be_called(self.bypassed())
+
+    def foreign_attention(self, kwargs: dict[str, Any]) -> str | None:
+        """Why attention's own module has to compute it; None where it is FLUX.1's."""
+        return attention_module.foreign_attention(self.attn, kwargs)
+
+    def composed_because(self, kwargs: dict[str, Any]) -> str | None:
+        """Why a call can't be fused, leaving its linears aside; None where it can."""
+        if torch.compiler.is_compiling():
+            return "torch.compile traces the block op by op"
+        if self.impl == "auto" and (ways := verdicts.ways_failed(verdicts.FUSED_BLOCK)):
+            return verdicts.failed(verdicts.FUSED_BLOCK, min(ways))
+        if (foreign := self.foreign_attention(kwargs)) is not None:
+            return foreign
+        if attention_module.backend_of(self.attn, self.attention) is None:
+            return "its attention back end is not one of PyTorch's own"
+        if any(norm.weight.requires_grad for norm in self._norms()):
+            return "an RMS norm of its q or k is trained"
+        return None
+
+    def _norms(self) -> list[Any]:
+        return [getattr(self.attn, name) for name in self.qk_norms]
+
+    def _fused_call(
+        self, x: Tensor, pe: Tables, kwargs: dict[str, Any]
+    ) -> tuple[BlockCall, Reads] | None:
+        """How a fused call runs, and on which linears; None where the composed path has to run.
+
+        x: a stream in the dtype of the arithmetic.
+        """
+        reads = read_groups(self.linear_groups(), share_dropout=self.share_dropout)
+        because = self.composed_because(kwargs)
+        if because is None and isinstance(reads, str):
+            because = f"a linear of it is called by its module: {reads}"
+        self.ran("fused" if because is None else "composed", because)
+        if because is not None or isinstance(reads, str):
+            return None
+        attn, head_dim = self.attn, attention_module.head_dim(self.attn)
+        tables, mask = rope_arguments(pe, head_dim), kwargs.get("attention_mask")
+        impl = dispatch.resolve("a block", self.impl, (x, tables["cos"], tables["sin"]))
+        backend = attention_module.backend_of(attn, self.attention)
+        assert backend is not None
+        # an empty q, which tells the back end its dtype, device and head dimension
+        like_q = x.new_empty((0, 0, attn.heads, head_dim))
+        # a checkpoint around the block asks for "full", unless the policy is fixed
+        asked = self.policy == "none" and not self.fixed_policy and _checkpointed()
+        call = BlockCall(
+            **tables,
+            mask=mask,
+            norms=norm_weights(*self._norms(), impl=impl),
+            impl=impl,
+            attention=attention.resolve(backend, like_q, mask),
+            compute=self.compute,
+            outliers=self.outliers,
+            policy="full" if asked else self.policy,
+            seed=seed_for(reads),
+            failed=self._failed_ops(impl),
+        )
+        return call, reads
+
+    def _failed_ops(self, impl: str) -> frozenset[str]:
+        """The ops of a block whose `impl` failed its check on this machine.
+
+        Raises ValueError if there are any and the block's owner asked for this very `impl`.
+        """
+        failed = frozenset(op for op in OPS if verdicts.failed(op, impl))
+        for what in (verdicts.FUSED_BLOCK, *failed) if self.impl != "auto" else ():
+            if (reason := verdicts.failed(what, impl)) is not None:
+                raise ValueError(
+                    f"a block: impl={impl!r} can't be had: {what}: {reason}; use impl='auto' or "
+                    "impl='ref'"
+                )
+        _announce(impl, failed)
+        return failed
+
+    # what every way does
+
+    def _modulation(
+        self,
+        temb: Tensor | list[Tensor] | Vectors,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+    ) -> Vectors:
+        """Shifts, scales and gates of each stream, side by side: [B, 6·D] or [B, 3·D].
+
+        temb as in `forward`; a tuple has been computed ahead, and is returned as it is.
+        """
+        if isinstance(temb, tuple):
+            return temb
+        record = None if self.log is None else functools.partial(self.ran, "module")
+        linears = self.modulation_linears()
+        vecs = temb if isinstance(temb, list) else [temb] * len(linears)
+        return tuple(
+            project(
+                torch.nn.functional.silu(vec.to(dtype)),
+                linear,
+                given=vec.dtype,
+                share_dropout=self.share_dropout,
+                autocast=autocast,
+                by_module=record,
+            )
+            for vec, linear in zip(vecs, linears, strict=True)
+        )
+
+    def _saving(self) -> AbstractContextManager[None]:
+        """The context in which a fused block saves what its policy keeps.
+
+        A checkpoint around the block would drop all of it, and run the block again.
+        """
+        if torch.is_grad_enabled() and _checkpointed():
+            return _saving_for_itself()
+        return nullcontext()
+
+    def _composed_by_policy(self, *args: Any) -> Any:
+        """The composed path, checkpointed as a whole unless the policy is to recompute nothing."""
+        if self.policy == "none" or not torch.is_grad_enabled():
+            return self._composed(*args)
+        return checkpoint(self._composed, *args, use_reentrant=False)
+
+    def _projection(self, owner: OwnerDtypes) -> Callable[..., Tensor]:
+        """`project` with this block's options: (x, *modules) to their outputs side by side."""
+        return functools.partial(
+            project,
+            compute=self.compute,
+            outliers=self.outliers,
+            share_dropout=self.share_dropout,
+            given=owner.given,
+            autocast=owner.autocast,
+        )
+
+
+def _arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype that a block computes in on x, and autocast's dtype, or None where it is off.
+
+    The block computes in autocast's dtype, or x's own, but at least in fp32 on a CPU, where 16 bits
+    are many times slower.
+    """
+    device = x.device.type
+    autocast = autocast_dtype(device)
+    dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+    return (torch.float32 if device == "cpu" and dtype.itemsize < 4 else dtype), autocast
+
+
+@functools.cache
+def _announce(impl: str, failed: frozenset[str]) -> None:
+    """Warn, once, that blocks run these ops on the reference."""
+    for op in sorted(failed):
+        logger.warning(
+            "%s runs on 'ref' in blocks: not on '%s': %s", op, impl, verdicts.failed(op, impl)
+        )
+
+
+def finite(x: Tensor) -> Tensor:
+    """x within what fp16 can hold, as diffusers' blocks clip it; other dtypes as they are."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _checkpointed() -> bool:
+    """Whether a non-reentrant checkpoint around the block takes what is saved for backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return (
+        hooks is not None
+        and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
+    )
+
+
+@contextmanager
+def _saving_for_itself() -> Iterator[None]:
+    # only the innermost hooks are called
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
