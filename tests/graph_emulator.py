@@ -7,6 +7,7 @@ capture does not allow. Graphs that share a `Pool` share memory as theirs do: wh
 its forward and its backward is overwritten when another one is replayed.
 """
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,5 +118,14 @@ def capture(module, samples, pool=None):
 
 
 def see_every_op(monkeypatch):
-    """Launchers that torch does not hear of are called as the ops that they are registered as."""
-    monkeypatch.setattr(registration, "launcher", lambda tensor, plain, registered: registered)
+    """What torch does not hear of otherwise is called as the op that it is registered as."""
+    plain, made = registration.PLAIN, registration._made
+
+    def run_plain(*args):
+        # what an op does is seen as that op alone
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(registration, "PLAIN", plain)
+            return made(*args)
+
+    monkeypatch.setattr(registration, "PLAIN", ())
+    monkeypatch.setattr(registration, "_made", run_plain)

@@ -82,22 +82,17 @@ def assert_shares_a_scratch(format: Format, device: str, impl: str) -> None:
     But for the reference, none of them is held in fp32 on the way.
     """
     rows, cols = (3, 6), 128
-    weights = [
-        QuantWeight(
-            format, format.quantize(gaussian(n, cols, seed=n).to(device)), (n, cols), torch.bfloat16
-        )
-        for n in rows
-    ]
+    weights = [QuantWeight.of(gaussian(n, cols, seed=n).to(device), format) for n in rows]
     places = [slice(1, 4), slice(4, 10)]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = torch.full((11, cols), 77.0, dtype=dtype, device=device)
         for weight, place in zip(weights, places, strict=True):
             out = values[place]
             with FloatsHeld() as held:
-                weight.decode_into(out, impl)
+                weight.decode_into(out, impl=impl)
             # the interpreter copies what it is given
             assert impl == "ref" or dtype == torch.float32 or held.largest < out.numel()
-            assert same_bytes(values[place], weight.dequantize(dtype, "ref"))
+            assert same_bytes(values[place], weight.to(dtype, "ref"))
         assert (values[0] == 77).all() and (values[10] == 77).all()
     for fmt, dtype in (("int8", torch.int8), ("e4m3", torch.float8_e4m3fn)):
         q = torch.full((11, cols), 77.0, device=device).to(dtype)
@@ -105,7 +100,7 @@ def assert_shares_a_scratch(format: Format, device: str, impl: str) -> None:
         for weight, place in zip(weights, places, strict=True):
             codes, scales = q[place], scale[place]
             with FloatsHeld() as held:
-                weight.codes_into(codes, scales, impl)
+                weight.decode_into(codes, scales, impl)
             assert impl == "ref" or held.largest < codes.numel()
             expected = weight.codes(fmt, "ref")
             assert same_bytes(q[place], expected.q) and same_bytes(scale[place], expected.scale)

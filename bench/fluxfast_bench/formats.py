@@ -72,10 +72,8 @@ WEIGHTS = {"gaussian": gaussian, "heavy-tailed": heavy_tailed}
 
 def ours(name: str) -> Coder:
     def encode(weight: Tensor) -> tuple[Tensor, int]:
-        packed = QuantWeight(
-            FORMATS[name], FORMATS[name].quantize(weight), (weight.shape[0], COLS), torch.float32
-        )
-        return packed.dequantize(), packed.nbytes
+        packed = QuantWeight.of(weight, FORMATS[name])
+        return packed.to(torch.float32), packed.nbytes
 
     return Coder("fluxfast", name, encode)
 

@@ -256,9 +256,7 @@ def _copy_weights(
         parameter.copy_(parameter.to(dtype))
     for name, module in model.named_modules():
         if stored and isinstance(module, QuantLinear):
-            reference.get_parameter(f"{name}.weight").copy_(
-                module.packed().dequantize(torch.float32)
-            )
+            reference.get_parameter(f"{name}.weight").copy_(module.packed().to(torch.float32))
 
 
 @torch.no_grad()

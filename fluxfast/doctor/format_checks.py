@@ -64,13 +64,13 @@ def _check_decoder(scope: Scope, fmt: str, impl: str, *, native_gpu: bool) -> Fi
         torch.finfo(dtype).eps, f"a rounding to {str(dtype).removeprefix('torch.')}"
     )
     for weight in weights_of(scope):
-        shape = (weight.shape[0], weight.shape[1])
-        stored = format.quantize(weight, impl="ref")
+        stored = QuantWeight.of(weight, format, impl="ref")
         with poisoned_memory():
-            actual = format.dequantize(stored, shape, dtype, impl=impl)
-        expected = format.dequantize(stored, shape, dtype, impl="ref")
+            actual = stored.to(dtype, impl=impl)
+        expected = stored.to(dtype, impl="ref")
         different += int((actual != expected).sum())
-        parts.append(Part(f"weight {list(shape)}", relative_error(actual, expected), rounding))
+        error = relative_error(actual, expected)
+        parts.append(Part(f"weight {list(weight.shape)}", error, rounding))
     return Finding(
         tuple(parts),
         f"{different} weights are not bit for bit the reference's" if different else "",
@@ -80,13 +80,11 @@ def _check_decoder(scope: Scope, fmt: str, impl: str, *, native_gpu: bool) -> Fi
 def _time_decoder(scope: Scope, fmt: str, impl: str) -> Rate:
     """Bytes of parts and of the weight a second."""
     format, shape = FORMATS[fmt], (scope.sizes.dim, scope.sizes.dim)
-    parts = format.quantize(Random(scope.torch_device, torch.float32, seed=9)(*shape, scale=0.02))
+    weight = Random(scope.torch_device, torch.float32, seed=9)(*shape, scale=0.02)
+    stored = QuantWeight.of(weight, format)
     out = torch.empty(shape, dtype=scope.torch_dtype, device=scope.torch_device)
-    moved = out.nbytes + sum(part.nbytes for part in parts.values())
-    return Rate(
-        moved / seconds_of(lambda: format.decode_into(parts, out, impl=impl), scope.torch_device),
-        "B/s",
-    )
+    seconds = seconds_of(lambda: stored.decode_into(out, impl=impl), scope.torch_device)
+    return Rate((out.nbytes + stored.nbytes) / seconds, "B/s")
 
 
 def _check_codes(scope: Scope, fmt: str, impl: str) -> Finding:
@@ -94,13 +92,12 @@ def _check_codes(scope: Scope, fmt: str, impl: str) -> Finding:
     format, parts = FORMATS[fmt], []
     for compute in scope.computes:
         for weight in weights_of(scope) if compute != "same" else ():
-            shape = (weight.shape[0], weight.shape[1])
-            stored = format.quantize(weight, impl="ref")
+            stored = QuantWeight.of(weight, format, impl="ref")
             with poisoned_memory():
-                made = format.codes(stored, shape, compute, impl=impl)
-            expected = format.codes(stored, shape, compute, impl="ref")
+                made = stored.codes(compute, impl=impl)
+            expected = stored.codes(compute, impl="ref")
             error = relative_error(decoded(made), decoded(expected))
-            parts.append(Part(f"{compute} codes {list(shape)}", error, _SAME_CODES))
+            parts.append(Part(f"{compute} codes {list(weight.shape)}", error, _SAME_CODES))
     return Finding(tuple(parts))
 
 
@@ -178,8 +175,7 @@ def _gemv_weight(scope: Scope, fmt: str, rows: int) -> Tensor | QuantWeight:
     )
     if fmt == PLAIN:
         return weight.bfloat16()
-    format = FORMATS[fmt]
-    return QuantWeight(format, format.quantize(weight), (rows, scope.sizes.dim), torch.float32)
+    return QuantWeight.of(weight, FORMATS[fmt])
 
 
 def _check_gemv(scope: Scope, fmt: str) -> Finding:

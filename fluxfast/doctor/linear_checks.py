@@ -31,11 +31,9 @@ from fluxfast.doctor.checks import (
 )
 from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, seconds_of, ways
 from fluxfast.doctor.scope import PLAIN, Scope
-from fluxfast.model.linear import StoredWeight
 from fluxfast.ops import dispatch, row_quant, verdicts
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearGroup, LinearParams, loras_of
-from fluxfast.ops.linear.lora_linear import input_form
 from fluxfast.quant import FORMATS, Format, QuantWeight
 
 OUTLIER = 20.0
@@ -84,7 +82,7 @@ def make_group(
     return linears
 
 
-def _stored_side_by_side(format: Format, whole: Tensor, outs: list[int]) -> list[StoredWeight]:
+def _stored_side_by_side(format: Format, whole: Tensor, outs: list[int]) -> list[QuantWeight]:
     """Rows of the weight, quantised; codes that products may read as they are stored lie one after
     the other.
     """
@@ -94,10 +92,7 @@ def _stored_side_by_side(format: Format, whole: Tensor, outs: list[int]) -> list
     else:
         each = [format.quantize(rows) for rows in whole.split(outs)]
     shapes = [(rows, whole.shape[1]) for rows in outs]
-    return [
-        StoredWeight(QuantWeight(format, p, shape, whole.dtype))
-        for p, shape in zip(each, shapes, strict=True)
-    ]
+    return [QuantWeight(format, p, shape) for p, shape in zip(each, shapes, strict=True)]
 
 
 def _widened(linears: list[LinearParams], dtype: torch.dtype) -> list[LinearParams]:
@@ -118,8 +113,8 @@ def _products(
 ) -> Named:
     """y, dx, and every adapter's gradients, by groups of one direction each, as a block makes them."""
     first, second = (LinearGroup(linears, x.dtype, impl=impl, **options) for _ in range(2))
-    y, s = first.forward(input_form(x, first))
-    dx, grads = second.backward(dy, input_form(x, second), s)
+    y, s = first.forward(first.as_input(x))
+    dx, grads = second.backward(dy, second.as_input(x), s)
     assert dx is not None
     found = {"y": y, "dx": dx} | _named_grads(grads)
     if len(linears) > 3 and (fold := second.fold()) is not None:
@@ -132,7 +127,7 @@ def _products(
             )
             for start, stop in pairwise(cuts)
         ]
-        apart, _ = second.backward(dy, input_form(x, second), s, codes=codes)
+        apart, _ = second.backward(dy, second.as_input(x), s, codes=codes)
         assert apart is not None
         found["dx of codes in parts"] = apart
     return found

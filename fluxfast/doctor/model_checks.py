@@ -151,9 +151,8 @@ def _reference(
                     parameter.detach().float()
                 )
         if isinstance(module, QuantLinear):
-            weights[f"{name}.weight".replace(".base_layer", "")] = module.packed().dequantize(
-                torch.float32
-            )
+            stored = module.packed().to(torch.float32)
+            weights[f"{name}.weight".replace(".base_layer", "")] = stored
     reference.load_state_dict(weights, assign=True)
     _add_adapters(reference, scope, torch.float32)
     return run(reference.train(), {name: x.float() for name, x in inputs.items()})

@@ -18,13 +18,14 @@ from fluxfast.memory import gpus
 from fluxfast.memory.choices import Facts, Wishes, choose, compute_obstacle
 from fluxfast.memory.gpus import Gpu
 from fluxfast.model.apply import apply
-from fluxfast.model.linear import StoredWeight, read_linear
+from fluxfast.model.linear import read_linear
 from fluxfast.model.routing import Router, resolve_routes
 from fluxfast.model.tape import POLICIES
 from fluxfast.model.transformer import FluxTransformer, compute_dtype
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.dispatch import Impl
 from fluxfast.ops.linear.group import COMPUTE
+from fluxfast.quant import QuantWeight
 
 
 def accelerate(
@@ -220,8 +221,8 @@ def _stored_format(blocks: list[Any]) -> str | None:
         for module in (linear for group in block.maths().linear_groups() for linear in group):
             params: Any = read_linear(module)
             if params is not None:
-                stored = isinstance(params.weight, StoredWeight)
-                formats[params.weight.packed.format.name if stored else None] += 1
+                stored = isinstance(params.weight, QuantWeight)
+                formats[params.weight.format.name if stored else None] += 1
     for format, count in formats.items():
         if count > formats.total() / 2:
             return format

@@ -15,7 +15,8 @@ from fluxfast.dropin.calls import WAYS, WORDS, CallLog, Fallback, with_value
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.dropin.hosts import accelerated_blocks
 from fluxfast.model.foreign_weights import Decoded
-from fluxfast.model.linear import StoredWeight, obstacle, read_linear
+from fluxfast.model.linear import obstacle, read_linear
+from fluxfast.quant import QuantWeight
 
 # a linear in a block that is one autograd.Function; by our kernels, one at a time; by calling the
 # module
@@ -259,8 +260,8 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
             obstacle(module, share_dropout=share_dropout),
         )
     weight: Any = params.weight
-    if isinstance(weight, StoredWeight):
-        base = weight.packed.format.name
+    if isinstance(weight, QuantWeight):
+        base = weight.format.name
     else:
         held = getattr(module, "base_layer", module).weight
         plain = not isinstance(weight, Decoded) or type(held) in (torch.Tensor, nn.Parameter)

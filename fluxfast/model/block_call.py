@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fluxfast.model.attention_module import norm_weight
 from fluxfast.model.linear import draw_seed
-from fluxfast.ops import row_quant
 from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput
 
@@ -97,14 +96,6 @@ def norm_weights(*norms: Any, impl: str) -> Tensor:
     if impl == "triton":
         return weights
     return weights.to(torch.promote_types(weights.dtype, torch.float32))
-
-
-def as_input(x: Tensor, group: LinearGroup) -> RowOutput:
-    """Values in the form that the group reads; for x that no op of ours wrote."""
-    if group.form == "same":
-        return RowOutput(x, None, None)
-    codes = row_quant.forward(x, group.compute, impl=group.impl)
-    return RowOutput(x if group.form.startswith("both") else None, *codes)
 
 
 def codes_of(rows: RowOutput, col: int = 0) -> list[tuple[int, Quantized]]:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fluxfast import ops
 from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
-from fluxfast.model.block_call import BlockCall, Reads, as_input, codes_of, values_of
+from fluxfast.model.block_call import BlockCall, Reads, codes_of, values_of
 from fluxfast.model.joint_attention import JointAttention, joint_attention
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.residency import resident
@@ -243,7 +243,7 @@ def _to_last_products(
     rows, text = joint.out.flatten(2), txt.x.shape[1]
 
     for s, attn_rows in ((txt, rows[:, :text]), (img, rows[:, text:])):
-        s.attn_in = as_input(attn_rows, s.to_out)
+        s.attn_in = s.to_out.as_input(attn_rows)
         x1 = s.tape.kept("x1")
         if x1 is None:
             branch, s.s_out = s.to_out.forward(s.attn_in)

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fluxfast.ops import row_quant
-from fluxfast.ops.row_quant import Quantized
+from fluxfast.ops.linear.weights import FrozenWeight
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
 
@@ -31,32 +29,19 @@ _row_scales = WeakIdKeyDictionary()
 _zero_points = WeakIdKeyDictionary()
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(FrozenWeight):
     """A weight [N, K] that its own library decodes, each time that it is used."""
 
-    shape: Sequence[int]
-    device: torch.device
-    decode: Callable[[], Tensor]
+    def __init__(
+        self, shape: Sequence[int], device: torch.device, decode: Callable[[], Tensor]
+    ) -> None:
+        super().__init__(shape, device)
+        self.decode = decode
 
     def to(self, dtype: torch.dtype, /) -> Tensor:
         with torch.no_grad():
             # a weight decoded from groups need not be contiguous
             return self.decode().to(dtype).contiguous()
-
-    def decode_into(self, out: Tensor, /) -> None:
-        out.copy_(self.to(out.dtype))
-
-    def stores(self, fmt: str, /) -> bool:
-        return False
-
-    def codes(self, fmt: str, /) -> Quantized:
-        return row_quant.row_quant(self.to(torch.float32), fmt)
-
-    def codes_into(self, q: Tensor, scale: Tensor, /) -> None:
-        made = self.codes("int8" if q.dtype == torch.int8 else "e4m3")
-        q.copy_(made.q)
-        scale.copy_(made.scale)
 
 
 def foreign_weight(module: nn.Module) -> QuantWeight | Decoded | str | None:
@@ -84,15 +69,13 @@ def _is_distributed(weight: Any) -> bool:
     return module is not None and isinstance(weight, module.DTensor)
 
 
-def _rows(
-    name: str, codes: Tensor, scale: Tensor, dtype: torch.dtype, divisor: float = 1.0
-) -> QuantWeight:
+def _rows(name: str, codes: Tensor, scale: Tensor, divisor: float = 1.0) -> QuantWeight:
     """A weight of the format `name` over codes [N, K] and N row scales of any shape and type.
 
     The scales are divided by `divisor` to be the format's.
     """
     parts = {"packed": codes, "scale": _row_scale(scale, divisor)}
-    return QuantWeight(FORMATS[name], parts, (codes.shape[0], codes.shape[1]), dtype)
+    return QuantWeight(FORMATS[name], parts, (codes.shape[0], codes.shape[1]))
 
 
 def _row_scale(scale: Tensor, divisor: float) -> Tensor:
@@ -115,7 +98,7 @@ def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
         scale = module.state.SCB if module.state.SCB is not None else getattr(weight, "SCB", None)
         if module.state.has_fp16_weights or weight.dtype != torch.int8 or scale is None:
             return "its weight is not quantised yet"
-        return _rows("int8", weight.data, scale, torch.float16, divisor=127)
+        return _rows("int8", weight.data, scale, divisor=127)
     if type(module).forward is not bnb.nn.Linear4bit.forward:
         return f"{type(module).__name__} is not known"
     state = getattr(weight, "quant_state", None) or module.quant_state
@@ -135,7 +118,7 @@ def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
             "nested_absmax": state.state2.absmax,
             "offset": state.offset.reshape(1),
         }
-        return QuantWeight(FORMATS["nf4"], parts, (state.shape[0], state.shape[1]), state.dtype)
+        return QuantWeight(FORMATS["nf4"], parts, (state.shape[0], state.shape[1]))
     return Decoded(
         state.shape, packed.device, lambda: bnb.functional.dequantize_4bit(weight.data, state)
     )
@@ -153,7 +136,7 @@ def _quanto(module: Any) -> QuantWeight | Decoded | str:
     weight = module.weight
     names = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3"}
     if type(weight) is WeightQBytesTensor and weight.axis == 0 and weight._data.dtype in names:
-        return _rows(names[weight._data.dtype], weight._data, weight._scale, weight.dtype)
+        return _rows(names[weight._data.dtype], weight._data, weight._scale)
     return Decoded(weight.shape, weight.device, weight.dequantize)
 
 
@@ -179,7 +162,7 @@ def _tensor_subclass(weight: Any) -> QuantWeight | Decoded | str:
         getattr(weight, "zero_point", None)
     ):
         return Decoded(weight.shape, weight.device, weight.dequantize)
-    return _rows(names[codes.dtype], codes, weight.scale, weight.dtype)
+    return _rows(names[codes.dtype], codes, weight.scale)
 
 
 def _symmetric(zero_point: Tensor | None) -> bool:

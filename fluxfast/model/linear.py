@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +21,7 @@ from fluxfast.hooks import hooked
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
-from fluxfast.ops.row_quant import Quantized
-from fluxfast.quant import QuantWeight
 from fluxfast.quant.linear import QuantLinear
-
-
-class StoredWeight(NamedTuple):
-    """A quantised weight as `lora_linear` takes it: decoded when it is used, each time."""
-
-    packed: QuantWeight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.packed.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.packed.parts["packed"].device
-
-    def to(self, dtype: torch.dtype, /) -> Tensor:
-        return self.packed.dequantize(dtype)
-
-    def decode_into(self, out: Tensor, /) -> None:
-        self.packed.decode_into(out)
-
-    def stores(self, fmt: str, /) -> bool:
-        return self.packed.format.stored_codes == fmt
-
-    def codes(self, fmt: str, /) -> Quantized:
-        return Quantized(*self.packed.codes(fmt))
-
-    def codes_into(self, q: Tensor, scale: Tensor, /) -> None:
-        self.packed.codes_into(q, scale)
 
 
 def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
@@ -94,7 +63,7 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
 def _read_base(module: nn.Module) -> LinearParams | str:
     """A linear without adapters, or why its forward can't be read."""
     if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
-        return LinearParams(StoredWeight(module.packed()), module.bias)
+        return LinearParams(module.packed(), module.bias)
     weight = foreign_weight(module)
     if isinstance(weight, str):
         return weight
@@ -104,9 +73,7 @@ def _read_base(module: nn.Module) -> LinearParams | str:
         if getattr(module.weight, "requires_grad", False):
             return "its base is trained"
         bias: Any = module.bias
-        return LinearParams(
-            StoredWeight(weight) if isinstance(weight, QuantWeight) else weight, bias
-        )
+        return LinearParams(weight, bias)
     if type(module).forward is nn.Linear.forward:
         assert isinstance(module, nn.Linear)
         return _read_plain(module)

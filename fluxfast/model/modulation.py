@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from fluxfast.model.linear import LinearParams, StoredWeight, obstacle, project, read_linear
+from fluxfast.model.linear import LinearParams, obstacle, project, read_linear
 from fluxfast.model.pinned import pin, send
 from fluxfast.quant.gemv import gemv
 from fluxfast.quant.linear import QuantLinear
@@ -169,8 +169,7 @@ def apply_on_host(
     Raises ValueError for a linear that can't be computed ahead.
     """
     weight, bias, _ = _params(module)
-    stored = weight.packed if isinstance(weight, StoredWeight) else weight
-    y = gemv(x, stored, out, threads=threads)  # type: ignore[arg-type]
+    y = gemv(x, weight, out, threads=threads)  # type: ignore[arg-type]
     return y if bias is None else y.add_(bias)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fluxfast.ops import dispatch, registration
+from fluxfast.ops import dispatch
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import contiguous_like, dense_rows
 
 # the module's tiles are whole vectors of head_dim, of up to 16 floats
@@ -26,17 +29,20 @@ def obstacle(q: Tensor, masked: bool) -> str | None:
 
 
 def is_fastest() -> bool:
-    """Whether it beats PyTorch's here: it was measured to with the vectors of x86, and has none of
-    its own for others.
+    """Whether it beats PyTorch's here.
+
+    It was measured to with the vectors of x86; for other processors it has no vector code.
     """
     return dispatch.native.cpu_isa() in ("avx2", "avx512")
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """out [B, S, heads, head_dim], contiguous, and the log-sum-exp [B, heads, S]."""
+    if is_traced(q):
+        return _forward_op(q, k, v)
     assert q.shape == k.shape == v.shape
     q, k, v = (dense_rows(x) for x in (q, k, v))
-    out, lse = contiguous_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    out, lse = _empty_outputs(q)
     if q.numel() == 0:
         return [out, lse]
     tensors = [part for x in (q, k, v) for part in (x.data_ptr(), x.stride())]
@@ -46,10 +52,12 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [out, lse]
 
 
-def attention_bwd(
+def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> list[Tensor]:
     """dq, dk, dv [B, S, heads, head_dim], contiguous."""
+    if is_traced(q):
+        return _backward_op(dout, q, k, v, out, lse)
     inputs = [dense_rows(x) for x in (dout, q, k, v, out)]
     grads = [contiguous_like(x) for x in (q, k, v)]
     if q.numel() == 0:
@@ -62,24 +70,13 @@ def attention_bwd(
     return grads
 
 
-_fwd_op, _bwd_op = registration.register(attention_fwd), registration.register(attention_bwd)
-
-
-@_fwd_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+def _empty_outputs(q: Tensor, **_: Any) -> list[Tensor]:
     return [contiguous_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])]
 
 
-@_bwd_op.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+def _fake_backward(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> list[Tensor]:
     return [contiguous_like(x) for x in (q, k, v)]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return registration.launcher(q, attention_fwd, _fwd_op)(q, k, v)
-
-
-def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> list[Tensor]:
-    return registration.launcher(q, attention_bwd, _bwd_op)(dout, q, k, v, out, lse)
+_forward_op = Op("attention_fwd", forward, _empty_outputs)
+_backward_op = Op("attention_bwd", backward, _fake_backward)

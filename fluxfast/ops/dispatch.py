@@ -1,7 +1,6 @@
-"""Which implementation of an op runs: `triton` (GPUs), `native` (the C++ module, on the CPU) or
-`ref` (plain torch).
+"""Which implementation of an op runs: `triton` on GPUs, `native` on the CPU, or `ref`.
 
-`impl="auto"` takes the fastest one that can do the call and says once, through logging, which one
+`native` is the C++ module, `ref` is plain torch. `impl="auto"` takes the fastest one that can do the call and says once, through logging, which one
 that is and why. An explicit request runs or raises: it never falls back. Triton is imported when a
 kernel is first asked for, not before.
 """
@@ -45,27 +44,28 @@ def resolve(
     cast: Sequence[Tensor] = (),
     obstacle: str | None = None,
     native_obstacle: str | None = None,
+    triton_obstacle: str | None = None,
     ref_suffices: str | None = None,
 ) -> Backend:
-    """Chooses the implementation of one call of `op` on `tensors`, and on tensors that it will
-    `cast` to their dtype.
+    """Chooses the implementation of one call of `op` on `tensors`.
 
-    `obstacle` says why only the reference can do this call, `native_obstacle` why the native module
-    can't, and `ref_suffices` why on the CPU nothing beats the reference; None: no such thing.
-    Raises ValueError if `impl` is unknown, or names one that can't do this call or failed its check
-    here (`verdicts`).
+    cast: further tensors that the op casts to their dtype. `obstacle` says why only the reference
+    can do this call, `native_obstacle` and `triton_obstacle` why one of the two can't, and
+    `ref_suffices` why on the CPU nothing beats the reference; None where there is no such reason.
+    Raises ValueError if `impl` is unknown, or if it names one that can't do this call or that
+    failed its check here (`verdicts`).
     """
     if impl not in get_args(Impl):
         raise ValueError(f"{op}: impl must be 'auto', 'triton', 'native' or 'ref', not {impl!r}")
     if impl == "ref":
         return "ref"
     if pretending():
-        return "triton" if obstacle is None else "ref"
+        return "triton" if (obstacle or triton_obstacle) is None else "ref"
     wanted: Backend = typing.cast(Backend, impl)
     if impl == "auto":
         wanted = "triton" if tensors[0].is_cuda else "native"
     if wanted == "triton":
-        reason = obstacle or _triton_obstacle((*tensors, *cast))
+        reason = obstacle or triton_obstacle or _triton_obstacle((*tensors, *cast))
     else:
         reason = obstacle or native_obstacle or _native_obstacle(tensors)
     verdict = None if reason is not None else verdicts.failed(op, wanted)

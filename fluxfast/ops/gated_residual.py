@@ -7,96 +7,37 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch, registration, row_quant
+from fluxfast.ops import dispatch, row_quant
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.row_quant import RowOutput
 from fluxfast.ops.tensors import contiguous_like, dense_rows, full_dtype
 
 
 def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """The maths in plain, differentiable torch: x, y [B, S, D], gate [B, D] → [B, S, D], in x's
-    dtype.
+    """The maths in plain, differentiable torch.
+
+    x, y [B, S, D]; gate [B, D]. Returns [B, S, D] in x's dtype.
     """
     return torch.addcmul(x, gate[:, None], y).to(x.dtype)
-
-
-def gated_residual_fwd(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
-    """out [B, S, D]; the launcher alone, no autograd."""
-    x, gate, y = dense_rows(x), dense_rows(gate), dense_rows(y)
-    if impl == "triton":
-        from fluxfast_kernels import gated_residual as kernels
-
-        return [kernels.gated_residual_fwd(x, gate, y)]
-    out = contiguous_like(x)
-    dispatch.native.gated_residual_fwd(
-        x.data_ptr(), *x.stride()[:2],
-        gate.data_ptr(), gate.stride(0),
-        y.data_ptr(), *y.stride()[:2],
-        out.data_ptr(), *x.shape, torch.get_num_threads(),
-    )  # fmt: skip
-    return [out]
-
-
-def gated_residual_bwd(
-    dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str
-) -> list[Tensor]:
-    """With y dgate [B, D], then what `out` asks for of dy [B, S, D], the codes of dy·col_scale and
-    their scales.
-    """
-    dout, gate = dense_rows(dout), dense_rows(gate)
-    y = None if y is None else dense_rows(y)
-    if impl == "triton":
-        from fluxfast_kernels import gated_residual as kernels
-
-        *rows, dgate = kernels.gated_residual_bwd(dout, gate, y, out=out, col_scale=col_scale)
-        return [grad for grad in (dgate, *rows) if grad is not None]
-    dy = contiguous_like(dout)
-    dgate = contiguous_like(gate) if y is not None else gate.new_empty(0)
-    dispatch.native.gated_residual_bwd(
-        dout.data_ptr(), *dout.stride()[:2],
-        gate.data_ptr(), gate.stride(0),
-        *((0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])),
-        dy.data_ptr(), dgate.data_ptr(), *dout.shape, torch.get_num_threads(),
-    )  # fmt: skip
-    return ([] if y is None else [dgate]) + row_quant.values_and_codes(
-        dy, dy.dtype, out, col_scale, impl=impl
-    )
-
-
-def _bwd_ref(
-    dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None
-) -> list[Tensor]:
-    dtype = full_dtype(dout)
-    dy = dout * gate[:, None] if out == "same" else dout.to(dtype) * gate[:, None]
-    dgate = [] if y is None else [(dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)]
-    return dgate + row_quant.values_and_codes(dy, dout.dtype, out, col_scale)
-
-
-_fwd_op = registration.register(gated_residual_fwd)
-_bwd_op = registration.register(gated_residual_bwd)
-
-
-@_fwd_op.register_fake
-def _(x: Tensor, gate: Tensor, y: Tensor, impl: str) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
-
-
-@_bwd_op.register_fake
-def _(
-    dout: Tensor, gate: Tensor, y: Tensor | None, out: str, col_scale: Tensor | None, impl: str
-) -> list[Tensor]:
-    return ([] if y is None else [gate.new_empty(gate.shape)]) + row_quant.fake_outputs(dout, out)
 
 
 def forward(
     x: Tensor, gate: Tensor, y: Tensor, *, keep_y: bool = True, impl: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Raw interface: out, and (gate, y) to keep for backward; y only if `keep_y`, and without it
-    there is no dgate.
+    """Raw interface: out, and (gate, y) to keep for backward.
+
+    y is kept only if `keep_y`, and without it there is no dgate.
     """
     if impl == "ref":
         out = gated_residual_ref(x, gate, y)
+    elif is_traced(x):
+        (out,) = _forward_op(x, gate, y, keep_y=keep_y, impl=impl)
+    elif impl == "triton":
+        from fluxfast_kernels import gated_residual as kernels
+
+        out = kernels.gated_residual_fwd(dense_rows(x), dense_rows(gate), dense_rows(y))
     else:
-        (out,) = registration.launcher(x, gated_residual_fwd, _fwd_op)(x, gate, y, impl)
+        out = _forward_native(dense_rows(x), dense_rows(gate), dense_rows(y))
     return out, (gate, y if keep_y else None)
 
 
@@ -121,21 +62,70 @@ def backward_rows(
     needs_gate: bool = False,
     impl: str,
 ) -> tuple[RowOutput, Tensor | None]:
-    """Raw interface: dy in the form that dgrad reads, and dgate if needed; x's gradient is dout
-    itself.
+    """Raw interface: dy in the form that dgrad reads, and dgate if needed; dx is dout itself.
 
-    `out` as an op's that can quantise its output; the codes are those of dy·col_scale, col_scale
-    [D].
+    `out` as an op's that can quantise its output; the codes are those of dy·col_scale, with
+    col_scale [D].
     """
     gate, y = saved
     assert gate is not None and (y is not None or not needs_gate)
-    arguments = (dout, gate, y if needs_gate else None, out, col_scale)
+    y = y if needs_gate else None
     if impl == "ref":
-        parts = _bwd_ref(*arguments)
-    else:
-        parts = registration.launcher(dout, gated_residual_bwd, _bwd_op)(*arguments, impl)
-    dgate, rows = (parts[0], parts[1:]) if needs_gate else (None, parts)
-    return row_quant.row_output(rows, out), dgate
+        dtype = full_dtype(dout)
+        dy = dout * gate[:, None] if out == "same" else dout.to(dtype) * gate[:, None]
+        dgate = None if y is None else (dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)
+        return row_quant.output_of(dy, dout.dtype, out, col_scale), dgate
+    if is_traced(dout):
+        options: dict[str, Any] = {"out": out, "col_scale": col_scale, "needs_gate": needs_gate}
+        made = _backward_op(dout, (gate, y), **options, impl=impl)
+        parts, dgate = (made[:-1], made[-1]) if needs_gate else (made, None)
+        return row_quant.from_parts(parts, out), dgate
+    dout, gate, y = dense_rows(dout), dense_rows(gate), None if y is None else dense_rows(y)
+    if impl == "triton":
+        from fluxfast_kernels import gated_residual as kernels
+
+        *rows, dgate = kernels.gated_residual_bwd(dout, gate, y, out=out, col_scale=col_scale)
+        return RowOutput(*rows), dgate
+    dy, dgate = _backward_native(dout, gate, y)
+    return row_quant.output_of(dy, dy.dtype, out, col_scale, impl=impl), dgate
+
+
+def _forward_native(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    out = contiguous_like(x)
+    dispatch.native.gated_residual_fwd(
+        x.data_ptr(), *x.stride()[:2],
+        gate.data_ptr(), gate.stride(0),
+        y.data_ptr(), *y.stride()[:2],
+        out.data_ptr(), *x.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _backward_native(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dy = contiguous_like(dout)
+    dgate = contiguous_like(gate) if y is not None else gate.new_empty(0)
+    dispatch.native.gated_residual_bwd(
+        dout.data_ptr(), *dout.stride()[:2],
+        gate.data_ptr(), gate.stride(0),
+        *((0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])),
+        dy.data_ptr(), dgate.data_ptr(), *dout.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    return dy, None if y is None else dgate
+
+
+def _fake_forward(x: Tensor, **_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape)]
+
+
+def _fake_backward(
+    dout: Tensor, saved: Sequence[Tensor], out: str, needs_gate: bool, **_: Any
+) -> list[Tensor]:
+    dgate = [saved[0].new_empty(saved[0].shape)] if needs_gate else []
+    return [*row_quant.empty_parts(dout, out), *dgate]
+
+
+_forward_op = Op("gated_residual_fwd", forward, _fake_forward)
+_backward_op = Op("gated_residual_bwd", backward_rows, _fake_backward)
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -170,8 +160,6 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor, impl: str = "auto") -> Te
         None if needs_gate else "without a gradient of gate, torch.addcmul is one pass too"
     )
     backend = dispatch.resolve("gated_residual", impl, (x, gate, y), ref_suffices=ref_suffices)
-    return (
-        gated_residual_ref(x, gate, y)
-        if backend == "ref"
-        else _GatedResidual.apply(x, gate, y, backend)
-    )
+    if backend == "ref":
+        return gated_residual_ref(x, gate, y)
+    return _GatedResidual.apply(x, gate, y, backend)

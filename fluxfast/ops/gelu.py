@@ -1,4 +1,4 @@
-"""GELU in its tanh form, FLUX.1's activation: 0.5·x·(1 + tanh(u)), u = sqrt(2/π)·(x + 0.044715 x³)."""
+"""GELU in its tanh form, FLUX.1's activation: 0.5·x·(1 + tanh(sqrt(2/π)·(x + 0.044715 x³)))."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch, registration, row_quant
+from fluxfast.ops import dispatch, row_quant
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.row_quant import CodesOut, RowOutput
 from fluxfast.ops.tensors import contiguous_like, dense_rows, full_dtype
 
@@ -17,35 +18,61 @@ def gelu_ref(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def gelu_fwd(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tensor]:
-    """What `out` asks for of y, codes and scales, contiguous, of x's shape behind the prefix; the
-    launcher alone.
+def forward(
+    x: Tensor, *, prefix: Tensor | None = None, out: str = "same", impl: str
+) -> tuple[RowOutput, tuple[Tensor]]:
+    """Raw interface: what `out` asks for of [prefix | gelu(x)], and (x,) to keep for backward.
+
+    x [..., K] and prefix [..., P], of the same dtype. The prefix's gradient is the first P columns
+    of the output's; `backward` takes the rest.
     """
-    if impl == "triton":
+    if impl == "ref":
+        output = row_quant.ref_output(
+            lambda x: gelu_ref(x) if prefix is None else _joined(prefix, gelu_ref(x)), x, out=out
+        )
+    elif is_traced(x):
+        parts = _forward_op(x, prefix=prefix, out=out, impl=impl)
+        output = row_quant.from_parts(parts, out)
+    elif impl == "triton":
         from fluxfast_kernels import gelu as kernels
 
-        made = kernels.gelu_fwd(
-            _as_tokens(x), out=out, prefix=None if prefix is None else _as_tokens(prefix)
-        )
-        return [_like_rows(part, x) for part in made if part is not None]
-    x, rows, cols, stride = _as_rows(x)
-    first = 0 if prefix is None else prefix.shape[-1]
-    y = x.new_empty(*x.shape[:-1], first + cols) if x.ndim else torch.empty_like(x)
-    if prefix is not None:
-        y[..., :first] = prefix
-    start = y.data_ptr() + first * y.element_size()
-    dispatch.native.gelu_fwd(
-        x.data_ptr(), stride, start, first + cols, rows, cols, torch.get_num_threads()
-    )
-    return row_quant.values_and_codes(y, y.dtype, out, impl=impl)
+        head = None if prefix is None else _as_tokens(prefix)
+        output = _like_rows(RowOutput(*kernels.gelu_fwd(_as_tokens(x), out=out, prefix=head)), x)
+    else:
+        output = _forward_native(x, prefix, out)
+    return output, (x,)
 
 
-def gelu_bwd(
-    dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str
-) -> list[Tensor]:
-    """What `out` asks for of dx, the codes of dx·col_scale and their scales; dx is written to
-    `into` where that is given.
+def backward(
+    dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str
+) -> tuple[Tensor | None]:
+    """Raw interface: (dx,)."""
+    return (backward_rows(dy, saved, impl=impl).y if needs[0] else None,)
+
+
+def backward_rows(
+    dy: Tensor,
+    saved: Sequence[Tensor],
+    *,
+    out: str = "same",
+    col_scale: Tensor | None = None,
+    into: Tensor | None = None,
+    impl: str,
+) -> RowOutput:
+    """Raw interface: dx in the form that dgrad reads; `out` as forward's.
+
+    The codes are those of dx·col_scale, col_scale [K]. The values are written to `into` [..., K]
+    where it is given and `out` asks for values: a column slice of a wider buffer will do.
     """
+    (x,) = saved
+    assert into is None or out not in row_quant.FORMATS
+    if impl == "ref":
+        dtype = x.dtype if out == "same" else full_dtype(x)
+        dx = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype), approximate="tanh")
+        return row_quant.output_of(dx, x.dtype, out, col_scale, into)
+    if is_traced(dy):
+        parts = _backward_op(dy, saved, out=out, col_scale=col_scale, into=into, impl=impl)
+        return row_quant.from_parts(parts, out, into)
     if impl == "triton":
         from fluxfast_kernels import gelu as kernels
 
@@ -55,29 +82,59 @@ def gelu_bwd(
         made = kernels.gelu_bwd(
             _as_tokens(dy), _as_tokens(x), out=out, col_scale=col_scale, dx=target
         )
-        return [_like_rows(part, x) for part in made if part is not None and part is not target]
+        output = _like_rows(RowOutput(*made), x)
+        return output if into is None else output._replace(y=into)
+    return _backward_native(dy, x, out, col_scale, into)
+
+
+def _forward_native(x: Tensor, prefix: Tensor | None, out: str) -> RowOutput:
+    x, rows, cols, stride = _as_rows(x)
+    first = 0 if prefix is None else prefix.shape[-1]
+    y = x.new_empty(*x.shape[:-1], first + cols) if x.ndim else torch.empty_like(x)
+    if prefix is not None:
+        y[..., :first] = prefix
+    start = y.data_ptr() + first * y.element_size()
+    dispatch.native.gelu_fwd(
+        x.data_ptr(), stride, start, first + cols, rows, cols, torch.get_num_threads()
+    )
+    return row_quant.output_of(y, y.dtype, out, impl="native")
+
+
+def _backward_native(
+    dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None
+) -> RowOutput:
     dy, _, _, dy_stride = _as_rows(dy)
     x, rows, cols, x_stride = _as_rows(x)
     # rows that lie evenly apart are written where they are wanted, others are copied there
     dx, _, _, dx_stride = _as_rows(contiguous_like(x) if into is None else into)
     dispatch.native.gelu_bwd(
-        dy.data_ptr(),
-        dy_stride,
-        x.data_ptr(),
-        x_stride,
-        dx.data_ptr(),
-        dx_stride,
-        rows,
-        cols,
-        torch.get_num_threads(),
-    )
-    return row_quant.values_and_codes(dx, dx.dtype, out, col_scale, into, impl=impl)
+        dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, dx.data_ptr(), dx_stride,
+        rows, cols, torch.get_num_threads(),
+    )  # fmt: skip
+    return row_quant.output_of(dx, dx.dtype, out, col_scale, into, impl="native")
+
+
+def _fake_forward(x: Tensor, prefix: Tensor | None, out: str, **_: Any) -> list[Tensor]:
+    width = None if prefix is None else prefix.shape[-1] + x.shape[-1]
+    return row_quant.empty_parts(x, out, width)
+
+
+def _fake_backward(
+    saved: Sequence[Tensor], out: str, into: Tensor | None, **_: Any
+) -> list[Tensor]:
+    return row_quant.empty_parts(saved[0], out, into=into)
+
+
+_forward_op = Op("gelu_fwd", forward, _fake_forward)
+_backward_op = Op("gelu_bwd", backward_rows, _fake_backward, writes=["into"])
+
+
+def _joined(prefix: Tensor, y: Tensor) -> Tensor:
+    return torch.cat((prefix.to(y.dtype), y), dim=-1)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x (a copy if it must be), and its number of rows, their length, and the distance between two
-    of them.
-    """
+    """x (a copy if it must be), its number of rows, their length, and the distance between two."""
     cols = x.shape[-1] if x.ndim else 1
     rows = x.numel() // cols if cols else 0
     if x.is_contiguous():
@@ -100,81 +157,17 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x.reshape(1, rows, cols)
 
 
-def _like_rows(part: Tensor, x: Tensor) -> Tensor:
+def _like_rows(output: RowOutput, x: Tensor) -> RowOutput:
     """What a kernel made of tokens [B, S, …], with x's leading dimensions."""
-    cols = part.shape[2:] if x.ndim else ()
-    return part.view((*x.shape[:-1], *cols))
-
-
-_fwd_op = registration.register(gelu_fwd)
-_bwd_op = registration.WritingOp(gelu_bwd, writes=["into"])
-
-
-@_fwd_op.register_fake
-def _(x: Tensor, prefix: Tensor | None, out: str, impl: str) -> list[Tensor]:
-    return row_quant.fake_outputs(
-        x, out, None if prefix is None else prefix.shape[-1] + x.shape[-1]
-    )
-
-
-@_bwd_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, out: str, col_scale: Tensor | None, into: Tensor | None, impl: str
-) -> list[Tensor]:
-    return row_quant.fake_outputs(x, out, into=into)
-
-
-def forward(
-    x: Tensor, *, prefix: Tensor | None = None, out: str = "same", impl: str
-) -> tuple[RowOutput, tuple[Tensor]]:
-    """Raw interface: what `out` asks for of [prefix | gelu(x)], and (x,) to keep for backward.
-
-    x [..., K] and prefix [..., P], of the same dtype, whose gradient is the first P columns of the
-    output's: the rest of it is what `backward` takes.
-    """
-    if impl == "ref":
-        parts = row_quant.ref_outputs(
-            lambda x: gelu_ref(x) if prefix is None else _joined(prefix, gelu_ref(x)), x, out=out
+    if x.ndim == 3:
+        return output
+    lead = x.shape[:-1]
+    return RowOutput(
+        *(
+            None if part is None else part.view((*lead, *(part.shape[2:] if x.ndim else ())))
+            for part in output
         )
-    else:
-        parts = registration.launcher(x, gelu_fwd, _fwd_op)(x, prefix, out, impl)
-    return row_quant.row_output(parts, out), (x,)
-
-
-def _joined(prefix: Tensor, y: Tensor) -> Tensor:
-    return torch.cat((prefix.to(y.dtype), y), dim=-1)
-
-
-def backward(
-    dy: Tensor, saved: Sequence[Tensor], needs: Sequence[bool], *, impl: str
-) -> tuple[Tensor | None]:
-    """Raw interface: (dx,)."""
-    return (backward_rows(dy, saved, impl=impl).y if needs[0] else None,)
-
-
-def backward_rows(
-    dy: Tensor,
-    saved: Sequence[Tensor],
-    *,
-    out: str = "same",
-    col_scale: Tensor | None = None,
-    into: Tensor | None = None,
-    impl: str,
-) -> RowOutput:
-    """Raw interface: dx in the form that dgrad reads; `out` as forward's.
-
-    The codes are those of dx·col_scale, col_scale [K]. The values are written to `into` [..., K]
-    where it is given, and `out` asks for values: a column slice of a wider buffer will do.
-    """
-    (x,) = saved
-    assert into is None or out not in row_quant.FORMATS
-    if impl == "ref":
-        dtype = x.dtype if out == "same" else full_dtype(x)
-        dx = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype), approximate="tanh")
-        parts = row_quant.values_and_codes(dx, x.dtype, out, col_scale, into)
-    else:
-        parts = registration.launcher(dy, gelu_bwd, _bwd_op)(dy, x, out, col_scale, into, impl)
-    return row_quant.row_output(parts, out, into)
+    )
 
 
 class _Gelu(torch.autograd.Function):
@@ -207,9 +200,6 @@ def gelu(x: Tensor, impl: str = "auto", *, out: str = "same") -> Tensor | RowOut
     """
     row_quant.check_out("gelu", out)
     backend = dispatch.resolve("gelu", impl, (x,))
-    parts = (
-        row_quant.ref_outputs(gelu_ref, x, out=out)
-        if backend == "ref"
-        else _Gelu.apply(x, out, backend)
-    )
-    return row_quant.public_output(parts, out)
+    if backend == "ref":
+        return row_quant.public_output(row_quant.ref_output(gelu_ref, x, out=out))
+    return row_quant.public_output(row_quant.from_parts(_Gelu.apply(x, out, backend), out))

@@ -1,5 +1,6 @@
-"""LayerNorm without an affine part, then a per-sample modulation: y = LayerNorm(x)·(1 + scale) +
-shift.
+"""LayerNorm without an affine part, then a per-sample modulation.
+
+y = LayerNorm(x)·(1 + scale) + shift
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch, gated_residual, registration, row_quant
+from fluxfast.ops import dispatch, gated_residual, row_quant
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.row_quant import CodesOut, RowOutput
 from fluxfast.ops.tensors import contiguous_like, dense_rows, full_dtype
 
@@ -24,209 +26,30 @@ def modulated_layer_norm_ref(x: Tensor, scale: Tensor, shift: Tensor, eps: float
     return torch.addcmul(shift[:, None].to(dtype), xhat, 1 + scale[:, None].to(dtype)).to(x.dtype)
 
 
-def modulated_layer_norm_fwd(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str
-) -> list[Tensor]:
-    """Each row's mean and reciprocal standard deviation [B, S], then what `out` asks for of y [B,
-    S, D], codes and scales.
-
-    The launcher alone: no autograd.
-    """
-    x, scale, shift = dense_rows(x), dense_rows(scale), dense_rows(shift)
-    if impl == "triton":
-        from fluxfast_kernels import modulated_layer_norm as kernels
-
-        y, q, q_scale, mean, rstd = kernels.modulated_layer_norm_fwd(x, scale, shift, eps, out=out)
-        return [mean, rstd, *(part for part in (y, q, q_scale) if part is not None)]
-    y = contiguous_like(x)
-    stats = x.new_empty(2, *x.shape[:2])
-    dispatch.native.modulated_layer_norm_fwd(
-        x.data_ptr(), *x.stride()[:2],
-        scale.data_ptr(), scale.stride(0),
-        shift.data_ptr(), shift.stride(0),
-        y.data_ptr(), stats.data_ptr(), *x.shape, eps, torch.get_num_threads(),
-    )  # fmt: skip
-    return [*stats.unbind(), *row_quant.values_and_codes(y, y.dtype, out, impl=impl)]
-
-
-def modulated_layer_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    add_to: Tensor | None,
-    modulation: bool,
-    impl: str,
-) -> list[Tensor]:
-    """dx [B, S, D], to which add_to [B, S, D] is added; with `modulation` dscale and dshift [B, D]
-    too.
-    """
-    dy, x, scale = dense_rows(dy), dense_rows(x), dense_rows(scale)
-    if impl == "triton":
-        from fluxfast_kernels import modulated_layer_norm as kernels
-
-        add_to = None if add_to is None else dense_rows(add_to)
-        grads = kernels.modulated_layer_norm_bwd(
-            dy, x, scale, mean, rstd, add_to=add_to, modulation=modulation
-        )
-        return [grad for grad in grads[:3] if grad is not None]
-    dx = contiguous_like(x)
-    dmodulation = x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
-    stats = torch.stack((mean, rstd))
-    dispatch.native.modulated_layer_norm_bwd(
-        dy.data_ptr(), *dy.stride()[:2],
-        x.data_ptr(), *x.stride()[:2],
-        scale.data_ptr(), scale.stride(0),
-        stats.data_ptr(), dx.data_ptr(), dmodulation.data_ptr(), *x.shape, torch.get_num_threads(),
-    )  # fmt: skip
-    if add_to is not None:
-        dx += add_to
-    return [dx, *dmodulation] if modulation else [dx]
-
-
-def gated_residual_layer_norm_fwd(
-    residual: Tensor,
-    gate: Tensor,
-    branch: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    out: str,
-    impl: str,
-) -> list[Tensor]:
-    """x = residual + gate·branch [B, S, D], then what `modulated_layer_norm_fwd` makes of it; the
-    launcher alone.
-    """
-    if impl == "triton":
-        from fluxfast_kernels import modulated_layer_norm as kernels
-
-        residual, gate, branch, scale, shift = (
-            dense_rows(t) for t in (residual, gate, branch, scale, shift)
-        )
-        x, (y, q, q_scale, mean, rstd) = kernels.gated_residual_layer_norm_fwd(
-            residual, gate, branch, scale, shift, eps, out=out
-        )
-        return [x, mean, rstd, *(part for part in (y, q, q_scale) if part is not None)]
-    x = torch.addcmul(residual, gate[:, None], branch)
-    return [x, *modulated_layer_norm_fwd(x, scale, shift, eps, out, impl)]
-
-
-def gated_residual_layer_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    gate: Tensor,
-    branch: Tensor | None,
-    add_to: Tensor | None,
-    modulation: bool,
-    out: str,
-    col_scale: Tensor | None,
-    impl: str,
-) -> list[Tensor]:
-    """dx [B, S, D]; with `modulation` dscale, dshift and, given the branch, dgate [B, D]; what
-    `out` asks for of dbranch.
-    """
-    if impl == "triton":
-        from fluxfast_kernels import modulated_layer_norm as kernels
-
-        dy, x, scale, gate = (dense_rows(t) for t in (dy, x, scale, gate))
-        add_to, branch = (None if t is None else dense_rows(t) for t in (add_to, branch))
-        grads = kernels.modulated_layer_norm_bwd(
-            dy, x, scale, mean, rstd, add_to=add_to, modulation=modulation, gate=gate,
-            branch=branch if modulation else None, out=out, col_scale=col_scale,
-        )  # fmt: skip
-        return [grad for grad in grads if grad is not None]
-    dx, *sums = modulated_layer_norm_bwd(dy, x, mean, rstd, scale, add_to, modulation, impl)
-    branch = branch if modulation else None
-    return [dx, *sums, *gated_residual.gated_residual_bwd(dx, gate, branch, out, col_scale, impl)]
-
-
-def _bwd_ref(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    add_to: Tensor | None,
-    modulation: bool,
-) -> list[Tensor]:
-    dtype = full_dtype(x)
-    dy = dy.to(dtype)
-    xhat = (x.to(dtype) - mean[..., None]) * rstd[..., None]
-    g = dy * (1 + scale[:, None].to(dtype))
-    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[..., None]
-    if add_to is not None:
-        dx = dx + add_to
-    sums = [(dy * xhat).sum(1).to(scale.dtype), dy.sum(1).to(scale.dtype)] if modulation else []
-    return [dx.to(x.dtype), *sums]
-
-
-_fwd_op = registration.register(modulated_layer_norm_fwd)
-_bwd_op = registration.register(modulated_layer_norm_bwd)
-
-
-@_fwd_op.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str, impl: str) -> list[Tensor]:
-    stats = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)]
-    return [*stats, *row_quant.fake_outputs(x, out)]
-
-
-@_bwd_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    add_to: Tensor | None,
-    modulation: bool,
-    impl: str,
-) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape),
-        *(scale.new_empty(scale.shape) for _ in range(2 if modulation else 0)),
-    ]
-
-
-_residual_fwd_op = registration.register(gated_residual_layer_norm_fwd)
-_residual_bwd_op = registration.register(gated_residual_layer_norm_bwd)
-
-
-@_residual_fwd_op.register_fake
-def _(residual: Tensor, *rest: Any) -> list[Tensor]:
-    *_, out, _ = rest
-    stats = [residual.new_empty(residual.shape[:2], dtype=torch.float32) for _ in range(2)]
-    return [residual.new_empty(residual.shape), *stats, *row_quant.fake_outputs(residual, out)]
-
-
-@_residual_bwd_op.register_fake
-def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, *rest: Any) -> list[Tensor]:
-    gate, branch, _, modulation, out, _, _ = rest
-    sums = [scale, scale, *([] if branch is None else [gate])] if modulation else []
-    return [
-        x.new_empty(x.shape),
-        *(t.new_empty(t.shape) for t in sums),
-        *row_quant.fake_outputs(x, out),
-    ]
-
-
 def forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, out: str = "same", impl: str
 ) -> tuple[RowOutput, tuple[Tensor, ...]]:
-    """Raw interface: what `out` asks for, and (x, mean, rstd, scale) to keep for backward."""
+    """Raw interface: what `out` asks for, and (x, mean, rstd, scale) to keep for backward.
+
+    mean and rstd [B, S] are each row's mean and reciprocal standard deviation.
+    """
     if impl == "ref":
         var, mean = torch.var_mean(x.to(full_dtype(x)), -1, correction=0)
-        rstd, parts = (
-            torch.rsqrt(var + eps),
-            row_quant.ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out),
+        rstd = torch.rsqrt(var + eps)
+        output = row_quant.ref_output(modulated_layer_norm_ref, x, scale, shift, eps, out=out)
+    elif is_traced(x):
+        *parts, mean, rstd = _forward_op(x, scale, shift, eps, out=out, impl=impl)
+        output = row_quant.from_parts(parts, out)
+    elif impl == "triton":
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        *rows, mean, rstd, _ = kernels.modulated_layer_norm_fwd(
+            dense_rows(x), dense_rows(scale), dense_rows(shift), eps, out=out
         )
+        output = RowOutput(*rows)
     else:
-        launch = registration.launcher(x, modulated_layer_norm_fwd, _fwd_op)
-        mean, rstd, *parts = launch(x, scale, shift, eps, out, impl)
-    return row_quant.row_output(parts, out), (x, mean, rstd, scale)
+        output, mean, rstd = _forward_native(x, scale, shift, eps, out)
+    return output, (x, mean, rstd, scale)
 
 
 def backward(
@@ -237,20 +60,28 @@ def backward(
     add_to: Tensor | None = None,
     impl: str,
 ) -> tuple[Tensor | None, ...]:
-    """Raw interface: (dx, dscale, dshift). add_to [B, S, D], the gradient that reaches x past the
-    norm, is added to dx.
+    """Raw interface: (dx, dscale, dshift), None where `needs` says so.
+
+    add_to [B, S, D], the gradient that reaches x past the norm, is added to dx.
     """
-    needs_scale, needs_shift = needs[1:]
-    arguments: tuple[Any, ...] = (dy, *saved, add_to, needs_scale or needs_shift)
+    modulation = needs[1] or needs[2]
     if impl == "ref":
-        dx, *sums = _bwd_ref(*arguments)
+        grads = _backward_ref(dy, saved, add_to, modulation)
+    elif is_traced(dy):
+        made = iter(_backward_op(dy, saved, needs, add_to=add_to, impl=impl))
+        return tuple(next(made) if need else None for need in needs)
+    elif impl == "triton":
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        x, mean, rstd, scale = saved
+        dy, x, scale = dense_rows(dy), dense_rows(x), dense_rows(scale)
+        add_to = None if add_to is None else dense_rows(add_to)
+        grads = kernels.modulated_layer_norm_bwd(
+            dy, x, scale, mean, rstd, add_to=add_to, modulation=modulation
+        )[:3]
     else:
-        dx, *sums = registration.launcher(dy, modulated_layer_norm_bwd, _bwd_op)(*arguments, impl)
-    return (
-        dx if needs[0] else None,
-        sums[0] if needs_scale else None,
-        sums[1] if needs_shift else None,
-    )
+        grads = _backward_native(dy, saved, add_to, modulation)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def forward_residual(
@@ -265,20 +96,32 @@ def forward_residual(
     keep_branch: bool = False,
     impl: str,
 ) -> tuple[Tensor, RowOutput, tuple[Tensor | None, ...]]:
-    """Raw interface: x = residual + gate·branch, what `out` asks for of its modulated LayerNorm,
-    and what backward keeps.
+    """Raw interface of a gated residual and the norm of its sum, in one pass.
 
-    residual, branch [B, S, D]; gate, scale, shift [B, D]. Kept: (x, mean, rstd, scale, gate,
-    branch), the branch only if `keep_branch`, and without it there is no dgate. The first four are
-    what `forward` of x would keep.
+    residual, branch [B, S, D]; gate, scale, shift [B, D]. Returns x = residual + gate·branch, what
+    `out` asks for of its modulated LayerNorm, and what backward keeps: (x, mean, rstd, scale, gate,
+    branch). The first four are what `forward` of x would keep; the branch is kept only if
+    `keep_branch`, and without it there is no dgate.
     """
-    if impl == "ref":
+    kept: tuple[Tensor, ...]
+    if impl == "triton" and not is_traced(residual):
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        residual, scale, shift = dense_rows(residual), dense_rows(scale), dense_rows(shift)
+        *rows, mean, rstd, x = kernels.modulated_layer_norm_fwd(
+            residual, scale, shift, eps, gate=dense_rows(gate), branch=dense_rows(branch), out=out
+        )
+        assert x is not None
+        output, kept = RowOutput(*rows), (x, mean, rstd, scale)
+    elif impl == "triton":
+        inputs = (residual, gate, branch, scale, shift, eps)
+        x, *parts, mean, rstd = _forward_residual_op(
+            *inputs, out=out, keep_branch=keep_branch, impl=impl
+        )
+        output, kept = row_quant.from_parts(parts, out), (x, mean, rstd, scale)
+    else:
         x = gated_residual.gated_residual_ref(residual, gate, branch)
         output, kept = forward(x, scale, shift, eps, out=out, impl=impl)
-    else:
-        launch = registration.launcher(residual, gated_residual_layer_norm_fwd, _residual_fwd_op)
-        x, mean, rstd, *parts = launch(residual, gate, branch, scale, shift, eps, out, impl)
-        output, kept = row_quant.row_output(parts, out), (x, mean, rstd, scale)
     return x, output, (*kept, gate, branch if keep_branch else None)
 
 
@@ -292,35 +135,128 @@ def backward_residual(
     modulation: bool = False,
     impl: str,
 ) -> tuple[Tensor, RowOutput, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Raw interface: dx, which is the residual's gradient too; dbranch = gate·dx as `out` says;
-    (dscale, dshift, dgate).
+    """Raw interface: dx, which is the residual's gradient too; dbranch; (dscale, dshift, dgate).
 
     dy [B, S, D]: the gradient of the norm's values. add_to [B, S, D], the gradient that reaches x
-    past the norm, is added to dx. The codes are those of dbranch·col_scale, col_scale [D]. The last
-    three are None without `modulation`, dgate without a branch kept as well.
+    past the norm, is added to dx. dbranch = gate·dx comes as `out` says; its codes are those of
+    dbranch·col_scale, col_scale [D]. The last three are None without `modulation`, and dgate is
+    None without a branch that was kept.
     """
-    x, mean, rstd, scale, gate, branch = saved
-    assert (
-        x is not None
-        and mean is not None
-        and rstd is not None
-        and scale is not None
-        and gate is not None
-    )
-    if impl == "ref":
-        dx, *sums = _bwd_ref(dy, x, mean, rstd, scale, add_to, modulation)
-        options: dict[str, Any] = {"needs_gate": modulation and branch is not None, "impl": impl}
-        dbranch, dgate = gated_residual.backward_rows(
-            dx, (gate, branch), out=out, col_scale=col_scale, **options
-        )
-        return dx, dbranch, (sums[0], sums[1], dgate) if modulation else (None, None, None)
-    launch = registration.launcher(dy, gated_residual_layer_norm_bwd, _residual_bwd_op)
-    dx, *rest = launch(
-        dy, x, mean, rstd, scale, gate, branch, add_to, modulation, out, col_scale, impl
-    )
-    count = 0 if not modulation else 2 if branch is None else 3
-    dscale, dshift, dgate = (*rest[:count], None, None, None)[:3]
-    return dx, row_quant.row_output(rest[count:], out), (dscale, dshift, dgate)
+    *norm, gate, branch = saved
+    assert gate is not None
+    branch = branch if modulation else None
+    if impl == "triton" and not is_traced(dy):
+        from fluxfast_kernels import modulated_layer_norm as kernels
+
+        x, mean, rstd, scale = norm
+        assert x is not None and mean is not None and rstd is not None and scale is not None
+        add_to, branch = (None if t is None else dense_rows(t) for t in (add_to, branch))
+        grads = kernels.modulated_layer_norm_bwd(
+            dense_rows(dy), dense_rows(x), dense_rows(scale), mean, rstd, add_to=add_to,
+            modulation=modulation, gate=dense_rows(gate), branch=branch, out=out, col_scale=col_scale,
+        )  # fmt: skip
+        return grads.dx, RowOutput(*grads[4:]), grads[1:4]
+    if impl == "triton":
+        options: dict[str, Any] = {
+            "add_to": add_to,
+            "col_scale": col_scale,
+            "modulation": modulation,
+        }
+        dx, *rest = _backward_residual_op(dy, saved, out=out, impl=impl, **options)
+        count = 0 if not modulation else 2 if branch is None else 3
+        rows, sums = rest[: len(rest) - count], rest[len(rest) - count :]
+        dscale, dshift, dgate = (*sums, None, None, None)[:3]
+        return dx, row_quant.from_parts(rows, out), (dscale, dshift, dgate)
+    needs = (True, modulation, modulation)
+    total, dscale, dshift = backward(dy, norm, needs, add_to=add_to, impl=impl)  # type: ignore[arg-type]
+    assert total is not None
+    options = {"out": out, "col_scale": col_scale, "needs_gate": branch is not None, "impl": impl}
+    dbranch, dgate = gated_residual.backward_rows(total, (gate, branch), **options)
+    return total, dbranch, (dscale, dshift, dgate)
+
+
+def _forward_native(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: str
+) -> tuple[RowOutput, Tensor, Tensor]:
+    x, scale, shift = dense_rows(x), dense_rows(scale), dense_rows(shift)
+    y, stats = contiguous_like(x), x.new_empty(2, *x.shape[:2])
+    dispatch.native.modulated_layer_norm_fwd(
+        x.data_ptr(), *x.stride()[:2],
+        scale.data_ptr(), scale.stride(0),
+        shift.data_ptr(), shift.stride(0),
+        y.data_ptr(), stats.data_ptr(), *x.shape, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    mean, rstd = stats.unbind()
+    return row_quant.output_of(y, y.dtype, out, impl="native"), mean, rstd
+
+
+def _backward_native(
+    dy: Tensor, saved: Sequence[Tensor], add_to: Tensor | None, modulation: bool
+) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, scale = saved
+    dy, x, scale = dense_rows(dy), dense_rows(x), dense_rows(scale)
+    dx, stats = contiguous_like(x), torch.stack((mean, rstd))
+    sums = x.new_empty(2, *scale.shape) if modulation else x.new_empty(0)
+    dispatch.native.modulated_layer_norm_bwd(
+        dy.data_ptr(), *dy.stride()[:2],
+        x.data_ptr(), *x.stride()[:2],
+        scale.data_ptr(), scale.stride(0),
+        stats.data_ptr(), dx.data_ptr(), sums.data_ptr(), *x.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    if add_to is not None:
+        dx += add_to
+    return (dx, *sums) if modulation else (dx, None, None)
+
+
+def _backward_ref(
+    dy: Tensor, saved: Sequence[Tensor], add_to: Tensor | None, modulation: bool
+) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, scale = saved
+    dtype = full_dtype(x)
+    dy = dy.to(dtype)
+    xhat = (x.to(dtype) - mean[..., None]) * rstd[..., None]
+    g = dy * (1 + scale[:, None].to(dtype))
+    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[..., None]
+    if add_to is not None:
+        dx = dx + add_to
+    if not modulation:
+        return dx.to(x.dtype), None, None
+    return dx.to(x.dtype), (dy * xhat).sum(1).to(scale.dtype), dy.sum(1).to(scale.dtype)
+
+
+def _fake_stats(x: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)]
+
+
+def _fake_forward(x: Tensor, out: str, **_: Any) -> list[Tensor]:
+    return [*row_quant.empty_parts(x, out), *_fake_stats(x)]
+
+
+def _fake_backward(saved: Sequence[Tensor], needs: Sequence[bool], **_: Any) -> list[Tensor]:
+    x, _mean, _rstd, scale = saved
+    return [t.new_empty(t.shape) for t, need in zip((x, scale, scale), needs, strict=True) if need]
+
+
+def _fake_forward_residual(residual: Tensor, out: str, **_: Any) -> list[Tensor]:
+    x = residual.new_empty(residual.shape)
+    return [x, *row_quant.empty_parts(x, out), *_fake_stats(x)]
+
+
+def _fake_backward_residual(
+    saved: Sequence[Tensor], out: str, modulation: bool, **_: Any
+) -> list[Tensor]:
+    x, _mean, _rstd, scale, gate, branch = saved
+    sums = [scale, scale, *([] if branch is None else [gate])] if modulation else []
+    rows = row_quant.empty_parts(x, out)
+    return [x.new_empty(x.shape), *rows, *(t.new_empty(t.shape) for t in sums)]
+
+
+_forward_op = Op("modulated_layer_norm_fwd", forward, _fake_forward)
+_backward_op = Op("modulated_layer_norm_bwd", backward, _fake_backward)
+_forward_residual_op = Op("gated_residual_layer_norm_fwd", forward_residual, _fake_forward_residual)
+_backward_residual_op = Op(
+    "gated_residual_layer_norm_bwd", backward_residual, _fake_backward_residual
+)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):
@@ -338,12 +274,8 @@ class _ModulatedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 6
-        return (
-            *backward(dy, ctx.saved_tensors, ctx.needs_input_grad[:3], impl=ctx.impl),
-            None,
-            None,
-            None,
-        )
+        grads = backward(dy, ctx.saved_tensors, ctx.needs_input_grad[:3], impl=ctx.impl)
+        return *grads, None, None, None
 
 
 @overload
@@ -386,9 +318,8 @@ def modulated_layer_norm(
         )
     backend = dispatch.resolve("modulated_layer_norm", impl, (x, scale, shift))
     if backend == "ref":
-        return row_quant.public_output(
-            row_quant.ref_outputs(modulated_layer_norm_ref, x, scale, shift, eps, out=out), out
-        )
-    return row_quant.public_output(
-        _ModulatedLayerNorm.apply(x, scale, shift, eps, out, backend), out
-    )
+        output = row_quant.ref_output(modulated_layer_norm_ref, x, scale, shift, eps, out=out)
+    else:
+        parts = _ModulatedLayerNorm.apply(x, scale, shift, eps, out, backend)
+        output = row_quant.from_parts(parts, out)
+    return row_quant.public_output(output)

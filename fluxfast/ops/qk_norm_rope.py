@@ -6,13 +6,13 @@ text joined to image.
 Everything between the load and the store is fp32. Tables hold one entry a pair ([rows,
 head_dim/2]); diffusers' `FluxPosEmbed` holds each twice.
 
-Backward, for one head of one token, with xhat = x·rstd, g = rot⁻¹(dy)·w:  dx = rstd·(g -
-xhat·mean(g·xhat)). It needs no x: xhat = rot⁻¹(y)/w, and attention keeps y anyway. Dividing by w
-loses what rounding y lost, and a zero loses all, so where two weights of a pair are more than 8
-times apart, one is next to zero, or a table is no rotation (cos² + sin² ≠ 1), the packed inputs are
-kept instead. So they are where a choice can't hang on a value: under torch.compile, and on a GPU,
-which would have to be waited for. Whoever calls `forward` asks `outputs_suffice` once, ahead, for
-weights that don't change.
+Backward, for one head of one token, with xhat = x·rstd and g = rot⁻¹(dy)·w, is
+dx = rstd·(g - xhat·mean(g·xhat)). It can do without x, since xhat = rot⁻¹(y)/w and attention keeps
+y anyway. But dividing by w loses what rounding y lost, and a zero loses all. So the packed inputs
+are kept instead where two weights of a pair are more than 8 times apart, where one is next to zero,
+or where a table is no rotation (cos² + sin² ≠ 1). They are also kept where the choice can't depend
+on a value: under torch.compile, and on a GPU, which would have to be waited for. A caller whose
+weights don't change asks `outputs_suffice` once, ahead.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch, registration
-from fluxfast.ops._qk_norm_rope_checks import check_inputs, norm_weights
+from fluxfast.ops import dispatch
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import dense_rows, full_dtype
 
 # beyond these, outputs don't give the normalised q and k back to fp32 precision;
@@ -56,8 +56,9 @@ def qk_norm_rope_ref(
     eps: float = 1e-6,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maths in plain, differentiable torch; arguments as `qk_norm_rope`. fp32 inside (fp64 if
-    qkv is), rounded once.
+    """The maths in plain, differentiable torch; arguments as `qk_norm_rope`.
+
+    Computes in fp32 (fp64 if qkv is) and rounds once, to qkv's dtype.
     """
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
@@ -73,137 +74,119 @@ def qk_norm_rope_ref(
     return _rotate(q, cos, sin).to(qkv.dtype), _rotate(k, cos, sin).to(qkv.dtype), v.contiguous()
 
 
-def qk_norm_rope_fwd(
+def forward(
     qkv: Tensor,
     txt_qkv: Tensor | None,
     weights: Tensor,
     cos: Tensor,
     sin: Tensor,
-    index: Tensor | None,
+    index: Tensor | None = None,
+    *,
     heads: int,
-    eps: float,
+    eps: float = 1e-6,
+    keep_outputs: bool = False,
     impl: str,
-) -> list[Tensor]:
-    """q, k, v [B, S, heads, head_dim], and the reciprocal RMS of each head of q and k [B, S, 2,
-    heads].
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Raw interface: (q, k, v), each [B, S, heads, head_dim], and what to keep for backward.
 
-    weights [2 or 4, head_dim] holds the rows q, k, and where there is text txt_q, txt_k; it, cos
-    and sin are contiguous. The launcher alone: no autograd. Raises ValueError if index names a row
-    that the tables don't have (on a GPU, unchecked).
+    weights [2 or 4, head_dim], fp32 (any float on Triton), holds the rows q, k, and where there is
+    text txt_q, txt_k. All constants are contiguous. Kept are (rstd, weights, cos, sin, index, q, k,
+    qkv, txt_qkv), where rstd [B, S, 2, heads] is the reciprocal RMS of each head of q and k. Of the
+    last four, only q and k are kept with `keep_outputs`, which `outputs_suffice` must allow, else
+    only qkv and txt_qkv. Raises ValueError if index names a row that the tables don't have (on a
+    GPU, unchecked).
     """
-    qkv = dense_rows(qkv)
-    txt_qkv = None if txt_qkv is None else dense_rows(txt_qkv)
-    if impl == "triton":
-        from fluxfast_kernels import qk_norm_rope as kernels
-
-        return list(
-            kernels.qk_norm_rope_fwd(
-                qkv, weights, cos, sin, heads=heads, txt_qkv=txt_qkv, eps=eps, index=index
-            )
+    if impl == "ref":
+        text: dict[str, Tensor] = {}
+        if txt_qkv is not None:
+            text = {"txt_qkv": txt_qkv, "txt_q_weight": weights[2], "txt_k_weight": weights[3]}
+        q, k, v = qk_norm_rope_ref(
+            qkv, weights[0], weights[1], cos, sin, heads=heads, eps=eps, index=index, **text
         )
-    batch, s_img, width = qkv.shape
-    s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
-    shape = (batch, s_txt + s_img, heads, width // (3 * heads))
-    q, k, v = (torch.empty(shape, dtype=qkv.dtype) for _ in range(3))
-    rstd = torch.empty((batch, s_txt + s_img, 2, heads), dtype=torch.float32)
-    index_args = _index_args(index)
-    if not dispatch.native.rope_index_in_range(*index_args, batch, shape[1], cos.shape[0]):
-        raise ValueError(
-            f"qk_norm_rope: index names a row that the tables don't have; they have {cos.shape[0]}"
-        )
-    dispatch.native.qk_norm_rope_fwd(
-        qkv.data_ptr(), *qkv.stride()[:2],
-        *_packed_args(txt_qkv),
-        weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *index_args,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), rstd.data_ptr(),
-        batch, s_txt, s_img, heads, shape[3], eps, torch.get_num_threads(),
-    )  # fmt: skip
-    return [q, k, v, rstd]
-
-
-def qk_norm_rope_bwd(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    rstd: Tensor,
-    weights: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    index: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    qkv: Tensor | None,
-    txt_qkv: Tensor | None,
-    s_txt: int,
-    dqkv: Tensor | None,
-    dtxt_qkv: Tensor | None,
-    impl: str,
-) -> list[Tensor]:
-    """dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, 3·heads·head_dim]: each given, to
-    be written, or returned.
-
-    What forward kept is either its outputs q and k, or its inputs qkv and txt_qkv.
-    """
-    dq, dk, dv = dense_rows(dq), dense_rows(dk), dense_rows(dv)
-    qkv = None if qkv is None else dense_rows(qkv)
-    txt_qkv = None if txt_qkv is None else dense_rows(txt_qkv)
-    batch, s_all, heads, head_dim = dq.shape
-    given = (dqkv, dtxt_qkv)
-    img, txt = (
-        out
-        if out is not None and out.stride(-1) == 1
-        else dq.new_empty((batch, tokens, 3 * heads * head_dim))
-        for out, tokens in ((dqkv, s_all - s_txt), (dtxt_qkv, s_txt))
-    )
-    if impl == "triton":
-        from fluxfast_kernels import qk_norm_rope as kernels
-
-        kernels.qk_norm_rope_bwd(
-            dq, dk, dv, rstd, weights, cos, sin, s_txt=s_txt, index=index,
-            q=q, k=k, qkv=qkv, txt_qkv=txt_qkv, dqkv=img, dtxt_qkv=txt,
+        qk = _joined_qk(qkv, txt_qkv, heads).to(full_dtype(qkv))
+        rstd = torch.rsqrt(qk.square().mean(-1) + eps)
+    elif is_traced(qkv):
+        q, k, v, rstd = _forward_op(
+            qkv, txt_qkv, weights, cos, sin, index,
+            heads=heads, eps=eps, keep_outputs=keep_outputs, impl=impl,
         )  # fmt: skip
-        return _written((img, txt), given)
-    dispatch.native.qk_norm_rope_bwd(
-        dq.data_ptr(), *dq.stride()[:3],
-        dk.data_ptr(), *dk.stride()[:3],
-        dv.data_ptr(), *dv.stride()[:3],
-        0 if q is None else q.data_ptr(), 0 if k is None else k.data_ptr(),
-        *_packed_args(qkv),
-        *_packed_args(txt_qkv),
-        rstd.data_ptr(), weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *_index_args(index),
-        img.data_ptr(), *img.stride()[:2], txt.data_ptr(), *txt.stride()[:2],
-        batch, s_txt, s_all - s_txt, heads, head_dim, torch.get_num_threads(),
-    )  # fmt: skip
-    return _written((img, txt), given)
+    elif impl == "triton":
+        from fluxfast_kernels import qk_norm_rope as kernels
+
+        text_rows = None if txt_qkv is None else dense_rows(txt_qkv)
+        q, k, v, rstd = kernels.qk_norm_rope_fwd(
+            dense_rows(qkv), weights, cos, sin, heads=heads, txt_qkv=text_rows, eps=eps, index=index
+        )
+    else:
+        q, k, v, rstd = _forward_native(qkv, txt_qkv, weights, cos, sin, index, heads, eps)
+    kept = (q, k, None, None) if keep_outputs else (None, None, qkv, txt_qkv)
+    return (q, k, v), (rstd, weights, cos, sin, index, *kept)
 
 
-def _written(grads: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor]:
-    """Sees that each gradient is in the tensor given for it, and returns those for which none was."""
-    for grad, out in zip(grads, given, strict=True):
-        if out is not None and out is not grad:
-            out.copy_(grad)
-    return [grad for grad, out in zip(grads, given, strict=True) if out is None]
+def backward(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    *,
+    s_txt: int,
+    dqkv: Tensor | None = None,
+    dtxt_qkv: Tensor | None = None,
+    impl: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text.
+
+    Written to dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, …] where given: column
+    slices of wider buffers will do.
+    """
+    given = (dqkv, dtxt_qkv)
+    if impl == "ref":
+        made = _backward_ref(grads, saved, s_txt)
+    elif is_traced(grads[0]):
+        options: dict[str, Any] = {"s_txt": s_txt, "dqkv": dqkv, "dtxt_qkv": dtxt_qkv}
+        new = iter(_backward_op(grads, saved, (True, True), **options, impl=impl))
+        made = [next(new) if out is None else out for out in given]
+    else:
+        # rows that are not contiguous are copied to where they are wanted
+        made = [
+            out if out is not None and out.stride(-1) == 1 else grads[0].new_empty(shape)
+            for out, shape in zip(given, _grad_shapes(grads[0], s_txt), strict=True)
+        ]
+        dq, dk, dv = (dense_rows(grad) for grad in grads)
+        *constants, qkv, txt_qkv = saved
+        qkv, txt_qkv = (None if t is None else dense_rows(t) for t in (qkv, txt_qkv))
+        if impl == "triton":
+            from fluxfast_kernels import qk_norm_rope as kernels
+
+            rstd, weights, cos, sin, index, q, k = constants
+            assert rstd is not None and weights is not None and cos is not None and sin is not None
+            kernels.qk_norm_rope_bwd(
+                dq, dk, dv, rstd, weights, cos, sin, s_txt=s_txt, index=index,
+                q=q, k=k, qkv=qkv, txt_qkv=txt_qkv, dqkv=made[0], dtxt_qkv=made[1],
+            )  # fmt: skip
+        else:
+            _backward_native((dq, dk, dv), (*constants, qkv, txt_qkv), made, s_txt)
+    for i, out in enumerate(given):
+        if out is not None and out is not made[i]:
+            out.copy_(made[i])
+            made[i] = out
+    return made[0] if needs[0] else None, made[1] if needs[1] else None
 
 
-def _packed_args(qkv: Tensor | None) -> tuple[int, ...]:
-    """Pointer, and elements from one sample and from one row to the next."""
-    return (0, 0, 0) if qkv is None else (qkv.data_ptr(), *qkv.stride()[:2])
-
-
-def _index_args(index: Tensor | None) -> tuple[int, int, int]:
-    """Pointer, bytes of an element, and elements from one sample's indices to the next's."""
-    if index is None:
-        return 0, 0, 0
-    return index.data_ptr(), index.element_size(), index.stride(0) if index.ndim == 2 else 0
+def _grad_shapes(dq: Tensor, s_txt: int) -> list[tuple[int, ...]]:
+    """The shapes of dqkv and dtxt_qkv."""
+    batch, s_all, heads, head_dim = dq.shape
+    return [(batch, s, 3 * heads * head_dim) for s in (s_all - s_txt, s_txt)]
 
 
 def _joined_qk(qkv: Tensor, txt_qkv: Tensor | None, heads: int) -> Tensor:
-    """The text's and the image's q and k, one after the other: [B, S, 2, heads, head_dim]."""
+    """q and k of the text and the image, [B, S, 2, heads, head_dim], text first."""
     parts = [qkv] if txt_qkv is None else [txt_qkv, qkv]
     return torch.cat([part.unflatten(-1, (3, heads, -1))[:, :, :2] for part in parts], dim=1)
 
 
-def _bwd_ref(grads: Sequence[Tensor], saved: Sequence[Tensor | None], s_txt: int) -> list[Tensor]:
+def _backward_ref(
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], s_txt: int
+) -> list[Tensor]:
     rstd, weights, cos, sin, index, q, k, qkv, txt_qkv = saved
     assert rstd is not None and weights is not None and cos is not None and sin is not None
     dq, dk, dv = grads
@@ -231,35 +214,10 @@ def _bwd_ref(grads: Sequence[Tensor], saved: Sequence[Tensor | None], s_txt: int
     return [packed[:, s_txt:], packed[:, :s_txt]]
 
 
-_fwd_op = registration.register(qk_norm_rope_fwd)
-_bwd_op = registration.WritingOp(qk_norm_rope_bwd, writes=["dqkv", "dtxt_qkv"])
-
-
-@_fwd_op.register_fake
-def _(qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, *rest: Any) -> list[Tensor]:
-    *_, heads, _, _ = rest
-    batch, s_all, width = qkv.shape
-    if txt_qkv is not None:
-        s_all = s_all + txt_qkv.shape[1]
-    q, k, v = (qkv.new_empty((batch, s_all, heads, width // (3 * heads))) for _ in range(3))
-    return [q, k, v, qkv.new_empty((batch, s_all, 2, heads), dtype=torch.float32)]
-
-
-@_bwd_op.register_fake
-def _(dq: Tensor, *rest: Any) -> list[Tensor]:
-    *_, s_txt, dqkv, dtxt_qkv, _ = rest
-    batch, s_all, heads, head_dim = dq.shape
-    outs = ((dqkv, s_all - s_txt), (dtxt_qkv, s_txt))
-    return [
-        dq.new_empty((batch, tokens, 3 * heads * head_dim)) for out, tokens in outs if out is None
-    ]
-
-
 def outputs_suffice(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether backward can get the normalised q and k back from the outputs, to fp32 precision;
-    waits for a GPU.
+    """Whether backward can get the normalised q and k back from the outputs, to fp32 precision.
 
-    weights [2 or 4, head_dim]; cos, sin [rows, head_dim / 2].
+    weights [2 or 4, head_dim]; cos, sin [rows, head_dim / 2]. Waits for a GPU that they are on.
     """
     if dispatch.HAS_NATIVE and all(
         t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (weights, cos, sin)
@@ -272,69 +230,81 @@ def outputs_suffice(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return bool(((low >= _MIN_WEIGHT) & (high <= _MAX_WEIGHT_RATIO * low)).all() & rotation)
 
 
-def forward(
+def _forward_native(
     qkv: Tensor,
     txt_qkv: Tensor | None,
     weights: Tensor,
     cos: Tensor,
     sin: Tensor,
-    index: Tensor | None = None,
-    *,
+    index: Tensor | None,
     heads: int,
-    eps: float = 1e-6,
-    keep_outputs: bool = False,
-    impl: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """Raw interface: (q, k, v), and (rstd, weights, cos, sin, index, q, k, qkv, txt_qkv) to keep
-    for backward.
-
-    Of the last four only q and k with `keep_outputs`, which only `outputs_suffice` allows, else
-    only qkv and txt_qkv. weights [2 or 4, head_dim], fp32 (any float on Triton), holds the rows q,
-    k, and where there is text txt_q, txt_k; all constants are contiguous.
-    """
-    if impl == "ref":
-        text = (
-            {}
-            if txt_qkv is None
-            else {"txt_qkv": txt_qkv, "txt_q_weight": weights[2], "txt_k_weight": weights[3]}
+    eps: float,
+) -> tuple[Tensor, ...]:
+    qkv, txt_qkv = dense_rows(qkv), None if txt_qkv is None else dense_rows(txt_qkv)
+    batch, s_img, width = qkv.shape
+    s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
+    shape = (batch, s_txt + s_img, heads, width // (3 * heads))
+    q, k, v = (torch.empty(shape, dtype=qkv.dtype) for _ in range(3))
+    rstd = torch.empty((batch, s_txt + s_img, 2, heads), dtype=torch.float32)
+    index_args = _index_args(index)
+    if not dispatch.native.rope_index_in_range(*index_args, batch, shape[1], cos.shape[0]):
+        raise ValueError(
+            f"qk_norm_rope: index names a row that the tables don't have; they have {cos.shape[0]}"
         )
-        q, k, v = qk_norm_rope_ref(
-            qkv, weights[0], weights[1], cos, sin, heads=heads, eps=eps, index=index, **text
-        )
-        qk = _joined_qk(qkv, txt_qkv, heads).to(full_dtype(qkv))
-        rstd = torch.rsqrt(qk.square().mean(-1) + eps)
-    else:
-        launch = registration.launcher(qkv, qk_norm_rope_fwd, _fwd_op)
-        q, k, v, rstd = launch(qkv, txt_qkv, weights, cos, sin, index, heads, eps, impl)
-    kept = (q, k, None, None) if keep_outputs else (None, None, qkv, txt_qkv)
-    return (q, k, v), (rstd, weights, cos, sin, index, *kept)
+    dispatch.native.qk_norm_rope_fwd(
+        *_packed_args(qkv), *_packed_args(txt_qkv),
+        weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *index_args,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), rstd.data_ptr(),
+        batch, s_txt, s_img, heads, shape[3], eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return q, k, v, rstd
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    *,
-    s_txt: int,
-    dqkv: Tensor | None = None,
-    dtxt_qkv: Tensor | None = None,
-    impl: str,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text.
+def _backward_native(
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], made: Sequence[Tensor], s_txt: int
+) -> None:
+    rstd, weights, cos, sin, index, q, k, qkv, txt_qkv = saved
+    assert rstd is not None and weights is not None and cos is not None and sin is not None
+    batch, s_all, heads, head_dim = grads[0].shape
+    dispatch.native.qk_norm_rope_bwd(
+        *(part for grad in grads for part in (grad.data_ptr(), *grad.stride()[:3])),
+        0 if q is None else q.data_ptr(), 0 if k is None else k.data_ptr(),
+        *_packed_args(qkv), *_packed_args(txt_qkv),
+        rstd.data_ptr(), weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *_index_args(index),
+        *_packed_args(made[0]), *_packed_args(made[1]),
+        batch, s_txt, s_all - s_txt, heads, head_dim, torch.get_num_threads(),
+    )  # fmt: skip
 
-    Written to dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, …] where given: column
-    slices of wider buffers will do.
-    """
-    given = (dqkv, dtxt_qkv)
-    if impl == "ref":
-        made = _written(_bwd_ref(grads, saved, s_txt), given)
-    else:
-        made = registration.launcher(grads[0], qk_norm_rope_bwd, _bwd_op)(
-            *grads, *saved, s_txt, *given, impl
-        )
-    new = iter(made)
-    img, txt = (next(new) if out is None else out for out in given)
-    return img if needs[0] else None, txt if needs[1] else None
+
+def _packed_args(qkv: Tensor | None) -> tuple[int, ...]:
+    """Pointer, and elements from one sample and from one row to the next."""
+    return (0, 0, 0) if qkv is None else (qkv.data_ptr(), *qkv.stride()[:2])
+
+
+def _index_args(index: Tensor | None) -> tuple[int, int, int]:
+    """Pointer, bytes of an element, and elements from one sample's indices to the next's."""
+    if index is None:
+        return 0, 0, 0
+    return index.data_ptr(), index.element_size(), index.stride(0) if index.ndim == 2 else 0
+
+
+def _fake_forward(qkv: Tensor, txt_qkv: Tensor | None, heads: int, **_: Any) -> list[Tensor]:
+    batch, s_all, width = qkv.shape
+    if txt_qkv is not None:
+        s_all = s_all + txt_qkv.shape[1]
+    q, k, v = (qkv.new_empty((batch, s_all, heads, width // (3 * heads))) for _ in range(3))
+    return [q, k, v, qkv.new_empty((batch, s_all, 2, heads), dtype=torch.float32)]
+
+
+def _fake_backward(
+    grads: Sequence[Tensor], s_txt: int, dqkv: Tensor | None, dtxt_qkv: Tensor | None, **_: Any
+) -> list[Tensor]:
+    shapes = zip(_grad_shapes(grads[0], s_txt), (dqkv, dtxt_qkv), strict=True)
+    return [grads[0].new_empty(shape) for shape, out in shapes if out is None]
+
+
+_forward_op = Op("qk_norm_rope_fwd", forward, _fake_forward)
+_backward_op = Op("qk_norm_rope_bwd", backward, _fake_backward, writes=["dqkv", "dtxt_qkv"])
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -350,18 +320,8 @@ class _QKNormRope(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, eps, keep, impl = rest
-        outs, saved = forward(
-            qkv,
-            txt_qkv,
-            weights,
-            cos,
-            sin,
-            index,
-            heads=heads,
-            eps=eps,
-            keep_outputs=keep,
-            impl=impl,
-        )
+        options = {"heads": heads, "eps": eps, "keep_outputs": keep, "impl": impl}
+        outs, saved = forward(qkv, txt_qkv, weights, cos, sin, index, **options)
         ctx.save_for_backward(*saved)
         ctx.s_txt, ctx.impl = 0 if txt_qkv is None else txt_qkv.shape[1], impl
         return outs
@@ -390,8 +350,7 @@ def qk_norm_rope(
     index: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k normalised and rotated, and v, each contiguous [B, S_txt + S_img, heads, head_dim], text
-    first.
+    """q and k, normalised and rotated, and v, each [B, S_txt + S_img, heads, head_dim], text first.
 
     qkv [B, S_img, 3·heads·head_dim] packed q|k|v; q_weight, k_weight [head_dim]; cos, sin [rows,
     head_dim / 2], where token i of the joined sequence has row i, or row index[i] (index [S] or [B,
@@ -400,8 +359,8 @@ def qk_norm_rope(
     Raises ValueError on shapes that don't fit, or if `impl` can't do this call. Source: diffusers'
     `FluxAttnProcessor`, `apply_rotary_emb`.
     """
-    weights = norm_weights(q_weight, k_weight, txt_qkv, txt_q_weight, txt_k_weight)
-    check_inputs(qkv, txt_qkv, weights, cos, sin, index, heads)
+    weights = _norm_weights(q_weight, k_weight, txt_qkv, txt_q_weight, txt_k_weight)
+    _check(qkv, txt_qkv, weights, cos, sin, index, heads)
     obstacle = None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, cos, sin)):
         obstacle = "a norm weight or a table requires a gradient, which only the reference computes"
@@ -415,11 +374,72 @@ def qk_norm_rope(
     stacked = torch.stack(weights).to(torch.float32)
     index = None if index is None else dense_rows(index)
     cos, sin = cos.contiguous(), sin.contiguous()
-    runs_here = (
-        backend == "native"
-        and registration.launcher(qkv, qk_norm_rope_fwd, _fwd_op) is qk_norm_rope_fwd
-    )
-    keep_outputs = runs_here and outputs_suffice(stacked, cos, sin)
+    can_wait = backend == "native" and not is_traced(qkv)
+    keep_outputs = can_wait and outputs_suffice(stacked, cos, sin)
     return _QKNormRope.apply(
         qkv, txt_qkv, stacked, cos, sin, index, heads, eps, keep_outputs, backend
     )
+
+
+def _norm_weights(
+    q_weight: Tensor,
+    k_weight: Tensor,
+    txt_qkv: Tensor | None,
+    txt_q_weight: Tensor | None,
+    txt_k_weight: Tensor | None,
+) -> list[Tensor]:
+    """The weights of q and k, and where there is text those of txt_q and txt_k."""
+    if txt_qkv is None:
+        return [q_weight, k_weight]
+    if txt_q_weight is None or txt_k_weight is None:
+        raise ValueError("qk_norm_rope: txt_qkv needs txt_q_weight and txt_k_weight")
+    return [q_weight, k_weight, txt_q_weight, txt_k_weight]
+
+
+def _check(
+    qkv: Tensor,
+    txt_qkv: Tensor | None,
+    weights: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    index: Tensor | None,
+    heads: int,
+) -> None:
+    """Raises ValueError unless the arguments of a call fit together."""
+    if qkv.ndim != 3 or qkv.shape[2] % (6 * heads):
+        raise ValueError(
+            f"qk_norm_rope: expected qkv [B, S, 3·heads·head_dim], heads {heads} and head_dim "
+            f"even, got {list(qkv.shape)}"
+        )
+    batch, s_all, width = qkv.shape
+    head_dim = width // (3 * heads)
+    if txt_qkv is not None:
+        if txt_qkv.ndim != 3 or txt_qkv.shape[0] != batch or txt_qkv.shape[2] != width:
+            raise ValueError(
+                f"qk_norm_rope: expected txt_qkv [{batch}, S_txt, {width}], as qkv has it, got "
+                f"{list(txt_qkv.shape)}"
+            )
+        s_all = s_all + txt_qkv.shape[1]
+    if any(w.shape != (head_dim,) for w in weights):
+        raise ValueError(
+            f"qk_norm_rope: expected norm weights [{head_dim}], got "
+            f"{[list(w.shape) for w in weights]}"
+        )
+    if cos.ndim != 2 or cos.shape[1] != head_dim // 2 or sin.shape != cos.shape:
+        raise ValueError(
+            f"qk_norm_rope: expected cos and sin [rows, {head_dim // 2}], got {list(cos.shape)} "
+            f"and {list(sin.shape)}"
+        )
+    if index is None:
+        if cos.shape[0] < s_all:
+            raise ValueError(
+                f"qk_norm_rope: {s_all} tokens need as many table rows, got {cos.shape[0]}"
+            )
+    elif index.shape not in ((s_all,), (batch, s_all)) or index.dtype not in (
+        torch.int32,
+        torch.int64,
+    ):
+        raise ValueError(
+            f"qk_norm_rope: expected index [{s_all}] or [{batch}, {s_all}], int32 or int64, "
+            f"got {list(index.shape)} {index.dtype}"
+        )

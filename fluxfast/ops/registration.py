@@ -1,10 +1,19 @@
-"""How launchers become custom ops, which torch.compile and tensor subclasses see in place of
-running them.
+"""How the ops' functions become custom ops, which torch.compile and tensor subclasses see in place
+of running them.
+
+A function that calls kernels or native code looks first whether it is traced, and if so calls
+itself as a registered op:
+
+    def forward(x, *, out, impl):
+        if is_traced(x):
+            return row_output(_forward_op(x, out=out, impl=impl), out)
+        …
+
+    _forward_op = Op("gelu_fwd", forward, fake)
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,81 +21,127 @@ from torch import Tensor
 
 from fluxfast.ops.device import shapes_suffice
 
+# tensors that kernels and native code can read
+PLAIN = (Tensor, torch.nn.Parameter)
 
-def register(plain: Callable[..., list[Tensor]]) -> Any:
-    """A launcher as the custom op fluxfast::<its name>; it returns a list, of which tensors that
-    share memory are copied.
 
-    An op's outputs may not share any.
+def is_traced(tensor: Tensor) -> bool:
+    """Whether something has to see a call on `tensor` as a registered op, in place of running it.
+
+    That is torch.compile; tensor subclasses (fake tensors among them), which have no memory that a
+    kernel could read; and meta tensors of which only shapes are wanted (`device.pretend`).
+    Everybody else is spared the 60 µs that a registered op costs a call.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
+        return True
+    return tensor.is_meta and shapes_suffice()
+
+
+class Op:
+    """A function as the custom op fluxfast::<name>, with the function's parameters, all required.
+
+    The op returns a list of the tensors that the function makes: those in what the function
+    returns, however nested, less its arguments. `fake` makes empty tensors in that list's place,
+    from the arguments by name.
+
+    writes: arguments that the function writes to where they are given. torch can make no functional
+    form of an op that writes and returns a list. So a call with one of them is
+    fluxfast::<name>_into, which returns nothing and copies what the function makes to a further
+    argument, `made`. A function that returns nothing itself needs neither that nor a `fake`.
     """
 
-    @functools.wraps(plain)
-    def op(*args: Any) -> list[Tensor]:
-        seen: set[int] = set()
-        separate = []
-        for out in plain(*args):
-            start = out.untyped_storage().data_ptr()
-            separate.append(out.clone() if start in seen else out)
-            seen.add(start)
-        return separate
-
-    return torch.library.custom_op(f"fluxfast::{plain.__name__}", op, mutates_args=())
-
-
-class WritingOp:
-    """A launcher that can be given tensors to write to, its arguments `writes`, as two custom ops.
-
-    Without any it is fluxfast::<its name>. With one it is fluxfast::<its name>_into, which returns
-    nothing, as torch can make no functional form of an op that writes and returns a list: what the
-    launcher returns comes after its arguments, as a list to be filled.
-    """
-
-    def __init__(self, plain: Callable[..., list[Tensor]], writes: Sequence[str]) -> None:
-        def into(*args: Any) -> None:
-            for made, out in zip(args[-1], plain(*args[:-1]), strict=True):
-                made.copy_(out)
-
-        names = list(inspect.signature(plain).parameters)
-        self._writes = [names.index(name) for name in writes]
-        self._op = register(plain)
-        schema = torch.library.infer_schema(plain, mutates_args=writes).removesuffix(
-            ") -> Tensor[]"
-        )
-        self._into = torch.library.custom_op(
-            f"fluxfast::{plain.__name__}_into",
-            into,
-            mutates_args=(*writes, "made"),
-            schema=f"{schema}, Tensor(made!)[] made) -> ()",
-        )
-
-    def register_fake(self, fake: Callable[..., list[Tensor]]) -> None:
-        """`fake` makes empty tensors for what the launcher returns."""
-        self._op.register_fake(fake)
-        self._into.register_fake(lambda *args: None)
+    def __init__(
+        self,
+        name: str,
+        run: Callable[..., Any],
+        fake: Callable[..., list[Tensor]] | None = None,
+        *,
+        writes: Sequence[str] = (),
+    ) -> None:
+        signature = inspect.signature(run, eval_str=True)
+        self._names, self._writes = list(signature.parameters), writes
         self._fake = fake
+        self._op: Any = None
+        self._into: Any = None
 
-    def __call__(self, *args: Any) -> list[Tensor]:
-        if all(args[i] is None for i in self._writes):
-            return self._op(*args)
-        made = self._fake(*args)
-        self._into(*args, made)
+        def op(*args: Any) -> list[Tensor]:
+            return _made(run, self._named(args, {}))
+
+        def into(*args: Any) -> None:
+            arguments = self._named(args, {})
+            made = arguments.pop("made", [])
+            for empty, tensor in zip(made, _made(run, arguments), strict=True):
+                empty.copy_(tensor)
+
+        if fake is None:
+            self._into = _custom_op(name, into, signature, writes, None)
+        else:
+            self._op = _custom_op(name, op, signature, (), list[Tensor])
+            self._op.register_fake(lambda *args: fake(**self._named(args, {})))
+        if fake is not None and writes:
+            self._names.append("made")
+            made = inspect.Parameter(
+                "made", inspect.Parameter.KEYWORD_ONLY, annotation=list[Tensor]
+            )
+            signature = signature.replace(parameters=[*signature.parameters.values(), made])
+            self._into = _custom_op(f"{name}_into", into, signature, (*writes, "made"), None)
+        if self._into is not None:
+            self._into.register_fake(lambda *args: None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        arguments = self._named(args, kwargs)
+        if self._fake is None:
+            self._into(**arguments)
+            return []
+        if self._into is None or all(arguments[name] is None for name in self._writes):
+            return self._op(**arguments)
+        made = self._fake(**arguments)
+        self._into(**arguments, made=made)
         return made
 
+    def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
-def launcher(
-    tensor: Tensor, plain: Callable[..., Any], registered: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The plain Python launcher, or the registered op where something has to see the call in place
-    of running it.
 
-    A registered op costs about 60 µs a call in eager mode, so it is kept for torch.compile, for
-    tensor subclasses (fake tensors among them), which have no memory that a launcher could read,
-    and for meta tensors of which only shapes are wanted (`device.pretend`).
+def _custom_op(
+    name: str,
+    run: Callable[..., Any],
+    signature: inspect.Signature,
+    writes: Sequence[str],
+    returns: Any,
+) -> Any:
+    """`run` as a custom op; torch takes no tensors by keyword alone, so no parameter is that."""
+    parameters = [
+        inspect.Parameter(p.name, p.POSITIONAL_OR_KEYWORD, annotation=p.annotation)
+        for p in signature.parameters.values()
+    ]
+    declared = inspect.Signature(parameters, return_annotation=returns)
+    run.__signature__ = declared  # type: ignore[attr-defined]
+    return torch.library.custom_op(f"fluxfast::{name}", run, mutates_args=writes)
+
+
+def _made(run: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call returns, each once, less its arguments.
+
+    An op's outputs may not share memory, so those that do are copied.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or (tensor.is_meta and shapes_suffice())
-    ):
-        return registered
-    return plain
+    known = {id(t) for t in _tensors(list(arguments.values()))}
+    starts: set[int] = set()
+    made = []
+    for tensor in _tensors(run(**arguments)):
+        if id(tensor) in known:
+            continue
+        start = tensor.untyped_storage().data_ptr()
+        made.append(tensor.clone() if start in starts else tensor)
+        known.add(id(tensor))
+        starts.add(start)
+    return made
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)

@@ -1,11 +1,10 @@
-"""Routing tokens around blocks (TREAD): gather the tokens that go through, scatter them back. Each
-is the other's backward.
+"""Routing tokens around blocks (TREAD): gather the tokens that go through, scatter them back.
 
-    gather   out = x[idx]                       backward: scatter of dout into zeros
-    scatter  out = base, out[idx] = y           backward: dbase = dout with zeros at idx, dy = gather of dout
+    gather   out = x[idx]              backward: dx = zeros, dx[idx] = dout
+    scatter  out = base, out[idx] = y  backward: dbase = dout, dbase[idx] = 0; dy = dout[idx]
 
-idx is distinct within a sample and names rows that x (base) has, in any order; that is not checked,
-since on a GPU it would have to be waited for.
+idx is distinct within a sample and names rows that x (base) has, in any order. That is not checked,
+because a check on a GPU would have to be waited for.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch, registration
+from fluxfast.ops import dispatch
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import dense_rows
 
 _NO_NATIVE = "the native module doesn't route tokens"
@@ -31,67 +31,8 @@ def token_gather_ref(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def token_scatter_ref(base: Tensor, y: Tensor, idx: Tensor) -> Tensor:
-    """The maths in plain, differentiable torch: base [B, S, D], y [B, K, D], idx [B, K] → [B, S,
-    D].
-    """
+    """The maths in plain, differentiable torch: base [B, S, D], y [B, K, D], idx [B, K]."""
     return base.scatter(1, _rows(idx, base.shape[2]), y)
-
-
-def token_gather_fwd(x: Tensor, idx: Tensor) -> Tensor:
-    """The rows idx [B, K] of x [B, S, D]: [B, K, D]. The launcher alone, on Triton."""
-    from fluxfast_kernels import token_route as kernels
-
-    return kernels.token_gather(dense_rows(x), dense_rows(idx))
-
-
-def token_scatter_fwd(base: Tensor | None, y: Tensor | None, idx: Tensor, tokens: int) -> Tensor:
-    """base [B, tokens, D] with y [B, K, D] in the rows idx [B, K]; one of the two may be absent,
-    which means zeros.
-    """
-    from fluxfast_kernels import token_route as kernels
-
-    base = None if base is None else dense_rows(base)
-    y = None if y is None else dense_rows(y)
-    return kernels.token_scatter(base, y, kernels.inverse_index(idx, tokens))
-
-
-_gather_op = torch.library.custom_op(
-    "fluxfast::token_gather_fwd", token_gather_fwd, mutates_args=()
-)
-_scatter_op = torch.library.custom_op(
-    "fluxfast::token_scatter_fwd", token_scatter_fwd, mutates_args=()
-)
-
-
-@_gather_op.register_fake
-def _(x: Tensor, idx: Tensor) -> Tensor:
-    return x.new_empty((*idx.shape, x.shape[2]))
-
-
-@_scatter_op.register_fake
-def _(base: Tensor | None, y: Tensor | None, idx: Tensor, tokens: int) -> Tensor:
-    given = y if base is None else base
-    assert given is not None
-    return given.new_empty((idx.shape[0], tokens, given.shape[2]))
-
-
-def _gather(x: Tensor, idx: Tensor, impl: str) -> Tensor:
-    return (
-        token_gather_ref(x, idx)
-        if impl == "ref"
-        else registration.launcher(x, token_gather_fwd, _gather_op)(x, idx)
-    )
-
-
-def _scatter(base: Tensor | None, y: Tensor | None, idx: Tensor, tokens: int, impl: str) -> Tensor:
-    given = y if base is None else base
-    assert given is not None
-    if impl != "ref":
-        return registration.launcher(given, token_scatter_fwd, _scatter_op)(base, y, idx, tokens)
-    base = given.new_zeros((idx.shape[0], tokens, given.shape[2])) if base is None else base
-    return token_scatter_ref(
-        base, base.new_zeros(()).expand(*idx.shape, base.shape[2]) if y is None else y, idx
-    )
 
 
 def gather_forward(x: Tensor, idx: Tensor, *, impl: str) -> tuple[Tensor, tuple[Tensor]]:
@@ -122,6 +63,52 @@ def scatter_backward(
     return dbase, _gather(dout, idx, impl) if needs[1] else None
 
 
+def _gather(x: Tensor, idx: Tensor, impl: str) -> Tensor:
+    """The rows idx [B, K] of x [B, S, D]: [B, K, D]."""
+    if impl == "ref":
+        return token_gather_ref(x, idx)
+    if is_traced(x):
+        (out,) = _gather_op(x, idx, impl)
+        return out
+    from fluxfast_kernels import token_route as kernels
+
+    return kernels.token_gather(dense_rows(x), dense_rows(idx))
+
+
+def _scatter(base: Tensor | None, y: Tensor | None, idx: Tensor, tokens: int, impl: str) -> Tensor:
+    """base [B, tokens, D] with y [B, K, D] in the rows idx [B, K]; an absent one means zeros."""
+    given = y if base is None else base
+    assert given is not None
+    if impl == "ref":
+        batch, kept, width = *idx.shape, given.shape[2]
+        base = given.new_zeros((batch, tokens, width)) if base is None else base
+        y = base.new_zeros(()).expand(batch, kept, width) if y is None else y
+        return token_scatter_ref(base, y, idx)
+    if is_traced(given):
+        (out,) = _scatter_op(base, y, idx, tokens, impl)
+        return out
+    from fluxfast_kernels import token_route as kernels
+
+    base, y = (None if t is None else dense_rows(t) for t in (base, y))
+    return kernels.token_scatter(base, y, kernels.inverse_index(idx, tokens))
+
+
+def _fake_gather(x: Tensor, idx: Tensor, **_: Any) -> list[Tensor]:
+    return [x.new_empty((*idx.shape, x.shape[2]))]
+
+
+def _fake_scatter(
+    base: Tensor | None, y: Tensor | None, idx: Tensor, tokens: int, **_: Any
+) -> list[Tensor]:
+    given = y if base is None else base
+    assert given is not None
+    return [given.new_empty((idx.shape[0], tokens, given.shape[2]))]
+
+
+_gather_op = Op("token_gather_fwd", _gather, _fake_gather)
+_scatter_op = Op("token_scatter_fwd", _scatter, _fake_scatter)
+
+
 class _TokenGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, idx: Tensor, impl: str) -> Tensor:
@@ -134,11 +121,8 @@ class _TokenGather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:1]
-        return (
-            *gather_backward(dout, ctx.saved_tensors, needs, tokens=ctx.tokens, impl=ctx.impl),
-            None,
-            None,
-        )
+        (dx,) = gather_backward(dout, ctx.saved_tensors, needs, tokens=ctx.tokens, impl=ctx.impl)
+        return dx, None, None
 
 
 class _TokenScatter(torch.autograd.Function):
@@ -152,18 +136,14 @@ class _TokenScatter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            *scatter_backward(dout, ctx.saved_tensors, ctx.needs_input_grad[:2], impl=ctx.impl),
-            None,
-            None,
-        )
+        needs = ctx.needs_input_grad[:2]
+        return *scatter_backward(dout, ctx.saved_tensors, needs, impl=ctx.impl), None, None
 
 
 def token_gather(x: Tensor, idx: Tensor, impl: str = "auto") -> Tensor:
-    """The rows idx of each sample: x [B, S, D], idx [B, K] or, for all samples alike, [K] → [B, K,
-    D].
+    """The rows idx of each sample of x [B, S, D]: [B, K, D].
 
-    idx is int32 or int64, distinct within a sample, in any order. Backward keeps idx only. Raises
+    idx [B, K], or [K] for all samples alike, is int32 or int64, distinct within a sample, in any order. Backward keeps idx only. Raises
     ValueError on shapes that don't fit, or if `impl` can't do this call. Source: TREAD, arXiv
     2501.04765.
     """
@@ -173,12 +153,11 @@ def token_gather(x: Tensor, idx: Tensor, impl: str = "auto") -> Tensor:
 
 
 def token_scatter(base: Tensor, y: Tensor, idx: Tensor, impl: str = "auto") -> Tensor:
-    """A copy of base [B, S, D] whose rows idx ([B, K] or [K]) are those of y [B, K, D], which
-    `token_gather` took out.
+    """A copy of base [B, S, D] whose rows idx are those of y [B, K, D], as `token_gather` gave them.
 
-    Backward keeps idx only; the gradient of base is zero in the rows that y replaced. Raises
-    ValueError on shapes or dtypes that don't fit, or if `impl` can't do this call. Source: TREAD,
-    arXiv 2501.04765.
+    idx as `token_gather` takes it. Backward keeps idx only; the gradient of base is zero in the
+    rows that y replaced. Raises ValueError on shapes or dtypes that don't fit, or if `impl` can't
+    do this call. Source: TREAD, arXiv 2501.04765.
     """
     idx = _check("token_scatter", idx, base=base, y=y)
     if y.shape != (*idx.shape, base.shape[2]) or y.dtype != base.dtype:
@@ -187,11 +166,9 @@ def token_scatter(base: Tensor, y: Tensor, idx: Tensor, impl: str = "auto") -> T
             f"got {list(y.shape)} in {y.dtype}"
         )
     backend = dispatch.resolve("token_scatter", impl, (base, y), native_obstacle=_NO_NATIVE)
-    return (
-        token_scatter_ref(base, y, idx)
-        if backend == "ref"
-        else _TokenScatter.apply(base, y, idx, backend)
-    )
+    if backend == "ref":
+        return token_scatter_ref(base, y, idx)
+    return _TokenScatter.apply(base, y, idx, backend)
 
 
 def _check(op: str, idx: Tensor, **tensors: Tensor) -> Tensor:

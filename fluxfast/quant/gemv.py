@@ -1,8 +1,8 @@
-"""y = x Wᵀ for a few vectors x, on the CPU: W, in whatever format it is stored, is read once and
-never decoded as a whole.
+"""y = x Wᵀ for a few vectors x, on the CPU, where W is read once in the format that it is stored in.
 
-Products are summed in fp32, scales are applied to sums over their groups, row by row: the result
-does not depend on the number of threads, nor a sample's on the others in its batch.
+The native module never decodes W as a whole. It sums products in fp32 and applies scales to sums
+over their groups, row by row, so the result does not depend on the number of threads, nor a
+sample's on the others in its batch. A format that it has no code for is decoded by its reference.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from torch import Tensor
 
 from fluxfast.ops import dispatch
 from fluxfast.ops.tensors import dense_rows
+from fluxfast.quant.format import Format
 from fluxfast.quant.nf4 import absmax_code
 from fluxfast.quant.rows import FLOAT_TYPES, read_args
 from fluxfast.quant.weight import QuantWeight
 
 
 def gemv_ref(x: Tensor, weight: Tensor | QuantWeight) -> Tensor:
-    """y [B, N] of x [B, K], fp32 or wider, and weight [N, K] of any floating dtype or format, in
-    x's dtype.
-    """
-    decoded = (
-        weight.dequantize(torch.float32, impl="ref") if isinstance(weight, QuantWeight) else weight
-    )
-    return torch.nn.functional.linear(x, decoded.to(x.dtype))
+    """y [B, N] in x's dtype of x [B, K], fp32 or wider, and weight [N, K] of any dtype or format."""
+    if isinstance(weight, QuantWeight):
+        weight = weight.to(torch.float32, impl="ref")
+    return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 
 def gemv(
@@ -35,11 +33,11 @@ def gemv(
     impl: str = "auto",
     threads: int | None = None,
 ) -> Tensor:
-    """y [B, N] of x [B, K] and weight [N, K]: x and y fp32; the weight fp32, bf16, fp16 or
-    quantised; all on the CPU.
+    """y [B, N] of x [B, K] and weight [N, K], all on the CPU.
 
-    `out`: where to write y, contiguous. `threads`: how many compute (None: as many as PyTorch's).
-    No gradients. Raises ValueError on an `impl` ("native" or "ref") that can't.
+    x and y are fp32; the weight is fp32, bf16, fp16 or quantised. `out`: where to write y,
+    contiguous. `threads`: how many compute (None: as many as PyTorch's). No gradients. Raises
+    ValueError on an `impl` ("native" or "ref") that can't.
     """
     with torch.no_grad():
         backend = dispatch.resolve("gemv", impl, (x,), native_obstacle=_obstacle(weight))
@@ -69,14 +67,15 @@ def gemv(
 
 def _obstacle(weight: Tensor | QuantWeight) -> str | None:
     if isinstance(weight, QuantWeight):
-        device = weight.parts["packed"].device
-        known = not dispatch.HAS_NATIVE or hasattr(dispatch.native, f"gemv_{weight.format.name}")
-        reason = None if known else f"the native module has none for {weight.format.name}"
+        read = has_native_gemv(weight.format)
+        what = weight.format.name
     else:
-        device = weight.device
-        reason = (
-            None
-            if weight.dtype in FLOAT_TYPES
-            else f"the native module doesn't read {weight.dtype}"
-        )
-    return reason if device.type == "cpu" else f"the weight is on {device}"
+        read, what = weight.dtype in FLOAT_TYPES, str(weight.dtype)
+    if weight.device.type != "cpu":
+        return f"the weight is on {weight.device}"
+    return None if read else f"the native module doesn't read {what}"
+
+
+def has_native_gemv(format: Format) -> bool:
+    """Whether the native module, if there is one, reads weights in a format."""
+    return not dispatch.HAS_NATIVE or hasattr(dispatch.native, f"gemv_{format.name}")

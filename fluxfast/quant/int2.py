@@ -48,7 +48,6 @@ class Int2(Format):
     """
 
     name = "int2"
-    bits_per_weight = 2.75
     gpu_tasks = ("dequantize",)
     witness = "global_scale"
 

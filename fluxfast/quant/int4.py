@@ -34,7 +34,6 @@ class Int4(Format):
     """
 
     name = "int4"
-    bits_per_weight = 4.375
     gpu_tasks = ("dequantize",)
 
     def layout(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,7 +1,6 @@
-"""A linear over a quantised, frozen weight: y = x Wᵀ + b, W dequantised for the product and dropped
-after it, both ways.
+"""A linear over a quantised, frozen weight: y = x Wᵀ + b.
 
-`QuantLinear` is an `nn.Linear` by type, so that PEFT and everybody else's code takes it for one.
+W is decoded for the product and dropped after it, forward and backward. `QuantLinear` is an `nn.Linear` by type, so that PEFT and everybody else's code takes it for one.
 Its state dict holds `weight.<part>` for each of its format's parts (see `Format.layout`), and
 `bias`.
 """
@@ -20,13 +19,12 @@ from torch.autograd.function import once_differentiable
 from fluxfast.ops.device import autocast_dtype
 from fluxfast.quant import FORMATS, Format, QuantWeight
 from fluxfast.quant.format import Shape
+from fluxfast.quant.weight import named_parts
 
 
-def _dequantized(
-    parts: tuple[Tensor, ...], format: str, shape: Shape, dtype: torch.dtype
-) -> Tensor:
-    named = dict(zip(FORMATS[format].layout(shape), parts, strict=True))
-    return QuantWeight(FORMATS[format], named, shape, dtype).dequantize()
+def _decoded(parts: tuple[Tensor, ...], format: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+    named = named_parts(FORMATS[format], parts, shape)
+    return QuantWeight(FORMATS[format], named, shape).to(dtype)
 
 
 class _QuantLinear(torch.autograd.Function):
@@ -36,7 +34,7 @@ class _QuantLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.format, ctx.shape = format, shape
         ctx.save_for_backward(*parts)
-        return nn.functional.linear(x, _dequantized(parts, format, shape, x.dtype), bias)
+        return nn.functional.linear(x, _decoded(parts, format, shape, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -45,15 +43,16 @@ class _QuantLinear(torch.autograd.Function):
         # once: a checkpoint gives what it saved no second time
         parts = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            dx = dy @ _dequantized(parts, ctx.format, ctx.shape, dy.dtype)
+            dx = dy @ _decoded(parts, ctx.format, ctx.shape, dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.flatten(0, -2).sum(0)
         return (dx, dbias, None, None, *(None for _ in parts))
 
 
 def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype. Gradients: x and
-    bias, never the weight.
+    """x [..., K] times the weight [N, K], plus bias [N]: [..., N] in x's dtype.
+
+    Gradients go to x and the bias, never to the weight.
     """
     bias = None if bias is None else bias.to(x.dtype)
     return _QuantLinear.apply(x, bias, weight.format.name, weight.shape, *weight.parts.values())
@@ -65,9 +64,7 @@ _shapes_only = ContextVar("shapes_only", default=False)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """For code that asks weights for their shapes and never for their values, again and again:
-    nothing is decoded inside.
-    """
+    """Inside, `QuantLinear.weight` decodes nothing: for code that only asks weights for shapes."""
     token = _shapes_only.set(True)
     try:
         yield
@@ -76,10 +73,9 @@ def shapes_only() -> Iterator[None]:
 
 
 class QuantLinear(nn.Linear):
-    """An `nn.Linear` whose weight is kept in a storage format. Construct it empty to load into, or
-    by `from_linear`.
+    """An `nn.Linear` whose weight is kept in a storage format.
 
-    `compute_dtype` is the dtype that `weight` comes in, and that PEFT gives adapters; `forward`
+    Construct it empty to load into, or by `from_linear`. `compute_dtype` is the dtype that `weight` comes in, and that PEFT gives adapters; `forward`
     computes in x's own. Casts (`.to(dtype)`, `.half()`) change it and the bias, never the stored
     parts.
     """
@@ -107,9 +103,7 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: Format) -> QuantLinear:
-        """The quantised twin of `linear`, on its device, frozen; the bias is shared, the weight is
-        not.
-        """
+        """The quantised twin of `linear`, on its device, frozen. It shares the bias."""
         weight = linear.weight
         made = cls(
             linear.in_features,
@@ -129,19 +123,18 @@ class QuantLinear(nn.Linear):
         """The weight as it is stored: format, parts and shape, without a copy."""
         shape = (self.out_features, self.in_features)
         parts = {name: getattr(self, f"weight_{name}") for name in self.format.layout(shape)}
-        return QuantWeight(self.format, parts, shape, self.compute_dtype)
+        return QuantWeight(self.format, parts, shape)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight [out, in] in `compute_dtype`, dequantised anew each time: writing to it
-        changes nothing.
+        """The weight [out, in] in `compute_dtype`, decoded anew each time.
+
+        Writing to it changes nothing.
         """
         if _shapes_only.get():
-            nothing = torch.empty(
-                (), dtype=self.compute_dtype, device=next(iter(self.packed().parts.values())).device
-            )
+            nothing = torch.empty((), dtype=self.compute_dtype, device=self.packed().device)
             return nothing.expand(self.out_features, self.in_features)
-        return self.packed().dequantize()
+        return self.packed().to(self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] to [..., out] in its dtype, or in autocast's where that is on."""

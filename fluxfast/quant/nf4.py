@@ -39,7 +39,6 @@ class Nf4(Format):
     """
 
     name = "nf4"
-    bits_per_weight = 4.127
     gpu_tasks = ("dequantize",)
     witness = "offset"
 

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fluxfast.quant.format import CODES, Format, Parts, Shape
+from fluxfast.ops.row_quant import FORMATS as CODES
+from fluxfast.quant.format import Format, Parts, Shape
 from fluxfast.quant.rows import decode, quantize_rows
 
 
 class RowFormat(Format):
     """parts: packed [N, K], of the dtype that `stored_codes` names, scale [N] fp32."""
 
-    bits_per_weight = 8.01
     gpu_tasks = ("quantize",)
     stored_codes: ClassVar[str]
     # as the native module calls it

@@ -1,8 +1,8 @@
-"""The one matrix product behind `lora_linear` and `quant_matmul`: y = x wᵀ, and in its epilogue all
-that a linear adds.
+"""The one matrix product of all wide products: y = x wᵀ, and in its epilogue all that a linear adds.
 
-    y[m, n] = x_scale[m] · w_scale[n] · Σ_k x[m, k] w[n, k]  +  Σ_t u[m, t] v[n, t]  +  bias[n]  (+
-    y[m, n])
+    y[m, n] = x_scale[m] · w_scale[n] · Σ_k x[m, k] w[n, k]  +  Σ_t u[m, t] v[n, t]  +  bias[n]
+
+y's former value is added to that where it accumulates.
 
 Forward and dgrad are the same product: dx = dy w reads w through its transpose, so the packed
 weight exists once. Only the order in memory differs, and the kernel is told it (W_K_MAJOR,
@@ -332,14 +332,23 @@ def matmul(
     accumulate: bool = False,
     numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """x_scale · w_scale · (x wᵀ) + u vᵀ + bias, to a new [M, N] tensor of `out_dtype` or to (with
-    `accumulate`: onto) `out`.
+    """x_scale · w_scale · (x wᵀ) + u vᵀ + bias, [M, N] in `out_dtype` (x's own), from fp32 sums.
 
-    x [M, K] and u [M, R] with contiguous rows; w [N, K] and v [N, R] with either dimension
-    contiguous; x_scale [M], w_scale [N] fp32; bias [N]; out [M, N] with contiguous rows, whose
-    distance is free. With `segments`, u is [M, Σ ranks] and v [N, max ranks]. `numbers` overrides
-    single launch numbers of MATMUL's.
+    x [M, K] and u [M, R] have contiguous rows; w [N, K] and v [N, R] have either dimension
+    contiguous; x_scale [M], w_scale [N] fp32; bias [N]. x and w are of one dtype, or w has codes
+    for an x of values; w, bias and v may also be of other floats, and are cast as they are read.
+    The result is written to `out`, whose rows are contiguous and may lie any distance apart, or
+    with `accumulate` added to it.
+
+    Forward, w is W, u is s = scale · x Aᵀ and v is B. With `segments` (several linears), u is [M,
+    Σ ranks] and v [N, max ranks]. For dgrad, x is dy (codes are those of dy · w_scale), w is W.T, u
+    is dS and v is A.T. `numbers` overrides single launch numbers of MATMUL's. Codes of e4m3 need
+    sm_89, sm_90 or gfx942; multiples of 16 are the fast case.
     """
+    assert (x_scale is None) == (x.itemsize > 1), (
+        "8-bit rows come with their scales, float rows without"
+    )
+    assert x.itemsize > 1 or out is not None or out_dtype is not None
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty((m, n), dtype=out_dtype or x.dtype, device=x.device) if out is None else out
     check_rows("matmul", x=x, out=y, u=u, x_scale=x_scale, w_scale=w_scale, bias=bias)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, record_variants
-from fluxfast_kernels.dequant_rows import decoder_cases, launch_decoder, row_and_block, store_row
+from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, launch, record_variants
+from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
 
 GROUP = tl.constexpr(64)
 UNIT = tl.constexpr(16)
@@ -59,7 +59,8 @@ def dequant_int4(
     )
     assert packed.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
     parts = (packed.view(torch.int8), scale, zero.view(torch.int8))
-    launch_decoder(dequant_int4_kernel, parts, groups * GROUP.value, out, out_scale)
+    grid, outputs, numbers = decoder_launch(out, out_scale, groups * GROUP.value)
+    launch(dequant_int4_kernel, grid, *parts, *outputs, **numbers)
 
 
 def _aot_cases() -> Iterator[AotCase]:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, record_variants
-from fluxfast_kernels.dequant_rows import decoder_cases, launch_decoder, row_and_block, store_row
+from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, launch, record_variants
+from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
 
 BLOCK_SIZE = tl.constexpr(64)
 NESTED_BLOCK_SIZE = tl.constexpr(256)
@@ -88,7 +88,8 @@ def dequant_nf4(
     assert nested_absmax.shape == (cdiv(blocks, NESTED_BLOCK_SIZE.value),)
     parts = (packed.view(torch.int8), absmax.view(torch.int8), nested_absmax, offset, *tables)
     is_aligned = int(out.shape[1] % BLOCK_SIZE.value == 0)
-    launch_decoder(dequant_nf4_kernel, parts, out.shape[1], out, out_scale, ALIGNED=is_aligned)
+    grid, outputs, numbers = decoder_launch(out, out_scale, out.shape[1])
+    launch(dequant_nf4_kernel, grid, *parts, *outputs, ALIGNED=is_aligned, **numbers)
 
 
 def _aot_cases() -> Iterator[AotCase]:

@@ -11,7 +11,7 @@ they equal its references bit for bit.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -98,17 +98,18 @@ def dequant_rows_kernel(
     store_row(b_w, i_row, o_k, p_out, p_out_scale, K, TO_E4M3)
 
 
-def launch_decoder(
-    kernel: Any,
-    parts: tuple[Tensor, ...],
-    width: int,
-    out: Tensor,
-    out_scale: Tensor | None,
-    **constants: int,
-) -> None:
-    """Launches `kernel(*parts, out, out_scale, ...)` over the rows of `out`, each of `width`
-    columns with its padding.
+class DecoderLaunch(NamedTuple):
+    """What decoders' launches share: the grid, `out` and `out_scale` as kernels take them, and the
+    launch numbers.
     """
+
+    grid: tuple[int]
+    outputs: tuple[Tensor, Tensor | None]
+    numbers: dict[str, int]
+
+
+def decoder_launch(out: Tensor, out_scale: Tensor | None, width: int) -> DecoderLaunch:
+    """For a decoder that writes the rows of `out`, of `width` columns with their padding."""
     rows, cols = out.shape
     assert out.is_contiguous() and (out_scale is None) == (out.itemsize > 1)
     assert out_scale is None or (out_scale.shape == (rows,) and out_scale.is_contiguous())
@@ -116,20 +117,19 @@ def launch_decoder(
         "dequant" if out_scale is None else "dequant_quantized", width, arch_key(out.device)
     )
     is_e4m3 = out.dtype == torch.float8_e4m3fn
-    launch(
-        kernel, (rows * cdiv(width, numbers["BLOCK"]),), *parts, out.view(torch.int8) if is_e4m3 else out, out_scale,
-        K=cols, TO_E4M3=int(is_e4m3), **constants, **numbers, enable_fp_fusion=False,
-    )  # fmt: skip
+    constants = {"K": cols, "TO_E4M3": int(is_e4m3), "enable_fp_fusion": False}
+    outputs = (out.view(torch.int8) if is_e4m3 else out, out_scale)
+    grid = (rows * cdiv(width, numbers["BLOCK"]),)
+    return DecoderLaunch(grid, outputs, {**constants, **numbers})
 
 
 def dequant_rows(
     packed: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor | None = None
 ) -> None:
-    """Decodes packed [N, K], int8 or float8_e4m3fn, with scale [N] fp32, into out [N, K],
-    contiguous.
+    """Decodes packed [N, K], int8 or float8_e4m3fn, with scale [N] fp32, into out [N, K].
 
-    out in a float dtype: values. int8 or float8_e4m3fn: codes, whose scales [N] fp32 go to
-    out_scale.
+    out is contiguous. In a float dtype it gets values; in int8 or float8_e4m3fn it gets codes,
+    whose scales [N] fp32 go to out_scale.
     """
     assert (
         packed.is_contiguous()
@@ -138,14 +138,9 @@ def dequant_rows(
         and scale.shape == packed.shape[:1]
     )
     is_e4m3 = int(packed.dtype == torch.float8_e4m3fn)
-    launch_decoder(
-        dequant_rows_kernel,
-        (packed.view(torch.int8), scale),
-        out.shape[1],
-        out,
-        out_scale,
-        FROM_E4M3=is_e4m3,
-    )
+    grid, outputs, numbers = decoder_launch(out, out_scale, out.shape[1])
+    parts = (packed.view(torch.int8), scale)
+    launch(dequant_rows_kernel, grid, *parts, *outputs, FROM_E4M3=is_e4m3, **numbers)
 
 
 def decoder_cases(

@@ -1,17 +1,17 @@
-"""Linears with low-rank adapters on a float base: y = x Wᵀ + b + s Bᵀ, where s = scale · x Aᵀ is
-the adapters' narrow half.
+"""The low-rank products of linears with LoRA: y = x Wᵀ + b + s Bᵀ, where s = scale · x Aᵀ.
 
-Everything narrow is packed over the group of linears that share x: A [Σ ranks, K] of all adapters,
-their s and dS [M, Σ ranks], and B [N, max ranks], each linear's adapters side by side in its own
-rows. `scale` is folded into s and dS and never seen again:
+Everything narrow is packed over the group of linears that share x: A [Σ ranks, K] of all LoRAs,
+their s and dS [M, Σ ranks], and B [N, max ranks], each linear's LoRAs side by side in its own rows.
+`scale` is folded into s and dS and never seen again:
 
     forward    s  = scale · x Aᵀ            y  = x Wᵀ + s Bᵀ + b
     backward   dS = scale · dy B            dx = dy W + dS A
                dB = dyᵀ s                   dA = dSᵀ x
 
-The wide products carry the narrow ones in their epilogue (`_matmul`). What is left is as narrow as
-it gets: each reads a large matrix once to make a small one, so it is cut along the sum until the
-device is busy (`_slabs`), reproducibly.
+`_matmul.matmul` has the wide products y and dx, and adds the narrow ones s Bᵀ and dS A in its
+epilogue. The other four are here: s and dS are `lora_down`, dB and dA are `lora_outer`. Each reads
+a large matrix once to make a small one, so it is cut along the sum until the device is busy
+(`_slabs`), reproducibly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,18 +45,6 @@ from fluxfast_kernels._matmul import (
 from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
 from fluxfast_kernels.row_quant import check_rows
 
-__all__ = [
-    "Segments",
-    "aot_variants",
-    "lora_da",
-    "lora_db",
-    "lora_down",
-    "lora_ds",
-    "lora_matmul",
-    "lora_matmul_dgrad",
-]
-__all__ += ["make_segments"]
-
 
 @triton.jit(do_not_specialize=["M"])
 def lora_down_kernel(
@@ -81,8 +69,9 @@ def lora_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """s = scale · x_scale · x vᵀ over c_split columns of x; with segments, each over its own
-    columns, to its own ranks.
+    """s = scale · x_scale · x vᵀ over c_split columns of x.
+
+    With segments, each is over its own columns and to its own ranks.
     """
     i_m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     i_seg = tl.program_id(1) // r_tiles
@@ -225,109 +214,6 @@ OUTER: dict[str, LaunchTable] = {
 }
 
 
-def lora_matmul(
-    x: Tensor,
-    w: Tensor,
-    *,
-    bias: Tensor | None = None,
-    lora_s: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    segments: Segments | None = None,
-    out: Tensor | None = None,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """y = x wᵀ + s Bᵀ + bias, [M, N] in x's dtype, or written to `out` (a column slice of a wider
-    buffer will do).
-
-    x [M, K], w [N, K] (packed over the group), bias [N], lora_s [M, Σ ranks] from `lora_down`,
-    lora_b [N, max ranks]; several linears need `segments`. w, bias and lora_b may be of other float
-    dtypes: they are cast as they are read. fp32 accumulation.
-    """
-    return matmul(x, w, bias=bias, u=lora_s, v=lora_b, segments=segments, out=out, numbers=numbers)
-
-
-def lora_matmul_dgrad(
-    dy: Tensor,
-    w: Tensor,
-    *,
-    lora_ds: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """dx = dy w + dS A, [M, K] in dy's dtype; written to `out`, or added to what it holds.
-
-    dy [M, N], w [N, K] as in the forward pass, lora_ds [M, Σ ranks] from `lora_ds`, lora_a [Σ
-    ranks, K].
-    """
-    v = None if lora_a is None else lora_a.T
-    return matmul(dy, w.T, u=lora_ds, v=v, out=out, accumulate=accumulate, numbers=numbers)
-
-
-def lora_down(
-    x: Tensor,
-    a: Tensor,
-    *,
-    scale: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """s = scale · x Aᵀ, [M, Σ ranks] in `out_dtype` (x's own), from fp32 sums.
-
-    x [M, K] float, or int8 / e4m3 with x_scale [M] fp32 (then out_dtype must be given); a [Σ ranks,
-    K]; scale [Σ ranks] fp32.
-    """
-    s = torch.empty((x.shape[0], a.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
-    return _down(x, a, s, scale, x_scale, None, numbers)
-
-
-def lora_ds(
-    dy: Tensor,
-    b: Tensor,
-    ds: Tensor,
-    *,
-    scale: Tensor | None = None,
-    segments: Segments | None = None,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """dS = scale · dy B, written to ds [M, Σ ranks], whose rows may lie any distance apart.
-
-    dy [M, N], b [N, max ranks], scale and segments as in the forward pass. fp32 sums.
-    """
-    return _down(dy, b.T, ds, scale, None, segments, numbers)
-
-
-def lora_db(
-    dy: Tensor,
-    s: Tensor,
-    db: Tensor,
-    *,
-    segments: Segments | None = None,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """dB = dyᵀ s, written to db [N, max ranks], whose rows may lie any distance apart.
-
-    dy as `lora_ds` takes it, s as `lora_down` gave it. Where a segment has fewer ranks than the
-    widest, its spare columns are zero. fp32 sums.
-    """
-    return _outer(dy, s, db, None, segments, False, numbers)
-
-
-def lora_da(
-    x: Tensor,
-    ds: Tensor,
-    *,
-    x_scale: Tensor | None = None,
-    grad_dtype: torch.dtype = torch.float32,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """dA = dSᵀ x, [Σ ranks, K] in `grad_dtype`; x and x_scale as `lora_down` takes them."""
-    da = torch.empty((ds.shape[1], x.shape[1]), dtype=grad_dtype, device=x.device)
-    return _outer(x, ds, da, x_scale, None, True, numbers)
-
-
 def _numbers(
     table: dict[str, LaunchTable],
     product: tl.dtype,
@@ -340,16 +226,22 @@ def _numbers(
     return {**row, "BLOCK_R": rank_block(rank, 32 if wide else 64), **(numbers or {})}
 
 
-def _down(
+def lora_down(
     x: Tensor,
     v: Tensor,
     s: Tensor,
-    scale: Tensor | None,
-    x_scale: Tensor | None,
-    segments: Segments | None,
-    numbers: Mapping[str, int] | None,
+    *,
+    scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    segments: Segments | None = None,
+    numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """s = scale · x_scale · x vᵀ, x [M, C], v [R, C]; segments divide C, and R is the widest one's."""
+    """s = scale · x_scale · x vᵀ [M, R], written to `s`, whose rows may lie any distance apart.
+
+    Forward, x is the input [M, K], v is A [Σ ranks, K], and s is s. Backward, x is dy [M, N], v is
+    B.T [max ranks, N], and s is dS; `segments` says which columns and ranks each linear has. x is a
+    float, or int8 / e4m3 with x_scale [M] fp32; scale [Σ ranks] fp32. Sums are fp32.
+    """
     check_rows("lora_down", x=x, x_scale=x_scale, scale=scale)
     (m, _), (rank, c) = x.shape, v.shape
     if s.numel() == 0:
@@ -377,19 +269,23 @@ def _down(
     return s
 
 
-def _outer(
+def lora_outer(
     x: Tensor,
     u: Tensor,
     g: Tensor,
-    x_scale: Tensor | None,
-    segments: Segments | None,
-    transposed: bool,
-    numbers: Mapping[str, int] | None,
+    *,
+    x_scale: Tensor | None = None,
+    segments: Segments | None = None,
+    transposed: bool = False,
+    numbers: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """g = xᵀ (x_scale · u), [N, R], or [R, N] if `transposed`, for x [M, N]; segments divide N, and
-    R is the widest one's.
+    """g = xᵀ (x_scale · u) [N, R], or [R, N] if `transposed`, written to `g`.
+
+    dB is that of x = dy [M, N] and u = s; `segments` says which columns and ranks each linear has,
+    and the spare columns of one with fewer ranks than the widest are zero. dA is that of x [M, K]
+    and u = dS, transposed. The rows of g may lie any distance apart. Sums are fp32.
     """
-    check_rows("lora_da, lora_db", x=x, u=u, x_scale=x_scale)
+    check_rows("lora_outer", x=x, u=u, x_scale=x_scale)
     (m, n), rank = x.shape, g.shape[0 if transposed else 1]
     if m == 0:
         return g.zero_()
@@ -427,48 +323,48 @@ def _aot_cases() -> Iterator[AotCase]:
     ):
         one = partial(meta, dtype=dtype)
         x, x_out, w, w_out, dy = one(m, d), one(m, n_out), one(n, d), one(d, n_out), one(m, n)
-        yield f"{name}-fwd", partial(lora_matmul, x_out, w_out, bias=one(d)), targets
+        yield f"{name}-fwd", partial(matmul, x_out, w_out, bias=one(d)), targets
         yield (
             f"{name}-dgrad",
-            partial(lora_matmul_dgrad, x, w_out, out=x_out, accumulate=True),
+            partial(matmul, x, w_out.T, out=x_out, accumulate=True),
             targets,
         )
         for rank in ranks:
             segments, total = make_segments(outs, (rank,) * 4, "meta"), 4 * rank
             s, a, b, scale = one(m, total), one(total, d), one(n, rank), meta(total)
-            fwd = partial(lora_matmul, x, w, bias=one(n), lora_s=s, lora_b=b, segments=segments)
+            fwd = partial(matmul, x, w, bias=one(n), u=s, v=b, segments=segments)
             yield f"{name}-fwd-r{rank}", fwd, targets
             yield (
                 f"{name}-dgrad-r{rank}",
-                partial(lora_matmul_dgrad, dy, w, lora_ds=s, lora_a=a),
+                partial(matmul, dy, w.T, u=s, v=a.T),
                 targets,
             )
-            yield f"{name}-s-r{rank}", partial(lora_down, x, a, scale=scale), targets
+            yield f"{name}-s-r{rank}", partial(lora_down, x, a, s, scale=scale), targets
             yield (
                 f"{name}-ds-r{rank}",
-                partial(_down, dy, b.T, s, scale, None, segments, None),
+                partial(lora_down, dy, b.T, s, scale=scale, segments=segments),
                 targets,
             )
             yield (
                 f"{name}-db-r{rank}",
-                partial(_outer, dy, s, meta(n, rank), None, segments, False, None),
+                partial(lora_outer, dy, s, meta(n, rank), segments=segments),
                 targets,
             )
             yield (
                 f"{name}-da-r{rank}",
-                partial(_outer, x, s, meta(total, d), None, None, True, None),
+                partial(lora_outer, x, s, meta(total, d), transposed=True),
                 targets,
             )
     # few tokens, so that sums are cut, and x as codes
     xq, x_scale, a, s = meta(512, d, dtype=torch.int8), meta(512), one(16, d), one(512, 16)
     yield (
         "int8-s-r16",
-        partial(lora_down, xq, a, x_scale=x_scale, out_dtype=torch.bfloat16),
+        partial(lora_down, xq, a, one(512, 16, dtype=torch.bfloat16), x_scale=x_scale),
         targets,
     )
     yield (
         "int8-da-r16",
-        partial(_outer, xq, s.bfloat16(), meta(16, d), x_scale, None, True, None),
+        partial(lora_outer, xq, s.bfloat16(), meta(16, d), x_scale=x_scale, transposed=True),
         targets,
     )
 

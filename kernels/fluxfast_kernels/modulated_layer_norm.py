@@ -44,8 +44,8 @@ from fluxfast_kernels.row_quant import (
 
 
 class LayerNormOut(NamedTuple):
-    """y [B, S, D], or None; its codes and their scales [B, S], or None; mean and reciprocal
-    standard deviation [B, S].
+    """y [B, S, D], its codes and their scales [B, S], each None where it was not asked for; mean
+    and reciprocal standard deviation [B, S]; x [B, S, D] where the gated residual made it.
     """
 
     y: Tensor | None
@@ -53,6 +53,7 @@ class LayerNormOut(NamedTuple):
     q_scale: Tensor | None
     mean: Tensor
     rstd: Tensor
+    x: Tensor | None
 
 
 class LayerNormGrads(NamedTuple):
@@ -230,61 +231,39 @@ def modulated_layer_norm_bwd_kernel(
 
 
 def modulated_layer_norm_fwd(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, out: str = "same"
-) -> LayerNormOut:
-    """LayerNorm(x)·(1 + scale) + shift, as values, as codes, or as both.
-
-    x [B, S, D], any distance between rows; scale, shift [B, D]; out one of `row_quant.OUTPUTS`.
-    Raises ValueError on an unknown `out` or a last dimension that is not contiguous.
-    """
-    return _fwd(x, None, None, None, scale, shift, eps, out)
-
-
-def gated_residual_layer_norm_fwd(
-    residual: Tensor,
-    gate: Tensor,
-    branch: Tensor,
+    x: Tensor,
     scale: Tensor,
     shift: Tensor,
     eps: float = 1e-6,
     *,
+    gate: Tensor | None = None,
+    branch: Tensor | None = None,
     out: str = "same",
-) -> tuple[Tensor, LayerNormOut]:
-    """x = residual + gate·branch, and what `modulated_layer_norm_fwd` makes of x, in one pass.
-
-    residual, branch [B, S, D], any distance between rows; gate, scale, shift [B, D]. x [B, S, D]
-    comes back first.
-    """
-    x = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    return x, _fwd(residual, gate, branch, x, scale, shift, eps, out)
-
-
-def _fwd(
-    x: Tensor,
-    gate: Tensor | None,
-    branch: Tensor | None,
-    total: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    out: str,
 ) -> LayerNormOut:
+    """LayerNorm(x)·(1 + scale) + shift, as values, as codes, or as both.
+
+    x, branch [B, S, D], any distance between rows; scale, shift, gate [B, D]; out one of
+    `row_quant.OUTPUTS`. With a gate and a branch, x + gate·branch takes the place of x and is
+    written as well, in the same pass. Raises ValueError on an unknown `out` or a last dimension
+    that is not contiguous.
+    """
     check_rows("modulated_layer_norm", x=x, gate=gate, branch=branch, scale=scale, shift=shift)
     batch, tokens, width = x.shape
-    assert scale.shape == shift.shape == (batch, width)
-    assert gate is None or (
-        branch is not None and gate.shape == scale.shape and branch.shape == x.shape
-    )
+    assert scale.shape == shift.shape == (batch, width) and (gate is None) == (branch is None)
+    assert gate is None or gate.shape == scale.shape
+    assert branch is None or branch.shape == x.shape
+    total = None if gate is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y, q, q_scale = empty_outputs(x, out)
     mean = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     launch(
         modulated_layer_norm_fwd_kernel, (tokens, batch),
         x, gate, branch, scale, shift, total, y, q, q_scale, mean, rstd,
-        *row_strides(x), 0 if gate is None else gate.stride(0), *row_strides(branch), scale.stride(0), shift.stride(0),
-        tokens, float(eps), D=width, **row_numbers("modulated_layer_norm_fwd", width, arch_key(x.device)),
+        *row_strides(x), 0 if gate is None else gate.stride(0), *row_strides(branch),
+        scale.stride(0), shift.stride(0), tokens, float(eps), D=width,
+        **row_numbers("modulated_layer_norm_fwd", width, arch_key(x.device)),
     )  # fmt: skip
-    return LayerNormOut(y, q, q_scale, mean, rstd)
+    return LayerNormOut(y, q, q_scale, mean, rstd, total)
 
 
 def modulated_layer_norm_bwd(
@@ -360,7 +339,7 @@ def _aot_cases() -> Iterator[AotCase]:
             )
             yield (
                 f"{name}-{out}-gated",
-                partial(gated_residual_layer_norm_fwd, x, gate, x, scale, shift, out=out),
+                partial(modulated_layer_norm_fwd, x, scale, shift, gate=gate, branch=x, out=out),
                 where,
             )
             col_scale = None if out == "same" else meta(torch.float32, 3072)

@@ -1,24 +1,19 @@
-"""Linears on a quantised base in 8-bit arithmetic, both directions: int8 (int32 sums, exact) or
-e4m3 (fp32 sums).
+"""Linears in 8-bit arithmetic, both directions: int8 (int32 sums, exact) or e4m3 (fp32 sums).
 
 x is quantised per row, W per output row. Forward, the scales are applied to the finished sums:
 
     y = x_scale · w_scale · (x_q W_qᵀ) + s Bᵀ + b
 
-Backward the sum runs over W's rows, so its scale cannot wait: it is folded into dy before dy is
+Backward the sum runs over W's rows, so its scale cannot wait. It is folded into dy before dy is
 quantised, and one packed W serves both directions:
 
     dx = dy_scale · (dy_q W_q) + dS A,      dy_q, dy_scale = row_quant(dy, col_scale=w_scale)
 
-The low-rank products, the adapters' own dtype, and groups of linears are those of `lora_linear`. x
-may also stay in a float type, without x_scale: then W's codes are converted in registers and the
-product is a float one.
-
-sm_90's 8-bit tensor cores want both operands with the contraction contiguous, which W is not in
-dgrad; there, and wherever memory allows, `transpose_codes` makes a copy that is.
+Both products are `_matmul.matmul`. sm_90's 8-bit tensor cores want both operands with the
+contraction contiguous, which W is not in dgrad; there `transpose_codes` makes a copy that is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -37,16 +32,7 @@ from fluxfast_kernels._launch import (
     launch_numbers,
     record_variants,
 )
-from fluxfast_kernels._matmul import Segments, make_segments, matmul
-
-__all__ = [
-    "Segments",
-    "aot_variants",
-    "make_segments",
-    "quant_matmul",
-    "quant_matmul_dgrad",
-    "transpose_codes",
-]
+from fluxfast_kernels._matmul import make_segments, matmul
 
 
 @triton.jit
@@ -62,8 +48,9 @@ TRANSPOSE: LaunchTable = {"default": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps":
 
 
 def transpose_codes(w: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """A contiguous [K, N] copy of the codes w [N, K], of any 1-byte dtype; its `.T` is what
-    `quant_matmul_dgrad` takes.
+    """A contiguous [K, N] copy of the codes w [N, K], of any 1-byte dtype.
+
+    `transpose_codes(w)` is what `matmul` takes as w.T for dgrad.
     """
     assert w.is_contiguous() and w.itemsize == 1
     n, k = w.shape
@@ -73,65 +60,6 @@ def transpose_codes(w: Tensor, *, out: Tensor | None = None) -> Tensor:
     grid = (cdiv(n, chosen["BLOCK_N"]), cdiv(k, chosen["BLOCK_K"]))
     launch(transpose_codes_kernel, grid, w.view(torch.int8), t.view(torch.int8), n, k, **chosen)
     return t
-
-
-def quant_matmul(
-    xq: Tensor,
-    x_scale: Tensor | None,
-    wq: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    lora_s: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    segments: Segments | None = None,
-    out: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """y = x_scale · w_scale · (xq wqᵀ) + s Bᵀ + bias: [M, N] in out_dtype, or written to `out` (a
-    column slice will do).
-
-    xq [M, K] and wq [N, K] int8 or e4m3fn, x_scale [M] and w_scale [N] fp32; or xq of a float dtype
-    and x_scale None. wq may be packed over a group of linears; then with adapters `segments` says
-    how. bias [N], lora_s [M, Σ ranks] with the adapters' scale folded in, lora_b [N, max ranks].
-    e4m3 needs sm_89, sm_90 or gfx942. N and K multiples of 16 are the fast case.
-    """
-    assert (x_scale is None) == (xq.itemsize > 1), (
-        "8-bit rows come with their scales, float rows without"
-    )
-    return matmul(
-        xq, wq, x_scale=x_scale, w_scale=w_scale, bias=bias, u=lora_s, v=lora_b, segments=segments,
-        out=out, out_dtype=out_dtype, numbers=numbers,
-    )  # fmt: skip
-
-
-def quant_matmul_dgrad(
-    dyq: Tensor,
-    dy_scale: Tensor | None,
-    wq: Tensor,
-    *,
-    lora_ds: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    out: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-    accumulate: bool = False,
-    numbers: Mapping[str, int] | None = None,
-) -> Tensor:
-    """dx = dy_scale · (dyq wq) + dS A: [M, K] in out_dtype, written to `out`, or added to what it
-    holds.
-
-    dyq [M, N] and dy_scale [M] of dy · w_scale (or dy · w_scale itself, in a float dtype, and
-    None); wq [N, K], the forward's, or `.T` of `transpose_codes` of it; lora_ds [M, Σ ranks],
-    lora_a [Σ ranks, K].
-    """
-    assert (dy_scale is None) == (dyq.itemsize > 1), (
-        "8-bit rows come with their scales, float rows without"
-    )
-    return matmul(
-        dyq, wq.T, x_scale=dy_scale, u=lora_ds, v=None if lora_a is None else lora_a.T,
-        out=out, out_dtype=out_dtype, accumulate=accumulate, numbers=numbers,
-    )  # fmt: skip
 
 
 def _aot_cases() -> Iterator[AotCase]:
@@ -150,51 +78,28 @@ def _aot_cases() -> Iterator[AotCase]:
             tuple(target for target in E4M3_TARGETS if target != "gfx1100"),
         ),
     ):
-        codes = partial(meta, dtype=dtype)
+        codes, product = partial(meta, dtype=dtype), partial(matmul, out_dtype=torch.bfloat16)
         x, x_out, dy, scale = codes(m, d), codes(m, n_out), codes(m, n), meta(m)
         w, w_t, w_out, w_scale = codes(n, d), codes(d, n).T, codes(d, n_out), meta(n)
-        yield (
-            f"{name}-fwd",
-            partial(quant_matmul, x_out, scale, w_out, meta(d), bias=bf16(d)),
-            targets,
-        )
-        yield f"{name}-dgrad", partial(quant_matmul_dgrad, x, scale, w_out), targets
-        yield (
-            f"bf16-{name}-fwd",
-            partial(quant_matmul, bf16(m, d), None, w, w_scale, bias=bf16(n)),
-            targets,
-        )
+        fwd = partial(product, x_out, w_out, x_scale=scale, w_scale=meta(d), bias=bf16(d))
+        yield f"{name}-fwd", fwd, targets
+        yield f"{name}-dgrad", partial(product, x, w_out.T, x_scale=scale), targets
+        on_values = partial(product, bf16(m, d), w, w_scale=w_scale, bias=bf16(n))
+        yield f"bf16-{name}-fwd", on_values, targets
         for rank in (16, 64, 128):
             s, b, a = bf16(m, 4 * rank), bf16(n, rank), bf16(4 * rank, d)
-            segments = make_segments(outs, (rank,) * 4, "meta")
-            fwd = partial(
-                quant_matmul,
-                x,
-                scale,
-                w,
-                w_scale,
-                bias=bf16(n),
-                lora_s=s,
-                lora_b=b,
-                segments=segments,
-            )
-            yield f"{name}-fwd-r{rank}", fwd, targets
-            yield (
-                f"{name}-dgrad-r{rank}",
-                partial(quant_matmul_dgrad, dy, scale, w, lora_ds=s, lora_a=a),
-                targets,
-            )
-            dgrad = partial(
-                quant_matmul_dgrad,
-                dy,
-                scale,
-                w_t,
-                lora_ds=s,
-                lora_a=a,
-                out=bf16(m, d),
-                accumulate=True,
-            )
-            yield f"{name}-dgrad-transposed-r{rank}", dgrad, targets
+            scales = {"x_scale": scale, "w_scale": w_scale}
+            own = {
+                "bias": bf16(n),
+                "u": s,
+                "v": b,
+                "segments": make_segments(outs, (rank,) * 4, "meta"),
+            }
+            yield f"{name}-fwd-r{rank}", partial(product, x, w, **scales, **own), targets
+            dgrad = partial(product, x_scale=scale, u=s, v=a.T)
+            yield f"{name}-dgrad-r{rank}", partial(dgrad, dy, w.T), targets
+            transposed = partial(dgrad, dy, w_t.T, out=bf16(m, d), accumulate=True)
+            yield f"{name}-dgrad-transposed-r{rank}", transposed, targets
     yield "codes", partial(transpose_codes, meta(n, d, dtype=torch.int8)), tuple(AOT_TARGETS)
 
 

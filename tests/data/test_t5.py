@@ -40,14 +40,8 @@ def decoded(model, format):
     """The same encoder with every linear's weight as the format keeps it."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            shape = tuple(module.weight.shape)
-            weight = QuantWeight(
-                FORMATS[format],
-                FORMATS[format].quantize(module.weight.detach()),
-                shape,
-                torch.float32,
-            )
-            module.weight.data = weight.dequantize()
+            stored = QuantWeight.of(module.weight.detach(), FORMATS[format])
+            module.weight.data = stored.to(torch.float32)
     return model
 
 
@@ -70,13 +64,9 @@ def test_as_over_the_decoded_weights(tmp_path, format, options):
 def test_no_weight_is_decoded_for_its_dtype(tmp_path, monkeypatch):
     """T5 asks its last linear for `weight.dtype` in each forward."""
     save_t5(tmp_path)
-    model, calls, dequantize = (
-        load_t5(tmp_path, FORMATS["int8"], torch.float32),
-        [],
-        QuantWeight.dequantize,
-    )
+    model, calls, decode = load_t5(tmp_path, FORMATS["int8"], torch.float32), [], QuantWeight.to
     monkeypatch.setattr(
-        QuantWeight, "dequantize", lambda self, *args: calls.append(1) or dequantize(self, *args)
+        QuantWeight, "to", lambda self, *args: calls.append(1) or decode(self, *args)
     )
     model(IDS)
     assert len(calls) == 2 * 7

@@ -11,7 +11,8 @@ from torch import nn
 
 import fluxfast
 from fluxfast.model.foreign_weights import Decoded
-from fluxfast.model.linear import StoredWeight, obstacle, read_linear
+from fluxfast.model.linear import obstacle, read_linear
+from fluxfast.quant import QuantWeight
 from support import make_inputs, relative_error
 
 pytestmark = pytest.mark.usefixtures("eager_peers")
@@ -128,13 +129,13 @@ def test_weights_are_read_in_place(base):
     own = (module(x) - params.bias).float().T
     assert relative_error(decoded, own) < (2**-6 if base == "bnb int8" else 2**-7)
     assert relative_error(decoded, exact) < (0.6 if "int2" in base else 0.2)
-    assert isinstance(params.weight, StoredWeight if name else Decoded)
+    assert isinstance(params.weight, QuantWeight if name else Decoded)
     q, scale = params.weight.codes("int8")
     assert relative_error(q.float() * scale[:, None], decoded) < 0.02
     if name:
-        assert params.weight.packed.format.name == name
+        assert params.weight.format.name == name
         storages = {t.untyped_storage().data_ptr() for t in tensors_of(module)}
-        packed = [p for p in params.weight.packed.parts.values() if p.dtype != torch.float32]
+        packed = [p for p in params.weight.parts.values() if p.dtype != torch.float32]
         assert packed and all(part.untyped_storage().data_ptr() in storages for part in packed)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, widen
 
-from fluxfast.quant import FORMATS
+from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast_kernels.dequant_rows import dequant_rows
 from fluxfast_kernels.quantize_e4m3 import quantize_e4m3
 from quant_cases import assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
@@ -80,8 +80,8 @@ def test_a_weight_that_is_not_finite_is_refused(format, value, place):
 @pytest.mark.parametrize(("shape", "dtype"), [*TYPED_SHAPES, ((5, 63), torch.float64)])
 def test_values_are_the_references(format, shape, dtype):
     parts = format.quantize(heavy_tailed(*shape).to(DEVICE), impl="ref")
-    values = format.dequantize(parts, shape, dtype, impl="triton")
-    assert same_bytes(values, format.dequantize(parts, shape, dtype, impl="ref"))
+    values = QuantWeight(format, parts, shape).to(dtype, impl="triton")
+    assert same_bytes(values, QuantWeight(format, parts, shape).to(dtype, impl="ref"))
 
 
 @every_format
@@ -90,7 +90,9 @@ def test_values_are_the_references(format, shape, dtype):
 def test_codes_are_the_references(format, fmt, shape):
     weight = hard() if shape == (12, 192) else heavy_tailed(*shape)
     parts = format.quantize(weight.to(DEVICE), impl="ref")
-    codes, expected = (format.codes(parts, shape, fmt, impl=impl) for impl in ("triton", "ref"))
+    codes, expected = (
+        QuantWeight(format, parts, shape).codes(fmt, impl=impl) for impl in ("triton", "ref")
+    )
     assert same_bytes(codes.q, expected.q) and same_bytes(codes.scale, expected.scale)
 
 
@@ -113,12 +115,13 @@ def test_rows_wider_than_a_program(format, dtype):
     for shape in ((2, 4160), (2, 4104)):
         parts = format.quantize(gaussian(*shape).to(DEVICE))
         if dtype == torch.bfloat16:
-            values = format.dequantize(parts, shape, dtype, impl="triton")
-            assert same_bytes(values, format.dequantize(parts, shape, dtype, impl="ref"))
+            values = QuantWeight(format, parts, shape).to(dtype, impl="triton")
+            assert same_bytes(values, QuantWeight(format, parts, shape).to(dtype, impl="ref"))
         else:
             fmt = "int8" if dtype == torch.int8 else "e4m3"
             codes, expected = (
-                format.codes(parts, shape, fmt, impl=impl) for impl in ("triton", "ref")
+                QuantWeight(format, parts, shape).codes(fmt, impl=impl)
+                for impl in ("triton", "ref")
             )
             assert same_bytes(codes.q, expected.q) and same_bytes(codes.scale, expected.scale)
 

@@ -1,5 +1,5 @@
-"""`lora_linear`'s kernels: forward and every gradient of groups against `lora_linear_ref` in fp64,
-and each alone.
+"""The kernels of linears with LoRA: forward and every gradient of groups against `lora_linear_ref`
+in fp64, and each alone.
 """
 
 import json
@@ -15,15 +15,8 @@ from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear_ref
-from fluxfast_kernels.lora_linear import (
-    lora_da,
-    lora_db,
-    lora_down,
-    lora_ds,
-    lora_matmul,
-    lora_matmul_dgrad,
-    make_segments,
-)
+from fluxfast_kernels._matmul import make_segments, matmul
+from fluxfast_kernels.lora_linear import lora_down, lora_outer
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
 
@@ -38,12 +31,18 @@ def lora_grads(
     dy, s, x, b, *, scale=None, x_scale=None, segments=None, grad_dtype=torch.float32, numbers=None
 ):
     """dS, dA and dB, as a backward pass asks for them."""
-    ds = lora_ds(
-        dy, b, torch.empty_like(s, dtype=dy.dtype), scale=scale, segments=segments, numbers=numbers
-    )
+    ds = torch.empty_like(s, dtype=dy.dtype)
+    lora_down(dy, b.T, ds, scale=scale, segments=segments, numbers=numbers)
     db = torch.empty(b.shape, dtype=grad_dtype, device=b.device)
-    lora_db(dy, s, db, segments=segments, numbers=numbers)
-    return ds, lora_da(x, ds, x_scale=x_scale, grad_dtype=grad_dtype, numbers=numbers), db
+    lora_outer(dy, s, db, segments=segments, numbers=numbers)
+    da = torch.empty((ds.shape[1], x.shape[1]), dtype=grad_dtype, device=x.device)
+    return ds, lora_outer(x, ds, da, x_scale=x_scale, transposed=True, numbers=numbers), db
+
+
+def down(x, a, dtype=None, **options):
+    """s = x Aᵀ in `dtype`, x's own by default."""
+    s = torch.empty((x.shape[0], a.shape[0]), dtype=dtype or x.dtype, device=x.device)
+    return lora_down(x, a, s, **options)
 
 
 def group(outs, ranks, k, m, dtype, seed=0):
@@ -106,20 +105,20 @@ def test_forward_and_every_gradient(case, dtype):
         expected, [x, *(t for ad in adapters for t in (ad.a, ad.b))], dy.double()
     )
 
-    s = lora_down(p["x"], p["a"], scale=p["scale"], numbers=NARROW)
-    y = lora_matmul(
+    s = down(p["x"], p["a"], scale=p["scale"], numbers=NARROW)
+    y = matmul(
         p["x"],
         p["w"],
         bias=p["bias"],
-        lora_s=s,
-        lora_b=p["b"],
+        u=s,
+        v=p["b"],
         segments=p["segments"],
         numbers=TILE,
     )
     ds, da, db = lora_grads(
         dy, s, p["x"], p["b"], scale=p["scale"], segments=p["segments"], numbers=NARROW
     )
-    dx = lora_matmul_dgrad(dy, p["w"], lora_ds=ds, lora_a=p["a"], numbers=TILE)
+    dx = matmul(dy, p["w"].T, u=ds, v=p["a"].T, numbers=TILE)
 
     # s and dS are stored in dtype between two products: that rounding comes on top of the output's
     error = 2 * bound(dtype)
@@ -153,10 +152,8 @@ def test_without_adapters(m, n, k, dtype):
         randn(n, k, seed=2).to(dtype),
         randn(m, n, seed=3).to(dtype),
     )
-    assert relative_error(lora_matmul(x, w, numbers=TILE), x.double() @ w.double().T) < bound(dtype)
-    assert relative_error(lora_matmul_dgrad(dy, w, numbers=TILE), dy.double() @ w.double()) < bound(
-        dtype
-    )
+    assert relative_error(matmul(x, w, numbers=TILE), x.double() @ w.double().T) < bound(dtype)
+    assert relative_error(matmul(dy, w.T, numbers=TILE), dy.double() @ w.double()) < bound(dtype)
 
 
 def test_storage_of_another_dtype_is_cast_as_it_is_read():
@@ -165,15 +162,15 @@ def test_storage_of_another_dtype_is_cast_as_it_is_read():
     w, a, b = (
         randn(*shape, seed=3 + i).float() for i, shape in enumerate([(n, k), (rank, k), (n, rank)])
     )
-    s = lora_down(x, a, numbers=NARROW)
+    s = down(x, a, numbers=NARROW)
     assert s.dtype == torch.float16 and relative_error(s, x.double() @ a.half().double().T) < bound(
         torch.float16
     )
-    y = lora_matmul(x, w, lora_s=s, lora_b=b, numbers=TILE)
+    y = matmul(x, w, u=s, v=b, numbers=TILE)
     expected = x.double() @ w.half().double().T + s.double() @ b.half().double().T
     assert y.dtype == torch.float16 and relative_error(y, expected) < bound(torch.float16)
     ds, _, _ = lora_grads(dy, s, x, b, numbers=NARROW)
-    dx = lora_matmul_dgrad(dy, w, lora_ds=ds, lora_a=a, numbers=TILE)
+    dx = matmul(dy, w.T, u=ds, v=a.T, numbers=TILE)
     expected = dy.double() @ w.half().double() + ds.double() @ a.half().double()
     assert dx.dtype == torch.float16 and relative_error(dx, expected) < bound(torch.float16)
 
@@ -188,20 +185,20 @@ def test_strided_rows_and_outputs_in_wider_buffers():
     )
     out, dx = widen(torch.zeros(m, n, device=DEVICE)), widen(randn(m, k, seed=7).float())
     held = dx.double()
-    lora_matmul(x, w, lora_s=s, lora_b=b, out=out, numbers=TILE)
+    matmul(x, w, u=s, v=b, out=out, numbers=TILE)
     assert relative_error(out, x.double() @ w.double().T + s.double() @ b.double().T) < bound(
         torch.float32
     )
     assert out._base[:, :16].isnan().all() and out._base[:, 16 + n :].isnan().all()
     ds, da, db = lora_grads(dy, s, x, b, numbers=NARROW)
-    lora_matmul_dgrad(dy, w, lora_ds=ds, lora_a=a, out=dx, accumulate=True, numbers=TILE)
+    matmul(dy, w.T, u=ds, v=a.T, out=dx, accumulate=True, numbers=TILE)
     expected_ds = dy.double() @ b.double()
     assert relative_error(dx, held + dy.double() @ w.double() + expected_ds @ a.double()) < bound(
         torch.float32
     )
     assert relative_error(da, expected_ds.T @ x.double()) < bound(torch.float32)
     assert relative_error(db, dy.double().T @ s.double()) < bound(torch.float32)
-    assert relative_error(lora_down(x, a, numbers=NARROW), x.double() @ a.double().T) < bound(
+    assert relative_error(down(x, a, numbers=NARROW), x.double() @ a.double().T) < bound(
         torch.float32
     )
 
@@ -237,7 +234,7 @@ def test_sums_cut_into_parts_are_reproducible(outs, grad_dtype):
     wanted = [(ds, torch.float32), (ds.T @ x.double(), grad_dtype), (db, grad_dtype)]
     for actual, (expected, dtype) in zip(first, wanted, strict=True):
         assert actual.dtype == dtype and relative_error(actual, expected) < bound(dtype)
-    s = lora_down(x, a, scale=scale, numbers=NARROW)
+    s = down(x, a, scale=scale, numbers=NARROW)
     assert relative_error(s, x.double() @ a.double().T * scale) < bound(torch.float32)
 
 
@@ -250,7 +247,7 @@ def test_adapters_read_the_rows_that_the_product_reads(fmt):
     )
     a, dy = randn(rank, k, seed=2).float(), randn(m, n, seed=3).float()
     values = x.double() * x_scale[:, None].double()
-    s = lora_down(x, a, x_scale=x_scale, out_dtype=torch.float32, numbers=NARROW)
+    s = down(x, a, torch.float32, x_scale=x_scale, numbers=NARROW)
     assert relative_error(s, values @ a.double().T) < bound(torch.float32)
     b = randn(n, rank, seed=4).float()
     ds, da, _ = lora_grads(dy, s, x, b, x_scale=x_scale, numbers=NARROW)
@@ -265,8 +262,8 @@ def test_rows_of_zeros_and_outliers():
     a, b, bias = (
         randn(*shape, seed=3 + i, scale=0.1).to(torch.float16) for i, shape in enumerate(shapes)
     )
-    s = lora_down(x, a, numbers=NARROW)
-    y = lora_matmul(x, w, bias=bias, lora_s=s, lora_b=b, numbers=TILE)
+    s = down(x, a, numbers=NARROW)
+    y = matmul(x, w, bias=bias, u=s, v=b, numbers=TILE)
     assert not s[0].any() and torch.equal(y[0], bias)
     expected = x.double() @ w.double().T + bias + s.double() @ b.double().T
     for row in range(m):
@@ -277,8 +274,8 @@ def test_no_rows():
     x, w, a, b = (
         torch.zeros(shape, device=DEVICE) for shape in [(0, 32), (16, 32), (3, 32), (16, 3)]
     )
-    s = lora_down(x, a, numbers=NARROW)
-    assert s.shape == (0, 3) and lora_matmul(x, w, lora_s=s, lora_b=b, numbers=TILE).shape == (
+    s = down(x, a, numbers=NARROW)
+    assert s.shape == (0, 3) and matmul(x, w, u=s, v=b, numbers=TILE).shape == (
         0,
         16,
     )
@@ -290,25 +287,28 @@ def test_no_rows():
 RECORD = """
 import json
 import torch
-from fluxfast_kernels import _launch, lora_linear, quant_matmul
+from fluxfast_kernels import _launch
+from fluxfast_kernels._matmul import make_segments, matmul
+from fluxfast_kernels.lora_linear import lora_down, lora_outer
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 def step(m):
     outs, rank = (3072, 3072, 3072), 3
-    segments, total, n = lora_linear.make_segments(outs, (rank,) * 3, "meta"), 3 * rank, sum(outs)
+    segments, total, n = make_segments(outs, (rank,) * 3, "meta"), 3 * rank, sum(outs)
     x, dy, w, a, b = meta(m, 3072), meta(m, n), meta(n, 3072), meta(total, 3072), meta(n, rank)
     scale, n_scale, m_scale = (meta(size, dtype=torch.float32) for size in (total, n, m))
     xq, dyq, wq = (t.to(torch.int8) for t in (x, dy, w))
-    s = lora_linear.lora_down(x, a, scale=scale)
-    lora_linear.lora_matmul(x, w, lora_s=s, lora_b=b, segments=segments)
-    ds = lora_linear.lora_ds(dy, b, meta(m, total), scale=scale, segments=segments)
-    lora_linear.lora_db(dy, s, meta(n, rank, dtype=torch.float32), segments=segments)
-    lora_linear.lora_da(x, ds)
-    lora_linear.lora_matmul_dgrad(dy, w, lora_ds=ds, lora_a=a)
-    quant_matmul.quant_matmul(xq, m_scale, wq, n_scale, lora_s=s, lora_b=b, segments=segments)
-    quant_matmul.quant_matmul_dgrad(dyq, m_scale, wq, lora_ds=ds, lora_a=a)
+    s = lora_down(x, a, meta(m, total), scale=scale)
+    matmul(x, w, u=s, v=b, segments=segments)
+    ds = lora_down(dy, b.T, meta(m, total), scale=scale, segments=segments)
+    lora_outer(dy, s, meta(n, rank, dtype=torch.float32), segments=segments)
+    lora_outer(x, ds, meta(total, 3072, dtype=torch.float32), transposed=True)
+    matmul(dy, w.T, u=ds, v=a.T)
+    bf16 = torch.bfloat16
+    matmul(xq, wq, x_scale=m_scale, w_scale=n_scale, u=s, v=b, segments=segments, out_dtype=bf16)
+    matmul(dyq, wq.T, x_scale=m_scale, u=ds, v=a.T, out_dtype=bf16)
 
 def plain(v):
     return [v.name, dict(v.signature), sorted(v.constexprs.items()), v.divisible, v.num_warps, v.num_stages]

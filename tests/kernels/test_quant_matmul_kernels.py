@@ -1,4 +1,4 @@
-"""`quant_matmul`: exact integer sums, the epilogue's terms, both directions and both layouts, on
+"""`matmul` on codes: exact integer sums, the epilogue's terms, both directions and both layouts, on
 small tiles.
 """
 
@@ -11,12 +11,8 @@ from packaging.version import Version
 
 from fluxfast_kernels import _matmul
 from fluxfast_kernels._launch import interpreted
-from fluxfast_kernels.quant_matmul import (
-    make_segments,
-    quant_matmul,
-    quant_matmul_dgrad,
-    transpose_codes,
-)
+from fluxfast_kernels._matmul import make_segments, matmul
+from fluxfast_kernels.quant_matmul import transpose_codes
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
 
@@ -52,7 +48,7 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def test_forward(fmt, m, n, k, dtype):
     x, w = codes(m, k, fmt, 1), codes(n, k, fmt, 2)
     x_scale, w_scale, bias = scales(m, 3), scales(n, 4), randn(n, seed=5).to(dtype)
-    y = quant_matmul(x, x_scale, w, w_scale, bias=bias, out_dtype=dtype, numbers=TILE)
+    y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, bias=bias, out_dtype=dtype, numbers=TILE)
     expected = product(x, w) * x_scale[:, None] * w_scale + bias
     assert y.dtype == dtype and relative_error(y, expected) < bound(dtype)
 
@@ -68,7 +64,9 @@ def test_integer_sums_are_exact(w_transposed):
     w_kernel = transpose_codes(w).T if w_transposed else w
     one = torch.ones(max(m, n), device=DEVICE)
     numbers = TILE | {"BLOCK_K": 128}
-    y = quant_matmul(x, one[:m], w_kernel, one[:n], out_dtype=torch.float32, numbers=numbers)
+    y = matmul(
+        x, w_kernel, x_scale=one[:m], w_scale=one[:n], out_dtype=torch.float32, numbers=numbers
+    )
     exact = (
         x.long() @ w.long().T if DEVICE == "cpu" else (x.cpu().long() @ w.cpu().long().T).to(DEVICE)
     )
@@ -80,13 +78,13 @@ def test_integer_sums_are_exact(w_transposed):
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_dgrad_reads_the_same_weight_in_both_layouts(fmt, m, n, k):
     dy, w, dy_scale = codes(m, n, fmt, 1), codes(n, k, fmt, 2), scales(m, 3)
-    dx = quant_matmul_dgrad(dy, dy_scale, w, out_dtype=torch.float32, numbers=TILE)
+    dx = matmul(dy, w.T, x_scale=dy_scale, out_dtype=torch.float32, numbers=TILE)
     assert dx.shape == (m, k) and relative_error(
         dx, dy.double() @ w.double() * dy_scale[:, None]
     ) < bound(torch.float32)
     w_t = transpose_codes(w)
     assert w_t.is_contiguous() and torch.equal(w_t.view(torch.int8), w.view(torch.int8).T)
-    again = quant_matmul_dgrad(dy, dy_scale, w_t.T, out_dtype=torch.float32, numbers=TILE)
+    again = matmul(dy, w_t.T.T, x_scale=dy_scale, out_dtype=torch.float32, numbers=TILE)
     # int8's sums are exact in any order
     assert (
         torch.equal(dx, again)
@@ -111,10 +109,10 @@ def test_low_rank_term_in_both_directions(fmt, rank, dtype):
         randn(n, rank, seed=8).float(),
         randn(rank, k, seed=9).to(dtype),
     )
-    y = quant_matmul(x, x_scale, w, w_scale, lora_s=s, lora_b=b, out_dtype=dtype, numbers=TILE)
+    y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, u=s, v=b, out_dtype=dtype, numbers=TILE)
     expected = product(x, w) * x_scale[:, None] * w_scale + product(s, b.to(dtype))
     assert relative_error(y, expected) < bound(dtype)
-    dx = quant_matmul_dgrad(dy, x_scale, w, lora_ds=s, lora_a=a, out_dtype=dtype, numbers=TILE)
+    dx = matmul(dy, w.T, x_scale=x_scale, u=s, v=a.T, out_dtype=dtype, numbers=TILE)
     expected = dy.double() @ w.double() * x_scale[:, None] + s.double() @ a.double()
     assert relative_error(dx, expected) < bound(dtype)
 
@@ -133,8 +131,7 @@ def test_groups_of_linears_with_adapters_of_their_own():
         randn(n, widest, seed=6).float(),
         randn(n, seed=7).float(),
     )
-    y = quant_matmul(
-        x, x_scale, w, w_scale, bias=bias, lora_s=s, lora_b=b, segments=make_segments(outs, ranks, DEVICE),
+    y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, bias=bias, u=s, v=b, segments=make_segments(outs, ranks, DEVICE),
         out_dtype=torch.float32, numbers=TILE,
     )  # fmt: skip
     expected = product(x, w) * x_scale[:, None] * w_scale + bias
@@ -159,16 +156,16 @@ def test_out_is_a_slice_and_can_be_added_to(dtype):
         scales(m, 3),
         scales(n, 4),
     )
-    plain = quant_matmul(x, x_scale, w, w_scale, out_dtype=dtype, numbers=TILE)
+    plain = matmul(x, w, x_scale=x_scale, w_scale=w_scale, out_dtype=dtype, numbers=TILE)
     out = widen(torch.full_like(plain, float("nan")))
-    assert quant_matmul(x, x_scale, w, w_scale, out=out, numbers=TILE) is out
+    assert matmul(x, w, x_scale=x_scale, w_scale=w_scale, out=out, numbers=TILE) is out
     wide = out._base
     assert (
         torch.equal(out, plain) and wide[:, :16].isnan().all() and wide[:, 16 + n :].isnan().all()
     )
     dy, held = codes(m, n, "int8", 5), randn(m, k, seed=6).to(dtype)
     dx = widen(held)
-    quant_matmul_dgrad(dy, x_scale, w, out=dx, accumulate=True, numbers=TILE)
+    matmul(dy, w.T, x_scale=x_scale, out=dx, accumulate=True, numbers=TILE)
     assert relative_error(dx, held.double() + dy.double() @ w.double() * x_scale[:, None]) < bound(
         dtype
     )
@@ -185,7 +182,9 @@ def test_rows_that_are_hard(fmt):
     values[3, 7] = float("inf")
     x, x_scale = row_quant(values, fmt)
     w, w_scale, bias = codes(n, k, fmt, 2), scales(n, 3), randn(n, seed=4).float()
-    y = quant_matmul(x, x_scale, w, w_scale, bias=bias, out_dtype=torch.float32, numbers=TILE)
+    y = matmul(
+        x, w, x_scale=x_scale, w_scale=w_scale, bias=bias, out_dtype=torch.float32, numbers=TILE
+    )
     assert torch.equal(y[0], bias) and not y[2].isfinite().any() and not y[3].isfinite().any()
     clean = [0, 1, 4, 5]
     expected = product(x[clean], w) * x_scale[clean, None] * w_scale + bias
@@ -204,7 +203,7 @@ def test_scales_folded_into_dy_give_the_gradient(fmt, error):
     )
     w, w_scale = row_quant(weight, fmt)
     dyq, dy_scale = row_quant(dy, fmt, col_scale=w_scale)
-    dx = quant_matmul_dgrad(dyq, dy_scale, w, out_dtype=torch.float32, numbers=TILE)
+    dx = matmul(dyq, w.T, x_scale=dy_scale, out_dtype=torch.float32, numbers=TILE)
     assert relative_error(dx, dy.double() @ (w.double() * w_scale[:, None].double())) < error
 
 
@@ -218,10 +217,10 @@ def test_float_rows_on_codes(fmt, dtype):
         scales(n, 3),
         randn(n, seed=4).to(dtype),
     )
-    y = quant_matmul(x, None, w, w_scale, bias=bias, out_dtype=dtype, numbers=TILE)
+    y = matmul(x, w, x_scale=None, w_scale=w_scale, bias=bias, out_dtype=dtype, numbers=TILE)
     assert relative_error(y, product(x, w) * w_scale + bias) < bound(dtype)
     dy = (randn(m, n, seed=5) * w_scale).to(dtype)
-    dx = quant_matmul_dgrad(dy, None, w, out_dtype=dtype, numbers=TILE)
+    dx = matmul(dy, w.T, x_scale=None, out_dtype=dtype, numbers=TILE)
     assert relative_error(dx, dy.double() @ w.double()) < bound(dtype)
 
 
@@ -251,7 +250,7 @@ def test_e4m3fn_in_gfx942s_bias(monkeypatch):
         scales(n, 4),
     )
     assert _matmul.product_type(x, w, torch.float32) == tl.float8e4b8
-    y = quant_matmul(x, x_scale, w, w_scale, out_dtype=torch.float32, numbers=TILE)
+    y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, out_dtype=torch.float32, numbers=TILE)
     assert relative_error(y, product(x, w) * x_scale[:, None] * w_scale) < bound(torch.float32)
 
 
@@ -264,11 +263,7 @@ def test_minus_zero_is_nan_in_gfx942s_bias():
 
 
 def test_no_rows():
-    y = quant_matmul(
-        codes(4, 32, "int8", 1)[:0],
-        scales(4, 2)[:0],
-        codes(16, 32, "int8", 3),
-        scales(16, 4),
-        numbers=TILE,
-    )
+    x, w = codes(4, 32, "int8", 1)[:0], codes(16, 32, "int8", 3)
+    scales_of = {"x_scale": scales(4, 2)[:0], "w_scale": scales(16, 4)}
+    y = matmul(x, w, **scales_of, out_dtype=torch.bfloat16, numbers=TILE)
     assert y.shape == (0, 16) and y.dtype == torch.bfloat16

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fluxfast.model import linear, tape
+from fluxfast.adapters.kind import Wrapped
+from fluxfast.adapters.kinds import KINDS
+from fluxfast.model import tape
 from small_flux import small_flux
 from support import make_inputs, relative_error
 from toy_adapters import Diagonal, Shift
@@ -37,23 +39,19 @@ class Adapted(nn.Module):
         return self.base_layer(x) + (x * self.d) @ self.p.T + self.v
 
 
-@pytest.fixture(params=["before the LoRA", "after the LoRA"])
-def are_read(request, monkeypatch):
-    """Blocks read what the modules hold; where they don't, they call the modules."""
-    read = linear.read_or_because
+class AdaptedKind:
+    """What blocks ask of a kind of adapter."""
 
-    def with_adapters(module, **options):
+    def read(self, module, *, share_dropout):
         if not isinstance(module, Adapted):
-            return read(module, **options)
-        params = read(module.base_layer, **options)
-        diagonal, shift = module.adapters()
-        own = (diagonal, *params.adapters, shift)
-        if request.param == "after the LoRA":
-            own = (*params.adapters, shift, diagonal)
-        return params._replace(adapters=own)
+            return None
+        return Wrapped(module.base_layer, module.adapters())
 
-    monkeypatch.setattr(tape, "read_or_because", with_adapters)
-    monkeypatch.setattr(linear, "read_or_because", with_adapters)
+
+@pytest.fixture
+def are_read(monkeypatch):
+    """Blocks read what the modules hold; where no kind can, they call the modules."""
+    monkeypatch.setitem(KINDS, "adapted", AdaptedKind())
 
 
 def make_model(format=None, dtype=torch.float64, dropout=0.0):
@@ -95,15 +93,7 @@ def run(model, dtype, policy="none", compute="same", ran="fused"):
 def modules_called(model, dtype, **options):
     """The same with the adapters' modules called as they are."""
     with pytest.MonkeyPatch.context() as patch:
-        for holder in (tape, linear):
-            original = holder.read_or_because
-            patch.setattr(
-                holder,
-                "read_or_because",
-                lambda module, read=original, **kwargs: (
-                    "it is a toy" if isinstance(module, Adapted) else read(module, **kwargs)
-                ),
-            )
+        patch.delitem(KINDS, "adapted")
         return run(model, dtype, ran="composed", **options)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
-from fluxfast.ops.quant_matmul import CodedWeight
+from fluxfast.ops.linear.weights import FrozenWeight
 from fluxfast.ops.row_quant import Quantized, row_quant_ref
+from fluxfast.quant import FORMATS, QuantWeight
 from support import relative_error
 
 
@@ -61,21 +62,38 @@ def make_group(
 def as_codes(
     linears: Sequence[LinearParams], stored: str | None, packed: bool
 ) -> list[LinearParams]:
-    """The same linears with weights that are stored as codes, or, for None, as floats that have to
-    be decoded.
+    """The same linears with weights that are stored as codes, side by side in memory if `packed`.
+
+    For None the weights are of no format: they can only be decoded.
     """
     weights = [p.weight for p in linears]
-    q, scale = row_quant_ref(torch.cat(weights), stored or "int8")
+    if stored is None:
+        return [p._replace(weight=Decodable(p.weight)) for p in linears]
+    q, scale = row_quant_ref(torch.cat(weights), stored)
     outs = [len(w) for w in weights]
-    pieces = zip(q.split(outs), scale.split(outs), strict=True)
-    return [
-        p._replace(
-            weight=CodedWeight(
-                *((q_i, scale_i) if packed else (q_i.clone(), scale_i.clone())), stored or "none"
-            )
-        )
-        for p, (q_i, scale_i) in zip(linears, pieces, strict=True)
-    ]
+    made = []
+    for p, q_i, scale_i in zip(linears, q.split(outs), scale.split(outs), strict=True):
+        codes = Quantized(q_i, scale_i) if packed else Quantized(q_i.clone(), scale_i.clone())
+        made.append(p._replace(weight=coded_weight(codes, stored)))
+    return made
+
+
+def coded_weight(codes: Quantized, fmt: str) -> QuantWeight:
+    """A weight that is stored as codes of fmt, "int8" or "e4m3"."""
+    format = next(f for f in FORMATS.values() if f.stored_codes == fmt)
+    n, k = codes.q.shape
+    return QuantWeight(format, {"packed": codes.q, "scale": codes.scale}, (n, k))
+
+
+class Decodable(FrozenWeight):
+    """A frozen weight that has nothing but what every one must have."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape, weight.device)
+        self._weight = weight
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        return self._weight.to(dtype, copy=True)
 
 
 def leaves(linears: Sequence[LinearParams]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
 from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.row_quant import row_quant_ref
+from fluxfast.quant import FORMATS, QuantWeight
 from support import relative_error
 from toy_adapters import Diagonal, Shift
 
@@ -31,6 +32,15 @@ def with_others(linears, dropout=0.0):
     (first, second, third), plain = (p.adapters for p in linears), linears
     adapters = ((shift[0], *first), (*second, diagonal[1]), (shift[2], *third, diagonal[2]))
     return [p._replace(adapters=own) for p, own in zip(plain, adapters, strict=True)]
+
+
+def stored_as(linears, stored):
+    """The same linears over a base in floats, in a format, or in something that only decodes."""
+    if stored in ("int8", "none"):
+        return as_codes(linears, stored if stored == "int8" else None, True)
+    if stored == "float":
+        return linears
+    return [p._replace(weight=QuantWeight.of(p.weight, FORMATS[stored])) for p in linears]
 
 
 def terms(adapter, x):
@@ -96,13 +106,13 @@ def operands(device, dtype, tokens=9):
     ],
 )
 @pytest.mark.parametrize("compute", ["same", "int8", "e4m3"])
-@pytest.mark.parametrize("stored", [None, "int8"])
+@pytest.mark.parametrize("stored", ["float", "int8", "int4", "none"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_values_and_gradients(impl, compute, stored, dropout, tokens):
     device = device_of(impl)
     ranks = [[3], [2], [1, 4]]
     plain = make_group(K, OUTS, ranks, torch.float32, device=device, dropout=dropout)
-    linears = with_others(plain if stored is None else as_codes(plain, stored, True), dropout)
+    linears = with_others(stored_as(plain, stored), dropout)
     x, dy = operands(device, torch.float32, tokens)
     options = {"compute": compute, "dropout_seed": 3}
     group = LinearGroup(linears, torch.float32, impl=impl, **options)

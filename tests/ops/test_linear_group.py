@@ -35,7 +35,7 @@ def both_ways(params, tokens, impl, dtype, **options):
     group = LinearGroup(params, dtype, impl=impl, **options)
     y, s = group.forward(RowOutput(x, None, None))
     dx, grads = group.backward(dy, RowOutput(x, None, None), s)
-    return [y, s, dx, *(grad for pair in grads for grad in pair)], group._merges(tokens)
+    return [y, s, dx, *(grad for pair in grads for grad in pair)], group.merges(tokens)
 
 
 # fp32 against fp64: sums of up to 64 products, 6e-8 each
@@ -79,7 +79,7 @@ def test_adapters_within_the_weight(tokens, merged, weight_dtype):
 def test_where_they_stay_apart(options):
     params = options.pop("params", linears(dropout=0.5))
     impl = options.pop("impl", "native")
-    assert not LinearGroup(params, torch.float32, impl=impl, **options)._merges(1000)
+    assert not LinearGroup(params, torch.float32, impl=impl, **options).merges(1000)
 
 
 # ranks of less than a vector, one, and more than a tile; rows of less than a block, and several
@@ -100,7 +100,7 @@ def test_adapter_grads(isa, rows, ranks):
     x, dy = wide_x[:, 2 : 2 + k], wide_dy[:, 1 : 1 + sum(outs)]
     # what the module reads lies among NaNs
     x32, dy32 = (among_nans(t) for t in (x.float(), dy.float()))
-    d_a, d_b = products_native.adapter_grads(
+    d_a, d_b = products_native.lora_grads(
         x32, dy32, [t.float() for t in a], [t.float() for t in b], scales, cols
     )
     for j, (i, _) in enumerate(flat):
@@ -125,7 +125,7 @@ def test_threads_change_no_bit():
     )
 
     def run():
-        (d_a,), (d_b,) = products_native.adapter_grads(x, dy, [a], [b], [1.0], [0])
+        (d_a,), (d_b,) = products_native.lora_grads(x, dy, [a], [b], [1.0], [0])
         return d_a, d_b
 
     first, *others = for_thread_counts(run)

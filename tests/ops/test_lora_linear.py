@@ -4,14 +4,23 @@ implementation.
 
 import pytest
 import torch
-from lora_cases import CASES, TOLERANCES, as_codes, check, device_of, expected, leaves, make_group
+from lora_cases import (
+    CASES,
+    TOLERANCES,
+    as_codes,
+    check,
+    coded_weight,
+    device_of,
+    expected,
+    leaves,
+    make_group,
+)
 from op_cases import every_impl
 
 from fluxfast.ops.linear import products_triton
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
-from fluxfast.ops.quant_matmul import CodedWeight
 from fluxfast.ops.row_quant import Quantized, RowOutput, row_quant_ref
 from support import relative_error
 
@@ -135,7 +144,7 @@ def test_int8_products_are_exact_at_any_shape(compute):
             x = torch.randn(m, k, generator=g)
             codes = row_quant_ref(torch.randn(n, k, generator=g), compute)
             group = LinearGroup(
-                [LinearParams(CodedWeight(*codes, compute), None)],
+                [LinearParams(coded_weight(codes, compute), None)],
                 torch.float32,
                 compute=compute,
                 impl="native",

@@ -7,7 +7,7 @@ from op_cases import needs_triton
 from op_checks import TRITON_DEVICE
 
 from fluxfast.ops.linear.lora_linear import lora_linear
-from fluxfast.ops.quant_matmul import CodedWeight
+from fluxfast.quant import QuantWeight
 
 pytestmark = needs_triton
 # every program of the interpreter takes its time: codes of other cases are in the kernels' own
@@ -77,10 +77,9 @@ def test_weights_and_adapters_of_another_dtype(engine):
 def test_few_tokens_read_stored_codes_in_place(tokens, monkeypatch):
     """Up to the table's number of tokens, a product of values with codes decodes no weight."""
     decoded = []
+    decode = QuantWeight.decode_into
     monkeypatch.setattr(
-        CodedWeight,
-        "decode_into",
-        lambda self, out: (decoded.append(out), out.copy_(self.to(out.dtype))),
+        QuantWeight, "decode_into", lambda self, out: (decoded.append(out), decode(self, out))
     )
     linears = as_codes(
         make_group(24, [32], [[]], torch.float32, device=TRITON_DEVICE), "int8", True

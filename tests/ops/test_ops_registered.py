@@ -36,56 +36,54 @@ def registered_calls(impl):
     device, dtype = (TRITON_DEVICE, torch.bfloat16) if impl == "triton" else ("cpu", torch.float32)
     x, y = (randn(2, 6, 12, seed=seed, grad=False).to(device, dtype) for seed in (0, 1))
     gate = randn(2, 12, seed=2, grad=False).to(device)
-    ops = torch.ops.fluxfast
+    ops, none = torch.ops.fluxfast, None
     for out in ("same", "int8", "both-e4m3"):
-        yield ops.gelu_fwd, (x, None, out, impl)
+        yield ops.gelu_fwd, (x, none, out, impl)
         yield ops.modulated_layer_norm_fwd, (x, gate, gate, 1e-6, out, impl)
     wide, col_scale = randn(2, 6, 20, seed=9, grad=False).to(device, dtype), gate[0].float()
     yield ops.gelu_fwd, (x, y, "both-int8", impl)
-    yield ops.gelu_bwd, (y, x, "same", None, None, impl)
-    yield ops.gelu_bwd, (y, x, "both-int8", col_scale, None, impl)
+    yield ops.gelu_bwd, (y, [x], "same", none, none, impl)
+    yield ops.gelu_bwd, (y, [x], "both-int8", col_scale, none, impl)
     codes = [torch.empty_like(x, dtype=torch.int8), gate.new_empty(2, 6)]
-    yield ops.gelu_bwd_into, (y, x, "both-int8", col_scale, wide[..., 3:15], impl, codes)
-    yield ops.gated_residual_fwd, (x, gate, y, impl)
-    yield ops.gated_residual_bwd, (x, gate, y, "same", None, impl)
-    yield ops.gated_residual_bwd, (x, gate, None, "int8", col_scale, impl)
-    mean, rstd, _ = ops.modulated_layer_norm_fwd(x, gate, gate, 1e-6, "same", impl)
-    yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, None, True, impl)
-    yield ops.modulated_layer_norm_bwd, (y, x, mean, rstd, gate, x, False, impl)
-    yield ops.gated_residual_layer_norm_fwd, (x, gate, y, gate, gate, 1e-6, "both-int8", impl)
-    kept = (y, x, mean, rstd, gate, gate)
-    yield ops.gated_residual_layer_norm_bwd, (*kept, None, x, False, "int8", col_scale, impl)
-    yield ops.gated_residual_layer_norm_bwd, (*kept, y, None, True, "same", None, impl)
+    yield ops.gelu_bwd_into, (y, [x], "both-int8", col_scale, wide[..., 3:15], impl, codes)
+    yield ops.gated_residual_fwd, (x, gate, y, True, impl)
+    yield ops.gated_residual_bwd, (x, [gate, y], "same", none, True, impl)
+    yield ops.gated_residual_bwd, (x, [gate, none], "int8", col_scale, False, impl)
+    _, mean, rstd = ops.modulated_layer_norm_fwd(x, gate, gate, 1e-6, "same", impl)
+    kept = [x, mean, rstd, gate]
+    yield ops.modulated_layer_norm_bwd, (y, kept, [True, True, True], none, impl)
+    yield ops.modulated_layer_norm_bwd, (y, kept, [True, False, False], x, impl)
+    inputs = (x, gate, y, gate, gate, 1e-6)
+    yield ops.gated_residual_layer_norm_fwd, (*inputs, "both-int8", False, impl)
+    residual_bwd, without = ops.gated_residual_layer_norm_bwd, [*kept, gate, none]
+    yield residual_bwd, (y, without, x, "int8", col_scale, False, impl)
+    yield residual_bwd, (y, [*kept, gate, y], none, "same", none, True, impl)
 
     qkv, txt_qkv = (
         randn(2, tokens, WIDTH, seed=tokens, grad=False).to(device, dtype) for tokens in (6, 3)
     )
     weights = (1 + randn(4, DIM, seed=2, grad=False)).to(device)
     angle = randn(9, DIM // 2, seed=3, grad=False).to(device)
-    constants = (weights, angle.cos(), angle.sin(), None)
-    yield ops.qk_norm_rope_fwd, (qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
-    yield ops.qk_norm_rope_fwd, (qkv, None, *constants, HEADS, 1e-6, impl)
-    q, k, v, rstd = ops.qk_norm_rope_fwd(qkv, txt_qkv, *constants, HEADS, 1e-6, impl)
-    yield ops.qk_norm_rope_bwd, (q, k, v, rstd, *constants, q, k, None, None, 3, None, None, impl)
-    yield (
-        ops.qk_norm_rope_bwd,
-        (q, k, v, rstd, *constants, None, None, qkv, txt_qkv, 3, None, None, impl),
-    )
+    constants = (weights, angle.cos(), angle.sin(), none)
+    yield ops.qk_norm_rope_fwd, (qkv, txt_qkv, *constants, HEADS, 1e-6, False, impl)
+    yield ops.qk_norm_rope_fwd, (qkv, none, *constants, HEADS, 1e-6, False, impl)
+    q, k, v, rstd = ops.qk_norm_rope_fwd(qkv, txt_qkv, *constants, HEADS, 1e-6, False, impl)
+    both, outputs = [True, True], [rstd, *constants, q, k, none, none]
+    yield ops.qk_norm_rope_bwd, ([q, k, v], outputs, both, 3, none, none, impl)
+    inputs = [rstd, *constants, none, none, qkv, txt_qkv]
+    yield ops.qk_norm_rope_bwd, ([q, k, v], inputs, both, 3, none, none, impl)
     packed = randn(2, 6, WIDTH + 10, seed=9, grad=False).to(device, dtype)[..., :WIDTH]
-    kept = (q, k, v, rstd, *constants, q, k, None, None)
-    yield (
-        ops.qk_norm_rope_bwd_into,
-        (*kept, 3, packed, None, impl, [torch.empty_like(packed[:, :3]).contiguous()]),
-    )
+    made = [torch.empty_like(packed[:, :3]).contiguous()]
+    yield ops.qk_norm_rope_bwd_into, ([q, k, v], outputs, both, 3, packed, none, impl, made)
 
     yield ops.row_quant_fwd, (x[0], "int8", gate[0], impl)
-    yield ops.row_quant_fwd, (x[0], "e4m3", None, impl)
+    yield ops.row_quant_fwd, (x, "e4m3", none, impl)
     if impl == "triton":
         idx = torch.tensor([[0, 4, 2], [5, 1, 3]], device=device)
-        yield ops.token_gather_fwd, (x, idx)
-        yield ops.token_scatter_fwd, (x, y[:, :3], idx, 6)
-        yield ops.token_scatter_fwd, (None, y[:, :3], idx, 6)
-        yield ops.token_scatter_fwd, (x, None, idx, 6)
+        yield ops.token_gather_fwd, (x, idx, impl)
+        yield ops.token_scatter_fwd, (x, y[:, :3], idx, 6, impl)
+        yield ops.token_scatter_fwd, (none, y[:, :3], idx, 6, impl)
+        yield ops.token_scatter_fwd, (x, none, idx, 6, impl)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from op_checks import randn
 
 from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.gelu import gelu
-from fluxfast.quant import FORMATS
+from fluxfast.quant import FORMATS, QuantWeight
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def test_auto_passes_over_an_op_and_says_so_once(log):
 def test_a_decoder_is_passed_over_by_itself(log):
     format, weight = FORMATS["nf4"], torch.randn(3, 64)
     parts = format.quantize(weight)
-    right = format.dequantize(parts, (3, 64), torch.float32)
+    right = QuantWeight(format, parts, (3, 64)).to(torch.float32)
     verdicts.set_failed({("nf4.dequantize", "native"): "wrong"})
-    assert torch.equal(format.dequantize(parts, (3, 64), torch.float32), right)
+    assert torch.equal(QuantWeight(format, parts, (3, 64)).to(torch.float32), right)
     assert [message.partition(" runs")[0] for message in log.messages] == ["nf4.dequantize"]
     with pytest.raises(ValueError, match=r"nf4.dequantize: impl='native' .* failed its check"):
-        format.dequantize(parts, (3, 64), torch.float32, impl="native")
+        QuantWeight(format, parts, (3, 64)).to(torch.float32, impl="native")
     format.quantize(weight, impl="native")
 
 

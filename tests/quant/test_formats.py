@@ -20,7 +20,7 @@ every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORM
 def round_trip(
     format: Format, weight: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    return format.dequantize(format.quantize(weight), tuple(weight.shape), dtype)
+    return QuantWeight.of(weight, format).to(dtype)
 
 
 @every_format
@@ -43,7 +43,7 @@ def test_bits_per_weight(format):
         name: torch.empty(size, dtype=dtype, device="meta")
         for name, (size, dtype) in format.layout(shape).items()
     }
-    bits = 8 * QuantWeight(format, parts, shape, torch.bfloat16).nbytes / math.prod(shape)
+    bits = 8 * QuantWeight(format, parts, shape).nbytes / math.prod(shape)
     assert bits == pytest.approx(format.bits_per_weight, rel=1e-3)
     # what the memory targets leave room for
     assert bits <= {"int4": 4.5, "int2": 2.7501, "nf4": 4.13}.get(format.name, 8.02)
@@ -91,7 +91,7 @@ def test_values_are_the_bytes_decoded_by_hand(format, shape):
         [[decode(parts, i, j, shape) for j in range(shape[1])] for i in range(shape[0])],
         dtype=torch.float64,
     )
-    actual = format.dequantize(parts, shape, torch.float32)
+    actual = QuantWeight(format, parts, shape).to(torch.float32)
     # two fp32 roundings at most; nf4's sum of two terms may cancel a little
     torch.testing.assert_close(actual.double(), expected, rtol=2**-21, atol=0)
     assert expected.abs().max() > 0
@@ -101,9 +101,9 @@ def test_values_are_the_bytes_decoded_by_hand(format, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantized_dtype_is_fp32_rounded_once(format, dtype):
     parts = format.quantize(gaussian(9, 80))
-    out = format.dequantize(parts, (9, 80), dtype)
+    out = QuantWeight(format, parts, (9, 80)).to(dtype)
     assert out.dtype == dtype and out.is_contiguous()
-    assert torch.equal(out, format.dequantize(parts, (9, 80), torch.float32).to(dtype))
+    assert torch.equal(out, QuantWeight(format, parts, (9, 80)).to(torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -261,11 +261,11 @@ def test_what_is_no_weight_is_refused(format, weight):
 @pytest.mark.parametrize("shape", [(33, 320), (5, 63)])
 def test_codes(format, fmt, shape):
     parts = format.quantize(heavy_tailed(*shape))
-    codes = format.codes(parts, shape, fmt)
+    codes = QuantWeight(format, parts, shape).codes(fmt)
     dtype = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}[fmt]
     assert codes.q.dtype == dtype and codes.q.shape == shape
     assert codes.scale.dtype == torch.float32 and codes.scale.shape == shape[:1]
-    weight = format.dequantize(parts, shape, torch.float32)
+    weight = QuantWeight(format, parts, shape).to(torch.float32)
     error = (codes.q.float() * codes.scale[:, None] - weight).abs()
     if fmt == "int8":
         # half a step of a grid that spans the row
@@ -290,7 +290,7 @@ def test_linears_share_a_scratch(format):
 
 @every_format
 def test_what_cannot_be_decoded_into_is_refused(format):
-    weight = QuantWeight(format, format.quantize(gaussian(4, 64)), (4, 64), torch.float32)
+    weight = QuantWeight.of(gaussian(4, 64), format)
     out = torch.empty(4, 64)
     for bad in (
         out[:, :63],
@@ -312,6 +312,6 @@ def test_what_cannot_be_decoded_into_is_refused(format):
         (q, torch.empty(8)[::2]),
     ):
         with pytest.raises(ValueError, match=f"{format.name}: (q|scale) must be a contiguous"):
-            weight.codes_into(bad_q, bad_scale)
+            weight.decode_into(bad_q, bad_scale)
     with pytest.raises(ValueError, match=f"{format.name}: codes are one of int8, e4m3, not 'int4'"):
         weight.codes("int4")

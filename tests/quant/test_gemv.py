@@ -18,9 +18,7 @@ TOLERANCE = 1e-6
 def stored(weight, name):
     if name in FLOATS:
         return weight.to(FLOATS[name])
-    return QuantWeight(
-        FORMATS[name], FORMATS[name].quantize(weight), tuple(weight.shape), torch.float32
-    )
+    return QuantWeight.of(weight, FORMATS[name])
 
 
 def vectors(batch, cols):

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import row_quant_ref
-from fluxfast.quant import FORMATS, gpu, nf4
+from fluxfast.quant import FORMATS, QuantWeight, gpu, nf4
 from fluxfast.quant.rows import CODE_TYPES, FLOAT_TYPES
 from quant_cases import AWKWARD, gaussian, hard, heavy_tailed, same_bytes
 
@@ -133,7 +133,7 @@ def test_decoders(kernels, format, shape):
         room = torch.full((shape[0] * shape[1] + 16,), 77.0, dtype=torch.bfloat16)
         out = room[offset : offset + shape[0] * shape[1]].view(shape)
         call(getattr(kernels, f"dequantize_{format.name}"), out, *shape, *parts_of(format, parts))
-        assert same_bytes(out, format.dequantize(parts, shape, torch.bfloat16, impl="ref"))
+        assert same_bytes(out, QuantWeight(format, parts, shape).to(torch.bfloat16, impl="ref"))
         assert (room[:offset] == 77).all() and (room[offset + out.numel() :] == 77).all()
 
 
@@ -141,7 +141,7 @@ def test_decoders(kernels, format, shape):
 def test_decoders_of_hard_rows(kernels, format):
     parts, out = format.quantize(hard(), impl="ref"), torch.empty(12, 192, dtype=torch.bfloat16)
     call(getattr(kernels, f"dequantize_{format.name}"), out, *out.shape, *parts_of(format, parts))
-    assert same_bytes(out, format.dequantize(parts, (12, 192), torch.bfloat16, impl="ref"))
+    assert same_bytes(out, QuantWeight(format, parts, (12, 192)).to(torch.bfloat16, impl="ref"))
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the check is a bash script")
@@ -189,14 +189,14 @@ def test_native_on_a_gpu_runs_or_is_refused(format, monkeypatch):
         with pytest.raises(
             ValueError, match=f"{format.name}.dequantize: impl='native' can't do this call: .*{why}"
         ):
-            format.dequantize(parts, (4, 64), torch.bfloat16, impl="native")
+            format.implementation("dequantize", "native", parts["packed"], torch.bfloat16)
         why = (
             "decodes to torch.bfloat16, not to torch.float32"
             if decodes
             else "the native module doesn't"
         )
         with pytest.raises(ValueError, match=why):
-            format.dequantize(parts, (4, 64), torch.float32, impl="native")
+            format.implementation("dequantize", "native", parts["packed"], torch.float32)
 
 
 def test_the_obstacle_is_named(monkeypatch):
@@ -236,5 +236,7 @@ def test_on_the_device(format, shape):
             assert all(same_bytes(parts[name].cpu(), reference[name]) for name in reference)
     if "dequantize" in format.gpu_tasks:
         parts = {name: part.cuda() for name, part in expected.items()}
-        values = format.dequantize(parts, shape, torch.bfloat16, impl="native").cpu()
-        assert same_bytes(values, format.dequantize(expected, shape, torch.bfloat16, impl="ref"))
+        values = QuantWeight(format, parts, shape).to(torch.bfloat16, impl="native").cpu()
+        assert same_bytes(
+            values, QuantWeight(format, expected, shape).to(torch.bfloat16, impl="ref")
+        )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluxfast.ops import dispatch
-from fluxfast.quant import FORMATS
+from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.linear import QuantLinear
 from quant_cases import AWKWARD, assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
 from support import for_thread_counts
@@ -36,11 +36,11 @@ def assert_equals_ref(format, weight):
     for name in expected:
         assert same_bytes(parts[name], expected[name]), name
     for dtype in (*DTYPES, torch.float64):
-        out = format.dequantize(expected, shape, dtype, impl="native")
-        assert same_bytes(out, format.dequantize(expected, shape, dtype, impl="ref")), dtype
+        out = QuantWeight(format, expected, shape).to(dtype, impl="native")
+        assert same_bytes(out, QuantWeight(format, expected, shape).to(dtype, impl="ref")), dtype
     for fmt in ("int8", "e4m3"):
         codes, reference = (
-            format.codes(expected, shape, fmt, impl=impl) for impl in ("native", "ref")
+            QuantWeight(format, expected, shape).codes(fmt, impl=impl) for impl in ("native", "ref")
         )
         assert same_bytes(codes.q, reference.q) and same_bytes(codes.scale, reference.scale), fmt
 
@@ -96,8 +96,12 @@ def test_same_for_any_thread_count(format):
 
     def run():
         parts = format.quantize(weight, impl="native")
-        values = format.dequantize(parts, (61, 1088), torch.float32, impl="native")
-        return [*parts.values(), values, *format.codes(parts, (61, 1088), "int8", impl="native")]
+        values = QuantWeight(format, parts, (61, 1088)).to(torch.float32, impl="native")
+        return [
+            *parts.values(),
+            values,
+            *QuantWeight(format, parts, (61, 1088)).codes("int8", impl="native"),
+        ]
 
     results = for_thread_counts(run)
     for other in results[1:]:
@@ -137,7 +141,7 @@ def test_auto_is_native_and_an_impl_that_cannot_is_refused(format, monkeypatch):
     with pytest.raises(
         ValueError, match=f"{format.name}.dequantize: impl='native' can't do this call"
     ):
-        format.dequantize(format.empty((3, 64)), (3, 64), torch.float32, impl="native")
+        QuantWeight(format, format.empty((3, 64)), (3, 64)).to(torch.float32, impl="native")
 
 
 @every_format

@@ -5,7 +5,7 @@ both (extra `compare`).
 import pytest
 import torch
 
-from fluxfast.quant import FORMATS
+from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.nf4 import CODE, absmax_code, bounds, quantize_absmax
 from quant_cases import AWKWARD, gaussian, heavy_tailed
 from support import relative_error
@@ -42,7 +42,7 @@ def bnb_error(weight: torch.Tensor, quant_type: str) -> float:
 
 def our_error(weight: torch.Tensor, name: str) -> float:
     parts = FORMATS[name].quantize(weight)
-    return relative_error(FORMATS[name].dequantize(parts, SHAPE, torch.float32), weight)
+    return relative_error(QuantWeight(FORMATS[name], parts, SHAPE).to(torch.float32), weight)
 
 
 @pytest.mark.parametrize("make", [gaussian, heavy_tailed])
@@ -78,7 +78,7 @@ def assert_equals_bitsandbytes(weight: torch.Tensor) -> None:
     assert torch.equal(parts["absmax"], state.absmax)
     assert torch.equal(parts["nested_absmax"], state.state2.absmax)
     assert torch.equal(parts["offset"], state.offset.view(1))
-    values = FORMATS["nf4"].dequantize(parts, shape, weight.dtype)
+    values = QuantWeight(FORMATS["nf4"], parts, shape).to(weight.dtype)
     # its kernel for the CPU takes the wrong scales (0.50.2) where rows are shorter than a block:
     # let it see one long row
     state.shape = torch.Size([1, weight.numel()])

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch, row_quant
+from fluxfast.ops import dispatch
 from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
 from fluxfast.ops.linear.group import COMPUTE, LinearGroup, LinearParams
-from fluxfast.ops.row_quant import RowOutput
 from fluxfast.ops.tensors import own_dtypes
 
 
@@ -36,14 +35,6 @@ def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
         outs.append(y)
     y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def input_form(x: Tensor, group: LinearGroup) -> RowOutput:
-    """Values x [..., K] in the form that the group reads."""
-    if group.form == "same":
-        return RowOutput(x, None, None)
-    codes = row_quant.forward(x, group.compute, impl=group.impl)
-    return RowOutput(x if group.form.startswith("both") else None, *codes)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -64,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
             {"compute": compute, "outliers": outliers, "impl": impl, "dropout_seed": seed},
         )
         group = LinearGroup(_over_tensors(bases, trained), x.dtype, **ctx.options)
-        y, s = group.forward(input_form(x, group))
+        y, s = group.forward(group.as_input(x))
         ctx.has_s = s is not None
         # frozen weights stay where they are: nobody has to keep, copy or move them for backward
         ctx.save_for_backward(x, *([s] if s is not None else []), *trained)
@@ -78,7 +69,7 @@ class _LoraLinear(torch.autograd.Function):
         s = rest.pop(0) if ctx.has_s else None
         group = LinearGroup(_over_tensors(ctx.bases, rest), x.dtype, **ctx.options)
         need_dx = ctx.needs_input_grad[0]
-        dx, grads = group.backward(dy, input_form(x, group), s, need_dx=need_dx)
+        dx, grads = group.backward(dy, group.as_input(x), s, need_dx=need_dx)
         return (
             dx,
             None,
@@ -127,17 +118,15 @@ def lora_linear(
     trained = [t for p in linears for t in tensors_of(p.adapters)]
     stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]
     backend = dispatch.resolve(
-        "lora_linear", impl, (x,), cast=(*stored, *trained), obstacle=codes_obstacle(x, compute)
+        "lora_linear", impl, (x,), cast=(*stored, *trained), obstacle=_codes_obstacle(x, compute)
     )
     # only the tensors passed one by one belong to the graph
     detached = _over_tensors(linears, [t.detach() for t in trained])
     return _LoraLinear.apply(x, detached, compute, outliers, backend, dropout_seed, *trained)
 
 
-def codes_obstacle(x: Tensor, compute: str) -> str | None:
-    """Why only the reference has products of `compute` where x is; None where there is no such
-    reason.
-    """
+def _codes_obstacle(x: Tensor, compute: str) -> str | None:
+    """Why only the reference has products of `compute` where x is, or None."""
     if compute != "e4m3" or not x.is_cuda or not dispatch.HAS_TRITON:
         return None
     from fluxfast_kernels._launch import multiplies_e4m3

@@ -1,24 +1,29 @@
-"""A LinearGroup's products by torch's own: BLAS on the CPU, the reference everywhere. Arguments as
-in `_linear_triton`.
+"""A LinearGroup's products by torch: BLAS on the CPU, and the reference everywhere.
 
-Products of codes are int8 by `torch._int_mm` where W comes as int8; else W comes as floats that
-hold the codes' values (`readable`), and they are float products.
+`products_triton` has the same functions with the same arguments. Linears come as lists, with one
+entry a linear (weights, row scales, biases, outs) or one a LoRA (a, b, scales); `counts` says how
+many LoRAs each linear has. Rows x [M, K] and dy [M, N] are values, or codes with a scale a row.
+
+A product of codes is int8 by `torch._int_mm` where W comes as int8. Else W comes as floats that
+hold the codes' values (`readable`), and the product is a float one.
 """
 
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluxfast.ops import dispatch, registration
+from fluxfast.ops import dispatch
+from fluxfast.ops.registration import Op, is_traced
+
+logger = logging.getLogger("fluxfast")
 
 
 def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors as one along the first dimension, if that is how they lie in memory; else None.
-    Nothing is copied.
-    """
+    """The tensors as one along the first dimension, if they lie so in memory; else None."""
     first = tensors[0]
     if len(tensors) == 1:
         return first.detach()
@@ -42,9 +47,7 @@ def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as one along the first dimension, a copy if they lie apart; in the dtype that all
-    can be cast to.
-    """
+    """The tensors as one along the first dimension; a copy, in a common dtype, if they lie apart."""
     joined = adjoining(tensors)
     return torch.cat([t.detach() for t in tensors]) if joined is None else joined
 
@@ -63,9 +66,6 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, accumulate: bo
         torch.addmm(bias.to(x.dtype), x, w.T, out=y)
 
 
-logger = logging.getLogger("fluxfast")
-
-
 @functools.cache
 def _try_int8_products() -> bool:
     codes = (torch.arange(64 * 96) * 37 % 255 - 127).to(torch.int8)
@@ -80,8 +80,7 @@ def _try_int8_products() -> bool:
 
 @torch.compiler.assume_constant_result
 def int8_products_are_exact() -> bool:
-    """Whether `torch._int_mm` adds products of int8 up as it should on this CPU: found out by
-    trying it, once.
+    """Whether `torch._int_mm` gives exact sums on this CPU: found out by trying it, once.
 
     On processors without VNNI (Intel before 2019, AMD before Zen 4) oneDNN sums pairs of products
     in 16 bits, which overflow.
@@ -90,14 +89,12 @@ def int8_products_are_exact() -> bool:
 
 
 def readable(q: Tensor, impl: str, dtype: torch.dtype) -> Tensor:
-    """Codes [N, K] in the form that products read: int8 itself where the CPU has products of it,
-    else floats.
-    """
+    """Codes [N, K] as products read them: int8 where the CPU has products of it, else floats."""
     if impl == "ref":
         return q.to(torch.promote_types(dtype, torch.float32))
-    return (
-        q if q.dtype == torch.int8 and int8_products_are_exact() else _code_values(q, torch.float32)
-    )
+    if q.dtype == torch.int8 and int8_products_are_exact():
+        return q
+    return _code_values(q, torch.float32)
 
 
 def _code_values(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,26 +107,28 @@ def _code_values(q: Tensor, dtype: torch.dtype) -> Tensor:
         or q.numel() == 0
     ):
         return q.to(dtype)
-    return registration.launcher(q, linear_code_values, _values_op)(q)[0]
+    return _e4m3_values(q)
 
 
-def linear_code_values(q: Tensor) -> list[Tensor]:
+def _e4m3_values(q: Tensor) -> Tensor:
     """The values of e4m3 codes [M, K] in fp32, by the native module."""
+    if is_traced(q):
+        (values,) = _e4m3_values_op(q)
+        return values
     values = torch.empty(q.shape)
     ones, q = torch.ones(q.shape[0]), q.contiguous()
     fp32 = 0
     dispatch.native.dequantize_fp8(
         values.data_ptr(), fp32, *q.shape, q.data_ptr(), ones.data_ptr(), torch.get_num_threads()
     )
-    return [values]
+    return values
 
 
-_values_op = registration.register(linear_code_values)
-
-
-@_values_op.register_fake
-def _(q: Tensor) -> list[Tensor]:
+def _fake_values(q: Tensor, **_: Any) -> list[Tensor]:
     return [q.new_empty(q.shape, dtype=torch.float32)]
+
+
+_e4m3_values_op = Op("linear_code_values", _e4m3_values, _fake_values)
 
 
 def scaled_product(q: Tensor, scale: Tensor, w: Tensor) -> Tensor:
@@ -144,25 +143,32 @@ def scaled_product(q: Tensor, scale: Tensor, w: Tensor) -> Tensor:
 def down(
     x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float], dtype: torch.dtype
 ) -> Tensor:
+    """s = scale · x Aᵀ [M, Σ ranks] in dtype."""
     s = _values(x, x_scale, dtype) @ stack(a).to(dtype).T
     return _rescale(s, scales, [t.shape[0] for t in a])
 
 
 def down_grad(
-    dy: Tensor, b: list[Tensor], scales: list[float], adapters: list[int], outs: list[int]
+    dy: Tensor, b: list[Tensor], scales: list[float], counts: list[int], outs: list[int]
 ) -> Tensor:
+    """dS = scale · dy B [M, Σ ranks], each linear's from its own columns of dy."""
     columns, it = [], iter(b)
-    for dy_i, count in zip(dy.split_with_sizes(outs, dim=1), adapters, strict=True):
+    for dy_i, count in zip(dy.split_with_sizes(outs, dim=1), counts, strict=True):
         columns += [dy_i @ next(it).detach().to(dy.dtype) for _ in range(count)]
     ds = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     return _rescale(ds, scales, [t.shape[1] for t in b])
 
 
 def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dA = dSᵀ x [Σ ranks, K]."""
     return (ds.T @ _values(x, x_scale, ds.dtype)).to(dtype)
 
 
 def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
+    """dB = dyᵀ s [N, widest], a linear's rows from its own columns of dy and of s [M, Σ ranks].
+
+    ranks: the ranks of each linear's LoRAs, added up.
+    """
     widest, rows = max(ranks), []
     for dy_i, s_i in zip(
         dy.split_with_sizes(outs, dim=1), s.split_with_sizes(ranks, dim=1), strict=True
@@ -182,20 +188,15 @@ def wide(
     biases: list[Tensor | None],
     s: Tensor | None,
     b: list[Tensor],
-    adapters: list[int],
+    counts: list[int],
     y: Tensor,
 ) -> None:
-    outs = [w.shape[0] for w in weights]
-    joined = (
-        adjoining(weights)
-        if all(bias is not None for bias in biases) or biases == [None] * len(biases)
-        else None
-    )
+    """Writes x Wᵀ + s Bᵀ + bias to y [M, N]."""
+    outs, present = [w.shape[0] for w in weights], [bias for bias in biases if bias is not None]
+    joined = adjoining(weights) if len(present) in (0, len(biases)) else None
     if joined is not None:
         weights, w_scales = [joined], [stack(w_scales)] if w_scales else []
-        biases = [
-            None if biases[0] is None else stack([bias for bias in biases if bias is not None])
-        ]
+        biases = [stack(present) if present else None]
     columns = y.split_with_sizes([w.shape[0] for w in weights], dim=1)
     for i, (w, bias, y_i) in enumerate(zip(weights, biases, columns, strict=True)):
         bias = None if bias is None else bias.detach()
@@ -205,15 +206,15 @@ def wide(
         full = scaled_product(x, x_scale, w.T).mul_(w_scales[i])
         y_i.copy_(full if bias is None else full.add_(bias))
     if s is not None:
-        add_up(y, s, b, adapters, outs)
+        add_up(y, s, b, counts, outs)
 
 
 def add_up(
-    y: Tensor, s: Tensor, b: Sequence[Tensor], adapters: Sequence[int], outs: Sequence[int]
+    y: Tensor, s: Tensor, b: Sequence[Tensor], counts: Sequence[int], outs: Sequence[int]
 ) -> None:
     """y += s Bᵀ, each linear's columns from its own ranks."""
     it, rank = iter(b), 0
-    for y_i, count in zip(y.split_with_sizes(list(outs), dim=1), adapters, strict=True):
+    for y_i, count in zip(y.split_with_sizes(list(outs), dim=1), counts, strict=True):
         for _ in range(count):
             factor = next(it).detach().to(y.dtype)
             y_i.addmm_(s[:, rank : rank + factor.shape[1]], factor.T)
@@ -221,6 +222,7 @@ def add_up(
 
 
 def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
+    """Codes in the order in memory that dgrad wants; BLAS takes them in any."""
     return weights
 
 
@@ -235,6 +237,10 @@ def wide_dgrad(
     accumulate: bool,
     dx: Tensor,
 ) -> None:
+    """Writes dy W + dS A to dx [M, K], or adds it, for dy's columns from `col` on.
+
+    Codes of dy are those of dy · w_scales.
+    """
     joined = adjoining(weights)
     start, stop = 0, col + dy.shape[1]
     for w in weights if joined is None else [joined]:
@@ -253,24 +259,25 @@ def wide_dgrad(
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    return registration.launcher(x, linear_mask, _mask_op)(x, p, seed)[0].mul_(x)
+    """x · mask, where the mask is 0 with probability p and else 1 / (1 - p)."""
+    return _mask(x, p, seed).mul_(x)
 
 
-def linear_mask(x: Tensor, p: float, seed: int) -> list[Tensor]:
-    """What dropout multiplies an x of this shape by: 0 with probability p, else 1 / (1 - p)."""
+def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+    if is_traced(x):
+        (mask,) = _mask_op(x, p, seed)
+        return mask
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(
-        1 - p, generator=generator
-    )
-    return [keep.div_(1 - p) if p < 1 else keep]
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mask.bernoulli_(1 - p, generator=generator)
+    return mask.div_(1 - p) if p < 1 else mask
 
 
-_mask_op = registration.register(linear_mask)
-
-
-@_mask_op.register_fake
-def _(x: Tensor, p: float, seed: int) -> list[Tensor]:
+def _fake_mask(x: Tensor, **_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape)]
+
+
+_mask_op = Op("linear_mask", _mask, _fake_mask)
 
 
 def _values(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -278,7 +285,7 @@ def _values(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _rescale(s: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor:
-    """Multiplies each adapter's columns of s by its scale, in place."""
+    """Multiplies each LoRA's columns of s by its scale, in place."""
     if len(set(scales)) == 1:
         return s if scales[0] == 1 else s.mul_(scales[0])
     for columns, scale in zip(s.split_with_sizes(list(ranks), dim=1), scales, strict=True):

@@ -1,10 +1,8 @@
-"""A LinearGroup's products on Triton: registered ops over the kernels, which pack what they are
-given where it lies.
+"""A LinearGroup's products by Triton's kernels, with the functions and arguments of
+`products_torch`.
 
-Linears come as lists, one entry a linear (weights, row scales, biases) or an adapter (A, B,
-scales), with `adapters`, how many of them each linear has. Neighbours whose weights adjoin in
-memory are one launch; so packing is looked for where memory can be looked at, inside the ops, and
-torch.compile need not know of it.
+Neighbours whose weights adjoin in memory are one launch. What torch.compile has to see is a
+registered op, inside which memory can be looked at, so packing works there as well.
 """
 
 import functools
@@ -15,29 +13,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fluxfast.ops import registration
 from fluxfast.ops.linear import products_torch
 from fluxfast.ops.linear.products_torch import adjoining, stack
+from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import dense_rows
 
 
 class _Span(NamedTuple):
-    """Linears that go in one launch, and what is theirs: columns of y, columns of s, and adapters."""
+    """Linears that go in one launch, with their columns of y, their columns of s, and their LoRAs."""
 
     linears: slice
     cols: slice
     ranks: slice
-    adapters: slice
+    loras: slice
 
 
 def _spans(
-    outs: Sequence[int], ranks: Sequence[int], adapters: Sequence[int], packed: bool
+    outs: Sequence[int], ranks: Sequence[int], counts: Sequence[int], packed: bool
 ) -> list[_Span]:
-    """All linears as one span if `packed`, else one each. ranks, adapters: of each linear, Σ ranks
-    and number of adapters.
-    """
+    """All linears as one span if `packed`, else one each; ranks: Σ ranks of each linear."""
     cuts = [0, len(outs)] if packed else range(len(outs) + 1)
-    cols, columns, of = ([0, *accumulate(sizes)] for sizes in (outs, ranks, adapters))
+    cols, columns, of = ([0, *accumulate(sizes)] for sizes in (outs, ranks, counts))
     return [
         _Span(
             slice(lo, hi),
@@ -49,9 +45,9 @@ def _spans(
     ]
 
 
-def _linear_ranks(b: Sequence[Tensor], adapters: Sequence[int]) -> list[int]:
-    """The ranks of each linear's adapters, added up."""
-    starts = [0, *accumulate(adapters)]
+def _linear_ranks(b: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
+    """The ranks of each linear's LoRAs, added up."""
+    starts = [0, *accumulate(counts)]
     return [sum(t.shape[1] for t in b[lo:hi]) for lo, hi in pairwise(starts)]
 
 
@@ -64,8 +60,9 @@ def _packs(outs: Sequence[int]) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _segments(outs: tuple[int, ...], ranks: tuple[int, ...], device: torch.device) -> Any:
-    """The kernels' table for linears in one launch; None for one alone. Made once: a launch must
-    not wait for a copy.
+    """The kernels' table for linears in one launch; None for one alone.
+
+    Made once, because a launch must not wait for a copy to the device.
     """
     from fluxfast_kernels._matmul import make_segments
 
@@ -76,7 +73,7 @@ def _segments(outs: tuple[int, ...], ranks: tuple[int, ...], device: torch.devic
 def _rank_scales(
     scales: tuple[float, ...], ranks: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
-    """Each adapter's scale, for each of its ranks; None where all are 1."""
+    """Each LoRA's scale, for each of its ranks; None where all are 1."""
     if all(scale == 1 for scale in scales):
         return None
     values = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
@@ -84,19 +81,19 @@ def _rank_scales(
 
 
 def _packed_b(
-    b: Sequence[Tensor], adapters: Sequence[int], outs: Sequence[int], dtype: torch.dtype
+    b: Sequence[Tensor], counts: Sequence[int], outs: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The linears' B [N, widest], each linear's adapters side by side in its own rows; what is left
-    over is never read.
+    """The linears' B [N, widest], each linear's LoRAs side by side in its own rows.
+
+    The columns left over, where a linear has fewer ranks than the widest, are never read.
     """
     alike = all(t.dtype == b[0].dtype for t in b)
-    if alike and all(n == 1 for n in adapters) and all(t.shape[1] == b[0].shape[1] for t in b):
+    if alike and all(n == 1 for n in counts) and all(t.shape[1] == b[0].shape[1] for t in b):
         return stack(b)
-    packed = b[0].new_empty(
-        sum(outs), max(_linear_ranks(b, adapters)), dtype=b[0].dtype if alike else dtype
-    )
+    widest = max(_linear_ranks(b, counts))
+    packed = b[0].new_empty(sum(outs), widest, dtype=b[0].dtype if alike else dtype)
     row = first = 0
-    for n, count in zip(outs, adapters, strict=True):
+    for n, count in zip(outs, counts, strict=True):
         col = 0
         for t in b[first : first + count]:
             packed[row : row + n, col : col + t.shape[1]] = t
@@ -115,64 +112,75 @@ def _bias(biases: Sequence[Tensor | None], outs: Sequence[int]) -> Tensor | None
     )
 
 
-def linear_down(
+def down(
     x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float], dtype: torch.dtype
-) -> list[Tensor]:
-    """s = scale · x Aᵀ [M, Σ ranks] in dtype; x [M, K] values, or codes with a scale a row."""
+) -> Tensor:
+    """s = scale · x Aᵀ [M, Σ ranks] in dtype."""
+    if is_traced(x):
+        (s,) = _down_op(x, x_scale, a, scales, dtype)
+        return s
     from fluxfast_kernels.lora_linear import lora_down
 
-    scale = _rank_scales(tuple(scales), tuple(t.shape[0] for t in a), x.device)
-    return [lora_down(dense_rows(x), stack(a), scale=scale, x_scale=x_scale, out_dtype=dtype)]
+    ranks = tuple(t.shape[0] for t in a)
+    s = x.new_empty(x.shape[0], sum(ranks), dtype=dtype)
+    scale = _rank_scales(tuple(scales), ranks, x.device)
+    return lora_down(dense_rows(x), stack(a), s, scale=scale, x_scale=x_scale)
 
 
-def linear_ds(
-    dy: Tensor, b: list[Tensor], scales: list[float], adapters: list[int], outs: list[int]
-) -> list[Tensor]:
-    """dS = scale · dy B [M, Σ ranks], each linear's from its own columns of dy [M, N]."""
-    from fluxfast_kernels.lora_linear import lora_ds
+def down_grad(
+    dy: Tensor, b: list[Tensor], scales: list[float], counts: list[int], outs: list[int]
+) -> Tensor:
+    """dS = scale · dy B [M, Σ ranks], each linear's from its own columns of dy."""
+    if is_traced(dy):
+        (ds,) = _down_grad_op(dy, b, scales, counts, outs)
+        return ds
+    from fluxfast_kernels.lora_linear import lora_down
 
-    dy, ranks = dense_rows(dy), _linear_ranks(b, adapters)
+    dy, ranks = dense_rows(dy), _linear_ranks(b, counts)
     ds = dy.new_empty(dy.shape[0], sum(ranks))
     scale = _rank_scales(tuple(scales), tuple(t.shape[1] for t in b), dy.device)
-    for linears, cols, columns, own in _spans(outs, ranks, adapters, _packs(outs)):
+    for linears, cols, columns, own in _spans(outs, ranks, counts, _packs(outs)):
         if b[own]:
-            packed = _packed_b(b[own], adapters[linears], outs[linears], dy.dtype)
-            segments = _segments(tuple(outs[linears]), tuple(ranks[linears]), dy.device)
-            lora_ds(
-                dy[:, cols],
-                packed,
-                ds[:, columns],
+            packed = _packed_b(b[own], counts[linears], outs[linears], dy.dtype)
+            lora_down(
+                dy[:, cols], packed.T, ds[:, columns],
                 scale=None if scale is None else scale[columns],
-                segments=segments,
-            )
-    return [ds]
+                segments=_segments(tuple(outs[linears]), tuple(ranks[linears]), dy.device),
+            )  # fmt: skip
+    return ds
 
 
-def linear_db(
-    dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype
-) -> list[Tensor]:
-    """dB = dyᵀ s [N, widest], a linear's rows from its own columns of dy [M, N] and of s [M, Σ
-    ranks].
+def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dA = dSᵀ x [Σ ranks, K]."""
+    if is_traced(ds):
+        (da,) = _grad_a_op(ds, x, x_scale, dtype)
+        return da
+    from fluxfast_kernels.lora_linear import lora_outer
+
+    da = x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)
+    return lora_outer(dense_rows(x), ds, da, x_scale=x_scale, transposed=True)
+
+
+def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
+    """dB = dyᵀ s [N, widest], a linear's rows from its own columns of dy and of s [M, Σ ranks].
+
+    ranks: the ranks of each linear's LoRAs, added up.
     """
-    from fluxfast_kernels.lora_linear import lora_db
+    if is_traced(dy):
+        (db,) = _grad_b_op(dy, s, outs, ranks, dtype)
+        return db
+    from fluxfast_kernels.lora_linear import lora_outer
 
     dy = dense_rows(dy)
     db = dy.new_empty(sum(outs), max(ranks), dtype=dtype)
     for linears, cols, columns, _ in _spans(outs, ranks, ranks, _packs(outs)):
         if widest := max(ranks[linears]):
             segments = _segments(tuple(outs[linears]), tuple(ranks[linears]), dy.device)
-            lora_db(dy[:, cols], s[:, columns], db[cols, :widest], segments=segments)
-    return [db]
+            lora_outer(dy[:, cols], s[:, columns], db[cols, :widest], segments=segments)
+    return db
 
 
-def linear_da(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """dA = dSᵀ x [Σ ranks, K]; x [M, K] as `linear_down` takes it."""
-    from fluxfast_kernels.lora_linear import lora_da
-
-    return [lora_da(dense_rows(x), ds, x_scale=x_scale, grad_dtype=dtype)]
-
-
-def linear_fwd(
+def wide(
     x: Tensor,
     x_scale: Tensor | None,
     weights: list[Tensor],
@@ -180,37 +188,59 @@ def linear_fwd(
     biases: list[Tensor | None],
     s: Tensor | None,
     b: list[Tensor],
-    adapters: list[int],
+    counts: list[int],
     y: Tensor,
 ) -> None:
-    """y [M, N] = x Wᵀ + s Bᵀ + bias; x and W values, or codes with a scale a row (W's codes with
-    x's values, too).
-    """
-    from fluxfast_kernels import lora_linear, quant_matmul
+    """Writes x Wᵀ + s Bᵀ + bias to y [M, N]. W may be codes where x is values."""
+    if is_traced(x):
+        _wide_op(x, x_scale, weights, w_scales, biases, s, b, counts, y)
+        return
+    from fluxfast_kernels._matmul import matmul
 
-    x, outs, ranks = dense_rows(x), [w.shape[0] for w in weights], _linear_ranks(b, adapters)
+    x, outs, ranks = dense_rows(x), [w.shape[0] for w in weights], _linear_ranks(b, counts)
     joined = adjoining(weights) if _packs(outs) else None
-    for linears, cols, columns, own in _spans(outs, ranks, adapters, joined is not None):
+    for linears, cols, columns, own in _spans(outs, ranks, counts, joined is not None):
         w = weights[linears.start] if joined is None else joined
         y_i, bias = y[:, cols], _bias(biases[linears], outs[linears])
         u, v, segments = None, None, None
         if s is not None and b[own]:
-            u, v = s[:, columns], _packed_b(b[own], adapters[linears], outs[linears], y.dtype)
+            u, v = s[:, columns], _packed_b(b[own], counts[linears], outs[linears], y.dtype)
             segments = _segments(tuple(outs[linears]), tuple(ranks[linears]), x.device)
-        if w_scales:
-            quant_matmul.quant_matmul(
-                x, x_scale, w, stack(w_scales[linears]), bias=bias, lora_s=u, lora_b=v, segments=segments,
-                out=y_i, out_dtype=y.dtype,
-            )  # fmt: skip
-        elif _library_takes(x, w):
+        if not w_scales and _library_takes(x, w):
             products_torch.product(x, w, bias, y_i)
             if u is not None:
-                products_torch.add_up(y_i, u, b[own], adapters[linears], outs[linears])
-        else:
-            lora_linear.lora_matmul(x, w, bias=bias, lora_s=u, lora_b=v, segments=segments, out=y_i)
+                products_torch.add_up(y_i, u, b[own], counts[linears], outs[linears])
+            continue
+        scale = stack(w_scales[linears]) if w_scales else None
+        matmul(
+            x, w, x_scale=x_scale, w_scale=scale, bias=bias, u=u, v=v, segments=segments, out=y_i
+        )
 
 
-def linear_dgrad(
+def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
+    """Codes in the order in memory that dgrad of so many tokens wants.
+
+    They come as they are, or as `.T` of transposed copies.
+    """
+    from fluxfast_kernels._launch import dgrad_transposes
+
+    if not dgrad_transposes(tokens, weights[0].device):
+        return weights
+    joined = adjoining(weights)
+    return [_transposed(w).T for w in (weights if joined is None else [joined])]
+
+
+def _transposed(w: Tensor) -> Tensor:
+    """A contiguous [K, N] copy of the codes w [N, K]."""
+    if is_traced(w):
+        (t,) = _transposed_op(w)
+        return t
+    from fluxfast_kernels import quant_matmul
+
+    return quant_matmul.transpose_codes(w)
+
+
+def wide_dgrad(
     dy: Tensor,
     dy_scale: Tensor | None,
     col: int,
@@ -221,11 +251,14 @@ def linear_dgrad(
     accumulate: bool,
     dx: Tensor,
 ) -> None:
-    """dx [M, K] = (or, with `accumulate`, +=) dy W + dS A, for dy's columns from `col` on.
+    """Writes dy W + dS A to dx [M, K], or adds it, for dy's columns from `col` on.
 
-    dy: values, or codes of dy · w_scales with a scale a row. With values and w_scales, W is codes.
+    Codes of dy are those of dy · w_scales. W may be codes where dy is values.
     """
-    from fluxfast_kernels import lora_linear, quant_matmul
+    if is_traced(dy):
+        _wide_dgrad_op(dy, dy_scale, col, weights, w_scales, ds, a, accumulate, dx)
+        return
+    from fluxfast_kernels._matmul import matmul
 
     dy, stop, start = dense_rows(dy), col + dy.shape[1], 0
     u, v = ds, None if ds is None else stack(a)
@@ -237,36 +270,40 @@ def linear_dgrad(
         if lo >= hi:
             continue
         dy_i = dy[:, lo - col : hi - col]
-        if w_scales:
-            if dy_scale is None:
-                dy_i = dy_i * stack(w_scales)[lo:hi].to(dy.dtype)
-            quant_matmul.quant_matmul_dgrad(
-                dy_i,
-                dy_scale,
-                w,
-                lora_ds=u,
-                lora_a=v,
-                out=dx,
-                out_dtype=dx.dtype,
-                accumulate=accumulate,
-            )
-        elif _library_takes(dy, w):
+        if not w_scales and _library_takes(dy, w):
             products_torch.product(dy_i, w.T, None, dx, accumulate)
             if u is not None and v is not None:
                 dx.addmm_(u, v.to(dx.dtype))
         else:
-            lora_linear.lora_matmul_dgrad(
-                dy_i, w, lora_ds=u, lora_a=v, out=dx, accumulate=accumulate
-            )
+            if w_scales and dy_scale is None:
+                dy_i = dy_i * stack(w_scales)[lo:hi].to(dy.dtype)
+            v_t = None if v is None else v.T
+            matmul(dy_i, w.T, x_scale=dy_scale, u=u, v=v_t, out=dx, accumulate=accumulate)
         # the first launch has all of dS A
         accumulate, u, v = True, None, None
 
 
-def linear_transpose(w: Tensor) -> list[Tensor]:
-    """A contiguous [K, N] copy of the codes w [N, K]."""
-    from fluxfast_kernels.quant_matmul import transpose_codes
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """x · mask, where the mask is 0 with probability p and else 1 / (1 - p).
 
-    return [transpose_codes(w)]
+    The mask is a function of seed, row and column.
+    """
+    if is_traced(x):
+        (y,) = _dropped_op(x, p, seed)
+        return y
+    from fluxfast_kernels.dropout import dropout
+
+    return dropout(dense_rows(x), p, seed)
+
+
+def keeps_codes(fmt: str, tokens: int, device: torch.device) -> bool:
+    """Whether a product of values with a weight that is stored as codes reads the codes.
+
+    Else the weight is decoded first.
+    """
+    from fluxfast_kernels._launch import wide_engine
+
+    return wide_engine(fmt, tokens, device) == "codes"
 
 
 def _library_takes(x: Tensor, w: Tensor) -> bool:
@@ -275,122 +312,34 @@ def _library_takes(x: Tensor, w: Tensor) -> bool:
     return x.dtype == w.dtype and wide_engine("float", x.shape[0], x.device) == "library"
 
 
-def keeps_codes(fmt: str, tokens: int, device: torch.device) -> bool:
-    """Whether a product of values with a weight stored as codes reads the codes, in place of
-    decoding them first.
-    """
-    from fluxfast_kernels._launch import wide_engine
-
-    return wide_engine(fmt, tokens, device) == "codes"
+# what torch.compile and tensor subclasses see
 
 
-def linear_dropout(x: Tensor, p: float, seed: int) -> list[Tensor]:
-    """x [M, K] · mask, the mask 0 with probability p and else 1 / (1 - p): a function of seed, row
-    and column.
-    """
-    from fluxfast_kernels.dropout import dropout
-
-    return [dropout(dense_rows(x), p, seed)]
-
-
-_down_op, _ds_op, _db_op = (
-    registration.register(linear_down),
-    registration.register(linear_ds),
-    registration.register(linear_db),
-)
-_da_op, _dropout_op = registration.register(linear_da), registration.register(linear_dropout)
-_transpose_op = registration.register(linear_transpose)
-_fwd_op = torch.library.custom_op("fluxfast::linear_fwd", linear_fwd, mutates_args=("y",))
-_dgrad_op = torch.library.custom_op("fluxfast::linear_dgrad", linear_dgrad, mutates_args=("dx",))
-
-
-@_down_op.register_fake
-def _(
-    x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float], dtype: torch.dtype
-) -> list[Tensor]:
+def _fake_down(x: Tensor, a: Sequence[Tensor], dtype: torch.dtype, **_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=dtype)]
 
 
-@_ds_op.register_fake
-def _(
-    dy: Tensor, b: list[Tensor], scales: list[float], adapters: list[int], outs: list[int]
-) -> list[Tensor]:
+def _fake_down_grad(dy: Tensor, b: Sequence[Tensor], **_: Any) -> list[Tensor]:
     return [dy.new_empty(dy.shape[0], sum(t.shape[1] for t in b))]
 
 
-@_db_op.register_fake
-def _(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> list[Tensor]:
-    return [dy.new_empty(sum(outs), max(ranks), dtype=dtype)]
-
-
-@_da_op.register_fake
-def _(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+def _fake_grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, **_: Any) -> list[Tensor]:
     return [x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)]
 
 
-@_transpose_op.register_fake
-def _(w: Tensor) -> list[Tensor]:
-    return [w.new_empty(w.shape[1], w.shape[0])]
+def _fake_grad_b(
+    dy: Tensor, outs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, **_: Any
+) -> list[Tensor]:
+    return [dy.new_empty(sum(outs), max(ranks), dtype=dtype)]
 
 
-@_dropout_op.register_fake
-def _(x: Tensor, p: float, seed: int) -> list[Tensor]:
-    return [x.new_empty(x.shape)]
-
-
-@_fwd_op.register_fake
-def _(*args: Any) -> None:
-    return None
-
-
-@_dgrad_op.register_fake
-def _(*args: Any) -> None:
-    return None
-
-
-# the products as LinearGroup calls them
-
-
-def down(
-    x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float], dtype: torch.dtype
-) -> Tensor:
-    return registration.launcher(x, linear_down, _down_op)(x, x_scale, a, scales, dtype)[0]
-
-
-def down_grad(
-    dy: Tensor, b: list[Tensor], scales: list[float], adapters: list[int], outs: list[int]
-) -> Tensor:
-    return registration.launcher(dy, linear_ds, _ds_op)(dy, b, scales, adapters, outs)[0]
-
-
-def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return registration.launcher(ds, linear_da, _da_op)(ds, x, x_scale, dtype)[0]
-
-
-def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
-    return registration.launcher(dy, linear_db, _db_op)(dy, s, outs, ranks, dtype)[0]
-
-
-def wide(x: Tensor, *args: Any) -> None:
-    registration.launcher(x, linear_fwd, _fwd_op)(x, *args)
-
-
-def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
-    """Codes in the order in memory that dgrad of so many tokens wants: as they are, or `.T` of
-    transposed copies.
-    """
-    from fluxfast_kernels._launch import dgrad_transposes
-
-    if not dgrad_transposes(tokens, weights[0].device):
-        return weights
-    joined = adjoining(weights)
-    whole = weights if joined is None else [joined]
-    return [registration.launcher(w, linear_transpose, _transpose_op)(w)[0].T for w in whole]
-
-
-def wide_dgrad(dy: Tensor, *args: Any) -> None:
-    registration.launcher(dy, linear_dgrad, _dgrad_op)(dy, *args)
-
-
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    return registration.launcher(x, linear_dropout, _dropout_op)(x, p, seed)[0]
+_down_op = Op("linear_down", down, _fake_down)
+_down_grad_op = Op("linear_ds", down_grad, _fake_down_grad)
+_grad_a_op = Op("linear_da", grad_a, _fake_grad_a)
+_grad_b_op = Op("linear_db", grad_b, _fake_grad_b)
+_transposed_op = Op(
+    "linear_transpose", _transposed, lambda w: [w.new_empty(w.shape[1], w.shape[0])]
+)
+_dropped_op = Op("linear_dropout", dropped, lambda x, **_: [x.new_empty(x.shape)])
+_wide_op = Op("linear_fwd", wide, writes=["y"])
+_wide_dgrad_op = Op("linear_dgrad", wide_dgrad, writes=["dx"])
