@@ -1,4 +1,5 @@
-// The Python module fluxfast._C. Tensors arrive as addresses, sizes and strides: the module knows nothing of torch.
+// The Python module fluxfast._C. It knows nothing of torch: tensors arrive as addresses, sizes and
+// strides.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,11 +25,11 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// of a tensor [B, S, heads, head_dim] all four, of which the last is 1
+// the four strides of a tensor [B, S, heads, head_dim]; the last one is 1
 using Strides = std::array<int64_t, 4>;
 Heads heads_in(Address address, const Strides& strides) { return {in(address), strides[0], strides[1], strides[2]}; }
 
-// a LoraAdapter as Python has it
+// a LoraAdapter as Python passes it
 using LoraTuple = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, float>;
 
 Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t row_stride) {
@@ -55,7 +56,8 @@ void check(const char* error) {
 
 }  // namespace
 
-// what every storage format has: its parts as Python gives them, and as the ops take them
+// the ops of a storage format; `addresses` are its parts as Python passes them, `parts` as the ops
+// take them
 #define FLUXFAST_UNWRAP(...) __VA_ARGS__
 #define BIND_FORMAT(name, addresses, parts)                                                                             \
   m.def(                                                                                                                \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Compiles the GPU kernels for every device they are meant for, without one, and without the rest of the module: with nvcc for
-# sm_80, sm_86, sm_89 and sm_90, with hipcc for gfx90a. A compiler that isn't there is named and passed over; an error, a warning
-# or a register spilled to memory fails. NVCC and HIPCC may name the compilers, which must then be there.
+# Compiles the GPU kernels alone, without a GPU, for every device they are meant for: with nvcc for
+# sm_80, sm_86, sm_89 and sm_90, with hipcc for gfx90a. Says which compiler is missing and goes on
+# without it. Fails on an error, a warning, or a register spilled to memory. NVCC and HIPCC may name
+# the compilers; then they must be there.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,7 +10,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 failed=0
 
-# a compiler by the name that the environment gives, or by its usual ones; nothing if it isn't there
+# prints the compiler that the environment names, or else the first usual one that is there
 find_compiler() {
   local name=$1 asked=$2 place
   shift 2
@@ -23,7 +24,7 @@ find_compiler() {
   return 0
 }
 
-# the target's name, then the command
+# arguments: the target's name, then the command
 check() {
   local target=$1 source
   shift

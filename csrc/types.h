@@ -1,18 +1,18 @@
-// Weights, codes and the storage formats' parts as CPU and GPU sources get them: addresses, sizes, and the numbers by which
-// Python names a type.
+// Weights, codes and the storage formats' parts, as CPU and GPU sources take them. Types have
+// numbers, which Python passes.
 #pragma once
 
 #include <stdint.h>
 
 namespace fluxfast {
 
-// of floats in memory; the numbers are fluxfast/quant/rows.py's
+// the type of floats in memory; fluxfast/quant/rows.py has the same numbers
 enum class Float : int64_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-// of codes with one scale a row, likewise
+// the type of codes with one scale a row; the numbers are in the same place
 enum class Code : int64_t { int8 = 0, e4m3 = 1 };
 
-// [rows, cols] to read, rows apart by row_stride elements
+// [rows, cols] to read; rows are row_stride elements apart
 struct Weight {
   const void* data;
   Float type;

@@ -1,11 +1,10 @@
-"""A script on Hugging Face accelerate, as diffusers' training scripts are: mixed precision,
-accumulation, several processes.
+"""A script on Hugging Face accelerate, in the manner of diffusers' training scripts.
 
     python examples/accelerate_script.py
     accelerate launch examples/accelerate_script.py --mixed-precision bf16
 
-fluxfast's line stands before `accelerator.prepare`, which wraps the model. The data set is random
-tensors.
+It has mixed precision, gradient accumulation and several processes. fluxfast's line stands before
+`accelerator.prepare`, which wraps the model. The data set is random tensors.
 """
 
 import argparse
@@ -33,7 +32,7 @@ SIDE, TEXT = 6, 32
 
 
 class RandomLatents(Dataset):
-    """Latents and text embeddings, the same each time that one asks for an item."""
+    """Latents and text embeddings; an item is the same each time it is asked for."""
 
     def __len__(self):
         return 8
@@ -72,7 +71,7 @@ def main():
     )
     for p in transformer.parameters():
         if p.requires_grad:
-            # what is trained is kept in fp32
+            # trained weights stay in fp32, whatever the base is in
             p.data = p.data.float()
     transformer.enable_gradient_checkpointing()
     transformer.train()
@@ -107,7 +106,7 @@ def main():
                 optimizer.zero_grad()
             accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
 
-    # how the blocks' calls ran
+    # the report shows now how the blocks' calls ran
     accelerator.print(report)
     if accelerator.is_main_process:
         tensors = get_peft_model_state_dict(accelerator.unwrap_model(transformer))

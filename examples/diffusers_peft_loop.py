@@ -1,9 +1,11 @@
 """The smallest training loop on diffusers and PEFT, with fluxfast in one line.
 
-    python examples/diffusers_peft_loop.py                                   # a random model of a few MB, on the CPU
-    python examples/diffusers_peft_loop.py black-forest-labs/FLUX.1-dev      # the real one, on a GPU, on random latents
+    # a random model of a few MB, on the CPU
+    python examples/diffusers_peft_loop.py
+    # the real one, on a GPU
+    python examples/diffusers_peft_loop.py black-forest-labs/FLUX.1-dev
 
-Latents and text embeddings are random here; a real loop reads its own in their place.
+Latents and text embeddings are random here; a real loop reads its own instead.
 """
 
 import argparse
@@ -92,7 +94,7 @@ def main():
     transformer = load(args.model).requires_grad_(False)
     report = None
     if not args.plain:
-        # before or after the adapters: it sees them either way
+        # before or after the adapters are added: both work
         report = fluxfast.accelerate(transformer)
     torch.manual_seed(1)
     transformer.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS))
@@ -118,7 +120,7 @@ def main():
         print(f"step {step + 1}: loss {loss.item():.4f}")
 
     if report is not None:
-        # what can run fused, and how the steps' calls did
+        # which blocks can run fused, and how the steps' calls ran
         print(report)
     transformer.save_lora_adapter(args.output)
     print(f"saved {args.output}/pytorch_lora_weights.safetensors")

@@ -1,5 +1,6 @@
-"""Files that are whole or absent: written beside their place, synced, renamed; a crash leaves the
-old one or the new.
+"""Files that are whole or absent: a crash leaves the old file or the new one, never a part.
+
+They are written beside their place under a temporary name, synced to the disk, and renamed.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 
-# what some file system refuses in a name, breaks of lines, and halves of characters, which no UTF-8
-# has
+# characters that some file system refuses in names, line breaks, and surrogates, which UTF-8 lacks
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029/\\:*?"<>|\ud800-\udfff]+')
-# names that Windows keeps for devices
+# names that Windows reserves for devices
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _MAX_NAME_BYTES = 100
 
 
 def safe_name(text: str) -> str:
-    """A file's name for any text: the text itself where every file system takes it.
+    """A file's name for any text: the text itself if every file system accepts it.
 
-    Else it is cleaned and cut to 100 bytes, and ends in a hash of the text, so that different texts
-    have different names.
+    Otherwise it is cleaned, cut to 100 bytes, and ends in a hash of the text, so that different
+    texts have different names.
     """
     name = _NOT_IN_NAMES.sub("_", text).strip(" ").strip(".")
     cut = name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
@@ -38,8 +38,9 @@ def safe_name(text: str) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path`, of this process alone; `remove_leftovers` knows it by its
-    ending.
+    """A hidden name beside `path` that only this process uses.
+
+    `remove_leftovers` recognises it by its ending.
     """
     return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
@@ -53,8 +54,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; when the block ends without an exception it takes its name, in place of what
-    had that name.
+    """A file to write, which takes its name when the block ends without an exception.
+
+    It then replaces what had that name.
     """
     with replacing(path, temporary_name(path)) as stream:
         yield stream
@@ -63,8 +65,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """`atomic_file` under another temporary name, and without the folder's sync, which may then
-    serve several files.
+    """`atomic_file` with a given temporary name, and without syncing the folder.
+
+    One sync of the folder can then serve several files.
     """
     try:
         with temporary.open("wb") as stream:
@@ -78,8 +81,9 @@ def replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends without an exception it takes its name, in place of
-    what had that name.
+    """A folder to fill, which takes its name when the block ends without an exception.
+
+    It then replaces what had that name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -102,7 +106,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder such that a crash midway leaves nothing under its name."""
+    """Remove a folder so that a crash midway leaves nothing under its name."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.removed.{os.getpid()}{TEMPORARY}")
         path.rename(doomed)
@@ -119,7 +123,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    # Windows can't open a folder, and needs no such call
+    # Windows can't open a folder, and does not need this
+    """Make sure that a folder's entries are on the disk."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""Names and texts as they come: not always UTF-8, not always printable.
+"""Names and texts as they come: not always UTF-8, and not always printable.
 
-Python gives a file's name that isn't UTF-8 as a string in which each odd byte is half of a
-character (a "surrogate"). Such a string opens the file, but can't be encoded, and so can't be
-printed, hashed or stored as text. JSON can hold such halves too.
+Python gives a file name that isn't UTF-8 as a string in which each odd byte is half of a character
+(a "surrogate"). Such a string opens the file, but it can't be encoded, and so can't be printed,
+hashed or stored as text. JSON may hold such halves too.
 """
 
 import os
@@ -15,8 +15,9 @@ _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def printable(text: object) -> str:
-    r"""`text` in one line that any UTF-8 terminal can show: a newline as `\n`, a byte that is no
-    UTF-8 as `\xfc`.
+    r"""`text` in one line that any UTF-8 terminal can show.
+
+    A newline becomes `\n`, a byte that is no UTF-8 becomes for example `\xfc`.
     """
     return "".join(_escaped(c) if unicodedata.category(c) in _UNPRINTABLE else c for c in str(text))
 
@@ -43,7 +44,7 @@ def is_text(text: str) -> bool:
 
 
 def text_problem(text: str, *, file_name: bool = False) -> str | None:
-    """Why a string of a config can be no text, or no file's name; None if it can."""
+    """Why a config's string can't be a text, or with `file_name` a file's name; None if it can."""
     if "\0" in text:
         return "holds a zero character (\\u0000), which no text and no file's name can; remove it"
     try:
@@ -66,7 +67,8 @@ def text_problem(text: str, *, file_name: bool = False) -> str | None:
 
 
 def lines(text: str) -> list[str]:
-    r"""The lines of a text, which end at `\n` or `\r\n` only: other breaks that Unicode knows
-    belong to what was written.
+    r"""The lines of a text, which end at `\n` or `\r\n` only.
+
+    Other line breaks of Unicode belong to the text.
     """
     return text.replace("\r\n", "\n").split("\n")

@@ -1,6 +1,4 @@
-"""Files and folders appear whole or not at all, also when the writer dies between any two of its
-steps.
-"""
+"""Files and folders appear whole or not at all, even if the writer dies between two steps."""
 
 import os
 
@@ -40,9 +38,7 @@ def test_folder_takes_its_name_only_when_filled(tmp_path):
 
 @pytest.mark.parametrize("call", ["rename", "fsync", "mkdir"])
 def test_folder_survives_a_kill_between_any_two_calls(tmp_path, call):
-    """A child is killed in its n-th system call of each kind; whatever stands under the name
-    afterwards is complete.
-    """
+    """A child is killed in its n-th system call of each kind; what stands is complete."""
     path = tmp_path / "checkpoint-1"
     outcomes = set()
     for n in range(8):
@@ -70,7 +66,7 @@ def test_folder_survives_a_kill_between_any_two_calls(tmp_path, call):
 
 
 def _die_at(call, n):
-    """Make this process kill itself at the n-th use of an os function or of its method on paths."""
+    """Make this process kill itself at the n-th use of an os function, or of its method of Path."""
     import pathlib
 
     count = [0]
@@ -96,9 +92,32 @@ def test_a_text_that_every_file_system_takes_is_its_own_name(text):
 
 
 ODD_TEXTS = [
-    "", ".", "..", "...", "a/b", "a:b", "a\\b", "a\nb", "a\0b", "a_b?", " a", "a ", "a.", "CON", "con.txt", "x" * 300,
-    "x" * 301, "é" * 300, "\ud800", "M\udcfcnchen", "../up", "/etc/passwd", ".hidden", "a\u2028b", "a<b>",
-]  # fmt: skip
+    "",
+    ".",
+    "..",
+    "...",
+    "a/b",
+    "a:b",
+    "a\\b",
+    "a\nb",
+    "a\0b",
+    "a_b?",
+    " a",
+    "a ",
+    "a.",
+    "CON",
+    "con.txt",
+    "x" * 300,
+    "x" * 301,
+    "é" * 300,
+    "\ud800",
+    "M\udcfcnchen",
+    "../up",
+    "/etc/passwd",
+    ".hidden",
+    "a\u2028b",
+    "a<b>",
+]
 
 
 def test_other_texts_become_distinct_names(tmp_path):

@@ -1,9 +1,10 @@
-"""Fit the demo's autoencoder, which `fluxfast-train demo` ships: `python tools/fit_demo_vae.py
-OUT.safetensors [STEPS]`.
+"""Fit the autoencoder that `fluxfast-train demo` ships.
 
-A random VAE turns every latent into noise, so that nobody could see what a demo LoRA learned; this
-one is small (1 MB in fp16), of AutoencoderKL's own architecture, and fitted for some minutes on the
-photographs that scikit-image ships.
+    python tools/fit_demo_vae.py OUT.safetensors [STEPS]
+
+A random VAE turns every latent into noise, so nobody could see what a demo LoRA has learned. This
+one is small (1 MB in fp16), has AutoencoderKL's own architecture, and is fitted for some minutes to
+the photographs that scikit-image ships.
 """
 
 import sys

@@ -19,8 +19,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from fluxfast.checkpoint import naming
-from fluxfast.checkpoint.flux import CONFIG_NAME, WEIGHTS_NAME
+from fluxfast.checkpoint import keys
+from fluxfast.checkpoint.locate import CONFIG_NAME, WEIGHTS_NAME
 from fluxfast.checkpoint.writer import Spec, require_room, write_tensors
 from fluxfast.files import write_atomic
 from fluxfast.model.transformer import FluxTransformer
@@ -48,7 +48,7 @@ def make_checkpoint(
         model = FluxTransformer(**config)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     specs: dict[str, Spec] = {}
-    for name, source in naming.sources(layout, ours).items():
+    for name, source in keys.sources(layout, ours).items():
         rows = specs[source.key].shape[0] if source.key in specs else 0
         specs[source.key] = Spec((rows + ours[name][0], *ours[name][1:]), torch.bfloat16)
     total = sum(spec.nbytes for spec in specs.values())

@@ -19,7 +19,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from fluxfast.adapters.lora import add_lora
-from fluxfast.checkpoint.stream import linears, quantize_empty
+from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.device import OnLaunch, pretend

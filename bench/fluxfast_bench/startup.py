@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxfast.adapters.lora import add_lora
-from fluxfast.checkpoint.flux import open_checkpoint
+from fluxfast.checkpoint.opening import open_checkpoint
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast_bench import results

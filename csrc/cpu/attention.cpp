@@ -1,6 +1,9 @@
-// Attention in blocks that stay in the cache: out = softmax(q k^T / sqrt(head_dim)) v, no mask. Backward makes the
-// probabilities again from the log-sum-exp:  dS = P * (dout v^T - sum(dout * out)),  dq = dS k,  dk = dS^T q,  dv = P^T dout.
-// After Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
+// Attention without a mask, in blocks that stay in the cache:
+//   out = softmax(q k^T / sqrt(head_dim)) v.
+// Backward computes the probabilities P again from the log-sum-exp:
+//   dS = P * (dout v^T - sum(dout * out)),  dq = dS k,  dk = dS^T q,  dv = P^T dout.
+// After Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work
+// Partitioning" (2023).
 #include <math.h>
 
 #include "exp.h"
@@ -10,13 +13,13 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// rows of q and of k whose scores are made at once
+// how many rows of q and of k a block of scores has
 static constexpr int64_t kQueries = 48;
 static constexpr int64_t kKeys = 384;
-// scores of so many keys are one panel
+// how many keys a panel of scores has
 static constexpr int64_t kPanel = kTileVectors * kVector;
 static_assert(kKeys % kPanel == 0, "a block of keys is whole panels");
-// whatever the machine, so that its threads' number changes no bits
+// the same on every machine, so that the number of threads changes no bits
 static constexpr int64_t kTasks = 16;
 static constexpr float kLowest = -87.0f;
 
@@ -28,8 +31,9 @@ static const float* row_of(const Heads& x, int64_t b, int64_t h, int64_t s) {
 
 static void clear(float* x, int64_t count) { memset(x, 0, sizeof(float) * static_cast<size_t>(count)); }
 
-// Rows of one head, times a factor, then rows of zeros up to `padded`. They lie as panels, each all rows of some columns: the
-// panel that starts at column c starts at element c * padded.
+// Copies rows of one head, times a factor, and adds rows of zeros up to `padded`. The copy lies in
+// panels, each of which has all rows of some columns: the panel that begins at column c begins at
+// element c * padded.
 static void copy_panels(const Heads& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim, float factor,
                         int64_t padded, float* panels) {
   for (int64_t col = 0; col < dim; col += panel_cols(col, dim)) {
@@ -43,7 +47,7 @@ static void copy_panels(const Heads& x, int64_t b, int64_t h, int64_t begin, int
   }
 }
 
-// rows of one head as the columns of panels [dim, kPanel], then columns of zeros
+// copies rows of one head to the columns of panels [dim, kPanel], and adds columns of zeros
 static void copy_transposed(const Heads& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim, float* panels) {
   for (int64_t first = begin; first < end; first += kPanel, panels += dim * kPanel) {
     const int64_t count = min64(kPanel, end - first);
@@ -55,7 +59,7 @@ static void copy_transposed(const Heads& x, int64_t b, int64_t h, int64_t begin,
   }
 }
 
-// [kQueries, kPanel] scores: rows, as panels, times the columns of one panel
+// scores [kQueries, kPanel]: rows in panels, times the columns of one panel
 static void panel_scores(const float* rows, const float* columns, int64_t dim, float* scores) {
   for (int64_t col = 0; col < dim; col += panel_cols(col, dim)) {
     const int64_t cols = panel_cols(col, dim);
@@ -68,7 +72,8 @@ static void panel_scores(const float* rows, const float* columns, int64_t dim, f
   }
 }
 
-// one block's scores become exp(score - maximum), and what was summed for a lower maximum is brought down to the new one
+// turns a block's scores into exp(score - maximum), and rescales what was summed under a lower
+// maximum
 static void softmax_rows(float* scores, int64_t keys, int64_t dim, float* maximum, float* sum, float* acc) {
   for (int64_t r = 0; r < kQueries; ++r, scores += kKeys, acc += dim) {
     float high = maximum[r];
@@ -90,7 +95,7 @@ static void softmax_rows(float* scores, int64_t keys, int64_t dim, float* maximu
   }
 }
 
-// out and log-sum-exp of rows begin ... end of one head
+// computes out and the log-sum-exp of rows [begin, end) of one head
 static void attend(Heads q, const float* k_columns, const float* v_panels, float* out, float* lse, const AttentionShape& shape,
                    int64_t b, int64_t h, int64_t begin, int64_t end) {
   const int64_t dim = shape.head_dim, tokens = shape.tokens;
@@ -136,7 +141,7 @@ void attention_fwd(Heads q, Heads k, Heads v, float* out, float* lse, AttentionS
   });
 }
 
-// P and dS of one panel of keys, in the place of scores and dout v^T
+// turns the scores and dout v^T of one panel of keys into P and dS, in place
 static void panel_gradients(float* p, float* ds, const float* lse, const float* delta) {
   for (int64_t r = 0; r < kQueries; ++r, p += kKeys, ds += kKeys) {
     const float row_lse = lse[r], row_delta = delta[r];
@@ -148,8 +153,9 @@ static void panel_gradients(float* p, float* ds, const float* lse, const float* 
   }
 }
 
-// What backward reads of one head again and again: in blocks of kQueries rows, as panels, q (scaled) and dout; the
-// log-sum-exp and sum(dout * out). Rows after the last are zeros, of which no gradient comes.
+// What backward reads of one head again and again: scaled q and dout in blocks of kQueries rows, as
+// panels, and the log-sum-exp and sum(dout * out). Rows after the last are zeros, which give no
+// gradient.
 struct HeadRows {
   int64_t padded;
   Scratch q, dout, lse, delta;
@@ -185,7 +191,7 @@ static void write_rows(const float* rows, int64_t count, int64_t dim, float fact
   }
 }
 
-// For up to kKeys keys of one head, from `first` on.
+// The gradients of up to kKeys keys of one head, from `first` on.
 class KeyBlock {
  public:
   KeyBlock(const AttentionForward& fwd, const AttentionShape& shape, int64_t b, int64_t h, int64_t first, int64_t keys)
@@ -198,7 +204,7 @@ class KeyBlock {
     clear(dv_.data(), kKeys * dim_);
   }
 
-  // adds what this block has to do with kQueries queries; dq [kQueries, dim] is not scaled
+  // adds the part of this block of keys and kQueries queries; dq [kQueries, dim] is not scaled yet
   void add(const float* q, const float* dout, const float* lse, const float* delta, float* dq) const {
     float *p = p_.data(), *ds = ds_.data();
     for (int64_t col = 0; col < keys_; col += kPanel) {
@@ -229,7 +235,7 @@ void attention_bwd(Heads dout, AttentionForward fwd, float* dq, float* dk, float
   const int64_t keys_per_part = round_up(ceil_div(tokens, ceil_div(kTasks, all_heads)), kKeys);
   const int64_t parts = ceil_div(tokens, keys_per_part);
   const int64_t padded = round_up(tokens, kQueries), row = shape.heads * dim;
-  // of each part, what its keys have to do with dq
+  // for each part of the keys, its share of dq
   const Scratch partials(all_heads * parts * padded * dim);
   float* const sums = partials.data();
   parallel_for(all_heads * parts, threads, [=](int64_t task) {

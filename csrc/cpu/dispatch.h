@@ -1,4 +1,4 @@
-// The ops for this processor.
+// Choosing the ops for this processor.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace fluxfast {
 
-// the instruction sets that this build has and this processor runs, the best last
+// the instruction sets that this build has and this processor can run, the best last
 std::vector<std::string> cpu_isas();
 
 // throws std::invalid_argument on a name that cpu_isas does not list
 void use_cpu_isa(const std::string& isa);
 
-// the ops of the instruction set in use: the best, unless use_cpu_isa said otherwise
+// the ops of the instruction set in use, which is the best one unless use_cpu_isa chose another
 const CpuOps& cpu();
 
 }  // namespace fluxfast

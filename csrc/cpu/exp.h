@@ -1,4 +1,4 @@
-// exp, and bounds that let a NaN through, for loops that the compiler turns into vectors.
+// exp, and bounds that keep a NaN, written so that compilers vectorise loops over them.
 #pragma once
 
 #include <stdint.h>
@@ -7,9 +7,10 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// exp(x) for |x| <= 88, to 1.5 ulp; a NaN stays one. Cephes' polynomial on [-ln2/2, ln2/2]
+// exp(x) for |x| <= 88 within 1.5 ulp; a NaN stays a NaN. The polynomial on [-ln2/2, ln2/2] is that
+// of Cephes
 static inline float exp_in_range(float x) {
-  // adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits
+  // adding 1.5 * 2^23 rounds to an integer, which is then in the low bits
   const float shifted = x * 1.44269504088896341f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -28,7 +29,7 @@ static inline float exp_in_range(float x) {
   return p * scale;
 }
 
-// comparisons that are false for a NaN let it through
+// the comparisons are false for a NaN, which so passes through
 static inline float at_least(float x, float low) { return x < low ? low : x; }
 
 static inline float at_most(float x, float high) { return x > high ? high : x; }

@@ -1,4 +1,5 @@
-// GELU, tanh form: y = x * sigmoid(v), v = 2 * sqrt(2/pi) * (x + 0.044715 x^3), which is the same as 0.5 x (1 + tanh(v/2)).
+// GELU, tanh form: y = x * sigmoid(v), v = 2 * sqrt(2/pi) * (x + 0.044715 x^3), which is the same as
+// 0.5 x (1 + tanh(v/2)).
 #include <math.h>
 
 #include "exp.h"
@@ -9,7 +10,8 @@ namespace FLUXFAST_ISA {
 
 static constexpr float kLinear = 1.5957691216057308f;
 static constexpr float kCubic = kLinear * 0.044715f;
-// where gelu is 0 on the left (-1e-37) and x on the right, and exp(-v) neither overflows nor vanishes
+// beyond these bounds gelu is 0 (to 1e-37) or x, and within them exp(-v) neither overflows nor
+// vanishes
 static constexpr float kSaturated = 10.0f;
 
 static inline float gelu(float x) {
@@ -22,11 +24,12 @@ static inline float gelu_derivative(float x) {
   const float z = at_most(at_least(x, -kSaturated), kSaturated);
   const float e = exp_in_range(-z * (kLinear + kCubic * z * z));
   const float sigmoid = 1.0f / (1.0f + e);
-  // 1 - sigmoid as e * sigmoid, which doesn't cancel
+  // 1 - sigmoid, computed as e * sigmoid, which does not cancel
   return sigmoid + z * (kLinear + 3.0f * kCubic * z * z) * sigmoid * (e * sigmoid);
 }
 
-// calls body(row, first element in it, length) for the rows' pieces in one task's share of the elements
+// calls body(row, first element in it, length) for each piece of a row in one task's share of the
+// elements
 template <class Body>
 static void for_each_piece(const Shape& shape, int threads, const Body& body) {
   const int64_t elements = shape.rows * shape.cols;
@@ -53,7 +56,7 @@ void gelu_fwd(Rows x, OutRows y, Shape shape, int threads) {
 void gelu_bwd(Rows dy, Rows x, OutRows dx, Shape shape, int threads) {
   for_each_piece(shape, threads, [=](int64_t row, int64_t col, int64_t length) {
     const float* __restrict dys = row_at(dy, 0, row) + col;
-    // dx may be x
+    // dx and x may be the same memory
     const float* xs = row_at(x, 0, row) + col;
     float* dxs = row_at(dx, 0, row) + col;
 #pragma omp simd

@@ -1,5 +1,6 @@
-// y = x W^T, W as it is stored: a row's codes meet each vector where they are, and scales come after the sums. Where the compiler
-// has no vector types, and where blocks run across rows, a row is decoded first.
+// y = x W^T with W as it is stored: a row's codes are multiplied as they lie in memory, and sums
+// are scaled afterwards. Where the compiler has no vector types, or where blocks cross the ends of
+// rows, a row is decoded first.
 #include "quant_decoders.h"
 
 #if defined(__AVX2__)
@@ -9,7 +10,7 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// calls dot(row, b) for every row and vector, for y
+// fills y with dot(row, b) for every row and vector
 template <class Dot>
 static void gemv_rows(const Gemv& gemv, int threads, const Dot& dot) {
   for_each_row(gemv.rows, gemv.cols * gemv.batch, threads, [&](int64_t row) {
@@ -61,7 +62,7 @@ void gemv_fp8_e4m3(Gemv gemv, const uint8_t* packed, const float* scale, int thr
 
 #if defined(__GNUC__)
 
-// eight lanes, whatever the processor has
+// vectors of eight lanes, however wide the processor's are
 #pragma GCC diagnostic ignored "-Wpsabi"
 static constexpr int kVector = 8;
 typedef float Floats __attribute__((vector_size(4 * kVector)));
@@ -82,8 +83,8 @@ static inline float sum_of_vector(const Floats& lanes) {
   return sum;
 }
 
-// The vectors in the order in which codes come out of their bytes, with zeros for columns that are not there, and their sums
-// over each group. place(j) is where a column goes.
+// The vectors x in the order in which codes come out of their bytes, padded with zeros, and their
+// sums over each group. place(j) is where column j goes.
 class Arranged {
  public:
   template <class Place>
@@ -114,7 +115,8 @@ class Arranged {
   float *x_, *sums_;
 };
 
-// 64 columns are eight integers of eight codes; a vector is one code of each integer, the lowest first
+// 64 columns are eight integers of eight codes each; a vector holds one code of each integer, the
+// lowest code first
 static constexpr int kSpan = 64, kSpanBytes = kSpan / 2;
 static inline int64_t place_of_nibble(int64_t j) {
   const int64_t byte = j % kSpan / 2, code = byte % 4 * 2 + 1 - j % 2;
@@ -131,8 +133,8 @@ void gemv_int4(Gemv gemv, Int4Parts parts, int threads) {
     Floats lanes = {};
     float offset = 0.0f;
     for (int64_t g = 0; g < groups; ++g, bytes += kSpanBytes, x += kSpan) {
-      // with its highest bit turned over, a code read as a signed number is counted from the middle, 8: what the zeros take away
-      // again is small then
+      // flipping a code's highest bit and reading it as a signed number subtracts 8, the middle of
+      // the range, so that subtracting the zero point afterwards cancels little
       const Ints words = load<Ints>(bytes) ^ static_cast<int32_t>(0x88888888);
       Floats part = {};
       for (int code = 0; code < 8; ++code) part += floats_of(words << (28 - 4 * code) >> 28) * load<Floats>(x + code * kVector);
@@ -145,7 +147,7 @@ void gemv_int4(Gemv gemv, Int4Parts parts, int threads) {
   });
 }
 
-// bytes as integers
+// eight bytes as eight integers
 static inline Ints widened(const uint8_t* bytes) {
 #if defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
@@ -156,21 +158,21 @@ static inline Ints widened(const uint8_t* bytes) {
 #endif
 }
 
-// the same of half bytes, the high half first
+// the same for half bytes, the high half first
 static inline Ints widened_halves(const uint8_t* bytes) {
   uint8_t halves[kVector];
   for (int l = 0; l < kVector; ++l) halves[l] = static_cast<uint8_t>(bytes[l / 2] >> (l % 2 ? 0 : 4) & 15);
   return widened(halves);
 }
 
-// A lane is a group, and its four bytes are one integer.
+// Each lane is a group; the group's four bytes are one integer.
 struct Int2Lanes {
   static constexpr int kGroup = Int2Format::kGroup;
   static constexpr int kSpan = kVector * kGroup;
 
   static int64_t place(int64_t j) { return j / kSpan * kSpan + j % kGroup * kVector + j % kSpan / kGroup; }
 
-  // sums of kVector groups, in units of the global scale
+  // the sums of kVector groups, in units of the global scale
   static inline Floats dot(const uint8_t* bytes, const uint8_t* scales, const uint8_t* zeros, const float* x, const float* sums) {
     const Ints words = load<Ints>(bytes);
     Floats part = {};
@@ -199,7 +201,7 @@ void gemv_int2(Gemv gemv, Int2Parts parts, int threads) {
       lanes += Int2Lanes::dot(bytes + g * kBytes, scales + g, zeros + g / 2, x + g * Int2Format::kGroup, sums + g);
     }
     if (g < groups) {
-      // a group that is not there meets zeros
+      // groups beyond the row's end meet zeros in x
       const size_t n = static_cast<size_t>(groups - g);
       uint8_t last[kVector * kBytes] = {}, last_scales[kVector] = {}, last_zeros[kVector / 2] = {};
       memcpy(last, bytes + g * kBytes, n * kBytes);
@@ -211,7 +213,7 @@ void gemv_int2(Gemv gemv, Int2Parts parts, int threads) {
   });
 }
 
-// the levels of codes, of whose bits the low four count
+// the levels that the low four bits of each code stand for
 static inline Floats levels_of(const Ints& codes) {
 #if defined(__AVX2__)
   const __m256i index = reinterpret_cast<__m256i>(codes);
@@ -219,7 +221,7 @@ static inline Floats levels_of(const Ints& codes) {
 #if defined(__AVX512VL__)
   return _mm256_permutex2var_ps(low, index, high);
 #else
-  // which of the two says the fourth bit, made the sign
+  // the fourth bit, moved to the sign, chooses between the two halves
   const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), is_high);
 #endif

@@ -1,4 +1,5 @@
-// Products of a few vectors with a weight in its storage format, which is read once, row by row, and never decoded as a whole.
+// Products of a few vectors with a weight in its storage format. The weight is read once, and never
+// decoded as a whole.
 #pragma once
 
 #include "types.h"
@@ -12,7 +13,7 @@ struct Gemv {
   int64_t batch, rows, cols;
 };
 
-// nf4 as it is stored; values [256] are the numbers that codes of max|w| stand for
+// nf4 as it is stored; values [256] are what the codes of max|w| stand for
 struct StoredNf4 {
   const uint8_t* packed;
   const uint8_t* absmax;
@@ -21,7 +22,7 @@ struct StoredNf4 {
   const float* values;
 };
 
-// name and arguments of every op
+// the name and arguments of every op
 #define FLUXFAST_GEMV_OPS(OP)                                                            \
   OP(gemv_float, (Gemv gemv, Weight weight, int threads))                                \
   OP(gemv_int8, (Gemv gemv, const int8_t* packed, const float* scale, int threads))      \

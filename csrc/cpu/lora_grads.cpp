@@ -1,5 +1,7 @@
-// What the adapters of linears that read the same x learn:  dA = (scale * dy B)^T x,  dB = dy^T (scale * x A^T), of fp32 rows.
-// Both narrow products are made for some rows of x and dy while these are in the cache, and used there.
+// Gradients of the adapters of linears that read the same x, in fp32:
+//   dA = (scale * dy B)^T x,  dB = dy^T (scale * x A^T).
+// Both narrow products, dy B and x A^T, are made and used for a few rows at a time, while those rows
+// are in the cache.
 #include "rows.h"
 #include "tile.h"
 
@@ -7,12 +9,12 @@ namespace fluxfast {
 namespace FLUXFAST_ISA {
 
 static constexpr int64_t kBlockRows = 48;
-// rows that one task sums over, at least, and the most tasks: each has sums of its own
+// the least rows that a task sums over, and the most tasks; each task has sums of its own
 static constexpr int64_t kTaskRows = 4 * kBlockRows, kMaxTasks = 16;
 
 static int64_t padded_rank(const LoraAdapter& adapter) { return ceil_div(adapter.rank, kVector) * kVector; }
 
-// Where each adapter's ranks, padded to whole vectors, lie among those of all, and its B among all of them.
+// Where each adapter's ranks, padded to whole vectors, and its B lie among those of all adapters.
 struct Layout {
   int64_t ranks = 0, b_size = 0;
 
@@ -24,7 +26,7 @@ struct Layout {
   }
 };
 
-// calls body(adapter, its first rank, where its B starts)
+// calls body(adapter, its first rank, where its B starts) for every adapter
 template <class Body>
 static void for_each_adapter(const LoraAdapters& adapters, const Body& body) {
   int64_t rank = 0, b = 0;
@@ -36,7 +38,7 @@ static void for_each_adapter(const LoraAdapters& adapters, const Body& body) {
   }
 }
 
-// C [rows, cols] = A B, or += where ADD, for whole vectors of columns
+// C [rows, cols] = A B, or += with ADD; cols is a multiple of the vector width
 template <bool ADD>
 static void product(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int64_t cols,
                     int64_t depth, float* c, int64_t c_row) {
@@ -45,7 +47,7 @@ static void product(int64_t rows, const float* a, int64_t a_row, int64_t a_step,
   }
 }
 
-// all A transposed, [in, ranks], and all B, padded with zeros
+// all A, transposed to [in, ranks], and all B, padded with zeros
 static void pack(const LoraAdapters& adapters, const Layout& layout, int64_t in, float* a, float* b) {
   memset(a, 0, sizeof(float) * static_cast<size_t>(in * layout.ranks));
   memset(b, 0, sizeof(float) * static_cast<size_t>(layout.b_size));

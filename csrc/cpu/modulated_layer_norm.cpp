@@ -65,7 +65,8 @@ void modulated_layer_norm_bwd(Rows dy, Rows x, PerSample scale, const float* sta
     }
   });
   if (dmodulation) {
-    // dscale and dshift follow each other, as their partial sums do: to the sum, a batch twice as large
+    // dscale and dshift follow each other in memory, and so do their partial sums: sum them as one
+    // batch of twice the size
     sum_partials(partials, tasks.per_sample, dmodulation, {2 * shape.batch, shape.rows, d}, threads);
   }
   free(partials);

@@ -1,11 +1,13 @@
 // The CPU ops: what each takes, and the table of one instruction set's implementations.
 //
-// Memory is float32. The last dimension of every tensor is contiguous; a tensor that has strides of its own in the others comes
-// as one of the structs below (strides in elements), the rest is contiguous. Shapes and dtypes are checked in fluxfast/ops.
+// Memory is float32, and the last dimension of every tensor is contiguous. A tensor whose other
+// dimensions have strides of their own comes as one of the structs below, with strides in elements;
+// all other tensors are contiguous. fluxfast/ops has checked shapes and dtypes.
 //
-// cpu/<op>.cpp is compiled once for each instruction set, in a namespace named after it. Such a file keeps its helpers static
-// and includes no C++ library header: of an inline function that several files share, the linker keeps one copy, which may be
-// one that this processor can't run.
+// Each cpu/<op>.cpp is compiled once for each instruction set, in a namespace named after it. Such
+// a file keeps its helpers static and includes no C++ library header: the linker keeps one copy of
+// an inline function that several files share, and that copy may be one that this processor can't
+// run.
 #pragma once
 
 #include <stdint.h>
@@ -39,7 +41,8 @@ struct Heads {
   int64_t batch_stride, row_stride, head_stride;
 };
 
-// the table row of each token, int32 or int64 by `bytes` of an element; without data a token's position is its row
+// each token's row in the tables; `bytes` of an element tells int32 from int64. Without data, token
+// i has row i
 struct RowIndex {
   const void* data;
   int64_t bytes, batch_stride;
@@ -64,13 +67,14 @@ struct AttentionShape {
   int64_t batch, tokens, heads, head_dim;
 };
 
-// what attention's forward had and gave; lse [B, heads, S]
+// the inputs and results of attention's forward; lse [B, heads, S]
 struct AttentionForward {
   Heads q, k, v, out;
   const float* lse;
 };
 
-// one adapter on the columns first_col ... first_col + cols of the gradient: a [rank, in], b [cols, rank], and their gradients
+// an adapter on the columns [first_col, first_col + cols) of the gradient: a [rank, in], b [cols,
+// rank], their gradients
 struct LoraAdapter {
   const float *a, *b;
   float *da, *db;
@@ -83,7 +87,7 @@ struct LoraAdapters {
   int64_t count;
 };
 
-// name and arguments of every op; a null pointer for a gradient means that nobody needs it
+// the name and arguments of every op; a gradient that nobody needs is a null pointer
 #define FLUXFAST_CPU_OPS(OP)                                                                                              \
   OP(attention_fwd, (Heads q, Heads k, Heads v, float* out, float* lse, AttentionShape shape, int threads))               \
   OP(attention_bwd, (Heads dout, AttentionForward fwd, float* dq, float* dk, float* dv, AttentionShape shape,             \

@@ -34,10 +34,11 @@ struct Job {
 
 class Pool {
  public:
-  // the calling thread starts at once, and never waits for a worker that has not woken by the time the tasks are gone
+  // the calling thread begins at once, and does not wait for workers that wake after the last task
+  // is taken
   void run(Job& job, int threads) {
     std::unique_lock<std::mutex> caller(caller_mutex_, std::try_to_lock);
-    // another thread is using the workers
+    // another thread uses the workers, so this one does all the tasks
     if (!caller.owns_lock()) return job.drain();
 
     const int helpers = static_cast<int>(std::min<int64_t>(threads, job.tasks)) - 1;
@@ -87,7 +88,7 @@ struct Threads {
   Pool* pool;
 };
 
-// never deleted: the pool's threads sleep until the process ends, and a destructor would have to join them
+// never deleted: its threads sleep until the process ends, and a destructor would have to join them
 std::atomic<Threads*> the_threads{nullptr};
 
 #ifndef _WIN32
@@ -118,7 +119,8 @@ void run_tasks(int64_t tasks, int threads, TaskFn fn, const void* body) {
   if (tasks <= 1 || threads <= 1) return job.drain();
   const Threads& available = threads_of_process();
   if (available.openmp) {
-    // all threads, however few the tasks: OpenMP ends those that a smaller team leaves out, and starts them again later
+    // ask for all threads however few the tasks are: OpenMP would end those that a smaller team
+    // leaves out, and have to start them again later
     available.openmp([](void* j) { static_cast<Job*>(j)->drain(); }, &job, threads, 0);
   } else {
     available.pool->run(job, threads);

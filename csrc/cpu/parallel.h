@@ -1,11 +1,12 @@
 // Threads for the CPU ops.
 //
-// The OpenMP runtime that torch brought into the process lends its threads, if there is one: they are awake between torch's ops
-// and ours, and no core has two runtimes' threads on it. It is looked up by name, never linked: a second copy would be just that.
-// Without one (and in a forked child, whose parent's OpenMP threads are gone) there is a pool of our own, whose threads sleep
-// between calls.
+// We use the threads of the OpenMP runtime that torch has loaded, if there is one: they stay awake
+// between torch's ops and ours, and no two runtimes compete for the cores. The runtime is looked up
+// by name and never linked, since linking would bring in a second copy. Without it, and in a forked
+// child, where its threads are gone, we have a pool of our own, whose threads sleep between calls.
 //
-// What a task computes must depend on its number only: then results don't depend on the number of threads.
+// What a task computes must depend on its number only, so that results don't depend on the number
+// of threads.
 #pragma once
 
 #include <stdint.h>

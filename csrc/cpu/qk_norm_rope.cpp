@@ -1,6 +1,8 @@
-// q and k of each head: y = rot(x * rstd * w), rot on adjacent pairs; v is copied; text rows before image rows.
-// Backward, with xhat = x * rstd and g = rot^T(dy) * w:  dx = rstd * (g - xhat * mean(g * xhat)).
-// From kept outputs: xhat = rot^-1(y) / w, and the sum of g * xhat is the sum of dy * y.
+// q and k of each head: y = rot(x * rstd * w), rot on adjacent pairs; v is copied; text rows come
+// before image rows. Backward, with xhat = x * rstd and g = rot^T(dy) * w:
+//   dx = rstd * (g - xhat * mean(g * xhat)).
+// Where the outputs were kept instead of the inputs: xhat = rot^-1(y) / w, and the sum of g * xhat is
+// the sum of dy * y.
 #include <math.h>
 
 #include "rows.h"
@@ -8,11 +10,11 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// how much larger than its partner's a weight may be for the division by it to cost less than 1e-6: rounding y leaves an
-// error of 2^-24 of the larger of a pair in both
+// the largest ratio of a pair's weights with which dividing by the smaller one costs less than
+// 1e-6: rounding y leaves an error of 2^-24 of the pair's larger element in both
 static constexpr float kMaxWeightRatio = 8.0f;
 static constexpr float kMinWeight = 1e-12f;
-// how far cos^2 + sin^2 may be from 1 for rot^-1 = rot^T
+// how far cos^2 + sin^2 may be from 1 for rot^T to serve as rot^-1
 static constexpr float kMaxTableError = 1e-6f;
 
 static int64_t table_row(const RowIndex& index, int64_t b, int64_t token) {
@@ -21,7 +23,7 @@ static int64_t table_row(const RowIndex& index, int64_t b, int64_t token) {
   return index.bytes == 4 ? static_cast<const int32_t*>(index.data)[i] : static_cast<const int64_t*>(index.data)[i];
 }
 
-// the rows of one token of the joined sequence
+// the rows of q, k and v of one token of the joined sequence
 struct Token {
   int64_t b, img_row, txt_row, joint_row;
   const float* cos;
@@ -83,7 +85,7 @@ static inline void norm_rope_bwd_from_output(const float* __restrict dy, const f
   }
 }
 
-// dx may be x: each number is read before its gradient takes its place
+// dx and x may be the same memory: each element is read before its gradient is written
 static inline void norm_rope_bwd_from_input(const float* __restrict dy, const float* x, const float* __restrict w,
                                             const Token& token, float rstd, float* dx, int64_t head_dim) {
   float sum = 0.0f;

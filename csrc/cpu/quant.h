@@ -1,13 +1,14 @@
-// The storage formats' CPU ops: quantise a weight, and give it back, as floats or as codes with one scale a row. What the
-// parts mean is in fluxfast/quant/<format>.py, whose plain-torch references these equal byte for byte; so these sources are
-// compiled without contraction of a * b + c.
+// The storage formats' CPU ops: quantise a weight, and decode it to floats or to codes with one
+// scale a row. fluxfast/quant/<format>.py says what the parts mean. These ops equal its plain-torch
+// references byte for byte, so these sources are compiled without contracting a * b + c.
 #pragma once
 
 #include "types.h"
 
 namespace fluxfast {
 
-// name and arguments of every op. A weight that isn't finite gives a scale that isn't (int2: global_scale, nf4: absmax)
+// the name and arguments of every op; a weight that isn't finite gives a scale that isn't (int2:
+// global_scale, nf4: absmax)
 #define FLUXFAST_QUANT_OPS(OP)                                                                     \
   OP(quantize_int8, (Weight weight, int8_t* packed, float* scale, int threads))                    \
   OP(quantize_fp8, (Weight weight, uint8_t* packed, float* scale, int threads))                    \

@@ -1,4 +1,5 @@
-// int8 and fp8_e4m3: one scale a row, top = 127 or 448.  scale = max|w| / top, code = round(w * (1 / scale)).
+// The formats int8 and fp8_e4m3, one scale a row:
+//   scale = max|w| / top, code = round(w * (1 / scale)), top = 127 or 448.
 #include "quant_decoders.h"
 
 namespace fluxfast {

@@ -1,5 +1,6 @@
-// int4 and int2: a uniform grid per group of columns, w = scale * (unit * code - zero), searched for least squared error.
-// The search, and why its sums are exact, are in fluxfast/quant/affine.py; names are the same there.
+// int4 and int2: a uniform grid per group of columns, w = scale * (unit * code - zero), searched
+// for least squared error. fluxfast/quant/affine.py explains the search and why its sums are exact;
+// names are the same there.
 //
 // kGroups groups are searched at a time, one per SIMD lane: element k of group g is u[k][g].
 #include "quant_rows.h"
@@ -8,9 +9,9 @@ namespace fluxfast {
 namespace FLUXFAST_ISA {
 
 static constexpr int kGroups = 16;
-// 2^-100: a group whose step is smaller becomes all zeros
+// 2^-100; a group with a smaller step becomes all zeros
 static constexpr float kLeastStep = 7.888609052210118e-31f;
-// more than any error
+// larger than any error
 static constexpr float kHuge = 1e38f;
 
 struct Int4Grid : Int4Format {
@@ -34,7 +35,7 @@ struct Int2Grid : Int2Format {
 
   explicit Int2Grid(float global) : global_scale(global), per_global(1.0f / global) {}
 
-  // half of the step that belongs to byte 0
+  // half of the step that byte 0 stands for
   inline float least_step() const {
     const float least = global_scale * (kUnit * 2.3283064365386963e-10f);
     return least > kLeastStep ? least : kLeastStep;
@@ -53,18 +54,19 @@ static inline float clamped(float x, float top) {
   return x > top ? top : x;
 }
 
-// what is searched, and what was found
+// the groups that are searched, and what was found
 template <class Grid>
 struct Tile {
   float u[Grid::kGroup][kGroups];
   float step[kGroups], per_step[kGroups], u_low[kGroups], u_high[kGroups], u_sum[kGroups];
   int32_t stored[kGroups];
   float zero[kGroups];
-  // the codes as the format packs them, four bytes at a time in the order of a little-endian machine
+  // the packed codes, four bytes in an integer, in little-endian order
   uint32_t words[Grid::kGroup * Grid::kBits / 32][kGroups];
 };
 
-// weights in, steps of the min-max grid out; a loop over lanes vectorises with one loop inside, not with two
+// from weights to steps of the min-max grid; compilers vectorise a loop over lanes with one loop
+// inside, but not with two
 template <class Grid>
 static void to_steps(const Grid& grid, Tile<Grid>& tile) {
   const float least_step = grid.least_step();
@@ -108,7 +110,7 @@ struct Fit {
   float q_sum[kGroups], qq_sum[kGroups], uq_sum[kGroups];
 };
 
-// a * b + c where it is exact, so that one rounding or two is all the same
+// a * b + c where the product is exact, so that contracting it makes no difference
 static inline float exact_sum(float a, float b, float c) {
 #ifdef __FMA__
   return __builtin_fmaf(a, b, c);
@@ -202,7 +204,7 @@ static void search(const Grid& grid, Tile<Grid>& tile) {
   }
 }
 
-// calls done(first group, number of groups, tile) for the row's groups, kGroups at a time
+// searches a row's groups, kGroups at a time, and calls done(first group, number of groups, tile)
 template <class T, class Grid, class Done>
 static void quantize_row(const typename T::Stored* x, int64_t cols, const Grid& grid, const Done& done) {
   const int64_t groups = ceil_div(cols, Grid::kGroup);
@@ -252,7 +254,7 @@ void quantize_int4(Weight weight, Int4Parts parts, int threads) {
   });
 }
 
-// of the whole weight
+// the largest step of the whole weight
 static float largest_magnitude(const Weight& weight, int threads) {
   const RowTasks tasks({1, weight.rows, weight.cols}, 1);
   uint32_t* const tops = static_cast<uint32_t*>(calloc(tasks.count(1), sizeof(uint32_t)));
@@ -276,7 +278,8 @@ void quantize_int2(Weight weight, Int2Parts parts, int threads) {
   const int64_t groups = ceil_div(weight.cols, Int2Grid::kGroup);
   const int64_t zero_bytes = ceil_div(groups, 2);
   const float top = largest_magnitude(weight, threads);
-  // a step is at most 2 / 3 of the largest weight, the scale a fifth of it, and a byte's highest value 1.875
+  // a step is at most 2 / 3 of the largest weight, its scale a fifth of that, and a byte's highest
+  // value 1.875
   float global_scale = top / (1.875f * 5.0f * 3.0f / 2.0f);
   if (global_scale < kLeastNormal) global_scale = 1.0f;
   *parts.global_scale = global_scale;
@@ -290,7 +293,7 @@ void quantize_int2(Weight weight, Int2Parts parts, int threads) {
         for (int g = 0; g < count; ++g) {
           parts.scale[row * groups + first + g] = static_cast<uint8_t>(tile.stored[g]);
           const int32_t zero = static_cast<int32_t>(tile.zero[g]);
-          // kGroups is even, so that a byte's two groups are in one tile
+          // kGroups is even, so the two groups of a byte are in one tile
           uint8_t& byte = zeros[(first + g) / 2];
           byte = static_cast<uint8_t>(g % 2 ? byte | zero : zero << 4);
           store_codes(tile, g, parts.packed + (row * groups + first + g) * kBytes);

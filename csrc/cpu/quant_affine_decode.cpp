@@ -1,4 +1,4 @@
-// int4 and int2 decoded: w = scale * (unit * code - zero).
+// Decoding int4 and int2: w = scale * (unit * code - zero).
 #include "quant_decoders.h"
 
 namespace fluxfast {

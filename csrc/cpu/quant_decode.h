@@ -1,6 +1,8 @@
-// What a decoder of rows gives: a whole weight in floats, or codes with one scale a row, which is what an 8-bit product takes.
+// From a decoder of rows to a whole weight in floats, or to the codes with one scale a row that an
+// 8-bit product takes.
 //
-// A decoder has `template <class T> void decode(int64_t row, typename T::Stored* y) const`, which writes one row.
+// A decoder has `template <class T> void decode(int64_t row, typename T::Stored* y) const`, which
+// writes one row.
 #pragma once
 
 #include "quant_rows.h"
@@ -8,7 +10,7 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// codes of n numbers; returns their scale
+// writes the codes of n numbers, and returns their scale
 template <class C, class T>
 static inline float encode_row(const typename T::Stored* __restrict x, int64_t n, typename C::Stored* __restrict codes) {
   const float scale = scale_of<C>(top_of<T>(x, n));
@@ -32,7 +34,7 @@ static inline void recode_rows_as(const Decoder& decoder, const Codes& out, int 
   const RowTasks tasks({1, out.rows, out.cols}, 1);
   typename C::Stored* const codes = static_cast<typename C::Stored*>(out.data);
   parallel_for(tasks.count(1), threads, [&](int64_t task) {
-    // one row in floats at a time
+    // each row as floats, before it becomes codes
     float* const values = static_cast<float*>(malloc(sizeof(float) * static_cast<size_t>(out.cols)));
     for (int64_t row = tasks.begin(task); row < tasks.end(task); ++row) {
       decoder.template decode<F32>(row, values);

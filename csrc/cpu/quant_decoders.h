@@ -1,4 +1,4 @@
-// The decoders of the storage formats: what each stored row is as floats.
+// The decoders of the storage formats: each writes a stored row as floats.
 #pragma once
 
 #include "quant_decode.h"
@@ -20,7 +20,7 @@ struct EightBitDecoder {
   }
 };
 
-// one group, of whose columns y has the first n
+// decodes one group, of which y has the first n columns
 template <class T, class Format>
 static inline void evaluate(const uint8_t (&codes)[Format::kGroup], int zero, float scale, typename T::Stored* y, int64_t n) {
   typename T::Stored values[Format::kGroup];
@@ -90,7 +90,7 @@ static constexpr float kNf4Levels[16] = {
     1.0f,
 };
 
-// the two levels of every byte, so that decoding is one load a byte
+// the two levels that every byte stands for, so that decoding takes one load a byte
 struct Nf4Pairs {
   float levels[256][2];
   constexpr Nf4Pairs() : levels() {
@@ -102,7 +102,8 @@ struct Nf4Pairs {
 };
 static constexpr Nf4Pairs kNf4Pairs;
 
-// max|w| of a block, which comes as fp32 or as it is stored: a code, times the scale of 256 of them, plus their mean
+// max|w| of a block: given as fp32, or stored as a code times the scale of 256 such codes plus
+// their mean
 struct PlainAbsmax {
   const float* absmax;
   float of(int64_t block) const { return absmax[block]; }
@@ -125,7 +126,7 @@ struct Nf4Decoder {
   void decode(int64_t row, typename T::Stored* y) const {
     int64_t index = row * cols;
     const int64_t end = index + cols;
-    // a row may begin and end within a block
+    // a row may begin or end within a block
     while (index < end) {
       const int64_t block = index / kBlock;
       const int64_t stop = min64((block + 1) * kBlock, end);

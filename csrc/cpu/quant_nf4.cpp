@@ -1,17 +1,17 @@
-// nf4: blocks of 64 along the flattened weight, sixteen levels. max|w| of a block goes in and out as fp32; that it is quantised
-// in turn is the caller's business, and 1/64 of the work.
+// nf4: sixteen levels, blocks of 64 along the flattened weight. A block's max|w| goes in and out as
+// fp32; the caller quantises it in turn, which is 1/64 of the work.
 #include "quant_decoders.h"
 
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
 static constexpr int kBlock = Nf4Format::kBlock;
-// blocks of one task
+// how many blocks a task has
 static constexpr int64_t kTaskBlocks = kTaskElements / kBlock;
-// bitsandbytes bounds the inverse of max|w| with this, which is not a normal number
+// bitsandbytes bounds max|w| by this before inverting it; it is not a normal number
 static constexpr float kLeastAbsmax = 1e-38f;
 
-// x in [-1, 1]; a tie goes to the lower code
+// the code of x in [-1, 1]; a tie goes to the lower code
 static inline int32_t nearest_level(float x) {
   int32_t code = 0;
   for (int i = 0; i < 15; ++i) code += (kNf4Levels[i] + kNf4Levels[i + 1]) / 2.0f < x ? 1 : 0;
@@ -43,7 +43,8 @@ void quantize_nf4(Weight weight, uint8_t* packed, float* absmax, int threads) {
     });
     const int64_t rest = count - full_blocks * kBlock;
     if (rest == 0) return;
-    // the last, shorter block is divided by max|w|, not multiplied by its inverse; a byte's missing half holds code 7, zero
+    // as in the reference, the last and shorter block is divided by max|w|, and not multiplied by
+    // the inverse; a byte's missing half holds code 7, which means zero
     const typename T::Stored* x = data + full_blocks * kBlock;
     float top = float_of(top_of<T>(x, rest));
     top = top < kLeastAbsmax ? kLeastAbsmax : top;

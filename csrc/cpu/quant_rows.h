@@ -1,4 +1,5 @@
-// How the quantisers read and write rows of floats of any type, and how they share out rows.
+// How the quantisers read and write rows of floats of any type, and how they divide the rows into
+// tasks.
 #pragma once
 
 #include "codec.h"
@@ -12,7 +13,8 @@ static inline const typename T::Stored* row_of(const Weight& weight, int64_t row
   return static_cast<const typename T::Stored*>(weight.data) + row * weight.row_stride;
 }
 
-// the bits of the largest magnitude of n numbers: as integers, magnitudes keep their order, and infinity and NaN come on top
+// the bits of the largest magnitude of n numbers; compared as integers, magnitudes keep their
+// order, with infinity and NaN above all others
 template <class T>
 static inline uint32_t top_of(const typename T::Stored* __restrict x, int64_t n) {
   int32_t top = 0;

@@ -1,4 +1,4 @@
-// How the ops share out rows, and how they sum over them.
+// How the ops divide rows into tasks, and how they sum over them.
 #pragma once
 
 #include <stdint.h>
@@ -11,9 +11,11 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// about 5 to 10 µs of work for one core: little against waking a thread, much against taking a task
+// elements of a task: about 5 to 10 µs of work for one core, little beside waking a thread, much
+// beside taking a task
 static constexpr int64_t kTaskElements = 16384;
-// a task that sums over its rows writes one row of partial sums: at 16 rows, that is a few per cent of what it reads
+// a task that sums over its rows writes one row of partial sums: with 16 rows, a few per cent of
+// what it reads
 static constexpr int64_t kMinSummedRows = 16;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,7 +34,8 @@ static inline float* row_at(const OutRows& y, int64_t b, int64_t s) {
 
 static inline const float* row_at(const PerSample& x, int64_t b) { return x.data + b * x.batch_stride; }
 
-// enough running sums to fill four vectors of 512 bits: one vector alone would wait for each addition before the next
+// running sums enough for four vectors of 512 bits: with a single one, each addition would wait for
+// the one before
 static constexpr int kLanes = 64;
 
 static inline float sum_of_lanes(const float* lanes) {
@@ -54,7 +57,7 @@ static inline float sum_of(int64_t n, const Term& term) {
   return sum_of_lanes(lanes);
 }
 
-// [B, S] cut into tasks of whole rows that don't cross a sample; depends on the shape only
+// divides [B, S] into tasks of whole rows of one sample; depends on the shape only
 struct RowTasks {
   int64_t rows, rows_per_task, per_sample;
 
@@ -68,7 +71,7 @@ struct RowTasks {
   int64_t end(int64_t task) const { return min64(begin(task) + rows_per_task, rows); }
 };
 
-// sums [B, per_sample, D] over the middle dimension, always in the same order, into out [B, D]
+// sums [B, per_sample, D] over its middle dimension into out [B, D], always in the same order
 static inline void sum_partials(const float* partials, int64_t per_sample, float* out, const Shape& shape, int threads) {
   constexpr int64_t kCols = 256;
   const int64_t d = shape.cols;

@@ -1,4 +1,4 @@
-// Matrix products on small tiles that stay in registers: what attention and the adapters' gradients are made of.
+// Matrix products on small tiles that stay in registers, for attention and the adapters' gradients.
 #pragma once
 
 #include <stdint.h>
@@ -48,13 +48,14 @@ static inline Floats load_floats(const float* from) {
 
 static inline void store_floats(float* to, const Floats& x) { memcpy(to, &x, sizeof x); }
 
-// a tile is up to so many vectors wide; its sums fill three quarters of the registers at most, the factors need the others
+// the largest width of a tile in vectors; its sums fill at most three quarters of the registers,
+// the factors the others
 static constexpr int kTileVectors = kRegisters / 8;
 template <int V>
 static constexpr int kTileRows = kRegisters == 32 ? (V == 1 ? 12 : 24 / V) : (V == 1 ? 8 : 6);
 
-// C [R, V vectors] = A B, or += where ADD: A's element (r, k) is a[r * a_row + k * a_step]; B [depth, V vectors] and C have
-// rows apart by b_row and c_row
+// C [R, V vectors] = A B, or += with ADD. A's element (r, k) is a[r * a_row + k * a_step]; the rows
+// of B [depth, V vectors] and of C are b_row and c_row elements apart
 template <int R, int V, bool ADD>
 static inline void tile_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int64_t depth,
                                 float* c, int64_t c_row) {
@@ -101,7 +102,7 @@ static inline void tiles_product(int64_t rows, const float* a, int64_t a_row, in
   whole_tiles<1, V, ADD>(r, rows, a, a_row, a_step, b, b_row, depth, c, c_row);
 }
 
-// the same for any number of rows; `cols` are 1, 2 or kTileVectors vectors
+// the same for any number of rows; `cols` is 1, 2 or kTileVectors vectors
 template <bool ADD>
 static inline void panel_product(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
                                  int64_t cols, int64_t depth, float* c, int64_t c_row) {
@@ -110,14 +111,15 @@ static inline void panel_product(int64_t rows, const float* a, int64_t a_row, in
   tiles_product<kTileVectors, ADD>(rows, a, a_row, a_step, b, b_row, depth, c, c_row);
 }
 
-// columns of the panel that starts at `col`, of `cols`, a multiple of kVector, in all
+// how many columns the panel that starts at `col` has; there are `cols` in all, a multiple of
+// kVector
 static inline int64_t panel_cols(int64_t col, int64_t cols) {
   int64_t vectors = kTileVectors;
   while (vectors * kVector > cols - col) vectors /= 2;
   return vectors * kVector;
 }
 
-// memory for floats, aligned to a cache line, for the length of a scope
+// memory for floats, aligned to a cache line, which lives as long as the object
 class Scratch {
  public:
   explicit Scratch(int64_t count) : memory_(malloc(sizeof(float) * static_cast<size_t>(count) + 64)) {}

@@ -1,8 +1,9 @@
-// What CUDA and HIP call differently. Nothing else in this project names HIP's functions, and no kernel uses a type of 16 or 8
-// bits of theirs: HIP 5.2 has no bf16, and neither has a GPU that both agree on.
+// What CUDA and HIP name differently. Nothing else in this project names HIP's functions, and no
+// kernel uses their own types of 16 or 8 bits: HIP 5.2 has no bf16, and neither has a GPU that both
+// agree on.
 //
-// A third target is plain C++, FLUXFAST_GPU_ON_CPU, in which kernels run as blocks of one thread: so tests run every line of
-// them but block_max without a GPU.
+// A third target is plain C++, FLUXFAST_GPU_ON_CPU, in which kernels run as blocks of one thread.
+// With it tests run every line of the kernels but block_max without a GPU.
 #pragma once
 
 #include <stdint.h>
@@ -59,14 +60,15 @@ static const char* launch(void (*kernel)(Parameters...), int64_t blocks, int, ui
 
 namespace fluxfast {
 
-// nullptr, or what went wrong
+// what went wrong, or nullptr
 static inline const char* words(FLUXFAST_GPU(Error_t) error) {
   return error == FLUXFAST_GPU(Success) ? nullptr : FLUXFAST_GPU(GetErrorString)(error);
 }
 
-// the largest value of a block's threads, to all of them; once in a kernel, since its memory is not free for a second time
+// gives all threads of a block their largest value; usable once in a kernel, since its shared
+// memory is not freed
 static __device__ inline uint32_t block_max(uint32_t value) {
-  // 1024 threads in warps of 32, at most
+  // a block has at most 1024 threads, in warps of 32
   __shared__ uint32_t warps[32];
   for (int mask = warpSize / 2; mask > 0; mask /= 2) {
     const uint32_t other = FLUXFAST_SHUFFLE_XOR(value, mask);
@@ -78,7 +80,7 @@ static __device__ inline uint32_t block_max(uint32_t value) {
   return value;
 }
 
-// makes a device the thread's current one, and gives the place back to the one before it
+// makes a device the thread's current one, and restores the one before at the end of the scope
 struct DeviceScope {
   explicit DeviceScope(int device) {
     error = words(FLUXFAST_GPU(GetDevice)(&before));

@@ -1,4 +1,5 @@
-// int4, int2 and nf4 decoded to bf16: fp32 as the references of fluxfast/quant compute it, rounded once.
+// Decoding int4, int2 and nf4 to bf16: in fp32 as the references of fluxfast/quant compute it, and
+// rounded once.
 #include "compat.cuh"
 
 #include "eight.cuh"
@@ -7,7 +8,7 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// a thread decodes eight columns of a row
+// each thread decodes eight columns of a row
 static constexpr int kDecodeThreads = 128;
 
 struct Int4Eight {
@@ -84,7 +85,7 @@ template <class Decoder>
 static const char* dequant(const Decoder& decoder, uint16_t* out, int64_t rows, int64_t cols, GpuQueue queue) {
   const DeviceScope scope(queue.device);
   if (scope.error != nullptr) return scope.error;
-  // plain C++ has blocks of one thread
+  // as plain C++, blocks have one thread
 #if defined(FLUXFAST_GPU_ON_CPU)
   const int64_t per_block = kEight;
 #else

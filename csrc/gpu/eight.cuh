@@ -1,4 +1,5 @@
-// Eight neighbours at a time: what a thread reads and writes, in one access where the addresses allow it.
+// A thread reads and writes eight neighbouring elements, in one access where the addresses allow
+// it.
 #pragma once
 
 #include "codec.h"
@@ -13,13 +14,14 @@ struct alignas(sizeof(S) * kEight > 16 ? 16 : sizeof(S) * kEight) Eight {
   S of[kEight];
 };
 
-// whether rows `stride` elements apart from `address` on can be read or written in eights
+// whether rows, `stride` elements apart and beginning at `address`, can be accessed eight elements
+// at a time
 template <class S>
 static inline bool in_eights(const void* address, int64_t stride) {
   return reinterpret_cast<uintptr_t>(address) % alignof(Eight<S>) == 0 && stride % kEight == 0;
 }
 
-// the first n of eight, or, where `whole`, all
+// the first n of eight elements, or all of them in one access if `whole`
 template <class S>
 static FLUXFAST_FN Eight<S> load_eight(const S* from, int64_t n, bool whole) {
   if (whole) return *reinterpret_cast<const Eight<S>*>(from);

@@ -1,18 +1,18 @@
-// The GPU ops: what each takes. Pointers are device memory; work is queued on a stream and not waited for. Every op returns
-// nullptr, or what went wrong in words.
+// The GPU ops and their arguments. Pointers are device memory. Work is queued on a stream and not
+// waited for. Every op returns what went wrong, in words, or nullptr.
 #pragma once
 
 #include "types.h"
 
 namespace fluxfast {
 
-// where to run: the number of a device, and a stream's handle on it, as torch gives them
+// where to run: the number of a device and the handle of a stream on it, as torch gives them
 struct GpuQueue {
   int device;
   uintptr_t stream;
 };
 
-// nf4's parts, its levels [16], and the values [256] of absmax
+// nf4's parts, its levels [16], and the values [256] that absmax's codes stand for
 struct GpuNf4Parts {
   const uint8_t* packed;
   const uint8_t* absmax;
@@ -22,13 +22,13 @@ struct GpuNf4Parts {
   const float* values;
 };
 
-// why nothing can run here: no driver, one that is too old, no device
+// why nothing can run here (no driver, one that is too old, no device), or nullptr
 const char* gpu_error();
 
-// codes and scales of the rows of x, or of x * col_scale [cols]; col_scale may be null
+// writes the codes and scales of the rows of x, or of x * col_scale [cols] unless col_scale is null
 const char* gpu_row_quant(Weight x, const float* col_scale, Codes codes, GpuQueue queue);
 
-// [rows, cols] of bf16
+// write [rows, cols] in bf16
 const char* gpu_dequantize_int4(uint16_t* out, int64_t rows, int64_t cols, Int4Parts parts, GpuQueue queue);
 const char* gpu_dequantize_int2(uint16_t* out, int64_t rows, int64_t cols, Int2Parts parts, GpuQueue queue);
 const char* gpu_dequantize_nf4(uint16_t* out, int64_t rows, int64_t cols, GpuNf4Parts parts, GpuQueue queue);

@@ -1,4 +1,5 @@
-// Quantising the rows of a matrix to int8 or e4m3, one scale a row: the formula of fluxfast/ops/row_quant.py, bit for bit.
+// Quantising the rows of a matrix to int8 or e4m3 with one scale a row, bit for bit as
+// fluxfast/ops/row_quant.py defines it.
 #include "compat.cuh"
 
 #include "eight.cuh"
@@ -7,10 +8,11 @@
 namespace fluxfast {
 namespace FLUXFAST_ISA {
 
-// of a block, which takes one row, twice: the second time the row comes from the cache
+// threads of a block; a block reads one row twice, the second time from the cache
 static constexpr int kRowThreads = 256;
 
-// columns [col, col + 8) of a row of n, times the column scales if there are any; zeros past the end
+// columns [col, col + 8) of a row of n elements, times the column scales if there are any, with
+// zeros past the end
 template <class T>
 static FLUXFAST_FN Eight<float> scaled_eight(const typename T::Stored* x, const float* col_scale, int64_t col, int64_t n,
                                              bool whole) {
@@ -29,7 +31,7 @@ static __global__ void row_quant_kernel(const typename T::Stored* x, int64_t row
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kEight, step = static_cast<int64_t>(blockDim.x) * kEight;
   x += row * row_stride;
   codes += row * cols;
-  // as integers, magnitudes keep their order, and infinity and NaN come on top
+  // compared as integers, magnitudes keep their order, with infinity and NaN above all others
   uint32_t top = 0;
   for (int64_t col = first; col < cols; col += step) {
     const Eight<float> y = scaled_eight<T>(x, col_scale, col, cols, whole);

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from fluxfast.adapters.lora_alpha import ADAPTER_CONFIG, PEFT_WEIGHTS
-from fluxfast.checkpoint.file_kinds import begins_like_safetensors, is_pickle, read_head
+from fluxfast.checkpoint.not_safetensors import begins_like_safetensors, is_pickle, read_head
 
 _SUFFIX = ".safetensors"
 # owner/name, or owner/name/<a file in it>

@@ -1,7 +1,7 @@
 """The keys of LoRA files, in the spellings of the programs that write them.
 
 A key is prefixes + module + part, and `sort_keys` puts the keys of a file together to pairs for
-FLUX.1's linears. Modules are these linears by diffusers' names or by BFL's (`checkpoint/naming.py`
+FLUX.1's linears. Modules are these linears by diffusers' names or by BFL's (`checkpoint/keys.py`
 has the table), in two spellings each: with dots, or with underscores in place of the dots. So one
 table reads
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from fluxfast.adapters.kind import listed
 from fluxfast.adapters.presets import FUSED_PROJECTIONS
-from fluxfast.checkpoint.naming import SWAPPED, bfl_linears
+from fluxfast.checkpoint.keys import SWAPPED, bfl_linears
 
 _DOTTED_PREFIXES = (
     "base_model.model.",

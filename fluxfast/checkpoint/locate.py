@@ -1,6 +1,4 @@
-"""Where the name of a base leads: to one file, to a folder in diffusers' layout, or to a repository
-of the hub.
-"""
+"""Where a model's name leads: to a file, to a folder as diffusers writes it, or to the hub."""
 
 from __future__ import annotations
 
@@ -18,18 +16,16 @@ from fluxfast.checkpoint.reader import CheckpointError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
-# endings that only a file's name has, so that no repository is asked for where the file is missing
+# endings that only files have: if such a file is missing, the hub is not asked for a repository
 WEIGHT_ENDINGS = (".safetensors", ".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 SHOWN = 5
 
 
 def local_path(name: str | os.PathLike) -> Path | None:
-    """The file or folder on this machine that `name` means; None where it can only be a repository
-    of the hub.
+    """The file or folder on this machine called `name`; None if it can only be a hub repository.
 
-    What is on this machine comes first, under whatever ending, so that no file that is here is
-    asked of the network. Raises CheckpointError where there is nothing of that name and it is not a
-    repository's either.
+    What is on this machine comes first, whatever its ending. Raises CheckpointError where there is
+    nothing with that name and a repository can't be called so either.
     """
     try:
         path = Path(name).expanduser()
@@ -37,7 +33,7 @@ def local_path(name: str | os.PathLike) -> Path | None:
             return path
         exists = path.exists()
     except (OSError, RuntimeError) as error:
-        # a name that is too long, a folder that may not be entered, a home of nobody
+        # a name that is too long, a folder that may not be entered, a ~user who does not exist
         raise CheckpointError(f"{name}: can't be looked at ({error})") from error
     if exists:
         raise CheckpointError(f"{name}: neither a file nor a folder")
@@ -53,8 +49,9 @@ def local_path(name: str | os.PathLike) -> Path | None:
 
 
 def download(repository: str | os.PathLike, patterns: Sequence[str], hub: dict[str, Any]) -> Path:
-    """The folder of a hub's repository once the files of these patterns are in it; `hub` goes to
-    `snapshot_download`.
+    """Download the files of a hub repository that match the patterns, and return its folder.
+
+    `hub` goes to huggingface_hub's `snapshot_download`.
     """
     try:
         return Path(snapshot_download(str(repository), allow_patterns=list(patterns), **hub))
@@ -65,8 +62,9 @@ def download(repository: str | os.PathLike, patterns: Sequence[str], hub: dict[s
 
 
 def model_folder(root: Path, subfolders: Sequence[str | None]) -> Path:
-    """The first of the subfolders (None: `root` itself) that has a config.json. Raises
-    CheckpointError saying what is there.
+    """The first of the subfolders (None: `root` itself) that has a config.json.
+
+    Raises CheckpointError saying what is there instead.
     """
     folders = [root / subfolder if subfolder else root for subfolder in subfolders]
     found = next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
@@ -81,7 +79,11 @@ def model_folder(root: Path, subfolders: Sequence[str | None]) -> Path:
 
 
 def weight_files(folder: Path, variant: str | None, name: str = WEIGHTS_NAME) -> list[Path]:
-    """The safetensors files of a model's folder: one, or those that its index lists."""
+    """The safetensors files of a model's folder: one, or the shards that its index lists.
+
+    `name` is what they are called without ending: diffusers' default, or transformers' "model".
+    Raises CheckpointError naming the file that is missing.
+    """
     stem = f"{name}.{variant}" if variant else name
     index = folder / (
         f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json"
@@ -111,7 +113,7 @@ def weight_files(folder: Path, variant: str | None, name: str = WEIGHTS_NAME) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file if it is none."""
+    """The JSON object in a file. Raises CheckpointError naming a file that holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -124,7 +126,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first few of many names, and how many there are beside them."""
+    """The first few of the names, and how many more there are, for a message."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

@@ -1,14 +1,14 @@
-"""A quantised transformer on disk: one safetensors file that says what it holds and what it was
-made from.
+"""What a quantised transformer's file says of itself, and what it was made from.
 
-Tensors have the names of the model's state dict (`<linear>.weight.<part>`), those that belong side
-by side (`packing`) lie so. The metadata holds the model's config, the format, the version of this
-layout, fingerprints of the source's files, and checksums of the header and of every tensor
-(`checksums`).
+It is one safetensors file. Its tensors have the names of the model's state dict
+(`<linear>.weight.<part>`), and those that are read as one lie side by side (`side_by_side`). Its
+metadata holds the model's config, the format, the version of this file format, fingerprints of the
+source's files, and checksums of the header and of every tensor (`checksums`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,30 +17,57 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.checkpoint import checksums
-from fluxfast.checkpoint.reader import (
-    MAKE_ANEW,
-    CheckpointError,
-    DamagedFile,
-    Fingerprint,
-    TensorFiles,
-    fingerprint,
-)
+from fluxfast.checkpoint.reader import MAKE_ANEW, CheckpointError, DamagedFile, TensorFiles
 from fluxfast.quant import FORMATS, Format
 
-# raised when a format's bytes, the names and order in the file, or what else it must hold come to
-# mean something else; 2 brought checksums
-LAYOUT = "2"
+# raise it whenever a format's bytes, the tensors' names or order, or the metadata change their
+# meaning, so that older files are made anew; version 2 added checksums
+FILE_VERSION = "2"
+# files up to WHOLE_BYTES are hashed whole; of a larger one SAMPLE_BYTES in every SAMPLE_EVERY
+WHOLE_BYTES, SAMPLE_BYTES, SAMPLE_EVERY = 64 << 20, 4096, 8 << 20
 _KEY = "fluxfast_quantized"
 
 
 class StaleFile(CheckpointError):
-    """A quantised file that was made from something else than it would be now."""
+    """A quantised file that would be another one if it were made now."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a file from another of the same name: its size, and a hash of its content.
+
+    Dates and inodes don't count: a checkpoint that was copied, moved or downloaded again is the
+    same, and one that was overwritten in place is another.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """The fingerprint of one safetensors file: of all of a small one, of samples of a large one.
+
+    The samples, 4 KB in every 8 MB, meet every matrix of FLUX.1's blocks in bf16. So they notice a
+    fine-tune or a merged LoRA even if it changed one block, but not an edit of single weights.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        digest = hashlib.sha256(length + stream.read(int.from_bytes(length, "little")))
+        begin = stream.tell()
+        step, count = (1 << 20, 1 << 20) if size <= WHOLE_BYTES else (SAMPLE_EVERY, SAMPLE_BYTES)
+        for place in range(begin, size, step):
+            stream.seek(place)
+            digest.update(stream.read(count))
+    return Fingerprint(path.name, size, digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class QuantizedInfo:
-    """What a quantised file says of itself; `source` is the path it was made from, `fingerprints`
-    that of its files.
+    """What a quantised file says of itself.
+
+    `source` is the path that it was made from, `fingerprints` are those of the source's files.
     """
 
     path: Path
@@ -66,8 +93,9 @@ class QuantizedInfo:
                 )
 
     def check_own_source(self) -> None:
-        """The same against the path that the file names, if it is still there; a source may be
-        deleted once it is quantised.
+        """`check` against the source that the file names, if that is still there.
+
+        A source may be deleted once it is quantised.
         """
         source = Path(self.source)
         paths = [
@@ -81,27 +109,30 @@ class QuantizedInfo:
 def metadata(
     source: str, files: TensorFiles, format: Format, config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What a quantised file of this source carries."""
+    """The metadata of a quantised file that is made from `files`, which lie at `source`."""
     told = {
-        "layout": LAYOUT,
+        "layout": FILE_VERSION,
         "format": format.name,
         "config": {name: value for name, value in config.items() if not name.startswith("_")},
         "source": str(Path(source).absolute()),
-        "fingerprints": [asdict(fingerprint) for fingerprint in files.fingerprints()],
+        "fingerprints": [asdict(fingerprint(path)) for path in files.files],
     }
     return {"format": "pt", _KEY: json.dumps(told)}
 
 
 def is_quantized(files: TensorFiles) -> bool:
-    """Whether these are files that fluxfast quantised; damage to one of the two names in the
-    metadata does not hide it.
+    """Whether fluxfast quantised these files.
+
+    Either of two names in the metadata tells, so that damage to one of them is noticed as damage.
     """
     return _KEY in files.metadata or checksums.KEY in files.metadata
 
 
 def read_info(files: TensorFiles) -> QuantizedInfo:
-    """What the file says of itself. Raises CheckpointError if it is none of ours, StaleFile if
-    another version wrote it, DamagedFile if it lacks what this version writes.
+    """Read what a quantised file says of itself.
+
+    Raises CheckpointError if fluxfast did not quantise it, StaleFile if another version of the file
+    format wrote it, DamagedFile if it lacks what this version writes.
     """
     path = files.files[0]
     if not is_quantized(files):
@@ -113,15 +144,15 @@ def read_info(files: TensorFiles) -> QuantizedInfo:
             f"{path}: has no {_KEY} in its metadata any more, it is damaged: {MAKE_ANEW}"
         )
     told = json.loads(files.metadata[_KEY])
-    if told["layout"] != LAYOUT or told["format"] not in FORMATS:
+    if told["layout"] != FILE_VERSION or told["format"] not in FORMATS:
         raise StaleFile(
             f"{path}: {told['format']} in layout {told['layout']}, this version reads layout "
-            f"{LAYOUT} of "
-            f"{', '.join(FORMATS)}: {MAKE_ANEW}"
+            f"{FILE_VERSION} of {', '.join(FORMATS)}: {MAKE_ANEW}"
         )
     if checksums.KEY not in files.metadata:
         raise DamagedFile(
-            f"{path}: has no checksums, which layout {LAYOUT} holds, it is damaged: {MAKE_ANEW}"
+            f"{path}: has no checksums, which layout {FILE_VERSION} holds, it is damaged: "
+            f"{MAKE_ANEW}"
         )
     fingerprints = tuple(Fingerprint(**each) for each in told["fingerprints"])
     return QuantizedInfo(

@@ -1,22 +1,21 @@
-"""Reading safetensors files tensor by tensor, without holding them: through a few buffers that are
-used again and again.
+"""Reading safetensors files one tensor at a time, through a few buffers that are used in turn.
 
-Where a file lies in memory counts: pages of a map that were touched stay with the process, so a
-checkpoint is read into buffers by a thread that runs a few tensors ahead; only what is used as it
-is stored (a quantised base) is mapped. Where a file carries checksums (`checksums`), its header is
-verified when it is opened, and each tensor while it is read; a map is not (`verify`).
+A map would be simpler, but its pages count as the process's memory once they are touched: reading a
+24 GB checkpoint through one would take 24 GB. So a thread reads into buffers, a few tensors ahead,
+and only a file whose tensors are used as they are stored (a quantised base) is mapped.
+
+A file with checksums (`checksums`) has its header verified when it is opened and each tensor while
+it is read. A map is not verified by itself: see `verify`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,8 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxfast.checkpoint import checksums
-from fluxfast.checkpoint.file_kinds import why_not_safetensors
-from fluxfast.checkpoint.naming import Shape, Source
+from fluxfast.checkpoint.keys import Shape, TensorSource
+from fluxfast.checkpoint.not_safetensors import why_not_safetensors
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,20 +49,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# tensors that are read before they are asked for
+# how many tensors are read before they are asked for
 AHEAD = 2
-# below this a load is over before a progress bar could be read
+# a smaller load ends before anybody could read its progress bar
 PROGRESS_BYTES = 2 << 30
-# a fingerprint looks at all of a file up to this size, and of a larger one at some bytes every so
-# many
-WHOLE_BYTES, SAMPLE_BYTES, SAMPLE_EVERY = 64 << 20, 4096, 8 << 20
 MAKE_ANEW = "make it anew with `fluxfast-train quantize`"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be loaded: the message names the file, what was expected and what
-    came.
-    """
+    """A checkpoint that can't be loaded; the message names the file and what is wrong with it."""
 
 
 class BrokenFile(CheckpointError):
@@ -71,34 +65,19 @@ class BrokenFile(CheckpointError):
 
 
 class DamagedFile(BrokenFile):
-    """A file whose bytes are not those that were written, as its checksums tell."""
+    """A file that differs from its own checksums."""
 
 
-class Place(NamedTuple):
-    """Where a tensor lies: the file, the bytes from `begin` to `end` of it."""
+class ByteRange(NamedTuple):
+    """Where a tensor lies: the number of the file, and the bytes from `begin` to `end` of it."""
 
     file: int
     begin: int
     end: int
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells a file from another of the same name: its size, and a hash of its header and of
-    its data, or samples of it.
-
-    Content alone, neither dates nor inodes: a checkpoint that was copied, moved or fetched again is
-    the same checkpoint, and one that was written over in place is another, whatever its date says.
-    """
-
-    name: str
-    bytes: int
-    sha256: str
-
-
 class TensorFiles:
-    """The tensors of one or several safetensors files, by key; nothing is read before it is asked
-    for.
+    """The tensors of one or several safetensors files, by key. Opening reads the headers only.
 
     Raises BrokenFile naming a file that is not whole, CheckpointError where two files hold the same
     tensor.
@@ -110,14 +89,14 @@ class TensorFiles:
         self.dtypes: dict[str, torch.dtype] = {}
         self.paths: dict[str, Path] = {}
         self.metadata: dict[str, str] = {}
-        self._places: dict[str, Place] = {}
+        self._ranges: dict[str, ByteRange] = {}
         self._sums: dict[str, int] = {}
         for number, path in enumerate(self.files):
             self._open(number, path)
 
     def _open(self, number: int, path: Path) -> None:
         try:
-            # the library checks the header against the file's size
+            # `safe_open` checks the header against the file's size
             with safe_open(path, framework="pt"), path.open("rb") as stream:
                 length = stream.read(8)
                 size = int.from_bytes(length, "little")
@@ -145,38 +124,39 @@ class TensorFiles:
             begin, end = entry["data_offsets"]
             self.paths[key], self.shapes[key] = path, tuple(entry["shape"])
             self.dtypes[key] = DTYPES[entry["dtype"]]
-            self._places[key] = Place(number, 8 + size + begin, 8 + size + end)
+            self._ranges[key] = ByteRange(number, 8 + size + begin, 8 + size + end)
 
-    def nbytes(self, sources: Iterable[Source]) -> int:
-        """Bytes that these tensors have in the files."""
-        return sum(end - begin for _, begin, end in map(self._place, sources))
+    def nbytes(self, sources: Iterable[TensorSource]) -> int:
+        """How many bytes these tensors take in the files."""
+        return sum(end - begin for _, begin, end in map(self._range, sources))
 
-    def _place(self, source: Source) -> Place:
-        place = self._places[source.key]
+    def _range(self, source: TensorSource) -> ByteRange:
+        whole = self._ranges[source.key]
         if source.rows is None:
-            return place
-        row = (place.end - place.begin) // max(self.shapes[source.key][0], 1)
-        return Place(
-            place.file, place.begin + source.rows[0] * row, place.begin + source.rows[1] * row
-        )
+            return whole
+        row = (whole.end - whole.begin) // max(self.shapes[source.key][0], 1)
+        first, last = source.rows
+        return ByteRange(whole.file, whole.begin + first * row, whole.begin + last * row)
 
     def stream(
-        self, sources: Mapping[str, Source], check: Callable[[Source, Tensor], None] | None = None
+        self,
+        sources: Mapping[str, TensorSource],
+        check: Callable[[TensorSource, Tensor], None] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors in the order of their bytes in the files, under the names that `sources`
-        gives them.
+        """Read the tensors in the order of their bytes, under the names that `sources` gives them.
 
-        A tensor is good until the next one is asked for: then its memory is read into again.
-        `check` sees each, and where it lies, in a thread of its own before it is given out. Raises
-        DamagedFile naming a tensor that differs from its checksum.
+        A tensor is valid until the next one is asked for, when its buffer is filled again. `check`
+        is called for each in a thread, before the tensor is given out. Raises DamagedFile naming a
+        tensor that differs from its checksum.
         """
-        plan = sorted(
-            ((self._place(source), name) for name, source in sources.items()),
+        # reading in the order of the bytes keeps a hard disk from seeking
+        order = sorted(
+            ((self._range(source), name) for name, source in sources.items()),
             key=lambda entry: entry[0],
         )
         ring = AHEAD + 1
-        largest = max((place.end - place.begin for place, _ in plan), default=0)
-        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(ring, len(plan)))]
+        largest = max((place.end - place.begin for place, _ in order), default=0)
+        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(ring, len(order)))]
         with (
             _opened(self.files) as streams,
             _threads(ring, "check") as checkers,
@@ -184,23 +164,27 @@ class TensorFiles:
         ):
 
             def read(number: int) -> tuple[Tensor, Future[None]]:
-                place, name = plan[number]
+                place, name = order[number]
                 data = _fill(streams[place.file], place, buffers[number % ring])
                 return data, checkers.submit(self._examine, sources[name], data, check)
 
             pending = deque(reader.submit(read, number) for number in range(len(buffers)))
-            for number, (_, name) in enumerate(plan):
+            for number, (_, name) in enumerate(order):
                 data, examined = pending.popleft().result()
                 examined.result()
                 yield name, self._shaped(data, sources[name])
-                if number + ring < len(plan):
+                # only now may this tensor's buffer be filled again
+                if number + ring < len(order):
                     pending.append(reader.submit(read, number + ring))
 
     def _examine(
-        self, source: Source, data: Tensor, check: Callable[[Source, Tensor], None] | None
+        self,
+        source: TensorSource,
+        data: Tensor,
+        check: Callable[[TensorSource, Tensor], None] | None,
     ) -> None:
         key = source.key
-        # a part of a tensor has no checksum of its own
+        # the checksum is the whole tensor's, so some of its rows can't be checked
         if (
             key in self._sums
             and source.rows is None
@@ -214,15 +198,16 @@ class TensorFiles:
             check(source, self._shaped(data, source))
 
     def verify(self) -> None:
-        """Read every tensor and hold it against its checksum; nothing to find where there are none.
-        Raises DamagedFile.
+        """Read every tensor and compare it with its checksum, where the file has checksums.
+
+        Raises DamagedFile naming a tensor that differs.
         """
-        sources = {key: Source(key) for key in self.shapes}
+        sources = {key: TensorSource(key) for key in self.shapes}
         sizes = {key: self.nbytes([source]) for key, source in sources.items()}
         for _ in with_progress(self.stream(sources), sizes, "verifying"):
             pass
 
-    def _shaped(self, data: Tensor, source: Source) -> Tensor:
+    def _shaped(self, data: Tensor, source: TensorSource) -> Tensor:
         shape = self.shapes[source.key]
         if source.rows is not None:
             shape = (source.rows[1] - source.rows[0], *shape[1:])
@@ -230,43 +215,20 @@ class TensorFiles:
         return torch.cat(tensor.chunk(2)[::-1]) if source.swap else tensor
 
     def mapped(self) -> dict[str, Tensor]:
-        """Every tensor as a view of its file's map: read when it is touched, and not kept where
-        memory is short.
+        """Every tensor as a view of its mapped file.
 
-        Writing to one changes the process's own copy. Only for files whose tensors are aligned to
-        their dtype.
+        The system reads a page when it is touched, and may drop it again where memory is short.
+        Writing to a tensor changes this process's copy, not the file. The files' tensors must be
+        aligned to their dtypes, as `writer` places them.
         """
         maps = [
             torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
             for path in self.files
         ]
         return {
-            key: self._shaped(maps[p.file][p.begin : p.end], Source(key))
-            for key, p in self._places.items()
+            key: self._shaped(maps[place.file][place.begin : place.end], TensorSource(key))
+            for key, place in self._ranges.items()
         }
-
-    def fingerprints(self) -> list[Fingerprint]:
-        """One of each file."""
-        return [fingerprint(path) for path in self.files]
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """The fingerprint of one safetensors file. It reads a small file whole, of a large one 4 KB in
-    every 8 MB.
-
-    So every matrix of FLUX.1's blocks is looked at in bf16: a fine-tune or a merged LoRA is noticed
-    even if it changes one block. An edit of single weights in a large file is not.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = stream.read(8)
-        digest = hashlib.sha256(length + stream.read(int.from_bytes(length, "little")))
-        begin = stream.tell()
-        step, count = (1 << 20, 1 << 20) if size <= WHOLE_BYTES else (SAMPLE_EVERY, SAMPLE_BYTES)
-        for place in range(begin, size, step):
-            stream.seek(place)
-            digest.update(stream.read(count))
-    return Fingerprint(path.name, size, digest.hexdigest())
 
 
 @contextmanager
@@ -274,7 +236,7 @@ def _opened(paths: list[Path]) -> Iterator[list[BinaryIO]]:
     streams: list[BinaryIO] = []
     try:
         for path in paths:
-            # unbuffered: reads are large, and go straight to their place
+            # unbuffered, so that a read goes into the tensor's memory without a copy between
             streams.append(path.open("rb", buffering=0))
         yield streams
     finally:
@@ -291,7 +253,7 @@ def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _fill(stream: BinaryIO, place: Place, buffer: Tensor) -> Tensor:
+def _fill(stream: BinaryIO, place: ByteRange, buffer: Tensor) -> Tensor:
     data = buffer[: place.end - place.begin]
     view = data.numpy().data
     stream.seek(place.begin)
@@ -306,8 +268,9 @@ def _fill(stream: BinaryIO, place: Place, buffer: Tensor) -> Tensor:
 def with_progress(
     tensors: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], description: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same (name, tensor) pairs, with a bar in bytes where there are many; `sizes` is what each
-    name counts for.
+    """The same (name, tensor) pairs, with a progress bar if they are many bytes.
+
+    `sizes` gives the bytes of each name, for the bar.
     """
     total = sum(sizes.values())
     columns = (

@@ -1,10 +1,9 @@
-"""Side by side in memory: linears that see the same input, so that one product can read them all
-without a copy.
+"""Linears that see the same input lie side by side in memory, so that one product reads them all.
 
-A block's to_q, to_k, to_v (and, in a single block, proj_mlp) share one [ΣN, K] storage for their
-weights and one [ΣN] for their biases; so do add_q_proj, add_k_proj, add_v_proj. Of quantised
-weights it is each part: codes, scales and what else there is. The modules' tensors are slices, so
-names, shapes and state dicts stay what they were.
+A block's to_q, to_k and to_v (in a single block proj_mlp too) share one [ΣN, K] storage for their
+weights and one [ΣN] for their biases; so do add_q_proj, add_k_proj and add_v_proj. Quantised
+weights share one storage for each of their parts: codes, scales and so on. Each module's tensor is
+a slice of the storage, so names, shapes and state dicts do not change.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ _PLACES = {name: (number, i) for number, group in enumerate(GROUPS) for i, name 
 
 
 def groups(names: Iterable[str]) -> list[list[str]]:
-    """Names that belong side by side, in order: of tensors (the same part of each member of a
-    group) or of modules.
+    """Collect the names that belong side by side, each list in the order of its members.
+
+    `names` are those of tensors (the lists then hold the same part of each linear) or of modules.
     """
     found: dict[tuple[str, int, str], list[tuple[int, str]]] = {}
     for name in names:
@@ -44,9 +44,7 @@ def groups(names: Iterable[str]) -> list[list[str]]:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """The names in their order, except that those which belong side by side follow the first of
-    them.
-    """
+    """The names in their order, except that the members of a group follow its first one."""
     names = list(names)
     follow = {members[0]: members for members in groups(names)}
     placed = {name for members in follow.values() for name in members}
@@ -59,8 +57,9 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def allocate(like: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Uninitialised tensors of the shapes and dtypes of `like` (meta will do), in its order, packed
-    by groups.
+    """Make uninitialised tensors with the names, shapes and dtypes of `like`, groups side by side.
+
+    `like` may be on the meta device; the result has its order.
     """
     made: dict[str, Tensor] = {}
     for members in groups(like):
@@ -76,15 +75,15 @@ def allocate(like: Mapping[str, Tensor], device: torch.device | str) -> dict[str
 
 
 def pack_groups(model: nn.Module) -> None:
-    """Bring the linears of each group of a loaded model side by side, in place, one group's tensors
-    at a time.
+    """Bring the linears of each group of a loaded model side by side, in place.
 
-    Plain and quantised linears, also under PEFT's, and the factors of adapters that all members
-    carry (an adapter's A's, and its B's). Members that differ in device, dtype or width are left
-    where they are, and what lies side by side already is not touched, so that a second call does
-    nothing. Call it after the model has been moved: `.to()` gives each tensor memory of its own.
+    These are plain and quantised linears, also inside PEFT's, and the A and B factors of adapters
+    that all members of a group carry. Members that differ in device, dtype or width stay where they
+    are. What lies side by side already is not touched, so a second call does nothing. Call it after
+    the model has been moved: `.to()` gives each tensor memory of its own. While it works it needs
+    the memory of one group's tensors.
     """
-    # a member itself, not what an adapter has put into it
+    # the linears themselves, not the modules that an adapter has put into them
     found = {
         name: module
         for name, module in model.named_modules()
@@ -107,7 +106,7 @@ def pack_groups(model: nn.Module) -> None:
 
 
 def _pack_factors(factors: Sequence[Mapping[str, nn.Module]]) -> None:
-    """One of PEFT's two factors, by adapter, of each member."""
+    """Pack one of PEFT's two factors; `factors` holds each member's, by the adapter's name."""
     for adapter in factors[0]:
         if all(adapter in each for each in factors):
             linears = [each[adapter] for each in factors]

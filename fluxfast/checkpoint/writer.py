@@ -1,5 +1,7 @@
-"""Writing a safetensors file tensor by tensor: the header first, for sizes are known, then bytes as
-they come.
+"""Writing a safetensors file one tensor at a time.
+
+Shapes and dtypes are known beforehand, so the header is written first, and each tensor's bytes at
+their place as they come.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from fluxfast.checkpoint import checksums
 from fluxfast.checkpoint.reader import DTYPES
 from fluxfast.files import TEMPORARY, atomic_file
 
-# where the data begins: a map of the file starts on a page, so tensors are aligned as they are in
-# the file
+# the data begins on a page: a map of the file starts on one too, so that a tensor is aligned in
+# memory as it is in the file
 ALIGNMENT = 4096
-# tensors that wait to be written
+# how many tensors may wait to be written
 BEHIND = 2
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Spec(NamedTuple):
-    """A tensor that is to come."""
+    """Shape and dtype of a tensor that is still to come."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,8 +46,8 @@ class Spec(NamedTuple):
 def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The first bytes of the file, and where in it each tensor begins.
 
-    Tensors lie in the order of `specs`, those of wider dtypes first: so each is aligned without
-    gaps, which the format forbids.
+    Tensors lie in the order of `specs`, but those of wider dtypes first: in that order each one is
+    aligned without gaps, which safetensors forbids.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     begins: dict[str, int] = {}
@@ -75,12 +77,11 @@ def write_tensors(
 ) -> int:
     """Write the tensors, in whatever order they come, and return the file's size in bytes.
 
-    checked: with checksums in the metadata, which whoever reads the file by `TensorFiles` holds it
-    against.
+    `specs` describes all of them. checked: store checksums, which `TensorFiles` verifies.
 
-    The file has its name only when it is whole and on the disk; what killed writers of the same
-    name left behind is removed. A thread writes while the next tensors are made, so a tensor handed
-    over must not change. Raises ValueError where the disk has no room.
+    The file gets its name when it is whole and on the disk; files that killed writers of the same
+    name left are removed. A thread writes while the next tensors are made, so a tensor must not
+    change once it is handed over. Raises ValueError where the disk has no room.
     """
     if checked:
         metadata = {**metadata, checksums.KEY: checksums.blank(len(specs))}
@@ -108,6 +109,7 @@ def write_tensors(
                 future.result()
         assert sums.keys() == specs.keys(), specs.keys() - sums.keys()
         if checked:
+            # the header was written with zeros for the checksums: now they are known
             stream.seek(0)
             stream.write(checksums.seal(first, [sums[name].result() for name in begins]))
     return size
@@ -123,13 +125,14 @@ def require_room(path: Path, size: int) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes left on the disk of the nearest folder above `path` that exists."""
+    """Bytes free on the disk that `path` would be written to."""
+    # the folders nearest to `path` may not be there yet
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
     return shutil.disk_usage(folder).free
 
 
 def _write(stream: BinaryIO, begin: int, tensor: Tensor, checked: bool) -> int:
-    """Write a tensor's bytes; returns their checksum, 0 if none is asked for."""
+    """Write a tensor's bytes, and return their checksum (0 if none is asked for)."""
     data = tensor.view(-1).view(torch.uint8).numpy().data
     stream.seek(begin)
     stream.write(data)
@@ -137,8 +140,9 @@ def _write(stream: BinaryIO, begin: int, tensor: Tensor, checked: bool) -> int:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove what writers of `path` left that were killed; one that is still at work holds a lock
-    on its file.
+    """Remove the unfinished files of killed writers of `path`.
+
+    A writer that is still at work holds a lock on its file, which is left alone.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         with leftover.open("rb") as stream:
@@ -148,10 +152,11 @@ def remove_abandoned(path: Path) -> None:
 
 
 def _claim(stream: BinaryIO) -> bool:
-    """Lock a file for as long as it is open; False if another process has it, or its disk knows no
-    locks.
+    """Lock a file for as long as it is open.
+
+    Returns False if another process has locked it, or if its disk knows no locks.
     """
-    # Windows has no such locks; there, what a killed writer left is the user's to remove
+    # Windows has no such locks: there the user removes what a killed writer left
     if os.name != "posix":
         return False
     import fcntl

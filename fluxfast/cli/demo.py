@@ -1,5 +1,6 @@
-"""`fluxfast-train demo`: write a small pipeline, real photographs and a config, then train as any
-run is trained.
+"""`fluxfast-train demo`: write a small pipeline, photographs and a config, then train on them.
+
+Training is the same as any run's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TRANSFORMER_CONFIG = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 14, 14),
 }
-# one of the captions, and one that mixes words of two
+# validation's: three of the captions
 PROMPTS = {
     "astronaut": "a portrait of an astronaut in an orange suit",
     "coffee": "a cup of coffee on a wooden table",
@@ -34,7 +35,7 @@ PROMPTS = {
 
 
 def config_json(root: Path, steps: int) -> dict[str, object]:
-    """The demo's config.json: SimpleTuner's keys, as in any run."""
+    """The demo's config.json, in SimpleTuner's keys as in any run."""
     return {
         "model_type": "lora",
         "model_family": "flux",
@@ -93,7 +94,7 @@ def dataset_json(root: Path) -> list[dict[str, object]]:
 
 
 def write_demo(root: Path, steps: int) -> Path:
-    """Write pipeline, images, captions and configs under `root`; returns the path of config.json."""
+    """Write pipeline, images, captions and configs under `root`; returns config.json's path."""
     # the pipeline's libraries take seconds to import; `--help` doesn't need them
     from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
 
@@ -133,7 +134,9 @@ def main(words: Sequence[str]) -> int:
         parser.error(f"--max-train-steps {arguments.max_train_steps}: expected at least 1")
     root = arguments.output.resolve()
     config = write_demo(root, arguments.max_train_steps)
-    print(f"config: {config}\ndata:   {root / 'multidatabackend.json'}\nimages: {root / 'images'}")
+    print(f"config: {config}")
+    print(f"data:   {root / 'multidatabackend.json'}")
+    print(f"images: {root / 'images'}")
     from fluxfast.cli import train
 
     return train.main([str(config)])

@@ -1,6 +1,4 @@
-"""`fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N]
-[--option=value ...]`
-"""
+"""`fluxfast-train doctor`: check this machine, and keep and report what was found."""
 
 from __future__ import annotations
 
@@ -21,20 +19,25 @@ from fluxfast.cli.doctor_report import as_json, show
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 
-HELP = """fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N] [--option=value ...]
+HELP = """\
+fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N]
+                      [--option=value ...]
 
-Check this machine: every op of a training step in the formats and modes that the config uses, on this device beside a
-reference, forward and backward; attention's back ends, CUDA graphs, streamed blocks; then what the machine does a second,
-beside what `plan` reckons with. What is found is kept, and training minds it: `auto` passes over what failed.
+Check this machine: every op of a training step in the formats and modes that the config uses, on
+this device beside a reference, forward and backward; attention's back ends, CUDA graphs, streamed
+blocks; then what the machine does a second, beside what `plan` reckons with. What is found is kept,
+and training minds it: `auto` passes over what failed.
 
   CONFIG.json  a training config, and options in front of it (without one: the defaults)
   --all        every format and mode that there is
   --short      what the first training run on a machine checks by itself
   --json       one JSON object on stdout, for a bug report
   --device D   cuda, cuda:1 or cpu (default: the GPU, if there is one)
-  --workers N  processes that check side by side (default: by cores and memory on a GPU; 0, this one, on a CPU)
+  --workers N  processes that check side by side (default: by cores and memory on a GPU; 0, this
+               one, on a CPU)
 
-Exit status: 0 if everything that could be checked passed, 1 if something failed, 2 for a mistake in the command or config."""
+Exit status: 0 if everything that could be checked passed, 1 if something failed, 2 for a mistake in
+the command or config."""
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Options:
 
 
 def parse(words: Sequence[str]) -> Options:
-    """Raises ValueError for a word that can't be meant."""
+    """Parse the command line. Raises ValueError for a word that makes no sense in its place."""
     options, left = Options(), list(words)
     while left:
         word = left.pop(0)
@@ -107,15 +110,16 @@ def _device(asked: str | None) -> Any:
         raise ValueError(f"--device {asked}: there is no such device; there are {', '.join(known)}")
     device = torch.device(asked or ("cuda" if found else "cpu"))
     if device.type == "cuda":
-        # the kernels launch on the current one
+        # kernels launch on the current device
         torch.cuda.set_device(device)
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def scope_for(options: Options, config: TrainConfig | None, device: Any) -> Any:
-    """What the command asks to be checked. Raises ValueError where the device lacks what the config
-    asks for.
+    """What the command asks to be checked.
+
+    Raises ValueError where the device lacks what the config asks for.
     """
     from fluxfast.config.run import default_config
     from fluxfast.doctor.scope import everything, sizes_for
@@ -136,7 +140,7 @@ def scope_for(options: Options, config: TrainConfig | None, device: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Who chooses what is no news while everything is tried."""
+    """Silence the log lines on which implementation `auto` chooses, as all of them are tried."""
     logger = logging.getLogger("fluxfast")
     before = logger.level
     logger.setLevel(logging.WARNING)
@@ -147,13 +151,13 @@ def _quiet() -> Iterator[None]:
 
 
 def run(options: Options, scope: Any) -> int:
-    """Check, keep what was found, and tell it; returns the exit status."""
+    """Check, keep what was found, and report it; returns the exit status."""
     from fluxfast.doctor.catalogue import checks_for
     from fluxfast.doctor.executor import run_checks, workers_for
     from fluxfast.doctor.store import Store
 
     start = time.perf_counter()
-    # a crash in this process says where
+    # if this process crashes, print where
     if sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)
     device = scope.torch_device

@@ -1,4 +1,4 @@
-"""What `fluxfast-train doctor` found, for people and as JSON."""
+"""What `fluxfast-train doctor` found, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxfast.doctor.checks import Outcome
-from fluxfast.doctor.op_checks import NO_NATIVE_BUILD
 from fluxfast.doctor.scope import Scope
+from fluxfast.doctor.ways import NO_NATIVE_BUILD
 from fluxfast.ops import dispatch
 
 
@@ -40,9 +40,7 @@ def show(
     seconds: float,
     note: str,
 ) -> None:
-    """Print the machine, a line for each check, the rates, and for what failed a cause and a way
-    out.
-    """
+    """Print the machine, a line for each check, the rates, and what to do about failures."""
     import torch
 
     def say(text: str, style: str = "") -> None:
@@ -107,7 +105,7 @@ def _checks_table(outcomes: Sequence[Outcome]) -> Table:
         error = "" if outcome.error is None else f"{outcome.error:.1e}"
         bound = "" if outcome.bound is None else f"{outcome.bound:.1e}"
         status = Text("FAIL" if failed else "pass", style="bold red" if failed else "green")
-        # names end in who does it, in brackets
+        # names end in the implementation, in brackets
         name, _, by = outcome.name.partition(" (")
         table.add_row(
             Text(name),
@@ -137,7 +135,7 @@ def _rates_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def rate_text(rate: float | None, unit: str) -> str:
-    """A rate in the unit that it is usually told in."""
+    """A rate in the unit that is usual for it."""
     if rate is None or not math.isfinite(rate):
         return ""
     return f"{rate / 1e9:,.1f} GB/s" if unit == "B/s" else f"{rate / 1e12:,.2f} TFLOP/s"

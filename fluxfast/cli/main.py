@@ -1,6 +1,4 @@
-"""`fluxfast-train`: the command line. `fluxfast-train CONFIG.json` is `fluxfast-train train
-CONFIG.json`.
-"""
+"""The command line `fluxfast-train`. Without a command's name, `train` is meant."""
 
 from __future__ import annotations
 
@@ -54,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     for stream in (sys.stdout, sys.stderr):
-        # a name that the terminal can't show is printed with backslashes, and ends no run
+        # print names that the terminal can't show with backslashes, rather than end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     name = words.pop(0) if words and words[0] in COMMANDS else "train"
-    # what our libraries advise their own users to do is no concern of ours
+    # these libraries' hints are for people who call them directly
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

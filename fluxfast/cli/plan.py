@@ -19,7 +19,7 @@ from fluxfast.config.settings import ConfigError
 
 if TYPE_CHECKING:
     # torch loads once the config is known to be right
-    from fluxfast.checkpoint.flux import Checkpoint
+    from fluxfast.checkpoint.transformer import Checkpoint
     from fluxfast.memory.choices import Facts, Wishes
     from fluxfast.memory.gpus import Gpu
     from fluxfast.model.apply import Choices

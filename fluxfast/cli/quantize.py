@@ -1,4 +1,4 @@
-"""`fluxfast-train quantize SRC DST --format F`, `fluxfast-train quantize --verify FILE`"""
+"""`fluxfast-train quantize`: write a transformer in a storage format, or verify such a file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from fluxfast.quant import FORMATS
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "fluxfast-train quantize",
-        description="Quantise a FLUX.1 transformer tensor by tensor; host memory stays small whatever its size. A config loads "
-        'the result by "pretrained_transformer_model_name_or_path". A run with '
-        '"base_model_precision" does all this by itself.',
+        description=(
+            "Quantise a FLUX.1 transformer tensor by tensor; host memory stays small whatever its "
+            'size. A config loads the result by "pretrained_transformer_model_name_or_path". A run '
+            'with "base_model_precision" does all this by itself.'
+        ),
     )
     parser.add_argument(
         "source",
@@ -77,10 +79,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quantise, and say what it took."""
+    """Quantise, and say how long it took and what it needed."""
     # torch and diffusers take seconds to import; `--help` doesn't need them
-    from fluxfast.checkpoint.flux import open_checkpoint
     from fluxfast.checkpoint.locate import CONFIG_NAME, WEIGHT_ENDINGS, WEIGHTS_NAME
+    from fluxfast.checkpoint.opening import open_checkpoint
     from fluxfast.config.flavours import IN_CHANNELS
     from fluxfast.files import write_atomic
     from fluxfast.model.transformer import FluxTransformer
@@ -122,10 +124,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def verify(name: str) -> int:
-    """Read a quantised file through and say whether it is what was written. Raises ValueError
-    naming what is not.
+    """Read a quantised file through, and say that it is as it was written.
+
+    Raises ValueError naming what is not.
     """
-    from fluxfast.checkpoint.flux import open_checkpoint
+    from fluxfast.checkpoint.opening import open_checkpoint
 
     checkpoint = open_checkpoint(name)
     if (info := checkpoint.quantized) is None:
@@ -138,15 +141,16 @@ def verify(name: str) -> int:
     tensors = len(checkpoint.files.shapes)
     print(
         f"{info.path}: {info.format.name}, {checkpoint.nbytes:,} bytes in {tensors:,} tensors, "
-        "all as they were written; "
-        f"read in {seconds:.1f} s"
+        f"all as they were written; read in {seconds:.1f} s"
     )
     return 0
 
 
 def time_copy(sources: Sequence[Path], target: Path) -> float:
-    """Seconds that a plain copy of the files takes, to `target`'s folder; both times start with
-    nothing of them in memory.
+    """Seconds that a plain copy of the files to `target`'s folder takes.
+
+    The system's cached contents of the files are dropped before and after, so that copying and
+    quantising both read from the disk.
     """
     from fluxfast.checkpoint.writer import require_room
     from fluxfast.files import temporary_name
@@ -169,7 +173,7 @@ def time_copy(sources: Sequence[Path], target: Path) -> float:
 
 
 def forget(paths: Sequence[Path]) -> None:
-    """Let the system drop its copies of these files' contents."""
+    """Ask the system to drop its cached contents of these files."""
     if hasattr(os, "posix_fadvise"):
         for path in paths:
             with path.open("rb") as stream:

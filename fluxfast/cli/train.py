@@ -1,4 +1,4 @@
-"""`fluxfast-train [train] [CONFIG.json] [--option=value ...]`"""
+"""`fluxfast-train [train] [CONFIG.json] [--option=value ...]`: train a LoRA."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fluxfast.config.settings import ConfigError
 
 HELP = """fluxfast-train [train] [CONFIG.json] [--option=value ...]
 
-Train a LoRA from a SimpleTuner config. Without CONFIG.json: $CONFIG_PATH, else config/$ENV/config.json, else
-config/config.json. Options are the config's keys and go before it: --max_train_steps=100. A run that was stopped goes on
-with the same command."""
+Train a LoRA from a SimpleTuner config. Without CONFIG.json: $CONFIG_PATH, else
+config/$ENV/config.json, else config/config.json. Options are the config's keys and go before it:
+--max_train_steps=100. A run that was stopped goes on with the same command."""
 
-# as a shell reports a command that a signal ended
+# a shell reports a command that a signal ended as this number plus the signal's
 SIGNAL_EXIT = 128
 
 
@@ -29,7 +29,7 @@ def main(words: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    # everything heavy is imported after the config is known to be right
+    # the heavy imports come after the config has been found right
     from fluxfast.train.state import SaveError
     from fluxfast.train.trainer import NonFiniteLoss, Stopped, train
 
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return SIGNAL_EXIT + signal.SIGINT
-    # OSError: a full or vanished disk, at the end of the run too
+    # an OSError is a full or vanished disk, which the end of the run may meet too
     except (ValueError, OSError, NonFiniteLoss, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,8 @@
+"""From folders of images to batches of latents and embeddings.
+
+Before the first step, `prepare` looks at every image (`scan`: size in `buckets`, text in
+`captions`, pixels in `images`), and encodes what the caches lack (`encode`, `encoders`, `t5`; the
+caches are `cache` and `cache_index`). It gives a `Prepared`, and a table of what became of each
+dataset (`dataset_report`). While training, `sampler` chooses the samples of each step and `batches`
+reads them ahead.
+"""

@@ -1,4 +1,4 @@
-"""Batches from the caches, read ahead in the background."""
+"""Batches of cached latents and embeddings, read ahead in the background."""
 
 import logging
 import random
@@ -22,16 +22,15 @@ logger = logging.getLogger(__name__)
 class Batch:
     """B samples of one bucket of one dataset, on the CPU.
 
-    Attributes:
-        latents: bf16 [B, C, H/8, W/8], normalised.
-        prompt_embeds: T5's, bf16 [B, L, T5 width].
-        pooled_prompt_embeds: CLIP's, bf16 [B, CLIP width].
-        attention_mask: bool [B, L], true at the caption's tokens.
-        captions: the texts in use; "" where the caption was dropped.
-        files: the images, as paths below the dataset's folder.
-        dataset: the dataset's id.
-        is_regularisation_data: train these towards the base model's own prediction.
-        timestep_sampling_offset: the dataset's shift of sampled timesteps.
+    latents: bf16 [B, C, H/8, W/8], normalised.
+    prompt_embeds: T5's embeddings, bf16 [B, L, T5 width].
+    pooled_prompt_embeds: CLIP's embedding, bf16 [B, CLIP width].
+    attention_mask: bool [B, L], true at the caption's tokens.
+    captions: the texts in use, "" where the caption was dropped.
+    files: the images, as paths below the dataset's folder.
+    dataset: the dataset's id.
+    is_regularisation_data: train these towards the base model's own prediction.
+    timestep_sampling_offset: the dataset's shift of sampled timesteps.
     """
 
     latents: torch.Tensor
@@ -46,8 +45,9 @@ class Batch:
 
 
 def caption_rng(seed: int, step: int) -> random.Random:
-    """The generator that `load_batch` takes for batch `step` of a run: a resumed run draws the same
-    captions.
+    """The generator that `load_batch` takes for batch `step` of a run.
+
+    It depends on seed and step alone, so a resumed run draws the same captions.
     """
     return random.Random(f"{seed}:captions:{step}")
 
@@ -62,12 +62,10 @@ def load_batch(
 ) -> Batch:
     """Read a batch from the caches; `refs` come from one `Sampler.next`.
 
-    `rng` picks one caption of each sample, and replaces it by "" with
-    `caption_dropout_probability`. Where a cache file was lost or damaged since the start, the next
-    whole sample of the bucket takes the place of its sample, and `on_lost` is told.
-
-    Raises:
-        LostEntry: no sample of the bucket can be read; the first that was lost is named.
+    `rng` picks one caption of each sample, and replaces it by "" with the probability
+    `caption_dropout_probability`. Where a cache file was lost or damaged since the start, another
+    sample of the same bucket takes the place of its sample, and `on_lost` is told of both. Raises
+    LostEntry naming the first lost one if no sample of the bucket can be read.
     """
     (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == refs[0].dataset]
     assert all(ref.dataset == dataset.id for ref in refs)
@@ -105,7 +103,10 @@ def _read(
     caption: str,
     on_lost: Callable[[LostEntry, Sample], None],
 ) -> _Read:
-    """A sample with that caption, or the next of its bucket with one of its own ("" stays "")."""
+    """Read a sample with that caption, or else the next sample of its bucket that can be read.
+
+    The other sample comes with a caption of its own, but "" stays "".
+    """
     try:
         return _read_one(prepared, dataset, wanted, caption)
     except LostEntry as error:
@@ -123,16 +124,16 @@ def _read(
 
 
 def _read_one(prepared: Prepared, dataset: PreparedDataset, sample: Sample, caption: str) -> _Read:
-    # the caption first: one that is lost is often that of many images
+    # the caption first: many images may share it, so reading their latents would be in vain
     embeds = prepared.prompts.get(caption)
     return _Read(sample.file, caption, dataset.latents(sample), embeds)
 
 
 class BatchLoader:
-    """An endless iterator of a run's batches, the next few of which a thread reads ahead.
+    """An endless iterator of a run's batches, of which a thread reads the next few ahead.
 
-    `epoch` and `state_dict()` belong to the batch handed out last, however far the thread has read:
-    a sampler that loads this state, in a loader that starts at `step`, goes on with the batch after
+    `epoch` and `state_dict()` belong to the batch handed out last, however far the thread has read.
+    A sampler that loads this state, in a loader that starts at `step`, goes on with the batch after
     it.
     """
 
@@ -146,11 +147,10 @@ class BatchLoader:
         read_ahead: int = 2,
         then: Callable[[Batch, int], Any] | None = None,
     ) -> None:
-        """`step` is the number of batches that the run has used so far; captions follow the
-        sampler's seed.
+        """`step` is the number of batches that the run has used so far.
 
         `then` is called in the thread with each batch and its number, counted from 0 over the run;
-        what it returns is handed out in the batch's place.
+        what it returns is handed out in the batch's place. Captions follow the sampler's seed.
         """
         self._then = then or (lambda batch, number: batch)
         self.step = step
@@ -160,7 +160,7 @@ class BatchLoader:
         self._state = sampler.state_dict()
         self._next_read = step
         self._told: set[str] = set()
-        # a single thread, so that the sampler is asked for its steps in order
+        # one thread only: the sampler must be asked for its steps in order
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-batches")
         self._ahead: deque[Future[tuple[Any, int, dict]]] = deque(
             self._submit() for _ in range(read_ahead)
@@ -176,8 +176,9 @@ class BatchLoader:
         return batch
 
     def upcoming(self) -> Callable[[], Any]:
-        """What waits for the batch that comes next, and gives it; for another thread, and for
-        later, when it may have come.
+        """A function that waits for the next batch and returns it, without taking it.
+
+        Another thread may call it, also after the batch has been handed out.
         """
         read = self._ahead[0]
         return lambda: read.result()[0]
@@ -211,8 +212,7 @@ class BatchLoader:
             self._told.add(lost.what)
             logger.warning(
                 "%s are lost or damaged since the start: %s and others of its size are trained "
-                "on in their place; the next "
-                "start computes them anew",
+                "on in their place; the next start computes them anew",
                 lost.what,
                 printable(instead.file),
             )

@@ -1,12 +1,12 @@
-"""Which size each image trains at: aspect buckets, resizing and cropping.
+"""The size that each image trains at: aspect buckets, resizing and cropping.
 
 An image is resized to its *intermediary* size, which keeps its own proportions and covers the
 target, and is then cropped to the *target* size, whose sides are multiples of 64 pixels. Images of
 equal target size can share a batch.
 
-The behaviour is SimpleTuner's, with one difference: it reuses the first size that it meets for an
-aspect key (width / height to two decimals), so the sizes of very narrow images depend on the order
-of files. Here a plan depends on its own image only.
+The behaviour is SimpleTuner's, with one difference: SimpleTuner reuses the first size that it meets
+for an aspect key (width / height to two decimals), so that the sizes of very narrow images depend
+on the order of the files. Here an image's plan depends on that image only.
 """
 
 import random
@@ -28,13 +28,13 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one image becomes a training image. Sizes are (width, height) in pixels.
+class CropPlan:
+    """How one image becomes a training image; sizes are (width, height) in pixels.
 
-    Attributes:
-        target: final size, multiples of 64. intermediary: size to resize to before the crop; covers
-        `target`. crop_box: (left, top, right, bottom) within the intermediary image. bucket: aspect
-        key, target width / height to `rounding` decimals; what SimpleTuner names its buckets by.
+    target: the final size, multiples of 64.
+    intermediary: the size to resize to before the crop; it covers the target.
+    crop_box: (left, top, right, bottom) within the resized image.
+    bucket: the target's width / height, rounded; SimpleTuner names its buckets so.
     """
 
     target: Size
@@ -44,15 +44,15 @@ class Plan:
 
 
 def round64(value: float) -> int:
-    """The nearest multiple of 64, at least 64; a tie goes to the even multiple (Python's rounding)."""
+    """The nearest multiple of 64, at least 64; a tie goes to the even multiple."""
     return max(ALIGNMENT, round(value / ALIGNMENT) * ALIGNMENT)
 
 
 def target_size(aspect: float, resolution: float, resolution_type: ResolutionType) -> Size:
     """The target size for an aspect ratio (width / height).
 
-    `resolution` is the edge of the square with the wanted area (`pixel_area`, pixels), that area
-    (`area`, megapixels of 10⁶ pixels), or the shorter side (`pixel`, pixels).
+    `resolution` is the edge of the square with the wanted area (`pixel_area`, in pixels), that area
+    (`area`, in megapixels of 10⁶ pixels), or the shorter side (`pixel`, in pixels).
     """
     if resolution_type == "pixel":
         if aspect < 1:
@@ -62,7 +62,7 @@ def target_size(aspect: float, resolution: float, resolution_type: ResolutionTyp
     return round64(edge * sqrt(aspect)), round64(edge / sqrt(aspect))
 
 
-def plan(
+def plan_crop(
     size: Size,
     *,
     resolution: float,
@@ -75,18 +75,17 @@ def plan(
     target_downsample_size: float | None = None,
     rounding: int = 2,
     rng: random.Random,
-) -> Plan:
+) -> CropPlan:
     """Plan the resize and crop of an upright image of `size` (width, height).
 
-    The arguments are the dataset's keys of the same names; all sizes are in the unit of
-    `resolution_type` (see `target_size`). Without `crop`, only what overhangs the target is cut
-    off, by `crop_style` as well. With `crop`, an image above `maximum_image_size` is resized to
+    The arguments are the dataset's keys of the same names, and sizes are in the unit of
+    `resolution_type` (see `target_size`). Without `crop`, only what extends beyond the target is
+    cut off, also by `crop_style`. With `crop`, an image above `maximum_image_size` is resized to
     `target_downsample_size` and the target is cut out of that; any other is resized to just cover
-    the target. `crop_aspect_buckets` holds ratios, or `{"aspect": ratio, "weight": w}`.
-
-    `rng` decides random crops and random aspects; seed it by `crop_rng`.
+    the target. `crop_aspect_buckets` holds ratios, or `{"aspect": ratio, "weight": w}`. `rng`
+    decides random crops and aspects; `crop_rng` makes it.
     """
-    # a hair-thin image must not round to zero
+    # the aspect of a very thin image must not round to zero
     own_aspect = max(round(size[0] / size[1], rounding), 10**-rounding)
     aspect = _crop_aspect(own_aspect, crop_aspect, crop_aspect_buckets, rng) if crop else own_aspect
     target = target_size(aspect, resolution, resolution_type)
@@ -107,7 +106,7 @@ def plan(
             intermediary = _covering_size(size, target, portrait=aspect < 1)
 
     left, top = _crop_origin(intermediary, target, crop_style, rng)
-    return Plan(
+    return CropPlan(
         target=target,
         intermediary=intermediary,
         crop_box=(left, top, left + target[0], top + target[1]),
@@ -116,8 +115,9 @@ def plan(
 
 
 def crop_rng(seed: int, dataset_id: str, file: str) -> random.Random:
-    """The generator for one image's random crop: the same for the same seed, dataset and file, on
-    any machine.
+    """The generator for one image's random crop.
+
+    The same seed, dataset and file give the same crop on any machine.
     """
     return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}"))
 
@@ -132,11 +132,10 @@ def rejection(
     maximum_aspect_ratio: float | None = None,
     rounding: int = 2,
 ) -> str | None:
-    """Which of the dataset's limits an image of `size` (width, height) breaks, in words; None if it
-    may be used.
+    """Which of the dataset's limits an image of `size` (width, height) breaks; None if none.
 
-    `minimum_image_size` is compared with the shorter side for `pixel`, else with the area; a square
-    crop needs both sides as well, since it would enlarge the shorter one.
+    `minimum_image_size` is compared with the shorter side for `pixel`, else with the area. A square
+    crop needs both sides to be large enough too, since it would enlarge a shorter one.
     """
     width, height = size
     if minimum_image_size:
@@ -155,14 +154,15 @@ def rejection(
     return None
 
 
-def apply(img: Image.Image, plan: Plan) -> Image.Image:
-    """Resize (Lanczos) and crop `img` as planned: the result has the size `plan.target`."""
+def apply(img: Image.Image, plan: CropPlan) -> Image.Image:
+    """Resize (Lanczos) and crop `img` as planned; the result has the size `plan.target`."""
     return img.resize(plan.intermediary, Image.Resampling.LANCZOS).crop(plan.crop_box)
 
 
 def _area(value: float, resolution_type: ResolutionType) -> int:
-    """A size of an area type in pixels; megapixels are rounded, as 0.262144 * 1e6 falls short of
-    512².
+    """A size of one of the area types in pixels.
+
+    Megapixels are rounded, since 0.262144 * 1e6 falls short of 512² in floating point.
     """
     return round(value * value if resolution_type == "pixel_area" else value * 1e6)
 
@@ -193,8 +193,9 @@ def _crop_aspect(
 
 
 def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:
-    """The size with the proportions of `size` that covers `target`, rounded down to whole pixels as
-    SimpleTuner does.
+    """The size with the proportions of `size` that covers `target`.
+
+    It is rounded down to whole pixels, as SimpleTuner does.
     """
     ratio = size[0] / size[1]
     if portrait:

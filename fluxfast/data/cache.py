@@ -1,17 +1,19 @@
-"""Tensors computed once and kept on disk: one safetensors file an entry, and an index in SQLite.
+"""Tensors that are computed once and kept on disk: one safetensors file an entry, and an index.
 
-An entry is found by (key, fingerprint): the key says what it belongs to (an image, a caption), the
-fingerprint everything that its value depends on. A changed fingerprint is another entry, so
-settings can be switched back and forth, and runs with different settings can share a folder.
+An entry is found by (key, fingerprint). The key says what it belongs to (an image, a caption), the
+fingerprint stands for everything that its value depends on. A changed fingerprint makes another
+entry, so settings can be switched back and forth, and runs with different settings can share a
+folder.
 
-A file says for itself what it holds (key, fingerprint and checksum are in its header) and appears
-under its name only when it is complete and on disk. The index is never needed to read an entry. It
-only tells a start which files are there and untouched, without opening thousands of them; lost or
-damaged, it is made anew. So a kill at any moment costs at most the entries being written.
+A file says itself what it holds: its header has the key, the fingerprint and a checksum. It appears
+under its name only when it is complete and on disk. The index (`cache_index`) is never needed to
+read an entry: it only tells a start which files are there and unchanged, without opening thousands
+of them, and is made anew if it is lost or damaged. So a kill at any moment costs at most the
+entries that were being written.
 
-Every read compares the checksum. A start compares as many as a few seconds allow, so that what a
-failing disk has changed in a small cache is known, and computed anew, before the first step; in a
-large one a start goes on where the last one stopped.
+Every read compares the checksum. A start compares as many as it can in a few seconds, so that
+damage in a small cache is found, and computed anew, before the first step. In a large cache each
+start goes on where the last one stopped.
 """
 
 import contextlib
@@ -40,32 +42,31 @@ logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
 
-# a local disk reads some GB in that time
+# a local disk reads several GB in that time
 VERIFY_SECONDS = 3.0
 NEVER = -1.0
-# what the system says where a disk fails, rather than where a file may not be read
+# errors of a disk that fails, as opposed to those of a file that may not be read
 _FAILING = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
-# a write takes seconds at the very most, so older than this its temporary file was left by a
-# process that died elsewhere
+# a write takes seconds at most, so an older temporary file was left by a process that died, perhaps
+# on another machine
 _ORPHAN_AGE_S = 3600.0
 _TEMPORARY = re.compile(r"\.[0-9a-f]{40}\.(?P<host>.*)@(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
 
 
 def fingerprint(*parts: object) -> str:
-    """A hash of JSON-able values: equal parts, equal fingerprint, on any machine."""
+    """A hash of JSON-able values: equal values give equal hashes on any machine."""
     return hashlib.sha256(
         to_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False))
     ).hexdigest()
 
 
 class TensorCache:
-    """A folder of cached tensors; any number of threads and processes may use it at the same time."""
+    """A folder of cached tensors, for any number of threads and processes at a time."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open or create the cache in `folder`.
 
-        Raises:
-            ValueError: `folder` can't be created or is not a folder.
+        Raises ValueError if `folder` can't be created or is not a folder.
         """
         self.folder = Path(folder)
         try:
@@ -78,16 +79,14 @@ class TensorCache:
         self._index = Index(self.folder / "index.sqlite")
 
     def close(self) -> None:
-        """Close the index; entries can be read nonetheless."""
+        """Close the index. Entries can still be read."""
         self._index.close()
 
     def get(self, key: str, fingerprint: str) -> dict[str, torch.Tensor] | None:
         """The entry's tensors, on the CPU; None if it is absent.
 
-        A damaged entry is removed with a warning that names it, and counts as absent.
-
-        Raises:
-            ValueError: the file may not be read.
+        A damaged entry is removed with a warning that names it, and counts as absent. Raises
+        ValueError if the file may not be read.
         """
         blob = self._blob(key, fingerprint)
         try:
@@ -106,7 +105,7 @@ class TensorCache:
             return None
 
     def put(self, key: str, fingerprint: str, tensors: Tensors) -> None:
-        """Store an entry: it is on disk when this returns, and an earlier one is replaced whole."""
+        """Store an entry, in place of an earlier one. It is on disk when this returns."""
         self.put_many([(key, fingerprint, tensors)])
 
     def put_many(self, entries: Iterable[tuple[str, str, Tensors]]) -> None:
@@ -124,9 +123,9 @@ class TensorCache:
     ) -> list[tuple[str, str]]:
         """Those of the (key, fingerprint) pairs that must be computed, in the given order.
 
-        A file that the index doesn't know as it is (new, copied, touched or cut since) is read and
-        checked. For `verify_seconds` the others are, too, from the one that was checked longest ago
-        on: a disk that changes a file tells nobody.
+        A file that is not as the index knows it (new, copied, touched or cut since) is read and
+        checked. The others are checked too, for `verify_seconds`, beginning with the one whose last
+        check is longest ago: a failing disk changes a file without any sign.
         """
         entries, known = list(dict.fromkeys(wanted)), self._index.entries()
         absent = set()
@@ -161,14 +160,13 @@ class TensorCache:
         return [entry for entry in entries if entry in absent]
 
     def file_facts(self, name: str, stat: os.stat_result) -> dict | None:
-        """What `remember_files` was told of the file `name`, if nobody has written or replaced it
-        since.
-        """
+        """What `remember_files` was told of this file; None if the file has been written since."""
         return self._index.facts(name, stamp(stat))
 
     def remember_files(self, files: Iterable[tuple[str, os.stat_result, dict]]) -> None:
-        """Keep JSON-able facts (a hash, a size in pixels) of files that are dear to read; `name` is
-        any unique name.
+        """Keep JSON-able facts of files that take long to read, such as a hash or a size in pixels.
+
+        Each file comes as (any unique name, its stat result, facts).
         """
         self._index.put_facts((name, stamp(stat), facts) for name, stat, facts in files)
 
@@ -196,7 +194,7 @@ class _DamagedBlob(Exception):
 
 
 def _shortened(key: str) -> str:
-    """A key for people: captions may be long, of several lines, or empty."""
+    """A key for messages: captions may be long, have several lines, or be empty."""
     text = printable(key)
     return f'"{text}"' if len(text) <= 80 else f'"{text[:80]}…"'
 
@@ -213,8 +211,9 @@ def _read(blob: Path) -> bytes:
 
 
 def _label(key: str) -> str:
-    """A key as a header can hold it, which is UTF-8; the file's name tells keys apart that look
-    alike here.
+    """A key as a header can hold it, in UTF-8.
+
+    Keys that look alike here have different file names.
     """
     return key.encode("utf-8", "backslashreplace").decode()
 
@@ -229,8 +228,7 @@ def _decode(data: bytes, key: str, fingerprint: str) -> dict[str, torch.Tensor]:
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
-    # torch has not every dtype that a header may name, and not every header that safetensors reads
-    # is JSON for Python
+    # a header may name a dtype that torch lacks, or be JSON to safetensors and not to Python
     except (
         SafetensorError,
         ValueError,
@@ -267,7 +265,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    # signal 0 asks on POSIX, but kills on Windows; there the age decides
+    # on POSIX signal 0 only asks; on Windows it would kill, so there the file's age decides
     if os.name != "posix":
         return True
     try:

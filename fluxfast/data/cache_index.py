@@ -1,9 +1,8 @@
-"""The index of a folder of cached tensors, in SQLite: which files a start knows, and facts about
-files that are dear to read.
+"""The index of a folder of cached tensors, in SQLite: which files are known, and facts about files.
 
-Nothing in it is needed: what it lacks is found out again. So whatever is wrong with it (a missing
-table, a page that no longer makes sense, a flipped bit) ends in a warning and a new index. It keeps
-SQLite's rollback journal, as its WAL mode doesn't work on network file systems.
+Nothing in it is indispensable, since what it lacks is found out again. So whatever is wrong with it
+(a missing table, a page that makes no sense, a flipped bit) ends in a warning and a new index. It
+keeps SQLite's rollback journal, because WAL mode does not work on network file systems.
 """
 
 import json
@@ -23,34 +22,37 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# UnicodeDecodeError: sqlite3 can't put a damaged name into its own error
+# sqlite3 raises UnicodeDecodeError where it would put a damaged name into its own error
 _Errors = (sqlite3.Error, UnicodeDecodeError)
 
 _VERSION = 2
-# names of files are bytes: they may be no text
+# names of files are stored as bytes, since they may be no valid text
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS entries (file TEXT PRIMARY KEY, stamp TEXT NOT NULL, checked REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entries (
+    file TEXT PRIMARY KEY, stamp TEXT NOT NULL, checked REAL NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS files (
     name BLOB PRIMARY KEY, stamp TEXT NOT NULL, facts TEXT NOT NULL, crc32 INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
-# what SQLite says of the disk and of other processes, and not of what the file holds
+# SQLite's messages about the disk and other processes, as opposed to the file's content
 _OF_THE_SYSTEM = ("locked", "unable to open", "is full", "disk i/o")
 
 
 def stamp(stat: os.stat_result) -> str:
-    """What tells one state of a file from another without reading it.
+    """A text that changes whenever a file does, made without reading the file.
 
-    Copying tools set size and time of modification to the old file's, but neither the inode nor the
-    time of the change itself. Where a file system makes these up, a file is only read once more
-    than needed.
+    Tools that copy files may restore size and time of modification, but neither the inode nor the
+    time of the change itself. Where a file system invents these two, a file is read once more than
+    needed.
     """
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {stat.st_ctime_ns}"
 
 
 class Known(NamedTuple):
-    """A cached file as it was when its checksum was looked at last, and when that was, in seconds
-    since 1970.
+    """A cached file when its checksum was last verified: its stamp then, and that time.
+
+    `checked` is in seconds since 1970.
     """
 
     stamp: str
@@ -58,14 +60,10 @@ class Known(NamedTuple):
 
 
 class Index:
-    """The index in one file; any number of threads and processes may use it at the same time."""
+    """The index in one file, for any number of threads and processes at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create it.
-
-        Raises:
-            ValueError: it can't be opened.
-        """
+        """Open or create it. Raises ValueError if that fails."""
         self._path = path
         self._lock = threading.Lock()
         try:
@@ -78,7 +76,7 @@ class Index:
         self._db.close()
 
     def entries(self) -> dict[str, Known]:
-        """Every cached file by its name."""
+        """Every cached file, by its name."""
         rows = self._do(
             lambda db: db.execute("SELECT file, stamp, checked FROM entries").fetchall()
         )
@@ -89,7 +87,7 @@ class Index:
         }
 
     def put_entries(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Note (name, stamp) of files whose checksum is right now."""
+        """Note the (name, stamp) of files whose checksum is known to be right."""
         now = time.time()
         rows = [(file, stamp, now) for file, stamp in entries]
         if rows:
@@ -98,7 +96,7 @@ class Index:
             )
 
     def facts(self, name: str, stamp: str) -> dict | None:
-        """What `put_facts` was told of the file `name` when it had this stamp."""
+        """What `put_facts` was told of the file `name`; None if its stamp was another one."""
         key = to_bytes(name)
         row = self._do(
             lambda db: db.execute(
@@ -110,7 +108,7 @@ class Index:
         return json.loads(row[1])
 
     def put_facts(self, files: Iterable[tuple[str, str, dict]]) -> None:
-        """Keep JSON-able facts of (name, stamp, facts) files."""
+        """Keep JSON-able facts of files, given as (name, stamp, facts)."""
         rows = []
         for name, stamp, facts in files:
             key, text = to_bytes(name), json.dumps(facts)
@@ -121,7 +119,7 @@ class Index:
             )
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """`work` in a transaction; once more with a new index where this one is damaged."""
+        """Run `work` in a transaction, and once more in a new index if this one is damaged."""
         with self._lock:
             try:
                 with self._db:
@@ -135,9 +133,7 @@ class Index:
 
 
 def _check_damage(path: Path, error: Exception) -> None:
-    """Raise ValueError where an error says something of the system, and nothing of what the file
-    holds.
-    """
+    """Raise ValueError if an error comes from the system and not from what the file holds."""
     assert not isinstance(error, sqlite3.ProgrammingError), error
     if isinstance(error, sqlite3.OperationalError) and any(
         text in str(error).lower() for text in _OF_THE_SYSTEM
@@ -162,10 +158,10 @@ def _row_checksum(*values: object) -> int:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # check_same_thread: each use is under the index's lock; timeout: another process may hold the
-    # file for a while
+    # the index's own lock guards each use, so no thread check is needed; the timeout is for other
+    # processes, which may hold the file for a while
     db = sqlite3.connect(path, timeout=60, check_same_thread=False)
-    # a damaged text is to be no match, not an error
+    # a damaged text must be no match rather than an error
     db.text_factory = lambda text: text.decode(errors="replace")
     try:
         (check,) = db.execute("PRAGMA quick_check(1)").fetchone()

@@ -1,4 +1,4 @@
-"""Captions of images: from the file's name, from a text file beside it, or one prompt for all."""
+"""An image's captions: its file's name, a text file beside it, or one prompt for all images."""
 
 import random
 from collections.abc import Sequence
@@ -26,21 +26,18 @@ def captions(
     disable_multiline_split: bool = False,
     caption_filter: CaptionFilter | None = None,
 ) -> list[str]:
-    """The captions of the image at `path`, at least one; which of them a step uses is `pick`'s
-    affair.
+    """The captions of the image at `path`, at least one; `pick` chooses one for a step.
 
-    Strategies: `filename` is the file's stem with spaces for underscores; `textfile` is the file of
-    the same stem ending in .txt, where each line that isn't blank is one caption (all of it is one
-    with `disable_multiline_split`; only newlines end a line, as in SimpleTuner); `instanceprompt`
-    is `instance_prompt`. `only_instance_prompt` replaces the captions by `instance_prompt`,
-    `prepend_instance_prompt` puts it in front. `caption_filter` edits what a file's name or text
-    says, before that.
+    strategy: `filename` takes the file's stem with spaces for underscores. `textfile` takes the
+    file of the same stem ending in .txt, where each line that isn't blank is one caption (with
+    `disable_multiline_split` the whole text is one; only newlines end a line, as in SimpleTuner).
+    `instanceprompt` takes `instance_prompt`. `only_instance_prompt` replaces the captions by
+    `instance_prompt`, `prepend_instance_prompt` puts it in front of them. `caption_filter` edits
+    what the file's name or text says, before that.
 
-    Raises:
-        NoCaption: the text file is missing, empty or not UTF-8, the name that is to be the caption
-        is not UTF-8, or the
-            filter left nothing.
-        ValueError: `instance_prompt` is needed and not given.
+    Raises NoCaption if the text file is missing, empty or not UTF-8, if the name that should be the
+    caption is not UTF-8, or if the filter left nothing. Raises ValueError if `instance_prompt` is
+    needed and not given.
     """
     path = Path(path)
     needed_by = (
@@ -83,7 +80,7 @@ def _stem(path: Path) -> str:
 def _textfile(path: Path, *, split: bool) -> list[str]:
     beside = path.with_suffix(".txt")
     try:
-        # decoded here, since reading as text would turn a lone carriage return into a newline
+        # reading as text would turn a lone carriage return into a newline
         text = beside.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise NoCaption(path, "no caption file beside it (same name, ending in .txt)") from None

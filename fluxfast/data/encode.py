@@ -1,6 +1,4 @@
-"""Filling the caches: only what they lack is computed, and an encoder is loaded only if something
-is.
-"""
+"""Filling the caches: only what they lack is computed, and encoders are loaded only for that."""
 
 import functools
 import gc
@@ -24,40 +22,37 @@ from fluxfast.data.encoders import (
     compute_dtype,
 )
 from fluxfast.data.images import UnreadableImage, load_image, to_tensor
+from fluxfast.data.model_folders import ModelSource, identity, local_folder
 from fluxfast.data.prepared import PromptCache
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
-from fluxfast.data.sources import Source, identity, local_folder
 from fluxfast.quant.rules import PRECISIONS, format_of
 
 T = TypeVar("T")
-# ((key, fingerprint), image)
+# what the cache knows an entry by, (key, fingerprint), and the image to encode for it
 _Job = tuple[tuple[str, str], Candidate]
 
-# raised when the same inputs would give other values, so that nothing computed before is taken for
-# them
+# raise one when the same inputs come to give other values: older entries are then not used
 _TEXT_VERSION, _LATENTS_VERSION = 1, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """Which encoders, and how they run. Sources are (folder or repository, subfolder, revision).
+    """Which encoders to use, and how they run.
 
-    Attributes:
-        pipeline: the pipeline in diffusers' layout; its subfolder is not looked at.
-        vae: the VAE if not the pipeline's.
-        t5: T5's weights if not the pipeline's.
-        variant: variant of the weight files, such as "fp16".
-        device: where they run; on "cpu" everything computes in fp32.
-        text_dtype, vae_dtype: what they compute in elsewhere.
-        clip_precision, t5_precision: how their weights are kept, by SimpleTuner's names.
-        quantize_on: where they are quantised for that.
-        max_length: T5 tokens per caption.
-        vae_batch_size: images per VAE pass.
+    pipeline: the pipeline's folder or repository; its subfolder is not looked at.
+    vae, t5: other sources of the VAE and of T5's weights.
+    variant: of the weight files, such as "fp16".
+    device: where they run; on "cpu" everything is computed in fp32.
+    text_dtype, vae_dtype: what they compute in on other devices.
+    clip_precision, t5_precision: how their weights are stored, in SimpleTuner's words.
+    quantize_on: where they are quantised for that.
+    max_length: T5 tokens per caption.
+    vae_batch_size: images per pass of the VAE.
     """
 
-    pipeline: Source
-    vae: Source | None = None
-    t5: Source | None = None
+    pipeline: ModelSource
+    vae: ModelSource | None = None
+    t5: ModelSource | None = None
     variant: str | None = None
     device: str | torch.device = "cpu"
     text_dtype: torch.dtype = torch.bfloat16
@@ -71,7 +66,7 @@ class EncoderSettings:
     vae_tiling: bool = False
     vae_slicing: bool = False
 
-    def part(self, name: str) -> Source:
+    def part(self, name: str) -> ModelSource:
         """The source of one of the pipeline's folders."""
         return (self.pipeline[0], name, self.pipeline[2])
 
@@ -84,8 +79,9 @@ def encode_prompts(
     batch_size: int,
     progress: Progress,
 ) -> tuple[PromptCache, int]:
-    """Bring the embeddings of `prompts` into the cache; with them comes how many had to be
-    computed.
+    """Bring the embeddings of `prompts` into the cache.
+
+    Returns the cached prompts, and how many had to be computed.
     """
     reading = progress.add_task("text encoders", total=None)
     sources = [settings.part(name) for name in ("tokenizer", "text_encoder", "tokenizer_2")]
@@ -130,9 +126,9 @@ def encode_prompts(
 
 
 class ImageEncoding:
-    """The VAE's side: tells each image's fingerprint, and encodes the images that a cache lacks.
+    """Encodes the images that a cache lacks, and knows the fingerprint of each image's latents.
 
-    Used as a context manager, the VAE is loaded for the first image that needs it, and freed at the
+    It is a context manager: the VAE is loaded for the first image that needs it, and freed at the
     end.
     """
 
@@ -141,7 +137,7 @@ class ImageEncoding:
         self._settings = settings
         self._source = settings.vae or settings.part("vae")
         dtype = compute_dtype(settings.device, settings.vae_dtype)
-        # slicing gives the same values; tiling doesn't
+        # slicing does not change the values, tiling does
         self._made_by = [
             identity(local_folder(self._source), cache),
             str(dtype),
@@ -168,8 +164,8 @@ class ImageEncoding:
         )
 
     def fingerprint(self, candidate: Candidate) -> str:
-        """Everything that the latents of an image depend on: its content, its plan, the VAE."""
-        plan = candidate.plan
+        """A hash of all that an image's latents depend on: its content, its crop, the VAE."""
+        plan = candidate.crop_plan
         return fingerprint(
             "latents",
             _LATENTS_VERSION,
@@ -189,27 +185,26 @@ class ImageEncoding:
         progress: Progress,
         name: str,
     ) -> tuple[int, list[Skipped]]:
-        """Bring the latents of (key, image) pairs into `cache`: how many were computed, and which
-        images couldn't be.
+        """Bring the latents of (key, image) pairs into `cache`.
 
-        `batch_size` is the images per VAE pass, None the settings'; `name` the dataset's, for the
-        progress bar.
+        Returns how many were computed, and the images that couldn't be. batch_size: images per pass
+        of the VAE (None: the settings'). name: the dataset's, for the progress bar.
         """
         batch_size = batch_size or self._settings.vae_batch_size
         by_entry = {(key, self.fingerprint(candidate)): candidate for key, candidate in wanted}
         jobs = [(entry, by_entry[entry]) for entry in cache.missing(by_entry)]
-        jobs.sort(key=lambda job: (job[1].plan.target, job[0]))
+        jobs.sort(key=lambda job: (job[1].crop_plan.target, job[0]))
         skipped: list[Skipped] = []
         if not jobs:
             return 0, skipped
         bar = progress.add_task(f"encoding images of {escape(name)}", total=len(jobs))
         batches = [
             batch
-            for _, same_size in groupby(jobs, key=lambda job: job[1].plan.target)
+            for _, same_size in groupby(jobs, key=lambda job: job[1].crop_plan.target)
             for batch in _chunks(list(same_size), batch_size)
         ]
         with ThreadPoolExecutor(min(max_workers, 2 * batch_size)) as pool:
-            # one batch is decoded while the one before it is encoded
+            # the next batch is decoded while this one is encoded
             ahead = [pool.submit(_decode, candidate) for _, candidate in batches[0]]
             for batch, next_batch in zip(batches, [*batches[1:], []], strict=True):
                 decoding, ahead = (
@@ -232,8 +227,8 @@ class ImageEncoding:
                 skipped.append(Skipped(candidate.file, UNREADABLE, error.reason))
         if not images:
             return skipped
-        # the noise of an image's latents follows from what they depend on, so that they can be made
-        # again
+        # the noise of an image's latents comes from their fingerprint, so that computing them again
+        # gives the same values
         seeds = [int(made_by[:15], 16) for (_, made_by), _ in entries]
         finished = []
         for ((key, made_by), candidate), latents in zip(
@@ -251,7 +246,7 @@ def _decode(candidate: Candidate) -> torch.Tensor:
     img = load_image(candidate.path)
     if img.size != candidate.size:
         raise UnreadableImage(candidate.path, "changed while it was being read")
-    return to_tensor(apply(img, candidate.plan))
+    return to_tensor(apply(img, candidate.crop_plan))
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The frozen encoders: captions → T5 and CLIP embeddings, images → VAE latents.
+"""The frozen encoders: captions become T5 and CLIP embeddings, images become VAE latents.
 
-On a CPU everything is computed in fp32, since bf16 is many times slower there; results are stored
+On a CPU everything is computed in fp32, since bf16 is many times slower there. Results are stored
 in bf16 either way.
 """
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from fluxfast.data.sources import Source, local_folder
+from fluxfast.data.model_folders import ModelSource, local_folder
 from fluxfast.data.t5 import load_t5
 from fluxfast.quant import Format
 from fluxfast.quant.rules import quantize_model
@@ -43,8 +43,8 @@ class TextEncoders:
         max_length: int,
         t5_padding: T5Padding,
     ) -> None:
-        """`max_length`: T5 tokens per caption (512; schnell 256). `t5_padding` "zero" zeroes T5's
-        outputs at padding.
+        """max_length: T5 tokens per caption (512; 256 for schnell). t5_padding: "zero" sets T5's
+        outputs at padding to zero.
         """
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval()
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2.eval()
@@ -54,9 +54,9 @@ class TextEncoders:
     @classmethod
     def from_pretrained(
         cls,
-        source: Source,
+        source: ModelSource,
         *,
-        t5_source: Source | None = None,
+        t5_source: ModelSource | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         variant: str | None = None,
@@ -66,14 +66,11 @@ class TextEncoders:
         max_length: int = 512,
         t5_padding: T5Padding = "unmodified",
     ) -> "TextEncoders":
-        """Load from a pipeline in diffusers' layout; `t5_source` takes T5's weights (not its
-        tokenizer) from elsewhere.
+        """Load from a pipeline's folder; T5's weights from `t5_source` if it is given.
 
-        `clip_format` and `t5_format` are how the linears' weights are kept; T5's are quantised
-        while they are read.
-
-        Raises:
-            ValueError: a folder is missing, or doesn't hold what it should.
+        T5's tokenizer is always the pipeline's. clip_format, t5_format: how the linears' weights
+        are stored (None: not quantised); T5's are quantised while they are read. Raises ValueError
+        if a folder is missing, or doesn't hold what it should.
         """
         path, _, revision = source
         folders = {
@@ -116,10 +113,9 @@ class TextEncoders:
     def encode(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Embeddings of N captions, as diffusers' `FluxPipeline.encode_prompt` gives them.
 
-        Returns:
-            `prompt_embeds` [N, max_length, T5 width], `pooled_prompt_embeds` [N, CLIP width],
-            `attention_mask` bool [N, max_length], true where T5 saw a token of the caption. A
-            longer caption is cut, with a warning.
+        Returns `prompt_embeds` [N, max_length, T5 width], `pooled_prompt_embeds` [N, CLIP width]
+        and `attention_mask` bool [N, max_length], true where T5 saw a token of the caption. A
+        caption that is too long is cut, with a warning.
         """
         captions = list(captions)
         self._warn_of_cuts(captions)
@@ -166,7 +162,7 @@ class LatentEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        source: Source,
+        source: ModelSource,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
@@ -174,11 +170,10 @@ class LatentEncoder:
         tiling: bool = False,
         slicing: bool = False,
     ) -> "LatentEncoder":
-        """Load diffusers' `AutoencoderKL`. `tiling` saves memory on large images, `slicing` on
-        batches.
+        """Load diffusers' `AutoencoderKL`.
 
-        Raises:
-            ValueError: the folder is missing, or doesn't hold a complete VAE.
+        `tiling` saves memory on large images, `slicing` on batches. Raises ValueError if the folder
+        is missing, or doesn't hold a complete VAE.
         """
         dtype = compute_dtype(device, dtype)
         options = {"torch_dtype": dtype, "use_safetensors": True, "variant": variant}
@@ -191,13 +186,13 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → latents bf16 [B, C, H/8, W/8]: (posterior sample -
-        shift) * scale.
+        """Encode images [B, 3, H, W] in [-1, 1] to latents, bf16 [B, C, H/8, W/8].
 
-        Image i's sample depends on `seeds[i]` only; so on a CPU, where images go through one by
-        one, its latents are the same to the bit in any batch.
+        A latent is (posterior sample - shift) * scale, and image i's sample depends on `seeds[i]`
+        only. On a CPU images go through one by one, so their latents have the same bits in any
+        batch.
         """
-        # a GPU needs the batch, a CPU doesn't
+        # a GPU is faster with a batch, a CPU is not
         size = 1 if self.vae.device.type == "cpu" else len(images)
         posteriors = [
             self.vae.encode(batch.to(self.vae.device, self.vae.dtype)).latent_dist
@@ -224,7 +219,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
 
 def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
     model, info = _load(kind, folder, output_loading_info=True, **options)
-    # both libraries would fill what is missing with random numbers
+    # both libraries fill missing weights with random numbers
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[:3]
         raise ValueError(

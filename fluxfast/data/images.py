@@ -1,8 +1,8 @@
 """Finding image files, and decoding whatever kind they are into 8-bit RGB.
 
-Every kind ends as PIL mode `RGB`, upright: EXIF orientation is applied, transparency is laid on
+Every kind becomes PIL mode `RGB`, upright: EXIF orientation is applied, transparency is laid on
 white, deeper samples are scaled (never clipped) to 8 bits, CMYK goes through its embedded profile
-where it has one, an animation gives its first frame. The ICC profile of an RGB image is not
+where it has one, and an animation gives its first frame. The ICC profile of an RGB image is not
 applied.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from fluxfast.data.kinds import (
+from fluxfast.data.image_kinds import (
     decoders,
     holds_other_kind,
     how_to_read,
@@ -27,11 +27,11 @@ from fluxfast.data.kinds import (
     looks_like_an_image,
 )
 
-# what Pillow's decoders raised on fuzzed files of each format, and what its own opener expects of
-# them
+# what Pillow's decoders raise on damaged files (found by fuzzing each format), and what its own
+# opener catches
 _DECODE_ERRORS = (
-    OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, OverflowError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 _UPRIGHT = {
@@ -47,8 +47,9 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 
 
 class SkippedImage(ValueError):
-    """An image that training does without. `path` and `reason` are kept apart, so that a table can
-    group by reason.
+    """An image that training does without.
+
+    `path` and `reason` are kept apart, so that a table can group images by reason.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -62,8 +63,9 @@ class UnreadableImage(SkippedImage):
 
 
 class Discovered(NamedTuple):
-    """A folder's files: images, and files that look like images of a kind that isn't read, each
-    sorted by path.
+    """A folder's images, and its files that look like images of a kind that isn't read.
+
+    Each list is sorted by path.
     """
 
     images: list[Path]
@@ -71,15 +73,12 @@ class Discovered(NamedTuple):
 
 
 def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered:
-    """All image files under `root`, recursively.
+    """Find all image files under `root`, recursively.
 
-    Hidden files and folders and the folders below `root` in `skip` (caches, outputs) are left out.
-    Links to folders are followed; a folder that can be reached twice is read once, under its real
-    path if that lies below `root`. A dangling link is listed, so that it is reported like any other
-    unreadable image.
-
-    Raises:
-        ValueError: `root` is not a folder, or a folder in it can't be looked into.
+    Hidden files and folders are left out, and so are the folders in `skip` (caches, outputs). Links
+    to folders are followed; a folder that can be reached twice is read once, under its real path if
+    that lies below `root`. A link that points nowhere is listed, so that it is reported like any
+    other unreadable image. Raises ValueError if `root` or a folder in it can't be looked into.
     """
     root = Path(root)
     if not root.is_dir():
@@ -111,17 +110,14 @@ def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels of the upright image, from the file's header where the format
-    allows it.
+    """(width, height) in pixels of the upright image, from the header where the format allows it.
 
-    Raises:
-        UnreadableImage: the file is no image, or its header is damaged.
+    Raises UnreadableImage if the file is no image, or its header is damaged.
     """
     path = Path(path)
     try:
         with Image.open(path, formats=decoders(path)) as img:
-            # Pillow has already swapped the sides of a TIFF, and reports its orientation
-            # nonetheless
+            # Pillow swaps the sides of a TIFF by itself, but still reports its orientation
             swapped = (
                 img.format != "TIFF"
                 and img.getexif().get(ExifTags.Base.Orientation) in _SWAPS_SIDES
@@ -135,16 +131,14 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def load_image(path: str | Path) -> Image.Image:
     """Decode `path` to an upright RGB image.
 
-    Raises:
-        UnreadableImage: names the file and why it can't be decoded (truncated, empty, not an image,
-        too many pixels, …).
+    Raises UnreadableImage naming the file and why it can't be decoded: it is truncated, empty, not
+    an image, has too many pixels and so on.
     """
     path = Path(path)
     try:
         with Image.open(path, formats=decoders(path)) as img:
             img.load()
-            # read after load(): a PNG may hold it behind the pixels, and a TIFF has been turned by
-            # then
+            # after load(): a PNG may hold it behind the pixels, and by then a TIFF has been turned
             method = _UPRIGHT.get(img.getexif().get(ExifTags.Base.Orientation, 1))
             rgb = _to_rgb(img)
     except _DECODE_ERRORS as error:
@@ -153,7 +147,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def to_tensor(img: Image.Image) -> torch.Tensor:
-    """RGB image → fp32 [3, H, W] in [-1, 1]."""
+    """Convert an RGB image to fp32 [3, H, W] in [-1, 1]."""
     array = np.array(img, dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().div_(127.5).sub_(1)
 
@@ -170,11 +164,11 @@ def _to_rgb(img: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(img: Image.Image) -> Image.Image:
-    """One channel of 16-bit, 32-bit or float samples → RGB.
+    """Convert one channel of 16-bit, 32-bit or float samples to RGB.
 
-    `I;16` spans 0…65535. The other modes don't record their white point: it is taken as the
-    smallest of 1 (float only), 255 (float only), 65535 and 2³¹-1 that holds every sample, or the
-    maximum itself where none does. NaN and negatives are black.
+    `I;16` spans 0…65535. The other modes don't record which value is white: it is taken as the
+    smallest of 1 (float only), 255 (float only), 65535 and 2³¹-1 that no sample exceeds, or the
+    maximum itself where all are exceeded. NaN and negative samples become black.
     """
     samples = np.asarray(img).astype(np.float64)
     grey = np.clip(np.nan_to_num(samples, posinf=0.0, neginf=0.0), 0, None)
@@ -198,8 +192,7 @@ def _cmyk_to_rgb(img: Image.Image) -> Image.Image:
                 img, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
             )
         except ImageCms.PyCMSError:
-            # a damaged profile, or one for another colour space, says nothing: read the image as
-            # one without
+            # the profile is damaged, or for another colour space: go on as if there were none
             return img.convert("RGB")
         assert converted is not None
         return converted

@@ -1,8 +1,7 @@
-"""Everything between a dataloader config and the first step: scan the folders, fill the caches,
-report.
+"""Everything between a dataloader config and the first step: scan folders, fill caches, report.
 
 The encoders are loaded one after the other, each only if the cache lacks something, and freed
-before the next.
+before the next one.
 """
 
 import functools
@@ -24,9 +23,15 @@ from rich.progress import (
 
 from fluxfast.config.datasets import DataConfig, ImageDataset
 from fluxfast.data.cache import TensorCache
+from fluxfast.data.dataset_report import (
+    DataReport,
+    DatasetReport,
+    filling_repeats,
+    nothing_usable,
+    too_few,
+)
 from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_prompts
 from fluxfast.data.prepared import Prepared, PreparedDataset, Sample
-from fluxfast.data.report import DatasetReport, Report, filling_repeats, nothing_usable, too_few
 from fluxfast.data.scan import Candidate, Scan, scan
 
 
@@ -47,18 +52,17 @@ class _Work:
 
     def report(self) -> DatasetReport:
         buckets = Counter(
-            "{}x{}".format(*candidate.plan.target) for candidate in self.scan.candidates
+            "{}x{}".format(*candidate.crop_plan.target) for candidate in self.scan.candidates
         )
-        found, root = self.scan, Path(self.config.instance_data_dir)
         return DatasetReport(
             self.config.id,
-            root,
-            found.found,
-            found.skipped,
-            buckets,
-            self.repeats,
-            self.encoded,
-            found.unread,
+            root=Path(self.config.instance_data_dir),
+            found=self.scan.found,
+            skipped=self.scan.skipped,
+            buckets=buckets,
+            repeats=self.repeats,
+            encoded=self.encoded,
+            unread=self.scan.unread,
         )
 
 
@@ -79,20 +83,17 @@ def prepare(
 ) -> Prepared:
     """Prepare the datasets of `data`.
 
-    Args:
-        extra_prompts: texts to encode beside the captions and "", such as validation's.
-        skip_folders: folders that are no data even if they lie in a dataset's folder, such as the
-        run's output. crop_seed: decides random crops. A run whose seed is drawn at its start must
-        pass a constant here, or every start
-            would crop, and encode, anew.
-        disable_bucket_pruning: use a dataset even if it is too small to fill a step.
-        allow_dataset_oversubscription: raise `repeats` until each bucket fills a step. progress:
-        where to show progress bars, started by the caller; by default on a display of its own.
+    extra_prompts: texts to encode beside the captions and "", such as validation's.
+    skip_folders: folders that are no data even if they lie in a dataset's folder.
+    crop_seed: decides random crops; see below.
+    disable_bucket_pruning: use a dataset even if it is too small to fill a step.
+    allow_dataset_oversubscription: raise `repeats` until each bucket fills a step.
+    progress: where to show progress bars, started by the caller (default: on its own).
 
-    Raises:
-        ValueError: a dataset has nothing usable or too little, each named with the reason and what
-        to change; or an encoder
-            can't be loaded.
+    A run that draws its seed at the start must pass a constant as `crop_seed`: otherwise each start
+    would crop, and so encode, all images anew. Raises ValueError naming each dataset that has
+    nothing usable or too little, with the reason and what to change, or naming an encoder that
+    can't be loaded.
     """
     text_cache, image_caches = _open_caches(data)
     skip = [text_cache.folder, *(cache.folder for cache in image_caches), *skip_folders]
@@ -122,7 +123,7 @@ def prepare(
                     dataset.repeats,
                 )
             )
-        # before the long part, and again after it for images that turn out to be damaged
+        # before the long part, and again after it: decoding may find damaged images
         limits.check(works)
         captions = [
             caption
@@ -144,12 +145,14 @@ def prepare(
     return Prepared(
         datasets,
         prompts,
-        Report([work.report() for work in works], len(texts), texts_encoded, notes),
+        DataReport([work.report() for work in works], len(texts), texts_encoded, notes),
     )
 
 
 @dataclass(frozen=True)
 class _Limits:
+    """The rules that a dataset must keep to fill the steps of a run."""
+
     gradient_accumulation_steps: int
     vae_batch_size: int
     disabled: bool
@@ -192,14 +195,13 @@ class _Limits:
         if small:
             work.notes.append(
                 f"{row.id}: batches of {', '.join(small)} are filled up with repeats, as these "
-                "sizes have fewer samples than "
-                f"train_batch_size {work.batch_size}"
+                f"sizes have fewer samples than train_batch_size {work.batch_size}"
             )
         return None
 
 
 def _open_caches(data: DataConfig) -> tuple[TensorCache, list[TensorCache]]:
-    """The texts' cache and each dataset's; one object for one folder, however often it is named."""
+    """The texts' cache and each dataset's, one object a folder however often it is named."""
     opened: dict[Path, TensorCache] = {}
     folders = [
         Path(data.text_embeds.cache_dir),
@@ -233,7 +235,7 @@ def _prepared(work: _Work, images: ImageEncoding) -> PreparedDataset:
         Sample(
             file=candidate.file,
             captions=candidate.captions,
-            target=candidate.plan.target,
+            target=candidate.crop_plan.target,
             key=work.key(candidate),
             fingerprint=images.fingerprint(candidate),
         )

@@ -1,34 +1,35 @@
-"""What the data preparation hands to training: datasets whose latents are cached, and the cached
-embeddings of texts.
-"""
+"""What data preparation hands to training: datasets with cached latents, and cached prompts."""
 
 from dataclasses import dataclass
 
 import torch
 
 from fluxfast.data.cache import TensorCache
-from fluxfast.data.report import Report
+from fluxfast.data.dataset_report import DataReport
 from fluxfast.text import printable
 
 
 class LostEntry(ValueError):
-    """A cached tensor was lost or damaged since the start, where it was whole; the next start
-    computes it anew.
+    """A cached tensor that was whole at the start and has been lost or damaged since.
+
+    The next start computes it anew.
     """
 
     def __init__(self, cache: TensorCache, what: str) -> None:
         super().__init__(
             f"{cache.folder}: {what} are not in the cache any more (lost or damaged since the "
-            "start). Start again with the "
-            "same command: the run goes on from its last checkpoint, and they are computed anew"
+            "start). Start again with the same command: the run goes on from its last checkpoint, "
+            "and they are computed anew"
         )
         self.what = what
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A training image: `file` below the dataset's folder, its captions, (width, height), where its
-    latents are cached.
+    """A training image.
+
+    `file` is its path below the dataset's folder, `target` its training size (width, height). `key`
+    and `fingerprint` are its latents' in the cache.
     """
 
     file: str
@@ -39,14 +40,15 @@ class Sample:
 
     @property
     def bucket(self) -> str:
-        """Samples of one bucket can share a batch."""
+        """The name of its size; samples of one bucket can share a batch."""
         return f"{self.target[0]}x{self.target[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedDataset:
-    """A dataset whose latents are all cached; the fields from `repeats` on are those of
-    `data.config.ImageDataset`.
+    """A dataset whose latents are all cached.
+
+    The fields from `repeats` on are those of `config.datasets.ImageDataset`.
     """
 
     id: str
@@ -65,8 +67,7 @@ class PreparedDataset:
     def latents(self, sample: Sample) -> torch.Tensor:
         """A sample's latents, bf16 [C, H/8, W/8].
 
-        Raises:
-            LostEntry: their cache file was lost or damaged since the start.
+        Raises LostEntry if their cache file was lost or damaged since the start.
         """
         tensors = self.cache.get(sample.key, sample.fingerprint)
         if tensors is None:
@@ -78,18 +79,17 @@ class PreparedDataset:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """The text encoders' outputs for every caption of a run, for "" and for the extra prompts."""
+    """The text encoders' outputs for every caption of a run, for "" and for extra prompts."""
 
     cache: TensorCache
     fingerprint: str
 
     def get(self, prompt: str) -> dict[str, torch.Tensor]:
-        """`prompt_embeds` [L, T5 width] and `pooled_prompt_embeds` [CLIP width] in bf16,
-        `attention_mask` bool [L].
+        """The embeddings of a prompt: `prompt_embeds` [L, T5 width] and `pooled_prompt_embeds`
+        [CLIP width] in bf16, `attention_mask` bool [L].
 
-        Raises:
-            LostEntry: the prompt was not prepared, or its cache file was lost or damaged since the
-            start.
+        Raises LostEntry if the prompt was not prepared, or if its cache file was lost or damaged
+        since the start.
         """
         tensors = self.cache.get(prompt, self.fingerprint)
         if tensors is None:
@@ -103,4 +103,4 @@ class Prepared:
 
     datasets: tuple[PreparedDataset, ...]
     prompts: PromptCache
-    report: Report
+    report: DataReport

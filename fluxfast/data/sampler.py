@@ -1,14 +1,13 @@
-"""Which samples each step trains on: one bucket of one dataset a batch, every choice a function of
-(seed, step).
+"""Which samples each step trains on: every batch comes from one bucket of one dataset.
 
 An epoch of a dataset takes each bucket's samples 1 + `repeats` times, in passes that are shuffled
-one by one; what a bucket's last batch lacks is taken from a further pass. Nothing but the number of
-batches drawn is state, so a resumed run goes on with the very samples that the uninterrupted one
-would have taken.
+one by one; what the last batch lacks is taken from a further pass. Every choice is a function of
+(seed, step), and the only state is the number of batches drawn. So a resumed run goes on with the
+very samples that the uninterrupted one would have taken.
 
 Two choices differ from SimpleTuner's. The next bucket is drawn in proportion to its remaining
-batches, where SimpleTuner takes turns: with many repeats its runs end before the epoch does, and
-have then seen images of rare shapes most. And buckets are told apart by their exact size.
+batches. SimpleTuner takes buckets in turn: with many repeats its runs end before the epoch does,
+and have then trained most on images of rare shapes. And buckets are told apart by their exact size.
 """
 
 import random
@@ -28,40 +27,40 @@ Sampling = Literal["uniform", "auto-weighting"]
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample: a dataset's id and the index into its `samples`."""
+    """One sample: a dataset's id, and the index into its `samples`."""
 
     dataset: str
     index: int
 
 
 @dataclass
-class _Source:
-    """A dataset as the sampler sees it; `drawn` counts this epoch's batches of each bucket."""
+class _SampledDataset:
+    """A dataset's samples by bucket; `drawn` counts this epoch's batches of each bucket."""
 
     dataset: PreparedDataset
     buckets: dict[str, list[int]]
     drawn: dict[str, int] = field(default_factory=dict)
 
     def batches(self, bucket: str) -> int:
-        """Batches of a bucket in one epoch."""
+        """How many batches of a bucket an epoch has."""
         samples = len(self.buckets[bucket]) * (1 + self.dataset.repeats)
         return ceil(samples / self.dataset.train_batch_size)
 
     def left(self) -> dict[str, int]:
-        """Batches left in this epoch, of the buckets that have any."""
+        """How many batches are left in this epoch, of the buckets that have any."""
         left = {bucket: self.batches(bucket) - self.drawn.get(bucket, 0) for bucket in self.buckets}
         return {bucket: count for bucket, count in left.items() if count > 0}
 
     @cached_property
     def content(self) -> str:
-        """What a position in the epoch refers to."""
+        """A hash of what a position in the epoch refers to: if it changes, positions are void."""
         return fingerprint(
             [[sample.file, sample.target] for sample in self.dataset.samples], self.dataset.repeats
         )
 
 
 class Sampler:
-    """Draws batches; `epoch` is the epoch, from 1, of the batch drawn last."""
+    """Draws batches; `epoch` is the epoch of the batch drawn last, counted from 1."""
 
     def __init__(
         self,
@@ -71,17 +70,18 @@ class Sampler:
         sampling: Sampling = "auto-weighting",
         gradient_accumulation_steps: int = 1,
     ) -> None:
-        """`sampling` weighs datasets by `probability` ("uniform"), or that times their batches in
-        an epoch.
+        """sampling: weigh datasets by `probability` ("uniform"), or by that times the batches in
+        their epoch ("auto-weighting").
 
-        Raises:
-            ValueError: no dataset takes part in the first step.
+        Raises ValueError if no dataset takes part in the first step.
         """
         self.seed = seed
         self.sampling = sampling
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.epoch = 1
-        self._sources = {dataset.id: _Source(dataset, _buckets(dataset)) for dataset in datasets}
+        self._sampled = {
+            dataset.id: _SampledDataset(dataset, _buckets(dataset)) for dataset in datasets
+        }
         if not self._active(self.epoch, 0):
             raise ValueError(
                 "no dataset takes part in the first step: at least one needs start_epoch 1, "
@@ -90,21 +90,18 @@ class Sampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches in an epoch in which every dataset takes part throughout."""
-        drawn = [source for source in self._sources.values() if source.dataset.probability > 0]
-        return sum(source.batches(bucket) for source in drawn for bucket in source.buckets)
+        """The batches of an epoch in which every dataset takes part throughout."""
+        drawn = [sampled for sampled in self._sampled.values() if sampled.dataset.probability > 0]
+        return sum(sampled.batches(bucket) for sampled in drawn for bucket in sampled.buckets)
 
     def steps(self, epochs: int) -> int:
-        """Optimiser steps of so many epochs: the batches of all of them, rounded up to whole steps
-        once, at the end.
+        """How many optimiser steps so many epochs take; a partial step counts only at the very end.
 
-        Where datasets begin or end on the way, a twin of this sampler goes through the epochs to
-        count them. A last step that the datasets can't fill, as all have ended, is left out.
+        Where datasets begin or end on the way, a second sampler goes through the epochs to count
+        them. A last step that can't be filled, since all datasets have ended, is left out.
         """
-        datasets, per_step = (
-            [source.dataset for source in self._sources.values()],
-            self.gradient_accumulation_steps,
-        )
+        datasets = [sampled.dataset for sampled in self._sampled.values()]
+        per_step = self.gradient_accumulation_steps
         if not any(map(_has_window, datasets)):
             return ceil(self.batches_per_epoch * epochs / per_step)
         twin = Sampler(
@@ -121,54 +118,48 @@ class Sampler:
             number += 1
 
     def next(self, step: int) -> list[SampleRef]:
-        """The samples of batch `step`, counted from 0 over the whole run (with accumulation: of
-        micro-batch `step`).
+        """The samples of batch `step`, counted from 0 over the whole run.
 
-        Steps are to be asked for in order. An epoch ends when every dataset that takes part in it
-        is used up.
-
-        Raises:
-            ValueError: the datasets' start and end leave none for this step.
+        With gradient accumulation that is micro-batch `step`. Steps must be asked for in order. An
+        epoch ends when every dataset that takes part in it is used up. Raises ValueError if the
+        datasets' start and end leave none for this step.
         """
         candidates = self._unfinished(step)
         if not candidates:
             self.epoch += 1
-            for source in self._sources.values():
-                source.drawn = {}
+            for sampled in self._sampled.values():
+                sampled.drawn = {}
             candidates = self._unfinished(step)
         if not candidates:
             raise ValueError(
                 "no dataset takes part in optimiser step "
-                f"{step // self.gradient_accumulation_steps + 1}, epoch {self.epoch}: "
-                "all have ended or not begun; change their start_epoch, start_step, end_epoch "
-                "or end_step, or train for less"
+                f"{step // self.gradient_accumulation_steps + 1}, epoch {self.epoch}: all have "
+                "ended or not begun; change their start_epoch, start_step, end_epoch or end_step, "
+                "or train for less"
             )
-        source = self._choose(candidates, step)
-        left = source.left()
-        rng = random.Random(f"{self.seed}:{source.dataset.id}:{step}")
+        sampled = self._choose(candidates, step)
+        left = sampled.left()
+        rng = random.Random(f"{self.seed}:{sampled.dataset.id}:{step}")
         bucket = rng.choices(list(left), list(left.values()))[0]
-        return self._draw(source, bucket)
+        return self._draw(sampled, bucket)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON-able values."""
         datasets = {
             id: {
-                "content": source.content,
-                "batch_size": source.dataset.train_batch_size,
-                "drawn": dict(source.drawn),
+                "content": sampled.content,
+                "batch_size": sampled.dataset.train_batch_size,
+                "drawn": dict(sampled.drawn),
             }
-            for id, source in self._sources.items()
+            for id, sampled in self._sampled.items()
         }
         return {"seed": self.seed, "epoch": self.epoch, "datasets": datasets}
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go on from `state`; returns what couldn't be gone on with, a line each, for the user.
+        """Go on from `state`; returns a line for the user on each thing that can't be gone on with.
 
         A dataset whose images, sizes or repeats have changed starts its part of the epoch anew, and
-        so do all if the seed has changed.
-
-        Raises:
-            ValueError: a batch size has changed.
+        all of them do if the seed has changed. Raises ValueError if a batch size has changed.
         """
         notes = []
         self.epoch = state["epoch"]
@@ -177,59 +168,55 @@ class Sampler:
                 f"the seed was {state['seed']} and is {self.seed}: this epoch's samples are "
                 "drawn anew"
             )
-        for id, source in self._sources.items():
-            source.drawn = {}
+        for id, sampled in self._sampled.items():
+            sampled.drawn = {}
             saved = state["datasets"].get(id)
             if saved is None:
                 notes.append(f"dataset {id!r} is new since the checkpoint")
                 continue
-            if saved["batch_size"] != source.dataset.train_batch_size:
+            if saved["batch_size"] != sampled.dataset.train_batch_size:
                 raise ValueError(
                     f"dataset {id!r}: the checkpoint was made with train_batch_size "
-                    f"{saved['batch_size']}, and it is "
-                    f"{source.dataset.train_batch_size} now; resume with {saved['batch_size']}, "
-                    "or start a new run"
+                    f"{saved['batch_size']}, and it is {sampled.dataset.train_batch_size} now; "
+                    f"resume with {saved['batch_size']}, or start a new run"
                 )
-            if saved["content"] != source.content:
+            if saved["content"] != sampled.content:
                 notes.append(
                     f"dataset {id!r} has changed since the checkpoint: its part of this epoch "
                     "starts anew"
                 )
             elif state["seed"] == self.seed:
-                source.drawn = dict(saved["drawn"])
-        gone = [id for id in state["datasets"] if id not in self._sources]
+                sampled.drawn = dict(saved["drawn"])
+        gone = [id for id in state["datasets"] if id not in self._sampled]
         return notes + [f"dataset {id!r} of the checkpoint is gone" for id in gone]
 
-    def _active(self, epoch: int, step: int) -> list[_Source]:
+    def _active(self, epoch: int, step: int) -> list[_SampledDataset]:
         optimiser_step = step // self.gradient_accumulation_steps
         return [
-            source
-            for source in self._sources.values()
-            if _takes_part(source.dataset, epoch, optimiser_step)
+            sampled
+            for sampled in self._sampled.values()
+            if _takes_part(sampled.dataset, epoch, optimiser_step)
         ]
 
-    def _unfinished(self, step: int) -> list[_Source]:
-        return [source for source in self._active(self.epoch, step) if source.left()]
+    def _unfinished(self, step: int) -> list[_SampledDataset]:
+        return [sampled for sampled in self._active(self.epoch, step) if sampled.left()]
 
-    def _choose(self, candidates: list[_Source], step: int) -> _Source:
+    def _choose(self, candidates: list[_SampledDataset], step: int) -> _SampledDataset:
         weights = torch.tensor(
-            [source.dataset.probability for source in candidates], dtype=torch.float64
+            [sampled.dataset.probability for sampled in candidates], dtype=torch.float64
         )
         if self.sampling == "auto-weighting":
             weights *= torch.tensor(
-                [sum(map(source.batches, source.buckets)) for source in candidates]
+                [sum(map(sampled.batches, sampled.buckets)) for sampled in candidates]
             )
         generator = torch.Generator().manual_seed(self.seed + step)
         return candidates[int(torch.multinomial(weights, 1, generator=generator))]
 
-    def _draw(self, source: _Source, bucket: str) -> list[SampleRef]:
-        indices, id, size = (
-            source.buckets[bucket],
-            source.dataset.id,
-            source.dataset.train_batch_size,
-        )
-        first = source.drawn.get(bucket, 0) * size
-        source.drawn[bucket] = source.drawn.get(bucket, 0) + 1
+    def _draw(self, sampled: _SampledDataset, bucket: str) -> list[SampleRef]:
+        indices, id = sampled.buckets[bucket], sampled.dataset.id
+        size = sampled.dataset.train_batch_size
+        first = sampled.drawn.get(bucket, 0) * size
+        sampled.drawn[bucket] = sampled.drawn.get(bucket, 0) + 1
         refs = []
         for position in range(first, first + size):
             number, offset = divmod(position, len(indices))
@@ -248,13 +235,14 @@ def _has_window(dataset: PreparedDataset) -> bool:
 
 
 def _takes_part(dataset: PreparedDataset, epoch: int, optimiser_step: int) -> bool:
-    """Whether a dataset may be drawn when `optimiser_step` steps are done; its end is the last step
-    it may be drawn for.
+    """Whether a dataset may be drawn when `optimiser_step` steps are done.
+
+    Its `end_step` is the last step that it may be drawn for.
     """
     return (
         dataset.probability > 0
         and dataset.start_epoch <= epoch
-        # a start at step 1 is the beginning, too
+        # a start at step 1 means the beginning, as a start at 0 does
         and dataset.start_step <= max(optimiser_step, 1)
         and (dataset.end_epoch is None or epoch <= dataset.end_epoch)
         and (dataset.end_step is None or optimiser_step < dataset.end_step)

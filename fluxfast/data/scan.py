@@ -1,6 +1,4 @@
-"""A dataset's folder → the images to train on, each with its plan and captions, and those left out
-with the reason.
-"""
+"""Looking at a dataset's folder: which images to train on, and which are left out and why."""
 
 import os
 import random
@@ -12,34 +10,35 @@ from pathlib import Path
 
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.datasets import ImageDataset
-from fluxfast.data.buckets import Plan, crop_rng, plan, rejection
+from fluxfast.data.buckets import CropPlan, crop_rng, plan_crop, rejection
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
-from fluxfast.data.sources import file_hash
+from fluxfast.data.model_folders import file_hash
 
 UNREADABLE = "unreadable"
-# each write waits for the disk
+# facts are written to the cache in batches, since each write waits for the disk
 _FILES_PER_WRITE = 256
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image to train on. `file` is its path below the dataset's folder with slashes, `size`
-    (width, height) upright.
+    """An image to train on.
+
+    `file` is its path below the dataset's folder with slashes, `size` its upright (width, height).
     """
 
     file: str
     path: Path
     size: tuple[int, int]
     sha256: str
-    plan: Plan
+    crop_plan: CropPlan
     captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image left out: `reason` groups, `detail` says more of this one."""
+    """An image that is left out: `reason` is shared by many, `detail` says more of this one."""
 
     file: str
     reason: str
@@ -48,9 +47,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: `found` counts the image files, of which `candidates` and `skipped` name
-    each; `unread` are files that look like images of a kind that isn't read, as paths below the
-    folder.
+    """What a folder holds.
+
+    `found` counts the image files; `candidates` and `skipped` name each of them. `unread` are files
+    that look like images of a kind that isn't read, as paths below the folder.
     """
 
     found: int
@@ -71,16 +71,14 @@ def scan(
 ) -> Scan:
     """Look at every image of a dataset.
 
-    A file that `cache` has seen before, and that nobody has written since, isn't opened.
-    `on_file(done, total)` reports progress.
-
-    Raises:
-        ValueError: the folder doesn't exist, or a folder in it can't be looked into.
+    A file that `cache` has seen before, and that nobody has written since, is not opened.
+    `on_file(done, total)` reports progress. Raises ValueError if the folder doesn't exist, or if a
+    folder in it can't be looked into.
     """
     root = Path(dataset.instance_data_dir)
     paths, unread = discover(root, skip=skip)
     if dataset.max_num_samples and len(paths) > dataset.max_num_samples:
-        # seeded by the id alone, so that a subset stays the same from run to run
+        # seeded by the id alone, so that each run takes the same subset
         paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
     edit = caption_filter(dataset.caption_filter_list) if dataset.caption_filter_list else None
     candidates, skipped = [], []
@@ -117,7 +115,7 @@ def scan(
 
 
 def other_files(root: Path) -> Counter[str]:
-    """How many files of each suffix lie below `root`: what a folder without images holds instead."""
+    """How many files of each suffix lie below `root`, to say what a folder without images holds."""
     return Counter(path.suffix.lower() or path.name for path in root.rglob("*") if path.is_file())
 
 
@@ -165,8 +163,10 @@ def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> s
     )
 
 
-def _plan(dataset: ImageDataset, size: tuple[int, int], rounding: int, rng: random.Random) -> Plan:
-    return plan(
+def _plan(
+    dataset: ImageDataset, size: tuple[int, int], rounding: int, rng: random.Random
+) -> CropPlan:
+    return plan_crop(
         size,
         resolution=dataset.resolution,
         resolution_type=dataset.resolution_type,

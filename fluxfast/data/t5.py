@@ -1,6 +1,4 @@
-"""T5's encoder in a storage format: its 10 GB are read and quantised tensor by tensor, and never in
-memory together.
-"""
+"""T5's encoder in a quantised format: its 10 GB are read and quantised one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +9,9 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from fluxfast.checkpoint import stream
-from fluxfast.checkpoint.flux import weight_files
-from fluxfast.checkpoint.naming import Source
+from fluxfast.checkpoint import empty_model, tensor_stream
+from fluxfast.checkpoint.keys import TensorSource
+from fluxfast.checkpoint.locate import weight_files
 from fluxfast.checkpoint.reader import CheckpointError, TensorFiles
 from fluxfast.quant import Format
 from fluxfast.quant.linear import QuantLinear
@@ -22,8 +20,9 @@ SHOWN_KEYS = 3
 
 
 class EncoderLinear(QuantLinear):
-    """A `QuantLinear` whose `weight` tells dtype and shape only: T5's MLP asks for its dtype in
-    each forward.
+    """A `QuantLinear` with a `weight` that has dtype and shape, but no values.
+
+    T5's MLP asks for its weight's dtype in each forward.
     """
 
     @property
@@ -42,22 +41,22 @@ def load_t5(
     quantize_on: torch.device | str = "cpu",
     variant: str | None = None,
 ) -> T5EncoderModel:
-    """T5's encoder from a folder in transformers' layout (a decoder beside it is left out), linears
-    in `format`, the rest and what is computed in `dtype`.
+    """Load T5's encoder from a folder as transformers writes it, its linears in `format`.
 
-    Raises ValueError naming the file that is missing or not whole, or weights that are missing or
-    of another shape.
+    The rest, and what is computed, is in `dtype`. A decoder beside the encoder is left out. Raises
+    ValueError naming a file that is missing or not whole, or weights that are missing or have
+    another shape.
     """
     with init_empty_weights():
         model = T5EncoderModel(T5Config.from_pretrained(folder))
     files = TensorFiles(weight_files(folder, variant, "model"))
-    # one table under two names, of which files hold one or both
+    # the embedding table has two names in the model; a file holds it under one or both
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {"shared.weight", "encoder.embed_tokens.weight"}
     table = next(
         (name for name in sorted(tied, reverse=True) if name in files.shapes), "shared.weight"
     )
-    sources = {name: Source(table if name in tied else name) for name in shapes}
+    sources = {name: TensorSource(table if name in tied else name) for name in shapes}
     wrong = [
         f"{name} {list(shape)}"
         for name, shape in shapes.items()
@@ -68,11 +67,12 @@ def load_t5(
             f"{folder}: {len(wrong)} weights are missing or of another shape, such as "
             f"{', '.join(wrong[:SHOWN_KEYS])}"
         )
-    names = stream.linears(model, ())
-    tensors = stream.float_tensors(files, sources, "loading T5", quantize_on)
-    stream.quantize_empty(model, format, names, dtype)
+    names = empty_model.linears(model, ())
+    tensors = tensor_stream.float_tensors(files, sources, "loading T5", quantize_on)
+    empty_model.quantize_empty(model, format, names, dtype)
     for name in names:
         model.get_submodule(name).__class__ = EncoderLinear
-    stream.place(model, stream.quantized(tensors, format, names, str(folder)), dtype, device)
+    parts = tensor_stream.quantized(tensors, format, names, str(folder))
+    empty_model.fill(model, parts, dtype, device)
     model.tie_weights()
     return model.eval()

@@ -1,8 +1,8 @@
-"""The demo's pipeline: FLUX.1's folder layout and classes at a few MB, made without a network, the
-same every time.
+"""The demo's pipeline: FLUX.1's classes and folders at a few MB, made without a network.
 
-The transformer and the text encoders are random (seeded): what a demo LoRA learns, it learns by
-itself. The autoencoder is fitted (tools/fit_demo_vae.py), so that its images can be looked at.
+It is the same every time. The transformer and the text encoders are random, from a fixed seed: what
+a demo LoRA can do, it has learned itself. The autoencoder is fitted (tools/fit_demo_vae.py), so
+that the demo's images can be looked at.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fluxfast.files import write_atomic
 from fluxfast.model.transformer import FluxTransformer
 
 SEED = 1234
-# the photographs that scikit-image installs (it has others, which it would have to fetch), with
-# what they show
+# the photographs that scikit-image installs, and their captions; it has others, which it would have
+# to download
 PHOTOGRAPHS = {
     "astronaut.png": "a portrait of an astronaut in an orange suit",
     "chelsea.png": "a close photo of a tabby cat",
@@ -62,7 +62,7 @@ VAE_CONFIG = {
     "use_post_quant_conv": False,
     "sample_size": 256,
 }
-# what a block adds to its residual stream, and what modulates it
+# how large random weights are, of what a block adds to its residual stream and of its modulation
 GAINS = {
     "to_out.0.weight": 0.1,
     "to_add_out.weight": 0.1,
@@ -73,7 +73,7 @@ GAINS = {
     "norm1_context.linear.weight": 0.3,
     "norm_out.linear.weight": 0.1,
 }
-# of the latents of the photographs: what tools/fit_demo_vae.py printed
+# statistics of the photographs' latents, as tools/fit_demo_vae.py printed them
 LATENT_MEAN, LATENT_STD = -0.1369, 2.1449
 
 
@@ -83,10 +83,11 @@ def photographs() -> list[Path]:
 
 
 def make_pipeline(folder: Path, transformer_config: Mapping[str, Any]) -> None:
-    """Write the pipeline as FLUX.1-dev's repository is laid out; any program that loads that one
-    loads this one.
+    """Write the pipeline as FLUX.1-dev's repository has it.
+
+    Any program that loads that repository loads this folder.
     """
-    # a bar for each of five small files says nothing
+    # five small files need no progress bars
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.manual_seed(SEED)
@@ -137,11 +138,11 @@ MODEL_INDEX = {
 
 
 def _transformer(config: Mapping[str, Any]) -> FluxTransformer:
-    """A transformer as training from scratch would begin: tokens pass through, blocks add little,
-    gates are half open.
+    """A transformer as training from scratch would begin.
 
-    A LoRA of low rank could neither undo a random output layer nor build the path from input to
-    output that a model needs that has to predict the noise in its input.
+    Tokens pass through it, blocks add little, and gates are half open. A low-rank LoRA could not
+    undo a random output layer, nor build the path from input to output that predicting the noise in
+    the input needs.
     """
     model = FluxTransformer(**config)
     with torch.no_grad():
@@ -159,7 +160,7 @@ def _transformer(config: Mapping[str, Any]) -> FluxTransformer:
         for block in model.single_transformer_blocks:
             block.norm.linear.bias[2 * dim :] = 0.5
         torch.nn.init.orthogonal_(model.x_embedder.weight)
-        # the last norm gives the token back with √dim as its length, whatever it had
+        # the last norm gives every token the length √dim, so the scale here undoes that
         model.proj_out.weight.copy_(
             model.x_embedder.weight.T * (config["in_channels"] / dim) ** 0.5
         )
@@ -174,8 +175,9 @@ def _vae() -> AutoencoderKL:
 
 
 def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-pair form with bytes and the captions' words as its vocabulary, and the merges
-    that build the words.
+    """A small byte-pair tokenizer, as CLIP's is.
+
+    Its vocabulary is all bytes and the captions' words, its merges build those words.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces, merges = [*alphabet, *(c + "</w>" for c in alphabet)], []
@@ -193,7 +195,7 @@ def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 def _t5_tokenizer(words: list[str]) -> T5TokenizerFast:
-    """T5's unigram form with characters and the captions' words as its vocabulary."""
+    """A small unigram tokenizer, as T5's is: characters and the captions' words."""
     characters = [chr(c) for c in range(33, 127)]
     scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     scored += [(f"▁{word}", -1.0) for word in words] + [(c, -10.0) for c in characters]

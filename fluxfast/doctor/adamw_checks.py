@@ -1,5 +1,6 @@
-"""The optimiser's fused update on Triton, beside its formula in fp64: in fp32, and with bf16's
-stochastic rounding.
+"""The optimiser's fused update on Triton, beside its formula in fp64.
+
+It is checked in fp32, and in bf16 with stochastic rounding.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import torch
 from torch import Tensor
 
 from fluxfast.doctor.checks import Check, Finding, Part, Random, Tolerance
-from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, ways
 from fluxfast.doctor.scope import Scope
+from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.999), 1e-6, 0.1
-# bf16's steps are 2^-7 of a number or less, and stochastic rounding is off by less than one
+# neighbouring bf16 numbers are at most 2^-7 apart, and stochastic rounding stays within one step
 _BF16_STEP = 2.0**-7
 
 
 def _exact(
     p: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW's parameters and moments after a step, as its paper has them."""
     beta1, beta2 = BETAS
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad.square()
@@ -31,6 +33,10 @@ def _exact(
 
 
 def _check(scope: Scope, dtype: torch.dtype) -> Finding:
+    """Run one update, and compare all parameters and moments with the formula's.
+
+    Stochastic rounding must land on one of the two neighbours in bf16, and be right on average.
+    """
     from fluxfast_kernels.optim import adamw_step, adamw_table
 
     randn = Random(scope.torch_device, dtype, seed=11)
@@ -68,7 +74,7 @@ def _check(scope: Scope, dtype: torch.dtype) -> Finding:
 
 
 def adamw_checks(scope: Scope) -> Iterator[Check]:
-    """Where the run's optimiser is the one that has it; there is no native one."""
+    """The fused optimiser's checks, if the run uses it; it has no native implementation."""
     if not scope.fused_adamw:
         return
     for impl, said, _ in ways(scope):

@@ -1,8 +1,7 @@
-"""Attention's back ends, forward and backward, at awkward lengths and at those of 512 and 1024 px,
-beside the maths in fp32.
+"""Attention's back ends beside the maths in fp32, forward and backward.
 
-The reference is computed a few heads at a time: the scores of 24 heads and 4608 tokens would take 2
-GB, several times over.
+Lengths are awkward ones and those of 512 and 1024 px. The reference is computed a few heads at a
+time: the scores of 24 heads and 4608 tokens would take 2 GB, several times over.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ from fluxfast.doctor.checks import (
     reference_dtype,
     widened,
 )
-from fluxfast.doctor.op_checks import seconds_of
 from fluxfast.doctor.scope import Scope
+from fluxfast.doctor.timing import seconds_of
 from fluxfast.ops import attention, attention_native
 
 HEADS_AT_A_TIME = 4
 SHIFT = 6.0
-# backward computes the scores again and four more products
+# of a forward's operations: backward computes the scores again, and four more products
 BACKWARD = 2.5
 WAY_OUT = "`auto` takes another back end in its place. Another PyTorch, cuDNN or driver may cure it"
 
 
 def _inputs(scope: Scope, tokens: int, masked: bool) -> tuple[list[Tensor], Tensor | None]:
-    """q, k, v, the output's gradient, and a mask of keys, as a text of another length has it."""
+    """q, k, v, the output's gradient, and a mask of keys as captions of other lengths have it."""
     s, randn = scope.sizes, Random(scope.torch_device, scope.torch_dtype, seed=tokens)
     batch = s.batch if tokens < 1000 else 1
     q, k, v = (randn(batch, tokens, s.heads, s.head_dim) for _ in range(3))
-    # every score is about SHIFT lower than without: no softmax sees that, but a key of zeros, which
-    # is not there, would win
+    # this lowers every score by about SHIFT, which softmax cancels. But if a kernel reads beyond
+    # the last key, the zeros there score higher than the keys, and take over the result
     shift = (SHIFT / s.head_dim**0.5) ** 0.5
     q, k = q + shift, k - shift
-    # as a single block has it: columns of a wider tensor, at other strides than the output's
+    # a single block's gradient is some columns of a wider tensor, so its strides differ from out's
     dout = randn(batch, tokens, s.dim + 64)[..., : s.dim].unflatten(-1, (s.heads, s.head_dim))
     if not masked:
         return [q, k, v, dout], None
@@ -68,6 +67,7 @@ def _reference(tensors: list[Tensor], mask: Tensor | None) -> Named:
 
 
 def check(scope: Scope, backend: str, masked: bool) -> Finding:
+    """Compare a back end with the maths at each length of the scope."""
     parts = []
     with torch.no_grad():
         for tokens in scope.sizes.attention:
@@ -82,7 +82,7 @@ def check(scope: Scope, backend: str, masked: bool) -> Finding:
 
 
 def rate(scope: Scope, backend: str, masked: bool) -> Rate:
-    """Operations a second, forward and backward."""
+    """Operations a second of a forward and a backward together."""
     tokens, dim = scope.sizes.timed, scope.sizes.dim
     tensors, mask = _inputs(scope, tokens, masked)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def rate(scope: Scope, backend: str, masked: bool) -> Rate:
 
 
 def back_ends(scope: Scope, masked: bool) -> list[str]:
-    """Those that could take such a call on this device."""
+    """The back ends that could take such a call on this device."""
     if scope.torch_device.type == "cpu":
         return ["cpu"] if masked else ["native", "cpu"]
     half = scope.torch_dtype in (torch.float16, torch.bfloat16)
@@ -99,8 +99,9 @@ def back_ends(scope: Scope, masked: bool) -> list[str]:
 
 
 def attention_checks(scope: Scope) -> Iterator[Check]:
-    """Of every back end; in the short form, of the one that `auto` takes and of what it takes in
-    its place.
+    """A check of each back end, masked and not.
+
+    The short form has the one that `auto` takes, and on a CPU also what `auto` would take instead.
     """
     like = torch.empty(
         1, 1, 1, scope.sizes.head_dim, dtype=scope.torch_dtype, device=scope.torch_device
@@ -118,7 +119,7 @@ def attention_checks(scope: Scope) -> Iterator[Check]:
                 time=functools.partial(rate, scope, backend, masked) if scope.sizes.timed else None,
                 short=backend == own or scope.torch_device.type == "cpu",
                 obstacle=obstacle,
-                # one that nobody takes by himself may be missing
+                # a back end that `auto` does not take may be missing
                 optional=backend != own,
                 way_out=WAY_OUT,
             )

@@ -1,4 +1,4 @@
-"""All checks of a scope, in the order in which they are told."""
+"""All checks of a scope, in the order in which they are reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_GPU = (
 
 
 def checks_for(scope: Scope) -> list[Check]:
-    """What the scope asks for; of a short one, what its short form has."""
+    """The checks that the scope asks for; of a short scope, those of the short form."""
     with verdicts.ignored():
         checks = [
             *op_checks(scope),

@@ -1,9 +1,8 @@
-"""A check: something computed as a run computes it, the same by the reference, and how far the two
-may be apart.
+"""A check: something is computed as a run computes it and by the reference, and the two compared.
 
-An error is relative, of the worst row: the norm of the difference of two rows over that of the
-expected one, or over the rows' mean where that is larger. So one wrong row of a million shows, and
-a row that is nearly zero does not.
+An error is relative, and that of the worst row: the norm of the difference of two rows, divided by
+the norm of the expected row or by the mean of all rows' norms, whichever is larger. So one wrong
+row of a million is seen, and a row that is nearly zero makes no false alarm.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ Status = Literal["pass", "fail", "not checked"]
 
 
 class Tolerance(NamedTuple):
-    """How large an error may be, and what explains one of that size."""
+    """How large an error may be, and what explains an error of that size."""
 
     bound: float
     why: str
 
 
 class Part(NamedTuple):
-    """One result: its error, and what is allowed."""
+    """One result of a check: its error, and what is allowed."""
 
     name: str
     error: float
@@ -38,12 +37,12 @@ class Part(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        # a NaN compares as false
+        # a NaN does not pass, since it compares as false
         return self.error <= self.tolerance.bound
 
     @property
     def excess(self) -> float:
-        """How much of what is allowed it takes."""
+        """The error as a share of what is allowed; more than 1 is a failure."""
         if self.passed:
             return self.error / self.tolerance.bound if self.tolerance.bound else 0.0
         return (
@@ -60,7 +59,7 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check saw; note: something that is worth saying and no failure."""
+    """What a check found. `note` is worth telling, but is no failure."""
 
     parts: tuple[Part, ...]
     note: str = ""
@@ -74,10 +73,15 @@ class Finding:
 class Check:
     """One check.
 
-    name: unique. what, way: as `ops.verdicts` call it, "" for none. run: computes and compares.
-    time: the rate of the same, or of what it is about. short: it is part of the short form.
-    obstacle: why it can't be run here. way_out: what a user can do where it fails. optional: where
-    it raises, it is just not there on this device. assumed: the rate that `plan` reckons with.
+    name: unique among the checks.
+    run: computes and compares.
+    what, way: what is checked and by which implementation, in `ops.verdicts`' words ("": neither).
+    time: measures the rate of the same, or of what the check is about.
+    short: whether it is part of the short form, which a run makes at its first start.
+    obstacle: why it can't be run here.
+    way_out: what a user can do if it fails.
+    optional: if it raises, the thing is merely absent on this device.
+    assumed: the rate that `fluxfast-train plan` assumes.
     """
 
     name: str
@@ -94,10 +98,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check, as plain values. error, bound: of the worst part. cause, way_out: of a
-    failure.
+    """What came of a check, as plain values.
 
-    again: nothing is known of what was to be checked, and another try may tell.
+    error, bound, why, worst: of the part with the largest excess, whose name is `worst`.
+    cause, way_out: of a failure, or why it was not checked.
+    again: nothing is known of what should have been checked, and another try may tell.
     """
 
     name: str
@@ -119,7 +124,10 @@ class Outcome:
     again: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """The fields that say something; what is not finite as text, which JSON has no number for."""
+        """The fields that say something.
+
+        Numbers that are not finite become text, as JSON has none.
+        """
         found = {
             name: value
             for name, value in asdict(self).items()
@@ -148,7 +156,10 @@ def _json_number(value: float) -> float | str:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The error of the worst row (see above) in fp64's range; NaN where one of them is not finite."""
+    """The error of the worst row (see the module's docstring); NaN if a value is not finite.
+
+    Raises AssertionError on tensors of different shapes.
+    """
     if actual.shape != expected.shape:
         raise AssertionError(
             f"a result has the shape {list(actual.shape)}, the reference's is "
@@ -164,12 +175,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     error = (rows - exact).norm(dim=1) / norms.clamp_min(
         max(float(norms.mean()), torch.finfo(torch.float32).tiny)
     )
-    # amax lets a NaN through
+    # amax keeps a NaN
     return float(error.amax())
 
 
 def compare(actual: Named, expected: Named, tolerance: Callable[[str], Tolerance]) -> list[Part]:
-    """A part for each result of the reference; raises AssertionError where ours has others."""
+    """A part for each result of the reference.
+
+    Raises AssertionError if ours are not the same results by name.
+    """
     if actual.keys() != expected.keys():
         raise AssertionError(
             f"the results are {sorted(actual)}, the reference's {sorted(expected)}"
@@ -182,13 +196,13 @@ def compare(actual: Named, expected: Named, tolerance: Callable[[str], Tolerance
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors are NaN, or the largest integer, until they are written: what nobody wrote shows."""
+    """Fill new tensors with NaN (integers: their maximum), so that what nobody wrote is seen."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    # the public function imports torch's compiler, which takes seconds
+    # the public function would import torch's compiler, which takes seconds
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
@@ -200,8 +214,7 @@ def poisoned_memory() -> Iterator[None]:
         torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-# what arithmetic explains. Rows of D numbers in fp32 sums of another order; two roundings to 16
-# bits on the way
+# what arithmetic alone explains: sums of D terms in another order, and roundings on the way
 _VALUES = {
     torch.float32: Tolerance(2e-5, "fp32 sums of thousands of terms in another order"),
     torch.bfloat16: Tolerance(2**-7, "one or two roundings to bfloat16's 8 bits"),
@@ -223,8 +236,9 @@ _CODES = Tolerance(
 
 
 def of_values(dtype: torch.dtype) -> Callable[[str], Tolerance]:
-    """What an op's results may be off, by their names: those that end in "codes" are 8-bit codes,
-    decoded.
+    """The tolerances of an op's results, by their names.
+
+    Names that end in "codes" are those of 8-bit codes, decoded.
     """
     return lambda name: _CODES if name.endswith("codes") else _VALUES[dtype]
 
@@ -232,8 +246,9 @@ def of_values(dtype: torch.dtype) -> Callable[[str], Tolerance]:
 def of_products(
     dtype: torch.dtype, adapters: torch.dtype | None = None
 ) -> Callable[[str], Tolerance]:
-    """What matrix products and attention may be off; adapters: the dtype that their gradients, dA
-    and dB, are stored in.
+    """The tolerances of matrix products and of attention, by the results' names.
+
+    adapters: the dtype in which the adapters' gradients, dA and dB, are stored.
     """
 
     def tolerance(name: str) -> Tolerance:
@@ -248,18 +263,19 @@ def of_products(
 
 
 def stored_in(dtype: torch.dtype) -> Tolerance:
-    """What a result is off that was computed in fp32 and is stored in 16 bits."""
+    """The tolerance of a result that was computed in fp32 and is stored in `dtype`."""
     return _VALUES[dtype]
 
 
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the reference computes in, for activations of `dtype`: fp32 for 16 bits, fp64 for fp32."""
+    """The reference's dtype for activations of `dtype`: fp32 for 16 bits, fp64 for fp32."""
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as the reference reads it: numbers in `dtype`, or wider if they are; codes and
-    integers as they are.
+    """A tensor as the reference reads it: floating-point numbers at least in `dtype`.
+
+    Integers and 8-bit codes stay as they are.
     """
     if not x.is_floating_point() or x.itemsize == 1:
         return x
@@ -267,20 +283,20 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def overall_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖ of whole tensors: where many ops have mixed their rows."""
+    """‖actual - expected‖ / ‖expected‖ of whole tensors, whose rows many ops have mixed."""
     wide = torch.promote_types(expected.dtype, torch.float32)
     return float((actual.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
 
 
 class Random:
-    """Random tensors of one device and dtype, the same for the same seed."""
+    """Random tensors of one device and dtype; the same seed gives the same tensors."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Normal numbers, times scale; drawn in fp32."""
+        """Normal numbers, times scale, drawn in fp32."""
         made = torch.randn(shape, generator=self._generator, device=self.device)
         return (made * scale if scale != 1 else made).to(dtype or self.dtype)
 

@@ -1,4 +1,4 @@
-"""One check, run: what came of it, and for what went wrong a cause that says something."""
+"""Running one check: what came of it, and a cause that says something for what went wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fluxfast.doctor.checks import Check, Finding, Outcome, Rate, Status
 from fluxfast.ops import verdicts
 
-# of exceptions whose own text needs a word before it, by the names of their types
+# what exceptions mean whose own text does not say it, by the names of their types
 _MEANINGS = {
     "OutOfResources": "the kernel wants more of this GPU's registers or shared memory than it has",
     "CompilationError": "Triton can't compile the kernel",
@@ -22,12 +22,15 @@ _MEANINGS = {
 }
 _LONGEST = 300
 NO_MEMORY = "there is not enough free memory"
-# of the errors of libraries that have no type of their own for it
+# texts of libraries that have no type of exception for too little memory
 _MEMORY_SIGNS = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def examine(check: Check, *, comparing: bool = True, timing: bool = True) -> Outcome:
-    """Runs a check here and now. Whatever it raises is a result."""
+    """Run a check here and now. Whatever it raises becomes its outcome.
+
+    comparing, timing: which of its two halves are wanted.
+    """
     if check.obstacle is not None:
         return Outcome(check.name, "not checked", check.what, check.way, cause=check.obstacle)
     start = time.perf_counter()
@@ -37,14 +40,14 @@ def examine(check: Check, *, comparing: bool = True, timing: bool = True) -> Out
             if comparing and check.run is not None:
                 finding = check.run()
                 if torch.cuda.is_available():
-                    # what a kernel did wrong may only show here
+                    # a kernel's error may be raised only here
                     torch.cuda.synchronize()
             if timing and check.time is not None and (finding is None or _passed(finding)):
                 rate = check.time()
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _gone_wrong(check, start, error, "not checked", NO_MEMORY)
     except Exception as error:
-        # nobody knows what goes wrong on a machine that nobody has seen: that is what this is for
+        # any exception at all: the point is to find what goes wrong on a machine never seen before
         if any(sign in str(error) for sign in _MEMORY_SIGNS):
             return _gone_wrong(check, start, error, "not checked", NO_MEMORY)
         return _gone_wrong(check, start, error, "not checked" if check.optional else "fail", "")
@@ -65,9 +68,13 @@ def outcome_of(check: Check, finding: Finding | None, rate: Rate | None, seconds
         return Outcome(check.name, "pass", **common)
     worst = finding.worst
     common |= {
-        "error": worst.error, "bound": worst.tolerance.bound, "why": worst.tolerance.why, "worst": worst.name,
-        "parts": {part.name: part.error for part in finding.parts}, "note": finding.note,
-    }  # fmt: skip
+        "error": worst.error,
+        "bound": worst.tolerance.bound,
+        "why": worst.tolerance.why,
+        "worst": worst.name,
+        "parts": {part.name: part.error for part in finding.parts},
+        "note": finding.note,
+    }
     if _passed(finding):
         return Outcome(check.name, "pass", **common)
     cause = (
@@ -90,14 +97,20 @@ def _gone_wrong(
     meaning = meaning or _MEANINGS.get(name, "")
     text = " ".join(str(error).split())[:_LONGEST] or name
     return Outcome(
-        check.name, status, check.what, check.way, seconds=round(time.perf_counter() - start, 3),
-        cause=f"{meaning}: {text}" if meaning else f"{name}: {text}", way_out=check.way_out, again=meaning == NO_MEMORY,
-    )  # fmt: skip
+        check.name,
+        status,
+        check.what,
+        check.way,
+        seconds=round(time.perf_counter() - start, 3),
+        cause=f"{meaning or name}: {text}",
+        way_out=check.way_out,
+        again=meaning == NO_MEMORY,
+    )
 
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """References are computed in full fp32, whatever a run allows itself."""
+    """Compute references in full fp32, whatever the run allows itself."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

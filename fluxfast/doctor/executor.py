@@ -1,8 +1,8 @@
-"""Who runs the checks: this process, or several of their own, side by side, so that kernels compile
-on all cores.
+"""Running checks in this process, or in several of their own side by side.
 
-A process of its own is also what survives a kernel that hangs or that breaks the GPU's context: the
-process is ended, the check has failed, and the next check gets a new process.
+Several processes compile kernels on all cores. A process of its own also survives a kernel that
+hangs or breaks the GPU's context: the process is ended, the check has failed, and the next check
+gets a new process.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fluxfast.doctor.checks import Check, Outcome
 from fluxfast.doctor.examine import NO_MEMORY, examine
 from fluxfast.doctor.scope import Scope
 
-# a process has a CUDA context and a check's tensors, in GiB
+# GiB of a process: its CUDA context, and the tensors of a check
 WORKER_GIB = 3.0
 MOST_WORKERS = 8
-# seconds until a check is given up: kernels are compiled in it
+# seconds after which a check, or a process's start, is given up; a check compiles kernels
 LIMIT, START_LIMIT = 120.0, 180.0
 COMMAND = [sys.executable, "-m", "fluxfast.doctor.worker"]
 
@@ -36,7 +36,7 @@ Done = Callable[[Outcome], object]
 
 
 class Request(NamedTuple):
-    """A check, and what is wanted of it."""
+    """A check, and which of its halves are wanted."""
 
     check: Check
     comparing: bool
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 def workers_for(device: torch.device) -> int:
-    """How many processes; 0, which is this one, where nothing has to be compiled."""
+    """How many processes to use; 0 means this one, where nothing has to be compiled."""
     if device.type != "cuda":
         return 0
     free = torch.cuda.mem_get_info(device)[0] / 2**30
@@ -57,46 +57,47 @@ def workers_for(device: torch.device) -> int:
 def run_checks(
     checks: Sequence[Check], scope: Scope, workers: int, done: Done = lambda _: None
 ) -> list[Outcome]:
-    """An outcome of each check, in order; `done` is told of each when it is there, from any thread.
+    """Run the checks; returns an outcome of each, in order.
 
-    In processes of their own, everything is compared first, side by side; then, one by one, what
-    passed is timed, and what found too little memory beside the others is tried again.
+    `done` is called with each outcome as soon as it is known, from any thread. With processes of
+    their own, first everything is compared, side by side. Then, one at a time, what passed is
+    timed, and what had too little memory beside the others is tried again.
     """
     outcomes: dict[str, Outcome] = {}
 
-    def settled(outcome: Outcome) -> None:
+    def finished(outcome: Outcome) -> None:
         outcomes[outcome.name] = outcome
         done(outcome)
 
     if not workers:
         for check in checks:
-            settled(examine(check))
+            finished(examine(check))
         return list(outcomes.values())
     for check in checks:
         if check.obstacle is not None:
-            settled(examine(check))
+            finished(examine(check))
     todo = [check for check in checks if check.obstacle is None]
     compared: dict[str, Outcome] = {}
 
-    def looked_at(outcome: Outcome) -> None:
+    def compared_once(outcome: Outcome) -> None:
         compared[outcome.name] = outcome
         if not _second_look(by_name[outcome.name], outcome):
-            settled(outcome)
+            finished(outcome)
 
     by_name = {check.name: check for check in todo}
     with Pool(scope, workers) as pool:
-        # whole models come last in the list, and take longest
+        # in reverse: whole models come last in the list, and take longest
         pool.run(
             [Request(check, True, False) for check in reversed(todo) if check.run is not None],
             workers,
-            looked_at,
+            compared_once,
         )
         second = [
             Request(check, check.run is not None and compared[check.name].status != "pass", True)
             for check in todo
             if check.run is None or _second_look(check, compared[check.name])
         ]
-        pool.run(second, 1, lambda outcome: settled(_merged(compared.get(outcome.name), outcome)))
+        pool.run(second, 1, lambda outcome: finished(_merged(compared.get(outcome.name), outcome)))
     return [outcomes[check.name] for check in checks]
 
 
@@ -108,7 +109,7 @@ def _second_look(check: Check, outcome: Outcome) -> bool:
 
 
 def _merged(compared: Outcome | None, second: Outcome) -> Outcome:
-    """What came of both looks: a comparison that passed, and the rate that was measured after it."""
+    """The outcome of both looks: a comparison that passed, and the rate measured after it."""
     if compared is None or compared.status != "pass":
         return second
     if second.status == "not checked":
@@ -124,7 +125,7 @@ def _merged(compared: Outcome | None, second: Outcome) -> Outcome:
 
 
 class Pool:
-    """Processes that answer; a context manager."""
+    """Processes that check; a context manager."""
 
     def __init__(self, scope: Scope, count: int) -> None:
         self._workers = [Worker(scope) for _ in range(count)]
@@ -137,15 +138,16 @@ class Pool:
             worker.close()
 
     def run(self, requests: Sequence[Request], count: int, done: Done) -> None:
-        """Has so many processes answer, each the next request as soon as it has answered one; the
-        others are ended.
+        """Let the first `count` processes answer the requests, each one after the other.
+
+        The other processes are ended.
         """
         waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         for request in requests:
             waiting.put(request)
         for worker in self._workers[count:]:
             worker.close()
-        # several at a time
+        # `done` is not to be called by several threads at a time
         lock = threading.Lock()
 
         def serve(worker: Worker) -> None:
@@ -169,7 +171,7 @@ class Pool:
 
 
 class Worker:
-    """One process, started when it is first asked; a new one after it has died."""
+    """One process, started when it is first asked, and again after it has died."""
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
@@ -179,7 +181,7 @@ class Worker:
         self._unstartable: str | None = None
 
     def ask(self, request: Request) -> Outcome:
-        """What came of the check; a process that ends or hangs meanwhile is a result, too."""
+        """The outcome of a check; a process that ends or hangs meanwhile gives one too."""
         check = request.check
         if self._unstartable is None:
             try:
@@ -222,8 +224,12 @@ class Worker:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         self._process = subprocess.Popen(
             COMMAND,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, encoding="utf-8",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+        )
         self._exchange(self._scope.as_json(), START_LIMIT)
 
     def _exchange(self, message: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -250,7 +256,7 @@ class Worker:
         return json.loads(line)
 
     def _said(self) -> str:
-        """The last line that the process wrote for people."""
+        """The last line of the process's error output."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -258,7 +264,7 @@ class Worker:
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            # it holds nothing that it would have to put away
+            # killing it loses nothing: it holds no state
             process.kill()
             process.wait()
             for stream in (process.stdin, process.stdout, self._errors):
@@ -267,7 +273,7 @@ class Worker:
 
 
 class _NoAnswer(Exception):
-    """A process ended, or had to be ended, in the place of an answer."""
+    """A process ended, or had to be ended, instead of answering."""
 
     def __init__(self, status: int, limit: float | None, said: str) -> None:
         self.killed_from_outside = limit is None and status == -signal.SIGKILL

@@ -1,8 +1,7 @@
-"""Storage formats: their quantisers and decoders beside their definitions in plain torch; and
-modulation's products on the CPU.
+"""Storage formats: their quantisers and decoders, beside their definitions in plain torch.
 
-Implementations are to give the same bytes. What fails a check is a value that a run would notice;
-other bytes are a note.
+Also modulation's products on the CPU. All implementations of a format should give the same bytes.
+A check fails where a value differs so much that a run would notice; other bytes are only a note.
 """
 
 from __future__ import annotations
@@ -26,16 +25,10 @@ from fluxfast.doctor.checks import (
     poisoned_memory,
     relative_error,
 )
-from fluxfast.doctor.op_checks import (
-    NO_NATIVE_BUILD,
-    WAY_OUT,
-    decoded,
-    obstacle_of,
-    seconds_of,
-    ways,
-    with_isa,
-)
+from fluxfast.doctor.op_cases import decoded
 from fluxfast.doctor.scope import PLAIN, Scope
+from fluxfast.doctor.timing import seconds_of
+from fluxfast.doctor.ways import NO_NATIVE_BUILD, WAY_OUT, obstacle_of, ways, with_isa
 from fluxfast.ops import dispatch
 from fluxfast.quant import FORMATS, QuantWeight, gpu
 from fluxfast.quant.gemv import gemv, gemv_ref
@@ -44,8 +37,9 @@ _SAME_CODES = Tolerance(1e-3, "a few codes whose value lies half-way between two
 
 
 def weights_of(scope: Scope) -> list[Tensor]:
-    """A weight of real width, and one whose sizes are a multiple of nothing; rows of different
-    size, one of them zeros.
+    """A weight of real width, and a small one whose sizes are multiples of nothing.
+
+    Their rows differ in size, and one of them is zero.
     """
     randn = Random(scope.torch_device, torch.float32, seed=9)
     made = []
@@ -57,7 +51,7 @@ def weights_of(scope: Scope) -> list[Tensor]:
 
 
 def _check_decoder(scope: Scope, fmt: str, impl: str, *, native_gpu: bool) -> Finding:
-    """The weight in the activations' dtype, of parts that the reference made."""
+    """The weight in the activations' dtype, decoded from parts that the reference made."""
     format, parts, different = FORMATS[fmt], [], 0
     dtype = torch.bfloat16 if native_gpu else scope.torch_dtype
     rounding = Tolerance(
@@ -78,7 +72,7 @@ def _check_decoder(scope: Scope, fmt: str, impl: str, *, native_gpu: bool) -> Fi
 
 
 def _time_decoder(scope: Scope, fmt: str, impl: str) -> Rate:
-    """Bytes of parts and of the weight a second."""
+    """Bytes a second of the parts and the weight together."""
     format, shape = FORMATS[fmt], (scope.sizes.dim, scope.sizes.dim)
     weight = Random(scope.torch_device, torch.float32, seed=9)(*shape, scale=0.02)
     stored = QuantWeight.of(weight, format)
@@ -88,7 +82,7 @@ def _time_decoder(scope: Scope, fmt: str, impl: str) -> Rate:
 
 
 def _check_codes(scope: Scope, fmt: str, impl: str) -> Finding:
-    """The weight as codes of an 8-bit product."""
+    """The weight as the codes of an 8-bit product."""
     format, parts = FORMATS[fmt], []
     for compute in scope.computes:
         for weight in weights_of(scope) if compute != "same" else ():
@@ -102,7 +96,7 @@ def _check_codes(scope: Scope, fmt: str, impl: str) -> Finding:
 
 
 def _check_quantizer(scope: Scope, fmt: str, impl: str) -> Finding:
-    """What the quantiser's parts decode to, beside what the reference's do."""
+    """What the quantiser's parts decode to, beside what the reference's decode to."""
     format, parts, different = FORMATS[fmt], [], 0
     for weight in weights_of(scope):
         shape = (weight.shape[0], weight.shape[1])
@@ -118,7 +112,7 @@ def _check_quantizer(scope: Scope, fmt: str, impl: str) -> Finding:
     return Finding(tuple(parts), f"{different} bytes are not the reference's" if different else "")
 
 
-# what there is to do with a format, as the checks' names say it
+# the tasks of a format, in the words of the checks' names
 _TASKS = {"dequantize": "decoded", "quantize": "quantised", "codes": "decoded to codes"}
 
 
@@ -150,9 +144,7 @@ def format_checks(scope: Scope) -> Iterator[Check]:
 
 
 def _native_gpu_checks(scope: Scope, fmt: str) -> Iterator[Check]:
-    """The native module's own kernels on a GPU, which are there to be asked for: `auto` never takes
-    them.
-    """
+    """The native module's own GPU kernels, which run only if asked for: `auto` never takes them."""
     if scope.torch_device.type != "cuda" or not scope.exhaustive:
         return
     runs: dict[str, Any] = {
@@ -161,12 +153,13 @@ def _native_gpu_checks(scope: Scope, fmt: str) -> Iterator[Check]:
     }
     for task in FORMATS[fmt].gpu_tasks:
         yield Check(
-            name=f"{fmt}: {_TASKS[task]} (native, on the GPU)", run=runs[task], what=f"{fmt}.{task}", way="native",
-            obstacle=gpu.obstacle(), way_out="nothing takes it unless it is asked for",
-        )  # fmt: skip
-
-
-# ---- the CPU's part of a GPU's step ------------------------------------------------------------------------------------------
+            name=f"{fmt}: {_TASKS[task]} (native, on the GPU)",
+            run=runs[task],
+            what=f"{fmt}.{task}",
+            way="native",
+            obstacle=gpu.obstacle(),
+            way_out="nothing takes it unless it is asked for",
+        )
 
 
 def _gemv_weight(scope: Scope, fmt: str, rows: int) -> Tensor | QuantWeight:
@@ -188,6 +181,7 @@ def _check_gemv(scope: Scope, fmt: str) -> Finding:
 
 
 def time_gemv(scope: Scope, fmt: str) -> Rate:
+    """Bytes a second of a weight, in a product with one vector on the CPU."""
     weight = _gemv_weight(scope, fmt, 18 * scope.sizes.dim // 4)
     x = Random(torch.device("cpu"), torch.float32)(1, scope.sizes.dim)
     return Rate(
@@ -197,7 +191,7 @@ def time_gemv(scope: Scope, fmt: str) -> Rate:
 
 
 def gemv_checks(scope: Scope) -> Iterator[Check]:
-    """Modulation's products with vectors on the CPU, where it is computed ahead."""
+    """Modulation's products with vectors on the CPU, where a run computes it ahead."""
     if not scope.modulation_ahead:
         return
     said = f"native {dispatch.native.cpu_isa()}" if dispatch.HAS_NATIVE else "native"

@@ -1,8 +1,7 @@
-"""Products with adapters, in every format of the base and every type that they run in, forward and
-backward.
+"""Products with adapters, forward and backward: every format of the base, every type of product.
 
-A product is compared with the same product of the same codes in a wider type, so that what a format
-or 8 bits round is no error. Formats are checked by themselves, in `format_checks`.
+A product is compared with the same product of the same codes in a wider type, so that what a
+format or 8 bits round away is no error. `format_checks` checks the formats themselves.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ from fluxfast.doctor.checks import (
     reference_dtype,
     widened,
 )
-from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, seconds_of, ways
 from fluxfast.doctor.scope import PLAIN, Scope
+from fluxfast.doctor.timing import seconds_of
+from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 from fluxfast.ops import dispatch, row_quant, verdicts
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearGroup, LinearParams, loras_of
@@ -40,7 +40,7 @@ OUTLIER = 20.0
 
 
 def shapes_of(scope: Scope) -> dict[str, tuple[int, list[int]]]:
-    """(columns of x, rows of each linear's weight) of a block's groups."""
+    """The groups of linears in a block: the columns of x, and the rows of each linear's weight."""
     dim = scope.sizes.product_heads * scope.sizes.head_dim
     return {
         "q, k and v": (dim, [dim] * 3),
@@ -52,7 +52,11 @@ def shapes_of(scope: Scope) -> dict[str, tuple[int, list[int]]]:
 
 
 def _groups(scope: Scope, fmt: str) -> list[str]:
-    """Those to check: where everything is, formats share what products of other shapes launch."""
+    """The groups to check over a format.
+
+    In an exhaustive scope plain weights have them all, and the formats the shapes that launch
+    something else.
+    """
     groups = list(shapes_of(scope))
     return groups if fmt == PLAIN or not scope.exhaustive else [groups[0], groups[-1]]
 
@@ -83,8 +87,9 @@ def make_group(
 
 
 def _stored_side_by_side(format: Format, whole: Tensor, outs: list[int]) -> list[QuantWeight]:
-    """Rows of the weight, quantised; codes that products may read as they are stored lie one after
-    the other.
+    """Rows of the weight, quantised.
+
+    Codes that products may read as they are stored lie one after the other.
     """
     if format.stored_codes is not None:
         parts = {name: part.split(outs) for name, part in format.quantize(whole).items()}
@@ -111,14 +116,14 @@ def _widened(linears: list[LinearParams], dtype: torch.dtype) -> list[LinearPara
 def _products(
     linears: list[LinearParams], x: Tensor, dy: Tensor, impl: str, **options: Any
 ) -> Named:
-    """y, dx, and every adapter's gradients, by groups of one direction each, as a block makes them."""
+    """y, dx, and every adapter's gradients; each direction has its own group, as in a block."""
     first, second = (LinearGroup(linears, x.dtype, impl=impl, **options) for _ in range(2))
     y, s = first.forward(first.as_input(x))
     dx, grads = second.backward(dy, second.as_input(x), s)
     assert dx is not None
     found = {"y": y, "dx": dx} | _named_grads(grads)
     if len(linears) > 3 and (fold := second.fold()) is not None:
-        # a single block's q, k and v bring their gradient's codes apart from the MLP's
+        # a single block quantises the gradients of q, k and v apart from the MLP's
         cuts = [0, sum(lin.weight.shape[0] for lin in linears[:3]), dy.shape[1]]
         codes = [
             (
@@ -147,7 +152,7 @@ def _inputs(
     randn = Random(scope.torch_device, scope.torch_dtype, seed=tokens)
     x, dy = randn(tokens, cols), randn(tokens, rows)
     if outliers:
-        # no two as large, so that it is clear which they are
+        # of different sizes, so that no choice among them is arbitrary
         sizes = OUTLIER * torch.arange(1, outliers + 1, device=x.device)
         x[:, 3 :: cols // outliers][:, :outliers] *= sizes.to(x.dtype)
     return x, dy
@@ -177,7 +182,7 @@ def _check_product(
 
 
 def _check_embedders(scope: Scope, impl: str) -> Finding:
-    """Into the blocks' width and out of it, with adapters and without, as presets have both."""
+    """Into the blocks' width and out of it, with and without adapters, as presets differ."""
     wide, tolerance = (
         reference_dtype(scope.torch_dtype),
         of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
@@ -197,7 +202,7 @@ def _check_embedders(scope: Scope, impl: str) -> Finding:
 
 
 def embedders(scope: Scope) -> Iterator[tuple[str, list[LinearParams], int, int]]:
-    """(what it is, the linear as a group, its columns and its rows)."""
+    """For each: its name in the check, the linear as a group, its columns, its rows."""
     dim = shapes_of(scope)["q, k and v"][0]
     for cols, rows in ((64, dim), (dim, 64)):
         adapted = make_group(scope, PLAIN, cols, [rows], scope.lora_scale)
@@ -217,12 +222,10 @@ def _time_product(
 
 
 def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
-    """The adapters on dropped inputs, beside the formula with the very mask that the implementation
-    draws.
-    """
+    """Adapters on dropped inputs, beside the formula with the mask that the implementation drew."""
     cols, outs = shapes_of(scope)["q, k and v"]
     p, seed, tokens = max(scope.dropout, 0.1), 1234, scope.sizes.products[-1]
-    # what a scale that isn't 1 changes is checked here, too
+    # here the adapters' scale is not 1, which the other checks may leave at 1
     plain = make_group(scope, PLAIN, cols, outs, 0.5)
     dropped = [
         lin._replace(adapters=tuple(lora._replace(dropout=p) for lora in loras_of(lin)))
@@ -235,7 +238,7 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
     )
     with torch.no_grad():
         actual = _products(dropped, x, dy, impl, compute=compute, dropout_seed=seed)
-        # drawn as forward and backward draw it
+        # the mask that forward and backward draw for this seed
         group = LinearGroup(dropped, x.dtype, impl=impl, dropout_seed=seed)
         mask = widened(group.dropped(torch.ones_like(x), p), wide)
         linears, wx, wdy = _widened(plain, wide), widened(x, wide), widened(dy, wide)
@@ -251,7 +254,7 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
             expected["dx"].add_(mask * (ds @ a))
             expected |= {f"dA {i}": ds.T @ (wx * mask), f"dB {i}": d.T @ s}
         found = compare(actual, expected, tolerance)
-        # the share that is kept is a mean of so many draws
+        # the standard deviation of the kept share, a mean of so many draws
         deviation = (p * (1 - p) / mask.numel()) ** 0.5
         share = abs(float((mask > 0).double().mean()) - (1 - p)) / deviation
     found.append(
@@ -265,11 +268,11 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
 
 
 def _with_outliers(scope: Scope, compute: str, fmt: str) -> list[int]:
-    """How many channels to leave out of the codes, where there are any."""
+    """How many channels to leave out of the codes; one check for each number."""
     if compute == "same":
         return [0]
     if scope.exhaustive:
-        # what is left of the codes does not depend on where they come from
+        # leaving channels out works the same whatever format the codes come from
         return [0, scope.outliers] if fmt == PLAIN else [0]
     return [scope.outliers]
 
@@ -277,7 +280,8 @@ def _with_outliers(scope: Scope, compute: str, fmt: str) -> list[int]:
 def linear_checks(scope: Scope) -> Iterator[Check]:
     """Products in each type, over each format."""
     for impl, said, isa in ways(scope):
-        # products on a CPU are BLAS's but for the adapters' gradients and the codes
+        # on a CPU BLAS makes the products; the native module's part, adapters' gradients and codes,
+        # is checked on the instruction set in use only
         if isa is not None and isa != dispatch.native.cpu_isa():
             continue
         obstacle = obstacle_of(impl, scope)

@@ -1,6 +1,4 @@
-"""What this machine is: the device, its driver, and the versions of all that a kernel goes through
-on its way there.
-"""
+"""What this machine is: its device, its driver, and the versions of what a kernel goes through."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from fluxfast.ops import dispatch
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """By name, as text. Two machines with the same facts get the same verdicts."""
+    """The facts by name, as text. Two machines with the same facts get the same verdicts."""
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "driver": driver() if device.type == "cuda" else "none",
@@ -52,7 +50,7 @@ def _installed(package: str) -> str:
 
 
 def cpu_name() -> str:
-    """As its maker calls it."""
+    """The processor's name, in its maker's words."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -63,7 +61,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def driver() -> str:
-    """The GPU driver's version; where nobody tells it, that of the interface which it offers."""
+    """The GPU driver's version, or else that of the CUDA interface it offers."""
     for path, pattern in (
         ("/proc/driver/nvidia/version", r"Kernel Module.*?(\d+\.\d+[.\d]*)"),
         ("/sys/module/amdgpu/version", r"(\S+)"),
@@ -85,7 +83,7 @@ def driver() -> str:
 
 @functools.cache
 def native_module() -> str:
-    """What the native module is built with: instruction sets, GPU back end, and a digest of it."""
+    """What the native module is built with: instruction sets, GPU back end, and its digest."""
     if not dispatch.HAS_NATIVE:
         return "not built"
     gpu = dispatch.native.gpu_backend() or "none"
@@ -95,8 +93,9 @@ def native_module() -> str:
 
 @functools.cache
 def sources_digest() -> str:
-    """Of the kernels and of what launches and checks them: a version number does not change with
-    every edit.
+    """A digest of the kernels and of what launches and checks them.
+
+    The version number alone does not change with every edit.
     """
     import fluxfast_kernels
 

@@ -1,5 +1,6 @@
-"""A shallow FLUX.1, a block of each kind, as a run has it: beside diffusers and PEFT in fp32, as
-CUDA graphs, and streamed.
+"""A shallow FLUX.1, one block of each kind, as a run has it.
+
+It is compared with diffusers and PEFT in fp32, replayed as CUDA graphs, and streamed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from fluxfast.adapters.lora import add_lora
 from fluxfast.checkpoint.side_by_side import pack_groups
 from fluxfast.doctor.checks import Check, Finding, Part, Random, Tolerance, overall_error, stored_in
-from fluxfast.doctor.op_checks import WAY_OUT, obstacle_of, ways
 from fluxfast.doctor.scope import PLAIN, Scope
+from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 from fluxfast.memory.stream import stream_blocks
 from fluxfast.model.graphs import STEPS_RUN_FIRST
 from fluxfast.model.transformer import FluxTransformer
@@ -25,8 +26,8 @@ from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import quantize_model
 
-# what a block's arithmetic may be off as a whole: of activations that are rounded to 16 bits, and
-# of products' inputs to 8
+# the error of a whole block, by what its products run in: activations are rounded to 16 bits,
+# and the inputs of 8-bit products to 8
 BLOCK_TOLERANCES = {
     "same": Tolerance(0.04, "some twenty roundings to 16 bits one after the other"),
     "int8": Tolerance(0.08, "products whose inputs and gradients are rounded to 127 steps"),
@@ -43,7 +44,7 @@ SAME_BITS = Tolerance(0.0, "the same operations on the same bytes")
 
 
 def config_of(scope: Scope, singles: int = 1) -> dict[str, Any]:
-    """FLUX.1-dev's, with fewer blocks, and on a CPU fewer heads."""
+    """FLUX.1-dev's config with fewer blocks, and on a CPU with fewer heads."""
     head = scope.sizes.head_dim
     return {
         "in_channels": 64,
@@ -61,8 +62,9 @@ def config_of(scope: Scope, singles: int = 1) -> dict[str, Any]:
 def build(
     scope: Scope, fmt: str, compute: str, *, singles: int = 1, impl: str = "auto", seed: int = 0
 ) -> Any:
-    """The model with random weights, frozen, in the format, with adapters that show errors, packed
-    as a run's.
+    """The model as a run has it: frozen, in the format, with adapters, packed.
+
+    Its weights are random, and its adapters large enough to show errors.
     """
     dtype, device = scope.torch_dtype, scope.torch_device
     with torch.device("meta"):
@@ -92,7 +94,7 @@ def _add_adapters(model: Any, scope: Scope, dtype: torch.dtype | None = None) ->
         rank=scope.rank,
         dtype=dtype or getattr(torch, scope.adapter_dtype),
     )
-    # a fresh adapter's B is zero, which hides errors; the same values in every dtype
+    # a fresh adapter's B is zero, which would hide errors; every dtype gets the same values
     randn = Random(scope.torch_device, getattr(torch, scope.adapter_dtype), seed=1)
     for parameter in parameters:
         parameter.data = randn(*parameter.shape, scale=0.5 * parameter.shape[1] ** -0.5).to(
@@ -102,7 +104,7 @@ def _add_adapters(model: Any, scope: Scope, dtype: torch.dtype | None = None) ->
 
 
 def inputs_of(scope: Scope, seed: int, image: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """The model's inputs; its ids are an image's positions."""
+    """The model's inputs; its ids are the positions in an image."""
     rows, cols = image or scope.sizes.image
     randn, config, batch = (
         Random(scope.torch_device, scope.torch_dtype, seed),
@@ -125,8 +127,9 @@ def inputs_of(scope: Scope, seed: int, image: tuple[int, int] | None = None) -> 
 
 
 def run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The prediction, and the gradients of all adapters as one vector; the model is left without
-    gradients.
+    """The prediction, and the gradients of all adapters as one vector.
+
+    The model's own gradients are cleared.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     prediction = model(**inputs, return_dict=False)[0]
@@ -165,14 +168,11 @@ def _tolerance(scope: Scope, compute: str) -> Tolerance:
 
 
 def _check_blocks(scope: Scope, fmt: str, compute: str, impl: str) -> Finding:
-    model, inputs, tolerance = (
-        build(scope, fmt, compute, impl=impl),
-        inputs_of(scope, seed=3),
-        _tolerance(scope, compute),
-    )
+    model, inputs = build(scope, fmt, compute, impl=impl), inputs_of(scope, seed=3)
+    tolerance = _tolerance(scope, compute)
     expected, parts = _reference(model, scope, inputs), []
     adapters = getattr(torch, scope.adapter_dtype)
-    # in fp32, what rounds gradients most may be how they are stored
+    # beside fp32 arithmetic, storing gradients in 16 bits is the largest rounding
     stored = (
         stored_in(adapters) if tolerance is BLOCK_FP32 and adapters.itemsize == 2 else tolerance
     )
@@ -190,11 +190,8 @@ def _check_blocks(scope: Scope, fmt: str, compute: str, impl: str) -> Finding:
     return Finding(tuple(parts))
 
 
-# ---- CUDA graphs -------------------------------------------------------------------------------------------------------------
-
-
 def turn_graphs_on(model: Any) -> None:
-    """Have the model's steps replayed."""
+    """Let CUDA graphs replay the model's steps."""
     model.set_cuda_graphs(True)
 
 
@@ -203,8 +200,9 @@ def graphs_obstacle(scope: Scope) -> str | None:
 
 
 def _steps(model: Any, batches: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """A forward and backward each; the adapters change in place between them, as an optimiser
-    changes them.
+    """A forward and backward for each batch.
+
+    The adapters change in place between them, as under an optimiser, and are restored at the end.
     """
     found = []
     with torch.no_grad():
@@ -221,16 +219,15 @@ def _steps(model: Any, batches: Sequence[dict[str, Tensor]]) -> list[tuple[Tenso
 
 
 def _check_graphs(scope: Scope, fmt: str, compute: str) -> Finding:
-    """Two shapes in one pool, each run, captured and then replayed on other inputs, beside the same
-    steps run.
+    """Steps of two shapes in one memory pool, replayed as graphs beside the same steps run eagerly.
 
-    The graphs themselves hold the first replay against the step run, and raise where it differs.
+    Each shape is run, captured, and then replayed on other inputs. The graphs compare the first
+    replay with an eager step themselves, and raise if it differs.
     """
     model = build(scope, fmt, compute)
     model.set_recompute("full")
     rows, cols = scope.sizes.image
-    # of each shape: steps that are run, the one after which it is captured, and two that are
-    # replayed
+    # the steps of each shape: those that run eagerly, the one that is captured, two replayed ones
     each = STEPS_RUN_FIRST + 3
     batches = [
         inputs_of(scope, seed, (cols, rows + 1) if seed % 2 else None) for seed in range(2 * each)
@@ -247,15 +244,12 @@ def _check_graphs(scope: Scope, fmt: str, compute: str) -> Finding:
     return Finding(tuple(parts))
 
 
-# ---- streamed blocks ---------------------------------------------------------------------------------------------------------
-
-
 def _check_streamed(scope: Scope, fmt: str, compute: str) -> Finding:
-    """Three blocks through a ring of two, twice, beside the same blocks resident."""
+    """Three blocks through a ring of two slots, twice, beside the same blocks resident."""
     model, inputs, parts = build(scope, fmt, compute, singles=2), inputs_of(scope, seed=4), []
     model.set_recompute("full")
     for block in model.blocks:
-        # back ends of attention may add up in another order each time
+        # other back ends of attention may sum in another order each time
         block.attention = "ref"
     expected = run(model, inputs)
     frozen = [[t.clone() for t in _frozen(block)] for block in model.blocks]
@@ -272,7 +266,7 @@ def _check_streamed(scope: Scope, fmt: str, compute: str) -> Finding:
             stream.begin()
             for index, (block, tensors) in enumerate(zip(model.blocks, frozen, strict=True)):
                 with stream.use(index, "forward"):
-                    # compared where a kernel would read them, behind the wait for the copy
+                    # here the copy has been waited for, so kernels would read the tensors now
                     wrong = sum(
                         not torch.equal(a, b) for a, b in zip(_frozen(block), tensors, strict=True)
                     )
@@ -283,22 +277,23 @@ def _check_streamed(scope: Scope, fmt: str, compute: str) -> Finding:
 
 
 def _frozen(block: nn.Module) -> list[Tensor]:
-    """A block's own tensors as bytes."""
+    """A block's own tensors, as bytes."""
     tensors = [*(p for p in block.parameters() if not p.requires_grad), *block.buffers()]
     return [t.detach().contiguous().view(torch.uint8) for t in tensors]
 
 
 def _streamed(scope: Scope) -> Tolerance:
-    """A GPU's library may take another kernel where weights lie elsewhere in memory."""
+    """The tolerance: a GPU's library may choose another kernel for weights at another address."""
     return SAME_BITS if scope.torch_device.type == "cpu" else REPLAYED[scope.dtype]
 
 
 def _modes(scope: Scope, impl: str) -> list[tuple[str, str]]:
-    """(format, type of products) of the models to build: products over every format are checked by
-    themselves.
+    """(format, type of products) of the models to build.
+
+    Not every pair: products over every format are checked by themselves (`linear_checks`).
     """
     if scope.interpreted and impl == "triton":
-        # half a minute each
+        # each takes half a minute in the interpreter
         return [(PLAIN, "same")] if scope.exhaustive else []
     if not scope.exhaustive:
         return [(fmt, compute) for compute in scope.computes for fmt in scope.formats]
@@ -314,7 +309,7 @@ def _modes(scope: Scope, impl: str) -> list[tuple[str, str]]:
 
 
 def model_checks(scope: Scope) -> Iterator[Check]:
-    """Blocks in each mode; graphs and streaming in one: the base that is stored smallest."""
+    """Blocks in each mode; graphs and streaming in one, with the base that is stored smallest."""
     for impl, said, isa in ways(scope):
         if isa is not None and isa != dispatch.native.cpu_isa():
             continue
@@ -334,18 +329,23 @@ def model_checks(scope: Scope) -> Iterator[Check]:
     fmt, compute = scope.formats[-1], scope.computes[min(1, len(scope.computes) - 1)]
     if scope.graphs:
         yield Check(
-            name="CUDA graphs", run=functools.partial(_check_graphs, scope, fmt, compute),
-            what=verdicts.GRAPHS, way=verdicts.ONLY_WAY, obstacle=graphs_obstacle(scope),
+            name="CUDA graphs",
+            run=functools.partial(_check_graphs, scope, fmt, compute),
+            what=verdicts.GRAPHS,
+            way=verdicts.ONLY_WAY,
+            obstacle=graphs_obstacle(scope),
             way_out=(
                 '"cuda_graphs": false runs steps eagerly. Another driver or PyTorch may cure it'
             ),
-        )  # fmt: skip
+        )
     if scope.streams:
         yield Check(
-            name="streamed blocks", run=functools.partial(_check_streamed, scope, fmt, compute),
-            what=verdicts.STREAMING, way=verdicts.ONLY_WAY,
+            name="streamed blocks",
+            run=functools.partial(_check_streamed, scope, fmt, compute),
+            what=verdicts.STREAMING,
+            way=verdicts.ONLY_WAY,
             way_out=(
                 '"enable_group_offload": false keeps blocks on the device. Another driver may '
-                'cure it'
+                "cure it"
             ),
-        )  # fmt: skip
+        )

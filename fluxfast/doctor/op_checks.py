@@ -1,26 +1,15 @@
-"""The fused ops of a step, forward and backward, in every form in which blocks call them, beside
-their references.
-
-Each is a function of an implementation and of named tensors, run twice: by the implementation in
-the activations' dtype, and by the reference in a wider one on the same values.
-"""
+"""Each fused op beside its reference, by every implementation that this machine has."""
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from statistics import median
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from fluxfast.doctor.checks import (
     Check,
     Finding,
-    Named,
     Part,
     Random,
     Rate,
@@ -30,290 +19,15 @@ from fluxfast.doctor.checks import (
     reference_dtype,
     widened,
 )
-from fluxfast.doctor.scope import Scope, Sizes
-from fluxfast.ops import (
-    dispatch,
-    gated_residual,
-    gelu,
-    modulated_layer_norm,
-    qk_norm_rope,
-    row_quant,
-    token_route,
-)
-from fluxfast.ops.row_quant import Quantized, RowOutput
-
-NO_NATIVE_BUILD = (
-    "the native module was not built: a C++ compiler and `pip install --force-reinstall "
-    "fluxfast` build it"
-)
-WAY_OUT = {
-    "triton": "`auto` takes the reference in its place: slower, and right. Another Triton, PyTorch or driver may cure it",
-    "native": "`auto` takes PyTorch in its place. Rebuild the module (pip install --force-reinstall --no-cache-dir fluxfast)",
-}
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """name: of the check. op: as `dispatch.resolve` knows it. inputs: for so many tokens; compute:
-    (implementation, inputs).
-
-    plain: no codes come of it, or nothing else: what is checked on instruction sets that are not in
-    use.
-    """
-
-    name: str
-    op: str
-    inputs: Callable[[Random, Sizes, int], Named]
-    compute: Callable[[str, Named], Named]
-    plain: bool = True
-
-
-def rows_of(name: str, rows: RowOutput) -> Named:
-    """What an op wrote, by name, codes decoded."""
-    found = {} if rows.y is None else {name: rows.y}
-    if rows.q is not None and rows.q_scale is not None:
-        found[f"{name} codes"] = decoded(Quantized(rows.q, rows.q_scale))
-    return found
-
-
-def decoded(codes: Quantized) -> Tensor:
-    return codes.q.float() * codes.scale.float()[..., None]
-
-
-def _present(**tensors: Tensor | None) -> Named:
-    return {
-        name.replace("_", " "): tensor for name, tensor in tensors.items() if tensor is not None
-    }
-
-
-# ---- the ops -----------------------------------------------------------------------------------------------------------------
-
-
-def _norm_inputs(randn: Random, s: Sizes, tokens: int) -> Named:
-    wide = (s.batch, tokens, s.dim)
-    # an offset of its own in each row: a mean that is left out shows
-    x = randn(*wide) + randn(s.batch, tokens, 1)
-    names = ("dy", "past", "branch")
-    return {
-        "x": x,
-        **{name: randn(*wide) for name in names},
-        **{name: randn(s.batch, s.dim) for name in ("scale", "shift", "gate")},
-        "col_scale": 1 + randn(s.dim, dtype=torch.float32).abs(),
-    }
-
-
-def _layer_norm(form: str, impl: str, t: Named) -> Named:
-    rows, saved = modulated_layer_norm.forward(t["x"], t["scale"], t["shift"], out=form, impl=impl)
-    dx, dscale, dshift = modulated_layer_norm.backward(
-        t["dy"], saved, (True, True, True), add_to=t["past"], impl=impl
-    )
-    needs = (True, False, False)
-    frozen = modulated_layer_norm.backward(t["dy"], saved, needs, add_to=t["past"], impl=impl)[0]
-    # the last norm's
-    last = modulated_layer_norm.backward(t["dy"], saved, needs, impl=impl)[0]
-    return rows_of("y", rows) | _present(
-        dx=dx, dscale=dscale, dshift=dshift, dx_alone=frozen, dx_of_the_last=last
-    )
-
-
-def _residual_layer_norm(form: str, grad_form: str, impl: str, t: Named) -> Named:
-    x, rows, saved = modulated_layer_norm.forward_residual(
-        t["x"],
-        t["gate"],
-        t["branch"],
-        t["scale"],
-        t["shift"],
-        out=form,
-        keep_branch=True,
-        impl=impl,
-    )
-    found = {"x": x} | rows_of("y", rows)
-    col_scale = None if grad_form == "same" else t["col_scale"]
-    for name, modulation in (("", True), (" alone", False)):
-        dx, dbranch, sums = modulated_layer_norm.backward_residual(
-            t["dy"],
-            saved,
-            add_to=t["past"],
-            out=grad_form,
-            col_scale=col_scale,
-            modulation=modulation,
-            impl=impl,
-        )
-        found |= {f"dx{name}": dx} | rows_of(f"dbranch{name}", dbranch)
-        found |= _present(**dict(zip(("dscale", "dshift", "dgate"), sums, strict=True)))
-    return found
-
-
-def _gated_residual(grad_form: str, impl: str, t: Named) -> Named:
-    out, saved = gated_residual.forward(t["x"], t["gate"], t["branch"], impl=impl)
-    options: dict[str, Any] = {
-        "out": grad_form,
-        "col_scale": None if grad_form == "same" else t["col_scale"],
-        "impl": impl,
-    }
-    dy, dgate = gated_residual.backward_rows(t["dy"], saved, needs_gate=True, **options)
-    alone, _ = gated_residual.backward_rows(t["dy"], (t["gate"], None), **options)
-    return {"out": out} | rows_of("dy", dy) | _present(dgate=dgate) | rows_of("dy alone", alone)
-
-
-def _gelu_inputs(randn: Random, s: Sizes, tokens: int) -> Named:
-    hidden = 4 * s.dim
-    # as blocks have them: columns of a wider tensor
-    wide = randn(s.batch, tokens, s.dim + hidden, scale=2.0)
-    return {
-        "x": wide[..., s.dim :],
-        "prefix": randn(s.batch, tokens, s.dim),
-        "dy": randn(s.batch, tokens, s.dim + hidden)[..., s.dim :],
-        "col_scale": 1 + randn(hidden, dtype=torch.float32).abs(),
-    }
-
-
-def _gelu(form: str, grad_form: str, prefixed: bool, impl: str, t: Named) -> Named:
-    rows, saved = gelu.forward(
-        t["x"], prefix=t["prefix"] if prefixed else None, out=form, impl=impl
-    )
-    width = t["prefix"].shape[-1]
-    # the gradient is written where a wider tensor wants it
-    into = t["x"].new_empty(*t["x"].shape[:-1], width + t["x"].shape[-1])[..., width:]
-    col_scale = None if grad_form == "same" else t["col_scale"]
-    dx = gelu.backward_rows(
-        t["dy"], saved, out=grad_form, col_scale=col_scale, into=into, impl=impl
-    )
-    return rows_of("y", rows) | rows_of("dx", dx)
-
-
-def _rope_inputs(text: bool, routed: bool, randn: Random, s: Sizes, tokens: int) -> Named:
-    img = tokens - min(s.text, tokens // 2) if text else tokens
-    angle = randn(tokens + 5 if routed else tokens, s.head_dim // 2, dtype=torch.float32)
-    wide = 3 * s.dim
-    t = {
-        # a single block's q, k and v are columns of a wider tensor
-        "qkv": randn(s.batch, img, wide + 4 * s.dim)[..., :wide],
-        "weights": 1 + randn(4 if text else 2, s.head_dim, scale=0.2),
-        "cos": angle.cos(),
-        "sin": angle.sin(),
-        **{name: randn(s.batch, tokens, s.heads, s.head_dim) for name in ("dq", "dk", "dv")},
-    }
-    if text:
-        t["txt_qkv"] = randn(s.batch, tokens - img, wide)
-    if routed:
-        t["index"] = torch.stack([randn.permutation(tokens + 5)[:tokens] for _ in range(s.batch)])
-    return t
-
-
-def _rope(heads: int, impl: str, t: Named) -> Named:
-    txt = t.get("txt_qkv")
-    (q, k, v), saved = qk_norm_rope.forward(
-        t["qkv"], txt, t["weights"], t["cos"], t["sin"], t.get("index"), heads=heads, impl=impl
-    )
-    s_txt = 0 if txt is None else txt.shape[1]
-    batch, tokens, width = t["qkv"].shape
-    # columns of a wider tensor, as a single block wants it
-    into = t["qkv"].new_empty(batch, tokens, 2 * width)[..., :width]
-    dqkv, dtxt = qk_norm_rope.backward(
-        (t["dq"], t["dk"], t["dv"]),
-        saved,
-        (True, txt is not None),
-        s_txt=s_txt,
-        dqkv=into,
-        impl=impl,
-    )
-    return _present(q=q, k=k, v=v, dqkv=dqkv, dtxt_qkv=dtxt)
-
-
-def _row_quant(fmt: str, impl: str, t: Named) -> Named:
-    plain, folded = (
-        row_quant.forward(t["x"], fmt, scale, impl=impl) for scale in (None, t["col_scale"])
-    )
-    return {"codes": decoded(plain), "folded codes": decoded(folded)}
-
-
-def _route_inputs(randn: Random, s: Sizes, tokens: int) -> Named:
-    kept = tokens // 2 + 1
-    return {
-        "x": randn(s.batch, tokens, s.dim),
-        "y": randn(s.batch, kept, s.dim),
-        "dout": randn(s.batch, tokens, s.dim),
-        "dy": randn(s.batch, kept, s.dim),
-        "index": torch.stack([randn.permutation(tokens)[:kept] for _ in range(s.batch)]),
-    }
-
-
-def _token_gather(impl: str, t: Named) -> Named:
-    out, saved = token_route.gather_forward(t["x"], t["index"], impl=impl)
-    (dx,) = token_route.gather_backward(t["dy"], saved, (True,), tokens=t["x"].shape[1], impl=impl)
-    return _present(out=out, dx=dx)
-
-
-def _token_scatter(impl: str, t: Named) -> Named:
-    out, saved = token_route.scatter_forward(t["x"], t["y"], t["index"], impl=impl)
-    dbase, dy = token_route.scatter_backward(t["dout"], saved, (True, True), impl=impl)
-    return _present(out=out, dbase=dbase, dy=dy)
-
-
-def forms_of(scope: Scope) -> Iterator[tuple[str, str, str]]:
-    """(what the check's name says, `out=` of the ops before a product, that of the ones that make
-    its gradient).
-    """
-    for compute in scope.computes:
-        if compute == "same":
-            yield "", "same", "same"
-            continue
-        if scope.dropout == 0 or scope.exhaustive:
-            yield f", {compute} codes", compute, f"both-{compute}"
-        if scope.dropout or scope.exhaustive:
-            yield f", values and {compute} codes", f"both-{compute}", f"both-{compute}"
-
-
-def op_cases(scope: Scope) -> Iterator[OpCase]:
-    """The fused ops in the forms that the scope's products ask for."""
-    part, norm = functools.partial, "modulated_layer_norm"
-    forms = list(forms_of(scope))
-    for said, form, grad in forms:
-        yield OpCase(
-            f"layer norm{said}", norm, _norm_inputs, part(_layer_norm, form), form == "same"
-        )
-        joined = part(_residual_layer_norm, form, grad)
-        yield OpCase(f"residual and layer norm{said}", norm, _norm_inputs, joined, form == "same")
-        yield OpCase(
-            f"gelu{said}", "gelu", _gelu_inputs, part(_gelu, form, grad, False), form == "same"
-        )
-        yield OpCase(
-            f"gelu behind attention{said}",
-            "gelu",
-            _gelu_inputs,
-            part(_gelu, form, grad, True),
-            form == "same",
-        )
-    for grad, said in {grad: said for said, _, grad in reversed(forms)}.items():
-        yield OpCase(
-            f"gated residual{said}",
-            "gated_residual",
-            _norm_inputs,
-            part(_gated_residual, grad),
-            grad == "same",
-        )
-    for said, text, routed in (
-        ("", False, False),
-        (", text and image", True, False),
-        (", routed", True, True),
-    ):
-        if not routed or scope.routes:
-            inputs, compute = part(_rope_inputs, text, routed), part(_rope, scope.sizes.heads)
-            yield OpCase(f"q and k norm, rope{said}", "qk_norm_rope", inputs, compute)
-    for fmt in scope.computes:
-        if fmt != "same":
-            yield OpCase(f"row quantiser, {fmt}", "row_quant", _norm_inputs, part(_row_quant, fmt))
-    if scope.routes:
-        yield OpCase("tokens gathered", "token_gather", _route_inputs, _token_gather)
-        yield OpCase("tokens scattered", "token_scatter", _route_inputs, _token_scatter)
-
-
-# ---- as checks ---------------------------------------------------------------------------------------------------------------
+from fluxfast.doctor.op_cases import OpCase, op_cases
+from fluxfast.doctor.scope import Scope
+from fluxfast.doctor.timing import seconds_of
+from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways, with_isa
+from fluxfast.ops import dispatch
 
 
 def run_case(case: OpCase, scope: Scope, impl: str) -> Finding:
-    """Every length, the worst of each result."""
+    """Compare an op at every length of the scope, and keep the worst of each result."""
     worst: dict[str, Part] = {}
     with torch.no_grad():
         for number, tokens in enumerate(scope.sizes.tokens):
@@ -345,81 +59,13 @@ def time_case(case: OpCase, scope: Scope, impl: str) -> Rate:
         )
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, budget: float = 0.05) -> float:
-    """The median of as many warm calls as the budget has room for, up to 20, by the device's clock."""
-    call()
-    samples = [_seconds(call, device)]
-    more = min(19, int(budget / max(samples[0], 1e-6)))
-    return median([*samples, *(_seconds(call, device) for _ in range(more))])
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    call()
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
-
-
-def ways(scope: Scope) -> Iterator[tuple[str, str, str | None]]:
-    """(implementation, what a check's name says of it, instruction set of the native module) of
-    each to check.
-    """
-    if scope.torch_device.type == "cuda":
-        yield "triton", "Triton", None
-        return
-    if dispatch.HAS_NATIVE:
-        own = dispatch.native.cpu_isa()
-        for isa in dispatch.native.cpu_isas() if scope.exhaustive else [own]:
-            yield "native", f"native {isa}", isa
-    else:
-        yield "native", "native", None
-    if scope.interpreted:
-        yield "triton", "Triton, interpreted", None
-
-
-def with_isa(call: Callable[..., Any], isa: str | None) -> Callable[..., Any]:
-    """The call with the native module on an instruction set, and then back on its own."""
-    if isa is None:
-        return call
-
-    @functools.wraps(call)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        own = dispatch.native.cpu_isa()
-        dispatch.native.use_cpu_isa(isa)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            dispatch.native.use_cpu_isa(own)
-
-    return run
-
-
-def obstacle_of(impl: str, scope: Scope, *, native: str | None = None) -> str | None:
-    """Why an implementation can't be checked here; native: why the native module can't do it at
-    all.
-    """
-    if impl == "triton":
-        return None if dispatch.HAS_TRITON else "triton is not installed"
-    if not dispatch.HAS_NATIVE:
-        return NO_NATIVE_BUILD
-    if scope.dtype != "float32":
-        return f"the native module computes in float32, and the run in {scope.dtype}"
-    return native
-
-
-def checks_of(cases: Iterable[OpCase], scope: Scope) -> Iterator[Check]:
-    """A check for each case and each way to do it."""
+def op_checks(scope: Scope) -> Iterator[Check]:
+    """A check of each fused op in each form, by each implementation."""
     in_use = dispatch.native.cpu_isa() if dispatch.HAS_NATIVE else None
-    for case in cases:
+    for case in op_cases(scope):
         lacks = "the native module doesn't route tokens" if case.op.startswith("token_") else None
         for impl, said, isa in ways(scope):
-            # another instruction set than the one in use speaks for nobody
+            # an instruction set that is not in use gives no verdict on the one that is
             counts = isa is None or isa == in_use
             if not counts and (lacks or not case.plain):
                 continue
@@ -434,8 +80,3 @@ def checks_of(cases: Iterable[OpCase], scope: Scope) -> Iterator[Check]:
                 obstacle=obstacle_of(impl, scope, native=lacks),
                 way_out=WAY_OUT[impl],
             )
-
-
-def op_checks(scope: Scope) -> Iterator[Check]:
-    """Of every fused op."""
-    yield from checks_of(op_cases(scope), scope)

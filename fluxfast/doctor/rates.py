@@ -1,8 +1,7 @@
-"""What this machine does a second, beside what `fluxfast-train plan` reckons with for it: the
-ceilings of a step.
+"""What this machine does in a second, beside what `fluxfast-train plan` assumes of it.
 
-Copies are far larger than any cache, products have a block's shapes, data is random (products of
-zeros run faster).
+These rates are the ceilings of a step. Copies are far larger than any cache, products have a
+block's shapes, and data is random, since products of zeros run faster.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from torch import Tensor
 from fluxfast.doctor.attention_checks import BACKWARD
 from fluxfast.doctor.checks import Check, Random, Rate
 from fluxfast.doctor.format_checks import time_gemv
-from fluxfast.doctor.op_checks import seconds_of
 from fluxfast.doctor.scope import PLAIN, Scope
+from fluxfast.doctor.timing import seconds_of
 from fluxfast.memory.gpus import Gpu, find_gpu
 from fluxfast.memory.step_time import (
     ATTENTION,
@@ -34,17 +33,21 @@ COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
 LINKED = 1 << 28
 
 Product = Callable[[Tensor, Tensor], Callable[[], object]]
+# seconds of a call on a device; `fluxfast-bench` measures longer than the doctor does
+Timer = Callable[[Callable[[], object], torch.device], float]
 
 
-def copy_rate(device: torch.device) -> Rate:
-    """Bytes read and written."""
-    source = torch.randn(COPIED[device.type] // 4, device=device)
+def copy_rate(
+    device: torch.device, *, nbytes: int | None = None, seconds: Timer = seconds_of
+) -> Rate:
+    """Bytes a second of a copy on the device, those read and those written."""
+    source = torch.randn((nbytes or COPIED[device.type]) // 4, device=device)
     target = torch.empty_like(source)
-    return Rate(2 * source.nbytes / seconds_of(lambda: target.copy_(source), device), "B/s")
+    return Rate(2 * source.nbytes / seconds(lambda: target.copy_(source), device), "B/s")
 
 
 def link_rate(device: torch.device, to_device: bool) -> Rate:
-    """Bytes between pinned host memory and the device, one way."""
+    """Bytes a second between pinned host memory and the device, one way."""
     host = torch.empty(LINKED, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(LINKED, dtype=torch.uint8, device=device)
     source, target = (host, there) if to_device else (there, host)
@@ -71,8 +74,9 @@ def e4m3_product(x: Tensor, w: Tensor) -> Callable[[], object]:
 def product_rate(
     device: torch.device, dtype: torch.dtype, rows: int, dim: int, product: Product
 ) -> Rate:
-    """Operations of a single block's linears, forward and for the gradients of their inputs, by
-    PyTorch's own products.
+    """Operations a second of a single block's linears, by PyTorch's own products.
+
+    Each linear's product is timed forward and for the gradient of its input.
     """
     operations = seconds = 0.0
     shapes = [(dim, 7 * dim), (5 * dim, dim)]
@@ -83,26 +87,39 @@ def product_rate(
     return Rate(operations / seconds, "op/s")
 
 
+def attention_seconds(
+    q: Tensor, k: Tensor, v: Tensor, *, seconds: Timer = seconds_of
+) -> tuple[float, float]:
+    """Seconds of a forward and of a backward of PyTorch's own attention, q, k, v [B, H, S, D].
+
+    The tensors must require gradients. `torch.nn.attention.sdpa_kernel` around the call chooses the
+    back end.
+    """
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    out = attend()
+    gradients = functools.partial(
+        torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True
+    )
+    with torch.no_grad():
+        forward = seconds(attend, q.device)
+    return forward, seconds(gradients, q.device)
+
+
 def attention_rate(
     device: torch.device, dtype: torch.dtype, tokens: int, heads: int, head_dim: int, backward: bool
 ) -> Rate:
-    """Operations of PyTorch's own attention, one direction."""
+    """Operations a second of PyTorch's own attention, in one direction."""
     randn = Random(device, dtype, seed=tokens)
-    q, k, v = (randn(1, heads, tokens, head_dim).requires_grad_(backward) for _ in range(3))
+    q, k, v = (randn(1, heads, tokens, head_dim).requires_grad_() for _ in range(3))
     operations = 4 * tokens**2 * heads * head_dim
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v)
-    if not backward:
-        return Rate(operations / seconds_of(attend, device), "op/s")
-    out = attend()
-    dout = randn(*out.shape)
-    seconds = seconds_of(
-        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), device
-    )
-    return Rate(BACKWARD * operations / seconds, "op/s")
+    forward_seconds, backward_seconds = attention_seconds(q, k, v)
+    if backward:
+        return Rate(BACKWARD * operations / backward_seconds, "op/s")
+    return Rate(operations / forward_seconds, "op/s")
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The table's entry, if there is one."""
+    """The device's entry in `memory.gpus`, if there is one."""
     if device.type != "cuda":
         return None
     try:
@@ -112,15 +129,11 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def rate_checks(scope: Scope) -> Iterator[Check]:
-    """The rates at hand; what a device doesn't have raises, and is said to be not there."""
+    """The rates to measure; one that a device does not have is reported as absent."""
     if not scope.sizes.timed:
         return
-    device, dtype, s, gpu = (
-        scope.torch_device,
-        scope.torch_dtype,
-        scope.sizes,
-        gpu_of(scope.torch_device),
-    )
+    device, dtype, s = scope.torch_device, scope.torch_dtype, scope.sizes
+    gpu = gpu_of(device)
 
     def assumed(of: Callable[[Gpu], float]) -> float | None:
         return None if gpu is None else of(gpu) or None
@@ -155,7 +168,7 @@ def rate_checks(scope: Scope) -> Iterator[Check]:
         for name, to_device in (("host to device", True), ("device to host", False)):
             yield check(name, part(link_rate, device, to_device), lambda g: g.pcie * 1e9 * LINK)
     if dispatch.HAS_NATIVE:
-        # what modulation computed ahead runs at; `plan` takes it to hide behind the step
+        # the rate of modulation computed ahead, which `plan` assumes to hide behind the step
         yield check(
             "CPU's products with a vector, bfloat16 weights",
             part(time_gemv, scope, PLAIN),

@@ -1,5 +1,6 @@
 """What is to be checked: a device, the formats and modes of a run, and the sizes to check them at.
-Plain values, as JSON.
+
+All are plain values, so that a scope travels as JSON to the processes that check.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import FORMATS
 
-# a base that is not quantised, among the formats
+# stands among the formats for a base that is not quantised
 PLAIN = "plain"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes to check at. tokens: of the fused ops, products: rows of products, attention: tokens;
-    several lengths each.
+    """The sizes to check at.
 
-    product_heads, model_heads: of products, and of the shallow model. image, text: the model's
-    tokens, an image of so many rows and columns. timed: tokens that rates are measured with, 0: no
-    rate is. weights: rows of those that formats are checked on.
+    tokens: several lengths for the fused ops.
+    products: several numbers of rows for products.
+    attention: several lengths for attention.
+    product_heads, model_heads: the width, in heads, of products and of the shallow model.
+    image, text: the shallow model's tokens; an image is (rows, columns).
+    timed: how many tokens rates are measured with; 0 measures none.
+    weights: the rows of the weights that formats are checked on.
     """
 
     heads: int
@@ -46,18 +50,18 @@ class Sizes:
         return self.heads * self.head_dim
 
 
-# FLUX.1's width. A prime number of tokens fits no tile; 1536 and 4608 are 512 and 1024 px; up to 64
-# rows, products may read stored codes, and modulation has a row a sample
+# FLUX.1's width. A prime number of tokens fits no tile; 1536 and 4608 tokens are 512 and 1024 px.
+# Products of up to 64 rows may read stored codes, and modulation's have one row a sample
 FULL_GPU = Sizes(
     24, 128, 2, (1, 577, 1536), (1, 33, 577), (577, 1536, 4608), 24, 24, (13, 17), 77, 4608, 192
 )
 SHORT_GPU = Sizes(24, 128, 1, (577,), (1, 577), (577, 1536), 24, 24, (13, 17), 77, 0, 64)
 FULL_CPU = Sizes(24, 128, 1, (1, 77), (33, 77), (77, 577), 24, 4, (5, 7), 13, 128, 64)
-# forty products of that width would take minutes
+# an exhaustive scope has forty products, which would take minutes at full width
 EVERY_CPU = replace(FULL_CPU, product_heads=4)
-# within a second, at each first start
+# a run checks these at its first start, and should take less than a second
 SHORT_CPU = Sizes(4, 128, 1, (5,), (9,), (9,), 4, 2, (3, 4), 7, 0, 8)
-# Triton's interpreter takes milliseconds for a program
+# Triton's interpreter takes milliseconds for each program of a launch
 INTERPRETED = Sizes(2, 32, 2, (1, 7), (5,), (9,), 2, 2, (3, 4), 7, 0, 5)
 
 
@@ -65,9 +69,13 @@ INTERPRETED = Sizes(2, 32, 2, (1, 7), (5,), (9,), 2, 2, (3, 4), 7, 0, 5)
 class Scope:
     """What is to be checked.
 
-    dtype: of the activations, "bfloat16" or "float32". formats: of the base, keys of
-    `quant.FORMATS` or PLAIN. computes: of products. interpreted: Triton's kernels too, in its
-    interpreter. The rest: whether, or with what, a run has these.
+    dtype: of the activations, "bfloat16" or "float32".
+    formats: of the base: keys of `quant.FORMATS`, or PLAIN.
+    computes: what products run in, as `ops.row_quant` says it: "same" or the name of codes.
+    exhaustive: every instruction set and implementation there is, not only what `auto` would take.
+    interpreted: Triton's kernels too, in its interpreter.
+
+    The other fields say whether, or with what, a run uses a feature.
     """
 
     device: str
@@ -85,8 +93,6 @@ class Scope:
     graphs: bool = False
     streams: bool = False
     modulation_ahead: bool = False
-    # every instruction set and every implementation that there is, and not only those that `auto`
-    # would take
     exhaustive: bool = False
     interpreted: bool = False
     short: bool = False
@@ -109,14 +115,14 @@ class Scope:
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists where we have tuples."""
+    """JSON has lists where the dataclasses have tuples."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
 
 
 def sizes_for(device: torch.device, *, short: bool, interpreted: bool) -> Sizes:
-    """The sizes that a device can check at in the time that there is."""
+    """The sizes that a device can check in reasonable time."""
     if interpreted:
         return INTERPRETED
     if device.type == "cpu":
@@ -125,7 +131,7 @@ def sizes_for(device: torch.device, *, short: bool, interpreted: bool) -> Sizes:
 
 
 def everything(device: torch.device, *, interpreted: bool = False) -> Scope:
-    """All formats and modes that there are."""
+    """A scope of all formats and modes that there are."""
     on_gpu = device.type == "cuda"
     return Scope(
         device=str(device),
@@ -149,7 +155,7 @@ def everything(device: torch.device, *, interpreted: bool = False) -> Scope:
 
 
 def multiplies(compute: str, device: torch.device) -> bool:
-    """Whether the device has products of these codes; a CPU and the interpreter have."""
+    """Whether the device can multiply these codes; a CPU and Triton's interpreter emulate it."""
     if compute != "e4m3" or device.type != "cuda" or not dispatch.HAS_TRITON:
         return True
     from fluxfast_kernels._launch import multiplies_e4m3

@@ -1,6 +1,4 @@
-"""What a run does before it begins: the short form, where nothing is known of this machine yet, and
-then mind what is known.
-"""
+"""What a run does before it begins: check what is unknown of the machine, avoid what failed."""
 
 from __future__ import annotations
 
@@ -18,15 +16,16 @@ from fluxfast.doctor.scope import Scope, sizes_for
 from fluxfast.doctor.store import Store, verdicts_of
 from fluxfast.ops import verdicts
 
-# "off": a run checks nothing by itself; what was found before still counts
+# an environment variable; with "off" a run checks nothing, but what was found before still counts
 SWITCH = "FLUXFAST_DOCTOR"
 
 Say = Callable[[str], object]
 
 
-def settle(scope: Scope, say: Say) -> None:
-    """Checks what this scope needs and nobody has checked here; makes `auto` pass over what failed,
-    with a line for each.
+def ensure_checked(scope: Scope, say: Say) -> None:
+    """Check what this scope needs and nobody has checked here, in the short form.
+
+    Then make `auto` pass over everything that failed, now or before, with a line for each.
     """
     scope = replace(
         scope,
@@ -57,8 +56,7 @@ def _check(scope: Scope, store: Store, missing: list[Check], say: Say) -> None:
         count = min(workers, len(missing))
         say(
             f"first run on {store.machine['device']} with this driver and these versions: "
-            f"{len(missing)} checks of the kernels "
-            f"that it needs, compiled in {count} processes"
+            f"{len(missing)} checks of the kernels that it needs, compiled in {count} processes"
         )
     outcomes = run_checks(missing, scope, workers)
     counts = {
@@ -78,7 +76,7 @@ def _check(scope: Scope, store: Store, missing: list[Check], say: Say) -> None:
 
 
 def recall(device: torch.device, dtype: torch.dtype) -> None:
-    """Mind what was found on this machine, if something was; nothing is checked."""
+    """Make `auto` pass over what is known to have failed on this machine; checks nothing."""
     store = Store(device)
     if len(store):
         verdicts.set_failed(verdicts_of(store.failures(str(dtype).removeprefix("torch."))))

@@ -1,5 +1,6 @@
-"""What was found on this machine, kept in the user's cache: a file for each combination of device,
-driver and versions.
+"""What was found on this machine, kept in the user's cache.
+
+There is one file for each combination of device, driver and versions.
 """
 
 from __future__ import annotations
@@ -18,20 +19,18 @@ from fluxfast.doctor.scope import Scope
 from fluxfast.files import write_atomic
 from fluxfast.ops.verdicts import Verdicts
 
-# what the files' fields mean
+# of the files; raise it when their fields change their meaning
 VERSION = 1
 
 
 def folder() -> Path:
-    """Where the files are."""
+    """The folder of the files."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "fluxfast" / "doctor"
 
 
 class Store:
-    """The outcomes of one machine. A file that can't be read counts as none: everything is checked
-    again.
-    """
+    """The outcomes of one machine; a file that can't be read counts as having none."""
 
     def __init__(self, device: torch.device) -> None:
         self.machine = machine.facts(device)
@@ -51,7 +50,7 @@ class Store:
         return len(self._outcomes)
 
     def missing(self, checks: Sequence[Check], scope: Scope) -> list[Check]:
-        """Those that could run here, and of which nothing is known in the scope's mode."""
+        """The checks that could run here and have no outcome in the scope's mode yet."""
         return [
             c
             for c in checks
@@ -59,8 +58,9 @@ class Store:
         ]
 
     def add(self, outcomes: Iterable[Outcome], scope: Scope) -> None:
-        """Takes in what need not be tried again; it takes the place of what the same checks failed
-        at before, in any mode.
+        """Take in outcomes that need not be tried again.
+
+        Each replaces earlier failures of the same check, in whatever mode they were found.
         """
         for outcome in outcomes:
             if outcome.again or not (outcome.parts or outcome.cause):
@@ -73,7 +73,7 @@ class Store:
             self._outcomes[outcome.name, scope.dtype, mode_of(scope)] = outcome
 
     def save(self) -> None:
-        """Raises OSError where the folder can't be written to."""
+        """Write the file. Raises OSError where the folder can't be written to."""
         entries = [
             {"dtype": dtype, "mode": mode, "outcome": outcome.as_json()}
             for (_, dtype, mode), outcome in self._outcomes.items()
@@ -82,7 +82,7 @@ class Store:
         write_atomic(self.path, (json.dumps(stored, indent=1) + "\n").encode())
 
     def failures(self, dtype: str) -> list[Outcome]:
-        """Checks that failed with such activations, in whatever mode."""
+        """The checks that failed with activations of this dtype, in whatever mode."""
         return [
             outcome
             for (_, of, _), outcome in self._outcomes.items()
@@ -91,12 +91,12 @@ class Store:
 
 
 def mode_of(scope: Scope) -> str:
-    """What a check's name does not say of how it was made."""
+    """How a check was made, as far as its name does not say it."""
     dropout = "dropout" if scope.dropout else "no dropout"
     rank = f"rank {scope.rank}, scale {scope.lora_scale:g}"
     return f"{rank}, {scope.adapter_dtype} adapters, {dropout}, {scope.outliers} outliers"
 
 
 def verdicts_of(failures: Iterable[Outcome]) -> Verdicts:
-    """What `ops.verdicts` is to know of them."""
+    """The failures as `ops.verdicts` takes them."""
     return {(f.what, f.way): f"{f.name}: {f.cause}" for f in failures if f.what}

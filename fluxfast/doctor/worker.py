@@ -1,9 +1,8 @@
-"""A process that checks, for whoever started it: `python -m fluxfast.doctor.worker`. Lines of JSON
-both ways.
+"""A process that checks for the one that started it: `python -m fluxfast.doctor.worker`.
 
-It reads a scope, says that it is ready, then reads one request after the other, {"name",
-"comparing", "timing"}, and answers each with the outcome, to which "broken" is added where the
-device is of no use to this process any more.
+Both write lines of JSON. The process reads a scope and says that it is ready. Then it reads one
+request after the other, {"name", "comparing", "timing"}, and answers each with the outcome. It adds
+"broken" to the answer if the device is of no use to this process any more.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fluxfast.doctor.scope import Scope
 
 
 def main() -> int:
-    # what libraries print must not come between the answers
+    # libraries may print to stdout: send that to stderr, and keep stdout for the answers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     scope = Scope.from_json(json.loads(sys.stdin.readline()))
@@ -37,7 +36,7 @@ def main() -> int:
 
 
 def _broken(device: torch.device) -> bool:
-    """Whether the device answers nothing any more, as after a kernel that wrote where it may not."""
+    """Whether the device answers no more, as after a kernel that wrote to a wrong address."""
     if device.type != "cuda":
         return False
     try:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fluxfast.doctor.startup import recall
 from fluxfast.dropin.calls import CallLog, Notices
-from fluxfast.dropin.hosts import EXPECTED, accelerated_blocks, adopt, give_back, layout_of
+from fluxfast.dropin.hosts import EXPECTED, accelerated_blocks, give_back, host_kind_of, take_over
 from fluxfast.dropin.report import Report, inspect
 from fluxfast.dropin.tread import set_router
 from fluxfast.memory import gpus
@@ -67,7 +67,7 @@ def accelerate(
     can't be made, or for a block that can't be fused where `strict` asks for that.
     """
     found = _blocks(transformer)
-    new = [(block, layout_of(block)) for block in found]
+    new = [(block, host_kind_of(block)) for block in found]
     policies = _checked(compute, attention, recompute, impl, len(found))
     router = None if tread is None else Router(_routes(tread, len(found)), seed)
     model = _root(transformer)
@@ -83,9 +83,9 @@ def accelerate(
         )
     if model is not None:
         set_router(model, router)
-    for block, layout in new:
-        if layout is not None:
-            adopt(block, *layout)
+    for block, kind in new:
+        if kind is not None:
+            take_over(block, *kind)
     wishes = Wishes(
         compute=compute,
         # a host's user expects its numbers: 8 bits only where the base has them already
@@ -153,7 +153,7 @@ def _blocks(transformer: nn.Module) -> list[Any]:
     found = [
         module
         for module in transformer.modules()
-        if id(module) in ours or layout_of(module) is not None
+        if id(module) in ours or host_kind_of(module) is not None
     ]
     if not found:
         names = sorted({type(module).__name__ for module in transformer.modules()})

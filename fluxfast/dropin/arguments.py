@@ -1,8 +1,7 @@
-"""The arguments of one call of a host's block: those that fluxfast knows, and whether there are
-others that matter.
+"""The arguments of a call of a host's block: those that fluxfast knows, and any others that matter.
 
-An argument that is at the default of the host's own signature says nothing, whether it is given by
-name or by position.
+An argument that equals its default in the host's own signature does not matter, whether it is given
+by name or by position.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# of these, two that are equal are the same argument
+# values of these types that are equal are the same argument
 _PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
 class Signature(NamedTuple):
-    """A block's arguments and their defaults, without self; `more`: whether it takes any others by
-    name.
+    """A block's arguments and their defaults, without self.
+
+    `more` says whether it takes any others by name.
     """
 
     defaults: Mapping[str, Any]
@@ -30,8 +30,9 @@ class Signature(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The known arguments of a call, less those that are None; and which other one only the host
-    knows, with its value.
+    """The known arguments of a call that are not None.
+
+    If the call has an argument that only the host knows, `because` says so and `value` shows it.
     """
 
     known: dict[str, Any]
@@ -40,7 +41,7 @@ class Given(NamedTuple):
 
 
 def signature_of(forward: Callable[..., Any]) -> Signature:
-    """The signature of a method, as a function of its class."""
+    """The signature of a method, from its class's function."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return Signature(
@@ -51,29 +52,30 @@ def signature_of(forward: Callable[..., Any]) -> Signature:
 def arguments(
     signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], known: frozenset[str]
 ) -> Given:
-    """A call's arguments by name. What no host could be called with is left for the host to raise
-    on.
+    """A call's arguments by name.
+
+    A call that no host could take is left to the host, which raises.
     """
     given = {**dict(zip(signature.defaults, args, strict=False)), **kwargs}
     if len(given) != len(args) + len(kwargs):
         return Given({}, "its arguments are not those of its signature")
     for name, value in given.items():
-        if name not in known and not _says_nothing(name, value, signature):
+        if name not in known and not _is_default(name, value, signature):
             return Given({}, f"only the host knows its argument {name}", f"{name}={_shown(value)}")
     return Given(
         {name: value for name, value in given.items() if name in known and value is not None}
     )
 
 
-def _says_nothing(name: str, value: Any, signature: Signature) -> bool:
+def _is_default(name: str, value: Any, signature: Signature) -> bool:
     if name not in signature.defaults:
         return signature.more and value is None
     return _same(value, signature.defaults[name])
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether a value is a default, in a way that asks no tensor."""
-    if value is default or (_is_nothing(value) and _is_nothing(default)):
+    """Whether a value is a default, without looking into tensors."""
+    if value is default or (_is_empty(value) and _is_empty(default)):
         return True
     if isinstance(value, _PLAIN) and isinstance(default, _PLAIN):
         return bool(value == default)
@@ -88,7 +90,7 @@ def _same(value: Any, default: Any) -> bool:
     return False
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (dict, list, tuple, set)) and not value)
 
 
@@ -99,21 +101,20 @@ def _shown(value: Any) -> str:
 
 
 class HostBlock:
-    """A block whose arguments only its host's signature says: what its layouts' mixins share."""
+    """A block whose arguments only its host's signature tells: what the hosts' mixins share."""
 
     signature: Signature
 
     def host_because(self, given: dict[str, Any]) -> str | None:
-        """Why the host's own forward runs, for a call with these known arguments; None where ours
-        does.
-        """
+        """Why the host's own forward runs for a call with these arguments; None if ours does."""
         raise NotImplementedError
 
     def ours(
         self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: frozenset[str]
     ) -> dict[str, Any] | None:
-        """A call's known arguments; None, and the block's log is told why, where the host's own
-        forward runs.
+        """A call's known arguments, or None if the host's own forward must run.
+
+        In that case the block's log is told why.
         """
         given = arguments(self.signature, args, kwargs, known)
         because = given.because or self.host_because(given.known)

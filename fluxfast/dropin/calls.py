@@ -1,7 +1,7 @@
-"""What becomes of the calls of an accelerated model's blocks: counted, named once in a warning, an
-error where asked for.
+"""How the calls of an accelerated model's blocks ran: counted, and each new reason warned of once.
 
-Inside torch.compile nothing is counted and nobody is warned, since that would break its graph.
+A call that is not fused can also be made an error. Inside torch.compile nothing is counted and
+nobody is warned, since that would break its graph.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ WORDS: Mapping[str, str] = {
     "host": "by the host's own forward",
     "module": "with a modulation's linear called by its module",
 }
-# of these, the ones of which each call of a block is exactly one
+# each call of a block runs in exactly one of these
 WAYS = ("fused", "composed", "host")
-# two threads may call one block; held for a few instructions
+# two threads may call the same block; the lock is held for a few instructions only
 _lock = threading.Lock()
 
 
 @dataclass
 class Notices:
-    """What the blocks of one model share: whether a fallback is an error, and which reasons a
-    warning has named.
+    """What the blocks of one model share.
+
+    strict: a fallback is an error. said: the (block's way, reason) pairs that a warning has named.
     """
 
     strict: bool
@@ -39,8 +40,9 @@ class Notices:
 
 @dataclass
 class Fallback:
-    """The calls of a block that ran in one way for one reason, and what the last of them had that
-    others may not have.
+    """The calls of a block that ran in one way for one reason.
+
+    `last` shows the argument of the last of them that the reason is about.
     """
 
     calls: int = 0
@@ -48,11 +50,11 @@ class Fallback:
 
 
 class CallLog:
-    """The calls of one block since `accelerate`; a copy of the block starts at none."""
+    """The calls of one block since `accelerate`; a copy of the block starts with none."""
 
     def __init__(self, name: str, notices: Notices) -> None:
         self.name, self.notices = name, notices
-        # how and why the last call ran that torch.compile made
+        # how the last call within torch.compile ran, and why
         self.compiled: tuple[str, str] | None = None
         self._counts = dict.fromkeys(WAYS, 0)
         self._fallbacks: dict[tuple[str, str], Fallback] = {}
@@ -66,18 +68,21 @@ class CallLog:
 
     @property
     def total(self) -> int:
+        """How many calls there were."""
         return sum(self._counts.values())
 
     def fallbacks(self) -> dict[tuple[str, str], Fallback]:
-        """By way and reason, the calls that were not fused; `module` calls are some of the others."""
+        """The calls that were not fused, by way and reason; `module` calls are counted among others
+        too.
+        """
         with _lock:
             return {key: Fallback(seen.calls, seen.last) for key, seen in self._fallbacks.items()}
 
     def record(self, how: str, because: str | None = None, value: str = "") -> None:
         """Count a call; arguments as `block_base.CallRecorder.record` takes them.
 
-        Raises ValueError for a call that is not fused where accelerate was told to be strict.
-        torch.compile's own way, op by op, is no reason for that.
+        Raises ValueError for a call that is not fused if accelerate was told to be strict. That
+        torch.compile runs blocks op by op is no reason for the error.
         """
         if torch.compiler.is_compiling():
             if how == "host" and self.notices.strict:
@@ -102,17 +107,17 @@ class CallLog:
         if is_new:
             text = (
                 f"fluxfast: {self.name} ran {WORDS[how]}: {with_value(because, value)}. The "
-                "report counts such calls, and this "
-                "is said once; accelerate(..., strict=True) makes it an error"
+                "report counts such calls, and this is said once; accelerate(..., strict=True) "
+                "makes it an error"
             )
-            # not `warn`, which would say it for the first of two models only
+            # `warn` would say it for the first of two models only
             warnings.warn_explicit(text, UserWarning, __file__, 0)
 
     def _error(self, how: str, because: str | None, value: str) -> str:
         return (
             f"accelerate(strict=True): {self.name} would run {WORDS[how]}: "
-            f"{with_value(because or '', value)}. Take away what "
-            "is in the way, or leave strict out: such calls run then, and the report counts them"
+            f"{with_value(because or '', value)}. Take away what is in the way, or leave strict "
+            "out: such calls run then, and the report counts them"
         )
 
 

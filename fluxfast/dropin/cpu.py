@@ -1,7 +1,7 @@
-"""Where a CPU multiplies bfloat16 faster than our fp32 arithmetic does.
+"""CPUs that multiply bfloat16 faster than our fp32 arithmetic.
 
-With a matrix unit (AMX), a host that computes in bfloat16 is left to it; without one, fp32 is many
-times faster than that.
+A host that computes in bfloat16 on a CPU with a matrix unit (AMX) keeps its own forward. Without
+such a unit our fp32 is many times faster than bfloat16.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ def has_matrix_unit() -> bool:
 
 
 def host_is_faster(x: Tensor, linear: Any) -> str | None:
-    """Why a block that has `linear` is the host's, for x of this dtype and device and under this
-    autocast; else None.
+    """Why the host should run a block that has `linear` itself; None if ours is faster.
+
+    x tells dtype and device; autocast counts too.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     weight = getattr(linear, "base_layer", linear).weight
-    # what has to be decoded costs the host more than it gains
+    # decoding a quantised weight would cost the host more than the unit gains
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (
         torch.float32,
         torch.bfloat16,

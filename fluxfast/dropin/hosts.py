@@ -1,11 +1,12 @@
-"""How a host's block becomes ours and back: by a class of the same name over the host's own.
+"""How a host's block becomes ours and the host's again: by changing its class.
 
-A layout has a mixin for each kind of block, which reads the host's modules and runs
-`model.block_base` on them. The class that a block gets has the mixin before the host's class, and
-the host's name, so that `isinstance`, class-name checks and every method stay; parameters, hooks
-and attributes are the instance's, which stays the same object. Everything that a layout does not
-know (an argument, a processor, a hook on a module that would be passed by) goes to the host's own
-forward.
+Hosts are told apart by their blocks: "diffusers", "concatenated" (diffusers' older blocks) and
+"bfl". For each there is a mixin for each kind of block, which reads the host's modules and runs
+`model.block_base` on them. The class that a block gets derives from the mixin and the host's
+class and has the host's name, so `isinstance`, checks of class names and all methods still work.
+The block stays the same object, with its parameters, hooks and attributes. Everything that a mixin
+does not know (an argument, a processor, a hook on a module that would be passed by) goes to the
+host's own forward.
 """
 
 from __future__ import annotations
@@ -18,39 +19,36 @@ from torch import nn
 from fluxfast.dropin import host_bfl, host_concatenated, host_diffusers
 from fluxfast.dropin.arguments import signature_of
 
-# of an accelerated block, what `accelerate` set
-CHOICES = (
-    *(
-        "compute",
-        "compute_because",
-        "outliers",
-        "impl",
-        "attention",
-        "policy",
-        "fixed_policy",
-        "share_dropout",
-    ),
-    *("replaced", "log"),
+# the attributes of a block that `accelerate` sets
+SET_BY_ACCELERATE = (
+    "compute",
+    "compute_because",
+    "outliers",
+    "impl",
+    "attention",
+    "policy",
+    "fixed_policy",
+    "share_dropout",
+    "replaced",
+    "log",
 )
-LAYOUTS: dict[str, Any] = {
+HOSTS: dict[str, Any] = {
     "diffusers": host_diffusers,
     "concatenated": host_concatenated,
     "bfl": host_bfl,
 }
 EXPECTED = (
     "diffusers' FluxTransformer2DModel (0.36 or later), a model of its older blocks, whose "
-    "single block takes one concatenated "
-    "tensor (SimpleTuner's), or one in Black Forest Labs' layout (`double_blocks`, "
-    "`single_blocks`; sd-scripts, musubi-tuner)"
+    "single block takes one concatenated tensor (SimpleTuner's), or one in Black Forest Labs' "
+    "layout (`double_blocks`, `single_blocks`; sd-scripts, musubi-tuner)"
 )
 
 
-def layout_of(block: nn.Module) -> tuple[str, type] | None:
-    """The name of a block's layout and its mixin; None for a module that is no block of FLUX.1's."""
-    for name, layout in LAYOUTS.items():
-        mixin = layout.mixin_for(block)
-        if mixin is not None:
-            return name, mixin
+def host_kind_of(block: nn.Module) -> tuple[str, type] | None:
+    """The kind of host that a block comes from, and its mixin; None for no block of FLUX.1's."""
+    for kind, host in HOSTS.items():
+        if (mixin := host.mixin_for(block)) is not None:
+            return kind, mixin
     return None
 
 
@@ -63,51 +61,53 @@ def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if is_accelerated(module)]
 
 
-def adopt(block: nn.Module, layout: str, mixin: Any) -> None:
-    """Give a block the class that runs our maths, and note whether a forward of its own stands
-    before that.
+def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
+    """Give a block the class that runs our maths.
+
+    `replaced` notes whether a forward of the block's own hides that class's.
     """
     anything: Any = block
     host: Any = type(block)
     entry = mixin.entry
     left = block.__dict__.get(entry)
-    # what libraries leave behind that take their hooks off: its class's own forward, as an
-    # attribute
+    # some libraries leave the class's own forward behind as an attribute when they take their hooks
+    # off; that is no forward of the block's own
     if (
         getattr(left, "__func__", None) is getattr(host, entry)
         and getattr(left, "__self__", None) is block
     ):
         del block.__dict__[entry]
-    anything.__class__ = _class_for(host, layout, mixin)
+    anything.__class__ = _class_for(host, kind, mixin)
     anything.replaced = entry in block.__dict__
 
 
 def give_back(block: Any) -> None:
-    """Make a block the host's again; what `accelerate` set on it is gone, everything else stays."""
-    for name in CHOICES:
+    """Make a block the host's again: its class and everything that `accelerate` set on it go."""
+    for name in SET_BY_ACCELERATE:
         block.__dict__.pop(name, None)
     block.__class__ = type(block).host_class
 
 
 @functools.cache
-def _class_for(host: type, layout: str, mixin: Any) -> type:
+def _class_for(host: type, kind: str, mixin: Any) -> type:
     body = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
-        "__reduce_ex__": lambda block, protocol: (_rebuild, (host, layout, mixin), block.__dict__),
+        "__reduce_ex__": lambda block, protocol: (_rebuild, (host, kind, mixin), block.__dict__),
         "host_class": host,
-        "layout": layout,
+        "host_kind": kind,
         "signature": signature_of(getattr(host, mixin.entry)),
     }
     made = type(host.__name__, (mixin, host), body)
-    LAYOUTS[layout].register(host, made)
+    HOSTS[kind].register(host, made)
     return made
 
 
-def _rebuild(host: Any, layout: str, mixin: Any) -> Any:
-    """An empty block, to be given its attributes: how a copy or an unpickled block starts, as its
-    class has no module.
+def _rebuild(host: Any, kind: str, mixin: Any) -> Any:
+    """An empty block, which is then given its attributes: how copying and unpickling begin.
+
+    Its class belongs to no module, so pickle can't find it by name.
     """
-    made: Any = _class_for(host, layout, mixin)
+    made: Any = _class_for(host, kind, mixin)
     return made.__new__(made)

@@ -1,4 +1,4 @@
-"""What runs how in an accelerated model, and why: to read, and as data."""
+"""What runs how in an accelerated model, and why: to print, and as data."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import obstacle, read_linear
 from fluxfast.quant import QuantWeight
 
-# a linear in a block that is one autograd.Function; by our kernels, one at a time; by calling the
-# module
+# how a linear runs: within a block that is one autograd.Function, by our kernels but on its own, or
+# by calling its module
 Runs = Literal["fused", "alone", "module"]
 REPLACED = "its forward was replaced before accelerate()"
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear of a block: how it runs, its base ("bfloat16", "int8", "nf4", …), its adapters,
-    and what is in the way.
+    """One linear of a block.
+
+    `base` is how its weight is stored ("bfloat16", "int8", "nf4", …), `adapters` how many it has,
+    and `because` says why it does not run fused.
     """
 
     name: str
@@ -39,9 +41,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: whether it can run as one autograd.Function, and if not, why; and what became of
-    its calls so far.
-    """
+    """One block: whether it can run as one autograd.Function, else why not, and its calls."""
 
     name: str
     fused: bool
@@ -51,12 +51,14 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The state of an accelerated model when it was asked, and the calls of its blocks until now;
-    `because` fields say why.
+    """The state of an accelerated model when it was asked, and its blocks' calls until now.
 
-    layout: "diffusers", "concatenated" or "bfl". compute, attention, recompute, impl: what the
-    blocks were told; compute with what "auto" came to. Counts of calls are the blocks' own and go
-    on: printed again, a report shows those of then.
+    layout: whose blocks they are: "diffusers", "concatenated" or "bfl".
+    compute: what products run in, and with "auto", what that chose; `compute_because` says why.
+    attention, recompute, impl: what the blocks were told.
+    routes: how many TREAD routes there are.
+
+    The counts of calls are the blocks' own and go on: a report that is printed again shows more.
     """
 
     layout: str
@@ -70,12 +72,14 @@ class Report:
     routes: int
 
     def count(self, runs: Runs) -> int:
-        """How many of the blocks' linears run that way."""
+        """How many of the linears run that way."""
         return sum(linear.runs == runs for linear in self.linears)
 
     def calls(self, how: str | None = None) -> int:
-        """How many calls of blocks there have been since `accelerate`; of these, those that ran
-        "fused", "composed" (op by op) or by the "host"'s own forward.
+        """How many calls of blocks there were since `accelerate`, or how many of them ran in one
+        way.
+
+        how: "fused", "composed" (op by op) or "host" (by the host's own forward).
         """
         return sum(
             block.calls.total if how is None else block.calls.count(how) for block in self.blocks
@@ -99,17 +103,23 @@ class Report:
     def _lines(self) -> Iterator[str]:
         fused, calls = sum(block.fused for block in self.blocks), self.calls()
         ran = f"{self.calls('fused')} of {calls} calls did" if calls else "no call so far"
-        yield f"fluxfast: {self.layout} layout, {fused} of {len(self.blocks)} blocks can run fused; {ran}"
+        can_fuse = f"{fused} of {len(self.blocks)} blocks can run fused"
+        yield f"fluxfast: {self.layout} layout, {can_fuse}; {ran}"
         yield from self._fallback_lines()
         compiled = Counter(
             block.calls.compiled for block in self.blocks if block.calls.compiled is not None
         )
         for (how, because), count in compiled.items():
-            yield f"  {_number(count, 'block')} compiled, whose calls are not counted, run {WORDS[how]}: {because}"
+            uncounted = f"{_number(count, 'block')} compiled, whose calls are not counted"
+            yield f"  {uncounted}, run {WORDS[how]}: {because}"
         if replaced := sum(block.because == REPLACED for block in self.blocks):
-            yield f"  the calls of {_number(replaced, 'block')} are unknown: the forward was replaced before accelerate()"
+            unknown = f"the calls of {_number(replaced, 'block')} are unknown"
+            yield f"  {unknown}: the forward was replaced before accelerate()"
         yield f"  compute {self.compute}: {self.compute_because}"
-        yield f"  attention {self.attention}, recompute {self.recompute}, kernels {self.impl}, TREAD routes {self.routes}"
+        yield (
+            f"  attention {self.attention}, recompute {self.recompute}, kernels {self.impl}, "
+            f"TREAD routes {self.routes}"
+        )
         bases = Counter(linear.base for linear in self.linears)
         yield (
             f"  linears: {self.count('fused')} fused, {self.count('alone')} alone, "
@@ -126,18 +136,17 @@ class Report:
                 if part.because is not None:
                     reasons.setdefault(part.because, []).append(part.name)
             for reason, names in reasons.items():
-                yield f"  {what}: {len(names)}, {reason} ({names[0]}{', …' if len(names) > 1 else ''})"
+                yield f"  {what}: {len(names)}, {reason} ({_first_of(names)})"
 
     def _fallback_lines(self) -> Iterator[str]:
-        """A line for each way and reason in which calls were not fused."""
+        """A line for each way and reason of calls that were not fused."""
         found: dict[tuple[str, str], list[tuple[str, Fallback]]] = {}
         for block in self.blocks:
             for key, seen in block.calls.fallbacks().items():
                 found.setdefault(key, []).append((block.name, seen))
         for (how, because), seen_by in found.items():
             calls = sum(seen.calls for _, seen in seen_by)
-            name, last = seen_by[0][0], seen_by[0][1].last
-            names = f"{name}{', …' if len(seen_by) > 1 else ''}"
+            names, last = _first_of([name for name, _ in seen_by]), seen_by[0][1].last
             count = f"{_number(calls, 'call')} in {_number(len(seen_by), 'block')}"
             yield f"  {count} ran {WORDS[how]}: {with_value(because, last)} ({names})"
 
@@ -147,6 +156,10 @@ class Report:
 
 def _number(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _first_of(names: list[str]) -> str:
+    return f"{names[0]}, …" if len(names) > 1 else names[0]
 
 
 def _calls_of(log: CallLog) -> dict[str, Any]:
@@ -162,10 +175,9 @@ def _calls_of(log: CallLog) -> dict[str, Any]:
 
 
 def inspect(transformer: nn.Module) -> Report:
-    """What runs how in a model that `accelerate` has changed, as it is now: call it again when
-    adapters have come or gone.
+    """What runs how in a model that `accelerate` has changed, as it is now.
 
-    Raises ValueError where no block is accelerated.
+    Call it again when adapters have come or gone. Raises ValueError where no block is accelerated.
     """
     found = accelerated_blocks(transformer)
     if not found:
@@ -190,7 +202,7 @@ def inspect(transformer: nn.Module) -> Report:
         None,
     )
     return Report(
-        layout=type(first).layout,
+        layout=type(first).host_kind,
         blocks=tuple(blocks),
         linears=tuple(linears),
         compute=first.compute,
@@ -230,7 +242,7 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
         because = f"{len(unread)} of its linears can't be read: {unread[0]}" if unread else None
     linears = []
     for module in (*groups, *maths.modulation_linears()):
-        # a modulation is a call of its own in either case
+        # a modulation's linear is never part of the fused block
         alone = because is not None or module in maths.modulation_linears()
         linears.append(
             _linear(
@@ -241,7 +253,7 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
 
 
 def _input_like(maths: Any) -> torch.Tensor:
-    """A tensor like a block's input, as far as one can tell from the weights."""
+    """A tensor like a block's input, as far as its weights tell."""
     module = maths.linear_groups()[0][0]
     weight = getattr(module, "base_layer", module).weight
     return torch.empty(0, dtype=weight.dtype, device=weight.device)

@@ -1,9 +1,11 @@
-"""TREAD in diffusers' own model: its forward, with routes between the blocks. Everywhere else its
-own forward runs.
+"""TREAD in diffusers' own model: its forward, with routes between the blocks.
+
+Without routes, or outside training, diffusers' own forward runs.
 """
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType
 from typing import Any
 
@@ -20,9 +22,12 @@ from fluxfast.model.diffusers_forward import (
 )
 from fluxfast.model.routing import Router, RouteState
 
+# what the host calls its forward with; ours takes the same
+_SIGNATURE = inspect.signature(FluxTransformer2DModel.forward)
+
 
 def set_router(model: Any, router: Router | None) -> None:
-    """Route the image tokens of a diffusers model during training; None: no more.
+    """Route the image tokens of a diffusers model during training; None takes the routes away.
 
     Raises ValueError for a model whose forward is not diffusers' own.
     """
@@ -37,73 +42,56 @@ def set_router(model: Any, router: Router | None) -> None:
     ):
         raise ValueError(
             "tread: routes run in the forward of diffusers' FluxTransformer2DModel, and this "
-            f"{type(model).__name__} has "
-            "another; leave tread out, use the host's own router if it has one, or call "
-            "accelerate before it is wrapped"
+            f"{type(model).__name__} has another; leave tread out, use the host's own router if it "
+            "has one, or call accelerate before it is wrapped"
         )
     model.__dict__["_fluxfast_router"] = router
     model.__dict__["forward"] = MethodType(routed_forward, model)
 
 
 def routed_forward(
-    self: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    pooled_projections: Tensor,
-    timestep: Tensor,
-    img_ids: Tensor,
-    txt_ids: Tensor,
-    guidance: Tensor | None = None,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-    controlnet_block_samples: list[Tensor] | None = None,
-    controlnet_single_block_samples: list[Tensor] | None = None,
-    return_dict: bool = True,
-    controlnet_blocks_repeat: bool = False,
-    force_keep_mask: Tensor | None = None,
+    self: Any, *args: Any, force_keep_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
-    """As `FluxTransformer2DModel.forward`; force_keep_mask [B, S_img]: image tokens that no route
-    may drop.
+    """`FluxTransformer2DModel.forward` with routes; it takes the same arguments, and one more.
+
+    force_keep_mask [B, S_img]: image tokens that no route may drop.
     """
+    given = _SIGNATURE.bind(self, *args, **kwargs)
     router = self.__dict__.get("_fluxfast_router")
     if router is None or not self.training or not torch.is_grad_enabled():
-        return type(self).forward(
-            self,
-            hidden_states,
-            encoder_hidden_states,
-            pooled_projections,
-            timestep,
-            img_ids,
-            txt_ids,
-            guidance,
-            # by name, which is where diffusers looks for an adapter scale in it
-            joint_attention_kwargs=joint_attention_kwargs,
-            controlnet_block_samples=controlnet_block_samples,
-            controlnet_single_block_samples=controlnet_single_block_samples,
-            return_dict=return_dict,
-            controlnet_blocks_repeat=controlnet_blocks_repeat,
-        )
-    kwargs = dict(joint_attention_kwargs or {})
-    with lora_scale(self, kwargs.pop("scale", 1.0)):
-        img, txt = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
-        times = [t.to(img.dtype) * 1000 for t in (timestep, guidance) if t is not None]
-        vec = self.time_text_embed(*times, pooled_projections)
-        project_image_prompts(self, kwargs)
+        # by name, since diffusers looks for an adapter scale among the named arguments only
+        return type(self).forward(**given.arguments)
+    given.apply_defaults()
+    a = given.arguments
+    block_kwargs = dict(a["joint_attention_kwargs"] or {})
+    with lora_scale(self, block_kwargs.pop("scale", 1.0)):
+        img = self.x_embedder(a["hidden_states"])
+        txt = self.context_embedder(a["encoder_hidden_states"])
+        times = [a[name] for name in ("timestep", "guidance") if a[name] is not None]
+        times = [t.to(img.dtype) * 1000 for t in times]
+        vec = self.time_text_embed(*times, a["pooled_projections"])
+        project_image_prompts(self, block_kwargs)
         draws = router.draws(img.shape[0], img.shape[1], force_keep_mask, img.device)
-        route = RouteState(router, draws, self.pos_embed(joint_ids(txt_ids, img_ids)), txt.shape[1])
+        tables = self.pos_embed(joint_ids(a["txt_ids"], a["img_ids"]))
+        route = RouteState(router, draws, tables, txt.shape[1])
         number = 0
         for blocks, samples, repeat in (
-            (self.transformer_blocks, controlnet_block_samples, controlnet_blocks_repeat),
-            (self.single_transformer_blocks, controlnet_single_block_samples, False),
+            (
+                self.transformer_blocks,
+                a["controlnet_block_samples"],
+                a["controlnet_blocks_repeat"],
+            ),
+            (self.single_transformer_blocks, a["controlnet_single_block_samples"], False),
         ):
             for i, block in enumerate(blocks):
                 img = route.before(number, img)
-                txt, img = _call(self, block, img, txt, vec, route.pe, kwargs)
+                txt, img = _call(self, block, img, txt, vec, route.pe, block_kwargs)
                 if samples is not None:
                     img = img + route.of_kept(control_residual(samples, i, len(blocks), repeat))
                 img = route.after(number, img)
                 number += 1
         output = self.proj_out(self.norm_out(img, vec))
-    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+    return Transformer2DModelOutput(sample=output) if a["return_dict"] else (output,)
 
 
 def _call(

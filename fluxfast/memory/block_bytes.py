@@ -1,9 +1,8 @@
-"""A block's frozen tensors as one run of bytes: what is copied when the block is, and how its
-modules read from it.
+"""A block's frozen tensors as one run of bytes, which is copied as one.
 
 Linears that share an input lie side by side, part by part (the weights of q, k and v, then their
-biases), so that what reads them as one matrix still can; each such run starts at a multiple of
-`ALIGNMENT`.
+biases), so that one product can still read them as one matrix. Each such run starts at a multiple
+of `ALIGNMENT`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from fluxfast.checkpoint.side_by_side import GROUPS
 
-# what a kernel's widest loads, and the DMA engine, like best
+# bytes; what kernels' widest loads and the DMA engine need for full speed
 ALIGNMENT = 256
-# the group of a linear that sees the same input as others, and its place in it
+# (group, position in it) of each linear that sees the same input as others
 _GROUPED = {
     name: (group, rank) for group, members in enumerate(GROUPS) for rank, name in enumerate(members)
 }
@@ -28,9 +27,11 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-class Place(NamedTuple):
-    """A tensor of a block: the module's own dict that holds it, under which name, and where its
-    bytes are.
+class FrozenTensor(NamedTuple):
+    """A frozen tensor of a block: where its module holds it, and where its bytes are.
+
+    `store` is the module's own dict of parameters or buffers, `name` the tensor's key in it, `path`
+    its full name in the block, `offset` the place of its first byte in the block's bytes.
     """
 
     store: dict[str, Tensor]
@@ -54,32 +55,32 @@ class Place(NamedTuple):
         )
 
 
-class BlockLayout:
-    """The frozen tensors (parameters that need no gradient, and buffers) of one block, and their
-    places.
-    """
+class BlockBytes:
+    """The frozen tensors of one block (parameters without gradient, and buffers), as bytes."""
 
     def __init__(self, block: nn.Module, leave: Collection[str] = ()) -> None:
         """`leave`: names of modules inside the block whose tensors stay where they are."""
-        self.places: list[Place] = []
+        self.tensors: list[FrozenTensor] = []
         end = 0
         for run in _runs(block, leave):
             end = aligned(end)
             for store, name, path, _ in run:
                 tensor = store[name]
-                self.places.append(Place(store, name, path, end, tensor.shape, tensor.dtype))
+                self.tensors.append(
+                    FrozenTensor(store, name, path, end, tensor.shape, tensor.dtype)
+                )
                 end += tensor.nbytes
         self.nbytes = aligned(end)
 
     def views(self, buffer: Tensor, base: int = 0) -> list[Tensor]:
-        """One tensor a place, in order, in a buffer of bytes."""
-        return [place.view(buffer, base) for place in self.places]
+        """The tensors, in order, in a buffer of bytes in which the block begins at `base`."""
+        return [frozen.view(buffer, base) for frozen in self.tensors]
 
     def point_at(self, views: list[Tensor]) -> None:
-        """The modules' tensors, the same objects, have these values from now on."""
-        for place, view in zip(self.places, views, strict=True):
-            # not by replacing the object: whoever holds it, autograd included, is to see the move
-            place.store[place.name].data = view
+        """Give the modules' tensors these values; they stay the same objects."""
+        for frozen, view in zip(self.tensors, views, strict=True):
+            # replacing the object would leave others, such as autograd, with the old values
+            frozen.store[frozen.name].data = view
 
 
 class _Found(NamedTuple):
@@ -112,7 +113,7 @@ def _frozen(block: nn.Module, leave: Collection[str]) -> Iterator[_Found]:
 
 
 def _runs(block: nn.Module, leave: Collection[str]) -> Iterator[list[_Found]]:
-    """Tensors that lie without a gap between them, in the order of the first of each."""
+    """Tensors that lie without a gap between them, in the order of the first of each run."""
     runs: dict[Any, list[_Found]] = {}
     for found in _frozen(block, leave):
         group, _ = _GROUPED.get(found.linear, (found.path, 0))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fluxfast.adapters.kind import AdapterSettings
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.adapters.presets import is_target
-from fluxfast.checkpoint.stream import linears, quantize_empty
+from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.memory.live_bytes import LiveBytes
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.apply import Choices, make_ready

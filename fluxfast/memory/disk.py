@@ -1,9 +1,9 @@
-"""Blocks in files: written once when a run starts, read into a few pinned buffers by a thread, from
-there to the device.
+"""Blocks in files: written once when a run starts, and read from there to the device.
 
-A file is a safetensors file of one tensor, `block` (uint8, the block's bytes), whose header is
-padded to a page; its metadata says which tensors are where inside it. It is a run's own scratch:
-the next run in the same folder replaces it.
+A thread reads into a few pinned buffers, which are then copied to the device. A file is a
+safetensors file of one tensor, `block` (uint8, the block's bytes); its header is padded to a page,
+and its metadata says which tensors are where inside it. The files belong to one run: the next run
+in the same folder replaces them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 
 from fluxfast.files import atomic_file
-from fluxfast.memory.block_bytes import BlockLayout
+from fluxfast.memory.block_bytes import BlockBytes
 from fluxfast.memory.engine import Engine, Event
 
 PAGE = 4096
-# two of these are enough to read one while the other is copied
+# with two buffers, one is read into while the other is copied to the device
 STAGING_BYTES = 32 << 20
 STAGING_BUFFERS = 2
 
 
 def check_room(folder: Path, nbytes: int) -> None:
-    """Make the folder. ValueError where its disk has no room for so much beside what earlier runs
-    left there.
+    """Make the folder, and check that its disk has room for `nbytes`.
+
+    What earlier runs left there counts as room. Raises ValueError if there is too little.
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free + sum(
@@ -46,8 +47,10 @@ def check_room(folder: Path, nbytes: int) -> None:
 
 
 class BlockFile:
-    """A block's bytes on disk. `buffer` [nbytes] is the file itself, mapped: it costs no memory
-    that others need.
+    """A block's bytes on disk.
+
+    `buffer` [nbytes] is the file itself, mapped: the system may drop its pages where memory is
+    short.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -60,20 +63,21 @@ class BlockFile:
         )
 
     @classmethod
-    def write(cls, path: Path, layout: BlockLayout, tensors: Sequence[Tensor]) -> BlockFile:
-        """Write a block's tensors, in the order of its layout, and open the file."""
-        header = _header(layout)
+    def write(cls, path: Path, bytes: BlockBytes, tensors: Sequence[Tensor]) -> BlockFile:
+        """Write a block's tensors, in the order of `bytes`, and open the file."""
+        header = _header(bytes)
         with atomic_file(path) as stream:
             stream.write(header)
-            for place, tensor in zip(layout.places, tensors, strict=True):
-                stream.seek(len(header) + place.offset)
+            for frozen, tensor in zip(bytes.tensors, tensors, strict=True):
+                stream.seek(len(header) + frozen.offset)
                 stream.write(_as_bytes(tensor).numpy().data)
-            stream.truncate(len(header) + layout.nbytes)
-        return cls(path, layout.nbytes)
+            stream.truncate(len(header) + bytes.nbytes)
+        return cls(path, bytes.nbytes)
 
     def read_into(self, target: Tensor, offset: int) -> None:
-        """Fill bytes [n] on the CPU from `offset` on. OSError, naming the file, where it ends too
-        early.
+        """Fill bytes [n] on the CPU with the block's, from `offset` on.
+
+        Raises OSError naming the file if it ends too early.
         """
         view, done = target.numpy().data, 0
         while done < len(view):
@@ -95,30 +99,30 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
-def _header(layout: BlockLayout) -> bytes:
+def _header(bytes: BlockBytes) -> bytes:
     places = {
-        place.path: {
-            "dtype": str(place.dtype).removeprefix("torch."),
-            "shape": list(place.shape),
-            "offset": place.offset,
+        frozen.path: {
+            "dtype": str(frozen.dtype).removeprefix("torch."),
+            "shape": list(frozen.shape),
+            "offset": frozen.offset,
         }
-        for place in layout.places
+        for frozen in bytes.tensors
     }
     text = json.dumps(
         {
             "__metadata__": {"format": "fluxfast.block", "tensors": json.dumps(places)},
-            "block": {"dtype": "U8", "shape": [layout.nbytes], "data_offsets": [0, layout.nbytes]},
+            "block": {"dtype": "U8", "shape": [bytes.nbytes], "data_offsets": [0, bytes.nbytes]},
         }
     ).encode()
-    # safetensors allows spaces after the header: the data then starts on a page, as direct reads
-    # and maps want it
+    # safetensors allows spaces after the header, so the data can start on a page, which maps need
     text = text.ljust(-(-(8 + len(text)) // PAGE) * PAGE - 8)
     return len(text).to_bytes(8, "little") + text
 
 
 class Reader:
-    """Reads blocks from their files to the device, in order, ahead of the computation where the
-    engine allows it.
+    """Reads blocks from their files to the device, in order.
+
+    Where the engine allows it a thread does so, ahead of the computation.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -133,7 +137,10 @@ class Reader:
         )
 
     def start(self, file: BlockFile, target: Tensor, after: Event | None) -> Future[Event]:
-        """Start reading a whole block into bytes [nbytes] on the device, after an event."""
+        """Start reading a whole block into bytes [nbytes] on the device, after an event.
+
+        The future gives the event of the last copy to the device.
+        """
         if self._thread is not None:
             return self._thread.submit(self._read, file, target, after)
         done: Future[Event] = Future()
@@ -145,6 +152,7 @@ class Reader:
         for start in range(0, target.numel(), chunk):
             part = target[start : start + chunk]
             staging = self._staging[self._turn][: part.numel()]
+            # this buffer may still be on its way to the device
             if self._copied[self._turn] is not None:
                 self._engine.synchronize(self._copied[self._turn])
             file.read_into(staging, start)

@@ -1,8 +1,7 @@
-"""Who carries a copy out: a CUDA stream beside the one that computes, or, on a CPU, the processor,
-there and then.
+"""Copies between host and device: in a CUDA stream beside the computation, or at once on a CPU.
 
-Copies are carried out in the order in which they are given; each may be told to start after an
-event of the compute stream, and that stream to wait for the end of one.
+Copies are carried out in the order in which they are given. Each can be told to start after an
+event of the compute stream, and that stream can be told to wait for the end of a copy.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ Event = Any
 
 
 class Engine:
-    """Plain copies, in the order of the program: an event has happened as soon as it is made."""
+    """Plain copies, in the program's order: every event has happened when it is made."""
 
-    # whether a copy may be given from another thread than the one that computes
+    # whether copies may be issued from another thread than the one that computes
     any_thread = True
 
     def __init__(self, device: torch.device) -> None:
@@ -32,19 +31,22 @@ class Engine:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def copy(self, source: Tensor, target: Tensor, after: Event | None) -> Event:
-        """Start copying bytes from host to device after an event; returns the event of the end."""
+        """Start copying bytes from the host to the device after an event.
+
+        Returns the event of the copy's end.
+        """
         target.copy_(source)
         return None
 
     def wait(self, event: Event) -> None:
-        """What is issued on the compute stream from here on runs after the event."""
+        """Everything issued on the compute stream from here on runs after the event."""
 
     def mark(self) -> Event:
-        """The event that everything issued on the compute stream so far has run."""
+        """An event that happens when all that was issued on the compute stream so far has run."""
         return None
 
     def synchronize(self, event: Event) -> None:
-        """Wait for an event here and now."""
+        """Block the calling thread until the event has happened."""
 
     def close(self) -> None:
         """Wait for all copies, and unpin the host's memory."""
@@ -52,8 +54,9 @@ class Engine:
 
 
 class CudaEngine(Engine):
-    """Asynchronous copies, on a stream of their own, or (`use_stream` false) between the kernels of
-    the compute stream.
+    """Asynchronous copies, in a stream of their own.
+
+    With `use_stream` false they run between the kernels of the compute stream.
     """
 
     def __init__(self, device: torch.device, use_stream: bool = True) -> None:
@@ -69,7 +72,7 @@ class CudaEngine(Engine):
     def slot(self, nbytes: int) -> Tensor:
         slot = super().slot(nbytes)
         if self._side is not None:
-            # the allocator may have handed out memory that kernels still to run are using
+            # kernels that are still to run may use the memory that the allocator gave us
             self._side.wait_stream(self._compute)
         return slot
 
@@ -96,5 +99,5 @@ class CudaEngine(Engine):
 
 
 def engine_for(device: torch.device, use_stream: bool = True) -> Engine:
-    """The engine of a device; `use_stream` concerns CUDA devices alone."""
+    """The engine of a device; `use_stream` matters on CUDA devices only."""
     return CudaEngine(device, use_stream) if device.type == "cuda" else Engine(device)

@@ -15,7 +15,7 @@ from fluxfast.ops.device import multiplies
 AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper, v2.1, tables 2, 9 and 10"
 ADA = "NVIDIA Ada GPU Architecture whitepaper, v2.1, appendix A"
 BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, v1.1, appendix A"
-# of GeForce cards that the whitepapers leave out
+# for GeForce cards that the whitepapers leave out
 SPECS = (
     "nvidia.com's specifications: cores, boost clock and memory, at the architecture's rates "
     "per core"
@@ -23,11 +23,14 @@ SPECS = (
 
 
 class Gpu(NamedTuple):
-    """One model of GPU.
+    """A GPU's memory and peak rates.
 
-    memory is in GiB, bandwidth and pcie (one way) in GB/s; bf16, int8 and fp8 are products in
-    tera-operations a second, 0 where its tensor cores don't have them. source: where the figures
-    are from.
+    memory: GiB.
+    bandwidth, pcie: GB/s of its memory, and of its link to the host one way.
+    bf16, int8, fp8: tera-operations a second of products; 0 if its tensor cores lack the type.
+    source: where the figures are from.
+
+    Products of codes in "e4m3" run at the fp8 rate.
     """
 
     name: str
@@ -44,7 +47,7 @@ class Gpu(NamedTuple):
         return {"same": self.bf16, "int8": self.int8, "e4m3": self.fp8}[compute]
 
 
-# what 16 lanes carry each way; cards with 8 have half of it
+# GB/s of 16 lanes, one way; cards with 8 lanes have half of it
 PCIE4, PCIE5 = 31.5, 63.0
 
 GPUS = (
@@ -134,10 +137,10 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name in any spelling: "rtx3080", "4060 Ti 16GB", "NVIDIA A100-SXM4-80GB".
+    """The GPU of that name, in whatever spelling ("rtx3080", "4060 Ti 16GB").
 
-    Of a model that comes in several sizes, a name that says none means the smallest. Raises
-    ValueError where the table has no such GPU, with the names that come near.
+    If a model comes with several sizes of memory and the name does not say which, the smallest is
+    meant. Raises ValueError with names that are close if there is none.
     """
     model, memory = _model(name)
     same = [gpu for gpu in GPUS if _model(gpu.name)[0] == model and memory in (None, gpu.memory)]
@@ -172,7 +175,7 @@ def this_gpu(device: torch.device) -> Gpu | None:
 
 
 def _model(name: str) -> tuple[str, float | None]:
-    """What tells a model from others ("4060ti"), and the GiB that the name says, if any."""
+    """What tells a model from others ("4060ti"), and the GiB that the name gives."""
     text = name.lower()
     memory = re.search(r"(\d+) ?gi?b\b", text)
     if memory:

@@ -1,8 +1,7 @@
-"""Host memory that a GPU can read by itself: page-aligned, exactly as large as what it holds,
-locked once.
+"""Host memory that a GPU can read by itself: page-aligned, of the exact size, locked.
 
-torch's own pinned allocator rounds each buffer up to a power of two, which costs up to as much
-again. Here it is ordinary memory, registered with the driver.
+torch's own pinned allocator rounds each buffer up to a power of two, which wastes up to half of it.
+This is ordinary memory that is registered with the driver.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# address and size to None, or to what went wrong
+# takes address and size; returns what went wrong, or None
 Pin = Callable[[int, int], str | None]
 Unpin = Callable[[int], None]
 
 
 class HostMemory:
-    """Hands out buffers and pins them; what can't be pinned stays ordinary memory, and `shortfall`
-    says so.
+    """Allocates buffers and pins them.
+
+    A buffer that can't be pinned stays ordinary memory, and `shortfall` says so.
     """
 
     def __init__(self, pin: Pin | None = None, unpin: Unpin | None = None) -> None:
@@ -32,7 +32,7 @@ class HostMemory:
         self._error: str | None = None
         self.nbytes = self.pinned_bytes = 0
         self._release = weakref.finalize(self, _unpin_all, self._pinned, unpin)
-        # at exit the driver has let go of it before we could
+        # at exit the driver is gone before we are called, and has unpinned everything itself
         self._release.atexit = False
 
     def allocate(self, nbytes: int) -> Tensor:
@@ -42,7 +42,7 @@ class HostMemory:
         else:
             pages = mmap.mmap(-1, nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # tens of GB in pages of 4 KiB take seconds to touch for the first time
+            # the first touch of tens of GB in pages of 4 KiB takes seconds
             pages.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         self._buffers.append(buffer)
@@ -56,17 +56,15 @@ class HostMemory:
 
     @property
     def shortfall(self) -> str | None:
-        """One line on what could not be pinned, and how it could; None where all was."""
+        """One line on what could not be pinned, and what to do; None if all was pinned."""
         if self._error is None:
             return None
         return (
             f"{(self.nbytes - self.pinned_bytes) / 2**30:.2f} of {self.nbytes / 2**30:.2f} GiB "
-            "of host memory could not be "
-            f"pinned ({self._error}; limit on locked memory: {locked_memory_limit()}): copies "
-            "from ordinary memory are slower "
-            "and hold up the step. Raise the limit (ulimit -l unlimited, memlock in "
-            "/etc/security/limits.conf, docker's "
-            "--ulimit memlock=-1) or free host memory"
+            f"of host memory could not be pinned ({self._error}; limit on locked memory: "
+            f"{locked_memory_limit()}): copies from ordinary memory are slower and hold up the "
+            "step. Raise the limit (ulimit -l unlimited, memlock in /etc/security/limits.conf, "
+            "docker's --ulimit memlock=-1) or free host memory"
         )
 
     def release(self) -> None:
@@ -93,7 +91,7 @@ def locked_memory_limit() -> str:
 
 
 def cuda_pin(address: int, nbytes: int) -> str | None:
-    """Register memory with the CUDA (or HIP) driver."""
+    """Register memory with the CUDA (or HIP) driver; returns what went wrong, or None."""
     code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
     if code == 0:
         return None
@@ -106,6 +104,6 @@ def cuda_unpin(address: int) -> None:
 
 
 def _clear_cuda_error() -> None:
-    # the runtime keeps the error of a failed call, and the next launch would report it as its own
+    # the runtime remembers the error of a failed call, and the next launch would report it
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")

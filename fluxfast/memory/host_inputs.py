@@ -1,9 +1,8 @@
-"""Blocks' inputs in host memory between forward and backward: what checkpointing keeps, off the
-device.
+"""Blocks' inputs in host memory between forward and backward: what checkpointing keeps.
 
-Each is copied out right after it was used and back before it is asked for: when a block's backward
-fetches its input, that of the block before it starts on its way. The last one kept stays on the
-device too, since backward begins with it.
+Each is copied to the host right after it was used, and back before it is asked for: when a block's
+backward fetches its input, the input of the block before it is already on its way. The one kept
+last stays on the device as well, since backward begins with it.
 """
 
 from __future__ import annotations
@@ -17,48 +16,49 @@ from fluxfast.memory.engine import Event
 from fluxfast.memory.host import HostMemory, cuda_pin, cuda_unpin
 
 
-class _Place:
+class _HostBuffer:
     """A buffer on the host, and the event of the last copy from or to it."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
+    def __init__(self, bytes: Tensor) -> None:
+        self.bytes = bytes
         self.event: Event = None
 
 
-class Kept:
-    """A tensor put aside. `near` is its copy on the device while there is one, to be read after
-    `arrival`.
+class HostInput:
+    """A tensor that was moved to the host.
+
+    `on_device` is its copy on the device while there is one, to be read after `arrival`.
     """
 
-    def __init__(self, x: Tensor, place: _Place) -> None:
-        self.shape, self.dtype, self.device, self.place = x.shape, x.dtype, x.device, place
-        self.near: Tensor | None = x
+    def __init__(self, x: Tensor, buffer: _HostBuffer) -> None:
+        self.shape, self.dtype, self.device, self.buffer = x.shape, x.dtype, x.device, buffer
+        self.on_device: Tensor | None = x
         self.arrival: Event = None
         self.fetched = False
 
     @property
-    def far(self) -> Tensor:
-        return self.place.buffer.view(self.dtype).view(self.shape)
+    def on_host(self) -> Tensor:
+        return self.buffer.bytes.view(self.dtype).view(self.shape)
 
 
 class _Mover:
-    """Moves tensors out and back at once, on a CPU."""
+    """Copies tensors out and back at once, on a CPU."""
 
     def __init__(self) -> None:
         self.memory = HostMemory()
 
-    def move_out(self, kept: Kept, x: Tensor) -> None:
-        kept.far.copy_(x)
+    def move_out(self, kept: HostInput, x: Tensor) -> None:
+        kept.on_host.copy_(x)
 
-    def move_in(self, kept: Kept) -> None:
-        kept.near = kept.far.clone()
+    def move_in(self, kept: HostInput) -> None:
+        kept.on_device = kept.on_host.clone()
 
     def wait(self, arrival: Event) -> None:
-        """The compute stream waits for a tensor's way back."""
+        """Let the compute stream wait for a tensor's way back."""
 
 
 class _CudaMover(_Mover):
-    """Moves tensors beside the computation, both ways at a time."""
+    """Copies tensors beside the computation, both ways at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.memory = HostMemory(cuda_pin, cuda_unpin)
@@ -69,87 +69,92 @@ class _CudaMover(_Mover):
     def _compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
 
-    def move_out(self, kept: Kept, x: Tensor) -> None:
+    def move_out(self, kept: HostInput, x: Tensor) -> None:
         self._out.wait_stream(self._compute)
-        if kept.place.event is not None:
-            self._out.wait_event(kept.place.event)
+        if kept.buffer.event is not None:
+            self._out.wait_event(kept.buffer.event)
         with torch.cuda.stream(self._out):
-            kept.far.copy_(x, non_blocking=True)
-            kept.place.event = self._out.record_event()
-        # its memory is not handed out again before it has been copied
+            kept.on_host.copy_(x, non_blocking=True)
+            kept.buffer.event = self._out.record_event()
+        # keep the allocator from handing out its memory before it has been copied
         x.record_stream(self._out)
 
-    def move_in(self, kept: Kept) -> None:
-        near = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-        # kernels still to run may be using the memory that the allocator gave
+    def move_in(self, kept: HostInput) -> None:
+        on_device = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+        # kernels that are still to run may use the memory that the allocator gave us
         self._in.wait_stream(self._compute)
-        self._in.wait_event(kept.place.event)
+        self._in.wait_event(kept.buffer.event)
         with torch.cuda.stream(self._in):
-            near.copy_(kept.far, non_blocking=True)
-            kept.place.event = kept.arrival = self._in.record_event()
-        near.record_stream(self._in)
-        kept.near = near
+            on_device.copy_(kept.on_host, non_blocking=True)
+            kept.buffer.event = kept.arrival = self._in.record_event()
+        on_device.record_stream(self._in)
+        kept.on_device = on_device
 
     def wait(self, arrival: Event) -> None:
         self._compute.wait_event(arrival)
 
 
 class HostInputs:
-    """Puts tensors aside in host memory. Its buffers are used again and again: as many as are ever
-    kept at a time.
+    """Moves tensors to host memory and back.
+
+    Its buffers are reused: there are as many as are kept at the same time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._mover = _CudaMover(device) if device.type == "cuda" else _Mover()
-        self._free: dict[int, list[_Place]] = {}
-        self._kept: list[weakref.ref[Kept]] = []
+        self._free: dict[int, list[_HostBuffer]] = {}
+        self._kept: list[weakref.ref[HostInput]] = []
 
     @property
     def nbytes(self) -> int:
-        """Host memory taken so far."""
+        """Bytes of host memory taken so far."""
         return self._mover.memory.nbytes
 
-    def keep(self, x: Tensor) -> Kept:
+    def keep(self, x: Tensor) -> HostInput:
         """Start copying x, which must not be empty and must not change any more, to the host."""
         x = x.detach()
         free = self._free.setdefault(x.nbytes, [])
-        kept = Kept(x, free.pop() if free else _Place(self._mover.memory.allocate(x.nbytes)))
+        kept = HostInput(
+            x, free.pop() if free else _HostBuffer(self._mover.memory.allocate(x.nbytes))
+        )
         self._mover.move_out(kept, x)
         live = self._live()
         if live:
-            live[-1].near = None
+            live[-1].on_device = None
         self._kept.append(weakref.ref(kept))
-        weakref.finalize(kept, free.append, kept.place)
+        weakref.finalize(kept, free.append, kept.buffer)
         return kept
 
-    def fetch(self, kept: Kept) -> Tensor:
-        """The tensor, on the device it came from; of those kept before it, the last one not fetched
-        yet starts on its way.
+    def fetch(self, kept: HostInput) -> Tensor:
+        """The tensor, on the device that it came from.
+
+        Of those kept before it, the last one that has not been fetched yet is started on its way
+        back.
         """
         x = self._come(kept)
         if kept.arrival is not None:
             self._mover.wait(kept.arrival)
         live = self._live()
         kept.fetched = True
-        # a block may keep several and fetch them in that order: one that has been fetched is not
-        # the next
+        # a block may keep several inputs and fetch them in the same order, so the next one is not
+        # simply the one before: skip those that have been fetched
         waiting = (
             other
             for other in reversed(live[: live.index(kept)])
-            if not other.fetched and other.near is None
+            if not other.fetched and other.on_device is None
         )
         if (ahead := next(waiting, None)) is not None:
             self._come(ahead)
-        kept.near = kept.arrival = None
+        kept.on_device = kept.arrival = None
         return x
 
-    def _come(self, kept: Kept) -> Tensor:
-        if kept.near is None:
+    def _come(self, kept: HostInput) -> Tensor:
+        if kept.on_device is None:
             self._mover.move_in(kept)
-        assert kept.near is not None
-        return kept.near
+        assert kept.on_device is not None
+        return kept.on_device
 
-    def _live(self) -> list[Kept]:
+    def _live(self) -> list[HostInput]:
         live = [kept for ref in self._kept if (kept := ref()) is not None]
         self._kept = [weakref.ref(kept) for kept in live]
         return live

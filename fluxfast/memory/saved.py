@@ -1,5 +1,7 @@
-"""What autograd saves of a weight that moves: its place within its block, looked up in whatever
-slot the block is in then.
+"""What autograd saves of a weight that moves: a reference instead of the tensor.
+
+The reference says where the weight lies within its block's bytes. In backward it is looked up in
+the slot that the block is in by then.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class _Saved(NamedTuple):
-    """A tensor that lies in a slot: where it is within its block's bytes."""
+class _Reference(NamedTuple):
+    """A tensor that lies in a slot: its block, and where it is within the block's bytes."""
 
     block: int
     offset: int
@@ -24,15 +26,15 @@ class _Saved(NamedTuple):
     dtype: torch.dtype
 
 
-class _Passed(NamedTuple):
-    """What other hooks made of a tensor."""
+class _PassedOn(NamedTuple):
+    """What the hooks that were set before ours made of a tensor."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
 
 
-class SavedPlaces:
-    """Saves references to the tensors in slots, and every other tensor as it is."""
+class SavedReferences:
+    """Saves references to tensors in slots, and any other tensor as if we were not there."""
 
     def __init__(self, slots: Collection[Tensor], find: Callable[[int], Tensor]) -> None:
         """`find` gives a block's bytes in the slot where backward needs them."""
@@ -40,24 +42,24 @@ class SavedPlaces:
         self._find = find
 
     def saving(self, block: int, base: int) -> AbstractContextManager[Any]:
-        """For the forward of a block whose bytes begin at `base` of its slot."""
+        """A context for the forward of a block whose bytes begin at `base` of its slot."""
         if not torch.is_grad_enabled():
             return nullcontext()
-        # hooks don't nest by themselves: what is not ours goes on to whoever was there before, a
-        # checkpoint for one
+        # autograd calls the innermost hooks only, so we pass other tensors on to the hooks set
+        # before ours, such as a checkpoint's
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return saved_tensors_hooks(partial(self._pack, block, base, outer), self._unpack)
 
     def _pack(self, block: int, base: int, outer: Any, tensor: Tensor) -> Any:
         if tensor.untyped_storage()._cdata in self._storages:
             offset = int(tensor.storage_offset()) * tensor.dtype.itemsize - base
-            return _Saved(block, offset, tensor.shape, tensor.stride(), tensor.dtype)
-        return tensor if outer is None else _Passed(outer[0](tensor), outer[1])
+            return _Reference(block, offset, tensor.shape, tensor.stride(), tensor.dtype)
+        return tensor if outer is None else _PassedOn(outer[0](tensor), outer[1])
 
     def _unpack(self, saved: Any) -> Tensor:
-        if isinstance(saved, _Passed):
+        if isinstance(saved, _PassedOn):
             return saved.unpack(saved.packed)
-        if not isinstance(saved, _Saved):
+        if not isinstance(saved, _Reference):
             return saved
         found = self._find(saved.block)
         start = (int(found.storage_offset()) + saved.offset) // saved.dtype.itemsize

@@ -1,15 +1,15 @@
-"""When which group of blocks is copied into which slot: decided here, carried out elsewhere.
+"""When which group of blocks is copied into which slot: decided here, carried out by the stream.
 
-A ring of slots, each of which holds one group. Events go in (`begin`, `enter`, `leave`), actions
-come out, to be issued in order on two queues: the copies on one, in the order given; waits, the
-groups' own work, and marks on the other.
+There is a ring of slots, each of which holds one group. Events go in (`begin`, `enter`, `leave`)
+and actions come out. They are to be issued in order on two queues: copies on one; waits, the
+groups' own work and marks on the other.
 
-On entering a group it and those that come next in the direction of travel are wanted, as many as
-there are slots. What is wanted and not there is copied into a slot that holds something that is
-not, after that one's last use. At the end of forward the last groups stay, since backward begins
-with them; at the end of backward the first ones do. So a step of G groups through n slots costs 2
-(G - n) copies. A guess that was wrong (a skipped group, another direction) costs a copy, never a
-wrong read.
+On entering a group, that group and the next ones in the direction of travel are wanted, as many as
+there are slots. A wanted group that is not there is copied into a slot that holds an unwanted one,
+after that slot's last use. At the end of forward the last groups stay, since backward begins with
+them; at the end of backward the first ones do. So a step of G groups through n slots costs 2 (G -
+n) copies. A wrong guess (a group is skipped, or the direction changes) costs a copy, never a wrong
+read.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from fluxfast.model.residency import Direction
 
 
 class Copy(NamedTuple):
-    """Start copying `group` into `slot`, after the use `after` has been marked and reached (None:
-    at once).
-    """
+    """Start copying `group` into `slot`, once the use `after` has ended (None: at once)."""
 
     number: int
     group: int
@@ -33,15 +31,16 @@ class Copy(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """What is issued from here on runs after this copy, the last one into `slot`."""
+    """Everything issued from here on runs after this copy, the last one into `slot`."""
 
     copy: int
     slot: int
 
 
 class Mark(NamedTuple):
-    """The use with this number, of what is in `slot`, ends here: what was issued up to now is all
-    there is of it.
+    """The use with this number, of what is in `slot`, ends here.
+
+    Everything that was issued so far belongs to it.
     """
 
     use: int
@@ -55,15 +54,17 @@ Action = Copy | Wait | Mark
 class _Slot:
     group: int | None = None
     copy: int = -1
-    # how many times its group is entered and not yet left
+    # how often its group was entered and not yet left
     depth: int = 0
-    # the last use that was marked, of whatever group
+    # the last use that was marked, whichever group's it was
     use: int | None = None
 
 
 class Schedule:
-    """`groups`: how many there are, numbered in the order of forward. `slots`: at least 2, or 1 for
-    a single group.
+    """Decides what to copy, wait for and mark, without any device.
+
+    groups: how many there are, numbered in the order of forward. slots: at least 2, or 1 for a
+    single group.
     """
 
     def __init__(self, groups: int, slots: int) -> None:
@@ -82,10 +83,10 @@ class Schedule:
         return len(self._slots)
 
     def begin(self, backward_follows: bool = True) -> list[Action]:
-        """A forward pass starts. Whatever an exception left entered is left now.
+        """A forward pass starts; what an exception left entered is left now.
 
-        backward_follows: whether the last groups are to stay for it; else the first ones are
-        fetched for a next forward.
+        backward_follows: whether to keep the last groups for backward; else the first ones are
+        fetched for the next forward.
         """
         self._backward_follows = backward_follows
         marks: list[Action] = []
@@ -96,20 +97,26 @@ class Schedule:
         return marks
 
     def enter(self, group: int, direction: Direction) -> list[Action]:
-        """The group is about to be read. Within a reading of the same group, nothing changes."""
+        """The group is about to be read.
+
+        Entering a group again before leaving it changes nothing, whatever the direction.
+        """
         assert 0 <= group < self.groups
         actions: list[Action] = []
         slot = self._find(group)
         if slot is not None and slot.depth:
+            # it is in use already, so it is there and nothing has to be waited for
             slot.depth += 1
             return actions
         wanted = self._wanted(group, direction)
         if slot is None:
             slot = self._victim(wanted)
+            # it may take the slot of a wanted group: this one is needed now
             assert slot is not None, "every slot is in use: a group was entered and never left"
             actions.append(self._copy(group, slot))
         slot.depth = 1
         actions.append(Wait(slot.copy, self._slots.index(slot)))
+        # prefetch what comes next, but never into a slot whose group is wanted as well
         for ahead in wanted[1:]:
             if (
                 self._find(ahead) is None
@@ -126,13 +133,13 @@ class Schedule:
         return [] if slot.depth else [self._mark(slot)]
 
     def forget(self) -> None:
-        """What the slots hold is no longer what the groups are; nothing may be in use."""
+        """The slots no longer hold what the groups are; none may be in use."""
         for slot in self._slots:
             assert not slot.depth, f"group {slot.group} is in use"
             slot.group = None
 
     def slot_of(self, group: int) -> int | None:
-        """Where the group is, or will be when its copy has ended."""
+        """The slot that holds the group, or will when its copy has ended."""
         return next((i for i, slot in enumerate(self._slots) if slot.group == group), None)
 
     def _find(self, group: int) -> _Slot | None:
@@ -150,16 +157,19 @@ class Schedule:
         return wanted
 
     def _travel(self, group: int, direction: Direction) -> Iterator[int]:
+        """The groups from this one on, in the order in which they will be entered."""
         if direction == "backward":
             yield from range(group, -1, -1)
+            # after backward comes the next step's forward
             yield from range(self.groups)
             return
         yield from range(group, self.groups)
         yield from reversed(range(self.groups)) if self._backward_follows else range(self.groups)
 
     def _victim(self, wanted: list[int], keep_wanted: bool = False) -> _Slot | None:
-        """The slot to overwrite: an empty one, else one that nobody wants, else the one wanted
-        last.
+        """The slot to overwrite: an empty one, else an unwanted one, else the one wanted last.
+
+        None if all are in use or, with `keep_wanted`, wanted.
         """
         free = [
             slot
@@ -167,6 +177,7 @@ class Schedule:
             if not slot.depth and not (keep_wanted and slot.group in wanted)
         ]
 
+        # how far in the future its group is wanted; an empty slot comes before all others
         def distance(slot: _Slot) -> int:
             if slot.group is None:
                 return len(wanted) + 1

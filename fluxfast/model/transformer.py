@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from fluxfast.checkpoint import flux
+from fluxfast.checkpoint import opening
 from fluxfast.model.blocks import convert_block
 from fluxfast.model.diffusers_forward import (
     NO_CONTROL,
@@ -130,7 +130,7 @@ class FluxTransformer(FluxTransformer2DModel):
         local_files_only, force_download. Raises `checkpoint.CheckpointError` naming the file where
         one is missing, truncated, or holds other tensors than the config asks for.
         """
-        return flux.load_folder(cls, pretrained_model_name_or_path, **kwargs)
+        return opening.load_folder(cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_single_file(
@@ -144,7 +144,7 @@ class FluxTransformer(FluxTransformer2DModel):
         where the head dimension is not FLUX.1's 128. Raises `checkpoint.CheckpointError` naming the
         file and the first keys that are missing or unexpected.
         """
-        return flux.load_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs)
+        return opening.load_single_file(cls, pretrained_model_link_or_path_or_dict, **kwargs)
 
     def set_modulation_ahead(self, ahead: bool) -> None:
         """Whether modulation and the time embedding are computed on the CPU, ahead of the blocks.

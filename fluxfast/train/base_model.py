@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fluxfast.checkpoint.flux import Checkpoint, open_checkpoint, open_single_file
+from fluxfast.checkpoint.opening import open_checkpoint, open_single_file
 from fluxfast.checkpoint.quantized import StaleFile
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
+from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.checkpoint.writer import free_bytes
 from fluxfast.config.run import TrainConfig
 from fluxfast.memory.stream import STREAMED_MODULES

@@ -22,10 +22,10 @@ from fluxfast.config.settings import ConfigError, read_json, shown
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.data.encode import EncoderSettings
 from fluxfast.data.encoders import compute_dtype
+from fluxfast.data.model_folders import local_folder
 from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared
 from fluxfast.data.sampler import Sampler
-from fluxfast.data.sources import local_folder
 from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.stream import BlockStream, stream_blocks
 from fluxfast.model.apply import Choices, make_ready

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fluxfast.adapters.presets import preset_targets
-from fluxfast.checkpoint.flux import Checkpoint
+from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError

@@ -54,6 +54,6 @@ def settle(config: TrainConfig, device: torch.device, console: Console) -> None:
     """
     with verdicts.ignored():
         scope = scope_of(config, device)
-    startup.settle(scope, partial(say, console))
+    startup.ensure_checked(scope, partial(say, console))
     if problems := refusals(wishes_of(config), gpus.this_gpu(device)):
         raise ConfigError(problems)

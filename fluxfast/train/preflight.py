@@ -18,12 +18,12 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
 from fluxfast.adapters.kind import AdapterFile
-from fluxfast.checkpoint.flux import Checkpoint
+from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
-from fluxfast.data.sources import local_folder
+from fluxfast.data.model_folders import local_folder
 from fluxfast.memory import gpus
 from fluxfast.memory.choices import refusals, wishes_of
 from fluxfast.model.routing import resolve_routes

@@ -203,9 +203,9 @@ def test_nothing_is_decoded_to_add_a_lora_to_a_quantised_base(monkeypatch):
 
     model = tiny_transformer(torch.float32)
     quantize_model(model, FORMATS["nf4"])
-    decoded, original = [], QuantWeight.dequantize
+    decoded, original = [], QuantWeight.to
     monkeypatch.setattr(
-        QuantWeight, "dequantize", lambda self, *args: decoded.append(1) or original(self, *args)
+        QuantWeight, "to", lambda self, *args: decoded.append(1) or original(self, *args)
     )
     add_lora(model, targets="all+ffs", rank=2, dtype=torch.bfloat16)
     assert not decoded

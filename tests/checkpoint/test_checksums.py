@@ -1,6 +1,4 @@
-"""A quantised file whose bytes have changed is refused by name, wherever they lie; and what a
-source's fingerprint notices.
-"""
+"""A quantised file whose bytes have changed is refused by name; fingerprints notice edits."""
 
 import os
 
@@ -9,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint import checksums, flux, reader
-from fluxfast.checkpoint.flux import open_single_file
-from fluxfast.checkpoint.reader import BrokenFile, DamagedFile, TensorFiles, fingerprint
+from fluxfast.checkpoint import checksums, quantized, transformer
+from fluxfast.checkpoint.opening import open_single_file
+from fluxfast.checkpoint.reader import BrokenFile, DamagedFile, TensorFiles
 from fluxfast.checkpoint.writer import Spec, header
 from fluxfast.quant import FORMATS
 from support import SMALL, randomise
@@ -37,14 +35,12 @@ def flip(path, begin, count=8):
 
 
 def read_through(path):
-    """As it is placed on a device that is not the CPU, where there is nothing to map."""
+    """Load to a device that is not the CPU, so that nothing is mapped."""
     open_single_file(path).load(FluxTransformer, torch.bfloat16, device="meta")
 
 
 def test_sealed_and_read():
-    """The digits take exactly the place that was kept for them, and what is read is what was
-    sealed.
-    """
+    """The digits fill exactly the room kept for them, and reading gives what was sealed."""
     specs = {"b": Spec((3,), torch.int8), "a": Spec((2, 2), torch.float32)}
     first, _ = header(
         specs, {"name": f'with "{checksums.KEY}":"00" in it', checksums.KEY: checksums.blank(2)}
@@ -59,9 +55,9 @@ def test_sealed_and_read():
 
 
 def test_eight_flipped_bytes(written):
-    """Anywhere in any tensor: found, and the tensor named."""
+    """Damage anywhere in any tensor is found, and the tensor is named."""
     whole = written.read_bytes()
-    for name, place in TensorFiles([written])._places.items():
+    for name, place in TensorFiles([written])._ranges.items():
         for begin in {place.begin, (place.begin + place.end) // 2, max(place.end - 8, place.begin)}:
             flip(written, begin, min(8, place.end - begin))
             with pytest.raises(
@@ -80,7 +76,7 @@ def test_damage_is_found_on_loading(written, read):
     read(written)
     flip(
         written,
-        TensorFiles([written])._places["single_transformer_blocks.0.proj_mlp.weight.packed"].begin
+        TensorFiles([written])._ranges["single_transformer_blocks.0.proj_mlp.weight.packed"].begin
         + 99,
     )
     with pytest.raises(
@@ -91,15 +87,13 @@ def test_damage_is_found_on_loading(written, read):
 
 
 def test_eight_flipped_bytes_in_the_header(written):
-    """Found when the file is opened, in whatever it says: sizes, names, the config, what it was
-    made from, checksums.
-    """
+    """Damage of the header is found when the file is opened, whatever it hits."""
     whole = written.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     text = len(whole[8:end].rstrip()) + 8
     for begin in [0, *range(8, text, 53), text, end - 8]:
         flip(written, begin)
-        # a file that may be none of ours any more is refused as what it then seems to be
+        # a file that no longer looks like one of ours is refused as what it looks like
         with pytest.raises(BrokenFile, match=r"base\.safetensors: "):
             open_single_file(written)
         written.write_bytes(whole)
@@ -117,7 +111,7 @@ def test_eight_flipped_bytes_in_the_header(written):
     ],
 )
 def test_a_header_that_is_still_one(written, was, becomes):
-    """Damage that leaves valid JSON, in which nobody else would see anything wrong."""
+    """Damage that leaves valid JSON, which no other check would notice."""
     whole = written.read_bytes()
     assert was in whole
     written.write_bytes(whole.replace(was, becomes, 1))
@@ -126,7 +120,7 @@ def test_a_header_that_is_still_one(written, was, becomes):
 
 
 def test_a_large_map_is_verified_when_asked(written, monkeypatch):
-    monkeypatch.setattr(flux, "VERIFIED_BYTES", written.stat().st_size - 1)
+    monkeypatch.setattr(transformer, "VERIFIED_BYTES", written.stat().st_size - 1)
     assert not open_single_file(written).verified_when_mapped
     open_single_file(written).files.verify()
     flip(written, written.stat().st_size - 8)
@@ -137,20 +131,18 @@ def test_a_large_map_is_verified_when_asked(written, monkeypatch):
 
 @pytest.mark.parametrize("whole_bytes", [1 << 20, 0], ids=["small", "large"])
 def test_an_edit_of_the_source(tmp_path, monkeypatch, whole_bytes):
-    """A small file's fingerprint sees every byte of it; a large one's sees any edit that is as long
-    as its stride.
-    """
-    monkeypatch.setattr(reader, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(reader, "SAMPLE_BYTES", 16)
-    monkeypatch.setattr(reader, "SAMPLE_EVERY", 1024)
+    """A small file's fingerprint sees every byte, a large one's any edit as long as its stride."""
+    monkeypatch.setattr(quantized, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(quantized, "SAMPLE_BYTES", 16)
+    monkeypatch.setattr(quantized, "SAMPLE_EVERY", 1024)
     path = tmp_path / "flux.safetensors"
     save_file({"a": torch.zeros(5000), "b": torch.zeros(33)}, path)
-    before, size = fingerprint(path), path.stat().st_size
+    before, size = quantized.fingerprint(path), path.stat().st_size
     times = path.stat().st_mtime_ns
     count, step = (1, 997) if whole_bytes else (1024, 3001)
     for begin in range(size - 5000 * 4, size - count, step):
         flip(path, begin, count)
         os.utime(path, ns=(times, times))
-        assert fingerprint(path) != before
+        assert quantized.fingerprint(path) != before
         flip(path, begin, count)
-        assert fingerprint(path) == before
+        assert quantized.fingerprint(path) == before

@@ -29,8 +29,7 @@ def members(model):
 def test_groups_of_flux():
     names = list(make_model().state_dict())
     found = groups(names)
-    assert ["transformer_blocks.1.attn.add_q_proj.bias", "transformer_blocks.1.attn.add_k_proj.bias",
-            "transformer_blocks.1.attn.add_v_proj.bias"] in found  # fmt: skip
+    assert [f"transformer_blocks.1.attn.add_{n}_proj.bias" for n in "qkv"] in found
     assert [
         f"single_transformer_blocks.2.{n}.weight"
         for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
@@ -152,14 +151,12 @@ def test_unlike_members_stay():
 
 
 def test_neighbours_by_chance_are_not_side_by_side():
-    """Two allocations can touch; only within one storage may a view reach from one tensor into the
-    next.
-    """
+    """Two allocations can touch, but only within one storage may a view span two tensors."""
     whole = torch.zeros(8, 3)
     assert side_by_side([whole[:4], whole[4:]])
     assert not side_by_side([whole[:4], whole[4:].clone()])
     assert not side_by_side([whole[4:], whole[:4]]) and not side_by_side([whole[:4], whole[5:]])
-    # torch.from_numpy gives a storage of its own to the very same memory
+    # torch.from_numpy makes another storage of the same memory
     array = whole.numpy()
     assert not side_by_side([torch.from_numpy(array[:4]), torch.from_numpy(array[4:])])
 

@@ -1,6 +1,4 @@
-"""The command as a user meets it: help, mistakes in a config, and the demo from nothing to its
-pictures.
-"""
+"""The command as a user meets it: help, mistakes in a config, and the whole demo."""
 
 import io
 import json
@@ -91,7 +89,7 @@ def test_demo(tmp_path, capsys):
     assert len((root / "output" / "metrics.jsonl").read_text().splitlines()) == 2
     with Image.open(root / "output" / "loss.png") as plot:
         assert plot.width > 600
-    # a second start has nothing left to do, and says so by ending at once with the same LoRA
+    # a second start has nothing left to do, and ends at once with the same LoRA
     before = (root / "output" / "pytorch_lora_weights.safetensors").read_bytes()
     assert main([str(root / "config.json")]) == 0
     assert (root / "output" / "pytorch_lora_weights.safetensors").read_bytes() == before

@@ -1,6 +1,4 @@
-"""`fluxfast-train doctor`: its options, its table, its JSON, its exit status, and what training
-makes of it.
-"""
+"""`fluxfast-train doctor`: options, table, JSON, exit status, and what training makes of it."""
 
 import json
 
@@ -122,8 +120,9 @@ def test_options_of_the_config(capsys, config):
 
 
 def test_a_wrong_kernel_a_wrong_graph_and_a_wrong_back_end(monkeypatch, capsys, caplog):
-    """Each is found and told with a cause and a way out; `auto` passes over it from then on, and
-    asking for it is an error.
+    """Each is found and reported with a cause and a way out; `auto` then avoids it.
+
+    Asking for it explicitly is an error.
     """
     right, forward, cpu = dispatch.native.gelu_fwd, attention.forward, torch.randn(1, 5, 2, 16)
 
@@ -172,11 +171,11 @@ def test_a_wrong_kernel_a_wrong_graph_and_a_wrong_back_end(monkeypatch, capsys, 
     }
     assert {"gelu", "gelu behind attention", "attention", "CUDA graphs"} <= failed.keys()
     assert all(check["cause"] and check["way_out"] for check in failed.values())
-    # a run that starts now minds it
+    # a run that starts now avoids it
     from fluxfast.doctor import startup
 
     said = []
-    startup.settle(small_scope(), said.append)
+    startup.ensure_checked(small_scope(), said.append)
     assert any("passed over: CUDA graphs" in line for line in said)
     gelu(torch.ones(1, 3))
     assert any(message.startswith("gelu runs on 'ref'") for message in caplog.messages)

@@ -1,4 +1,4 @@
-"""fluxfast-train quantize: what it finds, writes, says and refuses."""
+"""`fluxfast-train quantize`: what it finds, writes, reports and refuses."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint.flux import open_single_file
+from fluxfast.checkpoint.opening import open_single_file
 from fluxfast.cli import quantize
 from fluxfast.cli.main import main
 from fluxfast.quant import FORMATS
@@ -74,7 +74,7 @@ def test_a_file_and_a_folder(tmp_path, pipeline, capsys):
 
 
 def test_diffusers_refuses_the_folder(tmp_path, pipeline):
-    """Rather than to load codes as weights."""
+    """diffusers refuses it rather than load codes as weights."""
     from diffusers import FluxTransformer2DModel
 
     assert main(["quantize", str(pipeline), str(tmp_path / "base"), "--format", "int8"]) == 0
@@ -108,7 +108,7 @@ def test_compared_with_a_copy(tmp_path, pipeline, capsys):
 
 
 def test_a_single_file_by_a_relative_name(tmp_path, pipeline, monkeypatch, capsys):
-    """Of any ending, also that of what is written."""
+    """Files with any ending are read and written."""
     (file,) = pipeline.glob("transformer/*.safetensors")
     file.rename(tmp_path / "flux1-dev.sft")
     monkeypatch.chdir(tmp_path)
@@ -118,7 +118,7 @@ def test_a_single_file_by_a_relative_name(tmp_path, pipeline, monkeypatch, capsy
 
 
 def test_verify(tmp_path, pipeline, capsys):
-    """A file and a folder; the exit status says what was found."""
+    """A file and a folder are verified; the exit status tells what was found."""
     file, folder = tmp_path / "base.safetensors", tmp_path / "base"
     for target in (file, folder):
         assert main(["quantize", str(pipeline), str(target), "--format", "int8"]) == 0

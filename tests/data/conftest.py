@@ -1,3 +1,5 @@
+"""Fixtures that several tests of this folder share."""
+
 from pathlib import Path
 
 import pytest
@@ -5,6 +7,7 @@ from data_fixtures import make_pipeline, photo
 from prepare_cases import Encoders
 
 import fluxfast.data.encode as encode
+from fluxfast.data.cache import TensorCache
 from fluxfast.data.encode import EncoderSettings
 
 
@@ -15,7 +18,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_collection(monkeypatch):
-    # takes longer than these encoders do
+    # a collection takes longer than these encoders run
     monkeypatch.setattr(encode.gc, "collect", lambda: 0)
 
 
@@ -39,3 +42,8 @@ def folder(tmp_path):
 @pytest.fixture
 def settings(pipeline_folder):
     return EncoderSettings(pipeline=(str(pipeline_folder), None, None), max_length=24)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return TensorCache(tmp_path / "cache")

@@ -1,6 +1,4 @@
-"""A tiny FLUX.1 pipeline folder in diffusers' layout (VAE, CLIP, T5, tokenizers; no transformer),
-and images.
-"""
+"""A tiny FLUX.1 pipeline's folder (without a transformer), and images."""
 
 import string
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Batches hold what the caches hold, are read ahead, and outlive lost cache files."""
+
 import json
 import threading
 from collections import Counter
@@ -8,8 +10,8 @@ import torch
 
 from fluxfast.data.batches import BatchLoader, caption_rng, load_batch
 from fluxfast.data.cache import TensorCache
+from fluxfast.data.dataset_report import DataReport
 from fluxfast.data.prepared import LostEntry, Prepared, PreparedDataset, PromptCache, Sample
-from fluxfast.data.report import Report
 from fluxfast.data.sampler import Sampler, SampleRef
 
 PROMPTS = ["", "one", "two", "three"]
@@ -64,7 +66,7 @@ def prepared(tmp_path):
                 timestep_sampling_offset=0.5 if regularisation else 0.0,
             )
         )
-    return Prepared(tuple(datasets), PromptCache(texts, "t"), Report([], 3, 0))
+    return Prepared(tuple(datasets), PromptCache(texts, "t"), DataReport([], 3, 0))
 
 
 def test_a_batch_holds_what_the_caches_do(prepared):

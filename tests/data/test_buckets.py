@@ -1,3 +1,5 @@
+"""Target sizes, crops and rejections of images, as SimpleTuner's except where documented."""
+
 import random
 
 import numpy as np
@@ -6,7 +8,15 @@ from data_fixtures import photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxfast.data.buckets import Plan, apply, crop_rng, plan, rejection, round64, target_size
+from fluxfast.data.buckets import (
+    CropPlan,
+    apply,
+    crop_rng,
+    plan_crop,
+    rejection,
+    round64,
+    target_size,
+)
 
 GOLDEN = [
     (512, (1920, 1080), (704, 384), (704, 396), "1.83"),
@@ -32,7 +42,7 @@ GOLDEN = [
 
 
 def plan_for(size, **options):
-    return plan(size, **{"resolution": 512, "rng": random.Random(0)} | options)
+    return plan_crop(size, **{"resolution": 512, "rng": random.Random(0)} | options)
 
 
 @pytest.mark.parametrize(("edge", "size", "target", "intermediary", "bucket"), GOLDEN)
@@ -158,7 +168,7 @@ sizes = st.tuples(st.integers(1, 9000), st.integers(1, 9000))
 def test_any_image_gets_a_crop_inside_an_undistorted_image(
     size, resolution, resolution_type, crop, crop_aspect, maximum, seed
 ):
-    planned = plan(
+    planned = plan_crop(
         size,
         resolution=resolution,
         resolution_type=resolution_type,
@@ -209,7 +219,8 @@ def test_limits_and_their_reasons():
 def test_apply_resizes_and_crops():
     img = photo(200, 100)
     result = apply(
-        img, Plan(target=(64, 64), intermediary=(128, 64), crop_box=(64, 0, 128, 64), bucket="1.0")
+        img,
+        CropPlan(target=(64, 64), intermediary=(128, 64), crop_box=(64, 0, 128, 64), bucket="1.0"),
     )
     assert result.size == (64, 64)
     # the right half of the image, at 64/100 of its size

@@ -1,3 +1,5 @@
+"""The index of the cache, whole, damaged, and used by several threads."""
+
 import random
 import sqlite3
 
@@ -33,7 +35,7 @@ def test_it_holds_what_it_was_told(tmp_path, filled):
 
 
 def check(path, data):
-    """Whatever has become of the index: what it says is right, and it can be used."""
+    """Whatever happened to the index: what it says is right, and it can be used."""
     path.write_bytes(data)
     index = Index(path)
     index.entries()
@@ -48,7 +50,7 @@ def test_no_flipped_bytes_give_wrong_facts_or_end_a_run(tmp_path, filled):
     rng = random.Random(0)
     for number in range(50):
         data = bytearray(filled)
-        # the first page holds the schema, where a byte does most
+        # the first page holds the schema, where a single byte matters most
         for _ in range(rng.choice((1, 8, 64))):
             data[rng.randrange(200 if number % 2 else len(data))] = rng.randrange(256)
         check(tmp_path / f"{number}.sqlite", bytes(data))

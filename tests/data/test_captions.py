@@ -1,3 +1,5 @@
+"""Captions from names, text files and prompts, and images without a usable one."""
+
 import random
 
 import pytest

@@ -1,3 +1,5 @@
+"""Embeddings and latents are diffusers' own; model folders are found and told apart."""
+
 import os
 import shutil
 
@@ -9,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.encoders import LatentEncoder, TextEncoders
-from fluxfast.data.sources import identity, local_folder
+from fluxfast.data.model_folders import identity, local_folder
 
 CAPTIONS = ["a photo of a cat", "", "a much longer caption, with 42 words. or so!"]
 
@@ -39,7 +41,7 @@ def test_embeddings_are_the_flux_pipelines(pipeline, pipeline_folder, max_length
         embeds, pooled, _ = pipeline.encode_prompt(CAPTIONS, None, max_sequence_length=max_length)
     assert torch.equal(ours["prompt_embeds"], embeds)
     assert torch.equal(ours["pooled_prompt_embeds"], pooled)
-    # the tokenizer gives distinct captions distinct tokens, or the equality above says little
+    # distinct captions must have distinct tokens, or the equality above would say little
     assert (ours["prompt_embeds"][0] - ours["prompt_embeds"][2]).abs().max() > 0.1
     assert (ours["pooled_prompt_embeds"][0] - ours["pooled_prompt_embeds"][2]).abs().max() > 1e-3
 
@@ -137,7 +139,7 @@ def test_a_repository_that_cannot_be_reached_is_named(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("offline")
 
-    monkeypatch.setattr("fluxfast.data.sources.snapshot_download", offline)
+    monkeypatch.setattr("fluxfast.data.model_folders.snapshot_download", offline)
     with pytest.raises(
         ValueError,
         match=r"(?s)someone/model at revision 'v1'.*can't be downloaded.*offline.*hf auth login",
@@ -152,7 +154,7 @@ def test_a_downloaded_repository_is_used_without_the_network(pipeline_folder, mo
         calls.append(local_files_only)
         return str(pipeline_folder)
 
-    monkeypatch.setattr("fluxfast.data.sources.snapshot_download", downloaded)
+    monkeypatch.setattr("fluxfast.data.model_folders.snapshot_download", downloaded)
     assert local_folder(("someone/model", "vae", None)) == pipeline_folder / "vae"
     assert calls == [True]
 
@@ -165,7 +167,7 @@ def test_a_half_downloaded_repository_is_completed(pipeline_folder, tmp_path, mo
     def download(repository, *, local_files_only=False, **_):
         return str(tmp_path / "half" if local_files_only else pipeline_folder)
 
-    monkeypatch.setattr("fluxfast.data.sources.snapshot_download", download)
+    monkeypatch.setattr("fluxfast.data.model_folders.snapshot_download", download)
     assert local_folder(("someone/model", "vae", None)) == pipeline_folder / "vae"
 
 
@@ -216,7 +218,7 @@ def test_identity_reads_weights_once(pipeline_folder, tmp_path, monkeypatch):
     cache = TensorCache(tmp_path / "cache")
     before = identity(pipeline_folder / "vae", cache)
     monkeypatch.setattr(
-        "fluxfast.data.sources.file_hash", lambda path: pytest.fail(f"{path} is read again")
+        "fluxfast.data.model_folders.file_hash", lambda path: pytest.fail(f"{path} is read again")
     )
     assert identity(pipeline_folder / "vae", cache) == before
 
@@ -228,6 +230,6 @@ def test_identity_takes_the_hubs_word_for_a_hash(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(blobs / ("ab" * 32))
     monkeypatch.setattr(
-        "fluxfast.data.sources.file_hash", lambda path: pytest.fail(f"{path} is read")
+        "fluxfast.data.model_folders.file_hash", lambda path: pytest.fail(f"{path} is read")
     )
     identity(tmp_path / "snapshot", TensorCache(tmp_path / "cache"))

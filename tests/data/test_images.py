@@ -1,3 +1,5 @@
+"""Images of every kind are decoded upright to RGB, or refused with a reason."""
+
 import struct
 import zlib
 
@@ -103,9 +105,15 @@ class TestLoad:
         upright = noise(40, 24, 3)
         # how the camera stored what the tag then turns upright: EXIF 2.3, 4.6.4, tag 274
         stored = {
-            1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1),
-            6: np.rot90(upright, 1), 7: np.rot90(upright, 2).swapaxes(0, 1), 8: np.rot90(upright, -1),
-        }[orientation]  # fmt: skip
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.swapaxes(0, 1),
+            6: np.rot90(upright, 1),
+            7: np.rot90(upright, 2).swapaxes(0, 1),
+            8: np.rot90(upright, -1),
+        }[orientation]
         exif = Image.Exif()
         exif[0x112] = orientation
         path = tmp_path / f"a.{suffix}"
@@ -299,7 +307,7 @@ class TestUnreadable:
         with pytest.raises(UnreadableImage, match="more than 2,000 pixels"):
             image_size(tmp_path / "a.png")
 
-    # Pillow warns of some damage that it gets over
+    # Pillow only warns of some damage
     @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize(
         "suffix", ["jpg", "png", "gif", "webp", "tif", "bmp", "avif", "tga", "ppm", "qoi"]

@@ -1,3 +1,5 @@
+"""Data preparation fills the caches with what they lack, and no more."""
+
 import os
 import shutil
 import time
@@ -12,7 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import load
 
 import fluxfast.data.encode as encode
-from fluxfast.data.buckets import apply, crop_rng, plan
+from fluxfast.data.buckets import apply, crop_rng, plan_crop
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.cache_index import Index, stamp
 from fluxfast.data.encode import EncoderSettings
@@ -40,7 +42,7 @@ def test_everything_is_cached_as_the_encoders_give_it(tmp_path, folder, settings
     for sample in dataset.samples:
         assert sample.target == ((64, 192) if "tall" in sample.file else (192, 64))
         img = load_image(folder / sample.file)
-        planned = plan(img.size, resolution=128, rng=crop_rng(0, dataset.id, sample.file))
+        planned = plan_crop(img.size, resolution=128, rng=crop_rng(0, dataset.id, sample.file))
         expected = vae.encode(
             to_tensor(apply(img, planned))[None], [int(sample.fingerprint[:15], 16)]
         )[0]
@@ -118,7 +120,7 @@ class TestRecomputation:
         assert encoders == (["text"], ["sks"], 0)
         self.start(tmp_path, settings, encoders, resolution=64)
         assert encoders == (["vae"], [], 6)
-        # back again: still there
+        # changed back: the old entries are still there
         self.start(tmp_path, settings, encoders)
         assert encoders == NOTHING
         # sampling has nothing to do with caches
@@ -159,7 +161,7 @@ class TestRecomputation:
         texts[0].write_bytes(b"")
         self.start(tmp_path, settings, encoders)
         assert (encoders.loaded, len(encoders.texts), encoders.images) == (["text", "vae"], 1, 2)
-        # to the bit, noise included
+        # the same bits, noise included
         assert torch.equal(load(latents[0].read_bytes())["latents"], kept)
         for damaged in (latents[0], latents[1], texts[0]):
             assert str(damaged) in caplog.text
@@ -170,7 +172,7 @@ class TestRecomputation:
         first = self.start(tmp_path, settings, encoders)
         whole = {path: path.read_bytes() for path in (tmp_path / "cache").glob("*/*.safetensors")}
         for number, (path, data) in enumerate(whole.items()):
-            # eight bytes, of which the index is told that nothing has happened
+            # eight bytes, while the index is made to believe that nothing changed
             middle = len(data) // 2 + number
             path.write_bytes(
                 data[:middle]
@@ -191,7 +193,7 @@ class TestRecomputation:
     def test_an_image_replaced_by_one_of_equal_size_and_time(
         self, tmp_path, folder, settings, encoders
     ):
-        # without compression, so that all are of one size
+        # without compression, so that all have the same size
         for number, name in enumerate(("a", "b")):
             photo(200, 100, 30 + number).save(folder / f"{name}.bmp")
         self.start(tmp_path, settings, encoders)

@@ -238,7 +238,7 @@ class TestUnusable:
         assert "train_batch_size 4 * gradient_accumulation_steps 5 = 20" in message
         assert 'Set "repeats": 3 (gives 24)' in message
         assert encoders == NOTHING
-        # what it says will do does, and one less doesn't
+        # the number that the message gives is enough, and one less is not
         assert prepare(config(tmp_path, repeats=3), settings, **options).datasets[0].repeats == 3
         assert '"repeats": 3' in self.error(tmp_path, settings, {"repeats": 2}, **options)
 

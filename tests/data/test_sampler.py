@@ -1,3 +1,5 @@
+"""Which samples each step trains on, over epochs, resumption and several datasets."""
+
 import json
 from collections import Counter
 

@@ -1,6 +1,4 @@
-"""Quantised text encoders: what they compute, what they keep, and that other embeddings are other
-cache entries.
-"""
+"""Quantised text encoders: what they compute and keep, and their own cache entries."""
 
 import pytest
 import torch

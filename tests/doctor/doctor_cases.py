@@ -27,7 +27,7 @@ def failed(found):
 
 
 class WrongNative:
-    """The native module but for some functions."""
+    """The native module, with some functions replaced by wrong ones."""
 
     def __init__(self, **wrong):
         self._right, self._wrong = dispatch.native, wrong
@@ -37,8 +37,9 @@ class WrongNative:
 
 
 def leaving_out_the_last_row(function, rows):
-    """A native function that computes a row less than it is asked for; `rows`: the place of their
-    number.
+    """A native function that computes a row less than asked.
+
+    `rows` is the position of the number of rows among its arguments.
     """
     return lambda *args: function(*args[:rows], args[rows] - 1, *args[rows + 1 :])
 

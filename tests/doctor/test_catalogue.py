@@ -1,4 +1,4 @@
-"""Which checks a scope has: on a GPU that is not there, too."""
+"""Which checks a scope has, also on a GPU that is not there."""
 
 import pytest
 import torch
@@ -37,10 +37,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """An H100 as far as anybody asks."""
+    """An H100, as far as the code asks."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("fluxfast.ops.attention._capability", lambda q: 9)
+    monkeypatch.setattr("fluxfast.ops.device.generation", lambda device: 9)
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     with FakeTensorMode():
         yield
@@ -61,7 +61,7 @@ def test_everything_on_a_gpu(gpu):
     checks = {check.name: check for check in checks_for(scope)}
     assert checks.keys() >= EXPECTED
     assert "attention, masked (flash)" not in checks
-    # what nobody takes by himself may be missing
+    # what `auto` never takes may be missing
     assert not checks["attention (cudnn)"].optional and checks["attention (flash)"].optional
     assert checks["copy"].assumed == pytest.approx(3350e9 * 0.9)
     assert checks["host to device"].assumed == pytest.approx(63e9 * 0.8)

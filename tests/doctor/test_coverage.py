@@ -1,5 +1,6 @@
-"""Nothing that a step launches on a GPU goes unchecked: both on meta tensors of full width, which
-launch nothing.
+"""Nothing that a step launches on a GPU goes unchecked.
+
+Step and checks run on meta tensors of full width, which launch nothing, and are compared.
 """
 
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxfast.doctor import attention_checks, format_checks, linear_checks, op_checks
+from fluxfast.doctor import attention_checks, format_checks, linear_checks, op_cases, op_checks
 from fluxfast.doctor.checks import Random
 from fluxfast.doctor.scope import SHORT_GPU, Scope
 from fluxfast.model.transformer import FluxTransformer
@@ -33,9 +34,7 @@ class MetaRandom(Random):
 
 
 def launches(run):
-    """What `run` launches: the kernel, and of each argument whether it is there, and a tensor's
-    dtype.
-    """
+    """The kernels that `run` launches, with each argument's dtype or whether it is None."""
     seen = set()
 
     def on_launch(kernel, args, numbers):
@@ -54,7 +53,7 @@ def launches(run):
 def checked(scope):
     """What the short form's comparisons launch."""
     with torch.no_grad():
-        for case in op_checks.op_cases(scope):
+        for case in op_cases.op_cases(scope):
             case.compute(
                 "triton",
                 case.inputs(
@@ -91,9 +90,14 @@ def test_every_launch_of_a_step_is_among_the_short_forms(monkeypatch, format, co
     )
     assert format is None or format in FORMATS
     scope = Scope(
-        device="meta", dtype="bfloat16", formats=(format or "plain",), computes=(compute,), adapter_dtype="bfloat16",
-        sizes=SHORT_GPU, short=True,
-    )  # fmt: skip
+        device="meta",
+        dtype="bfloat16",
+        formats=(format or "plain",),
+        computes=(compute,),
+        adapter_dtype="bfloat16",
+        sizes=SHORT_GPU,
+        short=True,
+    )
     # a block of each kind; its base may have linears that are not quantised
     plain = Scope(
         device="meta", dtype="bfloat16", adapter_dtype="bfloat16", sizes=SHORT_GPU, short=True

@@ -1,6 +1,4 @@
-"""Processes that check: what they answer, and what becomes of one that ends, hangs, can't start or
-has no device left.
-"""
+"""Processes that check: their answers, and what happens if one ends, hangs or can't start."""
 
 import sys
 from dataclasses import replace
@@ -133,7 +131,7 @@ def test_a_process_that_cannot_start_is_no_failure_of_what_it_would_have_checked
 
 
 def test_what_passed_is_timed_and_what_lacked_memory_is_tried_again(monkeypatch):
-    """Beside the others there was too little; alone there is enough."""
+    """There is too little memory beside the others, and enough alone."""
     asked = []
     fine = Outcome("a", "pass", error=0.1, bound=0.2, parts={"y": 0.1}, seconds=1.0)
 
@@ -154,16 +152,24 @@ def test_what_passed_is_timed_and_what_lacked_memory_is_tried_again(monkeypatch)
     monkeypatch.setattr(Pool, "run", answer)
     run, time = (lambda: None), (lambda: None)
     checks = [
-        Check("timed", run=run, time=time), Check("plain", run=run), Check("wrong", run=run, time=time),
-        Check("small", run=run, time=time), Check("rate", time=time), Check("impossible", run=run, obstacle="there is no GPU"),
-    ]  # fmt: skip
+        Check("timed", run=run, time=time),
+        Check("plain", run=run),
+        Check("wrong", run=run, time=time),
+        Check("small", run=run, time=time),
+        Check("rate", time=time),
+        Check("impossible", run=run, obstacle="there is no GPU"),
+    ]
     told = []
     found = run_checks(checks, scope(), 4, lambda outcome: told.append(outcome.name))
     assert [outcome.name for outcome in found] == [check.name for check in checks]
     assert sorted(told) == sorted(check.name for check in checks)
-    assert {name: (comparing, timing) for name, comparing, timing, workers in asked if workers == 1} == {
-        "timed": (False, True), "small": (True, True), "rate": (False, True),
-    }  # fmt: skip
+    assert {
+        name: (comparing, timing) for name, comparing, timing, workers in asked if workers == 1
+    } == {
+        "timed": (False, True),
+        "small": (True, True),
+        "rate": (False, True),
+    }
     timed, plain, wrong, small, rate, impossible = found
     assert (timed.error, timed.rate, timed.seconds) == (0.1, 5.0, 1.5)
     assert (plain.rate, wrong.status, small.status, rate.rate) == (None, "fail", "pass", 5.0)
@@ -171,9 +177,7 @@ def test_what_passed_is_timed_and_what_lacked_memory_is_tried_again(monkeypatch)
 
 
 def test_a_real_process(one_thread):
-    """Over its pipe come the same numbers as in this process; what libraries print does not come
-    between.
-    """
+    """Its answers have the same numbers as in this process, whatever libraries print."""
     of = scope()
     checks = [check for check in checks_for(of) if check.name.startswith(("gelu", "attention"))]
     here, there = run_checks(checks, of, 0), run_checks(checks, of, 1)

@@ -31,7 +31,7 @@ def cache(monkeypatch, tmp_path):
 
 def settle(of):
     said = []
-    startup.settle(of, said.append)
+    startup.ensure_checked(of, said.append)
     return said
 
 
@@ -77,7 +77,7 @@ def test_outcomes_are_kept_whole(cache):
         path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )["outcomes"]
     kept = [Outcome.from_json(entry["outcome"]) for entry in entries]
-    # a rate is measured anew, and so is what could not be looked at
+    # rates are measured again, and so is what could not be checked
     assert kept[0] == outcomes[0] and str(kept[1]) == str(outcomes[1]) and kept[2:] == [lacking]
 
 
@@ -138,7 +138,7 @@ def test_the_first_run_checks_and_the_second_does_not(monkeypatch):
 def test_another_mode_is_checked_when_it_comes():
     settle(scope())
     (line,) = settle(scope(formats=("nf4",)))
-    # nothing of what is known already: five products, and the decoder and the quantiser
+    # only what is new: five products, the decoder and the quantiser
     assert line.startswith("7 of 7 checks")
 
 

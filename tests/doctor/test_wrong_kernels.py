@@ -1,6 +1,4 @@
-"""What is right passes; a kernel, a decoder, a back end, a graph or a copy that was made wrong is
-found, and named.
-"""
+"""What is right passes; a wrong kernel, decoder, back end, graph or copy is found and named."""
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from fluxfast.doctor import model_checks
 from fluxfast.doctor.scope import PLAIN
 from fluxfast.memory.engine import Engine
 from fluxfast.model.graphs import StepGraphs
-from fluxfast.ops import attention, dispatch
+from fluxfast.ops import attention, dispatch, gated_residual
 from fluxfast.ops.linear import group
 from fluxfast.quant import FORMATS
 from graph_emulator import capture, see_every_op
@@ -51,7 +49,7 @@ def test_everything_passes_and_has_a_rate():
     assert all(
         outcome.rate > 0 and outcome.unit for outcome in passed if "layer norm" in outcome.name
     )
-    # what the native module has no code for is said, not passed over in silence
+    # what the native module has no code for is reported as not checked
     skipped = {outcome.cause for outcome in found.values() if outcome.status == "not checked"}
     assert skipped == {"the native module doesn't route tokens"}
 
@@ -84,7 +82,7 @@ def test_a_native_kernel_that_leaves_out_a_row(monkeypatch, function, rows, op):
 
 
 def test_a_gradient_that_is_slightly_off(monkeypatch):
-    """A thousandth of one result: the worst of a check's results is named."""
+    """One result is off by a thousandth: the worst of a check's results is named."""
     from fluxfast.ops import modulated_layer_norm
 
     right = modulated_layer_norm._backward_native
@@ -208,24 +206,17 @@ def test_attention_to_a_token_that_is_not_there(monkeypatch):
 
 
 def test_blocks_that_forget_a_residual(monkeypatch):
-    """Every op is right, and what is made of them is not."""
-    from fluxfast.model import single_block
-
+    """Every op is right, but the block made of them is wrong."""
     blocks = {"short": False, "formats": ("int8",), "computes": ("same", "int8"), "rank": 3}
     assert not failed(outcomes(scope(**blocks), only="blocks"))
-    right = single_block.gated_residual.forward
-    monkeypatch.setattr(
-        single_block.gated_residual, "forward", lambda x, *args, **kw: right(0 * x, *args, **kw)
-    )
+    right = gated_residual.forward
+    monkeypatch.setattr(gated_residual, "forward", lambda x, *args, **kw: right(0 * x, *args, **kw))
     found = outcomes(scope(**blocks), only="blocks")
     assert {(outcome.what, outcome.way) for outcome in found.values()} == {
         ("a fused block", "native"),
         ("compute", "int8"),
     }
     assert failed(found) == found.keys()
-
-
-# ---- graphs and streams ------------------------------------------------------------------------------------------------------
 
 
 def with_graphs(monkeypatch, make_capture):

@@ -1,4 +1,4 @@
-"""What an accelerated diffusers model still is: the same object, to whoever looks at it."""
+"""An accelerated diffusers model is still the same object, however it is looked at."""
 
 import copy
 import inspect
@@ -130,7 +130,7 @@ def test_adapters_come_and_go():
     both("merged", lambda m: m.fuse_lora())
     both("unmerged", lambda m: m.unfuse_lora())
     both("deleted", lambda m: m.delete_adapters(["a", "b"]))
-    # merging and taking it back change nothing, everything else does
+    # only merging and unmerging change nothing
     for i, (before, after) in enumerate(itertools.pairwise(seen)):
         assert i in (6, 7) or relative_error(after, before) > 1e-3, i
 
@@ -226,7 +226,7 @@ def test_backends_projections_and_control_residuals():
     ):
         for model in (host, ours):
             do(model)
-            # a projection that is fused anew would train
+            # projections that are fused later would train
             model.requires_grad_(False)
         assert relative_error(output(ours, **residuals), output(host, **residuals)) < FP32
         assert all(block.fused for block in fluxfast.dropin.inspect(ours).blocks)
@@ -294,9 +294,7 @@ def test_report_says_what_and_why():
 
 
 def test_diffusers_own_machinery():
-    """What diffusers hangs on blocks by class and on modules by hook: caches, casts of layers,
-    offload.
-    """
+    """diffusers' caches, layer casts and offload, which work by a block's class or by hooks."""
     inputs = make_inputs(1, 3, 4, guidance=False)
     for use in (
         lambda m: m.enable_cache(FirstBlockCacheConfig(threshold=0.0)),

@@ -1,6 +1,4 @@
-"""Outputs, LoRA gradients and trained LoRA tensors of accelerated hosts beside the same hosts left
-alone.
-"""
+"""Outputs, LoRA gradients and trained LoRAs equal those of the same hosts left alone."""
 
 from functools import partial
 
@@ -11,7 +9,6 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from dropin_hosts import (
     ATTENTION,
     FP32,
-    OlderFlux,
     add_lora,
     assert_equal,
     diffusers_host,
@@ -20,6 +17,7 @@ from dropin_hosts import (
     pair,
     randomise_trained,
 )
+from host_of_simpletuner import OlderFlux
 from peft import LoKrConfig
 from torch.utils.checkpoint import checkpoint
 
@@ -51,7 +49,7 @@ def checkpointing(model, how):
 @pytest.mark.parametrize("how", [None, "default", "function", "reentrant"])
 @pytest.mark.parametrize("before", [True, False])
 def test_peft_lora_and_checkpointing(inputs, how, before):
-    """LoRA injected before or after, whatever function the host checkpoints with."""
+    """LoRA is injected before or after, with any function that the host checkpoints with."""
     host, ours = pair(diffusers_host, guidance_embeds=True)
     inputs = make_inputs(2, 3, 5)
     if before:
@@ -61,7 +59,7 @@ def test_peft_lora_and_checkpointing(inputs, how, before):
         model.train()
         checkpointing(model, how)
         if how == "reentrant":
-            # it hands on gradients only where an input asks for one
+            # it passes gradients on only if an input requires one
             model.x_embedder.register_forward_hook(lambda module, args, out: out.requires_grad_())
             model.context_embedder.register_forward_hook(
                 lambda module, args, out: out.requires_grad_()
@@ -85,9 +83,7 @@ def test_recompute_policies(inputs, policy, how):
 
 
 def test_a_checkpoint_does_not_compute_a_block_twice(inputs):
-    """What the host's checkpoint would recompute as a whole, the block recomputes by its own
-    policy, once.
-    """
+    """The block recomputes by its own policy, once, what the host's checkpoint would recompute."""
     _, ours = pair(diffusers_host)
     add_lora(ours)
     ours.enable_gradient_checkpointing()
@@ -150,7 +146,7 @@ def test_ip_adapter(inputs):
 
 
 class ListOf(torch.nn.Module):
-    """What diffusers' loader puts around image projections: one result an adapter."""
+    """What diffusers' loader puts around image projections: one result for each adapter."""
 
     def __init__(self, inner):
         super().__init__()
@@ -189,9 +185,7 @@ def mixed(model):
 @pytest.mark.parametrize("inject", [dora, lokr, bias_in_b, dropped, mixed])
 @pytest.mark.parametrize("how", [None, "default"])
 def test_what_is_no_plain_lora_is_computed_by_its_module(inputs, inject, how):
-    """With dropout too: the modules are called in diffusers' order, so that the same seed gives the
-    same masks.
-    """
+    """The modules are called in diffusers' order, so the same seed gives the same dropout masks."""
     host, ours = pair(diffusers_host)
     for model in (host, ours):
         torch.manual_seed(0)
@@ -248,9 +242,7 @@ def test_16_bits(inputs, dtype, matrix_unit):
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inject", [add_lora, dora])
 def test_autocast(inputs, storage, inject, matrix_unit):
-    """As accelerate and diffusers' scripts run: adapters in fp32, the base in fp32 or bf16, both
-    under autocast.
-    """
+    """Adapters in fp32, the base in fp32 or bf16, and both under autocast, as scripts run them."""
     host, ours = pair(diffusers_host, storage)
     for model in (host, ours):
         inject(model)
@@ -323,7 +315,7 @@ def test_routes_drop_tokens_in_training_only(inputs):
     for how in (None, "default"):
         checkpointing(mine, how)
         checkpointing(ours, how)
-        # both draw anew from the same seed
+        # both draw again from the same seed
         mine.set_routes(routes, seed=3)
         fluxfast.accelerate(ours, tread={"routes": routes}, seed=3)
         assert_equal(mine.train(), ours, inputs)

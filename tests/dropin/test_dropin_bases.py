@@ -1,6 +1,4 @@
-"""Bases that other libraries have quantised: read where they lie, computed as their own modules
-compute.
-"""
+"""Bases that other libraries have quantised are read in place, and give their modules' results."""
 
 import types
 
@@ -26,7 +24,7 @@ INT8 = 5e-2
 
 
 def quantised(convert):
-    """The small model with the linears of its blocks converted: out of place, by name."""
+    """The small model with the linears of its blocks converted, found by name."""
     model = diffusers_host(torch.bfloat16)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and "blocks." in name:
@@ -153,7 +151,7 @@ def tensors_of(module):
 
 
 def test_a_plain_bfloat16_base_is_left_to_a_matrix_unit(monkeypatch):
-    """Only a plain one: what has to be decoded is decoded once here, and in every product there."""
+    """Only a plain base: a quantised one is decoded once here, and in every product there."""
     for unit, base in ((True, "its own"), (True, "quanto int8"), (False, "its own")):
         monkeypatch.setattr("fluxfast.dropin.cpu.has_matrix_unit", lambda unit=unit: unit)
         model = quantised((lambda linear: linear) if base == "its own" else BASES[base][0]())

@@ -1,6 +1,4 @@
-"""What becomes of calls that an accelerated block leaves to its host: counted, named once, an error
-where asked for.
-"""
+"""Calls that an accelerated block leaves to its host: counted, named once, an error if asked."""
 
 import copy
 import pickle
@@ -9,26 +7,12 @@ import warnings
 
 import pytest
 import torch
-from dropin_hosts import (
-    FP32,
-    Flux,
-    OlderFlux,
-    add_lora,
-    assert_equal,
-    diffusers_host,
-    inject_peft,
-    pair,
-)
-from torch import nn
+from dropin_cases import counts, every_kind, hosts, other_kinds, output, single_blocks
+from dropin_hosts import FP32, assert_equal, inject_peft
 
 import fluxfast
-from fluxfast.dropin.arguments import arguments, signature_of
 from fluxfast.dropin.calls import CallLog, Notices
 from support import make_inputs, relative_error
-
-HOSTS = {"diffusers": diffusers_host, "concatenated": OlderFlux, "bfl": Flux}
-every_layout = pytest.mark.parametrize("layout", HOSTS)
-other_layouts = pytest.mark.parametrize("layout", ["concatenated", "bfl"])
 
 
 @pytest.fixture(scope="module")
@@ -36,99 +20,10 @@ def inputs():
     return make_inputs(2, 3, 5, guidance=False)
 
 
-def hosts(layout):
-    torch.manual_seed(0)
-    return pair(lambda: HOSTS[layout]().requires_grad_(False))
-
-
-def output(model, inputs):
-    with torch.no_grad():
-        out = model(**inputs)
-    return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def counts(report):
-    return tuple(report.calls(how) for how in ("fused", "composed", "host"))
-
-
-def single_blocks(model):
-    return model.single_blocks if isinstance(model, Flux) else model.single_transformer_blocks
-
-
-# ---- which arguments say anything -------------------------------------------------------------------------------------------
-
-
-def block(
-    self, x, vec, mask=None, flag=False, scale=1.0, sizes=(1, 2), extra=None, *, mode="a"
-): ...
-
-
-def open_block(self, x, vec, mask=None, **more): ...
-
-
-SAME_AS_DEFAULT = [
-    {"mask": None},
-    {"flag": False},
-    {"scale": 1},
-    {"sizes": (1, 2)},
-    {"extra": {}},
-    {"extra": []},
-    {"mode": "a"},
-    {"mask": None, "flag": False, "scale": 1.0, "sizes": (1, 2), "extra": None, "mode": "a"},
-]
-
-
-@pytest.mark.parametrize("given", SAME_AS_DEFAULT)
-def test_an_argument_at_its_default_says_nothing(given):
-    signature = signature_of(block)
-    by_name = arguments(signature, ("x",), {"vec": "v", **given}, frozenset({"x", "vec"}))
-    assert by_name == ({"x": "x", "vec": "v"}, None, "")
-    order = ["mask", "flag", "scale", "sizes", "extra"]
-    positional = [given.get(name, signature.defaults[name]) for name in order]
-    named = {name: value for name, value in given.items() if name not in order}
-    assert arguments(signature, ("x", "v", *positional), named, frozenset({"x", "vec"})) == by_name
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ({"flag": True}, "flag=True"),
-        ({"scale": 0.5}, "scale=0.5"),
-        ({"sizes": (1, 3)}, "sizes=(1, 3)"),
-        ({"sizes": None}, "sizes=None"),
-        ({"extra": {"a": None}}, "extra={'a': None}"),
-        ({"mask": torch.ones(2, 7)}, "mask=a tensor [2, 7] of torch.float32"),
-        ({"mode": "b"}, "mode='b'"),
-    ],
-)
-def test_any_other_value_is_the_hosts_affair(given, shown):
-    known, because, value = arguments(
-        signature_of(block), ("x", "v"), given, frozenset({"x", "vec"})
-    )
-    assert (
-        not known
-        and because == f"only the host knows its argument {shown.partition('=')[0]}"
-        and value == shown
-    )
-
-
-def test_arguments_that_no_signature_has():
-    x, v, known = "x", "v", frozenset({"x", "vec"})
-    assert arguments(signature_of(block), (x, v), {"other": None}, known).because
-    assert arguments(signature_of(block), (x, v), {"x": x}, known).because
-    assert arguments(signature_of(block), (x, v, *range(9)), {}, known).because
-    # a host that takes anything by name finds None where nothing is given
-    assert arguments(signature_of(open_block), (x, v), {"other": None}, known).because is None
-    assert arguments(signature_of(open_block), (x, v), {"other": False}, known).because
-
-
-# ---- what a host calls its blocks with --------------------------------------------------------------------------------------
-
-
-@other_layouts
+@other_kinds
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_a_host_that_passes_its_defaults_is_fused(inputs, layout, checkpointed):
-    host, ours = hosts(layout)
+def test_a_host_that_passes_its_defaults_is_fused(inputs, kind, checkpointed):
+    host, ours = hosts(kind)
     for model in (host, ours):
         inject_peft(model)
         model.train()
@@ -149,12 +44,12 @@ OPTIONS = {
 }
 
 
-@other_layouts
+@other_kinds
 @pytest.mark.parametrize("number", range(3))
-def test_an_argument_that_only_the_host_knows(inputs, layout, number):
-    host, ours = hosts(layout)
+def test_an_argument_that_only_the_host_knows(inputs, kind, number):
+    host, ours = hosts(kind)
     report = fluxfast.accelerate(ours)
-    ours.options = {**ours.options, **OPTIONS[layout][number]}
+    ours.options = {**ours.options, **OPTIONS[kind][number]}
     name, value = next(
         (name, v)
         for name, v in ours.options.items()
@@ -191,14 +86,14 @@ def test_an_argument_that_only_the_host_knows(inputs, layout, number):
     assert counts(report) == (0, 0, 0)
 
 
-@other_layouts
-def test_fallbacks_are_counted_by_reason(inputs, layout):
-    _, ours = hosts(layout)
+@other_kinds
+def test_fallbacks_are_counted_by_reason(inputs, kind):
+    _, ours = hosts(kind)
     report = fluxfast.accelerate(ours)
     output(ours, inputs)
     single_blocks(ours)[1].register_forward_hook(lambda *_: None)
     act = single_blocks(ours)[0]
-    act = act.mlp_act if layout == "bfl" else act.act_mlp
+    act = act.mlp_act if kind == "bfl" else act.act_mlp
     handle = act.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="GELU is called as a module: it has hooks"):
         output(ours, inputs)
@@ -211,159 +106,10 @@ def test_fallbacks_are_counted_by_reason(inputs, layout):
     ) and "1 call in 1 block ran by the host's own forward" in str(report)
 
 
-# ---- every way off the fused path -------------------------------------------------------------------------------------------
-
-
-def other_processor(model):
-    processor = model.transformer_blocks[0].attn.processor
-    model.transformer_blocks[0].attn.set_processor(type("Other", (type(processor),), {})())
-
-
-def hook_on_attention(model):
-    model.transformer_blocks[0].attn.register_forward_pre_hook(lambda *_: None)
-
-
-def hook_on_norm(model):
-    model.transformer_blocks[0].norm2.register_forward_hook(lambda *_: None)
-
-
-def hook_on_linear(model):
-    model.transformer_blocks[0].ff.net[2].register_forward_hook(lambda *_: None)
-
-
-def hook_on_dropout(model):
-    model.transformer_blocks[0].attn.to_out[1].register_forward_hook(lambda *_: None)
-
-
-def exact_gelu(model):
-    model.single_transformer_blocks[0].act_mlp = nn.GELU()
-
-
-def other_norm(model):
-    class Norm(nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x) * 1.5
-
-    dim = model.transformer_blocks[0].norm2.normalized_shape
-    model.transformer_blocks[0].norm2 = Norm(dim, elementwise_affine=False, eps=1e-6)
-
-
-def norm_with_weights(model):
-    model.transformer_blocks[0].norm2 = nn.LayerNorm(
-        model.transformer_blocks[0].norm2.normalized_shape, eps=1e-6
-    )
-    with torch.no_grad():
-        model.transformer_blocks[0].norm2.weight.fill_(1.5)
-    model.requires_grad_(False)
-
-
-def dora(model):
-    add_lora(model, use_dora=True, targets=["to_q"])
-
-
-def dora_on_modulation(model):
-    add_lora(model, use_dora=True, targets=["norm1.linear"])
-
-
-def trained_base(model):
-    model.transformer_blocks[0].ff.net[2].requires_grad_(True)
-
-
-def trained_norm(model):
-    model.transformer_blocks[0].attn.norm_q.requires_grad_(True)
-
-
-WAYS_OFF = {
-    other_processor: ("composed", "its attention processor is Other"),
-    hook_on_attention: ("composed", "its FluxAttention is called as a module: it has hooks"),
-    hook_on_norm: ("host", "its LayerNorm is called as a module: it has hooks"),
-    hook_on_linear: ("composed", "a linear of it is called by its module: it has hooks"),
-    hook_on_dropout: ("composed", "its Dropout is called as a module: it has hooks"),
-    exact_gelu: ("host", "its GELU is not the module that FLUX.1 has there"),
-    other_norm: ("host", "its Norm is not the module that FLUX.1 has there"),
-    norm_with_weights: ("host", "its LayerNorm is not the module that FLUX.1 has there"),
-    dora: ("composed", "is no plain LoRA but DoraLinearVariant"),
-    dora_on_modulation: ("module", "is no plain LoRA but DoraLinearVariant"),
-    trained_base: ("composed", "its base is trained"),
-    trained_norm: ("composed", "an RMS norm of its q or k is trained"),
-}
-
-
-@pytest.mark.parametrize("change", WAYS_OFF)
-def test_every_way_off_the_fused_path_is_seen(inputs, change):
-    how, because = WAYS_OFF[change]
-    host, ours = hosts("diffusers")
-    report = fluxfast.accelerate(ours)
-    for model in (host, ours):
-        torch.manual_seed(0)
-        change(model)
-    with pytest.warns(UserWarning, match="fluxfast: ") as caught:
-        assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
-    messages = [str(w.message) for w in caught if str(w.message).startswith("fluxfast")]
-    assert len(messages) == 1 and because in messages[0]
-    seen = {key: calls for one in report.blocks for key, calls in one.calls.fallbacks().items()}
-    ((way, reason),) = seen
-    assert way == how and because in reason and reason in str(report)
-    # a modulation is no block's own: its block is fused beside it
-    assert report.calls("fused") == 5 - (
-        0 if how == "module" else len([b for b in report.blocks if b.calls.count(how)])
-    )
-    # what is there already is an error at once, and the model is as it was
-    with pytest.raises(ValueError, match=r"strict=True.*would not run fused"):
-        fluxfast.accelerate(ours, strict=True)
-    with pytest.raises(ValueError, match="call fluxfast"):
-        fluxfast.dropin.inspect(ours)
-    assert torch.equal(output(ours, inputs), output(host, inputs))
-    # what comes later is one in the call
-    _, later = hosts("diffusers")
-    fluxfast.accelerate(later, strict=True)
-    change(later)
-    with pytest.raises(ValueError, match=r"strict=True.*blocks\.0 would run"):
-        output(later, inputs)
-
-
-def test_a_block_without_positions_is_the_hosts(inputs):
-    host, ours = hosts("diffusers")
-    report = fluxfast.accelerate(ours)
-    x, txt, vec = torch.randn(1, 12, 64), torch.randn(1, 7, 64), torch.randn(1, 64)
-
-    def blocks(model):
-        with torch.no_grad():
-            return [
-                *model.transformer_blocks[0](x, txt, vec),
-                *model.single_transformer_blocks[0](x, txt, vec),
-            ]
-
-    with pytest.warns(UserWarning, match="without image_rotary_emb"):
-        actual = blocks(ours)
-    assert all(map(torch.equal, actual, blocks(host))) and counts(report) == (0, 0, 2)
-
-
-def test_a_vector_for_each_token_is_the_hosts():
-    """What only the host's own modulation can take: the host runs, and says what it has to say."""
-    _, ours = hosts("bfl")
-    report = fluxfast.accelerate(ours)
-    pe = torch.eye(2).expand(1, 1, 12, 16, 2, 2)
-    with pytest.warns(UserWarning, match="its vec is of each token"), pytest.raises(RuntimeError):
-        ours.single_blocks[0](torch.randn(1, 12, 64), torch.randn(1, 5, 64), pe)
-    assert counts(report) == (0, 0, 1)
-
-
-def test_joint_attention_kwargs(inputs):
-    _, ours = hosts("diffusers")
-    report = fluxfast.accelerate(ours)
-    for nothing in (None, {}, {"attention_mask": None}, {"other": None}):
-        output(ours, {**inputs, "joint_attention_kwargs": nothing})
-    assert counts(report) == (20, 0, 0)
-    with pytest.warns(UserWarning, match=r"joint_attention_kwargs \['other'\]"):
-        output(ours, {**inputs, "joint_attention_kwargs": {"other": 1}})
-    assert counts(report) == (20, 5, 0)
-
-
-@every_layout
-def test_a_matrix_unit_is_a_reason_too(inputs, layout, monkeypatch):
+@every_kind
+def test_a_matrix_unit_is_a_reason_too(inputs, kind, monkeypatch):
     monkeypatch.setattr("fluxfast.dropin.cpu.has_matrix_unit", lambda: True)
-    _, ours = hosts(layout)
+    _, ours = hosts(kind)
     report = fluxfast.accelerate(ours, strict=True)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="matrix unit"):
         output(ours, inputs)
@@ -376,9 +122,6 @@ def test_a_matrix_unit_is_a_reason_too(inputs, layout, monkeypatch):
         fluxfast.accelerate(ours, strict=True)
 
 
-# ---- whose counts they are --------------------------------------------------------------------------------------------------
-
-
 def test_each_model_has_counts_and_warnings_of_its_own(inputs):
     _, ours = hosts("concatenated")
     first = fluxfast.accelerate(ours)
@@ -389,7 +132,7 @@ def test_each_model_has_counts_and_warnings_of_its_own(inputs):
         with pytest.warns(UserWarning, match="offload=True"):
             output(model, inputs)
     assert [counts(report) for report in (first, *reports)] == [(0, 0, 5)] * 4
-    # anew: from none, and said again
+    # a new accelerate: counts begin at zero, and warnings come again
     second = fluxfast.accelerate(ours)
     with pytest.warns(UserWarning, match="offload=True"):
         output(ours, inputs)
@@ -432,9 +175,9 @@ def test_a_forward_that_was_replaced_before_is_said_to_be_uncounted(inputs):
     assert counts(report) == (4, 0, 0) and "the calls of 1 block are unknown" in str(report)
 
 
-@every_layout
-def test_compiled_blocks_are_ours_and_not_counted(inputs, layout):
-    host, ours = hosts(layout)
+@every_kind
+def test_compiled_blocks_are_ours_and_not_counted(inputs, kind):
+    host, ours = hosts(kind)
     report = fluxfast.accelerate(ours, strict=True)
     torch._dynamo.reset()
     # strict and a full graph: neither the host's forward nor the counting may be in it

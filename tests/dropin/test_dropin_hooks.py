@@ -1,6 +1,4 @@
-"""Hooks that change a module's weights for the length of its call, and weights in dtypes that
-nothing multiplies by.
-"""
+"""Hooks that change weights during a call, and weights in dtypes that nothing multiplies."""
 
 import pytest
 import torch
@@ -9,8 +7,6 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook, apply_layerwise_casting
 from dropin_hosts import (
     FP32,
-    Flux,
-    OlderFlux,
     add_lora,
     diffusers_host,
     inject_peft,
@@ -18,6 +14,8 @@ from dropin_hosts import (
     outputs_and_grads,
     pair,
 )
+from host_of_sd_scripts import Flux
+from host_of_simpletuner import OlderFlux
 
 import fluxfast
 from support import make_inputs, relative_error
@@ -38,9 +36,7 @@ def with_lora(make):
 
 
 class Elsewhere:
-    """A module's weights, which are NaN but for the length of its calls: whoever reads them at any
-    other time is found out.
-    """
+    """Makes a module's weights NaN outside its calls, so that reading them then is noticed."""
 
     def __init__(self, module):
         self.kept = {p: p.data.clone() for p in module.parameters(recurse=False)}
@@ -100,17 +96,17 @@ def by_replacement(module, weights):
 
 
 def leaves(model):
-    """Every module of the blocks that has weights of its own: linears, adapters' linears, norms."""
+    """Every module of the blocks that has weights: linears, adapters' linears, norms."""
     blocks = [m for m in model.modules() if type(m).__name__.endswith("Block")]
     assert len(blocks) == 5
     return [m for block in blocks for m in block.modules() if list(m.parameters(recurse=False))]
 
 
-@pytest.mark.parametrize("layout", HOSTS)
+@pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("hang", [by_torch, by_diffusers, by_accelerate, by_replacement])
 @pytest.mark.parametrize("which", ["all", "linears", "norms"])
-def test_weights_that_are_there_for_the_length_of_a_call(layout, hang, which):
-    host, ours = pair(lambda: with_lora(HOSTS[layout]))
+def test_weights_that_are_there_for_the_length_of_a_call(kind, hang, which):
+    host, ours = pair(lambda: with_lora(HOSTS[kind]))
     report = fluxfast.accelerate(ours)
     inputs = make_inputs(2, 3, 5, guidance=False)
     with torch.no_grad():
@@ -134,7 +130,7 @@ def test_weights_that_are_there_for_the_length_of_a_call(layout, hang, which):
 
 
 def test_what_hooks_leave_behind_is_no_hook():
-    """accelerate and diffusers put a bound forward back where none was."""
+    """accelerate and diffusers leave a bound forward where none was."""
     host, ours = pair(lambda: with_lora(diffusers_host))
     block = ours.transformer_blocks[0]
     for module in (*leaves(ours), block):
@@ -166,9 +162,7 @@ CASTS = [
 @pytest.mark.parametrize("adapters", ["apart", "cast too"])
 @pytest.mark.parametrize("before", [True, False])
 def test_layerwise_casting_with_lora(storage, compute, tolerance, adapters, before):
-    """Forward and gradients; diffusers' method leaves adapters as they are, its function casts them
-    as well.
-    """
+    """diffusers' method leaves adapters as they are; its function casts them too."""
     host, ours = pair(lambda: with_lora(diffusers_host).to(compute))
     if before:
         fluxfast.accelerate(ours)
@@ -213,9 +207,7 @@ def test_layerwise_casting_with_lora(storage, compute, tolerance, adapters, befo
 @pytest.mark.parametrize("lora", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_base_in_float8_under_autocast(lora, policy):
-    """As sd-scripts trains with fp8_base: the blocks' weights in 8 bits, norms' too, the adapters
-    in 16 or 32.
-    """
+    """As sd-scripts trains with fp8_base: blocks and norms in 8 bits, adapters in 16 or 32."""
     host, ours = pair(lambda: with_lora(Flux))
     for model in (host, ours):
         for name, p in model.named_parameters():

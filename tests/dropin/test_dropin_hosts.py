@@ -1,18 +1,10 @@
-"""The three layouts, with LoRA by PEFT and by forward replacement, checkpointed or not, beside the
-same hosts left alone.
-"""
+"""Hosts of each kind, with LoRA of both kinds, checkpointed or not, beside hosts left alone."""
 
 import pytest
 import torch
-from dropin_hosts import (
-    Flux,
-    OlderFlux,
-    assert_equal,
-    diffusers_host,
-    inject_peft,
-    pair,
-    replace_forwards,
-)
+from dropin_hosts import assert_equal, diffusers_host, inject_peft, pair, replace_forwards
+from host_of_sd_scripts import Flux
+from host_of_simpletuner import OlderFlux
 
 import fluxfast
 from support import make_inputs
@@ -30,11 +22,11 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize("layout", HOSTS)
+@pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_lora_by_forward_replacement(inputs, layout, before, checkpointed):
-    make, names = HOSTS[layout]
+def test_lora_by_forward_replacement(inputs, kind, before, checkpointed):
+    make, names = HOSTS[kind]
     torch.manual_seed(0)
     host, ours = pair(lambda: make().requires_grad_(False))
     networks = {}
@@ -46,7 +38,7 @@ def test_lora_by_forward_replacement(inputs, layout, before, checkpointed):
         if checkpointed:
             checkpoint_host(model)
     report = fluxfast.accelerate(ours)
-    assert report.layout == layout and report.count("module") == len(report.linears)
+    assert report.layout == kind and report.count("module") == len(report.linears)
     assert_equal(
         host, ours, inputs, trained=lambda model: dict(networks[id(model)].named_parameters())
     )
@@ -62,12 +54,12 @@ def checkpoint_host(model):
         model.enable_gradient_checkpointing()
 
 
-@pytest.mark.parametrize("layout", ["concatenated", "bfl"])
+@pytest.mark.parametrize("kind", ["concatenated", "bfl"])
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize("variant", ["plain", "per_sample", "mask"])
-def test_other_layouts(inputs, layout, checkpointed, variant):
+def test_other_hosts(inputs, kind, checkpointed, variant):
     torch.manual_seed(0)
-    host, ours = pair(lambda: HOSTS[layout][0]().requires_grad_(False))
+    host, ours = pair(lambda: HOSTS[kind][0]().requires_grad_(False))
     more = {}
     for model in (host, ours):
         inject_peft(model)
@@ -76,12 +68,12 @@ def test_other_layouts(inputs, layout, checkpointed, variant):
         if checkpointed:
             checkpoint_host(model)
     report = fluxfast.accelerate(ours)
-    assert report.layout == layout and all(block.fused for block in report.blocks)
+    assert report.layout == kind and all(block.fused for block in report.blocks)
     if variant == "mask":
         keep = torch.ones(2, 7)
         keep[0, 3:] = 0
         more = {"txt_attention_mask": keep}
-        if layout == "concatenated":
+        if kind == "concatenated":
             hidden = torch.nn.functional.pad(keep, (0, 15), value=1.0)[:, None, None] == 0
             more = {"attention_mask": torch.zeros(2, 1, 1, 22).masked_fill(hidden, -1e9)}
     assert_equal(host, ours, inputs | more)

@@ -1,4 +1,4 @@
-"""An accelerated model minds what a check has found on this machine."""
+"""An accelerated model avoids what failed its check on this machine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The examples run, on tiny models, and leave LoRAs that are the plain host's."""
+"""The examples run on tiny models, and leave LoRAs equal to the plain host's."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs an example as a script in a folder of its own; returns what it printed."""
+    """Run an example as a script in a folder of its own; returns what it printed."""
 
     def run(script, *args):
         monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
-"""A small model to stream, and engines that show what a real device would hide: stale reads, early
-reads, broken copies.
+"""A small model to stream, and engines that show what a real device would hide.
+
+They show stale reads, early reads and broken copies.
 """
 
 import random
@@ -19,7 +20,7 @@ ROUTES = [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 3}]
 
 
 class LateEngine(Engine):
-    """A copy leaves garbage (0xff: NaN in every float) behind until somebody waits for it."""
+    """A copy leaves garbage (0xff, NaN in every float) until somebody waits for it."""
 
     def __init__(self):
         super().__init__(torch.device("cpu"))
@@ -45,7 +46,7 @@ class LateEngine(Engine):
 
 
 class SlowEngine(LateEngine):
-    """The same, and each copy takes some time to be given."""
+    """The same, and each copy takes a while to issue."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -57,7 +58,7 @@ class SlowEngine(LateEngine):
 
 
 class FailingEngine(LateEngine):
-    """Copy number `at`, counted from 0, raises, once."""
+    """Copy number `at`, counted from 0, raises once."""
 
     def __init__(self, at):
         super().__init__()
@@ -71,7 +72,7 @@ class FailingEngine(LateEngine):
 
 
 def make_model(format=None, routes=None, checkpointing=False):
-    """Frozen base, packed as a run's is; LoRA of nonzero B on linears of all kinds."""
+    """A frozen base, packed as a run's is, and LoRA with nonzero B on linears of all kinds."""
     model = small_flux(format, TARGETS)
     pack_groups(model)
     if routes:
@@ -86,9 +87,7 @@ def blocks_of(model):
 
 
 def stream(model, engine=None, poison=True, **options):
-    """Stream a model's blocks. poison: what the tensors hold between uses is garbage, as nobody may
-    read it.
-    """
+    """Stream a model's blocks; with `poison` the tensors hold garbage between uses."""
     made = BlockStream(blocks_of(model), engine or LateEngine(), **options)
     made.watch(model)
     if poison:
@@ -96,12 +95,12 @@ def stream(model, engine=None, poison=True, **options):
             block.host = [
                 torch.full_like(view.view(torch.uint8), 255).view(view.dtype) for view in block.host
             ]
-            block.layout.point_at(block.host)
+            block.bytes.point_at(block.host)
     return made
 
 
 def step(model, seed=0):
-    """Loss and gradients of a batch; the model's gradients are left as they were found."""
+    """Loss and gradients of a batch; the model's own gradients are restored."""
     if model.router is not None:
         model.router.generator.manual_seed(seed)
     out = model(**make_inputs(2, 3, 4, seed=seed)).sample

@@ -1,6 +1,4 @@
-"""Blocks' inputs in host memory: the same values in any order, and no buffer taken twice or for
-ever.
-"""
+"""Blocks' inputs in host memory: right in any order, and buffers are neither shared nor lost."""
 
 import random
 
@@ -21,7 +19,7 @@ def test_what_is_kept_comes_back(shape, dtype):
     inputs.keep(torch.zeros_like(x))
     back = inputs.fetch(kept)
     assert back.dtype == dtype and torch.equal(back, x)
-    # again, as where a graph is kept
+    # once more, as with retain_graph=True
     assert torch.equal(inputs.fetch(kept), x)
 
 
@@ -44,7 +42,7 @@ def test_it_does_not_matter_what_becomes_of_the_tensor_it_came_from():
     x = torch.randn(3)
     # the last one may still be the tensor itself; those before it are not
     for handle in handles[:-1]:
-        assert handle.near is None
+        assert handle.on_device is None
     for handle, value in zip(reversed(handles), reversed(values), strict=True):
         assert torch.equal(inputs.fetch(handle), value)
 
@@ -53,9 +51,9 @@ def test_the_one_before_is_on_its_way():
     inputs = HostInputs(CPU)
     handles = [inputs.keep(torch.full((2,), float(i))) for i in range(3)]
     inputs.fetch(handles[2])
-    assert handles[1].near is not None and handles[0].near is None
+    assert handles[1].on_device is not None and handles[0].on_device is None
     inputs.fetch(handles[1])
-    assert handles[1].near is None and handles[0].near is not None
+    assert handles[1].on_device is None and handles[0].on_device is not None
 
 
 def test_blocks_that_keep_two_get_both_ahead_and_leave_none_behind():
@@ -64,7 +62,7 @@ def test_blocks_that_keep_two_get_both_ahead_and_leave_none_behind():
     for number in reversed(range(4)):
         for j, handle in enumerate(blocks[number]):
             assert torch.equal(inputs.fetch(handle), torch.full((2,), 2.0 * number + j))
-        here = {(i, j) for i in range(4) for j in range(2) if blocks[i][j].near is not None}
+        here = {(i, j) for i in range(4) for j in range(2) if blocks[i][j].on_device is not None}
         assert here == ({(number - 1, 0), (number - 1, 1)} if number else set())
 
 
@@ -74,7 +72,7 @@ def test_buffers_are_used_again():
         handles = [inputs.keep(torch.randn(100)) for _ in range(3)]
         for handle in reversed(handles):
             inputs.fetch(handle)
-        # as an exception midway would
+        # as an exception midway would leave it
         del handles, handle
     assert inputs.nbytes == 3 * 400
 

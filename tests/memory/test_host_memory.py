@@ -1,6 +1,4 @@
-"""Pinned host memory, with a driver that is made up: what is asked of it, and what is said when it
-refuses.
-"""
+"""Pinned host memory with a made-up driver: what is asked of it, and what a refusal says."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""The schedule alone, on a device of two queues whose work takes random times."""
+"""The schedule alone, on a made-up device with two queues whose work takes random times."""
 
 import random
 
@@ -14,9 +14,7 @@ class Violation(AssertionError):
 
 
 class Device:
-    """A copy queue and a compute queue, each in order; `sabotage` changes the actions on their way
-    in.
-    """
+    """A copy queue and a compute queue, each in order; `sabotage` changes incoming actions."""
 
     def __init__(self, rng, sabotage=None):
         self.rng, self.sabotage = rng, sabotage
@@ -25,7 +23,7 @@ class Device:
         self.copy_end, self.use_end, self.held = {}, {}, {}
 
     def duration(self):
-        # never zero: what takes no time has no before and after
+        # never zero, since work without duration has no before and after
         return self.rng.choice([1e-3, self.rng.random() + 1e-3, 20 * self.rng.random() + 1e-3])
 
     def issue(self, actions):
@@ -69,7 +67,7 @@ class Device:
 
 
 class Run:
-    """Drives a schedule and a device side by side, as a training run would."""
+    """Drives a schedule and a device together, as a training run would."""
 
     def __init__(self, groups, slots, rng, sabotage=None):
         self.schedule, self.device, self.rng = Schedule(groups, slots), Device(rng, sabotage), rng
@@ -102,7 +100,9 @@ class Run:
                 self.use(group, "backward")
 
     def ragged(self):
-        """A pass with anything in it: skips, turns, repeats, an exception with something entered."""
+        """A pass with anything in it: skips, turns, repeats, and an exception while a group is
+        entered.
+        """
         groups = self.schedule.groups
         kind = self.rng.choice(["skips", "turns", "breaks", "jumps", "changed"])
         self.begin(self.rng.random() < 0.5)

@@ -1,6 +1,4 @@
-"""Streamed blocks give the resident model's bits, in every combination, and survive what happens
-around them.
-"""
+"""Streamed blocks give the resident model's bits in every combination, and survive failures."""
 
 import gc
 import weakref
@@ -60,7 +58,7 @@ def test_the_same_bits_for_every_ring(slots, blocks_per_group, checkpointing, ro
 @pytest.mark.parametrize("engine", [Engine, LateEngine, SlowEngine])
 @pytest.mark.parametrize("format", [None, "int4"])
 def test_the_same_bits_from_disk(format, engine, checkpointing, tmp_path, monkeypatch):
-    # several reads a block, none of which ends with one
+    # several reads a block, so that a block does not end with a read
     monkeypatch.setattr("fluxfast.memory.disk.STAGING_BYTES", 10_000)
     model = make_model(format, checkpointing=checkpointing)
     streamed = stream(
@@ -96,7 +94,7 @@ def test_only_what_is_needed_is_copied():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_exception_anywhere(checkpointing):
-    """Forward and backward broken off in each block: the next step is as if nothing had been."""
+    """Forward and backward fail in each block; the next step is as if nothing had happened."""
 
     class BrokenError(Exception):
         pass
@@ -159,7 +157,7 @@ def test_block_files_are_safetensors(tmp_path):
     streamed = stream(model, disk_path=tmp_path, poison=False)
     with safe_open(tmp_path / "block_000.safetensors", "pt") as file:
         assert list(file.keys()) == ["block"]
-        places = {place.path: place for place in streamed._blocks[0].layout.places}
+        places = {place.path: place for place in streamed._blocks[0].bytes.tensors}
         stored = places["norm1.linear.base_layer.weight_packed"].view(file.get_tensor("block"))
         assert torch.equal(stored, weight)
         assert "norm1.linear.base_layer.weight_packed" in file.metadata()["tensors"]
@@ -190,9 +188,7 @@ def test_outside_the_blocks_nothing_seems_to_have_moved(disk, tmp_path):
 
 
 def test_neighbours_stay_neighbours_in_a_slot():
-    """Linears that see the same input are one matrix on the device too, and every other tensor is
-    aligned.
-    """
+    """Linears that see the same input are one matrix on the device too, and tensors are aligned."""
     model = make_model()
     streamed = stream(model)
     for block, members in [
@@ -210,7 +206,7 @@ def test_neighbours_stay_neighbours_in_a_slot():
     assert all(
         place.offset % 256 == 0
         for b in streamed._blocks
-        for place in b.layout.places
+        for place in b.bytes.tensors
         if "norm_" in place.path
     )
 
@@ -219,23 +215,23 @@ def test_moves_leave_streamed_weights_and_casts_are_refused():
     model = make_model("int8")
     streamed = stream(model, poison=False)
     weights = [
-        tensor for block in streamed._blocks for tensor in (p.tensor for p in block.layout.places)
+        tensor for block in streamed._blocks for tensor in (p.tensor for p in block.bytes.tensors)
     ]
     places = [t.data_ptr() for t in weights]
     model.to("cpu").to(torch.float32)
     assert [
-        p.tensor.data_ptr() for block in streamed._blocks for p in block.layout.places
+        p.tensor.data_ptr() for block in streamed._blocks for p in block.bytes.tensors
     ] == places
     with pytest.raises(ValueError, match=r"streamed in torch\.float32 and can't be cast"):
         model.transformer_blocks[0].to(torch.bfloat16)
-    # a move takes what is not streamed along
+    # a move takes along what is not streamed
     model.to("meta")
     assert model.x_embedder.weight.is_meta
     assert next(
         p for n, p in model.named_parameters() if "transformer_blocks.0.attn.to_q.lora_A" in n
     ).is_meta
     assert [
-        p.tensor.data_ptr() for block in streamed._blocks for p in block.layout.places
+        p.tensor.data_ptr() for block in streamed._blocks for p in block.bytes.tensors
     ] == places
 
 
@@ -258,7 +254,7 @@ def test_a_changed_base_is_taken_in():
 def test_modules_can_be_left_where_they_are():
     model = make_model("int8")
     streamed = stream(model, leave=("norm1.linear", "norm1_context.linear", "norm.linear"))
-    paths = {place.path for block in streamed._blocks for place in block.layout.places}
+    paths = {place.path for block in streamed._blocks for place in block.bytes.tensors}
     assert not any(
         path.startswith(("norm1.linear", "norm.linear", "norm1_context.linear")) for path in paths
     )
@@ -267,9 +263,7 @@ def test_modules_can_be_left_where_they_are():
 
 
 class FusedBlock(torch.autograd.Function):
-    """A block as one function that reads its module twice and keeps nothing of it: x W, and its
-    gradient.
-    """
+    """A block as one function (x W and its gradient) that reads its module twice."""
 
     @staticmethod
     def forward(ctx, x, block):
@@ -316,7 +310,7 @@ def test_blocks_that_say_when_they_compute(slots, inputs_on_host):
     streamed = BlockStream(blocks, LateEngine(), slots=slots, inputs=inputs)
     for block in streamed._blocks:
         block.host = [torch.full_like(view, float("nan")) for view in block.host]
-        block.layout.point_at(block.host)
+        block.bytes.point_at(block.host)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(), reference, strict=True))
     if inputs is not None:
@@ -328,9 +322,9 @@ def test_stream_blocks_of_a_transformer():
     model = make_model("int8")
     streamed = stream_blocks(model, "cpu", slots=3, inputs_on_host=True)
     same(step(model), expected("int8"))
-    assert streamed.ring_bytes == 3 * max(block.layout.nbytes for block in streamed._blocks)
+    assert streamed.ring_bytes == 3 * max(block.bytes.nbytes for block in streamed._blocks)
     frozen = {
-        p.tensor.untyped_storage()._cdata for block in streamed._blocks for p in block.layout.places
+        p.tensor.untyped_storage()._cdata for block in streamed._blocks for p in block.bytes.tensors
     }
     assert len(frozen) == 5
     assert streamed.block_bytes == sum(block.buffer.nbytes for block in streamed._blocks)

@@ -1,6 +1,4 @@
-"""Streamed blocks beside what autograd, checkpoints and hooks do between a block's forward and its
-backward.
-"""
+"""Streamed blocks beside what autograd, checkpoints and hooks do between forward and backward."""
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpoints", ["none", "the block's", "torch's"])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_blocks_that_are_a_node_an_op(format, checkpoints):
-    """Autograd itself saves weights, and views of them, that are somewhere else by the time it
-    wants them.
-    """
+    """Autograd saves weights, and views of them, that have moved by the time it needs them."""
 
     def composed():
         model = make_model(format)
@@ -42,7 +38,7 @@ def test_blocks_that_are_a_node_an_op(format, checkpoints):
 
 
 class Transposed(torch.nn.Module):
-    """Any block of anybody: autograd saves a view of its weight."""
+    """A block that is not ours: autograd saves a view of its weight."""
 
     def __init__(self, seed):
         super().__init__()
@@ -73,7 +69,7 @@ def test_views_of_weights_that_autograd_saves(slots, checkpointing):
     streamed = BlockStream(blocks, LateEngine(), slots=slots)
     for block in streamed._blocks:
         block.host = [torch.full_like(view, float("nan")) for view in block.host]
-        block.layout.point_at(block.host)
+        block.bytes.point_at(block.host)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(run(), reference, strict=True))
 
@@ -120,7 +116,7 @@ def test_one_checkpoint_around_several_blocks():
 
 
 def test_beside_hooks_of_others():
-    """Somebody counts what autograd saves, and sees everything but the weights."""
+    """Other hooks see everything that autograd saves, except the weights."""
     model = make_model("int8")
     seen = []
     stream(model)
@@ -160,9 +156,7 @@ def test_forward_only_passes_between_steps():
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("between", ["a scale for one call", "another scale", "dropout off"])
 def test_backward_uses_the_adapters_that_forward_read(between, policy):
-    """Their owner may change their scale or dropout once forward has run: PEFT's `scale` is taken
-    back before it returns.
-    """
+    """Scale or dropout may change after forward, as PEFT's `scale` is reset before it returns."""
 
     def gradients(streamed):
         model = make_model("int8")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint.stream import linears, quantize_empty
+from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.model.double_block import DoubleBlockFunction
 from fluxfast.ops.device import pretend
 from fluxfast.quant import FORMATS

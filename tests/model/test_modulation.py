@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint.flux import open_folder, open_single_file
+from fluxfast.checkpoint.opening import open_folder, open_single_file
 from fluxfast.model import modulation
 from fluxfast.model.linear import project
 from fluxfast.model.modulation import Conditions, embed, linear_names

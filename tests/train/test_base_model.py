@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint import flux, reader
+from fluxfast.checkpoint import reader
+from fluxfast.checkpoint.opening import open_folder
 from fluxfast.config.run import load_config
 from fluxfast.data import encode, encoders
 from fluxfast.model.apply import Choices
@@ -166,7 +167,7 @@ def test_flipped_bytes_in_the_cache(tmp_path, transformer, load, place):
 def test_flipped_bytes_in_a_file_of_ones_own(tmp_path, transformer, load, monkeypatch):
     """Refused and kept; where reading it would take long, the run says that it was not verified."""
     target = tmp_path / "mine.safetensors"
-    flux.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int8"])
+    open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int8"])
     flip(target, target.stat().st_size - 1000)
     damaged = target.read_bytes()
     base = {"pretrained_transformer_model_name_or_path": str(target)}
@@ -176,7 +177,7 @@ def test_flipped_bytes_in_a_file_of_ones_own(tmp_path, transformer, load, monkey
     ):
         load(**base)
     assert target.read_bytes() == damaged
-    monkeypatch.setattr(flux, "VERIFIED_BYTES", 0)
+    monkeypatch.setattr("fluxfast.checkpoint.transformer.VERIFIED_BYTES", 0)
     _, said = load(**base)
     assert "not verified (`fluxfast-train quantize --verify` reads it through)" in said
 
@@ -243,7 +244,7 @@ def test_somebody_elses_file_is_refused_and_kept(tmp_path, transformer, load):
         (transformer / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     )
     before = file.read_bytes()
-    with pytest.raises(flux.CheckpointError, match="not made by fluxfast"):
+    with pytest.raises(reader.CheckpointError, match="not made by fluxfast"):
         load(base_model_precision="int8-quanto")
     assert file.read_bytes() == before
 
@@ -258,7 +259,7 @@ def test_without_room_it_is_placed_in_memory(tmp_path, transformer, load, monkey
 
 def test_a_quantised_file_by_name(tmp_path, transformer, load):
     target = tmp_path / "mine.safetensors"
-    flux.open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int4"])
+    open_folder(transformer / "transformer").quantize(FluxTransformer, target, FORMATS["int4"])
     for changes in ({}, {"base_model_precision": "int4-quanto"}):
         model, said = load(pretrained_transformer_model_name_or_path=str(target), **changes)
         assert f"{target}: int4, quantised before" in said

@@ -51,7 +51,7 @@ def test_the_workload_is_the_configs():
 def test_a_base_that_is_there_says_what_it_is(tmp_path):
     """Its sizes, and the format of a file that fluxfast has quantised, whatever the config says."""
     from fluxfast import FluxTransformer
-    from fluxfast.checkpoint.flux import open_checkpoint, open_single_file
+    from fluxfast.checkpoint.opening import open_checkpoint, open_single_file
     from fluxfast.quant import FORMATS
     from support import SMALL
 

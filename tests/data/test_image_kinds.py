@@ -1,6 +1,4 @@
-"""Which suffixes are read depends on Pillow's build and on packages: both are pretended here, as
-they may be there or not.
-"""
+"""Which suffixes are read depends on Pillow's build and on packages; here both are faked."""
 
 import sys
 import types
@@ -9,20 +7,20 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
-from fluxfast.data import kinds
+from fluxfast.data import image_kinds
 from fluxfast.data.images import UnreadableImage, load_image
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    kinds.readable.cache_clear()
+    image_kinds.readable.cache_clear()
     yield
-    kinds.readable.cache_clear()
+    image_kinds.readable.cache_clear()
 
 
 @pytest.fixture
 def without(monkeypatch):
-    """Hide what may be installed."""
+    """Hide a package that may be installed."""
 
     def hide(format, module):
         monkeypatch.setitem(sys.modules, module, None)
@@ -39,18 +37,18 @@ def test_a_package_that_is_installed_is_used(monkeypatch):
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
     assert all(
-        kinds.is_readable(Path(name)) for name in ("a.heic", "IMG_1.HEIC", "b.heif", "c.hif")
+        image_kinds.is_readable(Path(name)) for name in ("a.heic", "IMG_1.HEIC", "b.heif", "c.hif")
     )
-    assert "HEIF" in kinds.decoders(Path("a.jpg"))
+    assert "HEIF" in image_kinds.decoders(Path("a.jpg"))
 
 
 def test_without_the_package_it_is_named(without, tmp_path):
     without("HEIF", "pillow_heif")
     without("JXL", "pillow_jxl")
-    assert not kinds.is_readable(Path("a.heic"))
-    assert kinds.how_to_read(".heic") == "pip install pillow-heif"
-    assert kinds.how_to_read(".jxl") == "pip install pillow-jxl-plugin"
-    assert kinds.how_to_read(".dng") is None
+    assert not image_kinds.is_readable(Path("a.heic"))
+    assert image_kinds.how_to_read(".heic") == "pip install pillow-heif"
+    assert image_kinds.how_to_read(".jxl") == "pip install pillow-jxl-plugin"
+    assert image_kinds.how_to_read(".dng") is None
     # what phones' photographs are often renamed to
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     with pytest.raises(
@@ -61,10 +59,10 @@ def test_without_the_package_it_is_named(without, tmp_path):
 
 def test_a_pillow_without_avif(monkeypatch):
     monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
-    assert not kinds.is_readable(Path("a.avif"))
-    assert "AVIF" not in kinds.decoders(Path("a.avif"))
-    assert kinds.is_readable(Path("a.webp"))
-    assert "AVIF" in kinds.how_to_read(".avif")
+    assert not image_kinds.is_readable(Path("a.avif"))
+    assert "AVIF" not in image_kinds.decoders(Path("a.avif"))
+    assert image_kinds.is_readable(Path("a.webp"))
+    assert "AVIF" in image_kinds.how_to_read(".avif")
 
 
 @pytest.mark.parametrize(
@@ -85,17 +83,17 @@ def test_a_pillow_without_avif(monkeypatch):
     ],
 )
 def test_names_of_images(name):
-    assert kinds.looks_like_an_image(Path(name))
+    assert image_kinds.looks_like_an_image(Path(name))
 
 
 @pytest.mark.parametrize(
     "name", ["a.txt", "a.json", "a.mp4", "a.npz", "a.safetensors", "a.pdf", "a", "png", "a.db"]
 )
 def test_names_of_other_files(name):
-    assert not kinds.looks_like_an_image(Path(name))
+    assert not image_kinds.looks_like_an_image(Path(name))
 
 
 def test_tga_is_tried_by_its_name_alone():
-    assert "TGA" in kinds.decoders(Path("a.TGA"))
-    assert "TGA" not in kinds.decoders(Path("a.png"))
-    assert not {"EPS", "PDF"} & set(kinds.decoders(Path("a.eps")))
+    assert "TGA" in image_kinds.decoders(Path("a.TGA"))
+    assert "TGA" not in image_kinds.decoders(Path("a.png"))
+    assert not {"EPS", "PDF"} & set(image_kinds.decoders(Path("a.eps")))

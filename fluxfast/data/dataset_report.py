@@ -1,4 +1,4 @@
-"""What became of each dataset: the closing table of the data preparation, and its errors."""
+"""What became of each dataset: data preparation's closing table, and its errors."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fluxfast.data.kinds import how_to_read, readable
+from fluxfast.data.image_kinds import how_to_read, readable
 from fluxfast.data.scan import Skipped, other_files
 from fluxfast.text import printable
 
 _LISTED_FILES = 20
 _LISTED_UNREAD = 3
 
-# what to do about images left out, by the start of their reason
+# what to do about images that were left out, by how their reason begins
 _ADVICE = {
     "smaller than": 'lower "minimum_image_size", or bring larger images',
     "narrower than": 'lower "minimum_aspect_ratio"',
@@ -34,8 +34,10 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One row: `buckets` counts the usable images of each target size, `unread` names files of
-    kinds that aren't read.
+    """What became of one dataset: a row of the table.
+
+    `buckets` counts the usable images of each target size, `unread` names files of kinds that
+    aren't read.
     """
 
     id: str
@@ -49,7 +51,7 @@ class DatasetReport:
 
     @property
     def used(self) -> int:
-        """Images to train on."""
+        """The number of images to train on."""
         return self.buckets.total()
 
     @property
@@ -59,8 +61,8 @@ class DatasetReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Prints as the closing table, the files that were left out, and notes."""
+class DataReport:
+    """The whole report: prints as the table, the files that were left out, and notes."""
 
     datasets: Sequence[DatasetReport]
     texts: int
@@ -83,7 +85,7 @@ class Report:
             justify: JustifyMethod = (
                 "left" if column in ("dataset", "left out", "buckets") else "right"
             )
-            # a name that is cut off names nothing: wide columns fold
+            # fold wide columns rather than cut them: a name that is cut off is of no use
             table.add_column(column, justify=justify, overflow="fold")
         for row in self.datasets:
             reasons = Counter(skipped.reason for skipped in row.skipped)
@@ -104,7 +106,10 @@ class Report:
                 yield Text("\n".join([f"Left out of {row.id}:", *_named(row.skipped)]))
             if row.unread:
                 yield Text(f"{row.id}: {unread_kinds(row.unread)}")
-        yield f"{self.texts} texts (captions, the empty one, validation's), {self.texts_encoded} newly encoded"
+        yield (
+            f"{self.texts} texts (captions, the empty one, validation's), "
+            f"{self.texts_encoded} newly encoded"
+        )
         yield from map(Text, self.notes)
 
 
@@ -122,7 +127,7 @@ def unread_kinds(files: Sequence[str]) -> str:
 
 
 def nothing_usable(row: DatasetReport) -> str:
-    """Why a dataset without a usable image has none, and what to change."""
+    """Why a dataset has no usable image, and what to change."""
     start = f'dataset "{row.id}": no images detected in dataset: '
     root = printable(row.root)
     if not row.found:
@@ -152,29 +157,27 @@ def too_few(
 ) -> str | None:
     """Why a dataset can't fill a step, with the `repeats` that would do; None if it can.
 
-    The quickstart's rule: at least train_batch_size * gradient_accumulation_steps samples an epoch,
-    and more than vae_batch_size.
+    An epoch needs at least train_batch_size * gradient_accumulation_steps samples, and more than
+    vae_batch_size: the rule of SimpleTuner's quickstart.
     """
     needed = max(batch_size * gradient_accumulation_steps, vae_batch_size + 1)
     if row.samples_per_epoch >= needed:
         return None
     repeats = ceil(needed / row.used) - 1
     return (
-        f'dataset "{row.id}": no images detected in dataset: {row.used} usable images * (1 + '
-        f"{row.repeats} repeats) = "
-        f"{row.samples_per_epoch} samples are too few. At least train_batch_size {batch_size} * "
-        "gradient_accumulation_steps "
-        f"{gradient_accumulation_steps} = {batch_size * gradient_accumulation_steps} are "
-        "needed, and more than vae_batch_size "
-        f'{vae_batch_size}. Set "repeats": {repeats} (gives {row.used * (1 + repeats)}), or '
-        "bring more images."
+        f'dataset "{row.id}": no images detected in dataset: {row.used} usable images * '
+        f"(1 + {row.repeats} repeats) = {row.samples_per_epoch} samples are too few. At least "
+        f"train_batch_size {batch_size} * gradient_accumulation_steps "
+        f"{gradient_accumulation_steps} = {batch_size * gradient_accumulation_steps} are needed, "
+        f'and more than vae_batch_size {vae_batch_size}. Set "repeats": {repeats} (gives '
+        f"{row.used * (1 + repeats)}), or bring more images."
     )
 
 
 def filling_repeats(
     row: DatasetReport, *, batch_size: int, gradient_accumulation_steps: int, vae_batch_size: int
 ) -> int:
-    """The least `repeats`, not below the dataset's own, with which every bucket fills a step."""
+    """The least `repeats` with which every bucket fills a step, at least the dataset's own."""
     smallest = min(row.buckets.values())
     for_steps = ceil(batch_size * gradient_accumulation_steps / smallest) - 1
     return max(row.repeats, for_steps, ceil((vae_batch_size + 1) / row.used) - 1)

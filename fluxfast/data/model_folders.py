@@ -1,5 +1,5 @@
-"""Model folders on this machine: fetched from the Hugging Face Hub where needed, and told apart by
-their contents.
+"""Model folders on this machine: downloaded from the Hugging Face Hub where needed, and told apart
+by their contents.
 """
 
 import contextlib
@@ -14,24 +14,21 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from fluxfast.data.cache import TensorCache, fingerprint
 
-# (folder or Hub repository, folder inside it or None for its root, Hub revision or None)
-Source = tuple[str, str | None, str | None]
+# (folder or Hub repository, folder inside it or None for its root, Hub revision or None); the
+# config's `Source` is one
+ModelSource = tuple[str, str | None, str | None]
 
 _HASHED_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 _ROOT_WEIGHTS = ("config.json", "model*.safetensors*", "diffusion_pytorch_model*.safetensors*")
 
 
-def local_folder(source: Source) -> Path:
-    """The folder that holds what `source` names, downloaded from the Hub if no folder of that name
-    exists here.
+def local_folder(source: ModelSource) -> Path:
+    """The folder that holds what `source` names, downloaded if it is not on this machine.
 
-    A repository that has been downloaded before is used as it is, without asking the network. Where
-    the subfolder doesn't exist, but the root itself holds a model, the root is meant: many people
-    publish a VAE or T5 so.
-
-    Raises:
-        ValueError: neither a folder here nor a repository that can be downloaded, or it lacks that
-        subfolder.
+    A repository that has been downloaded before is used without asking the network. Where the
+    subfolder doesn't exist but the root itself holds a model, the root is taken: many people
+    publish a VAE or T5 like that. Raises ValueError if there is neither a folder of that name nor a
+    repository that can be downloaded, or if it lacks the subfolder.
     """
     path, subfolder, revision = source
     root = Path(path).expanduser()
@@ -52,11 +49,11 @@ def local_folder(source: Source) -> Path:
 
 
 def identity(folder: Path, cache: TensorCache) -> str:
-    """A hash of everything in a model's folder that its results depend on: configs, vocabularies,
-    weights.
+    """A hash of all files in a model's folder that its results depend on.
 
-    Reads the weights once; from then on `cache` knows their hashes as long as nobody writes or
-    replaces the files. Of a Hub download, nothing is read: its cache names files by their hash.
+    These are configs, vocabularies and weights. Weights are read once; from then on `cache` knows
+    their hashes as long as nobody writes or replaces the files. Of a Hub download nothing is read,
+    because the Hub's cache names files by their hash.
     """
     hashes = []
     for path in sorted(folder.iterdir()):

@@ -1,5 +1,6 @@
-"""What a safetensors file holds that is no FLUX.1 transformer which can be loaded, told by its
-tensors' names or its config.
+"""What a safetensors file holds if it is no FLUX.1 transformer, or one that can't be loaded.
+
+The names of its tensors tell, or the config beside it.
 """
 
 from __future__ import annotations
@@ -8,20 +9,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fluxfast.checkpoint.naming import COMFY_PREFIX
+from fluxfast.checkpoint.keys import COMFY_PREFIX
 
 TAKE_TRANSFORMER = "take FLUX.1's transformer, such as flux1-dev.safetensors"
 TAKE_UNQUANTISED = (
     "only weights in bf16, fp16, fp32 and plain fp8 are read: take the unquantised transformer, "
-    "such as flux1-dev.safetensors; "
-    "it is quantised while it is read"
+    "such as flux1-dev.safetensors; it is quantised while it is read"
 )
 
 _TAKE_ADAPTER = f"name it as init_lora; as the base, {TAKE_TRANSFORMER}"
-# tensors' names, what has such, what to take. The first that matches holds: what is made for a
-# model stands before the model, other models before ways to quantise, which they have as well
+# (pattern of a tensor's name, what has such tensors, what to take); the first match decides. So
+# additions to a model stand before models, and other models before ways to quantise a model
 _KINDS = (
-    # before LoRAs, since it holds low-rank factors too
+    # before LoRAs, since SVDQuant's files hold low-rank factors too
     (r".*\.qweight$", "weights quantised by SVDQuant (nunchaku), GPTQ or AWQ", TAKE_UNQUANTISED),
     (
         r"(.*[._])?(lora_(A|B|a|b|down|up|mid)\b|lora_(unet|te\d?|transformer)_|proj_lora\d?\.)|lycoris_",
@@ -89,7 +89,7 @@ _KINDS = (
         TAKE_UNQUANTISED,
     ),
 )
-# input channels of FLUX.1's kinds that take more than the noisy image
+# FLUX.1 models that take more than the noisy image, by their number of input channels
 _CONDITIONED = {
     384: "FLUX.1 Fill, which takes a masked image and its mask beside the noisy image",
     128: "FLUX.1 Canny, Depth or another control model, which takes a second image",
@@ -97,11 +97,10 @@ _CONDITIONED = {
 
 
 def why_not_flux(keys: Iterable[str]) -> str | None:
-    """Why tensors of these names are not a FLUX.1 transformer that can be loaded, and what to take;
-    None if nothing tells.
+    """Why these tensors are no FLUX.1 transformer that can be loaded; None if nothing tells so.
 
-    Of a file that holds text encoders and a VAE beside its transformer, only the transformer
-    counts.
+    `keys` are the tensors' names. In a file that holds text encoders and a VAE beside its
+    transformer (Comfy's prefix), only the transformer's count.
     """
     keys = sorted(keys)
     inner = [key.removeprefix(COMFY_PREFIX) for key in keys if key.startswith(COMFY_PREFIX)]
@@ -115,9 +114,7 @@ def why_not_flux(keys: Iterable[str]) -> str | None:
 
 
 def why_not_config(config: Mapping[str, Any]) -> str | None:
-    """Why a model's config.json is not that of a FLUX.1 transformer that can be loaded; None if it
-    may be.
-    """
+    """Why a config.json does not describe a transformer that can be loaded; None if it may."""
     if (name := config.get("_class_name", "FluxTransformer2DModel")) != "FluxTransformer2DModel":
         return f"describes {name}, expected FluxTransformer2DModel: {TAKE_TRANSFORMER}"
     quantised = config.get("quantization_config")
@@ -130,8 +127,9 @@ def why_not_config(config: Mapping[str, Any]) -> str | None:
 
 
 def why_not_channels(found: int, expected: int) -> str | None:
-    """Why a transformer of `found` input channels can't be trained on latents that give `expected`;
-    None if they agree.
+    """Why a transformer with `found` input channels can't be trained, None if it can.
+
+    `expected` is the number of channels that the run's latents give.
     """
     if found == expected:
         return None

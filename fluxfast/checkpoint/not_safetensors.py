@@ -1,5 +1,6 @@
-"""What a file is that can't be opened as safetensors, told by its content and never by its name,
-and what to take instead.
+"""What a file is that can't be opened as safetensors, and what to take instead.
+
+Its content tells, never its name.
 """
 
 from __future__ import annotations
@@ -7,11 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-# what the sentences below advise; every one of them names a file that loads
+# the advice that the sentences below end with: it names a file that does load
 TAKE_SAFETENSORS = "take the model's safetensors file (for FLUX.1-dev: flux1-dev.safetensors)"
 _HEAD_BYTES = 1024
 _ANEW = "Fetch it or make it anew"
-# the longest header that safetensors accepts
+# the longest header that the safetensors library accepts
 _LONGEST_HEADER = 100_000_000
 _MAGIC = (
     (
@@ -38,8 +39,9 @@ _PICKLE = (
 
 
 def why_not_safetensors(path: Path, error: Exception) -> str:
-    """One sentence for the user: the file, what it is, what to do. `error` is what the safetensors
-    library said of it.
+    """One sentence for the user: the file, what it is, and what to do.
+
+    `error` is what the safetensors library, or the attempt to read the file, raised.
     """
     if not path.exists():
         return f"{path}: no such file"
@@ -71,8 +73,7 @@ def why_not_safetensors(path: Path, error: Exception) -> str:
     if kind is None:
         return (
             f"{path}: not a whole safetensors file ({error}); it has {size:,} bytes: an "
-            "interrupted download, or another kind "
-            f"of file. Fetch it again, or {TAKE_SAFETENSORS}"
+            f"interrupted download, or another kind of file. Fetch it again, or {TAKE_SAFETENSORS}"
         )
     return f"{path}: {kind}"
 
@@ -105,17 +106,10 @@ def _what_is_wrong(path: Path, size: int, error: Exception) -> str:
         return f"it ends within its header, after {size:,} bytes: an interrupted download. {_ANEW}"
     try:
         entries = json.loads(text)
-        expected = (
-            8
-            + length
-            + max(
-                entry["data_offsets"][1]
-                for name, entry in entries.items()
-                if name != "__metadata__"
-            )
-        )
+        entries.pop("__metadata__", None)
+        expected = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        # not even the header can be read: the library says where it stumbled
+        # not even the header can be read; the library's error says where it failed
         return f"its header is damaged ({error}). {_ANEW}"
     if size < expected:
         return (
@@ -160,9 +154,8 @@ def _text_kind(head: bytes) -> str | None:
         .startswith(("<!doctype html", "<html", "<?xml", "<head", "<body"))
     ):
         return (
-            "a web page, not the file that it was to be: a gated model's page or an error. Log "
-            "in (`hf auth login`), accept "
-            "the model's licence, and fetch the file itself"
+            "a web page, not the file that it was to be: a gated model's page or an error. Log in "
+            "(`hf auth login`), accept the model's licence, and fetch the file itself"
         )
     if '"weight_map"' in text:
         return "the index of a sharded checkpoint: name the folder that it lies in"

@@ -2,37 +2,29 @@
 
 import pytest
 import torch
+from checkpoint_cases import bfl_model
 from safetensors.torch import save_file
 
-from bfl_reference import BflFlux
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint import naming
-from fluxfast.checkpoint.flux import CheckpointError, open_checkpoint
-from fluxfast.checkpoint.tensor_kinds import why_not_flux
+from fluxfast.checkpoint.keys import COMFY_PREFIX
+from fluxfast.checkpoint.not_flux import why_not_flux
+from fluxfast.checkpoint.opening import open_checkpoint
+from fluxfast.checkpoint.reader import CheckpointError
 
 UNQUANTISED = "take the unquantised transformer, such as flux1-dev.safetensors"
-BFL = {
-    "in_channels": 16,
-    "dim": 64,
-    "n_heads": 2,
-    "depth": 1,
-    "depth_single": 2,
-    "context": 24,
-    "pooled": 20,
-}
 
 
 @pytest.fixture(scope="module")
 def states():
-    """The names of a whole transformer, by layout."""
+    """The names of a whole transformer, by style."""
     with torch.device("meta"):
-        bfl = BflFlux(**BFL, axes=(4, 14, 14), guidance=True).state_dict()
+        bfl = bfl_model().state_dict()
         ours = FluxTransformer(
             **{"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}
         ).state_dict()
     return {
         "bfl": [*bfl],
-        "comfy": [naming.COMFY_PREFIX + key for key in bfl],
+        "comfy": [COMFY_PREFIX + key for key in bfl],
         "diffusers": [*ours],
     }
 
@@ -48,7 +40,7 @@ def test_transformers_pass(states):
     assert why_not_flux([*states["comfy"], *parts]) is None
 
 
-@pytest.mark.parametrize("layout", ["bfl", "comfy", "diffusers"])
+@pytest.mark.parametrize("style", ["bfl", "comfy", "diffusers"])
 @pytest.mark.parametrize(
     ("endings", "message"),
     [
@@ -62,9 +54,9 @@ def test_transformers_pass(states):
         (["_scale_2"], "with scales"),
     ],
 )
-def test_quantised_by_others(states, layout, endings, message):
-    weights = [key for key in states[layout] if key.endswith(".weight")]
-    keys = [*states[layout], *(key + ending for key in weights for ending in endings)]
+def test_quantised_by_others(states, style, endings, message):
+    weights = [key for key in states[style] if key.endswith(".weight")]
+    keys = [*states[style], *(key + ending for key in weights for ending in endings)]
     why = why_not_flux(keys)
     assert message in why and UNQUANTISED in why
 

@@ -1,4 +1,4 @@
-"""Files that are no safetensors are named by what they are, whatever their name, with what to do."""
+"""Files that are no safetensors are refused by what they are, with what to do."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fluxfast.checkpoint.flux import open_checkpoint
+from fluxfast.checkpoint.opening import open_checkpoint
 from fluxfast.checkpoint.reader import BrokenFile
 
 WHOLE = save({"x": torch.zeros(1000), "y": torch.zeros(3)})
