@@ -31,7 +31,7 @@ from fluxfast.doctor.timing import seconds_of
 from fluxfast.doctor.ways import NO_NATIVE_BUILD, WAY_OUT, obstacle_of, ways, with_isa
 from fluxfast.ops import dispatch
 from fluxfast.quant import FORMATS, QuantWeight, gpu
-from fluxfast.quant.gemv import gemv, gemv_ref
+from fluxfast.quant.gemv import gemv, gemv_ref, has_native_gemv
 
 _SAME_CODES = Tolerance(1e-3, "a few codes whose value lies half-way between two")
 
@@ -137,7 +137,8 @@ def format_checks(scope: Scope) -> Iterator[Check]:
                     if timed and task == "dequantize"
                     else None,
                     # weights are decoded in fp32 whatever the activations are in
-                    obstacle=obstacle_of(impl, replace(scope, dtype="float32")),
+                    obstacle=FORMATS[fmt].lacks(task, impl)
+                    or obstacle_of(impl, replace(scope, dtype="float32")),
                     way_out=WAY_OUT[impl],
                 )
         yield from _native_gpu_checks(scope, fmt)
@@ -190,6 +191,14 @@ def time_gemv(scope: Scope, fmt: str) -> Rate:
     )
 
 
+def _gemv_obstacle(fmt: str) -> str | None:
+    if not dispatch.HAS_NATIVE:
+        return NO_NATIVE_BUILD
+    if fmt == PLAIN or has_native_gemv(FORMATS[fmt]):
+        return None
+    return f"{fmt} is decoded by its reference: the native module doesn't read it"
+
+
 def gemv_checks(scope: Scope) -> Iterator[Check]:
     """Modulation's products with vectors on the CPU, where a run computes it ahead."""
     if not scope.modulation_ahead:
@@ -203,6 +212,6 @@ def gemv_checks(scope: Scope) -> Iterator[Check]:
             what="gemv",
             way="native",
             short=True,
-            obstacle=None if dispatch.HAS_NATIVE else NO_NATIVE_BUILD,
+            obstacle=_gemv_obstacle(fmt),
             way_out=WAY_OUT["native"],
         )

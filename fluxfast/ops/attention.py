@@ -1,9 +1,9 @@
-"""Attention's forward and backward apart, so that a block's own backward can keep the output and
-the log-sum-exp.
+"""Attention, with forward and backward apart, so that a block's own backward can keep the output
+and the log-sum-exp.
 
-The kernels are PyTorch's: cuDNN, Flash, memory-efficient, the CPU's ("cpu"); ours, fp32 on a CPU
-("native"); and the maths in plain torch ("ref"). Shapes here are FLUX.1's, [B, S, heads, head_dim];
-no dropout, not causal, scale 1/sqrt(head_dim).
+The back ends are PyTorch's kernels (cuDNN, Flash, memory-efficient, and the CPU's, "cpu"), ours in
+fp32 on a CPU ("native"), and the maths in plain torch ("ref"). Shapes are FLUX.1's, [B, S, heads,
+head_dim]. There is no dropout and no causal mask, and the scale is 1/sqrt(head_dim).
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ logger = logging.getLogger("fluxfast")
 
 
 def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
-    """The back end for q [B, S, heads, head_dim].
+    """The back end for q [B, S, heads, head_dim] where `backend` is asked for.
 
-    Raises ValueError where the one that was asked for can't do the call, or failed its check here
-    (`verdicts`).
+    Raises ValueError if that can't do the call, or failed its check here (`verdicts`).
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
@@ -77,7 +76,10 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
 
 
 def checked_as(masked: bool) -> str:
-    """What `verdicts` call attention: a back end may be right without a mask and wrong with one."""
+    """The name of attention in `verdicts`.
+
+    There are two, since a back end may be right without a mask and wrong with one.
+    """
     return "masked attention" if masked else "attention"
 
 
@@ -119,7 +121,10 @@ def _automatic(
 
 
 def _first(choices: Sequence[tuple[str, str]], failed: frozenset[str]) -> str:
-    """The first of (back end, why) that has not failed its check here, or the reference; said once."""
+    """The first of (back end, why) that has not failed its check here, else the reference.
+
+    One line of the log says which; the callers are cached, so it is said once.
+    """
     passed = [name for name, _ in choices if name in failed]
     chosen, why = next(
         (choice for choice in choices if choice[0] not in failed), ("ref", "nothing else is left")
@@ -131,8 +136,9 @@ def _first(choices: Sequence[tuple[str, str]], failed: frozenset[str]) -> str:
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The maths in plain, differentiable torch: q, k, v [B, S, heads, head_dim] to the same; mask
-    as `forward` takes it.
+    """The maths in plain, differentiable torch.
+
+    q, k, v [B, S, heads, head_dim]; returns the same shape. mask as `forward` takes it.
     """
     return _ref(q, k, v, mask)[0]
 
@@ -187,8 +193,7 @@ BIAS_ALIGNMENT = 16
 
 
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask as it is added to the scores [B, heads, S, S]: zeros and minus infinities of a
-    boolean one.
+    """The mask as it is added to the scores [B, heads, S, S]: a boolean one as 0 and -inf.
 
     All strides but the last are multiples of BIAS_ALIGNMENT: rows of an awkward length have unused
     columns behind them.
@@ -209,8 +214,7 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """out [B, S, heads, head_dim], and what `backward` wants beside out and the inputs: the
-    log-sum-exp first.
+    """out [B, S, heads, head_dim], and what `backward` takes as `saved`: the log-sum-exp first.
 
     mask: None, or broadcastable to [B, heads, S, S]: bool (True attends) or added to the scores.
     backend from `resolve`.

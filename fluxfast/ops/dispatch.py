@@ -1,8 +1,8 @@
 """Which implementation of an op runs: `triton` on GPUs, `native` on the CPU, or `ref`.
 
-`native` is the C++ module, `ref` is plain torch. `impl="auto"` takes the fastest one that can do the call and says once, through logging, which one
-that is and why. An explicit request runs or raises: it never falls back. Triton is imported when a
-kernel is first asked for, not before.
+`native` is the C++ module, `ref` is plain torch. `impl="auto"` takes the fastest one that can do
+the call and says once, through logging, which one that is and why. An explicit request runs or
+raises: it never falls back. Triton is imported when a kernel is first asked for, not before.
 """
 
 import importlib.util

@@ -152,8 +152,9 @@ def backward_residual(
         assert x is not None and mean is not None and rstd is not None and scale is not None
         add_to, branch = (None if t is None else dense_rows(t) for t in (add_to, branch))
         grads = kernels.modulated_layer_norm_bwd(
-            dense_rows(dy), dense_rows(x), dense_rows(scale), mean, rstd, add_to=add_to,
-            modulation=modulation, gate=dense_rows(gate), branch=branch, out=out, col_scale=col_scale,
+            dense_rows(dy), dense_rows(x), dense_rows(scale), mean, rstd,
+            add_to=add_to, modulation=modulation,
+            gate=dense_rows(gate), branch=branch, out=out, col_scale=col_scale,
         )  # fmt: skip
         return grads.dx, RowOutput(*grads[4:]), grads[1:4]
     if impl == "triton":

@@ -43,19 +43,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def qk_norm_rope_ref(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    heads: int,
-    txt_qkv: Tensor | None = None,
-    txt_q_weight: Tensor | None = None,
-    txt_k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, heads: int,
+    txt_qkv: Tensor | None = None, txt_q_weight: Tensor | None = None,
+    txt_k_weight: Tensor | None = None, eps: float = 1e-6, index: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The maths in plain, differentiable torch; arguments as `qk_norm_rope`.
 
     Computes in fp32 (fp64 if qkv is) and rounds once, to qkv's dtype.
@@ -75,18 +66,10 @@ def qk_norm_rope_ref(
 
 
 def forward(
-    qkv: Tensor,
-    txt_qkv: Tensor | None,
-    weights: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    index: Tensor | None = None,
-    *,
-    heads: int,
-    eps: float = 1e-6,
-    keep_outputs: bool = False,
+    qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, cos: Tensor, sin: Tensor,
+    index: Tensor | None = None, *, heads: int, eps: float = 1e-6, keep_outputs: bool = False,
     impl: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:  # fmt: skip
     """Raw interface: (q, k, v), each [B, S, heads, head_dim], and what to keep for backward.
 
     weights [2 or 4, head_dim], fp32 (any float on Triton), holds the rows q, k, and where there is
@@ -231,15 +214,9 @@ def outputs_suffice(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def _forward_native(
-    qkv: Tensor,
-    txt_qkv: Tensor | None,
-    weights: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    index: Tensor | None,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
+    qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, cos: Tensor, sin: Tensor,
+    index: Tensor | None, heads: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     qkv, txt_qkv = dense_rows(qkv), None if txt_qkv is None else dense_rows(txt_qkv)
     batch, s_img, width = qkv.shape
     s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
@@ -336,20 +313,11 @@ class _QKNormRope(torch.autograd.Function):
 
 
 def qk_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    heads: int,
-    txt_qkv: Tensor | None = None,
-    txt_q_weight: Tensor | None = None,
-    txt_k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    index: Tensor | None = None,
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, heads: int,
+    txt_qkv: Tensor | None = None, txt_q_weight: Tensor | None = None,
+    txt_k_weight: Tensor | None = None, eps: float = 1e-6, index: Tensor | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q and k, normalised and rotated, and v, each [B, S_txt + S_img, heads, head_dim], text first.
 
     qkv [B, S_img, 3·heads·head_dim] packed q|k|v; q_weight, k_weight [head_dim]; cos, sin [rows,
@@ -368,8 +336,8 @@ def qk_norm_rope(
     backend = dispatch.resolve("qk_norm_rope", impl, inputs, obstacle=obstacle)
     if backend == "ref":
         return qk_norm_rope_ref(
-            qkv, q_weight, k_weight, cos, sin, heads=heads,
-            txt_qkv=txt_qkv, txt_q_weight=txt_q_weight, txt_k_weight=txt_k_weight, eps=eps, index=index,
+            qkv, q_weight, k_weight, cos, sin, heads=heads, txt_qkv=txt_qkv,
+            txt_q_weight=txt_q_weight, txt_k_weight=txt_k_weight, eps=eps, index=index,
         )  # fmt: skip
     stacked = torch.stack(weights).to(torch.float32)
     index = None if index is None else dense_rows(index)

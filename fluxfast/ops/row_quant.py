@@ -50,7 +50,7 @@ class RowOutput(NamedTuple):
 
 
 def row_quant_ref(x: Tensor, fmt: str, col_scale: Tensor | None = None) -> Quantized:
-    """The formula in plain torch, with the kernels' bits; x [..., K] of any float, col_scale [K]."""
+    """The formula in plain torch, with the kernels' bits; x [..., K] is of any floating dtype."""
     dtype, top = FORMATS[fmt]
     y = x.float() if col_scale is None else x.float() * col_scale.float()
     scale = y.abs().amax(-1, keepdim=True) / top

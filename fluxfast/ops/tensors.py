@@ -13,15 +13,17 @@ _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """`tensor` itself if its last dimension is contiguous, which is all that native code and
-    kernels ask for; else a copy.
+    """`tensor` itself if its last dimension is contiguous, else a copy.
+
+    Native code and kernels ask for no more: rows may lie any distance apart.
     """
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def contiguous_like(tensor: Tensor) -> Tensor:
-    """Memory for a contiguous tensor of the same shape and dtype; at half the price of
-    `torch.empty`.
+    """An uninitialised contiguous tensor of the same shape and dtype.
+
+    It takes half the time of `torch.empty`.
     """
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -32,8 +34,9 @@ def full_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def own_dtypes(backward: _Backward) -> _Backward:
-    """For an autograd.Function's backward that multiplies: autocast, where somebody runs a backward
-    pass under it, is off.
+    """Decorates an autograd.Function's backward that multiplies: autocast is off inside.
+
+    A caller may run the backward pass under autocast, which would change the products' dtypes.
     """
 
     @functools.wraps(backward)

@@ -143,9 +143,9 @@ class _TokenScatter(torch.autograd.Function):
 def token_gather(x: Tensor, idx: Tensor, impl: str = "auto") -> Tensor:
     """The rows idx of each sample of x [B, S, D]: [B, K, D].
 
-    idx [B, K], or [K] for all samples alike, is int32 or int64, distinct within a sample, in any order. Backward keeps idx only. Raises
-    ValueError on shapes that don't fit, or if `impl` can't do this call. Source: TREAD, arXiv
-    2501.04765.
+    idx [B, K], or [K] for all samples alike, is int32 or int64, distinct within a sample, in any
+    order. Backward keeps idx only. Raises ValueError on shapes that don't fit, or if `impl` can't
+    do this call. Source: TREAD, arXiv 2501.04765.
     """
     idx = _check("token_gather", idx, x=x)
     backend = dispatch.resolve("token_gather", impl, (x,), native_obstacle=_NO_NATIVE)
@@ -153,7 +153,7 @@ def token_gather(x: Tensor, idx: Tensor, impl: str = "auto") -> Tensor:
 
 
 def token_scatter(base: Tensor, y: Tensor, idx: Tensor, impl: str = "auto") -> Tensor:
-    """A copy of base [B, S, D] whose rows idx are those of y [B, K, D], as `token_gather` gave them.
+    """A copy of base [B, S, D] whose rows idx are those of y [B, K, D].
 
     idx as `token_gather` takes it. Backward keeps idx only; the gradient of base is zero in the
     rows that y replaced. Raises ValueError on shapes or dtypes that don't fit, or if `impl` can't

@@ -1,10 +1,9 @@
-"""What failed its check on this machine: what `auto` passes over, and what an explicit choice may
-not have.
+"""What failed its check on this machine: `auto` passes over it, and an explicit choice is refused.
 
 A verdict is about an op ("gelu", "int4.dequantize", "attention") or one of the choices below, and
 one way to do it ("triton", "native", "cudnn", "int8"). There are none until `fluxfast.doctor` sets
-what it found on this combination of device, driver and versions. Everybody who chooses by himself
-asks here, so that nobody takes what is known to be wrong.
+what it found on this combination of device, driver and versions. All code that chooses between
+ways asks here, so that nothing takes what is known to be wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from contextlib import contextmanager
 
 Verdicts = Mapping[tuple[str, str], str]
 
-# a block as one autograd.Function (ways: the implementations); what products run in (ways: "int8",
-# "e4m3")
-FUSED_BLOCK, COMPUTE = "a fused block", "compute"
-# choices that there is one way to have
+# a block as one autograd.Function, whose ways are the implementations
+FUSED_BLOCK = "a fused block"
+# what products run in, whose ways are "int8" and "e4m3"
+COMPUTE = "compute"
+# these have one way, ONLY_WAY
 GRAPHS, STREAMING = "CUDA graphs", "streamed blocks"
 ONLY_WAY = "on"
 
@@ -28,9 +28,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 def set_failed(found: Verdicts) -> None:
-    """Takes the place of all verdicts that there were; found: (what, way) to one line that says
-    what was seen.
-    """
+    """Replaces all verdicts; found: from (what, way) to one line that says what was seen."""
     _failed.clear()
     _failed.update(found)
     _ways.clear()
@@ -39,15 +37,11 @@ def set_failed(found: Verdicts) -> None:
 
 
 def failed(what: str, way: str) -> str | None:
-    """Why this way to do it is not to be trusted here, for the end of a message; None where nothing
-    is known against it.
-    """
+    """Why this way to do it can't be trusted here, for the end of a message, or None."""
     found = _failed.get((what, way))
-    return (
-        None
-        if found is None
-        else f"it failed its check on this machine ({found}); `fluxfast-train doctor` says more"
-    )
+    if found is None:
+        return None
+    return f"it failed its check on this machine ({found}); `fluxfast-train doctor` says more"
 
 
 def ways_failed(what: str) -> frozenset[str]:
@@ -57,7 +51,7 @@ def ways_failed(what: str) -> frozenset[str]:
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Nothing counts as failed in here: for those who check anew."""
+    """Nothing counts as failed inside: for the checks themselves."""
     before = dict(_failed)
     set_failed({})
     try:

@@ -1,5 +1,6 @@
-"""Storage formats for frozen weights, and linears that keep theirs in one. A new format is a file
-here and a line below.
+"""Storage formats for frozen weights, and linears that keep theirs in one.
+
+A new format is a file here and a line below (`format.Format`).
 """
 
 from fluxfast.quant.format import Format

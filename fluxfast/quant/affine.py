@@ -3,15 +3,15 @@
     w = scale · (unit · code - zero)      0 ≤ code ≤ top,  0 ≤ zero ≤ unit · top
 
 Zero is an integer, but counts in 1/unit of a step, so that a group of few weights gets a grid that
-fits it; all but the scale is integer arithmetic, hence one rounding. Every group's grid contains
-zero's place, so its range is [min(w, 0), max(w, 0)].
+fits it. All but the product with the scale is integer arithmetic, so decoding rounds once. Every
+grid contains 0, so a group's range is [min(w, 0), max(w, 0)].
 
-The grid is searched for least squared error. Work is in steps of the plain min-max grid, u = w /
-step. A search starts from the range with either end shrunk by one of `shrinks`, takes the codes
-that this grid gives, fits scale and zero to them by least squares, rounds both to what can be
-stored, takes the codes anew (`refits` times), and keeps the best grid it has seen. u is rounded to
-a multiple of `grain` first: then the sums over a group are exact in fp32, so that no implementation
-has to add in any particular order, and so are products with a code.
+The grid is searched for least squared error, in steps of the plain min-max grid, u = w / step. A
+search starts from the range with either end shrunk by one of `shrinks` and takes the codes that
+this grid gives. Then, `refits` times, it fits scale and zero to the codes by least squares, rounds
+both to what can be stored, and takes the codes anew. It keeps the best grid it has seen. u is
+rounded to a multiple of `grain` first: then the sums over a group and the products with a code are
+exact in fp32, and no implementation has to add in any particular order.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ LEAST_STEP = 2.0**-100
 
 @dataclass(frozen=True)
 class Affine:
-    """The numbers of one format: group size, highest code, unit of the zero, and how its grids are
-    searched.
+    """The numbers of one format.
+
+    Group size, highest code, unit of the zero, and three about the search for a grid.
     """
 
     group: int
@@ -43,8 +44,9 @@ class Affine:
 
 
 class Grid(NamedTuple):
-    """One grid per group: what its scale is stored as, and its value; zero; codes [..., group]; all
-    fp32 but `stored`.
+    """One grid per group; codes are [..., group], and `stored` is what the scale is stored as.
+
+    All but `stored` are fp32.
     """
 
     stored: Tensor
@@ -118,8 +120,9 @@ def _grid(
     affine: Affine,
     store: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Grid, Tensor]:
-    """The grid nearest to one from `start` in strides of `size` that can be stored, u's codes on
-    it, and its size in steps.
+    """The nearest grid that can be stored to one from `start` in strides of `size`.
+
+    It comes with u's codes on it. Its own stride, in steps, comes second.
     """
     stored, scale = store(size * step * (1 / affine.unit))
     size = scale * affine.unit * per_step
@@ -132,8 +135,9 @@ def _grid(
 
 
 def quantize_triton(weight: Tensor, parts: Mapping[str, Tensor], affine: Affine) -> None:
-    """The search by Triton's kernel: weight [N, K] into int4's parts, or int2's, whose global_scale
-    is there already.
+    """`search` by Triton's kernel: weight [N, K] into int4's parts, or int2's.
+
+    int2's parts hold their global_scale already.
     """
     from fluxfast_kernels.quantize_affine import quantize_affine
 
@@ -154,9 +158,7 @@ def quantize_triton(weight: Tensor, parts: Mapping[str, Tensor], affine: Affine)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., n] of 8 / k bits, n a multiple of k, as bytes [..., n / k]; the first code in the
-    highest bits.
-    """
+    """Codes [..., n] of `bits` bits as bytes [..., n · bits / 8]; the first is in the high bits."""
     per_byte = 8 // bits
     shifts = torch.arange(8 - bits, -1, -bits, device=codes.device)
     return (codes.long().unflatten(-1, (-1, per_byte)) << shifts).sum(-1).to(torch.uint8)
@@ -169,8 +171,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def evaluate(codes: Tensor, zero: Tensor, scale: Tensor, affine: Affine, cols: int) -> Tensor:
-    """scale · (unit · code - zero) as [N, cols]: codes [N, groups, group], zero [N, groups] uint8,
-    scale [N, groups] fp32.
+    """scale · (unit · code - zero) as [N, cols].
+
+    codes [N, groups, group] and zero [N, groups] are uint8, scale [N, groups] is fp32.
     """
     steps = affine.unit * codes.short() - zero[..., None].short()
     return (scale[..., None] * steps).flatten(1)[:, :cols].contiguous()

@@ -1,5 +1,6 @@
-"""fp8_e4m3: a float8_e4m3fn a weight, a scale an output row. w = value · scale, scale = max|w| /
-448.
+"""fp8_e4m3: a float8_e4m3fn a weight, a scale an output row.
+
+w = value · scale, scale = max|w| / 448
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""y = x Wᵀ for a few vectors x, on the CPU, where W is read once in the format that it is stored in.
+"""y = x Wᵀ for a few vectors x, on the CPU: W is read once, in the format that it is stored in.
 
 The native module never decodes W as a whole. It sums products in fp32 and applies scales to sums
 over their groups, row by row, so the result does not depend on the number of threads, nor a
@@ -19,7 +19,7 @@ from fluxfast.quant.weight import QuantWeight
 
 
 def gemv_ref(x: Tensor, weight: Tensor | QuantWeight) -> Tensor:
-    """y [B, N] in x's dtype of x [B, K], fp32 or wider, and weight [N, K] of any dtype or format."""
+    """y [B, N] in x's dtype, for x [B, K] in fp32 or wider and any weight [N, K]."""
     if isinstance(weight, QuantWeight):
         weight = weight.to(torch.float32, impl="ref")
     return torch.nn.functional.linear(x, weight.to(x.dtype))

@@ -1,6 +1,4 @@
-"""The native module's GPU kernels: whether a tensor on a GPU can be given to them, and where they
-are to run.
-"""
+"""The native module's GPU kernels: whether they can be called here, and on which queue they run."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from fluxfast.ops import dispatch
 
 
 def obstacle() -> str | None:
-    """Why no call can be made, or None."""
+    """Why the native module can't be called with tensors on a GPU; None where it can."""
     if not dispatch.HAS_NATIVE:
         return "the native module fluxfast._C was not built"
     backend, torchs = dispatch.native.gpu_backend(), "cuda" if torch.version.hip is None else "hip"

@@ -1,9 +1,9 @@
-"""int2: 16 columns share an 8-bit scale and a 4-bit zero counted in fifths of a step; 2.75 bits a
-weight.
+"""int2: 16 columns share an 8-bit scale and a 4-bit zero; 2.75 bits a weight.
 
-A group's scale is global_scale · (1 + m/8) · 2^(e - 31), e the upper 5 and m the lower 3 bits of
-its byte: 32 octaves below the largest step that the weight can need, so that small rows keep their
-grid beside rows that are a million times larger.
+The zero counts in fifths of a step. A group's scale is global_scale · (1 + m/8) · 2^(e - 31), where
+e is the upper 5 and m the lower 3 bits of its byte. That spans 32 octaves below the largest step
+that the weight can need, so that small rows keep their grid beside rows that are a million times
+larger.
 
 Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees of freedom,
 measured on [192, 3072]:
@@ -117,7 +117,7 @@ class Int2(Format):
 
 
 def global_scale_of(largest: Tensor) -> Tensor:
-    """global_scale [1] fp32 of a weight whose largest magnitude is `largest` (fp32, no dimensions)."""
+    """global_scale [1] fp32 of a weight whose largest magnitude is `largest`, a scalar in fp32."""
     scale = (largest / torch.tensor(GLOBAL, device=largest.device)).reshape(1)
     return torch.where(scale < LEAST_NORMAL, 1.0, scale)
 

@@ -1,8 +1,7 @@
-"""int4: 64 columns share a bf16 scale and a zero counted in sixteenths of a step; 4.375 bits a
-weight.
+"""int4: 64 columns share a bf16 scale and an 8-bit zero; 4.375 bits a weight.
 
-Relative error (root mean square) on gaussian rows / Student-t rows of 3 degrees of freedom,
-measured on [192, 3072]:
+The zero counts in sixteenths of a step. Relative error (root mean square) on gaussian rows /
+Student-t rows of 3 degrees of freedom, measured on [192, 3072]:
 
     this format                                   .0815 / .1184
     the same, min-max grid without a search       .0896 / .1304
@@ -10,8 +9,8 @@ measured on [192, 3072]:
     bitsandbytes nf4, block 64, 4.13 bits         .0921 / .1221
     optimum-quanto qint4, group 128, 4.25 bits    .0997 / .1682
 
-bf16, not fp16, keeps the scale of a row of tiny weights; its 8 bits cost nothing, since codes are
-chosen after rounding it.
+The scale is bf16 because fp16 would lose that of a row of tiny weights. Its 8 bits cost nothing,
+since codes are chosen after it is rounded.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
-"""int8: a code a weight, a scale an output row; symmetric. w = code · scale.
+"""int8: a code a weight, a scale an output row; symmetric.
 
-Scales that clip (least squared error over a grid) gain 0.6 % on gaussian rows and 0.4 % on heavy
-tails (Student t, 3), which is not worth the time or a row that saturates: the scale is max|w| /
-127.
+w = code · scale, scale = max|w| / 127
+
+Scales that clip (least squared error over a grid) were measured to gain 0.6 % on gaussian rows and
+0.4 % on heavy tails (Student t, 3), which is worth neither the time nor a row that saturates.
 """
 
 from torch import Tensor

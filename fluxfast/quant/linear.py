@@ -1,8 +1,8 @@
 """A linear over a quantised, frozen weight: y = x Wᵀ + b.
 
-W is decoded for the product and dropped after it, forward and backward. `QuantLinear` is an `nn.Linear` by type, so that PEFT and everybody else's code takes it for one.
-Its state dict holds `weight.<part>` for each of its format's parts (see `Format.layout`), and
-`bias`.
+W is decoded for the product and dropped after it, forward and backward. `QuantLinear` is an
+`nn.Linear` by type, so that PEFT and everybody else's code takes it for one. Its state dict holds
+`weight.<part>` for each of its format's parts (see `Format.layout`), and `bias`.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def shapes_only() -> Iterator[None]:
 class QuantLinear(nn.Linear):
     """An `nn.Linear` whose weight is kept in a storage format.
 
-    Construct it empty to load into, or by `from_linear`. `compute_dtype` is the dtype that `weight` comes in, and that PEFT gives adapters; `forward`
-    computes in x's own. Casts (`.to(dtype)`, `.half()`) change it and the bias, never the stored
-    parts.
+    Construct it empty to load into, or by `from_linear`. `compute_dtype` is the dtype that `weight`
+    comes in and that PEFT gives adapters; `forward` computes in x's own. Casts (`.to(dtype)`,
+    `.half()`) change it and the bias, never the stored parts.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""nf4: sixteen levels at a normal distribution's quantiles, blocks of 64 along the flattened
-weight; 4.13 bits a weight.
+"""nf4: sixteen levels at a normal distribution's quantiles; 4.13 bits a weight.
 
-The same bytes and numbers as `bitsandbytes.functional.quantize_4bit(compress_statistics=True,
-quant_type="nf4")` gives on a CPU (version 0.50), so a weight may come from either side. A block
-keeps max|w|, itself quantised: less its mean over the weight (`offset`), in blocks of 256, to the
-8-bit dynamic code of arXiv 2110.02861. Levels: arXiv 2305.14314 (QLoRA).
+Blocks of 64 weights, along the flattened weight, share a scale. These are the bytes and numbers
+that `bitsandbytes.functional.quantize_4bit(compress_statistics=True, quant_type="nf4")` gives on a
+CPU (version 0.50), so a weight may come from either side. A block keeps max|w|, which is itself
+quantised: less its mean over the weight (`offset`), in blocks of 256, to the 8-bit dynamic code of
+arXiv 2110.02861. Levels: arXiv 2305.14314 (QLoRA).
 
     w = CODE[code] · (ABSMAX_CODE[absmax] · nested_absmax + offset)
 """
@@ -151,17 +151,16 @@ def code(device: torch.device) -> Tensor:
 
 @functools.cache
 def bounds(device: torch.device) -> Tensor:
-    """Where one code ends and the next begins [15] fp32: half-way, and a tie goes to the lower
-    code.
-    """
+    """Where one code ends and the next begins [15] fp32: half-way; a tie goes to the lower code."""
     levels = code(device)
     return (levels[:-1] + levels[1:]) / 2
 
 
 @functools.cache
 def absmax_code(device: torch.device) -> Tensor:
-    """The 256 values of the dynamic code, ascending, fp32: seven decades, each with twice the
-    values of the one below it.
+    """The 256 values of the dynamic code, ascending, fp32.
+
+    They span seven decades, each with twice the values of the one below it.
     """
     values = [0.0, 1.0]
     for decade in range(7):

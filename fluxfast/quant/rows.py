@@ -1,9 +1,11 @@
-"""Codes with one scale a row, which int8, fp8_e4m3 and the 8-bit product share; and weights as the
-native module takes them.
+"""Codes with one scale a row, and weights as the native module takes them.
 
-    scale = max|w| / top,  code = round(w · (1/scale)), halves to even       top = 127 for int8, 448 for float8_e4m3fn
+int8, fp8_e4m3 and the 8-bit product share the codes:
 
-A row whose scale would not be a normal number gets scale 1.
+    scale = max|w| / top,  code = round(w · (1/scale)), halves to even
+
+top is 127 for int8 and 448 for float8_e4m3fn. A row whose scale would not be a normal number gets
+scale 1.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,8 +49,9 @@ def quantize_rows(
 
 
 def read_args(weight: Tensor) -> tuple[int, int, int, int, int]:
-    """A weight for the native module to read: address, type, rows, columns, elements from one row
-    to the next.
+    """A weight for the native module to read.
+
+    Address, type, rows, columns, and elements from one row to the next.
     """
     return weight.data_ptr(), FLOAT_TYPES[weight.dtype], *weight.shape, weight.stride(0)
 
@@ -62,8 +65,9 @@ def encode(name: str, weight: Tensor, parts: Iterable[Tensor]) -> None:
 
 
 def decode(name: str, out: Tensor, out_scale: Tensor | None, parts: Sequence[Tensor]) -> None:
-    """Calls the native module's decoder of the format that it knows as `name`, as
-    `Format.decode_native` says.
+    """Calls the native module's decoder of the format that it knows as `name`.
+
+    out and out_scale as `Format.decode_native` takes them.
     """
     if out.is_cuda:
         addresses = (part.data_ptr() for part in parts)

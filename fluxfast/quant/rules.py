@@ -1,6 +1,4 @@
-"""Which linears of a transformer are quantised, and to what: SimpleTuner's names and rules, our
-formats.
-"""
+"""Which linears of a transformer are quantised, by SimpleTuner's names and rules, and to what."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ from fluxfast.quant.linear import QuantLinear
 
 logger = logging.getLogger("fluxfast")
 
-# full names, so a block's own proj_out is none of them; the modulation linears, norm_out.linear and
-# the time and text embedders are quantised, as upstream does
+# these stay in floats. They are full names, so that a block's own proj_out is none of them. As in
+# SimpleTuner, the modulation linears, norm_out.linear and the time and text embedders are quantised
 KEPT = ("x_embedder", "context_embedder", "proj_out")
 
 # SimpleTuner's `base_model_precision`, and the format that each means here
@@ -34,8 +32,8 @@ PRECISIONS: dict[str, str | None] = {
 
 @dataclass
 class QuantReport:
-    """What `quantize_model` did: the linears now in `format`, those kept, and the former's bytes
-    before and after.
+    """What `quantize_model` did: the linears now in `format`, with their bytes before and after,
+    and those kept.
     """
 
     format: str
@@ -53,9 +51,9 @@ class QuantReport:
 
 
 def format_of(precision: str, key: str = "base_model_precision") -> Format | None:
-    """The format that a value of `base_model_precision` (or `key`) means, None for no_change; one
-    line of the log says so.
+    """The format that a value of `base_model_precision` means; None for no_change.
 
+    key: another key of the config that has such a value. One line of the log names the format.
     Raises ValueError on a name that is not in PRECISIONS.
     """
     if precision not in PRECISIONS:
@@ -77,11 +75,11 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
 def quantize_model(
     transformer: nn.Module, format: Format, *, kept: tuple[str, ...] = KEPT
 ) -> QuantReport:
-    """Replaces every `nn.Linear` of `transformer` by a `QuantLinear`, in place and one by one, so
-    that only one is held twice.
+    """Replaces every `nn.Linear` of `transformer` by a `QuantLinear`, in place.
 
-    `kept`: full names of linears to leave alone. Raises ValueError if adapters are there already,
-    or a linear that is quantised.
+    It goes one by one, so that only one weight is held twice at a time. `kept`: full names of
+    linears to leave alone. Raises ValueError if adapters are there already, or a linear that is
+    quantised.
     """
     for name, module in transformer.named_modules():
         if hasattr(module, "base_layer"):

@@ -1,4 +1,4 @@
-"""The one matrix product of all wide products: y = x wᵀ, and in its epilogue all that a linear adds.
+"""The one kernel of all wide products: y = x wᵀ, and in its epilogue all that a linear adds.
 
     y[m, n] = x_scale[m] · w_scale[n] · Σ_k x[m, k] w[n, k]  +  Σ_t u[m, t] v[n, t]  +  bias[n]
 
@@ -376,7 +376,7 @@ def matmul(
         matmul_kernel, (m_tiles * n_tiles,),
         x, w, y, x_scale, w_scale, bias, u, v, seg, m, n, k, rank, n_seg, n_tiles,
         x.stride(0), stride_w, y.stride(0), 0 if u is None else u.stride(0), stride_v,
-        DOT_TYPE=product, LORA_TYPE=dot_type(y.dtype), W_K_MAJOR=w_k_major, V_K_MAJOR=v_k_major, ACCUMULATE=accumulate,
-        EVEN_K=k % block_k == 0, BLOCK_R=rank_block(rank, 32), **chosen,
+        DOT_TYPE=product, LORA_TYPE=dot_type(y.dtype), W_K_MAJOR=w_k_major, V_K_MAJOR=v_k_major,
+        ACCUMULATE=accumulate, EVEN_K=k % block_k == 0, BLOCK_R=rank_block(rank, 32), **chosen,
     )  # fmt: skip
     return y

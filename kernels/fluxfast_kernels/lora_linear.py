@@ -301,7 +301,8 @@ def lora_outer(
     target, stride_g, stride_split = slabs_for(splits, g)
     launch(
         lora_outer_kernel, (*grid, splits),
-        x, u, target, x_scale, seg, m, n, rank, n_seg, m_split, x.stride(0), u.stride(0), stride_g, stride_split,
+        x, u, target, x_scale, seg, m, n, rank, n_seg, m_split,
+        x.stride(0), u.stride(0), stride_g, stride_split,
         DOT_TYPE=product, G_TRANSPOSED=transposed, **chosen,
     )  # fmt: skip
     if splits > 1:

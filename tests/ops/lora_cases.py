@@ -31,7 +31,7 @@ def make_group(
     device: str = "cpu",
     seed: int = 0,
 ) -> list[LinearParams]:
-    """Linears with random numbers that dtype holds; `packed`: their weights side by side in memory."""
+    """Linears with random numbers that dtype holds; `packed`: weights side by side in memory."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, scale: float = 1.0) -> Tensor:

@@ -159,7 +159,7 @@ def test_a_lora_gives_the_same_beside_and_fused():
 @every_impl
 @pytest.mark.parametrize("compute", ["same", "int8"])
 def test_no_gradient_of_x(impl, compute):
-    """The adapters' gradients are the same where x takes none, and x's outliers are theirs to see."""
+    """The adapters' gradients are the same where x takes none; they see x's outliers, too."""
     device = device_of(impl)
     linears = with_others(make_group(K, OUTS, [[3], [], [1]], torch.float32, device=device))
     x, dy = operands(device, torch.float32)

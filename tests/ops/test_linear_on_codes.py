@@ -1,5 +1,5 @@
-"""`lora_linear` over a weight that is stored as 8-bit codes, in 8-bit arithmetic: beside its formula
-in fp64, forward and dgrad, on every implementation.
+"""`lora_linear` over a weight that is stored as 8-bit codes, in 8-bit arithmetic: forward and dgrad
+beside the formula in fp64, on every implementation.
 """
 
 import pytest

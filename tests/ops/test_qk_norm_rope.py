@@ -68,7 +68,7 @@ def test_native_matches_fp64(isa, poisoned, shape):
 
 
 def test_ref_is_diffusers():
-    """RMSNorm as torch has it, the rotation as diffusers has it, on tables with each entry twice."""
+    """RMSNorm is torch's, the rotation is diffusers', on tables with each entry twice."""
     heads, dim = 3, 16
     (qkv, txt_qkv), weights, (cos, sin) = make(2, 5, 9, heads, dim)
 

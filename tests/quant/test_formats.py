@@ -78,8 +78,12 @@ def decode_rows(parts, row, col, shape):
 
 
 DECODE: dict[str, Callable] = {
-    "int8": decode_rows, "fp8_e4m3": decode_rows, "int4": decode_int4, "int2": decode_int2, "nf4": decode_nf4
-}  # fmt: skip
+    "int8": decode_rows,
+    "fp8_e4m3": decode_rows,
+    "int4": decode_int4,
+    "int2": decode_int2,
+    "nf4": decode_nf4,
+}
 
 
 @every_format

@@ -31,9 +31,13 @@ def test_which_linears():
     assert sorted(report.kept) == ["context_embedder", "proj_out", "x_embedder"]
     assert len(report.quantized) == total - 3
     for name in (
-        "single_transformer_blocks.0.proj_out", "single_transformer_blocks.2.norm.linear", "transformer_blocks.1.norm1.linear",
-        "transformer_blocks.0.attn.to_out.0", "norm_out.linear", "time_text_embed.guidance_embedder.linear_1",
-    ):  # fmt: skip
+        "single_transformer_blocks.0.proj_out",
+        "single_transformer_blocks.2.norm.linear",
+        "transformer_blocks.1.norm1.linear",
+        "transformer_blocks.0.attn.to_out.0",
+        "norm_out.linear",
+        "time_text_embed.guidance_embedder.linear_1",
+    ):
         assert name in report.quantized and type(model.get_submodule(name)) is QuantLinear
     assert {n for n, m in model.named_modules() if type(m) is nn.Linear} == set(report.kept)
     assert report.bytes_after == sum(
@@ -116,9 +120,14 @@ def test_refusals():
 def test_precision_names(caplog):
     caplog.set_level(logging.INFO, logger="fluxfast")
     expected = {
-        "int8-quanto": "int8", "int8-torchao": "int8", "int4-quanto": "int4", "int2-quanto": "int2", "nf4-bnb": "nf4",
-        "fp8-quanto": "fp8_e4m3", "fp8-torchao": "fp8_e4m3",
-    }  # fmt: skip
+        "int8-quanto": "int8",
+        "int8-torchao": "int8",
+        "int4-quanto": "int4",
+        "int2-quanto": "int2",
+        "nf4-bnb": "nf4",
+        "fp8-quanto": "fp8_e4m3",
+        "fp8-torchao": "fp8_e4m3",
+    }
     assert {*expected, "no_change"} == set(PRECISIONS)
     for precision, name in expected.items():
         caplog.clear()

@@ -1,5 +1,6 @@
-"""Linears that read the same x, as one product: what `lora_linear` and the blocks' own backward are
-made of.
+"""Linears that read the same x, as one product.
+
+`lora_linear` and the blocks' own forward and backward are made of it.
 
     forward    s  = scale · x Aᵀ           y  = x Wᵀ + s Bᵀ + b
     backward   dS = scale · dy B           dx = dy W + dS A        dA = dSᵀ x        dB = dyᵀ s
@@ -218,9 +219,9 @@ class LinearGroup:
     def _split_outliers(
         self, x: Tensor, s: Tensor | None, ready: Ready
     ) -> tuple[tuple[Tensor, Tensor], Tensor, list[Tensor], list[int]]:
-        """x [M, K] as codes without its largest channels, and those as one more LoRA of each linear.
+        """x [M, K] as codes without its largest channels; these are one more LoRA of each linear.
 
-        Returns the codes, and s, the B of each LoRA and their number a linear, with the new ones.
+        Returns the codes with their scales, and what `wide` takes for the LoRAs: s, all B, counts.
         """
         largest = x.abs().amax(0).topk(self.outliers).indices
         keep = torch.ones(x.shape[1], device=x.device).index_fill_(0, largest, 0)

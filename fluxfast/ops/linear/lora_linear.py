@@ -1,10 +1,11 @@
-"""Linear layers with low-rank adapters over a frozen base: y = x Wᵀ + b + Σ s·(x Aᵀ) Bᵀ.
+"""Linear layers with adapters over a frozen base, LoRA first: y = x Wᵀ + b + Σ s·(x Aᵀ) Bᵀ.
 
 Linears that read the same x (q, k, v; in a single block also the MLP's first) are one call and one
-packed output, so that x is read once, the adapters' down-projections are one product, and the next
-op reads one tensor. The base is frozen: backward gives dx, dA and dB and never a gradient of W. W
-is kept in its storage type and decoded when it is used, in both directions: keeping the decoded
-copy for backward would hold a second model in memory. The arithmetic is `linear_group`'s.
+packed output, so that x is read once, the LoRAs' down-projections are one product, and the next op
+reads one tensor. The base is frozen: backward gives the gradients of x and of the adapters, never
+one of W. W is kept in its storage type and decoded when it is used, in both directions, because a
+decoded copy kept for backward would be a second model in memory. The arithmetic is
+`group.LinearGroup`'s.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from fluxfast.ops.tensors import own_dtypes
 
 
 def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
-    """The maths in plain, differentiable torch, without dropout; also the path on which the base
-    may get a gradient.
+    """The maths in plain, differentiable torch, without dropout.
+
+    It is also the only path on which the base may get a gradient.
     """
     rows, outs = x.reshape(-1, x.shape[-1]), []
     for weight, bias, adapters in linears:
@@ -50,14 +52,17 @@ class _LoraLinear(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         # the adapters' tensors, which take gradients, come one by one beside the adapters
-        ctx.bases, ctx.options = (
-            bases,
-            {"compute": compute, "outliers": outliers, "impl": impl, "dropout_seed": seed},
-        )
+        ctx.bases = bases
+        ctx.options = {
+            "compute": compute,
+            "outliers": outliers,
+            "impl": impl,
+            "dropout_seed": seed,
+        }
         group = LinearGroup(_over_tensors(bases, trained), x.dtype, **ctx.options)
         y, s = group.forward(group.as_input(x))
         ctx.has_s = s is not None
-        # frozen weights stay where they are: nobody has to keep, copy or move them for backward
+        # the frozen weights are not saved: backward decodes them where they lie
         ctx.save_for_backward(x, *([s] if s is not None else []), *trained)
         return y
 
@@ -70,15 +75,7 @@ class _LoraLinear(torch.autograd.Function):
         group = LinearGroup(_over_tensors(ctx.bases, rest), x.dtype, **ctx.options)
         need_dx = ctx.needs_input_grad[0]
         dx, grads = group.backward(dy, group.as_input(x), s, need_dx=need_dx)
-        return (
-            dx,
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(grad for of_adapter in grads for grad in of_adapter),
-        )
+        return dx, *(None,) * 5, *(grad for of_adapter in grads for grad in of_adapter)
 
 
 def _over_tensors(bases: Sequence[LinearParams], trained: Sequence[Tensor]) -> list[LinearParams]:
@@ -99,12 +96,12 @@ def lora_linear(
 
     x [..., in]; returns [..., Σ out], the linears' outputs side by side, in x's dtype. Weights and
     adapters may be stored in other floating types. compute "int8" or "e4m3" runs the wide products
-    on codes of x, of W and, in backward, of dy (scales a row); the `outliers` largest channels of x
-    stay out of its codes and are multiplied in its dtype. dropout_seed: draws the masks of adapters
-    that have a dropout; None: no dropout. Gradients: x and every A and B; a base weight or bias
-    that requires a gradient is refused, since the point of this op is never to compute one (use
-    `lora_linear_ref`). Raises ValueError on shapes that don't fit, or if `impl` can't do this call.
-    Source: LoRA, arXiv 2106.09685, section 4.1.
+    on codes of x, of W and, in backward, of dy, with a scale a row. The `outliers` largest channels
+    of x stay out of its codes and are multiplied in its dtype. dropout_seed: the seed of the masks
+    of adapters that have a dropout; None for no dropout. Gradients go to x and to the adapters'
+    tensors. A base weight or bias that requires one is refused, since this op never computes it
+    (use `lora_linear_ref`). Raises ValueError on shapes that don't fit, or if `impl` can't do this
+    call. Source: LoRA, arXiv 2106.09685, section 4.1.
     """
     _check(x, linears, compute)
     if torch.is_grad_enabled() and any(
@@ -112,8 +109,7 @@ def lora_linear(
     ):
         raise ValueError(
             "lora_linear: a base weight or bias requires a gradient, and this op never computes "
-            "one; freeze it "
-            "(requires_grad_(False)) or use lora_linear_ref"
+            "one; freeze it (requires_grad_(False)) or use lora_linear_ref"
         )
     trained = [t for p in linears for t in tensors_of(p.adapters)]
     stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]

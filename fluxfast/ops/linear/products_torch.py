@@ -47,7 +47,7 @@ def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as one along the first dimension; a copy, in a common dtype, if they lie apart."""
+    """The tensors as one along the first dimension; a copy in a common dtype if they lie apart."""
     joined = adjoining(tensors)
     return torch.cat([t.detach() for t in tensors]) if joined is None else joined
 
@@ -181,16 +181,9 @@ def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torc
 
 
 def wide(
-    x: Tensor,
-    x_scale: Tensor | None,
-    weights: list[Tensor],
-    w_scales: list[Tensor],
-    biases: list[Tensor | None],
-    s: Tensor | None,
-    b: list[Tensor],
-    counts: list[int],
-    y: Tensor,
-) -> None:
+    x: Tensor, x_scale: Tensor | None, weights: list[Tensor], w_scales: list[Tensor],
+    biases: list[Tensor | None], s: Tensor | None, b: list[Tensor], counts: list[int], y: Tensor,
+) -> None:  # fmt: skip
     """Writes x Wᵀ + s Bᵀ + bias to y [M, N]."""
     outs, present = [w.shape[0] for w in weights], [bias for bias in biases if bias is not None]
     joined = adjoining(weights) if len(present) in (0, len(biases)) else None
@@ -227,16 +220,9 @@ def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
 
 
 def wide_dgrad(
-    dy: Tensor,
-    dy_scale: Tensor | None,
-    col: int,
-    weights: list[Tensor],
-    w_scales: list[Tensor],
-    ds: Tensor | None,
-    a: list[Tensor],
-    accumulate: bool,
-    dx: Tensor,
-) -> None:
+    dy: Tensor, dy_scale: Tensor | None, col: int, weights: list[Tensor], w_scales: list[Tensor],
+    ds: Tensor | None, a: list[Tensor], accumulate: bool, dx: Tensor,
+) -> None:  # fmt: skip
     """Writes dy W + dS A to dx [M, K], or adds it, for dy's columns from `col` on.
 
     Codes of dy are those of dy · w_scales.

@@ -20,7 +20,7 @@ from fluxfast.ops.tensors import dense_rows
 
 
 class _Span(NamedTuple):
-    """Linears that go in one launch, with their columns of y, their columns of s, and their LoRAs."""
+    """Linears that go in one launch: their columns of y, their columns of s, and their LoRAs."""
 
     linears: slice
     cols: slice
@@ -181,16 +181,9 @@ def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torc
 
 
 def wide(
-    x: Tensor,
-    x_scale: Tensor | None,
-    weights: list[Tensor],
-    w_scales: list[Tensor],
-    biases: list[Tensor | None],
-    s: Tensor | None,
-    b: list[Tensor],
-    counts: list[int],
-    y: Tensor,
-) -> None:
+    x: Tensor, x_scale: Tensor | None, weights: list[Tensor], w_scales: list[Tensor],
+    biases: list[Tensor | None], s: Tensor | None, b: list[Tensor], counts: list[int], y: Tensor,
+) -> None:  # fmt: skip
     """Writes x Wᵀ + s Bᵀ + bias to y [M, N]. W may be codes where x is values."""
     if is_traced(x):
         _wide_op(x, x_scale, weights, w_scales, biases, s, b, counts, y)
@@ -241,16 +234,9 @@ def _transposed(w: Tensor) -> Tensor:
 
 
 def wide_dgrad(
-    dy: Tensor,
-    dy_scale: Tensor | None,
-    col: int,
-    weights: list[Tensor],
-    w_scales: list[Tensor],
-    ds: Tensor | None,
-    a: list[Tensor],
-    accumulate: bool,
-    dx: Tensor,
-) -> None:
+    dy: Tensor, dy_scale: Tensor | None, col: int, weights: list[Tensor], w_scales: list[Tensor],
+    ds: Tensor | None, a: list[Tensor], accumulate: bool, dx: Tensor,
+) -> None:  # fmt: skip
     """Writes dy W + dS A to dx [M, K], or adds it, for dy's columns from `col` on.
 
     Codes of dy are those of dy · w_scales. W may be codes where dy is values.
