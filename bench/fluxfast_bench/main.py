@@ -11,57 +11,63 @@ from fluxfast import __version__
 
 # command: (module of fluxfast_bench, one line of help); a module is imported when its command runs
 COMMANDS = {
-    "ops": ("ops", "time each fused op beside eager PyTorch and torch.compile"),
+    "ops": ("ops.timings", "time each fused op beside eager PyTorch and torch.compile"),
     "step": (
-        "step",
+        "step.step",
         "time whole training steps beside the peers: diffusers + PEFT, quanto, bitsandbytes, "
         "SDNQ, torchao",
     ),
-    "startup": ("startup", "time and memory from a checkpoint to the first step"),
+    "startup": ("step.startup", "time and memory from a checkpoint to the first step"),
     "prewarm": (
-        "prewarm",
+        "counted.prewarm",
         "compile what steps launch into Triton's cache, in many processes; no GPU is needed",
     ),
     "ceilings": (
-        "ceilings",
+        "ops.ceilings",
         "time copies, matrix products and attention at a step's shapes, by PyTorch's own kernels",
     ),
     "smoke": (
-        "smoke",
+        "ops.smoke",
         "hold every kernel that a step launches against fp32: each format, products, graphs, "
         "attention",
     ),
-    "sweep": ("sweep", "time a step's wide products with each tile that they could have"),
+    "sweep": ("ops.sweep", "time a step's wide products with each tile that they could have"),
     "profile": (
-        "profile",
+        "step.profile",
         "sum up the kernels of a step: how often, how long, and the time between them",
     ),
     "aot": (
-        "aot",
+        "counted.aot",
         "compile every Triton kernel for every GPU, without one: registers, spills, shared memory",
     ),
     "formats": (
-        "formats",
+        "ops.formats",
         "error of each storage format beside optimum-quanto's and bitsandbytes'",
     ),
     "counts": (
-        "counts",
+        "counted.counts",
         "count what a full-size step launches and moves, beside diffusers + PEFT; no GPU is needed",
     ),
-    "host": ("host", "time the Python of a step, with launches that do nothing; no GPU is needed"),
+    "host": (
+        "step.host",
+        "time the Python of a step, with launches that do nothing; no GPU is needed",
+    ),
     "vram": (
-        "vram",
+        "counted.vram",
         "the memory of a full-size step for every preset, beside its target and the plan's; no "
         "GPU is needed",
     ),
-    "report": ("report", "make the README's tables and the plots from stored results"),
-    "check": ("check", "hold stored results against bench/targets.toml and the runs before them"),
+    "report": ("report.report", "make the tables of the READMEs and the plots from stored results"),
+    "check": (
+        "report.check",
+        "hold stored results against bench/targets.toml and the runs before them",
+    ),
     "convergence": (
-        "convergence",
+        "step.convergence",
         "train the demo in every precision with several seeds: do they end at the same loss?",
     ),
     "make-checkpoint": (
-        "make_checkpoint",
+        "step.make_checkpoint",
         "write a FLUX.1-shaped transformer with random weights, of any size up to 24 GB",
     ),
 }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from fluxfast_bench.cases import SHAPES
+from fluxfast_bench.shapes import SHAPES
 
 
 def wide_console() -> Console:

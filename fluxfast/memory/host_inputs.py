@@ -44,8 +44,8 @@ class HostInput:
 class _Mover:
     """Copies tensors out and back at once, on a CPU."""
 
-    def __init__(self) -> None:
-        self.memory = HostMemory()
+    def __init__(self, memory: HostMemory) -> None:
+        self.memory = memory
 
     def move_out(self, kept: HostInput, x: Tensor) -> None:
         kept.on_host.copy_(x)
@@ -100,8 +100,11 @@ class HostInputs:
     Its buffers are reused: there are as many as are kept at the same time.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._mover = _CudaMover(device) if device.type == "cuda" else _Mover()
+    def __init__(self, device: torch.device, memory: HostMemory | None = None) -> None:
+        """memory: what buffers are taken from on another device than a GPU; None: plain memory."""
+        self._mover = (
+            _CudaMover(device) if device.type == "cuda" else _Mover(memory or HostMemory())
+        )
         self._free: dict[int, list[_HostBuffer]] = {}
         self._kept: list[weakref.ref[HostInput]] = []
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # compute capabilities of NVIDIA GPUs from which tensor cores multiply codes of a kind
 LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
@@ -49,6 +51,16 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Tells torch.compile to call `function` while it traces, and to take the result as a constant.
+
+    This is what `torch.compiler.assume_constant_result` does. But that imports torch._dynamo, which
+    costs a second of processor time in every process that needs the ops and never compiles.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextlib.contextmanager

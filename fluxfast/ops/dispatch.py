@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import verdicts
-from fluxfast.ops.device import pretending
+from fluxfast.ops.device import constant_when_compiled, pretending
 
 try:
     import fluxfast._C as native  # noqa: F401
@@ -122,7 +122,7 @@ def _triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _interpreted() -> bool:
     from fluxfast_kernels._launch import interpreted
 

@@ -1,11 +1,7 @@
-"""Launch numbers as data, and what every launcher needs: block sizes per architecture, device keys,
-ahead-of-time variants.
+"""What every launcher needs: block sizes by architecture as data, and the launch itself.
 
 An op's table maps an architecture key ("sm_90", "gfx942", …) to its numbers; "default" holds safe
 ones for every target. Tuning on a device adds a row there and nothing else.
-
-Ahead-of-time variants are recorded, not written down: a launcher called on meta tensors launches
-nothing, and what it would have launched is the variant. So the two cannot drift apart.
 
 Triton is imported by what compiles or asks for it, not here: a plan reads the tables on machines
 that have none.
@@ -13,31 +9,18 @@ that have none.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# what `fluxfast-bench aot` compiles for: the key, Triton's back end, its architecture, and the
-# width of a warp
-AOT_TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_89": ("cuda", 89, 32),
-    "sm_90": ("cuda", 90, 32),
-    "gfx942": ("hip", "gfx942", 64),
-    "gfx1100": ("hip", "gfx1100", 32),
-}
-
-# architectures on which Triton converts to e4m3fn
-E4M3_TARGETS: tuple[str, ...] = ("sm_89", "sm_90", "gfx942", "gfx1100")
-
 LaunchTable = Mapping[str, Mapping[str, int]]
 
-# for ops whose programs hold one row in registers: elements of it per thread, which sets the number
-# of warps; the widest piece of a row that a program takes, where it need not take the whole; rows
-# per program, where it sums over them
+# For ops whose programs hold one row in registers. "per_thread": elements of the row per thread,
+# which sets the number of warps. "widest": the largest piece of a row that a program takes, where it
+# need not take the whole. "ROWS": rows per program, where it sums over them.
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
     "dequant": {"default": {"per_thread": 16, "widest": 2048}},
@@ -70,14 +53,19 @@ OPTIM_LAUNCH: LaunchTable = {
     "gfx942": {"BLOCK": 2048, "num_warps": 4},
 }
 
-# which engine takes a wide product with float activations, by what W is and up to how many tokens (None: any number):
-#   "library"  torch's GEMM, then bias and a thin product for the adapters;    "fused"  our kernel, with those in its epilogue
-#   "codes"    our kernel on W's stored codes, converted in registers;         "decode" W decoded to a scratch, then as "float"
-# None of these is measured yet. "fused" saves a launch and a pass over y for each linear with an adapter, which a library's
-# GEMM must be faster by (on chips with asynchronous tensor cores it may be); a kernel that converts codes as it reads them wins
-# while a weight tile is read once, up to about 64 tokens. To measure on a device: time `lora_linear`, forward and backward, at
-# FLUX.1's shapes and 16 to 4608 tokens with one engine a kind as "default" here, then with the other; the numbers of tokens
-# where the faster one changes are the bounds of that architecture's row.
+# Which engine takes a wide product with float activations. A table is chosen by what W is; its rows
+# are (most tokens, engine), and None means any number of tokens.
+#   "library"  torch's GEMM, then bias and a thin product for the adapters
+#   "fused"    our kernel, with those in its epilogue
+#   "codes"    our kernel on W's stored codes, which it converts in registers
+#   "decode"   W decoded to a scratch, then as "float"
+# None of these choices is measured yet. "fused" saves a launch and a pass over y for each linear
+# with an adapter, so a library's GEMM has to be faster by more than that, which it may be on chips
+# with asynchronous tensor cores. A kernel that converts codes as it reads them wins as long as a
+# tile of W is read once, up to about 64 tokens. To measure on a device: time `lora_linear`, forward
+# and backward, at FLUX.1's shapes and 16 to 4608 tokens, with one engine as "default" and then with
+# the other. The numbers of tokens where the faster one changes are the bounds of that
+# architecture's row.
 WideRows = tuple[tuple[int | None, str], ...]
 WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
     "float": {
@@ -93,9 +81,7 @@ WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
 
 
 def wide_engine(kind: str, tokens: int, device: torch.device) -> str:
-    """The engine of WIDE_ENGINES for a W of `kind` ("float", or its codes' format) and so many
-    tokens.
-    """
+    """The engine of WIDE_ENGINES for so many tokens and a W of `kind`: "float" or a format of codes."""
     rows = WIDE_ENGINES[kind]
     return next(
         name
@@ -113,66 +99,6 @@ TRANSPOSE_FROM: LaunchTable = {"default": {"rows": 0}, "sm_90": {"rows": 512}}
 def dgrad_transposes(rows: int, device: torch.device) -> bool:
     """Whether dgrad of so many rows wants `.T` of a transposed copy of W's codes."""
     return 0 < launch_numbers(TRANSPOSE_FROM, device)["rows"] <= rows
-
-
-@dataclass(frozen=True)
-class AotVariant:
-    """One kernel as a launcher would specialise it, for compiling without a device.
-
-    signature: argument → Triton type ("*bf16", "i32", "fp32"), constexprs left out; constexprs: the
-    rest, None for an absent pointer. `num_warps` and `num_stages` are None where the launcher names
-    none: the default is the back end's, and so is part of Triton's key to a compiled kernel.
-    `divisible` names the integers that are multiples of 16 (pointers always are). `targets`: keys
-    of AOT_TARGETS.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    num_warps: int | None = None
-    num_stages: int | None = None
-    divisible: tuple[str, ...] = ()
-    targets: tuple[str, ...] = field(default_factory=lambda: tuple(AOT_TARGETS))
-
-
-# a name, a call of launchers on meta tensors, and the targets it is for
-AotCase = tuple[str, Callable[[], object], Sequence[str]]
-
-
-def compile_ahead(variant: AotVariant, target: str) -> Any:
-    """Triton's compiled kernel (`.asm`, `.metadata`) for a key of AOT_TARGETS; needs no device, but
-    no interpreter either.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = variant.kernel.arg_names
-    types = {name: variant.signature.get(name, "constexpr") for name in names}
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=types,
-        constexprs={name: variant.constexprs[name] for name in names if types[name] == "constexpr"},
-        attrs=_attributes(variant, types),
-    )
-    named = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    options = {name: number for name, number in named.items() if number is not None}
-    return triton.compile(source, target=GPUTarget(*AOT_TARGETS[target]), options=options)
-
-
-def _attributes(variant: AotVariant, types: Mapping[str, str]) -> dict[tuple[int], list[list[Any]]]:
-    """As Triton's JIT has them, whose key to a kernel they are a part of: where it looks and finds
-    nothing, it notes that.
-    """
-    attributes = {}
-    for i, param in enumerate(variant.kernel.params):
-        kind = types[param.name]
-        if kind.startswith("*") or param.name in variant.divisible:
-            attributes[i,] = [["tt.divisibility", 16]]
-        elif kind == "constexpr" or (kind.startswith("i") and not param.do_not_specialize):
-            attributes[i,] = []
-    return attributes
 
 
 def next_pow2(n: int) -> int:
@@ -229,23 +155,18 @@ def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int
 
 @functools.cache
 def row_numbers(op: str, width: int, arch: str) -> Mapping[str, int]:
-    """BLOCK and num_warps (and ROWS, where the op has it) of an op of ROW_LAUNCH on rows of `width`
-    elements.
-    """
+    """BLOCK, num_warps, and ROWS where the op has it, of an op of ROW_LAUNCH on rows of `width`."""
     numbers = dict(ROW_LAUNCH[op].get(arch) or ROW_LAUNCH[op]["default"])
     block = next_pow2(width)
     block = min(block, numbers.pop("widest", block))
-    # gfx9 runs 64 threads a warp, everything else 32; 1024 threads is the most that a program may
-    # have
+    # a warp has 64 threads on gfx9 and 32 elsewhere; a program may have 1024 threads at most
     warp = 64 if arch.startswith("gfx9") else 32
     warps = min(max(block // (numbers.pop("per_thread") * warp), 1), 1024 // warp)
     return {"BLOCK": block, "num_warps": warps, **numbers}
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, which is where Triton launches; free where it already
-    is.
-    """
+    """Makes the tensor's GPU the current one, where Triton launches; does nothing if it already is."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
@@ -296,69 +217,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: Any) -> No
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     with on_device(tensor):
         kernel[grid](*args, **numbers)
-
-
-_TRITON_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.int8: "i8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-def variant_of(
-    kernel: Any, args: Sequence[Any], numbers: Mapping[str, Any], target: str
-) -> AotVariant:
-    """The variant that Triton's JIT would make of a launch for a key of AOT_TARGETS.
-
-    As there, an absent pointer and an integer that is 1 become constants.
-    """
-    options = {k: v for k, v in numbers.items() if k in ("num_warps", "num_stages")}
-    signature, divisible = {}, []
-    constexprs = {k: v for k, v in numbers.items() if k not in options}
-    for param, arg in zip(kernel.params, args, strict=False):
-        fixed = param.do_not_specialize
-        if isinstance(arg, Tensor):
-            signature[param.name] = f"*{_TRITON_TYPES[arg.dtype]}"
-        elif isinstance(arg, float):
-            signature[param.name] = "fp32"
-        elif arg is None or param.is_constexpr or (arg == 1 and not fixed):
-            constexprs[param.name] = arg
-        else:
-            signature[param.name] = "i32" if -(2**31) <= arg < 2**31 else "i64"
-            if arg % 16 == 0 and not fixed:
-                divisible.append(param.name)
-    return AotVariant(
-        kernel.__name__.removesuffix("_kernel"),
-        kernel,
-        signature,
-        constexprs,
-        divisible=tuple(divisible),
-        targets=(target,),
-        **options,
-    )
-
-
-def record_variants(cases: Iterable[AotCase]) -> list[AotVariant]:
-    """The variants that launchers, called on meta tensors, would launch on each target.
-
-    None under the interpreter, which compiles nothing.
-    """
-    variants: list[AotVariant] = []
-    if interpreted():
-        return variants
-    for name, call, targets in cases:
-        for target in targets:
-            found: list[AotVariant] = []
-
-            def record(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
-                found.append(variant_of(kernel, args, numbers, target))  # noqa: B023
-
-            with pretend(target, record):
-                call()
-            variants += [replace(variant, name=f"{variant.name}-{name}") for variant in found]
-    return variants

@@ -14,8 +14,9 @@ that belong to one linear meet only that linear's columns of u. A table of segme
 a tile never crosses a segment's end, so that it needs one slice of u and v.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -317,6 +318,26 @@ def order_of(op: str, t: Tensor) -> tuple[bool, int]:
     return (True, t.stride(0)) if t.stride(1) == 1 else (False, t.stride(1))
 
 
+# hears of the arguments of a product, by the names of `matmul`'s parameters
+OnProduct = Callable[[Mapping[str, Any]], None]
+_on_product: OnProduct | None = None
+
+
+@contextlib.contextmanager
+def listening(on_product: OnProduct) -> Iterator[None]:
+    """Inside, `on_product` hears of each call of `matmul`, before it runs, in every thread.
+
+    `fluxfast-bench sweep` finds the products of a step so. What a launch is called with would not
+    do: the sizes of a group's linears are in a table on the device.
+    """
+    global _on_product
+    before, _on_product = _on_product, on_product
+    try:
+        yield
+    finally:
+        _on_product = before
+
+
 def matmul(
     x: Tensor,
     w: Tensor,
@@ -345,6 +366,11 @@ def matmul(
     is dS and v is A.T. `numbers` overrides single launch numbers of MATMUL's. Codes of e4m3 need
     sm_89, sm_90 or gfx942; multiples of 16 are the fast case.
     """
+    if _on_product is not None:
+        _on_product({
+            "x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale, "bias": bias, "u": u, "v": v,
+            "segments": segments, "out": out, "out_dtype": out_dtype, "accumulate": accumulate,
+        })  # fmt: skip
     assert (x_scale is None) == (x.itemsize > 1), (
         "8-bit rows come with their scales, float rows without"
     )

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, launch, record_variants
+from fluxfast_kernels._launch import cdiv, launch
+from fluxfast_kernels.aot import AotCase
 from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
 
 GROUP = tl.constexpr(16)
@@ -82,7 +83,8 @@ def dequant_int2(
     launch(dequant_int2_kernel, grid, *parts, *outputs, **numbers)
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     meta = partial(torch.empty, dtype=torch.uint8, device="meta")
     for cols in (3072, 15360):
         groups = cols // GROUP.value
@@ -93,8 +95,3 @@ def _aot_cases() -> Iterator[AotCase]:
             meta(1, dtype=torch.float32),
         )
         yield from decoder_cases(dequant_int2, parts, (3072, cols))
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, launch, record_variants
+from fluxfast_kernels._launch import cdiv, launch
+from fluxfast_kernels.aot import AotCase
 from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
 
 GROUP = tl.constexpr(64)
@@ -63,14 +64,10 @@ def dequant_int4(
     launch(dequant_int4_kernel, grid, *parts, *outputs, **numbers)
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     meta = partial(torch.empty, dtype=torch.uint8, device="meta")
     for cols in (3072, 15360):
         groups = cols // GROUP.value
         parts = meta(3072, cols // 2), meta(3072, groups, dtype=torch.bfloat16), meta(3072, groups)
         yield from decoder_cases(dequant_int4, parts, (3072, cols))
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import AotCase, AotVariant, cdiv, launch, record_variants
+from fluxfast_kernels._launch import cdiv, launch
+from fluxfast_kernels.aot import AotCase
 from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
 
 BLOCK_SIZE = tl.constexpr(64)
@@ -92,7 +93,8 @@ def dequant_nf4(
     launch(dequant_nf4_kernel, grid, *parts, *outputs, ALIGNED=is_aligned, **numbers)
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     meta = partial(torch.empty, device="meta")
     tables = meta(16), meta(256)
     # the last one's rows begin within blocks
@@ -103,8 +105,3 @@ def _aot_cases() -> Iterator[AotCase]:
         yield from decoder_cases(
             dequant_nf4, (packed, absmax, nested, offset, tables), (3072, cols)
         )
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -18,17 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    interpreted,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, interpreted, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.quantize_e4m3 import quantize_row_e4m3
 from fluxfast_kernels.row_quant import quantize_row
 
@@ -151,10 +142,11 @@ def decoder_cases(
         out = torch.empty(shape, dtype=dtype, device="meta")
         out_scale = torch.empty(shape[0], device="meta") if out.itemsize == 1 else None
         case = f"{name}{shape[1]}-{str(dtype).removeprefix('torch.')}"
-        yield case, partial(decode, *parts, out, out_scale), tuple(AOT_TARGETS)
+        yield case, partial(decode, *parts, out, out_scale), EVERY_TARGET
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for stored in (torch.int8, torch.float8_e4m3fn):
         for cols in (3072, 15360):
             codes, scale = (
@@ -165,8 +157,3 @@ def _aot_cases() -> Iterator[AotCase]:
             # codes of the type that is stored are copied, not made
             cases = decoder_cases(dequant_rows, (codes, scale), (3072, cols), name)
             yield from (case for case in cases if not case[0].endswith(name.removesuffix("-")))
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -12,16 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import check_rows
 
 
@@ -53,16 +45,12 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     return y
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.empty(4608, 3072, dtype=dtype, device="meta")
         yield (
             str(dtype).removeprefix("torch."),
             partial(dropout, x, 0.1, 1 << 40),
-            tuple(AOT_TARGETS),
+            EVERY_TARGET,
         )
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -17,15 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.aot import AotCase
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,
@@ -178,7 +171,8 @@ def gated_residual_bwd(
     return GatedResidualGrads(*outputs, None if sums is None else sums.sum(1).to(gate.dtype))
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.empty(1, 4608, 3072, dtype=dtype, device="meta")
         gate = torch.empty(1, 9216, dtype=dtype, device="meta")[:, 6144:]
@@ -189,8 +183,3 @@ def _aot_cases() -> Iterator[AotCase]:
             bwd = partial(gated_residual_bwd, out=out, col_scale=col_scale)
             yield f"{name}-{out}", partial(bwd, x, gate), targets_of(out)
             yield f"{name}-{out}-dgate", partial(bwd, x, gate, x), targets_of(out)
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -19,15 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.aot import AotCase
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,
@@ -192,7 +185,8 @@ def gelu_bwd(
     return GeluOut(values, q, q_scale)
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.empty(1, 4608, 12288, dtype=dtype, device="meta")
         attn = torch.empty(1, 4608, 3072, dtype=dtype, device="meta")
@@ -207,8 +201,3 @@ def _aot_cases() -> Iterator[AotCase]:
                 partial(gelu_bwd, x, x, out=out, col_scale=None if out == "same" else col_scale),
                 where,
             )
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

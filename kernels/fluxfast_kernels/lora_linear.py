@@ -22,16 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    LaunchTable,
-    cdiv,
-    launch,
-    launch_numbers,
-    record_variants,
-)
+from fluxfast_kernels._launch import LaunchTable, cdiv, launch, launch_numbers
 from fluxfast_kernels._matmul import (
     SEGMENT_UNIT,
     Segments,
@@ -43,6 +34,7 @@ from fluxfast_kernels._matmul import (
     segment_tile,
 )
 from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import check_rows
 
 
@@ -310,9 +302,9 @@ def lora_outer(
     return g
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     meta = partial(torch.empty, device="meta")
-    targets = tuple(AOT_TARGETS)
     # a single block's two linears: QKV and the MLP's first in one, and the last one over both
     m, d, n_out = 4608, 3072, 15360
     outs = (d, d, d, 4 * d)
@@ -324,52 +316,47 @@ def _aot_cases() -> Iterator[AotCase]:
     ):
         one = partial(meta, dtype=dtype)
         x, x_out, w, w_out, dy = one(m, d), one(m, n_out), one(n, d), one(d, n_out), one(m, n)
-        yield f"{name}-fwd", partial(matmul, x_out, w_out, bias=one(d)), targets
+        yield f"{name}-fwd", partial(matmul, x_out, w_out, bias=one(d)), EVERY_TARGET
         yield (
             f"{name}-dgrad",
             partial(matmul, x, w_out.T, out=x_out, accumulate=True),
-            targets,
+            EVERY_TARGET,
         )
         for rank in ranks:
             segments, total = make_segments(outs, (rank,) * 4, "meta"), 4 * rank
             s, a, b, scale = one(m, total), one(total, d), one(n, rank), meta(total)
             fwd = partial(matmul, x, w, bias=one(n), u=s, v=b, segments=segments)
-            yield f"{name}-fwd-r{rank}", fwd, targets
+            yield f"{name}-fwd-r{rank}", fwd, EVERY_TARGET
             yield (
                 f"{name}-dgrad-r{rank}",
                 partial(matmul, dy, w.T, u=s, v=a.T),
-                targets,
+                EVERY_TARGET,
             )
-            yield f"{name}-s-r{rank}", partial(lora_down, x, a, s, scale=scale), targets
+            yield f"{name}-s-r{rank}", partial(lora_down, x, a, s, scale=scale), EVERY_TARGET
             yield (
                 f"{name}-ds-r{rank}",
                 partial(lora_down, dy, b.T, s, scale=scale, segments=segments),
-                targets,
+                EVERY_TARGET,
             )
             yield (
                 f"{name}-db-r{rank}",
                 partial(lora_outer, dy, s, meta(n, rank), segments=segments),
-                targets,
+                EVERY_TARGET,
             )
             yield (
                 f"{name}-da-r{rank}",
                 partial(lora_outer, x, s, meta(total, d), transposed=True),
-                targets,
+                EVERY_TARGET,
             )
     # few tokens, so that sums are cut, and x as codes
     xq, x_scale, a, s = meta(512, d, dtype=torch.int8), meta(512), one(16, d), one(512, 16)
     yield (
         "int8-s-r16",
         partial(lora_down, xq, a, one(512, 16, dtype=torch.bfloat16), x_scale=x_scale),
-        targets,
+        EVERY_TARGET,
     )
     yield (
         "int8-da-r16",
         partial(lora_outer, xq, s.bfloat16(), meta(16, d), x_scale=x_scale, transposed=True),
-        targets,
+        EVERY_TARGET,
     )
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -23,16 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,
@@ -321,7 +313,9 @@ def modulated_layer_norm_bwd(
     return LayerNormGrads(dx, dscale, dshift, dgate[0] if dgate else None, *dbranch)
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
+
     def meta(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -350,10 +344,5 @@ def _aot_cases() -> Iterator[AotCase]:
             )
             sums = partial(bwd, gate=gate, branch=x, modulation=True, out=out, col_scale=col_scale)
             yield f"{name}-{out}-gated-modulation", sums, where
-        yield name, bwd, tuple(AOT_TARGETS)
-        yield f"{name}-modulation", partial(bwd, modulation=True), tuple(AOT_TARGETS)
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+        yield name, bwd, EVERY_TARGET
+        yield f"{name}-modulation", partial(bwd, modulation=True), EVERY_TARGET

@@ -23,16 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    OPTIM_LAUNCH,
-    AotCase,
-    AotVariant,
-    cdiv,
-    launch,
-    launch_numbers,
-    record_variants,
-)
+from fluxfast_kernels._launch import OPTIM_LAUNCH, cdiv, launch, launch_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -223,7 +215,8 @@ def adamw_step(
     )  # fmt: skip
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for dtype in (torch.bfloat16, torch.float32):
         tensors = [torch.empty(16, 3072, dtype=dtype, device="meta") for _ in range(4)]
         for aligned in (True, False):
@@ -240,9 +233,4 @@ def _aot_cases() -> Iterator[AotCase]:
                 seed=1 << 40,
             )
             name = str(dtype).removeprefix("torch.")
-            yield name if aligned else f"{name}-unaligned", update, tuple(AOT_TARGETS)
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+            yield name if aligned else f"{name}-unaligned", update, EVERY_TARGET

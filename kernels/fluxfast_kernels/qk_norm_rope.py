@@ -28,17 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    HEAD_LAUNCH,
-    AotCase,
-    AotVariant,
-    cdiv,
-    launch,
-    launch_numbers,
-    next_pow2,
-    record_variants,
-)
+from fluxfast_kernels._launch import HEAD_LAUNCH, cdiv, launch, launch_numbers, next_pow2
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import check_rows, row_strides
 
 
@@ -334,8 +325,8 @@ def _numbers(op: str, heads: int, head_dim: int, device: torch.device) -> dict[s
     return {"H": heads, "HD": head_dim, "HALF": next_pow2(head_dim // 2), **numbers}
 
 
-def _aot_cases() -> Iterator[AotCase]:
-    targets = tuple(AOT_TARGETS)
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     cos = torch.empty(4608, 64, device="meta")
     index = torch.empty(1, 2560, dtype=torch.int32, device="meta")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -354,17 +345,12 @@ def _aot_cases() -> Iterator[AotCase]:
             forward = partial(
                 qk_norm_rope_fwd, qkv, weights, cos, cos, heads=24, txt_qkv=txt_qkv, index=rows
             )
-            yield f"{name}-{case}", forward, targets
+            yield f"{name}-{case}", forward, EVERY_TARGET
             s_txt = 0 if txt_qkv is None else 512
             y = torch.empty(1, s_txt + qkv.shape[1], 24, 128, dtype=dtype, device="meta")
             rstd = torch.empty(1, s_txt + qkv.shape[1], 2, 24, device="meta")
             backward = partial(
                 qk_norm_rope_bwd, y, y, y, rstd, weights, cos, cos, s_txt=s_txt, index=rows
             )
-            yield f"{name}-{case}-outputs", partial(backward, q=y, k=y), targets
-            yield f"{name}-{case}-inputs", partial(backward, qkv=qkv, txt_qkv=txt_qkv), targets
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+            yield f"{name}-{case}-outputs", partial(backward, q=y, k=y), EVERY_TARGET
+            yield f"{name}-{case}-inputs", partial(backward, qkv=qkv, txt_qkv=txt_qkv), EVERY_TARGET

@@ -21,18 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    E4M3_TARGETS,
-    AotCase,
-    AotVariant,
-    LaunchTable,
-    cdiv,
-    launch,
-    launch_numbers,
-    record_variants,
-)
+from fluxfast_kernels._launch import LaunchTable, cdiv, launch, launch_numbers
 from fluxfast_kernels._matmul import make_segments, matmul
+from fluxfast_kernels.aot import E4M3_TARGETS, EVERY_TARGET, AotCase
 
 
 @triton.jit
@@ -62,7 +53,8 @@ def transpose_codes(w: Tensor, *, out: Tensor | None = None) -> Tensor:
     return t
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     meta = partial(torch.empty, device="meta")
     bf16 = partial(meta, dtype=torch.bfloat16)
     # a single block's two linears: QKV and the MLP's first in one, and the last one over both
@@ -70,7 +62,7 @@ def _aot_cases() -> Iterator[AotCase]:
     outs = (d, d, d, 4 * d)
     n = sum(outs)
     for name, dtype, targets in (
-        ("int8", torch.int8, tuple(AOT_TARGETS)),
+        ("int8", torch.int8, EVERY_TARGET),
         # gfx1100 has no e4m3 product
         (
             "e4m3",
@@ -100,9 +92,4 @@ def _aot_cases() -> Iterator[AotCase]:
             yield f"{name}-dgrad-r{rank}", partial(dgrad, dy, w.T), targets
             transposed = partial(dgrad, dy, w_t.T, out=bf16(m, d), accumulate=True)
             yield f"{name}-dgrad-transposed-r{rank}", transposed, targets
-    yield "codes", partial(transpose_codes, meta(n, d, dtype=torch.int8)), tuple(AOT_TARGETS)
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+    yield "codes", partial(transpose_codes, meta(n, d, dtype=torch.int8)), EVERY_TARGET

@@ -14,16 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.dequant_int2 import BIAS, SHIFT
 from fluxfast_kernels.dequant_rows import round_to_bf16, row_and_block
 
@@ -204,7 +196,8 @@ def quantize_affine(
     )  # fmt: skip
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     meta = partial(torch.empty, device="meta")
     byte = partial(meta, dtype=torch.uint8)
     search = partial(quantize_affine, least_step=2.0**-100)
@@ -219,12 +212,7 @@ def _aot_cases() -> Iterator[AotCase]:
         yield (
             f"int4-{name}",
             partial(int4, weight, byte(n, k // 2), scale4, byte(n, k // 64), None),
-            tuple(AOT_TARGETS),
+            EVERY_TARGET,
         )
         parts = byte(n, k // 4), byte(n, k // 16), byte(n, k // 32), meta(1)
-        yield f"int2-{name}", partial(int2, weight, *parts), tuple(AOT_TARGETS)
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+        yield f"int2-{name}", partial(int2, weight, *parts), EVERY_TARGET

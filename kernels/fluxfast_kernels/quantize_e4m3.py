@@ -10,15 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import check_rows
 
 _ROUND = tl.constexpr(12582912.0)
@@ -79,12 +72,8 @@ def quantize_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for cols in (3072, 15360):
         weight = torch.empty(3072, cols, dtype=torch.bfloat16, device="meta")
-        yield f"bf16-{cols}", partial(quantize_e4m3, weight), tuple(AOT_TARGETS)
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+        yield f"bf16-{cols}", partial(quantize_e4m3, weight), EVERY_TARGET

@@ -10,16 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    cdiv,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.dequant_nf4 import BLOCK_SIZE
 
 # bitsandbytes bounds the inverse of max|w| with this, which is not a normal number
@@ -77,7 +69,8 @@ def quantize_nf4(weight: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for dtype in (torch.bfloat16, torch.float32):
         weight, bounds = (
             torch.empty(3072 * 3072, dtype=dtype, device="meta"),
@@ -86,10 +79,5 @@ def _aot_cases() -> Iterator[AotCase]:
         yield (
             str(dtype).removeprefix("torch."),
             partial(quantize_nf4, weight, bounds),
-            tuple(AOT_TARGETS),
+            EVERY_TARGET,
         )
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

@@ -16,17 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    E4M3_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    interpreted,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, interpreted, launch, row_numbers
+from fluxfast_kernels.aot import E4M3_TARGETS, EVERY_TARGET, AotCase
 
 FORMATS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 # what an op that can quantise its own output may be asked for: values, codes and scales, or both
@@ -128,7 +119,7 @@ def row_strides(x: Tensor | None) -> tuple[int, int]:
 
 def targets_of(out: str) -> Sequence[str]:
     """The targets that can write what `out` asks for."""
-    return E4M3_TARGETS if out.endswith("e4m3") else tuple(AOT_TARGETS)
+    return E4M3_TARGETS if out.endswith("e4m3") else EVERY_TARGET
 
 
 def check_rows(op: str, **tensors: Tensor | None) -> None:
@@ -144,7 +135,8 @@ def check_rows(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def _aot_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     # the output of attention + MLP (forward); the gradients of a double and of a single block's
     # first projection
     for cols, col_scaled in ((15360, False), (9216, True), (21504, True)):
@@ -156,8 +148,3 @@ def _aot_cases() -> Iterator[AotCase]:
                 partial(row_quant, x, fmt, col_scale=col_scale),
                 targets_of(fmt),
             )
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())

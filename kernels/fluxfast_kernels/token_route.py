@@ -19,15 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
-    AOT_TARGETS,
-    AotCase,
-    AotVariant,
-    arch_key,
-    launch,
-    record_variants,
-    row_numbers,
-)
+from fluxfast_kernels._launch import arch_key, launch, row_numbers
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import check_rows, row_strides
 
 
@@ -129,20 +122,15 @@ def token_scatter(base: Tensor | None, y: Tensor | None, inverse: Tensor) -> Ten
     return out
 
 
-def _aot_cases() -> Iterator[AotCase]:
-    targets = tuple(AOT_TARGETS)
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.empty(1, 4608, 3072, dtype=dtype, device="meta")
         y = torch.empty(1, 2560, 3072, dtype=dtype, device="meta")
         idx = torch.empty(1, 2560, dtype=torch.int64, device="meta")
         inverse = torch.empty(1, 4608, dtype=torch.int32, device="meta")
         name = str(dtype).removeprefix("torch.")
-        yield name, partial(token_gather, x, idx), targets
-        yield name, partial(token_scatter, x, y, inverse), targets
-        yield f"{name}-into_zeros", partial(token_scatter, None, y, inverse), targets
-        yield f"{name}-zeros_into", partial(token_scatter, x, None, inverse), targets
-
-
-def aot_variants() -> list[AotVariant]:
-    """The variants that `fluxfast-bench aot` compiles."""
-    return record_variants(_aot_cases())
+        yield name, partial(token_gather, x, idx), EVERY_TARGET
+        yield name, partial(token_scatter, x, y, inverse), EVERY_TARGET
+        yield f"{name}-into_zeros", partial(token_scatter, None, y, inverse), EVERY_TARGET
+        yield f"{name}-zeros_into", partial(token_scatter, x, None, inverse), EVERY_TARGET

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxfast_bench.worker import CONTESTANTS
+from fluxfast_bench.step.worker import CONTESTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"

@@ -15,8 +15,8 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import dispatch
 from fluxfast.quant import FORMATS
 from fluxfast.quant.format import Format
-from fluxfast_bench.cases import SHAPES
-from fluxfast_bench.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of
+from fluxfast_bench.counted.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of
+from fluxfast_bench.shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
 META = torch.device("meta")

@@ -25,7 +25,7 @@ from fluxfast_kernels._launch import (
 RECORD = """
 import importlib, json
 import torch
-from fluxfast_kernels import _launch
+from fluxfast_kernels.aot import record_variants
 from fluxfast_kernels.gated_residual import gated_residual_bwd, gated_residual_fwd
 from fluxfast_kernels.gelu import gelu_bwd, gelu_fwd
 from fluxfast_kernels.modulated_layer_norm import modulated_layer_norm_bwd, modulated_layer_norm_fwd
@@ -56,9 +56,9 @@ def step(tokens, text):
     qk_norm_rope_bwd(out.q, out.k, out.v, out.rstd, weights, table, table, s_txt=text, q=out.q, k=out.k, index=index)
 
 ops = ("row_quant", "modulated_layer_norm", "qk_norm_rope", "gelu", "gated_residual", "token_route", "optim")
-variants = {op: [(v.name, v.targets) for v in importlib.import_module(f"fluxfast_kernels.{op}").aot_variants()] for op in ops}
+variants = {op: [(v.name, v.targets) for v in record_variants(importlib.import_module(f"fluxfast_kernels.{op}").aot_cases())] for op in ops}
 counts = [(1, 512), (63, 17), (1000, 512), (1024, 512), (4096, 1)]
-steps = [_launch.record_variants([("", lambda: step(*count), ("sm_90",))]) for count in counts]
+steps = [record_variants([("", lambda: step(*count), ("sm_90",))]) for count in counts]
 plain = [[(v.name, dict(v.signature), sorted(v.constexprs.items(), key=str), v.divisible) for v in s] for s in steps]
 print(json.dumps({"variants": variants, "steps": plain}, default=str))
 """

@@ -287,7 +287,7 @@ def test_no_rows():
 RECORD = """
 import json
 import torch
-from fluxfast_kernels import _launch
+from fluxfast_kernels import aot
 from fluxfast_kernels._matmul import make_segments, matmul
 from fluxfast_kernels.lora_linear import lora_down, lora_outer
 
@@ -314,7 +314,7 @@ def plain(v):
     return [v.name, dict(v.signature), sorted(v.constexprs.items()), v.divisible, v.num_warps, v.num_stages]
 
 counts = (1, 17, 512, 1024, 1531, 4608)
-steps = [_launch.record_variants([("", lambda: step(m), ("sm_90",))]) for m in counts]
+steps = [aot.record_variants([("", lambda: step(m), ("sm_90",))]) for m in counts]
 print(json.dumps([[plain(v) for v in step] for step in steps], default=str))
 """
 

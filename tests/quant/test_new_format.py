@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from fluxfast.checkpoint.opening import open_single_file
 from safetensors.torch import save_file
 
 from fluxfast import FluxTransformer
+from fluxfast.checkpoint.opening import open_single_file
 from fluxfast.checkpoint.side_by_side import pack_groups, side_by_side
 from fluxfast.memory.sizes import Linear, Storage
 from fluxfast.ops import dispatch

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import dispatch
+from fluxfast.ops.device import constant_when_compiled
 from fluxfast.ops.registration import Op, is_traced
 
 logger = logging.getLogger("fluxfast")
@@ -78,7 +79,7 @@ def _try_int8_products() -> bool:
     return exact
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def int8_products_are_exact() -> bool:
     """Whether `torch._int_mm` gives exact sums on this CPU: found out by trying it, once.
 

@@ -1,0 +1,1 @@
+"""Single ops: times, errors, ceilings, tiles."""

@@ -1,0 +1,232 @@
+"""`fluxfast-bench sweep`: each of a step's wide products, timed with every tile that it could have.
+
+The products are those that a step asks for, recorded on meta tensors, with their adapters and the
+layout of each operand. What is printed is the best tile of each beside the one that the launch
+table gives; every timing is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fluxfast_bench.counted.launches import Launch
+from fluxfast_bench.counted.meta_step import (
+    as_on_gpu,
+    fluxfast_model,
+    forward_backward,
+    inputs_of,
+    recorded,
+)
+from fluxfast_bench.counted.prewarm import compile_all, own_target
+from fluxfast_bench.ops import products
+from fluxfast_bench.ops.products import Product
+from fluxfast_bench.options import (
+    add_case_options,
+    chosen,
+    chosen_device,
+    print_faults,
+    wide_console,
+)
+from fluxfast_bench.report import gpu_sections, results
+from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.shapes import SHAPES, Shape, default_shapes
+from fluxfast_bench.timing import best_time, time_each
+from fluxfast_kernels._launch import interpreted, launch_numbers
+from fluxfast_kernels._matmul import MATMUL
+
+Tile = tuple[int, int, int, int, int]
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+TILES: dict[str, tuple[Tile, ...]] = {
+    "int8": (
+        (128, 256, 128, 8, 3), (256, 128, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 4),
+        (64, 256, 128, 4, 4), (64, 128, 128, 4, 5), (128, 64, 128, 4, 5), (128, 256, 64, 8, 5),
+    ),
+    "half": (
+        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+        (64, 256, 64, 4, 4), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5),
+    ),
+}  # fmt: skip
+# in Triton's interpreter, where the time says nothing
+INTERPRETED: tuple[Tile, ...] = ((16, 32, 32, 4, 2), (32, 32, 32, 4, 2))
+# (storage, compute) as `fluxfast_model` takes them
+PRECISIONS = {"int8": ("int8", "int8"), "bf16": (None, "same")}
+
+
+def numbers_of(tile: Tile) -> dict[str, int]:
+    return dict(
+        zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True)
+    )
+
+
+def name_of(numbers: Mapping[str, int]) -> str:
+    """ "128x256x128 w8 s3": a tile, and its warps and stages."""
+    tile = "x".join(str(numbers[f"BLOCK_{axis}"]) for axis in "MNK")
+    return f"{tile} w{numbers['num_warps']} s{numbers['num_stages']}"
+
+
+def products_of(shape: Shape, precision: str) -> dict[Product, int]:
+    """The wide products of a checkpointed step, the one that costs most first, and how often each
+    comes.
+    """
+    storage, compute = PRECISIONS[precision]
+    model = fluxfast_model(shape, adapters=torch.bfloat16, format=storage, compute=compute)
+    inputs = inputs_of(shape)
+    with products.counted() as counted, as_on_gpu(lambda *_: None):
+        forward_backward(model, inputs)
+    blocks = min(shape.config["num_layers"], shape.config["num_single_layers"])
+    # those outside the blocks come once
+    found = {p: n for p, n in counted.items() if n >= max(blocks - 1, 1)}
+    return dict(sorted(found.items(), key=lambda item: -item[0].flops * item[1]))
+
+
+def candidates(product: Product, device: torch.device) -> list[dict[str, int]]:
+    """Launch numbers to try, the table's first."""
+    row = dict(launch_numbers(MATMUL[product.kind], device))
+    tiles = INTERPRETED if interpreted() else TILES.get(product.kind.removesuffix("_t"), ())
+    tried = [row, *({**row, **numbers_of(tile)} for tile in tiles)]
+    return list({name_of(numbers): numbers for numbers in tried}.values())
+
+
+def launches_of(wanted: Sequence[Product], target: str) -> list[Launch]:
+    """What there is to compile before anything is timed."""
+    meta = torch.device("meta")
+
+    def run() -> None:
+        for product in wanted:
+            call = product.on(meta)
+            for numbers in candidates(product, meta):
+                call(numbers)
+
+    return list(recorded(run, target))
+
+
+def time_product(product: Product, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """A record for each tile."""
+    call, records = product.on(device), []
+    table = name_of(launch_numbers(MATMUL[product.kind], device))
+    m, n, k = product.size
+    for numbers in candidates(product, device):
+        name = name_of(numbers)
+        record: dict[str, Any] = {
+            "contestant": str(product),
+            "mode": name,
+            "m": m,
+            "n": n,
+            "k": k,
+            "table": name == table,
+        }
+        try:
+            one = partial(call, numbers)
+            # what the interpreter takes is worth no second call
+            taken = (
+                time_each(one, 1, device)[0] if interpreted() else best_time(one, device, seconds)
+            )
+        except Exception as error:
+            # Triton's own: a tile that has no room in shared memory, or that its compiler refuses
+            records.append(
+                record | {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            )
+            if device.type == "cuda":
+                # raises again where the device has failed for good
+                torch.cuda.synchronize(device)
+            continue
+        records.append(record | {"seconds": taken, "tflops": product.flops / taken / 1e12})
+    return records
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> Table:
+    table = Table(
+        "case",
+        "product",
+        "times",
+        "best tile",
+        "µs",
+        "TFLOP/s",
+        "the table's µs",
+        "a step, ms less",
+    )
+    for r in gpu_sections.best_of(records):
+        gained = (
+            ""
+            if r["table_seconds"] is None
+            else f"{(r['table_seconds'] - r['seconds']) * r['count'] * 1e3:.2f}"
+        )
+        before = "" if r["table_seconds"] is None else f"{r['table_seconds'] * 1e6:.1f}"
+        table.add_row(r["case"], r["contestant"], str(r["count"]), r["mode"], f"{r['seconds'] * 1e6:.1f}",
+                      f"{r['tflops']:.1f}", before, gained)  # fmt: skip
+    return table
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench sweep", description=__doc__.split("\n\n")[0].partition(": ")[2]
+    )
+    add_case_options(parser)
+    parser.add_argument(
+        "--precisions", metavar="P,…", help=f"of {', '.join(PRECISIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.02,
+        help="that each timing takes, about (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--most", type=int, help="only so many products of each case and precision, the largest"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="compilers (default: %(default)s)"
+    )
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    try:
+        device = chosen_device(options.device)
+        shapes = chosen("--shapes", options.shapes, list(SHAPES), default_shapes(device))
+        precisions = chosen("--precisions", options.precisions, list(PRECISIONS))
+        if device.type == "cpu" and not interpreted():
+            raise ValueError(
+                "there is no GPU: TRITON_INTERPRET=1 runs the kernels on the CPU, to try the "
+                "command"
+            )
+    except ValueError as error:
+        print(f"fluxfast-bench sweep: {error}", file=sys.stderr)
+        return 1
+    run = conditions(device, ["sweep", *argv])
+    # by precision and shape: the products and how often each comes
+    wanted = {
+        (p, s): dict([*products_of(SHAPES[s], p).items()][: options.most])
+        for p in precisions
+        for s in shapes
+    }
+    if not interpreted():
+        launches = launches_of(
+            [product for found in wanted.values() for product in found], own_target()
+        )
+        compiling = results.Journal(
+            options.results, "prewarm", conditions(torch.device("cpu"), ["sweep", *argv])
+        )
+        compile_all(launches, own_target(), options.jobs, compiling, Console(stderr=True))
+        compiling.finish()
+    journal = results.Journal(options.results, "sweep", run)
+    for (_, shape), found in wanted.items():
+        for product, count in found.items():
+            for record in time_product(product, device, options.seconds):
+                journal.record({"case": shape, "ours": True, "count": count, **record})
+    console, records = wide_console(), journal.records()
+    console.print(table_of(records))
+    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    return print_faults(gpu_sections.untimed(records), console)

@@ -1,0 +1,1 @@
+"""Results: how they are stored, compared with the targets, and shown."""

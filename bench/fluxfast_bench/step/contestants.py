@@ -1,0 +1,161 @@
+"""What runs in a benchmark of a step: fluxfast in its modes, and its peers, all built the same way
+from a config.
+
+A model is made on the meta device, and then module by module filled with random weights on the
+device and quantised, so that no more than one block is there in full size. The adapters, the loss
+and the optimiser are the same for all (`runner.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from fluxfast.quant.rules import KEPT
+from fluxfast_bench.counted.floor import Route
+from fluxfast_bench.shapes import Shape
+
+# what every contestant trains
+TARGETS = "all+ffs"
+
+
+def do_nothing(model: nn.Module) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contestants of a case have in common. shapes: of one model, that one build of it
+    steps on in turn.
+
+    ahead: whether ours compute modulation ahead; None: as a run's "auto" does, everywhere but on a
+    CPU.
+    """
+
+    shapes: tuple[Shape, ...]
+    recompute: str
+    rank: int
+    optimizer: str
+    device: torch.device
+    ahead: bool | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, adapters and activations."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.device.type != "cpu" if self.ahead is None else self.ahead
+
+
+def checkpointing(model: Any, setup: Setup) -> None:
+    """The policies that diffusers has."""
+    if setup.recompute not in ("none", "full"):
+        raise ValueError(
+            f"diffusers recomputes whole blocks or nothing: full or none, not {setup.recompute}"
+        )
+    if setup.recompute == "full":
+        model.enable_gradient_checkpointing()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train a LoRA.
+
+    title: for tables. modules: what must be importable. storage: of the base's linears,
+    `bytes_per_weight`; compute: of their products. quantize: a module on the device, in place;
+    settle: the model with its adapters, as the setup has it. error: the most that its prediction
+    and gradients may be off (`runner.verify`); with `exact`, on the weights as they are stored. The
+    default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
+
+    Of ours: streamed, whether blocks stream; graphs, whether a step is replayed; looks_ahead,
+    whether modulation may be computed ahead; engine, of wide float products
+    (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
+    """
+
+    name: str
+    title: str
+    model: type[nn.Module] = FluxTransformer2DModel
+    modules: tuple[str, ...] = ()
+    storage: str = "bf16"
+    bytes_per_weight: float = 2.0
+    compute: str = "float"
+    quantize: Callable[[nn.Module], None] = do_nothing
+    settle: Callable[[Any, Setup], None] = checkpointing
+    error: float = 0.04
+    exact: bool = False
+    ours: bool = False
+    cpu: bool = False
+    route: Route | None = None
+    streamed: bool = False
+    graphs: bool = False
+    looks_ahead: bool = True
+    engine: str | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights or products are in another format than activations."""
+        return self.storage != "bf16" or self.compute != "float"
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it can't run here; None where it can."""
+        absent = [name for name in self.modules if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"not installed: {', '.join(absent)}"
+        if device.type == "cpu" and not self.cpu:
+            return "needs a GPU"
+        return None
+
+
+# what all are held against
+REFERENCE = Contestant("reference", "diffusers + PEFT, fp32", cpu=True)
+
+
+def build(
+    contestant: Contestant, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """The contestant's base: random weights, the same for all on a kind of device, frozen,
+    quantised.
+    """
+    with torch.device("meta"):
+        model = contestant.model(**config)
+    # not diffusers' own `to`, which warns of modules that must stay in fp32: there are none
+    nn.Module.to(model.requires_grad_(False).train(), dtype)
+    for name, child in model.named_children():
+        for part_name, part in _parts(name, child):
+            part.to_empty(device=device)
+            _fill(part, part_name)
+            if name not in KEPT:
+                contestant.quantize(part)
+    return model
+
+
+def _parts(name: str, child: nn.Module) -> list[tuple[str, nn.Module]]:
+    if isinstance(child, nn.ModuleList):
+        return [(f"{name}.{i}", block) for i, block in enumerate(child)]
+    return [(name, child)]
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, prefix: str) -> None:
+    for name, parameter in module.named_parameters():
+        # by name, so that every contestant has the same weights
+        generator = torch.Generator(parameter.device).manual_seed(
+            zlib.crc32(f"{prefix}.{name}".encode())
+        )
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        if parameter.ndim > 1:
+            noise *= parameter.shape[1] ** -0.5
+        elif name.endswith("bias"):
+            noise *= 0.1
+        else:
+            noise = 1 + 0.1 * noise
+        parameter.copy_(noise)

@@ -1,0 +1,111 @@
+"""`fluxfast-bench host`: how long Python takes to ask a GPU for one training step, measured without
+one.
+
+FLUX.1's blocks, all 57, but narrow and with few tokens, on CPU tensors; our kernels' launches
+return at once. What is left is our own Python and torch's small operations: a floor under the time
+of a step, unless its launches are replayed as CUDA graphs. Triton's own part of a launch, some 10
+µs or more, comes on top. diffusers + PEFT is beside it for scale: its operations really run, on
+next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fluxfast.ops.device import pretend
+from fluxfast_bench.options import chosen, wide_console
+from fluxfast_bench.report import results
+from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.shapes import Shape
+from fluxfast_bench.step.contestants import Setup
+from fluxfast_bench.step.runner import Runner
+from fluxfast_bench.step.worker import CONTESTANTS
+
+DEFAULT = ("diffusers", "fluxfast", "fluxfast-int8+int8", "fluxfast-nf4+int8")
+# FLUX.1's blocks with two heads
+NARROW = {"attention_head_dim": 64, "num_attention_heads": 2, "axes_dims_rope": (8, 28, 28)}
+SIDE, TXT, RANK = 2, 4, 16
+WARM_STEPS, STEPS = 2, 15
+
+
+def no_launch(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
+    """In the place of a launch: what is measured is the way to it."""
+
+
+def launches_nothing() -> AbstractContextManager[None]:
+    """Our ops run on CPU tensors as they would on a Hopper GPU, up to the launch."""
+    return pretend("sm_90", no_launch)
+
+
+def measure(name: str, recompute: str) -> dict[str, Any]:
+    """Seconds of a forward and of a backward, the median of several."""
+    contestant = CONTESTANTS[name]
+    shape = Shape("flux, two heads", "flux", SIDE, TXT, 1).with_model(**NARROW)
+    # as on a GPU: a thread has the modulation ready
+    runner = Runner(
+        contestant, Setup((shape,), recompute, RANK, "torch-adamw", torch.device("cpu"), ahead=True)
+    )
+    forwards, backwards = [], []
+    with launches_nothing() if contestant.ours else ExitStack():
+        for step in range(WARM_STEPS + STEPS):
+            begun = time.perf_counter()
+            loss = runner.loss()
+            halfway = time.perf_counter()
+            runner.backward(loss)
+            if step >= WARM_STEPS:
+                forwards.append(halfway - begun)
+                backwards.append(time.perf_counter() - halfway)
+            runner.optimizer.zero_grad(set_to_none=True)
+    forward, backward = statistics.median(forwards), statistics.median(backwards)
+    return {
+        "case": "57 blocks",
+        "contestant": f"{name}:{recompute}",
+        "ours": contestant.ours,
+        "forward_seconds": round(forward, 5),
+        "backward_seconds": round(backward, 5),
+        "seconds": round(forward + backward, 5),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fluxfast-bench host", description=__doc__.split("\n\n")[1]
+    )
+    parser.add_argument("--contestants", metavar="C,…", help=f"default: {','.join(DEFAULT)}")
+    parser.add_argument(
+        "--recompute", choices=("none", "full"), default="full", help="default: %(default)s"
+    )
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
+    options = parser.parse_args(argv)
+    try:
+        names = chosen("--contestants", options.contestants, list(CONTESTANTS), DEFAULT)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)
+    found = conditions(torch.device("cpu"), ["host", *argv])
+    journal = results.Journal(options.results, "host", found)
+    for name in names:
+        journal.record(measure(name, options.recompute))
+    records = journal.records()
+    table = Table(
+        "contestant", "forward", "backward", "a step, ms", title="time of the host, one thread"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for record in records:
+        times = (record[key] for key in ("forward_seconds", "backward_seconds", "seconds"))
+        table.add_row(record["contestant"], *(f"{1000 * seconds:.1f}" for seconds in times))
+    wide_console().print(table)
+    print(journal.finish())
+    return 0

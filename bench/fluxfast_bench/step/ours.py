@@ -1,0 +1,131 @@
+"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks streamed from host
+memory, CUDA graphs.
+
+`ready` is what a run does to its model, by the functions that the trainer calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fluxfast.memory.stream import stream_blocks
+from fluxfast.model.apply import Choices, make_ready
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import quantize_model
+from fluxfast_bench.counted.floor import Route
+from fluxfast_bench.step.contestants import Contestant, Setup
+
+TREAD = Route(ratio=0.5)
+MODES = {
+    "tread": "TREAD 0.5",
+    "streamed": "streamed",
+    "library": "library's wide products",
+    "device-modulation": "modulation on the device",
+    "graphs": "CUDA graphs",
+}
+# against weights as they are stored, so what is left is rounding: of activations, and of weights to
+# 8 bits
+ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
+
+
+def ready(
+    model: Any,
+    *,
+    compute: str,
+    recompute: str,
+    ahead: bool,
+    streamed: bool = False,
+    graphs: bool = False,
+) -> None:
+    """A frozen transformer with its adapters as a run's trainer has it at its first step, meta
+    tensors too.
+
+    compute: as a contestant has it. ahead: modulation is computed ahead.
+    """
+    choices = Choices(
+        (recompute,) * len(model.blocks),
+        modulation_ahead=ahead,
+        compute="same" if compute == "float" else compute,
+    )
+    make_ready(model, choices)
+    if streamed:
+        # a run whose blocks stream beside the computation has their inputs on the host, too
+        stream_blocks(model, model.device, inputs_on_host=True)
+    if graphs:
+        model.set_cuda_graphs(True)
+
+
+def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
+    """storage: "bf16" or a format. modes: of MODES."""
+
+    def quantize(module: nn.Module) -> None:
+        if storage != "bf16":
+            # a part of the model: what must be kept has been left out
+            quantize_model(module, FORMATS[storage], kept=())
+
+    def settle(model: Any, setup: Setup) -> None:
+        ahead = setup.looks_ahead and "device-modulation" not in modes
+        streamed, graphs = "streamed" in modes, "graphs" in modes
+        ready(
+            model,
+            compute=compute,
+            recompute=setup.recompute,
+            ahead=ahead,
+            streamed=streamed,
+            graphs=graphs,
+        )
+
+    products = [] if compute == "float" else [compute]
+    modes = tuple(name for name in MODES if name in modes)
+    weights = "unquantised" if storage == "bf16" else f"{storage} weights"
+    return Contestant(
+        "+".join(["fluxfast" if storage == "bf16" else f"fluxfast-{storage}", *products, *modes]),
+        ", ".join(
+            [
+                "fluxfast",
+                weights,
+                *(f"{name} products" for name in products),
+                *(MODES[name] for name in modes),
+            ]
+        ),
+        model=FluxTransformer,
+        storage=storage,
+        bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,
+        compute=compute,
+        quantize=quantize,
+        settle=settle,
+        error=ERRORS[compute],
+        exact=True,
+        ours=True,
+        cpu=not {"streamed", "graphs", "library", "device-modulation"} & {*modes},
+        route=TREAD if "tread" in modes else None,
+        streamed="streamed" in modes,
+        graphs="graphs" in modes,
+        looks_ahead="device-modulation" not in modes,
+        engine="library" if "library" in modes else None,
+    )
+
+
+# (storage, products)
+PRECISIONS = [
+    ("bf16", "float"),
+    *((storage, "float") for storage in FORMATS),
+    *(("bf16", "int8"), ("int8", "int8"), ("nf4", "int8"), ("int4", "int8"), ("fp8_e4m3", "e4m3")),
+]
+CONTESTANTS = [
+    *(_contestant(*precision, *modes) for precision in PRECISIONS for modes in ((), ("graphs",))),
+    *(
+        _contestant(*precision, "tread", *graphs)
+        for precision in PRECISIONS
+        for graphs in ((), ("graphs",))
+    ),
+    *(_contestant("bf16", "float", "library", *graphs) for graphs in ((), ("graphs",))),
+    _contestant("int8", "int8", "device-modulation"),
+    _contestant("int8", "int8", "device-modulation", "graphs"),
+    _contestant("bf16", "float", "streamed"),
+    _contestant("int8", "int8", "streamed"),
+    _contestant("int4", "int8", "streamed"),
+]
