@@ -80,8 +80,9 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a bad result or request, 2 for a command
-    line that can't be read.
+    """Run a command and return the exit status.
+
+    That is 0, or 1 for a bad result or request, or 2 for a command line that can't be read.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] == "--version":

@@ -51,8 +51,9 @@ def chosen_device(text: str | None) -> torch.device:
 def chosen(
     option: str, text: str | None, allowed: Sequence[str], default: Sequence[str] | None = None
 ) -> list[str]:
-    """A comma-separated option; where it is absent `default`, or all. Raises ValueError naming what
-    isn't allowed.
+    """The names in a comma-separated option; `default`, or all allowed ones, where it is absent.
+
+    Raises ValueError naming what isn't allowed.
     """
     names = list(allowed if default is None else default) if text is None else text.split(",")
     unknown = [name for name in names if name not in allowed]

@@ -41,10 +41,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of CONFIGS, `side` x `side` image tokens and `txt` text tokens a sample, `batch`
-    samples.
+    """A model and the size of a batch.
 
-    changes: what the model has otherwise than CONFIGS says.
+    model: of CONFIGS; changes: where it differs from that. A sample has `side` x `side` image
+    tokens and `txt` text tokens, and there are `batch` samples.
     """
 
     name: str
@@ -63,9 +63,7 @@ class Shape:
         return replace(self, changes=(*self.changes, *changes.items()))
 
     def shallow(self) -> Shape:
-        """The same, only as deep as it takes to have every kind of block: what such a model
-        launches, a deep one does.
-        """
+        """The same with one block of each kind, which launches the same kernels as a deep model."""
         return self.with_model(num_layers=1, num_single_layers=1)
 
     @property
@@ -114,8 +112,9 @@ def model_inputs(
     *,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Inputs of the shape's model, or one of that config, by its forward's names: random, in
-    `dtype`; ids in fp32.
+    """Random inputs of the shape's model, or of one of that config, by the names of its forward.
+
+    They are in `dtype`, ids in fp32.
     """
     generator = torch.Generator().manual_seed(0)
     config, batch = config or shape.config, shape.batch

@@ -66,9 +66,7 @@ def best_time(call: Callable[[], object], device: torch.device, seconds: float =
 
 
 class GpuClock:
-    """A clock that pytest-benchmark can be given: seconds of the current stream since the first
-    look at it.
-    """
+    """A clock for pytest-benchmark: seconds of the current stream since it was first read."""
 
     def __init__(self) -> None:
         self._last: torch.cuda.Event | None = None
@@ -89,8 +87,9 @@ gpu_clock = GpuClock()
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """The calls as one CUDA graph, so that what is timed is the GPU's work. Raises RuntimeError
-    where that can't be.
+    """The calls as one CUDA graph, so that only the GPU's work is timed.
+
+    Raises RuntimeError where that can't be.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -19,8 +19,8 @@ from torch import Tensor
 LaunchTable = Mapping[str, Mapping[str, int]]
 
 # For ops whose programs hold one row in registers. "per_thread": elements of the row per thread,
-# which sets the number of warps. "widest": the largest piece of a row that a program takes, where it
-# need not take the whole. "ROWS": rows per program, where it sums over them.
+# which sets the number of warps. "widest": the largest piece of a row that a program takes, where
+# it need not take the whole. "ROWS": rows per program, where it sums over them.
 ROW_LAUNCH: dict[str, LaunchTable] = {
     "row_quant": {"default": {"per_thread": 32}},
     "dequant": {"default": {"per_thread": 16, "widest": 2048}},
@@ -81,7 +81,7 @@ WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
 
 
 def wide_engine(kind: str, tokens: int, device: torch.device) -> str:
-    """The engine of WIDE_ENGINES for so many tokens and a W of `kind`: "float" or a format of codes."""
+    """The engine of WIDE_ENGINES for so many tokens and a W of `kind`, "float" or its codes'."""
     rows = WIDE_ENGINES[kind]
     return next(
         name
@@ -166,7 +166,7 @@ def row_numbers(op: str, width: int, arch: str) -> Mapping[str, int]:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, where Triton launches; does nothing if it already is."""
+    """Makes the tensor's GPU the current one, which is where Triton launches."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

@@ -1,7 +1,7 @@
-"""Long sums, cut into parts that run side by side: each part fills a slab of its own, and the slabs
-are added in order.
+"""Long sums that are cut into parts, so that many programs share one.
 
-No atomics: the same inputs give the same bits, whatever order the parts finished in.
+Each part is written to a slab of its own, and the slabs are added in order. There are no atomics,
+so the same inputs give the same bits, whatever order the parts finish in.
 """
 
 import torch
@@ -36,6 +36,7 @@ def sum_slabs_kernel(
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_mn = (o_m < M)[:, None] & (o_n < N)[None, :]
     o_slab = o_m[:, None] * N + o_n[None, :]
+    # one program adds all slabs of its tile, in their order
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(n_slabs):
         b_sum += tl.load(p_slabs + o_slab, mask=m_mn, other=0.0)
@@ -48,11 +49,10 @@ def sum_slabs_kernel(
 
 
 def split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts to cut a sum that `programs` would take, and their length, which is at
-    least four blocks.
+    """How many parts to cut a sum into that `programs` programs would take, and how long a part is.
 
-    One, unless it would leave three quarters of the device idle: adding parts up is a launch of its
-    own.
+    A part is at least four blocks. It is one part if that keeps a quarter of the device busy,
+    because adding the slabs up costs a launch of its own.
     """
     full = launch_numbers(PROGRAMS, device)["programs"]
     parts = 1 if 4 * programs >= full else full // programs
@@ -61,8 +61,9 @@ def split(length: int, block: int, programs: int, device: torch.device) -> tuple
 
 
 def slabs_for(n: int, out: Tensor) -> tuple[Tensor, int, int]:
-    """What the parts of a sum are written to, the distance of rows and of parts: `out` itself where
-    there is one part.
+    """What the parts of a sum are written to, and the distances of its rows and of its parts.
+
+    One part is written to `out` itself.
     """
     if n == 1:
         return out, out.stride(0), 0
@@ -71,8 +72,9 @@ def slabs_for(n: int, out: Tensor) -> tuple[Tensor, int, int]:
 
 
 def sum_slabs(slabs: Tensor, out: Tensor) -> None:
-    """Writes the sum of the slabs to `out` [M, N], in its dtype; rows of `out` may be any distance
-    apart.
+    """Writes the sum of the slabs to `out` [M, N], in its dtype.
+
+    The rows of `out` may lie any distance apart.
     """
     m, n = out.shape
     cols = min(next_pow2(n), 128)

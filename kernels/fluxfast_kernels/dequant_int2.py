@@ -1,7 +1,9 @@
-"""Decoding int2: 16 columns share an 8-bit scale and a 4-bit zero, the format of
-`fluxfast.quant.int2`.
+"""Decoding int2, the format of `fluxfast.quant.int2`: 16 columns share a scale and a zero.
 
-w = global_scale · value(scale) · (5·code - zero),    value(byte) = (1 + m/8) · 2^(e - 31), byte = e·8 + m
+The scale has 8 bits and the zero 4:
+
+    w = global_scale · value(scale) · (5·code - zero)
+    value(byte) = (1 + m/8) · 2^(e - 31),  byte = e·8 + m
 """
 
 from collections.abc import Iterator
@@ -25,9 +27,7 @@ BIAS = tl.constexpr((127 - 31) << 3)
 
 @triton.jit
 def decode_int2(p_packed, p_scale, p_zero, p_global_scale, i_row, o_g, n_group):
-    """Columns [GROUP · len(o_g)] fp32 of the groups o_g of row i_row; zeros past the last of its
-    n_group groups.
-    """
+    """Columns [GROUP · len(o_g)] fp32 of a row's groups o_g; zeros past its n_group groups."""
     m_g = o_g < n_group
     o_group = i_row * n_group + o_g
     o_byte = o_group[:, None] * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]

@@ -1,5 +1,8 @@
-"""Decoding int4: 64 columns share a bf16 scale and a zero, w = scale · (16·code - zero):
-`fluxfast.quant.int4`'s format.
+"""Decoding int4, the format of `fluxfast.quant.int4`: 64 columns share a scale and a zero.
+
+    w = scale · (16·code - zero)
+
+The scale is bf16, the zero a byte.
 """
 
 from collections.abc import Iterator
@@ -20,9 +23,7 @@ UNIT = tl.constexpr(16)
 
 @triton.jit
 def decode_int4(p_packed, p_scale, p_zero, i_row, o_g, n_group):
-    """Columns [GROUP · len(o_g)] fp32 of the groups o_g of row i_row; zeros past the last of its
-    n_group groups.
-    """
+    """Columns [GROUP · len(o_g)] fp32 of a row's groups o_g; zeros past its n_group groups."""
     m_g = o_g < n_group
     o_group = i_row * n_group + o_g
     o_byte = o_group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
@@ -37,7 +38,8 @@ def decode_int4(p_packed, p_scale, p_zero, i_row, o_g, n_group):
 
 @triton.jit
 def dequant_int4_kernel(
-    p_packed, p_scale, p_zero, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr, BLOCK: tl.constexpr
+    p_packed, p_scale, p_zero, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     i_row, i_block = row_and_block(K, BLOCK)
     o_g = i_block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)

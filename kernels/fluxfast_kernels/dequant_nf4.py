@@ -1,7 +1,8 @@
-"""Decoding nf4: blocks of 64 along the flattened weight, sixteen levels, max|w| quantised in turn
-(`fluxfast.quant.nf4`).
+"""Decoding nf4, the format of `fluxfast.quant.nf4`: blocks of 64 along the flattened weight.
 
-w = level[code] · (value[absmax] · nested_absmax + offset)
+A code is one of sixteen levels, and the max|w| of each block is quantised in turn:
+
+    w = level[code] · (value[absmax] · nested_absmax + offset)
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
-"""Dropout whose mask is never stored: Philox of a seed, a row and a column, so that backward draws
-it again.
+"""Dropout whose mask is never stored.
 
-y = x / (1 - p) where the element is kept, with probability 1 - p; else 0
+    y = x / (1 - p) where the element is kept, with probability 1 - p; else 0
+
+The mask is Philox of a seed, a row and a column, so backward draws the same one again.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ def dropout_kernel(p_x, p_y, stride_x, seed, p, K: tl.constexpr, BLOCK: tl.const
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_k = o_k < K
     b_x = tl.load(p_x + i_m.to(tl.int64) * stride_x + o_k, mask=m_k, other=0.0).to(tl.float32)
+    # Philox counts by column and row: the mask does not depend on the blocks of a row
     b_col = o_k.to(tl.uint32)
     b_zero = tl.zeros_like(b_col)
     b_word, _, _, _ = tl.philox(seed, b_col, b_zero + i_m.to(tl.uint32), b_zero, b_zero)
@@ -31,8 +33,9 @@ def dropout_kernel(p_x, p_y, stride_x, seed, p, K: tl.constexpr, BLOCK: tl.const
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [M, K], any distance between rows, with each element dropped with probability p, 0 to 1;
-    seed is any int64.
+    """x [M, K] with each element dropped with probability p, 0 to 1.
+
+    The rows of x may lie any distance apart; seed is any int64.
     """
     check_rows("dropout", x=x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

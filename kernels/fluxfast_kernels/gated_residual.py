@@ -1,8 +1,9 @@
 """The gated residual, out = x + gate·y with one gate per sample and channel: forward and backward.
 
-Backward: dy = gate·dout, as values or as the codes that dgrad wants; dgate is a sum over tokens, in
-partial sums over ROWS rows a program that are added up afterwards: deterministic. dx is dout
-itself. `modulated_layer_norm` has the fused form, for where a norm follows.
+Backward, dy = gate·dout is written as values or as the codes that dgrad wants, and dx is dout
+itself. dgate is a sum over tokens: each program adds ROWS rows up, and the partial sums are added
+afterwards, so the same inputs give the same bits. `modulated_layer_norm` has the fused form, for
+where a norm follows.
 
 Shapes: x, y, dout, dy [B, S, D], rows any distance apart; gate [B, D], at any distance from sample
 to sample.
@@ -53,8 +54,11 @@ def gated_residual_fwd_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # one program a row, of which FLUX.1 has enough to fill a device; offsets are 64-bit, because
+    # B·S·D may be more than 2³¹
     i_s = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(1).to(tl.int64)
+    # BLOCK is D rounded up to a power of two, which Triton wants: the mask cuts the rest off
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     b_x = tl.load(p_x + i_b * stride_x_b + i_s * stride_x_s + o_d, mask=m_d, other=0.0).to(
@@ -92,6 +96,7 @@ def gated_residual_bwd_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
+    # the gate is a sample's, so it stays in registers for all ROWS rows of the program
     b_gate = tl.load(p_gate + i_b * stride_gate_b + o_d, mask=m_d, other=0.0).to(tl.float32)
     if p_sums is not None:
         b_dgate = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -121,6 +126,7 @@ def gated_residual_bwd_kernel(
             b_dgate += b_dout * b_y
 
     if p_sums is not None:
+        # a row of partial sums a program, no atomics: the order of the sum is always the same
         tl.store(p_sums + (i_b * tl.num_programs(0) + i_blk) * D + o_d, b_dgate, mask=m_d)
 
 
@@ -146,10 +152,9 @@ def gated_residual_bwd(
     out: str = "same",
     col_scale: Tensor | None = None,
 ) -> GatedResidualGrads:
-    """dy = gate·dout as `out` says (`row_quant.OUTPUTS`); its codes are those of dy·col_scale,
-    col_scale [D].
+    """dy = gate·dout, as `out` says (`row_quant.OUTPUTS`); dgate too, where y is given.
 
-    dgate comes where y is given.
+    The codes are those of dy·col_scale, col_scale [D].
     """
     check_rows("gated_residual", dout=dout, gate=gate, y=y, col_scale=col_scale)
     batch, tokens, width = dout.shape

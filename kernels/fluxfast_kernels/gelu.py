@@ -1,10 +1,9 @@
-"""GELU in its tanh form, as x·sigmoid(2u) with u = sqrt(2/π)·(x + 0.044715 x³): forward and
-backward.
+"""GELU in its tanh form: forward and backward.
 
-Where the output is quantised, a program holds a whole row, because a row has one scale; else it
-takes a piece of one. Forward can put `prefix`, columns that it copies, in front of its own: the
-single block's attention output, so that the next projection's input [attention | gelu(mlp)] is
-written, and quantised, once.
+It is computed as x·sigmoid(2u) with u = sqrt(2/π)·(x + 0.044715 x³). Where the output is quantised,
+a program holds a whole row, because a row has one scale; else it takes a piece of one. Forward can
+copy other columns, `prefix`, in front of its own. In a single block these are attention's output,
+so that the next projection's input [attention | gelu(mlp)] is written, and quantised, once.
 
 Shapes: x, y, dy, dx [B, S, K], prefix [B, S, P]; rows may lie any distance apart, in the outputs
 too.
@@ -63,6 +62,7 @@ def gelu_fwd_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # axis 1 has the pieces of a row; there is one where the row is quantised
     i_s = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -153,7 +153,8 @@ def gelu_fwd(x: Tensor, *, out: str = "same", prefix: Tensor | None = None) -> G
     numbers = _numbers("gelu_fwd", width, q is not None, x.device)
     launch(
         gelu_fwd_kernel, (tokens, cdiv(width, numbers["BLOCK"]), batch),
-        x, prefix, values, q, q_scale, *row_strides(x), *row_strides(prefix), *row_strides(values), tokens,
+        x, prefix, values, q, q_scale, *row_strides(x), *row_strides(prefix), *row_strides(values),
+        tokens,
         P=width - cols, K=cols, **numbers,
     )  # fmt: skip
     return GeluOut(values, q, q_scale)
@@ -179,7 +180,8 @@ def gelu_bwd(
     numbers = _numbers("gelu_bwd", cols, q is not None, x.device)
     launch(
         gelu_bwd_kernel, (tokens, cdiv(cols, numbers["BLOCK"]), batch),
-        dy, x, col_scale, values, q, q_scale, *row_strides(dy), *row_strides(x), *row_strides(values), tokens,
+        dy, x, col_scale, values, q, q_scale, *row_strides(dy), *row_strides(x),
+        *row_strides(values), tokens,
         K=cols, **numbers,
     )  # fmt: skip
     return GeluOut(values, q, q_scale)

@@ -1,13 +1,14 @@
-"""LayerNorm without an affine part and a per-sample modulation, y = LayerNorm(x)·(1 + scale) +
-shift: forward and backward.
+"""LayerNorm without an affine part, then a modulation a sample: forward and backward.
 
-One program holds one row of x in registers, so that x is read once. Three things ride along where
-asked for, each saving the passes that an op of its own would cost: y's codes
-(`row_quant.quantize_row`), the gated residual before the norm (x = residual + gate·branch) with its
-backward after it, and the sum with the gradient that reaches x past the norm. Backward, with g =
-dy·(1 + scale) and xhat = (x - mean)·rstd:  dx = rstd·(g - mean(g) - xhat·mean(g·xhat)). Sums over
-tokens (dscale, dshift, dgate) are partial sums over ROWS rows a program, added up afterwards:
-deterministic.
+    y = xhat·(1 + scale) + shift,  xhat = (x - mean)·rstd
+    dx = rstd·(g - mean(g) - xhat·mean(g·xhat)),  g = dy·(1 + scale)
+
+One program holds one row of x in registers, so that x is read once. Three more things can be done
+in the same pass, each of which saves the reads and writes of an op of its own: y is quantised
+(`row_quant.quantize_row`); the gated residual before the norm, x = residual + gate·branch, is
+computed first, and its backward last; the gradient that reaches x past the norm is added to dx. The
+sums over tokens (dscale, dshift, dgate) are added up over ROWS rows by a program, and the partial
+sums afterwards, so the same inputs give the same bits.
 
 Shapes: x, y, dy, dx, branch [B, S, D]; scale, shift, gate [B, D], at any distance from sample to
 sample (chunks of one modulation vector); mean, rstd [B, S] fp32. Rows may lie any distance apart.
@@ -36,8 +37,10 @@ from fluxfast_kernels.row_quant import (
 
 
 class LayerNormOut(NamedTuple):
-    """y [B, S, D], its codes and their scales [B, S], each None where it was not asked for; mean
-    and reciprocal standard deviation [B, S]; x [B, S, D] where the gated residual made it.
+    """What forward returns.
+
+    y [B, S, D], or None; its codes and their scales [B, S], or None; mean and reciprocal standard
+    deviation [B, S]; x [B, S, D] where the gated residual made it.
     """
 
     y: Tensor | None
@@ -49,8 +52,11 @@ class LayerNormOut(NamedTuple):
 
 
 class LayerNormGrads(NamedTuple):
-    """dx [B, S, D] (the residual's gradient too); the rest where asked for, else None: dscale,
-    dshift, dgate [B, D], the branch's gradient [B, S, D], its codes, and their scales [B, S].
+    """What backward returns.
+
+    dx [B, S, D] is the residual's gradient too. The rest comes where it was asked for, and is None
+    else: dscale, dshift and dgate [B, D], the branch's gradient [B, S, D], its codes, and their
+    scales [B, S].
     """
 
     dx: Tensor
@@ -105,6 +111,7 @@ def modulated_layer_norm_fwd_kernel(
         # backward sees the rounded sum, so normalise that one
         b_x = b_sum.to(tl.float32)
 
+    # the variance from centred values, of which x is still in registers: E[x²] - mean² would cancel
     b_mean = tl.sum(b_x, axis=0) / D
     b_centred = tl.where(m_d, b_x - b_mean, 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
@@ -157,6 +164,7 @@ def modulated_layer_norm_bwd_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
+    # what belongs to the sample stays in registers for all ROWS rows of the program
     b_one_scale = 1.0 + tl.load(p_scale + i_b * stride_scale_b + o_d, mask=m_d, other=0.0).to(
         tl.float32
     )
@@ -181,6 +189,7 @@ def modulated_layer_norm_bwd_kernel(
         b_dy = tl.load(
             p_dy + i_b * stride_dy_b + i_s * stride_dy_s + o_d, mask=m_row, other=0.0
         ).to(tl.float32)
+        # in masked columns x is 0 and xhat is not, but dy, and with it g, is 0 there
         b_xhat = (b_x - b_mean) * b_rstd
         b_g = b_dy * b_one_scale
         b_mean_g = tl.sum(b_g, axis=0) / D
@@ -194,6 +203,7 @@ def modulated_layer_norm_bwd_kernel(
             b_dscale += b_dy * b_xhat
             b_dshift += b_dy
         if p_gate is not None:
+            # dx is not 0 in masked columns, which must not enter a row's scale
             b_dbranch = tl.where(m_d, b_dx * b_gate, 0.0)
             if p_dbranch is not None:
                 tl.store(

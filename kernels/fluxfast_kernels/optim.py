@@ -45,8 +45,9 @@ class AdamWTable(NamedTuple):
 
 @triton.jit
 def _round_stochastically(b_x, b_random):
-    """fp32 to the fp32 neighbour that bf16 holds, up or down; b_random holds 16 bits. NaN stays
-    NaN.
+    """fp32 numbers rounded to one of the two nearest that bf16 holds; b_random has 16 random bits.
+
+    NaN stays NaN.
     """
     b_bits = (b_x.to(tl.int32, bitcast=True) + b_random) & -65536
     return tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
@@ -68,7 +69,8 @@ def _pointer(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _update(
-    p_param, p_m, p_v, p_grad, o_x, m_x, OTHER: tl.constexpr, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step,
+    p_param, p_m, p_v, p_grad, o_x, m_x, OTHER: tl.constexpr, b_pair, beta1, beta2, eps, decay,
+    step_size, bias2, seed, step,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     b_grad = tl.load(p_grad + o_x, mask=m_x, other=OTHER).to(tl.float32)
@@ -111,6 +113,7 @@ def adamw_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # which tensor, and which block of it: programs of many small tensors run in one launch
     p_block = p_blocks + tl.program_id(0).to(tl.int64) * 2
     i_t = tl.load(p_block).to(tl.int64)
     i_first = tl.load(p_block + 1).to(tl.int64) * BLOCK
@@ -126,23 +129,25 @@ def adamw_kernel(
     # last block has one
     if i_first + BLOCK <= b_size:
         _update(
-            p_param, p_m, p_v, p_grad, o_x, None, None, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step, DTYPE
+            p_param, p_m, p_v, p_grad, o_x, None, None, b_pair, beta1, beta2, eps, decay, step_size,
+            bias2, seed, step, DTYPE
         )  # fmt: skip
     else:
         m_x = o_x < b_size
         _update(
-            p_param, p_m, p_v, p_grad, o_x, m_x, 0.0, b_pair, beta1, beta2, eps, decay, step_size, bias2, seed, step, DTYPE
+            p_param, p_m, p_v, p_grad, o_x, m_x, 0.0, b_pair, beta1, beta2, eps, decay, step_size,
+            bias2, seed, step, DTYPE
         )  # fmt: skip
 
 
 def adamw_table(
     params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
 ) -> AdamWTable:
-    """The table of the tensors that `adamw_step` updates, at least one: contiguous, of one dtype
-    and on one device.
+    """The table of the tensors that `adamw_step` updates.
 
-    It holds for as long as nobody gives one of them other memory. Raises ValueError if they are not
-    contiguous or not of one dtype, bf16 or fp32.
+    There is at least one, and all are contiguous, of one dtype and on one device. The table holds
+    as long as none of them gets other memory. Raises ValueError if they are not contiguous, or not
+    of one dtype, bf16 or fp32.
     """
     groups = list(zip(params, exp_avgs, exp_avg_sqs, strict=True))
     dtype, device = params[0].dtype, params[0].device
@@ -182,11 +187,10 @@ def adamw_step(
     step: int,
     seed: int,
 ) -> None:
-    """One update of the table's tensors, in place, by gradients in the same order; `step` counts
-    from 1, `seed` is any int64.
+    """One update of the table's tensors, in place, by gradients in the same order.
 
-    Raises ValueError if a gradient has another size, is not contiguous, or the gradients' dtypes
-    differ.
+    `step` counts from 1, `seed` is any int64. Raises ValueError if a gradient has another size or
+    is not contiguous, or if the gradients' dtypes differ.
     """
     params, dtype = table.tensors[0], grads[0].dtype
     for grad, p in zip(grads, params, strict=True):
@@ -206,7 +210,8 @@ def adamw_step(
     (beta1, beta2), device = betas, table.rows.device
     launch(
         adamw_kernel, (table.blocks.shape[0],),
-        table.rows, torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True), table.blocks,
+        table.rows, torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True),
+        table.blocks,
         float(beta1), float(beta2), float(eps), 1.0 - lr * weight_decay, lr / (1.0 - beta1**step),
         math.sqrt(1.0 - beta2**step), seed, step,
         DTYPE=_TRITON_DTYPES[params[0].dtype], GRAD_DTYPE=_TRITON_DTYPES[dtype],

@@ -1,22 +1,26 @@
-"""From packed q|k|v projections to attention's inputs and back: RMSNorm and rotary embedding of q
-and k, text joined to image.
+"""From packed q|k|v projections to attention's inputs and back: RMSNorm and rotary embedding.
 
-    y = rot(x·rstd·w),  rot(x0, x1) = (x0·cos - x1·sin, x1·cos + x0·sin) on adjacent pairs,  rstd =
-    1/sqrt(mean(x²) + eps)
+    y = rot(x·rstd·w),  rstd = 1/sqrt(mean(x²) + eps)
+    rot(x0, x1) = (x0·cos - x1·sin, x1·cos + x0·sin) on adjacent pairs
 
-One program takes HEADS heads of one token: their q, k and v. Text rows come first; whether a token
-is text decides which tensor and which weights a program reads, so both parts go in one launch.
-Everything between load and store is fp32.
+q and k are normalised and rotated, v is copied, and text is joined to image. One program takes
+HEADS heads of one token: their q, k and v. Text rows come first. Whether a token is text decides
+which tensor and which weights a program reads, so both parts go in one launch. Everything between
+load and store is fp32.
 
-Backward, with n = rot⁻¹(y) = x·rstd·w and d = rot⁻¹(dy):  dx = rstd·(d·w - x·rstd·mean(d·n)). Given
-y, which attention keeps anyway, x·rstd = n/w, and forward's input is not needed. That asks for
-weights whose smallest is not far below the largest (`fluxfast.ops.qk_norm_rope` says how far);
-where they are not, forward's input is given instead.
+Backward, with n = rot⁻¹(y) = x·rstd·w and d = rot⁻¹(dy):
+
+    dx = rstd·(d·w - x·rstd·mean(d·n))
+
+Given y, which attention keeps anyway, x·rstd is n/w, and forward's input is not needed. That works
+if the smallest weight is not far below the largest (`fluxfast.ops.qk_norm_rope` says how far); else
+forward's input is given instead.
 
 Shapes: qkv, dqkv [B, S_img, 3·H·hd] and txt_qkv, dtxt_qkv [B, S_txt, 3·H·hd], rows any distance
 apart; q, k, v [B, S, H, hd], S = S_txt + S_img; rstd [B, S, 2, H] fp32; weights [2 or 4, hd]: q, k,
-and with text txt_q, txt_k; cos, sin [rows, hd/2]: token i takes row i, or the row that `index` ([S]
-or [B, S], int32 or int64) names, which is not checked: that would stop the GPU.
+and with text txt_q, txt_k; cos, sin [rows, hd/2]. Token i takes row i of the tables, or the row
+that `index` ([S] or [B, S], int32 or int64) names. The index is not checked, because that would
+stop the GPU.
 """
 
 from collections.abc import Iterator
@@ -44,9 +48,7 @@ class QKNormRopeOut(NamedTuple):
 
 @triton.jit
 def _rotate(b_x, b_cos, b_sin, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Rotates adjacent pairs of b_x [HEADS, 2·HALF] by the angles whose cosines and sines are
-    [HALF].
-    """
+    """Rotates adjacent pairs of b_x [HEADS, 2·HALF] by angles of these cosines, sines [HALF]."""
     b_0, b_1 = tl.split(tl.reshape(b_x, (HEADS, HALF, 2)))
     b_y = tl.join(
         b_0 * b_cos[None, :] - b_1 * b_sin[None, :], b_1 * b_cos[None, :] + b_0 * b_sin[None, :]
@@ -102,6 +104,7 @@ def qk_norm_rope_fwd_kernel(
     m_hd = m_h[:, None] & m_d[None, :]
     o_hd = o_h[:, None] * HD + o_d[None, :]
 
+    # a text token's pointer into the image is before its start, and is replaced before it is read
     p_in = p_qkv + i_b * stride_qkv_b + (i_s - S_txt) * stride_qkv_s
     p_w = p_weights
     if p_txt_qkv is not None:  # noqa: SIM102 (the outer branch is taken at compile time)
@@ -111,6 +114,7 @@ def qk_norm_rope_fwd_kernel(
     b_cos, b_sin = _tables(p_cos, p_sin, p_index, i_b, i_s, stride_index_b, HD, HALF)
     i_row = i_b * S + i_s
 
+    # unrolled: q and k differ in their pointers, which have to be known when it is compiled
     for i_qk in tl.static_range(2):
         b_x = tl.load(p_in + i_qk * H * HD + o_hd, mask=m_hd, other=0.0).to(tl.float32)
         b_w = tl.load(p_w + i_qk * HD + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -188,6 +192,7 @@ def qk_norm_rope_bwd_kernel(
     i_row = i_b * S + i_s
 
     for i_qk in tl.static_range(2):
+        # masked weights are 1, not 0, since y is divided by them
         b_w = tl.load(p_w + i_qk * HD + o_d, mask=m_d, other=1.0).to(tl.float32)
         b_rstd = tl.load(p_rstd + (i_row * 2 + i_qk) * H + o_h, mask=m_h, other=0.0)
         if i_qk == 0:
@@ -206,6 +211,7 @@ def qk_norm_rope_bwd_kernel(
                 + o_h[:, None] * stride_dk_h
                 + o_d[None, :]
             )
+        # the inverse of a rotation is the rotation by the negative angle
         b_d = _rotate(
             tl.load(p_dy, mask=m_hd, other=0.0).to(tl.float32), b_cos, -b_sin, HEADS, HALF
         )
@@ -237,10 +243,9 @@ def qk_norm_rope_fwd(
     eps: float = 1e-6,
     index: Tensor | None = None,
 ) -> QKNormRopeOut:
-    """q, k and v of the joined sequence, from its packed projections; shapes as in this module's
-    docstring.
+    """q, k and v of the joined sequence, from its packed projections.
 
-    Raises ValueError if a last dimension is not contiguous.
+    Shapes are in this module's docstring. Raises ValueError if a last dimension is not contiguous.
     """
     check_rows("qk_norm_rope", qkv=qkv, txt_qkv=txt_qkv, index=index)
     assert weights.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
@@ -256,7 +261,8 @@ def qk_norm_rope_fwd(
     launch(
         qk_norm_rope_fwd_kernel, (tokens, cdiv(heads, numbers["HEADS"]), batch),
         qkv, txt_qkv, weights, cos, sin, index, q, k, v, rstd,
-        *row_strides(qkv), *row_strides(txt_qkv), _index_stride(index), tokens, s_txt, float(eps), **numbers,
+        *row_strides(qkv), *row_strides(txt_qkv), _index_stride(index), tokens, s_txt, float(eps),
+        **numbers,
     )  # fmt: skip
     return QKNormRopeOut(q, k, v, rstd)
 
@@ -279,10 +285,9 @@ def qk_norm_rope_bwd(
     dqkv: Tensor | None = None,
     dtxt_qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dqkv, and dtxt_qkv where s_txt is not 0; written into those given, slices of wider buffers,
-    say.
+    """dqkv, and dtxt_qkv where s_txt is not 0; written to those given, if any are.
 
-    dq, dk, dv [B, S, H, hd] with contiguous heads, at any distance from each other. Forward left
+    dq, dk, dv [B, S, H, hd] have contiguous heads, at any distance from each other. Forward left
     either its outputs q and k (contiguous) or its inputs qkv and txt_qkv: give one pair.
     """
     check_rows(
@@ -309,7 +314,8 @@ def qk_norm_rope_bwd(
     launch(
         qk_norm_rope_bwd_kernel, (tokens, cdiv(heads, numbers["HEADS"]), batch),
         dq, dk, dv, q, k, qkv, txt_qkv, rstd, weights, cos, sin, index, dqkv, dtxt_qkv,
-        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *row_strides(qkv), *row_strides(txt_qkv), _index_stride(index),
+        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *row_strides(qkv),
+        *row_strides(txt_qkv), _index_stride(index),
         *row_strides(dqkv), *row_strides(dtxt_qkv), tokens, s_txt, **numbers,
     )  # fmt: skip
     return dqkv, dtxt_qkv

@@ -1,9 +1,8 @@
-"""Quantising to int4 and int2: a uniform grid per group of columns, searched for least squared
-error.
+"""Quantising to int4 and int2: for each group of columns the grid of the least squared error.
 
-The search, its names, and why its sums may run in any order are in `fluxfast.quant.affine`, the
-numbers in `Int4` and `Int2` there; the bytes are the same. Launched without contraction of a·b + c,
-and every division is IEEE's.
+The search, its names, and why its sums may run in any order are in `fluxfast.quant.affine`, and its
+numbers in `Int4` and `Int2`. The bytes are the same as the reference's: the kernel is launched
+without contraction of a·b + c, and every division is IEEE's.
 """
 
 from collections.abc import Iterator
@@ -48,8 +47,9 @@ def _codes(b_u, b_per_size, b_z, TOP: tl.constexpr):
 
 @triton.jit
 def _store_scale(b_scale, p_global_scale):
-    """What a scale is stored as [int32], and the value of that: int4's bf16, or, where there is a
-    global scale, int2's byte.
+    """What a scale is stored as [int32], and the value that this stands for.
+
+    Without a global scale it is int4's bf16, with one int2's byte.
     """
     if p_global_scale is None:
         b_stored = round_to_bf16(b_scale)
@@ -86,6 +86,7 @@ def quantize_affine_kernel(
     m_g = o_g < N_GROUP
     o_k = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     b_w = tl.load(p_w + i_row * stride_w + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    # as integers, magnitudes keep their order, and NaN and infinity come out on top
     b_top = tl.max(b_w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     b_low = tl.minimum(tl.min(b_w, axis=1), 0.0)
     b_high = tl.maximum(tl.max(b_w, axis=1), 0.0)
@@ -96,6 +97,7 @@ def quantize_affine_kernel(
     b_step = b_high * (1.0 / TOP) - b_low * (1.0 / TOP)
     b_step = tl.where(b_step < least_step, 0.0, b_step)
     b_per_step = _inverse(b_step)
+    # weights in units of the step, on a grain so coarse that all sums below are exact in fp32
     b_u = _round(b_w * b_per_step[:, None] * PER_GRAIN) * (1.0 / PER_GRAIN)
     b_u_low, b_u_high, b_u_sum = b_low * b_per_step, b_high * b_per_step, tl.sum(b_u, axis=1)
 
@@ -103,6 +105,8 @@ def quantize_affine_kernel(
     b_best_stored = tl.zeros([GROUPS], tl.int32)
     b_best_zero = tl.zeros([GROUPS], tl.float32)
     b_best_per_size = tl.zeros([GROUPS], tl.float32)
+    # the search starts from every pair of shrunk ends; each grid is fitted to its own codes REFITS
+    # times
     for i in tl.static_range(len(SHRINKS) * len(SHRINKS)):
         b_start = b_u_low * SHRINKS[i // len(SHRINKS)]
         b_size = (b_u_high * SHRINKS[i % len(SHRINKS)] - b_start) * (1.0 / TOP)
@@ -120,11 +124,13 @@ def quantize_affine_kernel(
             )
             b_error = (b_size * b_size) * ((b_qq_sum - 2.0 * b_z * b_q_sum) + GROUP * (b_z * b_z))
             b_error -= 2.0 * b_size * (b_uq_sum - b_z * b_u_sum)
+            # of equal errors the first one found stays, as in the reference
             b_better = b_error < b_least
             b_least = tl.where(b_better, b_error, b_least)
             b_best_stored = tl.where(b_better, b_stored, b_best_stored)
             b_best_zero = tl.where(b_better, b_zero, b_best_zero)
             b_best_per_size = tl.where(b_better, b_per_size, b_best_per_size)
+            # least squares: the line through (code, weight)
             b_covariance = GROUP * b_uq_sum - b_u_sum * b_q_sum
             b_variance = GROUP * b_qq_sum - b_q_sum * b_q_sum
             b_fits = (b_covariance > 0.0) & (b_variance > 0.0)
@@ -176,11 +182,10 @@ def quantize_affine(
     refits: int,
     least_step: float,
 ) -> None:
-    """Quantises weight [N, K], rows any distance apart, into the parts given: int4's, or, with a
-    global scale, int2's.
+    """Quantises weight [N, K] into the parts given: int4's, or with a global scale int2's.
 
-    The other arguments are the fields of `fluxfast.quant.affine.Affine`, and the step below which a
-    group becomes zeros.
+    The rows of the weight may lie any distance apart. The other arguments are the fields of
+    `fluxfast.quant.affine.Affine`, and the step below which a group becomes zeros.
     """
     rows, cols = weight.shape
     assert weight.stride(1) == 1 and scale.shape == (rows, cdiv(cols, group))
@@ -189,9 +194,11 @@ def quantize_affine(
     )
     launch(
         quantize_affine_kernel, (rows * cdiv(scale.shape[1] * group, numbers["BLOCK"]),),
-        weight, packed.view(torch.int8), scale.view(torch.int16 if global_scale is None else torch.int8),
+        weight, packed.view(torch.int8),
+        scale.view(torch.int16 if global_scale is None else torch.int8),
         zero.view(torch.int8), global_scale, weight.stride(0), least_step,
-        K=cols, GROUP=group, TOP=top, UNIT=unit, PER_GRAIN=1 / grain, SHRINKS=shrinks, REFITS=refits,
+        K=cols, GROUP=group, TOP=top, UNIT=unit, PER_GRAIN=1 / grain, SHRINKS=shrinks,
+        REFITS=refits,
         **numbers, enable_fp_fusion=False,
     )  # fmt: skip
 

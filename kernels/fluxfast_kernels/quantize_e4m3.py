@@ -1,5 +1,6 @@
-"""Quantising rows to e4m3fn codes by their bits, for weights: `row_quant` wants a GPU that has the
-type, storage doesn't.
+"""Quantising rows of weights to e4m3fn codes, by their bits.
+
+`row_quant` needs a GPU that has the type; a weight that is only stored does not.
 """
 
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ def quantize_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
     numbers = row_numbers("row_quant", cols, arch_key(weight.device))
     launch(
         quantize_e4m3_kernel, (rows,),
-        weight, codes.view(torch.int8), scale, weight.stride(0), K=cols, **numbers, enable_fp_fusion=False,
+        weight, codes.view(torch.int8), scale, weight.stride(0), K=cols, **numbers,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale
 

@@ -1,5 +1,6 @@
-"""Quantising to nf4: blocks of 64 along the flattened weight, each code's nearest level, max|w| of
-each block in fp32.
+"""Quantising to nf4, in blocks of 64 along the flattened weight.
+
+A code is that of the nearest level; max|w| of each block stays fp32 here.
 """
 
 from collections.abc import Iterator
@@ -50,11 +51,10 @@ def quantize_nf4_kernel(
 
 
 def quantize_nf4(weight: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes packed two a byte [ceil(n / 2)] uint8, the even one in the high bits, and max|w| of
-    each block [ceil(n / 64)] fp32.
+    """Codes [ceil(n / 2)] uint8 and max|w| of each block [ceil(n / 64)] fp32.
 
-    weight: n numbers, contiguous; bounds [15] fp32, ascending: a code is the number of bounds below
-    w / max|w|.
+    Two codes share a byte, the even one in the high bits. weight: n numbers, contiguous; bounds
+    [15] fp32, ascending: a code is the number of bounds below w / max|w|.
     """
     assert weight.is_contiguous() and bounds.shape == (15,)
     n = weight.numel()

@@ -1,6 +1,8 @@
 """Quantising the rows of a matrix: one scale a row, int8 or e4m3fn.
 
-    scale = max|y| / top,  q = round(y · (1/scale)),  y ≈ q · scale      top = 127 for int8, 448 for e4m3fn
+    scale = max|y| / top,  q = round(y · (1/scale)),  y ≈ q · scale
+
+top is 127 for int8 and 448 for e4m3fn, the largest number of each.
 
 Rounding is to nearest, halves to even. A row whose scale would not be a normal fp32 number (all
 zeros, in practice) gets scale 1 and codes 0. A NaN or an infinity anywhere in a row makes that
@@ -70,11 +72,11 @@ def row_quant_kernel(
 
 
 def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantises the rows of x, or of x · col_scale: a weight's row scales, folded into the gradient
-    before dgrad.
+    """Codes [M, K] and scales [M] fp32 of the rows of x, or of x · col_scale.
 
-    x [M, K], any distance between rows; col_scale [K]; fmt "int8" or "e4m3". Returns codes [M, K]
-    and scales [M] fp32. Raises ValueError on another format or a column stride that is not 1.
+    With col_scale [K] a weight's row scales are folded into the gradient before dgrad. x [M, K],
+    rows any distance apart; fmt "int8" or "e4m3". Raises ValueError on another format or a column
+    stride that is not 1.
     """
     if fmt not in FORMATS:
         raise ValueError(f"row_quant: the format is one of {sorted(FORMATS)}, not {fmt!r}")
@@ -90,11 +92,10 @@ def row_quant(x: Tensor, fmt: str, *, col_scale: Tensor | None = None) -> tuple[
 def empty_outputs(
     x: Tensor, out: str, width: int | None = None, y: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for an op's output: values in x's dtype (`y` if given), codes, and a scale a row, where
-    `out` asks for them.
+    """Room for an op's output: values in x's dtype (`y` if given), codes, and a scale a row.
 
-    The shape is x's, with `width` columns where that is given. Raises ValueError if `out` is not
-    one of OUTPUTS.
+    Those that `out` does not ask for are None. The shape is x's, with `width` columns where that is
+    given. Raises ValueError if `out` is not one of OUTPUTS.
     """
     if out not in OUTPUTS:
         raise ValueError(f"the output is one of {OUTPUTS}, not {out!r}")
@@ -111,8 +112,9 @@ def empty_outputs(
 
 
 def row_strides(x: Tensor | None) -> tuple[int, int]:
-    """Elements from one sample of x [B, S, D] to the next, and from one row to the next; zeros for
-    an absent x.
+    """Elements from one sample of x [B, S, D] to the next, and from one row to the next.
+
+    Both are 0 for an absent x.
     """
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
@@ -123,8 +125,9 @@ def targets_of(out: str) -> Sequence[str]:
 
 
 def check_rows(op: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError if a tensor's last dimension is not contiguous: kernels take rows any
-    distance apart, no more.
+    """Raises ValueError if a tensor's last dimension is not contiguous.
+
+    Kernels take rows any distance apart, but not columns.
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:

@@ -1,11 +1,12 @@
-"""Routing tokens around blocks (TREAD): gather the tokens that go through, scatter them back. Each
-is the other's backward.
+"""Routing tokens around blocks (TREAD): gather those that go through, and scatter them back.
 
-    gather   out = x[idx]                       backward: scatter of dout into zeros
-    scatter  out = base, out[idx] = y           backward: dbase = dout with zeros at idx, dy = gather of dout
+    gather   out = x[idx]
+             backward: dx = scatter of dout into zeros
+    scatter  out = base, out[idx] = y
+             backward: dbase = dout with zeros at idx, dy = gather of dout
 
 All three scatters are one kernel, in which an absent operand means zeros. It writes each output row
-once, and finds out where that row comes from in `inverse` [B, S]: the row's place in idx, or -1.
+once, and looks up where that row comes from in `inverse` [B, S]: the row's place in idx, or -1.
 
 Shapes: x, base, out [B, S, D]; y [B, K, D]; idx [B, K], int32 or int64, distinct within a sample
 and below S (not checked: that would stop the GPU). Rows may lie any distance apart.
@@ -56,6 +57,7 @@ def token_scatter_kernel(
     i_row = i_b * S + i_s
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
+    # the branch is the same for the whole program, so no thread waits for another
     i_k = tl.load(p_inverse + i_row).to(tl.int64)
     p_row = p_out + i_row * D + o_d
     if i_k >= 0:
@@ -75,8 +77,9 @@ def token_scatter_kernel(
 
 
 def inverse_index(idx: Tensor, tokens: int) -> Tensor:
-    """[B, tokens] int32: each token's place in its sample's idx [B, K], or -1. One route's scatters
-    can share it.
+    """Each token's place in its sample's idx [B, K], or -1: [B, tokens] int32.
+
+    All scatters of one route can share it.
     """
     batch, kept = idx.shape
     inverse = torch.full((batch, tokens), -1, dtype=torch.int32, device=idx.device)
@@ -85,8 +88,9 @@ def inverse_index(idx: Tensor, tokens: int) -> Tensor:
 
 
 def token_gather(x: Tensor, idx: Tensor) -> Tensor:
-    """The rows idx [B, K] of x [B, S, D]: [B, K, D]. Also the gradient that `token_scatter`'s y
-    gets from dout.
+    """The rows idx [B, K] of x [B, S, D]: [B, K, D].
+
+    This is also the gradient that `token_scatter`'s y gets from dout.
     """
     check_rows("token_gather", x=x, idx=idx)
     batch, _, width = x.shape
@@ -102,11 +106,10 @@ def token_gather(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def token_scatter(base: Tensor | None, y: Tensor | None, inverse: Tensor) -> Tensor:
-    """base [B, S, D] with the rows of y [B, K, D] in the places that `inverse` [B, S] (of
-    `inverse_index`) gives them.
+    """base [B, S, D] with the rows of y [B, K, D] where `inverse_index` [B, S] has them.
 
-    Without base the other rows are zero: that is the gradient of `token_gather`'s x. Without y the
-    routed rows are: that of base.
+    Without base the other rows are zero, which gives the gradient of `token_gather`'s x. Without y
+    the routed rows are zero, which gives that of base.
     """
     check_rows("token_scatter", base=base, y=y)
     given = y if base is None else base

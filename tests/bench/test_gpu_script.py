@@ -1,6 +1,4 @@
-"""`bench/gpu.sh`: its limits add up, its contestants exist, and whatever is killed, a page and an
-archive are left.
-"""
+"""`bench/gpu.sh`: its limits add up, its contestants exist, and it leaves its files when killed."""
 
 import os
 import re

@@ -13,8 +13,9 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `torch.empty` and its kin return NaN (77 in integers), so that an element left
-    unwritten fails its test.
+    """Makes `torch.empty` and its kin return NaN (77 in integers).
+
+    An element that a kernel leaves unwritten then fails its test.
     """
     for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
         original = getattr(owner, name)

@@ -1,6 +1,4 @@
-"""What the kernels' tests share: the device, inputs in fp64 and their rounded copies, bounds tied
-to a dtype, and codes.
-"""
+"""What the kernels' tests share: the device, inputs, bounds for a dtype, and codes."""
 
 import torch
 
@@ -18,8 +16,7 @@ def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def bound(dtype: torch.dtype) -> float:
-    """The relative error (by norm) that a dtype explains, of a kernel that computes in fp32 and
-    rounds once, at the store.
+    """The relative error (by norm) of a kernel that computes in fp32 and rounds once, at the store.
 
     16 bits: one step. Rounding costs at most half of one, but the interpreter cuts fp32 to bf16
     instead of rounding. fp32: eight steps, for sums in another order than the reference's and for
@@ -29,9 +26,7 @@ def bound(dtype: torch.dtype) -> float:
 
 
 def widen(x: torch.Tensor, left: int = 16, right: int = 16) -> torch.Tensor:
-    """A copy of x that is a slice of columns of a wider tensor full of NaN: last dimension
-    contiguous, rows apart.
-    """
+    """A copy of x that is a slice of columns of a wider tensor full of NaN."""
     wide = torch.full(
         (*x.shape[:-1], left + x.shape[-1] + right), float("nan"), dtype=x.dtype, device=x.device
     )
@@ -41,9 +36,7 @@ def widen(x: torch.Tensor, left: int = 16, right: int = 16) -> torch.Tensor:
 
 
 def quantize_rows(y: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula that the kernels claim, in torch: codes and one scale for each row of fp32
-    values.
-    """
+    """Codes and one scale for each row of fp32 values, by the formula that the kernels claim."""
     top = {"int8": 127.0, "e4m3": 448.0}[fmt]
     scale = y.abs().amax(-1) / top
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
@@ -54,8 +47,9 @@ def quantize_rows(y: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 def code_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
-    """How many codes apart two quantised tensors are, at most: e4m3's codes are ordered as integers
-    are, sign aside.
+    """How many codes apart two quantised tensors are, at most.
+
+    e4m3's codes are ordered as integers are, but for the sign.
     """
     if actual.dtype == torch.int8:
         return int((actual.int() - expected.int()).abs().max()) if actual.numel() else 0

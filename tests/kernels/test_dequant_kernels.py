@@ -1,6 +1,4 @@
-"""The quantisers and decoders of the storage formats: the bytes and the values of
-`fluxfast.quant`'s references, exactly.
-"""
+"""The storage formats' kernels: exactly the bytes and values of `fluxfast.quant`'s references."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""The dropout kernel: what it keeps, how often, and that its mask is a function of seed, row and
-column alone.
-"""
+"""The dropout kernel: what it keeps, how often, and what its mask depends on."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""`gelu`: values, codes and the gradient beside fp64, in slices of wider buffers, and behind a
-copied prefix.
-"""
+"""`gelu`: values, codes and the gradient beside fp64, in slices and behind a copied prefix."""
 
 import pytest
 import torch

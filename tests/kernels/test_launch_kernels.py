@@ -1,6 +1,4 @@
-"""Launch numbers, and the variants recorded from the launchers: what they hold, and that token
-counts share them.
-"""
+"""Launch numbers, and the variants that are recorded from the launchers."""
 
 import json
 import os
@@ -53,14 +51,20 @@ def step(tokens, text):
     index = meta(1, text + tokens, dtype=torch.int32)
     qkv, txt_qkv = meta(1, tokens, 9216), meta(1, text, 9216)
     out = qk_norm_rope_fwd(qkv, weights, table, table, heads=24, txt_qkv=txt_qkv, index=index)
-    qk_norm_rope_bwd(out.q, out.k, out.v, out.rstd, weights, table, table, s_txt=text, q=out.q, k=out.k, index=index)
+    qk_norm_rope_bwd(out.q, out.k, out.v, out.rstd, weights, table, table, s_txt=text, q=out.q,
+    k=out.k, index=index)
 
-ops = ("row_quant", "modulated_layer_norm", "qk_norm_rope", "gelu", "gated_residual", "token_route", "optim")
-variants = {op: [(v.name, v.targets) for v in record_variants(importlib.import_module(f"fluxfast_kernels.{op}").aot_cases())] for op in ops}
+ops = ("row_quant", "modulated_layer_norm", "qk_norm_rope", "gelu", "gated_residual", "token_route",
+"optim")
+cases = {op: importlib.import_module(f"fluxfast_kernels.{op}").aot_cases() for op in ops}
+variants = {op: [(v.name, v.targets) for v in record_variants(of)] for op, of in cases.items()}
 counts = [(1, 512), (63, 17), (1000, 512), (1024, 512), (4096, 1)]
 steps = [record_variants([("", lambda: step(*count), ("sm_90",))]) for count in counts]
-plain = [[(v.name, dict(v.signature), sorted(v.constexprs.items(), key=str), v.divisible) for v in s] for s in steps]
-print(json.dumps({"variants": variants, "steps": plain}, default=str))
+def plain(v):
+    return v.name, dict(v.signature), sorted(v.constexprs.items(), key=str), v.divisible
+
+steps = [[plain(v) for v in step] for step in steps]
+print(json.dumps({"variants": variants, "steps": steps}, default=str))
 """
 
 

@@ -46,8 +46,7 @@ def down(x, a, dtype=None, **options):
 
 
 def group(outs, ranks, k, m, dtype, seed=0):
-    """A group of linears as torch sees it (fp64, each adapter apart) and as the kernels do (packed,
-    in dtype).
+    """A group of linears as torch sees it, in fp64 and each adapter apart, and as kernels do.
 
     ranks: of each linear, the ranks of its adapters. Every number is one of dtype's, so that both
     see the same.
@@ -206,9 +205,7 @@ def test_strided_rows_and_outputs_in_wider_buffers():
 @pytest.mark.parametrize("outs", [(96,), (80, 48)])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 def test_sums_cut_into_parts_are_reproducible(outs, grad_dtype):
-    """More than 64 rows or columns make two parts, but the short segment has one. The same bits
-    every time.
-    """
+    """More than 64 rows or columns make two parts, but the short segment has one."""
     m, k, ranks = 70, 72, (3, 2)[: len(outs)]
     n, total = sum(outs), sum(ranks)
     segments = make_segments(outs, ranks, DEVICE) if len(outs) > 1 else None
@@ -311,7 +308,8 @@ def step(m):
     matmul(dyq, wq.T, x_scale=m_scale, u=ds, v=a.T, out_dtype=bf16)
 
 def plain(v):
-    return [v.name, dict(v.signature), sorted(v.constexprs.items()), v.divisible, v.num_warps, v.num_stages]
+    return [v.name, dict(v.signature), sorted(v.constexprs.items()), v.divisible, v.num_warps,
+    v.num_stages]
 
 counts = (1, 17, 512, 1024, 1531, 4608)
 steps = [aot.record_variants([("", lambda: step(m), ("sm_90",))]) for m in counts]

@@ -1,6 +1,4 @@
-"""`modulated_layer_norm`: values, codes and every gradient beside fp64, plain and with the gated
-residual fused in.
-"""
+"""`modulated_layer_norm` beside fp64: values, codes and every gradient, with and without a gate."""
 
 import pytest
 import torch
@@ -25,9 +23,7 @@ def reference(x, scale, shift, eps):
 
 
 def inputs(batch, tokens, width, dtype):
-    """x as a slice of columns, and shift, scale and gate as chunks of one vector a sample, in
-    `dtype`.
-    """
+    """x as a slice of columns, and shift, scale and gate as chunks of one vector a sample."""
     x = widen((randn(batch, tokens, width, seed=1) * 3 + 1).to(dtype))
     return x, *(0.3 * randn(batch, 3 * width, seed=2)).to(dtype).chunk(3, dim=-1)
 

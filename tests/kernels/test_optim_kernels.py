@@ -1,6 +1,4 @@
-"""The fused AdamW: torch's own in fp32, stochastic rounding that keeps the mean in bf16, the same
-bits whenever it is run.
-"""
+"""The fused AdamW: torch's own in fp32, stochastic rounding in bf16, the same bits each time."""
 
 import pytest
 import torch
@@ -15,8 +13,9 @@ SIZES = [1, 63, 1024, 1500]
 
 
 def tensors(dtype, sizes=SIZES, *, shift=0):
-    """Parameters, gradients and two moments of trained sizes; with `shift`, views that start off a
-    16-byte boundary.
+    """Parameters, gradients and two moments of the sizes that are trained.
+
+    With `shift` they are views that start off a 16-byte boundary.
     """
     groups = []
     for kind, scale in enumerate((1.0, 0.1, 0.05, 0.01)):

@@ -1,6 +1,4 @@
-"""`qk_norm_rope`: values and gradients beside the op's reference in fp64, joined, packed, routed,
-from either saved pair.
-"""
+"""`qk_norm_rope` beside its reference in fp64: joined, packed, routed, from either saved pair."""
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from support import relative_error
 
 
 def inputs(batch, s_txt, s_img, heads, head_dim, dtype, index=None):
-    """Packed q|k|v as slices of wider projections, norm weights away from zero, and tables with
-    rows to spare.
-    """
+    """Packed q|k|v as slices of wider projections, norm weights away from zero, tables."""
     width = 3 * heads * head_dim
     qkv, txt_qkv = (
         widen((2 * randn(batch, s, width, seed=seed)).to(dtype))
@@ -53,9 +49,7 @@ def reference(qkv, txt_qkv, weights, cos, sin, index, heads):
 
 
 def gradients(batch, tokens, heads, head_dim, dtype):
-    """dq, dk, dv in the layouts that attention gives: contiguous, heads outermost, and inside a
-    packed tensor.
-    """
+    """dq, dk, dv as attention may lay them out: contiguous, heads outermost, packed."""
     dq, dk, dv = (randn(batch, tokens, heads, head_dim, seed=seed).to(dtype) for seed in (6, 7, 8))
     return (
         dq,

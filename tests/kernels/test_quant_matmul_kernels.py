@@ -1,6 +1,4 @@
-"""`matmul` on codes: exact integer sums, the epilogue's terms, both directions and both layouts, on
-small tiles.
-"""
+"""`matmul` on codes, on small tiles: exact integer sums, its epilogue, both directions and layouts."""
 
 import pytest
 import torch
@@ -55,9 +53,7 @@ def test_forward(fmt, m, n, k, dtype):
 
 @pytest.mark.parametrize("w_transposed", [False, True])
 def test_integer_sums_are_exact(w_transposed):
-    """Past 2²⁴, where fp32 sums would already have lost bits: the only rounding is that of the
-    finished sum.
-    """
+    """Sums past 2²⁴, where fp32 would have lost bits: only the finished sum is rounded."""
     m, n, k = 3, 16, 1100
     x, w = codes(m, k, "int8", 1), codes(n, k, "int8", 2)
     x[0], w[0], w[1] = 127, 127, -127
@@ -131,7 +127,9 @@ def test_groups_of_linears_with_adapters_of_their_own():
         randn(n, widest, seed=6).float(),
         randn(n, seed=7).float(),
     )
-    y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, bias=bias, u=s, v=b, segments=make_segments(outs, ranks, DEVICE),
+    segments = make_segments(outs, ranks, DEVICE)
+    y = matmul(
+        x, w, x_scale=x_scale, w_scale=w_scale, bias=bias, u=s, v=b, segments=segments,
         out_dtype=torch.float32, numbers=TILE,
     )  # fmt: skip
     expected = product(x, w) * x_scale[:, None] * w_scale + bias
@@ -193,8 +191,9 @@ def test_rows_that_are_hard(fmt):
 
 @pytest.mark.parametrize(("fmt", "error"), [("int8", 0.02), ("e4m3", 0.06)])
 def test_scales_folded_into_dy_give_the_gradient(fmt, error):
-    """dgrad of a weight quantised per row against the exact one; kernels of this precision measure
-    0.009 and 0.027.
+    """dgrad of a weight that is quantised per row, against the exact one.
+
+    Kernels of this precision measure 0.009 and 0.027.
     """
     m, n, k = 33, 96, 64
     weight, dy = (

@@ -1,4 +1,4 @@
-"""`token_gather` and `token_scatter`: exactly what indexing does, and each is the other's gradient."""
+"""`token_gather` and `token_scatter`: what indexing does, and each is the other's backward."""
 
 import pytest
 import torch

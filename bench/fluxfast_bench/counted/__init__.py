@@ -1,1 +1,1 @@
-"""What needs no GPU: launches, bytes and memory of a step on meta tensors, and kernels compiled ahead."""
+"""What needs no GPU: launches, bytes and memory of a step, and kernels compiled ahead."""

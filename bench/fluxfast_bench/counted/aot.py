@@ -1,8 +1,7 @@
-"""`fluxfast-bench aot`: every Triton kernel compiled ahead of time, and what its compiler made of
-it.
+"""`fluxfast-bench aot`: compile every Triton kernel ahead of time, and see what became of it.
 
-No GPU is needed. The figures are kept as JSON, a variant a line; a run of some ops or targets
-leaves the others' lines alone.
+No GPU is needed. The figures are stored as JSON, one variant a line. A run of some ops or targets
+leaves the lines of the others alone.
 """
 
 from __future__ import annotations
@@ -74,8 +73,10 @@ def read(path: Path) -> dict[str, Any]:
 def merge(
     stored: Mapping[str, Any], results: Results, known: Known, run: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The stored variants, the compiled ones in their place, less those that are in `known` no
-    more.
+    """The stored variants with the compiled ones in their place.
+
+    Variants that no longer exist are left out: those of ops that are gone, and those that `known`,
+    which lists every variant of an op for a target, does not have.
     """
     ops = op_names()
     variants = {}
@@ -103,9 +104,7 @@ def write(path: Path, merged: Mapping[str, Any]) -> None:
 
 
 def table_of(results: Results) -> Table:
-    """Per op and target: how many variants, how many of them failed, and the largest of each
-    figure.
-    """
+    """How many variants each op has for each target, how many failed, and the largest figures."""
     table = Table()
     for column in ("op", "target"):
         table.add_column(column, no_wrap=True)

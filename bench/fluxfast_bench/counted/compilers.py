@@ -1,8 +1,8 @@
-"""Worker processes that compile kernels for GPUs that need not be there, and read what the
-compilers say of them.
+"""Worker processes that compile kernels for absent GPUs, and read what the compilers report.
 
-Not in the command's own process: Triton reads TRITON_INTERPRET once, and a compiler that crashes
-takes its process with it. Nothing here imports triton before a worker has prepared its environment.
+The command's own process can't do it: Triton reads TRITON_INTERPRET once, and a compiler that
+crashes takes its process with it. Nothing here imports triton before a worker has prepared its
+environment.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def ptxas_figures(log: str) -> tuple[int, int]:
 
 
 def amdgcn_figures(assembly: str) -> tuple[int, int]:
-    """Vector registers, and how many were spilled, from the metadata at the end of AMD's assembly."""
+    """Vector registers, and how many were spilled, from the metadata of AMD's assembly."""
     (used,) = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)
     (spilled,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return int(used), int(spilled)
@@ -156,8 +156,9 @@ class Worker:
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), *self._prepare)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, both pickled, in the process. Raises BrokenProcessPool where that
-        kills it.
+        """The result of `function(*args)` in the process; function and arguments are pickled.
+
+        Raises BrokenProcessPool where the call kills the process.
         """
         try:
             return self._pool.submit(function, *args).result()
@@ -196,8 +197,9 @@ class Compilers:
             )
 
     def each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R | None]]:
-        """`function` of each item, in whichever worker is idle, as they come; None where it took
-        its process with it.
+        """`function` of each item, in whichever worker is idle, as the results come.
+
+        The result is None where the call killed its worker.
         """
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:

@@ -1,11 +1,11 @@
-"""`fluxfast-bench counts`: what one full-size training step launches and moves, beside diffusers +
-PEFT. No GPU is needed.
+"""`fluxfast-bench counts`: what a full-size training step launches and moves.
 
-A step is forward, loss and backward of the reference workload (FLUX.1-dev's shape, rank 16 on every
-linear of the blocks, batch 1, 512 text tokens), on meta tensors. `memory` is the bytes of
-everything that is neither a product nor attention, and of products so narrow (the adapters') that
-they wait for memory as well; the other products' and attention's operands are apart, and so is
-modulation, whose matrices meet one row a sample.
+diffusers + PEFT stands beside ours. No GPU is needed. A step is forward, loss and backward of the
+reference workload on meta tensors: FLUX.1-dev's shape, rank 16 on every linear of the blocks, batch
+1, 512 text tokens. Bytes are counted in four categories. "gemm" are the operands of wide products,
+"attention" those of attention, "gemv" those of modulation, whose matrices meet one row a sample,
+and "memory" all other bytes, including the adapters' products, which are so narrow that they too
+wait for memory.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to train: fluxfast's where `compute` is given, else diffusers + PEFT, eager; full
-    checkpointing unless said.
+    """One way to train: fluxfast's if `compute` is given, else diffusers + PEFT, eager.
+
+    It checkpoints every block unless `recompute` says otherwise.
     """
 
     name: str
@@ -98,9 +99,7 @@ def record_of(
 
 
 def violations(records: Sequence[dict[str, Any]], limits: dict[str, float]) -> list[str]:
-    """What is above its target, a line each; a step that keeps more or computes otherwise is held
-    to the same.
-    """
+    """What is above its target, a line each. All contestants of ours have the same limits."""
     found = []
     for record in (record for record in records if record["ours"]):
         for key, name in targets.COUNT_RATIOS.items():

@@ -1,14 +1,15 @@
-"""The least time that a LoRA training step can take: FLOPs and bytes of the model over what the
-device was measured to do.
+"""The least time that a LoRA training step can take on a device.
 
-Conventions: a multiply-add is 2 FLOPs; a pass is one read or write of a [tokens, dim] tensor of
-activations. The base is frozen: a linear costs forward and the gradient of its input, never that of
-its weight. Attention's backward costs 2.5 times its forward (FlashAttention). Modulation is not
-counted: it depends on nothing that a step computes.
+It is the model's FLOPs and bytes over the rates that were measured on the device. A multiply-add is
+2 FLOPs. A pass is one read or write of a [tokens, dim] tensor of activations. The base is frozen,
+so a linear costs its forward and the gradient of its input, never that of its weight. Attention's
+backward costs 2.5 times its forward (FlashAttention). Modulation is not counted, because it depends
+on nothing that a step computes.
 
-Recompute policies, a block: "none" keeps everything; "full" keeps the block's input and runs its
-whole forward again, as torch's checkpointing does; "selective" also keeps attention's output, and
-recomputes neither it nor the block's last linears, whose outputs no gradient needs.
+There are three recompute policies for a block. "none" keeps everything. "full" keeps the block's
+input and runs its whole forward again, as torch's checkpointing does. "selective" also keeps
+attention's output, and recomputes neither it nor the block's last linears, whose outputs no
+gradient needs.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ LORA_DOUBLE, LORA_SINGLE = 18, 17
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes of a block's memory-bound ops with every fusion that the design has: forward; backward
-    with the LoRA's.
+    """Passes of a block's memory-bound ops, if all of them are fused as the design has it.
+
+    `backward` includes the passes of the LoRA.
     """
 
     forward: float
@@ -48,8 +50,10 @@ CODES_DOUBLE, CODES_SINGLE = 9.0, 7.0
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step: FLOPs of the base's linears, of attention forward and backward, of the adapters;
-    bytes of the rest.
+    """What one step has to do.
+
+    `linear`, `attention_forward`, `attention_backward` and `lora` are FLOPs, of the base's linears,
+    of attention and of the adapters; `bytes` is the traffic of everything else.
     """
 
     linear: float
@@ -128,8 +132,9 @@ def _block(
 
 
 def floor_seconds(work: Work, ceilings: Mapping[str, float], compute: str) -> float:
-    """Seconds of `work` at the rates of `ceilings` (see there); compute: that of the base's
-    linears.
+    """Seconds of `work` at the rates of `ceilings`, as `ops.ceilings.measure` returns them.
+
+    compute: what the base's linears run in, "float", "int8" or "e4m3".
     """
     plain = ceilings["float"]
     return (

@@ -1,11 +1,11 @@
-"""The kernels that a step launches, as Triton's JIT tells them apart: what `meta_step.recorded`
-finds, compiled anywhere.
+"""The kernels that a step launches, as Triton's JIT tells them apart.
 
-A kernel is compiled anew for each dtype of its pointers, for integers that are 1 or multiples of
-16, for each constant. So a step of some 3,000 launches has some 40 kernels, and what matters of a
-launch is small enough to be sent to another process.
+The JIT compiles a kernel anew for each dtype of its pointers, for integers that are 1 or multiples
+of 16, and for each constant. So a step of some 3,000 launches has some 40 kernels, and what matters
+of a launch is small enough to be sent to another process, which compiles it. `meta_step.recorded`
+finds the launches of a step.
 
-Workers import this, so it imports little.
+Workers import this module, so it imports little.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from fluxfast_bench.counted.compilers import end_with_parent
 # no NamedTuple, which Triton would take for a tuple of arguments
 @dataclass(frozen=True)
 class Pointer:
-    """What Triton's JIT looks at in a tensor: its dtype, and whether it begins at a multiple of 16
-    bytes.
-    """
+    """What Triton's JIT looks at in a tensor: its dtype, and if its address is a multiple of 16."""
 
     dtype: torch.dtype
     aligned: bool = True
@@ -40,10 +38,9 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of `module`.`kernel` with its arguments in order (tensors as `Pointer`s) and its
-    named numbers.
+    """A launch of `module`.`kernel`, with its arguments in order and its launch numbers by name.
 
-    Two launches that the JIT compiles one kernel for are equal.
+    Tensors are `Pointer`s. Two launches are equal if the JIT compiles one kernel for both.
     """
 
     module: str
@@ -84,8 +81,9 @@ def _argument(arg: Any, fixed: bool) -> Any:
 
 
 def compiled(launch: Launch) -> Any:
-    """Triton's kernel for a launch, by its JIT and for the active driver's target, with its
-    launcher; nothing is launched.
+    """Triton's kernel for a launch, and its launcher, compiled by the JIT for the active driver.
+
+    Nothing is launched.
     """
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     made = kernel.run(*launch.args, grid=(1,), warmup=True, **dict(launch.numbers))
@@ -94,8 +92,9 @@ def compiled(launch: Launch) -> Any:
 
 
 def prepare_jit(cache: str, target: str) -> None:
-    """In a worker: Triton's JIT compiles for `target` into the cache, that of the environment where
-    `cache` is empty.
+    """In a worker: from now on Triton's JIT compiles for `target`, into the folder `cache`.
+
+    Where `cache` is empty it is the cache that the environment names.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.pop("TRITON_INTERPRET", None)
@@ -107,8 +106,9 @@ def prepare_jit(cache: str, target: str) -> None:
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
-    """In a worker: seconds, and why it failed where it did. A compiler's error, of whatever kind,
-    is a result.
+    """In a worker: the seconds of compiling, and why it failed where it did.
+
+    Any error of the compiler is such a result.
     """
     begun = time.perf_counter()
     try:

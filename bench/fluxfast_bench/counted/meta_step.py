@@ -1,10 +1,9 @@
-"""One full-size training step without memory: on meta tensors, whose ops allocate shapes and
-compute nothing.
+"""One full-size training step on meta tensors, which have shapes and take no memory.
 
-Meta tensors stand for tensors on a GPU. What depends on the device is chosen as on one: attention
-is a flash kernel, RMSNorm one kernel each way, and fluxfast's ops call their Triton launchers,
-which report what they would launch. (Fake tensors on "cuda" won't do: on a build of torch without
-CUDA, autograd aborts on them.)
+Meta tensors stand for tensors on a GPU, and what depends on the device is chosen as on one:
+attention is a flash kernel, RMSNorm is one kernel each way, and fluxfast's ops call their Triton
+launchers, which report what they would launch. Fake tensors on "cuda" would not do: on a build of
+torch without CUDA, autograd aborts on them.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ def fluxfast_model(
     compute: str = "same",
     recompute: str = "full",
 ) -> Any:
-    """fluxfast's transformer with the same LoRA: the base stored in `format` (None: bf16),
-    computing in `compute`.
+    """fluxfast's transformer with the same LoRA, its base stored in `format` (None: bf16).
 
     Modulation is computed ahead, as in a run; `host_tensors` are its weights.
     """

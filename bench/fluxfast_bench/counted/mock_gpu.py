@@ -1,9 +1,8 @@
-"""A GPU that is not there, for Triton: its JIT specialises, compiles and caches as on one, and a
-launch does nothing.
+"""A mock driver for Triton: its JIT compiles and caches as on a GPU, and launches nothing.
 
-So kernels can be compiled where there is no GPU, and on a machine that has one, in many processes
-at once, without a context of CUDA's in each: the cache's keys are the JIT's own. Where CUDA's
-driver is installed, Triton's launchers, one small module of C for each signature, are built too.
+Kernels can be compiled where there is no GPU, and on a machine that has one in many processes at
+once, without a CUDA context in each. The keys of the cache are the JIT's own. Where CUDA's driver
+is installed, Triton's launchers are built too: one small module in C for each signature.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ class _Utils:
     def load_binary(
         self, name: str, kernel: bytes, shared: int, device: int
     ) -> tuple[int, int, int, int, int]:
-        """(module, function, registers, spills, most threads): a handle that nobody uses, and
-        numbers that nobody minds.
-        """
+        """Module, function, registers, spills and most threads of a kernel: nobody uses these."""
         return 1, 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:

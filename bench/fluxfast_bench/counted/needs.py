@@ -1,9 +1,8 @@
-"""The GPU memory that a contestant will take, before it is built: what decides whether it fits
-beside those that are there.
+"""How much GPU memory a contestant will take, before it is built.
 
-Ours is what `fluxfast-train plan` says. diffusers' with PEFT's LoRA was counted on meta tensors,
-byte by byte (`live_bytes`; a test counts it again); its blocks keep the same whether a linear's
-weight is quantised or not.
+This decides whether it fits beside those that are there. Ours takes what `fluxfast-train plan`
+says. The activations of diffusers with PEFT's LoRA were counted on meta tensors, byte by byte (a
+test counts them again); its blocks keep the same whether a linear's weight is quantised or not.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ PEER_WORKS = {"none": 10.3, "full": 28.4}
 
 
 def bytes_needed(contestant: Contestant, setup: Setup) -> int:
-    """The peak of a step on the largest of the shapes, with what stays: weights, adapters, the
-    optimiser's states.
-    """
+    """The peak of a step on the largest shape, with weights, adapters and optimiser states."""
     workloads = [_workload(contestant, setup, index) for index in range(len(setup.shapes))]
     return max(
         _ours(contestant, setup, w) if contestant.ours else _peer(contestant, setup, w)

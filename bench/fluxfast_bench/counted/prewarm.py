@@ -1,8 +1,7 @@
-"""`fluxfast-bench prewarm`: compile every Triton kernel that training steps launch into Triton's
-cache, in many processes.
+"""`fluxfast-bench prewarm`: compile the kernels of training steps into Triton's cache.
 
-The launches are recorded from steps on meta tensors, and compiled by Triton's JIT itself for a
-driver that is not there (`mock_gpu`), so that a run on the GPU finds each kernel under the key that
+The launches are recorded from steps on meta tensors. Many processes compile them, by Triton's JIT
+itself for a mock driver (`mock_gpu`), so that a run on the GPU finds each kernel under the key that
 it asks for. Where there is no GPU, this shows that the installed Triton compiles them all.
 """
 
@@ -47,8 +46,9 @@ DEFAULT_SHAPES = ("1024px-b1", "512px-b1")
 
 
 def launches_of(contestant: Contestant, shape: Shape, recompute: str, target: str) -> set[Launch]:
-    """What a full step of one of ours launches on a GPU of that target: a shallow one launches the
-    same.
+    """What a full step of one of ours launches on a GPU of that target.
+
+    It is recorded from a shallow model, which launches the same as a deep one.
     """
     shape = shape.shallow() if contestant.route is None else shape
     model = fluxfast_model(

@@ -91,8 +91,9 @@ class Tally:
 
 
 class Counting(TorchDispatchMode):
-    """Counts into `tally` what is dispatched while it is on; `on_launch` is for
-    `meta_step.as_on_gpu`.
+    """Counts into `tally` what is dispatched while it is on.
+
+    `on_launch` is what `meta_step.as_on_gpu` should call.
     """
 
     def __init__(self, batch: int = 1) -> None:

@@ -1,10 +1,9 @@
-"""`fluxfast-bench vram`: the memory that a full-size training step takes, for every preset. No GPU
-is needed.
+"""`fluxfast-bench vram`: the memory that a full-size training step takes, for every preset.
 
-The 12 B model goes through one step on meta tensors, and every byte alive is counted
-(`live_bytes`): weights, adapters (fp32), gradients, AdamW 8-bit's states, activations, what kernels
-take for the time of a call. Beside it stand what `fluxfast-train plan` predicts, the target, and
-what the quickstart of SimpleTuner says it takes.
+No GPU is needed. The 12 B model goes through one step on meta tensors, and every byte alive is
+counted (`memory.live_bytes`): weights, adapters in fp32, gradients, AdamW 8-bit's states,
+activations, and what kernels take for the time of a call. Beside it stand what `fluxfast-train
+plan` predicts, the target, and what the quickstart of SimpleTuner says it takes.
 """
 
 from __future__ import annotations
@@ -60,7 +59,9 @@ TOLERANCE = 0.015
 
 @dataclass(frozen=True)
 class Preset:
-    """base: bf16 or a storage format. shape: one of `shapes.SHAPES`. streamed: blocks and their
+    """A way to train whose memory is counted.
+
+    base: "bf16" or a storage format. shape: one of `shapes.SHAPES`. streamed: blocks and their
     inputs are in host memory.
     """
 

@@ -1,12 +1,13 @@
-"""`fluxfast-bench ceilings`: what the device was measured to do at FLUX.1's shapes, by PyTorch's
-own kernels.
+"""`fluxfast-bench ceilings`: what the device reaches at FLUX.1's shapes with PyTorch's own kernels.
 
-    copy                                    bytes read and written a second, of a copy far larger than any cache
-    float, int8, e4m3                       FLOPs a second of matrix products, over all that a step has
-    attention_forward, attention_backward   FLOPs a second of scaled_dot_product_attention, by its fastest back end
+    copy                 bytes read and written a second, of a copy far larger than any cache
+    float, int8, e4m3    FLOPs a second of matrix products, over all that a step has
+    attention_forward    FLOPs a second of scaled_dot_product_attention,
+    attention_backward       by its fastest back end
 
-Random data: products of zeros run faster. A format that the device has no product for is left out.
-`step` and `ops` measure the same, or take it from a stored run: floors are made of it.
+The data is random, because products of zeros run faster. A format that the device has no product
+for is left out. `step` and `ops` need these figures for floors and ceilings: they measure them, or
+take them from a stored run.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def _ignored(record: dict[str, Any]) -> None:
 def measure(
     shape: Shape, device: torch.device, told: Told = _ignored, seconds: float = 0.2
 ) -> dict[str, float]:
-    """All ceilings, for activations in bf16 on a GPU and in fp32 on a CPU; about `seconds` for each
-    figure.
+    """All ceilings of a shape, taking about `seconds` for each figure.
+
+    Activations are in bf16 on a GPU and in fp32 on a CPU.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     found = {"copy": _copy(device, seconds)}
@@ -111,8 +113,8 @@ def _rate(
         each = best_time(product(x, w), device, seconds)
         flops += count * 2.0 * m * n * k
         taken += count * each
-        told({"case": shape.name, "contestant": f"{kind} {m}x{n}x{k}", "count": count, "seconds": each,
-              "tflops": 2e-12 * m * n * k / each})  # fmt: skip
+        record = {"case": shape.name, "contestant": f"{kind} {m}x{n}x{k}", "count": count}
+        told({**record, "seconds": each, "tflops": 2e-12 * m * n * k / each})
     return flops / taken
 
 

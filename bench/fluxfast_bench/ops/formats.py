@@ -1,5 +1,6 @@
-"""`fluxfast-bench formats`: each storage format's error beside optimum-quanto's and bitsandbytes',
-on FLUX.1-like weights.
+"""`fluxfast-bench formats`: the error of each storage format on FLUX.1-like weights.
+
+optimum-quanto's and bitsandbytes' formats stand beside ours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ COLS = 3072
 
 
 class Coder(NamedTuple):
-    """One way to keep a weight: `encode` gives what it is decoded to, in fp32, and the bytes it
-    takes.
+    """One way to store a weight.
+
+    `encode` returns what the weight is decoded to, in fp32, and the bytes that it takes.
     """
 
     maker: str
@@ -33,8 +35,9 @@ class Coder(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A coder's bits a weight, and its relative error (root mean square) by the kind of weight;
-    `why` there are none.
+    """A coder's bits a weight, and its relative error (root mean square) by the kind of weight.
+
+    Where there are none, `why` says so.
     """
 
     maker: str
@@ -55,8 +58,9 @@ def gaussian(rows: int, seed: int) -> Tensor:
 
 
 def heavy_tailed(rows: int, seed: int) -> Tensor:
-    """Student's t with 3 degrees of freedom [rows, COLS] in bf16: a normal number over the root of
-    a chi-squared mean.
+    """Student's t with 3 degrees of freedom [rows, COLS] in bf16.
+
+    Such a number is a normal one over the root of a mean of three squared normal ones.
     """
     g = torch.Generator().manual_seed(seed)
     size = (
@@ -179,8 +183,10 @@ def table_of(results: Sequence[tuple[str, Result]]) -> Table:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fluxfast-bench formats",
-        description="Errors of the storage formats beside optimum-quanto's and bitsandbytes' on random bf16 weights "
-        f"[rows, {COLS}]; a peer that is not installed is listed as such.",
+        description=(
+            "Errors of the storage formats beside optimum-quanto's and bitsandbytes' on random "
+            f"bf16 weights [rows, {COLS}]; a peer that is not installed is listed as such."
+        ),
     )
     parser.add_argument("--rows", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")

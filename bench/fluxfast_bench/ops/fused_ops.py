@@ -1,8 +1,7 @@
-"""The fused ops as cases: inputs at a model's sizes, ours, what eager PyTorch does in its place,
-the reference, the least work.
+"""The fused ops as they are timed and checked, each with the eager form that it replaces.
 
-Eager forms are diffusers' and PEFT's, in the activations' dtype. Frozen things (modulation, tables,
-base weights) take no gradient, as in a training step.
+The eager forms are diffusers' and PEFT's, in the activations' dtype. What is frozen in a training
+step (modulation, tables, base weights) takes no gradient here either.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A step's wide products, as `fluxfast_kernels._matmul.matmul` is called: recorded on meta tensors,
-made anew anywhere.
-"""
+"""The wide products of a step: recorded on meta tensors, and run again on any device."""
 
 from __future__ import annotations
 
@@ -40,8 +38,9 @@ class Like:
 
 @dataclass(frozen=True)
 class Product:
-    """One call: tensors and segments by argument, other arguments as they are. Equal calls do the
-    same work.
+    """One call of the kernels' `matmul`. Equal calls do the same work.
+
+    Tensors are kept by argument, without their values; segments as sizes and ranks of the linears.
     """
 
     tensors: tuple[tuple[str, Like], ...]
@@ -75,7 +74,7 @@ class Product:
 
     @property
     def kind(self) -> str:
-        """Its row of MATMUL: "int8", "half_t", …"""
+        """The row of MATMUL that it has: "int8", "half_t" and so on."""
         of = dict(self.tensors)
         kind = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float32: "fp32"}.get(
             of["x"].dtype, "half"
@@ -89,7 +88,7 @@ class Product:
         return " ".join([self.kind, "x".join(map(str, self.size)), *sorted(told)])
 
     def on(self, device: torch.device) -> Callable[[Mapping[str, int] | None], Tensor]:
-        """The call on fresh tensors there, as a function of its launch numbers (None: the table's)."""
+        """The call on fresh tensors, as a function of its launch numbers (None: the table's)."""
         arguments: dict[str, Any] = {
             name: like.random(device) for name, like in self.tensors
         } | dict(self.others)

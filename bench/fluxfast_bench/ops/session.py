@@ -1,6 +1,4 @@
-"""The state of one run of `fluxfast-bench ops`: which timings there are, what is right, and what
-was measured.
-"""
+"""One run of `fluxfast-bench ops`: its timings, what was found to be right, what was measured."""
 
 from __future__ import annotations
 
@@ -69,10 +67,10 @@ class Session:
         ]
 
     def check(self, timing: Timing) -> float:
-        """The error of ours against its reference in fp64, values and gradients, found once for all
-        that is timed of it.
+        """The error of our op against its reference in fp64, in values and gradients.
 
-        Raises WrongOp where it is beyond what rounding explains.
+        It is found once for all timings of an op at a shape. Raises WrongOp where it is larger than
+        rounding explains.
         """
         key = (timing.op, timing.shape)
         if key not in self._errors:

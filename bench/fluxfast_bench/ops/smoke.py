@@ -1,12 +1,13 @@
-"""`fluxfast-bench smoke`: every kernel that a step launches, held against fp32 on the device; what
-fails is named.
+"""`fluxfast-bench smoke`: compare every kernel that a step launches with fp32 on the device.
 
-    attention     PyTorch's back ends forward and backward, at each shape's length, laid out as a block has them
+    attention     PyTorch's back ends, forward and backward, at each shape's length, with operands
+                  laid out as a block has them
     op            each fused op, values and gradients
-    a contestant  a shallow model's prediction and gradients against diffusers + PEFT in fp32: what a deep one launches, at the
-                  same sizes
+    a contestant  a shallow model's prediction and gradients against diffusers + PEFT in fp32: it
+                  launches what a deep one does, at the same sizes
 
-Each check runs in a process that a fault of the device may take down: the others get another.
+What fails is named. The checks run in a process that a fault of the device may kill: the remaining
+ones get another.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def check(name: str, shape: Shape, device: torch.device) -> float:
 
 
 def _attention_error(backend: str, shape: Shape, device: torch.device) -> float:
-    """Of a back end's output and gradients; v is a slice of q, k and v side by side, dout a slice
-    of something wider.
+    """The largest relative error of a back end's output and gradients.
+
+    v is a slice of q, k and v side by side, and dout a slice of a wider tensor, as in a block.
     """
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -116,8 +118,9 @@ def _attention_error(backend: str, shape: Shape, device: torch.device) -> float:
 def checked(
     names: Sequence[str], shape: str, device_name: str, send: Callable[[Event], object]
 ) -> None:
-    """A worker's job: ("start", name), then ("checked", name, seconds, error) or ("failed", name,
-    seconds, reason).
+    """A worker's job: runs the checks and sends ("start", name) before each.
+
+    After it comes ("checked", name, seconds, error) or ("failed", name, seconds, reason).
     """
     device = torch.device(device_name)
     for name in names:
@@ -151,8 +154,9 @@ def run(
     apart: bool,
     told: Callable[..., None],
 ) -> None:
-    """Every check in as few processes as the faults leave; `told(name, seconds, error, reason)`
-    hears of each.
+    """Runs every check, in as few processes as the device's faults allow.
+
+    `told(name, seconds, error, reason)` hears of each.
     """
     waiting = list(names)
     while waiting:

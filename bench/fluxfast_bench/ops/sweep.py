@@ -52,7 +52,8 @@ TILES: dict[str, tuple[Tile, ...]] = {
         (64, 256, 128, 4, 4), (64, 128, 128, 4, 5), (128, 64, 128, 4, 5), (128, 256, 64, 8, 5),
     ),
     "half": (
-        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+        (128, 128, 64, 4, 4),
         (64, 256, 64, 4, 4), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5),
     ),
 }  # fmt: skip
@@ -75,9 +76,7 @@ def name_of(numbers: Mapping[str, int]) -> str:
 
 
 def products_of(shape: Shape, precision: str) -> dict[Product, int]:
-    """The wide products of a checkpointed step, the one that costs most first, and how often each
-    comes.
-    """
+    """The wide products of a checkpointed step, the most expensive first, with their counts."""
     storage, compute = PRECISIONS[precision]
     model = fluxfast_model(shape, adapters=torch.bfloat16, format=storage, compute=compute)
     inputs = inputs_of(shape)
@@ -162,7 +161,8 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
             else f"{(r['table_seconds'] - r['seconds']) * r['count'] * 1e3:.2f}"
         )
         before = "" if r["table_seconds"] is None else f"{r['table_seconds'] * 1e6:.1f}"
-        table.add_row(r["case"], r["contestant"], str(r["count"]), r["mode"], f"{r['seconds'] * 1e6:.1f}",
+        table.add_row(r["case"], r["contestant"], str(r["count"]), r["mode"],
+        f"{r['seconds'] * 1e6:.1f}",
                       f"{r['tflops']:.1f}", before, gained)  # fmt: skip
     return table
 

@@ -1,9 +1,9 @@
-"""`fluxfast-bench ops`: each fused op beside eager PyTorch and torch.compile, timed by
-pytest-benchmark.
+"""`fluxfast-bench ops`: time each fused op beside eager PyTorch and torch.compile.
 
-An op is first held against its reference, values and gradients; where that fails nothing of it is
-reported. On a GPU the clock is the GPU's own and calls are replayed as a CUDA graph over inputs
-that no cache holds, so that what is timed is the kernels; on a CPU it is the wall's.
+An op is first compared with its reference, in values and gradients, and is not timed where that
+fails. pytest-benchmark does the timing. On a GPU the clock is the GPU's own, and calls are replayed
+as a CUDA graph over inputs that no cache holds, so that only the kernels are timed; on a CPU it is
+the wall clock.
 """
 
 from __future__ import annotations
@@ -78,14 +78,16 @@ def run_pytest(session: Session, seconds: float) -> str:
 
 
 def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """A line for each timing, with rates, and for ours the ratios to the others and the share of
-    the ceiling.
+    """A record for each timing, with its rate.
+
+    Ours also has its ratios to the others' times and its share of the ceiling.
     """
     by_timing = {Timing(r["op"], r["shape"], r["mode"], r["contender"]): r for r in session.records}
     records = []
     for timing in session.timings:
         head: dict[str, Any] = {
-            "case": f"{timing.op} {timing.shape}", "mode": timing.mode, "contestant": timing.contender,
+            "case": f"{timing.op} {timing.shape}", "mode": timing.mode,
+            "contestant": timing.contender,
             "ours": timing.contender == "fluxfast",
         }  # fmt: skip
         if timing not in by_timing:

@@ -1,5 +1,6 @@
-"""What pytest-benchmark runs for `fluxfast-bench ops`, one test a timing; `ops.py` starts it and
-hands it `session`.
+"""What pytest-benchmark runs for `fluxfast-bench ops`: one test a timing.
+
+`timings.run_pytest` starts it, with the Session as a plugin.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""`fluxfast-bench check`: stored results against `bench/targets.toml` and against the runs before
-them.
+"""`fluxfast-bench check`: compare stored results with `bench/targets.toml` and with earlier runs.
 
 A figure that nobody has measured is listed as such: it has not passed. On each device the newest
 figure counts, and it may be no more than 5 % worse than the one before it.
@@ -53,8 +52,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Where:
-    """Whether a result is one that a target is about: of a group of devices, of one device, or of
-    any CPU.
+    """The devices that a target is about: a group of them, one device, or any CPU.
+
+    `result in where` says whether a result is of such a device.
     """
 
     device: str

@@ -34,8 +34,9 @@ SMI_FIELDS = (
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it; the version where
-    this is no checkout.
+    """The checkout's commit, with "-dirty" where tracked files differ from it.
+
+    Where this is no checkout it is the version of fluxfast.
     """
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
@@ -77,9 +78,7 @@ def slug(name: str) -> str:
 
 
 def repeatable(command: Sequence[str]) -> str:
-    """The command line without what belongs to the machine that it ran on: where results went, and
-    folders.
-    """
+    """The command line without what belongs to the machine: folders, and where results went."""
     words = list(command)
     for option in ("--results", "--out"):
         if option in words:

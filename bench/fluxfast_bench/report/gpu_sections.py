@@ -1,6 +1,4 @@
-"""The tables of a page about one GPU that no README has: what was compiled, checked, timed kernel
-by kernel.
-"""
+"""The tables that only a page about one GPU has: compiled, checked, timed kernel by kernel."""
 
 from __future__ import annotations
 

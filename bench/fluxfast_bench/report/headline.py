@@ -1,4 +1,4 @@
-"""The README's one table: a training step beside diffusers + PEFT, and memory beside a quickstart."""
+"""The README's one table: a step beside diffusers + PEFT, and memory beside a quickstart."""
 
 from __future__ import annotations
 

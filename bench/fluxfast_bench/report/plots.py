@@ -1,5 +1,6 @@
-"""Plots of stored steps, per device: rate and memory beside the peers; how the rate goes with
-tokens and with the batch.
+"""Plots of stored steps for each device.
+
+One shows rate and memory beside the peers, the other how the rate changes with tokens and batch.
 """
 
 from __future__ import annotations
@@ -83,9 +84,7 @@ def _bars(cases: dict[str, list[dict[str, Any]]], device: str, path: Path) -> Pa
 
 
 def _scaling(cases: dict[str, list[dict[str, Any]]], device: str, path: Path) -> Path:
-    """Left, over the tokens at batch 1 or the least there is; right, over the batch at each number
-    of tokens.
-    """
+    """Two panels: rates over tokens at the smallest batch, and rates over the batch."""
     records = [record for group in cases.values() for record in group]
     batch = min(record["batch"] for record in records)
     figure, ((left, right),) = _figure(1, 2, 12, 4.2)

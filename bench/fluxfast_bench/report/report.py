@@ -121,7 +121,7 @@ def write_summary(path: Path, root: Path, targets_path: Path) -> None:
 
 
 def rendered(documents: Sequence[Path], root: Path, *, draw: bool) -> dict[Path, tuple[str, str]]:
-    """Each document's text as it is, and as it is made. Raises ValueError where there is no table."""
+    """Each document's text, and what it is made. Raises ValueError for one without tables."""
     stored, texts = results.read_all(root), {}
     for document in documents:
         before = document.read_text(encoding="utf-8")

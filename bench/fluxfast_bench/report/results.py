@@ -72,12 +72,12 @@ def write(root: Path, data: dict[str, Any]) -> Path:
 
 
 class Journal:
-    """A run's results, each written down when it is known, so that a run that is cut keeps what it
-    has.
+    """A run's results, each written down when it is known, so that a run that is cut keeps them.
 
-    The file's first line is the run's kind and conditions; then come `{"note": {…}}`, which is
-    merged into that, and `{"record": {…}}`. A record of the same case, contestant and mode as an
-    earlier one takes its place. `finish` makes the result (`write`) from the file, and removes it.
+    The file's first line is the run's kind and conditions. Then come `{"note": {…}}`, which is
+    merged into the run's data, and `{"record": {…}}`. A record of the same case, contestant and
+    mode as an earlier one takes its place. `finish` makes the result (`write`) from the file, and
+    removes it.
     """
 
     def __init__(self, root: Path, kind: str, run: dict[str, Any]) -> None:
@@ -164,9 +164,7 @@ def read_all(root: Path) -> list[Result]:
 
 
 def read_counted(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of what needs no device, by command: `vram`, `counts` and `aot`, as far as they
-    are there.
-    """
+    """The records of `vram`, `counts` and `aot`, which need no device, as far as they are there."""
     found = {}
     for name, key in (("vram", "records"), ("counts", "records"), ("aot", "variants")):
         path = root / f"{name}.json"
@@ -181,12 +179,11 @@ def read_counted(root: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
-    """(name, value, whether more is better) of each figure of ours that a later run on the same
-    device may not worsen.
+    """Name, value and whether more is better, of each figure that a later run may not worsen.
 
-    On a CPU, which other programs use too, those are ratios of steps that were timed in turn, and
-    memory; elsewhere times as well. Ratios to the peers: to another of ours, it would be worse
-    where that one got better.
+    Only runs on the same device are compared. On a CPU, which other programs use too, the figures
+    are ratios of steps that were timed in turn, and memory; elsewhere also times. The ratios are
+    those to peers: a ratio to another of ours would become worse where that one became better.
     """
     if result.kind not in COMPARED:
         return

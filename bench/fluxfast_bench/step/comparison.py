@@ -1,6 +1,4 @@
-"""One run of contestants on shapes of one model: in as many processes as it takes, each thing kept
-as it comes.
-"""
+"""A comparison of contestants on shapes of one model, in as many processes as it takes."""
 
 from __future__ import annotations
 
@@ -20,8 +18,10 @@ from fluxfast_bench.timing import stats
 
 @dataclass
 class Timed:
-    """Of an entry on one shape: figures once it was ready; step times by turn, and the anchor's of
-    the same process.
+    """What is known of an entry on one shape.
+
+    figures: what was found once it was ready. rounds: its step times, turn by turn; anchor: those
+    of the anchor's turns just before, in the same process.
     """
 
     figures: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,10 @@ class Outcome:
 
 
 class Comparison:
-    """`told` is called whenever an outcome has changed."""
+    """Measures entries beside one another; `told` is called whenever an outcome has changed.
+
+    The first entry that can run is the anchor, which takes part in every process.
+    """
 
     def __init__(
         self,
@@ -166,9 +169,7 @@ class Comparison:
 def record_of(
     outcome: Outcome, outcomes: Sequence[Outcome], plan: Plan, case: str, ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    """A contestant's line on a shape: conditions, figures, and for one of ours the ratio to every
-    other contestant's time.
-    """
+    """An entry's record on a shape: conditions, figures, and for ours the ratios to all others."""
     entry, contestant, shape = outcome.entry, outcome.entry.contestant, SHAPES[case]
     record: dict[str, Any] = {
         "case": case,

@@ -1,9 +1,8 @@
-"""What runs in a benchmark of a step: fluxfast in its modes, and its peers, all built the same way
-from a config.
+"""What runs in a benchmark of a step: fluxfast in its modes, and its peers, built in the same way.
 
-A model is made on the meta device, and then module by module filled with random weights on the
-device and quantised, so that no more than one block is there in full size. The adapters, the loss
-and the optimiser are the same for all (`runner.py`).
+A model is made on the meta device. Then module by module is filled with random weights on the
+device and quantised, so that no more than one block is ever there in full size. The adapters, the
+loss and the optimiser are the same for all (`runner`).
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ def do_nothing(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contestants of a case have in common. shapes: of one model, that one build of it
-    steps on in turn.
+    """What all contestants of a comparison have in common.
 
-    ahead: whether ours compute modulation ahead; None: as a run's "auto" does, everywhere but on a
-    CPU.
+    shapes: of one model; one build of it steps on each in turn. ahead: whether ours compute
+    modulation ahead; None is a run's "auto": everywhere but on a CPU.
     """
 
     shapes: tuple[Shape, ...]
@@ -122,8 +120,9 @@ REFERENCE = Contestant("reference", "diffusers + PEFT, fp32", cpu=True)
 def build(
     contestant: Contestant, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """The contestant's base: random weights, the same for all on a kind of device, frozen,
-    quantised.
+    """The contestant's base with random weights, frozen and quantised.
+
+    The weights are the same for all contestants on a kind of device.
     """
     with torch.device("meta"):
         model = contestant.model(**config)

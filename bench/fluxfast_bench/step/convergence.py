@@ -63,8 +63,10 @@ def train(config: Path, mode: str, seed: int, steps: int) -> list[float]:
 
 
 def summarise(losses: dict[str, list[list[float]]], last: int) -> dict[str, dict[str, Any]]:
-    """Of each mode: its loss over the last steps, by seed; how far it is from BASE's, seed by seed,
-    and the seeds' spread.
+    """The loss of each mode over the last steps, by seed, beside that of BASE.
+
+    `difference` is the mean over seeds, and `within` says whether it is within the spread of BASE's
+    seeds, which "spread" has.
     """
     ends = {mode: [statistics.fmean(run[-last:]) for run in runs] for mode, runs in losses.items()}
     spread = statistics.stdev(ends[BASE])

@@ -1,11 +1,10 @@
-"""`fluxfast-bench host`: how long Python takes to ask a GPU for one training step, measured without
-one.
+"""`fluxfast-bench host`: how long Python takes to ask a GPU for one training step.
 
-FLUX.1's blocks, all 57, but narrow and with few tokens, on CPU tensors; our kernels' launches
-return at once. What is left is our own Python and torch's small operations: a floor under the time
-of a step, unless its launches are replayed as CUDA graphs. Triton's own part of a launch, some 10
-µs or more, comes on top. diffusers + PEFT is beside it for scale: its operations really run, on
-next to nothing.
+No GPU is needed: FLUX.1's 57 blocks, narrow and with few tokens, run on CPU tensors, and our
+kernels' launches return at once. What is left is our own Python and torch's small operations. A
+step can't be faster than that, unless its launches are replayed as CUDA graphs. Triton's own part
+of a launch, some 10 µs or more, comes on top. diffusers + PEFT is beside it for scale: its
+operations really run, on tensors of next to nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""`fluxfast-bench make-checkpoint`: a FLUX.1-shaped transformer with random weights, to use without
-a download.
+"""`fluxfast-bench make-checkpoint`: write a FLUX.1-shaped transformer with random weights.
 
-Weights are one block of random numbers over and over: what is measured on them does not depend on
-their values.
+It can be used without a download. All weights are one block of random numbers repeated, because
+what is measured on them does not depend on their values.
 """
 
 from __future__ import annotations

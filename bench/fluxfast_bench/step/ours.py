@@ -1,7 +1,6 @@
-"""fluxfast's own contestants: storage formats, 8-bit products, TREAD, blocks streamed from host
-memory, CUDA graphs.
+"""fluxfast's own contestants: formats, 8-bit products, TREAD, streamed blocks, CUDA graphs.
 
-`ready` is what a run does to its model, by the functions that the trainer calls.
+`ready` does to a model what a run does, by the functions that the trainer calls.
 """
 
 from __future__ import annotations
@@ -40,10 +39,9 @@ def ready(
     streamed: bool = False,
     graphs: bool = False,
 ) -> None:
-    """A frozen transformer with its adapters as a run's trainer has it at its first step, meta
-    tensors too.
+    """Makes a frozen transformer with its adapters what a run's trainer has at its first step.
 
-    compute: as a contestant has it. ahead: modulation is computed ahead.
+    It may be on meta tensors. compute: as a contestant has it. ahead: modulation is computed ahead.
     """
     choices = Choices(
         (recompute,) * len(model.blocks),

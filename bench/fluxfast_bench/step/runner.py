@@ -1,6 +1,4 @@
-"""A contestant at work: its model with adapters, a loss, an optimiser; its correctness, and one
-whole optimisation step.
-"""
+"""A contestant at work: built with adapters and an optimiser, found to be right, and stepping."""
 
 from __future__ import annotations
 
@@ -75,8 +73,9 @@ def engine_of(contestant: Contestant) -> Iterator[None]:
 
 
 class Batches:
-    """A shape's batch on the host, as a loader leaves it, and on its way to the device; another
-    noise level each time.
+    """A shape's batch on the host, as a loader leaves it, and on its way to the device.
+
+    Each step has another noise level, as in a run.
     """
 
     def __init__(self, shape: Shape, setup: Setup, ahead: bool) -> None:
@@ -135,7 +134,7 @@ class Runner:
         self.begin(setup.shapes[0])
 
     def begin(self, shape: Shape) -> None:
-        """The next steps are on this shape; the first one's modulation is ready when this returns."""
+        """The next steps are on this shape; the modulation of the first is ready afterwards."""
         self._of = self._batches[shape.name]
         if (modulation := getattr(self.model, "modulation", None)) is not None:
             modulation.forget()
@@ -173,13 +172,13 @@ class Runner:
 
 
 def verify(contestant: Contestant, setup: Setup) -> float:
-    """The relative error of the prediction and of the adapters' gradients, whichever is larger, of
-    a shallow model.
+    """The relative error of a shallow model's prediction or of its adapters' gradients, the larger.
 
-    Against diffusers + PEFT in fp32, on the weights as they are stored where the contestant is
-    `exact`, else on those that were quantised; on every shape. Raises WrongResult where that is
-    beyond what the contestant's arithmetic explains, and where a quantised base gives what the
-    original one does. TREAD's routes, which leave tokens out at random, are not part of it.
+    It is taken on every shape, against diffusers + PEFT in fp32. Where the contestant is `exact`,
+    the reference has the weights as they are stored, else those that were quantised. TREAD's
+    routes, which leave tokens out at random, are not part of it. Raises WrongResult where the error
+    is larger than the contestant's arithmetic explains, and where a quantised base gives what the
+    original one does.
     """
     config = setup.shapes[0].shallow().config
     model: Any = build(contestant, config, setup.device, setup.dtype)
@@ -249,9 +248,7 @@ def check_replayed(model: Any, contestant: Contestant) -> None:
 def _copy_weights(
     model: nn.Module, reference: nn.Module, dtype: torch.dtype, *, stored: bool
 ) -> None:
-    """The reference's weights become what they are in `dtype`, and where `stored` what the model's
-    quantised linears hold.
-    """
+    """Rounds the reference's weights to `dtype`; with `stored` it gets the model's decoded ones."""
     for parameter in reference.parameters():
         parameter.copy_(parameter.to(dtype))
     for name, module in model.named_modules():

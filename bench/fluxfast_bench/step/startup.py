@@ -136,7 +136,7 @@ def copy_seconds(files: Sequence[Path], folder: Path) -> float:
 def measure(
     path: Path, formats: Sequence[str], ways: Sequence[str], device: torch.device, limit: float
 ) -> list[dict[str, Any]]:
-    """A record for each way and format; what is compared with targets only of a large checkpoint."""
+    """A record for each way and format; targets are only for a large checkpoint's."""
     checkpoint = open_checkpoint(path)
     base: dict[str, Any] = {"case": f"{checkpoint.nbytes / 1e9:.3g} GB"}
     records = []

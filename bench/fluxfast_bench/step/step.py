@@ -174,8 +174,10 @@ def main(argv: Sequence[str]) -> int:
     models = dict.fromkeys(SHAPES[shape].model for shape in shapes)
     for model in models:
         plan = Plan(
-            tuple(shape for shape in shapes if SHAPES[shape].model == model), str(device), options.rank,
-            options.optimizer or default_optimizer(device), options.rounds, options.seconds, options.steps,
+            tuple(shape for shape in shapes if SHAPES[shape].model == model), str(device),
+            options.rank,
+            options.optimizer or default_optimizer(device), options.rounds, options.seconds,
+            options.steps,
             options.torch_profile,
         )  # fmt: skip
         _measure(plan, entries, options, journal)
@@ -196,8 +198,9 @@ def main(argv: Sequence[str]) -> int:
 def _measure(
     plan: Plan, entries: Sequence[Entry], options: argparse.Namespace, journal: results.Journal
 ) -> None:
-    """Measures entries on the plan's shapes; a record is in the journal as soon as it is known, and
-    again when it changes.
+    """Measures the entries on the plan's shapes.
+
+    A record is in the journal as soon as it is known, and again when it changes.
     """
     ceilings = _ceilings(plan, options)
     journal.note(ceilings=ceilings)
@@ -221,8 +224,9 @@ def _measure(
 
 
 def _ceilings(plan: Plan, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """By shape; of a shape that can't be measured, or has none stored where those are wanted, there
-    are none.
+    """The ceilings by shape: measured, or with --stored-ceilings those of an earlier run.
+
+    A shape is left out where they can't be measured, or none are stored.
     """
     found: dict[str, dict[str, float]] = {}
     if options.stored_ceilings:

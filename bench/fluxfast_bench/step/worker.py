@@ -58,8 +58,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """How cases of one model are measured: `rounds` times round, at each turn `steps` of a shape,
-    or `seconds` of them.
+    """How contestants of one model are measured.
+
+    There are `rounds` rounds, and each turn has `steps` steps of a shape, or as many as take
+    `seconds`.
     """
 
     shapes: tuple[str, ...]
@@ -87,13 +89,13 @@ class DoesNotFit(Exception):
 
 
 def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) -> None:
-    """Builds the entries, times them in turn, and sends what comes of it; ends at once where the
-    first, the anchor, fails.
+    """Builds the entries, times them in turn, and sends an event for everything that happens.
 
-    ("start", key); then of each shape ("ready", key, {shape: figures}) and a turn of the anchor's
-    and its own, so that what is known early is a ratio; or ("failed", key, reason), or ("later",
-    key). ("round", key, shape, seconds of each step) is a turn; the others follow once everybody is
-    there. ("done",).
+    First comes ("start", key). Then for each shape ("ready", key, {shape: figures}), and a turn of
+    the anchor and one of the entry itself, so that a ratio is known early. In their place may come
+    ("failed", key, reason), or ("later", key) for an entry that does not fit beside the others. A
+    turn is ("round", key, shape, seconds of each step). All further turns follow when everybody is
+    there, and then ("done",). If the first entry, the anchor, fails, the job ends at once.
     """
     runners: dict[str, tuple[Runner, dict[str, int]]] = {}
     for key in keys:
@@ -141,8 +143,9 @@ def _enter(
     send: Callable[[Event], object],
     anchor: tuple[str, Runner, dict[str, int]] | None,
 ) -> tuple[Runner, dict[str, int]]:
-    """A runner that was found to be right on each shape and has had its first turn, and the steps
-    of a turn by shape.
+    """A runner that was found to be right and has had its first turn on each shape.
+
+    The second value is the number of steps of a turn, by shape.
     """
     setup = plan.setup(entry.recompute)
     device, cuda = setup.device, setup.device.type == "cuda"
@@ -172,8 +175,9 @@ def _enter(
 
 
 def _warmed(runner: Runner, shape: Shape, before: int) -> dict[str, float]:
-    """After its first steps on a shape: the peak of memory in GiB, on a GPU, of which others had
-    `before`.
+    """Runs the first steps on a shape; returns the peak of memory in GiB, where it can be measured.
+
+    Of that peak `before` bytes belong to others.
     """
     device = runner.setup.device
     cuda = device.type == "cuda"
@@ -223,10 +227,9 @@ def run(job: str, *args: Any) -> Iterator[Event]:
 
 
 def run_apart(job: str, *args: Any, limit: float) -> Iterator[Event]:
-    """The same in a process of its own; ends with ("died", reason) where that did not end by
-    itself.
+    """The same in a process of its own, which has to send an event every `limit` seconds.
 
-    limit: seconds that may pass without an event.
+    The last event is ("died", reason) where the process did not end by itself.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

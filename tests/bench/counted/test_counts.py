@@ -133,9 +133,7 @@ def flux_blocks(monkeypatch, doubles, singles):
 
 @pytest.mark.parametrize(("kind", "launches", "passes"), [((1, 0), 356, 486), ((0, 1), 175, 455)])
 def test_a_block_of_diffusers_and_peft(monkeypatch, kind, launches, passes):
-    """Against a count by hand of one block with rank 16, checkpointed: kernels, and passes over its
-    activations.
-    """
+    """Kernels and passes of one checkpointed block with rank 16, against a count by hand."""
     one = count(BASELINE, flux_blocks(monkeypatch, 1, 1))
     two = count(BASELINE, flux_blocks(monkeypatch, 1 + kind[0], 1 + kind[1]))
     assert abs(two.total_launches - one.total_launches - launches) <= 2

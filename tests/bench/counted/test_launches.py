@@ -1,6 +1,4 @@
-"""What a step launches: recorded from a shallow model, compiled by the JIT without a GPU, under the
-keys that it asks for.
-"""
+"""The kernels that a step launches, recorded from a shallow model and compiled without a GPU."""
 
 import json
 import os
@@ -29,15 +27,18 @@ from fluxfast_bench.counted.prewarm import OURS, launches_of
 from fluxfast_kernels import gelu
 from fluxfast_kernels.aot import compile_ahead, record_variants
 
-shape, same = SHAPES["512px-b1"], {}
+shape, same, bf16 = SHAPES["512px-b1"], {}, torch.bfloat16
 for format, compute in ((None, "same"), ("int8", "int8"), ("nf4", "int8")):
-    of = [recorded(lambda: forward_backward(fluxfast_model(s, adapters=torch.bfloat16, format=format, compute=compute),
+    of = [recorded(lambda: forward_backward(fluxfast_model(s, adapters=bf16, format=format,
+                                                           compute=compute),
                                             inputs_of(s))) for s in (shape, shape.shallow())]
-    same[str(format)] = [len(of[0]), set(of[0]) == set(of[1]), sum(of[0].values()) > 20 * sum(of[1].values())]
+    same[str(format)] = [len(of[0]), set(of[0]) == set(of[1]),
+    sum(of[0].values()) > 20 * sum(of[1].values())]
 
 meta = torch.empty(1, 64, 12288, dtype=torch.bfloat16, device="meta")
 (launch,) = recorded(lambda: gelu.gelu_fwd(meta, out="int8"))
-(variant,) = [v for v in record_variants(gelu.aot_cases()) if v.targets == ("sm_90",) and v.name == "gelu_fwd-bfloat16-int8"]
+variants = {(v.name, v.targets): v for v in record_variants(gelu.aot_cases())}
+variant = variants["gelu_fwd-bfloat16-int8", ("sm_90",)]
 mock_gpu.activate("sm_90")
 jit = compiled(launch)
 broken = compile_launch(type(launch)(launch.module, launch.kernel, launch.args[1:], launch.numbers))
@@ -54,7 +55,8 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     env = os.environ | {
-        "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "bench")),
     }  # fmt: skip
     process = subprocess.run(

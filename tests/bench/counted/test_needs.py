@@ -1,6 +1,4 @@
-"""The memory that a contestant is expected to take: ours by the plan, the peers' by a count on meta
-tensors.
-"""
+"""The memory that a contestant is expected to take: ours by the plan, the peers' by a count."""
 
 import pytest
 import torch
@@ -27,8 +25,9 @@ def need(name, *args):
 
 
 def peer_peak(doubles, singles, recompute):
-    """Of diffusers' blocks with PEFT's adapters at FLUX.1's width, in [tokens, dim] tensors above
-    what was there.
+    """The peak of diffusers' blocks with PEFT at FLUX.1's width, in [tokens, dim] tensors.
+
+    What was there before is not in it.
     """
     shape = Shape("blocks", "flux", 32, 512, 1).with_model(
         num_layers=doubles, num_single_layers=singles

@@ -1,6 +1,4 @@
-"""`fluxfast-bench formats`: its figures are what a format does, and a peer that isn't there is said
-to be missing.
-"""
+"""`fluxfast-bench formats`: its figures are a format's own, and a missing peer is named."""
 
 import json
 

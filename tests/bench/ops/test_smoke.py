@@ -1,6 +1,4 @@
-"""`fluxfast-bench smoke`: each check is made and stored, what is wrong is named, and a fault costs
-one check.
-"""
+"""`fluxfast-bench smoke`: each check is made and stored, and a fault costs one check."""
 
 import pytest
 import torch

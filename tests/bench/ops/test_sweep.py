@@ -1,6 +1,4 @@
-"""`fluxfast-bench sweep`, `profile` and `ceilings`: a step's products, timed; its kernels, summed
-up.
-"""
+"""`fluxfast-bench sweep`, `profile` and `ceilings`."""
 
 import pytest
 import torch

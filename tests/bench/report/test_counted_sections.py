@@ -15,18 +15,22 @@ RUN = {
 COUNTS = {
     "run": RUN,
     "records": [
-        {"case": "1024px-b1", "contestant": "theirs", "ours": False, "launches": 13451, "launch_ratio": 1.0,
+        {"case": "1024px-b1", "contestant": "theirs", "ours": False, "launches": 13451,
+        "launch_ratio": 1.0,
          "memory_bytes": 750e9, "memory_ratio": 1.0, "gemm_bytes": 80e9},
-        {"case": "1024px-b1", "contestant": "ours", "ours": True, "launches": 3158, "launch_ratio": 0.2348,
+        {"case": "1024px-b1", "contestant": "ours", "ours": True, "launches": 3158,
+        "launch_ratio": 0.2348,
          "memory_bytes": 160e9, "memory_ratio": 0.2133, "gemm_bytes": 70e9},
     ],
 }  # fmt: skip
 VRAM = {
     "run": RUN,
     "records": [
-        {"base": base, "shape": "512px-b1", "streamed": streamed, "recompute": recompute, "gib": gib, "limit_gib": limit}
+        {"base": base, "shape": "512px-b1", "streamed": streamed, "recompute": recompute,
+        "gib": gib, "limit_gib": limit}
         for base, streamed, recompute, gib, limit in [
-            ("int8", False, "full", 9.44, 10.5), ("int8", False, "none", 14.1, None), ("int8", True, "full", 2.04, 2.5),
+            ("int8", False, "full", 9.44, 10.5), ("int8", False, "none", 14.1, None), ("int8", True,
+            "full", 2.04, 2.5),
             ("fp8", False, "full", 9.5, None),
         ]
     ],

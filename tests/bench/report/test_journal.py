@@ -1,4 +1,4 @@
-"""A run's results while it runs: written one by one, read when it was cut short, whole at the end."""
+"""A run's results while it runs: written one by one, and read when the run was cut short."""
 
 import pytest
 

@@ -1,6 +1,4 @@
-"""`fluxfast-bench convergence`: its arithmetic and its verdict; the runs themselves are the
-command's.
-"""
+"""`fluxfast-bench convergence`: its arithmetic and its verdict, without the runs themselves."""
 
 import json
 
@@ -10,8 +8,9 @@ from fluxfast_bench.step import convergence
 
 
 def fake_losses(monkeypatch, shift):
-    """Runs whose loss is 1 + seed / 10, and `shift` more in int8 compute; seeds 1, 2, 3 spread by
-    0.1.
+    """Runs whose loss is 1 + seed / 10, and `shift` more in int8 compute.
+
+    Seeds 1, 2 and 3 have a spread of 0.1.
     """
 
     def train(config, mode, seed, steps):

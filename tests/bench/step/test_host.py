@@ -1,4 +1,4 @@
-"""The host's time: ours asks for launches that do nothing, and everything is as it was afterwards."""
+"""The host's time: our launches do nothing while it is measured, and run again afterwards."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""`fluxfast-bench step`: what is measured and stored, what is refused, and what becomes of
-contestants that fail.
-"""
+"""`fluxfast-bench step`: what is measured, stored and refused, and contestants that fail."""
 
 import dataclasses
 import json
@@ -193,7 +191,8 @@ def beside(anchor, key, *turns):
 
 
 def case_of(*names):
-    return Comparison(PLAN, [Entry(dataclasses.replace(CONTESTANTS["diffusers"], name=name), "none") for name in names],
+    return Comparison(PLAN,
+    [Entry(dataclasses.replace(CONTESTANTS["diffusers"], name=name), "none") for name in names],
                 apart=True, limit=1)  # fmt: skip
 
 
@@ -252,7 +251,8 @@ def test_what_does_not_fit_is_measured_beside_the_anchor_then_alone(monkeypatch)
         monkeypatch,
         [*ready("a:none", "b:none"), *no_room, *times("b:none", 1), ("done",)],
         [*ready("a:none"), *no_room, ("done",)],
-        *([*ready(key), *times(key, second), ("done",)] for key, second in [("a:none", 2), ("c:none", 6)] * 2),
+        *([*ready(key), *times(key, second), ("done",)] for key,
+        second in [("a:none", 2), ("c:none", 6)] * 2),
     )  # fmt: skip
     _, b, c = case_of("a", "b", "c").measure()
     assert script.asked == [
@@ -306,7 +306,8 @@ def test_what_fails_on_a_second_shape_keeps_the_first(monkeypatch):
     Script(
         monkeypatch,
         [
-            *ready("a:none"), *times("a:none", 2), *ready("b:none"), *beside("a:none", "b:none", (2, 1)),
+            *ready("a:none"), *times("a:none", 2), *ready("b:none"), *beside("a:none", "b:none",
+            (2, 1)),
             ("failed", "b:none", "wrong: relative error"), ("done",),
         ],
     )  # fmt: skip

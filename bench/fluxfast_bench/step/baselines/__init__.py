@@ -1,5 +1,6 @@
-"""The peers, each built from its public package in a small file of its own; a new one is a file
-here and a line below.
+"""The peers, each built from its public package in a small file of its own.
+
+A new one is a file here and a line below.
 """
 
 from fluxfast_bench.step.baselines import bitsandbytes, diffusers_peft, quanto, sdnq, torchao

@@ -1,5 +1,6 @@
-"""bitsandbytes' nf4 with double quantisation under PEFT's LoRA: the quickstart's smallest set-up
-(`nf4-bnb`).
+"""bitsandbytes' nf4 with double quantisation under PEFT's LoRA.
+
+It is the quickstart's smallest set-up, `nf4-bnb`.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
-"""optimum-quanto's weight formats under PEFT's LoRA: what the quickstart sets up
-(`base_model_precision: int8-quanto`).
+"""optimum-quanto's weight formats under PEFT's LoRA.
+
+This is what the quickstart sets up with `base_model_precision: int8-quanto`.
 """
 
 from functools import partial

@@ -1,5 +1,6 @@
-"""SDNQ's int8 matmul training (package sdnq) with regional compilation: int8 products both ways,
-one scale a row.
+"""SDNQ's int8 matmul training, of the package sdnq, with regional compilation.
+
+It has int8 products both ways, with one scale a row.
 """
 
 from torch import nn

@@ -1,5 +1,6 @@
-"""torchao where it trains: fp8 and int8 products over bf16 weights, with regional compilation,
-which it counts on.
+"""torchao where it trains: fp8 and int8 products over bf16 weights.
+
+It relies on compilation, so it is compiled regionally.
 """
 
 from torch import nn
