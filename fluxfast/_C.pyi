@@ -1,6 +1,7 @@
-"""The native module. Tensors are float32 and go in as an address and the strides of their leading dimensions.
+"""The native module.
 
-What begins with `gpu_`, but for gpu_backend ("cuda", "hip" or ""), is there only if that isn't "".
+Tensors are float32 and go in as an address and the strides of their leading dimensions. The
+functions whose names begin with `gpu_` are there only if `gpu_backend()` is "cuda" or "hip".
 """
 
 from collections.abc import Sequence

@@ -70,6 +70,20 @@ def _tables(p_cos, p_sin, p_index, i_b, i_s, stride_index_b, HD: tl.constexpr, H
     return b_cos, b_sin
 
 
+@triton.jit
+def _program(H, HD, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """A program's token and sample; offsets and masks of its heads, a head's numbers, and both."""
+    i_s = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    o_d = tl.arange(0, 2 * HALF)
+    m_h = o_h < H
+    m_d = o_d < HD
+    o_hd = o_h[:, None] * HD + o_d[None, :]
+    m_hd = m_h[:, None] & m_d[None, :]
+    return i_s, i_b, o_h, m_h, o_d, m_d, o_hd, m_hd
+
+
 @triton.jit(do_not_specialize=["stride_index_b", "S", "S_txt"])
 def qk_norm_rope_fwd_kernel(
     p_qkv,
@@ -95,14 +109,7 @@ def qk_norm_rope_fwd_kernel(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    i_s = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    o_d = tl.arange(0, 2 * HALF)
-    m_h = o_h < H
-    m_d = o_d < HD
-    m_hd = m_h[:, None] & m_d[None, :]
-    o_hd = o_h[:, None] * HD + o_d[None, :]
+    i_s, i_b, o_h, m_h, o_d, m_d, o_hd, m_hd = _program(H, HD, HEADS, HALF)
 
     # a text token's pointer into the image is before its start, and is replaced before it is read
     p_in = p_qkv + i_b * stride_qkv_b + (i_s - S_txt) * stride_qkv_s
@@ -168,14 +175,7 @@ def qk_norm_rope_bwd_kernel(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    i_s = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    o_d = tl.arange(0, 2 * HALF)
-    m_h = o_h < H
-    m_d = o_d < HD
-    m_hd = m_h[:, None] & m_d[None, :]
-    o_hd = o_h[:, None] * HD + o_d[None, :]
+    i_s, i_b, o_h, m_h, o_d, m_d, o_hd, m_hd = _program(H, HD, HEADS, HALF)
 
     p_in = p_qkv
     p_out = p_dqkv + i_b * stride_dqkv_b + (i_s - S_txt) * stride_dqkv_s

@@ -1,4 +1,4 @@
-"""`matmul` on codes, on small tiles: exact integer sums, its epilogue, both directions and layouts."""
+"""`matmul` on codes, on small tiles: exact sums, its epilogue, both directions and layouts."""
 
 import pytest
 import torch

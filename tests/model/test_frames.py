@@ -1,8 +1,8 @@
 """How many functions of ours stand between the model and a kernel.
 
 A reader who follows a block down to a kernel hops through them one by one. What counts is our own
-frames on Python's stack, from `FluxTransformer.forward` to `launch`, both included. They were 15 and
-22 before they were counted.
+frames on Python's stack, from `FluxTransformer.forward` to `launch`, both included. They were
+15 and 22 before they were counted.
 """
 
 import sys

@@ -30,7 +30,7 @@ FEW_BYTES = 64 << 10
 
 
 class Copies(TorchDispatchMode):
-    """The copies from the CPU to the device: all of them, and those that somebody would wait for."""
+    """The copies from the CPU to the device: all, and those that somebody would wait for."""
 
     def __init__(self, ready):
         super().__init__()

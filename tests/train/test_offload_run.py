@@ -48,7 +48,7 @@ def test_the_same_lora(run, tmp_path, precision):
 
 
 def test_a_base_that_an_initialiser_changed_is_streamed_as_changed(run, monkeypatch):
-    """A resumed PiSSA takes its start out of the base again, when the blocks are streamed already."""
+    """A resumed PiSSA takes its start out of a base whose blocks are streamed already."""
     settings = SETTINGS | {"lora_init_type": "pissa"}
     whole, _ = run(name="whole", **settings)
     original = Trainer.train_step

@@ -88,7 +88,7 @@ def test_signals_save_first(run, monkeypatch, tmp_path):
 
 
 def test_sigkill_of_the_command(write_config, run, tmp_path):
-    """The real thing: the command, killed as soon as a checkpoint shows, then run again to its end."""
+    """The command itself, killed as soon as a checkpoint shows, then run again to its end."""
     steps = {"max_train_steps": 400, "checkpoint_step_interval": 3, "checkpoints_total_limit": 2}
     config = write_config(name="killed", **FP32, **steps)
     command = [

@@ -1,0 +1,193 @@
+from pathlib import Path
+
+import pytest
+from dataset_cases import IMAGE, TEXT, load_entries, only, refused, refused_entries
+
+from fluxfast.config.datasets import DatasetDefaults, load_data_config
+from fluxfast.config.settings import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"id": "a\nb"}, ['"id"', "can't be printed"]),
+        (
+            {"type": "aws", "aws_bucket_name": "b", "unknown": 1},
+            ['"type"', '"aws"', "not implemented yet"],
+        ),
+        ({"type": "aws"}, ['"type"', '"aws"', "not implemented yet", "'local'"]),
+        ({"type": "huggingface"}, ['"type"', "not implemented yet"]),
+        (
+            {"dataset_type": "conditioning"},
+            ['"dataset_type"', '"conditioning"', "not implemented yet"],
+        ),
+        ({"dataset_type": "eval"}, ['"dataset_type"', "not implemented yet"]),
+        ({"dataset_type": "video"}, ['"dataset_type"', "not implemented yet"]),
+        (
+            {"crop_style": "face"},
+            ['"crop_style"', "not implemented yet", "'random', 'center' or 'corner'"],
+        ),
+        ({"caption_strategy": "parquet"}, ['"caption_strategy"', "not implemented yet"]),
+        ({"metadata_backend": "parquet"}, ['"metadata_backend"', "not implemented yet"]),
+        ({"conditioning_data": "masks"}, ['"conditioning_data" is "masks"', "not implemented yet"]),
+        ({"caption_shuffle": {"enable": True}}, ['"caption_shuffle"', "not implemented yet"]),
+        (
+            {"vae_cache_clear_each_epoch": True},
+            ['"vae_cache_clear_each_epoch"', "not implemented yet"],
+        ),
+        ({"vae_cache_disable": "true"}, ['"vae_cache_disable"', "not implemented yet"]),
+        ({"delete_unwanted_images": True}, ['"delete_unwanted_images"', "not implemented yet"]),
+        ({"max_upscale_threshold": 0.2}, ['"max_upscale_threshold"', "not implemented yet"]),
+        ({"dataset_type": "grounding"}, ['"dataset_type"', "not implemented yet"]),
+        ({"grounding": {"enabled": True}}, ['"grounding"', "not implemented yet"]),
+        ({"hf_token": "x"}, ['"hf_token"', "not implemented yet"]),
+        (
+            {"instance_prompt": "half \ud800"},
+            ['"instance_prompt"', "half of a character (\\ud800)"],
+        ),
+        ({"instance_prompt": "M\udcfcnchen"}, ['"instance_prompt"', "no UTF-8 (\\xfc)"]),
+        ({"instance_data_dir": "a\0b"}, ['"instance_data_dir"', "zero character"]),
+        ({"instance_data_dir": "a\ud800"}, ['"instance_data_dir"', "half of a character"]),
+        ({"caption_filter_list": ["a\ud800"]}, ['"caption_filter_list"', "half of a character"]),
+        ({"caption_filter_list": "gone.json"}, ['"caption_filter_list"', "gone.json"]),
+        ({"vae_batch_size": 0}, ['"vae_batch_size"']),
+        ({"dataset_type": "imag"}, ['"dataset_type"', 'did you mean "image"?']),
+        ({"crop_styl": "center"}, ['"crop_styl"', 'did you mean "crop_style"?']),
+        ({"cache_dir": "x"}, ['"cache_dir"', "text_embeds"]),
+        ({"crop": "maybe"}, ['"crop" is "maybe"']),
+        ({"repeats": -1}, ['"repeats" is -1']),
+        ({"repeats": True}, ['"repeats" is true']),
+        (
+            {"crop_style": "middle"},
+            ['"crop_style" is "middle"', "must be 'random', 'center' or 'corner'"],
+        ),
+        ({"disabled": "perhaps"}, ['"disabled"', "true or false"]),
+        (
+            {"resolution": 1024, "resolution_type": "area"},
+            ['"resolution" is 1024 megapixels', "pixel_area"],
+        ),
+        ({"resolution": 0.5}, ['"resolution"', "0.5 pixels", '"area"']),
+        (
+            {"resolution_type": "pixel", "maximum_image_size": 511, "target_downsample_size": 512},
+            ['"maximum_image_size"', "at least 512"],
+        ),
+        ({"maximum_image_size": 1024}, ['"maximum_image_size" needs "target_downsample_size"']),
+        (
+            {"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1},
+            ['"minimum_aspect_ratio" (2)', '"maximum_aspect_ratio" (1)'],
+        ),
+        ({"crop_aspect": "closest"}, ['"crop_aspect" closest needs "crop_aspect_buckets"']),
+        ({"crop_aspect_buckets": [0]}, ['"crop_aspect_buckets"', "larger than 0"]),
+        ({"crop_aspect_buckets": ["wide"]}, ['"crop_aspect_buckets"', "wide"]),
+        (
+            {"crop_aspect_buckets": [{"aspect_bucket": 1.0, "weight": 0.5}]},
+            ["weights [0.5]", "add up to 1"],
+        ),
+        ({"crop_aspect_buckets": [{"aspect_bucket": 0, "weight": 1}]}, ["larger than 0"]),
+        ({"crop_aspect_buckets": [{"aspect_bucket": 1.0, "weight": 0.5}, 2.0]}, ["for each"]),
+        ({"caption_filter_list": ["("]}, ['"caption_filter_list"', "regular expression"]),
+        (
+            {"caption_strategy": "instanceprompt"},
+            ['"caption_strategy" is "instanceprompt": needs an "instance_prompt"'],
+        ),
+        ({"prepend_instance_prompt": True}, ['"prepend_instance_prompt"', '"instance_prompt"']),
+        ({"only_instance_prompt": "true"}, ['"only_instance_prompt"', '"instance_prompt"']),
+        ({"start_step": 10, "end_step": 5}, ['"end_step" (5)', '"start_step" (10)']),
+        ({"caption_filter_list": "gone.txt"}, ['"caption_filter_list"', "gone.txt"]),
+    ],
+)
+def test_problems_name_file_dataset_and_key(keys, parts):
+    id = keys.get("id", "cats").encode("unicode_escape").decode()
+    only(refused(**keys), f'data.json: dataset "{id}": ', *parts)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"conditioning_data": None},
+        {"conditioning_data": ""},
+        {"conditioning": []},
+        {"caption_shuffle": {"enable": False, "count": 3}},
+        {"grounding": {"enabled": False}},
+        {"split": "train", "image_column": "image"},
+        {"vae_cache_clear_each_epoch": "false"},
+        {"vae_cache_disable": False},
+        {"delete_unwanted_images": False},
+        {"max_upscale_threshold": None},
+        {"skip_file_discovery": ""},
+        {"crop_aspect_buckets": []},
+        {"__open__": True},
+    ],
+)
+def test_what_is_off_is_accepted_without_a_word(keys):
+    assert load_entries([{**IMAGE, **keys}, TEXT]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("skip_file_discovery", "vae aspect"),
+        ("hash_filenames", True),
+        ("cache_file_suffix", "square"),
+        ("disable_validation", True),
+        ("scan_for_errors", True),
+        ("vae_cache_scan_behaviour", "recreate"),
+        ("read_batch_size", 25),
+        ("image_processing_batch_size", 32),
+        ("compress_cache", True),
+        ("ignore_epochs", True),
+        ("parquet", {"path": "x"}),
+        ("write_batch_size", 3),
+    ],
+)
+def test_what_has_no_effect_is_said(key, value):
+    (note,) = load_entries([{**IMAGE, key: value}, TEXT]).notes
+    assert f'dataset "cats": "{key}" has no effect' in note
+
+
+def test_every_entrys_problems_come_together():
+    problems = refused_entries([
+        {**IMAGE, "croop": 1, "repeats": "x"}, {**IMAGE, "type": "csv"}, 3,
+        {"instance_data_dir": "y"}, {"id": "z"}, {**TEXT, "crop": True},
+    ])  # fmt: skip
+    parts = (
+        "croop",
+        "repeats",
+        "csv",
+        "taken",
+        "entry 3",
+        'entry 4: "id" is required',
+        'dataset "z": "instance_data_dir" is required',
+        'dataset "text": "crop"',
+    )
+    for part in parts:
+        assert sum(part in problem for problem in problems) == 1, part
+    assert len(problems) == len(parts)
+    assert all(problem.startswith("data.json: ") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{}", ["must hold a list"]),
+        ("null", ["must hold a list"]),
+        ('[{"id": "a"},]', ["data.json:1:", "comma after the last entry"]),
+        ('[{"id": "a", "id": "b"}]', ['"id"', "more than once"]),
+        ("[]", ["text cache", "no image dataset"]),
+    ],
+)
+def test_broken_files(text, parts):
+    Path("data.json").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_data_config("data.json", defaults=DatasetDefaults())
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match=r"gone\.json: no such file"):
+        load_data_config("gone.json", defaults=DatasetDefaults())
