@@ -16,6 +16,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fluxfast.doctor.rates import e4m3_product, int8_product
+from fluxfast.doctor.rates import (
+    Product,
+    attention_seconds,
+    copy_rate,
+    e4m3_product,
+    float_product,
+    int8_product,
+)
 from fluxfast_bench.counted.floor import ATTENTION_BACKWARD
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
 from fluxfast_bench.report import results
@@ -77,11 +85,11 @@ def measure(
     Activations are in bf16 on a GPU and in fp32 on a CPU.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = {"copy": _copy(device, seconds)}
+    nbytes = (1 << 28) if device.type == "cpu" else (1 << 31)
+    timer = partial(best_time, seconds=seconds)
+    found = {"copy": copy_rate(device, nbytes=nbytes, seconds=timer).per_second}
     told({"case": shape.name, "contestant": "copy", "gb_s": found["copy"] / 1e9})
-    kinds: list[tuple[str, Callable[[Tensor, Tensor], Callable[[], object]]]] = [
-        ("float", lambda x, w: lambda: x @ w.T)
-    ]
+    kinds: list[tuple[str, Product]] = [("float", float_product)]
     if device.type == "cuda":
         kinds += [("int8", int8_product), ("e4m3", e4m3_product)]
     for name, product in kinds:
@@ -92,17 +100,11 @@ def measure(
     return found | _attention(shape, device, dtype, told, seconds)
 
 
-def _copy(device: torch.device, seconds: float) -> float:
-    source = torch.randn((1 << 26) if device.type == "cpu" else (1 << 29), device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best_time(lambda: target.copy_(source), device, seconds)
-
-
 def _rate(
     shape: Shape,
     device: torch.device,
     kind: str,
-    product: Callable[[Tensor, Tensor], Callable[[], object]],
+    product: Product,
     dtype: torch.dtype,
     told: Told,
     seconds: float,
@@ -147,20 +149,15 @@ def _attention_times(
     q: Tensor, k: Tensor, v: Tensor, device: torch.device, seconds: float
 ) -> Iterator[tuple[str, tuple[float, float]]]:
     """Of each back end that there is: seconds of a forward and of a backward."""
-    attention = torch.nn.functional.scaled_dot_product_attention
+    timer = partial(best_time, seconds=seconds)
     for name, backend in {"default": None}.items() if device.type == "cpu" else BACKENDS.items():
         try:
-            with sdpa_kernel(backend) if backend is not None else torch.enable_grad():
-                out = attention(q, k, v)
-                dout = torch.randn_like(out)
-                with torch.no_grad():
-                    forward = best_time(lambda: attention(q, k, v), device, seconds)
-                gradients = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
-                backward = best_time(gradients, device, seconds)
+            with sdpa_kernel(backend) if backend is not None else nullcontext():
+                times = attention_seconds(q, k, v, seconds=timer)
         except RuntimeError as error:
             logger.warning("attention: no back end '%s' here: %s", name, str(error).splitlines()[0])
             continue
-        yield name, (forward, backward)
+        yield name, times
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:

@@ -96,17 +96,8 @@ def test_kernels_are_summed_up(tmp_path, capsys):
 
 
 def test_ceilings_are_stored_by_figure(tmp_path):
-    arguments = [
-        "--device",
-        "cpu",
-        "--shapes",
-        "tiny",
-        "--seconds",
-        "0",
-        "--results",
-        str(tmp_path),
-    ]
-    assert main(["ceilings", *arguments]) == 0
+    arguments = ["--device", "cpu", "--shapes", "tiny", "--seconds", "0", "--results"]
+    assert main(["ceilings", *arguments, str(tmp_path)]) == 0
     (stored,) = results.read_all(tmp_path)
     assert set(stored.data["ceilings"]["tiny"]) == {
         "copy",

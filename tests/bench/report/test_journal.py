@@ -103,16 +103,8 @@ def test_stored_ceilings_are_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "device_name", lambda device: RUN["device"])
     journal = Journal(tmp_path, "ceilings", RUN)
     journal.note(ceilings={"tiny": {"copy": 1.0}})
-    arguments = [
-        "--device",
-        "cpu",
-        "--shapes",
-        "tiny",
-        "--contestants",
-        "diffusers",
-        "--results",
-        str(tmp_path),
-    ]
+    words = ["--device", "cpu", "--shapes", "tiny", "--contestants", "diffusers", "--results"]
+    arguments = [*words, str(tmp_path)]
     main(["step", *arguments])
     main(["step", *arguments, "--stored-ceilings"])
     assert asked == ["ceilings", "measure", "measure"]
