@@ -1,7 +1,6 @@
-"""How the ops' functions become custom ops, which torch.compile and tensor subclasses see in place
-of running them.
+"""How the ops' functions become custom ops, which torch.compile and tensor subclasses see.
 
-A function that calls kernels or native code looks first whether it is traced, and if so calls
+A function that calls kernels or native code asks first whether the call is traced, and if so calls
 itself as a registered op:
 
     def forward(x, *, out, impl):
