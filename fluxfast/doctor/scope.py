@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fluxfast.ops import device as devices
 from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import FORMATS
@@ -156,8 +157,4 @@ def everything(device: torch.device, *, interpreted: bool = False) -> Scope:
 
 def multiplies(compute: str, device: torch.device) -> bool:
     """Whether the device can multiply these codes; a CPU and Triton's interpreter emulate it."""
-    if compute != "e4m3" or device.type != "cuda" or not dispatch.HAS_TRITON:
-        return True
-    from fluxfast_kernels._launch import multiplies_e4m3
-
-    return multiplies_e4m3(device)
+    return compute != "e4m3" or not dispatch.HAS_TRITON or devices.multiplies(compute, device)

@@ -12,6 +12,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # compute capabilities of NVIDIA GPUs from which tensor cores multiply codes of a kind
 LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
+# AMD's architectures with matrix products of e4m3: MI300, MI350, RDNA 4
+AMD_E4M3 = ("gfx94", "gfx95", "gfx12")
 
 # a kernel, its arguments in order, and its launch numbers
 OnLaunch = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
@@ -29,7 +31,7 @@ def multiplies(compute: str, device: torch.device) -> bool:
         return True
     if torch.version.hip is not None:
         architecture = torch.cuda.get_device_properties(device).gcnArchName
-        return compute == "int8" or architecture.startswith("gfx94")
+        return compute == "int8" or architecture.startswith(AMD_E4M3)
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY[compute]
 
 

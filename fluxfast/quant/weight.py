@@ -10,6 +10,7 @@ from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.ops.row_quant import Quantized, format_of
 from fluxfast.quant.format import Format, Parts, Shape
+from fluxfast.quant.formats import FORMATS
 from fluxfast.quant.rows import FLOAT_TYPES, quantize_rows
 
 
@@ -142,9 +143,6 @@ def named_parts(format: Format, parts: list[Tensor] | tuple[Tensor, ...], shape:
 def _decode(
     parts: list[Tensor], format: str, out: Tensor, out_scale: Tensor | None, impl: str
 ) -> None:
-    # the registry hands out what this module defines, so it can't be imported before
-    from fluxfast.quant import FORMATS
-
     owner, (rows, cols) = FORMATS[format], out.shape
     weight = QuantWeight(owner, named_parts(owner, parts, (rows, cols)), (rows, cols))
     weight.decode_into(out, out_scale, impl=impl)

@@ -140,14 +140,6 @@ def arch_key(device: torch.device) -> str:
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def multiplies_e4m3(device: torch.device) -> bool:
-    """Whether the device has products of e4m3 operands; the interpreter does."""
-    key = arch_key(device)
-    if key.startswith("sm_"):
-        return int(key.removeprefix("sm_")) >= 89
-    return key.startswith(("default", "gfx94", "gfx95", "gfx12"))
-
-
 def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int]:
     """The row of `table` for a device: block sizes, num_warps, num_stages."""
     return table.get(arch_key(device)) or table["default"]

@@ -141,19 +141,3 @@ def test_engines_cover_every_number_of_tokens():
         "codes",
         "decode",
     ]
-
-
-def test_where_e4m3_has_products(monkeypatch):
-    keys = {
-        "sm_80": False,
-        "sm_86": False,
-        "sm_89": True,
-        "sm_90": True,
-        "sm_120": True,
-        "gfx90a": False,
-        "gfx942": True,
-        "gfx1100": False,
-    }
-    for key, expected in keys.items():
-        monkeypatch.setattr(_launch, "arch_key", lambda device, key=key: key)
-        assert _launch.multiplies_e4m3(torch.device("cuda")) == expected

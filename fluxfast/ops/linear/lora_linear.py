@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import dispatch
+from fluxfast.ops.device import multiplies
 from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
 from fluxfast.ops.linear.group import COMPUTE, LinearGroup, LinearParams
 from fluxfast.ops.tensors import own_dtypes
@@ -123,11 +124,9 @@ def lora_linear(
 
 def _codes_obstacle(x: Tensor, compute: str) -> str | None:
     """Why only the reference has products of `compute` where x is, or None."""
-    if compute != "e4m3" or not x.is_cuda or not dispatch.HAS_TRITON:
+    if compute != "e4m3" or not dispatch.HAS_TRITON or multiplies(compute, x.device):
         return None
-    from fluxfast_kernels._launch import multiplies_e4m3
-
-    return None if multiplies_e4m3(x.device) else "this GPU has no products of e4m3"
+    return "this GPU has no products of e4m3"
 
 
 def _check(x: Tensor, linears: Sequence[LinearParams], compute: str) -> None:
