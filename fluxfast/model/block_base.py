@@ -33,7 +33,7 @@ from fluxfast.model import attention_module
 from fluxfast.model.block_call import (
     OPS,
     BlockCall,
-    Reads,
+    BlockLinears,
     norm_weights,
     seed_for,
 )
@@ -42,11 +42,15 @@ from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.residency import resident
 from fluxfast.model.rope import Tables, rope_arguments
-from fluxfast.model.tape import factors_of, read_groups
+from fluxfast.model.tape import adapter_tensors, read_linears
 from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.device import autocast_dtype
 
 NO_POSITIONS = "it is called without image_rotary_emb"
+
+# the conditioning vector [B, D], one of them for each stream, or the modulation that
+# `fluxfast.model.modulation` has computed ahead
+Temb = Tensor | list[Tensor] | Vectors
 
 logger = logging.getLogger("fluxfast")
 
@@ -112,14 +116,13 @@ class BlockBase(BlockOptions):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
-        temb: Tensor | list[Tensor] | Vectors,
+        temb: Temb,
         image_rotary_emb: Tables | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The block's outputs; arguments and results are those of diffusers' block of this kind.
 
-        temb may also be a list of one [B, D] for each stream, or the vectors that `modulation` has
-        made for this block. A single block also takes the joint stream as hidden_states, without
+        A single block also takes the joint stream as hidden_states, without
         encoder_hidden_states, and returns it whole then.
         """
         pe, kwargs = image_rotary_emb, joint_attention_kwargs or {}
@@ -138,9 +141,9 @@ class BlockBase(BlockOptions):
                     owner = OwnerDtypes(streams[0].dtype, autocast)
                     outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
                 else:
-                    call, reads = fused
+                    call, linears = fused
                     outs = self.function.apply(
-                        self, call, reads, *inputs, *mods, *factors_of(reads)
+                        self, call, linears, *inputs, *mods, *adapter_tensors(linears)
                     )
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)
@@ -149,7 +152,11 @@ class BlockBase(BlockOptions):
 
     @property
     def function(self) -> type[torch.autograd.Function]:
-        """The Function of a fused call: (block, call, reads, *streams, *modulation, *factors)."""
+        """The Function of a fused call.
+
+        Its arguments are block, call, linears, the streams, their modulation, and the adapters'
+        tensors.
+        """
         raise NotImplementedError
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
@@ -165,12 +172,7 @@ class BlockBase(BlockOptions):
         raise NotImplementedError
 
     def host_forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        temb: Tensor | list[Tensor] | Vectors,
-        pe: Tables | None,
-        kwargs: dict[str, Any],
+        self, img: Tensor, txt: Tensor | None, temb: Temb, pe: Tables | None, kwargs: dict[str, Any]
     ) -> Any:
         """The forward of the class that the block was before it became ours."""
         raise NotImplementedError
@@ -216,17 +218,17 @@ class BlockBase(BlockOptions):
 
     def _fused_call(
         self, x: Tensor, pe: Tables, kwargs: dict[str, Any]
-    ) -> tuple[BlockCall, Reads] | None:
+    ) -> tuple[BlockCall, BlockLinears] | None:
         """How a fused call runs, and on which linears; None where the composed path has to run.
 
         x: a stream in the dtype of the arithmetic.
         """
-        reads = read_groups(self.linear_groups(), share_dropout=self.share_dropout)
+        linears = read_linears(self.linear_groups(), share_dropout=self.share_dropout)
         because = self.composed_because(kwargs)
-        if because is None and isinstance(reads, str):
-            because = f"a linear of it is called by its module: {reads}"
+        if because is None and isinstance(linears, str):
+            because = f"a linear of it is called by its module: {linears}"
         self.ran("fused" if because is None else "composed", because)
-        if because is not None or isinstance(reads, str):
+        if because is not None or isinstance(linears, str):
             return None
         attn, head_dim = self.attn, attention_module.head_dim(self.attn)
         tables, mask = rope_arguments(pe, head_dim), kwargs.get("attention_mask")
@@ -246,10 +248,10 @@ class BlockBase(BlockOptions):
             compute=self.compute,
             outliers=self.outliers,
             policy="full" if asked else self.policy,
-            seed=seed_for(reads),
+            seed=seed_for(linears),
             failed=self._failed_ops(impl),
         )
-        return call, reads
+        return call, linears
 
     def _failed_ops(self, impl: str) -> frozenset[str]:
         """The ops of a block whose `impl` failed its check on this machine.
@@ -268,16 +270,8 @@ class BlockBase(BlockOptions):
 
     # what every way does
 
-    def _modulation(
-        self,
-        temb: Tensor | list[Tensor] | Vectors,
-        dtype: torch.dtype,
-        autocast: torch.dtype | None,
-    ) -> Vectors:
-        """Shifts, scales and gates of each stream, side by side: [B, 6·D] or [B, 3·D].
-
-        temb as in `forward`; a tuple has been computed ahead, and is returned as it is.
-        """
+    def _modulation(self, temb: Temb, dtype: torch.dtype, autocast: torch.dtype | None) -> Vectors:
+        """Shifts, scales and gates of each stream, side by side: [B, 6·D] or [B, 3·D]."""
         if isinstance(temb, tuple):
             return temb
         record = None if self.log is None else functools.partial(self.ran, "module")

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from fluxfast.model.attention_module import norm_weight
 from fluxfast.model.linear import draw_seed
+from fluxfast.ops import gated_residual
 from fluxfast.ops.linear.group import LinearGroup, LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput
 
 # the ops that a block chains, by the names under which each chooses its implementation
 OPS = ("gated_residual", "gelu", "lora_linear", "modulated_layer_norm", "qk_norm_rope", "row_quant")
 
-# the linears of a block; those that share their input are one list
-Reads = list[list[LinearParams]]
+# what a block's linears hold; those that share their input are one list
+BlockLinears = list[list[LinearParams]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class BlockCall:
         """The implementation of one of OPS: the reference where its own failed its check here."""
         return "ref" if op in self.failed else self.impl
 
-    def groups(self, reads: Reads, dtype: torch.dtype) -> list[LinearGroup]:
+    def groups(self, linears: BlockLinears, dtype: torch.dtype) -> list[LinearGroup]:
         """A group for each list of linears that share their input, ready for one direction."""
         options: dict[str, Any] = {
             "compute": self.compute,
@@ -56,9 +57,9 @@ class BlockCall:
         }
         return [
             LinearGroup(
-                linears, dtype, dropout_seed=None if self.seed is None else self.seed + i, **options
+                group, dtype, dropout_seed=None if self.seed is None else self.seed + i, **options
             )
-            for i, linears in enumerate(reads)
+            for i, group in enumerate(linears)
         ]
 
     @property
@@ -81,9 +82,9 @@ class BlockCall:
         return rstd, self.norms, self.cos, self.sin, self.index, None, None, qkv, txt_qkv
 
 
-def seed_for(reads: Reads) -> int | None:
+def seed_for(linears: BlockLinears) -> int | None:
     """A new seed for dropout masks where an adapter has a dropout; else None."""
-    drops = any(adapter.dropout > 0 for linears in reads for p in linears for adapter in p.adapters)
+    drops = any(adapter.dropout > 0 for group in linears for p in group for adapter in p.adapters)
     return draw_seed() if drops else None
 
 
@@ -112,3 +113,31 @@ def values_of(rows: RowOutput) -> Tensor:
     """A gradient's values, which every `grad_form` asks for."""
     assert rows.y is not None
     return rows.y
+
+
+def last_product_backward(
+    call: BlockCall,
+    group: LinearGroup,
+    x: RowOutput,
+    kept: tuple[Tensor | None] | None,
+    gate: Tensor,
+    dout: Tensor,
+    need_gate: bool,
+) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor | None]:
+    """Backward of out = residual + gate · group(x): the gradients of x, of the adapters, of gate.
+
+    That of the residual is dout. kept: the adapters' narrow product, where the tape has it; it is
+    computed again where it does not, and so is the wide product where gate's gradient needs it.
+    """
+    branch = None
+    if need_gate:
+        branch, s = group.forward(x)
+    else:
+        (s,) = kept or (group.down(x),)
+    dbranch, dgate = gated_residual.backward_rows(
+        dout, (gate, branch), out=call.grad_form, col_scale=group.fold(), needs_gate=need_gate,
+        impl=call.impl_of("gated_residual"),
+    )  # fmt: skip
+    dx, grads = group.backward(values_of(dbranch), x, s, codes=codes_of(dbranch))
+    assert dx is not None
+    return dx, grads, dgate

@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from fluxfast.model.attention_module import head_dim
+from fluxfast.model.block_base import Temb
 from fluxfast.model.double_block import DoubleMaths
-from fluxfast.model.modulation import Vectors
 from fluxfast.model.rope import Tables, full_tables
 from fluxfast.model.single_block import SingleMaths
 
@@ -27,41 +27,28 @@ class DoubleStreamBlock(DoubleMaths, FluxTransformerBlock):
     """Text and image with weights of their own, joined in attention."""
 
     def host_forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        temb: Tensor | list[Tensor] | Vectors,
-        pe: Tables | None,
-        kwargs: dict[str, Any],
+        self, img: Tensor, txt: Tensor | None, temb: Temb, pe: Tables | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         tables = full_tables(pe, head_dim(self.attn))
-        return FluxTransformerBlock.forward(
-            self, hidden_states, encoder_hidden_states, _vec(temb), tables, kwargs
-        )
+        return FluxTransformerBlock.forward(self, img, txt, _vec(temb), tables, kwargs)
 
 
 class SingleStreamBlock(SingleMaths, FluxSingleTransformerBlock):
     """One joint sequence; attention and MLP in parallel on the same normalised input."""
 
     def host_forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        temb: Tensor | list[Tensor] | Vectors,
-        pe: Tables | None,
-        kwargs: dict[str, Any],
+        self, img: Tensor, txt: Tensor | None, temb: Temb, pe: Tables | None, kwargs: dict[str, Any]
     ) -> Tensor | tuple[Tensor, Tensor]:
         tables, vec = full_tables(pe, head_dim(self.attn)), _vec(temb)
-        txt, img = encoder_hidden_states, hidden_states
         if txt is not None:
             return FluxSingleTransformerBlock.forward(self, img, txt, vec, tables, kwargs)
         # diffusers' forward takes two tensors; where the joint sequence is cut does not matter
-        txt, img = hidden_states[:, :1], hidden_states[:, 1:]
+        txt, img = img[:, :1], img[:, 1:]
         both = FluxSingleTransformerBlock.forward(self, img, txt, vec, tables, kwargs)
         return torch.cat(both, dim=1)
 
 
-def _vec(temb: Tensor | list[Tensor] | Vectors) -> Tensor:
+def _vec(temb: Temb) -> Tensor:
     """The conditioning vector, for diffusers' forward; ValueError where it was not handed on."""
     if not isinstance(temb, Tensor):
         raise ValueError(

@@ -17,12 +17,18 @@ from torch.autograd.function import once_differentiable
 from fluxfast import ops
 from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
-from fluxfast.model.block_call import BlockCall, Reads, codes_of, values_of
+from fluxfast.model.block_call import (
+    BlockCall,
+    BlockLinears,
+    codes_of,
+    last_product_backward,
+    values_of,
+)
 from fluxfast.model.joint_attention import JointAttention, joint_attention
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.residency import resident
 from fluxfast.model.rope import Tables, rope_arguments
-from fluxfast.model.tape import Tape, flat, reads_again, save, saved
+from fluxfast.model.tape import Grads, Tape, adapter_grads, linears_again, save, saved
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
 from fluxfast.ops.linear.group import LinearGroup
@@ -54,8 +60,6 @@ KEPT_DOUBLE: dict[str, tuple[str, ...]] = {
     "none": ("qkv", "attn", "x1", "h", "s_ff2"),
     "all": tuple(SIZES_DOUBLE),
 }
-
-Grads = list[tuple[Tensor, ...]]
 
 
 class DoubleMaths(BlockBase):
@@ -186,7 +190,7 @@ class _Stream:
     norm2: tuple[Any, ...]
     ff2_in: RowOutput
     # in backward, the gradients of attention's output, of x1, of the modulation's chunks from gate1
-    # on (None where it needs none), and of the factors of each group
+    # on (None where it needs none), and of the adapters of each group
     dattn: Tensor
     dx1: Tensor
     dmod: tuple[Tensor | None, ...]
@@ -209,11 +213,15 @@ class _Stream:
 
 
 def _streams(
-    block: Any, call: BlockCall, reads: Reads, inputs: Sequence[Tensor], tapes: Sequence[Tape]
+    block: Any,
+    call: BlockCall,
+    linears: BlockLinears,
+    inputs: Sequence[Tensor],
+    tapes: Sequence[Tape],
 ) -> tuple[_Stream, _Stream]:
     """The image's and the text's stream, from (img, txt, img_mod, txt_mod) and their tapes."""
     img, txt, img_mod, txt_mod = inputs
-    groups = call.groups(reads, img.dtype)
+    groups = call.groups(linears, img.dtype)
     img_eps = (block.norm1.norm.eps, block.norm2.eps)
     txt_eps = (block.norm1_context.norm.eps, block.norm2_context.eps)
     return (
@@ -260,8 +268,8 @@ def _to_last_products(
                 s.x1, s.scale2, s.shift2, s.eps2, out=s.ff1.form, impl=norm_impl
             )
         s.h, s.s_ff1 = s.tape.kept("h") or s.tape.keep("h", *s.ff1.forward(s.mlp_in))
-        (s.ff2_in,) = s.tape.kept("ff2_in") or s.tape.keep(
-            "ff2_in", ops.gelu.forward(s.h, out=s.ff2.form, impl=gelu_impl)[0]
+        s.ff2_in, _ = s.tape.kept("ff2_in") or s.tape.keep(
+            "ff2_in", *ops.gelu.forward(s.h, out=s.ff2.form, impl=gelu_impl)
         )
     return joint
 
@@ -271,12 +279,12 @@ class DoubleBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: Any, call: BlockCall, reads: Reads, *tensors: Tensor
+        ctx: Any, block: Any, call: BlockCall, linears: BlockLinears, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(txt, img); tensors: img, txt, img_mod, txt_mod, and the adapters' factors."""
-        inputs, factors = tensors[:4], tensors[4:]
+        """(txt, img); tensors: img, txt, img_mod, txt_mod, and the adapters' tensors."""
+        inputs, trained = tensors[:4], tensors[4:]
         tapes = [Tape(KEPT_DOUBLE[call.keeps]) for _ in range(3)]
-        streams = _streams(block, call, reads, inputs, tapes)
+        streams = _streams(block, call, linears, inputs, tapes)
         _to_last_products(call, block.attn, *streams, tapes[2])
         outs = []
         for s in streams:
@@ -288,7 +296,7 @@ class DoubleBlockFunction(torch.autograd.Function):
             outs.append(out)
             del branch
         kept = [tape.values for tape in tapes]
-        save(ctx, block, call, reads, inputs[:2], mods=inputs[2:], factors=factors, kept=kept)
+        save(ctx, block, call, linears, inputs[:2], mods=inputs[2:], trained=trained, kept=kept)
         img_out, txt_out = outs
         return txt_out, img_out
 
@@ -297,12 +305,12 @@ class DoubleBlockFunction(torch.autograd.Function):
     @own_dtypes
     def backward(ctx: Any, dtxt: Tensor, dimg: Tensor) -> tuple[Tensor | None, ...]:
         call: BlockCall = ctx.call
-        inputs, mods, factors, kept = saved(ctx)
+        inputs, mods, trained, kept = saved(ctx)
         tapes = [Tape(values=values) for values in kept]
         need_img, need_txt, need_img_mod, need_txt_mod = ctx.needs_input_grad[3:7]
         with resident(ctx.block, "backward"):
-            reads = reads_again(ctx, factors)
-            img, txt = _streams(ctx.block, call, reads, (*inputs, *mods), tapes)
+            linears = linears_again(ctx, trained)
+            img, txt = _streams(ctx.block, call, linears, (*inputs, *mods), tapes)
             joint = _to_last_products(call, ctx.block.attn, img, txt, tapes[2])
             _mlp_backward(call, img, dimg, need_img_mod)
             _mlp_backward(call, txt, dtxt, need_txt_mod)
@@ -325,26 +333,16 @@ class DoubleBlockFunction(torch.autograd.Function):
             del dq, dk, dv
             dimg_in, dimg_mod = _input_backward(call, img, dqkv, need_img, need_img_mod)
             dtxt_in, dtxt_mod = _input_backward(call, txt, dtxt_qkv, need_txt, need_txt_mod)
-        grads = flat((*img.grads, *txt.grads))
+        grads = adapter_grads((*img.grads, *txt.grads))
         return None, None, None, dimg_in, dtxt_in, dimg_mod, dtxt_mod, *grads
 
 
 def _mlp_backward(call: BlockCall, s: _Stream, dout: Tensor, need_mod: bool) -> None:
     """From the gradient of the stream's output to that of attention's output, `s.dattn`."""
-    branch = None
-    if need_mod:
-        # the gradient of gate2 needs the last product
-        branch, s_ff2 = s.ff2.forward(s.ff2_in)
-    else:
-        (s_ff2,) = s.tape.kept("s_ff2") or (s.ff2.down(s.ff2_in),)
-    dbranch, dgate2 = ops.gated_residual.backward_rows(
-        dout, (s.gate2, branch), out=call.grad_form, col_scale=s.ff2.fold(), needs_gate=need_mod,
-        impl=call.impl_of("gated_residual"),
-    )  # fmt: skip
-    dff2, ff2_grads = s.ff2.backward(values_of(dbranch), s.ff2_in, s_ff2, codes=codes_of(dbranch))
-    assert dff2 is not None
-    del s.ff2_in, dbranch, branch
-
+    dff2, ff2_grads, dgate2 = last_product_backward(
+        call, s.ff2, s.ff2_in, s.tape.kept("s_ff2"), s.gate2, dout, need_mod
+    )
+    del s.ff2_in
     dh = ops.gelu.backward_rows(
         dff2, (s.h,), out=call.grad_form, col_scale=s.ff1.fold(),
         # h was computed again, so that its gradient may overwrite it

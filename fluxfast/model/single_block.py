@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from fluxfast import ops
 from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
-from fluxfast.model.block_call import BlockCall, Reads, codes_of, values_of
+from fluxfast.model.block_call import BlockCall, BlockLinears, codes_of, last_product_backward
 from fluxfast.model.joint_attention import JointAttention, joint_attention
 from fluxfast.model.residency import resident
 from fluxfast.model.rope import Tables, rope_arguments
-from fluxfast.model.tape import Tape, flat, reads_again, save, saved
+from fluxfast.model.tape import Tape, adapter_grads, linears_again, save, saved
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
 from fluxfast.ops.linear.group import LinearGroup
@@ -130,26 +130,18 @@ def _to_last_product(
 
     Forward runs it to compute everything, backward to compute again what forward did not keep.
     """
-    shift, scale, _ = mod.chunk(3, dim=-1)
+    (shift, scale, _), eps = mod.chunk(3, dim=-1), block.norm.norm.eps
+    norm_impl, gelu_impl = call.impl_of("modulated_layer_norm"), call.impl_of("gelu")
     x_in, norm = tape.kept("x_in") or tape.keep(
         "x_in",
-        *ops.modulated_layer_norm.forward(
-            x,
-            scale,
-            shift,
-            block.norm.norm.eps,
-            out=first.form,
-            impl=call.impl_of("modulated_layer_norm"),
-        ),
+        *ops.modulated_layer_norm.forward(x, scale, shift, eps, out=first.form, impl=norm_impl),
     )
     y, s_first = tape.kept("y") or tape.keep("y", *first.forward(x_in))
     qkv, h = y.split_with_sizes([3 * block.attn.inner_dim, block.mlp_hidden_dim], dim=-1)
     joint = joint_attention(call, tape, block.attn, qkv)
-    (last_in,) = tape.kept("last_in") or tape.keep(
+    last_in, _ = tape.kept("last_in") or tape.keep(
         "last_in",
-        ops.gelu.forward(h, prefix=joint.out.flatten(2), out=last.form, impl=call.impl_of("gelu"))[
-            0
-        ],
+        *ops.gelu.forward(h, prefix=joint.out.flatten(2), out=last.form, impl=gelu_impl),
     )
     return _Activations(x_in, norm, y, s_first, joint, last_in)
 
@@ -162,18 +154,18 @@ class SingleBlockFunction(torch.autograd.Function):
         ctx: Any,
         block: Any,
         call: BlockCall,
-        reads: Reads,
+        linears: BlockLinears,
         x: Tensor,
         mod: Tensor,
-        *factors: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
-        """factors: the adapters'."""
-        first, last = call.groups(reads, x.dtype)
+        """trained: the adapters' tensors."""
+        first, last = call.groups(linears, x.dtype)
         tape = Tape(KEPT_SINGLE[call.keeps])
         acts = _to_last_product(block, call, first, last, x, mod, tape)
         branch, s_last = last.forward(acts.last_in)
         tape.keep("s_last", s_last)
-        save(ctx, block, call, reads, (x,), mods=(mod,), factors=factors, kept=tape.values)
+        save(ctx, block, call, linears, (x,), mods=(mod,), trained=trained, kept=tape.values)
         gate = mod.chunk(3, dim=-1)[2]
         return ops.gated_residual.forward(
             x, gate, branch, keep_y=False, impl=call.impl_of("gated_residual")
@@ -183,13 +175,13 @@ class SingleBlockFunction(torch.autograd.Function):
     @once_differentiable
     @own_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (mod,), factors, kept = saved(ctx)
+        (x,), (mod,), trained, kept = saved(ctx)
         tape, needs = Tape(values=kept), ctx.needs_input_grad[3:5]
         with resident(ctx.block, "backward"):
-            first, last = ctx.call.groups(reads_again(ctx, factors), x.dtype)
+            first, last = ctx.call.groups(linears_again(ctx, trained), x.dtype)
             acts = _to_last_product(ctx.block, ctx.call, first, last, x, mod, tape)
             dx, dmod, *grads = _backward(ctx.call, first, last, acts, tape, mod, dout, *needs)
-        return None, None, None, dx, dmod, *flat(grads)
+        return None, None, None, dx, dmod, *adapter_grads(grads)
 
 
 def _backward(
@@ -203,23 +195,12 @@ def _backward(
     need_x: bool,
     need_mod: bool,
 ) -> tuple[Any, ...]:
-    """The gradients of x, of mod, and of each group's factors."""
+    """The gradients of x, of mod, and of each group's adapters."""
     gate = mod.chunk(3, dim=-1)[2]
-    branch = None
-    if need_mod:
-        # the gradient of the gate needs the last product
-        branch, s_last = last.forward(acts.last_in)
-    else:
-        (s_last,) = tape.kept("s_last") or (last.down(acts.last_in),)
-    dbranch, dgate = ops.gated_residual.backward_rows(
-        dout, (gate, branch), out=call.grad_form, col_scale=last.fold(), needs_gate=need_mod,
-        impl=call.impl_of("gated_residual"),
-    )  # fmt: skip
-    dlast, last_grads = last.backward(
-        values_of(dbranch), acts.last_in, s_last, codes=codes_of(dbranch)
+    dlast, last_grads, dgate = last_product_backward(
+        call, last, acts.last_in, tape.kept("s_last"), gate, dout, need_mod
     )
-    assert dlast is not None
-    del dbranch, branch, acts.last_in
+    del acts.last_in
 
     joint, y, fold = acts.joint, acts.y, first.fold()
     inner = joint.q.shape[2] * joint.q.shape[3]

@@ -21,13 +21,16 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fluxfast.model.block_call import BlockCall, Reads
+from fluxfast.model.block_call import BlockCall, BlockLinears
 from fluxfast.model.linear import read_or_because
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops.linear.adapters import over_tensors, tensors_of
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[str, ...] = get_args(Policy)
+
+# the gradients of a group's adapters: those of each adapter's tensors
+Grads = list[tuple[Tensor, ...]]
 
 
 class Tape:
@@ -54,77 +57,78 @@ def save(
     ctx: Any,
     block: Any,
     call: BlockCall,
-    reads: Reads,
+    linears: BlockLinears,
     streams: Sequence[Tensor],
     *,
     mods: Sequence[Tensor],
-    factors: Sequence[Tensor],
+    trained: Sequence[Tensor],
     kept: Any,
 ) -> None:
-    """Leave for backward what `saved` and `reads_again` give it.
+    """Leave for backward what `saved` and `linears_again` give it.
 
-    streams: the block's inputs. A residency may put them aside. mods: their modulation. factors:
-    `factors_of` reads. kept: tensors in tuples, lists and dicts; it comes back in the same form.
+    streams: the block's inputs, which a residency may put aside. mods: their modulation. trained:
+    the `adapter_tensors` of linears. kept: tensors in tuples, lists and dicts, which come back in
+    the same form.
     """
     moves = residency_of(block) is not None
     ctx.block, ctx.call = block, call
-    ctx.reads = None if moves else reads
-    ctx.adapters = [[p.adapters for p in linears] for linears in reads]
+    ctx.linears = None if moves else linears
+    ctx.adapters = [[p.adapters for p in group] for group in linears]
     # policy "none" keeps tensors that share the streams' memory, so that putting the streams aside
     # would free nothing
     puts_aside = moves and call.policy != "none"
     ctx.aside = [keep_input(block, x) for x in streams] if puts_aside else None
     inputs = () if puts_aside else tuple(streams)
-    tensors, ctx.form = tree_flatten((inputs, tuple(mods), tuple(factors), kept))
+    tensors, ctx.form = tree_flatten((inputs, tuple(mods), tuple(trained), kept))
     ctx.save_for_backward(*tensors)
 
 
-def saved(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]:
-    """The streams, their modulation, the factors, and what was kept, as `save` was given them."""
-    streams, mods, factors, kept = tree_unflatten(ctx.saved_tensors, ctx.form)
+def saved(ctx: Any) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Any]:
+    """The streams, their modulation, what trains, and what was kept, as `save` was given them."""
+    streams, mods, trained, kept = tree_unflatten(ctx.saved_tensors, ctx.form)
     if ctx.aside is not None:
         streams = [fetch_input(ctx.block, handle) for handle in ctx.aside]
-    return streams, mods, factors, kept
+    return streams, mods, trained, kept
 
 
-def read_groups(
+def read_linears(
     groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = True
-) -> Reads | str:
-    """What the linears of each group hold; a str says why one of them has to be called instead."""
-    reads: Reads = []
+) -> BlockLinears | str:
+    """What a block's linears hold; a str says why one of them has to be called instead."""
+    linears: BlockLinears = []
     for modules in groups:
-        linears = []
+        group = []
         for module in modules:
             params = read_or_because(module, share_dropout=share_dropout)
             if isinstance(params, str):
                 return params
-            linears.append(params)
-        reads.append(linears)
-    return reads
+            group.append(params)
+        linears.append(group)
+    return linears
 
 
-def factors_of(reads: Reads) -> list[Tensor]:
-    """The adapters' tensors, one adapter after the other, in the order of the groups."""
-    return [t for linears in reads for p in linears for t in tensors_of(p.adapters)]
-
-
-def reads_again(ctx: Any, factors: Sequence[Tensor]) -> Reads:
-    """What forward read, with the factors that were saved.
+def linears_again(ctx: Any, trained: Sequence[Tensor]) -> BlockLinears:
+    """The linears that forward was given, with the adapters' tensors that were saved.
 
     Weights that a residency has moved since are read from the block's modules again.
     """
-    reads = ctx.reads if ctx.reads is not None else read_groups(ctx.block.linear_groups())
-    assert not isinstance(reads, str), "the linears of a block changed between forward and backward"
-    it = iter(factors)
+    linears = ctx.linears if ctx.linears is not None else read_linears(ctx.block.linear_groups())
+    assert not isinstance(linears, str), "a block's linears changed between forward and backward"
+    tensors = iter(trained)
     return [
         [
-            p._replace(adapters=over_tensors(adapters, it))
-            for p, adapters in zip(linears, of_group, strict=True)
+            p._replace(adapters=over_tensors(adapters, tensors))
+            for p, adapters in zip(group, adapters_of_group, strict=True)
         ]
-        for linears, of_group in zip(reads, ctx.adapters, strict=True)
+        for group, adapters_of_group in zip(linears, ctx.adapters, strict=True)
     ]
 
 
-def flat(grads: Sequence[Sequence[tuple[Tensor, ...]]]) -> Iterator[Tensor]:
-    """The gradients of the adapters' tensors in the order of `factors_of`, from those of groups."""
-    return (grad for group in grads for of_adapter in group for grad in of_adapter)
+def adapter_tensors(linears: BlockLinears) -> list[Tensor]:
+    """The tensors of a block's adapters, one adapter after the other, in the groups' order."""
+    return [t for group in linears for p in group for t in tensors_of(p.adapters)]
+
+
+def adapter_grads(of_groups: Sequence[Grads]) -> Iterator[Tensor]:
+    """The gradients of `adapter_tensors`, from those of each group."""
+    return (grad for group in of_groups for of_adapter in group for grad in of_adapter)

@@ -49,17 +49,17 @@ def what_forward_kept(kind, policy, impl):
     img, txt, vec, pe = inputs(model, torch.float32, batch=1, tokens=121)
     if kind == "double":
         ctx = block(img, txt, vec, pe)[0].grad_fn
-        streams, mods, factors, tapes = tape.saved(ctx)
+        streams, mods, trained, tapes = tape.saved(ctx)
     else:
         x = torch.cat([txt, img], 1).detach().requires_grad_()
         ctx = block(x, None, vec, pe).grad_fn
-        streams, mods, factors, values = tape.saved(ctx)
+        streams, mods, trained, values = tape.saved(ctx)
         tapes = [values]
     kept = {}
     for values in tapes:
         for name, value in values.items():
             kept.setdefault(name, []).append(value)
-    return kept, [*streams, *mods, *factors], 128 * model.inner_dim * 4
+    return kept, [*streams, *mods, *trained], 128 * model.inner_dim * 4
 
 
 @both_kinds
