@@ -124,6 +124,6 @@ def _triton_obstacle(tensors: Sequence[Tensor]) -> str | None:
 
 @constant_when_compiled
 def _interpreted() -> bool:
-    from fluxfast_kernels._launch import interpreted
+    from fluxfast_kernels.launch import interpreted
 
     return interpreted()

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fluxfast_kernels._launch import interpreted, pretend
+from fluxfast_kernels.launch import interpreted, pretend
 
 # what `fluxfast-bench aot` compiles for, by the key of launch tables: Triton's back end, its
 # architecture, and the threads of a warp

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import cdiv, launch
 from fluxfast_kernels.aot import AotCase
 from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
+from fluxfast_kernels.launch import cdiv, launch
 
 BLOCK_SIZE = tl.constexpr(64)
 NESTED_BLOCK_SIZE = tl.constexpr(256)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import arch_key, cdiv, interpreted, launch, row_numbers
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import arch_key, cdiv, interpreted, launch, row_numbers
 from fluxfast_kernels.quantize_e4m3 import quantize_row_e4m3
 from fluxfast_kernels.row_quant import quantize_row
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
 from fluxfast_kernels.aot import AotCase
+from fluxfast_kernels.launch import arch_key, cdiv, launch, row_numbers
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,

@@ -8,10 +8,10 @@ their s and dS [M, Σ ranks], and B [N, max ranks], each linear's LoRAs side by 
     backward   dS = scale · dy B            dx = dy W + dS A
                dB = dyᵀ s                   dA = dSᵀ x
 
-`_matmul.matmul` has the wide products y and dx, and adds the narrow ones s Bᵀ and dS A in its
+`matmul.matmul` has the wide products y and dx, and adds the narrow ones s Bᵀ and dS A in its
 epilogue. The other four are here: s and dS are `lora_down`, dB and dA are `lora_outer`. Each reads
 a large matrix once to make a small one, so it is cut along the sum until the device is busy
-(`_slabs`), reproducibly.
+(`slabs`), reproducibly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import LaunchTable, cdiv, launch, launch_numbers
-from fluxfast_kernels._matmul import (
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import LaunchTable, cdiv, launch, launch_numbers
+from fluxfast_kernels.matmul import (
     SEGMENT_UNIT,
     Segments,
     make_segments,
@@ -33,9 +34,8 @@ from fluxfast_kernels._matmul import (
     rank_block,
     segment_tile,
 )
-from fluxfast_kernels._slabs import slabs_for, split, sum_slabs
-from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.row_quant import check_rows
+from fluxfast_kernels.slabs import slabs_for, split, sum_slabs
 
 
 @triton.jit(do_not_specialize=["M"])

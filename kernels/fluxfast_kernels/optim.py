@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import OPTIM_LAUNCH, cdiv, launch, launch_numbers
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import OPTIM_LAUNCH, cdiv, launch, launch_numbers
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import HEAD_LAUNCH, cdiv, launch, launch_numbers, next_pow2
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import HEAD_LAUNCH, cdiv, launch, launch_numbers, next_pow2
 from fluxfast_kernels.row_quant import check_rows, row_strides
 
 

@@ -9,7 +9,7 @@ quantised, and one packed W serves both directions:
 
     dx = dy_scale · (dy_q W_q) + dS A,      dy_q, dy_scale = row_quant(dy, col_scale=w_scale)
 
-Both products are `_matmul.matmul`. sm_90's 8-bit tensor cores want both operands with the
+Both products are `matmul.matmul`. sm_90's 8-bit tensor cores want both operands with the
 contraction contiguous, which W is not in dgrad; there `transpose_codes` makes a copy that is.
 """
 
@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import LaunchTable, cdiv, launch, launch_numbers
-from fluxfast_kernels._matmul import make_segments, matmul
 from fluxfast_kernels.aot import E4M3_TARGETS, EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import LaunchTable, cdiv, launch, launch_numbers
+from fluxfast_kernels.matmul import make_segments, matmul
 
 
 @triton.jit

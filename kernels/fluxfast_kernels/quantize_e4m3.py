@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import arch_key, launch, row_numbers
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import arch_key, launch, row_numbers
 from fluxfast_kernels.row_quant import check_rows
 
 _ROUND = tl.constexpr(12582912.0)

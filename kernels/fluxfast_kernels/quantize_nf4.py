@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import arch_key, cdiv, launch, row_numbers
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.dequant_nf4 import BLOCK_SIZE
+from fluxfast_kernels.launch import arch_key, cdiv, launch, row_numbers
 
 # bitsandbytes bounds the inverse of max|w| with this, which is not a normal number
 _LEAST_ABSMAX = tl.constexpr(1e-38)

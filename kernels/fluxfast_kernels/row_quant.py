@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import arch_key, interpreted, launch, row_numbers
 from fluxfast_kernels.aot import E4M3_TARGETS, EVERY_TARGET, AotCase
+from fluxfast_kernels.launch import arch_key, interpreted, launch, row_numbers
 
 FORMATS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 # what an op that can quantise its own output may be asked for: values, codes and scales, or both

@@ -132,7 +132,7 @@ def test_a_triton_kernel_with_a_wrong_constant(monkeypatch):
     ],
 )
 def test_a_triton_kernel_that_leaves_out_its_last_program(monkeypatch, where, checks, ops):
-    from fluxfast_kernels._launch import launch
+    from fluxfast_kernels.launch import launch
 
     def short_launch(kernel, grid, *args, **numbers):
         launch(kernel, (grid[0] - 1, *grid[1:]), *args, **numbers) if grid[0] > 1 else launch(

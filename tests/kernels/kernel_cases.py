@@ -2,7 +2,7 @@
 
 import torch
 
-from fluxfast_kernels._launch import interpreted
+from fluxfast_kernels.launch import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
 

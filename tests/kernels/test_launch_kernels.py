@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxfast_kernels import _launch
-from fluxfast_kernels._launch import (
+from fluxfast_kernels import launch as launch_module
+from fluxfast_kernels.launch import (
     ROW_LAUNCH,
     arch_key,
     cdiv,
@@ -126,7 +126,7 @@ def test_helpers():
 
 def test_engines_cover_every_number_of_tokens():
     device = torch.device("cpu")
-    for kind, table in _launch.WIDE_ENGINES.items():
+    for kind, table in launch_module.WIDE_ENGINES.items():
         known = {"library", "fused"} if kind == "float" else {"codes", "decode"}
         for rows in table.values():
             bounds = [most for most, _ in rows]
@@ -136,8 +136,8 @@ def test_engines_cover_every_number_of_tokens():
                 and {name for _, name in rows} <= known
             )
         for tokens in (0, 1, 64, 65, 4608):
-            assert _launch.wide_engine(kind, tokens, device) in known
-    assert [_launch.wide_engine("int8", tokens, device) for tokens in (64, 65)] == [
+            assert launch_module.wide_engine(kind, tokens, device) in known
+    assert [launch_module.wide_engine("int8", tokens, device) for tokens in (64, 65)] == [
         "codes",
         "decode",
     ]

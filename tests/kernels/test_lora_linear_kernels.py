@@ -15,8 +15,8 @@ from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear_ref
-from fluxfast_kernels._matmul import make_segments, matmul
 from fluxfast_kernels.lora_linear import lora_down, lora_outer
+from fluxfast_kernels.matmul import make_segments, matmul
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
 
@@ -285,7 +285,7 @@ RECORD = """
 import json
 import torch
 from fluxfast_kernels import aot
-from fluxfast_kernels._matmul import make_segments, matmul
+from fluxfast_kernels.matmul import make_segments, matmul
 from fluxfast_kernels.lora_linear import lora_down, lora_outer
 
 def meta(*shape, dtype=torch.bfloat16):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, randn
 
-from fluxfast_kernels._launch import OPTIM_LAUNCH
+from fluxfast_kernels.launch import OPTIM_LAUNCH
 from fluxfast_kernels.optim import adamw_step, adamw_table
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}

@@ -7,9 +7,9 @@ import triton.language as tl
 from kernel_cases import DEVICE, bound, randn, widen
 from packaging.version import Version
 
-from fluxfast_kernels import _matmul
-from fluxfast_kernels._launch import interpreted
-from fluxfast_kernels._matmul import make_segments, matmul
+from fluxfast_kernels import matmul as matmul_module
+from fluxfast_kernels.launch import interpreted
+from fluxfast_kernels.matmul import make_segments, matmul
 from fluxfast_kernels.quant_matmul import transpose_codes
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
@@ -226,9 +226,8 @@ def test_float_rows_on_codes(fmt, dtype):
 @triton.jit
 def fnuz_codes_kernel(p_in, p_out):
     o = tl.arange(0, 256)
-    tl.store(
-        p_out + o, _matmul.as_type(tl.load(p_in + o), tl.float8e4b8).to(tl.uint8, bitcast=True)
-    )
+    b_code = matmul_module.as_type(tl.load(p_in + o), tl.float8e4b8)
+    tl.store(p_out + o, b_code.to(tl.uint8, bitcast=True))
 
 
 # older interpreters do not know the type, and a GPU other than gfx942 does not either
@@ -240,7 +239,7 @@ in_gfx942s_bias = pytest.mark.skipif(
 
 @in_gfx942s_bias
 def test_e4m3fn_in_gfx942s_bias(monkeypatch):
-    monkeypatch.setattr(_matmul, "arch_key", lambda device: "gfx942")
+    monkeypatch.setattr(matmul_module, "arch_key", lambda device: "gfx942")
     m, n, k = 17, 48, 80
     x, w, x_scale, w_scale = (
         codes(m, k, "e4m3", 1),
@@ -248,7 +247,7 @@ def test_e4m3fn_in_gfx942s_bias(monkeypatch):
         scales(m, 3),
         scales(n, 4),
     )
-    assert _matmul.product_type(x, w, torch.float32) == tl.float8e4b8
+    assert matmul_module.product_type(x, w, torch.float32) == tl.float8e4b8
     y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, out_dtype=torch.float32, numbers=TILE)
     assert relative_error(y, product(x, w) * x_scale[:, None] * w_scale) < bound(torch.float32)
 

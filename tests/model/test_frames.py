@@ -16,7 +16,7 @@ from fluxfast.model.double_block import DoubleBlockFunction
 from fluxfast.ops.device import pretend
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
-from fluxfast_kernels import _launch
+from fluxfast_kernels import launch as launch_module
 from support import SMALL, make_inputs
 
 MOST = {"modulated_layer_norm_fwd": 8, "dequant_int4": 12}
@@ -37,7 +37,7 @@ def stacks():
             if frame.f_globals.get("__name__", "").startswith(("fluxfast.", "fluxfast_kernels.")):
                 names.append(frame.f_code)
             frame = frame.f_back
-        assert frame is not None and names[0] is _launch.launch.__code__
+        assert frame is not None and names[0] is launch_module.launch.__code__
         # modulation, which a run computes ahead, calls its linears as modules outside of blocks do
         if DoubleBlockFunction.forward.__code__ in names:
             found.setdefault(names[1].co_name, [frame.f_code, *names[::-1]])

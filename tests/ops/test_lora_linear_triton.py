@@ -23,7 +23,7 @@ CODED = [
 @pytest.fixture(params=["library", "fused"])
 def engine(request, monkeypatch):
     """Who takes wide products of floats on Triton."""
-    from fluxfast_kernels._launch import WIDE_ENGINES
+    from fluxfast_kernels.launch import WIDE_ENGINES
 
     monkeypatch.setitem(WIDE_ENGINES, "float", {"default": ((None, request.param),)})
     return request.param
@@ -47,11 +47,12 @@ def test_weights_that_have_to_be_quantised(compute):
 
 def test_transposed_copies_for_dgrad(monkeypatch):
     """As on sm_90."""
-    from fluxfast_kernels import _launch, quant_matmul
+    from fluxfast_kernels import launch as launch_module
+    from fluxfast_kernels import quant_matmul
 
     made = []
     transpose = quant_matmul.transpose_codes
-    monkeypatch.setitem(_launch.TRANSPOSE_FROM, "default", {"rows": 1})
+    monkeypatch.setitem(launch_module.TRANSPOSE_FROM, "default", {"rows": 1})
     monkeypatch.setattr(quant_matmul, "transpose_codes", lambda w: made.append(w) or transpose(w))
     check("triton", "apart", torch.float32, "int8", stored=True)
     assert len(made) == 2

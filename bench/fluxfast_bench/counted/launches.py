@@ -57,7 +57,7 @@ class Launch:
 
 
 def launch_of(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> Launch:
-    """What `fluxfast_kernels._launch.launch` was called with."""
+    """What `fluxfast_kernels.launch.launch` was called with."""
     params = zip(kernel.params, args, strict=False)
     told = tuple(
         arg if param.is_constexpr else _argument(arg, param.do_not_specialize)

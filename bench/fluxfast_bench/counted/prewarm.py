@@ -119,7 +119,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def own_target() -> str:
     """The GPU's, as a key of AOT_TARGETS; sm_90 where there is none."""
-    from fluxfast_kernels._launch import arch_key
+    from fluxfast_kernels.launch import arch_key
 
     return arch_key(torch.device("cuda")) if torch.cuda.is_available() else "sm_90"
 

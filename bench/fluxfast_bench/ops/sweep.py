@@ -41,8 +41,8 @@ from fluxfast_bench.report import gpu_sections, results
 from fluxfast_bench.report.conditions import conditions
 from fluxfast_bench.shapes import SHAPES, Shape, default_shapes
 from fluxfast_bench.timing import best_time, time_each
-from fluxfast_kernels._launch import interpreted, launch_numbers
-from fluxfast_kernels._matmul import MATMUL
+from fluxfast_kernels.launch import interpreted, launch_numbers
+from fluxfast_kernels.matmul import MATMUL
 
 Tile = tuple[int, int, int, int, int]
 # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages

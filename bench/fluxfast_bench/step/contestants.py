@@ -76,7 +76,7 @@ class Contestant:
 
     Of ours: streamed, whether blocks stream; graphs, whether a step is replayed; looks_ahead,
     whether modulation may be computed ahead; engine, of wide float products
-    (`fluxfast_kernels._launch.WIDE_ENGINES`), None: the table's.
+    (`fluxfast_kernels.launch.WIDE_ENGINES`), None: the table's.
     """
 
     name: str

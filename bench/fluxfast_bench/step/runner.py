@@ -62,7 +62,7 @@ def engine_of(contestant: Contestant) -> Iterator[None]:
     if contestant.engine is None:
         yield
         return
-    from fluxfast_kernels._launch import WIDE_ENGINES
+    from fluxfast_kernels.launch import WIDE_ENGINES
 
     before = WIDE_ENGINES["float"]
     WIDE_ENGINES["float"] = {"default": ((None, contestant.engine),)}

@@ -53,7 +53,7 @@ def _linear_ranks(b: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
 
 def _packs(outs: Sequence[int]) -> bool:
     """Whether one launch can take linears of these widths side by side."""
-    from fluxfast_kernels._matmul import SEGMENT_UNIT
+    from fluxfast_kernels.matmul import SEGMENT_UNIT
 
     return len(outs) == 1 or all(n % SEGMENT_UNIT.value == 0 for n in outs)
 
@@ -64,7 +64,7 @@ def _segments(outs: tuple[int, ...], ranks: tuple[int, ...], device: torch.devic
 
     Made once, because a launch must not wait for a copy to the device.
     """
-    from fluxfast_kernels._matmul import make_segments
+    from fluxfast_kernels.matmul import make_segments
 
     return None if len(outs) == 1 else make_segments(outs, ranks, device)
 
@@ -188,7 +188,7 @@ def wide(
     if is_traced(x):
         _wide_op(x, x_scale, weights, w_scales, biases, s, b, counts, y)
         return
-    from fluxfast_kernels._matmul import matmul
+    from fluxfast_kernels.matmul import matmul
 
     x, outs, ranks = dense_rows(x), [w.shape[0] for w in weights], _linear_ranks(b, counts)
     joined = adjoining(weights) if _packs(outs) else None
@@ -215,7 +215,7 @@ def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
 
     They come as they are, or as `.T` of transposed copies.
     """
-    from fluxfast_kernels._launch import dgrad_transposes
+    from fluxfast_kernels.launch import dgrad_transposes
 
     if not dgrad_transposes(tokens, weights[0].device):
         return weights
@@ -244,7 +244,7 @@ def wide_dgrad(
     if is_traced(dy):
         _wide_dgrad_op(dy, dy_scale, col, weights, w_scales, ds, a, accumulate, dx)
         return
-    from fluxfast_kernels._matmul import matmul
+    from fluxfast_kernels.matmul import matmul
 
     dy, stop, start = dense_rows(dy), col + dy.shape[1], 0
     u, v = ds, None if ds is None else stack(a)
@@ -287,13 +287,13 @@ def keeps_codes(fmt: str, tokens: int, device: torch.device) -> bool:
 
     Else the weight is decoded first.
     """
-    from fluxfast_kernels._launch import wide_engine
+    from fluxfast_kernels.launch import wide_engine
 
     return wide_engine(fmt, tokens, device) == "codes"
 
 
 def _library_takes(x: Tensor, w: Tensor) -> bool:
-    from fluxfast_kernels._launch import wide_engine
+    from fluxfast_kernels.launch import wide_engine
 
     return x.dtype == w.dtype and wide_engine("float", x.shape[0], x.device) == "library"
 

@@ -8,7 +8,7 @@ from fluxfast_bench.ops import ceilings, sweep
 from fluxfast_bench.ops.products import Product, counted
 from fluxfast_bench.report import gpu_sections, results
 from fluxfast_bench.shapes import SHAPES
-from fluxfast_kernels._matmul import MATMUL
+from fluxfast_kernels.matmul import MATMUL
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import LaunchTable, cdiv, launch, launch_numbers, next_pow2
+from fluxfast_kernels.launch import LaunchTable, cdiv, launch, launch_numbers, next_pow2
 
 # programs that fill a device
 PROGRAMS: LaunchTable = {

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels._launch import (
+from fluxfast_kernels.launch import (
     LaunchTable,
     arch_key,
     cdiv,
