@@ -78,12 +78,12 @@ def pretend(arch: str, on_launch: OnLaunch | None) -> Iterator[None]:
     the shapes that they would return. This is all that a measurement of memory needs, and Triton
     need not be installed for it.
     """
-    from fluxfast_kernels import launch as launch_module
+    from fluxfast_kernels.launch import pretend as pretend_launches
 
     global _pretence
     before, _pretence = _pretence, "shapes" if on_launch is None else "launches"
     try:
-        with launch_module.pretend(arch, on_launch or _unexpected_launch):
+        with pretend_launches(arch, on_launch or _unexpected_launch):
             yield
     finally:
         _pretence = before

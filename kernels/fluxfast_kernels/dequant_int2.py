@@ -69,10 +69,10 @@ def dequant_int2(
     out: Tensor,
     out_scale: Tensor | None = None,
 ) -> None:
-    """Decodes packed [N, 4 · groups], scale [N, groups], zero [N, ceil(groups / 2)] uint8 and
-    global_scale [1] into out [N, K].
+    """Decodes int2's parts into out [N, K]; groups = ceil(K / 16).
 
-    Outputs as `dequant_rows`; groups = ceil(K / 16).
+    packed [N, 4 · groups], scale [N, groups] and zero [N, ceil(groups / 2)] are uint8, global_scale
+    [1] is fp32. Outputs as in `dequant_rows`.
     """
     rows, groups = out.shape[0], cdiv(out.shape[1], GROUP.value)
     assert packed.shape == (rows, groups * GROUP.value // 4) and scale.shape == (rows, groups)

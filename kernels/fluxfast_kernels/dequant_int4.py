@@ -50,10 +50,10 @@ def dequant_int4_kernel(
 def dequant_int4(
     packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor, out_scale: Tensor | None = None
 ) -> None:
-    """Decodes packed [N, 32 · groups] uint8, scale [N, groups] bf16 and zero [N, groups] uint8 into
-    out [N, K].
+    """Decodes int4's parts into out [N, K]; groups = ceil(K / 64).
 
-    Outputs as `dequant_rows`; groups = ceil(K / 64).
+    packed [N, 32 · groups] and zero [N, groups] are uint8, scale [N, groups] is bf16. Outputs as in
+    `dequant_rows`.
     """
     rows, groups = out.shape[0], cdiv(out.shape[1], GROUP.value)
     assert packed.shape == (rows, groups * GROUP.value // 2) and scale.shape == zero.shape == (

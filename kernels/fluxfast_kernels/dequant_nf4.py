@@ -79,11 +79,11 @@ def dequant_nf4(
     out: Tensor,
     out_scale: Tensor | None = None,
 ) -> None:
-    """Decodes packed [ceil(N·K / 2)], absmax [blocks] uint8, nested_absmax [ceil(blocks / 256)] and
-    offset [1] into out [N, K].
+    """Decodes nf4's parts into out [N, K]; blocks = ceil(N·K / 64).
 
-    `tables`: the levels [16] and the values of absmax [256], fp32, on the weight's device. Outputs
-    as `dequant_rows`; blocks = ceil(N·K / 64).
+    packed [ceil(N·K / 2)] and absmax [blocks] are uint8, nested_absmax [ceil(blocks / 256)] and
+    offset [1] fp32. `tables` has the levels [16] and the values of absmax [256], fp32, on the
+    weight's device. Outputs as in `dequant_rows`.
     """
     blocks = cdiv(out.numel(), BLOCK_SIZE.value)
     assert packed.shape == (cdiv(out.numel(), 2),) and absmax.shape == (blocks,)

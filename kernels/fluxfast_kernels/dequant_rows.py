@@ -1,12 +1,10 @@
-"""Decoding int8 and e4m3 codes with one scale a row; and what every decoder does with a row of
-weights it has decoded.
+"""Decoding int8 and e4m3 codes with one scale a row, w = code · scale.
 
-    w = code · scale
-
-A decoder writes the weight in a float dtype, or as int8 or e4m3 codes with one scale a row, which
-is what an 8-bit product takes: a scratch that is written once a direction. Values are computed in
-fp32 as `fluxfast.quant` says, product by product (launched without contraction of a·b + c), so that
-they equal its references bit for bit.
+Here is also what every decoder does with a row of weights once it is decoded: it is written in a
+float dtype, or as int8 or e4m3 codes with one scale a row, which is what an 8-bit product takes.
+The codes go to a scratch that is written once a direction. Values are computed in fp32 as
+`fluxfast.quant` says, product by product (the launch forbids contraction of a·b + c), so that they
+equal its references bit for bit.
 """
 
 from collections.abc import Iterator
@@ -38,8 +36,9 @@ def round_to_bf16(b_y):
 
 @triton.jit
 def row_and_block(K: tl.constexpr, BLOCK: tl.constexpr):
-    """The row and the piece of it, columns [BLOCK · piece, BLOCK · (piece + 1)), that this program
-    decodes.
+    """The row and the piece of it that this program decodes.
+
+    Piece i is the columns [BLOCK · i, BLOCK · (i + 1)).
     """
     N_BLOCK: tl.constexpr = (K + BLOCK - 1) // BLOCK
     return (tl.program_id(0) // N_BLOCK).to(tl.int64), tl.program_id(0) % N_BLOCK
@@ -47,8 +46,9 @@ def row_and_block(K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_row(b_y, i_row, o_k, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr):
-    """Writes decoded weights b_y fp32 of row i_row, columns o_k: as values, or, a whole row and its
-    scale, as codes.
+    """Writes decoded weights b_y fp32 of row i_row, columns o_k, as values or as codes.
+
+    For codes it has to be a whole row, whose scale is written too.
     """
     m_k = o_k < K
     p_out += i_row * K + o_k
@@ -90,9 +90,7 @@ def dequant_rows_kernel(
 
 
 class DecoderLaunch(NamedTuple):
-    """What decoders' launches share: the grid, `out` and `out_scale` as kernels take them, and the
-    launch numbers.
-    """
+    """What decoders' launches share: grid, outputs as kernels take them, and launch numbers."""
 
     grid: tuple[int]
     outputs: tuple[Tensor, Tensor | None]

@@ -134,8 +134,9 @@ def lora_outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """g [N, R] (or its transpose) = xᵀ (x_scale · u) over m_split rows; with segments, u's columns
-    are those of x's segment.
+    """g [N, R] (or its transpose) = xᵀ (x_scale · u) over m_split rows.
+
+    With segments, u's columns are those of x's segment.
     """
     i_n = tl.program_id(0)
     i_split = tl.program_id(2).to(tl.int64)

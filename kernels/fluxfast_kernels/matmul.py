@@ -63,10 +63,10 @@ class Segments(NamedTuple):
 def make_segments(
     outs: Sequence[int], ranks: Sequence[int], device: torch.device | str
 ) -> Segments:
-    """Segments of linears with `outs` output features and `ranks` adapter ranks (of all its
-    adapters; 0 for none), in order.
+    """Segments of linears with `outs` output features and `ranks` adapter ranks, in order.
 
-    Raises ValueError unless every number of features is a multiple of SEGMENT_UNIT.
+    A rank is that of all adapters of a linear together, 0 for none. Raises ValueError unless every
+    number of features is a multiple of SEGMENT_UNIT.
     """
     rows, col, rank, unit = [], 0, 0, SEGMENT_UNIT.value
     for n, r in zip(outs, ranks, strict=True):
@@ -82,8 +82,9 @@ def make_segments(
 
 @triton.jit
 def as_type(b, TYPE: tl.constexpr):
-    """b in the type of a product. gfx942's e4m3 has another bias: the same bits mean half as much,
-    but minus zero means NaN.
+    """b in the type of a product.
+
+    gfx942's e4m3 has another bias: the same bits mean half as much, but minus zero means NaN.
     """
     if TYPE.is_fp8e4b8() and b.dtype.is_fp8e4nv():
         b_code = b.to(tl.uint8, bitcast=True)
@@ -95,8 +96,9 @@ def as_type(b, TYPE: tl.constexpr):
 
 @triton.jit
 def segment_tile(p_seg, n_seg, i_tile, BLOCK_N: tl.constexpr):
-    """The i-th of the tiles that cut every segment from its own start: first column, end of its
-    segment, first rank, ranks.
+    """First column of a tile, end of its segment, the segment's first rank, and its ranks.
+
+    The tiles cut every segment from its own start, and are numbered through all segments.
     """
     i_first, n_begin, n_end, r_begin, n_rank = 0, 0, 0, 0, 0
     for i_seg in range(n_seg):
@@ -234,15 +236,17 @@ def matmul_kernel(
 
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The type in which products of `dtype` are taken: itself, or fp32 in the interpreter, whose
-    bf16 products are wrong.
+    """The type in which products of `dtype` are taken.
+
+    It is the type itself, but fp32 for bf16 in the interpreter, whose products of that are wrong.
     """
     return tl.float32 if dtype is torch.bfloat16 and interpreted() else TL_TYPES[dtype]
 
 
 def product_type(x: Tensor, w: Tensor, dtype: torch.dtype) -> tl.dtype:
-    """The type of the product of x and w: theirs; else x's if x is float; else (x codes, w float)
-    that of `dtype`.
+    """The type of the product of x and w.
+
+    It is their own if they agree, else x's if x is float, else (x codes, w float) that of `dtype`.
     """
     if x.dtype is torch.float8_e4m3fn and w.dtype == x.dtype and arch_key(x.device) == "gfx942":
         return tl.float8e4b8
@@ -300,15 +304,17 @@ _KINDS = {tl.int8: "int8", tl.float8e4nv: "e4m3", tl.float8e4b8: "e4m3", tl.floa
 
 
 def rank_block(rank: int, most: int) -> int:
-    """The block in which `rank` columns of an adapter are taken: tensor cores want 16 at least,
-    registers allow `most`.
+    """The block in which `rank` columns of an adapter are taken, `most` at the largest.
+
+    Tensor cores want 16 at least, and registers limit it.
     """
     return min(most, max(16, next_pow2(rank)))
 
 
 def order_of(op: str, t: Tensor) -> tuple[bool, int]:
-    """Whether the second dimension of t is the contiguous one, and the stride of the other;
-    ValueError if neither is.
+    """Whether the second dimension of t is the contiguous one, and the stride of the other.
+
+    Raises ValueError if neither is contiguous.
     """
     if 1 not in t.stride():
         raise ValueError(

@@ -39,8 +39,8 @@ from fluxfast_kernels.row_quant import (
 class LayerNormOut(NamedTuple):
     """What forward returns.
 
-    y [B, S, D], or None; its codes and their scales [B, S], or None; mean and reciprocal standard
-    deviation [B, S]; x [B, S, D] where the gated residual made it.
+    y [B, S, D], its codes and their scales [B, S], each None where it was not asked for; mean and
+    reciprocal standard deviation [B, S]; x [B, S, D] where the gated residual made it.
     """
 
     y: Tensor | None
@@ -282,13 +282,12 @@ def modulated_layer_norm_bwd(
     out: str = "same",
     col_scale: Tensor | None = None,
 ) -> LayerNormGrads:
-    """The gradient that reaches x through y, plus `add_to` [B, S, D], the one that reaches x past
-    it.
+    """The gradient that reaches x through y, plus `add_to` [B, S, D], which reaches x past it.
 
     dy, x [B, S, D], any distance between rows; scale [B, D]; mean, rstd as forward gave them.
     `modulation` asks for dscale and dshift. With the gate [B, D] of x = residual + gate·branch
-    comes the branch's gradient, as `out` says (`row_quant.OUTPUTS`; codes are those of
-    dbranch·col_scale, col_scale [D]), and, given the branch and `modulation`, dgate.
+    comes the branch's gradient, as `out` says (`row_quant.OUTPUTS`); its codes are those of
+    dbranch·col_scale, col_scale [D]. Given the branch and `modulation`, dgate comes too.
     """
     check_rows(
         "modulated_layer_norm", dy=dy, x=x, scale=scale, add_to=add_to, gate=gate, branch=branch

@@ -1,6 +1,4 @@
-"""The kernels of linears with LoRA: forward and every gradient of groups against `lora_linear_ref`
-in fp64, and each alone.
-"""
+"""The kernels of linears with LoRA beside fp64: forward and every gradient, and each alone."""
 
 import json
 import os

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast_kernels import matmul as matmul_module
+from fluxfast_kernels.matmul import listening, make_segments, matmul
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class Product:
             name: like.random(device) for name, like in self.tensors
         } | dict(self.others)
         if self.segments is not None:
-            arguments["segments"] = matmul_module.make_segments(*self.segments, device)
-        return lambda numbers: matmul_module.matmul(**arguments, numbers=numbers)
+            arguments["segments"] = make_segments(*self.segments, device)
+        return lambda numbers: matmul(**arguments, numbers=numbers)
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[Product]]:
     """The products that run in here, on whatever device, and how often each does."""
     found: Counter[Product] = Counter()
-    with matmul_module.listening(lambda arguments: found.update([Product.of(arguments)])):
+    with listening(lambda arguments: found.update([Product.of(arguments)])):
         yield found

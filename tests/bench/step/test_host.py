@@ -8,7 +8,7 @@ from fluxfast.ops.gelu import gelu
 from fluxfast_bench.counted.meta_step import as_on_gpu, fluxfast_model, forward_backward, inputs_of
 from fluxfast_bench.shapes import Shape
 from fluxfast_bench.step import host
-from fluxfast_kernels import launch as launch_module
+from fluxfast_kernels.launch import arch_key
 
 
 def counted_launches():
@@ -39,10 +39,10 @@ def test_nothing_runs_inside_and_everything_after():
     x = torch.randn(3, 64)
     truth = torch.nn.functional.gelu(x, approximate="tanh")
     with host.launches_nothing():
-        assert device.pretending() and launch_module.arch_key(x.device) == "sm_90"
+        assert device.pretending() and arch_key(x.device) == "sm_90"
         y = gelu(x)
         assert y.shape == x.shape and not torch.allclose(y, truth, atol=1e-6)
-    assert not device.pretending() and launch_module.arch_key(x.device) == "default"
+    assert not device.pretending() and arch_key(x.device) == "default"
     assert torch.allclose(gelu(x), truth, atol=1e-6)
 
 
