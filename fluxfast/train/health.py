@@ -47,7 +47,7 @@ def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = F
     )
 
 
-def settle(config: TrainConfig, device: torch.device, console: Console) -> None:
+def ensure_checked(config: TrainConfig, device: torch.device, console: Console) -> None:
     """Check what nobody has checked here yet, and have "auto" pass over what failed.
 
     Raises ConfigError naming the options that ask for something that failed.

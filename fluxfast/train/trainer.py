@@ -116,7 +116,7 @@ class Trainer:
         self.init_lora = init_lora_of(config, self.saved)
         self.adapter_kind = kind_of(config)
 
-        health.settle(config, self.device, console)
+        health.ensure_checked(config, self.device, console)
         self.data: RunData = load_data(config, self.seed, self.device, console)
         self.config = config_of(config, checked.lora)
         self.parts: Parts = load_parts(

@@ -29,7 +29,7 @@ def cache(monkeypatch, tmp_path):
     verdicts.set_failed({})
 
 
-def settle(of):
+def ensure_checked(of):
     said = []
     startup.ensure_checked(of, said.append)
     return said
@@ -128,16 +128,16 @@ def test_another_combination_is_another_file(fact):
 
 
 def test_the_first_run_checks_and_the_second_does_not(monkeypatch):
-    (line,) = settle(scope())
+    (line,) = ensure_checked(scope())
     count = len([check for check in checks_for(scope()) if check.obstacle is None])
     assert line.startswith(f"{count} of {count} checks of ") and "passed" in line
     monkeypatch.setattr(startup, "run_checks", lambda *_: pytest.fail("checked again"))
-    assert settle(scope()) == []
+    assert ensure_checked(scope()) == []
 
 
 def test_another_mode_is_checked_when_it_comes():
-    settle(scope())
-    (line,) = settle(scope(formats=("nf4",)))
+    ensure_checked(scope())
+    (line,) = ensure_checked(scope(formats=("nf4",)))
     # only what is new: five products, the decoder and the quantiser
     assert line.startswith("7 of 7 checks")
 
@@ -145,7 +145,7 @@ def test_another_mode_is_checked_when_it_comes():
 def test_what_failed_is_passed_over_loudly(monkeypatch):
     with monkeypatch.context() as patch:
         break_gelu(patch)
-        first, *lines = settle(scope())
+        first, *lines = ensure_checked(scope())
     checks = len([check for check in checks_for(scope()) if check.obstacle is None])
     assert first.startswith(f"{checks - 2} of {checks} checks of ")
     assert len(lines) == 2 and all(
@@ -155,24 +155,24 @@ def test_what_failed_is_passed_over_loudly(monkeypatch):
     assert verdicts.failed("gelu", "native") and not verdicts.failed("qk_norm_rope", "native")
     # the next start knows it, and says it again
     verdicts.set_failed({})
-    assert settle(scope()) == lines
+    assert ensure_checked(scope()) == lines
     assert verdicts.failed("gelu", "native")
 
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv(startup.SWITCH, "off")
-    (line,) = settle(scope())
+    (line,) = ensure_checked(scope())
     assert "FLUXFAST_DOCTOR=off leaves them out" in line and len(Store(CPU)) == 0
     store = Store(CPU)
     store.add([wrong()], scope())
     store.save()
-    settle(scope())
+    ensure_checked(scope())
     assert verdicts.failed("gelu", "native")
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, cache):
     (cache / "fluxfast").write_text("a file where a folder should be")
-    (line,) = settle(scope())
+    (line,) = ensure_checked(scope())
     assert "they can't be kept, and are made again at the next start" in line
 
 

@@ -94,12 +94,12 @@ def test_what_was_asked_for_and_failed_is_an_error(changes, what, way, said, pre
     pretend_gpu("H100")
     asked = config(**changes)
     console = Console(file=io.StringIO())
-    health.settle(asked, CPU, console)
+    health.ensure_checked(asked, CPU, console)
     keep(what, way, health.scope_of(asked, CPU))
     with pytest.raises(ConfigError, match=said):
-        health.settle(asked, CPU, console)
+        health.ensure_checked(asked, CPU, console)
     # what nobody asked for is no error
-    health.settle(config(), CPU, console)
+    health.ensure_checked(config(), CPU, console)
 
 
 def test_auto_takes_no_8_bits_that_failed():

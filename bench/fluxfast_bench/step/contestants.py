@@ -70,7 +70,7 @@ class Contestant:
 
     title: for tables. modules: what must be importable. storage: of the base's linears,
     `bytes_per_weight`; compute: of their products. quantize: a module on the device, in place;
-    settle: the model with its adapters, as the setup has it. error: the most that its prediction
+    get_ready: the model with its adapters, as the setup has it. error: the most that its prediction
     and gradients may be off (`runner.verify`); with `exact`, on the weights as they are stored. The
     default suits bf16 arithmetic. cpu: whether it runs without a GPU. route: TREAD's.
 
@@ -87,7 +87,7 @@ class Contestant:
     bytes_per_weight: float = 2.0
     compute: str = "float"
     quantize: Callable[[nn.Module], None] = do_nothing
-    settle: Callable[[Any, Setup], None] = checkpointing
+    get_ready: Callable[[Any, Setup], None] = checkpointing
     error: float = 0.04
     exact: bool = False
     ours: bool = False

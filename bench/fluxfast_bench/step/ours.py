@@ -64,7 +64,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
             # a part of the model: what must be kept has been left out
             quantize_model(module, FORMATS[storage], kept=())
 
-    def settle(model: Any, setup: Setup) -> None:
+    def get_ready(model: Any, setup: Setup) -> None:
         ahead = setup.looks_ahead and "device-modulation" not in modes
         streamed, graphs = "streamed" in modes, "graphs" in modes
         ready(
@@ -94,7 +94,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
         bytes_per_weight=2.0 if storage == "bf16" else FORMATS[storage].bits_per_weight / 8,
         compute=compute,
         quantize=quantize,
-        settle=settle,
+        get_ready=get_ready,
         error=ERRORS[compute],
         exact=True,
         ours=True,

@@ -124,7 +124,7 @@ class Runner:
         self.model: Any = build(contestant, setup.shapes[0].config, setup.device, setup.dtype)
         self.parameters = add_lora(self.model, targets=TARGETS, rank=setup.rank, dtype=setup.dtype)
         with engine_of(contestant):
-            contestant.settle(self.model, setup)
+            contestant.get_ready(self.model, setup)
         if contestant.route is not None:
             self.model.set_routes([contestant.route.as_config()])
         self.optimizer = make_optimizer(setup.optimizer, self.parameters)
@@ -193,7 +193,7 @@ def verify(contestant: Contestant, setup: Setup) -> float:
         parameters = add_lora(subject, targets=TARGETS, rank=setup.rank, dtype=dtype)
         _randomise(parameters, setup.dtype)
         with engine_of(runs):
-            runs.settle(subject, setup if runs is contestant else unchecked)
+            runs.get_ready(subject, setup if runs is contestant else unchecked)
         subjects.append((subject, runs, parameters, dtype))
     return max(_error(contestant, setup, shape, subjects) for shape in setup.shapes)
 

@@ -18,6 +18,6 @@ def compiled(model: Any, setup: Setup) -> None:
 CONTESTANTS = [
     Contestant("diffusers", "diffusers + PEFT, eager", cpu=True),
     Contestant(
-        "diffusers-compile", "diffusers + PEFT, regional compile", settle=compiled, cpu=True
+        "diffusers-compile", "diffusers + PEFT, regional compile", get_ready=compiled, cpu=True
     ),
 ]

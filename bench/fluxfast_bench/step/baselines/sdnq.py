@@ -35,7 +35,7 @@ CONTESTANTS = [
         bytes_per_weight=1.01,
         compute="int8",
         quantize=quantize,
-        settle=compiled,
+        get_ready=compiled,
         error=0.15,
     )
 ]

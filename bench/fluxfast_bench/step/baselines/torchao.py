@@ -29,7 +29,7 @@ CONTESTANTS = [
         modules=("torchao",),
         compute="e4m3",
         quantize=quantize_fp8,
-        settle=compiled,
+        get_ready=compiled,
         error=0.15,
     ),
     Contestant(
@@ -38,7 +38,7 @@ CONTESTANTS = [
         modules=("torchao",),
         compute="int8",
         quantize=quantize_int8,
-        settle=compiled,
+        get_ready=compiled,
         error=0.15,
     ),
 ]
