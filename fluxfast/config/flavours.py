@@ -23,7 +23,8 @@ class Flavour:
             conditioning, if it has any.
         few_steps: whether it draws in a few large steps, so that it is trained on
             `flux_fast_schedule` unless the user insists on another schedule.
-        forced: values that take the place of the config's own, by option.
+        forced: values that take the place of the config's own, by option: the schedule's shift, for
+            one, or a mask on attention, once there is an option for it.
         forced_because: why, for the note that a run prints.
         least_validation_steps: validation never takes fewer denoising steps.
         good_validation_steps: (fewest, most) denoising steps that draw well; None: any number.

@@ -28,7 +28,7 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     notes: list[str] = []
 
     def force(name: str, value: Any, why: str) -> None:
-        if getattr(config, name) != value:
+        if forced.get(name, getattr(config, name)) != value:
             forced[name] = value
             if name in config.model_fields_set:
                 notes.append(f'"{name}" is {value} instead of {getattr(config, name)}: {why}')
@@ -50,6 +50,8 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         )
     force("aspect_bucket_alignment", 64, "FLUX.1's buckets are multiples of 64")
     force("tokenizer_max_length", flavour.text_tokens, f"{config.model_flavour} takes no other")
+    for name, value in flavour.forced.items():
+        force(name, value, flavour.forced_because)
     if config.flow_schedule_auto_shift:
         force("flow_schedule_shift", 0.0, "flow_schedule_auto_shift takes its place")
     if config.enable_group_offload:
@@ -58,14 +60,13 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
             "block_level",
             "leaf by leaf the same bytes would be copied, in more pieces",
         )
-    notes.append(_schedule_note(config))
+    # a flavour may have forced the shift
+    notes.append(_schedule_note(config.model_copy(update=forced)))
     if config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
         notes.append(
             f"gradients are clipped to a norm of {config.max_grad_norm:g} "
             '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'
         )
-    for name, value in flavour.forced.items():
-        force(name, value, flavour.forced_because)
     steps = max(flavour.least_validation_steps, config.validation_num_inference_steps)
     force("validation_num_inference_steps", steps, flavour.forced_because)
     notes += flavour.notes

@@ -12,7 +12,7 @@ KONTEXT = Flavour(
     text_tokens=128,
     in_channels=128,
     few_steps=True,
-    forced={"validation_guidance_real": 2.0},
+    forced={"validation_guidance_real": 2.0, "flow_schedule_shift": 1.15},
     forced_because="kontext draws with two passes",
     least_validation_steps=5,
     good_validation_steps=(6, 9),
@@ -54,6 +54,7 @@ def test_a_new_record_is_a_flavour(kontext):
     assert config.transformer_source == ("somebody/FLUX.1-Kontext-dev", "transformer", None)
     assert (config.tokenizer_max_length, config.validation_guidance_real) == (128, 2.0)
     assert config.validation_num_inference_steps == 5
+    assert config.flow_schedule_shift == 1.15
     assert [note for note in config.notes if "kontext" in note] == [
         '"validation_guidance_real" is 2.0 instead of 1.5: kontext draws with two passes',
         '"validation_num_inference_steps" is 5 instead of 3: kontext draws with two passes',
@@ -77,3 +78,12 @@ def test_an_option_that_it_forces_switches_others_on(kontext):
         'only read with "validation_guidance_real" or "model_flavour" fluxbooru or '
         '"model_flavour" kontext'
     )
+
+
+def test_a_forced_shift_is_told(kontext):
+    by_sigmoid = load(model_flavour="kontext", i_know_what_i_am_doing=True)
+    assert "timestep schedule: sigmoid, shift 1.15" in by_sigmoid.notes
+    by_resolution = load(
+        model_flavour="kontext", i_know_what_i_am_doing=True, flow_schedule_auto_shift=True
+    )
+    assert by_resolution.flow_schedule_shift == 0
