@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from rich.markup import escape
@@ -49,6 +50,11 @@ class _Work:
 
     def key(self, candidate: Candidate) -> str:
         return f"{self.config.id}/{candidate.file}"
+
+    @property
+    def captions(self) -> Iterator[str]:
+        """All captions of all images."""
+        return chain.from_iterable(candidate.captions for candidate in self.scan.candidates)
 
     def report(self) -> DatasetReport:
         buckets = Counter(
@@ -104,37 +110,30 @@ def prepare(
         allow_dataset_oversubscription,
     )
     with _bars(progress) as bars:
-        look = functools.partial(
-            scan, skip=skip, crop_seed=crop_seed, rounding=aspect_bucket_rounding
-        )
         works = []
         for dataset, cache in zip(data.images, image_caches, strict=True):
             bar = bars.add_task(f"scanning {escape(dataset.id)}", total=None)
-            workers = dataset.max_workers or max_workers
-            found = look(
-                dataset, cache, max_workers=workers, on_file=functools.partial(_show, bars, bar)
+            found = scan(
+                dataset,
+                cache,
+                skip=skip,
+                crop_seed=crop_seed,
+                rounding=aspect_bucket_rounding,
+                max_workers=dataset.max_workers or max_workers,
+                on_file=functools.partial(_show, bars, bar),
             )
-            works.append(
-                _Work(
-                    dataset,
-                    cache,
-                    found,
-                    dataset.train_batch_size or train_batch_size,
-                    dataset.repeats,
-                )
-            )
+            batch_size = dataset.train_batch_size or train_batch_size
+            works.append(_Work(dataset, cache, found, batch_size, dataset.repeats))
         # before the long part, and again after it: decoding may find damaged images
         limits.check(works)
-        captions = [
-            caption
-            for work in works
-            for candidate in work.scan.candidates
-            for caption in candidate.captions
-        ]
+        captions = chain.from_iterable(work.captions for work in works)
         texts = list(dict.fromkeys([*captions, "", *extra_prompts]))
-        batch_size = data.text_embeds.text_encoder_batch_size
         prompts, texts_encoded = encode_prompts(
-            texts, text_cache, encoders, batch_size=batch_size, progress=bars
+            texts,
+            text_cache,
+            encoders,
+            batch_size=data.text_embeds.text_encoder_batch_size,
+            progress=bars,
         )
         with ImageEncoding(encoders, text_cache) as images:
             for work in works:

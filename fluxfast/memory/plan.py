@@ -40,13 +40,11 @@ LOADING = 3 * 10**9
 class Plan:
     """Bytes that a step takes at its peak.
 
-    vram: by part; they add up to the peak. host: host memory by part. streamed: of each block, the
-    bytes that are copied to the device; empty where blocks are resident.
+    vram: by part; they add up to the peak. host: host memory by part.
     """
 
     vram: dict[str, int]
     host: dict[str, int]
-    streamed: tuple[int, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -61,20 +59,12 @@ class Plan:
 
 def account(workload: Workload, choices: Choices) -> Plan:
     """What a step takes with these choices."""
-    sizes = workload.sizes
-    # modulation has a place of its own, unless it streams with the blocks
-    apart = choices.modulation_ahead or not choices.streams
-    blocks = [
-        of_block + (0 if apart else of_modulation)
-        for of_block, of_modulation in zip(
-            workload.block_weights, workload.modulation_weights, strict=True
-        )
-    ]
-    modulation = workload.outer_modulation_weights + (
-        sum(workload.modulation_weights) if apart else 0
-    )
+    blocks = _block_weights(workload, choices)
+    modulation = workload.outer_modulation_weights
+    if not _modulation_streams(choices):
+        modulation += sum(workload.modulation_weights)
     step = choices.blocks_per_group
-    groups = [sum(blocks[i : i + step]) for i in range(0, sizes.blocks, step)]
+    groups = [sum(blocks[i : i + step]) for i in range(0, len(blocks), step)]
     memory = [
         block_memory(workload, index, policy, choices.host_inputs)
         for index, policy in enumerate(choices.recompute)
@@ -98,7 +88,20 @@ def account(workload: Workload, choices: Choices) -> Plan:
         "modulation": modulation if choices.modulation_ahead else 0,
         "blocks' inputs": sum(block.input for block in memory) if choices.host_inputs else 0,
     }
-    return Plan(vram, host, tuple(blocks) if choices.streams else ())
+    return Plan(vram, host)
+
+
+def _modulation_streams(choices: Choices) -> bool:
+    """Whether modulation's weights stream with their blocks, and have no place of their own."""
+    return choices.streams and not choices.modulation_ahead
+
+
+def _block_weights(workload: Workload, choices: Choices) -> list[int]:
+    """Bytes of the weights that lie in each block's place, or stream with it."""
+    if not _modulation_streams(choices):
+        return workload.block_weights
+    pairs = zip(workload.block_weights, workload.modulation_weights, strict=True)
+    return [of_block + of_modulation for of_block, of_modulation in pairs]
 
 
 def loading_bytes(workload: Workload) -> int:
@@ -148,7 +151,7 @@ def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
         batch=workload.batch,
         rank=workload.rank,
         compute=workload.compute,
-        streamed=account(workload, choices).streamed,
+        streamed=_block_weights(workload, choices) if choices.streams else (),
         modulation=0 if choices.modulation_ahead else sum(workload.modulation_weights),
     )
 
