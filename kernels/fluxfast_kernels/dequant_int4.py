@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels.aot import AotCase
-from fluxfast_kernels.dequant_rows import decoder_cases, decoder_launch, row_and_block, store_row
+from fluxfast_kernels.decoder import decoder_cases, decoder_launch, write_rows
 from fluxfast_kernels.launch import cdiv, launch
 
 GROUP = tl.constexpr(64)
@@ -22,38 +22,48 @@ UNIT = tl.constexpr(16)
 
 
 @triton.jit
-def decode_int4(p_packed, p_scale, p_zero, i_row, o_g, n_group):
-    """Columns [GROUP · len(o_g)] fp32 of a row's groups o_g; zeros past its n_group groups."""
-    m_g = o_g < n_group
-    o_group = i_row * n_group + o_g
-    o_byte = o_group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-    b_byte = tl.load(p_packed + o_byte, mask=m_g[:, None], other=0).to(tl.int32)
+def decode_int4(parts, o_row, i_block, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns [BLOCK · i_block, BLOCK · (i_block + 1)) fp32 of the rows o_row; zeros past K's last
+    group.
+    """
+    p_packed, p_scale, p_zero = parts
+    N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP
+    o_g = i_block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    m_g = (o_g < N_GROUP)[None, :]
+    o_group = o_row[:, None] * N_GROUP + o_g[None, :]
+    o_byte = o_group[:, :, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
+    b_byte = tl.load(p_packed + o_byte, mask=m_g[:, :, None], other=0).to(tl.int32)
     b_scale = tl.load(p_scale + o_group, mask=m_g, other=0.0).to(tl.float32)
     b_zero = tl.load(p_zero + o_group, mask=m_g, other=0).to(tl.int32) & 0xFF
     # the even column in the high bits
     b_code = tl.join((b_byte >> 4) & 15, b_byte & 15)
-    b_step = UNIT * b_code - b_zero[:, None, None]
-    return tl.reshape(b_step.to(tl.float32) * b_scale[:, None, None], [o_g.shape[0] * GROUP])
+    b_step = UNIT * b_code - b_zero[:, :, None, None]
+    return tl.reshape(b_step.to(tl.float32) * b_scale[:, :, None, None], [o_row.shape[0], BLOCK])
 
 
 @triton.jit
 def dequant_int4_kernel(
-    p_packed, p_scale, p_zero, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr,
-    BLOCK: tl.constexpr
+    p_packed, p_scale, p_zero, p_out, p_out_scale, p_out_t, stride_out, stride_t, N,
+    K: tl.constexpr, TO_E4M3: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row, i_block = row_and_block(K, BLOCK)
-    o_g = i_block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-    b_w = decode_int4(p_packed, p_scale, p_zero, i_row, o_g, (K + GROUP - 1) // GROUP)
-    store_row(b_w, i_row, i_block * BLOCK + tl.arange(0, BLOCK), p_out, p_out_scale, K, TO_E4M3)
+    write_rows(
+        decode_int4, (p_packed, p_scale, p_zero),
+        p_out, p_out_scale, p_out_t, stride_out, stride_t, N, K, TO_E4M3, ROWS, BLOCK,
+    )  # fmt: skip
 
 
 def dequant_int4(
-    packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor, out_scale: Tensor | None = None
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    out: Tensor,
+    out_scale: Tensor | None = None,
+    transposed: Tensor | None = None,
 ) -> None:
     """Decodes int4's parts into out [N, K]; groups = ceil(K / 64).
 
     packed [N, 32 · groups] and zero [N, groups] are uint8, scale [N, groups] is bf16. Outputs as in
-    `dequant_rows`.
+    `decoder_launch`.
     """
     rows, groups = out.shape[0], cdiv(out.shape[1], GROUP.value)
     assert packed.shape == (rows, groups * GROUP.value // 2) and scale.shape == zero.shape == (
@@ -62,7 +72,7 @@ def dequant_int4(
     )
     assert packed.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
     parts = (packed.view(torch.int8), scale, zero.view(torch.int8))
-    grid, outputs, numbers = decoder_launch(out, out_scale, groups * GROUP.value)
+    grid, outputs, numbers = decoder_launch(out, out_scale, transposed, groups * GROUP.value)
     launch(dequant_int4_kernel, grid, *parts, *outputs, **numbers)
 
 

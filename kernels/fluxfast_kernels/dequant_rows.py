@@ -1,70 +1,17 @@
-"""Decoding int8 and e4m3 codes with one scale a row, w = code · scale.
-
-Here is also what every decoder does with a row of weights once it is decoded: it is written in a
-float dtype, or as int8 or e4m3 codes with one scale a row, which is what an 8-bit product takes.
-The codes go to a scratch that is written once a direction. Values are computed in fp32 as
-`fluxfast.quant` says, product by product (the launch forbids contraction of a·b + c), so that they
-equal its references bit for bit.
+"""Decoding int8 and e4m3 codes with one scale a row, w = code · scale; and weights in a float type,
+which are their own values, for a product that wants them as codes both ways (`decoder`).
 """
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxfast_kernels.aot import EVERY_TARGET, AotCase
-from fluxfast_kernels.launch import arch_key, cdiv, interpreted, launch, row_numbers
-from fluxfast_kernels.quantize_e4m3 import quantize_row_e4m3
-from fluxfast_kernels.row_quant import quantize_row
-
-# what a decoder's cases ahead of time write
-OUTPUTS = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-
-_INTERPRETED = tl.constexpr(interpreted())
-
-
-@triton.jit
-def round_to_bf16(b_y):
-    """The upper 16 bits [int32] of fp32 numbers, rounded to nearest, halves to even."""
-    b_bits = b_y.to(tl.int32, bitcast=True)
-    return ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16) & 0xFFFF
-
-
-@triton.jit
-def row_and_block(K: tl.constexpr, BLOCK: tl.constexpr):
-    """The row and the piece of it that this program decodes.
-
-    Piece i is the columns [BLOCK · i, BLOCK · (i + 1)).
-    """
-    N_BLOCK: tl.constexpr = (K + BLOCK - 1) // BLOCK
-    return (tl.program_id(0) // N_BLOCK).to(tl.int64), tl.program_id(0) % N_BLOCK
-
-
-@triton.jit
-def store_row(b_y, i_row, o_k, p_out, p_out_scale, K: tl.constexpr, TO_E4M3: tl.constexpr):
-    """Writes decoded weights b_y fp32 of row i_row, columns o_k, as values or as codes.
-
-    For codes it has to be a whole row, whose scale is written too.
-    """
-    m_k = o_k < K
-    p_out += i_row * K + o_k
-    if p_out_scale is None:
-        if _INTERPRETED and p_out.dtype.element_ty == tl.bfloat16:
-            # the interpreter cuts bits off
-            b_y = (round_to_bf16(b_y) << 16).to(tl.float32, bitcast=True)
-        tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=m_k)
-    else:
-        b_y = tl.where(m_k, b_y, 0.0)
-        if TO_E4M3:
-            b_q, b_scale = quantize_row_e4m3(b_y)
-        else:
-            b_q, b_scale = quantize_row(b_y, tl.int8)
-        tl.store(p_out, b_q, mask=m_k)
-        tl.store(p_out_scale + i_row, b_scale)
+from fluxfast_kernels.aot import AotCase
+from fluxfast_kernels.decoder import OUTPUTS, decoder_cases, decoder_launch, write_rows
+from fluxfast_kernels.launch import launch
 
 
 @triton.jit
@@ -78,47 +25,65 @@ def decode_e4m3(b_code):
 
 
 @triton.jit
+def load_rows(p_w, o_row, i_block, stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of the rows o_row, which are `stride` apart, as they lie in memory."""
+    o_k = i_block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return tl.load(p_w + o_row[:, None] * stride + o_k, mask=o_k < K, other=0)
+
+
+@triton.jit
+def decode_int8_rows(parts, o_row, i_block, K: tl.constexpr, BLOCK: tl.constexpr):
+    p_code, p_scale = parts
+    b_code = load_rows(p_code, o_row, i_block, K, K, BLOCK)
+    return b_code.to(tl.float32) * tl.load(p_scale + o_row)[:, None]
+
+
+@triton.jit
+def decode_e4m3_rows(parts, o_row, i_block, K: tl.constexpr, BLOCK: tl.constexpr):
+    p_code, p_scale = parts
+    b_code = load_rows(p_code, o_row, i_block, K, K, BLOCK)
+    return decode_e4m3(b_code) * tl.load(p_scale + o_row)[:, None]
+
+
+@triton.jit
+def decode_float_rows(parts, o_row, i_block, K: tl.constexpr, BLOCK: tl.constexpr):
+    p_w, stride_w = parts
+    return load_rows(p_w, o_row, i_block, stride_w, K, BLOCK).to(tl.float32)
+
+
+@triton.jit
 def dequant_rows_kernel(
-    p_code, p_scale, p_out, p_out_scale,
-    K: tl.constexpr, FROM_E4M3: tl.constexpr, TO_E4M3: tl.constexpr, BLOCK: tl.constexpr,
+    p_code, p_scale, p_out, p_out_scale, p_out_t, stride_out, stride_t, N,
+    K: tl.constexpr, TO_E4M3: tl.constexpr, FROM_E4M3: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_row, i_block = row_and_block(K, BLOCK)
-    o_k = i_block * BLOCK + tl.arange(0, BLOCK)
-    b_code = tl.load(p_code + i_row * K + o_k, mask=o_k < K, other=0)
-    b_w = (decode_e4m3(b_code) if FROM_E4M3 else b_code.to(tl.float32)) * tl.load(p_scale + i_row)
-    store_row(b_w, i_row, o_k, p_out, p_out_scale, K, TO_E4M3)
+    write_rows(
+        decode_e4m3_rows if FROM_E4M3 else decode_int8_rows, (p_code, p_scale),
+        p_out, p_out_scale, p_out_t, stride_out, stride_t, N, K, TO_E4M3, ROWS, BLOCK,
+    )  # fmt: skip
 
 
-class DecoderLaunch(NamedTuple):
-    """What decoders' launches share: grid, outputs as kernels take them, and launch numbers."""
-
-    grid: tuple[int]
-    outputs: tuple[Tensor, Tensor | None]
-    numbers: dict[str, int]
-
-
-def decoder_launch(out: Tensor, out_scale: Tensor | None, width: int) -> DecoderLaunch:
-    """For a decoder that writes the rows of `out`, of `width` columns with their padding."""
-    rows, cols = out.shape
-    assert out.is_contiguous() and (out_scale is None) == (out.itemsize > 1)
-    assert out_scale is None or (out_scale.shape == (rows,) and out_scale.is_contiguous())
-    numbers = row_numbers(
-        "dequant" if out_scale is None else "dequant_quantized", width, arch_key(out.device)
-    )
-    is_e4m3 = out.dtype == torch.float8_e4m3fn
-    constants = {"K": cols, "TO_E4M3": int(is_e4m3), "enable_fp_fusion": False}
-    outputs = (out.view(torch.int8) if is_e4m3 else out, out_scale)
-    grid = (rows * cdiv(width, numbers["BLOCK"]),)
-    return DecoderLaunch(grid, outputs, {**constants, **numbers})
+@triton.jit
+def quantize_both_ways_kernel(
+    p_w, stride_w, p_out, p_out_scale, p_out_t, stride_out, stride_t, N,
+    K: tl.constexpr, TO_E4M3: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    write_rows(
+        decode_float_rows, (p_w, stride_w),
+        p_out, p_out_scale, p_out_t, stride_out, stride_t, N, K, TO_E4M3, ROWS, BLOCK,
+    )  # fmt: skip
 
 
 def dequant_rows(
-    packed: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor | None = None
+    packed: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    out_scale: Tensor | None = None,
+    transposed: Tensor | None = None,
 ) -> None:
     """Decodes packed [N, K], int8 or float8_e4m3fn, with scale [N] fp32, into out [N, K].
 
-    out is contiguous. In a float dtype it gets values; in int8 or float8_e4m3fn it gets codes,
-    whose scales [N] fp32 go to out_scale.
+    Outputs as in `decoder_launch`.
     """
     assert (
         packed.is_contiguous()
@@ -127,31 +92,36 @@ def dequant_rows(
         and scale.shape == packed.shape[:1]
     )
     is_e4m3 = int(packed.dtype == torch.float8_e4m3fn)
-    grid, outputs, numbers = decoder_launch(out, out_scale, out.shape[1])
     parts = (packed.view(torch.int8), scale)
+    grid, outputs, numbers = decoder_launch(out, out_scale, transposed)
     launch(dequant_rows_kernel, grid, *parts, *outputs, FROM_E4M3=is_e4m3, **numbers)
 
 
-def decoder_cases(
-    decode: Any, parts: tuple[Any, ...], shape: tuple[int, int], name: str = ""
-) -> Iterator[AotCase]:
-    """`decode(*parts, out, out_scale)` ahead of time, for each of OUTPUTS."""
-    for dtype in OUTPUTS:
-        out = torch.empty(shape, dtype=dtype, device="meta")
-        out_scale = torch.empty(shape[0], device="meta") if out.itemsize == 1 else None
-        case = f"{name}{shape[1]}-{str(dtype).removeprefix('torch.')}"
-        yield case, partial(decode, *parts, out, out_scale), EVERY_TARGET
+def quantize_both_ways(w: Tensor, out: Tensor, out_scale: Tensor, transposed: Tensor) -> None:
+    """Quantises w [N, K], of a float dtype with rows any distance apart, as `row_quant` does.
+
+    out [N, K] and out_scale [N] get what `row_quant` gives, transposed [K, N] the codes in the
+    other order.
+    """
+    assert w.shape == out.shape and (w.stride(1) == 1 or w.shape[1] <= 1)
+    parts = (w, w.stride(0))
+    grid, outputs, numbers = decoder_launch(out, out_scale, transposed)
+    launch(quantize_both_ways_kernel, grid, *parts, *outputs, **numbers)
 
 
 def aot_cases() -> Iterator[AotCase]:
     """What `fluxfast-bench aot` compiles of this op: launches at FLUX.1's sizes."""
-    for stored in (torch.int8, torch.float8_e4m3fn):
-        for cols in (3072, 15360):
-            codes, scale = (
-                torch.empty(3072, cols, dtype=stored, device="meta"),
-                torch.empty(3072, device="meta"),
-            )
-            name = f"{str(stored).removeprefix('torch.')}-"
+    for cols in (3072, 15360):
+        shape, scale = (3072, cols), torch.empty(3072, device="meta")
+        for stored in (torch.int8, torch.float8_e4m3fn):
+            codes = torch.empty(shape, dtype=stored, device="meta")
             # codes of the type that is stored are copied, not made
-            cases = decoder_cases(dequant_rows, (codes, scale), (3072, cols), name)
-            yield from (case for case in cases if not case[0].endswith(name.removesuffix("-")))
+            made = tuple(dtype for dtype in OUTPUTS if dtype != stored)
+            name = f"{str(stored).removeprefix('torch.')}-"
+            yield from decoder_cases(dequant_rows, (codes, scale), shape, name, made)
+        floats = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for name, call, targets in decoder_cases(
+            quantize_both_ways, (floats,), shape, "bf16-", OUTPUTS[1:]
+        ):
+            if name.endswith("-both"):
+                yield name, call, targets

@@ -9,7 +9,8 @@ that have none.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ ROW_LAUNCH: dict[str, LaunchTable] = {
     "gelu_bwd": {"default": {"per_thread": 16, "widest": 2048}},
     "gelu_bwd_quantized": {"default": {"per_thread": 32}},
     "modulated_layer_norm_fwd": {"default": {"per_thread": 32}},
+    "qk_norm_rope_bwd_quantized": {"default": {"per_thread": 32}},
     "modulated_layer_norm_bwd": {"default": {"per_thread": 32, "ROWS": 1}},
     "modulated_layer_norm_bwd_sums": {"default": {"per_thread": 8, "ROWS": 16}},
 }
@@ -55,21 +57,24 @@ OPTIM_LAUNCH: LaunchTable = {
 
 # Which engine takes a wide product with float activations. A table is chosen by what W is; its rows
 # are (most tokens, engine), and None means any number of tokens.
-#   "library"  torch's GEMM, then bias and a thin product for the adapters
-#   "fused"    our kernel, with those in its epilogue
-#   "codes"    our kernel on W's stored codes, which it converts in registers
-#   "decode"   W decoded to a scratch, then as "float"
-# None of these choices is measured yet. "fused" saves a launch and a pass over y for each linear
-# with an adapter, so a library's GEMM has to be faster by more than that, which it may be on chips
-# with asynchronous tensor cores. A kernel that converts codes as it reads them wins as long as a
-# tile of W is read once, up to about 64 tokens. To measure on a device: time `lora_linear`, forward
-# and backward, at FLUX.1's shapes and 16 to 4608 tokens, with one engine as "default" and then with
-# the other. The numbers of tokens where the faster one changes are the bounds of that
-# architecture's row.
+#   "library"    torch's GEMM, then a thin product for the adapters
+#   "augmented"  torch's GEMM with the adapters beside W, where x and W have room for them, else as
+#                "fused"; without adapters, torch's GEMM
+#   "fused"      our kernel, with bias and adapters in its epilogue
+#   "codes"      our kernel on W's stored codes, which it converts in registers
+#   "decode"     W decoded to a scratch, then as "float"
+# None of these choices is measured yet. "fused" and "augmented" save a launch and a pass over y for
+# each linear with an adapter, which "library" needs. "augmented" takes 2 % more arithmetic than
+# "fused" for cuBLAS's speed, which is expected to be ahead of our kernel's on chips with
+# asynchronous tensor cores. A kernel that converts codes as it reads them wins as long as a tile of
+# W is read once, up to about 64 tokens. To measure on a device: time a block, forward and backward,
+# at FLUX.1's shapes and 16 to 4608 tokens, with one engine as "default", then with the other. The
+# numbers of tokens where the faster one changes are the bounds of that architecture's row.
 WideRows = tuple[tuple[int | None, str], ...]
 WIDE_ENGINES: dict[str, dict[str, WideRows]] = {
     "float": {
         "default": ((None, "fused"),),
+        "sm_90": ((None, "augmented"),),
     },
     "int8": {"default": ((64, "codes"), (None, "decode"))},
     # Triton converts e4m3 on these only
@@ -96,8 +101,13 @@ def wide_engine(kind: str, tokens: int, device: torch.device) -> str:
 TRANSPOSE_FROM: LaunchTable = {"default": {"rows": 0}, "sm_90": {"rows": 512}}
 
 
+def reads_transposed(arch: str) -> bool:
+    """Whether 8-bit dgrad on GPUs of that key reads W's codes transposed, from whatever rows on."""
+    return TRANSPOSE_FROM.get(arch, TRANSPOSE_FROM["default"])["rows"] > 0
+
+
 def dgrad_transposes(rows: int, device: torch.device) -> bool:
-    """Whether dgrad of so many rows wants `.T` of a transposed copy of W's codes."""
+    """Whether dgrad of so many rows makes itself a transposed copy of W's codes."""
     return 0 < launch_numbers(TRANSPOSE_FROM, device)["rows"] <= rows
 
 
@@ -138,6 +148,20 @@ def arch_key(device: torch.device) -> str:
     if device.type != "cuda" or not torch.cuda.is_available():
         return "default"
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """A GPU's multiprocessors (AMD: compute units); 0 where `device` stands for one or is none."""
+    if _pretence is not None or device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return _multiprocessors_of(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 def launch_numbers(table: LaunchTable, device: torch.device) -> Mapping[str, int]:
@@ -201,11 +225,100 @@ def pretending() -> bool:
     return _pretence is not None
 
 
+def pretence() -> Hashable:
+    """Which `pretend` the caller is inside, None for none."""
+    return _pretence
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Marks a tensor that lives on and has the same values at the beginning of each launch.
+
+    Launch plans (`fluxfast.model.launch_plans`) may keep such a tensor, and no other one. Returns
+    it.
+    """
+    tensor.fluxfast_constant = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether a tensor was marked so."""
+    return getattr(tensor, "fluxfast_constant", False)
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """An argument of a kernel that is a table of the addresses of tensors, on the device.
+
+    table: gives the table for the tensors' addresses, in their order.
+    """
+
+    table: Callable[[tuple[int, ...]], Tensor]
+    tensors: tuple[Tensor, ...]
+
+    def made(self) -> Tensor:
+        return self.table(tuple([t.data_ptr() for t in self.tensors]))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: what `launch` was called with, and what Triton compiled for it.
+
+    compiled: None in the interpreter, and inside `pretend`, where a repetition calls on_launch.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    numbers: Mapping[str, Any]
+    compiled: Any
+    on_launch: OnLaunch | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a launcher found when it compared the addresses of tensors, and then went by."""
+
+    holds: Callable[..., bool]
+    tensors: tuple[Tensor, ...]
+    found: bool
+
+
+# who hears of this thread's launches, under the name `hear`
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def hearing(hear: Callable[[Launched | Compared], None]) -> Iterator[None]:
+    """Inside, `hear` is told of each launch of this thread, after it.
+
+    It is told as well of each comparison of addresses by which a launch was chosen.
+    """
+    before = getattr(_thread, "hear", None)
+    _thread.hear = hear
+    try:
+        yield
+    finally:
+        _thread.hear = before
+
+
+def compare(holds: Callable[..., bool], *tensors: Tensor) -> bool:
+    """What `holds` says to the addresses of the tensors."""
+    found = holds(*[t.data_ptr() for t in tensors])
+    if (hear := getattr(_thread, "hear", None)) is not None:
+        hear(Compared(holds, tensors, found))
+    return found
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: Any) -> None:
     """Launches `kernel` on the GPU that its tensors are on; inside `pretend`, nothing runs."""
+    compiled = on_launch = None
+    given = [arg.made() if isinstance(arg, Addresses) else arg for arg in args]
     if _pretence is not None:
-        _pretence.on_launch(kernel, args, numbers)
-        return
-    tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    with on_device(tensor):
-        kernel[grid](*args, **numbers)
+        on_launch = _pretence.on_launch
+        on_launch(kernel, tuple(given), numbers)
+    else:
+        tensor = next(arg for arg in given if isinstance(arg, Tensor))
+        with on_device(tensor):
+            compiled = kernel[grid](*given, **numbers)
+    if (hear := getattr(_thread, "hear", None)) is not None:
+        hear(Launched(kernel, grid, args, numbers, compiled, on_launch))

@@ -12,10 +12,16 @@ floats (fp32 accumulation); where their types differ both are cast to DOT_TYPE i
 Linears that share x are one packed w. Their low-rank parts are then block-diagonal: the rows of v
 that belong to one linear meet only that linear's columns of u. A table of segments says which, and
 a tile never crosses a segment's end, so that it needs one slice of u and v.
+
+x may have two parts, whose rows meet weights of their own (`Second`): a double block's text and
+image. A tile never crosses from one part to the other.
+
+sm_90 has another kernel for codes (`persistent_matmul`), which computes the same.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +29,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.launch import (
-    LaunchTable,
     arch_key,
-    cdiv,
     interpreted,
     launch,
-    launch_numbers,
+    multiprocessors,
     next_pow2,
+    pretending,
+)
+from fluxfast_kernels.persistent_matmul import describable, launch_persistent, one_descriptor
+from fluxfast_kernels.product_tile import (
+    Segments,
+    as_type,
+    finish_tile,
+    make_segments,
+    of_part,
+    segment_tile,
+    tile_at,
+    tile_rows,
 )
 from fluxfast_kernels.row_quant import check_rows
+from fluxfast_kernels.tiles import TILES
+from fluxfast_kernels.waves import best_schedule, product_numbers, scheduled
 
 TL_TYPES = {
     torch.int8: tl.int8,
@@ -42,79 +61,8 @@ TL_TYPES = {
     torch.float32: tl.float32,
 }
 
-# a segment's columns are counted in this unit, so that a compiler knows how its loads and stores
-# are aligned
-SEGMENT_UNIT = tl.constexpr(16)
 
-
-class Segments(NamedTuple):
-    """How the linears of a packed group divide its output columns and its adapters' ranks.
-
-    table [n, 4] int32 on the group's device: first column and last column + 1 in units of
-    SEGMENT_UNIT, first rank, number of ranks; the sizes on the host as `outs` and `ranks`, so that
-    no launch waits for the device.
-    """
-
-    table: Tensor
-    outs: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-
-def make_segments(
-    outs: Sequence[int], ranks: Sequence[int], device: torch.device | str
-) -> Segments:
-    """Segments of linears with `outs` output features and `ranks` adapter ranks, in order.
-
-    A rank is that of all adapters of a linear together, 0 for none. Raises ValueError unless every
-    number of features is a multiple of SEGMENT_UNIT.
-    """
-    rows, col, rank, unit = [], 0, 0, SEGMENT_UNIT.value
-    for n, r in zip(outs, ranks, strict=True):
-        if n % unit:
-            raise ValueError(
-                f"linears in one group need multiples of {unit} output features, got {n}; call "
-                "them one by one"
-            )
-        rows.append((col // unit, (col + n) // unit, rank, r))
-        col, rank = col + n, rank + r
-    return Segments(torch.tensor(rows, dtype=torch.int32).to(device), tuple(outs), tuple(ranks))
-
-
-@triton.jit
-def as_type(b, TYPE: tl.constexpr):
-    """b in the type of a product.
-
-    gfx942's e4m3 has another bias: the same bits mean half as much, but minus zero means NaN.
-    """
-    if TYPE.is_fp8e4b8() and b.dtype.is_fp8e4nv():
-        b_code = b.to(tl.uint8, bitcast=True)
-        b = tl.where(b_code == 0x80, 0, b_code).to(tl.uint8).to(TYPE, bitcast=True)
-    else:
-        b = b.to(TYPE)
-    return b
-
-
-@triton.jit
-def segment_tile(p_seg, n_seg, i_tile, BLOCK_N: tl.constexpr):
-    """First column of a tile, end of its segment, the segment's first rank, and its ranks.
-
-    The tiles cut every segment from its own start, and are numbered through all segments.
-    """
-    i_first, n_begin, n_end, r_begin, n_rank = 0, 0, 0, 0, 0
-    for i_seg in range(n_seg):
-        n_lo = tl.load(p_seg + 4 * i_seg) * SEGMENT_UNIT
-        n_hi = tl.load(p_seg + 4 * i_seg + 1) * SEGMENT_UNIT
-        n_tiles = tl.cdiv(n_hi - n_lo, BLOCK_N)
-        here = (i_tile >= i_first) & (i_tile < i_first + n_tiles)
-        n_begin = tl.where(here, n_lo + (i_tile - i_first) * BLOCK_N, n_begin)
-        n_end = tl.where(here, n_hi, n_end)
-        r_begin = tl.where(here, tl.load(p_seg + 4 * i_seg + 2), r_begin)
-        n_rank = tl.where(here, tl.load(p_seg + 4 * i_seg + 3), n_rank)
-        i_first += n_tiles
-    return n_begin, n_end, r_begin, n_rank
-
-
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "M_FIRST"])
 def matmul_kernel(
     p_x,
     p_w,
@@ -124,8 +72,13 @@ def matmul_kernel(
     p_bias,
     p_u,
     p_v,
+    p_w_2,
+    p_w_scale_2,
+    p_bias_2,
+    p_v_2,
     p_seg,
     M,
+    M_FIRST,
     N,
     K,
     R,
@@ -146,34 +99,27 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_UNIT: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # programs that run at one time share GROUP_M row tiles of x and a few tiles of w, which then
-    # stay in L2
-    i_pid = tl.program_id(0)
-    m_tiles = tl.cdiv(M, BLOCK_M)
-    in_group = GROUP_M * n_tiles
-    i_first = (i_pid // in_group) * GROUP_M
-    rows = tl.minimum(m_tiles - i_first, GROUP_M)
-    i_m = i_first + (i_pid % in_group) % rows
-    i_n = (i_pid % in_group) // rows
-
+    i_m, i_n = tile_at(tl.program_id(0), M, M_FIRST, n_tiles, BLOCK_M, GROUP_M)
+    m_begin, m_end, second = tile_rows(i_m, M, M_FIRST, BLOCK_M)
     if p_seg is not None:
-        n_begin, n_end, r_begin, n_rank = segment_tile(p_seg, n_seg, i_n, BLOCK_N)
+        n_begin, n_end, r_begin, n_rank = segment_tile(p_seg, n_seg, i_n, BLOCK_N, RANK_UNIT)
     else:
         n_begin, n_end, r_begin, n_rank = i_n * BLOCK_N, N, 0, R
 
     # 64-bit offsets to the tile, 32-bit ones within it
-    i_m0 = (i_m * BLOCK_M).to(tl.int64)
     i_n0 = n_begin.to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    m_m = i_m0 + o_m < M
+    m_m = m_begin + o_m < m_end
     m_n = n_begin + o_n < n_end
 
-    p_x += i_m0 * stride_x
+    p_x += m_begin.to(tl.int64) * stride_x
     o_x = o_m[:, None] * stride_x + o_k[None, :]
+    p_w = of_part(second, p_w, p_w_2)
     if W_K_MAJOR:
         p_w += i_n0 * stride_w
         o_w = o_n[None, :] * stride_w + o_k[:, None]
@@ -203,44 +149,22 @@ def matmul_kernel(
     b_y = b_acc.to(tl.float32)
     if DOT_TYPE.is_fp8e4b8() and p_x.dtype.element_ty.is_fp8e4nv():
         b_y *= 4.0
-    if p_x_scale is not None:
-        b_y *= tl.load(p_x_scale + i_m0 + o_m, mask=m_m, other=0.0)[:, None]
-    if p_w_scale is not None:
-        b_y *= tl.load(p_w_scale + i_n0 + o_n, mask=m_n, other=0.0)[None, :]
-    if p_u is not None:
-        p_u += i_m0 * stride_u + r_begin
-        p_v += i_n0 * stride_v if V_K_MAJOR else i_n0
-        for i_r in tl.range(0, n_rank, BLOCK_R, num_stages=1):
-            o_r = i_r + tl.arange(0, BLOCK_R)
-            m_r = o_r < n_rank
-            if V_K_MAJOR:
-                o_v = o_n[None, :] * stride_v + o_r[:, None]
-            else:
-                o_v = o_r[:, None] * stride_v + o_n[None, :]
-            b_u = tl.load(
-                p_u + o_m[:, None] * stride_u + o_r[None, :],
-                mask=m_m[:, None] & m_r[None, :],
-                other=0.0,
-            )
-            b_v = tl.load(p_v + o_v, mask=m_r[:, None] & m_n[None, :], other=0.0)
-            b_y = tl.dot(b_u.to(LORA_TYPE), b_v.to(LORA_TYPE), b_y, input_precision="ieee")
-    if p_bias is not None:
-        b_y += tl.load(p_bias + i_n0 + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-
-    p_y += i_m0 * stride_y + i_n0
-    o_y = o_m[:, None] * stride_y + o_n[None, :]
-    m_y = m_m[:, None] & m_n[None, :]
-    if ACCUMULATE:
-        b_y += tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
+    finish_tile(
+        b_y, p_y, p_x_scale, p_w_scale, p_bias, p_u, p_v, p_w_scale_2, p_bias_2, p_v_2, second,
+        m_begin, m_end, n_begin, n_end, r_begin, n_rank, stride_y, stride_u, stride_v,
+        LORA_TYPE, V_K_MAJOR, ACCUMULATE, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
 
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """The type in which products of `dtype` are taken.
 
     It is the type itself, but fp32 for bf16 in the interpreter, whose products of that are wrong.
+    Tensors that stand for a GPU's never reach the interpreter.
     """
-    return tl.float32 if dtype is torch.bfloat16 and interpreted() else TL_TYPES[dtype]
+    if dtype is torch.bfloat16 and interpreted() and not pretending():
+        return tl.float32
+    return TL_TYPES[dtype]
 
 
 def product_type(x: Tensor, w: Tensor, dtype: torch.dtype) -> tl.dtype:
@@ -252,53 +176,6 @@ def product_type(x: Tensor, w: Tensor, dtype: torch.dtype) -> tl.dtype:
         return tl.float8e4b8
     return dot_type(x.dtype if x.dtype == w.dtype or x.itemsize > 1 else dtype)
 
-
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {
-        "BLOCK_M": m,
-        "BLOCK_N": n,
-        "BLOCK_K": k,
-        "GROUP_M": 8,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-
-
-def _tiles(default: dict[str, int], nvidia: dict[str, int], **archs: dict[str, int]) -> LaunchTable:
-    return {
-        "default": default,
-        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), nvidia),
-        **archs,
-    }
-
-
-# by the type of the product; compiled ahead of time without a spill for every target, not yet tuned
-# on a device
-MATMUL: dict[str, LaunchTable] = {
-    "int8": _tiles(
-        _tile(128, 64, 64, 8, 2),
-        _tile(128, 128, 128, 8, 3),
-        sm_90=_tile(128, 256, 128, 8, 3),
-        gfx942=_tile(128, 128, 128, 8, 2),
-    ),
-    "e4m3": _tiles(
-        _tile(128, 64, 64, 8, 2),
-        _tile(128, 128, 128, 8, 3),
-        sm_90=_tile(128, 128, 128, 8, 4),
-        gfx942=_tile(128, 128, 64, 8, 2),
-    ),
-    "half": _tiles(
-        _tile(128, 64, 32, 8, 2),
-        _tile(128, 128, 64, 8, 3),
-        sm_90=_tile(128, 256, 64, 8, 4),
-        gfx942=_tile(128, 128, 64, 8, 2),
-    ),
-    "fp32": _tiles(_tile(64, 64, 32, 8, 2), _tile(64, 64, 16, 8, 3), sm_90=_tile(64, 64, 32, 8, 3)),
-}
-# where w's contraction is not the contiguous dimension. sm_90's 8-bit tensor cores take K-major
-# operands only, so its tile is transposed byte by byte, which a wider tile doesn't make cheaper
-MATMUL |= {f"{kind}_t": rows for kind, rows in MATMUL.items()}
-MATMUL["int8_t"] = {**MATMUL["int8"], "sm_90": _tile(128, 128, 128, 8, 4)}
 
 _KINDS = {tl.int8: "int8", tl.float8e4nv: "e4m3", tl.float8e4b8: "e4m3", tl.float32: "fp32"}
 
@@ -344,6 +221,47 @@ def listening(on_product: OnProduct) -> Iterator[None]:
         _on_product = before
 
 
+class Second(NamedTuple):
+    """What x's rows from `rows` on meet in place of w and what belongs to it.
+
+    Shapes, dtypes and order in memory are those of what they stand in for, segments and ranks too;
+    where they differ, each part is a launch of its own.
+    """
+
+    rows: int
+    w: Tensor
+    w_scale: Tensor | None = None
+    bias: Tensor | None = None
+    v: Tensor | None = None
+
+
+def _alike(t: Tensor | None, other: Tensor | None) -> bool:
+    if t is None or other is None:
+        return t is other
+    return t.shape == other.shape and t.stride() == other.stride() and t.dtype == other.dtype
+
+
+def product_kind(x: Tensor, w: Tensor, second: Second | None, dtype: torch.dtype) -> str:
+    """The kind of TILES of x wᵀ with an output of `dtype`, which says what kernel computes it.
+
+    The persistent one needs an architecture that has it, codes in x and w, and memory that tensor
+    descriptors can describe: contraction contiguous, rows at multiples of 16 bytes.
+    """
+    kind = _KINDS.get(product_type(x, w, dtype), "half")
+    if w.stride(1) != 1:
+        return f"{kind}_t"
+    persistent = f"{kind}_persistent"
+    if (
+        arch_key(x.device) in TILES.get(persistent, ())
+        and x.dtype == w.dtype
+        and x.shape[1]
+        and describable(x, w)
+        and (second is None or (describable(second.w) and one_descriptor(w, second.w)))
+    ):
+        return persistent
+    return kind
+
+
 def matmul(
     x: Tensor,
     w: Tensor,
@@ -354,6 +272,7 @@ def matmul(
     u: Tensor | None = None,
     v: Tensor | None = None,
     segments: Segments | None = None,
+    second: Second | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     accumulate: bool = False,
@@ -369,20 +288,31 @@ def matmul(
 
     Forward, w is W, u is s = scale · x Aᵀ and v is B. With `segments` (several linears), u is [M,
     Σ ranks] and v [N, max ranks]. For dgrad, x is dy (codes are those of dy · w_scale), w is W.T, u
-    is dS and v is A.T. `numbers` overrides single launch numbers of MATMUL's. Codes of e4m3 need
-    sm_89, sm_90 or gfx942; multiples of 16 are the fast case.
+    is dS and v is A.T. With `second`, the rows from `second.rows` on meet that. `numbers` overrides
+    single launch numbers of `waves.product_numbers`. Codes of e4m3 need sm_89, sm_90 or gfx942;
+    multiples of 16 are the fast case.
     """
+    assert x.itemsize > 1 or out is not None or out_dtype is not None
+    (m, k), n = x.shape, w.shape[0]
+    y = torch.empty((m, n), dtype=out_dtype or x.dtype, device=x.device) if out is None else out
+    first = Second(m, w, w_scale, bias, v)
+    if second is not None and not all(map(_alike, first[1:], second[1:])):
+        for part, own in ((slice(second.rows), first), (slice(second.rows, m), second)):
+            matmul(
+                x[part], own.w, x_scale=None if x_scale is None else x_scale[part],
+                w_scale=own.w_scale, bias=own.bias, u=None if u is None else u[part], v=own.v,
+                segments=segments, out=y[part], accumulate=accumulate, numbers=numbers,
+            )  # fmt: skip
+        return y
     if _on_product is not None:
         _on_product({
             "x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale, "bias": bias, "u": u, "v": v,
-            "segments": segments, "out": out, "out_dtype": out_dtype, "accumulate": accumulate,
+            "segments": segments, "second": second, "out": out, "out_dtype": out_dtype,
+            "accumulate": accumulate,
         })  # fmt: skip
     assert (x_scale is None) == (x.itemsize > 1), (
         "8-bit rows come with their scales, float rows without"
     )
-    assert x.itemsize > 1 or out is not None or out_dtype is not None
-    (m, k), n = x.shape, w.shape[0]
-    y = torch.empty((m, n), dtype=out_dtype or x.dtype, device=x.device) if out is None else out
     check_rows("matmul", x=x, out=y, u=u, x_scale=x_scale, w_scale=w_scale, bias=bias)
     rank = 0 if u is None else u.shape[1] if segments is None else max(segments.ranks)
     assert (
@@ -390,25 +320,94 @@ def matmul(
         and y.shape == (m, n)
         and (u is None) == (v is None)
         and (v is None or v.shape == (n, rank))
+        and (second is None or 0 <= second.rows <= m)
     )
-    if y.numel() == 0:
-        return y
-    product = product_type(x, w, y.dtype)
+    if y.numel():
+        _launch(x, x_scale, first, second, u, rank, segments, y, accumulate, numbers)
+    return y
+
+
+def _launch(
+    x: Tensor, x_scale: Tensor | None, first: Second, second: Second | None, u: Tensor | None,
+    rank: int, segments: Segments | None, y: Tensor, accumulate: bool,
+    numbers: Mapping[str, int] | None,
+) -> None:  # fmt: skip
+    """`first` has what the rows before `second.rows`, or all rows, meet."""
+    m_first, w, w_scale, bias, v = first if second is None else (second.rows, *first[1:])
+    (m, k), (n, _) = x.shape, w.shape
     w_k_major, stride_w = order_of("matmul", w)
     v_k_major, stride_v = (True, 0) if v is None else order_of("matmul", v)
-    kind = _KINDS.get(product, "half") + ("" if w_k_major else "_t")
-    chosen = {**launch_numbers(MATMUL[kind], x.device), **(numbers or {})}
-    block_n, block_k = chosen["BLOCK_N"], chosen["BLOCK_K"]
-    m_tiles = cdiv(m, chosen["BLOCK_M"])
-    n_tiles = (
-        cdiv(n, block_n) if segments is None else sum(cdiv(outs, block_n) for outs in segments.outs)
+    cols = (n,) if segments is None else segments.outs
+    n_seg, seg = (0, None) if segments is None else (len(cols), segments.table)
+    size = (product_kind(x, w, second, y.dtype), (m_first, m - m_first), cols, k)
+    gpu = arch_key(x.device), multiprocessors(x.device)
+    chosen = (
+        scheduled(*size, {**product_numbers(*size, *gpu), **numbers})
+        if numbers
+        else best_schedule(*size, *gpu)
     )
-    n_seg, seg = (0, None) if segments is None else (len(segments.outs), segments.table)
-    launch(
-        matmul_kernel, (m_tiles * n_tiles,),
-        x, w, y, x_scale, w_scale, bias, u, v, seg, m, n, k, rank, n_seg, n_tiles,
+    operands = (
+        x, w, y, x_scale, w_scale, bias, u, v, *(second or (None,) * 5)[1:], seg,
+        m, m_first, n, k, rank, n_seg, chosen.n_tiles,
         x.stride(0), stride_w, y.stride(0), 0 if u is None else u.stride(0), stride_v,
-        DOT_TYPE=product, LORA_TYPE=dot_type(y.dtype), W_K_MAJOR=w_k_major, V_K_MAJOR=v_k_major,
-        ACCUMULATE=accumulate, EVEN_K=k % block_k == 0, BLOCK_R=rank_block(rank, 32), **chosen,
     )  # fmt: skip
-    return y
+    # in fp32, products are made in registers, which have no room for several ranks at once
+    several = segments is not None and y.itemsize <= 2
+    constants = {
+        "DOT_TYPE": product_type(x, w, y.dtype), "LORA_TYPE": dot_type(y.dtype),
+        "V_K_MAJOR": v_k_major, "ACCUMULATE": accumulate, "BLOCK_R": rank_block(rank, 32),
+        "RANK_UNIT": segments.rank_unit if several else 1,
+    }  # fmt: skip
+    if chosen.persistent:
+        launch_persistent(operands, chosen, constants)
+        return
+    launch(
+        matmul_kernel, (chosen.programs,), *operands, W_K_MAJOR=w_k_major,
+        EVEN_K=k % chosen.numbers["BLOCK_K"] == 0, **constants, **chosen.numbers,
+    )  # fmt: skip
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """What `fluxfast-bench aot` compiles: every tile of every kind, in the launches that take most.
+
+    Where w is K-major that is forward with segments, else dgrad that accumulates, for two parts;
+    the persistent kernel takes both, with one part too.
+    """
+    meta = partial(torch.empty, device="meta")
+    bf16 = partial(meta, dtype=torch.bfloat16)
+    types = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "half": torch.bfloat16}
+    m, d, rank = 1536, 3072, 64
+    outs = (d, d, d)
+    n, segments = sum(outs), make_segments(outs, (rank,) * 3, "meta")
+
+    def call(kind: str, forward: bool, parts: int, numbers: Mapping[str, int]) -> None:
+        base, _, order = kind.partition("_")
+        dtype = types.get(base, torch.float32)
+        k, wide = (d, n) if forward else (n, d)
+        w = meta(k, wide, dtype=dtype).T if order == "t" else meta(wide, k, dtype=dtype)
+        codes = dtype.itemsize == 1
+        own = {
+            "w_scale": meta(wide) if forward and codes else None,
+            "bias": bf16(wide) if forward else None,
+            "v": bf16(wide, rank) if forward else bf16(3 * rank, wide).T,
+        }
+        matmul(
+            meta(m, k, dtype=dtype), w, x_scale=meta(m) if codes else None, **own,
+            u=bf16(m, 3 * rank), segments=segments if forward else None,
+            second=Second(512, torch.empty_like(w), **own) if parts == 2 else None,
+            out=bf16(m, wide), accumulate=not forward, numbers=numbers,
+        )  # fmt: skip
+
+    for kind, table in TILES.items():
+        persistent = kind.endswith("_persistent")
+        forms = [(False, 2)] if kind.endswith("_t") else [(True, 2)]
+        forms = [(f, parts) for f in (True, False) for parts in (1, 2)] if persistent else forms
+        for target in EVERY_TARGET:
+            if kind.startswith("e4m3") and target not in ("sm_89", "sm_90", "gfx942"):
+                continue
+            for tile in table.get(target) or table.get("default", ()):
+                numbers = {**tile.numbers, "PERSISTENT": int(persistent)}
+                size = f"{tile.m}x{tile.n}x{tile.k}"
+                for forward, parts in forms:
+                    name = f"{kind}-{'fwd' if forward else 'dgrad'}-{parts}-{size}"
+                    yield name, partial(call, kind, forward, parts, numbers), (target,)

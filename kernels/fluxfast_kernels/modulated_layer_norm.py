@@ -15,7 +15,7 @@ sample (chunks of one modulation vector); mean, rstd [B, S] fp32. Rows may lie a
 All arithmetic is fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
-from fluxfast_kernels.launch import arch_key, cdiv, launch, row_numbers
+from fluxfast_kernels.launch import arch_key, launch, row_numbers
+from fluxfast_kernels.parts import Parts, PerPart
+from fluxfast_kernels.row_programs import (
+    pointers,
+    program_rows,
+    row_programs,
+    sample_strides,
+    vector_of,
+)
 from fluxfast_kernels.row_quant import (
     OUTPUTS,
     check_rows,
@@ -60,21 +68,24 @@ class LayerNormGrads(NamedTuple):
     """
 
     dx: Tensor
-    dscale: Tensor | None
-    dshift: Tensor | None
-    dgate: Tensor | None
+    dscale: PerPart | None
+    dshift: PerPart | None
+    dgate: PerPart | None
     dbranch: Tensor | None
     dbranch_q: Tensor | None
     dbranch_q_scale: Tensor | None
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "S_second", "B"])
 def modulated_layer_norm_fwd_kernel(
     p_x,
     p_gate,
+    p_gate_second,
     p_branch,
     p_scale,
+    p_scale_second,
     p_shift,
+    p_shift_second,
     p_sum,
     p_y,
     p_q,
@@ -84,17 +95,23 @@ def modulated_layer_norm_fwd_kernel(
     stride_x_b,
     stride_x_s,
     stride_gate_b,
+    stride_gate_second_b,
     stride_branch_b,
     stride_branch_s,
     stride_scale_b,
+    stride_scale_second_b,
     stride_shift_b,
+    stride_shift_second_b,
+    stride_y_b,
+    stride_y_s,
     S,
+    S_second,
+    B,
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_s = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
+    i_b, i_s, _, i_sample = program_rows(S, S_second, B, p_scale_second is not None, 1)
     i_row = i_b * S + i_s
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -103,7 +120,10 @@ def modulated_layer_norm_fwd_kernel(
         tl.float32
     )
     if p_gate is not None:
-        b_gate = tl.load(p_gate + i_b * stride_gate_b + o_d, mask=m_d, other=0.0).to(tl.float32)
+        p_gate_own = vector_of(
+            p_gate, p_gate_second, stride_gate_b, stride_gate_second_b, i_sample, B
+        )
+        b_gate = tl.load(p_gate_own + o_d, mask=m_d, other=0.0).to(tl.float32)
         p_branch_row = p_branch + i_b * stride_branch_b + i_s * stride_branch_s
         b_x += b_gate * tl.load(p_branch_row + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_sum = b_x.to(p_sum.dtype.element_ty)
@@ -115,12 +135,19 @@ def modulated_layer_norm_fwd_kernel(
     b_mean = tl.sum(b_x, axis=0) / D
     b_centred = tl.where(m_d, b_x - b_mean, 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, axis=0) / D + eps)
-    b_scale = tl.load(p_scale + i_b * stride_scale_b + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_shift = tl.load(p_shift + i_b * stride_shift_b + o_d, mask=m_d, other=0.0).to(tl.float32)
+    p_scale_own = vector_of(
+        p_scale, p_scale_second, stride_scale_b, stride_scale_second_b, i_sample, B
+    )
+    p_shift_own = vector_of(
+        p_shift, p_shift_second, stride_shift_b, stride_shift_second_b, i_sample, B
+    )
+    b_scale = tl.load(p_scale_own + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_shift = tl.load(p_shift_own + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_y = b_centred * b_rstd * (1.0 + b_scale) + b_shift
 
     if p_y is not None:
-        tl.store(p_y + i_row * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
+        p_y_row = p_y + i_b * stride_y_b + i_s * stride_y_s
+        tl.store(p_y_row + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d)
     if p_q is not None:
         b_q, b_q_scale = quantize_row(b_y, p_q.dtype.element_ty)
         tl.store(p_q + i_row * D + o_d, b_q, mask=m_d)
@@ -129,17 +156,20 @@ def modulated_layer_norm_fwd_kernel(
     tl.store(p_rstd + i_row, b_rstd)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "S_second", "B"])
 def modulated_layer_norm_bwd_kernel(
     p_dy,
     p_x,
     p_scale,
+    p_scale_second,
     p_mean,
     p_rstd,
     p_add,
     p_gate,
+    p_gate_second,
     p_branch,
     p_col_scale,
+    p_col_scale_second,
     p_dx,
     p_dbranch,
     p_q,
@@ -150,35 +180,44 @@ def modulated_layer_norm_bwd_kernel(
     stride_x_b,
     stride_x_s,
     stride_scale_b,
+    stride_scale_second_b,
     stride_add_b,
     stride_add_s,
     stride_gate_b,
+    stride_gate_second_b,
     stride_branch_b,
     stride_branch_s,
+    stride_dbranch_b,
+    stride_dbranch_s,
     S,
+    S_second,
+    B,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    i_blk = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
+    i_b, i_first, i_end, i_sample = program_rows(S, S_second, B, p_scale_second is not None, ROWS)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     # what belongs to the sample stays in registers for all ROWS rows of the program
-    b_one_scale = 1.0 + tl.load(p_scale + i_b * stride_scale_b + o_d, mask=m_d, other=0.0).to(
-        tl.float32
+    p_scale_own = vector_of(
+        p_scale, p_scale_second, stride_scale_b, stride_scale_second_b, i_sample, B
     )
+    b_one_scale = 1.0 + tl.load(p_scale_own + o_d, mask=m_d, other=0.0).to(tl.float32)
     if p_gate is not None:
-        b_gate = tl.load(p_gate + i_b * stride_gate_b + o_d, mask=m_d, other=0.0).to(tl.float32)
+        p_gate_own = vector_of(
+            p_gate, p_gate_second, stride_gate_b, stride_gate_second_b, i_sample, B
+        )
+        b_gate = tl.load(p_gate_own + o_d, mask=m_d, other=0.0).to(tl.float32)
     if p_partial is not None:
         b_dscale = tl.zeros((BLOCK,), dtype=tl.float32)
         b_dshift = tl.zeros((BLOCK,), dtype=tl.float32)
         b_dgate = tl.zeros((BLOCK,), dtype=tl.float32)
 
     for i_r in range(ROWS):
-        i_s = i_blk * ROWS + i_r
+        i_s = i_first + i_r
         i_row = i_b * S + i_s
-        m_s = i_s < S
+        m_s = i_s < i_end
         # not m_d & m_s: the interpreter makes integers of a scalar mask that it broadcasts
         m_row = o_d < tl.where(m_s, D, 0)
         b_mean = tl.load(p_mean + i_row, mask=m_s, other=0.0)
@@ -206,14 +245,12 @@ def modulated_layer_norm_bwd_kernel(
             # dx is not 0 in masked columns, which must not enter a row's scale
             b_dbranch = tl.where(m_d, b_dx * b_gate, 0.0)
             if p_dbranch is not None:
-                tl.store(
-                    p_dbranch + i_row * D + o_d,
-                    b_dbranch.to(p_dbranch.dtype.element_ty),
-                    mask=m_row,
-                )
+                p_dbranch_row = p_dbranch + i_b * stride_dbranch_b + i_s * stride_dbranch_s
+                tl.store(p_dbranch_row + o_d, b_dbranch.to(p_dbranch.dtype.element_ty), mask=m_row)
             if p_q is not None:
                 if p_col_scale is not None:
-                    b_dbranch *= tl.load(p_col_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+                    p_col = vector_of(p_col_scale, p_col_scale_second, 0, 0, i_sample, B)
+                    b_dbranch *= tl.load(p_col + o_d, mask=m_d, other=0.0).to(tl.float32)
                 b_q, b_q_scale = quantize_row(b_dbranch, p_q.dtype.element_ty)
                 tl.store(p_q + i_row * D + o_d, b_q, mask=m_row)
                 tl.store(p_q_scale + i_row, b_q_scale, mask=m_s)
@@ -222,10 +259,10 @@ def modulated_layer_norm_bwd_kernel(
                 b_dgate += b_dx * tl.load(p_branch_row + o_d, mask=m_row, other=0.0).to(tl.float32)
 
     if p_partial is not None:
-        # [2 or 3, B, blocks, D]: all of dscale's partial sums, then dshift's, then dgate's
+        # [2 or 3, programs, D]: all of dscale's partial sums, then dshift's, then dgate's
         n_blk = tl.num_programs(0).to(tl.int64)
         n_sum = tl.num_programs(1) * n_blk * D
-        p_sum = p_partial + (i_b * n_blk + i_blk) * D + o_d
+        p_sum = p_partial + (i_b * n_blk + tl.program_id(0)) * D + o_d
         tl.store(p_sum, b_dscale, mask=m_d)
         tl.store(p_sum + n_sum, b_dshift, mask=m_d)
         if p_branch is not None:
@@ -234,92 +271,95 @@ def modulated_layer_norm_bwd_kernel(
 
 def modulated_layer_norm_fwd(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: PerPart,
+    shift: PerPart,
     eps: float = 1e-6,
     *,
-    gate: Tensor | None = None,
+    gate: PerPart | None = None,
     branch: Tensor | None = None,
     out: str = "same",
+    y: Tensor | None = None,
+    parts: Parts | None = None,
 ) -> LayerNormOut:
     """LayerNorm(x)·(1 + scale) + shift, as values, as codes, or as both.
 
     x, branch [B, S, D], any distance between rows; scale, shift, gate [B, D]; out one of
     `row_quant.OUTPUTS`. With a gate and a branch, x + gate·branch takes the place of x and is
-    written as well, in the same pass. Raises ValueError on an unknown `out` or a last dimension
-    that is not contiguous.
+    written as well, in the same pass. The values go to `y`, where it is given. With `parts`, rows
+    are [R, D], and scale, shift and gate are pairs. Raises ValueError on an unknown `out` or a last
+    dimension that is not contiguous.
     """
-    check_rows("modulated_layer_norm", x=x, gate=gate, branch=branch, scale=scale, shift=shift)
-    batch, tokens, width = x.shape
-    assert scale.shape == shift.shape == (batch, width) and (gate is None) == (branch is None)
-    assert gate is None or gate.shape == scale.shape
-    assert branch is None or branch.shape == x.shape
+    check_rows("modulated_layer_norm", x=x, gate=gate, branch=branch, scale=scale, shift=shift, y=y)
+    programs, width = row_programs(x, parts), x.shape[-1]
+    assert (gate is None) == (branch is None) and (branch is None or branch.shape == x.shape)
+    programs.check_vectors(width, scale, shift, gate)
     total = None if gate is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    y, q, q_scale = empty_outputs(x, out)
-    mean = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
-    rstd = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
+    values, q, q_scale = empty_outputs(x, out, y=y)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     launch(
-        modulated_layer_norm_fwd_kernel, (tokens, batch),
-        x, gate, branch, scale, shift, total, y, q, q_scale, mean, rstd,
-        *row_strides(x), 0 if gate is None else gate.stride(0), *row_strides(branch),
-        scale.stride(0), shift.stride(0), tokens, float(eps), D=width,
+        modulated_layer_norm_fwd_kernel, programs.grid,
+        x, *pointers(gate), branch, *pointers(scale), *pointers(shift),
+        total, values, q, q_scale, mean, rstd,
+        *row_strides(x), *sample_strides(gate), *row_strides(branch),
+        *sample_strides(scale), *sample_strides(shift), *row_strides(values),
+        *programs.sizes, float(eps), D=width,
         **row_numbers("modulated_layer_norm_fwd", width, arch_key(x.device)),
     )  # fmt: skip
-    return LayerNormOut(y, q, q_scale, mean, rstd, total)
+    return LayerNormOut(values, q, q_scale, mean, rstd, total)
 
 
 def modulated_layer_norm_bwd(
     dy: Tensor,
     x: Tensor,
-    scale: Tensor,
+    scale: PerPart,
     mean: Tensor,
     rstd: Tensor,
     *,
     add_to: Tensor | None = None,
     modulation: bool = False,
-    gate: Tensor | None = None,
+    gate: PerPart | None = None,
     branch: Tensor | None = None,
     out: str = "same",
-    col_scale: Tensor | None = None,
+    col_scale: PerPart | None = None,
+    dbranch: Tensor | None = None,
+    parts: Parts | None = None,
 ) -> LayerNormGrads:
     """The gradient that reaches x through y, plus `add_to` [B, S, D], which reaches x past it.
 
     dy, x [B, S, D], any distance between rows; scale [B, D]; mean, rstd as forward gave them.
     `modulation` asks for dscale and dshift. With the gate [B, D] of x = residual + gate·branch
-    comes the branch's gradient, as `out` says (`row_quant.OUTPUTS`); its codes are those of
-    dbranch·col_scale, col_scale [D]. Given the branch and `modulation`, dgate comes too.
+    comes the branch's gradient, as `out` says (`row_quant.OUTPUTS`); its values go to `dbranch`,
+    where it is given, and its codes are those of dbranch·col_scale, col_scale [D]. Given the branch
+    and `modulation`, dgate comes too. With `parts`, rows are [R, D], and scale, gate, col_scale and
+    the gradients of vectors are pairs.
     """
     check_rows(
-        "modulated_layer_norm", dy=dy, x=x, scale=scale, add_to=add_to, gate=gate, branch=branch
-    )
-    batch, tokens, width = x.shape
-    assert (
-        scale.shape == (batch, width)
-        and dy.shape == x.shape
-        and mean.is_contiguous()
-        and rstd.is_contiguous()
-    )
+        "modulated_layer_norm", dy=dy, x=x, scale=scale, add_to=add_to, gate=gate, branch=branch,
+        col_scale=col_scale, dbranch=dbranch,
+    )  # fmt: skip
+    assert dy.shape == x.shape and mean.is_contiguous() and rstd.is_contiguous()
     assert add_to is None or add_to.shape == x.shape
-    assert gate is None or gate.shape == scale.shape
     assert branch is None or (gate is not None and branch.shape == x.shape)
+    width = x.shape[-1]
     table = "modulated_layer_norm_bwd_sums" if modulation else "modulated_layer_norm_bwd"
     numbers = row_numbers(table, width, arch_key(x.device))
-    blocks = cdiv(tokens, numbers["ROWS"])
+    programs = row_programs(x, parts, numbers["ROWS"])
+    programs.check_vectors(width, scale, gate)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dbranch = (None, None, None) if gate is None else empty_outputs(x, out)
-    sums = None
-    if modulation:
-        shape = (2 if branch is None else 3, batch, blocks, width)
-        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    outputs = (None, None, None) if gate is None else empty_outputs(x, out, y=dbranch)
+    count = 2 if branch is None else 3
+    sums = programs.empty_sums(count, x) if modulation else None
     launch(
-        modulated_layer_norm_bwd_kernel, (blocks, batch),
-        dy, x, scale, mean, rstd, add_to, gate, branch, col_scale, dx, *dbranch, sums,
-        *row_strides(dy), *row_strides(x), scale.stride(0), *row_strides(add_to),
-        0 if gate is None else gate.stride(0), *row_strides(branch),
-        tokens, D=width, **numbers,
+        modulated_layer_norm_bwd_kernel, programs.grid,
+        dy, x, *pointers(scale), mean, rstd, add_to, *pointers(gate), branch, *pointers(col_scale),
+        dx, *outputs, sums,
+        *row_strides(dy), *row_strides(x), *sample_strides(scale), *row_strides(add_to),
+        *sample_strides(gate), *row_strides(branch), *row_strides(outputs[0]),
+        *programs.sizes, D=width, **numbers,
     )  # fmt: skip
-    dscale, dshift, *dgate = (None, None) if sums is None else sums.sum(2).to(scale.dtype)
-    return LayerNormGrads(dx, dscale, dshift, dgate[0] if dgate else None, *dbranch)
+    dscale, dshift, *dgate = [None, None] if sums is None else programs.add_up(sums, scale)
+    return LayerNormGrads(dx, dscale, dshift, dgate[0] if dgate else None, *outputs)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -335,17 +375,10 @@ def aot_cases() -> Iterator[AotCase]:
         name = str(dtype).removeprefix("torch.")
         for out in OUTPUTS if dtype == torch.bfloat16 else ("same",):
             where = targets_of(out)
-            yield (
-                f"{name}-{out}",
-                partial(modulated_layer_norm_fwd, x, scale, shift, out=out),
-                where,
-            )
-            yield (
-                f"{name}-{out}-gated",
-                partial(modulated_layer_norm_fwd, x, scale, shift, gate=gate, branch=x, out=out),
-                where,
-            )
             col_scale = None if out == "same" else meta(torch.float32, 3072)
+            fwd = partial(modulated_layer_norm_fwd, x, scale, shift, out=out)
+            yield f"{name}-{out}", fwd, where
+            yield f"{name}-{out}-gated", partial(fwd, gate=gate, branch=x), where
             yield (
                 f"{name}-{out}-gated",
                 partial(bwd, gate=gate, out=out, col_scale=col_scale),
@@ -355,3 +388,24 @@ def aot_cases() -> Iterator[AotCase]:
             yield f"{name}-{out}-gated-modulation", sums, where
         yield name, bwd, EVERY_TARGET
         yield f"{name}-modulation", partial(bwd, modulation=True), EVERY_TARGET
+    yield from _aot_cases_of_parts(meta)
+
+
+def _aot_cases_of_parts(meta: Callable[..., Tensor]) -> Iterator[AotCase]:
+    """The launches of a double block whose text and image share one."""
+    parts, x = Parts(rows=512, batch=1), meta(torch.bfloat16, 4608, 3072)
+    mean = meta(torch.float32, 4608)
+    vectors = meta(torch.bfloat16, 1, 9216).chunk(3, dim=-1)
+    shift, scale, gate = ((vector, vector) for vector in vectors)
+    fwd = partial(modulated_layer_norm_fwd, x, scale, shift, parts=parts)
+    bwd = partial(modulated_layer_norm_bwd, x, x, scale, mean, mean, add_to=x, parts=parts)
+    for out in OUTPUTS:
+        col_scale = None if out == "same" else (meta(torch.float32, 3072),) * 2
+        gated = partial(bwd, gate=gate, out=out, col_scale=col_scale)
+        name, where = f"parts-{out}", targets_of(out)
+        yield name, partial(fwd, out=out), where
+        yield f"{name}-gated", partial(fwd, gate=gate, branch=x, out=out), where
+        yield f"{name}-gated", gated, where
+        yield f"{name}-gated-modulation", partial(gated, branch=x, modulation=True), where
+    yield "parts", bwd, EVERY_TARGET
+    yield "parts-modulation", partial(bwd, modulation=True), EVERY_TARGET

@@ -43,6 +43,16 @@ class AdamWTable(NamedTuple):
     aligned: bool
 
 
+class AdamWGrads(NamedTuple):
+    """Where the gradients of an update are, for `adamw_step`; who made it keeps them alive."""
+
+    # an address for each tensor of the table [T] int64
+    addresses: Tensor
+    dtype: torch.dtype
+    # whether every address is a multiple of 16 bytes
+    aligned: bool
+
+
 @triton.jit
 def _round_stochastically(b_x, b_random):
     """fp32 numbers rounded to one of the two nearest that bf16 holds; b_random has 16 random bits.
@@ -176,21 +186,11 @@ def adamw_table(
     )
 
 
-def adamw_step(
-    table: AdamWTable,
-    grads: Sequence[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    seed: int,
-) -> None:
-    """One update of the table's tensors, in place, by gradients in the same order.
+def adamw_grads(table: AdamWTable, grads: Sequence[Tensor]) -> AdamWGrads:
+    """The gradients of the table's tensors, in the same order.
 
-    `step` counts from 1, `seed` is any int64. Raises ValueError if a gradient has another size or
-    is not contiguous, or if the gradients' dtypes differ.
+    It holds as long as none of them is at another address. Raises ValueError if a gradient has
+    another size or is not contiguous, or if the gradients' dtypes differ.
     """
     params, dtype = table.tensors[0], grads[0].dtype
     for grad, p in zip(grads, params, strict=True):
@@ -207,15 +207,32 @@ def adamw_step(
                 f"{list(grad.stride())}"
             )
     addresses = [grad.data_ptr() for grad in grads]
+    return AdamWGrads(
+        torch.tensor(addresses, dtype=torch.int64).to(table.rows.device, non_blocking=True),
+        dtype,
+        aligned=all(address % 16 == 0 for address in addresses),
+    )
+
+
+def adamw_step(
+    table: AdamWTable,
+    grads: AdamWGrads,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """One update of the table's tensors, in place; `step` counts from 1, `seed` is any int64."""
     (beta1, beta2), device = betas, table.rows.device
     launch(
-        adamw_kernel, (table.blocks.shape[0],),
-        table.rows, torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True),
-        table.blocks,
+        adamw_kernel, (table.blocks.shape[0],), table.rows, grads.addresses, table.blocks,
         float(beta1), float(beta2), float(eps), 1.0 - lr * weight_decay, lr / (1.0 - beta1**step),
         math.sqrt(1.0 - beta2**step), seed, step,
-        DTYPE=_TRITON_DTYPES[params[0].dtype], GRAD_DTYPE=_TRITON_DTYPES[dtype],
-        ALIGNED=table.aligned and all(address % 16 == 0 for address in addresses),
+        DTYPE=_TRITON_DTYPES[table.tensors[0][0].dtype], GRAD_DTYPE=_TRITON_DTYPES[grads.dtype],
+        ALIGNED=table.aligned and grads.aligned,
         **launch_numbers(OPTIM_LAUNCH, device),
     )  # fmt: skip
 
@@ -229,7 +246,7 @@ def aot_cases() -> Iterator[AotCase]:
             update = partial(
                 adamw_step,
                 table,
-                tensors[3:],
+                adamw_grads(table, tensors[3:]),
                 lr=1e-4,
                 betas=(0.9, 0.999),
                 eps=1e-6,

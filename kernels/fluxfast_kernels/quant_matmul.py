@@ -10,7 +10,8 @@ quantised, and one packed W serves both directions:
     dx = dy_scale · (dy_q W_q) + dS A,      dy_q, dy_scale = row_quant(dy, col_scale=w_scale)
 
 Both products are `matmul.matmul`. sm_90's 8-bit tensor cores want both operands with the
-contraction contiguous, which W is not in dgrad; there `transpose_codes` makes a copy that is.
+contraction contiguous, which W is not in dgrad. There dgrad reads a transposed copy: one that is
+kept, one that a decoder wrote (`decoder`), or one that `transpose_codes` makes.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from fluxfast_kernels.aot import E4M3_TARGETS, EVERY_TARGET, AotCase
 from fluxfast_kernels.launch import LaunchTable, cdiv, launch, launch_numbers
-from fluxfast_kernels.matmul import make_segments, matmul
+from fluxfast_kernels.matmul import matmul
+from fluxfast_kernels.product_tile import make_segments
 
 
 @triton.jit

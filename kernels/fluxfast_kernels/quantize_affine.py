@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.decoder import round_to_bf16, row_and_block
 from fluxfast_kernels.dequant_int2 import BIAS, SHIFT
-from fluxfast_kernels.dequant_rows import round_to_bf16, row_and_block
 from fluxfast_kernels.launch import arch_key, cdiv, launch, row_numbers
 
 _ROUND = tl.constexpr(12582912.0)

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
 from fluxfast_kernels.launch import arch_key, launch, row_numbers
-from fluxfast_kernels.row_quant import check_rows
+from fluxfast_kernels.row_quant import check_rows, largest, scale_of
 
 _ROUND = tl.constexpr(12582912.0)
-_LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
@@ -38,10 +37,7 @@ def encode_e4m3(b_x):
 @triton.jit
 def quantize_row_e4m3(b_w):
     """Codes [int8] and the scale of one row; b_w [BLOCK] fp32 is zero where it is masked."""
-    # as integers, magnitudes keep their order, and NaN comes out on top
-    b_top = tl.max(b_w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
-    b_scale = tl.div_rn(b_top, 448.0)
-    b_scale = tl.where(b_scale < _LEAST_NORMAL, 1.0, b_scale)
+    b_scale = scale_of(largest(b_w, 0), 448.0)
     return encode_e4m3(b_w * tl.div_rn(1.0, b_scale)), b_scale
 
 

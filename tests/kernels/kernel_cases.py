@@ -1,5 +1,8 @@
 """What the kernels' tests share: the device, inputs, bounds for a dtype, and codes."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from fluxfast_kernels.launch import interpreted
@@ -58,3 +61,30 @@ def code_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
         for c in (t.view(torch.uint8).int() for t in (actual, expected))
     ]
     return int((ordered[0] - ordered[1]).abs().max()) if actual.numel() else 0
+
+
+def product_error(actual: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
+    """The error of actual = left right by norm, relative to the sums of the terms' magnitudes.
+
+    With one row and one rank there is a single number, in which the terms may cancel.
+    """
+    error = (actual.double() - left.double() @ right.double()).norm()
+    magnitude = (left.double().abs() @ right.double().abs()).norm()
+    return float(error / magnitude) if magnitude > 0 else float(error)
+
+
+@contextlib.contextmanager
+def programs_backwards() -> Iterator[None]:
+    """Inside, the interpreter runs a launch's programs from the last to the first."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    forwards = builder.set_grid_idx
+
+    def backwards(*index: int) -> None:
+        forwards(*(n - 1 - i for n, i in zip(builder.grid_dim, index, strict=True)))
+
+    builder.set_grid_idx = backwards
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = forwards

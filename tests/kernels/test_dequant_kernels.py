@@ -4,8 +4,11 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, widen
 
+from fluxfast.ops import dispatch
+from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import FORMATS, QuantWeight
-from fluxfast_kernels.dequant_rows import dequant_rows
+from fluxfast.quant.rows import quantize_rows
+from fluxfast_kernels.dequant_rows import dequant_rows, quantize_both_ways
 from fluxfast_kernels.quantize_e4m3 import quantize_e4m3
 from quant_cases import assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
 
@@ -92,6 +95,95 @@ def test_codes_are_the_references(format, fmt, shape):
         QuantWeight(format, parts, shape).codes(fmt, impl=impl) for impl in ("triton", "ref")
     )
     assert same_bytes(codes.q, expected.q) and same_bytes(codes.scale, expected.scale)
+
+
+@every_format
+@pytest.mark.parametrize("fmt", ["int8", "e4m3"])
+@pytest.mark.parametrize("shape", [(63, 63), (1, 1), (33, 320), (70, 129), (12, 192)])
+def test_codes_in_both_orders(format, fmt, shape):
+    """A launch that writes codes transposed as well writes those of one that does not, and nothing
+    beside them.
+    """
+    weight = hard() if shape == (12, 192) else heavy_tailed(*shape)
+    stored = QuantWeight(format, format.quantize(weight.to(DEVICE), impl="ref"), shape)
+    expected = stored.codes(fmt, impl="triton")
+    rows, cols = shape
+    q, scale = torch.empty_like(expected.q), torch.empty_like(expected.scale)
+    wide = torch.empty(cols, rows + 7, dtype=q.dtype, device=DEVICE)
+    untouched = wide.clone()
+    stored.decode_into(q, scale, "triton", transposed=wide[:, 3 : 3 + rows])
+    assert same_bytes(q, expected.q) and same_bytes(scale, expected.scale)
+    assert same_bytes(wide[:, 3 : 3 + rows], expected.q.T)
+    for beside in (slice(None, 3), slice(3 + rows, None)):
+        assert same_bytes(wide[:, beside], untouched[:, beside])
+
+
+def side_by_side(format, *shapes):
+    """Weights of a format whose parts lie one after the other in memory."""
+    parts = [format.quantize(gaussian(*shape, seed=n).to(DEVICE)) for n, shape in enumerate(shapes)]
+    whole = {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
+    places = {
+        name: tensor.split([len(each[name]) for each in parts]) for name, tensor in whole.items()
+    }
+    return [
+        QuantWeight(format, {name: places[name][n] for name in whole}, shape)
+        for n, shape in enumerate(shapes)
+    ]
+
+
+@every_format
+@pytest.mark.parametrize("fmt", [None, "int8", "e4m3"])
+def test_weights_that_lie_side_by_side_in_one_launch(format, fmt):
+    """Each keeps what is its own: nf4's offset, int2's global scale."""
+    # nf4's rows have to fill whole nested blocks
+    last = 32 if format.name == "nf4" else 7
+    first, *others = side_by_side(format, (32, 512), (64, 512), (last, 512))
+    whole = first.joined(others, codes=fmt is not None, impl="triton")
+    members = [first, *others]
+    if fmt is None:
+        values = torch.empty(whole.shape, dtype=torch.bfloat16, device=DEVICE)
+        whole.decode_into(values, impl="triton")
+        assert same_bytes(values, torch.cat([w.to(values.dtype, impl="ref") for w in members]))
+        return
+    q = torch.empty(whole.shape, dtype=CODES[fmt][0], device=DEVICE)
+    scale, transposed = torch.empty(len(q), device=DEVICE), torch.empty_like(q.T.contiguous())
+    expected = [w.codes(fmt, impl="ref") for w in members]
+    for copy in (None, transposed):
+        whole.decode_into(q, scale, "triton", transposed=copy)
+        assert same_bytes(q, torch.cat([codes.q for codes in expected]))
+        assert same_bytes(scale, torch.cat([codes.scale for codes in expected]))
+    assert same_bytes(transposed, q.T)
+
+
+@every_format
+def test_weights_that_one_launch_can_not_write(format):
+    first, second = side_by_side(format, (32, 512), (7, 512))
+    apart = QuantWeight.of(gaussian(7, 512).to(DEVICE), format)
+    other = QuantWeight.of(
+        gaussian(7, 512).to(DEVICE), FORMATS["int4" if format.name != "int4" else "int8"]
+    )
+    for rest in ([apart], [other], [second, apart]):
+        assert first.joined(rest, codes=False, impl="triton") is None
+    for impl in ("ref", "native")[: 1 + dispatch.HAS_NATIVE]:
+        assert first.joined([second], codes=False, impl=impl) is None
+    if format.name == "nf4":
+        first, second = side_by_side(format, (24, 512), (7, 512))
+        assert first.joined([second], codes=False, impl="triton") is None
+
+
+@pytest.mark.parametrize("fmt", ["int8", "e4m3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(63, 63), (1, 1), (33, 320), (12, 192)])
+def test_floats_become_codes_in_both_orders(fmt, dtype, shape):
+    """Codes and scales are those of `row_quant`'s formula, also of rows that lie apart."""
+    weight = hard() if shape == (12, 192) else gaussian(*shape)
+    weight = widen(weight.to(DEVICE).clamp(-6e4, 6e4).to(dtype))
+    expected_q, expected_scale = quantize_rows(weight.float(), CODES[fmt][0], "ref")
+    q, scale = torch.empty_like(expected_q), torch.empty_like(expected_scale)
+    transposed = torch.empty(shape[::-1], dtype=q.dtype, device=DEVICE)
+    quantize_both_ways(weight, q, scale, transposed)
+    assert same_bytes(q, expected_q) and same_bytes(scale, expected_scale)
+    assert same_bytes(transposed, expected_q.T)
 
 
 def test_all_e4m3_codes():

@@ -127,7 +127,7 @@ def test_helpers():
 def test_engines_cover_every_number_of_tokens():
     device = torch.device("cpu")
     for kind, table in launch_module.WIDE_ENGINES.items():
-        known = {"library", "fused"} if kind == "float" else {"codes", "decode"}
+        known = {"library", "augmented", "fused"} if kind == "float" else {"codes", "decode"}
         for rows in table.values():
             bounds = [most for most, _ in rows]
             assert (

@@ -14,8 +14,10 @@ from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear_ref
 from fluxfast_kernels.lora_linear import lora_down, lora_outer
-from fluxfast_kernels.matmul import make_segments, matmul
+from fluxfast_kernels.matmul import matmul
+from fluxfast_kernels.product_tile import make_segments
 from fluxfast_kernels.row_quant import row_quant
+from fluxfast_kernels.tiles import TILES
 from support import relative_error
 
 # small tiles, so that small operands take several of them, a last one that is not full, and a last
@@ -283,7 +285,9 @@ RECORD = """
 import json
 import torch
 from fluxfast_kernels import aot
-from fluxfast_kernels.matmul import make_segments, matmul
+from fluxfast_kernels.lora_grads import lora_grads
+from fluxfast_kernels.matmul import matmul
+from fluxfast_kernels.product_tile import make_segments
 from fluxfast_kernels.lora_linear import lora_down, lora_outer
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -297,8 +301,8 @@ def step(m):
     xq, dyq, wq = (t.to(torch.int8) for t in (x, dy, w))
     s = lora_down(x, a, meta(m, total), scale=scale)
     matmul(x, w, u=s, v=b, segments=segments)
-    ds = lora_down(dy, b.T, meta(m, total), scale=scale, segments=segments)
-    lora_outer(dy, s, meta(n, rank, dtype=torch.float32), segments=segments)
+    ds, db = meta(m, total), meta(n, rank, dtype=torch.float32)
+    lora_grads(dy, s, b, ds, db, scale=scale, segments=segments)
     lora_outer(x, ds, meta(total, 3072, dtype=torch.float32), transposed=True)
     matmul(dy, w.T, u=ds, v=a.T)
     bf16 = torch.bfloat16
@@ -330,8 +334,12 @@ def test_token_counts_share_their_kernels():
     for step in json.loads(process.stdout):
         for name, *rest in step:
             found.setdefault(name, set()).add(json.dumps(rest))
-    # four wide products; s and dS, as they are or, where rows are few, as fp32 slabs; dA and dB;
-    # and the sum of those slabs
+    # four wide products, each in as many kernels as it has tiles on sm_90, int8's forward in the
+    # persistent one; s and dS, whose sums are cut; dA and dB, where theirs are and where not; and
+    # dS and dB in one pass
+    tiles = {kind: len(TILES[kind]["sm_90"]) for kind in TILES if "sm_90" in TILES[kind]}
+    plain = tiles["half"] + tiles["half_t"] + tiles["int8_t"]
     assert {name: len(variants) for name, variants in found.items()} == {
-        "matmul-": 4, "lora_down-": 4, "lora_outer-": 2, "sum_slabs-": 1,
+        "matmul-": plain, "persistent_matmul-": tiles["int8_persistent"],
+        "lora_down-": 2, "lora_outer-": 4, "lora_grads-": 1,
     }  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import DEVICE, randn
 
 from fluxfast_kernels.launch import OPTIM_LAUNCH
-from fluxfast_kernels.optim import adamw_step, adamw_table
+from fluxfast_kernels.optim import adamw_grads, adamw_step, adamw_table
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 # one element, odd, exactly one block, a block and a bit
@@ -40,9 +40,13 @@ def expected_update(p, g, m, v, step):
     return p * (1 - lr * HYPER["weight_decay"]) - lr * update, m, v
 
 
+def update(table, grads, **options):
+    adamw_step(table, adamw_grads(table, grads), **options)
+
+
 def run(groups, *, step=3, seed=5):
     params, grads, exp_avgs, exp_avg_sqs = groups
-    adamw_step(adamw_table(params, exp_avgs, exp_avg_sqs), grads, step=step, seed=seed, **HYPER)
+    update(adamw_table(params, exp_avgs, exp_avg_sqs), grads, step=step, seed=seed, **HYPER)
     return [*params, *exp_avgs, *exp_avg_sqs]
 
 
@@ -59,7 +63,7 @@ def test_fp32_is_torchs_adamw():
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         optimizer.step()
-        adamw_step(table, grads, step=step, seed=0, **HYPER)
+        update(table, grads, step=step, seed=0, **HYPER)
     for actual, p in zip(ours, params, strict=True):
         # a few fp32 roundings a step
         torch.testing.assert_close(actual, p.detach(), rtol=1e-6, atol=1e-6)
@@ -130,7 +134,7 @@ def test_noise_differs_between_results_neighbours_and_tensors():
     groups = [
         [torch.zeros(4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)] for _ in range(3)
     ]
-    adamw_step(adamw_table(*groups), [same, same], step=1, seed=1, **hyper)
+    update(adamw_table(*groups), [same, same], step=1, seed=1, **hyper)
     m, other_m, v, _ = (t.double() for t in (*groups[1], *groups[2]))
     for a, b in ((m, other_m), (m, v), (m[::2], m[1::2]), (m[1:], m[:-1])):
         # independent columns correlate by 1/sqrt(n): five of those
@@ -154,7 +158,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="one dtype"):
         adamw_table([p], [p.float()], [p])
     with pytest.raises(ValueError, match="contiguous"):
-        adamw_step(adamw_table([p], [p.clone()], [p.clone()]), [p.T], step=1, seed=0, **HYPER)
+        adamw_grads(adamw_table([p], [p.clone()], [p.clone()]), [p.T])
 
 
 def test_blocks_hold_whole_pairs():

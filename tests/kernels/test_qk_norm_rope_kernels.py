@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, randn, widen
+from kernel_cases import DEVICE, DTYPES, bound, code_distance, quantize_rows, randn, widen
 
 from fluxfast.ops.qk_norm_rope import qk_norm_rope_ref
 from fluxfast_kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+from fluxfast_kernels.row_quant import FORMATS
 from support import relative_error
 
 
@@ -85,6 +86,12 @@ def test_forward_and_backward(dtype, case, index):
             and relative_error(actual, expected) < bound(dtype)
         )
     assert torch.equal(out.v, v.to(dtype)) and out.v.is_contiguous()
+    without_v = qk_norm_rope_fwd(
+        qkv, weights, cos, sin, heads=heads, txt_qkv=txt_qkv, index=index, copy_v=False
+    )
+    assert without_v.v is None
+    for mine, theirs in zip(without_v[:2], out[:2], strict=True):
+        assert torch.equal(mine, theirs)
 
     grads = gradients(batch, s_txt + s_img, heads, head_dim, dtype)
     expected = grad(grads)
@@ -112,12 +119,69 @@ def test_gradients_into_wider_buffers(dtype):
     dqkv, dtxt_qkv = wide[..., 16:160], txt_wide[..., 32:176]
     written = qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k, dqkv=dqkv, dtxt_qkv=dtxt_qkv)
     assert written[0] is dqkv and written[1] is dtxt_qkv
-    for actual, expected in zip(
-        written, qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k), strict=True
-    ):
+    plain = qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k)
+    for actual, expected in zip(written[:2], plain[:2], strict=True):
         assert torch.equal(actual, expected)
     assert (wide[..., :16] == 7).all() and (wide[..., 160:] == 7).all()
     assert (txt_wide[..., :32] == 7).all() and (txt_wide[..., 176:] == 7).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    ("dtype", "index", "scaled"),
+    [(torch.float32, "shared", True), (torch.float32, None, False), (torch.bfloat16, None, True)],
+)
+def test_codes_beside_the_gradient(case, dtype, index, fmt, scaled):
+    """They are those of the fp32 values, text first, whichever pair backward reads."""
+    batch, s_txt, s_img, heads, head_dim = case
+    qkv, txt_qkv, weights, cos, sin, index = inputs(*case, dtype, index)
+    out = qk_norm_rope_fwd(qkv, weights, cos, sin, heads=heads, txt_qkv=txt_qkv, index=index)
+    grads = gradients(batch, s_txt + s_img, heads, head_dim, dtype)
+    col_scale, txt_col_scale = (
+        (0.1 + randn(3 * heads * head_dim, seed=seed).abs()).float() if scaled else None
+        for seed in (9, 10)
+    )
+    txt_col_scale = txt_col_scale if s_txt else None
+    call = {"s_txt": s_txt, "index": index}
+    for kept in ({"q": out.q, "k": out.k}, {"qkv": qkv, "txt_qkv": txt_qkv}):
+        plain = qk_norm_rope_bwd(*grads, out.rstd, weights, cos, sin, **call, **kept)
+        made = qk_norm_rope_bwd(
+            *grads, out.rstd, weights, cos, sin, **call, **kept,
+            out=f"both-{fmt}", col_scale=col_scale, txt_col_scale=txt_col_scale,
+        )  # fmt: skip
+        assert torch.equal(made.dqkv, plain.dqkv) and plain.q is None
+        parts = [(made.dqkv, col_scale)]
+        if s_txt:
+            assert torch.equal(made.dtxt_qkv, plain.dtxt_qkv)
+            parts.insert(0, (made.dtxt_qkv, txt_col_scale))
+        values = torch.cat(
+            [(dx.float() if s is None else dx.float() * s).flatten(0, 1) for dx, s in parts]
+        )
+        codes, scale = quantize_rows(values, fmt)
+        assert made.q.shape == codes.shape and made.q.is_contiguous()
+        if dtype == torch.float32:
+            # the values are stored as they are quantised
+            assert torch.equal(made.q_scale, scale) and code_distance(made.q, codes) == 0
+        else:
+            # cutting a value to bf16 takes up to 2⁻⁷ of it: a code of int8, and another by way of
+            # the scale
+            assert ((made.q_scale - scale).abs() <= 2**-7 * scale).all()
+            assert code_distance(made.q, codes) <= 2
+
+
+def test_a_row_of_zeros_and_one_with_a_nan():
+    qkv, _, weights, cos, sin, _ = inputs(1, 0, 3, 2, 16, torch.float32)
+    out = qk_norm_rope_fwd(qkv, weights, cos, sin, heads=2)
+    dq, dk, dv = gradients(1, 3, 2, 16, torch.float32)
+    for grad in (dq, dk, dv):
+        grad[0, 0] = 0
+    dk[0, 1, 1, 3] = torch.nan
+    made = qk_norm_rope_bwd(
+        dq, dk, dv, out.rstd, weights, cos, sin, q=out.q, k=out.k, out="both-int8"
+    )
+    assert made.q_scale[0] == 1 and (made.q[0] == 0).all()
+    assert made.q_scale[1].isnan() and made.q_scale[2].isfinite()
 
 
 def test_hard_rows_and_weights():
@@ -134,7 +198,7 @@ def test_hard_rows_and_weights():
     actual = qk_norm_rope_bwd(
         *grads, out.rstd, weights, cos, sin, s_txt=2, qkv=qkv, txt_qkv=txt_qkv
     )
-    for part, expected in zip(actual, grad(grads), strict=True):
+    for part, expected in zip(actual[:2], grad(grads), strict=True):
         # token by token: the gradient of a zero row is 1e6 times the others'
         for token in range(part.shape[1]):
             assert relative_error(part[:, token], expected[:, token]) < bound(torch.float32)
@@ -144,3 +208,8 @@ def test_refusals():
     qkv, _, weights, cos, sin, _ = inputs(1, 0, 6, 1, 2, torch.float32)
     with pytest.raises(ValueError, match=r"qkv \[1, 6, 6\] must have a contiguous last dimension"):
         qk_norm_rope_fwd(qkv.transpose(1, 2), weights, cos, sin, heads=1)
+    out = qk_norm_rope_fwd(qkv, weights, cos, sin, heads=1)
+    with pytest.raises(ValueError, match="out must be one of"):
+        qk_norm_rope_bwd(
+            out.q, out.k, out.v, out.rstd, weights, cos, sin, q=out.q, k=out.k, out="int8"
+        )

@@ -9,7 +9,8 @@ from packaging.version import Version
 
 from fluxfast_kernels import matmul as matmul_module
 from fluxfast_kernels.launch import interpreted
-from fluxfast_kernels.matmul import make_segments, matmul
+from fluxfast_kernels.matmul import matmul
+from fluxfast_kernels.product_tile import make_segments
 from fluxfast_kernels.quant_matmul import transpose_codes
 from fluxfast_kernels.row_quant import row_quant
 from support import relative_error
