@@ -77,13 +77,14 @@ class FloatsHeld(TorchDispatchMode):
 
 def assert_shares_a_scratch(format: Format, device: str, impl: str) -> None:
     """Two linears of 3 and 6 rows decode into rows of one [ΣN, K], as values and as codes, and
-    nothing beside them changes.
+    nothing beside them changes, also where that is a part of the columns of a wider one.
 
     But for the reference, none of them is held in fp32 on the way.
     """
     rows, cols = (3, 6), 128
     weights = [QuantWeight.of(gaussian(n, cols, seed=n).to(device), format) for n in rows]
     places = [slice(1, 4), slice(4, 10)]
+    _check_in_wider_rows(weights, cols, device, impl)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = torch.full((11, cols), 77.0, dtype=dtype, device=device)
         for weight, place in zip(weights, places, strict=True):
@@ -105,3 +106,20 @@ def assert_shares_a_scratch(format: Format, device: str, impl: str) -> None:
             expected = weight.codes(fmt, "ref")
             assert same_bytes(q[place], expected.q) and same_bytes(scale[place], expected.scale)
         assert all(same_bytes(q[row], untouched) and scale[row] == 77 for row in (0, 10))
+
+
+def _check_in_wider_rows(weights: list[QuantWeight], cols: int, device: str, impl: str) -> None:
+    """Outputs may be columns of a wider tensor, whose other columns stay as they are."""
+    for weight in weights:
+        for dtype, fmt in (
+            (torch.float32, None), (torch.bfloat16, None), (torch.float64, None),
+            (torch.int8, "int8"), (torch.float8_e4m3fn, "e4m3"),
+        ):  # fmt: skip
+            wide = torch.full((weight.shape[0], cols + 5), 77.0, device=device).to(dtype)
+            before, out = wide.clone(), wide[:, 3 : 3 + cols]
+            scale = None if fmt is None else torch.empty(weight.shape[0], device=device)
+            weight.decode_into(out, scale, impl)
+            expected = weight.to(dtype, "ref") if fmt is None else weight.codes(fmt, "ref").q
+            assert same_bytes(out, expected)
+            for beside in (slice(None, 3), slice(3 + cols, None)):
+                assert same_bytes(wide[:, beside], before[:, beside])

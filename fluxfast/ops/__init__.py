@@ -30,10 +30,14 @@ out. What backward can't read off its tensors is an argument again.
 
 A gradient is written in the form that its reader wants. `gelu.backward_rows`,
 `gated_residual.backward_rows` and `modulated_layer_norm.backward_residual` return a RowOutput, as
-an 8-bit product reads it. `qk_norm_rope.backward` and `gelu.backward_rows` write to slices of wider
-buffers that they are given. `modulated_layer_norm.forward_residual` is a gated residual and the
+an 8-bit product reads it, and `qk_norm_rope.backward_rows` the values of both its gradients and the
+codes of both in one tensor. `modulated_layer_norm.forward_residual` is a gated residual and the
 norm after it in one pass. `linear.group`, which `linear.lora_linear` is made of, and `attention`
 have shapes of their own: see there.
+
+Where a function has `into=` (`dqkv=` in `qk_norm_rope`), it writes its values there, which may be a
+slice of the columns of a wider buffer. Where it has `parts=`, one call takes the rows of a double
+block's text and image (`parts`), and operands of which each has its own are pairs.
 
 A RowOutput has values, codes of a row-quantised form, or both, as `out=` asks; the gradient is that
 of the values, written or not. Inside `forward` of an autograd.Function torch records nothing;

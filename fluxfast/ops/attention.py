@@ -42,6 +42,9 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
         if q.is_meta and device.pretending():
             # cuDNN, which a real one may prefer, can't be asked without one
             return "flash"
+        if q.is_cpu and device.pretending():
+            # one of torch's own operations, as a GPU's back ends are
+            return "cpu"
         if q.device.type == "cpu":
             obstacle = attention_native.obstacle(q, mask is not None)
             return _on_cpu(q.dtype, obstacle, verdicts.ways_failed(what))
@@ -211,13 +214,33 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return bias.expand(q.shape[0], q.shape[2], q.shape[1], q.shape[1])
 
 
+# PyTorch's kernels on a GPU, and the bytes that they read at once
+_ON_GPU = ("cudnn", "flash", "efficient")
+_VECTOR = 16
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x [B, S, heads, head_dim] for a kernel on a GPU: a copy unless its heads begin at vectors.
+
+    In a contiguous tensor they may begin anywhere, as its head_dim says.
+    """
+    *strides, last = x.stride()
+    starts = [x.storage_offset()]
+    if not x.is_contiguous():
+        starts += [stride for n, stride in zip(x.shape, strides, strict=False) if n > 1]
+    if last == 1 and all(start * x.element_size() % _VECTOR == 0 for start in starts):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """out [B, S, heads, head_dim], and what `backward` takes as `saved`: the log-sum-exp first.
 
-    mask: None, or broadcastable to [B, heads, S, S]: bool (True attends) or added to the scores.
-    backend from `resolve`.
+    q, k and v may lie any distance apart, as packed projections have them. mask: None, or
+    broadcastable to [B, heads, S, S]: bool (True attends) or added to the scores. backend from
+    `resolve`.
     """
     if backend == "ref":
         out, lse = _ref(q, k, v, mask)
@@ -225,6 +248,8 @@ def forward(
     if backend == "native":
         out, lse = attention_native.forward(q, k, v)
         return out, (lse,)
+    if backend in _ON_GPU:
+        q, k, v = (_aligned(x) for x in (q, k, v))
     aten, heads_first = torch.ops.aten, [x.transpose(1, 2) for x in (q, k, v)]
     if backend == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -258,13 +283,21 @@ def backward(
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv [B, S, heads, head_dim]; `saved` and the rest as `forward` had and gave them."""
+    """dq, dk, dv [B, S, heads, head_dim]; `saved` and the rest as `forward` had and gave them.
+
+    On a GPU a dout that is not contiguous is copied.
+    """
     if backend == "ref":
         return _ref_backward(dout, q, k, v, out, saved[0], mask)
     if backend == "native":
         assert saved[0] is not None
         dq, dk, dv = attention_native.backward(dout, q, k, v, out, saved[0])
         return dq, dk, dv
+    if backend in _ON_GPU:
+        # "flash" and "efficient" would copy dout themselves, and "cudnn" would read wrong numbers:
+        # PyTorch finds its compiled graphs by the strides of q, k and v, and a graph has those of
+        # the first dout compiled in
+        q, k, v, dout = (_aligned(x) for x in (q, k, v, dout.contiguous()))
     aten, tensors = torch.ops.aten, [x.transpose(1, 2) for x in (dout, q, k, v)]
     out, tokens = out.transpose(1, 2), q.shape[1]
     if backend == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +34,13 @@ def multiplies(compute: str, device: torch.device) -> bool:
         architecture = torch.cuda.get_device_properties(device).gcnArchName
         return compute == "int8" or architecture.startswith(AMD_E4M3)
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY[compute]
+
+
+def usable_cores() -> int:
+    """The processor's cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def generation(device: torch.device) -> int:

@@ -8,6 +8,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import dispatch, row_quant
+from fluxfast.ops.parts import (
+    FormOfOperand,
+    Parts,
+    PerPart,
+    dense_vectors,
+    in_form_of,
+    only,
+    tensors_of,
+)
 from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.row_quant import RowOutput
 from fluxfast.ops.tensors import contiguous_like, dense_rows, full_dtype
@@ -22,72 +31,89 @@ def gated_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, gate: Tensor, y: Tensor, *, keep_y: bool = True, impl: str
-) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    x: Tensor,
+    gate: PerPart,
+    y: Tensor,
+    *,
+    keep_y: bool = True,
+    parts: Parts | None = None,
+    impl: str,
+) -> tuple[Tensor, tuple[PerPart, Tensor | None]]:
     """Raw interface: out, and (gate, y) to keep for backward.
 
-    y is kept only if `keep_y`, and without it there is no dgate.
+    y is kept only if `keep_y`, and without it there is no dgate. parts: see `ops.parts`; x and y
+    are [R, D] then, and gate is a pair.
     """
     if impl == "ref":
-        out = gated_residual_ref(x, gate, y)
+        out = gated_residual_ref(x, only(gate), y)
     elif is_traced(x):
-        (out,) = _forward_op(x, gate, y, keep_y=keep_y, impl=impl)
+        (out,) = _forward_op(x, gate, y, keep_y=keep_y, parts=parts, impl=impl)
     elif impl == "triton":
         from fluxfast_kernels import gated_residual as kernels
 
-        out = kernels.gated_residual_fwd(dense_rows(x), dense_rows(gate), dense_rows(y))
+        out = kernels.gated_residual_fwd(
+            dense_rows(x), dense_vectors(gate), dense_rows(y), parts=parts
+        )
     else:
-        out = _forward_native(dense_rows(x), dense_rows(gate), dense_rows(y))
+        out = _forward_native(dense_rows(x), dense_rows(only(gate)), dense_rows(y))
     return out, (gate, y if keep_y else None)
 
 
 def backward(
-    dout: Tensor, saved: Sequence[Tensor | None], needs: Sequence[bool], *, impl: str
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dout: Tensor,
+    saved: tuple[PerPart, Tensor | None],
+    needs: Sequence[bool],
+    *,
+    parts: Parts | None = None,
+    impl: str,
+) -> tuple[Tensor | None, FormOfOperand, Tensor | None]:
     """Raw interface: (dx, dgate, dy). dx is dout itself."""
     needs_x, needs_gate, needs_y = needs
     dx = dout if needs_x else None
     if not needs_gate and not needs_y:
         return dx, None, None
-    rows, dgate = backward_rows(dout, saved, needs_gate=needs_gate, impl=impl)
+    rows, dgate = backward_rows(dout, saved, needs_gate=needs_gate, parts=parts, impl=impl)
     return dx, dgate, rows.y if needs_y else None
 
 
 def backward_rows(
     dout: Tensor,
-    saved: Sequence[Tensor | None],
+    saved: Sequence[PerPart | None],
     *,
     out: str = "same",
-    col_scale: Tensor | None = None,
+    col_scale: PerPart | None = None,
     needs_gate: bool = False,
+    into: Tensor | None = None,
+    parts: Parts | None = None,
     impl: str,
-) -> tuple[RowOutput, Tensor | None]:
+) -> tuple[RowOutput, FormOfOperand]:
     """Raw interface: dy in the form that dgrad reads, and dgate if needed; dx is dout itself.
 
     `out` as an op's that can quantise its output; the codes are those of dy·col_scale, with
-    col_scale [D].
+    col_scale [D]. The values are written to `into`, where it is given and `out` asks for values.
+    parts: see `ops.parts`; gate, col_scale and dgate are pairs then.
     """
     gate, y = saved
     assert gate is not None and (y is not None or not needs_gate)
-    y = y if needs_gate else None
+    y = only(y) if needs_gate else None
     if impl == "ref":
-        dtype = full_dtype(dout)
-        dy = dout * gate[:, None] if out == "same" else dout.to(dtype) * gate[:, None]
-        dgate = None if y is None else (dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)
-        return row_quant.output_of(dy, dout.dtype, out, col_scale), dgate
+        return _backward_ref(dout, only(gate), y, out, only(col_scale), into)
     if is_traced(dout):
         options: dict[str, Any] = {"out": out, "col_scale": col_scale, "needs_gate": needs_gate}
-        made = _backward_op(dout, (gate, y), **options, impl=impl)
-        parts, dgate = (made[:-1], made[-1]) if needs_gate else (made, None)
-        return row_quant.from_parts(parts, out), dgate
-    dout, gate, y = dense_rows(dout), dense_rows(gate), None if y is None else dense_rows(y)
+        made = iter(_backward_op(dout, (gate, y), **options, into=into, parts=parts, impl=impl))
+        rows = row_quant.from_parts(made, out, into)
+        return rows, in_form_of(gate, made) if needs_gate else None
+    dout, y = dense_rows(dout), None if y is None else dense_rows(y)
     if impl == "triton":
         from fluxfast_kernels import gated_residual as kernels
 
-        *rows, dgate = kernels.gated_residual_bwd(dout, gate, y, out=out, col_scale=col_scale)
-        return RowOutput(*rows), dgate
-    dy, dgate = _backward_native(dout, gate, y)
-    return row_quant.output_of(dy, dy.dtype, out, col_scale, impl=impl), dgate
+        grads = kernels.gated_residual_bwd(
+            dout, dense_vectors(gate), y,
+            out=out, col_scale=dense_vectors(col_scale), dy=into, parts=parts,
+        )  # fmt: skip
+        return RowOutput(*grads[:3]), grads.dgate
+    dy, dgate = _backward_native(dout, dense_rows(only(gate)), y)
+    return row_quant.output_of(dy, dy.dtype, out, only(col_scale), into, impl=impl), dgate
 
 
 def _forward_native(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -113,19 +139,38 @@ def _backward_native(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tens
     return dy, None if y is None else dgate
 
 
+def _backward_ref(
+    dout: Tensor,
+    gate: Tensor,
+    y: Tensor | None,
+    out: str,
+    col_scale: Tensor | None,
+    into: Tensor | None,
+) -> tuple[RowOutput, Tensor | None]:
+    dtype = full_dtype(dout)
+    dy = dout * gate[:, None] if out == "same" else dout.to(dtype) * gate[:, None]
+    dgate = None if y is None else (dout.to(dtype) * y.to(dtype)).sum(1).to(gate.dtype)
+    return row_quant.output_of(dy, dout.dtype, out, col_scale, into), dgate
+
+
 def _fake_forward(x: Tensor, **_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape)]
 
 
 def _fake_backward(
-    dout: Tensor, saved: Sequence[Tensor], out: str, needs_gate: bool, **_: Any
+    dout: Tensor,
+    saved: Sequence[PerPart],
+    out: str,
+    needs_gate: bool,
+    into: Tensor | None,
+    **_: Any,
 ) -> list[Tensor]:
-    dgate = [saved[0].new_empty(saved[0].shape)] if needs_gate else []
-    return [*row_quant.empty_parts(dout, out), *dgate]
+    dgate = [g.new_empty(g.shape) for g in tensors_of(saved[0])] if needs_gate else []
+    return [*row_quant.empty_parts(dout, out, into=into), *dgate]
 
 
 _forward_op = Op("gated_residual_fwd", forward, _fake_forward)
-_backward_op = Op("gated_residual_bwd", backward_rows, _fake_backward)
+_backward_op = Op("gated_residual_bwd", backward_rows, _fake_backward, writes=["into"])
 
 
 class _GatedResidual(torch.autograd.Function):

@@ -16,21 +16,18 @@ weights don't change asks `outputs_suffice` once, ahead.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import dispatch
+from fluxfast.ops import dispatch, qk_norm_rope_native, row_quant
+from fluxfast.ops.parts import PerPart, tensors_of
+from fluxfast.ops.qk_norm_rope_native import outputs_suffice as outputs_suffice
 from fluxfast.ops.registration import Op, is_traced
+from fluxfast.ops.row_quant import Quantized
 from fluxfast.ops.tensors import dense_rows, full_dtype
-
-# beyond these, outputs don't give the normalised q and k back to fp32 precision;
-# csrc/cpu/qk_norm_rope.cpp has them too
-_MAX_WEIGHT_RATIO = 8.0
-_MIN_WEIGHT = 1e-12
-_MAX_TABLE_ERROR = 1e-6
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,10 +62,22 @@ def qk_norm_rope_ref(
     return _rotate(q, cos, sin).to(qkv.dtype), _rotate(k, cos, sin).to(qkv.dtype), v.contiguous()
 
 
+class PackedGrad(NamedTuple):
+    """The gradients of the packed projections, and where an 8-bit product reads them, their codes.
+
+    Those of text and image are one tensor, which one product can read: codes [B·S, 3·D] and scales
+    [B·S] hold the text's rows of all samples, and then the image's.
+    """
+
+    dqkv: Tensor
+    dtxt_qkv: Tensor
+    codes: Quantized | None
+
+
 def forward(
     qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, cos: Tensor, sin: Tensor,
     index: Tensor | None = None, *, heads: int, eps: float = 1e-6, keep_outputs: bool = False,
-    impl: str,
+    view_v: bool = False, impl: str,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:  # fmt: skip
     """Raw interface: (q, k, v), each [B, S, heads, head_dim], and what to keep for backward.
 
@@ -76,9 +85,46 @@ def forward(
     text txt_q, txt_k. All constants are contiguous. Kept are (rstd, weights, cos, sin, index, q, k,
     qkv, txt_qkv), where rstd [B, S, 2, heads] is the reciprocal RMS of each head of q and k. Of the
     last four, only q and k are kept with `keep_outputs`, which `outputs_suffice` must allow, else
-    only qkv and txt_qkv. Raises ValueError if index names a row that the tables don't have (on a
-    GPU, unchecked).
+    only qkv and txt_qkv. With `view_v`, Triton's v is a view of the packed projections where these
+    are one tensor, or lie as one in memory, text first; else it is a copy. Raises ValueError if
+    index names a row that the tables don't have (on a GPU, unchecked).
     """
+    packed = _as_one(txt_qkv, qkv) if view_v and impl == "triton" else None
+    q, k, rstd, v = _project(
+        qkv, txt_qkv, weights, cos, sin, index,
+        heads=heads, eps=eps, copy_v=packed is None, impl=impl,
+    )  # fmt: skip
+    if packed is not None:
+        v = packed.unflatten(-1, (3, heads, -1))[:, :, 2]
+    assert v is not None
+    kept = (q, k, None, None) if keep_outputs else (None, None, qkv, txt_qkv)
+    return (q, k, v), (rstd, weights, cos, sin, index, *kept)
+
+
+def _as_one(txt_qkv: Tensor | None, qkv: Tensor) -> Tensor | None:
+    """Text and image as one tensor [B, S, 3·D], if they lie so in memory; else None."""
+    if txt_qkv is None:
+        return qkv
+    # torch.compile has no memory to look at
+    if torch.compiler.is_compiling():
+        return None
+    (batch, s_txt, width), (stride_b, stride_s, _) = txt_qkv.shape, txt_qkv.stride()
+    if (
+        txt_qkv.dtype != qkv.dtype
+        or txt_qkv.stride()[1:] != qkv.stride()[1:]
+        or (batch > 1 and stride_b != qkv.stride(0))
+        or txt_qkv.storage_offset() + s_txt * stride_s != qkv.storage_offset()
+        or txt_qkv.untyped_storage()._cdata != qkv.untyped_storage()._cdata
+    ):
+        return None
+    return txt_qkv.as_strided((batch, s_txt + qkv.shape[1], width), txt_qkv.stride())
+
+
+def _project(
+    qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, cos: Tensor, sin: Tensor,
+    index: Tensor | None, *, heads: int, eps: float, copy_v: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """q, k, rstd, and with `copy_v` v, which the native module and the reference always make."""
     if impl == "ref":
         text: dict[str, Tensor] = {}
         if txt_qkv is not None:
@@ -87,72 +133,119 @@ def forward(
             qkv, weights[0], weights[1], cos, sin, heads=heads, eps=eps, index=index, **text
         )
         qk = _joined_qk(qkv, txt_qkv, heads).to(full_dtype(qkv))
-        rstd = torch.rsqrt(qk.square().mean(-1) + eps)
-    elif is_traced(qkv):
-        q, k, v, rstd = _forward_op(
-            qkv, txt_qkv, weights, cos, sin, index,
-            heads=heads, eps=eps, keep_outputs=keep_outputs, impl=impl,
-        )  # fmt: skip
-    elif impl == "triton":
+        return q, k, torch.rsqrt(qk.square().mean(-1) + eps), v
+    if is_traced(qkv):
+        made = _forward_op(
+            qkv, txt_qkv, weights, cos, sin, index, heads=heads, eps=eps, copy_v=copy_v, impl=impl
+        )
+        return made[0], made[1], made[2], made[3] if copy_v else None
+    if impl == "triton":
         from fluxfast_kernels import qk_norm_rope as kernels
 
-        text_rows = None if txt_qkv is None else dense_rows(txt_qkv)
-        q, k, v, rstd = kernels.qk_norm_rope_fwd(
-            dense_rows(qkv), weights, cos, sin, heads=heads, txt_qkv=text_rows, eps=eps, index=index
-        )
-    else:
-        q, k, v, rstd = _forward_native(qkv, txt_qkv, weights, cos, sin, index, heads, eps)
-    kept = (q, k, None, None) if keep_outputs else (None, None, qkv, txt_qkv)
-    return (q, k, v), (rstd, weights, cos, sin, index, *kept)
+        out = kernels.qk_norm_rope_fwd(
+            dense_rows(qkv), weights, cos, sin, heads=heads, eps=eps, index=index, copy_v=copy_v,
+            txt_qkv=None if txt_qkv is None else dense_rows(txt_qkv),
+        )  # fmt: skip
+        return out.q, out.k, out.rstd, out.v
+    return qk_norm_rope_native.forward(qkv, txt_qkv, weights, cos, sin, index, heads, eps)
 
 
 def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    *,
-    s_txt: int,
-    dqkv: Tensor | None = None,
-    dtxt_qkv: Tensor | None = None,
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], needs: Sequence[bool], *, s_txt: int,
     impl: str,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text.
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Raw interface: (dqkv, dtxt_qkv) from (dq, dk, dv); s_txt: how many of the tokens are text."""
+    made = backward_rows(grads, saved, s_txt=s_txt, impl=impl)
+    return made.dqkv if needs[0] else None, made.dtxt_qkv if needs[1] else None
 
-    Written to dqkv [B, S_img, 3·heads·head_dim] and dtxt_qkv [B, S_txt, …] where given: column
-    slices of wider buffers will do.
+
+def backward_rows(
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], *, s_txt: int, out: str = "same",
+    col_scale: PerPart | None = None, dqkv: Tensor | None = None, dtxt_qkv: Tensor | None = None,
+    impl: str,
+) -> PackedGrad:  # fmt: skip
+    """Raw interface: the gradients of qkv and txt_qkv in the form that dgrad reads.
+
+    out: "same", or "both-int8" or "both-e4m3" for codes beside the values. The codes are those of
+    the gradient times col_scale [3·D], where there is text a pair (text's, image's). Values are
+    written to dqkv [B, S_img, 3·D] and dtxt_qkv [B, S_txt, 3·D] where given: column slices of wider
+    buffers will do, and the projections themselves.
     """
-    given = (dqkv, dtxt_qkv)
+    col_scales = [] if col_scale is None else list(tensors_of(col_scale))
+    assert len(col_scales) in (0, 2 if s_txt else 1)
+    options: dict[str, Any] = {"s_txt": s_txt, "out": out, "col_scales": col_scales}
+    options |= {"dqkv": dqkv, "dtxt_qkv": dtxt_qkv, "impl": impl}
+    if impl == "ref" or not is_traced(grads[0]):
+        return _gradients(grads, saved, **options)
+    new = iter(_backward_op(grads, saved, **options))
+    dqkv, dtxt_qkv = (next(new) if given is None else given for given in (dqkv, dtxt_qkv))
+    return PackedGrad(dqkv, dtxt_qkv, None if out == "same" else Quantized(*new))
+
+
+def _gradients(
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], *, s_txt: int, out: str,
+    col_scales: Sequence[Tensor], dqkv: Tensor | None, dtxt_qkv: Tensor | None, impl: str,
+) -> PackedGrad:  # fmt: skip
+    """`backward_rows`, its col_scale as a list of none, one or two."""
+    given, codes = [dqkv, dtxt_qkv], None
     if impl == "ref":
-        made = _backward_ref(grads, saved, s_txt)
-    elif is_traced(grads[0]):
-        options: dict[str, Any] = {"s_txt": s_txt, "dqkv": dqkv, "dtxt_qkv": dtxt_qkv}
-        new = iter(_backward_op(grads, saved, (True, True), **options, impl=impl))
-        made = [next(new) if out is None else out for out in given]
+        exact = _backward_ref(grads, saved, s_txt)
+        made = [part.to(grads[2].dtype) for part in exact]
     else:
         # rows that are not contiguous are copied to where they are wanted
         made = [
             out if out is not None and out.stride(-1) == 1 else grads[0].new_empty(shape)
             for out, shape in zip(given, _grad_shapes(grads[0], s_txt), strict=True)
         ]
-        dq, dk, dv = (dense_rows(grad) for grad in grads)
         *constants, qkv, txt_qkv = saved
-        qkv, txt_qkv = (None if t is None else dense_rows(t) for t in (qkv, txt_qkv))
+        saved = (*constants, *(None if t is None else dense_rows(t) for t in (qkv, txt_qkv)))
+        grads = [dense_rows(grad) for grad in grads]
         if impl == "triton":
-            from fluxfast_kernels import qk_norm_rope as kernels
-
-            rstd, weights, cos, sin, index, q, k = constants
-            assert rstd is not None and weights is not None and cos is not None and sin is not None
-            kernels.qk_norm_rope_bwd(
-                dq, dk, dv, rstd, weights, cos, sin, s_txt=s_txt, index=index,
-                q=q, k=k, qkv=qkv, txt_qkv=txt_qkv, dqkv=made[0], dtxt_qkv=made[1],
-            )  # fmt: skip
+            codes = _backward_triton(grads, saved, made, s_txt, out, col_scales)
         else:
-            _backward_native((dq, dk, dv), (*constants, qkv, txt_qkv), made, s_txt)
-    for i, out in enumerate(given):
-        if out is not None and out is not made[i]:
-            out.copy_(made[i])
-            made[i] = out
-    return made[0] if needs[0] else None, made[1] if needs[1] else None
+            qk_norm_rope_native.backward(grads, saved, made, s_txt)
+            exact = made
+    if out != "same" and impl != "triton":
+        codes = _codes_of(exact, out.removeprefix("both-"), col_scales, impl)
+    for i, target in enumerate(given):
+        if target is not None and target is not made[i]:
+            target.copy_(made[i])
+            made[i] = target
+    return PackedGrad(made[0], made[1], codes)
+
+
+def _codes_of(
+    parts: Sequence[Tensor], fmt: str, col_scales: Sequence[Tensor], impl: str
+) -> Quantized:
+    """The codes of dqkv and dtxt_qkv in one tensor, the text's first."""
+    img, txt = parts
+    ordered = [txt, img] if txt.shape[1] else [img]
+    found = [
+        row_quant.forward(part.flatten(0, 1), fmt, scale, impl=impl)
+        for part, scale in zip(ordered, col_scales or (None, None)[: len(ordered)], strict=True)
+    ]
+    return Quantized(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+
+
+def _backward_triton(
+    grads: Sequence[Tensor], saved: Sequence[Tensor | None], made: Sequence[Tensor], s_txt: int,
+    out: str, col_scales: Sequence[Tensor],
+) -> Quantized | None:  # fmt: skip
+    """Writes the gradients to `made`, and returns the codes that `out` asks for."""
+    from fluxfast_kernels import qk_norm_rope as kernels
+
+    rstd, weights, cos, sin, index, q, k, qkv, txt_qkv = saved
+    assert rstd is not None and weights is not None and cos is not None and sin is not None
+    dq, dk, dv = grads
+    txt_scale, scale = (None, None, *col_scales)[-2:]
+    found = kernels.qk_norm_rope_bwd(
+        dq, dk, dv, rstd, weights, cos, sin, s_txt=s_txt, index=index, q=q, k=k, qkv=qkv,
+        txt_qkv=txt_qkv, out=out, col_scale=scale, txt_col_scale=txt_scale, dqkv=made[0],
+        dtxt_qkv=made[1] if s_txt else None,
+    )  # fmt: skip
+    if found.q is None or found.q_scale is None:
+        return None
+    return Quantized(found.q, found.q_scale)
 
 
 def _grad_shapes(dq: Tensor, s_txt: int) -> list[tuple[int, ...]]:
@@ -170,6 +263,7 @@ def _joined_qk(qkv: Tensor, txt_qkv: Tensor | None, heads: int) -> Tensor:
 def _backward_ref(
     grads: Sequence[Tensor], saved: Sequence[Tensor | None], s_txt: int
 ) -> list[Tensor]:
+    """The gradients of qkv and txt_qkv before they are rounded to their dtype."""
     rstd, weights, cos, sin, index, q, k, qkv, txt_qkv = saved
     assert rstd is not None and weights is not None and cos is not None and sin is not None
     dq, dk, dv = grads
@@ -193,109 +287,46 @@ def _backward_ref(
         xhat = _joined_qk(qkv, txt_qkv, heads).to(dtype) * rstd
         n = xhat * w
     dqk = rstd * (d * w - xhat * (d * n).mean(-1, keepdim=True))
-    packed = torch.cat((dqk.to(dv.dtype), dv[:, :, None]), dim=2).flatten(2)
+    packed = torch.cat((dqk, dv.to(dtype)[:, :, None]), dim=2).flatten(2)
     return [packed[:, s_txt:], packed[:, :s_txt]]
 
 
-def outputs_suffice(weights: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether backward can get the normalised q and k back from the outputs, to fp32 precision.
-
-    weights [2 or 4, head_dim]; cos, sin [rows, head_dim / 2]. Waits for a GPU that they are on.
-    """
-    if dispatch.HAS_NATIVE and all(
-        t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (weights, cos, sin)
-    ):
-        return dispatch.native.qk_norm_rope_invertible(
-            weights.data_ptr(), weights.numel(), cos.data_ptr(), sin.data_ptr(), cos.numel()
-        )
-    low, high = weights.abs().unflatten(-1, (-1, 2)).sort(dim=-1).values.unbind(-1)
-    rotation = ((cos * cos + sin * sin - 1).abs() <= _MAX_TABLE_ERROR).all()
-    return bool(((low >= _MIN_WEIGHT) & (high <= _MAX_WEIGHT_RATIO * low)).all() & rotation)
-
-
-def _forward_native(
-    qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, cos: Tensor, sin: Tensor,
-    index: Tensor | None, heads: int, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    qkv, txt_qkv = dense_rows(qkv), None if txt_qkv is None else dense_rows(txt_qkv)
-    batch, s_img, width = qkv.shape
-    s_txt = 0 if txt_qkv is None else txt_qkv.shape[1]
-    shape = (batch, s_txt + s_img, heads, width // (3 * heads))
-    q, k, v = (torch.empty(shape, dtype=qkv.dtype) for _ in range(3))
-    rstd = torch.empty((batch, s_txt + s_img, 2, heads), dtype=torch.float32)
-    index_args = _index_args(index)
-    if not dispatch.native.rope_index_in_range(*index_args, batch, shape[1], cos.shape[0]):
-        raise ValueError(
-            f"qk_norm_rope: index names a row that the tables don't have; they have {cos.shape[0]}"
-        )
-    dispatch.native.qk_norm_rope_fwd(
-        *_packed_args(qkv), *_packed_args(txt_qkv),
-        weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *index_args,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), rstd.data_ptr(),
-        batch, s_txt, s_img, heads, shape[3], eps, torch.get_num_threads(),
-    )  # fmt: skip
-    return q, k, v, rstd
-
-
-def _backward_native(
-    grads: Sequence[Tensor], saved: Sequence[Tensor | None], made: Sequence[Tensor], s_txt: int
-) -> None:
-    rstd, weights, cos, sin, index, q, k, qkv, txt_qkv = saved
-    assert rstd is not None and weights is not None and cos is not None and sin is not None
-    batch, s_all, heads, head_dim = grads[0].shape
-    dispatch.native.qk_norm_rope_bwd(
-        *(part for grad in grads for part in (grad.data_ptr(), *grad.stride()[:3])),
-        0 if q is None else q.data_ptr(), 0 if k is None else k.data_ptr(),
-        *_packed_args(qkv), *_packed_args(txt_qkv),
-        rstd.data_ptr(), weights.data_ptr(), cos.data_ptr(), sin.data_ptr(), *_index_args(index),
-        *_packed_args(made[0]), *_packed_args(made[1]),
-        batch, s_txt, s_all - s_txt, heads, head_dim, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _packed_args(qkv: Tensor | None) -> tuple[int, ...]:
-    """Pointer, and elements from one sample and from one row to the next."""
-    return (0, 0, 0) if qkv is None else (qkv.data_ptr(), *qkv.stride()[:2])
-
-
-def _index_args(index: Tensor | None) -> tuple[int, int, int]:
-    """Pointer, bytes of an element, and elements from one sample's indices to the next's."""
-    if index is None:
-        return 0, 0, 0
-    return index.data_ptr(), index.element_size(), index.stride(0) if index.ndim == 2 else 0
-
-
-def _fake_forward(qkv: Tensor, txt_qkv: Tensor | None, heads: int, **_: Any) -> list[Tensor]:
+def _fake_forward(
+    qkv: Tensor, txt_qkv: Tensor | None, heads: int, copy_v: bool, **_: Any
+) -> list[Tensor]:
     batch, s_all, width = qkv.shape
     if txt_qkv is not None:
         s_all = s_all + txt_qkv.shape[1]
-    q, k, v = (qkv.new_empty((batch, s_all, heads, width // (3 * heads))) for _ in range(3))
-    return [q, k, v, qkv.new_empty((batch, s_all, 2, heads), dtype=torch.float32)]
+    shape = (batch, s_all, heads, width // (3 * heads))
+    q, k = (qkv.new_empty(shape) for _ in range(2))
+    rstd = qkv.new_empty((batch, s_all, 2, heads), dtype=torch.float32)
+    return [q, k, rstd, qkv.new_empty(shape)] if copy_v else [q, k, rstd]
 
 
 def _fake_backward(
-    grads: Sequence[Tensor], s_txt: int, dqkv: Tensor | None, dtxt_qkv: Tensor | None, **_: Any
-) -> list[Tensor]:
-    shapes = zip(_grad_shapes(grads[0], s_txt), (dqkv, dtxt_qkv), strict=True)
-    return [grads[0].new_empty(shape) for shape, out in shapes if out is None]
+    grads: Sequence[Tensor], s_txt: int, out: str, dqkv: Tensor | None, dtxt_qkv: Tensor | None,
+    **_: Any,
+) -> list[Tensor]:  # fmt: skip
+    dq = grads[0]
+    shapes = zip(_grad_shapes(dq, s_txt), (dqkv, dtxt_qkv), strict=True)
+    values = [dq.new_empty(shape) for shape, given in shapes if given is None]
+    if out == "same":
+        return values
+    batch, s_all, heads, head_dim = dq.shape
+    rows = dq.new_empty((batch * s_all, 3 * heads * head_dim))
+    return values + row_quant.empty_parts(rows, out.removeprefix("both-"))
 
 
-_forward_op = Op("qk_norm_rope_fwd", forward, _fake_forward)
-_backward_op = Op("qk_norm_rope_bwd", backward, _fake_backward, writes=["dqkv", "dtxt_qkv"])
+_forward_op = Op("qk_norm_rope_fwd", _project, _fake_forward)
+_backward_op = Op("qk_norm_rope_bwd", _gradients, _fake_backward, writes=["dqkv", "dtxt_qkv"])
 
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        qkv: Tensor,
-        txt_qkv: Tensor | None,
-        weights: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        index: Tensor | None,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, qkv: Tensor, txt_qkv: Tensor | None, weights: Tensor, cos: Tensor, sin: Tensor,
+        index: Tensor | None, *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         heads, eps, keep, impl = rest
         options = {"heads": heads, "eps": eps, "keep_outputs": keep, "impl": impl}
         outs, saved = forward(qkv, txt_qkv, weights, cos, sin, index, **options)
@@ -350,12 +381,9 @@ def qk_norm_rope(
 
 
 def _norm_weights(
-    q_weight: Tensor,
-    k_weight: Tensor,
-    txt_qkv: Tensor | None,
-    txt_q_weight: Tensor | None,
+    q_weight: Tensor, k_weight: Tensor, txt_qkv: Tensor | None, txt_q_weight: Tensor | None,
     txt_k_weight: Tensor | None,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The weights of q and k, and where there is text those of txt_q and txt_k."""
     if txt_qkv is None:
         return [q_weight, k_weight]
@@ -365,14 +393,9 @@ def _norm_weights(
 
 
 def _check(
-    qkv: Tensor,
-    txt_qkv: Tensor | None,
-    weights: list[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    index: Tensor | None,
-    heads: int,
-) -> None:
+    qkv: Tensor, txt_qkv: Tensor | None, weights: list[Tensor], cos: Tensor, sin: Tensor,
+    index: Tensor | None, heads: int,
+) -> None:  # fmt: skip
     """Raises ValueError unless the arguments of a call fit together."""
     if qkv.ndim != 3 or qkv.shape[2] % (6 * heads):
         raise ValueError(

@@ -11,17 +11,37 @@ itself as a registered op:
     _forward_op = Op("gelu_fwd", forward, fake)
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxfast.ops.device import shapes_suffice
+from fluxfast_kernels.parts import Parts, PerPart
 
+# parameters that ops never have: those that tell a function of two parts of its rows, beside those
+# of type Parts, and places to write gradients to
+NOT_IN_OPS = ("second", "second_row", "da", "db")
 # tensors that kernels and native code can read
 PLAIN = (Tensor, torch.nn.Parameter)
+# an op's name, its arguments by name, and the tensors that it makes
+OnCall = Callable[[str, Mapping[str, Any], list[Tensor]], object]
+
+_told: OnCall | None = None
+
+
+@contextlib.contextmanager
+def listening(told: OnCall) -> Iterator[None]:
+    """Inside, `told` hears of each op of which only shapes are wanted (`device.pretend`)."""
+    global _told
+    before, _told = _told, told
+    try:
+        yield
+    finally:
+        _told = before
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -47,6 +67,10 @@ class Op:
     form of an op that writes and returns a list. So a call with one of them is
     fluxfast::<name>_into, which returns nothing and copies what the function makes to a further
     argument, `made`. A function that returns nothing itself needs neither that nor a `fake`.
+
+    Where only shapes are wanted, `fake` answers a call at once and torch sees no op. Only there are
+    the rows of a call in two parts, because blocks that torch.compile sees run one part after the
+    other: the op itself is that of one part.
     """
 
     def __init__(
@@ -57,8 +81,10 @@ class Op:
         *,
         writes: Sequence[str] = (),
     ) -> None:
-        signature = inspect.signature(run, eval_str=True)
-        self._names, self._writes = list(signature.parameters), writes
+        whole = inspect.signature(run, eval_str=True)
+        signature = _of_one_part(whole)
+        self._name, self._names, self._writes = name, list(signature.parameters), writes
+        self._of_parts = [name for name in whole.parameters if name not in self._names]
         self._fake = fake
         self._op: Any = None
         self._into: Any = None
@@ -89,6 +115,13 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         arguments = self._named(args, kwargs)
+        if shapes_suffice():
+            made = [] if self._fake is None else self._fake(**arguments)
+            if _told is not None:
+                _told(self._name, arguments, made)
+            return made
+        for name in self._of_parts:
+            assert arguments.pop(name, None) is None, "a call with parts was traced"
         if self._fake is None:
             self._into(**arguments)
             return []
@@ -100,6 +133,22 @@ class Op:
 
     def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+
+def _of_one_part(signature: inspect.Signature) -> inspect.Signature:
+    """A function's signature for calls of one part: no operand is a pair."""
+    types: dict[Any, Any] = {
+        PerPart: Tensor,
+        PerPart | None: Tensor | None,
+        Sequence[PerPart]: Sequence[Tensor],
+        Sequence[PerPart | None]: Sequence[Tensor | None],
+    }
+    parameters = [
+        p.replace(annotation=types.get(p.annotation, p.annotation))
+        for p in signature.parameters.values()
+        if p.name not in NOT_IN_OPS and p.annotation != Parts | None
+    ]
+    return signature.replace(parameters=parameters)
 
 
 def _custom_op(

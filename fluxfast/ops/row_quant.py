@@ -12,13 +12,14 @@ quantises its values before it rounds them to its dtype. Codes have no gradient:
 backward is asked for, the gradient comes in through the values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from fluxfast.ops import dispatch
+from fluxfast.ops.parts import Parts, PerPart, dense_vectors, only
 from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import dense_rows, full_dtype
 
@@ -89,23 +90,33 @@ def row_quant(
     return forward(x.detach(), fmt, None if col_scale is None else col_scale.detach(), impl=backend)
 
 
-def forward(x: Tensor, fmt: str, col_scale: Tensor | None = None, *, impl: str) -> Quantized:
+def forward(
+    x: Tensor,
+    fmt: str,
+    col_scale: PerPart | None = None,
+    *,
+    parts: Parts | None = None,
+    impl: str,
+) -> Quantized:
     """`row_quant` without its checks, `impl` resolved; there is no backward.
 
-    The native module takes 16 bits, too, and rows that lie any distance apart.
+    The native module takes 16 bits, too, and rows that lie any distance apart. parts: see
+    `ops.parts`; col_scale is a pair then.
     """
-    if impl == "ref" or (impl == "native" and x.dtype not in _NATIVE_TYPES) or x.numel() == 0:
-        return row_quant_ref(x, fmt, col_scale)
+    if x.numel() == 0:
+        return row_quant_ref(x, fmt)
+    if impl == "ref" or (impl == "native" and x.dtype not in _NATIVE_TYPES):
+        return row_quant_ref(x, fmt, only(col_scale))
     if is_traced(x):
-        return Quantized(*_forward_op(x, fmt, col_scale, impl=impl))
+        return Quantized(*_forward_op(x, fmt, col_scale, parts=parts, impl=impl))
     rows = dense_rows(x.reshape(-1, x.shape[-1]))
-    col_scale = None if col_scale is None else dense_rows(col_scale)
     if impl == "triton":
         from fluxfast_kernels import row_quant as kernels
 
-        q, scale = kernels.row_quant(rows, fmt, col_scale=col_scale)
+        q, scale = kernels.row_quant(rows, fmt, col_scale=dense_vectors(col_scale), parts=parts)
     else:
-        y = rows if col_scale is None else rows.float() * col_scale.float()
+        factors = only(col_scale)
+        y = rows if factors is None else rows.float() * factors.float()
         q, scale = torch.empty(y.shape, dtype=FORMATS[fmt][0]), torch.empty(len(y))
         run = dispatch.native.quantize_int8 if fmt == "int8" else dispatch.native.quantize_fp8
         run(
@@ -175,11 +186,14 @@ def empty_parts(
     return parts
 
 
-def from_parts(parts: Sequence[Tensor], out: str, into: Tensor | None = None) -> RowOutput:
-    """The RowOutput of a registered op or an autograd.Function, which return its tensors alone."""
+def from_parts(parts: Iterable[Tensor], out: str, into: Tensor | None = None) -> RowOutput:
+    """The RowOutput of a registered op or an autograd.Function, which return its tensors alone.
+
+    An iterator is left at the first tensor that is not the RowOutput's.
+    """
     rest = iter(parts)
     y = into if into is not None or out in FORMATS else next(rest)
-    return RowOutput(y, None, None) if out == "same" else RowOutput(y, *rest)
+    return RowOutput(y, None, None) if out == "same" else RowOutput(y, next(rest), next(rest))
 
 
 def autograd_outputs(ctx: Any, output: RowOutput) -> tuple[Tensor, ...]:

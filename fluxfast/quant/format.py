@@ -13,7 +13,7 @@ Triton kernels make it fast: they are four more methods, and `auto` takes those 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -79,10 +79,26 @@ class Format:
         raise NotImplementedError
 
     def decode_triton(
-        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+        self,
+        parts: Mapping[str, Tensor],
+        out: Tensor,
+        out_scale: Tensor | None,
+        transposed: Tensor | None,
+        outs: Sequence[int],
     ) -> None:
-        """The same by Triton's kernels."""
+        """The same by Triton's kernels, which take an `out` whose rows are any distance apart.
+
+        They write the codes in the other order, too, where there is a `transposed` [K, N] for them.
+        outs: the rows of each weight, where the parts are those of several that `decodes_joined`.
+        """
         raise NotImplementedError
+
+    def decodes_joined(self, shape: Shape) -> bool:
+        """Whether Triton's kernels decode a weight of `shape` together with others below it.
+
+        Each part of theirs then comes as one, the weights' one after the other.
+        """
+        return False
 
     @property
     def bits_per_weight(self) -> float:

@@ -14,7 +14,7 @@ measured on [192, 3072]:
     optimum-quanto qint2, group 128, 2.25 bits    .501 / .841
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -109,11 +109,19 @@ class Int2(Format):
         )
 
     def decode_triton(
-        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+        self,
+        parts: Mapping[str, Tensor],
+        out: Tensor,
+        out_scale: Tensor | None,
+        transposed: Tensor | None,
+        outs: Sequence[int],
     ) -> None:
         from fluxfast_kernels.dequant_int2 import dequant_int2
 
-        dequant_int2(**parts, out=out, out_scale=out_scale)
+        dequant_int2(**parts, out=out, out_scale=out_scale, transposed=transposed, outs=outs)
+
+    def decodes_joined(self, shape: Shape) -> bool:
+        return True
 
 
 def global_scale_of(largest: Tensor) -> Tensor:

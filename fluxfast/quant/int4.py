@@ -13,7 +13,7 @@ The scale is bf16 because fp16 would lose that of a row of tiny weights. Its 8 b
 since codes are chosen after it is rounded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,11 +71,19 @@ class Int4(Format):
         decode("int4", out, out_scale, [parts[name] for name in ("packed", "scale", "zero")])
 
     def decode_triton(
-        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+        self,
+        parts: Mapping[str, Tensor],
+        out: Tensor,
+        out_scale: Tensor | None,
+        transposed: Tensor | None,
+        outs: Sequence[int],
     ) -> None:
         from fluxfast_kernels.dequant_int4 import dequant_int4
 
-        dequant_int4(**parts, out=out, out_scale=out_scale)
+        dequant_int4(**parts, out=out, out_scale=out_scale, transposed=transposed)
+
+    def decodes_joined(self, shape: Shape) -> bool:
+        return True
 
 
 def _store(scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ W is decoded for the product and dropped after it, forward and backward. `QuantL
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,6 +57,12 @@ def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> 
     """
     bias = None if bias is None else bias.to(x.dtype)
     return _QuantLinear.apply(x, bias, weight.format.name, weight.shape, *weight.parts.values())
+
+
+@functools.cache
+def _buffer_names(format: Format, shape: Shape) -> list[tuple[str, str]]:
+    """The name of each part of a format, and that of the buffer in which a `QuantLinear` has it."""
+    return [(name, f"weight_{name}") for name in format.layout(shape)]
 
 
 # whether `QuantLinear.weight` has a shape, a dtype and a device, but no values
@@ -121,9 +128,9 @@ class QuantLinear(nn.Linear):
 
     def packed(self) -> QuantWeight:
         """The weight as it is stored: format, parts and shape, without a copy."""
-        shape = (self.out_features, self.in_features)
-        parts = {name: getattr(self, f"weight_{name}") for name in self.format.layout(shape)}
-        return QuantWeight(self.format, parts, shape)
+        shape, held = (self.out_features, self.in_features), self._buffers
+        parts = {name: held[buffer] for name, buffer in _buffer_names(self.format, shape)}
+        return QuantWeight(self.format, parts, shape)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -10,7 +10,7 @@ arXiv 2110.02861. Levels: arXiv 2305.14314 (QLoRA).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from fluxfast.quant.affine import pack, unpack
 from fluxfast.quant.format import Format, Parts, Shape
 from fluxfast.quant.rows import decode, encode
+from fluxfast_kernels.launch import constant
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -103,7 +104,12 @@ class Nf4(Format):
             decode("nf4", out, out_scale, (parts["packed"], dequantize_absmax(parts)))
 
     def decode_triton(
-        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+        self,
+        parts: Mapping[str, Tensor],
+        out: Tensor,
+        out_scale: Tensor | None,
+        transposed: Tensor | None,
+        outs: Sequence[int],
     ) -> None:
         from fluxfast_kernels.dequant_nf4 import dequant_nf4
 
@@ -112,7 +118,12 @@ class Nf4(Format):
             tables=(code(out.device), absmax_code(out.device)),
             out=out,
             out_scale=out_scale,
+            transposed=transposed,
+            outs=outs,
         )
+
+    def decodes_joined(self, shape: Shape) -> bool:
+        return shape[0] * shape[1] % (BLOCK * NESTED_BLOCK) == 0
 
 
 def quantize_absmax(absmax: Tensor) -> Parts:
@@ -146,7 +157,7 @@ def dequantize_absmax(parts: Mapping[str, Tensor]) -> Tensor:
 @functools.cache
 def code(device: torch.device) -> Tensor:
     """The sixteen levels, ascending, fp32."""
-    return torch.tensor(CODE, device=device)
+    return constant(torch.tensor(CODE, device=device))
 
 
 @functools.cache
@@ -167,7 +178,7 @@ def absmax_code(device: torch.device) -> Tensor:
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*centres.tolist(), *(-centres).tolist()]
-    return torch.tensor(sorted(values), device=device)
+    return constant(torch.tensor(sorted(values), device=device))
 
 
 @functools.cache

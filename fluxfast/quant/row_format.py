@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -45,8 +45,16 @@ class RowFormat(Format):
         decode(self.native_name, out, out_scale, (parts["packed"], parts["scale"]))
 
     def decode_triton(
-        self, parts: Mapping[str, Tensor], out: Tensor, out_scale: Tensor | None
+        self,
+        parts: Mapping[str, Tensor],
+        out: Tensor,
+        out_scale: Tensor | None,
+        transposed: Tensor | None,
+        outs: Sequence[int],
     ) -> None:
         from fluxfast_kernels.dequant_rows import dequant_rows
 
-        dequant_rows(parts["packed"], parts["scale"], out, out_scale)
+        dequant_rows(parts["packed"], parts["scale"], out, out_scale, transposed)
+
+    def decodes_joined(self, shape: Shape) -> bool:
+        return True

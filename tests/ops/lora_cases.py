@@ -132,7 +132,7 @@ def expected(
         y = xs @ w.T + (0 if p.bias is None else p.bias.double())
         dy_i = d_rows[:, col : col + len(w)].double()
         col += len(w)
-        for a, b, scale, _ in p.adapters:
+        for a, b, scale, *_ in p.adapters:
             a, b = a.detach().double(), b.detach().double()
             s, ds = scale * xs @ a.T, scale * dy_i @ b
             y = y + s @ b.T

@@ -114,7 +114,7 @@ def test_values_and_gradients(impl, compute, stored, dropout, tokens):
     plain = make_group(K, OUTS, ranks, torch.float32, device=device, dropout=dropout)
     linears = with_others(stored_as(plain, stored), dropout)
     x, dy = operands(device, torch.float32, tokens)
-    options = {"compute": compute, "dropout_seed": 3}
+    options = {"compute": compute, "dropout_seed": torch.tensor(3, device=device)}
     group = LinearGroup(linears, torch.float32, impl=impl, **options)
     mask = group.dropped(torch.ones_like(x), dropout).double() if dropout else torch.ones_like(x)
     expected = wanted(x, dy, linears, compute, mask)

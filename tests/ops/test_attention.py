@@ -242,3 +242,81 @@ def test_auto_says_what_it_takes(caplog, monkeypatch, shape, dtype, fastest, cho
 def test_an_explicit_backend_runs_or_raises(backend, dtype, message):
     with pytest.raises(ValueError, match=message):
         attention.resolve(backend, torch.empty(1, 2, 1, 8, dtype=dtype), None)
+
+
+def emulated_cudnn(monkeypatch):
+    """PyTorch's entrance to cuDNN, on the CPU: graphs are found by the strides of q, k and v, and
+    read dout by the strides that it had when they were made.
+    """
+    graphs, aten, read = {}, torch.ops.aten, []
+
+    def forward(q, k, v, *_):
+        assert all(x.stride(-1) == 1 and not starts_inside_a_vector(x) for x in (q, k, v))
+        out, lse = attention._ref(*(x.transpose(1, 2) for x in (q, k, v)), None)
+        return out.transpose(1, 2), lse, *[None] * 4, torch.zeros(()), torch.zeros(()), None
+
+    def backward(dout, q, k, v, out, lse, *_):
+        key = tuple((x.shape, x.stride()) for x in (q, k, v))
+        strides = graphs.setdefault(key, dout.stride())
+        read.append(strides == dout.stride() and not starts_inside_a_vector(dout))
+        tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        grads = attention._ref_backward(*tensors, lse, None)
+        return [grad.transpose(1, 2) for grad in grads]
+
+    for name, function in (("", forward), ("_backward", backward)):
+        monkeypatch.setattr(aten, f"_scaled_dot_product_cudnn_attention{name}", function)
+    return read
+
+
+def starts_inside_a_vector(x):
+    return x.storage_offset() * x.element_size() % 16 != 0
+
+
+def in_wider_rows(x, before, after):
+    """x [B, S, heads, head_dim] as columns of wider rows."""
+    rows = torch.full((*x.shape[:2], before + x[0, 0].numel() + after), torch.nan, dtype=x.dtype)
+    view = rows[..., before : rows.shape[-1] - after].unflatten(-1, x.shape[2:])
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("head_dim", [16, 12])
+@pytest.mark.parametrize(("before", "after"), [(64, 64), (3, 61), (64, 1)])
+def test_cudnn_reads_every_gradient_as_its_graph_does(monkeypatch, head_dim, before, after):
+    """The gradient of a double block's attention comes contiguous, that of a single block's as
+    columns of a wider tensor.
+    """
+    read = emulated_cudnn(monkeypatch)
+    q, k, v, dout = (x.float() for x in inputs(tokens=9, head_dim=head_dim))
+    expected = None
+    for laid_out in (
+        dout,
+        in_wider_rows(dout, before, after),
+        dout.transpose(0, 1).clone().transpose(0, 1),
+    ):
+        for values in (v, in_wider_rows(v, before, after)):
+            out, saved = attention.forward(q, k, values, backend="cudnn")
+            grads = attention.backward(laid_out, q, k, values, out, saved, backend="cudnn")
+            expected = expected or grads
+            for grad, first in zip(grads, expected, strict=True):
+                assert torch.equal(grad, first)
+    assert len(read) == 6 and all(read)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+def test_values_that_lie_in_wider_rows(backend, dtype):
+    """v as a view of packed projections: the same bits as from a copy."""
+    q, k, v, dout = (x.to(DEVICE, dtype) for x in inputs())
+    results = []
+    for values in (v, in_wider_rows(v, 96, 77), in_wider_rows(v, 3, 8)):
+        out, saved = attention.forward(q, k, values.to(DEVICE), backend=backend)
+        grads = attention.backward(dout, q, k, values.to(DEVICE), out, saved, backend=backend)
+        results.append([out, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_a_copy_is_made_only_where_a_gpu_wants_one():
+    _, _, v, _ = (x.bfloat16() for x in inputs())
+    packed_v, odd = in_wider_rows(v, 96, 80), in_wider_rows(v, 96, 77)
+    assert attention._aligned(v) is v and attention._aligned(packed_v) is packed_v
+    assert attention._aligned(odd) is not odd and attention._aligned(odd).is_contiguous()

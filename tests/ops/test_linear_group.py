@@ -71,7 +71,7 @@ def test_adapters_within_the_weight(tokens, merged, weight_dtype):
     "options",
     [
         {"compute": "int8"},
-        {"dropout_seed": 3},
+        {"dropout_seed": torch.tensor(3)},
         {"params": linears(counts=(0, 0, 0))},
         {"impl": "ref"},
     ],

@@ -16,7 +16,7 @@ from op_cases import (
     token_gather_case,
     token_scatter_case,
 )
-from op_checks import TRITON_DEVICE, outputs_and_grads
+from op_checks import TRITON_DEVICE, outputs_and_grads, randn
 
 from fluxfast.ops import (
     dispatch,
@@ -27,6 +27,7 @@ from fluxfast.ops import (
     row_quant,
     token_route,
 )
+from fluxfast.ops.device import pretend
 from support import relative_error
 
 # each takes an implementation and inputs, and returns the outputs, and what makes gradients of
@@ -136,6 +137,60 @@ def test_equals_autograd(case, raw, fp64_tolerance, impl):
                 if grad is not None:
                     assert grad.dtype == dtype
                     assert relative_error(grad, expected_grads[i]) <= tolerance
+
+
+def packed_layouts(device="cpu"):
+    """By name: qkv, txt_qkv, and whether v can be a view of them."""
+    width, tokens = 3 * HEADS * 10, TXT + 5
+    whole = randn(2, tokens, 2 * width, seed=1, grad=False).to(device)
+    joint, flat = whole[..., 4 : 4 + width], whole.view(-1, 2 * width)[:, :width]
+    texts, images = flat[: 2 * TXT].unflatten(0, (2, TXT)), flat[2 * TXT :].unflatten(0, (2, 5))
+    return {
+        "one tensor": (joint, None, True),
+        "one sample": (joint[:1, TXT:], joint[:1, :TXT], True),
+        "two samples": (joint[:, TXT:], joint[:, :TXT], True),
+        "no image": (joint[:, TXT:TXT], joint[:, :TXT], True),
+        "all text first": (images, texts, False),
+        "image first": (joint[:1, :5], joint[:1, 5:], False),
+        "a gap": (joint[:1, TXT + 1 :], joint[:1, :TXT], False),
+        "other columns": (whole[:1, TXT:, width:], joint[:1, :TXT], False),
+        "two tensors": (joint[:, TXT:].clone(), joint[:, :TXT].clone(), False),
+    }
+
+
+@pytest.mark.parametrize("layout", packed_layouts())
+@every_impl
+def test_v_where_it_lies(impl, layout):
+    """The same numbers, which only Triton leaves where the packed projections are one tensor."""
+    device = TRITON_DEVICE if impl == "triton" else "cpu"
+    qkv, txt_qkv, adjoin = packed_layouts(device)[layout]
+    _, (_, _, weights, cos, sin, _) = qk_norm_rope_case(20, impl)
+    weights = weights if txt_qkv is not None else weights[:2]
+    constants = [t.to(device) for t in (weights, cos, sin)]
+    outs = [
+        qk_norm_rope.forward(qkv, txt_qkv, *constants, heads=HEADS, view_v=view_v, impl=impl)[0]
+        for view_v in (True, False)
+    ]
+    for view, copy in zip(*outs, strict=True):
+        assert torch.equal(view, copy) and copy.is_contiguous()
+    v = outs[0][2]
+    views = v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    assert views == (adjoin and impl == "triton") and (views or v.is_contiguous())
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+def test_v_is_a_view_on_tensors_without_memory():
+    """What a plan counts is what a GPU allocates."""
+    qkv = torch.empty(2, 7, 200, device="meta")[..., : 3 * HEADS * 10]
+    table, weights = torch.empty(7, 5, device="meta"), torch.empty(4, 10, device="meta")
+    with pretend("sm_90", None):
+        for text in (None, qkv[:, :2]):
+            rest = (text, weights if text is not None else weights[:2], table, table)
+            (_, _, v), _ = qk_norm_rope.forward(
+                qkv[:, 2:], *rest, heads=HEADS, view_v=True, impl="triton"
+            )
+            assert v.untyped_storage()._cdata == qkv.untyped_storage()._cdata
+            assert v.shape == (2, 5 if text is None else 7, HEADS, 10)
 
 
 @every_impl

@@ -8,7 +8,7 @@ from op_cases import HEADS, TXT, every_impl, gelu_case, modulated_layer_norm_cas
 from op_checks import TRITON_DEVICE, randn
 
 from fluxfast.ops import gated_residual, gelu, modulated_layer_norm, qk_norm_rope
-from fluxfast.ops.row_quant import FORMATS, row_quant_ref
+from fluxfast.ops.row_quant import FORMATS, RowOutput, row_quant_ref
 from support import relative_error
 
 every_output = pytest.mark.parametrize("out", ["same", "int8", "e4m3", "both-int8", "both-e4m3"])
@@ -56,6 +56,68 @@ def test_gelu_behind_a_prefix(impl, out):
     assert len(saved) == 1 and saved[0] is x
 
 
+def buffer_in(wide):
+    """A slice of columns of `wide`, which is as wide as needed for what is asked of it."""
+    return wide[..., 9:-4]
+
+
+def wide_like(x, cols=12):
+    return torch.full((*x.shape[:-1], cols + 13), 7.0, device=x.device)
+
+
+@every_impl
+@pytest.mark.parametrize("out", ["same", "both-int8"])
+def test_values_in_a_wider_buffer(impl, out):
+    """Every op that takes `into` writes there what it else returns, and nothing beside it."""
+    _, (x, scale, shift) = modulated_layer_norm_case(5, impl)
+    x, scale, shift, y, gate, prefix = on_device(
+        impl, x, scale, shift, randn(2, 5, 12, seed=8), randn(2, 12, seed=9), randn(2, 5, 7)
+    )
+    options = {"out": out, "impl": impl}
+    _, _, saved = modulated_layer_norm.forward_residual(x, gate, y, scale, shift, **options)
+
+    def calls(into, into_joint):
+        norm, _ = modulated_layer_norm.forward(x, scale, shift, **options, into=into())
+        _, gated, _ = modulated_layer_norm.forward_residual(
+            x, gate, y, scale, shift, **options, into=into()
+        )
+        _, dbranch, _ = modulated_layer_norm.backward_residual(y, saved, **options, into=into())
+        dy, _ = gated_residual.backward_rows(x, (gate, None), **options, into=into())
+        activated, _ = gelu.forward(x, **options, into=into())
+        joined, _ = gelu.forward(x, prefix=prefix, **options, into=into_joint())
+        target = into()
+        flat_target = None if target is None else target.flatten(0, 1)
+        flat, _ = gelu.forward(x.flatten(0, 1), **options, into=flat_target)
+        return norm, gated, dbranch, dy, activated, joined, flat
+
+    buffers = []
+
+    def buffer(cols):
+        buffers.append(wide_like(x, cols))
+        return buffer_in(buffers[-1])
+
+    written = calls(lambda: buffer(12), lambda: buffer(19))
+    for actual, expected in zip(written, calls(lambda: None, lambda: None), strict=True):
+        for mine, theirs in zip(actual, expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+    starts = {buffer_in(wide).data_ptr() for wide in buffers}
+    assert {output.y.data_ptr() for output in written} <= starts
+    for wide in buffers:
+        assert (wide[..., :9] == 7).all() and (wide[..., -4:] == 7).all()
+
+
+@every_impl
+@every_output
+@pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 3, 2, 12)])
+def test_gelu_of_other_shapes_than_the_models(impl, out, shape):
+    x, dy = on_device(impl, randn(*shape), randn(*shape, seed=1))
+    rows, _ = gelu.forward(x, out=out, impl=impl)
+    assert_rows(rows, gelu.gelu_ref(x), out)
+    expected = gelu.backward(dy.double(), (x.double(),), [True], impl="ref")[0].float()
+    assert_rows(gelu.backward_rows(dy, (x,), out=out, impl=impl), expected, out)
+
+
 @every_impl
 @every_output
 def test_gelu_gradient_as_rows(impl, out):
@@ -73,6 +135,24 @@ def test_gelu_gradient_as_rows(impl, out):
     assert rows.y.data_ptr() == wide[..., 9:].data_ptr()
     assert_rows(rows, expected, out, scale)
     assert (wide[..., :9] == 7).all() and (wide[..., 21:] == 7).all()
+
+
+@every_impl
+@every_output
+def test_gelu_gradient_and_its_prefix(impl, out):
+    """dy of [prefix | gelu(x)] as a product gives it: the prefix's part comes out apart."""
+    x, dy, col_scale = on_device(
+        impl, randn(2, 5, 12), randn(2, 5, 19, seed=1), randn(12, seed=2).abs() + 0.1
+    )
+    options = {"out": out, "col_scale": None if out == "same" else col_scale, "impl": impl}
+    wide = torch.full((2, 5, 20), 7.0, device=x.device)
+    rows = gelu.backward_rows(dy, (x,), dprefix=wide[..., 4:11], **options)
+    plain = gelu.backward_rows(dy[..., 7:], (x,), **options)
+    for mine, theirs in zip(rows, plain, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
+    assert torch.equal(wide[..., 4:11], dy[..., :7])
+    assert (wide[..., :4] == 7).all() and (wide[..., 11:] == 7).all()
 
 
 @every_impl
@@ -108,15 +188,55 @@ def test_qk_norm_rope_gradient_into_wider_buffers(impl, keep_outputs):
         ]
         slices = [w[..., 4:-7] for w in wide]
         dqkv, dtxt_qkv = (s if use else None for s, use in zip(slices, given, strict=True))
-        actual = qk_norm_rope.backward(
-            douts, saved, (True, True), s_txt=TXT, dqkv=dqkv, dtxt_qkv=dtxt_qkv, impl=impl
+        actual = qk_norm_rope.backward_rows(
+            douts, saved, s_txt=TXT, dqkv=dqkv, dtxt_qkv=dtxt_qkv, impl=impl
         )
         for grad, reference, target, w, use in zip(
-            actual, expected, slices, wide, given, strict=True
+            actual[:2], expected, slices, wide, given, strict=True
         ):
             assert torch.equal(grad, reference)
             assert (grad is target) == use
             assert (w[..., :4] == 7).all() and (w[..., -7:] == 7).all()
+
+
+@every_impl
+@pytest.mark.parametrize("out", ["both-int8", "both-e4m3"])
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_qk_norm_rope_gradient_as_codes(impl, out, text, scaled):
+    """One tensor of codes: the text's rows of both samples, then the image's."""
+    _, inputs = qk_norm_rope_case(5, impl)
+    qkv, txt_qkv, *constants = on_device(impl, *inputs)
+    if not text:
+        txt_qkv, constants[0], constants[3] = None, constants[0][:2], constants[3][TXT:]
+    s_txt = TXT if text else 0
+    outs, saved = qk_norm_rope.forward(qkv, txt_qkv, *constants, heads=HEADS, impl=impl)
+    douts = on_device(impl, *(randn(*o.shape, seed=i) for i, o in enumerate(outs)))
+    scales = on_device(impl, *(randn(qkv.shape[-1], seed=i).abs() + 0.1 for i in (4, 5)))
+    col_scale = None
+    if scaled:
+        col_scale = tuple(scales) if text else scales[1]
+    made = qk_norm_rope.backward_rows(
+        douts, saved, s_txt=s_txt, out=out, col_scale=col_scale, impl=impl
+    )
+    assert qk_norm_rope.backward_rows(douts, saved, s_txt=s_txt, impl=impl).codes is None
+    exact = qk_norm_rope.backward_rows(
+        [d.double() for d in douts],
+        [t if t is None or not t.is_floating_point() else t.double() for t in saved],
+        s_txt=s_txt,
+        impl="ref",
+    )
+    parts = [made.dqkv.flatten(0, 1)]
+    parts = [made.dtxt_qkv.flatten(0, 1), *parts] if text else parts
+    wanted = [exact.dtxt_qkv.flatten(0, 1), exact.dqkv.flatten(0, 1)][-len(parts) :]
+    starts = [0, 2 * TXT] if text else [0]
+    for start, values, expected, scale in zip(
+        starts, parts, wanted, scales[-len(parts) :], strict=True
+    ):
+        rows = slice(start, start + len(values))
+        q, q_scale = (t[rows] for t in made.codes)
+        assert_rows(RowOutput(values, q, q_scale), expected.float(), out, scale if scaled else None)
+    assert len(made.codes.q) == len(made.codes.scale) == sum(map(len, parts))
 
 
 @every_impl

@@ -299,13 +299,13 @@ def test_what_cannot_be_decoded_into_is_refused(format):
     for bad in (
         out[:, :63],
         torch.empty(64, 4).T,
-        torch.empty(4, 70)[:, 6:],
+        torch.empty(1, 64).expand(4, 64),
         out.char(),
         out.to("meta"),
     ):
         with pytest.raises(
             ValueError,
-            match=rf"{format.name}: out must be a contiguous \[4, 64\] torch.float32 on cpu, got ",
+            match=rf"{format.name}: out must be \[4, 64\] torch.float32 on cpu with ",
         ):
             weight.decode_into(bad)
     q, scale = torch.empty(4, 64, dtype=torch.int8), torch.empty(4)
@@ -315,7 +315,9 @@ def test_what_cannot_be_decoded_into_is_refused(format):
         (q, scale.double()),
         (q, torch.empty(8)[::2]),
     ):
-        with pytest.raises(ValueError, match=f"{format.name}: (q|scale) must be a contiguous"):
+        with pytest.raises(
+            ValueError, match=f"{format.name}: (q|scale) must be .* contiguous rows"
+        ):
             weight.decode_into(bad_q, bad_scale)
     with pytest.raises(ValueError, match=f"{format.name}: codes are one of int8, e4m3, not 'int4'"):
         weight.codes("int4")

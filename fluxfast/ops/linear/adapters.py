@@ -51,13 +51,15 @@ class Adapter(Protocol):
 class Lora(NamedTuple):
     """y += scale · (x Aᵀ) Bᵀ with a [r, K], b [N, r] and scale = alpha / r.
 
-    Source: arXiv 2106.09685, section 4.1.
+    grads: where a `LinearGroup` writes dA and dB, in the shapes and dtypes of a and b; None: in new
+    memory. Source: arXiv 2106.09685, section 4.1.
     """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float = 0.0
+    grads: tuple[Tensor, Tensor] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -81,6 +83,15 @@ class Lora(NamedTuple):
 def tensors_of(adapters: Sequence[Adapter]) -> list[Tensor]:
     """The tensors of several adapters, one after the other: what an autograd.Function is given."""
     return [t for adapter in adapters for t in adapter.tensors]
+
+
+def writing_to(adapters: Sequence[Adapter], places: Iterator[Tensor]) -> tuple[Adapter, ...]:
+    """The same LoRAs, whose gradients are to be written to the next of `places`."""
+    made = []
+    for adapter in adapters:
+        assert isinstance(adapter, Lora)
+        made.append(adapter._replace(grads=(next(places), next(places))))
+    return tuple(made)
 
 
 def over_tensors(adapters: Sequence[Adapter], tensors: Iterator[Tensor]) -> tuple[Adapter, ...]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from torch import Tensor
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_native, products_torch, products_triton, weights
 from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
+from fluxfast.ops.linear.grad_places import NO_RUNS, Runs, in_places, runs_of
 from fluxfast.ops.linear.products_torch import stack
 from fluxfast.ops.linear.weights import FrozenWeight, Ready
 from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput
@@ -58,12 +60,14 @@ class _SameDropout(NamedTuple):
     loras: list[Lora]
 
 
-class LinearGroup:
+class LinearGroup(AugmentedProducts):
     """Linears with their adapters, ready for products with x [..., in] of `dtype`.
 
     compute: one of COMPUTE. outliers: how many channels of x 8-bit products leave out. impl: as
-    `dispatch.resolve` gave it. dropout_seed: the seed of the masks of the adapters' dropout, or
-    None where dropout is off; a forward pass that is computed again needs the same one.
+    `dispatch.resolve` gave it. dropout_seed: what the masks of the adapters' dropout are drawn
+    from, one int64 on x's device, or None where dropout is off; a forward pass that is computed
+    again needs the same one. dropout_number: which of the groups that share the seed this is.
+    dgrad: whether `backward` will ask for dx.
     """
 
     def __init__(
@@ -74,20 +78,29 @@ class LinearGroup:
         compute: str = "same",
         outliers: int = 0,
         impl: str,
-        dropout_seed: int | None = None,
+        dropout_seed: Tensor | None = None,
+        dropout_number: int = 0,
+        dgrad: bool = False,
     ) -> None:
         self.linears, self.dtype, self.compute, self.impl = linears, dtype, compute, impl
+        # a group's rows are all alike (`pair.LinearPair` has two parts)
+        self.parts = None
         self.outliers = 0 if compute == "same" else min(outliers, linears[0].weight.shape[1])
-        self.dropout_seed = dropout_seed
+        self.dropout_seed, self._dropout_number = dropout_seed, dropout_number
+        self.dgrad = dgrad
         self.outs = [p.weight.shape[0] for p in linears]
         self.adapters = [adapter for p in linears for adapter in p.adapters]
         # the LoRAs of each linear, and all of them
         self._own_loras = [loras_of(p) for p in linears]
         self.loras = [lora for own in self._own_loras for lora in own]
-        self._counts = [len(own) for own in self._own_loras]
+        self.counts = [len(own) for own in self._own_loras]
         self._drops = any(self._is_dropped(adapter) for adapter in self.adapters)
         self._products = products_triton if impl == "triton" else products_torch
         self._ready: Ready | None = None
+        shape = (sum(self.outs), linears[0].weight.shape[1])
+        super().__init__(shape, rank=sum(len(lora.a) for lora in self.loras))
+        # whether the adapters lie beside the weights, if that is where products read them
+        self._is_filled = False
 
     @property
     def form(self) -> str:
@@ -109,39 +122,52 @@ class LinearGroup:
 
         None where dy is not quantised.
         """
-        return None if self.compute == "same" else stack(self._weights(0).scales)
+        return None if self.compute == "same" else stack(self.weights(0).scales)
 
-    def forward(self, x: RowOutput, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: RowOutput, out: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """y [..., N], written to `out` where that is given, and s [M, Σ ranks].
 
-        s is kept for backward; it is None where backward does not need it.
+        s is kept for backward; it is None where backward does not need it. An s that an earlier
+        forward returned for the same x need not be computed again.
         """
-        rows = _flat(x)
-        present = _present(x)
+        rows = flat_rows(x)
+        values = operand_of(x)[0]
         y = out
         if y is None:
-            shape = (*present.shape[:-1], sum(self.outs))
-            y = torch.empty(shape, dtype=self.dtype, device=present.device)
+            shape = (*values.shape[:-1], sum(self.outs))
+            y = torch.empty(shape, dtype=self.dtype, device=values.device)
         y_rows = y.view(-1, y.shape[-1])
-        s = self.down(x)
-        ready = self._weights(len(y_rows))
-        biases = [None if p.bias is None else p.bias.detach() for p in self.linears]
-        narrow, b, counts = s, [lora.b.detach() for lora in self.loras], self._counts
-        operand = _operand(rows)
-        if self.outliers:
-            operand, narrow, b, counts = self._split_outliers(operand[0], s, ready)
-        self._products.wide(*operand, *ready, biases, narrow, b, counts, y_rows)
+        room = self.room(rows.y)
+        if s is None:
+            s = self.down(x, copy=room)
+        elif room is not None:
+            room.copy_(s)
+        if room is None:
+            self._wide(rows, s, y_rows)
+        else:
+            assert rows.y is not None
+            self.forward_augmented(rows.y, y_rows)
         for adapter, cols in self._beside():
             adapter.add_to(y_rows[:, cols], self._seen_by(adapter, rows))
         return y, s
 
-    def down(self, x: RowOutput) -> Tensor | None:
+    def _wide(self, x: RowOutput, s: Tensor | None, y: Tensor) -> None:
+        """Writes x Wᵀ + s Bᵀ + b to y [M, N]."""
+        ready, b, counts, operand = self.weights(len(y)), self.b, self.counts, operand_of(x)
+        if self.outliers:
+            operand, s, b, counts = self._split_outliers(operand[0], s, ready)
+        self._products.wide(*operand, *ready.operands, self.biases, s, b, counts, y)
+
+    def down(self, x: RowOutput, *, copy: Tensor | None = None) -> Tensor | None:
         """s = scale · x Aᵀ [M, Σ ranks], each LoRA on its own dropped x.
 
-        It is what `forward` returns beside y, for callers that have y already.
+        It is what `forward` returns beside y, for callers that have y already. Triton's kernels
+        write it to `copy` as well, where that is given.
         """
-        rows = _flat(x)
-        if not self.loras or self.merges(len(_present(rows))):
+        rows = flat_rows(x)
+        if not self.loras or self.merges(len(operand_of(rows)[0])):
             return None
         columns = []
         for same in self._by_dropout():
@@ -150,7 +176,8 @@ class LinearGroup:
                 [lora.scale for lora in same.loras],
             )
             seen = self._seen_by_loras(same.dropout, rows)
-            columns.append(self._products.down(*seen, a, scales, self.dtype))
+            copies = {} if copy is None else {"copy": copy[:, same.ranks]}
+            columns.append(self._products.down(*seen, a, scales, self.dtype, **copies))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
     def backward(
@@ -169,8 +196,9 @@ class LinearGroup:
         given. codes: where dy's producers quantised it with `fold()`, its codes, in parts that
         cover the columns in order; each part comes with its first column and its own row scales.
         """
-        dy_rows, rows = dy.reshape(-1, dy.shape[-1]), _flat(x)
-        ds, lora_grads = self._lora_backward(dy_rows, rows, s)
+        dy_rows, rows = dy.reshape(-1, dy.shape[-1]), flat_rows(x)
+        room = self.room(dy_rows)
+        ds, lora_grads = self._lora_backward(dy_rows, rows, s, room)
         dx, dx_rows = None, None
         if need_dx:
             width = self.linears[0].weight.shape[1]
@@ -179,11 +207,39 @@ class LinearGroup:
                 shape = (*dy.shape[:-1], width)
                 dx = torch.empty(shape, dtype=self.dtype, device=dy.device)
             dx_rows = dx.view(-1, width)
-            self._dgrad(dy_rows, codes, ds, dx_rows)
+            if room is not None and not self._drops:
+                self.backward_augmented(dy_rows, dx_rows)
+            else:
+                self._dgrad(dy_rows, codes, ds, dx_rows)
         beside = [self._backward_beside(*each, dy_rows, rows, dx_rows) for each in self._beside()]
         fused, others = iter(lora_grads), iter(beside)
         grads = [next(fused if isinstance(a, Lora) else others) for a in self.adapters]
         return dx, grads
+
+    @property
+    def a(self) -> list[Tensor]:
+        """A of every LoRA, in order."""
+        return [lora.a.detach() for lora in self.loras]
+
+    @property
+    def b(self) -> list[Tensor]:
+        """B of every LoRA, in order."""
+        return [lora.b.detach() for lora in self.loras]
+
+    @property
+    def scales(self) -> list[float]:
+        """The scale of every LoRA, in order."""
+        return [lora.scale for lora in self.loras]
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        """The bias of every linear."""
+        return [None if p.bias is None else p.bias.detach() for p in self.linears]
+
+    @property
+    def fuses_all(self) -> bool:
+        """Whether the wide product does all that the group adds: no adapter runs beside it."""
+        return not (self._drops or self.outliers or len(self.loras) < len(self.adapters))
 
     def merges(self, tokens: int) -> bool:
         """Whether the LoRAs go into a copy of W, which takes fewer operations for many tokens.
@@ -202,19 +258,46 @@ class LinearGroup:
     def dropped(self, x: Tensor, p: float) -> Tensor:
         """x [M, K] with the mask of dropout p, which all adapters of the group share."""
         assert self.dropout_seed is not None
-        return self._products.dropped(x, p, self.dropout_seed)
+        return self._products.dropped(x, p, self.dropout_seed, self._dropout_number)
 
-    def _weights(self, tokens: int) -> Ready:
+    def weights(self, tokens: int) -> Ready:
         """The weights for products with so many tokens; made once a group."""
         if self._ready is None:
             stored = [p.weight for p in self.linears]
             if self.compute != "same":
-                self._ready = weights.as_codes(stored, self.compute, self.dtype, self.impl)
+                self._ready = weights.as_codes(
+                    stored, self.compute, self.dtype, self.impl, dgrad=self.dgrad
+                )
             else:
-                self._ready = weights.as_floats(stored, self.dtype, tokens, self.impl)
+                self._ready = weights.as_floats(stored, self.dtype, tokens, self.impl, self.rank)
             if self.merges(tokens):
                 self._ready = weights.merged(self._ready.weights, self._own_loras, self.dtype)
         return self._ready
+
+    def weights_of_rows(self, tokens: int) -> list[RowsAt]:
+        if self.impl != "triton" or self.compute != "same" or self.rank == 0:
+            return []
+        place = self.weights(tokens).augmented
+        if place is None:
+            return []
+        if not self._is_filled:
+            fill([self._fill(place)])
+            self._is_filled = True
+        return [RowsAt(slice(None), place)]
+
+    def _fill(self, place: Placed) -> Fill:
+        return Fill(place, self._own_loras, self.biases)
+
+    def fill_in_place(self) -> Fill | None:
+        """What goes into the augmented weight in which the weights live; None where there is none.
+
+        Whoever asks for it does it.
+        """
+        place = in_place(self.linears) if self.compute == "same" else None
+        if place is None or place.within.dtype != self.dtype:
+            return None
+        self._is_filled = True
+        return self._fill(place)
 
     def _split_outliers(
         self, x: Tensor, s: Tensor | None, ready: Ready
@@ -227,14 +310,14 @@ class LinearGroup:
         keep = torch.ones(x.shape[1], device=x.device).index_fill_(0, largest, 0)
         codes = row_quant.forward(x, self.compute, keep, impl=self.impl)
         columns, b, rank = [], [], 0
-        for own, w, scale in zip(self._own_loras, *ready, strict=True):
+        for own, w, scale in zip(self._own_loras, *ready.operands, strict=True):
             width = sum(lora.a.shape[0] for lora in own)
             columns += [] if s is None else [s[:, rank : rank + width]]
             columns.append(x[:, largest])
             rank += width
             b += [lora.b.detach().to(self.dtype) for lora in own]
             b.append((w[:, largest].to(scale.dtype) * scale[:, None]).to(self.dtype))
-        counts = [count + 1 for count in self._counts]
+        counts = [count + 1 for count in self.counts]
         return (codes.q, codes.scale), torch.cat(columns, dim=1), b, counts
 
     def _dgrad(
@@ -245,7 +328,7 @@ class LinearGroup:
         dx: Tensor,
     ) -> None:
         """Writes dy W + dS A to dx [M, K]."""
-        ready = self._weights(len(dx))
+        ready = self.weights(len(dx))
         parts: list[tuple[int, Tensor, Tensor | None]] = [(0, dy, None)]
         if self.compute != "same":
             if not codes:
@@ -257,10 +340,8 @@ class LinearGroup:
         fuses = ds is not None and not self._drops
         for i, (col, part, scale) in enumerate(parts):
             # the first product has all of dS A
-            own_ds, a = (
-                (ds, [lora.a.detach() for lora in self.loras]) if fuses and i == 0 else (None, [])
-            )
-            self._products.wide_dgrad(part, scale, col, *ready, own_ds, a, i > 0, dx)
+            own_ds, a = (ds, self.a) if fuses and i == 0 else (None, [])
+            self._products.wide_dgrad(part, scale, col, *ready.operands, own_ds, a, i > 0, dx)
         if ds is None or fuses:
             return
         for same in self._by_dropout():
@@ -268,41 +349,53 @@ class LinearGroup:
             dx += delta if same.dropout == 0 else self.dropped(delta, same.dropout)
 
     def _lora_backward(
-        self, dy: Tensor, x: RowOutput, s: Tensor | None
+        self, dy: Tensor, x: RowOutput, s: Tensor | None, room: Tensor | None
     ) -> tuple[Tensor | None, list[tuple[Tensor, ...]]]:
-        """dS [M, Σ ranks], where dx needs it, and (dA, dB) of every LoRA."""
+        """dS [M, Σ ranks], where dx needs it, and (dA, dB) of every LoRA.
+
+        dS is written to `room`, where there is some.
+        """
         if not self.loras:
             return None, []
-        scales, b = [lora.scale for lora in self.loras], [lora.b.detach() for lora in self.loras]
+        scales, b = self.scales, self.b
         if self.merges(len(dy)):
             a, b = (
                 [lora.a.detach().to(self.dtype) for lora in self.loras],
                 [t.to(self.dtype) for t in b],
             )
             starts = accumulate(self.outs, initial=0)
-            cols = [col for col, n in zip(starts, self._counts, strict=False) for _ in range(n)]
-            d_a, d_b = products_native.lora_grads(_operand(x)[0], dy, a, b, scales, cols)
-            return None, self._pairs(d_a, d_b)
+            cols = [col for col, n in zip(starts, self.counts, strict=False) for _ in range(n)]
+            d_a, d_b = products_native.lora_grads(operand_of(x)[0], dy, a, b, scales, cols)
+            return None, in_places(self.loras, d_a, d_b, NO_RUNS)
         assert s is not None
-        ds = self._products.down_grad(dy, b, scales, self._counts, self.outs)
-        ranks = [sum(lora.a.shape[0] for lora in own) for own in self._own_loras]
-        packed = self._products.grad_b(dy, s, self.outs, ranks, b[0].dtype)
-        d_a, d_b = [], []
-        for own, rows in zip(self._own_loras, packed.split_with_sizes(self.outs), strict=True):
-            widths = [lora.b.shape[1] for lora in own]
-            d_b += rows[:, : sum(widths)].split_with_sizes(widths, dim=1)
+        out: dict[str, Any] = {} if room is None else {"out": room}
+        runs = runs_of([self.loras], self.counts)
+        ds, packed_b = self._products.lora_grads(
+            dy, s, b, scales, self.counts, self.outs, b[0].dtype,
+            db=runs.d_b, **out,
+        )  # fmt: skip
+        d_a = []
         for same in self._by_dropout():
             seen = self._seen_by_loras(same.dropout, x)
-            grad = self._products.grad_a(ds[:, same.ranks], *seen, same.loras[0].a.dtype)
+            grad = self._products.grad_a(
+                ds[:, same.ranks], *seen, same.loras[0].a.dtype,
+                da=None if runs.d_a is None else [runs.d_a[0][same.ranks]],
+            )  # fmt: skip
             d_a += grad.split_with_sizes([lora.a.shape[0] for lora in same.loras])
-        return ds, self._pairs(d_a, d_b)
+        return ds, self.lora_grads_of(d_a, packed_b, runs)
 
-    def _pairs(self, d_a: Sequence[Tensor], d_b: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """(dA, dB) of every LoRA in the dtypes of its tensors."""
-        return [
-            (grad_a.to(lora.a.dtype), grad_b.to(lora.b.dtype).contiguous())
-            for lora, grad_a, grad_b in zip(self.loras, d_a, d_b, strict=True)
-        ]
+    def lora_grads_of(
+        self, d_a: Sequence[Tensor], packed_b: Tensor, runs: Runs
+    ) -> list[tuple[Tensor, ...]]:
+        """(dA, dB) of every LoRA, from their dA and from packed dB [N, widest].
+
+        runs: the memory to which these were written.
+        """
+        d_b: list[Tensor] = []
+        for own, rows in zip(self._own_loras, packed_b.split_with_sizes(self.outs), strict=True):
+            widths = [lora.b.shape[1] for lora in own]
+            d_b += rows[:, : sum(widths)].split_with_sizes(widths, dim=1)
+        return in_places(self.loras, d_a, d_b, runs)
 
     def _by_dropout(self) -> list[_SameDropout]:
         found: list[_SameDropout] = []
@@ -320,7 +413,7 @@ class LinearGroup:
     def _seen_by_loras(self, p: float, x: RowOutput) -> tuple[Tensor, Tensor | None]:
         """The x that LoRAs with dropout p see: codes and scales where there are any, or values."""
         if p == 0:
-            return _operand(x)
+            return operand_of(x)
         assert x.y is not None
         return self.dropped(x.y, p), None
 
@@ -358,13 +451,7 @@ class LinearGroup:
         return tuple(grad.to(t.dtype) for grad, t in zip(grads, adapter.tensors, strict=True))
 
 
-def _present(x: RowOutput) -> Tensor:
-    present = x.q if x.y is None else x.y
-    assert present is not None
-    return present
-
-
-def _operand(x: RowOutput) -> tuple[Tensor, Tensor | None]:
+def operand_of(x: RowOutput) -> tuple[Tensor, Tensor | None]:
     """What products read of x: its codes and their scales where there are any, else its values."""
     if x.q is not None:
         return x.q, x.q_scale
@@ -372,7 +459,7 @@ def _operand(x: RowOutput) -> tuple[Tensor, Tensor | None]:
     return x.y, None
 
 
-def _flat(x: RowOutput) -> RowOutput:
+def flat_rows(x: RowOutput) -> RowOutput:
     """The same with all leading dimensions as one."""
     y, q, scale = x
     return RowOutput(
@@ -380,3 +467,21 @@ def _flat(x: RowOutput) -> RowOutput:
         None if q is None else q.reshape(-1, q.shape[-1]),
         None if scale is None else scale.reshape(-1),
     )
+
+
+def fill_in_place(groups: Sequence[LinearGroup], *, filled: bool = False) -> None:
+    """Copies adapters to where the weights of their group live, all groups in one launch.
+
+    A group whose weights live elsewhere does it by itself, once a product reads them. filled: that
+    they are there already.
+    """
+    fills = [group.fill_in_place() for group in groups]
+    if not filled:
+        fill([each for each in fills if each is not None])
+
+
+def in_place(linears: Sequence[LinearParams]) -> Placed | None:
+    """The augmented weight in which the weights of a group live, with room for its LoRAs."""
+    stored = [p.weight for p in linears if isinstance(p.weight, Tensor)]
+    rank = sum(lora.a.shape[0] for p in linears for lora in loras_of(p))
+    return placed(stored, rank) if rank and len(stored) == len(linears) else None

@@ -49,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
         compute: str,
         outliers: int,
         impl: str,
-        seed: int | None,
+        seed: Tensor | None,
         *trained: Tensor,
     ) -> Tensor:
         # the adapters' tensors, which take gradients, come one by one beside the adapters
@@ -73,8 +73,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
         s = rest.pop(0) if ctx.has_s else None
-        group = LinearGroup(_over_tensors(ctx.bases, rest), x.dtype, **ctx.options)
         need_dx = ctx.needs_input_grad[0]
+        group = LinearGroup(_over_tensors(ctx.bases, rest), x.dtype, dgrad=need_dx, **ctx.options)
         dx, grads = group.backward(dy, group.as_input(x), s, need_dx=need_dx)
         return dx, *(None,) * 5, *(grad for of_adapter in grads for grad in of_adapter)
 
@@ -91,18 +91,18 @@ def lora_linear(
     *,
     compute: str = "same",
     outliers: int = 0,
-    dropout_seed: int | None = None,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Apply one or several linears with their adapters to the same x.
 
     x [..., in]; returns [..., Σ out], the linears' outputs side by side, in x's dtype. Weights and
     adapters may be stored in other floating types. compute "int8" or "e4m3" runs the wide products
     on codes of x, of W and, in backward, of dy, with a scale a row. The `outliers` largest channels
-    of x stay out of its codes and are multiplied in its dtype. dropout_seed: the seed of the masks
-    of adapters that have a dropout; None for no dropout. Gradients go to x and to the adapters'
-    tensors. A base weight or bias that requires one is refused, since this op never computes it
-    (use `lora_linear_ref`). Raises ValueError on shapes that don't fit, or if `impl` can't do this
-    call. Source: LoRA, arXiv 2106.09685, section 4.1.
+    of x stay out of its codes and are multiplied in its dtype. dropout_seed: what the masks of
+    adapters that have a dropout are drawn from, one int64 on x's device; None for no dropout.
+    Gradients go to x and to the adapters' tensors. A base weight or bias that requires one is
+    refused, since this op never computes it (use `lora_linear_ref`). Raises ValueError on shapes
+    that don't fit, or if `impl` can't do this call. Source: LoRA, arXiv 2106.09685, section 4.1.
     """
     _check(x, linears, compute)
     if torch.is_grad_enabled() and any(

@@ -11,6 +11,7 @@ hold the codes' values (`readable`), and the product is a float one.
 import functools
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,25 +25,27 @@ logger = logging.getLogger("fluxfast")
 
 
 def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors as one along the first dimension, if they lie so in memory; else None."""
+    """The tensors as one along the first dimension, if they lie so in memory; else None.
+
+    Rows may lie any distance apart, if it is the same one everywhere.
+    """
     first = tensors[0]
     if len(tensors) == 1:
         return first.detach()
     # torch.compile has no memory to look at
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or first.stride(-1) != 1:
         return None
-    end = first.storage_offset()
+    storage, end = first.untyped_storage()._cdata, first.storage_offset()
     for t in tensors:
         if (
-            not t.is_contiguous()
-            or t.dtype != first.dtype
+            t.dtype != first.dtype
             or t.shape[1:] != first.shape[1:]
+            or t.stride() != first.stride()
             or t.storage_offset() != end
+            or t.untyped_storage()._cdata != storage
         ):
             return None
-        if t.untyped_storage()._cdata != first.untyped_storage()._cdata:
-            return None
-        end += t.numel()
+        end += t.shape[0] * t.stride(0)
     rows = sum(t.shape[0] for t in tensors)
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
@@ -51,6 +54,12 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors as one along the first dimension; a copy in a common dtype if they lie apart."""
     joined = adjoining(tensors)
     return torch.cat([t.detach() for t in tensors]) if joined is None else joined
+
+
+def linear_ranks(b: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
+    """The ranks of each linear's LoRAs, added up."""
+    starts = accumulate(counts, initial=0)
+    return [sum(t.shape[1] for t in b[lo : lo + n]) for lo, n in zip(starts, counts, strict=False)]
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool = False) -> None:
@@ -149,36 +158,54 @@ def down(
     return _rescale(s, scales, [t.shape[0] for t in a])
 
 
-def down_grad(
-    dy: Tensor, b: list[Tensor], scales: list[float], counts: list[int], outs: list[int]
-) -> Tensor:
-    """dS = scale · dy B [M, Σ ranks], each linear's from its own columns of dy."""
+def lora_grads(
+    dy: Tensor,
+    s: Tensor,
+    b: list[Tensor],
+    scales: list[float],
+    counts: list[int],
+    outs: list[int],
+    dtype: torch.dtype,
+    *,
+    db: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dS = scale · dy B [M, Σ ranks] in dy's dtype, and dB = dyᵀ s [N, widest] in `dtype`.
+
+    Each linear's are from its own columns of dy and of s [M, Σ ranks]. dB is written to the one
+    tensor in `db`, where that is given.
+    """
     columns, it = [], iter(b)
-    for dy_i, count in zip(dy.split_with_sizes(outs, dim=1), counts, strict=True):
+    dy_parts = dy.split_with_sizes(outs, dim=1)
+    for dy_i, count in zip(dy_parts, counts, strict=True):
         columns += [dy_i @ next(it).detach().to(dy.dtype) for _ in range(count)]
     ds = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-    return _rescale(ds, scales, [t.shape[1] for t in b])
+    ds = _rescale(ds, scales, [t.shape[1] for t in b])
 
-
-def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """dA = dSᵀ x [Σ ranks, K]."""
-    return (ds.T @ _values(x, x_scale, ds.dtype)).to(dtype)
-
-
-def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
-    """dB = dyᵀ s [N, widest], a linear's rows from its own columns of dy and of s [M, Σ ranks].
-
-    ranks: the ranks of each linear's LoRAs, added up.
-    """
+    ranks = linear_ranks(b, counts)
     widest, rows = max(ranks), []
-    for dy_i, s_i in zip(
-        dy.split_with_sizes(outs, dim=1), s.split_with_sizes(ranks, dim=1), strict=True
-    ):
+    for dy_i, s_i in zip(dy_parts, s.split_with_sizes(ranks, dim=1), strict=True):
         # BLAS is up to twice as fast with the narrow matrix on the left
         narrow = s_i.T @ dy_i
         missing = widest - s_i.shape[1]
         rows.append((torch.nn.functional.pad(narrow, (0, 0, 0, missing)) if missing else narrow).T)
-    return (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).to(dtype)
+    if db is not None:
+        for part, row in zip(db[0].split_with_sizes(outs), rows, strict=True):
+            part.copy_(row)
+        return ds, db[0]
+    return ds, (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).to(dtype)
+
+
+def grad_a(
+    ds: Tensor,
+    x: Tensor,
+    x_scale: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    da: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """dA = dSᵀ x [Σ ranks, K], written to the one tensor in `da` where that is given."""
+    made = ds.T @ _values(x, x_scale, ds.dtype)
+    return made.to(dtype) if da is None else da[0].copy_(made)
 
 
 def wide(
@@ -245,16 +272,16 @@ def wide_dgrad(
         dx.addmm_(ds, stack(a).to(dx.dtype))
 
 
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+def dropped(x: Tensor, p: float, seed: Tensor, number: int) -> Tensor:
     """x · mask, where the mask is 0 with probability p and else 1 / (1 - p)."""
-    return _mask(x, p, seed).mul_(x)
+    return _mask(x, p, seed, number).mul_(x)
 
 
-def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+def _mask(x: Tensor, p: float, seed: Tensor, number: int) -> Tensor:
     if is_traced(x):
-        (mask,) = _mask_op(x, p, seed)
+        (mask,) = _mask_op(x, p, seed, number)
         return mask
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed) + number)
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mask.bernoulli_(1 - p, generator=generator)
     return mask.div_(1 - p) if p < 1 else mask

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fluxfast.ops.linear import products_torch
-from fluxfast.ops.linear.products_torch import adjoining, stack
+from fluxfast.ops.linear import products_torch, transposed_codes
+from fluxfast.ops.linear.products_torch import adjoining, linear_ranks, stack
 from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import dense_rows
+from fluxfast_kernels.launch import constant
 
 
 class _Span(NamedTuple):
@@ -45,15 +46,9 @@ def _spans(
     ]
 
 
-def _linear_ranks(b: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
-    """The ranks of each linear's LoRAs, added up."""
-    starts = [0, *accumulate(counts)]
-    return [sum(t.shape[1] for t in b[lo:hi]) for lo, hi in pairwise(starts)]
-
-
 def _packs(outs: Sequence[int]) -> bool:
     """Whether one launch can take linears of these widths side by side."""
-    from fluxfast_kernels.matmul import SEGMENT_UNIT
+    from fluxfast_kernels.product_tile import SEGMENT_UNIT
 
     return len(outs) == 1 or all(n % SEGMENT_UNIT.value == 0 for n in outs)
 
@@ -64,9 +59,12 @@ def _segments(outs: tuple[int, ...], ranks: tuple[int, ...], device: torch.devic
 
     Made once, because a launch must not wait for a copy to the device.
     """
-    from fluxfast_kernels.matmul import make_segments
+    from fluxfast_kernels.product_tile import make_segments
 
-    return None if len(outs) == 1 else make_segments(outs, ranks, device)
+    if len(outs) == 1:
+        return None
+    segments = make_segments(outs, ranks, device)
+    return segments._replace(table=constant(segments.table))
 
 
 @functools.lru_cache(maxsize=256)
@@ -77,7 +75,7 @@ def _rank_scales(
     if all(scale == 1 for scale in scales):
         return None
     values = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
-    return torch.tensor(values, dtype=torch.float32).to(device)
+    return constant(torch.tensor(values, dtype=torch.float32).to(device))
 
 
 def _packed_b(
@@ -90,7 +88,7 @@ def _packed_b(
     alike = all(t.dtype == b[0].dtype for t in b)
     if alike and all(n == 1 for n in counts) and all(t.shape[1] == b[0].shape[1] for t in b):
         return stack(b)
-    widest = max(_linear_ranks(b, counts))
+    widest = max(linear_ranks(b, counts))
     packed = b[0].new_empty(sum(outs), widest, dtype=b[0].dtype if alike else dtype)
     row = first = 0
     for n, count in zip(outs, counts, strict=True):
@@ -112,115 +110,250 @@ def _bias(biases: Sequence[Tensor | None], outs: Sequence[int]) -> Tensor | None
     )
 
 
+class SecondLoras(NamedTuple):
+    """The LoRAs of a second part of the rows, from row `rows` on: their A (or B) and their scales.
+
+    They are as many as the first part's, of the same shapes and in the same order.
+    """
+
+    rows: int
+    tensors: list[Tensor]
+    scales: list[float]
+
+
+def _scales_of_parts(
+    scales: list[float], second: SecondLoras | None, ranks: tuple[int, ...], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of each rank in both parts; None for both where all are 1."""
+    if second is None:
+        return _rank_scales(tuple(scales), ranks, device), None
+    both = _rank_scales((*scales, *second.scales), 2 * ranks, device)
+    return (None, None) if both is None else (both[: sum(ranks)], both[sum(ranks) :])
+
+
 def down(
-    x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float], dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor | None,
+    a: list[Tensor],
+    scales: list[float],
+    dtype: torch.dtype,
+    *,
+    second: SecondLoras | None = None,
+    copy: Tensor | None = None,
 ) -> Tensor:
-    """s = scale · x Aᵀ [M, Σ ranks] in dtype."""
+    """s = scale · x Aᵀ [M, Σ ranks] in dtype, written to `copy` as well where that is given.
+
+    With `second`, the rows from `second.rows` on meet its A.
+    """
     if is_traced(x):
-        (s,) = _down_op(x, x_scale, a, scales, dtype)
+        (s,) = _down_op(x, x_scale, a, scales, dtype, second=second, copy=copy)
         return s
-    from fluxfast_kernels.lora_linear import lora_down
+    from fluxfast_kernels.lora_linear import SecondDown, lora_down
 
     ranks = tuple(t.shape[0] for t in a)
     s = x.new_empty(x.shape[0], sum(ranks), dtype=dtype)
-    scale = _rank_scales(tuple(scales), ranks, x.device)
-    return lora_down(dense_rows(x), stack(a), s, scale=scale, x_scale=x_scale)
+    scale, scale_2 = _scales_of_parts(scales, second, ranks, x.device)
+    part = None if second is None else SecondDown(second.rows, stack(second.tensors), scale_2)
+    return lora_down(
+        dense_rows(x), stack(a), s, scale=scale, x_scale=x_scale, second=part, copy=copy
+    )
 
 
-def down_grad(
-    dy: Tensor, b: list[Tensor], scales: list[float], counts: list[int], outs: list[int]
-) -> Tensor:
-    """dS = scale · dy B [M, Σ ranks], each linear's from its own columns of dy."""
-    if is_traced(dy):
-        (ds,) = _down_grad_op(dy, b, scales, counts, outs)
-        return ds
-    from fluxfast_kernels.lora_linear import lora_down
+def lora_grads(
+    dy: Tensor,
+    s: Tensor,
+    b: list[Tensor],
+    scales: list[float],
+    counts: list[int],
+    outs: list[int],
+    dtype: torch.dtype,
+    *,
+    second: SecondLoras | None = None,
+    out: Tensor | None = None,
+    db: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """dS = scale · dy B [M, Σ ranks] in dy's dtype, and dB = dyᵀ s [N, widest] in `dtype`.
 
-    dy, ranks = dense_rows(dy), _linear_ranks(b, counts)
-    ds = dy.new_empty(dy.shape[0], sum(ranks))
-    scale = _rank_scales(tuple(scales), tuple(t.shape[1] for t in b), dy.device)
-    for linears, cols, columns, own in _spans(outs, ranks, counts, _packs(outs)):
-        if b[own]:
-            packed = _packed_b(b[own], counts[linears], outs[linears], dy.dtype)
-            lora_down(
-                dy[:, cols], packed.T, ds[:, columns],
-                scale=None if scale is None else scale[columns],
-                segments=_segments(tuple(outs[linears]), tuple(ranks[linears]), dy.device),
-            )  # fmt: skip
-    return ds
-
-
-def grad_a(ds: Tensor, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """dA = dSᵀ x [Σ ranks, K]."""
-    if is_traced(ds):
-        (da,) = _grad_a_op(ds, x, x_scale, dtype)
-        return da
-    from fluxfast_kernels.lora_linear import lora_outer
-
-    da = x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)
-    return lora_outer(dense_rows(x), ds, da, x_scale=x_scale, transposed=True)
-
-
-def grad_b(dy: Tensor, s: Tensor, outs: list[int], ranks: list[int], dtype: torch.dtype) -> Tensor:
-    """dB = dyᵀ s [N, widest], a linear's rows from its own columns of dy and of s [M, Σ ranks].
-
-    ranks: the ranks of each linear's LoRAs, added up.
+    Each linear's are from its own columns of dy and of s [M, Σ ranks]. dS is written to `out` where
+    that is given. With `second`, the rows from `second.rows` on meet its B, and dB is
+    [2, N, widest]: that of either part. db: tensors [N, widest], one for each part, to which dB is
+    written.
     """
+    if is_traced(dy) and db is not None:
+        ds, elsewhere = lora_grads(dy, s, b, scales, counts, outs, dtype, second=second, out=out)
+        return ds, _copied(db, elsewhere)
     if is_traced(dy):
-        (db,) = _grad_b_op(dy, s, outs, ranks, dtype)
-        return db
-    from fluxfast_kernels.lora_linear import lora_outer
+        *of_s, of_b = _lora_grads_op(dy, s, b, scales, counts, outs, dtype, second=second, out=out)
+        return of_s[0] if out is None else out, of_b
+    from fluxfast_kernels import lora_grads as kernels
 
-    dy = dense_rows(dy)
-    db = dy.new_empty(sum(outs), max(ranks), dtype=dtype)
-    for linears, cols, columns, _ in _spans(outs, ranks, ranks, _packs(outs)):
-        if widest := max(ranks[linears]):
-            segments = _segments(tuple(outs[linears]), tuple(ranks[linears]), dy.device)
-            lora_outer(dy[:, cols], s[:, columns], db[cols, :widest], segments=segments)
-    return db
+    dy, ranks = dense_rows(dy), linear_ranks(b, counts)
+    ds = dy.new_empty(dy.shape[0], sum(ranks)) if out is None else out
+    made: Any = db
+    if db is None:
+        made = dy.new_empty((1 if second is None else 2, sum(outs), max(ranks)), dtype=dtype)
+    scale, scale_2 = _scales_of_parts(scales, second, tuple(t.shape[1] for t in b), dy.device)
+    for linears, cols, columns, own in _spans(outs, ranks, counts, _packs(outs)):
+        if not b[own]:
+            for of_part in made:
+                of_part[cols] = 0
+            continue
+        widest, sizes = max(ranks[linears]), (counts[linears], outs[linears])
+        rows = [of_part[cols, :widest] for of_part in made]
+        part = None
+        if second is not None:
+            part = kernels.SecondGrads(
+                second.rows, _packed_b(second.tensors[own], *sizes, dy.dtype), rows[1],
+                None if scale_2 is None else scale_2[columns],
+            )  # fmt: skip
+        kernels.lora_grads(
+            dy[:, cols], s[:, columns], _packed_b(b[own], *sizes, dy.dtype), ds[:, columns],
+            rows[0],
+            scale=None if scale is None else scale[columns],
+            segments=_segments(tuple(outs[linears]), tuple(ranks[linears]), dy.device),
+            second=part,
+        )  # fmt: skip
+    return ds, made[0] if second is None else made
+
+
+def grad_a(
+    ds: Tensor,
+    x: Tensor,
+    x_scale: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    second_row: int | None = None,
+    da: Sequence[Tensor] | None = None,
+) -> Any:
+    """dA = dSᵀ x [Σ ranks, K]; with `second_row`, where the second part of the rows begins, those
+    of both parts [2, Σ ranks, K]. da: tensors [Σ ranks, K], one for each part, to which it is
+    written.
+    """
+    if is_traced(ds) and da is not None:
+        return _copied(da, grad_a(ds, x, x_scale, dtype, second_row=second_row))
+    if is_traced(ds):
+        return _grad_a_op(ds, x, x_scale, dtype, second_row=second_row)[0]
+    from fluxfast_kernels.lora_linear import SecondOuter, lora_outer
+
+    x = dense_rows(x)
+    made: Any = da
+    if da is None:
+        parts = 1 if second_row is None else 2
+        made = x.new_empty((parts, ds.shape[1], x.shape[1]), dtype=dtype)
+    part = None if second_row is None else SecondOuter(second_row, made[1])
+    lora_outer(x, ds, made[0], x_scale=x_scale, transposed=True, second=part)
+    return made[0] if second_row is None else made
+
+
+def _copied(places: Sequence[Tensor], made: Any) -> Any:
+    """The places of one part, or of each of two, with what was made for them copied there."""
+    for place, of_part in zip(places, [made] if len(places) == 1 else made, strict=True):
+        place.copy_(of_part)
+    return places[0] if len(places) == 1 else places
+
+
+class SecondLinears(NamedTuple):
+    """The linears that a second part of the rows meets, from row `rows` on.
+
+    The fields are as the arguments of `wide` and `wide_dgrad` of these names. The linears and their
+    LoRAs are as many as the first part's, and alike in shape.
+    """
+
+    rows: int
+    weights: list[Tensor]
+    w_scales: list[Tensor]
+    biases: Sequence[Tensor | None] = ()
+    b: Sequence[Tensor] = ()
+    a: Sequence[Tensor] = ()
 
 
 def wide(
     x: Tensor, x_scale: Tensor | None, weights: list[Tensor], w_scales: list[Tensor],
     biases: list[Tensor | None], s: Tensor | None, b: list[Tensor], counts: list[int], y: Tensor,
+    *, second: SecondLinears | None = None,
 ) -> None:  # fmt: skip
-    """Writes x Wᵀ + s Bᵀ + bias to y [M, N]. W may be codes where x is values."""
-    if is_traced(x):
-        _wide_op(x, x_scale, weights, w_scales, biases, s, b, counts, y)
-        return
-    from fluxfast_kernels.matmul import matmul
+    """Writes x Wᵀ + s Bᵀ + bias to y [M, N]. W may be codes where x is values.
 
-    x, outs, ranks = dense_rows(x), [w.shape[0] for w in weights], _linear_ranks(b, counts)
-    joined = adjoining(weights) if _packs(outs) else None
-    for linears, cols, columns, own in _spans(outs, ranks, counts, joined is not None):
-        w = weights[linears.start] if joined is None else joined
-        y_i, bias = y[:, cols], _bias(biases[linears], outs[linears])
-        u, v, segments = None, None, None
+    With `second`, the rows from `second.rows` on meet its linears.
+    """
+    if second is not None and _library_takes(x, weights[0], adapted=s is not None):
+        for rows, met in (
+            (slice(second.rows), SecondLinears(0, weights, w_scales, biases, b)),
+            (slice(second.rows, None), second),
+        ):
+            wide(
+                x[rows], None if x_scale is None else x_scale[rows], met.weights, met.w_scales,
+                list(met.biases), None if s is None else s[rows], list(met.b), counts, y[rows],
+            )  # fmt: skip
+        return
+    if is_traced(x):
+        _wide_op(x, x_scale, weights, w_scales, biases, s, b, counts, y, second=second)
+        return
+    from fluxfast_kernels.matmul import Second, matmul
+
+    x, outs, ranks = dense_rows(x), [w.shape[0] for w in weights], linear_ranks(b, counts)
+    first = SecondLinears(0, weights, w_scales, biases, b)
+    parts = [first] if second is None else [first, second]
+    joined = [adjoining(part.weights) for part in parts] if _packs(outs) else [None]
+    packed = [w for w in joined if w is not None]
+    for linears, cols, columns, own in _spans(outs, ranks, counts, len(packed) == len(parts)):
+        y_i, u, segments = y[:, cols], None, None
         if s is not None and b[own]:
-            u, v = s[:, columns], _packed_b(b[own], counts[linears], outs[linears], y.dtype)
+            u = s[:, columns]
             segments = _segments(tuple(outs[linears]), tuple(ranks[linears]), x.device)
-        if not w_scales and _library_takes(x, w):
+        # of each part what `Second` has after its first row
+        operands: list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]] = []
+        for i, part in enumerate(parts):
+            w = packed[i] if len(packed) == len(parts) else part.weights[linears.start]
+            scale = stack(part.w_scales[linears]) if w_scales else None
+            v = None
+            if u is not None:
+                v = _packed_b(part.b[own], counts[linears], outs[linears], y.dtype)
+            operands.append((w, scale, _bias(part.biases[linears], outs[linears]), v))
+        w, scale, bias, v = operands[0]
+        if not w_scales and _library_takes(x, w, adapted=u is not None):
             products_torch.product(x, w, bias, y_i)
             if u is not None:
                 products_torch.add_up(y_i, u, b[own], counts[linears], outs[linears])
             continue
-        scale = stack(w_scales[linears]) if w_scales else None
         matmul(
-            x, w, x_scale=x_scale, w_scale=scale, bias=bias, u=u, v=v, segments=segments, out=y_i
-        )
+            x, w, x_scale=x_scale, w_scale=scale, bias=bias, u=u, v=v, segments=segments, out=y_i,
+            second=None if second is None else Second(second.rows, *operands[1]),
+        )  # fmt: skip
+
+
+def reads_transposed(device: torch.device) -> bool:
+    """Whether dgrad on that device reads transposed copies of codes, where they are there."""
+    from fluxfast_kernels.launch import arch_key, reads_transposed
+
+    # torch.compile could not find them again
+    return reads_transposed(arch_key(device)) and not torch.compiler.is_compiling()
 
 
 def for_dgrad(weights: list[Tensor], tokens: int) -> list[Tensor]:
     """Codes in the order in memory that dgrad of so many tokens wants.
 
-    They come as they are, or as `.T` of transposed copies.
+    They come as they are, or as `.T` of transposed copies: of those that are there already, or of
+    new ones where they pay.
     """
     from fluxfast_kernels.launch import dgrad_transposes
 
+    if (copies := transposed_codes.copies_of(weights)) is not None:
+        return [copy.T for copy in copies]
     if not dgrad_transposes(tokens, weights[0].device):
         return weights
     joined = adjoining(weights)
     return [_transposed(w).T for w in (weights if joined is None else [joined])]
+
+
+def quantize_both_ways(w: Tensor, q: Tensor, scale: Tensor, copy: Tensor) -> None:
+    """Writes codes q [N, K] of w [N, K], their row scales [N] fp32, and q transposed [K, N]."""
+    if is_traced(w):
+        _both_ways_op(w, q, scale, copy)
+        return
+    from fluxfast_kernels.dequant_rows import quantize_both_ways
+
+    quantize_both_ways(dense_rows(w), q, scale, copy)
 
 
 def _transposed(w: Tensor) -> Tensor:
@@ -236,50 +369,74 @@ def _transposed(w: Tensor) -> Tensor:
 def wide_dgrad(
     dy: Tensor, dy_scale: Tensor | None, col: int, weights: list[Tensor], w_scales: list[Tensor],
     ds: Tensor | None, a: list[Tensor], accumulate: bool, dx: Tensor,
+    *, second: SecondLinears | None = None,
 ) -> None:  # fmt: skip
     """Writes dy W + dS A to dx [M, K], or adds it, for dy's columns from `col` on.
 
-    Codes of dy are those of dy · w_scales. W may be codes where dy is values.
+    Codes of dy are those of dy · w_scales. W may be codes where dy is values. With `second`, the
+    rows from `second.rows` on meet its linears.
     """
-    if is_traced(dy):
-        _wide_dgrad_op(dy, dy_scale, col, weights, w_scales, ds, a, accumulate, dx)
+    # values meet stored codes with the codes' scales folded into them, those of their part
+    of_codes = bool(w_scales) and dy_scale is None
+    if second is not None and (of_codes or _library_takes(dy, weights[0], adapted=ds is not None)):
+        for part, own in (
+            (slice(second.rows), SecondLinears(0, weights, w_scales, a=a)),
+            (slice(second.rows, None), second),
+        ):
+            wide_dgrad(
+                dy[part], None if dy_scale is None else dy_scale[part], col, own.weights,
+                own.w_scales, None if ds is None else ds[part], list(own.a), accumulate, dx[part],
+            )  # fmt: skip
         return
-    from fluxfast_kernels.matmul import matmul
+    if is_traced(dy):
+        _wide_dgrad_op(
+            dy, dy_scale, col, weights, w_scales, ds, a, accumulate, dx, second=second
+        )  # fmt: skip
+        return
+    from fluxfast_kernels.matmul import Second, matmul
 
     dy, stop, start = dense_rows(dy), col + dy.shape[1], 0
-    u, v = ds, None if ds is None else stack(a)
-    joined = adjoining(weights)
-    for weight in weights if joined is None else [joined]:
-        lo, hi = max(col, start), min(stop, start + weight.shape[0])
-        w = weight[max(lo - start, 0) : max(hi - start, 0)]
-        start += weight.shape[0]
+    first = SecondLinears(0, weights, w_scales, a=a)
+    parts = [first] if second is None else [first, second]
+    u, vs = ds, [None if ds is None else stack(part.a).T for part in parts]
+    joined = [adjoining(part.weights) for part in parts]
+    if any(w is None for w in joined):
+        of_parts = [part.weights for part in parts]
+    else:
+        of_parts = [[w] for w in joined if w is not None]
+    for of_linear in zip(*of_parts, strict=True):
+        lo, hi = max(col, start), min(stop, start + of_linear[0].shape[0])
+        ws = [w[max(lo - start, 0) : max(hi - start, 0)].T for w in of_linear]
+        start += of_linear[0].shape[0]
         if lo >= hi:
             continue
         dy_i = dy[:, lo - col : hi - col]
-        if not w_scales and _library_takes(dy, w):
-            products_torch.product(dy_i, w.T, None, dx, accumulate)
-            if u is not None and v is not None:
-                dx.addmm_(u, v.to(dx.dtype))
+        if not w_scales and _library_takes(dy, ws[0], adapted=u is not None):
+            products_torch.product(dy_i, ws[0], None, dx, accumulate)
+            if u is not None and vs[0] is not None:
+                dx.addmm_(u, vs[0].T.to(dx.dtype))
         else:
-            if w_scales and dy_scale is None:
+            if of_codes:
                 dy_i = dy_i * stack(w_scales)[lo:hi].to(dy.dtype)
-            v_t = None if v is None else v.T
-            matmul(dy_i, w.T, x_scale=dy_scale, u=u, v=v_t, out=dx, accumulate=accumulate)
+            matmul(
+                dy_i, ws[0], x_scale=dy_scale, u=u, v=vs[0], out=dx, accumulate=accumulate,
+                second=None if second is None else Second(second.rows, ws[1], v=vs[1]),
+            )  # fmt: skip
         # the first launch has all of dS A
-        accumulate, u, v = True, None, None
+        accumulate, u, vs = True, None, [None] * len(parts)
 
 
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+def dropped(x: Tensor, p: float, seed: Tensor, number: int) -> Tensor:
     """x · mask, where the mask is 0 with probability p and else 1 / (1 - p).
 
-    The mask is a function of seed, row and column.
+    The mask is a function of row, column, number, and seed, a tensor of one int64.
     """
     if is_traced(x):
-        (y,) = _dropped_op(x, p, seed)
+        (y,) = _dropped_op(x, p, seed, number)
         return y
     from fluxfast_kernels.dropout import dropout
 
-    return dropout(dense_rows(x), p, seed)
+    return dropout(dense_rows(x), p, seed, number)
 
 
 def keeps_codes(fmt: str, tokens: int, device: torch.device) -> bool:
@@ -292,10 +449,20 @@ def keeps_codes(fmt: str, tokens: int, device: torch.device) -> bool:
     return wide_engine(fmt, tokens, device) == "codes"
 
 
-def _library_takes(x: Tensor, w: Tensor) -> bool:
+def augments(tokens: int, device: torch.device) -> bool:
+    """Whether a product of values takes adapters with an augmented weight, where there is one."""
     from fluxfast_kernels.launch import wide_engine
 
-    return x.dtype == w.dtype and wide_engine("float", x.shape[0], x.device) == "library"
+    compiling = torch.compiler.is_compiling()
+    return not compiling and wide_engine("float", tokens, device) == "augmented"
+
+
+def _library_takes(x: Tensor, w: Tensor, *, adapted: bool) -> bool:
+    from fluxfast_kernels.launch import wide_engine
+
+    engine = wide_engine("float", x.shape[0], x.device)
+    # adapters that an augmented weight could not take are fused
+    return x.dtype == w.dtype and engine in (("library",) if adapted else ("library", "augmented"))
 
 
 # what torch.compile and tensor subclasses see
@@ -305,27 +472,35 @@ def _fake_down(x: Tensor, a: Sequence[Tensor], dtype: torch.dtype, **_: Any) -> 
     return [x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=dtype)]
 
 
-def _fake_down_grad(dy: Tensor, b: Sequence[Tensor], **_: Any) -> list[Tensor]:
-    return [dy.new_empty(dy.shape[0], sum(t.shape[1] for t in b))]
-
-
-def _fake_grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, **_: Any) -> list[Tensor]:
-    return [x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)]
-
-
-def _fake_grad_b(
-    dy: Tensor, outs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, **_: Any
+def _fake_lora_grads(
+    dy: Tensor,
+    b: Sequence[Tensor],
+    counts: Sequence[int],
+    outs: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor | None,
+    second: SecondLoras | None = None,
+    **_: Any,
 ) -> list[Tensor]:
-    return [dy.new_empty(sum(outs), max(ranks), dtype=dtype)]
+    ranks, parts = linear_ranks(b, counts), [] if second is None else [2]
+    ds = [dy.new_empty(dy.shape[0], sum(ranks))] if out is None else []
+    return [*ds, dy.new_empty(*parts, sum(outs), max(ranks), dtype=dtype)]
 
 
-_down_op = Op("linear_down", down, _fake_down)
-_down_grad_op = Op("linear_ds", down_grad, _fake_down_grad)
+def _fake_grad_a(
+    ds: Tensor, x: Tensor, dtype: torch.dtype, second_row: int | None = None, **_: Any
+) -> list[Tensor]:
+    parts = [] if second_row is None else [2]
+    return [x.new_empty(*parts, ds.shape[1], x.shape[1], dtype=dtype)]
+
+
+_down_op = Op("linear_down", down, _fake_down, writes=["copy"])
+_lora_grads_op = Op("linear_ds_db", lora_grads, _fake_lora_grads, writes=["out"])
 _grad_a_op = Op("linear_da", grad_a, _fake_grad_a)
-_grad_b_op = Op("linear_db", grad_b, _fake_grad_b)
 _transposed_op = Op(
     "linear_transpose", _transposed, lambda w: [w.new_empty(w.shape[1], w.shape[0])]
 )
+_both_ways_op = Op("linear_codes", quantize_both_ways, writes=["q", "scale", "copy"])
 _dropped_op = Op("linear_dropout", dropped, lambda x, **_: [x.new_empty(x.shape)])
 _wide_op = Op("linear_fwd", wide, writes=["y"])
 _wide_dgrad_op = Op("linear_dgrad", wide_dgrad, writes=["dx"])

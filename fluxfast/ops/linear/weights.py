@@ -8,14 +8,15 @@ one product reads all linears of the group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fluxfast.ops import row_quant
-from fluxfast.ops.linear import products_torch, products_triton
+from fluxfast.ops.linear import augmented, products_torch, products_triton, transposed_codes
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.products_torch import adjoining
 from fluxfast.ops.row_quant import FORMATS, Quantized
@@ -32,6 +33,13 @@ class FrozenWeight:
         rows, cols = shape
         self.shape, self.device = (rows, cols), device
 
+    def identity(self) -> tuple[Hashable, tuple[Tensor, ...]] | None:
+        """What says how it is decoded, and all tensors that it is decoded from.
+
+        None where nobody but the weight itself knows them; then no launch plan reads it.
+        """
+        return None
+
     def to(self, dtype: torch.dtype, /) -> Tensor:
         """The weight as a new tensor."""
         raise NotImplementedError
@@ -40,14 +48,26 @@ class FrozenWeight:
         """Whether `codes(fmt)` are the stored bytes, so that nothing has to be computed."""
         return False
 
+    def joined(self, others: Sequence[FrozenWeight], /, *, codes: bool) -> FrozenWeight | None:
+        """This weight and the others below it as one [ΣN, K], for `decode_into` in one launch.
+
+        codes: whether it will write codes. None where they do not lie so in memory, or where that
+        would not be one launch.
+        """
+        return None
+
     def codes(self, fmt: str, /) -> Quantized:
         """Codes [N, K] and row scales [N] fp32 for an 8-bit product; fmt "int8" or "e4m3"."""
         return row_quant.row_quant(self.to(torch.float32), fmt)
 
-    def decode_into(self, out: Tensor, out_scale: Tensor | None = None, /) -> None:
-        """Writes the weight into `out` [N, K], contiguous and of a floating dtype.
+    def decode_into(
+        self, out: Tensor, out_scale: Tensor | None = None, /, *, transposed: Tensor | None = None
+    ) -> None:
+        """Writes the weight into `out` [N, K] of a floating dtype.
 
-        With `out_scale` [N] fp32, `out` is int8 or float8_e4m3fn and gets what `codes` gives.
+        The rows of `out` may be any distance apart; its columns adjoin. With `out_scale` [N] fp32,
+        `out` is int8 or float8_e4m3fn and gets what `codes` gives, and `transposed` [K, N], where
+        it is given, gets the same codes in the other order.
         """
         if out_scale is None:
             out.copy_(self.to(out.dtype))
@@ -55,44 +75,73 @@ class FrozenWeight:
         codes = self.codes(row_quant.format_of(out.dtype))
         out.copy_(codes.q)
         out_scale.copy_(codes.scale)
+        if transposed is not None:
+            transposed.copy_(codes.q.T)
 
 
 Weight = Tensor | FrozenWeight
 
 
 class Ready(NamedTuple):
-    """The linears' weights [N, K] as products read them; row scales [N] where those are codes."""
+    """The linears' weights [N, K] as products read them; row scales [N] where those are codes.
+
+    augmented: the matrix in which the weights lie, where it has room for the adapters.
+    """
 
     weights: list[Tensor]
     scales: list[Tensor]
+    augmented: augmented.Placed | None = None
+
+    @property
+    def operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and scales, as products take them that are not augmented."""
+        return self.weights, self.scales
 
 
-def as_floats(weights: Sequence[Weight], dtype: torch.dtype, tokens: int, impl: str) -> Ready:
-    """Weights for products of values in `dtype`, for so many tokens.
+def as_floats(
+    weights: Sequence[Weight], dtype: torch.dtype, tokens: int, impl: str, rank: int
+) -> Ready:
+    """Weights for products of values in `dtype`, for so many tokens and ranks of adapters.
 
     Tensors are taken as they are, and so are stored codes where a product with few tokens is faster
     on them. Everything else is decoded.
     """
+    augments = impl == "triton" and rank > 0 and products_triton.augments(tokens, weights[0].device)
     tensors = [w.detach() for w in weights if isinstance(w, Tensor)]
     if len(tensors) == len(weights):
-        return Ready(tensors, [])
+        fits = augments and tensors[0].dtype == dtype
+        return Ready(tensors, [], augmented.placed(tensors, rank) if fits else None)
     if impl == "triton":
         for fmt in FORMATS:
             stored = _stored_codes(weights, fmt)
             if stored is not None and products_triton.keeps_codes(fmt, tokens, weights[0].device):
                 return stored
-    decoded = _side_by_side(weights, dtype)
-    for w, out in zip(weights, decoded, strict=True):
+    place = None
+    if augments:
+        outs, cols = [w.shape[0] for w in weights], weights[0].shape[1]
+        place = augmented.scratch(outs, cols, rank, dtype, weights[0].device)
+    decoded = _side_by_side(weights, dtype) if place is None else place.weight
+    for w, rows in _runs(weights, codes=False):
         if isinstance(w, Tensor):
-            out.copy_(w.detach())
+            decoded[rows].copy_(w.detach())
         else:
-            w.decode_into(out)
-    return Ready(decoded, [])
+            w.decode_into(decoded[rows])
+    return Ready(_split(decoded, weights), [], place)
 
 
-def as_codes(weights: Sequence[Weight], fmt: str, dtype: torch.dtype, impl: str) -> Ready:
-    """Weights for 8-bit products: stored codes as they are, else codes that are made here."""
-    codes = _stored_codes(weights, fmt) or _quantized(weights, fmt, impl)
+def as_codes(
+    weights: Sequence[Weight], fmt: str, dtype: torch.dtype, impl: str, *, dgrad: bool = False
+) -> Ready:
+    """Weights for 8-bit products: stored codes as they are, else codes that are made here.
+
+    dgrad: whether they serve dgrad as well, so that where it reads codes transposed, such ones are
+    made along with those that are made.
+    """
+    if (codes := _stored_codes(weights, fmt)) is None:
+        if dgrad and impl == "triton" and products_triton.reads_transposed(weights[0].device):
+            codes = _quantized_both_ways(weights, fmt)
+        else:
+            codes = _quantized(weights, fmt, impl)
     if impl == "triton":
         return codes
     # off the GPU, products may read codes as floats
@@ -108,7 +157,7 @@ def as_codes(weights: Sequence[Weight], fmt: str, dtype: torch.dtype, impl: str)
 
 def merged(weights: Sequence[Tensor], loras: Sequence[Sequence[Lora]], dtype: torch.dtype) -> Ready:
     """W + scale · B A of each linear; `loras` are those of each linear."""
-    copies = _side_by_side(weights, dtype)
+    copies = _split(_side_by_side(weights, dtype), weights)
     for weight, own, out in zip(weights, loras, copies, strict=True):
         base = weight.to(dtype)
         for lora in own:
@@ -133,22 +182,63 @@ def _quantized(weights: Sequence[Weight], fmt: str, impl: str) -> Ready:
         outs = [w.shape[0] for w in weights]
         q, scale = row_quant.forward(joined, fmt, impl=impl)
         return Ready(list(q.split_with_sizes(outs)), list(scale.split_with_sizes(outs)))
-    codes = _side_by_side(weights, FORMATS[fmt][0])
-    scales = _side_by_side(weights, torch.float32, vectors=True)
-    for w, q, scale in zip(weights, codes, scales, strict=True):
+    q, scale = _room_for_codes(weights, fmt)
+    for w, rows in _runs(weights, codes=True):
         if isinstance(w, Tensor):
             made = row_quant.forward(w.detach(), fmt, impl=impl)
-            q.copy_(made.q)
-            scale.copy_(made.scale)
+            q[rows].copy_(made.q)
+            scale[rows].copy_(made.scale)
         else:
-            w.decode_into(q, scale)
-    return Ready(codes, scales)
+            w.decode_into(q[rows], scale[rows])
+    return Ready(_split(q, weights), _split(scale, weights))
 
 
-def _side_by_side(
-    weights: Sequence[Weight], dtype: torch.dtype, *, vectors: bool = False
-) -> list[Tensor]:
-    """Uninitialised tensors of the weights' shapes, or of [N], one after the other in memory."""
-    outs = [w.shape[0] for w in weights]
-    shape = (sum(outs),) if vectors else (sum(outs), weights[0].shape[1])
-    return list(torch.empty(shape, dtype=dtype, device=weights[0].device).split_with_sizes(outs))
+def _quantized_both_ways(weights: Sequence[Weight], fmt: str) -> Ready:
+    """The same by Triton's kernels, with a transposed copy of the codes."""
+    q, scale = _room_for_codes(weights, fmt)
+    copy = q.new_empty(q.shape[::-1])
+    for w, rows in _runs(weights, codes=True):
+        if isinstance(w, Tensor):
+            products_triton.quantize_both_ways(w.detach(), q[rows], scale[rows], copy[:, rows])
+        else:
+            w.decode_into(q[rows], scale[rows], transposed=copy[:, rows])
+    ready = Ready(_split(q, weights), _split(scale, weights))
+    for codes, columns in zip(ready.weights, _split(copy.T, weights), strict=True):
+        transposed_codes.remember(codes, columns.T)
+    return ready
+
+
+def _runs(weights: Sequence[Weight], *, codes: bool) -> list[tuple[Weight, slice]]:
+    """The weights and the rows of each in one [ΣN, K] of all.
+
+    They come as one weight where one launch can write them all. codes: whether it writes codes.
+    """
+    first, *others = weights
+    tensors = [w for w in weights if isinstance(w, Tensor)]
+    frozen = [w for w in others if not isinstance(w, Tensor)]
+    whole: Weight | None = None
+    if len(tensors) == len(weights):
+        whole = adjoining(tensors)
+    elif not tensors and not isinstance(first, Tensor):
+        whole = first.joined(frozen, codes=codes) if others else first
+    ends = list(accumulate(w.shape[0] for w in weights))
+    if whole is not None:
+        return [(whole, slice(0, ends[-1]))]
+    return [(w, slice(end - w.shape[0], end)) for w, end in zip(weights, ends, strict=True)]
+
+
+def _room_for_codes(weights: Sequence[Weight], fmt: str) -> tuple[Tensor, Tensor]:
+    """Uninitialised codes [ΣN, K] and row scales [ΣN] fp32."""
+    q = _side_by_side(weights, FORMATS[fmt][0])
+    return q, torch.empty(len(q), device=q.device)
+
+
+def _side_by_side(weights: Sequence[Weight], dtype: torch.dtype) -> Tensor:
+    """An uninitialised [ΣN, K] for all the weights, one below the other."""
+    shape = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    return torch.empty(shape, dtype=dtype, device=weights[0].device)
+
+
+def _split(rows: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    """Each weight's rows."""
+    return list(rows.split_with_sizes([w.shape[0] for w in weights]))

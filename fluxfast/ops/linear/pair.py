@@ -1,0 +1,190 @@
+"""The linears of a double block's two streams, as one product on the rows of both.
+
+Text and image have linears of their own, alike in shape. Their rows lie in one tensor (`parts`), so
+that each kernel is launched once for both, and picks the weights by the row. A double block then
+takes half the launches, and the text's few rows fill a GPU together with the image's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fluxfast.ops import row_quant
+from fluxfast.ops.linear import products_triton as products
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.augmented import AugmentedProducts, RowsAt
+from fluxfast.ops.linear.grad_places import runs_of
+from fluxfast.ops.linear.group import LinearGroup, flat_rows, operand_of
+from fluxfast.ops.linear.products_triton import SecondLinears, SecondLoras
+from fluxfast.ops.parts import Parts
+from fluxfast.ops.row_quant import Quantized, RowOutput
+
+# the gradients of the adapters of the text's linears, and of the image's
+PairGrads = tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]
+
+
+def pairs(txt: LinearGroup, img: LinearGroup) -> bool:
+    """Whether two groups can be a `LinearPair`.
+
+    Their linears and LoRAs are alike in shape, and they have nothing that only runs by itself:
+    outliers, dropout, adapters of other kinds.
+    """
+    return (
+        txt.impl == img.impl == "triton"
+        and txt.fuses_all
+        and img.fuses_all
+        and _shapes(txt) == _shapes(img)
+    )
+
+
+def _shapes(group: LinearGroup) -> list[object]:
+    """What has to be alike: of each linear its weight, whether it has a bias, and its LoRAs."""
+    return [
+        (
+            p.weight.shape,
+            (p.weight.dtype, p.weight.stride()) if isinstance(p.weight, Tensor) else None,
+            p.bias is None,
+            [(a.a.shape, a.a.dtype, a.b.dtype) for a in p.adapters if isinstance(a, Lora)],
+        )
+        for p in group.linears
+    ]
+
+
+class LinearPair(AugmentedProducts):
+    """Two groups of linears, the text's and the image's, for products with x [R, in] of both.
+
+    It has the methods of `LinearGroup` that a fused block calls.
+    """
+
+    def __init__(self, txt: LinearGroup, img: LinearGroup, parts: Parts) -> None:
+        self.txt, self.img, self.parts = txt, img, parts
+        self.form = img.form
+        shape = (sum(img.outs), img.linears[0].weight.shape[1])
+        super().__init__(shape, img.rank)
+
+    def as_input(self, x: Tensor) -> RowOutput:
+        """As `LinearGroup.as_input`."""
+        return self.img.as_input(x)
+
+    def fold(self) -> tuple[Tensor, Tensor] | None:
+        """`LinearGroup.fold` of the text's linears and of the image's."""
+        txt, img = self.txt.fold(), self.img.fold()
+        return None if txt is None or img is None else (txt, img)
+
+    def weights_of_rows(self, tokens: int) -> list[RowsAt]:
+        of_parts = [group.weights_of_rows(tokens) for group in (self.txt, self.img)]
+        rows = (slice(self.parts.rows), slice(self.parts.rows, None))
+        return [
+            RowsAt(part, own.weight)
+            for part, of_part in zip(rows, of_parts, strict=True)
+            for own in of_part
+            if all(of_parts)
+        ]
+
+    def forward(
+        self, x: RowOutput, out: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [R, N], and s [R, Σ ranks], as `LinearGroup.forward`."""
+        rows, txt, img = flat_rows(x), self.txt, self.img
+        values, y = operand_of(rows)[0], out
+        if y is None:
+            y = values.new_empty((len(values), sum(img.outs)), dtype=img.dtype)
+        room = self.room(rows.y)
+        if s is None:
+            s = self.down(x, copy=room)
+        elif room is not None:
+            room.copy_(s)
+        if room is not None:
+            assert rows.y is not None
+            self.forward_augmented(rows.y, y)
+            return y, s
+        ready, other = txt.weights(len(values)), img.weights(len(values))
+        products.wide(
+            *operand_of(rows), *ready.operands, txt.biases, s, txt.b, txt.counts, y,
+            second=SecondLinears(self.parts.rows, *other.operands, img.biases, img.b),
+        )  # fmt: skip
+        return y, s
+
+    def down(self, x: RowOutput, *, copy: Tensor | None = None) -> Tensor | None:
+        """As `LinearGroup.down`."""
+        txt, img = self.txt, self.img
+        if not txt.loras:
+            return None
+        return products.down(
+            *operand_of(flat_rows(x)), txt.a, txt.scales, img.dtype,
+            second=SecondLoras(self.parts.rows, img.a, img.scales), copy=copy,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: RowOutput,
+        s: Tensor | None,
+        *,
+        codes: Sequence[tuple[int, Quantized]] = (),
+        need_dx: bool = True,
+    ) -> tuple[Tensor | None, PairGrads]:
+        """dx [R, K] (None if not needed), and the gradients of the adapters of each part."""
+        rows = flat_rows(x)
+        room = self.room(dy)
+        ds, grads = self._lora_backward(dy, rows, s, room)
+        if not need_dx:
+            return None, grads
+        dx = dy.new_empty((len(dy), self.img.linears[0].weight.shape[1]), dtype=self.img.dtype)
+        if room is None:
+            self._dgrad(dy, codes, ds, dx)
+        else:
+            self.backward_augmented(dy, dx)
+        return dx, grads
+
+    def _dgrad(
+        self, dy: Tensor, codes: Sequence[tuple[int, Quantized]], ds: Tensor | None, dx: Tensor
+    ) -> None:
+        txt, img = self.txt, self.img
+        ready, other = (group.weights(len(dx)) for group in (txt, img))
+        parts: list[tuple[int, Tensor, Tensor | None]] = [(0, dy, None)]
+        if img.compute != "same":
+            if not codes:
+                quantized = row_quant.forward(
+                    dy, img.compute, self.fold(), parts=self.parts, impl=img.impl
+                )
+                codes = [(0, quantized)]
+            parts = [(col, *quantized) for col, quantized in codes]
+            ready, other = (
+                group._replace(weights=products.for_dgrad(group.weights, len(dx)))
+                for group in (ready, other)
+            )
+        for i, (col, part, scale) in enumerate(parts):
+            # the first product has all of dS A
+            first = ds is not None and i == 0
+            products.wide_dgrad(
+                part, scale, col, *ready.operands, ds if first else None, txt.a if first else [],
+                i > 0, dx,
+                second=SecondLinears(self.parts.rows, *other.operands, a=img.a if first else []),
+            )  # fmt: skip
+
+    def _lora_backward(
+        self, dy: Tensor, x: RowOutput, s: Tensor | None, room: Tensor | None
+    ) -> tuple[Tensor | None, PairGrads]:
+        """dS [R, Σ ranks], written to `room` where there is some, and (dA, dB) of every LoRA."""
+        txt, img = self.txt, self.img
+        if not txt.loras:
+            return None, ([], [])
+        assert s is not None
+        rows, runs = self.parts.rows, runs_of([txt.loras, img.loras], txt.counts)
+        ds, d_b = products.lora_grads(
+            dy, s, txt.b, txt.scales, txt.counts, txt.outs, txt.b[0].dtype,
+            second=SecondLoras(rows, img.b, img.scales), out=room, db=runs.d_b,
+        )  # fmt: skip
+        d_a = products.grad_a(ds, *operand_of(x), txt.a[0].dtype, second_row=rows, da=runs.d_a)
+        of_txt, of_img = (
+            group.lora_grads_of(grad_a.split_with_sizes([len(a) for a in group.a]), grad_b, runs)
+            for group, grad_a, grad_b in zip((txt, img), d_a, d_b, strict=True)
+        )
+        return ds, (of_txt, of_img)
+
+
+AnyGroup: TypeAlias = LinearGroup | LinearPair
