@@ -1,4 +1,4 @@
-"""Hooks on modules: what a call of a module runs besides its class's own forward."""
+"""What a call of a module runs besides its class's own forward, and what the module holds."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ def hooked(module: nn.Module) -> str | None:
     a call, as diffusers' layerwise casting and group offloading and accelerate's offloading do, so
     that only the module itself can say what it computes.
     """
-    if "forward" in module.__dict__ and not _is_own_forward(module, module.__dict__["forward"]):
-        registry, hook = module.__dict__.get("_diffusers_hook"), module.__dict__.get("_hf_hook")
+    held = module.__dict__
+    hooks = (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+    )
+    if not hooks and "forward" not in held:
+        return None
+    if "forward" in held and not _is_own_forward(module, held["forward"]):
+        registry, hook = held.get("_diffusers_hook"), held.get("_hf_hook")
         if hook is not None:
             return f"it has hooks: accelerate's {type(hook).__name__}"
         if registry is not None and registry.hooks:
             return f"it has hooks: diffusers' {', '.join(registry.hooks)}"
         return "its forward was replaced"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "it has hooks"
-    return None
+    return "it has hooks" if hooks else None
 
 
 def _is_own_forward(module: nn.Module, forward: Any) -> bool:
     """Whether an instance's `forward` is its class's own, as libraries leave it behind."""
     own = getattr(forward, "__self__", None) is module
     return own and getattr(forward, "__func__", None) is type(module).forward
+
+
+def own_parameter(module: Any, name: str) -> Any:
+    """`getattr(module, name)` of a parameter, in a third of the time where the module holds it."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)

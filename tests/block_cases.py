@@ -4,10 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from fluxfast.model.double_block import DoubleBlockFunction
+from fluxfast.model.fused_double import DoubleBlockFunction
 from fluxfast.model.rope import rope_tables
 from fluxfast.model.single_block import SingleBlockFunction
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import quantize_model
+from small_flux import randomise_lora
 from support import SMALL, randomise
 
 EVERYTHING = [
@@ -36,13 +39,19 @@ def block_of(model, kind):
     return (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
 
 
-def make_model(targets=EVERYTHING, dtype=torch.float32, dropout=0.0, rank=3, **config):
+def make_model(targets=EVERYTHING, dtype=torch.float32, dropout=0.0, rank=3, format=None, **config):
     torch.manual_seed(0)
     model = FluxTransformer(**SMALL | {"num_layers": 1, "num_single_layers": 1} | config)
+    if format is not None:
+        randomise(model)
+        quantize_model(model.requires_grad_(False), FORMATS[format])
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=5, target_modules=list(targets), lora_dropout=dropout)
     )
-    randomise(model)
+    if format is None:
+        randomise(model)
+    else:
+        randomise_lora(model)
     return model.to(dtype).train()
 
 
@@ -50,7 +59,10 @@ def inputs(model, dtype, batch=2, tokens=9, text=7, requires_grad=True):
     g = torch.Generator().manual_seed(3)
     dim = model.inner_dim
     shapes = ((batch, tokens, dim), (batch, text, dim), (batch, dim))
-    img, txt, vec = (torch.randn(*shape, generator=g, dtype=dtype) for shape in shapes)
+    # the same numbers in every dtype
+    img, txt, vec = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes
+    )
     ids = torch.randint(0, 30, (text + tokens, 3), generator=g)
     ids[:text] = 0
     return (
@@ -98,6 +110,8 @@ def run(
     ]
     g = torch.Generator().manual_seed(4)
     grads = torch.autograd.grad(
-        outs, leaves, [torch.randn(out.shape, generator=g, dtype=dtype) for out in outs]
+        outs,
+        leaves,
+        [torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype) for out in outs],
     )
     return [*outs, *grads]

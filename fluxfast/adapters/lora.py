@@ -23,7 +23,7 @@ from fluxfast.adapters.lora_state import (
 )
 from fluxfast.adapters.lora_write import save_lora
 from fluxfast.adapters.presets import find_targets, preset_targets
-from fluxfast.hooks import hooked
+from fluxfast.hooks import hooked, own_parameter
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.quant.linear import shapes_only
 
@@ -121,21 +121,25 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
     if module.merged or module.disable_adapters:
         return ()
     adapters: list[Adapter] = []
+    # from the dicts that hold them, since blocks ask for each linear in each step, and a module
+    # looks for an attribute elsewhere first
+    parts: Any = module._modules
     for name in module.active_adapters:
-        if name not in module.lora_A:
+        if (a := parts["lora_A"]._modules.get(name)) is None:
             continue
-        a, b, scale = module.lora_A[name], module.lora_B[name], module.scaling[name]
+        b, scale = parts["lora_B"]._modules[name], module.scaling[name]
         if (variant := module.lora_variant.get(name)) is not None:
             return f"adapter {name!r} is no plain LoRA but {type(variant).__name__}"
-        if not (_is_plain(a) and _is_plain(b)) or b.bias is not None:
+        if not (_is_plain(a) and _is_plain(b)) or own_parameter(b, "bias") is not None:
             return f"adapter {name!r} has a bias, hooks or layers of its own"
         if isinstance(scale, Tensor):
             return f"adapter {name!r} keeps its scale in a tensor, for hot-swapping"
-        dropout = module.lora_dropout[name]
+        dropout = parts["lora_dropout"]._modules[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         if p > 0 and not share_dropout:
             return f"adapter {name!r} has a dropout"
-        adapters.append(Lora(a.weight, b.weight, scale, p))
+        weights = own_parameter(a, "weight"), own_parameter(b, "weight")
+        adapters.append(Lora(*weights, scale, p))
     return tuple(adapters)
 
 

@@ -3,24 +3,27 @@
 A block's to_q, to_k and to_v (in a single block proj_mlp too) share one [ΣN, K] storage for their
 weights and one [ΣN] for their biases; so do add_q_proj, add_k_proj and add_v_proj. Quantised
 weights share one storage for each of their parts: codes, scales and so on. Each module's tensor is
-a slice of the storage, so names, shapes and state dicts do not change.
+a slice of the storage, so names, shapes and state dicts do not change. The weights of attention's
+RMS norms, which one kernel reads, lie so too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from fluxfast.ops.linear.products_torch import adjoining
 from fluxfast.quant.linear import QuantLinear
 
 GROUPS = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 )
+# the norms of an attention module, in the order in which `qk_norm_rope` takes them
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 _MEMBER = re.compile(
     r"((?:single_)?transformer_blocks\.\d+)\.("
     + "|".join(re.escape(name) for group in GROUPS for name in group)
@@ -83,6 +86,10 @@ def pack_groups(model: nn.Module) -> None:
     the model has been moved: `.to()` gives each tensor memory of its own. While it works it needs
     the memory of one group's tensors.
     """
+    for module in model.modules():
+        norms = [getattr(module, name, None) for name in NORMS]
+        if present := [norm for norm in norms if norm is not None]:
+            _pack(present, "weight", [norm.weight for norm in present])
     # the linears themselves, not the modules that an adapter has put into them
     found = {
         name: module
@@ -127,12 +134,8 @@ def _pack(linears: Sequence[nn.Module], name: str, tensors: Sequence[Tensor]) ->
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> bool:
-    """Whether each contiguous tensor begins where the one before it ends, in the same storage."""
-    return all(tensor.is_contiguous() for tensor in tensors) and all(
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata
-        and (a.storage_offset() + a.numel()) * a.itemsize == b.storage_offset() * b.itemsize
-        for a, b in pairwise(tensors)
-    )
+    """Whether each tensor begins where the one before it ends, row by row, in the same storage."""
+    return adjoining(tensors) is not None
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluxfast.checkpoint.side_by_side import pack_groups
+from fluxfast.model.launch_plans import LaunchPlans
+from fluxfast.model.room import make_room_for_adapters
+from fluxfast.model.stored_codes import keep_transposed
 from fluxfast.model.transformer import FluxTransformer
 
 
@@ -24,6 +27,8 @@ class Choices:
         compute: what the blocks' wide products run in: "same" (the activations' dtype), "int8" or
             "e4m3".
         outliers: channels of each product's input, the largest, that stay out of 8 bits.
+        transposed_codes: the codes that the base is stored as have a transposed copy on the device,
+            which dgrad reads.
         attention: a back end of `fluxfast.ops.attention`, or "auto".
         deterministic: the same bits each time that a step is computed.
         modulation_ahead: the weights of modulation and of the embedders stay in host memory, and
@@ -44,6 +49,7 @@ class Choices:
     modulation_ahead: bool = False
     compute: str = "same"
     outliers: int = 0
+    transposed_codes: bool = False
     attention: str = "auto"
     deterministic: bool = False
     graphs: bool = False
@@ -63,8 +69,10 @@ class Choices:
         blocks = f"streamed through a ring of {self.slots}" if self.streams else "resident"
         inputs = ", their inputs in host memory" if self.host_inputs else ""
         modulation = "ahead, in host memory" if self.modulation_ahead else "on the GPU"
+        codes = "; codes in both orders" if self.transposed_codes else ""
         return (
             f"recomputation of blocks: {counts}; blocks {blocks}{inputs}; modulation {modulation}"
+            f"{codes}"
         )
 
 
@@ -73,10 +81,10 @@ def apply(blocks: Sequence[Any], choices: Choices) -> None:
 
     The blocks are a `FluxTransformer`'s, or those of a host's model that `accelerate` has adopted.
     """
-    policies = choices.recompute or ("none",) * len(blocks)
+    policies, plans = choices.recompute or ("none",) * len(blocks), LaunchPlans()
     for block, policy in zip(blocks, policies, strict=True):
         block.compute, block.outliers = choices.compute, choices.outliers
-        block.attention = choices.attention
+        block.attention, block.launch_plans = choices.attention, plans
         block.policy, block.fixed_policy = policy, bool(choices.recompute)
 
 
@@ -84,12 +92,18 @@ def make_ready(transformer: FluxTransformer, choices: Choices) -> None:
     """Get a frozen transformer, on its device and with its adapters, ready to train.
 
     Modulation's weights go to where they are read, linears that read the same input come to lie
-    side by side in memory, blocks get their choices, and the model is set to training. Streaming
-    and CUDA graphs come after this.
+    side by side in memory, with room for their adapters where products use that, blocks get their
+    choices, codes their transposed copies where those are chosen, and the model is set to training.
+    Streaming and CUDA graphs come after this. Weights that will be streamed get no room: they are
+    copied as one run of bytes, without gaps.
     """
     transformer.set_modulation_ahead(choices.modulation_ahead)
     pack_groups(transformer)
     apply(transformer.blocks, choices)
+    if not choices.streams:
+        make_room_for_adapters(transformer.blocks)
+    groups = [group for block in transformer.blocks for group in block.linear_groups()]
+    keep_transposed(groups, choices.compute if choices.transposed_codes else None)
     # the transformer tells each block its policy again when it runs
     transformer.set_recompute(choices.recompute)
     transformer.train()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -37,7 +37,9 @@ from fluxfast.model.block_call import (
     norm_weights,
     seed_for,
 )
+from fluxfast.model.flat_gradients import GradientPlaces
 from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.launch_plans import LaunchPlans
 from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.residency import resident
@@ -75,6 +77,9 @@ class BlockOptions:
     policy: what backward recomputes. fixed_policy: whether the policy holds even where a checkpoint
     around the block would recompute all of it. share_dropout: whether adapters that read the same x
     may share a dropout mask; PEFT draws one each. residency: who moves the block's weights.
+    gradients: where a fused call's backward writes the gradients of its LoRAs (`FlatGradients`);
+    None: autograd gets them. launch_plans: what replays its fused calls; None: each call runs as it
+    is.
     """
 
     compute: str = "same"
@@ -85,6 +90,8 @@ class BlockOptions:
     fixed_policy: bool = False
     share_dropout: bool = True
     residency: Any = None
+    gradients: GradientPlaces | None = None
+    launch_plans: LaunchPlans | None = None
     log: CallRecorder | None = None
 
     def ran(self, how: str, because: str | None = None, value: str = "") -> None:
@@ -134,7 +141,7 @@ class BlockBase(BlockOptions):
         dtype, autocast = _arithmetic(streams[0])
         with resident(self, "forward"), without_autocast(streams[0].device.type, autocast):
             inputs = [x.to(dtype) for x in streams]
-            fused = self._fused_call(inputs[0], pe, kwargs)
+            fused = self._fused_call(inputs, pe, kwargs)
             with self._saving() if fused is not None else nullcontext():
                 mods = self._modulation(temb, dtype, autocast)
                 if fused is None:
@@ -142,9 +149,18 @@ class BlockBase(BlockOptions):
                     outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
                 else:
                     call, linears = fused
-                    outs = self.function.apply(
-                        self, call, linears, *inputs, *mods, *adapter_tensors(linears)
-                    )
+                    rows, trained = self._function_inputs(call, inputs), adapter_tensors(linears)
+                    places = self.gradients
+                    if places is None or not places.are_of(trained):
+                        outs = self.function.apply(
+                            self, call, linears, None, *rows, *mods, *trained
+                        )
+                    else:
+                        # one of them is enough for autograd to call backward
+                        outs = self.function.apply(
+                            self, call, linears, places, *rows, *mods, trained[0]
+                        )
+                    del rows
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)
 
@@ -154,14 +170,20 @@ class BlockBase(BlockOptions):
     def function(self) -> type[torch.autograd.Function]:
         """The Function of a fused call.
 
-        Its arguments are block, call, linears, the streams, their modulation, and the adapters'
-        tensors.
+        Its arguments are those of `block_run.run_forward`.
         """
         raise NotImplementedError
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
         """The block's linears in the order of the fused Function's; each tuple shares its input."""
         raise NotImplementedError
+
+    def groups_with_room(self) -> list[tuple[nn.Module, ...]]:
+        """Those of `linear_groups` whose input our own ops write, with room for what adapters add.
+
+        Only these multiply by augmented weights.
+        """
+        return self.linear_groups()
 
     def modulation_linears(self) -> tuple[nn.Module, ...]:
         """The linears that make shifts, scales and gates: one for each stream."""
@@ -180,6 +202,10 @@ class BlockBase(BlockOptions):
     def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:
         """The streams of the maths, from hidden_states and encoder_hidden_states."""
         raise NotImplementedError
+
+    def _function_inputs(self, call: BlockCall, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The streams as the fused Function takes them."""
+        return streams
 
     def _outputs(self, outs: Any, streams: tuple[Tensor, ...], txt: Tensor | None) -> Any:
         """The block's outputs from those of the maths, in the dtypes of the streams."""
@@ -217,12 +243,13 @@ class BlockBase(BlockOptions):
         return [getattr(self.attn, name) for name in self.qk_norms]
 
     def _fused_call(
-        self, x: Tensor, pe: Tables, kwargs: dict[str, Any]
+        self, streams: Sequence[Tensor], pe: Tables, kwargs: dict[str, Any]
     ) -> tuple[BlockCall, BlockLinears] | None:
         """How a fused call runs, and on which linears; None where the composed path has to run.
 
-        x: a stream in the dtype of the arithmetic.
+        streams: in the dtype of the arithmetic.
         """
+        x = streams[0]
         linears = read_linears(self.linear_groups(), share_dropout=self.share_dropout)
         because = self.composed_because(kwargs)
         if because is None and isinstance(linears, str):
@@ -248,7 +275,7 @@ class BlockBase(BlockOptions):
             compute=self.compute,
             outliers=self.outliers,
             policy="full" if asked else self.policy,
-            seed=seed_for(linears),
+            seed=seed_for(linears, x.device),
             failed=self._failed_ops(impl),
         )
         return call, linears

@@ -11,7 +11,10 @@ from torch import Tensor
 from fluxfast.model.attention_module import norm_weight
 from fluxfast.model.linear import draw_seed
 from fluxfast.ops import gated_residual
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup, LinearParams, fill_in_place
+from fluxfast.ops.linear.pair import AnyGroup
+from fluxfast.ops.linear.products_torch import adjoining
+from fluxfast.ops.parts import Parts
 from fluxfast.ops.row_quant import Quantized, RowOutput
 
 # the ops that a block chains, by the names under which each chooses its implementation
@@ -19,6 +22,8 @@ OPS = ("gated_residual", "gelu", "lora_linear", "modulated_layer_norm", "qk_norm
 
 # what a block's linears hold; those that share their input are one list
 BlockLinears = list[list[LinearParams]]
+# a gradient's codes, as `LinearGroup.backward` takes them: parts, each with its first column
+Codes = list[tuple[int, Quantized]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,10 @@ class BlockCall:
 
     cos, sin, index: as `qk_norm_rope` takes them. mask: attention's, or None. norms: the weights of
     the RMS norms of q and k (`norm_weights`). impl: "triton", "native" or "ref". attention: a back
-    end of `ops.attention`. seed: what dropout masks are drawn from, or None without dropout.
-    failed: the ops whose `impl` failed its check on this machine (`ops.verdicts`).
+    end of `ops.attention`. seed: what dropout masks are drawn from, one int64, or None without
+    dropout. failed: the ops whose `impl` failed its check on this machine (`ops.verdicts`). parts:
+    where a double block's streams lie in one tensor of rows (`streams`), or None where they are
+    apart. filled: whether the adapters lie beside the weights already (`fill_in_place`).
     """
 
     cos: Tensor
@@ -41,26 +48,37 @@ class BlockCall:
     compute: str
     outliers: int
     policy: str
-    seed: int | None
+    seed: Tensor | None
     failed: frozenset[str] = frozenset()
+    parts: Parts | None = None
+    filled: bool = False
 
     def impl_of(self, op: str) -> str:
         """The implementation of one of OPS: the reference where its own failed its check here."""
         return "ref" if op in self.failed else self.impl
 
-    def groups(self, linears: BlockLinears, dtype: torch.dtype) -> list[LinearGroup]:
+    def groups(
+        self, linears: BlockLinears, dtype: torch.dtype, *, backward: bool
+    ) -> list[LinearGroup]:
         """A group for each list of linears that share their input, ready for one direction."""
         options: dict[str, Any] = {
             "compute": self.compute,
             "outliers": self.outliers,
             "impl": self.impl_of("lora_linear"),
+            "dgrad": backward,
         }
         return [
-            LinearGroup(
-                group, dtype, dropout_seed=None if self.seed is None else self.seed + i, **options
-            )
+            LinearGroup(group, dtype, dropout_seed=self.seed, dropout_number=i, **options)
             for i, group in enumerate(linears)
         ]
+
+    def filled_groups(
+        self, linears: BlockLinears, dtype: torch.dtype, *, backward: bool
+    ) -> list[LinearGroup]:
+        """`groups`, with adapters copied to where products read them beside the weights."""
+        groups = self.groups(linears, dtype, backward=backward)
+        fill_in_place(groups, filled=self.filled)
+        return groups
 
     @property
     def keeps(self) -> str:
@@ -82,24 +100,28 @@ class BlockCall:
         return rstd, self.norms, self.cos, self.sin, self.index, None, None, qkv, txt_qkv
 
 
-def seed_for(linears: BlockLinears) -> int | None:
+def seed_for(linears: BlockLinears, device: torch.device) -> Tensor | None:
     """A new seed for dropout masks where an adapter has a dropout; else None."""
     drops = any(adapter.dropout > 0 for group in linears for p in group for adapter in p.adapters)
-    return draw_seed() if drops else None
+    return draw_seed(device) if drops else None
 
 
 def norm_weights(*norms: Any, impl: str) -> Tensor:
     """The RMS norms' weights [norms, head_dim] as `qk_norm_rope` takes them.
 
-    They are cast to fp32, except for Triton's kernels, which cast them when they read them.
+    They are cast to fp32, except for Triton's kernels, which cast them when they read them. Weights
+    that lie side by side in memory, as `pack_groups` leaves them, are taken where they are.
     """
-    weights = torch.stack([norm_weight(norm).detach() for norm in norms])
+    found = [norm_weight(norm) for norm in norms]
+    joined = adjoining(found)
+    weights = torch.stack([w.detach() for w in found]) if joined is None else joined
+    weights = weights.view(len(found), -1)
     if impl == "triton":
         return weights
     return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
-def codes_of(rows: RowOutput, col: int = 0) -> list[tuple[int, Quantized]]:
+def codes_of(rows: RowOutput, col: int = 0) -> Codes:
     """A gradient's codes as `LinearGroup.backward` takes them; none where it has values alone.
 
     col: the first column of the group's output that they belong to.
@@ -115,15 +137,21 @@ def values_of(rows: RowOutput) -> Tensor:
     return rows.y
 
 
+def new_output_like(group: AnyGroup, y: Tensor) -> Tensor:
+    """Where to put the gradient of a group's y [..., N] that may not be overwritten by it."""
+    place = group.new_output(*y.shape[:-1])
+    return torch.empty_like(y) if place is None else place
+
+
 def last_product_backward(
     call: BlockCall,
-    group: LinearGroup,
+    group: AnyGroup,
     x: RowOutput,
     kept: tuple[Tensor | None] | None,
-    gate: Tensor,
+    gate: Any,
     dout: Tensor,
     need_gate: bool,
-) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor | None]:
+) -> tuple[Tensor, Any, Any]:
     """Backward of out = residual + gate · group(x): the gradients of x, of the adapters, of gate.
 
     That of the residual is dout. kept: the adapters' narrow product, where the tape has it; it is
@@ -136,6 +164,7 @@ def last_product_backward(
         (s,) = kept or (group.down(x),)
     dbranch, dgate = gated_residual.backward_rows(
         dout, (gate, branch), out=call.grad_form, col_scale=group.fold(), needs_gate=need_gate,
+        into=group.new_output(*dout.shape[:-1]), parts=group.parts,
         impl=call.impl_of("gated_residual"),
     )  # fmt: skip
     dx, grads = group.backward(values_of(dbranch), x, s, codes=codes_of(dbranch))

@@ -7,12 +7,14 @@ its inputs to where the graphs read them, and replays one graph for forward and 
 
 Each graph is checked against the step that it replaces. The first steps of a shape run without a
 graph. Then the graph is captured on the inputs of an earlier step, and at the next step, which has
-other inputs and weights, the outputs and gradients of both are compared.
+other inputs and weights, the outputs and gradients of both are compared. Dropout's masks are part
+of that: each step draws their seed on the device, replayed or not, and neither a capture nor a
+comparison moves the generator on.
 
 Memory: what a step keeps between forward and backward stays allocated, and all shapes share it.
-Gradients are in the graph's own memory, and so is a `.grad` that autograd makes of them, so that
-the next replay overwrites it. To add up several micro-batches, give each parameter a `.grad` of its
-own before the first of them.
+Where the transformer has `FlatGradients`, all graphs write the gradients of fused blocks to its
+buffers. Others are in the graph's own memory, and so is a `.grad` that autograd makes of them, so
+that the next replay overwrites it: `FlatGradients.take` copies it before that.
 
 Tested on the CPU, with an emulation that records what a step asks of torch and does it again. Not
 yet run on a GPU.
@@ -21,7 +23,8 @@ yet run on a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.linear import read_linear
 from fluxfast.model.pinned import capturing
 from fluxfast.model.routing import Draws, Router
@@ -50,7 +54,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, to
 
 # what a step can't be captured with
 STREAMED = "its blocks are streamed: their weights are not where they were"
-DROPOUT = "an adapter has a dropout, whose seed would be the same in every step"
 
 logger = logging.getLogger("fluxfast")
 
@@ -73,6 +76,9 @@ class _Blocks(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         transformer, router, starts = self._of
+        if transformer.gradients is not None:
+            # the backward pass of an earlier forward that graphs made, or compared, is no matter
+            transformer.gradients.forget()
         count = len(inputs) - len(starts)
         return transformer.run_blocks(
             router, dict(zip(starts, inputs[count:], strict=True)), *inputs[:count]
@@ -94,11 +100,8 @@ def uncapturable(transformer: Any) -> str | None:
         return STREAMED
     for block in transformer.blocks:
         for module in (linear for group in block.linear_groups() for linear in group):
-            params = read_linear(module)
-            if params is None:
+            if read_linear(module) is None:
                 return "a linear of its blocks has to be called as it is"
-            if any(adapter.dropout > 0 for adapter in params.adapters):
-                return DROPOUT
     return None
 
 
@@ -110,8 +113,9 @@ class _Shape:
     # steps without a graph so far, and the inputs of the last of them
     steps_run: int = 0
     samples: tuple[Tensor, ...] = ()
-    # replays the graph, once it is captured
+    # replays the graph, once it is captured; which of the transformer's `FlatGradients` it writes
     replay: Callable[..., Tensor] | None = None
+    writes: Sequence[bool] = ()
     compared: bool = False
 
 
@@ -188,23 +192,28 @@ class StepGraphs:
 
     def _ready(self, shape: _Shape, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
         """What replays this step; None where it has to run without a graph."""
+        gradients = self._transformer.gradients
         if shape.steps_run < STEPS_RUN_FIRST:
             shape.steps_run += 1
             shape.samples = tuple(t.detach().clone() for t in tensors)
             return None
         if shape.replay is None:
-            with capturing():
+            with capturing(), _same_draws(tensors[0].device):
                 shape.replay = self._capture(shape.blocks, shape.samples)
+            if gradients is not None:
+                shape.writes = gradients.written
             # the graph reads its inputs from these tensors now, and holds them itself
             shape.samples = ()
             return None
         if not shape.compared:
-            error = _difference(shape.blocks, shape.replay, tensors)
+            error = _difference(shape.blocks, shape.replay, tensors, gradients)
             shape.compared = True
             self._say_once(
                 "CUDA graphs: steps are replayed (compared with a step that was run: "
                 f"{error:.1e} apart)"
             )
+        if gradients is not None:
+            gradients.replayed(shape.writes)
         return shape.replay
 
     def _give_up(self, error: RuntimeError) -> None:
@@ -223,26 +232,35 @@ class StepGraphs:
 
 
 def _difference(
-    blocks: _Blocks, replay: Callable[..., Tensor], tensors: tuple[Tensor, ...]
+    blocks: _Blocks,
+    replay: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    gradients: FlatGradients | None,
 ) -> float:
     """How far a replayed step's output and gradients are from the step's own, whichever is farther.
 
     Relative to the norms of the step's own. Raises GraphDiffers where that is more than the order
-    of sums explains.
+    of sums explains. gradients: where fused blocks write theirs.
     """
     trainable = list(blocks.trainable)
+    buffers = [] if gradients is None else gradients.of_micro_batch
 
     def results(step: Callable[..., Tensor], dout: Tensor | None) -> list[Tensor]:
+        # a step that writes no gradients must not be taken for one that does
+        for buffer in buffers:
+            buffer.zero_()
         out = step(*tensors)
         grads = torch.autograd.grad(
             out, trainable, out.detach() if dout is None else dout, allow_unused=True
         )
-        flat = [grad.flatten().float() for grad in grads if grad is not None]
+        flat = [grad.flatten().float() for grad in (*grads, *buffers) if grad is not None]
         return [out.detach().clone(), torch.cat(flat) if flat else out.new_zeros(0)]
 
-    expected = results(blocks, None)
-    actual = results(replay, expected[0])
-    apart = [_relative(a.float(), e.float()) for a, e in zip(actual, expected, strict=True)]
+    with _same_draws(tensors[0].device):
+        expected = results(blocks, None)
+    with _same_draws(tensors[0].device):
+        actual = results(replay, expected[0])
+    apart = [relative(a.float(), e.float()) for a, e in zip(actual, expected, strict=True)]
     limit = TOLERANCE[expected[0].dtype]
     # a NaN compares as false
     if not all(error <= limit for error in apart):
@@ -253,5 +271,11 @@ def _difference(
     return max(apart)
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
+def _same_draws(device: torch.device) -> AbstractContextManager[None]:
+    """A context that leaves the default generators, the device's and the CPU's, as they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to that of expected."""
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -36,7 +36,8 @@ def joint_attention(
     if rotated is None:
         (q, k, v), (rstd, *_) = qk_norm_rope.forward(
             qkv, txt_qkv, call.norms, call.cos, call.sin, call.index,
-            heads=attn.heads, eps=attn.norm_q.eps, impl=call.impl_of("qk_norm_rope"),
+            heads=attn.heads, eps=attn.norm_q.eps, view_v=True,
+            impl=call.impl_of("qk_norm_rope"),
         )  # fmt: skip
         rotated = tape.keep("rotated", q, k, v, rstd)
     q, k, v, rstd = rotated

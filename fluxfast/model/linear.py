@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
-from fluxfast.hooks import hooked
+from fluxfast.hooks import hooked, own_parameter
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
@@ -53,17 +53,29 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
             return base
         if isinstance(wrapped.adapters, str):
             return wrapped.adapters
-        return base._replace(adapters=(*base.adapters, *wrapped.adapters))
+        return LinearParams(base.weight, base.bias, (*base.adapters, *wrapped.adapters))
     params = _read_base(module)
-    if not isinstance(params, str) and any(getattr(t, "requires_grad", False) for t in params[:2]):
+    if isinstance(params, str):
+        return params
+    weight, bias, _ = params
+    if (bias is not None and bias.requires_grad) or getattr(weight, "requires_grad", False):
         return "its base is trained"
+    return params
+
+
+def read_base(module: nn.Module) -> LinearParams:
+    """The frozen weight and bias of a linear that `read_linear` can read, without its adapters."""
+    while (base := module._modules.get("base_layer")) is not None:
+        module = base
+    params = _read_base(module)
+    assert not isinstance(params, str), "a block's linears changed between forward and backward"
     return params
 
 
 def _read_base(module: nn.Module) -> LinearParams | str:
     """A linear without adapters, or why its forward can't be read."""
     if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
-        return LinearParams(module.packed(), module.bias)
+        return LinearParams(module.packed(), own_parameter(module, "bias"))
     weight = foreign_weight(module)
     if isinstance(weight, str):
         return weight
@@ -81,7 +93,7 @@ def _read_base(module: nn.Module) -> LinearParams | str:
 
 
 def _read_plain(linear: nn.Linear) -> LinearParams:
-    weight, bias = linear.weight, linear.bias
+    weight, bias = own_parameter(linear, "weight"), own_parameter(linear, "bias")
     if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
     # a weight of 8 bits without a scale, which no product reads: fp32 holds each of its values
@@ -115,19 +127,21 @@ def _called_in(module: Any) -> torch.dtype | None:
     return dtype
 
 
-def draw_seed() -> int:
-    """A seed for dropout masks, from torch's default generator.
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for dropout masks, from torch's default generator of that device.
 
-    Whoever replays a step has set the generator as it was.
+    It stays on the device, so that nobody waits for it, and a step that is replayed as a CUDA graph
+    draws anew. Whoever computes a step again has set the generator as it was.
     """
-    return int(torch.randint(2**62, ()).item())
+    return torch.randint(2**62, (), device=device)
 
 
 def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -> Tensor:
     drops = any(adapter.dropout > 0 for p in params for adapter in p.adapters)
     return lora_linear(
-        x, params, compute=compute, outliers=outliers, dropout_seed=draw_seed() if drops else None
-    )
+        x, params, compute=compute, outliers=outliers,
+        dropout_seed=draw_seed(x.device) if drops else None,
+    )  # fmt: skip
 
 
 def without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -27,6 +27,7 @@ from torch.nn.functional import silu
 
 from fluxfast.model.linear import LinearParams, obstacle, project, read_linear
 from fluxfast.model.pinned import pin, send
+from fluxfast.ops.device import usable_cores
 from fluxfast.quant.gemv import gemv
 from fluxfast.quant.linear import QuantLinear
 
@@ -174,12 +175,13 @@ def apply_on_host(
 
 
 def _threads_beside(device: torch.device) -> int:
-    """The number of threads for modulation.
+    """The number of threads for modulation: torch's.
 
-    Beside a GPU, two cores stay free: one launches its kernels, one reads data.
+    Beside a GPU, two cores stay free where there are more: one launches its kernels, one reads
+    data.
     """
     threads = torch.get_num_threads()
-    return max(1, threads - 2) if device.type == "cuda" else threads
+    return threads if device.type != "cuda" else max(1, min(threads, usable_cores() - 2))
 
 
 class _Prepared(NamedTuple):

@@ -7,6 +7,7 @@ from the ops' raw interfaces (`fluxfast.ops`); KEPT_SINGLE says what its forward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,18 @@ from torch.autograd.function import once_differentiable
 from fluxfast import ops
 from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
-from fluxfast.model.block_call import BlockCall, BlockLinears, codes_of, last_product_backward
+from fluxfast.model.block_call import (
+    BlockCall,
+    BlockLinears,
+    codes_of,
+    last_product_backward,
+    new_output_like,
+)
+from fluxfast.model.block_run import run_backward, run_forward
 from fluxfast.model.joint_attention import JointAttention, joint_attention
-from fluxfast.model.residency import resident
 from fluxfast.model.rope import Tables, rope_arguments
-from fluxfast.model.tape import Tape, adapter_grads, linears_again, save, saved
+from fluxfast.model.streams import joined
+from fluxfast.model.tape import Grads, Tape
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
 from fluxfast.ops.linear.group import LinearGroup
@@ -32,11 +40,11 @@ from fluxfast.ops.tensors import own_dtypes
 
 # As SIZES_DOUBLE and KEPT_DOUBLE: sizes in E, one [B, S, D] tensor of the joint stream. y is packed
 # q, k and v (3 E) and the MLP's input (4 E).
-SIZES_SINGLE = {"x_in": 1, "y": 7, "rotated": 3, "attn": 1, "last_in": 5, "s_last": 0}
+SIZES_SINGLE = {"x_in": 1, "y": 7, "s_y": 0, "rotated": 3, "attn": 1, "last_in": 5, "s_last": 0}
 KEPT_SINGLE: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "selective": ("attn", "s_last"),
-    "none": ("y", "attn", "s_last"),
+    "full": ("s_y", "s_last"),
+    "selective": ("attn", "s_y", "s_last"),
+    "none": ("y", "attn", "s_y", "s_last"),
     "all": tuple(SIZES_SINGLE),
 }
 
@@ -112,7 +120,7 @@ class _Activations:
     norm: tuple[Any, ...]
     # the first group's output, q, k, v and the MLP's input, and its adapters' narrow product
     y: Tensor
-    s_first: Tensor | None
+    s_y: Tensor | None
     joint: JointAttention
     last_in: RowOutput
 
@@ -132,70 +140,70 @@ def _to_last_product(
     """
     (shift, scale, _), eps = mod.chunk(3, dim=-1), block.norm.norm.eps
     norm_impl, gelu_impl = call.impl_of("modulated_layer_norm"), call.impl_of("gelu")
+    tokens = x.shape[:2]
     x_in, norm = tape.kept("x_in") or tape.keep(
         "x_in",
-        *ops.modulated_layer_norm.forward(x, scale, shift, eps, out=first.form, impl=norm_impl),
-    )
-    y, s_first = tape.kept("y") or tape.keep("y", *first.forward(x_in))
+        *ops.modulated_layer_norm.forward(
+            x, scale, shift, eps,
+            out=first.form, into=first.new_input(*tokens), impl=norm_impl,
+        ),
+    )  # fmt: skip
+    y, s_y = tape.product("y", first, x_in)
     qkv, h = y.split_with_sizes([3 * block.attn.inner_dim, block.mlp_hidden_dim], dim=-1)
     joint = joint_attention(call, tape, block.attn, qkv)
     last_in, _ = tape.kept("last_in") or tape.keep(
         "last_in",
-        *ops.gelu.forward(h, prefix=joint.out.flatten(2), out=last.form, impl=gelu_impl),
-    )
-    return _Activations(x_in, norm, y, s_first, joint, last_in)
+        *ops.gelu.forward(
+            h, prefix=joint.out.flatten(2),
+            out=last.form, into=last.new_input(*tokens), impl=gelu_impl,
+        ),
+    )  # fmt: skip
+    return _Activations(x_in, norm, y, s_y, joint, last_in)
 
 
 class SingleBlockFunction(torch.autograd.Function):
     """A fused single block: x [B, S, D], mod [B, 3·D] (shift, scale, gate), to [B, S, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        block: Any,
-        call: BlockCall,
-        linears: BlockLinears,
-        x: Tensor,
-        mod: Tensor,
-        *trained: Tensor,
-    ) -> Tensor:
-        """trained: the adapters' tensors."""
-        first, last = call.groups(linears, x.dtype)
-        tape = Tape(KEPT_SINGLE[call.keeps])
-        acts = _to_last_product(block, call, first, last, x, mod, tape)
-        branch, s_last = last.forward(acts.last_in)
-        tape.keep("s_last", s_last)
-        save(ctx, block, call, linears, (x,), mods=(mod,), trained=trained, kept=tape.values)
-        gate = mod.chunk(3, dim=-1)[2]
-        return ops.gated_residual.forward(
-            x, gate, branch, keep_y=False, impl=call.impl_of("gated_residual")
-        )[0]
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """inputs: x, mod."""
+        return run_forward(ctx, _forward, *args)
 
     @staticmethod
     @once_differentiable
     @own_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (mod,), trained, kept = saved(ctx)
-        tape, needs = Tape(values=kept), ctx.needs_input_grad[3:5]
-        with resident(ctx.block, "backward"):
-            first, last = ctx.call.groups(linears_again(ctx, trained), x.dtype)
-            acts = _to_last_product(ctx.block, ctx.call, first, last, x, mod, tape)
-            dx, dmod, *grads = _backward(ctx.call, first, last, acts, tape, mod, dout, *needs)
-        return None, None, None, dx, dmod, *adapter_grads(grads)
+        return run_backward(ctx, _backward, (dout,))
+
+
+def _forward(
+    block: Any, call: BlockCall, linears: BlockLinears, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Any]:
+    """The output for inputs (x, mod), and what is kept."""
+    x, mod = inputs
+    first, last = call.filled_groups(linears, x.dtype, backward=False)
+    tape = Tape(KEPT_SINGLE[call.keeps])
+    acts = _to_last_product(block, call, first, last, x, mod, tape)
+    branch, s_last = last.forward(acts.last_in)
+    tape.keep("s_last", s_last)
+    gate, impl = mod.chunk(3, dim=-1)[2], call.impl_of("gated_residual")
+    return ops.gated_residual.forward(x, gate, branch, keep_y=False, impl=impl)[0], tape.values
 
 
 def _backward(
+    block: Any,
     call: BlockCall,
-    first: LinearGroup,
-    last: LinearGroup,
-    acts: _Activations,
-    tape: Tape,
-    mod: Tensor,
-    dout: Tensor,
-    need_x: bool,
-    need_mod: bool,
-) -> tuple[Any, ...]:
-    """The gradients of x, of mod, and of each group's adapters."""
+    linears: BlockLinears,
+    inputs: Sequence[Tensor],
+    kept: Any,
+    douts: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Sequence[Tensor | None], Sequence[Grads]]:
+    """The gradients of inputs (x, mod), where they are needed, and of each group's adapters."""
+    (x, mod), (dout,), (need_x, need_mod) = inputs, douts, needs
+    tape = Tape(values=kept)
+    first, last = call.filled_groups(linears, x.dtype, backward=True)
+    acts = _to_last_product(block, call, first, last, x, mod, tape)
     gate = mod.chunk(3, dim=-1)[2]
     dlast, last_grads, dgate = last_product_backward(
         call, last, acts.last_in, tape.kept("s_last"), gate, dout, need_mod
@@ -206,33 +214,33 @@ def _backward(
     inner = joint.q.shape[2] * joint.q.shape[3]
     widths = [3 * inner, y.shape[-1] - 3 * inner]
     qkv, h = y.split_with_sizes(widths, dim=-1)
-    dattn, dmlp = dlast.split_with_sizes([inner, widths[1]], dim=-1)
+    # attention's backward, which takes the most memory, reads this part of dlast alone
+    dattn = dlast.new_empty((*dlast.shape[:-1], inner))
     # a y that was computed again may be overwritten by its gradient
-    dy = torch.empty_like(y) if tape.kept("y") else y
+    dy = new_output_like(first, y) if tape.kept("y") else y
     dqkv, dh = dy.split_with_sizes(widths, dim=-1)
     dh_rows = ops.gelu.backward_rows(
-        dmlp, (h,), out=call.grad_form, col_scale=None if fold is None else fold[3 * inner :],
-        into=dh, impl=call.impl_of("gelu"),
+        dlast, (h,), out=call.grad_form, col_scale=None if fold is None else fold[3 * inner :],
+        dprefix=dattn, into=dh, impl=call.impl_of("gelu"),
     )  # fmt: skip
+    del dlast
     dq, dk, dv = ops.attention.backward(
         dattn.unflatten(-1, joint.q.shape[2:]), joint.q, joint.k, joint.v, joint.out, joint.saved,
         call.mask, backend=call.attention,
     )  # fmt: skip
-    del dlast, dattn, dmlp, joint.out, joint.q, joint.k, joint.v
-    ops.qk_norm_rope.backward(
-        (dq, dk, dv), call.rope_saved(joint.rstd, qkv, None), (True, False), s_txt=0, dqkv=dqkv,
+    del dattn, joint.out, joint.q, joint.k, joint.v
+    made = ops.qk_norm_rope.backward_rows(
+        (dq, dk, dv), call.rope_saved(joint.rstd, qkv, None), s_txt=0, out=call.grad_form,
+        col_scale=None if fold is None else fold[: 3 * inner], dqkv=dqkv,
         impl=call.impl_of("qk_norm_rope"),
     )  # fmt: skip
     del dq, dk, dv
 
     codes = codes_of(dh_rows, 3 * inner)
-    if fold is not None:
-        dqkv_codes = ops.row_quant.forward(
-            dqkv, call.compute, fold[: 3 * inner], impl=call.impl_of("row_quant")
-        )
-        codes.insert(0, (0, dqkv_codes))
+    if made.codes is not None:
+        codes.insert(0, (0, made.codes))
     dx_in, first_grads = first.backward(
-        dy, acts.x_in, acts.s_first, codes=codes, need_dx=need_x or need_mod
+        dy, acts.x_in, acts.s_y, codes=codes, need_dx=need_x or need_mod
     )
     dx = dscale = dshift = None
     if dx_in is not None:
@@ -244,42 +252,5 @@ def _backward(
             impl=call.impl_of("modulated_layer_norm"),
         )
     parts = [part for part in (dshift, dscale, dgate) if part is not None]
-    return dx, torch.cat(parts, dim=-1) if need_mod else None, first_grads, last_grads
-
-
-def joined(txt: Tensor, img: Tensor) -> Tensor:
-    """Text and image as one tensor [B, S_txt + S_img, D].
-
-    Where a single block before this one has split its output into just these two, it is that
-    output, so that nothing is copied.
-    """
-    joint = txt._base if not torch.compiler.is_compiling() else None
-    if joint is not None and joint is img._base and _are_halves(txt, img, joint):
-        return joint
-    return torch.cat([txt, img], dim=1)
-
-
-def _are_halves(txt: Tensor, img: Tensor, joint: Tensor) -> bool:
-    """Whether txt and img lie in `joint` one after the other, and their gradients are its own."""
-    halves, start, rows = (txt, img), joint.storage_offset(), 0
-    for half in halves:
-        if (
-            half.ndim != 3
-            or joint.ndim != 3
-            or half.stride() != joint.stride()
-            or half.dtype != joint.dtype
-        ):
-            return False
-        if half.shape[::2] != joint.shape[
-            ::2
-        ] or half.storage_offset() != start + rows * joint.stride(1):
-            return False
-        # a hook on a half would not be called
-        if half._backward_hooks or half.retains_grad or half.requires_grad != joint.requires_grad:
-            return False
-        if joint.requires_grad and not (
-            half.grad_fn and half.grad_fn.next_functions[0][0] is joint.grad_fn
-        ):
-            return False
-        rows += half.shape[1]
-    return rows == joint.shape[1]
+    dmod = torch.cat(parts, dim=-1) if need_mod else None
+    return (dx, dmod), (first_grads, last_grads)

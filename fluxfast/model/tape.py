@@ -4,7 +4,8 @@ A block is one node of autograd's graph. Forward keeps some of the values that i
 is a table by recompute policy (`KEPT_DOUBLE`, `KEPT_SINGLE`), and backward computes the others
 again. Both run the same function of the block, which asks a `Tape` for each value first:
 
-    y, s = tape.kept("y") or tape.keep("y", *linears.forward(x))
+    x_in, norm = tape.kept("x_in") or tape.keep("x_in", *layer_norm.forward(x, …))
+    y, s = tape.product("y", linears, x_in)
 
 In forward the tape is empty, so that everything is computed, and `keep` records what the policy
 names. In backward the tape holds what forward kept, and `keep` records nothing.
@@ -16,15 +17,18 @@ again. The adapters' scales and dropouts are those that forward read, even if th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fluxfast.model.block_call import BlockCall, BlockLinears
-from fluxfast.model.linear import read_or_because
+from fluxfast.model.linear import read_base, read_or_because
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
-from fluxfast.ops.linear.adapters import over_tensors, tensors_of
+from fluxfast.ops.linear.adapters import Adapter, over_tensors, tensors_of, writing_to
+from fluxfast.ops.linear.group import LinearParams, operand_of
+from fluxfast.ops.linear.pair import AnyGroup
+from fluxfast.ops.row_quant import RowOutput
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -41,6 +45,7 @@ class Tape:
     ) -> None:
         """keeps: the names that `keep` records. values: what an earlier tape recorded."""
         self._keeps, self.values = keeps, {} if values is None else values
+        self._again = values is not None
 
     def kept(self, name: str) -> Any:
         """The values that were kept under a name; None where it was not kept."""
@@ -52,43 +57,71 @@ class Tape:
             self.values[name] = values
         return values
 
+    def product(self, name: str, group: AnyGroup, x: RowOutput) -> tuple[Tensor, Tensor | None]:
+        """A group's y and its adapters' narrow product s, kept under `name` and under s_`name`.
+
+        A y that is computed again takes the s that was kept.
+        """
+        y, (s,) = self.kept(name), self.kept(f"s_{name}") or (None,)
+        if y is not None:
+            return y[0], s
+        # a y that backward computes again is overwritten by its gradient
+        rows = operand_of(x)[0].shape[:-1]
+        made, s = group.forward(x, group.new_output(*rows) if self._again else None, s)
+        self.keep(name, made)
+        self.keep(f"s_{name}", s)
+        return made, s
+
+
+class Kept(NamedTuple):
+    """What a forward pass kept: its tensors, and the form in which `values` puts them together."""
+
+    leaves: Sequence[Tensor | None]
+    form: Any
+
+    @classmethod
+    def of(cls, values: Any) -> Kept:
+        """values: tensors in tuples, lists and dicts."""
+        return cls(*tree_flatten(values))
+
+    @property
+    def values(self) -> Any:
+        return tree_unflatten(self.leaves, self.form)
+
 
 def save(
     ctx: Any,
     block: Any,
     call: BlockCall,
     linears: BlockLinears,
-    streams: Sequence[Tensor],
-    *,
-    mods: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     trained: Sequence[Tensor],
-    kept: Any,
+    kept: Kept,
 ) -> None:
     """Leave for backward what `saved` and `linears_again` give it.
 
-    streams: the block's inputs, which a residency may put aside. mods: their modulation. trained:
-    the `adapter_tensors` of linears. kept: tensors in tuples, lists and dicts, which come back in
-    the same form.
+    inputs: the block's streams, which a residency may put aside, and their modulation. trained: the
+    `adapter_tensors` of linears.
     """
     moves = residency_of(block) is not None
-    ctx.block, ctx.call = block, call
+    ctx.block, ctx.call, ctx.form = block, call, kept.form
     ctx.linears = None if moves else linears
     ctx.adapters = [[p.adapters for p in group] for group in linears]
     # policy "none" keeps tensors that share the streams' memory, so that putting the streams aside
     # would free nothing
     puts_aside = moves and call.policy != "none"
-    ctx.aside = [keep_input(block, x) for x in streams] if puts_aside else None
-    inputs = () if puts_aside else tuple(streams)
-    tensors, ctx.form = tree_flatten((inputs, tuple(mods), tuple(trained), kept))
-    ctx.save_for_backward(*tensors)
+    count = len(inputs) - len(block.modulation_linears()) if puts_aside else 0
+    ctx.aside = [keep_input(block, x) for x in inputs[:count]]
+    ctx.counts = (len(inputs) - count, len(trained))
+    ctx.save_for_backward(*inputs[count:], *trained, *kept.leaves)
 
 
-def saved(ctx: Any) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Any]:
-    """The streams, their modulation, what trains, and what was kept, as `save` was given them."""
-    streams, mods, trained, kept = tree_unflatten(ctx.saved_tensors, ctx.form)
-    if ctx.aside is not None:
-        streams = [fetch_input(ctx.block, handle) for handle in ctx.aside]
-    return streams, mods, trained, kept
+def saved(ctx: Any) -> tuple[Sequence[Tensor], Sequence[Tensor], Kept]:
+    """The inputs, what trains, and what was kept, as `save` was given them."""
+    tensors, (count, trained) = ctx.saved_tensors, ctx.counts
+    aside = [fetch_input(ctx.block, handle) for handle in ctx.aside]
+    leaves = tensors[count + trained :]
+    return [*aside, *tensors[:count]], tensors[count : count + trained], Kept(leaves, ctx.form)
 
 
 def read_linears(
@@ -107,18 +140,28 @@ def read_linears(
     return linears
 
 
-def linears_again(ctx: Any, trained: Sequence[Tensor]) -> BlockLinears:
-    """The linears that forward was given, with the adapters' tensors that were saved.
+def linears_again(
+    ctx: Any, trained: Sequence[Tensor], places: Sequence[Tensor] = ()
+) -> BlockLinears:
+    """The linears that forward was given, with the adapters' tensors that were saved, `trained`.
 
-    Weights that a residency has moved since are read from the block's modules again.
+    Weights that a residency has moved since are read from the block's modules again. places: where
+    the gradients of `trained` are written; none: in new memory.
     """
-    linears = ctx.linears if ctx.linears is not None else read_linears(ctx.block.linear_groups())
-    assert not isinstance(linears, str), "a block's linears changed between forward and backward"
-    tensors = iter(trained)
+    linears = ctx.linears
+    if linears is None:
+        groups = ctx.block.linear_groups()
+        linears = [[read_base(module) for module in modules] for modules in groups]
+    tensors, rest = iter(trained), iter(places)
+
+    def again(adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
+        adapters = over_tensors(adapters, tensors)
+        return writing_to(adapters, rest) if places else adapters
+
     return [
         [
-            p._replace(adapters=over_tensors(adapters, tensors))
-            for p, adapters in zip(group, adapters_of_group, strict=True)
+            LinearParams(weight, bias, again(adapters))
+            for (weight, bias, _), adapters in zip(group, adapters_of_group, strict=True)
         ]
         for group, adapters_of_group in zip(linears, ctx.adapters, strict=True)
     ]

@@ -30,11 +30,13 @@ from fluxfast.model.diffusers_forward import (
     lora_scale,
     project_image_prompts,
 )
+from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.graphs import StepGraphs
 from fluxfast.model.linear import project
 from fluxfast.model.modulation import Conditions, ModulationAhead, embed
 from fluxfast.model.rope import rope_tables
 from fluxfast.model.routing import Draws, Router, RouteState, resolve_routes
+from fluxfast.model.streams import joined
 from fluxfast.model.tape import POLICIES
 from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
@@ -63,6 +65,8 @@ class FluxTransformer(FluxTransformer2DModel):
     modulation: ModulationAhead | None = None
     # what replays `run_blocks` as CUDA graphs; where it is None, `run_blocks` runs
     graphs: StepGraphs | None = None
+    # where the gradients of all that trains are, if its owner has made it
+    gradients: FlatGradients | None = None
 
     @register_to_config
     def __init__(
@@ -217,7 +221,7 @@ class FluxTransformer(FluxTransformer2DModel):
     def set_recompute(self, policy: str | Sequence[str] | None) -> None:
         """Set what backward recomputes: "none", "selective" or "full", for all blocks or for each.
 
-        What a policy keeps instead is in `double_block.KEPT_DOUBLE` and `single_block.KEPT_SINGLE`.
+        What a policy keeps instead is in `fused_double.KEPT_DOUBLE` and `single_block.KEPT_SINGLE`.
         With None, the default, the blocks that gradient checkpointing asks for recompute all, and
         the others nothing.
         """
@@ -345,8 +349,8 @@ class FluxTransformer(FluxTransformer2DModel):
     ) -> Tensor:
         """The prediction from inputs in the activations' dtype: all that runs on the device.
 
-        Without dropout it depends on its tensors and the weights alone, and it reads nothing back
-        from the device, so that `StepGraphs` can capture it.
+        It depends on its tensors, the weights and, with dropout, the device's generator alone, and
+        it reads nothing back from the device, so that `StepGraphs` can capture it.
         """
         kwargs = kwargs or {}
         mods: list[Any] = [mod] * (len(self.blocks) + 1)
@@ -366,7 +370,7 @@ class FluxTransformer(FluxTransformer2DModel):
                 img = img + route.of_kept(sample)
             img = route.after(i, img)
 
-        x, txt_len = torch.cat([txt, img], dim=1), txt.shape[1]
+        x, txt_len = joined(txt, img), txt.shape[1]
         for i in range(doubles, doubles + singles):
             x = route.before_joint(i, x)
             x = calls[i](x, None, mods[i], route.pe, kwargs)

@@ -193,7 +193,11 @@ def test_mapped_not_copied(written):
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
         for tensor in model.state_dict().values()
     }
-    assert [storage.nbytes() for storage in storages.values()] == [written.stat().st_size]
+    # but for the RMS norms' weights, which kernels read side by side
+    norms = [t for name, t in model.state_dict().items() if ".norm_" in name and t.ndim == 1]
+    sizes = sorted((storage.nbytes() for storage in storages.values()), reverse=True)
+    assert sizes[0] == written.stat().st_size
+    assert sum(sizes[1:]) <= sum(t.nbytes for t in norms)
     before = written.read_bytes()
     model.transformer_blocks[0].attn.to_q.bias.data.zero_()
     assert written.read_bytes() == before

@@ -7,7 +7,14 @@ import torch
 from peft import LoraConfig
 
 from fluxfast import FluxTransformer
-from fluxfast.checkpoint.side_by_side import allocate, groups, ordered, pack_groups, side_by_side
+from fluxfast.checkpoint.side_by_side import (
+    NORMS,
+    allocate,
+    groups,
+    ordered,
+    pack_groups,
+    side_by_side,
+)
 from fluxfast.quant import FORMATS
 from small_flux import small_flux
 from support import SMALL, make_inputs
@@ -142,9 +149,12 @@ def test_unlike_members_stay():
     attn.to_k.to(torch.float64)
     attn.add_k_proj.bias = None
     attn.add_v_proj = torch.nn.Sequential(attn.add_v_proj)
+    attn.norm_k.to(torch.float64)
     places = [t.data_ptr() for t in attn.state_dict().values()]
     pack_groups(model)
     assert [t.data_ptr() for t in attn.state_dict().values()] == places
+    norms = [getattr(model.transformer_blocks[1].attn, name).weight for name in NORMS]
+    assert side_by_side(norms)
     assert side_by_side(
         [model.transformer_blocks[1].attn.to_q.weight, model.transformer_blocks[1].attn.to_k.weight]
     )

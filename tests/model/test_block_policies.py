@@ -7,6 +7,7 @@ import torch
 
 from block_cases import EVERYTHING, MODULATION, block_of, inputs, make_model, run
 from fluxfast.model import blocks, tape
+from fluxfast.ops import dispatch
 from support import SMALL, relative_error
 
 # the same products and sums in another order; fp32 rounds at 6e-8, through some twenty ops and sums
@@ -135,6 +136,22 @@ def test_outlier_channels(kind, policy):
     ]
     assert sum(better) > 0.7 * len(better)
     assert all(relative_error(a, e) < 0.06 for a, e in zip(apart, exact, strict=True))
+
+
+@pytest.mark.skipif(
+    not dispatch.HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
+@pytest.mark.parametrize("compute", ["same", "int8"])
+def test_a_single_block_on_triton(compute):
+    """Its v is a view of the projections, whose gradient overwrites them under policy "full"."""
+    model = make_model()
+    expected = run(model, "single", torch.float32, batch=1, compute=compute)
+    for policy in ("none", "full") if compute == "same" else ("full",):
+        actual = run(
+            model, "single", torch.float32, batch=1, compute=compute, policy=policy, impl="triton"
+        )
+        # products of int8 codes are exact, and the codes are the same
+        assert_same(actual, expected, TOLERANCE[torch.float32])
 
 
 def saved_bytes(model, kind, policy, impl="ref"):

@@ -2,7 +2,8 @@
 
 A reader who follows a block down to a kernel hops through them one by one. What counts is our own
 frames on Python's stack, from `FluxTransformer.forward` to `launch`, both included. They were
-15 and 22 before they were counted.
+15 and 22 before they were counted. Three of them are `run_forward` and the pure functions that it
+is given, which launch plans record, and one is the tape's.
 """
 
 import sys
@@ -12,14 +13,14 @@ import torch
 
 from fluxfast import FluxTransformer
 from fluxfast.checkpoint.empty_model import linears, quantize_empty
-from fluxfast.model.double_block import DoubleBlockFunction
+from fluxfast.model.fused_double import DoubleBlockFunction
 from fluxfast.ops.device import pretend
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 from fluxfast_kernels import launch as launch_module
 from support import SMALL, make_inputs
 
-MOST = {"modulated_layer_norm_fwd": 8, "dequant_int4": 12}
+MOST = {"modulated_layer_norm_fwd": 11, "dequant_int4": 16}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from fluxfast.memory.plan import candidates
 from fluxfast.memory.stream import stream_blocks
 from fluxfast.model import block_base
 from fluxfast.model.block_call import OPS
-from fluxfast.model.double_block import DoubleBlockFunction
+from fluxfast.model.fused_double import DoubleBlockFunction
 from fluxfast.model.graphs import why_not
 from fluxfast.model.single_block import SingleBlockFunction
 from fluxfast.ops import dispatch, modulated_layer_norm, verdicts
@@ -156,10 +156,9 @@ def test_streams_that_failed_are_refused_and_planned_without():
         storage=Storage("int8", 2), targets=("to_q",), rank=4,
         adapter_itemsize=2, optimizer="adamw_bf16", compute="int8",
     )  # fmt: skip
-    assert find_gpu("RTX 3080").memory == 10 and any(
-        choices.streams for choices in candidates(work)
-    )
+    gpu = find_gpu("RTX 3080")
+    assert gpu.memory == 10 and any(choices.streams for choices in candidates(work, gpu))
     verdicts.set_failed({("streamed blocks", "on"): "wrong"})
-    assert not any(choices.streams for choices in candidates(work))
+    assert not any(choices.streams for choices in candidates(work, gpu))
     with pytest.raises(ValueError, match="blocks can't be streamed: it failed its check"):
         stream_blocks(small_flux(None, TARGETS), "cpu")

@@ -7,8 +7,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from block_cases import block_of, inputs, make_model, run
-from fluxfast.model import double_block, single_block, tape
-from fluxfast.model.double_block import KEPT_DOUBLE, SIZES_DOUBLE
+from fluxfast.model import fused_double, single_block, tape
+from fluxfast.model.fused_double import KEPT_DOUBLE, SIZES_DOUBLE
 from fluxfast.model.single_block import KEPT_SINGLE, SIZES_SINGLE
 from fluxfast.model.tape import Tape
 from fluxfast.ops import attention
@@ -49,17 +49,18 @@ def what_forward_kept(kind, policy, impl):
     img, txt, vec, pe = inputs(model, torch.float32, batch=1, tokens=121)
     if kind == "double":
         ctx = block(img, txt, vec, pe)[0].grad_fn
-        streams, mods, trained, tapes = tape.saved(ctx)
+        tensors, trained, saved = tape.saved(ctx)
+        tapes = saved.values
     else:
         x = torch.cat([txt, img], 1).detach().requires_grad_()
         ctx = block(x, None, vec, pe).grad_fn
-        streams, mods, trained, values = tape.saved(ctx)
-        tapes = [values]
+        tensors, trained, saved = tape.saved(ctx)
+        tapes = [saved.values]
     kept = {}
     for values in tapes:
         for name, value in values.items():
             kept.setdefault(name, []).append(value)
-    return kept, [*streams, *mods, *trained], 128 * model.inner_dim * 4
+    return kept, [*tensors, *trained], 128 * model.inner_dim * 4
 
 
 @both_kinds
@@ -83,7 +84,7 @@ def test_what_is_saved_is_what_the_table_says(kind, policy, impl):
 
 def recorded_activations(patch, kind):
     """A list to which each pass over a block's shared function adds all that it has made."""
-    module = double_block if kind == "double" else single_block
+    module = fused_double if kind == "double" else single_block
     name = "_to_last_products" if kind == "double" else "_to_last_product"
     shared, found = getattr(module, name), []
 
@@ -91,9 +92,9 @@ def recorded_activations(patch, kind):
         made = shared(*args)
         parts = {"joint": vars(made)}
         if kind == "double":
-            for stream in args[2:4]:
+            for stream in args[2]:
                 names = ("x_in", "norm1", "qkv", "s_qkv", "attn_in", "s_out", "x1", "mlp_in")
-                names = (*names, "norm2", "h", "s_ff1", "ff2_in")
+                names = (*names, "norm2", "h", "s_h", "ff2_in")
                 parts[id(stream.x)] = [getattr(stream, name) for name in names]
         else:
             parts["joint"] = vars(made.joint)
