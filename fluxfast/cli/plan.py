@@ -88,6 +88,7 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     from fluxfast.memory import plan
     from fluxfast.memory.choices import budget_bytes, usable_bytes, wishes_of
     from fluxfast.memory.gpus import GPUS, find_gpu
+    from fluxfast.memory.rates import modulation_on_host, told
     from fluxfast.train.adapter import config_of, read_init_lora
     from fluxfast.train.choose import facts_of, largest_batch, workload_of
 
@@ -102,7 +103,11 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     if gpu is None:
         # without a GPU to ask, one that has everything, and no memory that could be too small
         wishes = replace(wishes, vram_budget=None)
-    facts = facts_of(config, workload, gpu or find_gpu("RTX 4090"))
+    modulation = sum(workload.modulation_weights) + workload.outer_modulation_weights
+    facts = replace(
+        facts_of(config, workload, gpu or find_gpu("RTX 4090")),
+        host_seconds=modulation_on_host(modulation),
+    )
     choices = _choose(wishes, facts)
     workload = replace(workload, compute=choices.compute)
     limit = None if gpu is None else budget_bytes(wishes, gpu)
@@ -127,6 +132,7 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     }
     if gpu is not None:
         report["step"] = _step(config, plan.predict(workload, choices, gpu), batch.samples)
+        report["rates"] = told(gpu)
         if not fits:
             report["changes"] = _changes(config, wishes, facts)
     return report
@@ -223,12 +229,12 @@ def _choices_text(choices: Choices) -> dict[str, Any]:
 
 def _step(config: TrainConfig, time: Any, samples: int) -> dict[str, float]:
     """Seconds of an optimiser step, by part."""
+    from fluxfast.memory.step_time import PARTS
+
     times = config.gradient_accumulation_steps
-    parts = {
-        name: getattr(time, name) * times
-        for name in ("products", "attention", "memory", "transfers")
-    }
-    return {**parts, "seconds": time.total * times, "images_per_second": samples / time.total}
+    parts = {part: getattr(time, part) * (1 if part == "update" else times) for part in PARTS}
+    seconds = sum(parts.values())
+    return {**parts, "seconds": seconds, "images_per_second": samples * times / seconds}
 
 
 def _preparing(config: TrainConfig) -> dict[str, int]:
@@ -296,7 +302,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"· the text encoders take {encoders / GIB:.1f} GiB before that: set "
             '"text_encoder_2_precision": "int8-quanto"'
         )
-    say(f"{name}: a step in {_step_line(report['step'])}, predicted from its peak rates")
+    say(f"{name}: a step in {_step_line(report['step'])}, predicted {report['rates']}")
     budget = report["budget"] / GIB
     if report["fits"]:
         say(f"fits: {report['vram_needed'] / GIB:.2f} of {budget:.2f} GiB")
@@ -319,9 +325,15 @@ def _sayer(console: Console) -> Any:
 
 def _told(choice: str, chosen: dict[str, Any]) -> str:
     """A choice, and what it has come to, if that is not in the summary already."""
-    names = {"compute": "products", "modulation_ahead": "modulation", "graphs": "CUDA graphs"}
+    names = {
+        "compute": "products",
+        "transposed_codes": "transposed codes",
+        "modulation_ahead": "modulation",
+        "graphs": "CUDA graphs",
+    }
     value = {
         "compute": f" in {chosen['compute']}",
+        "transposed_codes": " kept" if chosen["transposed_codes"] else " not kept",
         "graphs": " on" if chosen["graphs"] else " off",
         "attention": f" {chosen['attention']}",
     }
@@ -329,11 +341,9 @@ def _told(choice: str, chosen: dict[str, Any]) -> str:
 
 
 def _step_line(step: dict[str, float]) -> str:
-    parts = ", ".join(
-        f"{name} {step[name]:.2f}"
-        for name in ("products", "attention", "memory", "transfers")
-        if step[name] > 0.005
-    )
+    from fluxfast.memory.step_time import PARTS
+
+    parts = ", ".join(f"{name} {step[name]:.2f}" for name in PARTS if step[name] > 0.005)
     return f"{step['seconds']:.2f} s ({parts}), {step['images_per_second']:.2f} images a second"
 
 
@@ -355,10 +365,13 @@ def _gpu_table(gpus: Sequence[Any]) -> Table:
     table = Table(
         title="rates in tera-operations a second, bandwidths in GB/s", title_justify="left"
     )
-    for column in ("GPU", "GiB", "bandwidth", "bf16", "int8", "fp8", "PCIe", "source"):
-        table.add_column(column, justify="left" if column in ("GPU", "source") else "right")
+    for column in ("GPU", "architecture"):
+        table.add_column(column, no_wrap=True)
+    for column in ("SMs", "GiB", "bandwidth", "bf16", "int8", "fp8", "PCIe"):
+        table.add_column(column, justify="right")
+    table.add_column("source")
     for gpu in gpus:
         table.add_row(
-            gpu.name, *(f"{value:g}" if value else "-" for value in gpu[1:-1]), gpu.source
+            gpu.name, gpu.arch, *(f"{value:g}" if value else "-" for value in gpu[2:9]), gpu.source
         )
     return table

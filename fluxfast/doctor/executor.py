@@ -8,7 +8,6 @@ gets a new process.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import torch
 from fluxfast.doctor.checks import Check, Outcome
 from fluxfast.doctor.examine import NO_MEMORY, examine
 from fluxfast.doctor.scope import Scope
+from fluxfast.ops.device import usable_cores
 
 # GiB of a process: its CUDA context, and the tensors of a check
 WORKER_GIB = 3.0
@@ -48,10 +48,7 @@ def workers_for(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     free = torch.cuda.mem_get_info(device)[0] / 2**30
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, min(MOST_WORKERS, cores, int(free / WORKER_GIB)))
+    return max(1, min(MOST_WORKERS, usable_cores(), int(free / WORKER_GIB)))
 
 
 def run_checks(

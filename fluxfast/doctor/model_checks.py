@@ -20,6 +20,7 @@ from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 from fluxfast.memory.stream import stream_blocks
 from fluxfast.model.graphs import STEPS_RUN_FIRST
+from fluxfast.model.room import make_room_for_adapters
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import dispatch, verdicts
 from fluxfast.quant import FORMATS
@@ -82,6 +83,7 @@ def build(
     _add_adapters(model, scope)
     pack_groups(model)
     model.set_compute(compute, 0 if compute == "same" else scope.outliers)
+    make_room_for_adapters(model.blocks)
     for block in model.blocks:
         block.impl = impl
     return model.train()

@@ -69,6 +69,8 @@ def op_checks(scope: Scope) -> Iterator[Check]:
             counts = isa is None or isa == in_use
             if not counts and (lacks or not case.plain):
                 continue
+            if case.only_triton and impl != "triton":
+                continue
             timed = scope.sizes.timed and counts
             yield Check(
                 name=f"{case.name} ({said})",

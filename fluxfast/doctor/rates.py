@@ -18,14 +18,7 @@ from fluxfast.doctor.format_checks import time_gemv
 from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.doctor.timing import seconds_of
 from fluxfast.memory.gpus import Gpu, find_gpu
-from fluxfast.memory.step_time import (
-    ATTENTION,
-    ATTENTION_BACKWARD,
-    BANDWIDTH,
-    GEMM,
-    GEMM_8BIT,
-    LINK,
-)
+from fluxfast.memory.rates import rates_of
 from fluxfast.ops import dispatch
 
 # bytes of a copy on the device, and over the link to the host
@@ -135,42 +128,29 @@ def rate_checks(scope: Scope) -> Iterator[Check]:
     device, dtype, s = scope.torch_device, scope.torch_dtype, scope.sizes
     gpu = gpu_of(device)
 
-    def assumed(of: Callable[[Gpu], float]) -> float | None:
-        return None if gpu is None else of(gpu) or None
-
-    def check(name: str, time: Callable[[], Rate], of: Callable[[Gpu], float]) -> Check:
-        return Check(name=name, time=time, optional=True, assumed=assumed(of))
+    def check(name: str, time: Callable[[], Rate], of: str | None) -> Check:
+        rate = None if gpu is None or of is None else rates_of(gpu).get(of)
+        assumed = None if rate is None else rate.value
+        return Check(name=name, time=time, optional=True, assumed=assumed)
 
     part = functools.partial
-    yield check("copy", part(copy_rate, device), lambda g: g.bandwidth * 1e9 * BANDWIDTH)
-    products: dict[str, tuple[Product, Callable[[Gpu], float]]] = {
-        scope.dtype: (
-            float_product,
-            lambda g: g.bf16 * 1e12 * GEMM if scope.dtype == "bfloat16" else 0.0,
-        )
-    }
+    yield check("copy", part(copy_rate, device), "memory")
+    plain = "library" if scope.dtype == "bfloat16" else None
+    products: dict[str, tuple[Product, str | None]] = {scope.dtype: (float_product, plain)}
     if device.type == "cuda":
-        products |= {
-            "int8": (int8_product, lambda g: g.int8 * 1e12 * GEMM_8BIT),
-            "e4m3": (e4m3_product, lambda g: g.fp8 * 1e12 * GEMM_8BIT),
-        }
+        products |= {"int8": (int8_product, "int8"), "e4m3": (e4m3_product, "e4m3")}
     for name, (product, of) in products.items():
         yield check(
             f"products in {name}", part(product_rate, device, dtype, s.timed, s.dim, product), of
         )
-    for name, backward, share in (
-        ("forward", False, ATTENTION),
-        ("backward", True, ATTENTION_BACKWARD),
-    ):
+    for name, backward in (("forward", False), ("backward", True)):
         time = part(attention_rate, device, dtype, s.timed, s.heads, s.head_dim, backward)
-        yield check(f"attention, {name}", time, lambda g, share=share: g.bf16 * 1e12 * share)  # type: ignore[misc]
+        yield check(f"attention, {name}", time, "attention_backward" if backward else "attention")
     if device.type == "cuda":
         for name, to_device in (("host to device", True), ("device to host", False)):
-            yield check(name, part(link_rate, device, to_device), lambda g: g.pcie * 1e9 * LINK)
+            yield check(name, part(link_rate, device, to_device), "link")
     if dispatch.HAS_NATIVE:
         # the rate of modulation computed ahead, which `plan` assumes to hide behind the step
         yield check(
-            "CPU's products with a vector, bfloat16 weights",
-            part(time_gemv, scope, PLAIN),
-            lambda g: 0.0,
+            "CPU's products with a vector, bfloat16 weights", part(time_gemv, scope, PLAIN), None
         )

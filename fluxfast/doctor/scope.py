@@ -52,11 +52,23 @@ class Sizes:
 
 
 # FLUX.1's width. A prime number of tokens fits no tile; 1536 and 4608 tokens are 512 and 1024 px.
-# Products of up to 64 rows may read stored codes, and modulation's have one row a sample
+# Products of up to 64 rows may read stored codes, and modulation's have one row a sample; adapters'
+# gradients come from one pass over 4608 rows, and from two over few
 FULL_GPU = Sizes(
-    24, 128, 2, (1, 577, 1536), (1, 33, 577), (577, 1536, 4608), 24, 24, (13, 17), 77, 4608, 192
+    24,
+    128,
+    2,
+    (1, 577, 1536),
+    (1, 33, 577, 4608),
+    (577, 1536, 4608),
+    24,
+    24,
+    (13, 17),
+    77,
+    4608,
+    192,
 )
-SHORT_GPU = Sizes(24, 128, 1, (577,), (1, 577), (577, 1536), 24, 24, (13, 17), 77, 0, 64)
+SHORT_GPU = Sizes(24, 128, 1, (577,), (1, 577, 4608), (577, 1536), 24, 24, (13, 17), 77, 0, 64)
 FULL_CPU = Sizes(24, 128, 1, (1, 77), (33, 77), (77, 577), 24, 4, (5, 7), 13, 128, 64)
 # an exhaustive scope has forty products, which would take minutes at full width
 EVERY_CPU = replace(FULL_CPU, product_heads=4)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, get_args
 
+import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
@@ -20,11 +22,14 @@ from fluxfast.memory.gpus import Gpu
 from fluxfast.model.apply import apply
 from fluxfast.model.linear import read_linear
 from fluxfast.model.routing import Router, resolve_routes
+from fluxfast.model.stored_codes import codes_of, keep_transposed
 from fluxfast.model.tape import POLICIES
 from fluxfast.model.transformer import FluxTransformer, compute_dtype
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.dispatch import Impl
 from fluxfast.ops.linear.group import COMPUTE
+from fluxfast.ops.linear.transposed_codes import copies_of
+from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import QuantWeight
 
 
@@ -96,12 +101,14 @@ def accelerate(
         modulation_ahead=False,
         cuda_graphs=False,
     )
-    choices = choose(wishes, Facts(blocks=len(found), format=_stored_format(found), gpu=gpu))
+    choices = choose(wishes, _facts(found, gpu))
     apply(found, choices)
+    keep_transposed(_groups(found), choices.compute if choices.transposed_codes else None)
     names = {id(block): name for name, block in accelerated_blocks(transformer)}
     notices = Notices(strict)
     for block in found:
         block.compute_because, block.impl = choices.reasons["compute"], impl
+        block.codes_because = choices.reasons["transposed_codes"]
         block.share_dropout = False
         block.log = CallLog(names[id(block)], notices)
     report = inspect(transformer)
@@ -212,6 +219,30 @@ def _machine(blocks: list[Any]) -> Gpu | None:
         return None
     recall(held.device, compute_dtype(held.device, held.dtype))
     return gpus.this_gpu(held.device)
+
+
+def _groups(blocks: list[Any]) -> list[tuple[nn.Module, ...]]:
+    """The groups of linears of all blocks."""
+    return [group for block in blocks for group in block.maths().linear_groups()]
+
+
+def _facts(blocks: list[Any], gpu: Gpu | None) -> Facts:
+    """What is known of a host's model and of its GPU: what its steps will compute is not."""
+    devices = (p.device for block in blocks for p in block.parameters())
+    device = next(devices, torch.device("cpu"))
+    codes = dict.fromkeys(CODES, 0)
+    for group, fmt in product(_groups(blocks), CODES):
+        stored = codes_of(group, fmt)
+        # a copy that an earlier call has made takes nothing more
+        if copies_of(stored) is None:
+            codes[fmt] += sum(q.nbytes for q in stored)
+    return Facts(
+        blocks=len(blocks),
+        format=_stored_format(blocks),
+        gpu=gpu,
+        free=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        codes=max(codes.values()),
+    )
 
 
 def _stored_format(blocks: list[Any]) -> str | None:

@@ -18,14 +18,17 @@ from torch import nn
 
 from fluxfast.dropin import host_bfl, host_concatenated, host_diffusers
 from fluxfast.dropin.arguments import signature_of
+from fluxfast.model.stored_codes import keep_transposed
 
 # the attributes of a block that `accelerate` sets
 SET_BY_ACCELERATE = (
     "compute",
     "compute_because",
+    "codes_because",
     "outliers",
     "impl",
     "attention",
+    "launch_plans",
     "policy",
     "fixed_policy",
     "share_dropout",
@@ -83,6 +86,7 @@ def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
 
 def give_back(block: Any) -> None:
     """Make a block the host's again: its class and everything that `accelerate` set on it go."""
+    keep_transposed(block.maths().linear_groups(), None)
     for name in SET_BY_ACCELERATE:
         block.__dict__.pop(name, None)
     block.__class__ = type(block).host_class

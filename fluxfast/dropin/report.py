@@ -16,6 +16,7 @@ from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.dropin.hosts import accelerated_blocks
 from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import obstacle, read_linear
+from fluxfast.model.stored_codes import transposed_copies
 from fluxfast.quant import QuantWeight
 
 # how a linear runs: within a block that is one autograd.Function, by our kernels but on its own, or
@@ -55,6 +56,7 @@ class Report:
 
     layout: whose blocks they are: "diffusers", "concatenated" or "bfl".
     compute: what products run in, and with "auto", what that chose; `compute_because` says why.
+    transposed_codes: whether stored codes have a transposed copy; `codes_because` says why.
     attention, recompute, impl: what the blocks were told.
     routes: how many TREAD routes there are.
 
@@ -66,6 +68,8 @@ class Report:
     linears: tuple[LinearReport, ...]
     compute: str
     compute_because: str
+    transposed_codes: bool
+    codes_because: str
     attention: str
     recompute: str
     impl: str
@@ -116,6 +120,9 @@ class Report:
             unknown = f"the calls of {_number(replaced, 'block')} are unknown"
             yield f"  {unknown}: the forward was replaced before accelerate()"
         yield f"  compute {self.compute}: {self.compute_because}"
+        if self.compute != "same":
+            kept = "kept" if self.transposed_codes else "not kept"
+            yield f"  transposed codes {kept}: {self.codes_because}"
         yield (
             f"  attention {self.attention}, recompute {self.recompute}, kernels {self.impl}, "
             f"TREAD routes {self.routes}"
@@ -207,6 +214,8 @@ def inspect(transformer: nn.Module) -> Report:
         linears=tuple(linears),
         compute=first.compute,
         compute_because=first.compute_because,
+        transposed_codes=bool(transposed_copies(first.maths().linear_groups(), first.compute)),
+        codes_because=first.codes_because,
         attention=first.attention,
         recompute=_recompute([block for _, block in found]),
         impl=first.impl,

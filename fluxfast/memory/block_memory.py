@@ -1,13 +1,15 @@
 """How much of a GPU's memory a block takes, measured.
 
-A block of the same kind runs forward and backward in full size on meta tensors, and every byte that
-is alive is counted (`live_bytes`). Nothing is computed and no kernel is launched, so this needs
-neither a GPU nor Triton. It takes about 30 ms, and blocks that are alike are measured once.
+A block of the same kind runs forward and backward in full size on meta tensors, as between others
+of its kind, and every byte that is alive is counted (`live_bytes`). Nothing is computed and no
+kernel is launched, so this needs neither a GPU nor Triton. It takes about 100 ms, and blocks that
+are alike are measured once.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,9 +25,12 @@ from fluxfast.memory.live_bytes import LiveBytes
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.residency import Direction
+from fluxfast.model.stored_codes import transposed_copies
+from fluxfast.model.streams import streams_of, whole_of
 from fluxfast.model.transformer import FluxTransformer, compute_dtype
 from fluxfast.ops import verdicts
-from fluxfast.ops.device import pretend
+from fluxfast.ops.device import OnLaunch, pretend
+from fluxfast.ops.parts import Parts
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 
@@ -45,7 +50,8 @@ class BlockMemory(NamedTuple):
             blocks keep.
         backward: the most that is alive during backward, beside weights, the gradients of all
             adapters, and what this block and others keep. Of an input in host memory, this counts
-            the copy on the device, and that of the block before, which is on its way by then.
+            the copy on the device, and that of the block before, if there is one, which is on its
+            way by then.
     """
 
     input: int
@@ -65,6 +71,8 @@ class BlockWorkload:
         lora_type: the adapter's kind, a key of `fluxfast.adapters.kinds.KINDS`.
         trains_modulation: whether shifts, scales and gates need a gradient.
         input_on_host: whether the block's input is in host memory between forward and backward.
+        first: whether it is the first block of those, so that no other input follows its own.
+        transposed_codes: whether its codes have a transposed copy, which is not counted here.
     """
 
     sizes: FluxSizes
@@ -80,6 +88,8 @@ class BlockWorkload:
     recompute: str
     trains_modulation: bool
     input_on_host: bool
+    first: bool
+    transposed_codes: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,54 +99,145 @@ class BlockWorkload:
 
 @lru_cache(maxsize=4096)
 def block_memory(
-    workload: Workload, index: int, recompute: str, input_on_host: bool = False
+    workload: Workload,
+    index: int,
+    recompute: str,
+    input_on_host: bool = False,
+    transposed_codes: bool = False,
 ) -> BlockMemory:
     """The memory of the block `index` of a workload, where it recomputes as `recompute` says."""
+    return measure(block_workload(workload, index, recompute, input_on_host, transposed_codes))
+
+
+@lru_cache(maxsize=4096)
+def room_for_adapters(workload: Workload, index: int) -> int:
+    """Bytes that resident weights of the block `index` leave free for adapters (`model.room`)."""
+    return _room(block_workload(workload, index, "full"))
+
+
+@lru_cache(maxsize=1024)
+def _room(block: BlockWorkload) -> int:
+    frozen = [p for p in _transformer(block).parameters() if not p.requires_grad]
+    storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in frozen}
+    return sum(storages.values()) - sum(p.nbytes for p in frozen)
+
+
+def block_workload(
+    workload: Workload,
+    index: int,
+    recompute: str,
+    input_on_host: bool = False,
+    transposed_codes: bool = False,
+) -> BlockWorkload:
+    """What a workload says about its block `index`."""
     double = index < workload.sizes.num_layers
     sizes = replace(workload.sizes, num_layers=int(double), num_single_layers=int(not double))
     adapted = [
         linear for linear in sizes.block_linears(0) if is_target(linear.name, workload.targets)
     ]
-    return measure(
-        BlockWorkload(
-            sizes=sizes,
-            tokens=workload.tokens[index],
-            text_tokens=workload.text_tokens,
-            batch=workload.batch,
-            storage=workload.storage,
-            adapted=tuple(linear.name for linear in adapted if not linear.is_modulation),
-            lora_type=workload.lora_type,
-            rank=workload.rank,
-            adapter_itemsize=workload.adapter_itemsize,
-            compute=workload.compute,
-            recompute=recompute,
-            trains_modulation=workload.trained_modulation is not None,
-            input_on_host=input_on_host,
-        )
+    return BlockWorkload(
+        sizes=sizes,
+        tokens=workload.tokens[index],
+        text_tokens=workload.text_tokens,
+        batch=workload.batch,
+        storage=workload.storage,
+        adapted=tuple(linear.name for linear in adapted if not linear.is_modulation),
+        lora_type=workload.lora_type,
+        rank=workload.rank,
+        adapter_itemsize=workload.adapter_itemsize,
+        compute=workload.compute,
+        recompute=recompute,
+        trains_modulation=workload.trained_modulation is not None,
+        input_on_host=input_on_host,
+        first=input_on_host and index == 0,
+        transposed_codes=transposed_codes,
     )
 
 
 @lru_cache(maxsize=1024)
 def measure(block: BlockWorkload) -> BlockMemory:
     """The memory of a block, by running it."""
-    model, modulation, tables = _transformer(block), _modulation(block), _rope_tables(block)
-    start, live = torch.empty((), device=META, requires_grad=True), LiveBytes()
-    live.ignore([*model.parameters(), *model.buffers(), *modulation, *tables, start])
-    # A block that failed its check on this machine runs op by op, and then torch computes attention
-    # on meta tensors as it never does on a GPU. So the check does not count here.
-    with verdicts.ignored(), pretend(ARCHITECTURE, on_launch=None), torch.enable_grad(), live:
-        streams = _BlocksBefore.apply(start, _stream_shapes(block), block.dtype)
-        given = live.restart()
+    ran, live = MetaBlock(block), LiveBytes()
+    live.ignore(ran.tensors)
+    with ran.on_gpu(ARCHITECTURE, on_launch=None):
+        ran.warm_up()
+        with live:
+            streams = ran.streams()
+            given = live.restart()
+            output = ran(streams)
+            forward = live.peak - given
+            loss = ran.loss(output)
+            del streams, output
+            kept = live.restart()
+            loss.backward()
+    return BlockMemory(given, kept, forward, live.peak - kept - ran.gradients)
+
+
+class MetaBlock:
+    """A block on meta tensors with all that it reads, to be run forward and backward."""
+
+    def __init__(self, block: BlockWorkload) -> None:
+        self._block, self._model = block, _transformer(block)
+        self._modulation, self._tables = _modulation(block), _rope_tables(block)
+        self._start = torch.empty((), device=META, requires_grad=True)
+        # whether the blocks beside this one have both streams in one tensor
+        self._in_one_tensor = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is there before the block runs: weights, modulation, RoPE's tables."""
+        weights = [*self._model.parameters(), *self._model.buffers()]
+        groups = self._model.blocks[0].linear_groups()
+        weights += transposed_copies(groups, self._block.compute)
+        return [*weights, *self._modulation, *self._tables, self._start]
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the parameters' gradients."""
+        return sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
+
+    def warm_up(self) -> None:
+        """A first step, whose launches make tables and semaphores that all later ones share.
+
+        It also tells how a block such as this one hands its streams to the next.
+        """
+        output = self(self.streams())
+        self._in_one_tensor = isinstance(output, tuple) and whole_of(*output) is not None
+        self.loss(output).backward()
+        for trained in (*self._model.parameters(), *self._modulation):
+            trained.grad = None
+
+    @contextmanager
+    def on_gpu(self, arch: str, on_launch: OnLaunch | None) -> Iterator[None]:
+        """Inside, the block runs as on a GPU of that architecture (`ops.device.pretend`)."""
+        # A block that failed its check on this machine runs op by op, and then torch computes
+        # attention on meta tensors as it never does on a GPU. So the check does not count here.
+        with verdicts.ignored(), pretend(arch, on_launch), torch.enable_grad():
+            yield
+
+    def streams(self) -> tuple[Tensor, ...]:
+        """The block's inputs: image and text of a double block, a single block's joint stream."""
+        batch, width = self._block.batch, self._block.sizes.dim
+        image, text = self._block.tokens - self._block.text_tokens, self._block.text_tokens
+        if self._in_one_tensor:
+            rows = (batch * (text + image), width)
+            (flat,) = _BlocksBefore.apply(self._start, [rows], self._block.dtype)
+            txt, img = streams_of(flat, Parts(batch * text, batch))
+            return img, txt
+        tokens = [image, text] if self._block.sizes.num_layers else [image + text]
+        shapes = [(batch, count, width) for count in tokens]
+        return _BlocksBefore.apply(self._start, shapes, self._block.dtype)
+
+    def __call__(self, streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         # A single block's stream holds the text already.
         text = () if len(streams) == 2 else (None,)
-        output = model.blocks[0](*streams, *text, modulation, tables)
-        forward = live.peak - given
-        loss = _BlocksBehind.apply(*(output if isinstance(output, tuple) else (output,)))
-        del streams, output
-        kept = live.restart()
-        loss.backward()
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    return BlockMemory(given, kept, forward, live.peak - kept - gradients)
+        return self._model.blocks[0](*streams, *text, self._modulation, self._tables)
+
+    def loss(self, output: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """A number whose backward begins with the gradients of the block's outputs."""
+        outputs = output if isinstance(output, tuple) else (output,)
+        whole = whole_of(*outputs) if self._in_one_tensor else None
+        return _BlocksBehind.apply(*(outputs if whole is None else (whole,)))
 
 
 def _transformer(block: BlockWorkload) -> FluxTransformer:
@@ -154,18 +255,15 @@ def _transformer(block: BlockWorkload) -> FluxTransformer:
             dtype = _DTYPES[block.adapter_itemsize]
             settings = AdapterSettings(block.adapted, block.rank, float(block.rank), dtype=dtype)
             KINDS[block.lora_type].add(model, settings)
-        make_ready(model, Choices((block.recompute,), compute=block.compute))
+        choices = Choices(
+            (block.recompute,), compute=block.compute, transposed_codes=block.transposed_codes
+        )
+        with pretend(ARCHITECTURE, on_launch=None):
+            make_ready(model, choices)
     (module,) = model.blocks
     if block.input_on_host:
-        module.residency = _InputOnHost()
+        module.residency = _InputOnHost(block.first)
     return model
-
-
-def _stream_shapes(block: BlockWorkload) -> list[tuple[int, int, int]]:
-    """[B, S, D] of a double block's image and text, or of a single block's joint sequence."""
-    image, text = block.tokens - block.text_tokens, block.text_tokens
-    tokens = [image, text] if block.sizes.num_layers else [image + text]
-    return [(block.batch, count, block.sizes.dim) for count in tokens]
 
 
 def _modulation(block: BlockWorkload) -> tuple[Tensor, ...]:
@@ -187,7 +285,8 @@ def _rope_tables(block: BlockWorkload) -> tuple[Tensor, Tensor]:
 class _InputOnHost:
     """A residency that has a block's input in host memory between forward and backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: bool) -> None:
+        self._first = first
         self.ahead: list[Tensor] = []
 
     def use(self, direction: Direction) -> AbstractContextManager[None]:
@@ -198,8 +297,9 @@ class _InputOnHost:
 
     def fetch(self, kept: tuple[torch.Size, torch.dtype]) -> Tensor:
         shape, dtype = kept
-        # `HostInputs` now starts to copy the input of the block before, which is as large.
-        self.ahead.append(torch.empty(shape, dtype=dtype, device=META))
+        if not self._first:
+            # `HostInputs` now starts to copy the input of the block before, which is as large.
+            self.ahead.append(torch.empty(shape, dtype=dtype, device=META))
         return torch.empty(shape, dtype=dtype, device=META)
 
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
+from fluxfast.memory.rates import Rate
 from fluxfast.memory.sizes import Workload
 from fluxfast.memory.stream import DEFAULT_SLOTS
 from fluxfast.model import graphs
 from fluxfast.model.apply import Choices
 from fluxfast.ops import verdicts
 from fluxfast.quant import FORMATS
+from fluxfast_kernels.launch import reads_transposed
 
 if TYPE_CHECKING:
     # pydantic, which `accelerate` does without
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 
 # GiB of a GPU's memory that its driver keeps for itself
 DRIVER = 0.25
+# A transposed copy of the base's codes may bring a step to this part of the VRAM, or take this part
+# where nobody knows what a step takes: CUDA graphs keep memory that no plan counts.
+ROOM, ROOM_UNKNOWN = 0.8, 0.25
+# modulation ahead must be done in this part of a step's predicted time, which may be off by as much
+# as is left of it: computed on the GPU it costs no more than reading its weights
+EARLY = 0.75
+# with fewer cores, the thread that launches kernels has none for itself
+CORES_FOR_BOTH = 2
 AS_ASKED = "as asked"
 
 
@@ -99,9 +109,10 @@ class Facts:
             nor modulation ahead can be chosen.
         smallest: a step on the smallest batch.
         free: bytes of VRAM that the run may have; None: all of the GPU's but the driver's.
-        dropout: whether the adapters have one.
-        host_seconds: what the CPU takes for a batch's modulation, measured; None: nobody has
-            measured it, and it is taken to be less than a step.
+        codes: bytes of codes that the base is stored as, where there is no workload that says so.
+        host_seconds: what the CPU takes for a batch's modulation, and whether that is measured;
+            None: it is not known yet, and taken to be less than a step.
+        cores: that this process may use; None: enough.
         obstacles: what of a model that is there forbids "modulation_ahead" or "graphs", and why.
     """
 
@@ -111,8 +122,9 @@ class Facts:
     workload: Workload | None = None
     smallest: Workload | None = None
     free: int | None = None
-    dropout: bool = False
-    host_seconds: float | None = None
+    codes: int = 0
+    host_seconds: Rate | None = None
+    cores: int | None = None
     obstacles: Mapping[str, str | None] = field(default_factory=dict)
 
 
@@ -145,20 +157,23 @@ def choose(wishes: Wishes, facts: Facts) -> Choices:
     workload = None if facts.workload is None else replace(facts.workload, compute=compute)
     ahead, ahead_reason = _modulation_ahead(wishes, facts)
     choices, memory_reasons = _memory(wishes, facts, workload, ahead)
+    graphed, graphs_reason = _graphs(wishes, facts, choices)
+    choices = replace(choices, graphs=graphed)
     if ahead and (late := _host_is_late(wishes, facts, workload, choices)) is not None:
         choices, ahead_reason = replace(choices, modulation_ahead=False), late
-    graphed, graphs_reason = _graphs(wishes, facts, choices)
+    transposed, transposed_reason = _transposed_codes(wishes, facts, compute, workload, choices)
     attention, attention_reason = _attention(wishes, facts)
     return replace(
         choices,
         compute=compute,
         outliers=wishes.outliers,
+        transposed_codes=transposed,
         attention=attention,
         deterministic=wishes.deterministic and facts.gpu is not None,
-        graphs=graphed,
         reasons={
             "compute": compute_reason,
             **memory_reasons,
+            "transposed_codes": transposed_reason,
             "modulation_ahead": ahead_reason,
             "graphs": graphs_reason,
             "attention": attention_reason,
@@ -286,6 +301,34 @@ def _no_streaming() -> str | None:
     return verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY)
 
 
+def _transposed_codes(
+    wishes: Wishes, facts: Facts, compute: str, workload: Workload | None, choices: Choices
+) -> tuple[bool, str]:
+    """Whether the base's codes have a transposed copy for dgrad, and why."""
+    if compute == "same":
+        return False, "products run on values"
+    if facts.format is None or FORMATS[facts.format].stored_codes != compute:
+        return False, "the codes that products read are made in each step, in either order"
+    if facts.gpu is None or not reads_transposed(facts.gpu.arch):
+        return False, "products on this device read codes in the order that they are stored in"
+    if choices.streams:
+        return False, "blocks are streamed, and a copy would double what is copied"
+    if workload is not None and wishes.vram_budget is not None:
+        return choices.transposed_codes, "by the same budget"
+    room = budget_bytes(wishes, facts.gpu, facts.free)
+    if workload is None:
+        taken, part = facts.codes, ROOM_UNKNOWN
+    else:
+        taken, part = account(workload, replace(choices, transposed_codes=True)).needed, ROOM
+    what = "the copy" if workload is None else "a step with the copy"
+    fits = taken <= part * room
+    reason = (
+        f"{what} takes {taken / GIB:.2f} GiB, {'at most' if fits else 'more than'} {part:.0%} of "
+        f"{room / GIB:.2f} GiB"
+    )
+    return fits, f"dgrad reads it on this GPU, and {reason}" if fits else reason
+
+
 # modulation
 
 
@@ -311,10 +354,10 @@ def _modulation_ahead(wishes: Wishes, facts: Facts) -> tuple[bool, str]:
 def _host_is_late(
     wishes: Wishes, facts: Facts, workload: Workload | None, choices: Choices
 ) -> str | None:
-    """Why the GPU would wait for modulation although it has room to compute it itself; else None.
+    """Why the GPU might wait for modulation although it has room to compute it itself; else None.
 
-    What the CPU takes is measured, what a step takes is predicted. A budget or streamed blocks want
-    the weights on the host in any case.
+    What a step takes is predicted, for the smallest images, with a graph or without. A budget or
+    streamed blocks want the weights on the host in any case.
     """
     if wishes.modulation_ahead != "auto" or wishes.vram_budget is not None or choices.streams:
         return None
@@ -324,13 +367,17 @@ def _host_is_late(
     if account(workload, in_place).needed > usable_bytes(facts.gpu.memory):
         return None
     smallest = replace(facts.smallest or workload, compute=workload.compute)
-    step = predict(smallest, choices, facts.gpu).total
-    if facts.host_seconds <= step:
+    step = predict(smallest, choices, facts.gpu)
+    taken, measured, source = facts.host_seconds
+    told = "takes" if measured else "should take"
+    reason = f"the CPU {told} {taken * 1000:.0f} ms for it"
+    reason += "" if measured else f" ({source})"
+    if step.host and facts.cores is not None and facts.cores < CORES_FOR_BOTH:
+        taken += step.host
+        reason += f" and {step.host * 1000:.0f} to launch a step on the same core"
+    if taken <= EARLY * step.total:
         return None
-    return (
-        f"the CPU takes {facts.host_seconds * 1000:.0f} ms for it, a step's computing should take "
-        f"{step * 1000:.0f}"
-    )
+    return f"{reason}, a step's computing should take {step.total * 1000:.0f}"
 
 
 # CUDA graphs and attention
@@ -350,8 +397,6 @@ def _graphs(wishes: Wishes, facts: Facts, choices: Choices) -> tuple[bool, str]:
     obstacle = _no_graphs(facts.gpu)
     if obstacle is None and choices.streams:
         obstacle = graphs.STREAMED
-    if obstacle is None and facts.dropout:
-        obstacle = graphs.DROPOUT
     obstacle = obstacle or facts.obstacles.get("graphs")
     if wishes.cuda_graphs is True:
         if obstacle is not None:

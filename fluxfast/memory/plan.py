@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from fluxfast.config.optimizers import OPTIMIZERS
-from fluxfast.memory.block_memory import BlockMemory, block_memory
+from fluxfast.memory.block_memory import BlockMemory, block_memory, room_for_adapters
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.sizes import Workload
-from fluxfast.memory.step_time import BlockWork, StepTime, step_seconds
+from fluxfast.memory.step_time import StepTime, step_seconds
 from fluxfast.memory.stream import DEFAULT_SLOTS
 from fluxfast.model.apply import Choices
 from fluxfast.ops import verdicts
+from fluxfast_kernels.launch import reads_transposed
 
 GIB = 2**30
 # the driver's context and the kernels that are loaded into it: not the allocator's, but the GPU's
@@ -66,16 +68,20 @@ def account(workload: Workload, choices: Choices) -> Plan:
     step = choices.blocks_per_group
     groups = [sum(blocks[i : i + step]) for i in range(0, len(blocks), step)]
     memory = [
-        block_memory(workload, index, policy, choices.host_inputs)
+        block_memory(workload, index, policy, choices.host_inputs, choices.transposed_codes)
         for index, policy in enumerate(choices.recompute)
     ]
-    saved, gradients, working = _at_peak(workload, memory)
+    saved, working = _at_peak(memory)
+    gradients = workload.adapters * workload.adapter_itemsize
     state = OPTIMIZERS[workload.optimizer].state_bytes(workload.adapter_itemsize)
+    resident = 0 if choices.streams else sum(blocks) + _room(workload)
     vram = {
-        "weights": workload.outer_weights + (0 if choices.streams else sum(blocks)),
+        "weights": workload.outer_weights + resident,
+        "transposed codes": workload.product_codes if choices.transposed_codes else 0,
         "modulation": workload.modulation_vectors if choices.modulation_ahead else modulation,
         "adapters": workload.adapters * workload.adapter_itemsize,
-        "gradients": gradients,
+        # of a micro-batch, and where there are several, their sum (`model.flat_gradients`)
+        "gradients": gradients * (2 if workload.micro_batches > 1 else 1),
         "optimiser": round(workload.adapters * state),
         "saved activations": saved,
         "working set": working + _beside_blocks(workload) + GEMM_WORKSPACE,
@@ -104,6 +110,11 @@ def _block_weights(workload: Workload, choices: Choices) -> list[int]:
     return [of_block + of_modulation for of_block, of_modulation in pairs]
 
 
+def _room(workload: Workload) -> int:
+    """Bytes that resident weights of all blocks leave free for adapters."""
+    return sum(room_for_adapters(workload, index) for index in range(workload.sizes.blocks))
+
+
 def loading_bytes(workload: Workload) -> int:
     """Host memory that loading and quantising take at most."""
     return workload.frozen_bytes + LOADING
@@ -120,40 +131,20 @@ def _beside_blocks(workload: Workload) -> int:
     return batch + 4 * tokens * sizes.attention_head_dim
 
 
-def _at_peak(workload: Workload, blocks: Sequence[BlockMemory]) -> tuple[int, int, int]:
-    """(saved activations, gradients, working set) of the moment at which they are the most,
-    together.
-    """
-    own = [elements * workload.adapter_itemsize for elements in workload.block_adapters]
+def _at_peak(blocks: Sequence[BlockMemory]) -> tuple[int, int]:
+    """(saved activations, working set) of the moment at which they are the most, together."""
     moments, saved = [], 0
-    # backward has come to the first block last, when the gradients of all adapters are there
-    gradients = workload.adapters * workload.adapter_itemsize
-    for block, adapters in zip(blocks, own, strict=True):
-        moments.append((saved + block.input, 0, block.forward))
+    for block in blocks:
+        moments.append((saved + block.input, block.forward))
         saved += block.kept
-        moments.append((saved, gradients, block.backward))
-        gradients -= adapters
+        moments.append((saved, block.backward))
     return max(moments, key=sum)
 
 
 def predict(workload: Workload, choices: Choices, gpu: Gpu) -> StepTime:
-    """The time of one forward and backward pass."""
-    works = [
-        BlockWork(tokens, index < workload.sizes.num_layers, policy)
-        for index, (tokens, policy) in enumerate(
-            zip(workload.tokens, choices.recompute, strict=True)
-        )
-    ]
-    return step_seconds(
-        works,
-        workload.sizes,
-        gpu,
-        batch=workload.batch,
-        rank=workload.rank,
-        compute=workload.compute,
-        streamed=_block_weights(workload, choices) if choices.streams else (),
-        modulation=0 if choices.modulation_ahead else sum(workload.modulation_weights),
-    )
+    """The time of one step."""
+    streamed = _block_weights(workload, choices) if choices.streams else ()
+    return step_seconds(workload, choices, gpu, streamed=streamed)
 
 
 def fit(
@@ -165,7 +156,7 @@ def fit(
     """
     best: tuple[float, int] | None = None
     chosen = None
-    for choices in candidates(workload, modulation_ahead=modulation_ahead):
+    for choices in candidates(workload, gpu, modulation_ahead=modulation_ahead):
         needed = account(workload, choices).needed
         if needed <= budget:
             rank = (round(predict(workload, choices, gpu).total, 6), needed)
@@ -208,15 +199,23 @@ def _stored(workload: Workload, format: str) -> Workload:
     return replace(workload, storage=replace(workload.storage, format=format))
 
 
-def candidates(workload: Workload, *, modulation_ahead: bool = True) -> Iterator[Choices]:
+def takes_transposed(workload: Workload, gpu: Gpu) -> bool:
+    """Whether there is anything to gain from a transposed copy of the base's codes."""
+    return workload.product_codes > 0 and reads_transposed(gpu.arch)
+
+
+def candidates(workload: Workload, gpu: Gpu, *, modulation_ahead: bool = True) -> Iterator[Choices]:
     """Every combination worth looking at.
 
-    Streaming is left out where it failed its check on this machine (`ops.verdicts`).
+    Streaming is left out where it failed its check on this machine (`ops.verdicts`). Streamed
+    blocks have no transposed codes, which would double what is copied.
     """
+    orders = (True, False) if takes_transposed(workload, gpu) else (False,)
     rings = (0, 4, 3, 2) if verdicts.failed(verdicts.STREAMING, verdicts.ONLY_WAY) is None else (0,)
     for slots in rings:
         # inputs go to host memory and back beside the computation, as streamed blocks do
-        for host_inputs in (False, True) if slots else (False,):
+        ways = product((False, True) if slots else (False,), (False,) if slots else orders)
+        for host_inputs, transposed_codes in ways:
             for recompute in policies(workload.sizes.blocks):
                 yield Choices(
                     recompute,
@@ -224,6 +223,7 @@ def candidates(workload: Workload, *, modulation_ahead: bool = True) -> Iterator
                     use_stream=slots > 0,
                     host_inputs=host_inputs,
                     modulation_ahead=modulation_ahead,
+                    transposed_codes=transposed_codes,
                 )
 
 

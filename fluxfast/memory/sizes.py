@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -158,6 +158,7 @@ class Workload:
         adapter_itemsize: bytes of an adapter's element.
         optimizer: its name.
         compute: what products run in, as in `Choices`.
+        micro_batches: how many a step adds up.
     """
 
     sizes: FluxSizes
@@ -171,6 +172,7 @@ class Workload:
     optimizer: str = "adamw_bf16"
     compute: str = "same"
     lora_type: str = "standard"
+    micro_batches: int = 1
 
     @cached_property
     def trained_modulation(self) -> str | None:
@@ -196,6 +198,23 @@ class Workload:
             + self.sizes.norms(index) * self.storage.itemsize
             for index in range(self.sizes.blocks)
         ]
+
+    @cached_property
+    def product_codes(self) -> int:
+        """Bytes of the blocks' weights that are stored as the codes that products read; 0: none.
+
+        A transposed copy of them takes as much again.
+        """
+        if self.storage.format is None:
+            return 0
+        if FORMATS[self.storage.format].stored_codes != self.compute:
+            return 0
+        return sum(
+            linear.out_features * linear.in_features
+            for index in range(self.sizes.blocks)
+            for linear in self.sizes.block_linears(index)
+            if not linear.is_modulation
+        )
 
     @cached_property
     def modulation_weights(self) -> list[int]:
@@ -244,20 +263,10 @@ class Workload:
         return 2 * self.batch * sum(linear.out_features for linear in wide)
 
     @cached_property
-    def block_adapters(self) -> list[int]:
-        """Elements of the adapters on each block."""
-        return [
-            self._adapters(self.sizes.block_linears(index)) for index in range(self.sizes.blocks)
-        ]
-
-    @cached_property
     def adapters(self) -> int:
         """Elements of all adapters."""
-        return self._adapters(self.sizes.linears())
-
-    def _adapters(self, linears: Iterable[Linear]) -> int:
         return sum(
             KINDS[self.lora_type].elements(linear.out_features, linear.in_features, self.rank)
-            for linear in linears
+            for linear in self.sizes.linears()
             if is_target(linear.name, self.targets)
         )

@@ -1,121 +1,203 @@
 """How long a training step takes on a GPU that need not be there.
 
-It is the step's FLOPs and bytes over what such a GPU sustains. A multiply-add is 2 FLOPs, a pass is
-one read or write of a [tokens, dim] tensor. The base is frozen, so a linear costs its forward and
-the gradient of its input; attention's backward costs 2.5 times its forward. This predicts and does
-not measure: there are no gaps between launches, no waiting for data and no clock that drops.
+What each block does is counted (`block_work`); what a GPU sustains is data (`rates`). A wide
+product takes whole waves of tiles (`fluxfast_kernels.waves`), and never less than its bytes.
+Attention takes its FLOPs, of which its backward has 2.5 times those of its forward. An adapter's
+thin products take their bytes or their FLOPs, and all else its bytes. Between two kernels is a gap;
+without a CUDA graph the GPU also waits for the host where launching takes longer than computing.
+Copies of streamed blocks run beside the computing and show where it does not hide them.
+
+This predicts and does not measure. Caches that hold a tensor from one kernel to the next are not in
+it, nor a clock that drops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
+from fluxfast.config.optimizers import OPTIMIZERS
+from fluxfast.memory.block_work import Work, block_work
 from fluxfast.memory.gpus import Gpu
-from fluxfast.memory.sizes import FluxSizes
+from fluxfast.memory.launched import Product
+from fluxfast.memory.rates import rates_of
+from fluxfast.memory.sizes import Workload
+from fluxfast.model.apply import Choices
+from fluxfast_kernels import waves
 
-# the part of its peak that each of these sustains: products, 8-bit products, attention forward and
-# backward, memory, the link to the host. Measured on an H200, an RTX 3090 and an RTX 5090, products
-# reach between 0.57 (int8) and 0.92 (bf16) of their peaks
-GEMM, GEMM_8BIT, ATTENTION, ATTENTION_BACKWARD, BANDWIDTH, LINK = 0.82, 0.65, 0.72, 0.58, 0.9, 0.8
-# multiply-adds a token: of a block's linears, and of those that are computed again in a double and
-# a single block, in dim²; of its adapters, double and single, in rank · dim
-LINEAR, AGAIN_DOUBLE, AGAIN_SINGLE, LORA_DOUBLE, LORA_SINGLE = 12, 8, 7, 18, 17
-# passes of the fused ops and adapters in a block's forward and its backward
-PASSES_DOUBLE, PASSES_SINGLE = (21, 40), (17, 32)
-# passes that quantising activations and gradients adds
-PASSES_CODES = 3
+# of a StepTime, what adds up to the step
+PARTS = ("products", "attention", "memory", "launches", "transfers", "update")
+# FlashAttention's five products against the forward's two
+ATTENTION_BACKWARD = 2.5
 
 
-@dataclass(frozen=True)
-class BlockWork:
-    """What one block computes: the tokens it sees, its kind and its recompute policy."""
-
-    tokens: int
-    double: bool
-    policy: str
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one forward and backward pass."""
+class BlockTime(NamedTuple):
+    """Seconds of a block in one direction, and how many kernels it launches."""
 
     products: float
     attention: float
     memory: float
+    launches: int
+
+    @property
+    def seconds(self) -> float:
+        """Without what lies between the kernels."""
+        return self.products + self.attention + self.memory
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step.
+
+    Attributes:
+        products: wide products.
+        attention: forward and backward.
+        memory: everything that waits for memory.
+        launches: between kernels, and waiting for the host to launch them.
+        transfers: copies over the link that computing does not hide.
+        update: of the adapters' weights, once in an optimiser's step.
+        host: what the host launches for, beside all that; 0 with a graph.
+    """
+
+    products: float
+    attention: float
+    memory: float
+    launches: float
     transfers: float
+    update: float
+    host: float
 
     @property
     def total(self) -> float:
-        return self.products + self.attention + self.memory + self.transfers
+        return sum(getattr(self, part) for part in PARTS)
+
+
+@lru_cache(maxsize=65536)
+def product_seconds(product: Product, nbytes: int, gpu: Gpu) -> float:
+    """Seconds of one wide product. Raises ValueError where the GPU has none of its kind."""
+    rates, kind = rates_of(gpu), product.kind.removesuffix("_persistent")
+    plain = kind.removesuffix("_t")
+    if plain not in rates:
+        raise ValueError(f"{gpu.name} has no tensor cores for {plain}")
+    # in 16 bits, the order of the weight's elements makes no difference
+    rate = rates.get(kind, rates[plain]).value
+    if kind == "library":
+        computing = product.flops / rate
+    else:
+        shape = product.rows, product.cols, product.k
+        tile = waves.best(product.kind, *shape, gpu.arch, gpu.multiprocessors).tile
+        computing = waves.product_seconds(
+            *shape,
+            tile,
+            rate=rate,
+            multiprocessors=gpu.multiprocessors,
+            streams=product.kind.endswith("_persistent"),
+        )
+    return max(computing, nbytes / rates["memory"].value)
 
 
 @lru_cache(maxsize=4096)
 def block_seconds(
-    work: BlockWork, sizes: FluxSizes, gpu: Gpu, *, batch: int, rank: int, compute: str
-) -> tuple[StepTime, StepTime]:
-    """Forward and backward of a block whose weights are on the device."""
-    d, rows = sizes.dim, work.tokens * batch
-    eight = compute != "same"
-    rate = gpu.rate(compute) * 1e12 * (GEMM_8BIT if eight else GEMM)
-    plain, band = gpu.bf16 * 1e12, gpu.bandwidth * 1e9 * BANDWIDTH
-    linear = 2 * LINEAR * d * d * rows / rate
-    lora = 2 * rank * (LORA_DOUBLE if work.double else LORA_SINGLE) * d * rows / (plain * GEMM)
-    attention = 4 * work.tokens**2 * d * batch / plain
-    passes = [
-        p + (PASSES_CODES if eight else 0)
-        for p in (PASSES_DOUBLE if work.double else PASSES_SINGLE)
-    ]
-    forward, backward = (p * rows * d * 2 / band for p in passes)
-    # of the forward pass, what backward runs again
-    selective = (AGAIN_DOUBLE if work.double else AGAIN_SINGLE) / LINEAR
-    again = {"none": 0.0, "selective": selective, "full": selective}[work.policy]
-    return (
-        StepTime(linear + lora, attention / ATTENTION, forward, 0.0),
-        StepTime(
-            linear * (1 + again) + lora * (2 + again),
-            attention
-            * (2.5 / ATTENTION_BACKWARD + (1 / ATTENTION if work.policy == "full" else 0.0)),
-            backward + forward * again,
-            0.0,
+    workload: Workload, index: int, recompute: str, gpu: Gpu, transposed_codes: bool = False
+) -> tuple[BlockTime, BlockTime]:
+    """Forward and backward of the block `index`, whose weights are on the device."""
+    forward, backward = block_work(workload, index, recompute, gpu.arch, transposed_codes)
+    return _seconds(forward, gpu), _seconds(backward, gpu)
+
+
+def _seconds(work: Work, gpu: Gpu) -> BlockTime:
+    rates = {name: rate.value for name, rate in rates_of(gpu).items()}
+    thin = sum(max(nbytes / rates["memory"], flops / rates["half"]) for nbytes, flops in work.thin)
+    return BlockTime(
+        products=sum(
+            product_seconds(product, nbytes, gpu) * count
+            for (product, nbytes), count in work.products.items()
         ),
+        attention=work.attention / rates["attention"]
+        + ATTENTION_BACKWARD * work.attention_backward / rates["attention_backward"],
+        memory=work.moved / rates["memory"] + thin,
+        launches=work.launches,
     )
 
 
 def step_seconds(
-    works: Sequence[BlockWork],
-    sizes: FluxSizes,
-    gpu: Gpu,
-    *,
-    batch: int,
-    rank: int,
-    compute: str,
-    streamed: Sequence[int] = (),
-    modulation: int = 0,
+    workload: Workload, choices: Choices, gpu: Gpu, *, streamed: Sequence[int] = ()
 ) -> StepTime:
-    """Forward and backward through all blocks.
+    """Forward, backward and update of a step.
 
-    streamed: bytes of each block that come over the link, once in each direction; the time of these
-    copies that computing does not hide is in `transfers`. modulation: bytes of its weights that are
-    read from the GPU's memory.
+    streamed: bytes of each block that come over the link, once in each direction.
     """
-    link = gpu.pcie * 1e9 * LINK
-    products = attention = memory = transfers = 0.0
-    for direction in (0, 1):
-        waiting = 0.0
-        for index, work in enumerate(works):
-            time = block_seconds(work, sizes, gpu, batch=batch, rank=rank, compute=compute)[
-                direction
-            ]
-            products, attention, memory = (
-                products + time.products,
-                attention + time.attention,
-                memory + time.memory,
-            )
-            # copies run one after the other beside the computing, so a block that computes for
-            # longer than it copies hides the copies of another
-            waiting += (streamed[index] / link if streamed else 0.0) - time.total
-        transfers += max(0.0, waiting)
-    memory += modulation / (gpu.bandwidth * 1e9 * BANDWIDTH)
-    return StepTime(products, attention, memory, transfers)
+    rates = {name: rate.value for name, rate in rates_of(gpu).items()}
+    blocks = [
+        block_seconds(workload, index, policy, gpu, choices.transposed_codes)
+        for index, policy in enumerate(choices.recompute)
+    ]
+    every = [time for block in blocks for time in block]
+    memory, launches = sum(time.memory for time in every), sum(time.launches for time in every)
+    if not choices.modulation_ahead:
+        memory += sum(workload.modulation_weights) / rates["memory"]
+        launches += sum(
+            linear.is_modulation
+            for index in range(workload.sizes.blocks)
+            for linear in workload.sizes.block_linears(index)
+        )
+    found = StepTime(
+        products=sum(time.products for time in every),
+        attention=sum(time.attention for time in every),
+        memory=memory,
+        launches=launches * rates["gap"],
+        transfers=_transfers(workload, choices, blocks, streamed, rates),
+        update=_update_bytes(workload) / rates["memory"],
+        host=0.0 if choices.graphs else launches * rates["launch"],
+    )
+    late = max(0.0, found.host - found.total)
+    return replace(found, launches=found.launches + late)
+
+
+def _transfers(
+    workload: Workload,
+    choices: Choices,
+    blocks: Sequence[tuple[BlockTime, BlockTime]],
+    streamed: Sequence[int],
+    rates: Mapping[str, float],
+) -> float:
+    """Seconds of copies over the link that the computing does not hide; and those that all copies
+    take of the memory's time.
+    """
+    inputs = [0] * len(blocks)
+    if choices.host_inputs:
+        width = workload.batch * workload.sizes.dim * workload.storage.itemsize
+        inputs = [tokens * width for tokens in workload.tokens]
+    weights = streamed or [0] * len(blocks)
+    # the link carries both ways at a time: forward, weights come and inputs go
+    link = rates["link"]
+    forward = max(_shown(blocks, 0, copied, choices, link) for copied in (weights, inputs))
+    both = [a + b for a, b in zip(weights, inputs, strict=True)]
+    backward = _shown(blocks, 1, both, choices, link)
+    return forward + backward + 2 * sum(both) / rates["memory"]
+
+
+def _shown(
+    blocks: Sequence[tuple[BlockTime, BlockTime]],
+    direction: int,
+    copied: Sequence[int],
+    choices: Choices,
+    link: float,
+) -> float:
+    """What is left of one direction's copies beside its computing."""
+    copies = sum(copied) / link
+    if not choices.use_stream:
+        return copies
+    # copies run one after the other, so a block that computes for longer than it copies hides the
+    # copies of another
+    return max(0.0, copies - sum(block[direction].seconds for block in blocks))
+
+
+def _update_bytes(workload: Workload) -> int:
+    """The gradients are read for their norm; then gradients, weights and state, and all but the
+    gradients are written.
+    """
+    state = OPTIMIZERS[workload.optimizer].state_bytes(workload.adapter_itemsize)
+    return round(workload.adapters * (4 * workload.adapter_itemsize + 2 * state))

@@ -21,11 +21,13 @@ from fluxfast.data.buckets import target_size
 from fluxfast.memory import choices, gpus
 from fluxfast.memory.choices import Facts, Refused, Wishes
 from fluxfast.memory.plan import CUDA_CONTEXT
+from fluxfast.memory.rates import Rate
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model import graphs, modulation
 from fluxfast.model.apply import Choices
 from fluxfast.model.routing import keep_count, resolve_routes
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.ops.device import usable_cores
 from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.events import say
 
@@ -87,6 +89,7 @@ def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None 
         adapter_itemsize=config.optimizer_kind.itemsize,
         optimizer=config.optimizer,
         lora_type=config.lora_type,
+        micro_batches=config.gradient_accumulation_steps,
     )
 
 
@@ -97,7 +100,6 @@ def facts_of(config: TrainConfig, workload: Workload, gpu: gpus.Gpu | None) -> F
         format=workload.storage.format,
         gpu=gpu,
         workload=workload,
-        dropout=config.lora_dropout > 0,
     )
 
 
@@ -125,10 +127,11 @@ def facts_of_model(facts: Facts, config: TrainConfig, transformer: FluxTransform
     if transformer.modulation is not None:
         obstacles["modulation_ahead"] = modulation.why_not(transformer)
         if facts.gpu is not None and config.modulation_ahead == "auto":
-            seconds = transformer.modulation.seconds(
+            taken = transformer.modulation.seconds(
                 config.train_batch_size, transformer.device, config.weight_dtype
             )
-    return replace(facts, obstacles=obstacles, host_seconds=seconds)
+            seconds = Rate(taken, True, "this run")
+    return replace(facts, obstacles=obstacles, host_seconds=seconds, cores=usable_cores())
 
 
 def choose(wishes: Wishes, facts: Facts) -> Choices:
@@ -168,5 +171,7 @@ def tell(
     if chosen.compute != "same" and chosen.outliers:
         told += f", {chosen.outliers} channels apart"
     tell(f"matrix products run {told}: {reasons['compute']}")
+    if chosen.transposed_codes:
+        tell(f"codes are kept in both orders: {reasons['transposed_codes']}")
     if wishes.cuda_graphs == "auto" and facts.gpu is not None and not chosen.graphs:
         say(console, f"CUDA graphs: off: {reasons['graphs']}")

@@ -23,6 +23,7 @@ from fluxfast.adapters.writing import modelspec_metadata
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
+from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
 from fluxfast.train.adapter import config_of, init_lora_of, kind_of
@@ -145,13 +146,9 @@ class Trainer:
     def _make_optimizer(self) -> None:
         config = self.config
         named = trainable_parameters(self.transformer)
-        self.parameters = list(named.values())
-        # graphs write each micro-batch's gradients to the same memory, from which they are added up
-        # elsewhere
-        self.keeps_grads = self.parts.choices.graphs and config.gradient_accumulation_steps > 1
-        if self.keeps_grads:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+        self.gradients = FlatGradients(
+            self.transformer, accumulates=config.gradient_accumulation_steps > 1
+        )
         self.optimizer = build_optimizer(
             config.optimizer,
             named,
@@ -271,15 +268,17 @@ class Trainer:
             self._look_ahead(step if micro + 1 < accumulation else step + 1)
             loss = self.objective.loss(example)
             (loss / accumulation).backward()
+            self.gradients.take()
             total += loss.detach() / accumulation
             batches.append(example.batch)
+        self.gradients.hand_over()
         norm = clip_gradients(
-            self.parameters, self.config.grad_clip_method, self.config.max_grad_norm
+            self.gradients.buffers, self.config.grad_clip_method, self.config.max_grad_norm
         )
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=not self.keeps_grads)
+        self.optimizer.zero_grad(set_to_none=True)
         return StepResult(step, epoch, Readback(total, norm), learning_rate, batches)
 
     def _look_ahead(self, step: int) -> None:

@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxfast.doctor import attention_checks, format_checks, linear_checks, op_cases, op_checks
+from fluxfast.doctor import (
+    attention_checks,
+    format_checks,
+    op_cases,
+    op_checks,
+    product_cases,
+)
 from fluxfast.doctor.checks import Random
 from fluxfast.doctor.scope import SHORT_GPU, Scope
 from fluxfast.model.transformer import FluxTransformer
@@ -61,14 +67,14 @@ def checked(scope):
                 ),
             )
         groups = [
-            (linear_checks.make_group(scope, fmt, cols, outs), cols, sum(outs), compute)
+            (product_cases.make_group(scope, fmt, cols, outs), cols, sum(outs), compute)
             for fmt in scope.formats
             for compute in scope.computes
-            for cols, outs in linear_checks.shapes_of(scope).values()
+            for cols, outs in product_cases.shapes_of(scope).values()
         ]
         groups += [
             (linears, cols, rows, "same")
-            for _, linears, cols, rows in linear_checks.embedders(scope)
+            for _, linears, cols, rows in product_cases.embedders(scope)
         ]
         for linears, cols, rows, compute in groups:
             for tokens in scope.sizes.products:
@@ -76,14 +82,21 @@ def checked(scope):
                     torch.empty(tokens, n, dtype=scope.torch_dtype, device=META)
                     for n in (cols, rows)
                 )
-                linear_checks._products(linears, x, dy, "triton", compute=compute)
+                options = {"compute": compute}
+                product_cases.products(linears, x, dy, "triton", **options)
+                roomy = product_cases.with_room(linears)
+                product_cases.products(roomy, x, dy, "triton", room=True, **options)
+                if compute in scope.computes and tokens > 1:
+                    text = min(scope.sizes.text, tokens // 2)
+                    product_cases.products_of_parts(linears, linears, x, dy, text, **options)
+                    product_cases.products_of_parts(roomy, roomy, x, dy, text, room=True, **options)
 
 
 @pytest.mark.parametrize(
     ("format", "compute"), [(None, "same"), ("int8", "int8"), ("nf4", "int8"), ("fp8_e4m3", "e4m3")]
 )
 def test_every_launch_of_a_step_is_among_the_short_forms(monkeypatch, format, compute):
-    for module in (op_checks, linear_checks, format_checks, attention_checks):
+    for module in (op_checks, product_cases, format_checks, attention_checks):
         monkeypatch.setattr(module, "Random", MetaRandom)
     monkeypatch.setattr(
         Format, "quantize", lambda self, weight, **_: self.empty(tuple(weight.shape), META)

@@ -8,9 +8,12 @@ from dropin_hosts import add_lora, diffusers_host, lora_parameters, outputs_and_
 from torch import nn
 
 import fluxfast
+from fluxfast.memory import gpus
 from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import obstacle, read_linear
-from fluxfast.quant import QuantWeight
+from fluxfast.model.stored_codes import transposed_copies
+from fluxfast.quant import FORMATS, QuantWeight
+from fluxfast.quant.rules import quantize_model
 from support import make_inputs, relative_error
 
 pytestmark = pytest.mark.usefixtures("eager_peers")
@@ -225,3 +228,38 @@ def test_a_tensor_of_an_unknown_class_is_left_to_its_module():
     linear = nn.Linear(64, 32).requires_grad_(False)
     linear.weight = nn.Parameter(linear.weight.data.as_subclass(Other), requires_grad=False)
     assert obstacle(linear) == "its weight is of the class Other"
+
+
+def copies_in(model):
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    groups = [group for block in blocks for group in block.linear_groups()]
+    return transposed_copies(groups, "int8")
+
+
+@pytest.mark.parametrize("base", ["ours", "quanto"])
+def test_transposed_codes_where_there_is_room(base, monkeypatch):
+    """The GPU is an entry of the table, and the tensors stay on the CPU."""
+    if base == "ours":
+        model = diffusers_host(torch.bfloat16)
+        quantize_model(model, FORMATS["int8"])
+    else:
+        model = quantised(quanto("qint8"))
+    before = list(model.state_dict())
+    monkeypatch.setattr(gpus, "this_gpu", lambda device: gpus.find_gpu("H100"))
+    report = fluxfast.accelerate(model)
+    assert report.compute == "int8" and report.transposed_codes
+    assert "transposed codes kept: dgrad reads it on this GPU" in str(report)
+    assert copies_in(model) and list(model.state_dict()) == before
+    # a second call counts no copy twice, and keeps those that are there
+    places = [copy.data_ptr() for copy in copies_in(model)]
+    assert fluxfast.accelerate(model).transposed_codes
+    assert [copy.data_ptr() for copy in copies_in(model)] == places
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    groups = [group for block in blocks for group in block.linear_groups()]
+    fluxfast.restore(model)
+    assert not transposed_copies(groups, "int8")
+
+    monkeypatch.setattr(gpus, "this_gpu", lambda device: gpus.find_gpu("RTX 3090"))
+    report = fluxfast.accelerate(model)
+    assert report.compute == "int8" and not report.transposed_codes
+    assert "transposed codes not kept: products on this device read codes" in str(report)

@@ -3,7 +3,7 @@
 That trainer, plan and `accelerate` come to the same is in tests/train/test_same_choices.py.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from fluxfast.memory import gpus
 from fluxfast.memory.choices import Facts, OverBudget, Refused, Wishes, choose, refusals
 from fluxfast.memory.gpus import find_gpu, this_gpu
+from fluxfast.memory.plan import GIB, account
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.apply import Choices, apply, make_ready
 from fluxfast.ops import verdicts
@@ -36,7 +37,10 @@ def facts(format=None, gpu=H100, **known):
 
 def test_every_choice_has_its_reason():
     choices = choose(Wishes(checkpoint_every=1), facts())
-    told = {"compute", "recompute", "streaming", "modulation_ahead", "graphs", "attention"}
+    told = {
+        *("compute", "recompute", "streaming", "transposed_codes"),
+        *("modulation_ahead", "graphs", "attention"),
+    }
     assert choices.reasons.keys() == told and all(choices.reasons.values())
     # outliers are the user's alone, and `attention` tells what is deterministic
     covered = told | STREAMING | {"outliers", "deterministic", "reasons"}
@@ -99,6 +103,75 @@ def test_a_budget_says_what_would_help():
     assert not choose(Wishes(vram_budget=2), facts(gpu=None, workload=work)).streams
 
 
+@pytest.fixture
+def int8_at_1024px():
+    return Workload(
+        sizes=FluxSizes(),
+        tokens=(4608,) * 57,
+        text_tokens=512,
+        batch=1,
+        storage=Storage("int8"),
+        targets=("to_q",),
+        rank=16,
+        compute="int8",
+    )
+
+
+def test_transposed_codes_where_dgrad_reads_them_and_there_is_room(int8_at_1024px):
+    known = facts("int8", workload=int8_at_1024px)
+    choices = choose(Wishes(recompute="full"), replace(known, blocks=57))
+    assert choices.transposed_codes and "dgrad reads it" in choices.reasons["transposed_codes"]
+    with_copy = account(int8_at_1024px, choices).needed
+    without = account(int8_at_1024px, replace(choices, transposed_codes=False)).needed
+    # FLUX.1's blocks without modulation, a byte a weight; dgrad makes itself no copies then
+    assert 8 * GIB < int8_at_1024px.product_codes < 8.1 * GIB
+    assert with_copy - without < 1.03 * int8_at_1024px.product_codes + 512
+    # without a budget some room is left for what graphs keep
+    for free, taken in ((1.26 * with_copy, True), (1.24 * with_copy, False)):
+        choices = choose(Wishes(recompute="full"), replace(known, blocks=57, free=round(free)))
+        assert choices.transposed_codes == taken
+    assert "more than 80%" in choices.reasons["transposed_codes"]
+
+
+@pytest.mark.parametrize(("budget", "taken"), [(60, True), (30, False), (7, False)])
+def test_transposed_codes_by_a_budget(int8_at_1024px, budget, taken):
+    """Recomputation costs more than transposing, so that a copy is what goes first."""
+    known = facts("int8", workload=int8_at_1024px)
+    choices = choose(Wishes(vram_budget=budget), known)
+    assert choices.transposed_codes == taken
+    assert choices.streams == (budget == 7)
+    assert choices.streams or set(choices.recompute) == {"none"}
+    assert account(int8_at_1024px, choices).needed <= budget * GIB
+
+
+@pytest.mark.parametrize(
+    ("format", "gpu", "wishes", "because"),
+    [
+        ("int8", H100, Wishes(compute="same"), "products run on values"),
+        ("int8", H100, Wishes(compute="e4m3"), "made in each step"),
+        ("nf4", H100, Wishes(), "made in each step"),
+        (None, H100, Wishes(compute="int8"), "made in each step"),
+        ("int8", AMPERE, Wishes(), "in the order that they are stored in"),
+        ("int8", None, Wishes(compute="int8"), "in the order that they are stored in"),
+        ("int8", H100, Wishes(streams=True), "blocks are streamed"),
+    ],
+)
+def test_no_transposed_codes(format, gpu, wishes, because, int8_at_1024px):
+    work = replace(int8_at_1024px, storage=Storage(format))
+    known = replace(facts(format, gpu, workload=work), blocks=57)
+    choices = choose(replace(wishes, recompute="full"), known)
+    assert not choices.transposed_codes
+    assert because in choices.reasons["transposed_codes"]
+
+
+def test_transposed_codes_where_nobody_knows_what_a_step_takes():
+    for free, taken in ((41, True), (39, False)):
+        known = facts("int8", free=free * GIB, codes=10 * GIB)
+        choices = choose(Wishes(), known)
+        assert choices.transposed_codes == taken
+        assert choices.reasons["transposed_codes"].endswith(f"25% of {free}.00 GiB")
+
+
 def test_what_is_set_on_blocks():
     model = small_flux("int8", ["to_q"]).eval()
     policies = ("none", "selective", "full", "full", "none")
@@ -129,11 +202,11 @@ def test_what_is_set_on_blocks():
     ],
 )
 def test_this_machines_gpu(monkeypatch, name, capability, products):
-    properties = SimpleNamespace(name=name, total_memory=15 << 30)
+    properties = SimpleNamespace(name=name, total_memory=15 << 30, multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = this_gpu(CUDA)
-    assert gpu.memory == 15
+    assert gpu.memory == 15 and gpu.multiprocessors == 40
     assert {compute for compute in ("int8", "e4m3") if gpu.rate(compute)} == products
     assert gpu.bandwidth and gpu.pcie and gpu.bf16
     assert gpu.name == name or find_gpu(gpu.name) == find_gpu(name)

@@ -14,7 +14,7 @@ from fluxfast.model.transformer import FluxTransformer
 from graph_emulator import Pool, capture, see_every_op
 
 # how long the CPU takes for modulation would choose where it is computed
-NO_DROPOUT = {"lora_dropout": 0.0, "train_batch_size": 1, "modulation_ahead": False}
+PLAIN = {"lora_dropout": 0.0, "train_batch_size": 1, "modulation_ahead": False}
 INT8 = {"base_model_precision": "int8-quanto", "compute_precision": "int8"}
 OFF = "CUDA graphs: off"
 
@@ -41,11 +41,12 @@ def emulated(monkeypatch, tmp_path, pretend_gpu):
 @pytest.mark.parametrize(
     "mode",
     [
-        FP32 | NO_DROPOUT | {"gradient_accumulation_steps": 3},
-        BF16 | NO_DROPOUT | TREAD,
-        BF16 | NO_DROPOUT | INT8,
+        FP32 | PLAIN | {"gradient_accumulation_steps": 3},
+        BF16 | PLAIN | TREAD,
+        BF16 | PLAIN | INT8,
+        FP32 | PLAIN | {"lora_dropout": 0.3},
     ],
-    ids=["accumulation", "bf16-tread", "int8"],
+    ids=["accumulation", "bf16-tread", "int8", "dropout"],
 )
 def test_the_same_lora(run, emulated, mode):
     expected, _ = run(name="run", cuda_graphs=False, **mode)
@@ -59,7 +60,7 @@ def test_the_same_lora(run, emulated, mode):
 
 def test_two_sizes_and_a_resumed_run(run, emulated, monkeypatch, workspace):
     """Images of two numbers of tokens, and a run that is killed when both are replayed."""
-    mode = FP32 | NO_DROPOUT | {"max_train_steps": 20, "checkpoint_step_interval": 15}
+    mode = FP32 | PLAIN | {"max_train_steps": 20, "checkpoint_step_interval": 15}
     folder, cache = two_sizes(workspace), workspace / "cache" / "two_sizes"
     data = {
         "crop": False,
@@ -93,7 +94,7 @@ def two_sizes(workspace):
 
 
 def test_a_graph_that_differs_turns_them_off(run, monkeypatch):
-    mode = FP32 | NO_DROPOUT
+    mode = FP32 | PLAIN
     expected, _ = run(name="run", cuda_graphs=False, **mode)
     wrong = lambda *args: lambda *inputs: capture(*args)(*inputs) * 1.01  # noqa: E731
     monkeypatch.setattr(
@@ -109,13 +110,13 @@ def test_a_graph_that_differs_turns_them_off(run, monkeypatch):
 
 
 def test_what_forbids_them_is_said_where_there_is_a_gpu(run, emulated, monkeypatch):
-    dropout = FP32 | {"lora_dropout": 0.1, "max_train_steps": 1}
-    _, out = run(**dropout)
-    assert not emulated and f"· {OFF}: an adapter has a dropout" in out.getvalue()
-    with pytest.raises(ConfigError, match=r'"cuda_graphs" is true, but an adapter has a dropout'):
-        run(name="asked_for", cuda_graphs=True, **dropout)
+    streamed = FP32 | {"enable_group_offload": True, "max_train_steps": 1}
+    _, out = run(**streamed)
+    assert not emulated and f"· {OFF}: its blocks are streamed" in out.getvalue()
+    with pytest.raises(ConfigError, match=r'"cuda_graphs" is true, but its blocks are streamed'):
+        run(name="asked_for", cuda_graphs=True, **streamed)
     monkeypatch.setattr(gpus, "this_gpu", lambda device: None)
-    _, out = run(name="on_a_cpu", **dropout)
+    _, out = run(name="on_a_cpu", **streamed)
     assert not emulated and "CUDA graphs" not in out.getvalue()
 
 
@@ -123,17 +124,16 @@ def test_a_linear_that_has_to_be_called_forbids_them(run, emulated, monkeypatch)
     """Only the model that is loaded shows it."""
     monkeypatch.setattr(graphs, "read_linear", lambda module: None)
     reason = "a linear of its blocks has to be called as it is"
-    _, out = run(max_train_steps=1, **FP32 | NO_DROPOUT)
+    _, out = run(max_train_steps=1, **FP32 | PLAIN)
     assert not emulated and f"· {OFF}: {reason}" in out.getvalue()
     with pytest.raises(ConfigError, match=f'"cuda_graphs" is true, but {reason}'):
-        run(name="asked_for", cuda_graphs=True, **FP32 | NO_DROPOUT)
+        run(name="asked_for", cuda_graphs=True, **FP32 | PLAIN)
 
 
 @pytest.mark.parametrize(
     ("wishes", "facts", "reason"),
     [
         ({"vram_budget": 12.0}, {}, '"vram_budget" does not count what they keep'),
-        ({}, {"dropout": True}, "an adapter has a dropout"),
         ({"streams": True}, {}, "its blocks are streamed"),
         ({}, {"gpu": None}, "only a GPU has them"),
         ({}, {"obstacles": {"graphs": "a linear"}}, "a linear"),
@@ -156,7 +156,7 @@ def test_without_a_gpu_they_are_refused_where_asked_for(run, monkeypatch):
     with pytest.raises(
         ConfigError, match=r'"cuda_graphs" is true, but only a GPU has them: set it to "auto"'
     ):
-        run(cuda_graphs=True, **FP32 | NO_DROPOUT)
+        run(cuda_graphs=True, **FP32 | PLAIN)
 
 
 def test_the_model_says_so_too(monkeypatch):

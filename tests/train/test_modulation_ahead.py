@@ -3,6 +3,7 @@ when it is on.
 """
 
 import io
+import re
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.choices import choose, wishes_of
 from fluxfast.memory.gpus import find_gpu
+from fluxfast.memory.rates import Rate, modulation_on_host
+from fluxfast.model import modulation
 from fluxfast.model.modulation import ModulationAhead
 from fluxfast.train.choose import BatchShape, facts_of, tell, workload_of
 from fluxfast.train.objective import Objective
@@ -25,6 +28,9 @@ from support import relative_error
 
 LINE = "modulation is computed a step ahead"
 IN_PLACE = "modulation is computed on the device"
+# one sample, and no dropout, so that graphs are possible
+BF16_GRAPHED = {"lora_dropout": 0.0, "train_batch_size": 1}
+INT8 = {"base_model_precision": "int8-quanto", **BF16_GRAPHED}
 # of a LoRA after six steps: fp32 sums in another order, which AdamW's first steps, all of one size,
 # enlarge
 TOLERANCE = 1e-4
@@ -207,9 +213,14 @@ def test_auto_is_off_on_a_cpu(write_config):
 @pytest.mark.parametrize(
     ("gpu", "milliseconds", "settings", "late"),
     [
-        # a step of 512 px takes an H200 some 100 ms
+        # a step of 512 px in bf16 takes an H200 some 140 ms
         ("H200", 20, {}, False),
+        ("H200", 130, BF16_GRAPHED, True),
         ("H200", 900, {}, True),
+        # and some 100 in int8, with a graph; 150, without one
+        ("H200", 60, INT8, False),
+        ("H200", 100, INT8, True),
+        ("H200", 60, {**INT8, "cuda_graphs": False}, False),
         # no room for the weights
         ("RTX 4090", 9000, {}, False),
         # the host is asked for, or needed
@@ -220,15 +231,60 @@ def test_auto_is_off_on_a_cpu(write_config):
 )
 def test_a_cpu_that_takes_longer_than_the_step(write_config, gpu, milliseconds, settings, late):
     config = load_config(write_config(**settings))
-    known = facts(config, find_gpu(gpu), host_seconds=milliseconds / 1000)
+    known = facts(config, find_gpu(gpu), host_seconds=Rate(milliseconds / 1000, True, "a test"))
     choices = choose(wishes_of(config), known)
     assert choices.modulation_ahead is not late
     out = io.StringIO()
-    modulation = None if late else SimpleNamespace(nbytes=6 << 30)
-    transformer = SimpleNamespace(modulation=modulation)
+    transformer = SimpleNamespace(modulation=None if late else SimpleNamespace(nbytes=6 << 30))
     tell(choices, wishes_of(config), known, transformer, Console(file=out, width=200))
     expected = f"{IN_PLACE}, step by step: the CPU takes {milliseconds} ms for it" if late else LINE
     assert out.getvalue().startswith(expected)
+
+
+def test_a_cpu_that_nobody_has_measured(write_config):
+    """Half of the bytes in int8 and a rate that is assumed: both are told."""
+    for settings, late in (
+        (INT8, True),
+        (BF16_GRAPHED, True),
+        # its weights are read once, however many samples there are
+        ({**INT8, "train_batch_size": 4}, False),
+    ):
+        config = load_config(write_config(**settings))
+        known = facts(config, find_gpu("H200"))
+        nbytes = sum(known.workload.modulation_weights)
+        known = replace(known, host_seconds=modulation_on_host(nbytes))
+        choices = choose(wishes_of(config), known)
+        assert choices.modulation_ahead is not late
+        if late:
+            assert re.match(
+                r"the CPU should take \d+ ms for it \(assumed at 40 GB/s: .*\), a step's computing",
+                choices.reasons["modulation_ahead"],
+            )
+
+
+@pytest.mark.parametrize(("cores", "late"), [(1, True), (2, False), (16, False), (None, False)])
+def test_one_core_for_launching_and_for_modulation(write_config, cores, late):
+    config = load_config(write_config(**INT8, cuda_graphs=False))
+    known = facts(config, find_gpu("H200"), host_seconds=Rate(0.05, True, "a test"), cores=cores)
+    choices = choose(wishes_of(config), known)
+    assert choices.modulation_ahead is not late
+    if late:
+        assert "to launch a step on the same core" in choices.reasons["modulation_ahead"]
+    # a graph is launched in no time
+    graphed = replace(wishes_of(config), cuda_graphs="auto")
+    assert choose(graphed, known).modulation_ahead
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "used"),
+    [(16, 16, 14), (16, 4, 4), (3, 3, 1), (2, 2, 1), (1, 1, 1), (8, 1, 1)],
+)
+def test_cores_that_modulation_leaves(monkeypatch, cores, threads, used):
+    """Beside a GPU, one for the thread that launches and one for reading data, if there are."""
+    monkeypatch.setattr(modulation, "usable_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert modulation._threads_beside(torch.device("cuda")) == used
+    assert modulation._threads_beside(torch.device("cpu")) == threads
 
 
 def test_a_slow_cpu_gives_the_weights_back(run, pretend_gpu, monkeypatch):

@@ -14,6 +14,7 @@ from fluxfast import FluxTransformer
 from fluxfast.adapters.lora import add_lora
 from fluxfast.data.batches import Batch
 from fluxfast.model import pinned
+from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.train import objective
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients
@@ -117,6 +118,7 @@ def test_a_step_waits_for_nothing(write_config, ready, settings, regularisation,
     if config.tread_config:
         model.set_routes([route.model_dump() for route in config.tread_config.routes])
     parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = FlatGradients(model)
     optimizer = build_optimizer("torch-adamw", parameters, lr=1e-3)
     made = Objective(config, model, 0, {})
     example = made.example(batch(regularisation), 3)
@@ -126,7 +128,9 @@ def test_a_step_waits_for_nothing(write_config, ready, settings, regularisation,
         with copies:
             loss = made.loss(example)
             loss.backward()
-            norm = clip_gradients(parameters, config.grad_clip_method, 1.0)
+            gradients.take()
+            gradients.hand_over()
+            norm = clip_gradients(gradients.buffers, config.grad_clip_method, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         if counted:

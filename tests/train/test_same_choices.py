@@ -35,7 +35,7 @@ from fluxfast.train.choose import BatchShape, facts_before_loading, workload_of
 from fluxfast.train.trainer import Trainer
 
 CPU = torch.device("cpu")
-# no dropout, so that graphs are possible
+RTX_3090 = find_gpu("RTX 3090")
 PLAIN = {"lora_dropout": 0.0, "gradient_checkpointing_interval": 2}
 STREAMED = {"enable_group_offload": True, "group_offload_blocks_per_group": 2}
 # a budget with which blocks must be streamed, whatever the run
@@ -105,7 +105,9 @@ def config_of(write_config):
             work = workload_of(config, small, open_base(config))
             work = replace(work, compute="int8")
             ahead = config.modulation_ahead is not False
-            needed = [account(work, c).needed for c in candidates(work, modulation_ahead=ahead)]
+            needed = [
+                account(work, c).needed for c in candidates(work, RTX_3090, modulation_ahead=ahead)
+            ]
             budget = (min(needed) + 1) / GIB
         return config if budget is None else config.model_copy(update={"vram_budget": budget})
 
