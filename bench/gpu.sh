@@ -59,7 +59,7 @@ else
   both=1024px-b1,512px-b1 long=1024px-b1 short=512px-b1 rounds=2 policy=full jobs=14 slower=1
   tests="tests/kernels tests/ops tests/model/test_graphs.py -n 14 --maxprocesses=14"
   warm="" few="" examined=--all
-  smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+library,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
+  smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+fused,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
 fi
 ours=fluxfast-int8+int8
 
@@ -73,7 +73,8 @@ first() {
   stage profile 25 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours"
   stage sweep 55 swept
   stage ours 60 steps "$both" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+library+graphs,$ours+device-modulation+graphs"
+    --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+fused+graphs,$ours+device-modulation+graphs"
+  stage rates left rates
 }
 
 second() {
@@ -84,6 +85,7 @@ second() {
     --contestants "$ours+graphs,diffusers,quanto-int8,fluxfast+graphs"
   stage compiled 125 steps "$both" --rounds "$rounds" --steps 5 --limit 120 \
     --contestants "$ours+graphs,diffusers-compile,fluxfast+graphs"
+  stage rates left rates
   rest
 }
 
@@ -127,6 +129,12 @@ checked() { # TOOL CONTESTANT
     smoke --results "$results" --one-process --shapes tiny --contestants "$2"
 }
 
+rates() {
+  if [ -n "$SMALL" ]; then echo "a tiny model gives no rates"; return 0; fi
+  "$PYTHON" -c 'import sys; from fluxfast_bench.main import main; sys.exit(main())' \
+    predict --from-results "$results" --rates "$work/rates.json"
+}
+
 # ---- how it runs -------------------------------------------------------------------------------------------------------------
 
 if [ "$part" = plan ]; then
@@ -156,7 +164,7 @@ results=$work/results
 mkdir -p "$work/logs" "$results" "$site" || exit 1
 export PYTHONPATH=$root:$root/kernels:$root/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$shared/triton TORCHINDUCTOR_CACHE_DIR=$shared/inductor
-export -f bench steps doctor setup swept checked
+export -f bench steps doctor setup swept checked rates
 export PYTHON SMALL both few examined jobs policy wheels site work results
 # the first part's ceilings are the second's as well
 [ "$part" != first ] && [ -d "$shared/first/results" ] && cp -r "$shared/first/results" "$work/"

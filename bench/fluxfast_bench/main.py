@@ -57,6 +57,11 @@ COMMANDS = {
         "the memory of a full-size step for every preset, beside its target and the plan's; no "
         "GPU is needed",
     ),
+    "predict": (
+        "counted.predict",
+        "predict a step's time on GPUs that are not here, beside the quickstart's; or take the "
+        "rates that a GPU has measured",
+    ),
     "report": ("report.report", "make the tables of the READMEs and the plots from stored results"),
     "check": (
         "report.check",

@@ -63,8 +63,11 @@ class Shape:
         return replace(self, changes=(*self.changes, *changes.items()))
 
     def shallow(self) -> Shape:
-        """The same with one block of each kind, which launches the same kernels as a deep model."""
-        return self.with_model(num_layers=1, num_single_layers=1)
+        """The same with so few blocks that launch the same kernels as a deep model.
+
+        That is two double blocks: the first one's input needs no gradient.
+        """
+        return self.with_model(num_layers=2, num_single_layers=1)
 
     @property
     def img(self) -> int:

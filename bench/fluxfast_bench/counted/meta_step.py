@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fluxfast.adapters.lora import add_lora
 from fluxfast.checkpoint.empty_model import linears, quantize_empty
+from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.modulation import linear_names
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.device import OnLaunch, pretend
@@ -58,16 +59,28 @@ def fluxfast_model(
     format: str | None = None,
     compute: str = "same",
     recompute: str = "full",
+    transposed_codes: bool = False,
+    target: str = "sm_90",
 ) -> Any:
     """fluxfast's transformer with the same LoRA, its base stored in `format` (None: bf16).
 
-    Modulation is computed ahead, as in a run; `host_tensors` are its weights.
+    It is ready for a GPU of the architecture `target`. transposed_codes: whether its stored codes
+    have a transposed copy, which dgrad reads. Modulation is computed ahead, as in a run;
+    `host_tensors` are its weights.
     """
     model = build(FluxTransformer, shape)
     if format is not None:
         quantize_empty(model, FORMATS[format], linears(model, KEPT), torch.bfloat16)
     add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
-    ready(model, compute=compute, recompute=recompute, ahead=True)
+    with pretend(target, None):
+        ready(
+            model,
+            compute=compute,
+            recompute=recompute,
+            ahead=True,
+            transposed_codes=transposed_codes,
+        )
+    FlatGradients(model)
     return model
 
 
@@ -85,6 +98,9 @@ def inputs_of(shape: Shape) -> dict[str, Tensor]:
 
 def forward_backward(model: Any, inputs: dict[str, Tensor]) -> None:
     """Forward, loss and backward, as the trainer has them."""
+    if (gradients := getattr(model, "gradients", None)) is not None:
+        # those of an earlier step
+        gradients.forget()
     inputs = dict(inputs)
     target = inputs.pop("target")
     prediction = model(**inputs, return_dict=False)[0]

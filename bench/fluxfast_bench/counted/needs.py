@@ -51,6 +51,8 @@ def _ours(contestant: Contestant, setup: Setup, workload: Workload) -> int:
         slots=2 if contestant.streamed else 0,
         modulation_ahead=setup.looks_ahead and contestant.looks_ahead,
         host_inputs=contestant.streamed,
+        # of GPUs whose dgrad reads them, where the contestant is one that has them
+        transposed_codes=contestant.transposes and not contestant.streamed,
     )
     return plan.account(workload, choices).peak
 

@@ -51,17 +51,18 @@ def launches_of(contestant: Contestant, shape: Shape, recompute: str, target: st
     It is recorded from a shallow model, which launches the same as a deep one.
     """
     shape = shape.shallow() if contestant.route is None else shape
-    model = fluxfast_model(
-        shape,
-        adapters=torch.bfloat16,
-        format=None if contestant.storage == "bf16" else contestant.storage,
-        compute=contestant.compute,
-        recompute=recompute,
-    )
-    if contestant.route is not None:
-        model.set_routes([contestant.route.as_config()])
-    inputs = inputs_of(shape)
     with engine_of(contestant):
+        model = fluxfast_model(
+            shape,
+            adapters=torch.bfloat16,
+            format=None if contestant.storage == "bf16" else contestant.storage,
+            compute=contestant.compute,
+            recompute=recompute,
+            target=target,
+        )
+        if contestant.route is not None:
+            model.set_routes([contestant.route.as_config()])
+        inputs = inputs_of(shape)
         return set(recorded(lambda: forward_backward(model, inputs), target))
 
 

@@ -34,6 +34,7 @@ from fluxfast.memory.live_bytes import LiveBytes
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.memory.stream import BlockStream
 from fluxfast.model.modulation import BLOCK_LINEARS
+from fluxfast.model.stored_codes import transposed_copies
 from fluxfast_bench.counted.meta_step import (
     RANK,
     as_on_gpu,
@@ -62,13 +63,14 @@ class Preset:
     """A way to train whose memory is counted.
 
     base: "bf16" or a storage format. shape: one of `shapes.SHAPES`. streamed: blocks and their
-    inputs are in host memory.
+    inputs are in host memory. transposed_codes: as in `Choices`; no target counts them.
     """
 
     base: str
     shape: str
     streamed: bool
     recompute: str
+    transposed_codes: bool = False
 
     @property
     def compute(self) -> str:
@@ -132,6 +134,7 @@ def measure(preset: Preset) -> int:
         format=preset.format,
         compute=preset.compute,
         recompute=preset.recompute,
+        transposed_codes=preset.transposed_codes,
     )
     inputs = inputs_of(shape)
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -151,8 +154,11 @@ def measure(preset: Preset) -> int:
         )
         stream.watch(model)
         others += engine.slots
+    groups = (group for block in model.blocks for group in block.linear_groups())
+    copies = transposed_copies(groups, preset.compute)
     with as_on_gpu(lambda *_: None), live:
         live.hold([*model.parameters(), *model.buffers(), *inputs.values(), *others])
+        live.hold([*copies, *model.gradients.buffers])
         forward_backward(model, inputs)
     return live.peak
 
@@ -183,8 +189,25 @@ def predict(preset: Preset) -> int:
     workload = workload_of(preset, SHAPES[preset.shape])
     recompute = (preset.recompute,) * workload.sizes.blocks
     slots = SLOTS if preset.streamed else 0
-    choices = plan.Choices(recompute, slots, modulation_ahead=True, host_inputs=preset.streamed)
+    choices = plan.Choices(
+        recompute,
+        slots,
+        modulation_ahead=True,
+        host_inputs=preset.streamed,
+        transposed_codes=preset.transposed_codes,
+    )
     return plan.account(workload, choices).peak
+
+
+def limit_of(preset: Preset, wanted: dict[str, Any]) -> float | None:
+    """The preset's target in GiB, if it has one."""
+    return targets.vram_limit(
+        wanted,
+        preset.base,
+        preset.shape,
+        streamed=preset.streamed,
+        recompute=preset.recompute,
+    )
 
 
 def record_of(preset: Preset, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +221,7 @@ def record_of(preset: Preset, wanted: dict[str, Any]) -> dict[str, Any]:
         "gib": round(peak / 2**30, 3),
         "plan_gib": round(predicted / 2**30, 3),
         "plan_error": round(predicted / peak - 1, 4),
-        "limit_gib": targets.vram_limit(wanted, **vars(preset)),
+        "limit_gib": limit_of(preset, wanted),
     }
 
 

@@ -1,6 +1,7 @@
 """`fluxfast-bench ceilings`: what the device reaches at FLUX.1's shapes with PyTorch's own kernels.
 
     copy                 bytes read and written a second, of a copy far larger than any cache
+    link                 bytes copied a second from pinned host memory to a GPU
     float, int8, e4m3    FLOPs a second of matrix products, over all that a step has
     attention_forward    FLOPs a second of scaled_dot_product_attention,
     attention_backward       by its fastest back end
@@ -33,6 +34,7 @@ from fluxfast.doctor.rates import (
     e4m3_product,
     float_product,
     int8_product,
+    link_rate,
 )
 from fluxfast_bench.counted.floor import ATTENTION_BACKWARD
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
@@ -97,6 +99,9 @@ def measure(
             found[name] = _rate(shape, device, name, product, dtype, told, seconds)
         except RuntimeError as error:
             logger.warning("no %s product on this device: %s", name, str(error).splitlines()[0])
+    if device.type == "cuda":
+        found["link"] = link_rate(device, to_device=True).per_second
+        told({"case": shape.name, "contestant": "link", "gb_s": found["link"] / 1e9})
     return found | _attention(shape, device, dtype, told, seconds)
 
 

@@ -178,7 +178,7 @@ def _linears(tensors: Sequence[Tensor]) -> list[LinearParams]:
 def _eager_linear(x: Tensor, *tensors: Tensor) -> Tensor:
     outs = []
     for linear in _linears(tensors):
-        weight, bias, ((a, b, scale, _),) = linear.weight, linear.bias, loras_of(linear)
+        weight, bias, ((a, b, scale, *_),) = linear.weight, linear.bias, loras_of(linear)
         assert isinstance(weight, Tensor)
         outs.append(
             functional.linear(x, weight, bias)

@@ -1,13 +1,14 @@
 """`fluxfast-bench sweep`: each of a step's wide products, timed with every tile that it could have.
 
 The products are those that a step asks for, recorded on meta tensors, with their adapters and the
-layout of each operand. What is printed is the best tile of each beside the one that the launch
-table gives; every timing is stored.
+layout of each operand. What is printed is the best tile of each beside the one that would be
+chosen; every timing is stored. `--write-tiles` puts the best where products look first.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fluxfast.files import write_atomic
 from fluxfast_bench.counted.launches import Launch
 from fluxfast_bench.counted.meta_step import (
     as_on_gpu,
@@ -41,38 +43,23 @@ from fluxfast_bench.report import gpu_sections, results
 from fluxfast_bench.report.conditions import conditions
 from fluxfast_bench.shapes import SHAPES, Shape, default_shapes
 from fluxfast_bench.timing import best_time, time_each
-from fluxfast_kernels.launch import interpreted, launch_numbers
-from fluxfast_kernels.matmul import MATMUL
+from fluxfast_kernels.launch import arch_key, interpreted, multiprocessors
+from fluxfast_kernels.tiles import MEASURED, TILES, Tile, merged, read_measured
+from fluxfast_kernels.waves import product_numbers
 
-Tile = tuple[int, int, int, int, int]
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
-TILES: dict[str, tuple[Tile, ...]] = {
-    "int8": (
-        (128, 256, 128, 8, 3), (256, 128, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 4),
-        (64, 256, 128, 4, 4), (64, 128, 128, 4, 5), (128, 64, 128, 4, 5), (128, 256, 64, 8, 5),
-    ),
-    "half": (
-        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-        (128, 128, 64, 4, 4),
-        (64, 256, 64, 4, 4), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5),
-    ),
-}  # fmt: skip
 # in Triton's interpreter, where the time says nothing
-INTERPRETED: tuple[Tile, ...] = ((16, 32, 32, 4, 2), (32, 32, 32, 4, 2))
+INTERPRETED = (Tile(16, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2))
 # (storage, compute) as `fluxfast_model` takes them
 PRECISIONS = {"int8": ("int8", "int8"), "bf16": (None, "same")}
 
 
-def numbers_of(tile: Tile) -> dict[str, int]:
-    return dict(
-        zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True)
-    )
-
-
 def name_of(numbers: Mapping[str, int]) -> str:
-    """ "128x256x128 w8 s3": a tile, and its warps and stages."""
+    """ "128x256x128 w8 s3 persistent cut": a tile, its warps and stages, and its schedule."""
     tile = "x".join(str(numbers[f"BLOCK_{axis}"]) for axis in "MNK")
-    return f"{tile} w{numbers['num_warps']} s{numbers['num_stages']}"
+    how = [name for name in ("PERSISTENT", "CUT") if numbers.get(name)]
+    return " ".join(
+        [tile, f"w{numbers['num_warps']}", f"s{numbers['num_stages']}", *map(str.lower, how)]
+    )
 
 
 def products_of(shape: Shape, precision: str) -> dict[Product, int]:
@@ -88,11 +75,27 @@ def products_of(shape: Shape, precision: str) -> dict[Product, int]:
     return dict(sorted(found.items(), key=lambda item: -item[0].flops * item[1]))
 
 
-def candidates(product: Product, device: torch.device) -> list[dict[str, int]]:
-    """Launch numbers to try, the table's first."""
-    row = dict(launch_numbers(MATMUL[product.kind], device))
-    tiles = INTERPRETED if interpreted() else TILES.get(product.kind.removesuffix("_t"), ())
-    tried = [row, *({**row, **numbers_of(tile)} for tile in tiles)]
+def table_numbers(product: Product, device: torch.device) -> Mapping[str, int]:
+    """The launch numbers that `matmul` would choose."""
+    kind, k = product.kind(device), product.size[2]
+    arch = arch_key(device)
+    return product_numbers(kind, product.rows, product.cols, k, arch, multiprocessors(device))
+
+
+def candidates(product: Product, device: torch.device) -> list[Mapping[str, int]]:
+    """Launch numbers to try, those that `matmul` would choose first."""
+    kind, arch, chosen = product.kind(device), arch_key(device), table_numbers(product, device)
+    tables = [TILES[kind]]
+    schedules: list[dict[str, int]] = [{}]
+    if kind.endswith("_persistent"):
+        tables.append(TILES[kind.removesuffix("_persistent")])
+        schedules = [{"PERSISTENT": 1, "CUT": 0}, {"PERSISTENT": 1, "CUT": 1}]
+    tried = [chosen]
+    for table in tables:
+        tiles = INTERPRETED if interpreted() else table.get(arch) or table["default"]
+        tried += [{**chosen, **tile.numbers, **own} for tile in tiles for own in schedules]
+        # the other kernel, which computes the same
+        schedules = [{"PERSISTENT": 0, "CUT": 0}]
     return list({name_of(numbers): numbers for numbers in tried}.values())
 
 
@@ -112,7 +115,7 @@ def launches_of(wanted: Sequence[Product], target: str) -> list[Launch]:
 def time_product(product: Product, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """A record for each tile."""
     call, records = product.on(device), []
-    table = name_of(launch_numbers(MATMUL[product.kind], device))
+    table = name_of(table_numbers(product, device))
     m, n, k = product.size
     for numbers in candidates(product, device):
         name = name_of(numbers)
@@ -123,6 +126,10 @@ def time_product(product: Product, device: torch.device, seconds: float) -> list
             "n": n,
             "k": k,
             "table": name == table,
+            "kind": product.kind(device),
+            "rows": product.rows,
+            "cols": product.cols,
+            "numbers": dict(numbers),
         }
         try:
             one = partial(call, numbers)
@@ -141,6 +148,29 @@ def time_product(product: Product, device: torch.device, seconds: float) -> list
             continue
         records.append(record | {"seconds": taken, "tflops": product.flops / taken / 1e12})
     return records
+
+
+def measured_rows(
+    records: Sequence[dict[str, Any]], device: torch.device, run: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The fastest launch numbers of each product, as `tiles.MEASURED` stores them."""
+    of_gpu = {
+        "arch": arch_key(device),
+        "multiprocessors": multiprocessors(device),
+        "gpu": run["device"],
+        "date": run["date"],
+    }
+    told = ("kind", "rows", "cols", "k", "numbers", "seconds")
+    return [
+        {**{name: best[name] for name in told}, **of_gpu} for best in gpu_sections.best_of(records)
+    ]
+
+
+def write_tiles(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Puts rows of measured tiles into a file that may hold others."""
+    known = read_measured(path) if path.exists() else []
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in merged(known, rows))
+    write_atomic(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
@@ -187,6 +217,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="compilers (default: %(default)s)"
     )
+    parser.add_argument(
+        "--write-tiles", type=Path, nargs="?", const=MEASURED, metavar="FILE",
+        help="put the fastest of each product where products look first (default: %(const)s)",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -227,6 +261,8 @@ def main(argv: Sequence[str]) -> int:
             for record in time_product(product, device, options.seconds):
                 journal.record({"case": shape, "ours": True, "count": count, **record})
     console, records = wide_console(), journal.records()
+    if options.write_tiles:
+        write_tiles(options.write_tiles, measured_rows(records, device, run))
     console.print(table_of(records))
     console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
     return print_faults(gpu_sections.untimed(records), console)

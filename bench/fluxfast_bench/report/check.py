@@ -178,9 +178,11 @@ def vram_verdicts(
 
 
 def counts_verdicts(
-    counted: dict[str, list[dict[str, Any]]], wanted: dict[str, float]
+    counted: dict[str, list[dict[str, Any]]], wanted: dict[str, Any]
 ) -> Iterator[Verdict]:
-    """The worst step of ours in bytes and in launches, and kernels that spill."""
+    """The worst step of ours in bytes and in launches, the steps that have limits of their own, and
+    kernels that spill.
+    """
     ours = [record for record in counted.get("counts", []) if record["ours"]]
     for key, target in targets.COUNT_RATIOS.items():
         name, limit = (
@@ -199,6 +201,18 @@ def counts_verdicts(
             f"{worst[key]:.4g}",
             verdict,
         )
+    for step in wanted.get("steps", []):
+        place = f"{COUNTED}, {step['case']}, {step['contestant']}"
+        record = next(
+            (r for r in ours if all(r[key] == step[key] for key in ("case", "contestant"))), None
+        )
+        for key, said in (("launches", "launches"), ("memory_ratio", "bytes, of eager's")):
+            limit = f"at most {step[key]:,}"
+            if record is None:
+                yield Verdict(said, place, limit, "", UNMEASURED)
+                continue
+            verdict = MET if record[key] <= step[key] else MISSED
+            yield Verdict(said, place, limit, f"{record[key]:,}", verdict)
     variants = counted.get("aot", [])
     bad = sum(variant.get("spills") != 0 for variant in variants)
     verdict = UNMEASURED if not variants else MET if bad == 0 else MISSED

@@ -1,4 +1,5 @@
-"""The tables of what is the same on every device: `counts`, `vram`, `formats`, `convergence`.
+"""The tables of what is the same on every device: `counts`, `vram`, `formats`, `convergence`,
+`predict`.
 
 Each is made from the file of that name under bench/results, which the command of that name writes.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast_bench.report.markdown import made_by, markdown_table
+from fluxfast_bench.report.predicted import predictions
 
 Rows = list[list[str]]
 
@@ -120,6 +122,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "vram": vram,
     "formats": formats,
     "convergence": convergence,
+    "predict": predictions,
 }
 
 

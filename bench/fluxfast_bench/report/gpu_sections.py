@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fluxfast_bench.report.markdown import markdown_table
+from fluxfast_bench.report.predicted import comparison_section
 from fluxfast_bench.report.results import Result
 
 # the most lines of a step's kernels
@@ -136,4 +137,5 @@ SECTIONS: dict[str, Callable[[Sequence[Result]], str]] = {
     "ceilings": ceilings_section,
     "sweep": sweep_section,
     "profile": profile_section,
+    "predictions": comparison_section,
 }

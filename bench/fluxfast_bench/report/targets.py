@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ TABLES = ("devices", "ratio", "floor", "vram", "startup", "counts")
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=Path, default=TARGETS, help="default: %(default)s")
+
+
+def count_limits(counts: dict[str, Any], record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(what of a record of `counts` has a limit, the limit); counts: the table [counts].
+
+    All steps of ours have the same limits, and some have narrower ones of their own.
+    """
+    if record["ours"]:
+        yield from ((key, counts[name]) for key, name in COUNT_RATIOS.items())
+    for step in counts.get("steps", []):
+        if all(step[key] == record[key] for key in ("case", "contestant")):
+            yield from ((key, step[key]) for key in ("launches", "memory_ratio"))
 
 
 def vram_limit(

@@ -76,7 +76,9 @@ class Contestant:
 
     Of ours: streamed, whether blocks stream; graphs, whether a step is replayed; looks_ahead,
     whether modulation may be computed ahead; engine, of wide float products
-    (`fluxfast_kernels.launch.WIDE_ENGINES`), None: the table's.
+    (`fluxfast_kernels.launch.WIDE_ENGINES`), None: the table's; transposes, whether stored codes
+    have a transposed copy where the GPU's dgrad reads one; dropout, of the adapters, where nobody
+    compares results.
     """
 
     name: str
@@ -97,6 +99,8 @@ class Contestant:
     graphs: bool = False
     looks_ahead: bool = True
     engine: str | None = None
+    transposes: bool = True
+    dropout: float = 0.0
 
     @property
     def quantised(self) -> bool:

@@ -2,8 +2,8 @@
 
 No GPU is needed: FLUX.1's 57 blocks, narrow and with few tokens, run on CPU tensors, and our
 kernels' launches return at once. What is left is our own Python and torch's small operations. A
-step can't be faster than that, unless its launches are replayed as CUDA graphs. Triton's own part
-of a launch, some 10 µs or more, comes on top. diffusers + PEFT is beside it for scale: its
+step can't be faster than that, unless its launches are replayed as CUDA graphs. What Triton's
+launcher and the driver take for a launch comes on top. diffusers + PEFT is beside it for scale: its
 operations really run, on tensors of next to nothing.
 """
 
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,23 @@ from fluxfast_bench.step.contestants import Setup
 from fluxfast_bench.step.runner import Runner
 from fluxfast_bench.step.worker import CONTESTANTS
 
-DEFAULT = ("diffusers", "fluxfast", "fluxfast-int8+int8", "fluxfast-nf4+int8")
+DROPOUT = replace(CONTESTANTS["fluxfast-int8+int8"], name="fluxfast-int8+int8+dropout", dropout=0.1)
+HOSTS = CONTESTANTS | {DROPOUT.name: DROPOUT}
+DEFAULT = (
+    "diffusers",
+    "fluxfast",
+    "fluxfast-int8+int8",
+    "fluxfast-nf4+int8",
+    "fluxfast-int8+int8+streamed",
+    DROPOUT.name,
+)
 # FLUX.1's blocks with two heads
 NARROW = {"attention_head_dim": 64, "num_attention_heads": 2, "axes_dims_rope": (8, 28, 28)}
 SIDE, TXT, RANK = 2, 4, 16
-WARM_STEPS, STEPS = 2, 15
+# of a record, what is counted
+COUNTED = ("launches", "us_a_launch")
+# launch plans take over from the third step on
+WARM_STEPS, STEPS = 3, 15
 
 
 def no_launch(kernel: Any, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> None:
@@ -47,8 +60,8 @@ def launches_nothing() -> AbstractContextManager[None]:
 
 
 def measure(name: str, recompute: str) -> dict[str, Any]:
-    """Seconds of a forward and of a backward, the median of several."""
-    contestant = CONTESTANTS[name]
+    """Seconds of a forward and of a backward, the median of several, and how much they launch."""
+    contestant = HOSTS[name]
     shape = Shape("flux, two heads", "flux", SIDE, TXT, 1).with_model(**NARROW)
     # as on a GPU: a thread has the modulation ready
     runner = Runner(
@@ -66,6 +79,7 @@ def measure(name: str, recompute: str) -> dict[str, Any]:
                 backwards.append(time.perf_counter() - halfway)
             runner.optimizer.zero_grad(set_to_none=True)
     forward, backward = statistics.median(forwards), statistics.median(backwards)
+    launches = count_launches(runner) if contestant.ours else None
     return {
         "case": "57 blocks",
         "contestant": f"{name}:{recompute}",
@@ -73,7 +87,18 @@ def measure(name: str, recompute: str) -> dict[str, Any]:
         "forward_seconds": round(forward, 5),
         "backward_seconds": round(backward, 5),
         "seconds": round(forward + backward, 5),
+        "launches": launches,
+        "us_a_launch": launches and round(1e6 * (forward + backward) / launches, 2),
     }
+
+
+def count_launches(runner: Runner) -> int:
+    """How many of our kernels a step launches; torch's own are not among them."""
+    launched: list[Any] = []
+    with pretend("sm_90", lambda kernel, args, numbers: launched.append(kernel)):
+        runner.backward(runner.loss())
+    runner.optimizer.zero_grad(set_to_none=True)
+    return len(launched)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=results.ROOT, help="default: %(default)s")
     options = parser.parse_args(argv)
     try:
-        names = chosen("--contestants", options.contestants, list(CONTESTANTS), DEFAULT)
+        names = chosen("--contestants", options.contestants, list(HOSTS), DEFAULT)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -98,13 +123,20 @@ def main(argv: Sequence[str]) -> int:
         journal.record(measure(name, options.recompute))
     records = journal.records()
     table = Table(
-        "contestant", "forward", "backward", "a step, ms", title="time of the host, one thread"
+        "contestant",
+        "forward",
+        "backward",
+        "a step, ms",
+        "launches",
+        "µs a launch",
+        title="time of the host, one thread",
     )
     for column in table.columns[1:]:
         column.justify = "right"
     for record in records:
         times = (record[key] for key in ("forward_seconds", "backward_seconds", "seconds"))
-        table.add_row(record["contestant"], *(f"{1000 * seconds:.1f}" for seconds in times))
+        counted = ("" if record[key] is None else str(record[key]) for key in COUNTED)
+        table.add_row(record["contestant"], *(f"{1000 * t:.1f}" for t in times), *counted)
     wide_console().print(table)
     print(journal.finish())
     return 0

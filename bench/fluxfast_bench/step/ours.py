@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from fluxfast.memory.stream import stream_blocks
+from fluxfast.memory.stream import DEFAULT_SLOTS, stream_blocks
 from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.ops.linear.products_triton import reads_transposed
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
 from fluxfast_bench.counted.floor import Route
@@ -22,8 +23,10 @@ MODES = {
     "tread": "TREAD 0.5",
     "streamed": "streamed",
     "library": "library's wide products",
+    "fused": "our own kernel's wide products",
     "device-modulation": "modulation on the device",
     "graphs": "CUDA graphs",
+    "one-order": "codes in one order",
 }
 # against weights as they are stored, so what is left is rounding: of activations, and of weights to
 # 8 bits
@@ -38,15 +41,19 @@ def ready(
     ahead: bool,
     streamed: bool = False,
     graphs: bool = False,
+    transposed_codes: bool = False,
 ) -> None:
     """Makes a frozen transformer with its adapters what a run's trainer has at its first step.
 
     It may be on meta tensors. compute: as a contestant has it. ahead: modulation is computed ahead.
+    transposed_codes: as in `Choices`.
     """
     choices = Choices(
         (recompute,) * len(model.blocks),
+        slots=DEFAULT_SLOTS if streamed else 0,
         modulation_ahead=ahead,
         compute="same" if compute == "float" else compute,
+        transposed_codes=transposed_codes,
     )
     make_ready(model, choices)
     if streamed:
@@ -58,6 +65,8 @@ def ready(
 
 def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
     """storage: "bf16" or a format. modes: of MODES."""
+    # as a run has them, on a GPU with room
+    transposes = "one-order" not in modes
 
     def quantize(module: nn.Module) -> None:
         if storage != "bf16":
@@ -74,6 +83,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
             ahead=ahead,
             streamed=streamed,
             graphs=graphs,
+            transposed_codes=transposes and not streamed and reads_transposed(setup.device),
         )
 
     products = [] if compute == "float" else [compute]
@@ -98,12 +108,14 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
         error=ERRORS[compute],
         exact=True,
         ours=True,
-        cpu=not {"streamed", "graphs", "library", "device-modulation"} & {*modes},
+        cpu=not {"streamed", "graphs", "library", "fused", "device-modulation", "one-order"}
+        & {*modes},
         route=TREAD if "tread" in modes else None,
         streamed="streamed" in modes,
         graphs="graphs" in modes,
         looks_ahead="device-modulation" not in modes,
-        engine="library" if "library" in modes else None,
+        engine=next((name for name in ("library", "fused") if name in modes), None),
+        transposes=transposes,
     )
 
 
@@ -120,9 +132,15 @@ CONTESTANTS = [
         for precision in PRECISIONS
         for graphs in ((), ("graphs",))
     ),
-    *(_contestant("bf16", "float", "library", *graphs) for graphs in ((), ("graphs",))),
+    *(
+        _contestant("bf16", "float", engine, *graphs)
+        for engine in ("library", "fused")
+        for graphs in ((), ("graphs",))
+    ),
     _contestant("int8", "int8", "device-modulation"),
     _contestant("int8", "int8", "device-modulation", "graphs"),
+    _contestant("int8", "int8", "one-order"),
+    _contestant("int8", "int8", "graphs", "one-order"),
     _contestant("bf16", "float", "streamed"),
     _contestant("int8", "int8", "streamed"),
     _contestant("int4", "int8", "streamed"),

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.adapters.lora import add_lora
+from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.graphs import STEPS_RUN_FIRST
 from fluxfast.model.modulation import Conditions
 from fluxfast.model.pinned import pin, send
 from fluxfast.quant.linear import QuantLinear
+from fluxfast.train.optim import clip_gradients
 from fluxfast_bench.shapes import Shape, model_inputs
 from fluxfast_bench.step.contestants import REFERENCE, TARGETS, Contestant, Setup, build
 
@@ -122,11 +124,18 @@ class Runner:
         torch.manual_seed(0)
         self.contestant, self.setup = contestant, setup
         self.model: Any = build(contestant, setup.shapes[0].config, setup.device, setup.dtype)
-        self.parameters = add_lora(self.model, targets=TARGETS, rank=setup.rank, dtype=setup.dtype)
+        self.parameters = add_lora(
+            self.model,
+            targets=TARGETS,
+            rank=setup.rank,
+            dropout=contestant.dropout,
+            dtype=setup.dtype,
+        )
         with engine_of(contestant):
             contestant.get_ready(self.model, setup)
         if contestant.route is not None:
             self.model.set_routes([contestant.route.as_config()])
+        self.gradients = FlatGradients(self.model) if contestant.ours else None
         self.optimizer = make_optimizer(setup.optimizer, self.parameters)
         ahead = getattr(self.model, "modulation", None) is not None
         self._batches = {shape.name: Batches(shape, setup, ahead) for shape in setup.shapes}
@@ -160,12 +169,18 @@ class Runner:
     def backward(self, loss: Tensor) -> None:
         with engine_of(self.contestant):
             loss.backward()
+        if self.gradients is not None:
+            self.gradients.take()
+            self.gradients.hand_over()
 
     def step(self) -> Tensor:
         """Forward, backward, clip, update, zero; returns the loss without waiting for it."""
         loss = self.loss()
         self.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        if self.gradients is None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        else:
+            clip_gradients(self.gradients.buffers, "norm", MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()

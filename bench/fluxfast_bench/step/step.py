@@ -60,7 +60,7 @@ GPU_DEFAULT = (
         "fluxfast+int8+graphs",
         "fluxfast-int4+int8+graphs",
         "fluxfast-int4+int8+streamed",
-        "fluxfast+library+graphs",
+        "fluxfast+fused+graphs",
     ),
     *("fluxfast-fp8_e4m3+e4m3+graphs", "torchao-fp8", "torchao-int8", "quanto-int4", "quanto-int2"),
 )

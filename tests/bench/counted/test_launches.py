@@ -33,7 +33,7 @@ for format, compute in ((None, "same"), ("int8", "int8"), ("nf4", "int8")):
                                                            compute=compute),
                                             inputs_of(s))) for s in (shape, shape.shallow())]
     same[str(format)] = [len(of[0]), set(of[0]) == set(of[1]),
-    sum(of[0].values()) > 20 * sum(of[1].values())]
+    sum(of[0].values()) > 10 * sum(of[1].values())]
 
 meta = torch.empty(1, 64, 12288, dtype=torch.bfloat16, device="meta")
 (launch,) = recorded(lambda: gelu.gelu_fwd(meta, out="int8"))
@@ -68,7 +68,8 @@ def recorded(tmp_path_factory):
 
 def test_a_shallow_model_launches_what_a_deep_one_does(recorded):
     for count, same, deep in recorded["same"].values():
-        assert 30 < count < 60 and same and deep
+        # many kernels come twice, for a double block's two parts and for one part
+        assert 30 < count < 70 and same and deep
 
 
 def test_what_is_compiled_ahead_is_what_the_jit_asks_for(recorded):

@@ -27,17 +27,31 @@ def test_the_plan_agrees(few_blocks, base, streamed, recompute, side):
     assert predict(preset) == pytest.approx(measure(preset), rel=vram.TOLERANCE)
 
 
+@pytest.mark.parametrize("base", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("recompute", vram.RECOMPUTE)
+def test_the_plan_agrees_on_transposed_codes(few_blocks, base, recompute):
+    without, kept = (Preset(base, "few-32", False, recompute, each) for each in (False, True))
+    assert predict(kept) == pytest.approx(measure(kept), rel=vram.TOLERANCE)
+    # one double and two single blocks' linears, a byte a weight
+    codes = 24 * 3072**2 + 2 * 24 * 3072**2 // 2
+    grown = measure(kept) - measure(without)
+    # a copy that is made in a step and dropped takes at most that of a double block's two groups of
+    # 4 · 3072² each, which are made together
+    assert codes - 8 * 3072**2 <= grown <= codes
+
+
 def test_streaming_keeps_a_ring_of_blocks(few_blocks):
     resident, streamed = (measure(Preset("bf16", "few-32", s, "full")) for s in (False, True))
     # of one double and two single blocks, two slots of a double block's size
     # (modulation is in host memory either way), and of three blocks' inputs
+    # all but one, which is back on the device at the peak
     double, single = (
         (339_831_296 - 113_283_072 - 36_864) * 2,
         (141_591_808 - 28_311_552 - 9_216) * 2,
     )
     kept = 1536 * 3072 * 2
     assert resident - streamed == pytest.approx(
-        double + 2 * single - 2 * double + kept, abs=1.1 * kept
+        double + 2 * single - 2 * double + 2 * kept, abs=0.5 * kept
     )
 
 
@@ -45,9 +59,7 @@ def test_every_combination_is_a_preset():
     made = presets(vram.BASES, vram.DEFAULT_SHAPES)
     assert len(made) == len(set(made)) == 6 * 2 * 2 * 3
     wanted = targets.read(targets.TARGETS)
-    limits = {
-        p: limit for p in made if (limit := targets.vram_limit(wanted, **vars(p))) is not None
-    }
+    limits = {p: limit for p in made if (limit := vram.limit_of(p, wanted)) is not None}
     assert len(limits) == 5 * 2 * 2 and all(p.recompute == "full" for p in limits)
     assert limits[Preset("int4", "1024px-b1", True, "full")] == 2.8
     assert targets.vram_limit(wanted, "int4", "1024px-b2", streamed=True, recompute="full") is None

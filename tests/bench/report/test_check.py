@@ -30,7 +30,8 @@ EAGER = "bf16, checkpointed, against diffusers + PEFT eager"
 def test_nothing_measured_is_not_passed(tmp_path, wanted, capsys):
     verdicts = check.verdicts_of([], wanted)
     assert {v.verdict for v in verdicts} == {check.UNMEASURED}
-    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 3 + 2
+    steps = 2 * len(wanted["counts"]["steps"])
+    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 3 + steps + 2
     assert (
         main(
             ["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]
@@ -251,11 +252,12 @@ def test_a_ratio_to_another_of_ours_is_no_regression(tmp_path):
 
 def counted_figures():
     step = {
-        "case": "512px-b1",
+        "case": "1024px-b1",
         "contestant": "fluxfast, int8",
         "ours": True,
-        "memory_ratio": 0.27,
-        "launch_ratio": 0.2485,
+        "launches": 2590,
+        "memory_ratio": 0.17,
+        "launch_ratio": 0.17,
     }
     preset = {
         "base": "int4",
@@ -271,12 +273,23 @@ def counted_figures():
     }
 
 
+# limits of one step alone
+INT8_STEP = {
+    "case": "1024px-b1",
+    "contestant": "fluxfast, int8",
+    "launches": 2600,
+    "memory_ratio": 0.18,
+}
+
+
 @pytest.mark.parametrize(
     ("table", "key", "value", "name"),
     [
         ("vram", "int4", {"resident-512": 5.6}, "peak VRAM, int4, resident"),
-        ("counts", "launches", 0.24, "launches of a step, of eager diffusers + PEFT's"),
-        ("counts", "bytes", 0.26, "bytes of a step, of eager diffusers + PEFT's"),
+        ("counts", "launches", 0.16, "launches of a step, of eager diffusers + PEFT's"),
+        ("counts", "bytes", 0.16, "bytes of a step, of eager diffusers + PEFT's"),
+        ("counts", "steps", [INT8_STEP | {"launches": 2589}], "launches"),
+        ("counts", "steps", [INT8_STEP | {"memory_ratio": 0.16}], "bytes, of eager's"),
     ],
 )
 def test_a_counted_target_tightened_turns_red(wanted, table, key, value, name):

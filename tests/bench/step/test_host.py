@@ -16,9 +16,10 @@ def counted_launches():
     shape = Shape("narrow", "flux", host.SIDE, host.TXT, 1).with_model(**host.NARROW)
     model = fluxfast_model(shape, adapters=torch.bfloat16, format="int8", compute="int8")
     launches = []
-    with as_on_gpu(lambda kernel, args, numbers: launches.append(kernel)):
+    with as_on_gpu(lambda kernel, args, numbers: launches.append(kernel.__name__)):
         forward_backward(model, inputs_of(shape))
-    return len(launches)
+    # on a CPU blocks compute in fp32, for which dS and dB are two launches
+    return len(launches) + launches.count("lora_grads_kernel")
 
 
 @pytest.mark.parametrize("name", ["diffusers", "fluxfast-int8+int8"])
