@@ -141,17 +141,15 @@ def products_of_parts(
 
     The first `rows` rows of x and dy are the text's. What is found has the part in its name.
     """
-    first, second = (
-        LinearPair(
-            *(
-                LinearGroup(linears, x.dtype, impl="triton", dgrad=dgrad, **options)
-                for linears in (txt, img)
-            ),
-            Parts(rows, 1),
+
+    def pair(dgrad: bool) -> LinearPair:
+        of_parts = (
+            LinearGroup(linears, x.dtype, impl="triton", dgrad=dgrad, **options)
+            for linears in (txt, img)
         )
-        for dgrad in (False, True)
-    )
-    y, _, dx, grads = _both_ways(first, second, x, dy, room)
+        return LinearPair(next(of_parts), next(of_parts), Parts(rows, 1))
+
+    y, _, dx, grads = _both_ways(pair(False), pair(True), x, dy, room)
     found: Named = {}
     for part, of_part, own in zip(PARTS, (slice(rows), slice(rows, None)), grads, strict=True):
         named = {"y": y[of_part], "dx": dx[of_part]} | _named_grads(own)
