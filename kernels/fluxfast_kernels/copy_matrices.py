@@ -130,10 +130,11 @@ def copy_matrices(jobs: Sequence[Job]) -> None:
         return numbered[id(t)]
 
     forms = []
-    for source, out, *place, stride in jobs:
+    for source, out, offset, rows, cols, stride in jobs:
         from_float32 = source is not None and source.dtype == torch.float32 != out.dtype
         of_source = (-1, 0) if source is None else (number(source), source.stride(0))
-        forms.append(_Form(of_source[0], number(out), *place, of_source[1], stride, from_float32))
+        place = (number(out), offset, rows, cols)
+        forms.append(_Form(of_source[0], *place, of_source[1], stride, from_float32))
     numbers = launch_numbers(OPTIM_LAUNCH, first.device)
     tables = _tables(tuple(forms), first.itemsize, numbers["BLOCK"], first.device)
     launch(

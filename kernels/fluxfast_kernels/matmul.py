@@ -352,11 +352,11 @@ def _launch(
         x.stride(0), stride_w, y.stride(0), 0 if u is None else u.stride(0), stride_v,
     )  # fmt: skip
     # in fp32, products are made in registers, which have no room for several ranks at once
-    several = segments is not None and y.itemsize <= 2
+    unit = 1 if segments is None or y.itemsize > 2 else segments.rank_unit
     constants = {
         "DOT_TYPE": product_type(x, w, y.dtype), "LORA_TYPE": dot_type(y.dtype),
         "V_K_MAJOR": v_k_major, "ACCUMULATE": accumulate, "BLOCK_R": rank_block(rank, 32),
-        "RANK_UNIT": segments.rank_unit if several else 1,
+        "RANK_UNIT": unit,
     }  # fmt: skip
     if chosen.persistent:
         launch_persistent(operands, chosen, constants)
@@ -386,7 +386,7 @@ def aot_cases() -> Iterator[AotCase]:
         k, wide = (d, n) if forward else (n, d)
         w = meta(k, wide, dtype=dtype).T if order == "t" else meta(wide, k, dtype=dtype)
         codes = dtype.itemsize == 1
-        own = {
+        own: dict[str, Any] = {
             "w_scale": meta(wide) if forward and codes else None,
             "bias": bf16(wide) if forward else None,
             "v": bf16(wide, rank) if forward else bf16(3 * rank, wide).T,
