@@ -124,10 +124,9 @@ def init_from_base(
         factors = _from_weight(weight, layer, adapter_name, settings)
         _begin(layer, adapter_name, Start(factors, factors))
         _take_from_base(layer, adapter_name, factors, weight)
-    for name, original in _originals(settings.originals, quantised):
-        layer = layers[name]
-        scale = layer.scaling[adapter_name]
-        before = original.double() - _decoded(layer, original)
+    for name, stored in _originals(settings.originals, quantised):
+        layer, original = layers[name], stored.double()
+        before = original - _decoded(layer, original)
         if settings.init == "loftq":
             start = _corrected(original, layer, adapter_name, before, settings)
         else:
@@ -135,8 +134,9 @@ def init_from_base(
             _take_from_base(layer, adapter_name, factors, original)
             start = Start(factors, factors)
         _begin(layer, adapter_name, start)
-        after = original.double() - _decoded(layer, original)
-        errors.add(name, original, before, after - start.initial.product(scale, after))
+        after = original - _decoded(layer, original)
+        after -= start.initial.product(layer.scaling[adapter_name], after)
+        errors.add(name, original, before, after)
     return errors if quantised else None
 
 
@@ -149,7 +149,7 @@ def _corrected(
     for _ in range(settings.loftq_iterations - 1):
         taken = factors
         _take_from_base(layer, adapter_name, taken, original)
-        error = original.double() - _decoded(layer, original)
+        error = original - _decoded(layer, original)
         factors = of_error(error, rank, scale).to(settings.dtype)
     return Start(factors, taken)
 

@@ -29,9 +29,9 @@ SCALE = ALPHA / RANK
 INITS = [("loftq", 1), ("loftq", 3), ("pissa", 1), ("pissa_niter_8", 1), ("olora", 1)]
 
 
-def quantised(format):
-    """The tiny transformer in a format, and the weights that it had before."""
-    model = tiny_transformer()
+def quantised(format, dtype=torch.float32):
+    """The tiny transformer in a format, and the weights that it had before, of that dtype."""
+    model = tiny_transformer(dtype)
     weights = {
         name: module.weight.detach().clone()
         for name, module in model.named_modules()
@@ -179,9 +179,10 @@ def test_a_resumed_adapter_has_its_base_again(init, iterations, format, dora):
             load_adapter_state(third, saved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("init", "iterations"), INITS)
-def test_the_error_before_and_after_is_said(init, iterations):
-    model, originals, weights = quantised("int2")
+def test_the_error_before_and_after_is_said(init, iterations, dtype):
+    model, originals, weights = quantised("int2", dtype)
     before = {name: base_of.double() for name, base_of in decoded_weights(model).items()}
     settings = AdapterSettings(
         tuple(TARGETS), RANK, ALPHA, init=init, loftq_iterations=iterations, originals=originals
