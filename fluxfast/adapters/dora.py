@@ -29,8 +29,11 @@ def start_magnitude(layer: Any, adapter_name: str, dtype: torch.dtype) -> None:
     PEFT does so when it makes the adapter. That is too early where the factors change after it, and
     while a quantised weight has a shape but no values (`quant.linear.shapes_only`).
     """
-    if (magnitude := magnitude_of(layer, adapter_name)) is not None:
-        magnitude.data = row_norms(layer, adapter_name).to(dtype)
+    if (magnitude := magnitude_of(layer, adapter_name)) is None:
+        return
+    # a plan's model has no values, and formats decode none
+    norms = magnitude.detach() if magnitude.is_meta else row_norms(layer, adapter_name)
+    magnitude.data = norms.to(dtype)
 
 
 def row_norms(layer: Any, adapter_name: str) -> Tensor:

@@ -150,11 +150,15 @@ def test_dora_may_not_come_or_go_within_a_run(run, write_config):
     only(error.value.problems, "use_dora false, this run has true")
 
 
-def test_a_plan_counts_dora(monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision", ["no_change", "nf4-bnb"])
+def test_a_plan_counts_dora(monkeypatch, tmp_path, precision):
     monkeypatch.chdir(tmp_path)
     counted = []
     for dora in (False, True):
-        config = load(use_dora=dora, flux_lora_target="all+ffs", lora_dropout=0.0)
+        config = load(
+            use_dora=dora, flux_lora_target="all+ffs", lora_dropout=0.0,
+            base_model_precision=precision,
+        )  # fmt: skip
         workload = workload_of(config, BatchShape((512, 512), 1, ""))
         counted.append(workload.adapters)
         facts = facts_of(config, workload, None)
