@@ -62,6 +62,8 @@ class AdapterFile:
         targets: the modules, in the file's order.
         decides: values by module, for each option of the config that the file decides
             (`lora_rank`, `lora_alpha`), beside the targets.
+        algos: the algorithm of each module where a kind has several, by LyCORIS's names (`lokr`,
+            `loha`, …); a module that is not listed is of the kind's own.
         notes: lines for the user: what was left out, and why.
     """
 
@@ -69,6 +71,7 @@ class AdapterFile:
     state: dict[str, Tensor]
     targets: list[str]
     decides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    algos: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
