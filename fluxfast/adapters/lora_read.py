@@ -11,13 +11,15 @@ from torch import Tensor
 
 from fluxfast.adapters.adapter_read import read_adapter
 from fluxfast.adapters.algorithms import ALGORITHMS
+from fluxfast.adapters.dora import MAGNITUDE
 from fluxfast.adapters.kind import AdapterFile, listed
 
 
 class LoraFile(AdapterFile):
     """A LoRA as it was read: a module's share is alpha / rank · B A.
 
-    The state has `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank].
+    The state has `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], and
+    of DoRA `<module>.lora_magnitude_vector` [out].
     """
 
     @classmethod
@@ -32,7 +34,12 @@ class LoraFile(AdapterFile):
         notes: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
     ) -> LoraFile:
-        decides: dict[str, dict[str, Any]] = {"lora_rank": ranks, "lora_alpha": alphas}
+        is_dora = any(name.endswith(f".{MAGNITUDE}") for name in state)
+        decides: dict[str, dict[str, Any]] = {
+            "lora_rank": ranks,
+            "lora_alpha": alphas,
+            "use_dora": dict.fromkeys(ranks, is_dora),
+        }
         return cls(
             path, state, list(ranks), decides, metadata=metadata or {}, notes=notes, dtype=dtype
         )
@@ -47,6 +54,11 @@ class LoraFile(AdapterFile):
     def alphas(self) -> dict[str, float]:
         """The alpha of each module."""
         return self.decides["lora_alpha"]
+
+    @property
+    def dora(self) -> bool:
+        """Whether it is DoRA, and has a magnitude for each of its modules."""
+        return self.common("use_dora")
 
     @property
     def rank(self) -> int:

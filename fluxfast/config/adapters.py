@@ -1,4 +1,4 @@
-"""The adapter kinds, by SimpleTuner's words for them: the values of the option `lora_type`.
+"""The adapter kinds, by SimpleTuner's words for them.
 
 A new kind is a line here, with the "module:name" of its class, an `AdapterKind` of
 `fluxfast.adapters.kind`. The class is imported by `fluxfast.adapters.kinds`, not here.
@@ -6,9 +6,13 @@ A new kind is a line here, with the "module:name" of its class, an `AdapterKind`
 
 from typing import Literal, get_args
 
+# the values of the option `lora_type`
 LORA_TYPES = {
     "standard": "fluxfast.adapters.lora:LoraKind",
 }
+# what `use_dora` makes of "standard"
+DORA = "dora"
+ADAPTER_KINDS = {**LORA_TYPES, DORA: "fluxfast.adapters.lora:DoraKind"}
 
 # the option `lora_format`; `fluxfast.adapters.styles` says what each of these is
 LoraFormat = Literal["diffusers", "comfyui", "kohya", "lycoris"]
