@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fluxfast.adapters.algorithms import ALGORITHMS
 from fluxfast.adapters.find_lora import find_lora, opened
 from fluxfast.adapters.presets import find_targets
 from fluxfast.adapters.writing import PREFIX, write_adapter
@@ -64,6 +65,7 @@ class AdapterFile:
             (`lora_rank`, `lora_alpha`), beside the targets.
         algos: the algorithm of each module where a kind has several, by LyCORIS's names (`lokr`,
             `loha`, …); a module that is not listed is of the kind's own.
+        dtype: the widest type among the tensors of the file.
         notes: lines for the user: what was left out, and why.
     """
 
@@ -74,6 +76,18 @@ class AdapterFile:
     algos: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By module, its tensors by the names of `algorithms`."""
+        return {
+            module: {
+                part: self.state[name]
+                for part in ALGORITHMS[self.algos.get(module, "lora")].axes
+                if (name := f"{module}.{part}") in self.state
+            }
+            for module in self.targets
+        }
 
     def common(self, option: str) -> Any:
         """The value that most modules have of an option that the file decides."""
