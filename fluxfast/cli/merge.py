@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     # torch and diffusers take seconds to import; `--help` doesn't need them
     import torch
 
-    from fluxfast.adapters.kinds import KINDS
+    from fluxfast.adapters.adapter_read import read_adapter
     from fluxfast.adapters.merge import MERGED, Merge, record
     from fluxfast.model.transformer import FluxTransformer
     from fluxfast.train.base_model import quantizing_device
 
     start = time.perf_counter()
-    adapter = KINDS["standard"].read_file(arguments.adapter)
+    adapter = read_adapter(arguments.adapter)
     checkpoint = open_source(arguments.base, arguments)
     file, folder = target_file(arguments.target)
     check_free(file, folder, [*checkpoint.files.files, adapter.path], arguments.overwrite)
