@@ -79,7 +79,7 @@ class Checkpoint:
         elsewhere. on_host: full names of modules whose tensors stay in host memory.
         Raises CheckpointError if the files do not hold this model.
         """
-        model = self._empty(cls)
+        model = self.empty(cls)
         sources = self._prepare(model, dtype)
         if (info := self.quantized) is not None:
             if format not in (None, info.format):
@@ -115,7 +115,7 @@ class Checkpoint:
         `load` begins with the same comparison. Raises CheckpointError naming what is missing,
         unexpected, of another shape or of a dtype that can't be loaded.
         """
-        self._prepare(self._empty(cls), torch.bfloat16)
+        self._prepare(self.empty(cls), torch.bfloat16)
 
     def quantize(
         self,
@@ -137,7 +137,7 @@ class Checkpoint:
         self._check_target(path)
         _check_foreign(path)
         # taken before the weights are read: if the source changes meanwhile, the result is stale
-        metadata = quantized.metadata(self.where, self.files.files, format, self._empty(cls).config)
+        metadata = quantized.metadata(self.where, self.files.files, format, self.empty(cls).config)
         return self._write(cls, path, format, f"quantising to {format.name}", metadata, quantize_on)
 
     def write_changed(
@@ -165,7 +165,7 @@ class Checkpoint:
         self._check_target(path)
         told = {"format": "pt"}
         if isinstance(storage, Format):
-            told = quantized.metadata(self.where, (), storage, self._empty(cls).config)
+            told = quantized.metadata(self.where, (), storage, self.empty(cls).config)
         return self._write(
             cls, path, storage, description, {**told, **metadata}, device, change=change
         )
@@ -200,7 +200,7 @@ class Checkpoint:
 
         Of a format, its quantization_config tells other programs that they can't read the weights.
         """
-        config = json.loads(self._empty(cls).to_json_string())
+        config = json.loads(self.empty(cls).to_json_string())
         if isinstance(storage, Format):
             config["quantization_config"] = {"quant_method": "fluxfast", "format": storage.name}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -210,7 +210,7 @@ class Checkpoint:
 
         Raises CheckpointError where `check` does.
         """
-        model = self._empty(cls)
+        model = self.empty(cls)
         shapes, linears = _shapes(model), empty_model.linears(model, KEPT)
         format = self.quantized.format if self.quantized else None
         sources = self._prepare(model, torch.bfloat16)
@@ -220,7 +220,11 @@ class Checkpoint:
         if any(path.resolve() == file.resolve() for file in self.files.files):
             raise CheckpointError(f"{path}: is the checkpoint itself; write to another file")
 
-    def _empty(self, cls: type[Model]) -> Model:
+    def empty(self, cls: type[Model]) -> Model:
+        """The model that the config describes, without memory.
+
+        Raises CheckpointError if there is no such model.
+        """
         try:
             with init_empty_weights():
                 return cls.from_config(dict(self.config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 CHECKPOINT_HELP = (
     "safetensors file (of any ending), folder of a transformer or a pipeline, or hub repository"
 )
+
+# the dtypes that tensors may be written in, by the words of the command line
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def add_source_options(parser: argparse.ArgumentParser, source: str) -> None:
@@ -104,6 +108,12 @@ def answer(run: Callable[[], int], target: object) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {target} is as it was before", file=sys.stderr)
         return 130
+
+
+def told_cost(start: float, device: object) -> str:
+    """A line on the time since `start` (`time.perf_counter`) and the memory that a command took."""
+    seconds = time.perf_counter() - start
+    return f"{seconds:.1f} s on {device}; peak memory {peak_rss() / 1e9:.2f} GB"
 
 
 def peak_rss() -> int:

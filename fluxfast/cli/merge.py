@@ -9,20 +9,18 @@ from pathlib import Path
 
 from fluxfast.cli.checkpoints import (
     CHECKPOINT_HELP,
+    DTYPES,
     add_device_option,
     add_overwrite_option,
     add_source_options,
     answer,
     check_free,
     open_source,
-    peak_rss,
     target_file,
+    told_cost,
     write_config,
 )
 from fluxfast.quant import FORMATS
-
-# the dtypes that weights may be written in, beside the storage formats
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(words: Sequence[str]) -> int:
@@ -107,5 +105,5 @@ def run(arguments: argparse.Namespace) -> int:
         write_config(folder, checkpoint.config_json(FluxTransformer, storage))
     print(f"{file}: {name}, {size:,} bytes")
     print(merge)
-    print(f"{time.perf_counter() - start:.1f} s on {device}; peak memory {peak_rss() / 1e9:.2f} GB")
+    print(told_cost(start, device))
     return 0
