@@ -96,9 +96,10 @@ class Target(NamedTuple):
 class Entry(NamedTuple):
     """The keys of one module of a file, by the names of `algorithms`.
 
-    `name` is the module as the file names it, without prefixes.
+    `name` is the module as the file names it, without `prefix`, the last of the prefixes before it.
     """
 
+    prefix: str
     name: str
     target: Target
     algorithm: str
@@ -141,11 +142,19 @@ def sort_keys(file: Path, shapes: Mapping[str, Sequence[int]]) -> SortedKeys:
             result.leftover += found.values()
             continue
         own = _own_parts(algorithm, found)
-        result.entries.append(Entry(_bare(stem), targets[stem], algorithm, own))
+        result.entries.append(Entry(*_split_prefix(stem), targets[stem], algorithm, own))
         result.leftover += [key for key in found.values() if key not in own.values()]
     if not result.entries:
         _refuse_without_entries(file, result)
     return result
+
+
+def row_shares(modules: Iterable[str]) -> list[int]:
+    """How many times its inputs each part of a fused linear has rows.
+
+    FLUX.1's q, k and v are square, its MLP is 4 times as wide as its input.
+    """
+    return [4 if module.endswith(".proj_mlp") else 1 for module in modules]
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -190,18 +199,19 @@ def _refuse_without_entries(file: Path, keys: SortedKeys) -> None:
     )
 
 
-def _bare(stem: str) -> str:
-    """A module's name without its prefixes, of which there may be several."""
+def _split_prefix(stem: str) -> tuple[str, str]:
+    """The last of the prefixes before a module's name, and the name without any of them."""
+    last = ""
     while prefix := next((p for p in _DOTTED_PREFIXES if stem.startswith(p)), None):
-        stem = stem.removeprefix(prefix)
+        last, stem = prefix, stem.removeprefix(prefix)
     flat = next((p for p in _FLAT_PREFIXES if stem.startswith(p)), None)
     # some converters turn the dot before the part into one more underscore
-    return stem.removeprefix(flat).rstrip("_") if flat else stem
+    return (flat, stem.removeprefix(flat).rstrip("_")) if flat else (last, stem)
 
 
 def _targets(stems: Iterable[str]) -> dict[str, Target]:
     """The linears that each known module of a file is for, in a transformer of any depth."""
-    bare = {stem: _bare(stem) for stem in stems}
+    bare = {stem: _split_prefix(stem)[1] for stem in stems}
     known = _spellings({int(i) for name in bare.values() for i in _BLOCK.findall(name)})
     return {stem: known[name] for stem, name in bare.items() if name in known}
 

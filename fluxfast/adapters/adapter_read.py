@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast.adapters.adapter_keys import Entry, SortedKeys, sort_keys, split_key
+from fluxfast.adapters.adapter_keys import Entry, SortedKeys, row_shares, sort_keys, split_key
 from fluxfast.adapters.algorithms import Sizes, begun, measure, row_parts, swapped
-from fluxfast.adapters.find_lora import find_lora, opened
+from fluxfast.adapters.find_lora import find_lora, header_of, opened
 from fluxfast.adapters.kind import AdapterFile, listed
 from fluxfast.adapters.lora_alpha import AlphaSettings, ignored_network_alpha, read_settings
 
@@ -34,8 +34,6 @@ _FLOATS = {
 _SCALED = ("lora", "lokr", "loha", "glora")
 # those whose change is zero if one of their tensors is
 _PRODUCTS = ("lora", "lokr", "loha")
-# linears with several times the rows of the others in one of BFL's fused ones
-_ROWS = {"proj_mlp": 4}
 
 Module = tuple[str, dict[str, Tensor]]
 
@@ -55,10 +53,8 @@ def read_adapter(adapter: str | os.PathLike[str]) -> AdapterFile:
     that aren't finite.
     """
     file, notes = find_lora(adapter)
+    shapes, metadata = header_of(file)
     with opened(file) as reader:
-        metadata = dict(reader.metadata() or {})
-        names = list(reader.keys())
-        shapes = {key: reader.get_slice(key).get_shape() for key in names}
         keys = sort_keys(file, shapes)
         dtype = _check_dtypes(file, reader, keys.entries)
         sizes = [_measure(file, reader, shapes, entry) for entry in keys.entries]
@@ -133,11 +129,8 @@ def _measure(file: Path, reader: Any, shapes: dict[str, list[int]], entry: Entry
 
 
 def _rows(entry: Entry, out_features: int) -> list[int]:
-    """How many rows each module of a fused linear has.
-
-    FLUX.1's q, k and v are square, its MLP is 4 times as wide as its input.
-    """
-    shares = [_ROWS.get(module.rpartition(".")[2], 1) for module in entry.target.modules]
+    """How many rows each module of a fused linear has."""
+    shares = row_shares(entry.target.modules)
     return [out_features // sum(shares) * share for share in shares]
 
 
@@ -184,7 +177,9 @@ def _tensors(file: Path, reader: Any, entry: Entry) -> dict[str, Tensor]:
     """A module's tensors in fp32, by the names and in the shapes of `algorithms`."""
     tensors = {}
     for part, key in entry.keys.items():
-        tensor = _finite(file, key, reader.get_tensor(key))
+        tensor = reader.get_tensor(key)
+        if part != "on_input":
+            tensor = _finite(file, key, tensor)
         if part in ("alpha", "on_input"):
             if tensor.numel() != 1:
                 raise ValueError(

@@ -78,16 +78,28 @@ class AdapterFile:
     notes: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
 
+    def algorithm(self, module: str) -> str:
+        """A module's algorithm; LoRA where nothing else is said."""
+        return self.algos.get(module, "lora")
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By module, its tensors by the names of `algorithms`."""
+        """By module, its tensors by the names of `algorithms`, an alpha among them."""
         return {
             module: {
                 part: self.state[name]
-                for part in ALGORITHMS[self.algos.get(module, "lora")].axes
+                for part in ALGORITHMS[self.algorithm(module)].axes
                 if (name := f"{module}.{part}") in self.state
             }
             for module in self.targets
         }
+
+    def to(self, dtype: torch.dtype) -> AdapterFile:
+        """The same adapter with its weights in another type; alphas stay as they are."""
+        state = {
+            name: tensor if tensor.ndim == 0 else tensor.to(dtype)
+            for name, tensor in self.state.items()
+        }
+        return replace(self, state=state, dtype=dtype)
 
     def common(self, option: str) -> Any:
         """The value that most modules have of an option that the file decides."""

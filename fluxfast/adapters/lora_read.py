@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fluxfast.adapters.adapter_read import read_adapter
@@ -29,9 +30,18 @@ class LoraFile(AdapterFile):
         alphas: dict[str, float],
         metadata: dict[str, str] | None = None,
         notes: tuple[str, ...] = (),
+        dtype: torch.dtype = torch.float32,
     ) -> LoraFile:
         decides: dict[str, dict[str, Any]] = {"lora_rank": ranks, "lora_alpha": alphas}
-        return cls(path, state, list(ranks), decides, metadata=metadata or {}, notes=notes)
+        return cls(
+            path, state, list(ranks), decides, metadata=metadata or {}, notes=notes, dtype=dtype
+        )
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            module: {**parts, "alpha": torch.tensor(float(self.alphas[module]))}
+            for module, parts in super().tensors().items()
+        }
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -69,4 +79,5 @@ def read_lora(lora: str | os.PathLike[str]) -> LoraFile:
         alphas={name: file.state[f"{name}.alpha"].item() for name in file.targets},
         metadata=file.metadata,
         notes=file.notes,
+        dtype=file.dtype,
     )

@@ -40,6 +40,14 @@ COMMANDS = {
         "a LoRA of the difference of two transformers: fluxfast-train extract BASE TUNED DST "
         "--rank R",
     ),
+    "convert": (
+        "convert",
+        "write a LoRA in another program's names: fluxfast-train convert SRC DST --format FORMAT",
+    ),
+    "inspect": (
+        "inspect",
+        "what a LoRA's file holds and who reads it: fluxfast-train inspect FILE [--plot OUT.png]",
+    ),
 }
 HELP_FLAGS = ("-h", "--help", "help")
 

@@ -4,6 +4,12 @@ A new kind is a line here, with the "module:name" of its class, an `AdapterKind`
 `fluxfast.adapters.kind`. The class is imported by `fluxfast.adapters.kinds`, not here.
 """
 
+from typing import Literal, get_args
+
 LORA_TYPES = {
     "standard": "fluxfast.adapters.lora:LoraKind",
 }
+
+# the option `lora_format`; `fluxfast.adapters.styles` says what each of these is
+LoraFormat = Literal["diffusers", "comfyui", "kohya", "lycoris"]
+LORA_FORMATS: tuple[str, ...] = get_args(LoraFormat)
