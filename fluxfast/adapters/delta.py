@@ -64,7 +64,7 @@ def deltas(file: AdapterFile) -> dict[str, Delta]:
     Raises ValueError where that needs lycoris-lora, and it is not installed.
     """
     found = {
-        module: Delta(file.algos[module], tensors) for module, tensors in file.tensors().items()
+        module: Delta(file.algorithm(module), tensors) for module, tensors in file.tensors().items()
     }
     if any(MERGED[delta.algorithm] is _rotated for delta in found.values()):
         _rotations()

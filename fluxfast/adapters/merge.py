@@ -88,7 +88,10 @@ class Merge:
         """How many weights changed, by how much together, and the one that changed most."""
         changed = {name: c for name, c in self.changes.items() if c.moved}
         if not changed:
-            return f"none of its {len(self.changes)} weights changed: the adapter adds nothing"
+            return (
+                f"none of the adapter's {len(self.changes)} weights changed: at strength "
+                f"{self.strength:g} it adds nothing"
+            )
         whole = Change(
             sum(c.moved for c in self.changes.values()), sum(c.size for c in self.changes.values())
         )

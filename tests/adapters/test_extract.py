@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_flux import tiny_transformer
 
+from bfl_reference import BflFlux
 from fluxfast import FluxTransformer
 from fluxfast.adapters.extract import extract
 from fluxfast.adapters.presets import find_targets
@@ -89,6 +91,18 @@ def test_nothing_to_extract(tmp_path):
     base, tuned = weights(tmp_path, {}, "base"), weights(tmp_path, {}, "tuned")
     with pytest.raises(ValueError, match=r"nothing to extract: no target differs between the two$"):
         extract(base, tuned, [TO_Q], 2)
+
+
+def test_the_same_weights_in_the_names_of_bfl(tmp_path):
+    """Names, fused linears and swapped halves are no difference."""
+    torch.manual_seed(0)
+    sizes = {"in_channels": 16, "dim": 64, "n_heads": 2, "depth": 1, "depth_single": 1}
+    model = BflFlux(**sizes, context=24, pooled=20, axes=(4, 14, 14), guidance=True)
+    save_file({k: t.contiguous() for k, t in model.state_dict().items()}, tmp_path / "bfl.sft")
+    FluxTransformer.from_single_file(tmp_path / "bfl.sft").save_pretrained(tmp_path / "diffusers")
+    bfl, diffusers = open_single_file(tmp_path / "bfl.sft"), open_folder(tmp_path / "diffusers")
+    with pytest.raises(ValueError, match=r"nothing to extract: .* between the two$"):
+        extract(bfl.weights(FluxTransformer), diffusers.weights(FluxTransformer), [TO_Q], 2)
 
 
 @pytest.mark.parametrize("rank", [0, 33])

@@ -232,7 +232,7 @@ def test_a_value_too_large(tmp_path):
 def test_nothing_changes(tmp_path):
     checkpoint, file = base(tmp_path), lora_file(tmp_path, size=0.0)
     _, merge = merged(tmp_path, checkpoint, file, torch.float32)
-    assert str(merge) == "none of its 2 weights changed: the adapter adds nothing"
+    assert str(merge) == "none of the adapter's 2 weights changed: at strength 1 it adds nothing"
 
 
 def test_diffusers_reads_it(tmp_path):
