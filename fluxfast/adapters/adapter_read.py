@@ -280,7 +280,7 @@ def _account_for_the_rest(file: Path, reader: Any, keys: SortedKeys) -> list[str
     without_effect = {
         stem
         for stem, parts in stems.items()
-        if begun(dict.fromkeys(parts, ())) in _PRODUCTS and zero & set(parts.values())
+        if begun(parts) in _PRODUCTS and zero & set(parts.values())
     }
     kept = [
         key for key in keys.leftover if key not in zero and split_key(key)[0] not in without_effect

@@ -20,7 +20,7 @@ LyCORIS's locon and dylora are lora in a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,9 +124,9 @@ def recognise(parts: Mapping[str, Sequence[int]]) -> str | None:
     return next((name for name in ALGORITHMS if _is_whole(name, parts)), None)
 
 
-def begun(parts: Mapping[str, Sequence[int]]) -> str | None:
+def begun(parts: Iterable[str]) -> str | None:
     """The algorithm to which tensors of these names belong, even if others are missing."""
-    telling = parts.keys() - _AMBIGUOUS
+    telling = set(parts) - _AMBIGUOUS
     fits = (name for name, algorithm in ALGORITHMS.items() if telling <= algorithm.axes.keys())
     return next(fits, None) if telling else None
 

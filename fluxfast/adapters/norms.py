@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.adapters.algorithms import scale_of
+from fluxfast.checkpoint.keys import bfl_linears
 from fluxfast.files import atomic_file
 
 # rows of a weight that are formed at a time, where its norm can't be had from the factors
@@ -21,13 +22,13 @@ _TITLES = {"transformer_blocks": "double blocks", "single_transformer_blocks": "
 
 
 class Place(NamedTuple):
-    """Where a linear is: the list of blocks, the block's index, and its name in the block.
+    """Where a linear is: the list of blocks, the block's index in it, and its name in the block.
 
-    Outside the blocks, `blocks` is empty and `index` 0.
+    Outside the blocks, `blocks` is empty and `block` 0.
     """
 
     blocks: str
-    index: int
+    block: int
     linear: str
 
     @property
@@ -39,6 +40,17 @@ class Place(NamedTuple):
 def place_of(module: str) -> Place:
     match = _BLOCK.fullmatch(module)
     return Place(match[1], int(match[2]), match[3]) if match else Place("", 0, module)
+
+
+# the kinds of FLUX.1's linears, roughly in the order in which the model has them
+LINEARS = [place_of(name).kind for names in bfl_linears([0], [0]).values() for name in names]
+
+
+def model_order(module: str) -> tuple[int, int]:
+    """A key that sorts modules by kinds of linears as the model has them, and then by blocks."""
+    place = place_of(module)
+    known = place.kind in LINEARS
+    return LINEARS.index(place.kind) if known else len(LINEARS), place.block
 
 
 def change_norm(algorithm: str, tensors: Mapping[str, Tensor]) -> float | None:
@@ -85,8 +97,9 @@ def plot_norms(norms: Mapping[str, float], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    places = {place_of(module): norm for module, norm in norms.items()}
+    places = {place_of(module): norms[module] for module in sorted(norms, key=model_order)}
     panels = [blocks for blocks in (*_TITLES, "") if any(p.blocks == blocks for p in places)]
     rows = {
         blocks: list(dict.fromkeys(p.linear for p in places if p.blocks == blocks))
@@ -98,24 +111,26 @@ def plot_norms(norms: Mapping[str, float], path: Path, title: str) -> None:
     axes = figure.subplots(
         len(panels), 1, squeeze=False, height_ratios=[len(rows[b]) + 1.5 for b in panels]
     )[:, 0]
+    # on a logarithmic scale there is no place for 0, which stays grey
     positive = [norm for norm in norms.values() if norm > 0] or [1.0]
     scale = LogNorm(min(positive), max(max(positive), min(positive) * 1.01))
     for axis, blocks in zip(axes, panels, strict=True):
-        columns = 1 + max(p.index for p in places if p.blocks == blocks)
+        columns = 1 + max(p.block for p in places if p.blocks == blocks)
         grid = [
             [places.get(Place(blocks, i, linear), math.nan) for i in range(columns)]
             for linear in rows[blocks]
         ]
         image = axis.imshow(grid, norm=scale, cmap="viridis", aspect="auto")
-        axis.set_facecolor("0.93")
+        axis.set_facecolor("0.85")
         axis.set_yticks(range(len(rows[blocks])), rows[blocks], fontsize=8)
         axis.set_title(_TITLES.get(blocks, "outside the blocks"), fontsize=9, loc="left")
         if blocks:
             axis.set_xlabel("block", fontsize=8)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.tick_params(axis="x", labelsize=8)
         else:
             axis.set_xticks([])
     figure.colorbar(image, ax=list(axes), label="Frobenius norm of the change", pad=0.01)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title} (grey: no change)", fontsize=10)
     with atomic_file(path) as stream:
         figure.savefig(stream, dpi=110, format="png")

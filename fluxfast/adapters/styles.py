@@ -119,7 +119,7 @@ def _kohya_style(file: AdapterFile) -> Styled:
         )
     modules = file.tensors()
     blocks = sorted({int(part) for name in modules for part in name.split(".") if part.isdigit()})
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for bfl, names in bfl_linears(blocks, blocks).items():
         if found := {name: modules[name] for name in names if name in modules}:
             pair = _fused(found, names) if len(names) > 1 else found[names[0]]

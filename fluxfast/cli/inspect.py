@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what the file holds, and draw it if asked."""
     # torch and diffusers take seconds to import; `--help` doesn't need them
     from fluxfast.adapters.adapter_read import read_adapter
-    from fluxfast.adapters.norms import plot_norms
+    from fluxfast.adapters.norms import model_order, plot_norms
 
     file = read_adapter(arguments.file)
-    modules = list(look_at(file))
+    modules = sorted(look_at(file), key=lambda module: model_order(module.name))
     print("\n".join([*about(file, modules), "", *lines_of(modules, each=arguments.modules)]))
     if arguments.plot is not None:
         norms = {module.name: module.norm for module in modules if module.norm is not None}
@@ -105,11 +105,29 @@ def about(file: AdapterFile, modules: Sequence[Module]) -> Iterable[str]:
     if ranks := [module.rank for module in modules if module.rank]:
         alphas = [module.alpha for module in modules if module.alpha is not None]
         yield f"rank {several(ranks)}, alpha {several(alphas)}"
+    if (preset := preset_of(modules)) is not None:
+        yield f"targets: those of flux_lora_target {preset}"
     found = readers(file, shapes, metadata)
     yield f"read by: {', '.join(['fluxfast', *(p for p, reason in found.items() if not reason)])}"
     yield from (f"not by {program}: {reason}" for program, reason in found.items() if reason)
     yield from highlights(metadata)
     yield from (f"note: {note}" for note in file.notes)
+
+
+def preset_of(modules: Sequence[Module]) -> str | None:
+    """The preset whose kinds of linears these are; None for none, and for one of single modules."""
+    from fluxfast.adapters.norms import LINEARS, place_of
+    from fluxfast.adapters.presets import PRESETS, is_target
+
+    kinds = {place_of(module.name).kind for module in modules}
+    return next(
+        (
+            name
+            for name, preset in PRESETS.items()
+            if kinds == {linear for linear in LINEARS if is_target(linear, preset.targets)}
+        ),
+        None,
+    )
 
 
 def highlights(metadata: Mapping[str, str]) -> Iterable[str]:

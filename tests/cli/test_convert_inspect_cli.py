@@ -204,3 +204,16 @@ def test_places():
         "single_transformer_blocks.*.attn.to_q"
     )
     assert place_of("proj_out").kind == "proj_out"
+
+
+def test_the_preset_of_the_targets_is_named(tmp_path, capsys):
+    targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    names = [f"transformer_blocks.0.{target}" for target in targets]
+    names += [f"single_transformer_blocks.0.{target}" for target in targets[:3]]
+    state = {f"transformer.{name}.lora_A.weight": torch.ones(2, 32) for name in names}
+    state |= {f"transformer.{name}.lora_B.weight": torch.ones(32, 2) for name in names}
+    save_file(state, tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    assert "targets: those of flux_lora_target mmdit\n" in capsys.readouterr().out
+    assert main(["inspect", str(lora_file(tmp_path / "b.safetensors"))]) == 0
+    assert "targets:" not in capsys.readouterr().out
