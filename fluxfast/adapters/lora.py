@@ -42,8 +42,8 @@ class LoraKind(AdapterKind):
 
     label = "LoRA"
 
-    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
+    def shapes(self, out_features: int, in_features: int, size: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A.weight": (size, in_features), "lora_B.weight": (out_features, size)}
 
     def tensors(self, module: nn.Module) -> dict[str, Parameter]:
         return factors_of(module)
@@ -51,7 +51,7 @@ class LoraKind(AdapterKind):
     def add(self, transformer: nn.Module, settings: AdapterSettings) -> None:
         add_lora(
             transformer,
-            targets=settings.targets,
+            targets=settings.targets if settings.by_module is None else tuple(settings.by_module),
             rank=settings.rank,
             alpha=settings.alpha,
             dropout=settings.dropout,

@@ -6,4 +6,5 @@ A new kind is a line here, with the "module:name" of its class, an `AdapterKind`
 
 LORA_TYPES = {
     "standard": "fluxfast.adapters.lora:LoraKind",
+    "lycoris": "fluxfast.adapters.lycoris:LycorisKind",
 }

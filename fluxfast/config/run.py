@@ -14,9 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fluxfast.config.derived import DerivedValues, read_sizes
+from fluxfast.config.lycoris import read_lycoris
 from fluxfast.config.rules import adjustments, conflicts
 from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
@@ -43,6 +50,13 @@ class TrainConfig(DerivedValues):
         if isinstance(value, str) and not value.lstrip().startswith("["):
             return read_json(Path(value))
         return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("lycoris_config", mode="before")
+    @classmethod
+    def _read_lycoris(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("lora_type") != "lycoris":
+            return None
+        return read_lycoris(Path(value)) if isinstance(value, str | Path) else value
 
     @field_validator("tread_config", mode="before")
     @classmethod

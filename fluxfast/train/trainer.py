@@ -26,7 +26,7 @@ from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
-from fluxfast.train.adapter import config_of, init_lora_of, kind_of
+from fluxfast.train.adapter import adapter_metadata, config_of, init_lora_of, kind_of
 from fluxfast.train.build import Parts, RunData, load_data, load_parts
 from fluxfast.train.events import (
     Metrics,
@@ -366,7 +366,7 @@ class Trainer:
             resolution=self.data.resolution,
             global_step=self.step,
             trained_words=self.data.instance_prompts,
-        )
+        ) | adapter_metadata(config)
         return self.adapter_kind.save(
             self.transformer, folder, style=config.lora_format, metadata=metadata
         )
