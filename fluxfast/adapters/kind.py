@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -32,6 +32,9 @@ from fluxfast.ops.linear.adapters import Adapter
 # What decides the shapes of what trains on one linear: the rank, or another value that can be
 # hashed, in a kind that has no rank
 Size: TypeAlias = Any
+# the weights [out, in] of these linears as they were before they were quantised, by name, in any
+# order. Each is valid until the next one is asked for, and may be on another device than the base
+Originals = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class AdapterSettings:
 
     `targets` is the name of a preset, or a list of module names or their ends (`presets`).
     `by_module` takes its place: the modules by their whole names, each with its size. `dtype` is
-    that of the trained tensors. `lycoris` and `lokr_norm` are the options `lycoris_config` and
+    that of the trained tensors. `originals` is what the run knows of a quantised base's source;
+    None where that is not at hand. `lycoris` and `lokr_norm` are the options `lycoris_config` and
     `init_lokr_norm`.
     """
 
@@ -51,6 +55,8 @@ class AdapterSettings:
     init: str = "default"
     dtype: torch.dtype = torch.float32
     by_module: Mapping[str, Size] | None = None
+    loftq_iterations: int = 1
+    originals: Originals | None = field(default=None, compare=False)
     lycoris: LycorisConfig | None = None
     lokr_norm: float | None = None
 
@@ -134,9 +140,10 @@ class AdapterKind(ABC):
     # ---- on a transformer
 
     @abstractmethod
-    def add(self, transformer: nn.Module, settings: AdapterSettings) -> None:
+    def add(self, transformer: nn.Module, settings: AdapterSettings) -> list[str] | None:
         """Freezes the transformer and puts a new adapter on it.
 
+        Returns lines for the user about how the adapter starts, if there is something to say.
         Random numbers come from torch's global generator. Raises ValueError, before anything is
         changed, for settings that can't be had on this transformer.
         """
@@ -185,10 +192,16 @@ class AdapterKind(ABC):
         }
 
     @torch.no_grad()
-    def load_state(self, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+    def load_state(
+        self,
+        transformer: nn.Module,
+        state: Mapping[str, Tensor],
+        originals: Originals | None = None,
+    ) -> None:
         """Puts the tensors of `state` into the same adapter; parameters keep their identity.
 
-        ValueError where they belong to another adapter.
+        Where the adapter has changed its base, the base is changed alike, for which `originals` may
+        be asked. ValueError where the tensors belong to another adapter.
         """
         own = self.state(transformer)
         check_same_tensors(own, state)

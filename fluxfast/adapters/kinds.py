@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from fluxfast.adapters.kind import AdapterKind
-from fluxfast.config.adapters import LORA_TYPES
+from fluxfast.config.adapters import ADAPTER_KINDS
 
 KINDS: dict[str, AdapterKind] = {
-    lora_type: pkgutil.resolve_name(kind_class)() for lora_type, kind_class in LORA_TYPES.items()
+    name: pkgutil.resolve_name(kind_class)() for name, kind_class in ADAPTER_KINDS.items()
 }
 
 

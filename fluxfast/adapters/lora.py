@@ -1,4 +1,7 @@
-"""LoRA, through PEFT: W x becomes W x + (alpha / rank) · B A x, with W frozen."""
+"""LoRA and DoRA, through PEFT, over a frozen W.
+
+With s = alpha / rank, LoRA computes W x + s·B A x, and DoRA m / ‖W + s·B A‖ times that, by rows.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fluxfast.adapters.kind import AdapterFile, AdapterKind, AdapterSettings, Wrapped
+from fluxfast.adapters.dora import MAGNITUDE, start_magnitude
+from fluxfast.adapters.kind import AdapterFile, AdapterKind, AdapterSettings, Originals, Wrapped
 from fluxfast.adapters.lora_init import check_init, init_from_base
 from fluxfast.adapters.lora_read import LoraFile, read_lora
 from fluxfast.adapters.lora_state import (
     adapter_state,
-    factors_of,
     load_adapter_state,
     lora_layers,
+    trained_in,
+    trained_of,
 )
 from fluxfast.adapters.lora_write import save_lora
 from fluxfast.adapters.presets import find_targets, preset_targets
@@ -41,23 +47,17 @@ class LoraKind(AdapterKind):
     """SimpleTuner's `lora_type` "standard": PEFT's LoRA, under PEFT's adapter name "default"."""
 
     label = "LoRA"
+    # whether a new adapter is made with a magnitude; one that is there already says so itself
+    _dora = False
 
     def shapes(self, out_features: int, in_features: int, size: int) -> dict[str, tuple[int, ...]]:
         return {"lora_A.weight": (size, in_features), "lora_B.weight": (out_features, size)}
 
     def tensors(self, module: nn.Module) -> dict[str, Parameter]:
-        return factors_of(module)
+        return trained_of(module)
 
-    def add(self, transformer: nn.Module, settings: AdapterSettings) -> None:
-        add_lora(
-            transformer,
-            targets=settings.targets if settings.by_module is None else tuple(settings.by_module),
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            init=settings.init,
-            dtype=settings.dtype,
-        )
+    def add(self, transformer: nn.Module, settings: AdapterSettings) -> list[str]:
+        return _add(transformer, settings, dora=self._dora)
 
     def modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
         return lora_layers(transformer)
@@ -73,7 +73,7 @@ class LoraKind(AdapterKind):
 
     def check(self, transformer: nn.Module, settings: AdapterSettings) -> dict[str, int]:
         ranks = super().check(transformer, settings)
-        check_init(transformer, list(ranks), settings.init, settings.rank)
+        check_init(transformer, list(ranks), settings)
         return ranks
 
     def add_from(
@@ -85,18 +85,23 @@ class LoraKind(AdapterKind):
     def state(self, transformer: nn.Module) -> dict[str, Tensor]:
         return adapter_state(transformer)
 
-    def load_state(self, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
-        load_adapter_state(transformer, state)
+    def load_state(
+        self,
+        transformer: nn.Module,
+        state: Mapping[str, Tensor],
+        originals: Originals | None = None,
+    ) -> None:
+        load_adapter_state(transformer, state, originals=originals)
 
     def from_state(self, path: Path, state: Mapping[str, Tensor]) -> LoraFile:
-        factors = {key: tensor for key, tensor in state.items() if key.endswith(".weight")}
+        trained = trained_in(state)
         targets = [
-            key.removesuffix(".lora_A.weight") for key in factors if key.endswith(".lora_A.weight")
+            key.removesuffix(".lora_A.weight") for key in trained if key.endswith(".lora_A.weight")
         ]
         return LoraFile.of(
             path,
-            factors,
-            ranks={name: len(factors[f"{name}.lora_A.weight"]) for name in targets},
+            trained,
+            ranks={name: len(trained[f"{name}.lora_A.weight"]) for name in targets},
             alphas={name: float(state[f"{name}.alpha"]) for name in targets},
         )
 
@@ -114,6 +119,17 @@ class LoraKind(AdapterKind):
         return read_lora(adapter)
 
 
+class DoraKind(LoraKind):
+    """SimpleTuner's `use_dora`: PEFT's LoRA with a magnitude for each row of the weight."""
+
+    label = "DoRA"
+    _dora = True
+
+    def shapes(self, out_features: int, in_features: int, size: int) -> dict[str, tuple[int, ...]]:
+        factors = super().shapes(out_features, in_features, size)
+        return {**factors, MAGNITUDE: (out_features,)}
+
+
 def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
     """The active adapters of one of PEFT's linears, or why only PEFT can compute what they add."""
     if module.merged and module.disable_adapters:
@@ -128,7 +144,10 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
         if (a := parts["lora_A"]._modules.get(name)) is None:
             continue
         b, scale = parts["lora_B"]._modules[name], module.scaling[name]
-        if (variant := module.lora_variant.get(name)) is not None:
+        variant = module.lora_variant.get(name)
+        if isinstance(variant, DoraLinearVariant):
+            return f"adapter {name!r} is DoRA"
+        if variant is not None:
             return f"adapter {name!r} is no plain LoRA but {type(variant).__name__}"
         if not (_is_plain(a) and _is_plain(b)) or own_parameter(b, "bias") is not None:
             return f"adapter {name!r} has a bias, hooks or layers of its own"
@@ -157,30 +176,72 @@ def add_lora(
     init: str = "default",
     adapter_name: str = "default",
     dtype: torch.dtype = torch.float32,
+    dora: bool = False,
+    loftq_iterations: int = 1,
+    originals: Originals | None = None,
 ) -> list[Parameter]:
-    """Freezes `transformer` (a diffusers model) and puts a new LoRA on it.
+    """Freezes `transformer` (a diffusers model) and puts a new LoRA, or DoRA, on it.
 
     Returns the new parameters in order. `targets` is the name of a preset or a list of module names
     or their ends. `alpha` None means `rank`. `init`: `default` (A Kaiming-uniform, B zero),
-    `gaussian` (A normal / rank, B zero), `olora` and `pissa` (from the base's weights, which must
-    be floating point), `pissa_niter_<n>` (PiSSA by n steps of a randomised SVD: seconds, not
-    minutes). Random numbers come from torch's global generator. `dtype` is that of the parameters.
-    Raises ValueError, before anything is changed, for targets that match nothing, unknown inits and
-    impossible ranks.
+    `gaussian` (A normal / rank, B zero), `olora` and `pissa` (from the base's weights),
+    `pissa_niter_<n>` (PiSSA by n steps of a randomised SVD: seconds, not minutes), and `loftq`,
+    which corrects the error of a quantised base in `loftq_iterations`. Over a quantised base the
+    last three take its weights from `originals`. Random numbers come from torch's global generator.
+    `dtype` is that of the parameters. Raises ValueError, before anything is changed, for targets
+    that match nothing, unknown inits, impossible ranks, and weights that are not at hand.
     """
-    if rank < 1:
-        raise ValueError(f"lora_rank must be at least 1, got {rank}")
-    from_base = check_init(transformer, find_targets(transformer, targets), init, rank)
+    settings = AdapterSettings(
+        targets if isinstance(targets, str) else tuple(targets),
+        rank,
+        float(rank) if alpha is None else alpha,
+        dropout,
+        init,
+        dtype,
+        loftq_iterations=loftq_iterations,
+        originals=originals,
+    )
+    _add(transformer, settings, adapter_name, dora=dora)
+    return _trained(transformer, adapter_name)
+
+
+def _add(
+    transformer: nn.Module,
+    settings: AdapterSettings,
+    adapter_name: str = "default",
+    *,
+    dora: bool,
+) -> list[str]:
+    """`add_lora`; returns lines about how the adapter starts, for the user."""
+    targets, init = settings.targets, settings.init
+    if settings.by_module is not None:
+        targets = tuple(settings.by_module)
+    if settings.rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {settings.rank}")
+    from_base = check_init(transformer, find_targets(transformer, targets), settings)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        lora_dropout=dropout,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
         target_modules=list(preset_targets(targets) if isinstance(targets, str) else targets),
-        # olora and pissa change the base, which `init_from_base` does below; a config with their
+        # other initialisers change the base, which `init_from_base` does below; a config with their
         # names would have it done again to the base of whoever loads the file
         init_lora_weights="gaussian" if init == "gaussian" else True,
+        use_dora=dora,
     )
-    return _inject(transformer, config, adapter_name, dtype, init if from_base else None)
+    _inject(transformer, config, adapter_name, settings.dtype)
+    if not from_base:
+        return []
+    layers = lora_layers(transformer, adapter_name)
+    errors = init_from_base(layers, adapter_name, settings)
+    for layer in layers.values():
+        start_magnitude(layer, adapter_name, settings.dtype)
+    lines = [] if errors is None else [f"lora_init_type {init}: {errors}"]
+    return [
+        *lines,
+        f"lora_init_type {init}: a saved file has what training adds to the original weights, as a "
+        f"LoRA of twice the rank ({2 * settings.rank})",
+    ]
 
 
 def load_lora(
@@ -199,7 +260,7 @@ def load_lora(
     """
     if not isinstance(lora, LoraFile):
         lora = read_lora(lora)
-    LoraKind().check_fits(transformer, lora)
+    (DoraKind() if lora.dora else LoraKind()).check_fits(transformer, lora)
     rank, alpha = lora.rank, lora.alpha
     # PEFT reads a string as a regular expression for the whole name, so that `proj_out` means that
     # module alone
@@ -210,36 +271,34 @@ def load_lora(
         target_modules="|".join(_exactly(name) for name in lora.targets),
         rank_pattern={f"^{_exactly(name)}": r for name, r in lora.ranks.items() if r != rank},
         alpha_pattern={f"^{_exactly(name)}": a for name, a in lora.alphas.items() if a != alpha},
+        use_dora=lora.dora,
     )
-    parameters = _inject(transformer, config, adapter_name, dtype)
+    _inject(transformer, config, adapter_name, dtype)
     with torch.no_grad():
         for name, layer in lora_layers(transformer, adapter_name).items():
-            for key, factor in factors_of(layer, adapter_name).items():
-                factor.copy_(lora.state[f"{name}.{key}"])
-    return parameters
+            for key, tensor in trained_of(layer, adapter_name).items():
+                tensor.copy_(lora.state[f"{name}.{key}"])
+    return _trained(transformer, adapter_name)
 
 
 def _exactly(name: str) -> str:
     return name.replace(".", r"\.")
 
 
-def _inject(
-    transformer: Any,
-    config: LoraConfig,
-    adapter_name: str,
-    dtype: torch.dtype,
-    from_base: str | None = None,
-) -> list[Parameter]:
-    """Adds the adapter that `config` describes, with parameters in `dtype`; returns them."""
+def _inject(transformer: Any, config: LoraConfig, adapter_name: str, dtype: torch.dtype) -> None:
+    """Adds the adapter that `config` describes, with parameters in `dtype`."""
     # PEFT asks each linear for its weight some twenty times
     with shapes_only():
         transformer.add_adapter(config, adapter_name)
-    layers = lora_layers(transformer, adapter_name).values()
-    for layer in layers:
-        if from_base is not None:
-            init_from_base(layer, adapter_name, from_base, dtype)
+    for layer in lora_layers(transformer, adapter_name).values():
         layer.lora_A[adapter_name].to(dtype)
         layer.lora_B[adapter_name].to(dtype)
+        start_magnitude(layer, adapter_name, dtype)
     # PEFT's new modules start in training mode, whatever mode the model is in
     transformer.train(transformer.training)
-    return [factor for layer in layers for factor in factors_of(layer, adapter_name).values()]
+
+
+def _trained(transformer: nn.Module, adapter_name: str) -> list[Parameter]:
+    """The parameters of an adapter, in order."""
+    layers = lora_layers(transformer, adapter_name).values()
+    return [tensor for layer in layers for tensor in trained_of(layer, adapter_name).values()]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxfast.adapters.dora import MAGNITUDE
 from fluxfast.adapters.find_lora import find_lora, opened
 from fluxfast.adapters.kind import AdapterFile, listed
 from fluxfast.adapters.lora_alpha import LoraSettings, ignored_network_alpha, read_settings
@@ -23,7 +24,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 class LoraFile(AdapterFile):
     """A LoRA as it was read: a module's share is alpha / rank · B A.
 
-    The state has `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank].
+    The state has `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], and
+    of DoRA `<module>.lora_magnitude_vector` [out].
     """
 
     @classmethod
@@ -37,7 +39,12 @@ class LoraFile(AdapterFile):
         metadata: dict[str, str] | None = None,
         notes: tuple[str, ...] = (),
     ) -> LoraFile:
-        decides: dict[str, dict[str, Any]] = {"lora_rank": ranks, "lora_alpha": alphas}
+        is_dora = any(name.endswith(f".{MAGNITUDE}") for name in state)
+        decides: dict[str, dict[str, Any]] = {
+            "lora_rank": ranks,
+            "lora_alpha": alphas,
+            "use_dora": dict.fromkeys(ranks, is_dora),
+        }
         return cls(path, state, list(ranks), decides, metadata or {}, notes)
 
     @property
@@ -49,6 +56,11 @@ class LoraFile(AdapterFile):
     def alphas(self) -> dict[str, float]:
         """The alpha of each module."""
         return self.decides["lora_alpha"]
+
+    @property
+    def dora(self) -> bool:
+        """Whether it is DoRA, and has a magnitude for each of its modules."""
+        return self.common("use_dora")
 
     @property
     def rank(self) -> int:

@@ -93,5 +93,5 @@ def _readers_config(config: Any, modules: list[str], growth: int) -> dict[str, A
         # not the run's initialiser: some of them would change the reader's base weights
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": config.use_dora,
     }

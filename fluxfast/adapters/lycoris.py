@@ -23,6 +23,7 @@ from fluxfast.adapters.kind import (
     AdapterFile,
     AdapterKind,
     AdapterSettings,
+    Originals,
     Wrapped,
     linears_of,
     unlike,
@@ -117,7 +118,12 @@ class LycorisKind(AdapterKind):
             state |= {f"{name}.{key}": value for key, value in _numbers(module.options).items()}
         return state
 
-    def load_state(self, transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+    def load_state(
+        self,
+        transformer: nn.Module,
+        state: Mapping[str, Tensor],
+        originals: Originals | None = None,
+    ) -> None:
         for name, value in self.state(transformer).items():
             saved = state.get(name)
             if name.endswith((".alpha", ".on_input")) and saved is not None and saved != value:

@@ -8,7 +8,7 @@ describes before the first tensor is read: a wrong or incomplete file is refused
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
+from torch import Tensor
 
 from fluxfast.checkpoint import empty_model, keys, quantized, side_by_side, tensor_stream
 from fluxfast.checkpoint.keys import Shape, TensorSource
@@ -114,6 +115,25 @@ class Checkpoint:
         unexpected, of another shape or of a dtype that can't be loaded.
         """
         self._prepare(self._empty(cls), torch.bfloat16)
+
+    def linear_weights(
+        self,
+        cls: type[FluxTransformer2DModel],
+        names: Collection[str],
+        description: str,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The weights [out, in] of these linears of the model, by the linears' names.
+
+        They come one at a time, on `device`, as they are stored; each is valid until the next one
+        is asked for. `description` stands beside the progress bar. Raises CheckpointError if the
+        checkpoint is quantised, or its files do not hold this model.
+        """
+        if quantized.is_quantized(self.files):
+            raise CheckpointError(f"{self.where}: is quantised, and so has no original weights")
+        sources = self._prepare(self._empty(cls), torch.bfloat16)
+        wanted = {name: sources[f"{name}.weight"] for name in names}
+        return tensor_stream.float_tensors(self.files, wanted, description, device, checked=True)
 
     def quantize(
         self,

@@ -1,10 +1,14 @@
-"""The adapter kinds, by SimpleTuner's words for them: the values of the option `lora_type`.
+"""The adapter kinds, by SimpleTuner's words for them.
 
 A new kind is a line here, with the "module:name" of its class, an `AdapterKind` of
 `fluxfast.adapters.kind`. The class is imported by `fluxfast.adapters.kinds`, not here.
 """
 
+# the values of the option `lora_type`
 LORA_TYPES = {
     "standard": "fluxfast.adapters.lora:LoraKind",
     "lycoris": "fluxfast.adapters.lycoris:LycorisKind",
 }
+# what `use_dora` makes of "standard"
+DORA = "dora"
+ADAPTER_KINDS = {**LORA_TYPES, DORA: "fluxfast.adapters.lora:DoraKind"}

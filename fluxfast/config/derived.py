@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from fluxfast.config.adapters import DORA
 from fluxfast.config.dataset_fields import DatasetDefaults
 from fluxfast.config.flavours import FLAVOURS, Flavour
 from fluxfast.config.optimizers import OPTIMIZERS, OptimizerKind
@@ -39,6 +40,11 @@ class DerivedValues(TrainFields):
     def optimizer_kind(self) -> OptimizerKind:
         """What is known of the optimiser before it is built."""
         return OPTIMIZERS[self.optimizer]
+
+    @property
+    def adapter_kind(self) -> str:
+        """The name of the adapter's kind in `ADAPTER_KINDS`."""
+        return DORA if self.use_dora and self.lora_type == "standard" else self.lora_type
 
     @property
     def alpha(self) -> float:

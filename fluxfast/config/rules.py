@@ -6,6 +6,7 @@ Some are decided by the flavour or by another option (`adjustments`); some can't
 
 from typing import Any
 
+from fluxfast.config.adapters import DORA
 from fluxfast.config.derived import DerivedValues
 from fluxfast.config.settings import quoted
 
@@ -76,6 +77,11 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         notes.append(
             f"gradients are clipped to a norm of {config.max_grad_norm:g} "
             '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'
+        )
+    if config.adapter_kind == DORA and config.lora_dropout:
+        notes.append(
+            f'"lora_dropout" is {config.lora_dropout:g}: with a dropout, "use_dora" is left to '
+            "PEFT's own modules, which are slower than fused blocks"
         )
     steps = max(flavour.least_validation_steps, config.validation_num_inference_steps)
     force("validation_num_inference_steps", steps, flavour.forced_because)
@@ -212,16 +218,10 @@ def _objective_conflicts(config: DerivedValues) -> list[str]:
 
 def _model_conflicts(config: DerivedValues) -> list[str]:
     problems = []
-    if config.base_model_precision != "no_change" and config.lora_init_type in ("olora", "pissa"):
+    if config.init_lora and config.lora_init_type in ("loftq", "olora", "pissa"):
         problems.append(
-            f'"lora_init_type" {config.lora_init_type} takes its start out of the base\'s '
-            f'weights, which "base_model_precision" {config.base_model_precision} has rounded: '
-            "set lora_init_type to default or gaussian"
-        )
-    if config.init_lora and config.lora_init_type in ("olora", "pissa"):
-        problems.append(
-            f'"lora_init_type" {config.lora_init_type} moves part of the base into the LoRA, '
-            'which "init_lora" would then replace: leave one of them out'
+            f'"lora_init_type" {config.lora_init_type} has the LoRA begin with the base\'s '
+            'weights, and "init_lora" with a file: leave one of them out'
         )
     lycoris = config.lycoris_config
     if (

@@ -119,10 +119,16 @@ class TrainFields(Settings):
     """The LoRA's scale is alpha / rank (unset: alpha is the rank)."""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """Probability of dropping an input of the LoRA."""
-    lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = option(
+    lora_init_type: Literal["default", "gaussian", "loftq", "olora", "pissa"] = option(
         "default", on_resume="start_only"
     )
-    """How the LoRA's matrices start."""
+    """How the LoRA's matrices start; loftq corrects a quantised base, in any of its formats."""
+    loftq_iterations: int = option(
+        1, ge=1, only_with="lora_init_type=loftq", on_resume="start_only", ours=True
+    )
+    """How often loftq quantises: after the first time with the LoRA taken out of the base."""
+    use_dora: bool = option(False, only_with="lora_type=standard", on_resume="elsewhere")
+    """Train a magnitude for each row of the weights beside the LoRA (DoRA)."""
     init_lora: str | None = option(None, on_resume="start_only")
     """LoRA file, folder or repository to continue from."""
     lora_format: Literal["diffusers", "comfyui"] = option("diffusers", on_resume="ignored")

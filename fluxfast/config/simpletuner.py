@@ -117,9 +117,6 @@ _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
 
 _WHY_NOT = {
     ("model_type", "full"): "only LoRAs are trained",
-    ("lora_init_type", "loftq"): (
-        "it needs a base quantised by bitsandbytes, and never goes with a Quanto one"
-    ),
     ("flux_lora_target", "controlnet"): "there is no ControlNet to train",
     ("report_to", "all"): 'set "tensorboard"',
 }

@@ -86,7 +86,7 @@ OTHER_PRODUCTS = 0.5
 ACROSS = 0.76
 LINK = Rate(0.8, False, "of the link's peak, as pinned copies commonly reach")
 LAUNCH = Rate(
-    45e-6, False, "`fluxfast-bench host`: 35 µs of Python, and 10 for Triton and the driver"
+    32e-6, False, "`fluxfast-bench host`: 27 µs of Python by launch plans, and 5 for the driver"
 )
 GAP = Rate(2e-6, False, "what is commonly seen between the kernels of a CUDA graph")
 # bytes a second of modulation's weights that a host's CPU multiplies with a vector

@@ -282,16 +282,6 @@ class BlockStream:
         assert slot is not None
         return block.within(self._ring[slot])
 
-    def refresh(self) -> None:
-        """Take in base weights that were changed or replaced while no block computed."""
-        self._backward.close()
-        for block in self._blocks:
-            for frozen, host in zip(block.bytes.tensors, block.host, strict=True):
-                if frozen.tensor.data_ptr() != host.data_ptr():
-                    host.copy_(frozen.tensor.detach())
-            block.bytes.point_at(block.host)
-        self.schedule.forget()
-
     def close(self) -> None:
         """Stop streaming: the tensors stay on the host, in ordinary memory; files are removed."""
         self._backward.close()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fluxfast.adapters.kind import (
     AdapterFile,
     AdapterKind,
     AdapterSettings,
+    Originals,
     Size,
     trainable_parameters,
 )
@@ -24,23 +25,25 @@ from fluxfast.adapters.lycoris import counted, described
 from fluxfast.adapters.lycoris_targets import match_lycoris
 from fluxfast.adapters.presets import find_targets
 from fluxfast.config.run import TrainConfig
+from fluxfast.train.events import say
 from fluxfast.train.objective import step_seed
 from fluxfast.train.state import SavedRun
 
 # the options about the adapter that a file, where the run goes on from one, decides in the config's
 # place
 ADAPTER_KEYS = (
-    "lora_rank", "lora_alpha", "flux_lora_target", "peft_lora_target_modules", "lycoris_config",
+    "lora_rank", "lora_alpha", "use_dora", "flux_lora_target", "peft_lora_target_modules",
+    "lycoris_config",
 )  # fmt: skip
 
 
 def kind_of(config: TrainConfig) -> AdapterKind:
     """The kind of the run's adapter."""
-    return KINDS[config.lora_type]
+    return KINDS[config.adapter_kind]
 
 
-def settings_of(config: TrainConfig) -> AdapterSettings:
-    """What the config says about the adapter."""
+def settings_of(config: TrainConfig, originals: Originals | None = None) -> AdapterSettings:
+    """What the config says about the adapter. originals: `base_model.originals_of` its base."""
     return AdapterSettings(
         targets=config.peft_lora_target_modules or config.flux_lora_target,
         rank=config.lora_rank,
@@ -51,6 +54,8 @@ def settings_of(config: TrainConfig) -> AdapterSettings:
         by_module=None if config.lycoris_config is None else config.lycoris_config.modules,
         lycoris=config.lycoris_config,
         lokr_norm=config.init_lokr_norm,
+        loftq_iterations=config.loftq_iterations,
+        originals=originals,
     )
 
 
@@ -79,14 +84,20 @@ def read_init_lora(config: TrainConfig, saved: SavedRun | None) -> AdapterFile |
     return kind_of(config).read_file(config.init_lora or "")
 
 
-def saved_kind(config: TrainConfig, saved: SavedRun) -> AdapterKind:
-    """The kind of a checkpoint's adapter; one of version 1 doesn't say, and has the config's."""
-    return KINDS[saved.state.get("settings", {}).get("lora_type", config.lora_type)]
+def saved_type(config: TrainConfig, saved: SavedRun) -> str:
+    """`lora_type` of a checkpoint's adapter; one of version 1 doesn't say, and has the config's."""
+    return saved.state.get("settings", {}).get("lora_type", config.lora_type)
 
 
 def saved_adapter(config: TrainConfig, saved: SavedRun) -> AdapterFile:
     """A checkpoint's adapter in the form that a file is read in."""
-    return saved_kind(config, saved).from_state(saved.path, saved.adapter)
+    return KINDS[saved_type(config, saved)].from_state(saved.path, saved.adapter)
+
+
+def saved_kind(config: TrainConfig, saved: SavedRun) -> AdapterKind:
+    """The kind of a checkpoint's adapter."""
+    of_type = config.model_copy(update={"lora_type": saved_type(config, saved)})
+    return kind_of(config_of(of_type, saved_adapter(config, saved)))
 
 
 def config_of(config: TrainConfig, file: AdapterFile | None) -> TrainConfig:
@@ -110,7 +121,7 @@ def differences(
         return _lycoris_differences(config, file, transformer)
     asked = _asked(config)
     found = {
-        option: (f"{asked[option]:g}", _several(values.values()))
+        option: (_several([asked[option]]), _several(values.values()))
         for option, values in file.decides.items()
         if set(values.values()) != {asked[option]}
     }
@@ -150,13 +161,14 @@ def told_beside_init_lora(
     config: TrainConfig, file: AdapterFile, transformer: nn.Module
 ) -> list[str]:
     """Lines about the file that a run began with, and the options that have no effect beside it."""
-    label = kind_of(config).label
+    label = kind_of(config_of(config, file)).label
     if config.lycoris_config is not None:
         decided = [counted(file.sizes)]
     else:
         decided = [
             f"{option.removeprefix('lora_')} {_several(values.values())}"
             for option, values in file.decides.items()
+            if option != "use_dora"
         ]
     told = ", ".join([str(file.path), *decided, f"{len(file.targets)} modules"])
     lines = [f"{label}: {told}", *file.notes]
@@ -176,8 +188,9 @@ def not_resumable(config: TrainConfig, saved: SavedRun, transformer: nn.Module) 
 
     A run that began with init_lora may say again what it said then, or what is true of its adapter.
     """
-    if (kind := saved_kind(config, saved)) is not kind_of(config):
-        return [f"a {kind.label} adapter, this run has {kind_of(config).label}"]
+    if saved_type(config, saved) != config.lora_type:
+        label = saved_kind(config, saved).label
+        return [f"a {label} adapter, this run has {kind_of(config).label}"]
     origin = init_lora_of(config, saved)
     asked = _asked(config)
     return [
@@ -185,7 +198,8 @@ def not_resumable(config: TrainConfig, saved: SavedRun, transformer: nn.Module) 
         for option, (now, true) in differences(
             config, saved_adapter(config, saved), transformer
         ).items()
-        if origin is None or asked[option] != origin["asked"].get(option)
+        # what a file of an earlier version doesn't say was not an option then
+        if origin is None or asked[option] != origin["asked"].get(option, False)
     ]
 
 
@@ -223,23 +237,30 @@ def add_adapter(
     file: AdapterFile | None,
     *,
     seed: int,
-    resumed: bool,
+    saved: Mapping[str, Tensor] | None,
+    originals: Originals | None,
     console: Console,
 ) -> list[Parameter]:
     """Puts the adapter to train on the transformer: a file's, or else a new one.
 
-    Returns its parameters. resumed: a checkpoint's values will take the place of these.
+    Returns its parameters. saved: a checkpoint's adapter, whose values they get. originals: the
+    weights of the base before it was quantised, if they are at hand.
     """
-    kind, settings = kind_of(config), settings_of(config)
-    if resumed:
+    kind, settings = kind_of(config), settings_of(config, originals)
+    if saved is not None:
         # a checkpoint brings what an initialiser took from the base
         settings = replace(settings, init="default")
+    lines = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, 0, 0, "adapter"))
         if file is not None:
             kind.add_from(transformer, file, settings)
         else:
-            kind.add(transformer, settings)
+            lines = kind.add(transformer, settings)
+    if saved is not None:
+        kind.load_state(transformer, saved, originals)
+    for line in lines or ():
+        say(console, line)
     parameters = list(trainable_parameters(transformer).values())
     count = sum(p.numel() for p in parameters)
     console.print(
@@ -255,8 +276,10 @@ def _asked(config: TrainConfig) -> dict[str, Any]:
 
 
 def _several(values: Iterable[float]) -> str:
-    """One number, or the range of several."""
+    """One number, or the range of several; a switch as JSON has it."""
     low, high = min(values := list(values)), max(values)
+    if isinstance(low, bool):
+        return str(high).lower()
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 

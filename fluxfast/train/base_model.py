@@ -8,12 +8,14 @@ made anew.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from fluxfast.adapters.kind import Originals
 from fluxfast.checkpoint.opening import open_checkpoint, open_single_file
 from fluxfast.checkpoint.quantized import StaleFile
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
@@ -125,6 +127,36 @@ def quantizing_device(quantize_via: str | None, device: torch.device | None = No
             'or set "cpu"'
         )
     return device if device.type == "cuda" and quantize_via != "cpu" else torch.device("cpu")
+
+
+def stored_format(config: TrainConfig, checkpoint: Checkpoint) -> str | None:
+    """The format in which a run has this base: the file's own, or the config's; None: in floats."""
+    info = checkpoint.quantized
+    return PRECISIONS[config.base_model_precision] if info is None else info.format.name
+
+
+def originals_of(
+    config: TrainConfig, checkpoint: Checkpoint, device: torch.device
+) -> Originals | None:
+    """The weights of a run's base before they are, or were, quantised.
+
+    None where the checkpoint is a quantised one whose source is not there any more. They are read
+    when they are asked for, and come to where the run quantises.
+    """
+    info = checkpoint.quantized
+    if info is not None and not Path(info.source).exists():
+        return None
+
+    def weights(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        source = checkpoint
+        if info is not None:
+            source = open_checkpoint(
+                info.source, variant=config.variant, in_channels=config.flavour.in_channels
+            )
+        place = quantizing_device(config.quantize_via, device)
+        return source.linear_weights(FluxTransformer, names, "adapting to the base", place)
+
+    return weights
 
 
 def cache_path(config: TrainConfig, checkpoint: Checkpoint, format: Format) -> Path:

@@ -33,7 +33,7 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.text import text_problem
 from fluxfast.train import choose
 from fluxfast.train.adapter import add_adapter
-from fluxfast.train.base_model import load_transformer, open_base, quantizing_device
+from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
 from fluxfast.train.events import say
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -219,12 +219,12 @@ def load_parts(
     device: torch.device,
     console: Console,
     *,
-    resumed: bool,
+    saved: Mapping[str, Tensor] | None,
 ) -> Parts:
     """Load the transformer, give it its adapter, and get it ready to train and to validate.
 
-    lora: the file that says what the adapter is like, if the config doesn't. resumed: a
-    checkpoint's values will take the place of the adapter's. What the run chooses by itself is
+    lora: the file that says what the adapter is like, if the config doesn't. saved: a checkpoint's
+    adapter, which takes the place of a new one. What the run chooses by itself is
     chosen before anything is loaded, and once more when the model is there to be looked at.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
@@ -237,7 +237,10 @@ def load_parts(
     transformer = load_transformer(config, base, choices, device, console)
     if config.tread_config:
         transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
-    add_adapter(config, transformer, lora, seed=seed, resumed=resumed, console=console)
+    originals = originals_of(config, base, device)
+    add_adapter(
+        config, transformer, lora, seed=seed, saved=saved, originals=originals, console=console
+    )
     facts = choose.facts_of_model(facts, config, transformer)
     choices = choose.choose(wishes, facts)
     make_ready(transformer, choices)

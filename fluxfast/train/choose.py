@@ -32,6 +32,7 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.device import usable_cores
 from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.adapter import kind_of, settings_of
+from fluxfast.train.base_model import stored_format
 from fluxfast.train.events import say
 
 # width / height of the images that a dataset without crops is taken to hold
@@ -70,10 +71,11 @@ def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None 
     base: the transformer's checkpoint, opened. Without one, sizes are those of the flavour and the
     format of the weights is the config's.
     """
-    sizes, quantized = FluxSizes(guidance_embeds=config.flavour.takes_guidance), None
-    if base is not None:
-        sizes, quantized = FluxSizes.from_config(base.config), base.quantized
-    format = PRECISIONS[config.base_model_precision] if quantized is None else quantized.format.name
+    if base is None:
+        sizes = FluxSizes(guidance_embeds=config.flavour.takes_guidance)
+        format = PRECISIONS[config.base_model_precision]
+    else:
+        sizes, format = FluxSizes.from_config(base.config), stored_format(config, base)
     text = config.tokenizer_max_length
     image = [batch.image_tokens] * sizes.blocks
     routes = config.tread_config.routes if config.tread_config else ()
@@ -91,7 +93,7 @@ def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None 
         rank=config.lora_rank,
         adapter_itemsize=config.optimizer_kind.itemsize,
         optimizer=config.optimizer,
-        lora_type=config.lora_type,
+        lora_type=config.adapter_kind,
         micro_batches=config.gradient_accumulation_steps,
         by_module=_lycoris_modules(config, sizes),
     )

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
 from fluxfast.adapters.kind import AdapterFile, Size
+from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
@@ -29,9 +30,12 @@ from fluxfast.memory.choices import refusals, wishes_of
 from fluxfast.model.routing import resolve_routes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import verdicts
+from fluxfast.quant import FORMATS
+from fluxfast.quant.rules import KEPT
 from fluxfast.train import disk_space, resume
 from fluxfast.train.adapter import (
     adapter_elements,
+    config_of,
     kind_of,
     not_resumable,
     read_init_lora,
@@ -41,7 +45,12 @@ from fluxfast.train.adapter import (
     told_beside_init_lora,
     told_of_targets,
 )
-from fluxfast.train.base_model import open_base, quantizing_device
+from fluxfast.train.base_model import (
+    open_base,
+    originals_of,
+    quantizing_device,
+    stored_format,
+)
 from fluxfast.train.build import validation_prompts
 from fluxfast.train.state import SavedRun
 
@@ -203,6 +212,8 @@ def _check_model(
     """
     with init_empty_weights():
         model = FluxTransformer.from_config(dict(base.config))
+    if (format := stored_format(config, base)) is not None:
+        quantize_empty(model, FORMATS[format], linears(model, KEPT), config.base_dtype)
     if config.tread_config:
         with _collecting(problems):
             resolve_routes(
@@ -217,11 +228,12 @@ def _check_model(
             saved_kind(config, saved).check_fits(model, file)
             sizes = file.sizes
         elif lora is not None:
-            kind_of(config).check_fits(model, lora)
+            kind_of(config_of(config, lora)).check_fits(model, lora)
             sizes = lora.sizes
         # an init_lora that could not be read is a problem already
         elif config.init_lora is None:
-            sizes = kind_of(config).check(model, settings_of(config))
+            originals = originals_of(config, base, torch.device("cpu"))
+            sizes = kind_of(config).check(model, settings_of(config, originals))
             notes += told_of_targets(config, model)
     if lora is not None:
         notes += told_beside_init_lora(config, lora, model)

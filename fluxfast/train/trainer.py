@@ -115,11 +115,10 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = not config.disable_tf32
         self.seed = resume.run_seed(config, self.saved)
         self.init_lora = init_lora_of(config, self.saved)
-        self.adapter_kind = kind_of(config)
-
         health.ensure_checked(config, self.device, console)
         self.data: RunData = load_data(config, self.seed, self.device, console)
         self.config = config_of(config, checked.lora)
+        self.adapter_kind = kind_of(self.config)
         self.parts: Parts = load_parts(
             self.config,
             checked.lora,
@@ -127,7 +126,7 @@ class Trainer:
             self.seed,
             self.device,
             console,
-            resumed=self.saved is not None,
+            saved=self.saved and self.saved.adapter,
         )
         self.transformer, self.stream = self.parts.transformer, self.parts.stream
         self.objective = Objective(
@@ -173,15 +172,11 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint that was found, if there is one.
 
-        The settings are those that the config has now.
+        The adapter has its values already. The settings are those that the config has now.
         """
         if self.saved is None:
             return
         saved, self.saved = self.saved, None
-        self.adapter_kind.load_state(self.transformer, saved.adapter)
-        if self.stream is not None:
-            # an initialiser's adapter takes its start out of the base again
-            self.stream.refresh()
         load_moments(self.optimizer, saved.optimizer)
         self.step = saved.step
         self.scheduler = self._schedule()

@@ -165,7 +165,8 @@ def test_another_adapters_state_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"init": "loftq"}, "quantised base"),
+        ({"init": "loftq"}, "none of the .* targeted linears is quantised: set base_model_prec"),
+        ({"init": "loftq", "loftq_iterations": 0}, "loftq_iterations must be at least 1, got 0"),
         ({"init": "orthogonal"}, "unknown lora_init_type 'orthogonal'"),
         ({"init": "pissa_niter_0"}, "unknown lora_init_type"),
         ({"rank": 0}, "lora_rank"),
@@ -189,7 +190,8 @@ def test_an_init_from_the_base_needs_floating_point():
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(
         ValueError,
-        match=r"'olora' needs a base in floating point, but transformer_blocks\.0\.attn\.to_q",
+        match="'olora' needs a base in floating point or in one of fluxfast's formats, but "
+        r"transformer_blocks\.0\.attn\.to_q",
     ):
         add_lora(transformer, targets="all", rank=4, init="olora")
     add_lora(transformer, targets="all", rank=4)

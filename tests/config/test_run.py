@@ -152,7 +152,7 @@ def test_wrong_tread_routes_are_refused(given, part):
 def test_all_problems_come_together():
     problems = refused(
         ["--nope=1"], lora_rnak=1, lora_rank="x", base_model_precision="int8-sdnq",
-        lora_init_type="loftq", tread_config={"a": 1}, max_train_steps=4, num_train_epochs=4,
+        lora_init_type="eva", tread_config={"a": 1}, max_train_steps=4, num_train_epochs=4,
         validation_steps=1, validation_step_interval=1,
     )  # fmt: skip
     for part in (
@@ -160,7 +160,7 @@ def test_all_problems_come_together():
         "lora_rnak",
         "lora_rank",
         "int8-sdnq",
-        "loftq",
+        "eva",
         "tread_config",
         "num_train_epochs",
         "same option",
@@ -313,6 +313,10 @@ def test_shift():
         (
             {"init_lora": "a.safetensors", "lora_init_type": "pissa"},
             ['"lora_init_type" pissa', '"init_lora"'],
+        ),
+        (
+            {"init_lora": "a.safetensors", "lora_init_type": "loftq"},
+            ['"lora_init_type" loftq', '"init_lora"'],
         ),
         ({"num_processes": 4}, ['"num_processes" is 4', "not implemented yet"]),
     ],

@@ -1,7 +1,6 @@
 """Blocks that run by launch plans against blocks that run as they are, bit for bit.
 
-Our kernels run in Triton's interpreter, and get addresses as on a GPU. The first call with a key
-runs, the second is recorded, the third compared, and the fourth is the first that is replayed.
+What the calls are is in `plan_cases`.
 """
 
 import copy
@@ -14,80 +13,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from block_cases import EVERYTHING
-from fluxfast.checkpoint.side_by_side import pack_groups
 from fluxfast.memory.engine import Engine
 from fluxfast.memory.stream import BlockStream
 from fluxfast.model import launch_plans
-from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.launch_plans import LaunchPlans
 from fluxfast.model.launch_replay import LaunchPlan
 from fluxfast.model.rope import rope_tables
-from fluxfast.quant import FORMATS, Format
+from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
-from small_flux import small_flux
-
-TINY = {
-    "attention_head_dim": 16,
-    "num_attention_heads": 1,
-    "axes_dims_rope": (4, 6, 6),
-    "num_layers": 1,
-}
-# calls of a key until one is replayed
-CALLS = 4
-
-
-def block_of(model, kind):
-    return (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
-
-
-def make_model(plans, storage=None, layers=1, **options):
-    """Its blocks run on our kernels, with attention by one of torch's own operations."""
-    model = small_flux(storage, EVERYTHING, **TINY | {"num_single_layers": layers})
-    pack_groups(model)
-    chosen = {"impl": "triton", "attention": "cpu", "launch_plans": plans} | options
-    for block in model.blocks:
-        for name, value in chosen.items():
-            setattr(block, name, value)
-    return model
-
-
-def step(block, seed, *, batch=1, tokens=2, grad=True, index=None, mask=None, widen=False):
-    """Outputs and gradients for random inputs and gradients."""
-    g = torch.Generator().manual_seed(seed)
-    img, txt = (torch.randn(batch, n, 16, generator=g) for n in (tokens, 1))
-    ids = torch.randint(0, 30, (tokens + 1, 3), generator=g)
-    pe = rope_tables(ids, TINY["axes_dims_rope"])
-    pe = pe if index is None else (*pe, index)
-    if widen:
-        img = torch.cat([img, img], -1)[..., :16]
-    mods = [torch.randn(batch, n, generator=g) for n in (96, 96)]
-    if hasattr(block, "proj_mlp"):
-        img, txt, mods = torch.cat([txt, img], 1), None, [mods[0][:, :48].contiguous()]
-    leaves = [x.requires_grad_(grad) for x in (img, txt) if x is not None]
-    torch.manual_seed(seed)
-    kwargs = None if mask is None else {"attention_mask": mask}
-    outs = block(img, txt, tuple(mods), pe, kwargs)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    leaves = [x for x in leaves if grad] + [p for p in block.parameters() if p.requires_grad]
-    douts = [torch.randn(out.shape, generator=g) for out in outs]
-    return [*outs, *torch.autograd.grad(outs, leaves, douts, allow_unused=True)]
-
-
-def same(actual, expected):
-    assert len(actual) == len(expected)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert (a is None) == (e is None) and (a is None or torch.equal(a, e)), i
-
-
-def replays(kind, storage=None, of=step, **options):
-    """Steps until a plan has taken over, whose results are those of a twin without plans."""
-    plans = LaunchPlans()
-    mine, plain = (block_of(make_model(p, storage, **options), kind) for p in (plans, None))
-    for seed in range(CALLS):
-        made = of(mine, seed)
-    same(made, of(plain, CALLS - 1))
-    assert plans.off is None and not plans.reasons and plans.replayed == 2
+from plan_cases import CALLS, TINY, block_of, decode_by_kernels, make_model, replays, same, step
 
 
 @pytest.mark.parametrize(
@@ -102,8 +36,7 @@ def test_every_policy(kind, policy):
     [("double", "int8", "int8"), ("single", "nf4", "int8")],
 )
 def test_a_quantised_base(kind, storage, compute, monkeypatch):
-    # which takes the native module on a CPU, even where the block runs on kernels
-    monkeypatch.setattr(Format, "implementation", lambda *args: "triton")
+    decode_by_kernels(monkeypatch)
     replays(kind, storage=storage, compute=compute, policy="full")
 
 
@@ -138,52 +71,6 @@ def step_with(block, seed):
     torch.manual_seed(seed)
     out = block(x, txt, mods, pe)
     return out if txt is None else out[1]
-
-
-@pytest.mark.parametrize("kind", ["double", "single"])
-def test_gradients_in_a_flat_buffer(kind, monkeypatch):
-    """A plan writes them where its block has them, and a plan that does not is found."""
-    plans = LaunchPlans()
-    models = [make_model(p, layers=2) for p in (plans, None)]
-    mine, plain = (
-        [b for b in m.blocks if hasattr(b, "proj_mlp") == (kind == "single")] for m in models
-    )
-    flat = [FlatGradients(model) for model in models]
-
-    def once(block, gradients, seed):
-        """What a step returns and leaves, in a buffer that begins as NaN."""
-        gradients.forget()
-        for buffer in gradients.buffers:
-            buffer.fill_(float("nan"))
-        return [*step(block, seed), *(place.clone() for place in block.gradients.places)]
-
-    # single blocks share their plans
-    for seed in range(CALLS):
-        for one, other in zip(mine, plain, strict=True):
-            made = once(one, flat[0], seed)
-            same(made, once(other, flat[1], seed))
-    assert plans.off is None and not plans.reasons
-    assert plans.replayed == 2 * (CALLS * len(mine) - CALLS + 1)
-    # gradients that are there already stay, and those of the next steps are added
-    for seed in range(CALLS):
-        same(step(mine[0], seed), step(plain[0], seed))
-        same(mine[0].gradients.places, plain[0].gradients.places)
-    assert len(plans.launches) == 3
-
-    original = LaunchPlan.replay
-
-    def elsewhere(self, *args):
-        before = [place.clone() for place in mine[0].gradients.places]
-        made = original(self, *args)
-        torch._foreach_copy_(mine[0].gradients.places, before)
-        return made
-
-    monkeypatch.setattr(LaunchPlan, "replay", elsewhere)
-    mine[0].launch_plans = LaunchPlans()
-    for seed in range(CALLS):
-        made = once(mine[0], flat[0], seed)
-    assert mine[0].launch_plans.off is not None
-    same(made, once(plain[0], flat[1], CALLS - 1))
 
 
 def test_streamed_weights_are_read_where_they_are():

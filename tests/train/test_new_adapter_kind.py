@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from fluxfast.adapters.kind import AdapterSettings, trainable_parameters
 from fluxfast.adapters.kinds import KINDS, without_adapters
-from fluxfast.adapters.lora import LoraKind
-from fluxfast.config.adapters import LORA_TYPES
+from fluxfast.adapters.lora import DoraKind, LoraKind
+from fluxfast.config.adapters import ADAPTER_KINDS, LORA_TYPES
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.block_memory import block_memory
@@ -50,8 +50,10 @@ def run(kind, write_config):
 
 
 def test_kinds_are_those_of_the_option():
-    assert KINDS.keys() == LORA_TYPES.keys() == {"standard"}
-    assert type(KINDS["standard"]) is LoraKind
+    assert LORA_TYPES.keys() == {"standard"}
+    # DoRA is an option of its own
+    assert KINDS.keys() == ADAPTER_KINDS.keys() == {"standard", "dora"}
+    assert type(KINDS["standard"]) is LoraKind and type(KINDS["dora"]) is DoraKind
 
 
 def test_without_its_line_a_kind_is_refused(write_config):
