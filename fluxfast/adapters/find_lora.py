@@ -99,6 +99,15 @@ def opened(file: Path) -> Iterator[Any]:
         ) from error
 
 
+def header_of(file: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The shapes of a file's tensors by their keys, and its metadata."""
+    with opened(file) as reader:
+        names = list(reader.keys())
+        return {name: reader.get_slice(name).get_shape() for name in names}, dict(
+            reader.metadata() or {}
+        )
+
+
 def _choose(names: Iterable[str], where: str, how: str) -> str:
     """The one LoRA among a folder's files.
 

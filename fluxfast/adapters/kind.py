@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fluxfast.adapters.algorithms import ALGORITHMS
 from fluxfast.adapters.find_lora import find_lora, opened
 from fluxfast.adapters.presets import find_targets
 from fluxfast.adapters.writing import PREFIX, write_adapter
@@ -77,6 +78,9 @@ class AdapterFile:
         targets: the modules, in the file's order.
         decides: values by module, for each option of the config that the file decides
             (`lora_rank`, `lora_alpha`, `lycoris_config`), beside the targets.
+        algos: the algorithm of each module where a kind has several, by LyCORIS's names (`lokr`,
+            `loha`, …); a module that is not listed is of the kind's own.
+        dtype: the widest type among the tensors of the file.
         notes: lines for the user: what was left out, and why.
     """
 
@@ -84,8 +88,33 @@ class AdapterFile:
     state: dict[str, Tensor]
     targets: list[str]
     decides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    algos: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def algorithm(self, module: str) -> str:
+        """A module's algorithm; LoRA where nothing else is said."""
+        return self.algos.get(module, "lora")
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By module, its tensors by the names of `algorithms`, an alpha among them."""
+        return {
+            module: {
+                part: self.state[name]
+                for part in ALGORITHMS[self.algorithm(module)].axes
+                if (name := f"{module}.{part}") in self.state
+            }
+            for module in self.targets
+        }
+
+    def to(self, dtype: torch.dtype) -> AdapterFile:
+        """The same adapter with its weights in another type; alphas stay as they are."""
+        state = {
+            name: tensor if tensor.ndim == 0 else tensor.to(dtype)
+            for name, tensor in self.state.items()
+        }
+        return replace(self, state=state, dtype=dtype)
 
     def common(self, option: str) -> Any:
         """The value that most modules have of an option that the file decides."""

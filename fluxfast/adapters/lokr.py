@@ -19,6 +19,11 @@ from fluxfast.ops.linear.lokr import Lokr
 
 Shapes = dict[str, tuple[int, ...]]
 
+NORM_OF_WHOLE = (
+    "init_lokr_norm fills w1 and w2 as they are, but a rank divides them here: set "
+    '"full_matrix": true in the lycoris_config, or leave init_lokr_norm out'
+)
+
 
 def divided(features: int, factor: int) -> tuple[int, int]:
     """Two numbers whose product is `features`, the smaller one first.
@@ -69,9 +74,9 @@ def lokr_shapes(out_features: int, in_features: int, options: LycorisOptions) ->
     return shapes
 
 
-def scale_of(shapes: Shapes, dim: int, alpha: float) -> float:
-    """alpha / dim, or 1 where both factors are whole."""
-    return 1.0 if {"lokr_w1", "lokr_w2"} <= shapes.keys() else (alpha or dim) / dim
+def is_whole(shapes: Shapes) -> bool:
+    """Whether both factors are whole, so that there is no rank that divides alpha."""
+    return {"lokr_w1", "lokr_w2"} <= shapes.keys()
 
 
 class LokrLinear(LycorisLinear):
@@ -108,7 +113,8 @@ class LokrLinear(LycorisLinear):
         for name, values in drawn.items():
             self.register_parameter(name, Parameter(values.to(device, dtype)))
         self._names = tuple(shapes)
-        self.scale = scale_of(shapes, options.dim, options.alpha)
+        self._whole = is_whole(shapes)
+        self.scale = 1.0 if self._whole else (options.alpha or options.dim) / options.dim
 
     def trained(self) -> dict[str, Parameter]:
         return dict(self._parameters)  # type: ignore[arg-type]
@@ -165,8 +171,12 @@ class LokrLinear(LycorisLinear):
         weight = whole_weight(self.base_layer)
         changed = self._changed(lokr, weight, kept)
         assert lokr.magnitude is not None
-        norm = changed.norm(dim=1, keepdim=True) + torch.finfo(changed.dtype).eps
-        return changed * (lokr.multiplier * (lokr.magnitude / norm - 1) + 1) - weight
+        grown = lokr.magnitude / self._norm(changed)
+        return changed * (lokr.multiplier * (grown - 1) + 1) - weight
+
+    @staticmethod
+    def _norm(changed: Tensor) -> Tensor:
+        return changed.norm(dim=1, keepdim=True) + torch.finfo(changed.dtype).eps
 
     def _changed(self, lokr: Lokr, weight: Tensor, kept: Tensor | None = None) -> Tensor:
         w1, w2 = (ws[0] if len(ws) == 1 else ws[0] @ ws[1] for ws in (lokr.w1, lokr.w2))
@@ -175,48 +185,42 @@ class LokrLinear(LycorisLinear):
             delta = delta * lokr.scalar
         return weight + (delta if kept is None else delta * kept[:, None])
 
+    @property
+    def alpha(self) -> float:
+        """What a file's readers divide by the rank; the rank itself where both factors are whole.
+
+        The multiplier is contained, unless it is one of a weight decomposition.
+        """
+        multiplier = 1.0 if self.options.weight_decompose else self.options.multiplier
+        return self.scale * self.options.dim * (1.0 if self._whole else multiplier)
+
     @torch.no_grad()
     def exported(self) -> dict[str, Tensor]:
-        """The factors, with all that scales them in the first of them, and `dora_scale`.
-
-        That is what programs read that know no scale: diffusers' `load_lora_adapter`, and ComfyUI
-        where a file has no alpha. The scaled factor is in fp32, so that it is rounded once.
-        """
-        lokr, tensors = self.lokr(), {name: self._parameters[name] for name in self._names}
-        scale = lokr.scale if lokr.scalar is None else lokr.scale * lokr.scalar.float()
-        if lokr.scalar is not None or scale != 1:
-            tensors[self._names[0]] = tensors[self._names[0]].float() * scale
-        if (magnitude := lokr.magnitude) is not None:
-            if lokr.multiplier != 1:
-                norm = self._changed(lokr, whole_weight(self.base_layer)).norm(dim=1, keepdim=True)
-                magnitude = lokr.multiplier * magnitude + (1 - lokr.multiplier) * norm
-            tensors["dora_scale"] = magnitude
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        held = {name: p.detach() for name, p in self.trained().items()}
+        multiplier = self.options.multiplier
+        if self.options.weight_decompose and multiplier != 1:
+            norm = self._norm(self._changed(self.lokr(), whole_weight(self.base_layer)))
+            held["dora_scale"] = multiplier * held["dora_scale"] + (1 - multiplier) * norm
+        elif self._whole and multiplier != 1:
+            held["lokr_w1"] = held["lokr_w1"].float() * multiplier
+        return held | {"alpha": torch.tensor(self.alpha, dtype=torch.float64)}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Puts a file's factors in, so that scale, multiplier and scalar give what the file means.
-
-        An `alpha` among the tensors is the options' own by now, and so is in the scale already.
-        """
-        for name, own in self._parameters.items():
-            if own is not None and name in tensors:
-                own.copy_(tensors[name])
-        if (scalar := self._parameters.get("scalar")) is not None and "scalar" not in tensors:
-            scalar.fill_(1)
-        magnitude = self._parameters.get("dora_scale")
-        multiplier = self.options.multiplier
-        if multiplier == 1:
-            return
-        if magnitude is None:
-            first = self._parameters[self._names[0]]
-            assert first is not None
-            first.copy_(tensors[self._names[0]] / multiplier)
-        else:
-            norm = self._changed(self.lokr(), whole_weight(self.base_layer)).norm(
-                dim=1, keepdim=True
+        own, multiplier = self.trained(), self.options.multiplier
+        for name in self._names:
+            own[name].copy_(tensors[name])
+        if "scalar" in own:
+            own["scalar"].fill_(1)
+        if "dora_scale" in own:
+            norm = self._norm(self._changed(self.lokr(), whole_weight(self.base_layer)))
+            own["dora_scale"].copy_(
+                (tensors["dora_scale"] - (1 - multiplier) * norm) / multiplier
+                if multiplier != 1
+                else tensors["dora_scale"]
             )
-            magnitude.copy_((tensors["dora_scale"] - (1 - multiplier) * norm) / multiplier)
+        elif self._whole:
+            own["lokr_w1"].div_(multiplier)
 
     def extra_repr(self) -> str:
         shapes = (f"{name} {list(self._parameters[name].shape)}" for name in self._names)  # type: ignore[union-attr]
@@ -237,10 +241,7 @@ def _start(factors: dict[str, Tensor], *, moves_at_once: bool) -> None:
 
 def _start_like_base(factors: dict[str, Tensor], weight: Tensor, norm: float) -> None:
     if factors.keys() != {"lokr_w1", "lokr_w2"}:
-        raise ValueError(
-            "init_lokr_norm fills w1 and w2 as they are, but a rank divides them here: set "
-            '"full_matrix": true in the lycoris_config, or leave init_lokr_norm out'
-        )
+        raise ValueError(NORM_OF_WHOLE)
     factors["lokr_w1"].fill_(1)
     drawn = torch.randn_like(factors["lokr_w2"])
     wide = weight.float()

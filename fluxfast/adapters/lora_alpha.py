@@ -1,10 +1,10 @@
-"""The alpha of each module of a LoRA file, with which a pair means alpha / rank · B A.
+"""The alpha of each module of an adapter's file: its change is alpha / rank times a product.
 
 Alpha is what the first of these says about a module:
 
 1. its alpha tensor (kohya, ComfyUI, OneTrainer);
 2. the file's metadata `lora_adapter_metadata`, a LoraConfig that diffusers wrote;
-3. `adapter_config.json` in the same folder, PEFT's LoraConfig;
+3. `adapter_config.json` in the same folder, PEFT's config of LoRA, LoKr or LoHa;
 4. the rank, if nothing else says it, as in diffusers, ComfyUI and kohya's scripts.
 
 kohya's metadata `ss_network_alpha` is not asked: kohya writes an alpha tensor beside every pair,
@@ -24,12 +24,13 @@ from typing import Any
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
 
+from fluxfast.adapters.algorithms import ALGORITHMS
+
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 # fields of LoraConfig with which a pair means something else than alpha / rank · B A
 _OTHER_FUNCTION = (
-    "use_dora",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -42,28 +43,55 @@ _OTHER_FUNCTION = (
 # how the names of initialisers begin that move a part of the base into the pair: what the file
 # holds is then for a base that isn't FLUX.1's any more
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-_PLAIN_ONLY = "fluxfast can go on from plain LoRA only"
+_PLAIN_ONLY = "fluxfast reads plain LoRA, DoRA, LoKr and LoHa of PEFT only"
+# PEFT's types of adapters that are read, with their names in `algorithms`
+_ALGORITHMS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """What a LoraConfig beside the weights says; `where` is its place, for messages."""
+class AlphaSettings:
+    """What PEFT's config beside the weights says; `where` is its place, for messages."""
 
     where: str
     fields: Mapping[str, Any]
 
+    @property
+    def algorithm(self) -> str:
+        """The algorithm that the config is about."""
+        return _ALGORITHMS[self.fields.get("peft_type") or "LORA"]
+
+    def check_describes(self, module: str, algorithm: str, dora: bool) -> None:
+        """ValueError where a module's tensors are another algorithm's than the config's.
+
+        dora: whether there is a magnitude among them.
+        """
+        if self.algorithm != algorithm:
+            raise ValueError(
+                f"{self.where} describes an adapter of type {self.fields.get('peft_type')}, but "
+                f"{module} is {ALGORITHMS[algorithm].label}"
+            )
+        if self.fields.get("use_dora") and not dora:
+            raise ValueError(
+                f"{self.where} has use_dora on, but {module} has no magnitude beside its pair"
+            )
+
+    def rank(self, module: str) -> float | None:
+        """A module's rank; None if nothing is said about it."""
+        return self._value("r", "rank_pattern", module)
+
     def alpha(self, module: str, rank: int) -> float | None:
         """A module's alpha, for the scale alpha / rank; None if nothing is said about it.
 
-        ValueError if another rank is said than the tensors have.
+        rank: that of the tensors, 0 where they have none. ValueError if another rank is said.
         """
-        said = self._value("r", "rank_pattern", module)
-        if said is not None and said != rank:
+        said = self.rank(module)
+        if said is not None and said != rank != 0:
             raise ValueError(
                 f"{self.where} gives {module} rank {said:g}, but its tensors have rank {rank}: "
-                "these settings are another LoRA's, so alpha isn't known; take them out"
+                "these settings are another adapter's, so alpha isn't known; take them out"
             )
-        alpha = self._value("lora_alpha", "alpha_pattern", module)
+        name = "lora_alpha" if self.algorithm == "lora" else "alpha"
+        alpha = self._value(name, "alpha_pattern", module)
         if alpha is None:
             return None
         # rank-stabilised LoRA scales by alpha / √rank
@@ -91,12 +119,12 @@ class LoraSettings:
         return float(value)
 
 
-def read_settings(file: Path, metadata: Mapping[str, str]) -> list[LoraSettings]:
-    """The LoraConfigs that say something about a file; the first one wins.
+def read_settings(file: Path, metadata: Mapping[str, str]) -> list[AlphaSettings]:
+    """PEFT's configs that say something about a file; the first one wins.
 
     `adapter_config.json` is about the folder's `adapter_model.safetensors`, or about any file if
     the folder has none of that name. ValueError where a config is not readable, or describes an
-    adapter that isn't plain LoRA.
+    adapter that isn't read.
     """
     found = []
     if text := metadata.get(LORA_ADAPTER_METADATA_KEY):
@@ -104,14 +132,14 @@ def read_settings(file: Path, metadata: Mapping[str, str]) -> list[LoraSettings]
         fields = {
             key.removeprefix("transformer."): value for key, value in _parse(where, text).items()
         }
-        found.append(LoraSettings(where, fields))
+        found.append(AlphaSettings(where, fields))
     config = file.parent / ADAPTER_CONFIG
     if config.is_file() and (
         file.name == PEFT_WEIGHTS or not (file.parent / PEFT_WEIGHTS).exists()
     ):
-        found.append(LoraSettings(str(config), _parse(str(config), config.read_bytes())))
+        found.append(AlphaSettings(str(config), _parse(str(config), config.read_bytes())))
     for settings in found:
-        _check_plain_lora(settings)
+        _check_is_read(settings)
     return found
 
 
@@ -139,10 +167,10 @@ def _parse(where: str, text: str | bytes) -> dict[str, Any]:
     return fields
 
 
-def _check_plain_lora(settings: LoraSettings) -> None:
+def _check_is_read(settings: AlphaSettings) -> None:
     fields, where = settings.fields, settings.where
     kind = fields.get("peft_type") or "LORA"
-    if kind != "LORA":
+    if kind not in _ALGORITHMS:
         raise ValueError(f"{where} describes an adapter of type {kind}, and {_PLAIN_ONLY}")
     for name in _OTHER_FUNCTION:
         if fields.get(name):

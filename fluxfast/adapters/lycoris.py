@@ -7,6 +7,7 @@ other algorithm is lycoris-lora's own module (`lycoris_library`), which blocks c
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,31 +16,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from fluxfast.adapters.adapter_read import read_adapter
+from fluxfast.adapters.algorithms import measure
 from fluxfast.adapters.kind import (
     AdapterFile,
     AdapterKind,
     AdapterSettings,
     Originals,
     Wrapped,
+    check_same_tensors,
     linears_of,
-    unlike,
     wrap_linears,
 )
-from fluxfast.adapters.lokr import LokrLinear, lokr_shapes, scale_of
-from fluxfast.adapters.lycoris_library import LibraryLinear, file_shapes, library_shapes
+from fluxfast.adapters.lokr import NORM_OF_WHOLE, LokrLinear, is_whole, lokr_shapes
+from fluxfast.adapters.lycoris_library import LibraryLinear, for_base, library_shapes
 from fluxfast.adapters.lycoris_linear import LycorisLinear
-from fluxfast.adapters.lycoris_read import by_module, options_of
+from fluxfast.adapters.lycoris_read import algorithm_of, by_module, options_of, own_form
 from fluxfast.adapters.lycoris_targets import match_lycoris
-from fluxfast.adapters.writing import PREFIX, write_adapter
-from fluxfast.config.lycoris import LycorisOptions
+from fluxfast.adapters.styles import write_styled
+from fluxfast.config.lycoris import LycorisConfig, LycorisOptions
 from fluxfast.files import write_atomic
 
 # what a run that goes on from a file has by its own config
 _BY_CONFIG = ("multiplier", "dropout", "rank_dropout", "module_dropout", "use_scalar")
+# a checkpoint's tensors that don't train
+_NUMBERS = ("alpha", "on_input")
 
 
 class LycorisKind(AdapterKind):
@@ -72,7 +76,7 @@ class LycorisKind(AdapterKind):
         wrap_linears(transformer, list(chosen), made.__getitem__)
 
     def modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
-        return {n: m for n, m in transformer.named_modules() if isinstance(m, LycorisLinear)}
+        return dict(self._own(transformer))
 
     def set_enabled(self, transformer: nn.Module, enabled: bool) -> None:
         for module in transformer.modules():
@@ -93,29 +97,31 @@ class LycorisKind(AdapterKind):
         checked = set()
         for name, options in chosen.items():
             linear: Any = transformer.get_submodule(name)
-            key = (linear.out_features, linear.in_features, options)
+            key = (type(linear), linear.out_features, linear.in_features, options)
             if key not in checked:
                 checked.add(key)
-                self.shapes(*key)
+                try:
+                    _check_linear(linear, options, settings)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         return chosen
 
     def add_from(
         self, transformer: nn.Module, file: AdapterFile, settings: AdapterSettings
     ) -> None:
         self.check_fits(transformer, file)
-        asked = None if settings.lycoris is None else settings.lycoris.options
-        by_file = {name: _going_on(options, asked) for name, options in file.sizes.items()}
+        asked = {} if settings.lycoris is None else _asked(transformer, settings.lycoris)
+        by_file = {name: _going_on(size, asked.get(name)) for name, size in file.sizes.items()}
         self.add(transformer, replace(settings, by_module=by_file, lokr_norm=None))
-        tensors = by_module(file.path, file.state)
-        for name, module in self.modules(transformer).items():
-            assert isinstance(module, LycorisLinear)
-            module.load(tensors[name])
+        tensors = file.tensors()
+        for name, module in self._own(transformer).items():
+            module.load(own_form(tensors[name]))
 
     def state(self, transformer: nn.Module) -> dict[str, Tensor]:
         state = super().state(transformer)
-        for name, module in self.modules(transformer).items():
-            assert isinstance(module, LycorisLinear)
-            state |= {f"{name}.{key}": value for key, value in _numbers(module.options).items()}
+        for name, module in self._own(transformer).items():
+            numbers = {key: t for key, t in module.exported().items() if key in _NUMBERS}
+            state |= {f"{name}.{key}": number for key, number in numbers.items()}
         return state
 
     def load_state(
@@ -124,19 +130,24 @@ class LycorisKind(AdapterKind):
         state: Mapping[str, Tensor],
         originals: Originals | None = None,
     ) -> None:
-        for name, value in self.state(transformer).items():
-            saved = state.get(name)
-            if name.endswith((".alpha", ".on_input")) and saved is not None and saved != value:
+        own = self.state(transformer)
+        check_same_tensors(own, state)
+        for name, value in own.items():
+            if name.endswith(_NUMBERS) and not math.isclose(value, state[name], rel_tol=1e-6):
                 raise ValueError(
-                    f"{name}: expected {float(value):g}, found {float(saved):g} in the saved "
-                    "adapter"
+                    f"{name}: expected {float(value):g}, found {float(state[name]):g} in the "
+                    "saved adapter"
                 )
-        super().load_state(transformer, state)
+        super().load_state(transformer, state, originals)
 
     def from_state(self, path: Path, state: Mapping[str, Tensor]) -> AdapterFile:
         modules = by_module(path, state)
-        sizes = {name: options_of(path, name, tensors) for name, tensors in modules.items()}
-        return AdapterFile(path, dict(state), list(modules), {"lycoris_config": sizes})
+        algos = {name: algorithm_of(path, name, tensors) for name, tensors in modules.items()}
+        named = {f"{m}.{n}": t for m, tensors in modules.items() for n, t in tensors.items()}
+        return _with_sizes(AdapterFile(path, named, list(modules), algos=algos))
+
+    def read_file(self, adapter: str | os.PathLike[str]) -> AdapterFile:
+        return _with_sizes(read_adapter(adapter))
 
     def save(
         self,
@@ -146,68 +157,53 @@ class LycorisKind(AdapterKind):
         style: str = "diffusers",
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
-        """Writes `transformer.<module>.<tensor>`, and a run's lycoris_config beside it.
+        """Writes the adapter in one of `styles.STYLES`, and a run's lycoris_config beside it.
 
         The config is the metadata's `lycoris_config`, where there is one.
         """
-        if style != "diffusers":
-            raise ValueError(f"{self.label} has no lora_format {style!r}: choose diffusers")
-        tensors = {
-            f"{PREFIX}{name}.{key}": tensor.cpu().contiguous()
-            for name, module in self.modules(transformer).items()
-            if isinstance(module, LycorisLinear)
+        state = {
+            f"{name}.{key}": tensor
+            for name, module in self._own(transformer).items()
             for key, tensor in module.exported().items()
         }
-        metadata = dict(metadata or {})
-        file = write_adapter(path, tensors, metadata)
-        if "lycoris_config" in metadata:
+        file = write_styled(path, self.from_state(Path(path), state), style, metadata)
+        if metadata and "lycoris_config" in metadata:
             text = json.dumps(json.loads(metadata["lycoris_config"]), indent=2)
             write_atomic(file.with_name("lycoris_config.json"), f"{text}\n".encode())
         return file
 
     def check_fits(self, transformer: nn.Module, file: AdapterFile) -> None:
-        tensors = by_module(file.path, file.state)
+        tensors = file.tensors()
         for name, linear in linears_of(transformer, file).items():
-            options = file.sizes[name]
-            _check_module(file, name, linear, options, tensors[name])
+            shapes = {key: t.shape for key, t in tensors[name].items() if key not in _NUMBERS}
+            columns = file.sizes[name].train_on_input
+            found = measure(file.algorithm(name), shapes, columns=columns)
+            own = linear.out_features, linear.in_features
+            if any(a not in (None, b) for a, b in zip(found[:2], own, strict=True)):
+                raise ValueError(
+                    f"{file.path}: {name}: expected {list(own)} for this transformer, found "
+                    f"{list(found[:2])}"
+                )
+
+    def _own(self, transformer: nn.Module) -> dict[str, LycorisLinear]:
+        return {n: m for n, m in transformer.named_modules() if isinstance(m, LycorisLinear)}
 
 
-def _check_module(
-    file: AdapterFile, name: str, linear: Any, options: LycorisOptions, tensors: dict[str, Tensor]
-) -> None:
-    shape = [linear.out_features, linear.in_features]
-    if options.algo == "lokr":
-        w1, w2 = (_product_shape(tensors, factor) for factor in ("lokr_w1", "lokr_w2"))
-        found = None if w1 is None or w2 is None else [w1[0] * w2[0], w1[1] * w2[1]]
-        if found != shape:
-            whole = "factors that don't fit each other" if found is None else str(found)
-            raise ValueError(
-                f"{file.path}: {name}: expected a LoKr of {shape} for this transformer, found "
-                f"{whole}"
-            )
-        return
-    if any(key.startswith(("up_list.", "diff")) for key in tensors):
-        shapes = library_shapes(*shape, options)
-        if "diff_b" not in tensors:
-            shapes.pop("diff_b", None)
-    else:
-        shapes = file_shapes(*shape, options)
-    for key, expected in shapes.items():
-        if key not in tensors:
-            raise ValueError(f"{file.path}: {name} has no {key} in it")
-        if tuple(tensors[key].shape) != expected:
-            raise unlike(f"{file.path}: {name}.{key}", expected, tensors[key])
+def _with_sizes(file: AdapterFile) -> AdapterFile:
+    sizes = {m: options_of(file.algorithm(m), tensors) for m, tensors in file.tensors().items()}
+    return replace(file, decides={"lycoris_config": sizes})
 
 
-def _product_shape(tensors: Mapping[str, Tensor], factor: str) -> tuple[int, int] | None:
-    """The shape of w1 or w2, of which there may be two narrow factors; None if they don't fit."""
-    if factor in tensors:
-        rows, columns = tensors[factor].shape
-        return rows, columns
-    a, b = tensors.get(f"{factor}_a"), tensors.get(f"{factor}_b")
-    if a is None or b is None or a.shape[1] != b.shape[0]:
-        return None
-    return a.shape[0], b.shape[1]
+def _asked(transformer: nn.Module, config: LycorisConfig) -> dict[str, LycorisOptions]:
+    """What a config alone would have on each linear."""
+    names = [name for name, _ in transformer.named_modules()]
+    asked = dict.fromkeys(names, config.options)
+    try:
+        return (
+            asked | match_lycoris(transformer, config.model_copy(update={"modules": None})).modules
+        )
+    except ValueError:
+        return asked
 
 
 def _is_ours(options: LycorisOptions) -> bool:
@@ -218,9 +214,18 @@ def _is_ours(options: LycorisOptions) -> bool:
 def _made(linear: nn.Module, options: LycorisOptions, settings: AdapterSettings) -> LycorisLinear:
     if _is_ours(options):
         return LokrLinear(linear, options, settings.dtype, settings.lokr_norm)
-    if settings.lokr_norm is not None:
-        raise ValueError(f"init_lokr_norm is of LoKr alone, and this is {options.algo}")
     return LibraryLinear(linear, options, settings.dtype)
+
+
+def _check_linear(linear: Any, options: LycorisOptions, settings: AdapterSettings) -> None:
+    """ValueError where an algorithm can't be had on a linear, which may be on the meta device."""
+    shape = linear.out_features, linear.in_features
+    if not _is_ours(options):
+        library_shapes(*shape, for_base(options, linear))
+        if settings.lokr_norm is not None:
+            raise ValueError(f"init_lokr_norm is of LoKr alone, and this is {options.algo}")
+    elif settings.lokr_norm is not None and not is_whole(lokr_shapes(*shape, options)):
+        raise ValueError(NORM_OF_WHOLE)
 
 
 def _going_on(options: LycorisOptions, asked: LycorisOptions | None) -> LycorisOptions:
@@ -229,19 +234,12 @@ def _going_on(options: LycorisOptions, asked: LycorisOptions | None) -> LycorisO
         return options
     changes = {name: getattr(asked, name) for name in _BY_CONFIG}
     changes["bypass_mode"] = asked.bypass_mode and not options.weight_decompose
-    if options.algo not in ("lokr", "diag-oft", "boft"):
-        # a file holds alpha with the multiplier in it
+    if options.algo == "lora" and asked.algo == "dylora" and not options.dim % asked.block_size:
+        changes |= {"algo": "dylora", "block_size": asked.block_size}
+    if not options.weight_decompose and options.algo not in ("diag-oft", "boft"):
+        # a file's alpha contains the multiplier
         changes["alpha"] = options.alpha / asked.multiplier
     return options.with_changes(changes)
-
-
-def _numbers(options: LycorisOptions) -> dict[str, Tensor]:
-    """What a checkpoint holds beside the trained tensors: the number that scales them."""
-    if options.algo == "ia3":
-        return {"on_input": torch.tensor(int(options.train_on_input))}
-    oft = options.algo in ("diag-oft", "boft")
-    value = options.constraint if oft else (options.alpha or options.dim)
-    return {"alpha": torch.tensor(value, dtype=torch.float64)}
 
 
 def counted(modules: Mapping[str, LycorisOptions]) -> str:
@@ -255,7 +253,7 @@ def described(out_features: int, in_features: int, options: LycorisOptions) -> s
     if not _is_ours(options):
         return f"{options.algo} of rank {options.dim} and alpha {options.alpha:g}"
     shapes = lokr_shapes(out_features, in_features, options)
-    scale = scale_of(shapes, options.dim, options.alpha)
+    scale = 1 if is_whole(shapes) else (options.alpha or options.dim) / options.dim
     told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if shape)
     return f"lokr with {told} and scale {scale:g}"
 

@@ -34,7 +34,7 @@ class LibraryLinear(LycorisLinear):
 
     def __init__(self, base_layer: nn.Module, options: LycorisOptions, dtype: torch.dtype) -> None:
         super().__init__(base_layer, options)
-        self.lycoris = _made(base_layer, _for_base(options, base_layer))
+        self.lycoris = _made(base_layer, for_base(options, base_layer))
         # the linear as it is called, with the hooks that may be on it
         self.lycoris.org_forward = base_layer.__call__
         if options.algo == "full":
@@ -91,38 +91,37 @@ class LibraryLinear(LycorisLinear):
 
     @torch.no_grad()
     def exported(self) -> dict[str, Tensor]:
-        """The library's own state, in which a trained scalar and the multiplier are contained."""
         options = self.options
-        if options.algo == "full":
-            tensors = self.trained()
-        else:
-            tensors = self.lycoris.state_dict()
+        held = {name: p.detach() for name, p in self.trained().items()}
         if options.algo in ("full", "ia3"):
-            scaled = {"diff", "diff_b", "weight"}
-            tensors = {n: t * options.multiplier if n in scaled else t for n, t in tensors.items()}
-        elif options.algo not in ("diag-oft", "boft"):
-            # the module's own was rounded to the dtype of what trains
+            held = {name: tensor * options.multiplier for name, tensor in held.items()}
+        if options.algo == "ia3":
+            held["on_input"] = torch.tensor(int(options.train_on_input))
+        elif options.algo in ("diag-oft", "boft"):
+            held["alpha"] = torch.tensor(options.constraint, dtype=torch.float64)
+        elif options.algo != "full":
             alpha = (options.alpha or options.dim) * options.multiplier
-            tensors["alpha"] = torch.tensor(alpha, dtype=torch.float32)
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+            held["alpha"] = torch.tensor(alpha, dtype=torch.float64)
+        return held
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Puts the tensors of a file into the library's module; a trained scalar is 1 then."""
         options = self.options
         unscaled = options.multiplier if options.algo in ("full", "ia3") else 1.0
         for name, own in self.trained().items():
             part, _, index = name.partition(".")
-            first = int(index) * options.block_size if part in ("up_list", "down_list") else 0
-            if name in tensors:
-                own.copy_(tensors[name] / unscaled)
-            elif part == "up_list":
-                own.copy_(tensors["lora_up.weight"][:, first : first + options.block_size])
-            elif part == "down_list":
-                own.copy_(tensors["lora_down.weight"][first : first + options.block_size])
-            else:
-                assert name == "scalar", name
+            if part in ("up_list", "down_list"):
+                block = slice(
+                    int(index) * options.block_size, (int(index) + 1) * options.block_size
+                )
+                whole = "lora_up.weight" if part == "up_list" else "lora_down.weight"
+                own.copy_(tensors[whole][:, block] if part == "up_list" else tensors[whole][block])
+            elif name == "scalar":
                 own.fill_(1)
+            elif name == "diff_b" and name not in tensors:
+                own.zero_()
+            else:
+                own.copy_(tensors[name] / unscaled)
 
 
 def library_shapes(out_features: int, in_features: int, options: LycorisOptions) -> Shapes:
@@ -136,16 +135,7 @@ def library_shapes(out_features: int, in_features: int, options: LycorisOptions)
     return {renamed.get(name, name): tuple(p.shape) for name, p in named}
 
 
-def file_shapes(out_features: int, in_features: int, options: LycorisOptions) -> Shapes:
-    """The shapes of an algorithm's tensors in a file, without those of single numbers."""
-    if options.algo == "full":
-        return {"diff": (out_features, in_features)}
-    linear = nn.Linear(in_features, out_features, device="meta")
-    state = _made(linear, options.with_changes({"use_scalar": False})).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.ndim}
-
-
-def _for_base(options: LycorisOptions, base: nn.Module) -> LycorisOptions:
+def for_base(options: LycorisOptions, base: nn.Module) -> LycorisOptions:
     """The options with which the library's module computes over this base.
 
     Over a quantised base it adds beside the base's product where it can, as the library does over

@@ -34,11 +34,18 @@ class LycorisLinear(nn.Module):
         raise NotImplementedError
 
     def exported(self) -> dict[str, Tensor]:
-        """The adapter as it computes now, by the names that its tensors have in files."""
+        """What a file has to hold, by the names of `trained`, and the numbers that scale it.
+
+        The multiplier is contained in them: a file knows none.
+        """
         raise NotImplementedError
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Puts a file's tensors into the adapter, so that it computes what the file says."""
+        """Puts a file's tensors into the adapter, so that it computes what the file says.
+
+        By the names of `trained`, but DyLoRA's are not in blocks; a trained scalar is 1 then. The
+        numbers that scale the tensors are in the options already.
+        """
         raise NotImplementedError
 
     def read(self) -> tuple[Adapter, ...] | str:

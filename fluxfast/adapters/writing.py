@@ -1,4 +1,7 @@
-"""Writing an adapter's file: one safetensors file, whole or absent, always the same bytes."""
+"""Writing an adapter's file: one safetensors file, whole or absent, always the same bytes.
+
+It takes its name only after it was read back and is what was to be written.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fluxfast.files import write_atomic
+from fluxfast import __version__
+from fluxfast.files import atomic_file
 
+_KEPT = "nothing was saved under that name: look after the disk, and save again"
 # what diffusers' pipelines put before the names of the transformer's tensors
 PREFIX = "transformer."
 
@@ -23,13 +31,44 @@ def write_adapter(
     """Writes tensors and metadata to a file, and returns its path.
 
     `path` is a folder, where the file gets the name that diffusers looks for, or a file's name that
-    ends in `.safetensors`.
+    ends in `.safetensors`. OSError where it comes back from the disk changed; what was there
+    before is then still there.
     """
-    file = Path(path)
-    if file.suffix != ".safetensors":
-        file = file / LORA_WEIGHT_NAME_SAFE
-    write_atomic(file, _sorted_header(save(dict(tensors), metadata={"format": "pt", **metadata})))
+    file = file_of(path)
+    header = {**metadata, "format": "pt", "fluxfast_version": __version__}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as stream:
+        stream.write(_sorted_header(save(dict(tensors), metadata=header)))
+        stream.flush()
+        _check_written(file, Path(stream.name), tensors, header)
     return file
+
+
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """The file that `write_adapter` writes for a path."""
+    file = Path(path)
+    return file if file.suffix == ".safetensors" else file / LORA_WEIGHT_NAME_SAFE
+
+
+def _check_written(
+    file: Path, written: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """OSError unless the file `written` holds these tensors, bit by bit, and this metadata."""
+    try:
+        with safe_open(written, framework="pt") as reader:
+            differs = (reader.metadata() or {}) != metadata or {*reader.keys()} != tensors.keys()
+            wrong = [name for name in tensors if not differs and _differ(reader, name, tensors)]
+    except SafetensorError as error:
+        raise OSError(f"{file}: can't be read back as it was written ({error}); {_KEPT}") from error
+    if differs or wrong:
+        raise OSError(f"{file}: {', '.join(wrong[:3]) or 'its header'} came back changed; {_KEPT}")
+
+
+def _differ(reader: Any, name: str, tensors: Mapping[str, Tensor]) -> bool:
+    found, expected = reader.get_tensor(name), tensors[name]
+    return (found.dtype, found.shape) != (expected.dtype, expected.shape) or not torch.equal(
+        found.reshape(-1).view(torch.uint8), expected.detach().cpu().reshape(-1).view(torch.uint8)
+    )
 
 
 def _sorted_header(data: bytes) -> bytes:

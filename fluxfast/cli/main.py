@@ -31,6 +31,14 @@ COMMANDS = {
         "quantize",
         "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT",
     ),
+    "convert": (
+        "convert",
+        "write a LoRA in another program's names: fluxfast-train convert SRC DST --format FORMAT",
+    ),
+    "inspect": (
+        "inspect",
+        "what a LoRA's file holds and who reads it: fluxfast-train inspect FILE [--plot OUT.png]",
+    ),
 }
 HELP_FLAGS = ("-h", "--help", "help")
 

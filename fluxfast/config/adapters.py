@@ -4,6 +4,8 @@ A new kind is a line here, with the "module:name" of its class, an `AdapterKind`
 `fluxfast.adapters.kind`. The class is imported by `fluxfast.adapters.kinds`, not here.
 """
 
+from typing import Literal, get_args
+
 # the values of the option `lora_type`
 LORA_TYPES = {
     "standard": "fluxfast.adapters.lora:LoraKind",
@@ -12,3 +14,7 @@ LORA_TYPES = {
 # what `use_dora` makes of "standard"
 DORA = "dora"
 ADAPTER_KINDS = {**LORA_TYPES, DORA: "fluxfast.adapters.lora:DoraKind"}
+
+# the option `lora_format`; `fluxfast.adapters.styles` says what each of these is
+LoraFormat = Literal["diffusers", "comfyui", "kohya", "lycoris"]
+LORA_FORMATS: tuple[str, ...] = get_args(LoraFormat)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from fluxfast.config.adapters import LORA_TYPES
+from fluxfast.config.adapters import LORA_TYPES, LoraFormat
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.config.optimizers import optimizer_options
@@ -131,8 +131,8 @@ class TrainFields(Settings):
     """Train a magnitude for each row of the weights beside the LoRA (DoRA)."""
     init_lora: str | None = option(None, on_resume="start_only")
     """LoRA file, folder or repository to continue from."""
-    lora_format: Literal["diffusers", "comfyui"] = option("diffusers", on_resume="ignored")
-    """Key layout of the saved LoRA."""
+    lora_format: LoraFormat = option("diffusers", on_resume="ignored")
+    """Key layout of the saved LoRA; `adapters/styles.py` says which programs read which."""
     flux_lora_target: LoraTarget = option("all", on_resume="elsewhere")
     """Preset of the modules that get a LoRA."""
     peft_lora_target_modules: tuple[str, ...] | None = option(

@@ -236,7 +236,7 @@ def test_text_encoders_are_left_out_with_one_line(tmp_path, style, prefix):
     assert lora.ranks.keys() == deltas.keys()
     assert len(lora.notes) == 1
     assert f"4 tensors of text encoders are left out ({prefix}.alpha" in lora.notes[0]
-    with pytest.raises(ValueError, match=r"y\.safetensors: holds a LoRA of text encoders only"):
+    with pytest.raises(ValueError, match=r"y\.safetensors: holds adapters of text encoders only"):
         read_lora(write(tmp_path / "y.safetensors", text))
 
 
@@ -299,19 +299,26 @@ def test_a_module_under_two_names_must_have_equal_values(tmp_path):
 
 A, B = (f"transformer.{TO_Q}.lora_{x}.weight" for x in "AB")
 NOT_A_LORA = {
-    "LoKr": ({"lycoris_x.lokr_w1": torch.ones(1)}, r"LoKr weights \(lycoris_x\.lokr_w1\)"),
-    "LoHa": (
+    "LoKr": (
+        {
+            f"transformer.{TO_Q}.lokr_w1": torch.ones(2, 2),
+            f"transformer.{TO_Q}.lokr_w2": torch.ones(16, 16),
+        },
+        rf"holds LoKr \({TO_Q}\), which no run of lora_type standard can go on from",
+    ),
+    "half a LoHa": (
         {"lora_unet_img_in.hada_w1_a": torch.ones(1)},
-        r"LoHa weights \(lora_unet_img_in\.hada_w1_a\)",
+        r"of a LoHa there is lora_unet_img_in\.hada_w1_a alone, expected hada_w1_a and hada_w1_b",
     ),
-    "OFT": ({"oft_unet_img_in.oft_blocks": torch.ones(1)}, "OFT weights"),
-    "DoRA": (
-        pairs() | {f"transformer.{TO_Q}.dora_scale": torch.ones(32)},
-        r"DoRA weights \(.*to_q\.dora_scale\)",
+    "a Tucker LoKr": ({f"{TO_Q}.lokr_t2": torch.ones(1)}, r"\(Tucker\) LoKr weights \(.*lokr_t2"),
+    "PEFT's OFT": ({f"base_model.model.{TO_Q}.oft_R.weight": torch.ones(1)}, "PEFT's OFT weights"),
+    "DoRA over columns": (
+        pairs() | {f"transformer.{TO_Q}.dora_scale": torch.ones(1, 32)},
+        r"to_q\.dora_scale \[1, 32\] divides by the norms of columns",
     ),
-    "PEFT's DoRA": (
-        pairs() | {f"transformer.{TO_Q}.lora_magnitude_vector": torch.ones(32)},
-        "DoRA weights",
+    "a magnitude of another size": (
+        pairs() | {f"transformer.{TO_Q}.lora_magnitude_vector": torch.ones(31)},
+        r"lora_magnitude_vector \[31\] don't fit together",
     ),
     "convolution": (
         pairs() | {f"transformer.{TO_Q}.lora_mid.weight": torch.ones(4, 4)},
@@ -319,27 +326,28 @@ NOT_A_LORA = {
     ),
     "a model": (
         {f"{TO_Q}.weight": torch.ones(2, 2)},
-        r"no LoRA weights for FLUX.1's transformer; none of its 1 keys .*to_q\.weight",
+        r"no adapter for FLUX.1's transformer; none of its 1 keys .*to_q\.weight",
     ),
     "another model": (
         {"lora_unet_middle_block_0.lora_down.weight": torch.ones(1, 1)},
-        "no LoRA weights .*middle_block_0",
+        "no adapter .*middle_block_0",
     ),
-    "no up": ({A: torch.ones(4, 32)}, rf"half of a LoRA pair is missing beside {A}"),
-    "no down": ({B: torch.ones(32, 4)}, rf"half of a LoRA pair is missing beside {B}"),
+    "no up": ({A: torch.ones(4, 32)}, rf"of a LoRA there is {A} alone"),
+    "no down": ({B: torch.ones(32, 4)}, rf"of a LoRA there is {B} alone"),
     "no up beside a whole pair": (
         pairs() | {"lora_unet_img_in.lora_down.weight": torch.ones(4, 8)},
-        r"missing beside lora_unet_img_in\.lora_down\.weight",
+        r"there is lora_unet_img_in\.lora_down\.weight alone",
     ),
     "ranks": (
         pairs() | {B: torch.ones(32, 3)},
-        rf"{A} \[4, 32\] and {B} \[32, 3\] don't share a rank",
+        rf"{TO_Q}: lora_A.weight \[4, 32\], lora_B.weight \[32, 3\] don't fit together; expected "
+        r"\[r, i\], \[o, r\] of one LoRA",
     ),
-    "swapped shapes": ({A: torch.ones(32, 4), B: torch.ones(4, 24)}, "don't share a rank"),
-    "rank 0": ({A: torch.ones(0, 32), B: torch.ones(32, 0)}, "don't share a rank"),
+    "swapped shapes": ({A: torch.ones(32, 4), B: torch.ones(4, 24)}, "don't fit together"),
+    "rank 0": ({A: torch.ones(0, 32), B: torch.ones(32, 0)}, "don't fit together"),
     "convolution's shape": (
         {A: torch.ones(4, 32, 1, 1), B: torch.ones(32, 4, 1, 1)},
-        "don't share a rank",
+        "don't fit together",
     ),
     "integers": (
         pairs() | {A: torch.ones(4, 32, dtype=torch.int8)},

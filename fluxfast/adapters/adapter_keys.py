@@ -1,6 +1,6 @@
-"""The keys of LoRA files, in the spellings of the programs that write them.
+"""The keys of adapter files, in the spellings of the programs that write them.
 
-A key is prefixes + module + part, and `sort_keys` puts the keys of a file together to pairs for
+A key is prefixes + module + part, and `sort_keys` puts the keys of a file together to adapters of
 FLUX.1's linears. Modules are these linears by diffusers' names or by BFL's (`checkpoint/keys.py`
 has the table), in two spellings each: with dots, or with underscores in place of the dots. So one
 table reads
@@ -14,17 +14,19 @@ table reads
     older diffusers   <block>.attn.processor.to_q_lora.down.weight, <module>.lora.down.weight
     XLabs             double_blocks.<i>.processor.qkv_lora1.down.weight (lora2: of the text)
 
-each with `<module>.alpha` or without. Only names are looked at here, never values.
+each with `<module>.alpha` or without, and in the place of LoRA's parts those of any algorithm of
+`algorithms`, by LyCORIS's names. Only names and shapes are looked at here, never values.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from fluxfast.adapters.algorithms import ALGORITHMS, begun, recognise, required
 from fluxfast.adapters.kind import listed
 from fluxfast.adapters.presets import FUSED_PROJECTIONS
 from fluxfast.checkpoint.keys import SWAPPED, bfl_linears
@@ -42,24 +44,34 @@ _TEXT_ENCODER = re.compile(
     r"lora_te\d?_|text_encoders?(_\d)?\.|te\d\.|clip_[lg]\.|t5(xxl)?\.|bundle_emb\."
 )
 _BLOCK = re.compile(r"blocks[._](\d{1,4})[._]")
+# LoRA's parts have many names; those of the other algorithms have one each
 _PARTS = {
-    "A": re.compile(r"\.(lora_A(\.[^.]+)?|lora_down|(lora\.|lora_linear_layer\.)?down)\.weight$"),
-    "B": re.compile(r"\.(lora_B(\.[^.]+)?|lora_up|(lora\.|lora_linear_layer\.)?up)\.weight$"),
-    "alpha": re.compile(r"\.(lora\.)?alpha$"),
+    "lora_A.weight": r"(lora_A(\.[^.]+)?|lora_down|(lora\.|lora_linear_layer\.)?down)\.weight",
+    "lora_B.weight": r"(lora_B(\.[^.]+)?|lora_up|(lora\.|lora_linear_layer\.)?up)\.weight",
+    "lora_magnitude_vector": r"lora_magnitude_vector(\.[^.]+)?(\.weight)?",
+    "alpha": r"(lora\.)?alpha",
 }
-# parts of keys that only adapters of other kinds than LoRA have
+_PARTS |= {
+    part: re.escape(part)
+    for algorithm in ALGORITHMS.values()
+    for part in algorithm.axes
+    if part not in _PARTS
+}
+# `weight` is how longer parts end too, so the last algorithm has it
+_PATTERNS = {part: re.compile(rf"\.{pattern}$") for part, pattern in _PARTS.items()}
+# parts of keys that only adapters have which fluxfast has no algorithm for
 _OTHER_ADAPTERS = {
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "ia3_": "IA3",
     "vera_lambda_": "VeRA",
     "lora_E": "AdaLoRA",
     "lora_mid": "convolution (Tucker) LoRA",
+    "lokr_t2": "convolution (Tucker) LoKr",
+    "hada_t1": "convolution (Tucker) LoHa",
+    "bm.weight": "convolution (Tucker) GLoRA",
     "lora_embedding_": "embedding LoRA",
+    "oft_R": "PEFT's OFT",
+    "oft_r": "PEFT's OFT",
+    "boft_": "PEFT's BOFT",
+    "ia3_l": "PEFT's IA3",
 }
 # XLabs' processors, and the linears of BFL's block that they sit on
 _XLABS_DOUBLE = {
@@ -71,120 +83,135 @@ _XLABS_DOUBLE = {
 
 
 class Target(NamedTuple):
-    """The linears of diffusers' transformer that one pair of a file is for.
+    """The linears of diffusers' transformer that one module of a file is for.
 
-    Each of `modules` gets its share of the rows of B, in this order. `swap`: the two halves of B
-    have to change places first.
+    Each of `modules` gets its share of the module's rows, in this order. `swap`: the two halves of
+    the rows have to change places first.
     """
 
     modules: tuple[str, ...]
     swap: bool = False
 
 
-class Pair(NamedTuple):
-    """The keys of one LoRA pair; `alpha` is None if the file has none for it.
+class Entry(NamedTuple):
+    """The keys of one module of a file, by the names of `algorithms`.
 
-    `name` is the module as the file names it, without prefixes.
+    `name` is the module as the file names it, without `prefix`, the last of the prefixes before it.
     """
 
+    prefix: str
     name: str
     target: Target
-    a: str
-    b: str
-    alpha: str | None
+    algorithm: str
+    keys: dict[str, str]
 
 
 @dataclass
 class SortedKeys:
-    """Every key of a file, once: in a pair, as a text encoder's, or as a leftover."""
+    """Every key of a file, once: in an entry, as a text encoder's, or as a leftover."""
 
-    pairs: list[Pair] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     text_encoders: list[str] = field(default_factory=list)
     leftover: list[str] = field(default_factory=list)
 
 
-def sort_keys(file: Path, keys: Iterable[str]) -> SortedKeys:
-    """Sorts a file's keys by what they belong to.
+def sort_keys(file: Path, shapes: Mapping[str, Sequence[int]]) -> SortedKeys:
+    """Sorts a file's keys, given with the shapes of their tensors, by what they belong to.
 
-    ValueError, naming keys, for adapters of other kinds, a pair of which one half is missing, and a
-    file without a pair for the transformer.
+    ValueError, naming keys, for adapters that fluxfast has no algorithm for, a module of which a
+    part is missing, and a file without one for the transformer.
     """
     result = SortedKeys()
     stems: dict[str, dict[str, str]] = {}
-    for key in sorted(keys):
+    for key in sorted(shapes):
         stem, part = split_key(key)
         if _TEXT_ENCODER.match(key):
             result.text_encoders.append(key)
         elif kind := _other_adapter(key):
-            raise ValueError(
-                f"{file}: holds {kind} weights ({key}), which fluxfast can't continue from; "
-                "it reads plain LoRA"
-            )
+            raise ValueError(f"{file}: holds {kind} weights ({key}), which fluxfast can't read")
         elif stem and part not in stems.setdefault(stem, {}):
             stems[stem][part] = key
         else:
             result.leftover.append(key)
     targets = _targets(stems)
-    halves = []
     for stem, found in stems.items():
-        if stem not in targets or found.keys() == {"alpha"}:
+        algorithm = recognise({part: shapes[key] for part, key in found.items()})
+        if algorithm is None and (incomplete := begun(found)) and stem in targets:
+            _refuse_incomplete(file, incomplete, found)
+        if algorithm is None or stem not in targets:
             result.leftover += found.values()
-        elif not {"A", "B"} <= found.keys():
-            halves += [key for part, key in found.items() if part != "alpha"]
-        else:
-            result.pairs.append(
-                Pair(_bare(stem), targets[stem], found["A"], found["B"], found.get("alpha"))
-            )
-    if halves:
-        raise ValueError(
-            f"{file}: the other half of a LoRA pair is missing beside {listed(halves)}: an "
-            "incomplete file"
-        )
-    if not result.pairs:
-        _refuse_without_pairs(file, result)
+            continue
+        own = _own_parts(algorithm, found)
+        result.entries.append(Entry(*_split_prefix(stem), targets[stem], algorithm, own))
+        result.leftover += [key for key in found.values() if key not in own.values()]
+    if not result.entries:
+        _refuse_without_entries(file, result)
     return result
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """A key's module with its prefixes, and its part of a pair: `A`, `B` or `alpha`.
+def row_shares(modules: Iterable[str]) -> list[int]:
+    """How many times its inputs each part of a fused linear has rows.
 
-    Both are empty for a key that is no part of a pair.
+    FLUX.1's q, k and v are square, its MLP is 4 times as wide as its input.
     """
-    for part, pattern in _PARTS.items():
+    return [4 if module.endswith(".proj_mlp") else 1 for module in modules]
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """A key's module with its prefixes, and its part by the names of `algorithms`.
+
+    Both are empty for a key that is no part of an adapter.
+    """
+    for part, pattern in _PATTERNS.items():
         if match := pattern.search(key):
             return key[: match.start()], part
     return "", ""
+
+
+def _own_parts(algorithm: str, found: Mapping[str, str]) -> dict[str, str]:
+    """The keys of a module's algorithm; LyCORIS's name of DoRA's magnitude becomes PEFT's."""
+    own = {part: key for part, key in found.items() if part in ALGORITHMS[algorithm].axes}
+    if algorithm == "lora" and "dora_scale" in found:
+        own.setdefault("lora_magnitude_vector", found["dora_scale"])
+    return own
 
 
 def _other_adapter(key: str) -> str | None:
     return next((kind for part, kind in _OTHER_ADAPTERS.items() if f".{part}" in key), None)
 
 
-def _refuse_without_pairs(file: Path, keys: SortedKeys) -> None:
-    if keys.text_encoders and not keys.leftover:
-        raise ValueError(
-            f"{file}: holds a LoRA of text encoders only ({listed(keys.text_encoders)}); "
-            "fluxfast trains the transformer alone"
-        )
+def _refuse_incomplete(file: Path, algorithm: str, found: Mapping[str, str]) -> None:
     raise ValueError(
-        f"{file}: holds no LoRA weights for FLUX.1's transformer; none of its "
-        f"{len(keys.leftover)} keys belongs to a pair for one of its linears: "
-        f"{listed(keys.leftover)}"
+        f"{file}: of a {ALGORITHMS[algorithm].label} there is {listed(list(found.values()))} "
+        f"alone, expected {required(algorithm)}: an incomplete file"
     )
 
 
-def _bare(stem: str) -> str:
-    """A module's name without its prefixes, of which there may be several."""
+def _refuse_without_entries(file: Path, keys: SortedKeys) -> None:
+    if keys.text_encoders and not keys.leftover:
+        raise ValueError(
+            f"{file}: holds adapters of text encoders only ({listed(keys.text_encoders)}); "
+            "fluxfast trains the transformer alone"
+        )
+    raise ValueError(
+        f"{file}: holds no adapter for FLUX.1's transformer; none of its "
+        f"{len(keys.leftover)} keys belongs to one of its linears: {listed(keys.leftover)}"
+    )
+
+
+def _split_prefix(stem: str) -> tuple[str, str]:
+    """The last of the prefixes before a module's name, and the name without any of them."""
+    last = ""
     while prefix := next((p for p in _DOTTED_PREFIXES if stem.startswith(p)), None):
-        stem = stem.removeprefix(prefix)
+        last, stem = prefix, stem.removeprefix(prefix)
     flat = next((p for p in _FLAT_PREFIXES if stem.startswith(p)), None)
     # some converters turn the dot before the part into one more underscore
-    return stem.removeprefix(flat).rstrip("_") if flat else stem
+    return (flat, stem.removeprefix(flat).rstrip("_")) if flat else (last, stem)
 
 
 def _targets(stems: Iterable[str]) -> dict[str, Target]:
     """The linears that each known module of a file is for, in a transformer of any depth."""
-    bare = {stem: _bare(stem) for stem in stems}
+    bare = {stem: _split_prefix(stem)[1] for stem in stems}
     known = _spellings({int(i) for name in bare.values() for i in _BLOCK.findall(name)})
     return {stem: known[name] for stem, name in bare.items() if name in known}
 
