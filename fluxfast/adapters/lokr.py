@@ -185,14 +185,13 @@ class LokrLinear(LycorisLinear):
             delta = delta * lokr.scalar
         return weight + (delta if kept is None else delta * kept[:, None])
 
-    @property
-    def alpha(self) -> float:
-        """What a file's readers divide by the rank; the rank itself where both factors are whole.
-
-        The multiplier is contained, unless it is one of a weight decomposition.
-        """
+    def numbers(self) -> dict[str, Tensor]:
+        """alpha, which a rank divides: none where both factors are whole."""
+        if self._whole:
+            return {}
         multiplier = 1.0 if self.options.weight_decompose else self.options.multiplier
-        return self.scale * self.options.dim * (1.0 if self._whole else multiplier)
+        alpha = self.scale * self.options.dim * multiplier
+        return {"alpha": torch.tensor(alpha, dtype=torch.float64)}
 
     @torch.no_grad()
     def exported(self) -> dict[str, Tensor]:
@@ -203,7 +202,9 @@ class LokrLinear(LycorisLinear):
             held["dora_scale"] = multiplier * held["dora_scale"] + (1 - multiplier) * norm
         elif self._whole and multiplier != 1:
             held["lokr_w1"] = held["lokr_w1"].float() * multiplier
-        return held | {"alpha": torch.tensor(self.alpha, dtype=torch.float64)}
+        # whoever reads an alpha of whole factors divides it by the same rank
+        whole = {"alpha": torch.tensor(float(self.options.dim))} if self._whole else {}
+        return held | whole | self.numbers()
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -120,8 +120,7 @@ class LycorisKind(AdapterKind):
     def state(self, transformer: nn.Module) -> dict[str, Tensor]:
         state = super().state(transformer)
         for name, module in self._own(transformer).items():
-            numbers = {key: t for key, t in module.exported().items() if key in _NUMBERS}
-            state |= {f"{name}.{key}": number for key, number in numbers.items()}
+            state |= {f"{name}.{key}": number for key, number in module.numbers().items()}
         return state
 
     def load_state(
@@ -221,6 +220,8 @@ def _check_linear(linear: Any, options: LycorisOptions, settings: AdapterSetting
     """ValueError where an algorithm can't be had on a linear, which may be on the meta device."""
     shape = linear.out_features, linear.in_features
     if not _is_ours(options):
+        if options.factors:
+            raise ValueError("a LoKr with norms of columns can't go on from a file")
         library_shapes(*shape, for_base(options, linear))
         if settings.lokr_norm is not None:
             raise ValueError(f"init_lokr_norm is of LoKr alone, and this is {options.algo}")

@@ -89,20 +89,24 @@ class LibraryLinear(LycorisLinear):
         finally:
             random.setstate(before)
 
+    def numbers(self) -> dict[str, Tensor]:
+        options = self.options
+        if options.algo == "full":
+            return {}
+        if options.algo == "ia3":
+            return {"on_input": torch.tensor(int(options.train_on_input))}
+        if options.algo in ("diag-oft", "boft"):
+            return {"alpha": torch.tensor(options.constraint, dtype=torch.float64)}
+        alpha = (options.alpha or options.dim) * options.multiplier
+        return {"alpha": torch.tensor(alpha, dtype=torch.float64)}
+
     @torch.no_grad()
     def exported(self) -> dict[str, Tensor]:
         options = self.options
         held = {name: p.detach() for name, p in self.trained().items()}
         if options.algo in ("full", "ia3"):
             held = {name: tensor * options.multiplier for name, tensor in held.items()}
-        if options.algo == "ia3":
-            held["on_input"] = torch.tensor(int(options.train_on_input))
-        elif options.algo in ("diag-oft", "boft"):
-            held["alpha"] = torch.tensor(options.constraint, dtype=torch.float64)
-        elif options.algo != "full":
-            alpha = (options.alpha or options.dim) * options.multiplier
-            held["alpha"] = torch.tensor(alpha, dtype=torch.float64)
-        return held
+        return held | self.numbers()
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -33,11 +33,15 @@ class LycorisLinear(nn.Module):
         """What trains, by the names of a run's own state."""
         raise NotImplementedError
 
-    def exported(self) -> dict[str, Tensor]:
-        """What a file has to hold, by the names of `trained`, and the numbers that scale it.
+    def numbers(self) -> dict[str, Tensor]:
+        """What scales the tensors, by the names that it has in files; fp64, or a whole number.
 
-        The multiplier is contained in them: a file knows none.
+        The multiplier is contained, as files know none.
         """
+        raise NotImplementedError
+
+    def exported(self) -> dict[str, Tensor]:
+        """What a file has to hold: `numbers`, and tensors by the names of `trained`."""
         raise NotImplementedError
 
     def load(self, tensors: dict[str, Tensor]) -> None:

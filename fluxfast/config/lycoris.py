@@ -350,6 +350,8 @@ def _check_options(reading: _Reading, options: LycorisOptions, where: str) -> No
             f'{where}"bypass_mode" never sees the changed weight, whose norms "dora_wd" needs: '
             "leave one of them out"
         )
+    if options.weight_decompose and not options.wd_on_out and options.algo in ("lora", "locon"):
+        reading.problem(f'{where}"wd_on_output" is false: files of LoRA have lengths of rows alone')
     if options.weight_decompose and options.algo not in ("lora", "locon", "loha", "lokr"):
         reading.problem(f'{where}"dora_wd" is true, and {options.algo} has no weight decomposition')
 
