@@ -16,7 +16,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fluxfast.adapters.dora import MAGNITUDE, start_magnitude
+from fluxfast.adapters.dora import MAGNITUDE, magnitude_of, start_magnitude
 from fluxfast.adapters.kind import AdapterFile, AdapterKind, AdapterSettings, Originals, Wrapped
 from fluxfast.adapters.lora_init import check_init, init_from_base
 from fluxfast.adapters.lora_read import LoraFile, read_lora
@@ -136,7 +136,7 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
         return "only PEFT can take its merged adapter out of the base again"
     if module.merged or module.disable_adapters:
         return ()
-    adapters: list[Adapter] = []
+    adapters: list[Lora] = []
     # from the dicts that hold them, since blocks ask for each linear in each step, and a module
     # looks for an attribute elsewhere first
     parts: Any = module._modules
@@ -145,9 +145,7 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
             continue
         b, scale = parts["lora_B"]._modules[name], module.scaling[name]
         variant = module.lora_variant.get(name)
-        if isinstance(variant, DoraLinearVariant):
-            return f"adapter {name!r} is DoRA"
-        if variant is not None:
+        if variant is not None and not isinstance(variant, DoraLinearVariant):
             return f"adapter {name!r} is no plain LoRA but {type(variant).__name__}"
         if not (_is_plain(a) and _is_plain(b)) or own_parameter(b, "bias") is not None:
             return f"adapter {name!r} has a bias, hooks or layers of its own"
@@ -158,7 +156,13 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
         if p > 0 and not share_dropout:
             return f"adapter {name!r} has a dropout"
         weights = own_parameter(a, "weight"), own_parameter(b, "weight")
-        adapters.append(Lora(*weights, scale, p))
+        magnitude = None if variant is None else magnitude_of(module, name)
+        if magnitude is not None and p > 0:
+            # PEFT multiplies the base by what dropout has left of x, too
+            return f"adapter {name!r} is DoRA with a dropout"
+        adapters.append(Lora(*weights, scale, p, magnitude=magnitude))
+    if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
+        return "one of several adapters is DoRA, which rescales what the others add"
     return tuple(adapters)
 
 

@@ -167,7 +167,7 @@ def _both_ways(
     own_dy = dy if dy_place is None else dy_place.copy_(dy)
     dx, grads = second.backward(own_dy, second.as_input(x), s)
     assert dx is not None
-    return y, s, dx, grads
+    return y, second.recall(s), dx, grads
 
 
 def with_room(linears: list[LinearParams]) -> list[LinearParams]:

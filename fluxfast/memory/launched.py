@@ -182,6 +182,14 @@ class Watching(TorchDispatchMode):
         tensors = _distinct(arg for arg in args if isinstance(arg, Tensor))
         moved = sum(map(touched_bytes, tensors))
         flops = _thin_flops(tensors) if name.startswith(_THIN) else 0
+        if name == "kron_kernel":
+            a, u, v, y, *_, du = args[:10]
+            flops = _kron_flops(len(a), u, v, du)
+            # it adds to y
+            moved += 0 if y is None else touched_bytes(y)
+        elif name == "kron_outer_kernel":
+            dy, _, u, g = args[:4]
+            flops = _kron_flops(len(dy), u.T, g.T, None)
         category: Category = "memory"
         if name in ("matmul_kernel", "persistent_matmul_kernel"):
             # its first argument is x [rows, columns]
@@ -196,6 +204,11 @@ class Watching(TorchDispatchMode):
             return
         moved = sum(map(touched_bytes, tensors))
         flops = _thin_flops(tensors) if name.startswith(_THIN) else 0
+        if name in _KRON:
+            w1, w2 = arguments["w1"], arguments["w2"]
+            flops = _KRON[name](len(arguments["x"]), w1, w2)
+            added_to = arguments["y" if name == "linear_kron" else "dx"]
+            moved += 0 if added_to is None else touched_bytes(added_to)
         product = _WIDE[name](arguments) if name in _WIDE else None
         category: Category = "memory" if product is None else "gemm"
         self._told(Launched(category, name, 1, moved, flops, product))
@@ -222,6 +235,17 @@ def _thin_flops(tensors: Iterable[Tensor]) -> int:
     """Of a product of activations with an adapter's matrix: of the largest tensor by the rank."""
     matrices = [t for t in tensors if t.ndim >= 2]
     return 2 * max(t.numel() for t in matrices) * min(min(t.shape[-2:]) for t in matrices)
+
+
+def _kron_flops(rows: int, u: Tensor, v: Tensor, du: Tensor | None) -> int:
+    """Of a [P · R] times (u [S, P] ⊗ v [Q, R]) a row: over R, then over P; and of du."""
+    (s, p), (q, r) = u.shape, v.shape
+    return 2 * rows * p * q * (r + s + (0 if du is None else s))
+
+
+def _kron_backward_flops(rows: int, w1: Tensor, w2: Tensor) -> int:
+    """Of LoKr's gradients: those of x and w1, and that of w2."""
+    return _kron_flops(rows, w1.T, w2.T, w1) + _kron_flops(rows, w1.T, w2, None)
 
 
 def _rows(x: Tensor, second: Any) -> tuple[int, ...]:
@@ -253,6 +277,11 @@ def _engine_kind(x: Tensor, w: Tensor, w_scales: list[Tensor], k_major: bool) ->
 _WIDE: dict[str, Callable[[Mapping[str, Any]], Product]] = {
     "linear_fwd": _wide_op,
     "linear_dgrad": _wide_dgrad_op,
+}
+# of LoKr's ops, by their rows and factors
+_KRON: dict[str, Callable[[int, Tensor, Tensor], int]] = {
+    "linear_kron": lambda rows, w1, w2: _kron_flops(rows, w1, w2, None),
+    "linear_kron_grads": _kron_backward_flops,
 }
 # the adapters' kernels, and their ops where no kernel is asked
 _THIN = ("lora_", "linear_down", "linear_ds", "linear_da", "linear_db")

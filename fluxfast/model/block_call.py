@@ -11,6 +11,8 @@ from torch import Tensor
 from fluxfast.model.attention_module import norm_weight
 from fluxfast.model.linear import draw_seed
 from fluxfast.ops import gated_residual
+from fluxfast.ops.linear.adapters import is_random
+from fluxfast.ops.linear.decomposed import Narrow
 from fluxfast.ops.linear.group import LinearGroup, LinearParams, fill_in_place
 from fluxfast.ops.linear.pair import AnyGroup
 from fluxfast.ops.linear.products_torch import adjoining
@@ -102,7 +104,7 @@ class BlockCall:
 
 def seed_for(linears: BlockLinears, device: torch.device) -> Tensor | None:
     """A new seed for dropout masks where an adapter has a dropout; else None."""
-    drops = any(adapter.dropout > 0 for group in linears for p in group for adapter in p.adapters)
+    drops = any(is_random(adapter) for group in linears for p in group for adapter in p.adapters)
     return draw_seed(device) if drops else None
 
 
@@ -147,7 +149,7 @@ def last_product_backward(
     call: BlockCall,
     group: AnyGroup,
     x: RowOutput,
-    kept: tuple[Tensor | None] | None,
+    kept: tuple[Narrow] | None,
     gate: Any,
     dout: Tensor,
     need_gate: bool,
@@ -162,6 +164,7 @@ def last_product_backward(
         branch, s = group.forward(x)
     else:
         (s,) = kept or (group.down(x),)
+        group.recall(s)
     dbranch, dgate = gated_residual.backward_rows(
         dout, (gate, branch), out=call.grad_form, col_scale=group.fold(), needs_gate=need_gate,
         into=group.new_output(*dout.shape[:-1]), parts=group.parts,

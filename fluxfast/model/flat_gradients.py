@@ -179,13 +179,13 @@ def _runs(block: Any, free: Iterable[Tensor]) -> list[list[Tensor]]:
     """The trained tensors of a block, in lists of those whose gradients one launch makes.
 
     None of them where its backward can't write all of their gradients: it has adapters of another
-    kind than LoRA, some of their tensors don't train, have hooks, or have a place in `free` no
-    more.
+    kind than LoRA, or with weight decomposition, or some of their tensors don't train, have hooks,
+    or have a place in `free` no more.
     """
     runs = []
     for group in _linears(block):
         loras = [adapter for p in group for adapter in p.adapters]
-        if not all(isinstance(lora, Lora) for lora in loras):
+        if not all(isinstance(lora, Lora) and lora.magnitude is None for lora in loras):
             return []
         runs += [[lora.tensors[i] for lora in loras] for i in (0, 1) if loras]
     tensors = [t for run in runs for t in run]

@@ -27,6 +27,7 @@ from fluxfast.model.block_run import run_backward, run_forward
 from fluxfast.model.joint_attention import JointAttention, joint_attention
 from fluxfast.model.streams import as_rows, as_sequence, streams_of
 from fluxfast.model.tape import Grads, Tape
+from fluxfast.ops.linear.decomposed import Narrow
 from fluxfast.ops.linear.pair import AnyGroup, LinearPair
 from fluxfast.ops.parts import Parts
 from fluxfast.ops.row_quant import RowOutput
@@ -74,10 +75,10 @@ class _Stream:
     norm1: tuple[Any, ...]
     # the outputs of the groups, each with its adapters' narrow product
     qkv: Tensor
-    s_qkv: Tensor | None
-    s_out: Tensor | None
+    s_qkv: Narrow
+    s_out: Narrow
     h: Tensor
-    s_h: Tensor | None
+    s_h: Narrow
     # the inputs of the other groups; x1 is the stream after attention
     attn_in: RowOutput
     x1: Tensor
@@ -177,7 +178,7 @@ def _to_last_products(
         s.attn_in = s.to_out.as_input(attn_rows)
         x1, (s.s_out,) = s.tape.kept("x1"), s.tape.kept("s_out") or (None,)
         if x1 is None:
-            branch, s.s_out = s.to_out.forward(s.attn_in, s=s.s_out)
+            branch, s.s_out = s.to_out.forward(s.attn_in, kept=s.s_out)
             s.tape.keep("s_out", s.s_out)
             s.x1, s.mlp_in, norm2 = ops.modulated_layer_norm.forward_residual(
                 s.x, s.gate1, branch, s.scale2, s.shift2, s.eps2, out=s.ff1.form,
@@ -189,6 +190,7 @@ def _to_last_products(
             s.tape.keep("mlp_in", s.mlp_in, s.norm2)
         else:
             (s.x1,) = x1
+            s.to_out.recall(s.s_out)
             s.mlp_in, s.norm2 = s.tape.kept("mlp_in") or ops.modulated_layer_norm.forward(
                 s.x1, s.scale2, s.shift2, s.eps2, out=s.ff1.form, parts=s.parts, impl=norm_impl
             )

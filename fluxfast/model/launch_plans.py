@@ -53,6 +53,7 @@ from fluxfast.ops.device import pretending
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.augmented import Placed
 from fluxfast.ops.linear.group import in_place
+from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.transposed_codes import each_copy_of
 from fluxfast.ops.registration import PLAIN
 
@@ -93,23 +94,35 @@ def operands(call: BlockCall, linears: BlockLinears) -> Operands | None:
         parts = []
         for weight, bias, adapters in group:
             stored: Any = ((), (weight,)) if isinstance(weight, Tensor) else weight.identity()
-            loras = [a for a in adapters if isinstance(a, Lora)]
-            if stored is None or len(loras) < len(adapters):
+            known = [a for a in adapters if isinstance(a, Lora | Lokr)]
+            if stored is None or len(known) < len(adapters):
                 return None
-            fixed.append((stored[0], bias is None, *((a.scale, a.dropout) for a in loras)))
+            fixed.append((stored[0], bias is None, *(_numbers_of(a) for a in known)))
             parts.append(stored[1] if bias is None else (*stored[1], bias))
         for of_linears in zip_longest(*parts):
             start = len(tensors)
             tensors += [part for part in of_linears if part is not None]
             rows.append(slice(start, len(tensors)))
-        counts.append(2 * sum(len(p.adapters) for p in group))
+        sizes = [len(adapter.tensors) for p in group for adapter in p.adapters]
+        if len(set(sizes)) > 1:
+            return None
+        counts.append((sum(sizes), sizes[0] if sizes else 1))
         fixed.append(len(group))
     start = len(tensors)
-    for count in counts:
-        # A and B of each adapter in turn
-        rows += [slice(start, start + count, 2), slice(start + 1, start + count, 2)]
+    for count, step in counts:
+        # such as A and B of each adapter in turn
+        rows += [slice(start + i, start + count, step) for i in range(step)]
         start += count
     return Operands(tuple(fixed), tensors, [row for row in rows if row.stop - row.start > 1])
+
+
+def _numbers_of(adapter: Lora | Lokr) -> Hashable:
+    """All that an adapter says beside its tensors, and which of these it has."""
+    said = (value for name, value in adapter._asdict().items() if name != "grads")
+    return type(adapter), *(
+        len(value) if isinstance(value, tuple) else Tensor if isinstance(value, Tensor) else value
+        for value in said
+    )
 
 
 # `filled` is the one field that differs from forward to backward

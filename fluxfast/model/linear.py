@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
+from fluxfast.ops.linear.adapters import is_random
 from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
 from fluxfast.quant.linear import QuantLinear
@@ -137,7 +138,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -> Tensor:
-    drops = any(adapter.dropout > 0 for p in params for adapter in p.adapters)
+    drops = any(is_random(adapter) for p in params for adapter in p.adapters)
     return lora_linear(
         x, params, compute=compute, outliers=outliers,
         dropout_seed=draw_seed(x.device) if drops else None,

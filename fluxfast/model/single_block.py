@@ -32,6 +32,7 @@ from fluxfast.model.streams import joined
 from fluxfast.model.tape import Grads, Tape
 from fluxfast.ops.gated_residual import gated_residual
 from fluxfast.ops.gelu import gelu
+from fluxfast.ops.linear.decomposed import Narrow
 from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 from fluxfast.ops.qk_norm_rope import qk_norm_rope
@@ -120,7 +121,7 @@ class _Activations:
     norm: tuple[Any, ...]
     # the first group's output, q, k, v and the MLP's input, and its adapters' narrow product
     y: Tensor
-    s_y: Tensor | None
+    s_y: Narrow
     joint: JointAttention
     last_in: RowOutput
 

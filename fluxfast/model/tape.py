@@ -26,7 +26,9 @@ from fluxfast.model.block_call import BlockCall, BlockLinears
 from fluxfast.model.linear import read_base, read_or_because
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops.linear.adapters import Adapter, over_tensors, tensors_of, writing_to
-from fluxfast.ops.linear.group import LinearParams, operand_of
+from fluxfast.ops.linear.beside import operand_of
+from fluxfast.ops.linear.decomposed import Narrow
+from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.pair import AnyGroup
 from fluxfast.ops.row_quant import RowOutput
 
@@ -57,13 +59,14 @@ class Tape:
             self.values[name] = values
         return values
 
-    def product(self, name: str, group: AnyGroup, x: RowOutput) -> tuple[Tensor, Tensor | None]:
+    def product(self, name: str, group: AnyGroup, x: RowOutput) -> tuple[Tensor, Narrow]:
         """A group's y and its adapters' narrow product s, kept under `name` and under s_`name`.
 
         A y that is computed again takes the s that was kept.
         """
         y, (s,) = self.kept(name), self.kept(f"s_{name}") or (None,)
         if y is not None:
+            group.recall(s)
             return y[0], s
         # a y that backward computes again is overwritten by its gradient
         rows = operand_of(x)[0].shape[:-1]

@@ -419,7 +419,14 @@ def _launch(
         "kron", a=a, y=y, x=x, x_scale=x_scale, a_scale=a_scale, a_cols=a_cols, y_cols=y_cols
     )
     (s, p), (q, r), m = u.shape, v.shape, len(a)
-    assert a.shape[1] == p * r and (y is None or y.shape == (m, s * q))
+    assert (
+        a.shape[1] == p * r
+        and (y is None or y.shape == (m, s * q))
+        and (a_cols is None or a_cols.shape == (p * r,))
+        and (y_cols is None or y_cols.shape == (s * q,))
+        and (a_scale is None or a_scale.shape == (m,))
+        and (x is None or x.shape == (m, s * q))
+    )
     if du is not None and (m == 0 or du.numel() == 0):
         du.zero_()
     if m == 0 or s * p * q == 0:
@@ -433,7 +440,8 @@ def _launch(
     v_r_major, stride_v = order_of("kron", v)
     constants = {
         "DOT_TYPE": product, "V_R_MAJOR": v_r_major, "BLOCK_M": block_m, "BLOCK_P": block_p,
-        "BLOCK_Q": block_q, "BLOCK_R": min(numbers["BLOCK_K"], max(16, next_pow2(r))), "BLOCK_S": block_s,
+        "BLOCK_Q": block_q, "BLOCK_S": block_s,
+        "BLOCK_R": min(numbers["BLOCK_K"], max(16, next_pow2(r))),
         "num_warps": numbers["num_warps"], "num_stages": numbers["num_stages"],
     }  # fmt: skip
 

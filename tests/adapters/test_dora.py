@@ -96,9 +96,8 @@ def gradients(model, trained, inputs):
     return out, torch.autograd.grad(out.square().mean(), [x, *trained.values()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4"])
-def test_values_and_every_gradient_are_pefts(format, dtype):
+def both(format, dtype):
+    """A model of ours and its twin in one dtype, with the same adapters and values."""
     model = small_flux(format, num_layers=1, num_single_layers=1)
     model.requires_grad_(False)
     add(model)
@@ -109,21 +108,47 @@ def test_values_and_every_gradient_are_pefts(format, dtype):
     assert own.keys() == theirs.keys()
     for name, p in theirs.items():
         p.data = own[name].detach().clone()
-    model, twin = model.to(dtype), twin.to(dtype).train()
+    return model.to(dtype), twin.to(dtype).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4"])
+def test_values_and_every_gradient_are_pefts(format, dtype):
+    model, twin = both(format, dtype)
     log = Log()
     for block in model.blocks:
         block.log = log
+    own, theirs = trainable_parameters(model), trainable_parameters(twin)
     inputs = {name: t.to(dtype) for name, t in make_inputs(2, 3, 4).items()}
     out, grads = gradients(model, own, inputs)
     expected_out, expected = gradients(twin, theirs, inputs)
-    assert [how for how, _ in log if how != "module"] == ["composed", "composed"]
-    assert all("DoRA" in because for how, because in log if how == "module")
+    assert log == [("fused", None)] * 2
     # diffusers computes the embedding of the time in fp32 whatever its weights are in, which alone
     # leaves 1e-8; in fp32 sums are in another order
     tolerance = 1e-7 if dtype == torch.float64 else 3e-5
     assert relative_error(out, expected_out) < tolerance
     for name, grad, wanted in zip(["input", *own], grads, expected, strict=True):
         assert relative_error(grad, wanted) < tolerance, name
+
+
+def test_what_only_peft_can_compute():
+    """A dropout of the base's input too, and a norm that another adapter changes."""
+    model = tiny_transformer()
+    add(model, dropout=0.1)
+    (layer, *_) = lora_layers(model).values()
+    assert "DoRA with a dropout" in read(layer.train())
+    (lora,) = read(layer.eval())
+    assert lora.magnitude is layer.lora_magnitude_vector["default"].weight
+    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS), "second")
+    model.set_adapters(["default", "second"])
+    assert "one of several adapters is DoRA" in read(layer)
+    model.set_adapters("second")
+    (lora,) = read(layer)
+    assert lora.magnitude is None
+
+
+def read(layer):
+    return KINDS["standard"].read(layer, share_dropout=True).adapters
 
 
 @pytest.mark.parametrize("init", ["default", "pissa", "olora"])

@@ -1,12 +1,13 @@
 """What an adapter adds to a frozen linear's product y = x Wᵀ + b, and what it gives back.
 
 A `LinearGroup` runs every kind of adapter, on every engine and in every compute mode. It fuses the
-kind that it knows, `Lora`: all LoRAs of a group are one low-rank product in the epilogue of the
-wide one. Every other kind implements `Adapter` in plain torch and runs beside the wide product.
+kinds that it knows: all LoRAs of a group are one low-rank product in the epilogue of the wide one,
+and a LoKr (`lokr.Lokr`) is one kernel for both of its small products. Every other kind implements
+`Adapter` in plain torch and runs beside the wide product. A new kind is a class with the members of
+`Adapter`.
 
-A new kind is a class with the members of `Adapter`. LoKr and LyCORIS's kinds add x ΔWᵀ and fit as
-they are. DoRA also rescales the rows of the whole product, base and adapter together; it will need
-one more member, which the group calls between the product and the bias and, in backward, on dy.
+A LoRA or a LoKr with a magnitude is weight-decomposed (DoRA): it also rescales the rows of the
+whole product, base and adapter together (`decomposed`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -51,8 +53,10 @@ class Adapter(Protocol):
 class Lora(NamedTuple):
     """y += scale · (x Aᵀ) Bᵀ with a [r, K], b [N, r] and scale = alpha / r.
 
-    grads: where a `LinearGroup` writes dA and dB, in the shapes and dtypes of a and b; None: in new
-    memory. Source: arXiv 2106.09685, section 4.1.
+    With magnitude [N], weight-decomposed: y = (magnitude / ‖W'‖) · x W'ᵀ with W' = W + scale · B A
+    and its norms by rows, through which no gradient flows. grads: where a `LinearGroup` writes dA
+    and dB, in the shapes and dtypes of a and b; None: in new memory. Sources: LoRA, arXiv
+    2106.09685, section 4.1; DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
     """
 
     a: Tensor
@@ -60,14 +64,15 @@ class Lora(NamedTuple):
     scale: float
     dropout: float = 0.0
     grads: tuple[Tensor, Tensor] | None = None
+    magnitude: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.a, self.b
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     def with_tensors(self, tensors: Sequence[Tensor], /) -> Lora:
-        a, b = tensors
-        return self._replace(a=a, b=b)
+        a, b, *magnitude = tensors
+        return self._replace(a=a, b=b, magnitude=magnitude[0] if magnitude else None)
 
     def add_to(self, y: Tensor, x: Tensor, /) -> None:
         y += (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T * self.scale
@@ -79,10 +84,23 @@ class Lora(NamedTuple):
             dx.addmm_(ds, a)
         return ds.T @ x, dy.T @ (x @ a.T) * self.scale
 
+    def decomposed_ref(self, weight: Tensor) -> Tensor:
+        """The weight [N, K] that a weight-decomposed linear multiplies by, formed whole."""
+        assert self.magnitude is not None
+        whole = weight + self.scale * self.b.to(weight.dtype) @ self.a.to(weight.dtype)
+        norms = torch.linalg.vector_norm(whole, dim=1).detach()
+        return whole * (self.magnitude.to(weight.dtype) / norms)[:, None]
+
 
 def tensors_of(adapters: Sequence[Adapter]) -> list[Tensor]:
     """The tensors of several adapters, one after the other: what an autograd.Function is given."""
     return [t for adapter in adapters for t in adapter.tensors]
+
+
+def is_random(adapter: Adapter) -> bool:
+    """Whether an adapter draws masks: dropout of x, or one of the dropouts that LoKr has."""
+    others = (getattr(adapter, f"{what}_dropout", 0.0) for what in ("out", "rank", "module"))
+    return adapter.dropout > 0 or any(p > 0 for p in others)
 
 
 def writing_to(adapters: Sequence[Adapter], places: Iterator[Tensor]) -> tuple[Adapter, ...]:

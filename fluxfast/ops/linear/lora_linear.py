@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fluxfast.ops import dispatch
 from fluxfast.ops.device import multiplies
 from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
+from fluxfast.ops.linear.decomposed import decomposing
 from fluxfast.ops.linear.group import COMPUTE, LinearGroup, LinearParams
 from fluxfast.ops.tensors import own_dtypes
 
@@ -31,8 +33,10 @@ def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
     """
     rows, outs = x.reshape(-1, x.shape[-1]), []
     for weight, bias, adapters in linears:
-        bias = None if bias is None else bias.to(x.dtype)
-        y = torch.nn.functional.linear(rows, weight.to(x.dtype), bias)
+        bias, weight = None if bias is None else bias.to(x.dtype), weight.to(x.dtype)
+        if (whole := decomposing(adapters)) is not None:
+            weight, adapters = whole.decomposed_ref(weight), ()
+        y = torch.nn.functional.linear(rows, weight, bias)
         for adapter in adapters:
             adapter.add_to(y, rows)
         outs.append(y)
@@ -61,10 +65,11 @@ class _LoraLinear(torch.autograd.Function):
             "dropout_seed": seed,
         }
         group = LinearGroup(_over_tensors(bases, trained), x.dtype, **ctx.options)
-        y, s = group.forward(group.as_input(x))
-        ctx.has_s = s is not None
+        y, kept = group.forward(group.as_input(x))
+        leaves, ctx.form = tree_flatten(kept)
+        ctx.leaves = len(leaves)
         # the frozen weights are not saved: backward decodes them where they lie
-        ctx.save_for_backward(x, *([s] if s is not None else []), *trained)
+        ctx.save_for_backward(x, *leaves, *trained)
         return y
 
     @staticmethod
@@ -72,10 +77,10 @@ class _LoraLinear(torch.autograd.Function):
     @own_dtypes
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        s = rest.pop(0) if ctx.has_s else None
+        kept, rest = tree_unflatten(rest[: ctx.leaves], ctx.form), rest[ctx.leaves :]
         need_dx = ctx.needs_input_grad[0]
         group = LinearGroup(_over_tensors(ctx.bases, rest), x.dtype, dgrad=need_dx, **ctx.options)
-        dx, grads = group.backward(dy, group.as_input(x), s, need_dx=need_dx)
+        dx, grads = group.backward(dy, group.as_input(x), kept, need_dx=need_dx)
         return dx, *(None,) * 5, *(grad for of_adapter in grads for grad in of_adapter)
 
 

@@ -16,8 +16,10 @@ from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_triton as products
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, RowsAt
+from fluxfast.ops.linear.beside import operand_of
+from fluxfast.ops.linear.decomposed import Narrow, WithNorms
 from fluxfast.ops.linear.grad_places import runs_of
-from fluxfast.ops.linear.group import LinearGroup, flat_rows, operand_of
+from fluxfast.ops.linear.group import LinearGroup, flat_rows
 from fluxfast.ops.linear.products_triton import SecondLinears, SecondLoras
 from fluxfast.ops.parts import Parts
 from fluxfast.ops.row_quant import Quantized, RowOutput
@@ -29,13 +31,13 @@ PairGrads = tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]
 def pairs(txt: LinearGroup, img: LinearGroup) -> bool:
     """Whether two groups can be a `LinearPair`.
 
-    Their linears and LoRAs are alike in shape, and they have nothing that only runs by itself:
-    outliers, dropout, adapters of other kinds.
+    Their linears and LoRAs are alike in shape, and they have nothing that takes all rows at once:
+    outliers, dropout, weight decomposition, adapters of unknown kinds.
     """
     return (
         txt.impl == img.impl == "triton"
-        and txt.fuses_all
-        and img.fuses_all
+        and txt.pairs
+        and img.pairs
         and _shapes(txt) == _shapes(img)
     )
 
@@ -85,14 +87,14 @@ class LinearPair(AugmentedProducts):
         ]
 
     def forward(
-        self, x: RowOutput, out: Tensor | None = None, s: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: RowOutput, out: Tensor | None = None, kept: Narrow = None
+    ) -> tuple[Tensor, Narrow]:
         """y [R, N], and s [R, Σ ranks], as `LinearGroup.forward`."""
         rows, txt, img = flat_rows(x), self.txt, self.img
         values, y = operand_of(rows)[0], out
         if y is None:
             y = values.new_empty((len(values), sum(img.outs)), dtype=img.dtype)
-        room = self.room(rows.y)
+        room, s = self.room(rows.y), self.recall(kept)
         if s is None:
             s = self.down(x, copy=room)
         elif room is not None:
@@ -100,13 +102,29 @@ class LinearPair(AugmentedProducts):
         if room is not None:
             assert rows.y is not None
             self.forward_augmented(rows.y, y)
+            self._add_beside(rows, y)
             return y, s
         ready, other = txt.weights(len(values)), img.weights(len(values))
         products.wide(
             *operand_of(rows), *ready.operands, txt.biases, s, txt.b, txt.counts, y,
             second=SecondLinears(self.parts.rows, *other.operands, img.biases, img.b),
         )  # fmt: skip
+        self._add_beside(rows, y)
         return y, s
+
+    def _parts(self) -> tuple[tuple[LinearGroup, slice], tuple[LinearGroup, slice]]:
+        """The two groups, each with its rows."""
+        return (self.txt, slice(self.parts.rows)), (self.img, slice(self.parts.rows, None))
+
+    def _add_beside(self, x: RowOutput, y: Tensor) -> None:
+        for group, rows in self._parts():
+            if group.besides:
+                group.add_beside(_rows_of(x, rows), y[rows])
+
+    def recall(self, kept: Narrow) -> Tensor | None:
+        """As `LinearGroup.recall`."""
+        assert not isinstance(kept, WithNorms)
+        return kept
 
     def down(self, x: RowOutput, *, copy: Tensor | None = None) -> Tensor | None:
         """As `LinearGroup.down`."""
@@ -122,7 +140,7 @@ class LinearPair(AugmentedProducts):
         self,
         dy: Tensor,
         x: RowOutput,
-        s: Tensor | None,
+        kept: Narrow,
         *,
         codes: Sequence[tuple[int, Quantized]] = (),
         need_dx: bool = True,
@@ -130,15 +148,19 @@ class LinearPair(AugmentedProducts):
         """dx [R, K] (None if not needed), and the gradients of the adapters of each part."""
         rows = flat_rows(x)
         room = self.room(dy)
-        ds, grads = self._lora_backward(dy, rows, s, room)
-        if not need_dx:
-            return None, grads
-        dx = dy.new_empty((len(dy), self.img.linears[0].weight.shape[1]), dtype=self.img.dtype)
-        if room is None:
-            self._dgrad(dy, codes, ds, dx)
-        else:
-            self.backward_augmented(dy, dx)
-        return dx, grads
+        ds, lora_grads = self._lora_backward(dy, rows, self.recall(kept), room)
+        dx = None
+        if need_dx:
+            dx = dy.new_empty((len(dy), self.img.linears[0].weight.shape[1]), dtype=self.img.dtype)
+            if room is None:
+                self._dgrad(dy, codes, ds, dx)
+            else:
+                self.backward_augmented(dy, dx)
+        txt, img = (
+            group.in_order(own, dy[part], _rows_of(rows, part), None if dx is None else dx[part])
+            for own, (group, part) in zip(lora_grads, self._parts(), strict=True)
+        )
+        return dx, (txt, img)
 
     def _dgrad(
         self, dy: Tensor, codes: Sequence[tuple[int, Quantized]], ds: Tensor | None, dx: Tensor
@@ -185,6 +207,11 @@ class LinearPair(AugmentedProducts):
             for group, grad_a, grad_b in zip((txt, img), d_a, d_b, strict=True)
         )
         return ds, (of_txt, of_img)
+
+
+def _rows_of(x: RowOutput, rows: slice) -> RowOutput:
+    """Some rows of x [R, in]."""
+    return RowOutput(*(None if t is None else t[rows] for t in x))
 
 
 AnyGroup: TypeAlias = LinearGroup | LinearPair

@@ -154,7 +154,7 @@ def down(
     x: Tensor, x_scale: Tensor | None, a: list[Tensor], scales: list[float], dtype: torch.dtype
 ) -> Tensor:
     """s = scale · x Aᵀ [M, Σ ranks] in dtype."""
-    s = _values(x, x_scale, dtype) @ stack(a).to(dtype).T
+    s = values_of_codes(x, x_scale, dtype) @ stack(a).to(dtype).T
     return _rescale(s, scales, [t.shape[0] for t in a])
 
 
@@ -204,7 +204,7 @@ def grad_a(
     da: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """dA = dSᵀ x [Σ ranks, K], written to the one tensor in `da` where that is given."""
-    made = ds.T @ _values(x, x_scale, ds.dtype)
+    made = ds.T @ values_of_codes(x, x_scale, ds.dtype)
     return made.to(dtype) if da is None else da[0].copy_(made)
 
 
@@ -212,7 +212,7 @@ def wide(
     x: Tensor, x_scale: Tensor | None, weights: list[Tensor], w_scales: list[Tensor],
     biases: list[Tensor | None], s: Tensor | None, b: list[Tensor], counts: list[int], y: Tensor,
 ) -> None:  # fmt: skip
-    """Writes x Wᵀ + s Bᵀ + bias to y [M, N]."""
+    """Writes x Wᵀ + s Bᵀ + bias to y [M, N]. w_scales: a scale for each row of W, or none."""
     outs, present = [w.shape[0] for w in weights], [bias for bias in biases if bias is not None]
     joined = adjoining(weights) if len(present) in (0, len(biases)) else None
     if joined is not None:
@@ -221,8 +221,13 @@ def wide(
     columns = y.split_with_sizes([w.shape[0] for w in weights], dim=1)
     for i, (w, bias, y_i) in enumerate(zip(weights, biases, columns, strict=True)):
         bias = None if bias is None else bias.detach()
-        if x_scale is None:
+        if x_scale is None and not w_scales:
             product(x, w, bias, y_i)
+            continue
+        if x_scale is None:
+            product(x, w, None, y_i)
+            y_i.mul_(w_scales[i])
+            y_i += 0 if bias is None else bias
             continue
         full = scaled_product(x, x_scale, w.T).mul_(w_scales[i])
         y_i.copy_(full if bias is None else full.add_(bias))
@@ -257,6 +262,8 @@ def wide_dgrad(
     """
     joined = adjoining(weights)
     start, stop = 0, col + dy.shape[1]
+    if w_scales and dy_scale is None:
+        dy = dy * stack(w_scales)[col:stop].to(dy.dtype)
     for w in weights if joined is None else [joined]:
         lo, hi = max(col, start), min(stop, start + w.shape[0])
         if lo < hi:
@@ -294,7 +301,8 @@ def _fake_mask(x: Tensor, **_: Any) -> list[Tensor]:
 _mask_op = Op("linear_mask", _mask, _fake_mask)
 
 
-def _values(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def values_of_codes(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The values in `dtype` of codes x with a scale a row; an x without scales as it is."""
     return x if x_scale is None else _code_values(x, torch.float32).mul(x_scale[:, None]).to(dtype)
 
 

@@ -1,0 +1,92 @@
+"""Products with a Kronecker product that is never formed: LoKr's, in torch or by Triton's kernels.
+
+    y += y_cols · scale · (w1 ⊗ w2) x
+
+w1 [O1, I1], w2 [O2, I2], x [M, I1 · I2] values or codes with a scale a row, y [M, O1 · O2]. y_cols
+[O1 · O2] fp32, or None for ones. The formulas are those of `fluxfast_kernels.kron`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxfast.ops.linear.products_torch import values_of_codes
+from fluxfast.ops.registration import Op, is_traced
+from fluxfast.ops.tensors import dense_rows
+
+
+def add(
+    x: Tensor, x_scale: Tensor | None, w1: Tensor, w2: Tensor, scale: float,
+    y_cols: Tensor | None, y: Tensor, impl: str,
+) -> None:  # fmt: skip
+    """Adds the product to y [M, O1 · O2]; impl: "triton", or else torch."""
+    if impl != "triton":
+        x, w1, w2 = values_of_codes(x, x_scale, y.dtype), w1.to(y.dtype), w2.to(y.dtype)
+        added = _product(x, w1 * scale, w2)
+        y += added if y_cols is None else added * y_cols.to(y.dtype)
+        return
+    if is_traced(x):
+        _add_op(x, x_scale, w1, w2, scale, y_cols, y, impl)
+        return
+    from fluxfast_kernels.kron import kron_add
+
+    kron_add(dense_rows(x), w1, _dense(w2), y, scale=scale, x_scale=x_scale, y_cols=y_cols)
+
+
+def backward(
+    dy: Tensor, x: Tensor, x_scale: Tensor | None, w1: Tensor, w2: Tensor, scale: float,
+    y_cols: Tensor | None, dx: Tensor | None, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of w1 and w2 in their dtypes; that of x's values is added to dx, if given."""
+    if impl != "triton":
+        return _backward(dy, x, x_scale, w1, w2, scale, y_cols, dx)
+    if is_traced(x):
+        dw1, dw2 = _backward_op(dy, x, x_scale, w1, w2, scale, y_cols, dx, impl)
+        return dw1, dw2
+    from fluxfast_kernels.kron import kron_backward
+
+    dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
+    kron_backward(
+        dense_rows(dy), dense_rows(x), w1, _dense(w2), dw1, dw2, dx,
+        scale=scale, x_scale=x_scale, dy_cols=y_cols,
+    )  # fmt: skip
+    return dw1, dw2
+
+
+def _dense(w: Tensor) -> Tensor:
+    """A factor one dimension of which is contiguous."""
+    return w if 1 in w.stride() else w.contiguous()
+
+
+def _product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """(w1 ⊗ w2) x, in operations that autograd can differentiate."""
+    wide = x.reshape(len(x), w1.shape[1], w2.shape[1]) @ w2.T
+    return (w1 @ wide).reshape(len(x), len(w1) * len(w2))
+
+
+def _backward(
+    dy: Tensor, x: Tensor, x_scale: Tensor | None, w1: Tensor, w2: Tensor, scale: float,
+    y_cols: Tensor | None, dx: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    u, v = w1.to(dy.dtype) * scale, w2.to(dy.dtype)
+    dy = dy if y_cols is None else dy * y_cols.to(dy.dtype)
+    (o1, i1), (o2, i2) = w1.shape, w2.shape
+    dy, x = dy.reshape(len(dy), o1, o2), values_of_codes(x, x_scale, dy.dtype)
+    x = x.reshape(len(x), i1, i2)
+    t = dy @ v
+    if dx is not None:
+        dx += (u.T @ t).reshape(dx.shape)
+    dw1 = scale * torch.tensordot(t, x, dims=([0, 2], [0, 2]))
+    dw2 = torch.tensordot(dy, u @ x, dims=([0, 1], [0, 1]))
+    return dw1.to(w1.dtype), dw2.to(w2.dtype)
+
+
+def _fake_backward(w1: Tensor, w2: Tensor, **_: Any) -> list[Tensor]:
+    return [w1.new_empty(w1.shape), w2.new_empty(w2.shape)]
+
+
+_add_op = Op("linear_kron", add, writes=["y"])
+_backward_op = Op("linear_kron_grads", backward, _fake_backward, writes=["dx"])
