@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fluxfast.adapters.lycoris_linear import LycorisLinear, device_of, whole_weight
 from fluxfast.config.lycoris import LycorisOptions
-from fluxfast.ops.linear.adapters import Adapter
+from fluxfast.ops.linear.adapters import Adapter, is_random
 from fluxfast.ops.linear.lokr import Lokr
 
 Shapes = dict[str, tuple[int, ...]]
@@ -124,26 +124,23 @@ class LokrLinear(LycorisLinear):
         options, held = self.options, self._parameters
         w1 = tuple(held[name] for name in self._names if name.startswith("lokr_w1"))
         w2 = tuple(held[name] for name in self._names if name.startswith("lokr_w2"))
-        magnitude, scale = held.get("dora_scale"), self.scale
-        drops = self.training
+        magnitude, multiplier, drops = held.get("dora_scale"), options.multiplier, self.training
         return Lokr(
             w1,  # type: ignore[arg-type]
             w2,  # type: ignore[arg-type]
-            scale if magnitude is not None else scale * options.multiplier,
+            self.scale * (multiplier if magnitude is None else 1.0),
             held.get("scalar"),
             magnitude,
-            options.multiplier if magnitude is not None else 1.0,
-            options.dropout if drops and options.bypass_mode else 0.0,
-            options.rank_dropout if drops and not options.bypass_mode else 0.0,
-            options.module_dropout if drops else 0.0,
+            1.0 if magnitude is None else multiplier,
+            out_dropout=options.dropout if drops and options.bypass_mode else 0.0,
+            rank_dropout=options.rank_dropout if drops and not options.bypass_mode else 0.0,
+            module_dropout=options.module_dropout if drops else 0.0,
         )
 
-    def read(self) -> tuple[Adapter, ...] | str:
+    def read(self, *, share_dropout: bool) -> tuple[Adapter, ...] | str:
         lokr = self.lokr()
-        if lokr.magnitude is not None:
-            return "weight decomposition of a LoKr is computed by its module"
-        if lokr.dropout or lokr.rank_dropout or lokr.module_dropout:
-            return "a LoKr with dropout is computed by its module"
+        if not share_dropout and is_random(lokr):
+            return "a LoKr has a dropout"
         return (lokr,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +157,7 @@ class LokrLinear(LycorisLinear):
         rows = x.reshape(-1, self.in_features)
         added = rows.new_zeros(len(rows), self.out_features)
         lokr.add_to(added, rows)
-        added = nn.functional.dropout(added, lokr.dropout).view(y.shape)
+        added = nn.functional.dropout(added, lokr.out_dropout).view(y.shape)
         return y + (added if kept is None else added * kept)
 
     def _decomposed(self, lokr: Lokr, kept: Tensor | None = None) -> Tensor:

@@ -86,7 +86,8 @@ class LycorisKind(AdapterKind):
     def read(self, module: nn.Module, *, share_dropout: bool) -> Wrapped | None:
         if not isinstance(module, LycorisLinear):
             return None
-        return Wrapped(module.base_layer, module.read() if module.enabled else ())
+        adapters = module.read(share_dropout=share_dropout) if module.enabled else ()
+        return Wrapped(module.base_layer, adapters)
 
     def check(self, transformer: nn.Module, settings: AdapterSettings) -> dict[str, LycorisOptions]:
         if settings.by_module is not None:

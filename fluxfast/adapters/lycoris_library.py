@@ -46,7 +46,7 @@ class LibraryLinear(LycorisLinear):
         renamed = _FULL if self.options.algo == "full" else {}
         return {renamed.get(name, name): p for name, p in self.lycoris.named_parameters()}
 
-    def read(self) -> tuple[Adapter, ...] | str:
+    def read(self, *, share_dropout: bool) -> tuple[Adapter, ...] | str:
         return f"lycoris-lora's own module computes {self.options.algo}"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,8 +52,11 @@ class LycorisLinear(nn.Module):
         """
         raise NotImplementedError
 
-    def read(self) -> tuple[Adapter, ...] | str:
-        """What blocks compute in the module's place, or why they have to call it."""
+    def read(self, *, share_dropout: bool) -> tuple[Adapter, ...] | str:
+        """What blocks compute in the module's place, or why they have to call it.
+
+        share_dropout: as in `AdapterKind.read`.
+        """
         raise NotImplementedError
 
 

@@ -23,7 +23,7 @@ ALGORITHMS = {
     "LoKr of whole factors": ({"factor": 8, "full_matrix": True, "linear_dim": None}, True),
     "LoKr of four factors": ({"decompose_both": True, "linear_dim": 1, "use_scalar": True}, True),
     "LoKr with a multiplier": ({"multiplier": 0.5, "unbalanced_factorization": True}, True),
-    "LoKr with trained lengths": ({"dora_wd": True, "linear_dim": 2}, False),
+    "LoKr with trained lengths": ({"dora_wd": True, "linear_dim": 2}, True),
     "LoKr with lengths of columns": ({"dora_wd": True, "wd_on_output": False}, False),
     "LoRA": ({"algo": "lora"}, False),
     "LoRA beside the base": ({"algo": "locon", "bypass_mode": True, "use_scalar": True}, False),
