@@ -42,6 +42,8 @@ from fluxfast.files import write_atomic
 
 # what a run that goes on from a file has by its own config
 _BY_CONFIG = ("multiplier", "dropout", "rank_dropout", "module_dropout", "use_scalar")
+# algorithms that are another one in a file
+_IN_FILES = {"locon": "lora", "dylora": "lora"}
 # a checkpoint's tensors that don't train
 _NUMBERS = ("alpha", "on_input")
 
@@ -252,12 +254,12 @@ def counted(modules: Mapping[str, LycorisOptions]) -> str:
 
 def described(out_features: int, in_features: int, options: LycorisOptions) -> str:
     """An algorithm on one linear in words: what two adapters must share to be of the same form."""
-    if not _is_ours(options):
-        return f"{options.algo} of rank {options.dim} and alpha {options.alpha:g}"
-    shapes = lokr_shapes(out_features, in_features, options)
-    scale = 1 if is_whole(shapes) else (options.alpha or options.dim) / options.dim
-    told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if shape)
-    return f"lokr with {told} and scale {scale:g}"
+    in_file = options.with_changes({"algo": _IN_FILES.get(options.algo, options.algo)})
+    shapes = LycorisKind().shapes(out_features, in_features, in_file)
+    told = f"{in_file.algo} with " + ", ".join(f"{n} {list(s)}" for n, s in shapes.items() if s)
+    if is_whole(shapes) or in_file.algo in ("full", "diag-oft", "boft", "ia3"):
+        return told
+    return f"{told} and scale {(options.alpha or options.dim) / options.dim:g}"
 
 
 @contextmanager

@@ -54,14 +54,19 @@ class LibraryLinear(LycorisLinear):
         if not self.enabled:
             return self.base_layer(x)
         self.lycoris.multiplier = self.options.multiplier
-        mixed = x.dtype != next(self.lycoris.parameters()).dtype and x.dtype.itemsize == 2
+        if x.dtype == next(self.lycoris.parameters()).dtype or x.dtype.itemsize != 2:
+            return self._called(x)
+        if x.device.type == "meta":
+            # a plan's: no types are mixed there, and so it counts nothing that the library keeps
+            return self.base_layer(x) + sum(p.sum() for p in self.lycoris.parameters()).to(x.dtype)
         # the library multiplies the base's weight and its own tensors, as they are
-        with torch.autocast(x.device.type, x.dtype, enabled=mixed):
-            if self.options.algo == "full":
-                return self._full(x)
-            if self.options.algo == "dylora":
-                return self._dylora(x)
-            return self.lycoris(x)
+        with torch.autocast(x.device.type, x.dtype):
+            return self._called(x)
+
+    def _called(self, x: Tensor) -> Tensor:
+        if self.options.algo == "full":
+            return self._full(x)
+        return self._dylora(x) if self.options.algo == "dylora" else self.lycoris(x)
 
     def _full(self, x: Tensor) -> Tensor:
         """The library's sum W x + (W + dW - W) x without what the difference would round away."""

@@ -223,13 +223,17 @@ def _build(
                 if not any(f'"{name}"' in line for name in aside)
             ]
             return None, problems
-        for name in (name for name in fields if name in wrong):
+        for name in sorted(wrong, key=[*fields, *wrong].index):
             where = origin.get(name, file)
-            later = not_yet(name, fields[name]) if wrong[name]["type"] == "literal_error" else None
-            text = f"is {shown(fields[name])}: {later}; " if later else problem_text(wrong[name])
+            given = fields.get(name)
+            later = not_yet(name, given) if wrong[name]["type"] == "literal_error" else None
+            text = f"is {shown(given)}: {later}; " if later else problem_text(wrong[name])
             if later:
                 text += f"fluxfast has {wrong[name]['ctx']['expected']}"
             place = ".".join(map(str, wrong[name]["loc"]))
             problems.append(f'{where}: "{place}" {text}')
         aside |= wrong.keys()
         fields = {name: value for name, value in fields.items() if name not in wrong}
+        # a default that is checked, as a file's name is, may be wrong too: null has no default
+        known = TrainConfig.model_fields
+        fields |= dict.fromkeys(name for name in wrong if known[name].validate_default)

@@ -237,7 +237,8 @@ def _check_model(
             notes += told_of_targets(config, model)
     if lora is not None:
         notes += told_beside_init_lora(config, lora, model)
-    if data is not None and sizes:
+    # a checkpoint of another kind has sizes of its own sort, and is refused anyway
+    if data is not None and sizes and not changes:
         size = disk_space.checkpoint_bytes(config, adapter_elements(config, model, sizes))
         features = {
             "t5": model.config.joint_attention_dim,
