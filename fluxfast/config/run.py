@@ -223,7 +223,9 @@ def _build(
                 if not any(f'"{name}"' in line for name in aside)
             ]
             return None, problems
-        for name in sorted(wrong, key=[*fields, *wrong].index):
+        # a default that is checked, as a file's name is, may be wrong too; null asks for none
+        defaults = [n for n in wrong if TrainConfig.model_fields[n].validate_default]
+        for name in (*(n for n in fields if n in wrong), *(n for n in defaults if n not in fields)):
             where = origin.get(name, file)
             given = fields.get(name)
             later = not_yet(name, given) if wrong[name]["type"] == "literal_error" else None
@@ -234,6 +236,4 @@ def _build(
             problems.append(f'{where}: "{place}" {text}')
         aside |= wrong.keys()
         fields = {name: value for name, value in fields.items() if name not in wrong}
-        # a default that is checked, as a file's name is, may be wrong too: null has no default
-        known = TrainConfig.model_fields
-        fields |= dict.fromkeys(name for name in wrong if known[name].validate_default)
+        fields |= dict.fromkeys(defaults)
