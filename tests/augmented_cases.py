@@ -8,7 +8,7 @@ import torch
 
 from fluxfast.ops.linear import augmented
 from fluxfast.ops.linear.augmented import Placed
-from fluxfast.ops.linear.group import LinearParams
+from fluxfast.ops.linear.params import LinearParams
 
 
 def in_place(linears: Sequence[LinearParams], rank: int | None = None) -> list[LinearParams]:

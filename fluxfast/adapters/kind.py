@@ -146,6 +146,8 @@ class AdapterKind(ABC):
 
     # how messages call it
     label: str
+    # the values of `lora_format` in which its files can be written
+    styles: tuple[str, ...] = ("diffusers",)
 
     # ---- its parameters
 
@@ -255,10 +257,16 @@ class AdapterKind(ABC):
         `path` is a folder, or a file's name that ends in `.safetensors`. `style` is the config's
         `lora_format`: which programs are to read the file.
         """
-        if style != "diffusers":
-            raise ValueError(f"{self.label} has no lora_format {style!r}: choose diffusers")
+        self.check_style(style)
         tensors = {PREFIX + name: t.cpu() for name, t in self.state(transformer).items()}
         return write_adapter(path, tensors, metadata or {})
+
+    def check_style(self, style: str) -> None:
+        """ValueError where `save` has no such style; a run asks before it trains."""
+        if style not in self.styles:
+            raise ValueError(
+                f"{self.label} has no lora_format {style!r}: choose {' or '.join(self.styles)}"
+            )
 
     def read_file(self, adapter: str | os.PathLike[str]) -> AdapterFile:
         """Reads what `save` wrote: a file, a folder with one, or a repository of the Hub."""

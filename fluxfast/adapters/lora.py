@@ -29,6 +29,7 @@ from fluxfast.adapters.lora_state import (
 )
 from fluxfast.adapters.lora_write import save_lora
 from fluxfast.adapters.presets import find_targets, preset_targets
+from fluxfast.config.adapters import LORA_FORMATS
 from fluxfast.hooks import hooked, own_parameter
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.quant.linear import shapes_only
@@ -47,6 +48,7 @@ class LoraKind(AdapterKind):
     """SimpleTuner's `lora_type` "standard": PEFT's LoRA, under PEFT's adapter name "default"."""
 
     label = "LoRA"
+    styles = LORA_FORMATS
     # whether a new adapter is made with a magnitude; one that is there already says so itself
     _dora = False
 
@@ -123,6 +125,8 @@ class DoraKind(LoraKind):
     """SimpleTuner's `use_dora`: PEFT's LoRA with a magnitude for each row of the weight."""
 
     label = "DoRA"
+    # kohya's scripts read no magnitudes, and its fused linears have no place for those of a part
+    styles = tuple(style for style in LORA_FORMATS if style != "kohya")
     _dora = True
 
     def shapes(self, out_features: int, in_features: int, size: int) -> dict[str, tuple[int, ...]]:

@@ -107,15 +107,18 @@ class QuantizedInfo:
 
 
 def metadata(
-    source: str, files: TensorFiles, format: Format, config: Mapping[str, Any]
+    source: str, paths: Iterable[Path], format: Format, config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The metadata of a quantised file that is made from `files`, which lie at `source`."""
+    """The metadata of a quantised file that is made from the files `paths`, which lie at `source`.
+
+    Without paths, it is the same as nothing that quantising a file would give.
+    """
     told = {
         "layout": FILE_VERSION,
         "format": format.name,
         "config": {name: value for name, value in config.items() if not name.startswith("_")},
         "source": str(Path(source).absolute()),
-        "fingerprints": [asdict(fingerprint(path)) for path in files.files],
+        "fingerprints": [asdict(fingerprint(path)) for path in paths],
     }
     return {"format": "pt", _KEY: json.dumps(told)}
 

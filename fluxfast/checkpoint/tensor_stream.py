@@ -16,7 +16,7 @@ from fluxfast.checkpoint.keys import Shape, TensorSource
 from fluxfast.checkpoint.not_flux import TAKE_UNQUANTISED
 from fluxfast.checkpoint.reader import CheckpointError, TensorFiles, with_progress
 from fluxfast.checkpoint.writer import Spec
-from fluxfast.quant import Format
+from fluxfast.quant import Format, QuantWeight
 
 # the smallest code without its sign bit that is a NaN or an infinity; e4m3fn has no infinity
 _FIRST_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
@@ -56,6 +56,41 @@ def float_tensors(
         files.stream(sources, check if checked else None), sizes, description
     ):
         yield name, tensor if device is None else tensor.to(device)
+
+
+def decoded_tensors(
+    files: TensorFiles,
+    format: Format,
+    shapes: Mapping[str, Shape],
+    names: Collection[str],
+    description: str,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a quantised file on `device`, with the weights of `names` decoded to fp32.
+
+    `shapes` are those of the model's tensors before it was quantised, in the order in which they
+    are given out. `description` stands beside the progress bar.
+    """
+    chosen = {f"{name}.weight" for name in names}
+    # a linear's parts lie apart in the file, each among its like
+    parts = {
+        name: {part: TensorSource(f"{name}.{part}") for part in format.layout((shape[0], shape[1]))}
+        if name in chosen
+        else {name: TensorSource(name)}
+        for name, shape in shapes.items()
+    }
+
+    def decode() -> Iterator[tuple[str, Tensor]]:
+        for name, sources in parts.items():
+            stored = {part: t.to(device, copy=True) for part, t in files.stream(sources)}
+            if name not in chosen:
+                yield name, stored[name]
+                continue
+            rows, cols = shapes[name]
+            yield name, QuantWeight(format, stored, (rows, cols)).to(torch.float32)
+
+    sizes = {name: files.nbytes(sources.values()) for name, sources in parts.items()}
+    yield from with_progress(decode(), sizes, description)
 
 
 def require_finite(where: str, source: TensorSource, tensor: Tensor) -> None:
@@ -98,20 +133,22 @@ def quantized(
     names: Collection[str],
     where: str,
     sources: Mapping[str, TensorSource] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors, with the weight of each linear in `names` quantised to `format`.
 
-    `<name>.weight` becomes its parts, `<name>.weight.<part>`, computed from the values as stored
-    and on the tensor's device; the others are copied. Raises CheckpointError naming a weight that
-    can't be quantised or holds a value that is not finite. The message says `where` it came from,
-    and what `sources` says it is called there (default: the same name).
+    `<name>.weight` becomes its parts, `<name>.weight.<part>`, computed from the values as they come
+    and on the tensor's device; the others are copied, in the dtype of `dtypes` if given. Raises
+    CheckpointError naming a weight that can't be quantised or holds a value that is not finite. The
+    message says `where` it came from, and what `sources` says it is called there (default: the same
+    name).
     """
     chosen = {f"{name}.weight" for name in names}
     for name, tensor in tensors:
         source = TensorSource(name) if sources is None else sources[name]
         if name not in chosen:
             require_finite(where, source, tensor)
-            yield name, tensor.clone()
+            yield name, tensor.to(tensor.dtype if dtypes is None else dtypes[name], copy=True)
             continue
         try:
             # a value that is not finite gives a scale that `quantize` refuses, so weights need no
@@ -124,26 +161,48 @@ def quantized(
             yield f"{name}.{part}", value
 
 
+def rounded(
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    where: str,
+    sources: Mapping[str, TensorSource] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the tensors in `dtype`; the other arguments are those of `quantized`.
+
+    Raises CheckpointError naming a tensor that holds a value that is not finite, or too large.
+    """
+    for name, tensor in tensors:
+        made = tensor.to(dtype, copy=True)
+        if made.numel() and not _all_finite(made):
+            source = TensorSource(name) if sources is None else sources[name]
+            require_finite(where, source, tensor)
+            raise CheckpointError(
+                f"{where}: {source.key}: reaches {tensor.abs().max().item():g}, which {dtype} "
+                "can't hold: write bf16"
+            )
+        yield name, made
+
+
 def quantized_specs(
-    files: TensorFiles,
-    sources: Mapping[str, TensorSource],
+    dtypes: Mapping[str, torch.dtype],
     shapes: Mapping[str, Shape],
     format: Format,
     names: Collection[str],
 ) -> dict[str, Spec]:
     """Shape and dtype of everything that `quantized` will give, by name.
 
-    Tensors that are read as one (`side_by_side`) follow each other.
+    `dtypes` has those of the tensors that are copied. Tensors that are read as one
+    (`side_by_side`) follow each other.
     """
     chosen = {f"{name}.weight" for name in names}
     specs: dict[str, Spec] = {}
-    for name, source in sources.items():
+    for name, shape in shapes.items():
         if name in chosen:
-            rows, cols = shapes[name]
+            rows, cols = shape
             layout = format.layout((rows, cols))
             specs |= {
                 f"{name}.{part}": Spec(shape, dtype) for part, (shape, dtype) in layout.items()
             }
         else:
-            specs[name] = Spec(shapes[name], files.dtypes[source.key])
+            specs[name] = Spec(shape, dtypes[name])
     return {name: specs[name] for name in side_by_side.ordered(specs)}

@@ -8,7 +8,7 @@ describes before the first tensor is read: a wrong or incomplete file is refused
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,8 @@ from fluxfast.checkpoint import empty_model, keys, quantized, side_by_side, tens
 from fluxfast.checkpoint.keys import Shape, TensorSource
 from fluxfast.checkpoint.locate import shown
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, TensorFiles
-from fluxfast.checkpoint.writer import write_tensors
+from fluxfast.checkpoint.weights import Weights
+from fluxfast.checkpoint.writer import Spec, write_tensors
 from fluxfast.quant import Format
 from fluxfast.quant.rules import KEPT
 
@@ -78,7 +79,7 @@ class Checkpoint:
         elsewhere. on_host: full names of modules whose tensors stay in host memory.
         Raises CheckpointError if the files do not hold this model.
         """
-        model = self._empty(cls)
+        model = self.empty(cls)
         sources = self._prepare(model, dtype)
         if (info := self.quantized) is not None:
             if format not in (None, info.format):
@@ -114,26 +115,7 @@ class Checkpoint:
         `load` begins with the same comparison. Raises CheckpointError naming what is missing,
         unexpected, of another shape or of a dtype that can't be loaded.
         """
-        self._prepare(self._empty(cls), torch.bfloat16)
-
-    def linear_weights(
-        self,
-        cls: type[FluxTransformer2DModel],
-        names: Collection[str],
-        description: str,
-        device: torch.device | str = "cpu",
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The weights [out, in] of these linears of the model, by the linears' names.
-
-        They come one at a time, on `device`, as they are stored; each is valid until the next one
-        is asked for. `description` stands beside the progress bar. Raises CheckpointError if the
-        checkpoint is quantised, or its files do not hold this model.
-        """
-        if quantized.is_quantized(self.files):
-            raise CheckpointError(f"{self.where}: is quantised, and so has no original weights")
-        sources = self._prepare(self._empty(cls), torch.bfloat16)
-        wanted = {name: sources[f"{name}.weight"] for name in names}
-        return tensor_stream.float_tensors(self.files, wanted, description, device, checked=True)
+        self._prepare(self.empty(cls), torch.bfloat16)
 
     def quantize(
         self,
@@ -152,30 +134,97 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.where}: is quantised already; quantise the checkpoint that it was made from"
             )
-        _check_target(path, self.files)
-        model = self._empty(cls)
-        shapes = _shapes(model)
-        sources = self._prepare(model, torch.bfloat16)
-        names = empty_model.linears(model, KEPT)
-        specs = tensor_stream.quantized_specs(self.files, sources, shapes, format, names)
+        self._check_target(path)
+        _check_foreign(path)
         # taken before the weights are read: if the source changes meanwhile, the result is stale
-        metadata = quantized.metadata(self.where, self.files, format, model.config)
-        tensors = tensor_stream.float_tensors(
-            self.files, sources, f"quantising to {format.name}", quantize_on
+        metadata = quantized.metadata(self.where, self.files.files, format, self.empty(cls).config)
+        return self._write(cls, path, format, f"quantising to {format.name}", metadata, quantize_on)
+
+    def write_changed(
+        self,
+        cls: type[Model],
+        path: Path,
+        storage: Format | torch.dtype,
+        change: Callable[[str, Tensor], Tensor],
+        description: str,
+        *,
+        metadata: Mapping[str, str],
+        device: torch.device | str = "cpu",
+    ) -> int:
+        """Write this transformer to `path` with other weights, one tensor at a time.
+
+        `change` gets each tensor by its name in diffusers' layout, in the floating dtype of the
+        file, or in fp32 where the file has it quantised; it returns the tensor, or a new one in any
+        floating dtype. `storage` is the format that linears are then quantised to, or the dtype of
+        all tensors; names are diffusers'. `metadata` is added to the file's own. `description`
+        stands beside the progress bar.
+
+        Returns the new file's size in bytes. Raises CheckpointError if `path` is one of the
+        checkpoint's own files, or for a value that `storage` can't hold.
+        """
+        self._check_target(path)
+        told = {"format": "pt"}
+        if isinstance(storage, Format):
+            told = quantized.metadata(self.where, (), storage, self.empty(cls).config)
+        return self._write(
+            cls, path, storage, description, {**told, **metadata}, device, change=change
         )
-        made = tensor_stream.quantized(tensors, format, names, self.where, sources)
+
+    def _write(
+        self,
+        cls: type[Model],
+        path: Path,
+        storage: Format | torch.dtype,
+        description: str,
+        metadata: Mapping[str, str],
+        device: torch.device | str,
+        change: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> int:
+        weights = self.weights(cls)
+        tensors = weights.stream(description, device)
+        if change is not None:
+            tensors = ((name, change(name, tensor)) for name, tensor in tensors)
+        # messages are to name what the file holds, under the names that it has there
+        sources = weights.sources if weights.format is None else None
+        if not isinstance(storage, Format):
+            specs = {name: Spec(shape, storage) for name, shape in weights.shapes.items()}
+            made = tensor_stream.rounded(tensors, storage, self.where, sources)
+            return write_tensors(path, specs, metadata, made)
+        linears, dtypes = weights.linears, weights.dtypes
+        specs = tensor_stream.quantized_specs(dtypes, weights.shapes, storage, linears)
+        made = tensor_stream.quantized(tensors, storage, linears, self.where, sources, dtypes)
         return write_tensors(path, specs, metadata, made, checked=True)
 
-    def config_json(self, cls: type[FluxTransformer2DModel], format: Format) -> str:
-        """The config.json to put beside what `quantize` wrote.
+    def config_json(self, cls: type[FluxTransformer2DModel], storage: Format | torch.dtype) -> str:
+        """The config.json to put beside what was written in `storage`.
 
-        Its quantization_config tells other programs that they can't read the weights.
+        Of a format, its quantization_config tells other programs that they can't read the weights.
         """
-        config = json.loads(self._empty(cls).to_json_string())
-        config["quantization_config"] = {"quant_method": "fluxfast", "format": format.name}
+        config = json.loads(self.empty(cls).to_json_string())
+        if isinstance(storage, Format):
+            config["quantization_config"] = {"quant_method": "fluxfast", "format": storage.name}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    def _empty(self, cls: type[Model]) -> Model:
+    def weights(self, cls: type[FluxTransformer2DModel]) -> Weights:
+        """What the files hold as numbers, one tensor at a time.
+
+        Raises CheckpointError where `check` does.
+        """
+        model = self.empty(cls)
+        shapes, linears = _shapes(model), empty_model.linears(model, KEPT)
+        format = self.quantized.format if self.quantized else None
+        sources = self._prepare(model, torch.bfloat16)
+        return Weights(self.files, shapes, sources, linears, format)
+
+    def _check_target(self, path: Path) -> None:
+        if any(path.resolve() == file.resolve() for file in self.files.files):
+            raise CheckpointError(f"{path}: is the checkpoint itself; write to another file")
+
+    def empty(self, cls: type[Model]) -> Model:
+        """The model that the config describes, without memory.
+
+        Raises CheckpointError if there is no such model.
+        """
         try:
             with init_empty_weights():
                 return cls.from_config(dict(self.config))
@@ -255,10 +304,8 @@ def _compare(
     return sources
 
 
-def _check_target(path: Path, source: TensorFiles) -> None:
-    """Refuse to write over the source, or over a file that fluxfast did not write."""
-    if any(path.resolve() == file.resolve() for file in source.files):
-        raise CheckpointError(f"{path}: is the checkpoint itself; write to another file")
+def _check_foreign(path: Path) -> None:
+    """Refuse to write over a file that fluxfast did not quantise."""
     if not path.exists():
         return
     try:

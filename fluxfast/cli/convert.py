@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.cli.checkpoints import DTYPES
 from fluxfast.config.adapters import LORA_FORMATS
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(words: Sequence[str]) -> int:

@@ -31,6 +31,15 @@ COMMANDS = {
         "quantize",
         "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT",
     ),
+    "merge": (
+        "merge",
+        "put an adapter into a transformer's weights: fluxfast-train merge BASE LORA DST",
+    ),
+    "extract": (
+        "extract",
+        "a LoRA of the difference of two transformers: fluxfast-train extract BASE TUNED DST "
+        "--rank R",
+    ),
     "convert": (
         "convert",
         "write a LoRA in another program's names: fluxfast-train convert SRC DST --format FORMAT",

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.cli.checkpoints import (
+    CHECKPOINT_HELP,
+    add_device_option,
+    add_source_options,
+    answer,
+    open_source,
+    peak_rss,
+    target_file,
+    write_config,
+)
 from fluxfast.quant import FORMATS
 
 
@@ -27,10 +35,7 @@ def main(words: Sequence[str]) -> int:
         "source",
         metavar="SRC",
         nargs="?",
-        help=(
-            "safetensors file (of any ending), folder of a transformer or a pipeline, or hub "
-            "repository"
-        ),
+        help=CHECKPOINT_HELP,
     )
     parser.add_argument(
         "target",
@@ -45,17 +50,8 @@ def main(words: Sequence[str]) -> int:
         metavar="FILE",
         help="read a file (or folder) that was quantised before, and hold it against its checksums",
     )
-    parser.add_argument(
-        "--subfolder",
-        help="folder of the transformer in SRC (looked for: SRC itself, then transformer)",
-    )
-    parser.add_argument("--revision", help="of a hub repository")
-    parser.add_argument("--variant", help="of the weight files, such as fp16")
-    parser.add_argument(
-        "--quantize-via",
-        choices=("cpu", "accelerator"),
-        help="where to compute (default: an accelerator if there is one)",
-    )
+    add_source_options(parser, "SRC")
+    add_device_option(parser)
     parser.add_argument(
         "--compare-cp", action="store_true", help="time a copy of SRC first, and remove it"
     )
@@ -65,48 +61,28 @@ def main(words: Sequence[str]) -> int:
         parser.error("SRC, DST and --format are required, unless --verify FILE is given")
     if arguments.verify is not None and any(given):
         parser.error("--verify FILE stands alone: it quantises nothing")
-    try:
-        return run(arguments) if arguments.verify is None else verify(arguments.verify)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: {arguments.target or arguments.verify} is as it was before",
-            file=sys.stderr,
-        )
-        return 130
+    return answer(
+        lambda: run(arguments) if arguments.verify is None else verify(arguments.verify),
+        arguments.target or arguments.verify,
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantise, and say how long it took and what it needed."""
     # torch and diffusers take seconds to import; `--help` doesn't need them
-    from fluxfast.checkpoint.locate import CONFIG_NAME, WEIGHT_ENDINGS, WEIGHTS_NAME
-    from fluxfast.checkpoint.opening import open_checkpoint
-    from fluxfast.config.flavours import IN_CHANNELS
-    from fluxfast.files import write_atomic
     from fluxfast.model.transformer import FluxTransformer
     from fluxfast.train.base_model import quantizing_device
 
-    checkpoint = open_checkpoint(
-        arguments.source,
-        subfolder=arguments.subfolder,
-        revision=arguments.revision,
-        variant=arguments.variant,
-        in_channels=IN_CHANNELS,
-    )
-    single = arguments.target.suffix in WEIGHT_ENDINGS or arguments.target.is_file()
-    file = arguments.target if single else arguments.target / f"{WEIGHTS_NAME}.safetensors"
+    checkpoint = open_source(arguments.source, arguments)
+    file, folder = target_file(arguments.target)
     format = FORMATS[arguments.format]
     device = quantizing_device(arguments.quantize_via)
     copy_seconds = time_copy(checkpoint.files.files, file) if arguments.compare_cp else None
 
     start = time.perf_counter()
     size = checkpoint.quantize(FluxTransformer, file, format, quantize_on=device)
-    if not single:
-        write_atomic(
-            arguments.target / CONFIG_NAME, checkpoint.config_json(FluxTransformer, format).encode()
-        )
+    if folder is not None:
+        write_config(folder, checkpoint.config_json(FluxTransformer, format))
     seconds = time.perf_counter() - start
     read = checkpoint.nbytes
     print(
@@ -178,9 +154,3 @@ def forget(paths: Sequence[Path]) -> None:
         for path in paths:
             with path.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -42,7 +42,8 @@ from fluxfast.doctor.timing import seconds_of
 from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 from fluxfast.model.room import wants_room
 from fluxfast.ops import dispatch, verdicts
-from fluxfast.ops.linear.group import LinearGroup, loras_of
+from fluxfast.ops.linear.group import LinearGroup
+from fluxfast.ops.linear.params import loras_of
 
 # the groups that a double block has for each of its streams
 PAIRED = ("q, k and v", "ff.net.0", "ff.net.2")

@@ -19,8 +19,9 @@ from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import augmented
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearGroup, LinearParams, loras_of
+from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.pair import AnyGroup, LinearPair
+from fluxfast.ops.linear.params import LinearParams, loras_of
 from fluxfast.ops.parts import Parts
 from fluxfast.quant import FORMATS, Format, QuantWeight
 

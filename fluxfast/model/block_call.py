@@ -13,8 +13,9 @@ from fluxfast.model.linear import draw_seed
 from fluxfast.ops import gated_residual
 from fluxfast.ops.linear.adapters import is_random
 from fluxfast.ops.linear.decomposed import Narrow
-from fluxfast.ops.linear.group import LinearGroup, LinearParams, fill_in_place
+from fluxfast.ops.linear.group import LinearGroup, fill_in_place
 from fluxfast.ops.linear.pair import AnyGroup
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.products_torch import adjoining
 from fluxfast.ops.parts import Parts
 from fluxfast.ops.row_quant import Quantized, RowOutput

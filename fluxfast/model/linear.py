@@ -20,8 +20,8 @@ from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import is_random
-from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fluxfast.model.linear import read_or_because
 from fluxfast.ops.linear import augmented, products_triton
-from fluxfast.ops.linear.group import LinearParams, loras_of
+from fluxfast.ops.linear.params import LinearParams, loras_of
 
 # tokens of a sequence long enough to train on, for the engine that its products take
 LONG = 1 << 20

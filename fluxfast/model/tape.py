@@ -28,8 +28,8 @@ from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops.linear.adapters import Adapter, over_tensors, tensors_of, writing_to
 from fluxfast.ops.linear.beside import operand_of
 from fluxfast.ops.linear.decomposed import Narrow
-from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.pair import AnyGroup
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import RowOutput
 
 Policy = Literal["none", "selective", "full"]

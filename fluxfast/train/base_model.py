@@ -153,8 +153,13 @@ def originals_of(
             source = open_checkpoint(
                 info.source, variant=config.variant, in_channels=config.flavour.in_channels
             )
+        stored = source.weights(FluxTransformer)
+        if stored.format is not None:
+            raise CheckpointError(f"{source.where}: is quantised, and so has no original weights")
         place = quantizing_device(config.quantize_via, device)
-        return source.linear_weights(FluxTransformer, names, "adapting to the base", place)
+        wanted = [f"{name}.weight" for name in names]
+        for name, weight in stored.stream("adapting to the base", place, wanted, checked=True):
+            yield name.removesuffix(".weight"), weight
 
     return weights
 

@@ -222,6 +222,8 @@ def _check_model(
     sizes: dict[str, Size] = {}
     changes: list[str] = []
     with _collecting(problems):
+        kind_of(config_of(config, lora)).check_style(config.lora_format)
+    with _collecting(problems):
         if saved is not None:
             changes = not_resumable(config, saved, model)
             file = saved_adapter(config, saved)

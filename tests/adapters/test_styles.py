@@ -16,9 +16,7 @@ from tiny_flux import pipeline, run, tiny_transformer, train
 from fluxfast.adapters import writing
 from fluxfast.adapters.adapter_read import read_adapter
 from fluxfast.adapters.find_lora import header_of
-from fluxfast.adapters.kind import AdapterFile
 from fluxfast.adapters.lora_read import read_lora
-from fluxfast.adapters.lora_state import lora_layers
 from fluxfast.adapters.lora_write import save_lora
 from fluxfast.adapters.readers import PROGRAM_OF, readers
 from fluxfast.adapters.styles import STYLES, styled, write_styled
@@ -143,7 +141,7 @@ def test_a_loras_readers(tmp_path, style, dora):
     targets = ["to_q", "to_k", "to_v", "proj_mlp", "to_out.0"]
     parameters = _add(transformer, targets, dora)
     train(parameters)
-    path = write_styled(tmp_path / style, _file_of(transformer, tmp_path), style)
+    path = save_lora(transformer, tmp_path / style, format=style)
     found = who_reads(path, read_adapter(path))
     # alpha is not the rank, which ComfyUI sees in tensors alone
     assert ("ComfyUI" in found) == (style != "diffusers")
@@ -161,20 +159,6 @@ def test_a_loras_readers(tmp_path, style, dora):
 def _add(transformer, targets, dora):
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=10, target_modules=targets, use_dora=dora))
     return [p for p in transformer.parameters() if p.requires_grad]
-
-
-def _file_of(transformer, tmp_path):
-    """The LoRA, or DoRA, of PEFT's layers."""
-    state, algos = {}, {}
-    for name, layer in lora_layers(transformer).items():
-        algos[name] = "lora"
-        state[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight.detach()
-        state[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight.detach()
-        state[f"{name}.alpha"] = torch.tensor(float(layer.lora_alpha["default"]))
-        if "default" in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector["default"].weight.detach()
-            state[f"{name}.lora_magnitude_vector"] = magnitude
-    return AdapterFile(tmp_path, state, list(algos), algos=algos)
 
 
 @pytest.mark.parametrize("targets", ["all+ffs+embedder", ["to_q"], ["to_k", "proj_mlp"]])
@@ -253,7 +237,7 @@ def test_kohyas_style_refuses_a_part_of_a_dora(tmp_path):
     transformer = tiny_transformer()
     train(_add(transformer, ["to_q", "to_k"], True))
     with pytest.raises(ValueError, match=r"one DoRA for .*attn\.to_v.* together, and only .*to_q"):
-        write_styled(tmp_path / "x.safetensors", _file_of(transformer, tmp_path), "kohya")
+        save_lora(transformer, tmp_path / "x.safetensors", format="kohya")
 
 
 def test_a_file_that_comes_back_changed_does_not_take_its_name(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 from kernel_cases import DEVICE, DTYPES, bound, randn, widen
 
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear_ref
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast_kernels.lora_linear import lora_down, lora_outer
 from fluxfast_kernels.matmul import matmul
 from fluxfast_kernels.product_tile import make_segments

@@ -10,8 +10,8 @@ from op_checks import TRITON_DEVICE
 from torch import Tensor
 
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.weights import FrozenWeight
 from fluxfast.ops.row_quant import Quantized, row_quant_ref
 from fluxfast.quant import FORMATS, QuantWeight

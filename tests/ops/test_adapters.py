@@ -8,8 +8,9 @@ from lora_cases import TOLERANCES, as_codes, decoded, device_of, make_group, wei
 from op_cases import every_impl, needs_native, needs_triton
 
 from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, QuantWeight
 from support import relative_error

@@ -6,7 +6,8 @@ from op_cases import needs_native
 
 from fluxfast.ops.linear import products_native
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import RowOutput, row_quant_ref
 from support import for_thread_counts, relative_error
 

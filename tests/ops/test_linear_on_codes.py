@@ -9,8 +9,9 @@ from op_cases import every_impl
 
 from fluxfast.ops import dispatch
 from fluxfast.ops.linear import products_torch
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.lora_linear import lora_linear
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput, row_quant_ref
 from support import relative_error
 

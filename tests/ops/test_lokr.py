@@ -9,9 +9,10 @@ from op_cases import every_impl, needs_triton
 
 from fluxfast.ops.linear import kron
 from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, QuantWeight
 from support import relative_error

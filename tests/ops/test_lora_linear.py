@@ -19,8 +19,9 @@ from op_cases import every_impl
 
 from fluxfast.ops.linear import products_triton
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import Quantized, RowOutput, row_quant_ref
 from support import relative_error
 

@@ -9,7 +9,8 @@ from op_cases import needs_triton
 from op_checks import TRITON_DEVICE
 
 from fluxfast.ops.linear import transposed_codes
-from fluxfast.ops.linear.group import LinearGroup, LinearParams
+from fluxfast.ops.linear.group import LinearGroup
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import FORMATS, QuantWeight
 

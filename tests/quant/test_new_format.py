@@ -12,8 +12,8 @@ from fluxfast.checkpoint.side_by_side import pack_groups, side_by_side
 from fluxfast.memory.sizes import Linear, Storage
 from fluxfast.ops import dispatch
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearParams
 from fluxfast.ops.linear.lora_linear import lora_linear
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.gemv import gemv

@@ -161,6 +161,14 @@ def test_adapter_and_base_are_compared(problems, check, run, tmp_path):
     assert checked.lora.rank == 3 and len(checked.notes) == 1
 
 
+def test_a_format_that_can_not_hold_the_adapter_is_refused_before_it_trains(problems, check):
+    assert check(lora_format="kohya").lora is None
+    only(
+        problems(lora_format="kohya", use_dora=True, lora_dropout=0.0),
+        "DoRA has no lora_format 'kohya': choose diffusers or comfyui or lycoris",
+    )
+
+
 def test_a_damaged_checkpoint_is_refused_and_never_trained_from(run, problems, tmp_path):
     mode = {"mixed_precision": "no", "optimizer": "torch-adamw"}
     run(max_train_steps=4, **mode)

@@ -17,8 +17,8 @@ from fluxfast.ops.attention import attention, attention_ref
 from fluxfast.ops.gated_residual import gated_residual, gated_residual_ref
 from fluxfast.ops.gelu import gelu, gelu_ref
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.group import LinearParams, loras_of
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
+from fluxfast.ops.linear.params import LinearParams, loras_of
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_ref
 from fluxfast.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from fluxfast.ops.row_quant import row_quant

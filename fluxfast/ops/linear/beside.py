@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from torch import Tensor
 from fluxfast.ops.linear import kron
 from fluxfast.ops.linear.adapters import Adapter, Lora, is_random
 from fluxfast.ops.linear.lokr import Lokr
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import RowOutput
-
-if TYPE_CHECKING:
-    from fluxfast.ops.linear.group import LinearParams
 
 # the masks of one adapter, and of the groups that share a seed, come from seeds of their own
 _MASKS, _GROUPS = 3, 64

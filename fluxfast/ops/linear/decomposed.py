@@ -16,7 +16,7 @@ norms it does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ from torch import Tensor
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.beside import Masks
 from fluxfast.ops.linear.lokr import Lokr
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.weights import FrozenWeight, Ready
-
-if TYPE_CHECKING:
-    from fluxfast.ops.linear.group import LinearParams
 
 Decomposing = Lora | Lokr
 # a norm that is smaller is taken to be this

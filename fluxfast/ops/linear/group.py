@@ -24,38 +24,25 @@ Adapters of other kinds than LoRA run beside the wide product (`beside`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_torch, products_triton, weights
-from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
 from fluxfast.ops.linear.beside import BesideProducts, beside, operand_of
 from fluxfast.ops.linear.decomposed import Decompositions, Narrow, WithNorms
 from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.lora_products import LoraProducts
 from fluxfast.ops.linear.outliers import outliers_apart
+from fluxfast.ops.linear.params import LinearParams, loras_of
 from fluxfast.ops.linear.products_torch import stack
-from fluxfast.ops.linear.weights import FrozenWeight, Ready
+from fluxfast.ops.linear.weights import Ready
 from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput
 
 COMPUTE = ("same", *FORMATS)
-
-
-class LinearParams(NamedTuple):
-    """One linear of a group: weight [out, in], bias [out] or None, and its adapters."""
-
-    weight: Tensor | FrozenWeight
-    bias: Tensor | None
-    adapters: tuple[Adapter, ...] = ()
-
-
-def loras_of(linear: LinearParams) -> list[Lora]:
-    """The adapters of a linear that a group fuses."""
-    return [adapter for adapter in linear.adapters if isinstance(adapter, Lora)]
 
 
 class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):

@@ -22,7 +22,8 @@ from fluxfast.ops import dispatch
 from fluxfast.ops.device import multiplies
 from fluxfast.ops.linear.adapters import Lora, over_tensors, tensors_of
 from fluxfast.ops.linear.decomposed import decomposing
-from fluxfast.ops.linear.group import COMPUTE, LinearGroup, LinearParams
+from fluxfast.ops.linear.group import COMPUTE, LinearGroup
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.tensors import own_dtypes
 
 
