@@ -263,12 +263,13 @@ def described(out_features: int, in_features: int, options: LycorisOptions) -> s
 
 
 @contextmanager
-def strength(transformer: nn.Module, value: float) -> Iterator[None]:
-    """Inside, the adapters have this multiplier in place of their own."""
+def strength(transformer: nn.Module, factor: float) -> Iterator[None]:
+    """Inside, the adapters' multipliers are multiplied by a factor."""
     modules = [m for m in transformer.modules() if isinstance(m, LycorisLinear)]
     before = [module.options for module in modules]
     for module in modules:
-        module.options = module.options.with_changes({"multiplier": value})
+        multiplier = factor * module.options.multiplier
+        module.options = module.options.with_changes({"multiplier": multiplier})
     try:
         yield
     finally:

@@ -112,7 +112,7 @@ class TrainFields(Settings):
     validation_lycoris_strength: float = option(
         1.0, only_with=("lora_type=lycoris", "validation_disable=false"), on_resume="ignored"
     )
-    """Multiplier of LyCORIS adapters while validation images are drawn."""
+    """Factor of LyCORIS adapters while validation images are drawn."""
     lora_rank: int = option(16, ge=1, on_resume="elsewhere")
     """Rank of the LoRA's matrices."""
     lora_alpha: float | None = option(None, gt=0, on_resume="elsewhere")

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.adapters.lycoris import strength
 from fluxfast.adapters.writing import modelspec_metadata
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
@@ -369,7 +370,9 @@ class Trainer:
     def _validate(self, step: int) -> None:
         if self.parts.validator is None:
             return
-        for path in self.parts.validator.run(step, self.console):
+        with strength(self.transformer, self.config.validation_lycoris_strength):
+            paths = self.parts.validator.run(step, self.console)
+        for path in paths:
             self.console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
         if step > 0:
             self.bar.pause()

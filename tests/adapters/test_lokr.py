@@ -93,3 +93,41 @@ def test_output_and_every_gradient_are_the_librarys(name, shape):
         # fp64, with sums of some hundred terms; the gradient of a row of one trained length and one
         # column is zero but for rounding
         assert (own - expected).norm() < 1e-11 * max(float(expected.norm()), 1), key
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.5])
+def test_a_start_like_the_base(norm):
+    linear = make_linear((60, 48))
+    with torch.no_grad():
+        linear.weight += 0.25
+    module = LokrLinear(linear, options_of(factor=4, full_matrix=True), torch.float64, norm)
+    own = module.trained()
+    assert torch.equal(own["lokr_w1"], torch.ones(4, 4, dtype=torch.float64))
+    for what in ("mean", "std"):
+        expected = norm * getattr(linear.weight, what)()
+        # drawn in fp32
+        assert getattr(own["lokr_w2"], what)().item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="a rank divides them"):
+        LokrLinear(linear, options_of(factor=4, dim=1), torch.float64, norm)
+
+
+def test_a_weight_that_is_no_matrix_of_numbers():
+    linear = make_linear((6, 4))
+    linear.weight = nn.Parameter(torch.ones(12, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"Linear keeps its weight as \[12, 2\] torch\.uint8"):
+        make_ours(linear, options_of(weight_decompose=True))
+
+
+def test_without_the_library(monkeypatch):
+    """LoKr needs no lycoris-lora, and everything else says so."""
+    import sys
+
+    from fluxfast.adapters.lycoris_library import LibraryLinear
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lycoris"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lycoris", None)
+    linear = make_linear((6, 4))
+    assert make_ours(linear, options_of()).trained()
+    with pytest.raises(ValueError, match=r"algo loha needs the package lycoris-lora .*\[lycoris\]"):
+        LibraryLinear(linear, LycorisOptions(algo="loha"), torch.float64)

@@ -176,8 +176,12 @@ def test_strength_and_turning_off(name, lycoris_config):
     own = model(**inputs).sample
     with without_adapters(model):
         assert relative_error(model(**inputs).sample, base) < 1e-12
-    with strength(model, config.options.multiplier):
+    with strength(model, 1.0):
         assert torch.equal(model(**inputs).sample, own)
+    # the library scales what weight decomposition adds to W + ΔW alone
+    if not config.options.weight_decompose:
+        with strength(model, 0.0):
+            assert relative_error(model(**inputs).sample, base) < 1e-12
     with strength(model, 2.0):
         assert relative_error(model(**inputs).sample, own) > 1e-4
     assert torch.equal(model(**inputs).sample, own)

@@ -90,6 +90,32 @@ def test_a_killed_run_ends_with_the_same_bits(changes, run, lycoris, killed):
     assert all(tensor.isfinite().all() for tensor in load_file(whole).values())
 
 
+@pytest.mark.parametrize("changes", [{}, OTHERS["LoHa and OFT"], {"dora_wd": True}])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_streamed_and_recomputed_blocks_train_the_same(changes, precision, run, lycoris):
+    """Also with an adapter on modulation, and regularisation images."""
+    targets = LOKR["apply_preset"] | changes.get("apply_preset", {}) | {"target_name": [".*norm.*"]}
+    options = lycoris(**changes | {"apply_preset": targets})
+    options |= {"max_train_steps": 2, "base_model_precision": precision}
+    plain, _ = run(name="plain", **options, recompute="none")
+    streamed, _ = run(name="streamed", **options, recompute="full", enable_group_offload=True)
+    found, expected = load_file(streamed), load_file(plain)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # the recomputed products are the same ones
+        assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-6), name
+    regularised, _ = run(name="regularised", dataset={"is_regularisation_data": True}, **options)
+    assert load_file(regularised).keys() == expected.keys()
+
+
+def test_a_start_like_the_base(run, lycoris):
+    whole = {"full_matrix": True, "linear_dim": None}
+    path, _ = run(max_train_steps=1, init_lokr_norm=0.1, **lycoris(**whole))
+    assert all(t.any() for name, t in load_file(path).items() if name.endswith("lokr_w2"))
+    with pytest.raises(ConfigError, match="init_lokr_norm fills w1 and w2 as they are, but a rank"):
+        run(max_train_steps=1, init_lokr_norm=0.1, name="narrow", **lycoris())
+
+
 def test_its_file_is_diffusers_and_its_config_lies_beside_it(run, lycoris):
     options = lycoris(apply_preset={"target_module": ["Attention"]})
     path, out = run(max_train_steps=2, lora_rank=7, **options)
