@@ -195,7 +195,7 @@ def _weights_on_meta(device: torch.device) -> Iterator[None]:
         yield
         return
     own = Tensor.cpu
-    Tensor.cpu = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
+    Tensor.cpu = lambda tensor, *_: tensor  # type: ignore[method-assign]
     try:
         yield
     finally:

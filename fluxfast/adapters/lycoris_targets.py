@@ -65,13 +65,13 @@ class _Matching:
         if of_class is not None and not any(self._matches(target, name) for target in self.names):
             self.used.add(of_class)
             changes = _entry(module, self.targets.module_algo_map) or {}
-            self._add_inside(name, module, changes, str(changes.get("algo", self.options.algo)))
+            self._add_inside(name, module, changes, changes.get("algo", self.options.algo))
         elif by_name:
             self.used |= {*by_name, *([of_class] if of_class is not None else [])}
-            changes = self._entry_of_name(name)
-            if changes is None:
-                changes = _entry(module, self.targets.module_algo_map) or {}
-            self._add(name, module, changes, str(changes.get("algo", self.options.algo)))
+            of_name = self._entry_of_name(name)
+            by_class = _entry(module, self.targets.module_algo_map) or {}
+            changes = by_class if of_name is None else of_name
+            self._add(name, module, changes, changes.get("algo", self.options.algo))
 
     def unmatched(self) -> list[str]:
         """The targets that nothing matched; the default of all linears is none of them."""
@@ -87,7 +87,7 @@ class _Matching:
                 continue
             own = _entry(child, self.targets.module_algo_map)
             if own is not None and child is not module:
-                self._add_inside(full, child, own, str(own.get("algo", algo)))
+                self._add_inside(full, child, own, own.get("algo", algo))
             else:
                 self._add(full, child, changes, algo)
 

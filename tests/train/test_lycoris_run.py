@@ -108,6 +108,20 @@ def test_streamed_and_recomputed_blocks_train_the_same(changes, precision, run, 
     assert load_file(regularised).keys() == expected.keys()
 
 
+# how bf16 bases and adapters of either type meet in the library's modules
+@pytest.mark.parametrize("optimizer", ["adamw_bf16", "torch-adamw"])
+@pytest.mark.parametrize(
+    "algo", ["lokr", "lora", "loha", "dylora", "glora", "full", "diag-oft", "boft", "ia3"]
+)
+def test_runs_in_bf16(algo, optimizer, run, lycoris):
+    targets = {"target_module": ["Attention"]}
+    options = lycoris(algo=algo, block_size=2, apply_preset=targets)
+    path, _ = run(
+        **options | {"max_train_steps": 2, "optimizer": optimizer, "mixed_precision": "bf16"}
+    )
+    assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
 def test_a_start_like_the_base(run, lycoris):
     whole = {"full_matrix": True, "linear_dim": None}
     path, _ = run(max_train_steps=1, init_lokr_norm=0.1, **lycoris(**whole))
