@@ -213,7 +213,7 @@ def test_an_s_that_was_kept():
             group = LinearGroup(linears, torch.float32, impl="triton")
             x = group.new_input(9)
             x.copy_(torch.randn(9, 24, generator=torch.Generator().manual_seed(1)))
-            y, s = group.forward(RowOutput(x, None, None), s=s)
+            y, s = group.forward(RowOutput(x, None, None), kept=s)
             ys.append(y)
     assert taken == ["forward", "forward"] and torch.equal(*ys)
     assert s.untyped_storage().nbytes() == s.nbytes

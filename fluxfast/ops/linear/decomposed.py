@@ -15,7 +15,7 @@ norms it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -44,17 +44,14 @@ Narrow: TypeAlias = WithNorms | Tensor | None
 
 
 class Decompositions:
-    """The weight decompositions of a group's linears; iterated, the places of these linears.
+    """The weight decompositions of a group's linears; iterated, the places of these linears."""
 
-    masks: gives the masks of a linear's adapter.
-    """
-
-    def __init__(
-        self, linears: Sequence[LinearParams], dtype: torch.dtype, masks: Callable[[int], Masks]
-    ) -> None:
+    def __init__(self, linears: Sequence[LinearParams], dtype: torch.dtype) -> None:
         found = {i: decomposing(p.adapters) for i, p in enumerate(linears)}
         self._adapters = {i: adapter for i, adapter in found.items() if adapter is not None}
-        self._linears, self._dtype, self._masks = linears, dtype, masks
+        self._linears, self._dtype = linears, dtype
+        # those of dropout, of each of these linears
+        self.masks = dict.fromkeys(self._adapters, Masks())
         self._norms: list[Tensor] | None = None
         self._row_scales: list[Tensor | None] | None = None
 
@@ -69,7 +66,7 @@ class Decompositions:
         """ν [N] of each of these linears, computed where nobody has set them."""
         if self._norms is None:
             self._norms = [
-                row_norms(self._linears[i].weight, adapter, self._masks(i).rows, self._dtype)
+                row_norms(self._linears[i].weight, adapter, self.masks[i].rows, self._dtype)
                 for i, adapter in self._adapters.items()
             ]
         return self._norms
@@ -85,7 +82,7 @@ class Decompositions:
             self._row_scales = [None] * len(self._linears)
             norms = self.norms if self._adapters else []
             for (i, adapter), own in zip(self._adapters.items(), norms, strict=True):
-                self._row_scales[i] = row_scale(adapter, own, self._masks(i).kept)
+                self._row_scales[i] = row_scale(adapter, own, self.masks[i].kept)
         return self._row_scales
 
     def scaled(self, ready: Ready) -> Ready:
@@ -109,7 +106,7 @@ class Decompositions:
 
         dy [M, N] of linear i; before: its product before g. grads: without what flows through ν.
         """
-        adapter, masks = self._adapters[i], self._masks(i)
+        adapter, masks = self._adapters[i], self.masks[i]
         norms = self.norms[list(self._adapters).index(i)]
         dg = (dy.to(norms.dtype) * before).sum(0)
         if masks.kept is not None:

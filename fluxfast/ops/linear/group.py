@@ -81,9 +81,12 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         self.counts = [len(own) for own in self.own_loras]
         self.drops = dropout_seed is not None and any(lora.dropout > 0 for lora in self.loras)
         self.besides = beside(linears)
-        self.decompositions = Decompositions(linears, dtype, self.row_masks)
         self.products = products_triton if impl == "triton" else products_torch
+        self.decompositions = Decompositions(linears, dtype)
+        for i in self.decompositions:
+            self.decompositions.masks[i] = self.row_masks(i)
         self._before_scaling: Tensor | None = None
+        # the weights without and with the scales of weight decomposition
         self._plain: Ready | None = None
         self._ready: Ready | None = None
         shape = (sum(self.outs), linears[0].weight.shape[1])
@@ -258,23 +261,18 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     def weights(self, tokens: int) -> Ready:
         """The weights for products with so many tokens, with all row scales; made once a group."""
         if self._ready is None:
-            self._ready = self.decompositions.scaled(self._plain_weights(tokens))
-        return self._ready
-
-    def _plain_weights(self, tokens: int) -> Ready:
-        """The same without the row scales of weight decomposition."""
-        if self._plain is None:
             stored = [p.weight for p in self.linears]
             if self.compute != "same":
-                self._plain = weights.as_codes(
+                plain = weights.as_codes(
                     stored, self.compute, self.dtype, self.impl, dgrad=self.dgrad
                 )
             else:
                 rank = 0 if self.decompositions else self.rank
-                self._plain = weights.as_floats(stored, self.dtype, tokens, self.impl, rank)
+                plain = weights.as_floats(stored, self.dtype, tokens, self.impl, rank)
             if self.merges(tokens):
-                self._plain = weights.merged(self._plain.weights, self.own_loras, self.dtype)
-        return self._plain
+                plain = weights.merged(plain.weights, self.own_loras, self.dtype)
+            self._plain, self._ready = plain, self.decompositions.scaled(plain)
+        return self._ready
 
     def weights_of_rows(self, tokens: int) -> list[RowsAt]:
         if self.impl != "triton" or self.compute != "same" or self.rank == 0:
@@ -338,9 +336,10 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         """
         if self._before_scaling is None:
             self._before_scaling = dy.new_empty(dy.shape)
-            plain, none = self._plain_weights(len(dy)), [None] * len(self.linears)
-            b = [lora.b.detach() for lora in self.loras]
-            self._wide(x, s, self._before_scaling, plain, b, none)
+            self.weights(len(dy))
+            assert self._plain is not None
+            b, none = [lora.b.detach() for lora in self.loras], [None] * len(self.linears)
+            self._wide(x, s, self._before_scaling, self._plain, b, none)
             self.add_beside(x, self._before_scaling, none)
         cols = slice(sum(self.outs[:i]), sum(self.outs[: i + 1]))
         return self.decompositions.grads(i, dy[:, cols], self._before_scaling[:, cols], grads)
