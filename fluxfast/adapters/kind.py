@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,12 @@ from fluxfast.adapters.algorithms import ALGORITHMS
 from fluxfast.adapters.find_lora import find_lora, opened
 from fluxfast.adapters.presets import find_targets
 from fluxfast.adapters.writing import PREFIX, write_adapter
+from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.ops.linear.adapters import Adapter
 
+# What decides the shapes of what trains on one linear: the rank, or another value that can be
+# hashed, in a kind that has no rank
+Size: TypeAlias = Any
 # the weights [out, in] of these linears as they were before they were quantised, by name, in any
 # order. Each is valid until the next one is asked for, and may be on another device than the base
 Originals = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
@@ -38,9 +42,11 @@ Originals = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
 class AdapterSettings:
     """What a config says about its adapter. A kind uses the fields that mean something to it.
 
-    `targets` is the name of a preset, or a list of module names or their ends (`presets`); `exact`:
-    of whole names alone. `dtype` is that of the trained tensors. `originals` is what the run knows
-    of a quantised base's source; None where that is not at hand.
+    `targets` is the name of a preset, or a list of module names or their ends (`presets`).
+    `by_module` takes its place: the modules by their whole names, each with its size. `dtype` is
+    that of the trained tensors. `originals` is what the run knows of a quantised base's source;
+    None where that is not at hand. `lycoris` and `lokr_norm` are the options `lycoris_config` and
+    `init_lokr_norm`.
     """
 
     targets: str | tuple[str, ...]
@@ -49,14 +55,16 @@ class AdapterSettings:
     dropout: float = 0.0
     init: str = "default"
     dtype: torch.dtype = torch.float32
-    exact: bool = False
+    by_module: Mapping[str, Size] | None = None
     loftq_iterations: int = 1
     originals: Originals | None = field(default=None, compare=False)
+    lycoris: LycorisConfig | None = None
+    lokr_norm: float | None = None
 
     def modules(self, transformer: nn.Module) -> list[str]:
         """The names of the targeted modules; ValueError where targets match none, or no linear."""
-        if self.exact:
-            return list(self.targets)
+        if self.by_module is not None:
+            return list(self.by_module)
         return find_targets(transformer, self.targets)
 
 
@@ -69,7 +77,7 @@ class AdapterFile:
             fp32 where they come from a file. Modules are named as in diffusers' transformer.
         targets: the modules, in the file's order.
         decides: values by module, for each option of the config that the file decides
-            (`lora_rank`, `lora_alpha`), beside the targets.
+            (`lora_rank`, `lora_alpha`, `lycoris_config`), beside the targets.
         algos: the algorithm of each module where a kind has several, by LyCORIS's names (`lokr`,
             `loha`, …); a module that is not listed is of the kind's own.
         dtype: the widest type among the tensors of the file.
@@ -113,9 +121,10 @@ class AdapterFile:
         return Counter(self.decides[option].values()).most_common(1)[0][0]
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """The rank of each module; 0 in a kind that has none."""
-        return self.decides.get("lora_rank") or dict.fromkeys(self.targets, 0)
+    def sizes(self) -> dict[str, Size]:
+        """The size of each module: its rank, its `LycorisOptions`, or 0 in a kind without any."""
+        decided = self.decides.get("lora_rank") or self.decides.get("lycoris_config")
+        return decided or dict.fromkeys(self.targets, 0)
 
 
 class Wrapped(NamedTuple):
@@ -143,7 +152,7 @@ class AdapterKind(ABC):
     # ---- its parameters
 
     @abstractmethod
-    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, out_features: int, in_features: int, size: Size) -> dict[str, tuple[int, ...]]:
         """The trained tensors of one linear, by the names that they have in files.
 
         A kind whose names have dots overrides `from_state`, which finds the module before the last
@@ -154,9 +163,9 @@ class AdapterKind(ABC):
     def tensors(self, module: nn.Module) -> dict[str, Parameter]:
         """The trained tensors of one of the kind's modules, by the names of `shapes`."""
 
-    def elements(self, out_features: int, in_features: int, rank: int) -> int:
+    def elements(self, out_features: int, in_features: int, size: Size) -> int:
         """How many numbers train on one linear: what a plan counts."""
-        shapes = self.shapes(out_features, in_features, rank).values()
+        shapes = self.shapes(out_features, in_features, size).values()
         return sum(torch.Size(shape).numel() for shape in shapes)
 
     # ---- on a transformer
@@ -186,11 +195,13 @@ class AdapterKind(ABC):
         mask of dropout.
         """
 
-    def check(self, transformer: nn.Module, settings: AdapterSettings) -> dict[str, int]:
-        """The rank of each module that `add` would target; ValueError where `add` would raise one.
+    def check(self, transformer: nn.Module, settings: AdapterSettings) -> dict[str, Size]:
+        """The size of each module that `add` would target; ValueError where `add` would raise one.
 
         The transformer may be on the meta device.
         """
+        if settings.by_module is not None:
+            return dict(settings.by_module)
         return dict.fromkeys(settings.modules(transformer), settings.rank)
 
     def add_from(
@@ -198,7 +209,7 @@ class AdapterKind(ABC):
     ) -> None:
         """Adds the adapter of a file: its modules and values, with the dtype of the settings."""
         self.check_fits(transformer, file)
-        self.add(transformer, replace(settings, targets=tuple(file.targets), exact=True))
+        self.add(transformer, replace(settings, by_module=file.sizes))
         self.load_state(transformer, file.state)
 
     # ---- its state, and its files
@@ -271,23 +282,32 @@ class AdapterKind(ABC):
 
         The transformer may be on the meta device.
         """
-        modules: dict[str, Any] = dict(transformer.named_modules())
-        absent = [name for name in file.targets if not hasattr(modules.get(name), "in_features")]
-        if absent:
-            raise ValueError(
-                f"{file.path}: the transformer has no such linear layers: {listed(absent)}"
-            )
-        for target in file.targets:
-            linear = modules[target]
-            shapes = self.shapes(linear.out_features, linear.in_features, file.ranks[target])
+        for target, linear in linears_of(transformer, file).items():
+            shapes = self.shapes(linear.out_features, linear.in_features, file.sizes[target])
             for name, expected in shapes.items():
                 if (tensor := file.state.get(f"{target}.{name}")) is None:
                     raise ValueError(f"{file.path}: {target} has no {name} in it")
-                if (found := list(tensor.shape)) != list(expected):
-                    raise ValueError(
-                        f"{file.path}: {target}.{name.removesuffix('.weight')}: expected "
-                        f"{list(expected)} for this transformer, found {found}"
-                    )
+                if tuple(tensor.shape) != expected:
+                    where = f"{file.path}: {target}.{name.removesuffix('.weight')}"
+                    raise unlike(where, expected, tensor)
+
+
+def linears_of(transformer: nn.Module, file: AdapterFile) -> dict[str, Any]:
+    """The linears of a file's modules; ValueError where a transformer lacks one."""
+    modules: dict[str, Any] = dict(transformer.named_modules())
+    absent = [name for name in file.targets if not hasattr(modules.get(name), "in_features")]
+    if absent:
+        raise ValueError(
+            f"{file.path}: the transformer has no such linear layers: {listed(absent)}"
+        )
+    return {name: modules[name] for name in file.targets}
+
+
+def unlike(where: str, expected: Sequence[int], found: Tensor) -> ValueError:
+    """The error of a file's tensor that has another shape than this transformer's."""
+    return ValueError(
+        f"{where}: expected {list(expected)} for this transformer, found {list(found.shape)}"
+    )
 
 
 def wrap_linears(

@@ -52,8 +52,8 @@ class LoraKind(AdapterKind):
     # whether a new adapter is made with a magnitude; one that is there already says so itself
     _dora = False
 
-    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
+    def shapes(self, out_features: int, in_features: int, size: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A.weight": (size, in_features), "lora_B.weight": (out_features, size)}
 
     def tensors(self, module: nn.Module) -> dict[str, Parameter]:
         return trained_of(module)
@@ -129,8 +129,8 @@ class DoraKind(LoraKind):
     styles = tuple(style for style in LORA_FORMATS if style != "kohya")
     _dora = True
 
-    def shapes(self, out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        factors = super().shapes(out_features, in_features, rank)
+    def shapes(self, out_features: int, in_features: int, size: int) -> dict[str, tuple[int, ...]]:
+        factors = super().shapes(out_features, in_features, size)
         return {**factors, MAGNITUDE: (out_features,)}
 
 
@@ -222,6 +222,8 @@ def _add(
 ) -> list[str]:
     """`add_lora`; returns lines about how the adapter starts, for the user."""
     targets, init = settings.targets, settings.init
+    if settings.by_module is not None:
+        targets = tuple(settings.by_module)
     if settings.rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {settings.rank}")
     from_base = check_init(transformer, find_targets(transformer, targets), settings)

@@ -51,6 +51,11 @@ class LoraFile(AdapterFile):
         }
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module."""
+        return self.decides["lora_rank"]
+
+    @property
     def alphas(self) -> dict[str, float]:
         """The alpha of each module."""
         return self.decides["lora_alpha"]

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 # the values of the option `lora_type`
 LORA_TYPES = {
     "standard": "fluxfast.adapters.lora:LoraKind",
+    "lycoris": "fluxfast.adapters.lycoris:LycorisKind",
 }
 # what `use_dora` makes of "standard"
 DORA = "dora"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxfast.config.adapters import DORA
 from fluxfast.config.derived import DerivedValues
+from fluxfast.config.settings import quoted
 
 # options that another one, if it is given, takes the place of
 _REPLACED_BY = {
@@ -15,6 +16,15 @@ _REPLACED_BY = {
     "adam_beta1": "optimizer_beta1",
     "adam_beta2": "optimizer_beta2",
 }
+# options of a LoRA, in whose place a LyCORIS run has its lycoris_config
+_OF_LORA_ALONE = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_init_type",
+    "flux_lora_target",
+    "peft_lora_target_modules",
+)
 # megapixels; above it, someone has almost surely written pixels
 _LARGEST_AREA = 5
 
@@ -113,6 +123,12 @@ def _notes_of_no_effect(config: DerivedValues) -> list[str]:
     for name, by in _REPLACED_BY.items():
         if name in config.model_fields_set and getattr(config, by) is not None:
             notes.append(f'"{name}" has no effect: "{by}" takes its place')
+    if config.lycoris_config is not None:
+        unread = [name for name in _OF_LORA_ALONE if name in config.model_fields_set]
+        if unread:
+            have = "has" if len(unread) == 1 else "have"
+            notes.append(f'{quoted(unread)} {have} no effect: "lycoris_config" takes its place')
+        notes += config.lycoris_config.notes
     if config.write_batch_size != type(config).model_fields["write_batch_size"].default:
         notes.append(
             '"write_batch_size" has no effect: what is encoded together is written together'
@@ -206,6 +222,17 @@ def _model_conflicts(config: DerivedValues) -> list[str]:
         problems.append(
             f'"lora_init_type" {config.lora_init_type} has the LoRA begin with the base\'s '
             'weights, and "init_lora" with a file: leave one of them out'
+        )
+    lycoris = config.lycoris_config
+    if (
+        lycoris is not None
+        and "full" in lycoris.algorithms
+        and config.base_model_precision != "no_change"
+    ):
+        problems.append(
+            '"lycoris_config" has algo full, which trains a change of every weight, and '
+            f'"base_model_precision" {config.base_model_precision} has rounded them: set it to '
+            "no_change, or choose another algo"
         )
     if config.validation_prompt_library and not config.validation_disable:
         problems.append(

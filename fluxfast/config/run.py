@@ -14,9 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fluxfast.config.derived import DerivedValues, read_sizes
+from fluxfast.config.lycoris import read_lycoris
 from fluxfast.config.rules import adjustments, conflicts
 from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
@@ -43,6 +50,13 @@ class TrainConfig(DerivedValues):
         if isinstance(value, str) and not value.lstrip().startswith("["):
             return read_json(Path(value))
         return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("lycoris_config", mode="before")
+    @classmethod
+    def _read_lycoris(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("lora_type") != "lycoris":
+            return None
+        return read_lycoris(Path(value)) if isinstance(value, str | Path) else value
 
     @field_validator("tread_config", mode="before")
     @classmethod
@@ -209,13 +223,17 @@ def _build(
                 if not any(f'"{name}"' in line for name in aside)
             ]
             return None, problems
-        for name in (name for name in fields if name in wrong):
+        # a default that is checked, as a file's name is, may be wrong too; null asks for none
+        defaults = [n for n in wrong if TrainConfig.model_fields[n].validate_default]
+        for name in (*(n for n in fields if n in wrong), *(n for n in defaults if n not in fields)):
             where = origin.get(name, file)
-            later = not_yet(name, fields[name]) if wrong[name]["type"] == "literal_error" else None
-            text = f"is {shown(fields[name])}: {later}; " if later else problem_text(wrong[name])
+            given = fields.get(name)
+            later = not_yet(name, given) if wrong[name]["type"] == "literal_error" else None
+            text = f"is {shown(given)}: {later}; " if later else problem_text(wrong[name])
             if later:
                 text += f"fluxfast has {wrong[name]['ctx']['expected']}"
             place = ".".join(map(str, wrong[name]["loc"]))
             problems.append(f'{where}: "{place}" {text}')
         aside |= wrong.keys()
         fields = {name: value for name, value in fields.items() if name not in wrong}
+        fields |= dict.fromkeys(defaults)

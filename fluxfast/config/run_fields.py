@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 
 from fluxfast.config.adapters import LORA_TYPES, LoraFormat
 from fluxfast.config.flavours import FLAVOURS
+from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.config.optimizers import optimizer_options
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings, Utf8Path, named_in
@@ -99,7 +100,19 @@ class TrainFields(Settings):
 
     # the LoRA
     lora_type: Annotated[str, named_in(lambda: LORA_TYPES)] = "standard"
-    """Kind of adapter; standard is PEFT's LoRA."""
+    """Kind of adapter; standard is PEFT's LoRA, lycoris what lycoris_config says."""
+    lycoris_config: LycorisConfig | None = option(
+        "config/lycoris_config.json", only_with="lora_type=lycoris", validate_default=True
+    )
+    """JSON file of the LyCORIS algorithms and their targets."""
+    init_lokr_norm: float | None = option(
+        None, gt=0, only_with="lora_type=lycoris", on_resume="start_only"
+    )
+    """Start LoKrs at this fraction of values like the base's (unset: at zero)."""
+    validation_lycoris_strength: float = option(
+        1.0, only_with=("lora_type=lycoris", "validation_disable=false"), on_resume="ignored"
+    )
+    """Factor of LyCORIS adapters while validation images are drawn."""
     lora_rank: int = option(16, ge=1, on_resume="elsewhere")
     """Rank of the LoRA's matrices."""
     lora_alpha: float | None = option(None, gt=0, on_resume="elsewhere")

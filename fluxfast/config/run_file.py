@@ -65,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises ConfigError where it can't be read or is no config of a run.
     """
     if path.suffix == ".toml":
-        raw = _read_toml(path)
+        raw = read_toml(path)
     elif path.suffix == ".env" or path.name == ".env":
         raise ConfigError(
             [f"{path}: .env configs are not read; write its variables as keys of a config.json"]
@@ -84,7 +84,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_toml(path: Path) -> Any:
+def read_toml(path: Path) -> Any:
+    """The value that a TOML file holds; ConfigError where it can't be read."""
     if sys.version_info < (3, 11):
         raise ConfigError(
             [f"{path}: TOML is read with Python 3.11 or newer; use that, or write it as JSON"]

@@ -73,9 +73,6 @@ SWITCHES = (
     Switch("disk_low_threshold", ("disk_low_*",)),
     Switch("webhook_config", ("webhook_reporting_interval",)),
     Switch("report_to=custom-tracker", ("custom_tracker",)),
-    Switch(
-        "lora_type=lycoris", ("lycoris_config", "init_lokr_norm", "validation_lycoris_strength")
-    ),
     Switch("peft_lora_mode=singlora", ("singlora_ramp_up_steps",)),
     Switch("caption_strategy=parquet", ("parquet_*",)),
     # several processes, and other ways to start one

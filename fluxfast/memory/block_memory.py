@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fluxfast.adapters.kind import AdapterSettings
+from fluxfast.adapters.kind import AdapterSettings, Size
 from fluxfast.adapters.kinds import KINDS
-from fluxfast.adapters.presets import is_target
 from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.memory.live_bytes import LiveBytes
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
@@ -67,7 +66,8 @@ class BlockWorkload:
     Attributes:
         sizes: those of a transformer that has this block alone.
         tokens: text and image tokens of a sample.
-        adapted: the linears with an adapter, by their full names in that transformer.
+        adapted: the linears with an adapter, by their full names in that transformer, and the
+            size of each.
         lora_type: the adapter's kind, a key of `fluxfast.adapters.kinds.KINDS`.
         trains_modulation: whether shifts, scales and gates need a gradient.
         input_on_host: whether the block's input is in host memory between forward and backward.
@@ -80,7 +80,7 @@ class BlockWorkload:
     text_tokens: int
     batch: int
     storage: Storage
-    adapted: tuple[str, ...]
+    adapted: tuple[tuple[str, Size], ...]
     lora_type: str
     rank: int
     adapter_itemsize: int
@@ -132,8 +132,11 @@ def block_workload(
     """What a workload says about its block `index`."""
     double = index < workload.sizes.num_layers
     sizes = replace(workload.sizes, num_layers=int(double), num_single_layers=int(not double))
+    of_block = zip(sizes.block_linears(0), workload.sizes.block_linears(index), strict=True)
     adapted = [
-        linear for linear in sizes.block_linears(0) if is_target(linear.name, workload.targets)
+        (alone.name, size)
+        for alone, linear in of_block
+        if not linear.is_modulation and (size := workload.size_on(linear.name)) is not None
     ]
     return BlockWorkload(
         sizes=sizes,
@@ -141,7 +144,7 @@ def block_workload(
         text_tokens=workload.text_tokens,
         batch=workload.batch,
         storage=workload.storage,
-        adapted=tuple(linear.name for linear in adapted if not linear.is_modulation),
+        adapted=tuple(adapted),
         lora_type=workload.lora_type,
         rank=workload.rank,
         adapter_itemsize=workload.adapter_itemsize,
@@ -253,7 +256,9 @@ def _transformer(block: BlockWorkload) -> FluxTransformer:
             quantize_empty(model, FORMATS[block.storage.format], linears(model, KEPT), dtype)
         if block.adapted:
             dtype = _DTYPES[block.adapter_itemsize]
-            settings = AdapterSettings(block.adapted, block.rank, float(block.rank), dtype=dtype)
+            settings = AdapterSettings(
+                "all", block.rank, float(block.rank), dtype=dtype, by_module=dict(block.adapted)
+            )
             KINDS[block.lora_type].add(model, settings)
         choices = Choices(
             (block.recompute,), compute=block.compute, transposed_codes=block.transposed_codes

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from fluxfast.adapters.kind import Size
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.adapters.presets import is_target
 from fluxfast.quant import FORMATS
@@ -155,6 +156,8 @@ class Workload:
         storage: how the frozen weights are stored.
         targets: the modules that adapters sit on, by PEFT's rule.
         rank: the adapters'.
+        by_module: the modules that adapters sit on by their whole names, and the size of each, in
+            the place of targets and rank; in a kind that has them from elsewhere.
         adapter_itemsize: bytes of an adapter's element.
         optimizer: its name.
         compute: what products run in, as in `Choices`.
@@ -173,6 +176,13 @@ class Workload:
     compute: str = "same"
     lora_type: str = "standard"
     micro_batches: int = 1
+    by_module: Mapping[str, Size] | None = None
+
+    def size_on(self, name: str) -> Size | None:
+        """The size of the adapter on a linear, by the linear's full name; None: it has none."""
+        if self.by_module is not None:
+            return self.by_module.get(name)
+        return self.rank if is_target(name, self.targets) else None
 
     @cached_property
     def trained_modulation(self) -> str | None:
@@ -181,7 +191,7 @@ class Workload:
             (
                 linear.name
                 for linear in self.sizes.linears()
-                if linear.is_modulation and is_target(linear.name, self.targets)
+                if linear.is_modulation and self.size_on(linear.name) is not None
             ),
             None,
         )
@@ -266,7 +276,7 @@ class Workload:
     def adapters(self) -> int:
         """Elements of all adapters."""
         return sum(
-            KINDS[self.lora_type].elements(linear.out_features, linear.in_features, self.rank)
+            KINDS[self.lora_type].elements(linear.out_features, linear.in_features, size)
             for linear in self.sizes.linears()
-            if is_target(linear.name, self.targets)
+            if (size := self.size_on(linear.name)) is not None
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,12 @@ from fluxfast.adapters.kind import (
     AdapterKind,
     AdapterSettings,
     Originals,
+    Size,
     trainable_parameters,
 )
 from fluxfast.adapters.kinds import KINDS
+from fluxfast.adapters.lycoris import counted, described
+from fluxfast.adapters.lycoris_targets import match_lycoris
 from fluxfast.adapters.presets import find_targets
 from fluxfast.config.run import TrainConfig
 from fluxfast.train.events import say
@@ -29,6 +33,7 @@ from fluxfast.train.state import SavedRun
 # place
 ADAPTER_KEYS = (
     "lora_rank", "lora_alpha", "use_dora", "flux_lora_target", "peft_lora_target_modules",
+    "lycoris_config",
 )  # fmt: skip
 
 
@@ -46,6 +51,9 @@ def settings_of(config: TrainConfig, originals: Originals | None = None) -> Adap
         dropout=config.lora_dropout,
         init=config.lora_init_type,
         dtype=config.adapter_dtype,
+        by_module=None if config.lycoris_config is None else config.lycoris_config.modules,
+        lycoris=config.lycoris_config,
+        lokr_norm=config.init_lokr_norm,
         loftq_iterations=config.loftq_iterations,
         originals=originals,
     )
@@ -96,6 +104,10 @@ def config_of(config: TrainConfig, file: AdapterFile | None) -> TrainConfig:
     """The config with the file's rank, alpha and modules in the place of its own."""
     if file is None:
         return config
+    if config.lycoris_config is not None:
+        return config.model_copy(
+            update={"lycoris_config": config.lycoris_config.of_modules(file.sizes)}
+        )
     decided = {option: file.common(option) for option in file.decides}
     decided["peft_lora_target_modules"] = tuple(file.targets)
     return config.model_copy(update=decided)
@@ -105,6 +117,8 @@ def differences(
     config: TrainConfig, file: AdapterFile, transformer: nn.Module
 ) -> dict[str, tuple[str, str]]:
     """Where config and file differ about the adapter: (the config's, the file's) by option."""
+    if config.lycoris_config is not None:
+        return _lycoris_differences(config, file, transformer)
     asked = _asked(config)
     found = {
         option: (_several([asked[option]]), _several(values.values()))
@@ -123,20 +137,43 @@ def differences(
     return found
 
 
+def _lycoris_differences(
+    config: TrainConfig, file: AdapterFile, transformer: nn.Module
+) -> dict[str, tuple[str, str]]:
+    """`differences` of a LyCORIS run: of linears, algorithms, and the shapes of what trains."""
+    try:
+        asked = kind_of(config).check(transformer, settings_of(config))
+    except ValueError:
+        asked = {}
+    if asked.keys() != set(file.targets):
+        modules = f"for {len(asked)} modules", _modules(file.targets, list(asked))
+        return {"lycoris_config": modules}
+    for name, options in file.sizes.items():
+        linear: Any = transformer.get_submodule(name)
+        shape = linear.out_features, linear.in_features
+        texts = described(*shape, asked[name]), described(*shape, options)
+        if texts[0] != texts[1]:
+            return {"lycoris_config": (f"{texts[0]} on {name}", texts[1])}
+    return {}
+
+
 def told_beside_init_lora(
     config: TrainConfig, file: AdapterFile, transformer: nn.Module
 ) -> list[str]:
     """Lines about the file that a run began with, and the options that have no effect beside it."""
     label = kind_of(config_of(config, file)).label
-    decided = [
-        f"{option.removeprefix('lora_')} {_several(values.values())}"
-        for option, values in file.decides.items()
-        if option != "use_dora"
-    ]
+    if config.lycoris_config is not None:
+        decided = [counted(file.sizes)]
+    else:
+        decided = [
+            f"{option.removeprefix('lora_')} {_several(values.values())}"
+            for option, values in file.decides.items()
+            if option != "use_dora"
+        ]
     told = ", ".join([str(file.path), *decided, f"{len(file.targets)} modules"])
     lines = [f"{label}: {told}", *file.notes]
     for option, (asked, true) in differences(config, file, transformer).items():
-        if option in config.model_fields_set:
+        if option in config.model_fields_set or config.lycoris_config is not None:
             lines.append(
                 f'"{option}" is {asked}: no effect, the {label} that the run began with '
                 f'("init_lora") has {true}'
@@ -166,13 +203,31 @@ def not_resumable(config: TrainConfig, saved: SavedRun, transformer: nn.Module) 
     ]
 
 
-def adapter_elements(config: TrainConfig, transformer: nn.Module, ranks: dict[str, int]) -> int:
-    """How many numbers an adapter on these modules, by their ranks, trains."""
-    modules: dict[str, Any] = {name: transformer.get_submodule(name) for name in ranks}
+def told_of_targets(config: TrainConfig, transformer: nn.Module) -> list[str]:
+    """Lines about the linears that a `lycoris_config` names; ValueError where it names none."""
+    if config.lycoris_config is None:
+        return []
+    found = match_lycoris(transformer, config.lycoris_config)
+    lines = [f"LyCORIS: {counted(found.modules)} modules"]
+    if found.unmatched:
+        lines.append(f"lycoris_config: targets that match nothing: {', '.join(found.unmatched)}")
+    return lines
+
+
+def adapter_metadata(config: TrainConfig) -> dict[str, str]:
+    """What a run's file says of how its adapter was made."""
+    if config.lycoris_config is None:
+        return {}
+    return {"lycoris_config": json.dumps(config.lycoris_config.given, sort_keys=True)}
+
+
+def adapter_elements(config: TrainConfig, transformer: nn.Module, sizes: dict[str, Size]) -> int:
+    """How many numbers an adapter on these modules, by their sizes, trains."""
+    modules: dict[str, Any] = {name: transformer.get_submodule(name) for name in sizes}
     elements = kind_of(config).elements
     return sum(
-        elements(modules[name].out_features, modules[name].in_features, rank)
-        for name, rank in ranks.items()
+        elements(modules[name].out_features, modules[name].in_features, size)
+        for name, size in sizes.items()
     )
 
 

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from rich.console import Console
 
+from fluxfast.adapters.kind import Size
 from fluxfast.adapters.presets import preset_targets
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import ImageDataset
@@ -29,6 +31,7 @@ from fluxfast.model.routing import keep_count, resolve_routes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.device import usable_cores
 from fluxfast.quant.rules import PRECISIONS
+from fluxfast.train.adapter import kind_of, settings_of
 from fluxfast.train.base_model import stored_format
 from fluxfast.train.events import say
 
@@ -92,7 +95,17 @@ def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None 
         optimizer=config.optimizer,
         lora_type=config.adapter_kind,
         micro_batches=config.gradient_accumulation_steps,
+        by_module=_lycoris_modules(config, sizes),
     )
+
+
+def _lycoris_modules(config: TrainConfig, sizes: FluxSizes) -> Mapping[str, Size] | None:
+    """The linears that a `lycoris_config` names, and the options of each; None without one."""
+    if config.lycoris_config is None:
+        return None
+    with init_empty_weights():
+        model = FluxTransformer(**vars(sizes), axes_dims_rope=(sizes.attention_head_dim,))
+    return kind_of(config).check(model, settings_of(config))
 
 
 def facts_of(config: TrainConfig, workload: Workload, gpu: gpus.Gpu | None) -> Facts:

@@ -17,7 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
-from fluxfast.adapters.kind import AdapterFile
+from fluxfast.adapters.kind import AdapterFile, Size
 from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
@@ -43,6 +43,7 @@ from fluxfast.train.adapter import (
     saved_kind,
     settings_of,
     told_beside_init_lora,
+    told_of_targets,
 )
 from fluxfast.train.base_model import (
     open_base,
@@ -218,7 +219,7 @@ def _check_model(
             resolve_routes(
                 [route.model_dump() for route in config.tread_config.routes], len(model.blocks)
             )
-    ranks: dict[str, int] = {}
+    sizes: dict[str, Size] = {}
     changes: list[str] = []
     with _collecting(problems):
         kind_of(config_of(config, lora)).check_style(config.lora_format)
@@ -227,18 +228,20 @@ def _check_model(
             changes = not_resumable(config, saved, model)
             file = saved_adapter(config, saved)
             saved_kind(config, saved).check_fits(model, file)
-            ranks = file.ranks
+            sizes = file.sizes
         elif lora is not None:
             kind_of(config_of(config, lora)).check_fits(model, lora)
-            ranks = lora.ranks
+            sizes = lora.sizes
         # an init_lora that could not be read is a problem already
         elif config.init_lora is None:
             originals = originals_of(config, base, torch.device("cpu"))
-            ranks = kind_of(config).check(model, settings_of(config, originals))
+            sizes = kind_of(config).check(model, settings_of(config, originals))
+            notes += told_of_targets(config, model)
     if lora is not None:
         notes += told_beside_init_lora(config, lora, model)
-    if data is not None and ranks:
-        size = disk_space.checkpoint_bytes(config, adapter_elements(config, model, ranks))
+    # a checkpoint of another kind has sizes of its own sort, and is refused anyway
+    if data is not None and sizes and not changes:
+        size = disk_space.checkpoint_bytes(config, adapter_elements(config, model, sizes))
         features = {
             "t5": model.config.joint_attention_dim,
             "clip": model.config.pooled_projection_dim,

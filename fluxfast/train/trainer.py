@@ -19,6 +19,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.adapters.lycoris import strength
 from fluxfast.adapters.writing import modelspec_metadata
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
@@ -26,7 +27,7 @@ from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
-from fluxfast.train.adapter import config_of, init_lora_of, kind_of
+from fluxfast.train.adapter import adapter_metadata, config_of, init_lora_of, kind_of
 from fluxfast.train.build import Parts, RunData, load_data, load_parts
 from fluxfast.train.events import (
     Metrics,
@@ -361,7 +362,7 @@ class Trainer:
             resolution=self.data.resolution,
             global_step=self.step,
             trained_words=self.data.instance_prompts,
-        )
+        ) | adapter_metadata(config)
         return self.adapter_kind.save(
             self.transformer, folder, style=config.lora_format, metadata=metadata
         )
@@ -369,7 +370,9 @@ class Trainer:
     def _validate(self, step: int) -> None:
         if self.parts.validator is None:
             return
-        for path in self.parts.validator.run(step, self.console):
+        with strength(self.transformer, self.config.validation_lycoris_strength):
+            paths = self.parts.validator.run(step, self.console)
+        for path in paths:
             self.console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
         if step > 0:
             self.bar.pause()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from lora_file_cases import TO_Q, write
-from lycoris_cases import OPTIONS, output, output_by_formula, trained
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from test_lora_reading import BFL
 from tiny_flux import tiny_transformer, train
@@ -11,6 +10,7 @@ from torch import nn
 
 from fluxfast.adapters.adapter_read import read_adapter
 from fluxfast.adapters.lora_read import read_lora
+from lycoris_cases import OPTIONS, output, output_by_formula, trained
 
 ALGORITHMS = {"locon": "lora", "dylora": "lora"}
 # how a module is written by those who write LyCORIS's names of tensors after it

@@ -40,7 +40,6 @@ def off_default(option: KnownOption):
     [
         ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-sdnq"),
-        ("lora_type", "lycoris"),
         ("optimizer", "optimi-lion"),
         ("optimizer", "optimi-stableadamw"),
         ("optimizer", "bnb-lion8bit-paged"),

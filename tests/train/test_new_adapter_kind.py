@@ -50,14 +50,16 @@ def run(kind, write_config):
 
 
 def test_kinds_are_those_of_the_option():
-    assert LORA_TYPES.keys() == {"standard"}
+    assert LORA_TYPES.keys() == {"standard", "lycoris"}
     # DoRA is an option of its own
-    assert KINDS.keys() == ADAPTER_KINDS.keys() == {"standard", "dora"}
+    assert KINDS.keys() == ADAPTER_KINDS.keys() == {"standard", "lycoris", "dora"}
     assert type(KINDS["standard"]) is LoraKind and type(KINDS["dora"]) is DoraKind
 
 
 def test_without_its_line_a_kind_is_refused(write_config):
-    with pytest.raises(ConfigError, match='"lora_type" is "rank-one": must be \'standard\''):
+    with pytest.raises(
+        ConfigError, match="\"lora_type\" is \"rank-one\": must be 'standard' or 'lycoris'"
+    ):
         load_config(write_config(lora_type="rank-one"))
 
 

@@ -99,12 +99,14 @@ def test_every_option_is_told_or_left_out_on_purpose():
     told = resume.options_that_are("told", fields=fields)
     assert not {"output_dir", "validation_seed", "resolution", "optimizer", "seed"} & set(told)
     assert set(CHANGES) <= set(told)
-    assert set(ADAPTER_KEYS) <= set(resume.options_that_are("elsewhere", fields=fields))
+    # of a lycoris_config, what must not change is compared with the adapter, and the rest is told
+    compared = {*resume.options_that_are("elsewhere", fields=fields), "lycoris_config"}
+    assert set(ADAPTER_KEYS) <= compared
     assert resume.options_that_are("refused", fields=fields) == [
         *("base_model_precision", "train_batch_size", "gradient_accumulation_steps", "optimizer")
     ]
     assert set(resume.options_that_are("start_only", fields=fields)) == {
-        *("init_lora", "lora_init_type", "loftq_iterations")
+        *("init_lora", "lora_init_type", "loftq_iterations", "init_lokr_norm")
     }
 
 

@@ -100,7 +100,9 @@ class BesideProducts:
         return next((self.masks(b) for b in self.besides if b.linear == linear), Masks())
 
     def _number(self, each: Beside) -> int:
-        return _GROUPS * (1 + self.dropout_number + _GROUPS * _MASKS * self.besides.index(each))
+        # by identity, since tensors of two adapters can't be compared
+        place = next(i for i, own in enumerate(self.besides) if own is each)
+        return _GROUPS * (1 + self.dropout_number + _GROUPS * _MASKS * place)
 
     def _mask(self, count: int, p: float, number: int) -> Tensor | None:
         """Ones and zeros [count], each zero with probability p."""
