@@ -62,6 +62,10 @@ COMMANDS = {
         "predict a step's time on GPUs that are not here, beside the quickstart's; or take the "
         "rates that a GPU has measured",
     ),
+    "adapters": (
+        "counted.adapters",
+        "predict what a step costs with LoKr and DoRA beside LoRA; no GPU is needed",
+    ),
     "report": ("report.report", "make the tables of the READMEs and the plots from stored results"),
     "check": (
         "report.check",
