@@ -52,6 +52,8 @@ class LycorisKind(AdapterKind):
     """LyCORIS. What decides a linear's shapes is its `LycorisOptions`."""
 
     label = "LyCORIS"
+    # kohya's hold LoRA alone, and are not offered for a run that may have others
+    styles = ("diffusers", "comfyui", "lycoris")
 
     def shapes(
         self, out_features: int, in_features: int, size: LycorisOptions

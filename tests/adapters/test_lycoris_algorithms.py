@@ -212,3 +212,28 @@ def test_a_file_and_a_checkpoint_bring_it_back(name, lycoris_config, tmp_path):
         KIND.load_state(other, KIND.state(model))
         for key, tensor in trainable_parameters(model).items():
             assert torch.equal(tensor, other.get_parameter(key)), key
+
+
+@pytest.mark.parametrize("style", ["comfyui", "lycoris"])
+@pytest.mark.parametrize("name", WITH_DYLORA)
+def test_every_style_of_a_file_is_the_same_adapter(name, style, lycoris_config, tmp_path):
+    config = lycoris_config(apply_preset=TARGETS, **WITH_DYLORA[name][0])
+    model = adapted(config, dtype=torch.float32)
+    own = KIND.read_file(KIND.save(model, tmp_path / "own.safetensors"))
+    other = KIND.read_file(KIND.save(model, tmp_path / "other.safetensors", style=style))
+    assert own.algos == other.algos
+    if name == "LoKr with lengths of columns":
+        return
+    outs = []
+    for file in (own, other):
+        made = small_flux(num_layers=1, num_single_layers=1)
+        KIND.add_from(made, file, settings_of(config, torch.float32))
+        outs.append(gradients(made, [], torch.float32)[0])
+    # a scale may be in the factors or beside them
+    assert relative_error(outs[1], outs[0]) < 1e-5
+
+
+def test_a_style_that_has_no_names_for_it(lycoris_config, tmp_path):
+    model = adapted(lycoris_config(apply_preset=TARGETS))
+    with pytest.raises(ValueError, match="kohya's files hold LoRA alone"):
+        KIND.save(model, tmp_path, style="kohya")

@@ -230,7 +230,11 @@ def test_a_plan_counts_it(changes, write_config, lycoris):
     assert block_memory(workload, 0, "none").kept > 0
 
 
-def test_mistakes_are_found_before_a_run(write_config, lycoris):
+def test_mistakes_are_found_before_a_run(write_config, lycoris, run):
+    with pytest.raises(ConfigError, match="LyCORIS has no lora_format 'kohya'"):
+        run(lora_format="kohya", **lycoris())
+    path, _ = run(lora_format="lycoris", max_train_steps=1, **lycoris())
+    assert all(name.startswith("lycoris_") for name in load_file(path))
     for changes, text in (
         ({"algo": "full"}, '"lycoris_config" has algo full, .* int8-quanto has rounded them'),
         ({"factr": 3}, r'lycoris\.json: "factr" is not known; did you mean "factor"'),
