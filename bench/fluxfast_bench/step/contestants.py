@@ -17,12 +17,33 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from fluxfast.adapters.kind import AdapterSettings, trainable_parameters
+from fluxfast.adapters.kinds import KINDS
+from fluxfast.adapters.lora import add_lora
+from fluxfast.adapters.presets import find_targets
+from fluxfast.config.lycoris import LycorisOptions
 from fluxfast.quant.rules import KEPT
 from fluxfast_bench.counted.floor import Route
 from fluxfast_bench.shapes import Shape
 
 # what every contestant trains
 TARGETS = "all+ffs"
+
+
+# LoKr's options, as the quickstart recommends them
+LOKR = LycorisOptions(algo="lokr", factor=16, full_matrix=True)
+
+
+def add_adapter(
+    model: nn.Module, adapter: str, *, rank: int, dtype: torch.dtype, dropout: float = 0.0
+) -> list[nn.Parameter]:
+    """Freezes the model and puts a new "LoRA", of that rank, or "LoKr" on it; what then trains."""
+    if adapter == "LoRA":
+        return add_lora(model, targets=TARGETS, rank=rank, dropout=dropout, dtype=dtype)
+    by_module = dict.fromkeys(find_targets(model, TARGETS), LOKR)
+    settings = AdapterSettings(TARGETS, rank, float(rank), dtype=dtype, by_module=by_module)
+    KINDS["lycoris"].add(model, settings)
+    return list(trainable_parameters(model).values())
 
 
 def do_nothing(model: nn.Module) -> None:
@@ -78,7 +99,7 @@ class Contestant:
     whether modulation may be computed ahead; engine, of wide float products
     (`fluxfast_kernels.launch.WIDE_ENGINES`), None: the table's; transposes, whether stored codes
     have a transposed copy where the GPU's dgrad reads one; dropout, of the adapters, where nobody
-    compares results.
+    compares results; adapter, what trains: "LoRA" or "LoKr".
     """
 
     name: str
@@ -101,6 +122,7 @@ class Contestant:
     engine: str | None = None
     transposes: bool = True
     dropout: float = 0.0
+    adapter: str = "LoRA"
 
     @property
     def quantised(self) -> bool:

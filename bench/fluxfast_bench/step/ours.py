@@ -27,6 +27,7 @@ MODES = {
     "device-modulation": "modulation on the device",
     "graphs": "CUDA graphs",
     "one-order": "codes in one order",
+    "lokr": "LoKr in LoRA's place",
 }
 # against weights as they are stored, so what is left is rounding: of activations, and of weights to
 # 8 bits
@@ -116,6 +117,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
         looks_ahead="device-modulation" not in modes,
         engine=next((name for name in ("library", "fused") if name in modes), None),
         transposes=transposes,
+        adapter="LoKr" if "lokr" in modes else "LoRA",
     )
 
 
@@ -141,6 +143,11 @@ CONTESTANTS = [
     _contestant("int8", "int8", "device-modulation", "graphs"),
     _contestant("int8", "int8", "one-order"),
     _contestant("int8", "int8", "graphs", "one-order"),
+    *(
+        _contestant(*precision, "lokr", *graphs)
+        for precision in (("bf16", "float"), ("int8", "float"), ("int8", "int8"))
+        for graphs in ((), ("graphs",))
+    ),
     _contestant("bf16", "float", "streamed"),
     _contestant("int8", "int8", "streamed"),
     _contestant("int4", "int8", "streamed"),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxfast.adapters.lora import add_lora
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.graphs import STEPS_RUN_FIRST
 from fluxfast.model.modulation import Conditions
@@ -19,7 +18,7 @@ from fluxfast.model.pinned import pin, send
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.train.optim import clip_gradients
 from fluxfast_bench.shapes import Shape, model_inputs
-from fluxfast_bench.step.contestants import REFERENCE, TARGETS, Contestant, Setup, build
+from fluxfast_bench.step.contestants import REFERENCE, Contestant, Setup, add_adapter, build
 
 OPTIMIZERS = ("torch-adamw", "adamw8bit")
 LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 2.0
@@ -124,9 +123,9 @@ class Runner:
         torch.manual_seed(0)
         self.contestant, self.setup = contestant, setup
         self.model: Any = build(contestant, setup.shapes[0].config, setup.device, setup.dtype)
-        self.parameters = add_lora(
+        self.parameters = add_adapter(
             self.model,
-            targets=TARGETS,
+            contestant.adapter,
             rank=setup.rank,
             dropout=contestant.dropout,
             dtype=setup.dtype,
@@ -205,7 +204,7 @@ def verify(contestant: Contestant, setup: Setup) -> float:
         (model, contestant, setup.dtype),
         (reference, REFERENCE, torch.float32),
     ):
-        parameters = add_lora(subject, targets=TARGETS, rank=setup.rank, dtype=dtype)
+        parameters = add_adapter(subject, contestant.adapter, rank=setup.rank, dtype=dtype)
         _randomise(parameters, setup.dtype)
         with engine_of(runs):
             runs.get_ready(subject, setup if runs is contestant else unchecked)

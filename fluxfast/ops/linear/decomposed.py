@@ -26,6 +26,8 @@ from fluxfast.ops.linear.beside import Masks
 from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.weights import FrozenWeight, Ready
+from fluxfast.ops.registration import is_traced
+from fluxfast.ops.tensors import dense_rows
 
 Decomposing = Lora | Lokr
 # a norm that is smaller is taken to be this
@@ -46,14 +48,16 @@ Narrow: TypeAlias = WithNorms | Tensor | None
 class Decompositions:
     """The weight decompositions of a group's linears; iterated, the places of these linears."""
 
-    def __init__(self, linears: Sequence[LinearParams], dtype: torch.dtype) -> None:
+    def __init__(self, linears: Sequence[LinearParams], dtype: torch.dtype, impl: str) -> None:
         found = {i: decomposing(p.adapters) for i, p in enumerate(linears)}
         self._adapters = {i: adapter for i, adapter in found.items() if adapter is not None}
-        self._linears, self._dtype = linears, dtype
+        self._linears, self._dtype, self._impl = linears, dtype, impl
         # those of dropout, of each of these linears
         self.masks = dict.fromkeys(self._adapters, Masks())
         self._norms: list[Tensor] | None = None
         self._row_scales: list[Tensor | None] | None = None
+        # of each linear whose LoRA kernels read: g B
+        self._scaled_b: dict[int, Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self._adapters)
@@ -65,10 +69,8 @@ class Decompositions:
     def norms(self) -> list[Tensor]:
         """ν [N] of each of these linears, computed where nobody has set them."""
         if self._norms is None:
-            self._norms = [
-                row_norms(self._linears[i].weight, adapter, self.masks[i].rows, self._dtype)
-                for i, adapter in self._adapters.items()
-            ]
+            self._solve(None)
+        assert self._norms is not None
         return self._norms
 
     @norms.setter
@@ -79,11 +81,34 @@ class Decompositions:
     def row_scales(self) -> list[Tensor | None]:
         """g [N] of each linear; None for one that has none."""
         if self._row_scales is None:
-            self._row_scales = [None] * len(self._linears)
-            norms = self.norms if self._adapters else []
-            for (i, adapter), own in zip(self._adapters.items(), norms, strict=True):
-                self._row_scales[i] = row_scale(adapter, own, self.masks[i].kept)
+            self._solve(self._norms)
+        assert self._row_scales is not None
         return self._row_scales
+
+    def scaled_b(self, i: int, lora: Lora) -> Tensor:
+        """B [N, r] of a LoRA of linear i, with g in it if it has one."""
+        g = self.row_scales[i]
+        if g is None:
+            return lora.b.detach()
+        if i in self._scaled_b:
+            return self._scaled_b[i]
+        return lora.b.detach().to(g.dtype) * g[:, None]
+
+    def _solve(self, norms: list[Tensor] | None) -> None:
+        """Computes every ν, unless they are given, and every g."""
+        found: list[Tensor] = []
+        scales: list[Tensor | None] = [None] * len(self._linears)
+        for place, (i, adapter) in enumerate(self._adapters.items()):
+            own, weight = None if norms is None else norms[place], self._linears[i].weight
+            if isinstance(adapter, Lora) and self._impl == "triton" and not is_traced(adapter.b):
+                own, g, self._scaled_b[i] = solve_by_kernel(weight, adapter, own, self._dtype)
+            else:
+                if own is None:
+                    own = row_norms(weight, adapter, self.masks[i].rows, self._dtype)
+                g = row_scale(adapter, own, self.masks[i].kept)
+            found.append(own)
+            scales[i] = g
+        self._norms, self._row_scales = found, scales
 
     def scaled(self, ready: Ready) -> Ready:
         """The same weights with g beside what row scales they have."""
@@ -108,12 +133,17 @@ class Decompositions:
         """
         adapter, masks = self._adapters[i], self.masks[i]
         norms = self.norms[list(self._adapters).index(i)]
-        dg = (dy.to(norms.dtype) * before).sum(0)
+        dg = column_dots(dy, before, norms.dtype, self._impl)
         if masks.kept is not None:
             dg = dg * masks.kept
-        d_magnitude, d_nu = magnitude_grad(adapter, norms, dg)
+        magnitude = adapter.magnitude
+        assert magnitude is not None
+        d_magnitude = dg / norms
         if isinstance(adapter, Lora):
-            return *grads, d_magnitude
+            return *grads, d_magnitude.reshape(magnitude.shape).to(magnitude.dtype)
+        d_magnitude = d_magnitude * adapter.multiplier
+        d_nu = -d_magnitude * magnitude.detach().reshape(-1).to(norms.dtype) / norms
+        d_magnitude = d_magnitude.reshape(magnitude.shape).to(magnitude.dtype)
         weight = self._linears[i].weight
         through = through_norms(weight, adapter, d_nu, norms, masks.rows, self._dtype)
         return *(own + more for own, more in zip(grads, through, strict=True)), d_magnitude
@@ -176,14 +206,35 @@ def row_scale(adapter: Decomposing, norms: Tensor, kept: Tensor | None) -> Tenso
 
 
 @torch.no_grad()
-def magnitude_grad(adapter: Decomposing, norms: Tensor, dg: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of magnitude, in its shape and dtype, and that of ν [N], from that of g [N]."""
-    magnitude = adapter.magnitude
-    assert magnitude is not None
-    multiplier = adapter.multiplier if isinstance(adapter, Lokr) else 1.0
-    d_m = multiplier * dg / norms
-    d_nu = -d_m * magnitude.reshape(-1).to(d_m.dtype) / norms
-    return d_m.reshape(magnitude.shape).to(magnitude.dtype), d_nu
+def solve_by_kernel(
+    weight: Tensor | FrozenWeight, lora: Lora, norms: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ν [N], which may be given; g [N]; and g B [N, r] in `dtype`; by Triton's kernel."""
+    from fluxfast_kernels.row_scales import row_scales
+
+    assert lora.magnitude is not None
+    a, b = dense_rows(lora.a.detach()), dense_rows(lora.b.detach())
+    w = w_scale = None
+    if norms is None:
+        norms = torch.empty(len(b), dtype=torch.float32, device=b.device)
+        if isinstance(weight, Tensor):
+            w = dense_rows(weight.detach())
+        elif weight.stores("int8"):
+            w, w_scale = weight.codes("int8")
+        else:
+            w = weight.to(dtype)
+    magnitude = lora.magnitude.detach()
+    g, gb = row_scales(w, a, b, magnitude, norms, scale=lora.scale, w_scale=w_scale, dtype=dtype)
+    return norms, g, gb
+
+
+def column_dots(x: Tensor, y: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """Σ over the rows of x y [M, N], as [N] in `dtype`."""
+    if impl != "triton" or is_traced(x):
+        return (x.to(dtype) * y).sum(0)
+    from fluxfast_kernels.row_scales import column_dots
+
+    return column_dots(dense_rows(x), dense_rows(y))
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         self.drops = dropout_seed is not None and any(lora.dropout > 0 for lora in self.loras)
         self.besides = beside(linears)
         self.products = products_triton if impl == "triton" else products_torch
-        self.decompositions = Decompositions(linears, dtype)
+        self.decompositions = Decompositions(linears, dtype, impl)
         for i in self.decompositions:
             self.decompositions.masks[i] = self.row_masks(i)
         self._before_scaling: Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from fluxfast.ops.linear import products_native
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.beside import operand_of
+from fluxfast.ops.linear.decomposed import Decompositions
 from fluxfast.ops.linear.grad_places import NO_RUNS, Runs, in_places, runs_of
 from fluxfast.ops.linear.products_torch import stack
 from fluxfast.ops.row_quant import RowOutput
@@ -42,6 +43,7 @@ class LoraProducts:
     dtype: torch.dtype
     products: Any
     drops: bool
+    decompositions: Decompositions
 
     def dropped(self, x: Tensor, p: float, number: int | None = None) -> Tensor:
         """x [M, K] with a mask of dropout p."""
@@ -49,11 +51,6 @@ class LoraProducts:
 
     def merges(self, tokens: int) -> bool:
         """Whether products read a copy of W that has the LoRAs in it."""
-        raise NotImplementedError
-
-    @property
-    def row_scales(self) -> list[Tensor | None]:
-        """Of each linear the row scale of weight decomposition; None for none."""
         raise NotImplementedError
 
     @property
@@ -65,8 +62,8 @@ class LoraProducts:
     def b(self) -> list[Tensor]:
         """B of every LoRA, in order, with its linear's row scale in it."""
         return [
-            lora.b.detach() if g is None else lora.b.detach().to(g.dtype) * g[:, None]
-            for own, g in zip(self.own_loras, self.row_scales, strict=True)
+            self.decompositions.scaled_b(i, lora)
+            for i, own in enumerate(self.own_loras)
             for lora in own
         ]
 
@@ -120,7 +117,9 @@ class LoraProducts:
             db=runs.d_b, **out,
         )  # fmt: skip
         # s met B with the row scale in it
-        for rows, g in zip(packed_b.split_with_sizes(self.outs), self.row_scales, strict=True):
+        for rows, g in zip(
+            packed_b.split_with_sizes(self.outs), self.decompositions.row_scales, strict=True
+        ):
             if g is not None:
                 rows.mul_(g[:, None])
         d_a = []
