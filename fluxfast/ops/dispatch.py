@@ -33,7 +33,7 @@ Backend = Literal["triton", "native", "ref"]
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("fluxfast")
-_announced: set[tuple[str, str]] = set()
+_announced: set[tuple[str, str, bool]] = set()
 
 
 def resolve(
@@ -79,8 +79,9 @@ def resolve(
     if wanted == "native":
         reason = reason or ref_suffices
     choice: Backend = wanted if reason is None else "ref"
-    if not torch.compiler.is_compiling() and (op, choice) not in _announced:
-        _announced.add((op, choice))
+    said = (op, choice, verdict is not None)
+    if not torch.compiler.is_compiling() and said not in _announced:
+        _announced.add(said)
         fits = "tensors on a GPU" if choice == "triton" else "float32 tensors on the CPU"
         tell = logger.info if verdict is None else logger.warning
         tell(

@@ -182,7 +182,23 @@ def mixed(model):
     model.transformer_blocks[1].attn.to_q.register_forward_hook(lambda module, args, out: out * 1.5)
 
 
-@pytest.mark.parametrize("inject", [dora, lokr, bias_in_b, dropped, mixed])
+def dora_dropped(model):
+    add_lora(model, use_dora=True, targets=ATTENTION, lora_dropout=0.4)
+
+
+@pytest.mark.parametrize("how", [None, "default"])
+def test_dora_is_fused(inputs, how):
+    host, ours = pair(diffusers_host)
+    for model in (host, ours):
+        dora(model)
+        model.train()
+        checkpointing(model, how)
+    report = fluxfast.accelerate(ours)
+    assert report.count("module") == 0 and all(block.fused for block in report.blocks)
+    assert_equal(host, ours, inputs)
+
+
+@pytest.mark.parametrize("inject", [dora_dropped, lokr, bias_in_b, dropped, mixed])
 @pytest.mark.parametrize("how", [None, "default"])
 def test_what_is_no_plain_lora_is_computed_by_its_module(inputs, inject, how):
     """The modules are called in diffusers' order, so the same seed gives the same dropout masks."""

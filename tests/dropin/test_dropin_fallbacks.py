@@ -58,12 +58,14 @@ def norm_with_weights(model):
     model.requires_grad_(False)
 
 
-def dora(model):
-    add_lora(model, use_dora=True, targets=["to_q"])
+def dora_and_lora(model, target="to_q"):
+    add_lora(model, targets=[target])
+    add_lora(model, "dora", use_dora=True, targets=[target])
+    model.set_adapters(["default", "dora"])
 
 
-def dora_on_modulation(model):
-    add_lora(model, use_dora=True, targets=["norm1.linear"])
+def dora_and_lora_on_modulation(model):
+    dora_and_lora(model, "norm1.linear")
 
 
 def trained_base(model):
@@ -83,8 +85,8 @@ WAYS_OFF = {
     exact_gelu: ("host", "its GELU is not the module that FLUX.1 has there"),
     other_norm: ("host", "its Norm is not the module that FLUX.1 has there"),
     norm_with_weights: ("host", "its LayerNorm is not the module that FLUX.1 has there"),
-    dora: ("composed", "is no plain LoRA but DoraLinearVariant"),
-    dora_on_modulation: ("module", "is no plain LoRA but DoraLinearVariant"),
+    dora_and_lora: ("composed", "one of several adapters is DoRA"),
+    dora_and_lora_on_modulation: ("module", "one of several adapters is DoRA"),
     trained_base: ("composed", "its base is trained"),
     trained_norm: ("composed", "an RMS norm of its q or k is trained"),
 }
