@@ -24,8 +24,11 @@ def add(
 ) -> None:  # fmt: skip
     """Adds the product to y [M, O1 · O2]; impl: "triton", or else torch."""
     if impl != "triton":
-        x, w1, w2 = values_of_codes(x, x_scale, y.dtype), w1.to(y.dtype), w2.to(y.dtype)
-        added = _product(x, w1 * scale, w2)
+        m, (o1, i1), (o2, i2) = len(x), w1.shape, w2.shape
+        x, u, w2 = values_of_codes(x, x_scale, y.dtype), w1.to(y.dtype) * scale, w2.to(y.dtype)
+        wide = (x.reshape(m * i1, i2) @ w2.T).view(m, i1, o2)
+        # in operations that autograd can differentiate
+        added = torch.bmm(u.expand(m, o1, i1), wide).flatten(1)
         y += added if y_cols is None else added * y_cols.to(y.dtype)
         return
     if is_traced(x):
@@ -61,26 +64,20 @@ def _dense(w: Tensor) -> Tensor:
     return w if 1 in w.stride() else w.contiguous()
 
 
-def _product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """(w1 ⊗ w2) x, in operations that autograd can differentiate."""
-    wide = x.reshape(len(x), w1.shape[1], w2.shape[1]) @ w2.T
-    return (w1 @ wide).reshape(len(x), len(w1) * len(w2))
-
-
 def _backward(
     dy: Tensor, x: Tensor, x_scale: Tensor | None, w1: Tensor, w2: Tensor, scale: float,
     y_cols: Tensor | None, dx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     u, v = w1.to(dy.dtype) * scale, w2.to(dy.dtype)
     dy = dy if y_cols is None else dy * y_cols.to(dy.dtype)
-    (o1, i1), (o2, i2) = w1.shape, w2.shape
-    dy, x = dy.reshape(len(dy), o1, o2), values_of_codes(x, x_scale, dy.dtype)
-    x = x.reshape(len(x), i1, i2)
-    t = dy @ v
+    m, (o1, i1), (o2, i2) = len(dy), w1.shape, w2.shape
+    dy, x = dy.reshape(m * o1, o2), values_of_codes(x, x_scale, dy.dtype).reshape(m, i1, i2)
+    t = (dy @ v).view(m, o1, i2)
     if dx is not None:
-        dx += (u.T @ t).reshape(dx.shape)
-    dw1 = scale * torch.tensordot(t, x, dims=([0, 2], [0, 2]))
-    dw2 = torch.tensordot(dy, u @ x, dims=([0, 1], [0, 1]))
+        dx.view(m, i1, i2).baddbmm_(u.T.expand(m, i1, o1), t)
+    # a small product a row, and their sum, cost less than to bring t and x in the order of one
+    dw1 = scale * torch.bmm(t, x.transpose(1, 2)).sum(0)
+    dw2 = dy.T @ torch.bmm(u.expand(m, o1, i1), x).view(m * o1, i2)
     return dw1.to(w1.dtype), dw2.to(w2.dtype)
 
 
