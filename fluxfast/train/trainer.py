@@ -394,5 +394,6 @@ class Trainer:
         if self.config.report_to != "none":
             with self.numbers.guard(self.config.report_to):
                 self.accelerator.end_training()
-        self.console.print(f"LoRA: {lora}", highlight=False, markup=False, soft_wrap=True)
+        label = self.adapter_kind.label
+        self.console.print(f"{label}: {lora}", highlight=False, markup=False, soft_wrap=True)
         return lora

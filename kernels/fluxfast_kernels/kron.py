@@ -320,12 +320,12 @@ def _row(rows: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str
 _NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KRON: dict[str, LaunchTable] = {
     "half": {
-        "default": _row(16, 16, 32, 4, 2),
+        "default": _row(64, 16, 32, 4, 2),
         **dict.fromkeys(_NVIDIA, _row(128, 64, 64, 8, 2)),
         "gfx942": _row(64, 64, 64, 8, 2),
     },
     "codes": {
-        "default": _row(16, 16, 32, 4, 2),
+        "default": _row(64, 16, 32, 4, 2),
         **dict.fromkeys(_NVIDIA, _row(64, 64, 64, 8, 2)),
         "gfx942": _row(64, 32, 64, 8, 2),
     },
