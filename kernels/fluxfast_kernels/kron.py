@@ -10,7 +10,7 @@ ones, by transposed factors, and so one kernel: it keeps the product between the
 one that makes dx has t at hand and makes dw1 of it. Source: LyCORIS, arXiv 2309.14859.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -19,62 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
-from fluxfast_kernels.launch import LaunchTable, cdiv, launch, launch_numbers, next_pow2
+from fluxfast_kernels.kron_parts import LEAST, MOST, factor, numbers_for, small_block, swap_last
+from fluxfast_kernels.launch import cdiv, launch, next_pow2
 from fluxfast_kernels.matmul import order_of, product_type
 from fluxfast_kernels.row_quant import check_rows
 from fluxfast_kernels.slabs import add_splits, split, workspace
-
-# of a dimension that is summed in registers: the least that tensor cores take, and the most that
-# one block has
-LEAST, MOST = tl.constexpr(16), 64
-
-
-@triton.jit
-def swap_last(b, ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """[ROWS, FIRST, SECOND], given with any leading dimensions joined, as [ROWS · SECOND, FIRST].
-
-    FIRST grows to LEAST with zeros, which stand behind each element and not at the end.
-    """
-    b = tl.reshape(
-        tl.permute(tl.reshape(b, (ROWS, FIRST, SECOND)), (0, 2, 1)), (ROWS * SECOND, FIRST)
-    )
-    if FIRST < LEAST:
-        b = grown(b, ROWS * SECOND, FIRST)
-    return b
-
-
-@triton.jit
-def grown(b, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] as [ROWS, LEAST], with LEAST / COLS - 1 zeros after each element."""
-    b = tl.reshape(b, (ROWS, COLS, 1))
-    if COLS <= 8:
-        b = widened(b, ROWS, COLS, 1)
-    if COLS <= 4:
-        b = widened(b, ROWS, COLS, 2)
-    if COLS <= 2:
-        b = widened(b, ROWS, COLS, 4)
-    if COLS <= 1:
-        b = widened(b, ROWS, COLS, 8)
-    return tl.reshape(b, (ROWS, LEAST))
-
-
-@triton.jit
-def widened(b, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
-    """[ROWS, COLS, DEPTH] as [ROWS, COLS, 2 · DEPTH], with a zero after each element."""
-    return tl.reshape(tl.join(b, tl.zeros_like(b)), (ROWS, COLS, 2 * DEPTH))
-
-
-@triton.jit
-def factor(p_u, rows, cols, o_r, o_c, stride_r, stride_c, BLOCK: tl.constexpr):
-    """Elements [o_r, o_c] of a small factor; o_r counts what `swap_last` grew from BLOCK rows."""
-    STEP: tl.constexpr = LEAST // BLOCK if BLOCK < LEAST else 1
-    r = o_r // STEP
-    mask = (r < rows) & (o_r % STEP == 0)
-    return tl.load(
-        p_u + r[:, None] * stride_r + o_c[None, :] * stride_c,
-        mask=mask[:, None] & (o_c < cols)[None, :],
-        other=0.0,
-    )
 
 
 @triton.jit(do_not_specialize=["M", "m_split"])
@@ -309,42 +258,6 @@ def kron_outer_kernel(
     tl.store(p_g + o_g, b_g.to(p_g.dtype.element_ty), mask=m_g)
 
 
-# launch numbers: compiled ahead of time without a spill for every target, not yet tuned on a
-# device. ROWS: of the first product, tokens and the small factor's elements together; BLOCK_N:
-# columns of the large factor; "wide" where products are taken in fp32
-def _row(rows: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    blocks = {"ROWS": rows, "BLOCK_N": n, "BLOCK_K": k}
-    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
-
-
-_NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-KRON: dict[str, LaunchTable] = {
-    "half": {
-        "default": _row(64, 16, 32, 4, 2),
-        **dict.fromkeys(_NVIDIA, _row(128, 64, 64, 8, 2)),
-        "gfx942": _row(64, 64, 64, 8, 2),
-    },
-    "codes": {
-        "default": _row(64, 16, 32, 4, 2),
-        **dict.fromkeys(_NVIDIA, _row(64, 64, 64, 8, 2)),
-        "gfx942": _row(64, 32, 64, 8, 2),
-    },
-    "wide": {"default": _row(32, 32, 16, 8, 1)},
-}
-
-
-def _numbers(product: tl.dtype, a: Tensor, x: Tensor | None = None) -> Mapping[str, int]:
-    """The launch numbers for operands of which one may be codes."""
-    codes = a.itemsize == 1 or (x is not None and x.itemsize == 1)
-    kind = "wide" if product == tl.float32 else "codes" if codes else "half"
-    return launch_numbers(KRON[kind], a.device)
-
-
-def _block(size: int, least: int = 1) -> int:
-    """The block of a dimension of the small factor, or of one that it is contracted to."""
-    return min(max(next_pow2(size), least), MOST)
-
-
 def kron_add(
     x: Tensor,
     w1: Tensor,
@@ -390,8 +303,8 @@ def kron_backward(
     if dw2.numel() == 0:
         return
     product = product_type(dy, w2, dy.dtype)
-    numbers = _numbers(product, x)
-    block_o, block_i = _block(o1, LEAST.value), _block(i1)
+    numbers = numbers_for(product, x)
+    block_o, block_i = small_block(o1, LEAST.value), small_block(i1)
     block = (
         min(numbers["BLOCK_N"], max(next_pow2(o2), 16)),
         min(numbers["BLOCK_N"], max(next_pow2(i2), 16)),
@@ -432,8 +345,8 @@ def _launch(
     if m == 0 or s * p * q == 0:
         return
     product = product_type(a, v, a.dtype if a.itemsize > 1 or y is None else y.dtype)
-    numbers = _numbers(product, a, x)
-    block_p, block_s = _block(p), _block(s, LEAST.value)
+    numbers = numbers_for(product, a, x)
+    block_p, block_s = small_block(p), small_block(s, LEAST.value)
     block_q = min(numbers["BLOCK_N"], max(next_pow2(q), 16))
     block_m = max(numbers["ROWS"] // max(block_p, block_s, LEAST.value), 1)
     q_tiles, s_tiles, p_tiles = cdiv(q, block_q), cdiv(s, block_s), cdiv(p, block_p)

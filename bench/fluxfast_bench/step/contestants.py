@@ -31,7 +31,7 @@ TARGETS = "all+ffs"
 
 
 # LoKr's options, as the quickstart recommends them
-LOKR = LycorisOptions(algo="lokr", factor=16, full_matrix=True)
+LOKR = LycorisOptions.model_validate({"algo": "lokr", "factor": 16, "full_matrix": True})
 
 
 def add_adapter(
