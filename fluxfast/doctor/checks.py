@@ -248,12 +248,12 @@ def of_products(
 ) -> Callable[[str], Tolerance]:
     """The tolerances of matrix products and of attention, by the results' names.
 
-    adapters: the dtype in which the adapters' gradients, dA and dB, are stored.
+    adapters: the dtype in which the adapters' gradients, dA, dB and dC, are stored.
     """
 
     def tolerance(name: str) -> Tolerance:
         stored = (
-            name.startswith(("dA", "dB"))
+            name.startswith(("dA", "dB", "dC"))
             and adapters is not None
             and adapters.itemsize < dtype.itemsize
         )

@@ -35,6 +35,7 @@ from fluxfast.doctor.product_cases import (
     products_of_parts,
     shapes_of,
     widened_linears,
+    with_other_adapters,
     with_room,
 )
 from fluxfast.doctor.scope import PLAIN, Scope
@@ -108,6 +109,21 @@ def _check_product(
 
     lengths = scope.sizes.products
     x_dy = [inputs_of(scope, tokens, cols, sum(outs), outliers=outliers) for tokens in lengths]
+    return _beside_reference(scope, compute, x_dy, actual, expected)
+
+
+def _check_other_adapters(scope: Scope, impl: str, compute: str) -> Finding:
+    """LoKr, LoKr with weight decomposition, and DoRA, beside the reference's."""
+    cols, outs = shapes_of(scope)["q, k and v"]
+    linears = with_other_adapters(scope, make_group(scope, PLAIN, cols, outs, 0.5))
+
+    def actual(x: Tensor, dy: Tensor, room: bool) -> Named:
+        return products(linears, x, dy, impl, compute=compute)
+
+    def expected(x: Tensor, dy: Tensor) -> Named:
+        return products(widened_linears(linears, x.dtype), x, dy, "ref", compute=compute)
+
+    x_dy = [inputs_of(scope, tokens, cols, sum(outs)) for tokens in scope.sizes.products]
     return _beside_reference(scope, compute, x_dy, actual, expected)
 
 
@@ -273,6 +289,8 @@ def linear_checks(scope: Scope) -> Iterator[Check]:
             if compute == "same":
                 run = functools.partial(_check_embedders, scope, impl)
                 yield Check(name=f"embedders ({said})", run=run, short=True, **common)
+            run = functools.partial(_check_other_adapters, scope, impl, compute)
+            yield Check(name=f"LoKr and DoRA{runs} ({said})", run=run, short=True, **common)
             if scope.dropout:
                 run = functools.partial(_check_dropout, scope, impl, compute)
                 yield Check(

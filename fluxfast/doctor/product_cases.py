@@ -7,6 +7,7 @@ reference in a wider one on the same values.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -18,8 +19,9 @@ from fluxfast.doctor.checks import Named, Random, widened
 from fluxfast.doctor.scope import PLAIN, Scope
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import augmented
-from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.group import LinearGroup
+from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.pair import AnyGroup, LinearPair
 from fluxfast.ops.linear.params import LinearParams, loras_of
 from fluxfast.ops.parts import Parts
@@ -65,6 +67,27 @@ def make_group(
         adapter = Lora(a.to(adapter_dtype), b.to(adapter_dtype), scale)
         linears.append(LinearParams(weight, randn(rows), (adapter,)))
     return linears
+
+
+def with_other_adapters(scope: Scope, linears: list[LinearParams]) -> list[LinearParams]:
+    """The linears of q, k and v with LoKr, LoKr with weight decomposition, and DoRA."""
+    randn, dtype = Random(scope.torch_device, scope.torch_dtype, seed=3), scope.adapter_dtype
+    rows, cols = linears[0].weight.shape
+    small = math.gcd(rows, cols, 8)
+
+    def drawn(*shape: int, scale: float = 1.0) -> Tensor:
+        return randn(*shape, scale=scale).to(getattr(torch, dtype))
+
+    def lokr(magnitude: Tensor | None) -> Lokr:
+        w1 = drawn(small, small, scale=small**-0.5)
+        w2 = drawn(rows // small, cols // small, scale=(cols // small) ** -0.5)
+        return Lokr((w1,), (w2,), 0.5, magnitude=magnitude)
+
+    lengths = [drawn(rows).abs() + 0.5 for _ in range(2)]
+    (lora,) = loras_of(linears[2])
+    adapters: list[Adapter] = [lokr(None), lokr(lengths[0][:, None])]
+    adapters.append(lora._replace(magnitude=lengths[1]))
+    return [p._replace(adapters=(own,)) for p, own in zip(linears, adapters, strict=True)]
 
 
 def _stored_side_by_side(format: Format, whole: Tensor, outs: list[int]) -> list[QuantWeight]:
@@ -182,10 +205,11 @@ def with_room(linears: list[LinearParams]) -> list[LinearParams]:
 
 
 def _named_grads(grads: list[tuple[Tensor, ...]]) -> Named:
+    """dA and dB of a LoRA, or of a LoKr's two factors, and dC of a magnitude."""
     return {
         f"d{name} {i}": grad
-        for i, pair in enumerate(grads)
-        for name, grad in zip("AB", pair, strict=True)
+        for i, own in enumerate(grads)
+        for name, grad in zip("ABC", own, strict=False)
     }
 
 

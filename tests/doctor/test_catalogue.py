@@ -20,6 +20,7 @@ EXPECTED = {
     "q, k and v, nf4 weights in int8 (Triton)",
     "q, k and v, plain weights in int8, 4 channels apart (Triton)",
     "adapters with dropout in e4m3 (Triton)",
+    "LoKr and DoRA in int8 (Triton)",
     "int2: decoded to codes (Triton)",
     "int4: decoded (native, on the GPU)",
     "attention (cudnn)",
