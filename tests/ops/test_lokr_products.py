@@ -221,6 +221,27 @@ def test_outliers_with_weight_decomposition(impl):
     assert all(relative_error(a, e) < 0.03 for a, e in zip(made, expected, strict=True))
 
 
+@every_impl
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_torch_compile_sees_it_whole(impl, magnitude):
+    device = device_of(impl)
+    lokr = make_lokr(SHAPES[0], "w2 narrow", torch.float32, device, magnitude=magnitude)
+    linears = group_of([(lokr,)], [48], 45, device)
+    x, dy = rand(9, 45, seed=21).float().to(device), rand(9, 48, seed=22).float().to(device)
+    x.requires_grad_()
+
+    def call(x):
+        return lora_linear(x, linears, impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for a, e in zip(
+        *([y, *torch.autograd.grad(y, [x, *lokr.tensors], dy)] for y in (compiled(x), call(x))),
+        strict=True,
+    ):
+        assert relative_error(a, e) < TOLERANCES[torch.float32]
+
+
 # dropouts
 
 
