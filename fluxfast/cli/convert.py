@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluxfast.cli.checkpoints import DTYPES
+from fluxfast.cli.checkpoints import DTYPES, add_overwrite_option, answer, check_free
 from fluxfast.config.adapters import LORA_FORMATS
 
 
@@ -31,13 +30,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the tensors (default: the source's widest)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    add_overwrite_option(parser)
     arguments = parser.parse_args(words)
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: run(arguments), arguments.target)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,9 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fluxfast.adapters.writing import file_of, write_adapter
 
     target = file_of(arguments.target)
-    if target.exists() and not arguments.overwrite:
-        raise ValueError(f"{target}: is there already; give another name, or --overwrite")
     file = read_adapter(arguments.source)
+    check_free(target, None, [file.path], arguments.overwrite)
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else file.dtype
     tensors, header = styled(file.to(dtype), arguments.format)
     # what the source said of rank and alpha is the format's to say now

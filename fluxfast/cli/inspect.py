@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fluxfast.cli.checkpoints import answer
 from fluxfast.text import printable
 
 if TYPE_CHECKING:
@@ -47,11 +47,7 @@ def main(words: Sequence[str]) -> int:
         help="draw the norms of the change, by block and kind of linear",
     )
     arguments = parser.parse_args(words)
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: run(arguments), arguments.plot or arguments.file)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from fluxfast.dropin.tread import set_router
 from fluxfast.memory import gpus
 from fluxfast.memory.choices import Facts, Wishes, choose, compute_obstacle
 from fluxfast.memory.gpus import Gpu
-from fluxfast.model.apply import apply
+from fluxfast.model.apply import Choices, apply
 from fluxfast.model.linear import read_linear
 from fluxfast.model.routing import Router, resolve_routes
 from fluxfast.model.stored_codes import codes_of, keep_transposed
@@ -104,17 +104,23 @@ def accelerate(
     choices = choose(wishes, _facts(found, gpu))
     apply(found, choices)
     keep_transposed(_groups(found), choices.compute if choices.transposed_codes else None)
-    names = {id(block): name for name, block in accelerated_blocks(transformer)}
-    notices = Notices(strict)
-    for block in found:
-        block.compute_because, block.impl = choices.reasons["compute"], impl
-        block.codes_because = choices.reasons["transposed_codes"]
-        block.share_dropout = False
-        block.log = CallLog(names[id(block)], notices)
+    _tell_blocks(transformer, found, choices, impl, Notices(strict))
     report = inspect(transformer)
     if strict:
         _demand_fused(transformer, report)
     return report
+
+
+def _tell_blocks(
+    transformer: nn.Module, blocks: list[Any], choices: Choices, impl: str, notices: Notices
+) -> None:
+    """What blocks of another program's model do by themselves, and say of it."""
+    names = {id(block): name for name, block in accelerated_blocks(transformer)}
+    for block in blocks:
+        block.compute_because, block.impl = choices.reasons["compute"], impl
+        block.codes_because = choices.reasons["transposed_codes"]
+        block.share_dropout = False
+        block.log = CallLog(names[id(block)], notices)
 
 
 def _demand_fused(transformer: nn.Module, report: Report) -> None:

@@ -68,7 +68,7 @@ def test_a_folder_a_dtype_and_overwriting(tmp_path, capsys):
     before = path.read_bytes()
     capsys.readouterr()
     assert main(words) == 1
-    assert "is there already; give another name, or --overwrite" in capsys.readouterr().err
+    assert "is there already: write elsewhere, or add --overwrite" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert main([*words, "--overwrite"]) == 0
     assert {t.dtype for t in load_file(path).values()} == {torch.float32}

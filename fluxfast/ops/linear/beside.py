@@ -59,8 +59,12 @@ def beside(linears: Sequence[LinearParams]) -> list[Beside]:
 
 
 class BesideProducts:
-    """Forward and backward of these adapters, for a group that has `impl` and its products."""
+    """Forward and backward of these adapters, for a group that has `impl` and its products.
 
+    drawn: the masks that were drawn already, by the adapter's place in `besides`.
+    """
+
+    drawn: dict[int, Masks]
     impl: str
     dropout_seed: Tensor | None
     dropout_number: int
@@ -88,21 +92,25 @@ class BesideProducts:
         adapter = each.adapter
         if not isinstance(adapter, Lokr) or self.dropout_seed is None:
             return Masks()
-        first = self._number(each)
-        rows = each.cols.stop - each.cols.start
-        return Masks(
-            self._mask(rows, adapter.rank_dropout, first),
-            self._mask(1, adapter.module_dropout, first + 1),
-        )
+        place = self._place(each)
+        if place not in self.drawn:
+            first, rows = self._number(each), each.cols.stop - each.cols.start
+            self.drawn[place] = Masks(
+                self._mask(rows, adapter.rank_dropout, first),
+                self._mask(1, adapter.module_dropout, first + 1),
+            )
+        return self.drawn[place]
 
     def row_masks(self, linear: int) -> Masks:
         """The masks of the LoKr of a linear, which has no other adapter."""
         return next((self.masks(b) for b in self.besides if b.linear == linear), Masks())
 
-    def _number(self, each: Beside) -> int:
+    def _place(self, each: Beside) -> int:
         # by identity, since tensors of two adapters can't be compared
-        place = next(i for i, own in enumerate(self.besides) if own is each)
-        return _GROUPS * (1 + self.dropout_number + _GROUPS * _MASKS * place)
+        return next(i for i, own in enumerate(self.besides) if own is each)
+
+    def _number(self, each: Beside) -> int:
+        return _GROUPS * (1 + self.dropout_number + _GROUPS * _MASKS * self._place(each))
 
     def _mask(self, count: int, p: float, number: int) -> Tensor | None:
         """Ones and zeros [count], each zero with probability p."""

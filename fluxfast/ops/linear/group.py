@@ -80,7 +80,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         self.loras = [lora for own in self.own_loras for lora in own]
         self.counts = [len(own) for own in self.own_loras]
         self.drops = dropout_seed is not None and any(lora.dropout > 0 for lora in self.loras)
-        self.besides = beside(linears)
+        self.besides, self.drawn = beside(linears), {}
         self.products = products_triton if impl == "triton" else products_torch
         self.decompositions = Decompositions(linears, dtype, impl)
         for i in self.decompositions:
