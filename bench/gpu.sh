@@ -2,16 +2,17 @@
 # What a few minutes of one GPU should show, the most valuable first: bench/gpu.sh OUT [first|second|rest]
 #
 #   (none)   first, then second: ten minutes in all
-#   first    compile, ceilings, is every kernel right, int8 with and without graphs; where the time goes, tiles, other modes
-#   second   beside the peers: eager, quanto, compiled; then of `rest` what there is time for
-#   rest     streamed, TREAD, fluxfast-train doctor, the tests, the memory checker
+#   first    compile, ceilings, is every kernel right, int8 with and without graphs; where the time goes; the tests
+#   second   tiles; all of ours, then beside the peers: eager, quanto, compiled; then of `rest` what there is time for
+#   rest     LoKr, streamed, TREAD, fluxfast-train doctor, the memory checker
 #   plan     prints each part's stages and limits, and runs nothing
 #
 # OUT gets two files a part: a page (.md) and everything behind it (.tar.gz). Both are there whatever fails or is killed, and
 # figures are written down one by one, so that a stage that runs out of time costs only what it had not measured.
 #
 # The machine has python3 (3.12) with torch, triton, transformers, peft and pytest, and no network. Environment:
-#   WHEELS=folder  what the machine lacks, as bench/wheels.sh makes it (default: .wheels, if it is there)
+#   WHEELS=folder  what the machine lacks, as bench/wheels.sh makes it (default: .wheels, if it is there); with Triton's cache in
+#                  it, which holds for the default WORK alone, `prewarm` has little to do
 #   BUDGET=seconds for one part (default: what its limits add up to)
 #   WORK=folder    for what both parts use: installed wheels, Triton's cache, results (default: /tmp/fluxfast-gpu)
 #   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU; 0: never
@@ -59,31 +60,32 @@ else
   both=1024px-b1,512px-b1 long=1024px-b1 short=512px-b1 rounds=2 policy=full jobs=14 slower=1
   tests="tests/kernels tests/ops tests/model/test_graphs.py -n 14 --maxprocesses=14"
   warm="" few="" examined=--all
-  smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+fused,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
+  smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+fused,fluxfast-int8+int8+lokr,fluxfast+lokr,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
 fi
 ours=fluxfast-int8+int8
 
 first() {
-  stage setup 25 setup
-  stage prewarm 40 bench prewarm --jobs "$jobs" $warm
-  stage ceilings 25 bench ceilings --shapes "$both" --seconds 0.05
+  stage setup 20 setup
+  stage prewarm 30 bench prewarm --jobs "$jobs" $warm
+  stage ceilings 20 bench ceilings --shapes "$both" --seconds 0.05
   stage smoke 45 bench smoke --shapes "$long" --contestants "$smoked"
-  stage smoke-short 20 bench smoke --shapes "$short" --contestants "$ours,$ours+graphs"
+  stage smoke-short 15 bench smoke --shapes "$short" --contestants "$ours,$ours+graphs"
   stage int8 40 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs"
-  stage profile 25 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours"
-  stage sweep 55 swept
-  stage ours 60 steps "$both" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+fused+graphs,$ours+device-modulation+graphs"
+  stage profile 35 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours,fluxfast"
+  stage tests 45 tested
   stage rates left rates
 }
 
 second() {
   # nothing to do in either where the first part has run on this machine
   stage setup 15 setup
-  stage prewarm 20 bench prewarm --jobs "$jobs" $warm
-  stage eager 60 steps "$both" --rounds "$rounds" --steps 5 \
+  stage prewarm 15 bench prewarm --jobs "$jobs" $warm
+  stage sweep 45 swept
+  stage ours 50 steps "$both" --rounds "$rounds" --steps 5 \
+    --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+fused+graphs,$ours+device-modulation+graphs"
+  stage eager 55 steps "$both" --rounds "$rounds" --steps 5 \
     --contestants "$ours+graphs,diffusers,quanto-int8,fluxfast+graphs"
-  stage compiled 125 steps "$both" --rounds "$rounds" --steps 5 --limit 120 \
+  stage compiled 110 steps "$both" --rounds "$rounds" --steps 5 --limit 105 \
     --contestants "$ours+graphs,diffusers-compile,fluxfast+graphs"
   stage rates left rates
   rest
@@ -92,9 +94,8 @@ second() {
 rest() {
   [ "$part" = rest ] && stage setup 20 setup
   stage others left steps "$long" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,$ours+tread+graphs,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-nf4+int8+graphs,bnb-nf4,sdnq-int8"
+    --contestants "$ours+graphs,$ours+graphs+lokr,$ours+tread+graphs,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-nf4+int8+graphs,bnb-nf4,sdnq-int8"
   stage doctor left doctor
-  stage tests left "$PYTHON" -m pytest $tests -q -p no:cacheprovider
   stage memcheck left checked memcheck fluxfast-int4+int8+streamed
   stage racecheck left checked racecheck "$ours"
 }
@@ -106,6 +107,8 @@ setup() {
     local suffix
     suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     [ -e "$wheels/_C$suffix" ] && cp "$wheels/_C$suffix" fluxfast/
+    # Triton's cache holds absolute paths
+    [ -e "$wheels/triton.tar.xz" ] && tar -C "$(dirname "$TRITON_CACHE_DIR")" -xJf "$wheels/triton.tar.xz"
   fi
   "$PYTHON" -c 'import torch, triton, fluxfast
 from fluxfast.ops.dispatch import HAS_NATIVE
@@ -114,6 +117,12 @@ print(torch.cuda.is_available() and torch.cuda.get_device_name())'
   local status=$?
   command -v nvidia-smi >/dev/null && nvidia-smi >"$work/nvidia-smi.txt" 2>&1
   return $status
+}
+
+tested() {
+  # an interrupt, so that pytest says what has failed by then
+  timeout --signal=INT --kill-after=10 "$((limit > 20 ? limit - 12 : limit))" \
+    "$PYTHON" -m pytest $tests -q -p no:cacheprovider --tb=short
 }
 
 swept() {
@@ -164,7 +173,7 @@ results=$work/results
 mkdir -p "$work/logs" "$results" "$site" || exit 1
 export PYTHONPATH=$root:$root/kernels:$root/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$shared/triton TORCHINDUCTOR_CACHE_DIR=$shared/inductor
-export -f bench steps doctor setup swept checked rates
+export -f bench steps doctor setup tested swept checked rates
 export PYTHON SMALL both few examined jobs policy wheels site work results
 # the first part's ceilings are the second's as well
 [ "$part" != first ] && [ -d "$shared/first/results" ] && cp -r "$shared/first/results" "$work/"
@@ -180,6 +189,7 @@ stage() { # NAME LIMIT COMMAND…; the limit may be "left"
   [ "$limit" = left ] && limit=$(left) || limit=$((limit * slower))
   [ "$(left)" -lt "$limit" ] && limit=$(left)
   start=$(date +%s)
+  export limit
   if [ "$limit" -lt 5 ]; then
     status="no time left"
   else

@@ -104,7 +104,7 @@ def test_every_stage_runs_and_the_page_says_so(start, tmp_path):
         name for part, name, _ in plan() if part == "first" and name not in ("total", "ceilings")
     ]
     assert "| ceilings | failed (3) |" in page and "went wrong" in page
-    assert {"logs/sweep.log", "results/figure.jsonl", "summary.md"} <= archive
+    assert {"logs/profile.log", "results/figure.jsonl", "summary.md"} <= archive
 
 
 def test_a_stage_out_of_time_costs_itself_alone(start, tmp_path):
@@ -127,7 +127,7 @@ def test_a_signal_leaves_page_and_archive(start, tmp_path, sent):
     process.send_signal(sent)
     assert process.wait(timeout=30) == 143
     page, archive = result(tmp_path)
-    assert f"stopped by {sent.name}" in page and "| int8 | ok |" in page and "| sweep |" not in page
+    assert f"stopped by {sent.name}" in page and "| int8 | ok |" in page and "| tests |" not in page
     assert "results/figure.jsonl" in archive
 
 

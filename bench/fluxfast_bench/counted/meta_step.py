@@ -27,7 +27,7 @@ from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 from fluxfast_bench.counted.launches import Launch, launch_of
 from fluxfast_bench.shapes import Shape, model_inputs
-from fluxfast_bench.step.contestants import TARGETS
+from fluxfast_bench.step.contestants import TARGETS, add_adapter
 from fluxfast_bench.step.ours import ready
 
 # the reference workload's adapters, on every linear of the blocks
@@ -61,17 +61,18 @@ def fluxfast_model(
     recompute: str = "full",
     transposed_codes: bool = False,
     target: str = "sm_90",
+    adapter: str = "LoRA",
 ) -> Any:
     """fluxfast's transformer with the same LoRA, its base stored in `format` (None: bf16).
 
     It is ready for a GPU of the architecture `target`. transposed_codes: whether its stored codes
-    have a transposed copy, which dgrad reads. Modulation is computed ahead, as in a run;
+    have a transposed copy, which dgrad reads. adapter: as a contestant has it. Modulation is computed ahead, as in a run;
     `host_tensors` are its weights.
     """
     model = build(FluxTransformer, shape)
     if format is not None:
         quantize_empty(model, FORMATS[format], linears(model, KEPT), torch.bfloat16)
-    add_lora(model, targets=TARGETS, rank=RANK, dtype=adapters)
+    add_adapter(model, adapter, rank=RANK, dtype=adapters)
     with pretend(target, None):
         ready(
             model,

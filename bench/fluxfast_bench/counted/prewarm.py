@@ -30,17 +30,24 @@ from fluxfast_bench.shapes import SHAPES, Shape
 from fluxfast_bench.step.contestants import Contestant
 from fluxfast_bench.step.ours import CONTESTANTS
 from fluxfast_bench.step.runner import engine_of
+from fluxfast_kernels.launch import reads_transposed
 
 OURS = {contestant.name: contestant for contestant in CONTESTANTS}
 DEFAULT = (
     *(
         "fluxfast-int8+int8",
         "fluxfast",
-        "fluxfast+library",
+        "fluxfast+fused",
         "fluxfast-nf4+int8",
         "fluxfast-int4+int8",
     ),
-    *("fluxfast-fp8_e4m3+e4m3", "fluxfast-int8+int8+tread"),
+    *(
+        "fluxfast-int4+int8+streamed",
+        "fluxfast-fp8_e4m3+e4m3",
+        "fluxfast-int8+int8+tread",
+        "fluxfast-int8+int8+lokr",
+        "fluxfast+lokr",
+    ),
 )
 DEFAULT_SHAPES = ("1024px-b1", "512px-b1")
 
@@ -58,7 +65,12 @@ def launches_of(contestant: Contestant, shape: Shape, recompute: str, target: st
             format=None if contestant.storage == "bf16" else contestant.storage,
             compute=contestant.compute,
             recompute=recompute,
+            # as `step.ours` has it: a streamed block's codes are there in one order only
+            transposed_codes=(
+                contestant.transposes and not contestant.streamed and reads_transposed(target)
+            ),
             target=target,
+            adapter=contestant.adapter,
         )
         if contestant.route is not None:
             model.set_routes([contestant.route.as_config()])
