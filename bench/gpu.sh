@@ -15,6 +15,7 @@
 #                  it, which holds for the default WORK alone, `prewarm` has little to do
 #   BUDGET=seconds for one part (default: what its limits add up to)
 #   WORK=folder    for what both parts use: installed wheels, Triton's cache, results (default: /tmp/fluxfast-gpu)
+#   FLUXFAST_COMMIT=…  what results are said to be of, where this is no checkout
 #   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU; 0: never
 set -uo pipefail
 usage="usage: bench/gpu.sh OUT [first|second|rest], or bench/gpu.sh plan"

@@ -66,8 +66,8 @@ def fluxfast_model(
     """fluxfast's transformer with the same LoRA, its base stored in `format` (None: bf16).
 
     It is ready for a GPU of the architecture `target`. transposed_codes: whether its stored codes
-    have a transposed copy, which dgrad reads. adapter: as a contestant has it. Modulation is computed ahead, as in a run;
-    `host_tensors` are its weights.
+    have a transposed copy, which dgrad reads. adapter: as a contestant has it. Modulation is
+    computed ahead, as in a run; `host_tensors` are its weights.
     """
     model = build(FluxTransformer, shape)
     if format is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
@@ -36,7 +37,8 @@ SMI_FIELDS = (
 def commit() -> str:
     """The checkout's commit, with "-dirty" where tracked files differ from it.
 
-    Where this is no checkout it is the version of fluxfast.
+    Where this is no checkout, as on a machine that got a copy of the files, it is what the
+    environment names in FLUXFAST_COMMIT, else the version of fluxfast.
     """
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
@@ -51,7 +53,7 @@ def commit() -> str:
             check=True,
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return f"fluxfast {__version__}"
+        return os.environ.get("FLUXFAST_COMMIT") or f"fluxfast {__version__}"
     return described.stdout.decode().strip()
 
 
