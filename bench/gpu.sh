@@ -5,6 +5,7 @@
 #   first    compile, ceilings, is every kernel right, int8 with and without graphs; where the time goes; the tests
 #   second   tiles; all of ours, then beside the peers: eager, quanto, compiled; then of `rest` what there is time for
 #   rest     LoKr, streamed, TREAD, fluxfast-train doctor, the memory checker
+#   STAGE…   those stages, `setup` first
 #   plan     prints each part's stages and limits, and runs nothing
 #
 # OUT gets two files a part: a page (.md) and everything behind it (.tar.gz). Both are there whatever fails or is killed, and
@@ -18,21 +19,38 @@
 #   FLUXFAST_COMMIT=…  what results are said to be of, where this is no checkout
 #   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU; 0: never
 set -uo pipefail
-usage="usage: bench/gpu.sh OUT [first|second|rest], or bench/gpu.sh plan"
-case "${1:-}:${2:-}" in
-plan:) part=plan ;;
-?*:first | ?*:second | ?*:rest) part=$2 ;;
-?*:)
+usage="usage: bench/gpu.sh OUT [first|second|rest|STAGE…], or bench/gpu.sh plan"
+# each part's stages, in their order
+first="setup prewarm smoke smoke-short int8 profile ceilings tests rates"
+rest="others doctor memcheck racecheck"
+second="setup prewarm sweep ours eager compiled rates $rest"
+rest="setup $rest"
+
+[ $# -gt 0 ] || { echo "$usage" >&2 && exit 2; }
+out=$1
+shift
+case "$out:${1:-}" in
+plan:) part=plan stages= ;;
+*:first | *:second | *:rest) part=$1 stages=${!1} ;;
+*:?*)
+  part=picked stages=$*
+  for name in $stages; do
+    case " $first $second " in
+    *" $name "*) ;;
+    *) echo "there is no stage $name; $usage" >&2 && exit 2 ;;
+    esac
+  done
+  ;;
+*:)
   # each part leaves what it has, whatever becomes of the other; a signal is for the one that runs
   trap 'kill -TERM "$running"; wait "$running"; exit 143' TERM INT HUP
   for part in first second; do
-    bash "$0" "$1" "$part" &
+    bash "$0" "$out" "$part" &
     running=$!
     wait "$running"
   done
   exit
   ;;
-*) echo "$usage" >&2 && exit 2 ;;
 esac
 begun=$(date +%s)
 PYTHON=${PYTHON:-python3}
@@ -42,63 +60,69 @@ if [ -z "${SMALL:-}" ] && ! has_gpu; then SMALL=1; fi
 if [ "${SMALL:=}" = 0 ]; then SMALL=; fi
 # for the page and the archive, after the last stage
 closing=20
+shared=${WORK:-/tmp/fluxfast-gpu}
 
 # ---- what runs: NAME LIMIT COMMAND… ------------------------------------------------------------------------------------------
 
-bench() { "$PYTHON" -c 'import sys; from fluxfast_bench.main import main; sys.exit(main())' "$1" --results "$results" "${@:2}"; }
+# in a process that has imported everything already
+warm() { "$PYTHON" -m fluxfast_bench.warm run "$socket" "$@"; }
 
-doctor() { "$PYTHON" -c 'import sys; from fluxfast.cli.main import main; sys.exit(main())' doctor $examined; }
+bench() { warm fluxfast_bench.main "$1" --results "$results" "${@:2}"; }
 
-steps() { bench step --stored-ceilings --recompute "$policy" --shapes "$@"; }
+doctor() { warm fluxfast.cli.main doctor $examined; }
+
+steps() { bench step --one-process --stored-ceilings --optimizer torch-adamw --recompute "$policy" --shapes "$@"; }
+
+smoke() { bench smoke --one-process --shapes "$@"; }
 
 if [ -n "$SMALL" ]; then
   both=tiny long=tiny short=tiny rounds=1 policy=none jobs=2 slower=6
-  tests="tests/kernels/test_gelu_kernels.py -n 2"
+  tests="tests/kernels/test_gelu_kernels.py"
   warm="--contestants fluxfast,fluxfast-int8+int8,fluxfast-nf4+int8,fluxfast-int4+int8 --shapes 1024px-b1"
   smoked=fluxfast,fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
   few="--most 1" examined=--short
 else
   both=1024px-b1,512px-b1 long=1024px-b1 short=512px-b1 rounds=2 policy=full jobs=14 slower=1
-  tests="tests/kernels tests/ops tests/model/test_graphs.py -n 14 --maxprocesses=14"
+  tests="tests/kernels tests/ops tests/model/test_graphs.py"
   warm="" few="" examined=--all
   smoked=fluxfast-int8+int8,fluxfast-int8+int8+graphs,fluxfast,fluxfast+graphs,fluxfast+fused,fluxfast-int8+int8+lokr,fluxfast+lokr,fluxfast-nf4+int8,fluxfast-int4+int8,fluxfast-fp8_e4m3+e4m3
 fi
 ours=fluxfast-int8+int8
 
-first() {
-  stage setup 20 setup
-  stage prewarm 30 bench prewarm --jobs "$jobs" $warm
-  stage ceilings 20 bench ceilings --shapes "$both" --seconds 0.05
-  stage smoke 45 bench smoke --shapes "$long" --contestants "$smoked"
-  stage smoke-short 15 bench smoke --shapes "$short" --contestants "$ours,$ours+graphs"
-  stage int8 40 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs"
-  stage profile 35 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours,fluxfast"
-  stage tests 45 tested
-  stage rates left rates
-}
-
-second() {
-  # nothing to do in either where the first part has run on this machine
-  stage setup 15 setup
-  stage prewarm 15 bench prewarm --jobs "$jobs" $warm
-  stage sweep 45 swept
-  stage ours 50 steps "$both" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+fused+graphs,$ours+device-modulation+graphs"
-  stage eager 55 steps "$both" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,diffusers,quanto-int8,fluxfast+graphs"
-  stage compiled 110 steps "$both" --rounds "$rounds" --steps 5 --limit 105 \
-    --contestants "$ours+graphs,diffusers-compile,fluxfast+graphs"
-  stage rates left rates
-  rest
-}
-
-rest() {
-  [ "$part" = rest ] && stage setup 20 setup
-  stage others left steps "$long" --rounds "$rounds" --steps 5 \
-    --contestants "$ours+graphs,$ours+graphs+lokr,$ours+tread+graphs,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-nf4+int8+graphs,bnb-nf4,sdnq-int8"
-  stage doctor left doctor
-  stage memcheck left checked memcheck fluxfast-int4+int8+streamed
-  stage racecheck left checked racecheck "$ours"
+run() { # STAGE
+  case $1 in
+  setup)
+    stage setup 20 setup
+    serve
+    stage imports 30 warm fluxfast_bench.main --version
+    ;;
+  prewarm) [ -e "$shared/compiled" ] || stage prewarm 35 bench prewarm --jobs "$jobs" $warm ;;
+  ceilings) stage ceilings 15 bench ceilings --shapes "$both" --seconds 0.05 ;;
+  smoke) stage smoke 60 smoke "$long" --contestants "$smoked" ;;
+  smoke-short) stage smoke-short 15 smoke "$short" --contestants "$ours,$ours+graphs" ;;
+  int8) stage int8 35 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs" ;;
+  profile) stage profile 30 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours,fluxfast" ;;
+  tests) stage tests 40 bench tests $tests --jobs "$jobs" ;;
+  sweep) stage sweep 30 swept ;;
+  ours)
+    stage ours 45 steps "$both" --rounds "$rounds" --steps 5 \
+      --contestants "$ours+graphs,$ours+graphs:none,fluxfast+graphs,fluxfast+fused+graphs,$ours+device-modulation+graphs"
+    ;;
+  eager)
+    stage eager 45 steps "$both" --rounds "$rounds" --steps 5 --contestants "$ours+graphs,diffusers,quanto-int8,fluxfast+graphs"
+    ;;
+  compiled)
+    stage compiled 70 steps "$both" --rounds "$rounds" --steps 5 --contestants "$ours+graphs,diffusers-compile,fluxfast+graphs"
+    ;;
+  others)
+    stage others left steps "$long" --rounds "$rounds" --steps 5 \
+      --contestants "$ours+graphs,$ours+graphs+lokr,$ours+tread+graphs,fluxfast-int4+int8,fluxfast-int4+int8+streamed,fluxfast-nf4+int8+graphs,sdnq-int8,bnb-nf4"
+    ;;
+  rates) stage rates left rates ;;
+  doctor) stage doctor left doctor ;;
+  memcheck) stage memcheck left checked memcheck fluxfast-int4+int8+streamed ;;
+  racecheck) stage racecheck left checked racecheck "$ours" ;;
+  esac
 }
 
 setup() {
@@ -109,21 +133,23 @@ setup() {
     suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     [ -e "$wheels/_C$suffix" ] && cp "$wheels/_C$suffix" fluxfast/
     # Triton's cache holds absolute paths
-    [ -e "$wheels/triton.tar.xz" ] && tar -C "$(dirname "$TRITON_CACHE_DIR")" -xJf "$wheels/triton.tar.xz"
+    if [ -e "$wheels/triton.tar.xz" ]; then
+      tar -C "$(dirname "$TRITON_CACHE_DIR")" -xJf "$wheels/triton.tar.xz"
+      # made by the very Triton that is here?
+      "$PYTHON" -c 'from triton.runtime.cache import triton_key; print(triton_key())' | cmp - "$wheels/triton.key" && touch "$shared/compiled"
+    fi
   fi
-  "$PYTHON" -c 'import torch, triton, fluxfast
+  "$PYTHON" -c 'import importlib.util, os
+for name in "torch", "transformers", "diffusers":
+    source = importlib.util.find_spec(name).origin
+    print(source, "has bytecode:", os.path.exists(importlib.util.cache_from_source(source)))
+import torch, triton, fluxfast
 from fluxfast.ops.dispatch import HAS_NATIVE
 print("torch", torch.__version__, "triton", triton.__version__, "native module", HAS_NATIVE)
 print(torch.cuda.is_available() and torch.cuda.get_device_name())'
   local status=$?
   command -v nvidia-smi >/dev/null && nvidia-smi >"$work/nvidia-smi.txt" 2>&1
   return $status
-}
-
-tested() {
-  # an interrupt, so that pytest says what has failed by then
-  timeout --signal=INT --kill-after=10 "$((limit > 20 ? limit - 12 : limit))" \
-    "$PYTHON" -m pytest $tests -q -p no:cacheprovider --tb=short
 }
 
 swept() {
@@ -141,32 +167,31 @@ checked() { # TOOL CONTESTANT
 
 rates() {
   if [ -n "$SMALL" ]; then echo "a tiny model gives no rates"; return 0; fi
-  "$PYTHON" -c 'import sys; from fluxfast_bench.main import main; sys.exit(main())' \
-    predict --from-results "$results" --rates "$work/rates.json"
+  warm fluxfast_bench.main predict --from-results "$results" --rates "$work/rates.json"
 }
 
 # ---- how it runs -------------------------------------------------------------------------------------------------------------
 
 if [ "$part" = plan ]; then
+  serve() { :; }
   stage() {
     echo "$part $1 $2"
     if [ "$2" != left ]; then total=$((total + $2)); fi
   }
   for part in first second rest; do
     total=$closing
-    $part
+    for name in ${!part}; do run "$name"; done
     echo "$part total $total"
   done
   exit 0
 fi
 
-out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 1
+out=$(mkdir -p "$out" && cd "$out" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD
 wheels=${WHEELS:-}
 if [ -z "$wheels" ] && [ -d .wheels ]; then wheels=.wheels; fi
 if [ -n "$wheels" ]; then wheels=$(cd "$wheels" && pwd) || exit 1; fi
-shared=${WORK:-/tmp/fluxfast-gpu}
 site=$shared/site
 work=$shared/$part
 rm -rf "$work"
@@ -174,13 +199,17 @@ results=$work/results
 mkdir -p "$work/logs" "$results" "$site" || exit 1
 export PYTHONPATH=$root:$root/kernels:$root/bench:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$shared/triton TORCHINDUCTOR_CACHE_DIR=$shared/inductor
-export -f bench steps doctor setup tested swept checked rates
-export PYTHON SMALL both few examined jobs policy wheels site work results
+export -f warm bench steps smoke doctor setup swept checked rates
+socket=$shared/$part.socket
+export PYTHON SMALL both few examined jobs policy wheels site work results socket
 # the first part's ceilings are the second's as well
 [ "$part" != first ] && [ -d "$shared/first/results" ] && cp -r "$shared/first/results" "$work/"
-: "${BUDGET:=$(($("$root/bench/gpu.sh" plan | awk -v part="$part" '$1 == part && $2 == "total" { print $3 }') * slower))}"
-[ "$part" = rest ] && BUDGET=$((BUDGET < 200 ? 200 : BUDGET))
+planned=$("$root/bench/gpu.sh" plan | awk -v part="$part" '$1 == part && $2 == "total" { print $3 }')
+# "left" is no number of seconds
+case $part in rest | picked) planned=300 ;; esac
+: "${BUDGET:=$((planned * slower))}"
 child=
+server=
 
 left() { echo $((BUDGET - closing - ($(date +%s) - begun))); }
 
@@ -190,7 +219,6 @@ stage() { # NAME LIMIT COMMAND…; the limit may be "left"
   [ "$limit" = left ] && limit=$(left) || limit=$((limit * slower))
   [ "$(left)" -lt "$limit" ] && limit=$(left)
   start=$(date +%s)
-  export limit
   if [ "$limit" -lt 5 ]; then
     status="no time left"
   else
@@ -224,6 +252,11 @@ page() { # the page, as far as it can be made without Python
   done
 }
 
+serve() { # once what it imports is there
+  "$PYTHON" -m fluxfast_bench.warm serve "$socket" >"$work/logs/warm.log" 2>&1 &
+  server=$!
+}
+
 pack() {
   page >"$work/summary.md"
   cp "$work/summary.md" "$out/fluxfast-gpu-$part.md"
@@ -237,6 +270,7 @@ finish() {
   timeout --kill-after=2 $((closing * slower)) bash -c 'bench report --summary "$work/report.md"' >"$work/logs/report.log" 2>&1 ||
     echo "| report | failed | |" >>"$work/stages.md"
   pack
+  [ -n "$server" ] && kill "$server"
   echo "$out/fluxfast-gpu-$part.md"
 }
 
@@ -254,5 +288,5 @@ stop() { # SIGNAL
 : >"$work/stages.md"
 trap finish EXIT
 for signal in TERM INT HUP; do trap "stop $signal" "$signal"; done
-$part
+for name in $stages; do run "$name"; done
 exit 0

@@ -56,6 +56,7 @@ if [ -n "${WARM:-}" ]; then
   PYTHONPATH=$PWD:$PWD/kernels:$PWD/bench TRITON_CACHE_DIR=$cache "$WARM" -c \
     'import sys; from fluxfast_bench.main import main; sys.exit(main())' \
     prewarm --target "${TARGET:-sm_90}" --results "$(mktemp -d)"
+  "$WARM" -c 'from triton.runtime.cache import triton_key; print(triton_key())' >"$folder/triton.key"
   tar -C "$(dirname "$cache")" -cJf "$folder/triton.tar.xz" "$(basename "$cache")"
 fi
 du -sh "$folder"

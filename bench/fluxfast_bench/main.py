@@ -31,6 +31,7 @@ COMMANDS = {
         "hold every kernel that a step launches against fp32: each format, products, graphs, "
         "attention",
     ),
+    "tests": ("ops.device_tests", "run tests in forked processes, each outcome stored as it comes"),
     "sweep": ("ops.sweep", "time a step's wide products with each tile that they could have"),
     "profile": (
         "step.profile",
