@@ -24,7 +24,18 @@ from fluxfast.files import write_atomic
 from fluxfast_bench.report.conditions import conditions, slug
 
 ROOT = Path("bench/results")
-KINDS = ("ops", "step", "startup", "host", "prewarm", "ceilings", "smoke", "sweep", "profile")
+KINDS = (
+    "ops",
+    "step",
+    "startup",
+    "host",
+    "prewarm",
+    "ceilings",
+    "smoke",
+    "sweep",
+    "profile",
+    "tests",
+)
 # what tells a run's records apart
 IDENTITY = ("case", "contestant", "mode")
 # of which figures are compared from run to run

@@ -10,7 +10,9 @@ import importlib
 import math
 import multiprocessing
 import os
+import queue
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,10 +222,17 @@ def _profile(runner: Runner, path: Path) -> None:
 
 
 def run(job: str, *args: Any) -> Iterator[Event]:
-    """A job of this module in this process, one of JOBS."""
-    events: list[Event] = []
-    _job(job)(*args, events.append)
-    yield from events
+    """A job of this module in a thread of this process, one of JOBS.
+
+    Its events come as they happen, so that what is known by then is not lost with it.
+    """
+    events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1, thread_name_prefix="fluxfast-bench") as pool:
+        job_done = pool.submit(_job(job), *args, events.put)
+        job_done.add_done_callback(lambda _: events.put(None))
+        while (event := events.get()) is not None:
+            yield event
+        job_done.result()
 
 
 def run_apart(job: str, *args: Any, limit: float) -> Iterator[Event]:
