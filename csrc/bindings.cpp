@@ -32,6 +32,12 @@ Heads heads_in(Address address, const Strides& strides) { return {in(address), s
 // a LoraAdapter as Python passes it
 using LoraTuple = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, float>;
 
+// S, P, Q and R of a Kron
+using KronSizes = std::array<int64_t, 4>;
+Kron kron_of(Address u, Address v, const KronSizes& sizes) {
+  return {in(u), in(v), sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
 Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t row_stride) {
   return {at<const void>(data), static_cast<Float>(type), rows, cols, row_stride};
 }
@@ -133,6 +139,21 @@ PYBIND11_MODULE(_C, m) {
       [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address dx, int64_t dx_s, int64_t rows, int64_t cols,
          int threads) {
         cpu().gelu_bwd({in(dy), 0, dy_s}, {in(x), 0, x_s}, {out(dx), 0, dx_s}, {1, rows, cols}, threads);
+      },
+      no_gil);
+  m.def(
+      "kron_add",
+      [](Address a, int64_t a_s, Address u, Address v, const KronSizes& sizes, Address y_cols, Address y, int64_t y_s,
+         int64_t rows, int threads) {
+        cpu().kron_add({in(a), 0, a_s}, kron_of(u, v, sizes), in(y_cols), {out(y), 0, y_s}, rows, threads);
+      },
+      no_gil);
+  m.def(
+      "kron_grads",
+      [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address u, Address v, const KronSizes& sizes, Address dw1,
+         Address dw2, Address dx, int64_t dx_s, int64_t rows, int threads) {
+        const KronGrads grads{out(dw1), out(dw2), {out(dx), 0, dx_s}};
+        cpu().kron_grads({in(dy), 0, dy_s}, {in(x), 0, x_s}, kron_of(u, v, sizes), grads, rows, threads);
       },
       no_gil);
   m.def(

@@ -31,6 +31,11 @@ class Beside(NamedTuple):
     cols: slice
     linear: int
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether it is the same for every row of x, so that a copy of W can have it in it."""
+        return isinstance(self.adapter, Lokr) and not is_random(self.adapter)
+
 
 class Masks(NamedTuple):
     """What a LoKr's dropouts leave, drawn on the device; None for all.
@@ -75,6 +80,10 @@ class BesideProducts:
 
         number: None for that of the group, which its adapters share.
         """
+        raise NotImplementedError
+
+    def merges(self, tokens: int) -> bool:
+        """Whether products read a copy of W that has all mergeable adapters in it."""
         raise NotImplementedError
 
     @property
@@ -123,12 +132,15 @@ class BesideProducts:
     def add_beside(
         self, x: RowOutput, y: Tensor, row_scales: Sequence[Tensor | None] | None = None
     ) -> None:
-        """Adds what all of them give to y [M, N].
+        """Adds what all of them give to y [M, N], except those that the wide product had in W.
 
         row_scales: others than those of weight decomposition.
         """
         scales = self.row_scales if row_scales is None else row_scales
+        merges = self.merges(len(y))
         for each in self.besides:
+            if merges and each.mergeable:
+                continue
             y_cols = y[:, each.cols]
             if not isinstance(each.adapter, Lokr):
                 each.adapter.add_to(y_cols, self._seen_by(each.adapter, x))
@@ -145,10 +157,13 @@ class BesideProducts:
     ) -> list[tuple[Tensor, ...]]:
         """The gradients of each one's tensors, in their dtypes; adds its part of dx in place.
 
-        A LoKr's are those of `Lokr.whole`.
+        A LoKr's are those of `Lokr.whole`. dx has the parts of those that are merged already.
         """
+        merges = self.merges(len(dy))
         return [
-            self._lokr_backward(each, dy[:, each.cols], x, dx)
+            self._lokr_backward(
+                each, dy[:, each.cols], x, None if merges and each.mergeable else dx
+            )
             if isinstance(each.adapter, Lokr)
             else self._other_backward(each.adapter, dy[:, each.cols], x, dx)
             for each in self.besides
@@ -189,7 +204,7 @@ class BesideProducts:
     @property
     def runs_alike(self) -> bool:
         """Whether these adapters could run for a part of the rows alone, without masks."""
-        return all(isinstance(b.adapter, Lokr) and not is_random(b.adapter) for b in self.besides)
+        return all(each.mergeable for each in self.besides)
 
 
 def operand_of(x: RowOutput) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_torch, products_triton, weights
-from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
 from fluxfast.ops.linear.beside import BesideProducts, beside, operand_of
 from fluxfast.ops.linear.decomposed import Decompositions, Narrow, WithNorms
@@ -235,9 +235,10 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         return not (self.drops or self.outliers or self.decompositions) and self.runs_alike
 
     def merges(self, tokens: int) -> bool:
-        """Whether the LoRAs go into a copy of W, which takes fewer operations for many tokens.
+        """Whether adapters go into a copy of W, which takes fewer operations for many tokens.
 
-        Only on the CPU and in fp32: W in 16 bits would round away what the LoRAs add to it.
+        Those are the LoRAs, and each LoKr without masks. Only on the CPU and in fp32: W in 16 bits
+        would round away what they add to it.
         """
         wide = max(sum(self.outs), self.linears[0].weight.shape[1])
         return (
@@ -245,9 +246,17 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
             and self.compute == "same"
             and not self.drops
             and not self.decompositions
-            and bool(self.loras)
+            and (bool(self.loras) or any(each.mergeable for each in self.besides))
             and tokens >= wide
         )
+
+    def _mergeable_of_each(self) -> list[list[Adapter]]:
+        """Of each linear, the adapters that `merges` is about."""
+        lokrs = [(each.linear, each.adapter) for each in self.besides if each.mergeable]
+        return [
+            [*loras, *(lokr for linear, lokr in lokrs if linear == i)]
+            for i, loras in enumerate(self.own_loras)
+        ]
 
     def dropped(self, x: Tensor, p: float, number: int | None = None) -> Tensor:
         assert self.dropout_seed is not None
@@ -270,7 +279,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
                 rank = 0 if self.decompositions else self.rank
                 plain = weights.as_floats(stored, self.dtype, tokens, self.impl, rank)
             if self.merges(tokens):
-                plain = weights.merged(plain.weights, self.own_loras, self.dtype)
+                plain = weights.merged(plain.weights, self._mergeable_of_each(), self.dtype)
             self._plain, self._ready = plain, self.decompositions.scaled(plain)
         return self._ready
 
