@@ -27,6 +27,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+def among_nans(x: torch.Tensor) -> torch.Tensor:
+    """x [M, N] in rows that NaNs lie between."""
+    rows = torch.full((x.shape[0] + 2, x.shape[1] + 40), torch.nan)
+    rows[1:-1, 20:-20] = x
+    return rows[1:-1, 20:-20]
+
+
 def for_thread_counts(run: Callable[[], Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]]:
     """What `run` returns on one, two and three threads."""
     threads = torch.get_num_threads()

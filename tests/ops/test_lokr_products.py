@@ -115,7 +115,8 @@ def check(linears, impl, compute, dtype=torch.float32, tokens=9):
     expected = wanted(x, dy, linears, compute)
     made = actual(x, dy, linears, impl, compute=compute)
     for i, (a, e) in enumerate(zip(made, expected, strict=True)):
-        assert relative_error(a, e) < TOLERANCES[dtype], i
+        # the gradient of a scalar is one sum, whose terms cancel
+        assert relative_error(a, e) < TOLERANCES[dtype] * (2 if e.ndim == 0 else 1), i
 
 
 def stored_as(linears, stored):

@@ -37,6 +37,17 @@ class Beside(NamedTuple):
         return isinstance(self.adapter, Lokr) and not is_random(self.adapter)
 
 
+class BesideGrads(NamedTuple):
+    """What `BesideProducts.backward_beside` gives.
+
+    grads: of each adapter, in order; a LoKr's are those of `Lokr.whole`. begun: whether dx has
+    their part of it, so that the wide product has to add to it.
+    """
+
+    grads: list[tuple[Tensor, ...]]
+    begun: bool
+
+
 class Masks(NamedTuple):
     """What a LoKr's dropouts leave, drawn on the device; None for all.
 
@@ -152,25 +163,24 @@ class BesideProducts:
             if p:
                 y_cols += self.dropped(out, p, self._number(each) + 2)
 
-    def backward_beside(
-        self, dy: Tensor, x: RowOutput, dx: Tensor | None
-    ) -> list[tuple[Tensor, ...]]:
-        """The gradients of each one's tensors, in their dtypes; adds its part of dx in place.
+    def backward_beside(self, dy: Tensor, x: RowOutput, dx: Tensor | None) -> BesideGrads:
+        """The gradients of each one's tensors, in their dtypes; writes their part of dx [M, K].
 
-        A LoKr's are those of `Lokr.whole`. dx has the parts of those that are merged already.
+        dx may hold anything. The wide product adds to it afterwards, which costs a product less
+        than it costs an adapter; where W has them all, dx is left as it is.
         """
-        merges = self.merges(len(dy))
-        return [
-            self._lokr_backward(
-                each, dy[:, each.cols], x, None if merges and each.mergeable else dx
+        merges, begun, grads = self.merges(len(dy)), False, []
+        for each in self.besides:
+            own_dx = None if merges and each.mergeable else dx
+            compute = (
+                self._lokr_backward if isinstance(each.adapter, Lokr) else self._other_backward
             )
-            if isinstance(each.adapter, Lokr)
-            else self._other_backward(each.adapter, dy[:, each.cols], x, dx)
-            for each in self.besides
-        ]
+            grads.append(compute(each, dy[:, each.cols], x, own_dx, begun))
+            begun = begun or own_dx is not None
+        return BesideGrads(grads, begun)
 
     def _lokr_backward(
-        self, each: Beside, dy: Tensor, x: RowOutput, dx: Tensor | None
+        self, each: Beside, dy: Tensor, x: RowOutput, dx: Tensor | None, accumulate: bool
     ) -> tuple[Tensor, ...]:
         adapter = each.adapter
         assert isinstance(adapter, Lokr)
@@ -178,12 +188,15 @@ class BesideProducts:
         if self.dropout_seed is not None and adapter.out_dropout:
             dy = self.dropped(dy, adapter.out_dropout, self._number(each) + 2)
         return kron.backward(
-            dy, *operand_of(x), *adapter.whole(), adapter.scale, cols, dx, self.impl
+            dy, *operand_of(x), *adapter.whole(), adapter.scale, cols, dx, accumulate, self.impl
         )
 
     def _other_backward(
-        self, adapter: Adapter, dy: Tensor, x: RowOutput, dx: Tensor | None
+        self, each: Beside, dy: Tensor, x: RowOutput, dx: Tensor | None, accumulate: bool
     ) -> tuple[Tensor, ...]:
+        adapter = each.adapter
+        if dx is not None and not accumulate:
+            dx.zero_()
         seen = self._seen_by(adapter, x)
         if dx is None or not self._drops_input(adapter):
             grads = adapter.backward(dy, seen, dx)

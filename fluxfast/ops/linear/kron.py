@@ -48,23 +48,28 @@ def add(
 
 def backward(
     dy: Tensor, x: Tensor, x_scale: Tensor | None, w1: Tensor, w2: Tensor, scale: float,
-    y_cols: Tensor | None, dx: Tensor | None, impl: str,
+    y_cols: Tensor | None, dx: Tensor | None, accumulate: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of w1 and w2 in their dtypes; that of x's values is added to dx, if given."""
+    """The gradients of w1 and w2 in their dtypes; that of x's values goes to dx, if given.
+
+    It is added to what dx holds, or written without `accumulate`.
+    """
     if impl == "ref":
-        return _backward(dy, x, x_scale, w1, w2, scale, y_cols, dx)
+        return _backward(dy, x, x_scale, w1, w2, scale, y_cols, dx, accumulate)
     if is_traced(x):
-        dw1, dw2 = _backward_op(dy, x, x_scale, w1, w2, scale, y_cols, dx, impl)
+        dw1, dw2 = _backward_op(dy, x, x_scale, w1, w2, scale, y_cols, dx, accumulate, impl)
         return dw1, dw2
     if impl == "native":
         values = values_of_codes(x, x_scale, dy.dtype)
+        if dx is not None and not accumulate:
+            dx.zero_()
         return _backward_native(dy, values, w1, w2, scale, y_cols, dx)
     from fluxfast_kernels.kron import kron_backward
 
     dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
     kron_backward(
         dense_rows(dy), dense_rows(x), w1, _dense(w2), dw1, dw2, dx,
-        scale=scale, x_scale=x_scale, dy_cols=y_cols,
+        scale=scale, x_scale=x_scale, dy_cols=y_cols, accumulate=accumulate,
     )  # fmt: skip
     return dw1, dw2
 
@@ -89,7 +94,7 @@ def _dense(w: Tensor) -> Tensor:
 
 def _backward(
     dy: Tensor, x: Tensor, x_scale: Tensor | None, w1: Tensor, w2: Tensor, scale: float,
-    y_cols: Tensor | None, dx: Tensor | None,
+    y_cols: Tensor | None, dx: Tensor | None, accumulate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     u, v = w1.to(dy.dtype) * scale, w2.to(dy.dtype)
     dy = dy if y_cols is None else dy * y_cols.to(dy.dtype)
@@ -97,7 +102,7 @@ def _backward(
     dy, x = dy.reshape(m * o1, o2), values_of_codes(x, x_scale, dy.dtype).reshape(m, i1, i2)
     t = (dy @ v).view(m, o1, i2)
     if dx is not None:
-        dx.view(m, i1, i2).baddbmm_(u.T.expand(m, i1, o1), t)
+        dx.view(m, i1, i2).baddbmm_(u.T.expand(m, i1, o1), t, beta=int(accumulate))
     # a small product a row, and their sum, cost less than to bring t and x in the order of one
     dw1 = scale * torch.bmm(t, x.transpose(1, 2)).sum(0)
     dw2 = dy.T @ torch.bmm(u.expand(m, o1, i1), x).view(m * o1, i2)
