@@ -4,12 +4,14 @@ with them: adapters in a copy of W, and dx that they begin.
 
 import pytest
 import torch
-from op_cases import every_impl, needs_native
+from op_cases import every_impl, needs_native, needs_triton
 
 from fluxfast.ops.linear import kron
 from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.lokr import Lokr
+from fluxfast.ops.linear.pair import LinearPair, pairs
 from fluxfast.ops.linear.params import LinearParams
+from fluxfast.ops.parts import Parts
 from fluxfast.ops.row_quant import RowOutput
 from support import among_nans, for_thread_counts, relative_error
 
@@ -136,3 +138,38 @@ def test_within_the_weight(tokens, merges, masked, monkeypatch):
     for (i, a), grad in zip(adapters, grads, strict=True):
         expected = a.backward(of_linears[i], x, None)
         assert all(relative_error(g, e) < FP32 for g, e in zip(grad, expected, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("adapted", [(True, False), (False, True), (True, True)], ids=str)
+def test_two_parts_of_which_one_has_a_lokr(adapted):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = [rand(12, 10, seed=i) for i in (1, 2)]
+    adapters = [
+        (lokr(3, 2, 4, 5, 3 + i, torch.float64),) if on else () for i, on in enumerate(adapted)
+    ]
+    params = [
+        LinearParams(
+            w.float().to(device), None,
+            tuple(a.with_tensors([t.float().to(device) for t in a.tensors]) for a in own),
+        )
+        for w, own in zip(weights, adapters, strict=True)
+    ]  # fmt: skip
+    txt, img = (LinearGroup([p], torch.float32, impl="triton", dgrad=True) for p in params)
+    assert pairs(txt, img)
+    pair = LinearPair(txt, img, Parts(3, 1))
+    x, dy = rand(7, 10, seed=5), rand(7, 12, seed=6)
+    given = RowOutput(x.float().to(device), None, None)
+    y, kept = pair.forward(given)
+    dx, grads = pair.backward(dy.float().to(device), given, kept)
+    for part, w, own, of_part in zip(
+        (slice(3), slice(3, None)), weights, adapters, grads, strict=True
+    ):
+        whole = w + sum(a.scale * torch.kron(a.w1[0], a.w2[0]) for a in own)
+        assert relative_error(y[part].cpu(), x[part] @ whole.T) < FP32
+        assert relative_error(dx[part].cpu(), dy[part] @ whole) < FP32
+        for a, made in zip(own, of_part, strict=True):
+            expected = a.backward(dy[part], x[part], None)
+            assert all(
+                relative_error(g.cpu(), e) < FP32 for g, e in zip(made, expected, strict=True)
+            )
