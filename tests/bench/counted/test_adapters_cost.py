@@ -9,6 +9,7 @@ from fluxfast_bench.counted import adapters
 from fluxfast_bench.counted.adapters import ADAPTERS, BASELINE, record_of, violations
 from fluxfast_bench.main import main
 from fluxfast_bench.report import targets
+from fluxfast_bench.step.contestants import rank_equivalent
 
 H100 = find_gpu("H100")
 
@@ -33,6 +34,18 @@ def test_a_larger_factor_of_the_weight_costs_more():
         for name in (BASELINE, "LoKr, factor 16", "LoKr, factor 12", "LoKr, factor 8")
     ]
     assert seconds == sorted(seconds) and len(set(seconds)) == 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "factor"),
+    # a block of FLUX.1's widths and one of the small model's: squares, and both linears of the MLP
+    [
+        ([(3072, 3072)] * 4 + [(12288, 3072), (3072, 12288)], 12),
+        ([(128, 128)] * 4 + [(512, 128), (128, 512)], 2),
+    ],
+)
+def test_a_lokr_of_as_many_numbers(shapes, factor):
+    assert rank_equivalent(shapes, 16).factor == factor
 
 
 def test_what_turns_it_red(tmp_path, capsys):
