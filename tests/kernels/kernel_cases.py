@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from fluxfast.ops.tensors import divide
 from fluxfast_kernels.launch import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -41,7 +42,7 @@ def widen(x: torch.Tensor, left: int = 16, right: int = 16) -> torch.Tensor:
 def quantize_rows(y: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and one scale for each row of fp32 values, by the formula that the kernels claim."""
     top = {"int8": 127.0, "e4m3": 448.0}[fmt]
-    scale = y.abs().amax(-1) / top
+    scale = divide(y.abs().amax(-1), top)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     scaled = y * (1 / scale)[..., None]
     if fmt == "int8":
