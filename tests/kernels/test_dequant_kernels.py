@@ -164,7 +164,8 @@ def test_weights_that_one_launch_can_not_write(format):
     )
     for rest in ([apart], [other], [second, apart]):
         assert first.joined(rest, codes=False, impl="triton") is None
-    for impl in ("ref", "native")[: 1 + dispatch.HAS_NATIVE]:
+    # on a GPU the native module does not decode every format
+    for impl in ("ref", "native") if dispatch.HAS_NATIVE and DEVICE == "cpu" else ("ref",):
         assert first.joined([second], codes=False, impl=impl) is None
     if format.name == "nf4":
         first, second = side_by_side(format, (24, 512), (7, 512))
