@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fluxfast.adapters.kind import AdapterFile
@@ -26,6 +25,7 @@ from fluxfast.data.model_folders import local_folder
 from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared
 from fluxfast.data.sampler import Sampler
+from fluxfast.data.survey import progress_bars
 from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.stream import BlockStream, stream_blocks
 from fluxfast.model.apply import Choices, make_ready
@@ -34,6 +34,7 @@ from fluxfast.text import text_problem
 from fluxfast.train import choose
 from fluxfast.train.adapter import add_adapter
 from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
+from fluxfast.train.data_options import survey_options
 from fluxfast.train.events import say
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -111,31 +112,16 @@ def load_data(config: TrainConfig, seed: int, device: torch.device, console: Con
     for note in data.notes:
         say(console, note)
     prompts = validation_prompts(config)
-    # a crop seed that changed from start to start would compute every latent anew
-    crop_seed = config.seed if config.seed is not None and config.seed >= 0 else 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         prepared = prepare(
             data,
             _encoder_settings(config, device),
-            train_batch_size=config.train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             extra_prompts=[
                 *prompts.values(),
                 *([config.validation_negative_prompt] if prompts else []),
             ],
-            skip_folders=[config.output_dir],
-            crop_seed=crop_seed,
-            aspect_bucket_rounding=config.aspect_bucket_rounding,
-            disable_bucket_pruning=config.disable_bucket_pruning,
-            allow_dataset_oversubscription=config.allow_dataset_oversubscription,
-            max_workers=config.max_workers,
             progress=progress,
+            **survey_options(config),
         )
     console.print(prepared.report)
     sampler = Sampler(
