@@ -12,7 +12,7 @@ on the order of the files. Here an image's plan depends on that image only.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any, Literal
 
 from PIL import Image
@@ -152,6 +152,14 @@ def rejection(
     if maximum_aspect_ratio and aspect > maximum_aspect_ratio:
         return f"wider than maximum_aspect_ratio {maximum_aspect_ratio:g}"
     return None
+
+
+def batches_in_epoch(images: int, *, repeats: int, batch_size: int) -> int:
+    """How many batches an epoch makes of a bucket with so many images.
+
+    The last one is filled up from a further pass.
+    """
+    return ceil(images * (1 + repeats) / batch_size)
 
 
 def apply(img: Image.Image, plan: CropPlan) -> Image.Image:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from fluxfast.data.buckets import batches_in_epoch
 from fluxfast.data.cache import fingerprint
 from fluxfast.data.prepared import PreparedDataset
 
@@ -43,8 +44,11 @@ class _SampledDataset:
 
     def batches(self, bucket: str) -> int:
         """How many batches of a bucket an epoch has."""
-        samples = len(self.buckets[bucket]) * (1 + self.dataset.repeats)
-        return ceil(samples / self.dataset.train_batch_size)
+        return batches_in_epoch(
+            len(self.buckets[bucket]),
+            repeats=self.dataset.repeats,
+            batch_size=self.dataset.train_batch_size,
+        )
 
     def left(self) -> dict[str, int]:
         """How many batches are left in this epoch, of the buckets that have any."""

@@ -54,7 +54,7 @@ def shortage(
 ) -> tuple[list[str], list[str]]:
     """(problems, notes): what certainly does not fit on the disks, and what may not.
 
-    checkpoint: bytes of one. A cache that holds something already is not counted, since nobody
+    checkpoint: bytes of one. A cache that holds some tensors already is not counted, since nobody
     knows how much of it is missing.
     """
     wanted = [
@@ -78,9 +78,7 @@ def shortage(
     by_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for path, size, what in wanted:
         parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-        if size and not (
-            what != "checkpoints" and path.parent.is_dir() and any(path.parent.iterdir())
-        ):
+        if size and not (what != "checkpoints" and any(path.parent.glob("*.safetensors"))):
             by_disk.setdefault(parent.stat().st_dev, []).append((path, size, what))
     for parts in by_disk.values():
         total, free = sum(size for _, size, _ in parts), free_bytes(parts[0][0])
