@@ -19,7 +19,7 @@ from fluxfast.data.caption_lengths import LongCaptions, TokenCounter, long_capti
 from fluxfast.data.duplicates import EDGE, equal_files, image_print, near_images
 from fluxfast.data.image_kinds import looks_like_an_image
 from fluxfast.data.images import UnreadableImage, files_below, load_image
-from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
+from fluxfast.data.scan import UNREADABLE, Candidate, Skipped, map_files
 from fluxfast.data.survey import Survey, SurveyedDataset
 
 # raise it when the same image comes to give another print
@@ -178,7 +178,7 @@ def _looked_at(
     threads = min(dataset.workers, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         candidates = dataset.scan.candidates
-        yield from zip(candidates, pool.map(look, candidates), strict=True)
+        yield from zip(candidates, map_files(pool, look, candidates), strict=True)
 
 
 def _name(dataset: SurveyedDataset, candidate: Candidate) -> str:

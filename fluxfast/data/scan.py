@@ -3,10 +3,12 @@
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.datasets import ImageDataset
@@ -16,9 +18,13 @@ from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
 from fluxfast.data.model_folders import file_hash
 
+T, R = TypeVar("T"), TypeVar("R")
+
 UNREADABLE = "unreadable"
 # facts are written to the cache in batches, since each write waits for the disk
 _FILES_PER_WRITE = 256
+# handing a file to a thread takes longer than asking the cache for it
+_FILES_PER_TASK = 16
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,12 @@ def scan(
     )
 
 
+def map_files(pool: ThreadPoolExecutor, look: Callable[[T], R], files: Sequence[T]) -> Iterator[R]:
+    """`pool.map(look, files)`, with several files for a thread at a time."""
+    parts = (files[i : i + _FILES_PER_TASK] for i in range(0, len(files), _FILES_PER_TASK))
+    return chain.from_iterable(pool.map(lambda part: [look(file) for file in part], parts))
+
+
 def other_files(root: Path) -> Counter[str]:
     """How many files of each suffix lie below `root`, to say what a folder without images holds."""
     return Counter(path.suffix.lower() or path.name for path in root.rglob("*") if path.is_file())
@@ -141,7 +153,7 @@ def _all_facts(
 
     unsaved = []
     with ThreadPoolExecutor(max_workers) as pool:
-        for known, new in pool.map(facts, paths):
+        for known, new in map_files(pool, facts, paths):
             if new:
                 unsaved.append(new)
             if len(unsaved) == _FILES_PER_WRITE:
