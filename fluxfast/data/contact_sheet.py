@@ -94,13 +94,10 @@ def crop_shown(img: Image.Image, plan: CropPlan, size: tuple[int, int]) -> Image
     """An upright image in `size`, dark outside the crop, and the crop in a frame."""
     small = img.resize(size, Image.Resampling.LANCZOS)
     across, down = size[0] / plan.intermediary[0], size[1] / plan.intermediary[1]
-    left, top, right, bottom = plan.crop_box
-    box = (
-        round(left * across),
-        round(top * down),
-        max(round(right * across), round(left * across) + 1),
-        max(round(bottom * down), round(top * down) + 1),
-    )
+    x, y, right, bottom = plan.crop_box
+    # a pixel of it stays, however small the crop is beside the image
+    left, top = min(round(x * across), size[0] - 1), min(round(y * down), size[1] - 1)
+    box = (left, top, max(round(right * across), left + 1), max(round(bottom * down), top + 1))
     shown = ImageEnhance.Brightness(small).enhance(OUTSIDE)
     shown.paste(small.crop(box), box)
     ImageDraw.Draw(shown).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=FRAME)

@@ -74,7 +74,8 @@ def _leaders(prints: Sequence[bytes]) -> np.ndarray:
     """For each print, the first one of its group, as int64 [N]."""
     leader = np.arange(len(prints))
     hashes = image_hashes(prints)
-    colours = np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), -1).astype(np.int16)
+    colours = np.frombuffer(b"".join(prints), np.uint8).reshape(-1, EDGE * EDGE * 3)
+    colours = colours.astype(np.int16)
     for word in range(_WORDS):
         order = np.argsort(hashes[:, word], kind="stable")
         words = hashes[order, word]

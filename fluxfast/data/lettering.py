@@ -50,6 +50,8 @@ class Lettering:
         """`text` in at most so many lines of at most `width`; an ellipsis ends what is cut."""
         found: list[str] = []
         line = ""
+        if not text.strip():
+            return found
         # no character is narrower than a pixel, so what is behind these can't have a place
         pieces = self._pieces(" ".join(text.split())[: count * width], width)
         for i, piece in enumerate(pieces):
