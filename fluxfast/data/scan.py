@@ -18,7 +18,8 @@ from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
 from fluxfast.data.model_folders import file_hash
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 UNREADABLE = "unreadable"
 # facts are written to the cache in batches, since each write waits for the disk
