@@ -103,20 +103,21 @@ def run(config: TrainConfig, data: DataConfig, arguments: argparse.Namespace, ou
     with progress_bars(Console(stderr=True)) as bars:
         found = survey(data, bars, vae_batch_size=config.vae_batch_size, **survey_options(config))
         datasets, problem = inspect(found, counter, bars)
-    sheets = _write_sheets(datasets, out, arguments.images)
     console = Console()
     for note in data.notes:
         _say(console, f"· {note}")
+    sheets = {}
     for inspected in datasets:
-        id = inspected.dataset.config.id
         show(inspected, counter, console, limit=None if arguments.all else LISTED)
-        if id in sheets:
-            _say(console, f"contact sheet: {sheets[id]}")
+        if inspected.buckets and arguments.images:
+            sheet = _write_sheet(inspected, out, arguments.images)
+            _say(console, f"contact sheet: {printable(sheet)}")
+            sheets[inspected.dataset.config.id] = sheet
     if arguments.json:
         report = _report(datasets, counter, sheets, problem)
         write_atomic(arguments.json, json.dumps(report, indent=1).encode())
     if problem:
-        print(f"error: a run could not start:\n{printable_lines(problem)}", file=sys.stderr)
+        print(f"error: a run could not start:\n{_printable_lines(problem)}", file=sys.stderr)
         return 1
     return 0
 
@@ -134,18 +135,13 @@ def _check_outside(out: Path, config: TrainConfig, data: DataConfig) -> None:
             )
 
 
-def _write_sheets(datasets: Sequence[Inspected], out: Path, images: int) -> dict[str, Path]:
-    """The file of each dataset's sheet by the dataset's id."""
+def _write_sheet(inspected: Inspected, out: Path, images: int) -> Path:
     from fluxfast.data.contact_sheet import write_sheet
 
-    written = {}
-    for inspected in datasets:
-        id, candidates = inspected.dataset.config.id, inspected.dataset.scan.candidates
-        if images and candidates:
-            path = out / f"{safe_name(id)}.png"
-            write_sheet(path, id, candidates, images=images)
-            written[id] = path
-    return written
+    dataset = inspected.dataset
+    path = out / f"{safe_name(dataset.config.id)}.png"
+    write_sheet(path, dataset.config.id, dataset.scan.candidates, images=images)
+    return path
 
 
 def show(
@@ -259,7 +255,7 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}" + ("s" if count != 1 else "")
 
 
-def printable_lines(text: str) -> str:
+def _printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
