@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from fluxfast.config.caption_filter import caption_filter
+from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.settings import Settings, read_json, shown
 from fluxfast.text import lines, printable
 
@@ -164,6 +165,8 @@ class ImageDataset(_Entry):
     """A caption file is one caption, not one a line."""
     caption_filter_list: FilterList = ()
     """What is taken out of captions (`caption_filter`)."""
+    caption_shuffle: CaptionShuffle | None = None
+    """Further captions with their tags in another order."""
 
     # sampling
     repeats: int = Field(0, ge=0)
@@ -195,6 +198,11 @@ class ImageDataset(_Entry):
     @classmethod
     def _zero_is_none(cls, value: float | None) -> float | None:
         return value or None
+
+    @field_validator("caption_shuffle")
+    @classmethod
+    def _disabled_is_none(cls, value: CaptionShuffle | None) -> CaptionShuffle | None:
+        return value if value is not None and value.enable else None
 
     @field_validator("crop_aspect_buckets", mode="before")
     @classmethod

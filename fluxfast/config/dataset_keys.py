@@ -28,7 +28,7 @@ NOT_IMPLEMENTED: dict[str, Any] = {
             "conditioning", "conditioning_config", "conditioning_data", "conditioning_type",
             "source_dataset_id", "conditioning_image_embeds", "cache_dir_conditioning_image_embeds",
             "conditioning_image_embed_batch_size", "image_embeds", "grounding", "grounding_data",
-            "bbox_column", "s2v_datasets", "slider_strength", "caption_shuffle",
+            "bbox_column", "s2v_datasets", "slider_strength",
             "max_upscale_threshold", "disable_after_epoch_step", "auto_generated",
             "distillation_cache", "distillation_type",
             # video and audio

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
 from fluxfast.config.dataset_keys import (
     ACCEPTED_NO_EFFECT,
@@ -39,6 +40,7 @@ from fluxfast.text import lines, printable
 __all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_data_config"]
 
 _DATASET_TYPES = ("image", "text_embeds")
+_SHUFFLE_KEYS = [("caption_shuffle", name) for name in CaptionShuffle.model_fields]
 
 
 class DataConfig(Settings):
@@ -224,13 +226,15 @@ def _build(
     except ValidationError as error:
         details = error.errors(include_url=False)
     for name, detail in {
-        str(detail["loc"][0]): detail for detail in reversed(details) if detail["loc"]
+        _key_of(detail["loc"]): detail for detail in reversed(details) if detail["loc"]
     }.items():
-        if detail["type"] == "literal_error" and fields[name] in VALUES_NOT_YET.get(name, ()):
+        if detail["type"] == "literal_error" and detail["input"] in VALUES_NOT_YET.get(name, ()):
             text = (
-                f"is {shown(fields[name])}: not implemented yet; fluxfast has "
+                f"is {shown(detail['input'])}: not implemented yet; fluxfast has "
                 f"{detail['ctx']['expected']}"
             )
+        elif detail["type"] == "extra_forbidden":
+            text = "is not a key" + did_you_mean(name, map(_key_of, _SHUFFLE_KEYS))
         else:
             text = problem_text(detail)
         problems.append(f'{where}: "{name}" {text}')
@@ -241,6 +245,12 @@ def _build(
         for line in lines(str(detail["ctx"]["error"]))
     ]
     return None
+
+
+def _key_of(loc: tuple[int | str, ...]) -> str:
+    """The key that an error is about; a key within an object follows after a dot."""
+    # within other values, pydantic names positions and types
+    return ".".join(map(str, loc if loc[0] == "caption_shuffle" else loc[:1]))
 
 
 def _default_texts(

@@ -140,7 +140,11 @@ def prepare(
                 _encode_images(work, images, max_workers, bars)
             limits.check(works)
             datasets = tuple(_prepared(work, images) for work in works)
-    notes = [note for work in works for note in work.notes]
+    notes = [
+        note
+        for work in works
+        for note in (*work.notes, *(f"{work.config.id}: {note}" for note in work.scan.notes))
+    ]
     return Prepared(
         datasets,
         prompts,

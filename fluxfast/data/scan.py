@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxfast.config.caption_filter import caption_filter
+from fluxfast.config.caption_shuffle import caption_variants
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.data.buckets import CropPlan, crop_rng, plan_crop, rejection
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
 from fluxfast.data.model_folders import file_hash
+from fluxfast.text import printable
 
 UNREADABLE = "unreadable"
 # facts are written to the cache in batches, since each write waits for the disk
@@ -50,13 +52,15 @@ class Scan:
     """What a folder holds.
 
     `found` counts the image files; `candidates` and `skipped` name each of them. `unread` are files
-    that look like images of a kind that isn't read, as paths below the folder.
+    that look like images of a kind that isn't read, as paths below the folder. `notes` are lines
+    for the user.
     """
 
     found: int
     candidates: list[Candidate]
     skipped: list[Skipped]
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def scan(
@@ -81,6 +85,9 @@ def scan(
         # seeded by the id alone, so that each run takes the same subset
         paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
     edit = caption_filter(dataset.caption_filter_list) if dataset.caption_filter_list else None
+    kept: set[str] = set()
+    shuffle = dataset.caption_shuffle
+    variants = shuffle and caption_variants(shuffle, seed=crop_seed, on_kept=kept.add)
     candidates, skipped = [], []
     facts = _all_facts(dataset.id, root, paths, cache, max_workers)
     for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
@@ -99,6 +106,7 @@ def scan(
                 only_instance_prompt=dataset.only_instance_prompt,
                 disable_multiline_split=dataset.disable_multiline_split,
                 caption_filter=edit,
+                variants=variants,
             )
         except NoCaption as error:
             skipped.append(Skipped(file, error.reason))
@@ -110,7 +118,11 @@ def scan(
         planned = _plan(dataset, size, rounding, crop_rng(crop_seed, dataset.id, file))
         candidates.append(Candidate(file, path, size, known["sha256"], planned, tuple(found)))
     return Scan(
-        len(paths), candidates, skipped, tuple(path.relative_to(root).as_posix() for path in unread)
+        len(paths),
+        candidates,
+        skipped,
+        tuple(path.relative_to(root).as_posix() for path in unread),
+        tuple(_kept_notes(kept)),
     )
 
 
@@ -149,6 +161,16 @@ def _all_facts(
                 unsaved = []
             yield known
     cache.remember_files(unsaved)
+
+
+def _kept_notes(kept: set[str]) -> Iterator[str]:
+    """What `caption_shuffle` without the original couldn't do, in a line."""
+    if kept:
+        number = "1 caption has" if len(kept) == 1 else f"{len(kept)} captions have"
+        yield (
+            f'{number} no two tags to exchange (such as "{printable(min(kept))}"): used as '
+            'written, although "caption_shuffle" leaves the original out'
+        )
 
 
 def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> str | None:

@@ -27,6 +27,8 @@ def cache_bytes(
     images = len(discover(dataset.instance_data_dir, skip=[]).images)
     width, height = largest_batch(config, [dataset]).size
     captions = 1 if dataset.caption_strategy == "instanceprompt" else images
+    if shuffle := dataset.caption_shuffle:
+        captions *= shuffle.count + shuffle.include_original
     # 16 channels, an eighth of the size each way, bf16
     return images * 16 * (width // 8) * (height // 8) * 2, captions * (
         config.tokenizer_max_length * t5 + clip

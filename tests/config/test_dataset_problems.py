@@ -35,7 +35,19 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ({"caption_strategy": "parquet"}, ['"caption_strategy"', "not implemented yet"]),
         ({"metadata_backend": "parquet"}, ['"metadata_backend"', "not implemented yet"]),
         ({"conditioning_data": "masks"}, ['"conditioning_data" is "masks"', "not implemented yet"]),
-        ({"caption_shuffle": {"enable": True}}, ['"caption_shuffle"', "not implemented yet"]),
+        ({"caption_shuffle": 3}, ['"caption_shuffle" is 3']),
+        (
+            {"caption_shuffle": {"enable": True, "count": 0}},
+            ['"caption_shuffle.count" is 0', "greater than or equal to 1"],
+        ),
+        (
+            {"caption_shuffle": {"enable": True, "split_on": ";"}},
+            ['"caption_shuffle.split_on" is ";"', "must be 'comma', 'space' or 'period'"],
+        ),
+        (
+            {"caption_shuffle": {"enable": True, "cuont": 3}},
+            ['"caption_shuffle.cuont"', 'not a key; did you mean "caption_shuffle.count"?'],
+        ),
         (
             {"vae_cache_clear_each_epoch": True},
             ['"vae_cache_clear_each_epoch"', "not implemented yet"],
