@@ -34,6 +34,7 @@ class DatasetDefaults:
     minimum_image_size: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
+    max_upscale_threshold: float | None = None
     caption_strategy: CaptionStrategy = "filename"
     instance_prompt: str | None = None
     prepend_instance_prompt: bool = False
@@ -151,6 +152,8 @@ class ImageDataset(_Entry):
     """Shape of a crop: square, the image's own, or one of crop_aspect_buckets."""
     crop_aspect_buckets: tuple[float | dict[str, float], ...] = ()
     """Shapes (width / height) for crop_aspect random and closest; each may have a weight."""
+    max_upscale_threshold: float | None = Field(None, ge=0, le=1)
+    """Shapes of crop_aspect_buckets that enlarge an image by more are not for it (0.2: 20 %)."""
 
     # captions
     caption_strategy: CaptionStrategy
@@ -193,6 +196,20 @@ class ImageDataset(_Entry):
     """Added to the normal under the sigmoid schedule: above 0 means more noise."""
     is_regularisation_data: bool = False
     """Train these images towards the base model's own prediction."""
+
+    @property
+    def picks_buckets(self) -> bool:
+        """Whether each crop takes its shape from `crop_aspect_buckets`."""
+        return self.crop and self.crop_aspect in ("random", "closest")
+
+    @property
+    def drawn_buckets(self) -> tuple[float | dict[str, float], ...]:
+        """`crop_aspect_buckets` but those that `crop_aspect` random never draws."""
+        return tuple(
+            bucket
+            for bucket in self.crop_aspect_buckets
+            if self.crop_aspect != "random" or not isinstance(bucket, dict) or bucket["weight"]
+        )
 
     @field_validator("minimum_image_size", "maximum_image_size", "target_downsample_size")
     @classmethod

@@ -29,7 +29,7 @@ NOT_IMPLEMENTED: dict[str, Any] = {
             "source_dataset_id", "conditioning_image_embeds", "cache_dir_conditioning_image_embeds",
             "conditioning_image_embed_batch_size", "image_embeds", "grounding", "grounding_data",
             "bbox_column", "s2v_datasets", "slider_strength",
-            "max_upscale_threshold", "disable_after_epoch_step", "auto_generated",
+            "disable_after_epoch_step", "auto_generated",
             "distillation_cache", "distillation_type",
             # video and audio
             "video", "audio", "audio_only", "audio_column", "audio_caption_fields",

@@ -86,6 +86,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         seen.add(str(entry.get("id")))
         if isinstance(parsed, ImageDataset):
             images.append(parsed)
+            notes += _idle(parsed, where)
         elif parsed is not None:
             texts.append(parsed)
     text = None
@@ -158,6 +159,16 @@ def _read_entry(
         _without_field(name, fields.pop(name), model, where, problems, notes)
     built = _build(model, fields, where, problems)
     return built if len(problems) == before else None
+
+
+def _idle(image: ImageDataset, where: str) -> list[str]:
+    """A note on each key that has no effect beside the others."""
+    if image.max_upscale_threshold is None or image.picks_buckets:
+        return []
+    return [
+        f'{where}: "max_upscale_threshold" has no effect: only "crop": true with "crop_aspect" '
+        '"closest" or "random" chooses among buckets; "minimum_image_size" leaves small images out'
+    ]
 
 
 def _canonical(entry: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:

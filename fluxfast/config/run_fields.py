@@ -299,6 +299,8 @@ class TrainFields(Settings):
     """Larger images are downsampled before cropping (same unit)."""
     target_downsample_size: float | None = Field(None, ge=0)
     """Size that larger images are downsampled to (same unit)."""
+    max_upscale_threshold: float | None = Field(None, ge=0, le=1)
+    """Most that a bucket of crop_aspect_buckets may enlarge an image by (0.2: 20 %)."""
     aspect_bucket_rounding: int = Field(2, ge=1, le=9)
     """Decimals of an aspect ratio."""
     aspect_bucket_alignment: int = option(64, ge=8, on_resume="ignored")

@@ -88,11 +88,7 @@ def plan_crop(
     # the aspect of a very thin image must not round to zero
     own_aspect = max(round(size[0] / size[1], rounding), 10**-rounding)
     aspect = _crop_aspect(own_aspect, crop_aspect, crop_aspect_buckets, rng) if crop else own_aspect
-    target = target_size(aspect, resolution, resolution_type)
-    if round(target[0] / target[1], rounding) == 1.0:
-        edge = target_size(1.0, resolution, resolution_type)[0]
-        target = (edge, edge)
-
+    target = _bucket_size(aspect, resolution, resolution_type, rounding)
     intermediary = _covering_size(size, target, portrait=aspect < 1)
     if (
         crop
@@ -112,6 +108,28 @@ def plan_crop(
         crop_box=(left, top, left + target[0], top + target[1]),
         bucket=str(round(target[0] / target[1], rounding)),
     )
+
+
+def within_upscaling(
+    size: Size,
+    buckets: Sequence[Any],
+    threshold: float,
+    *,
+    resolution: float,
+    resolution_type: ResolutionType = "pixel_area",
+    rounding: int = 2,
+) -> list[Any]:
+    """The `crop_aspect_buckets` that enlarge an image of `size` by at most `threshold`.
+
+    The arguments are `plan_crop`'s; 0.2 allows 20 %. The enlargement is that of the resize which
+    covers the bucket, in whole per cent, as in SimpleTuner's example: 850 pixels to 1024 are 20 %.
+    """
+    within = []
+    for bucket in buckets:
+        width, height = _bucket_size(_weighted(bucket)[0], resolution, resolution_type, rounding)
+        if round(max(width / size[0], height / size[1]) - 1, 2) <= threshold:
+            within.append(bucket)
+    return within
 
 
 def crop_rng(seed: int, dataset_id: str, file: str) -> random.Random:
@@ -185,11 +203,29 @@ def _crop_aspect(
             f"crop_aspect {crop_aspect!r} needs crop_aspect_buckets, a list of aspect ratios "
             "such as [1.0, 0.75]"
         )
-    weighted = [(b["aspect"], b["weight"]) if isinstance(b, dict) else (b, 1.0) for b in buckets]
-    aspects = [float(aspect) for aspect, _ in weighted]
+    aspects, weights = zip(*map(_weighted, buckets), strict=True)
     if crop_aspect == "closest":
         return min(aspects, key=lambda aspect: abs(aspect - own))
-    return rng.choices(aspects, [weight for _, weight in weighted])[0]
+    return rng.choices(aspects, weights)[0]
+
+
+def _weighted(bucket: Any) -> tuple[float, float]:
+    """(width / height, weight) of an entry of `crop_aspect_buckets`."""
+    aspect, weight = (
+        (bucket["aspect"], bucket["weight"]) if isinstance(bucket, dict) else (bucket, 1.0)
+    )
+    return float(aspect), float(weight)
+
+
+def _bucket_size(
+    aspect: float, resolution: float, resolution_type: ResolutionType, rounding: int
+) -> Size:
+    """The target size; a square where the aspect is one but for rounding."""
+    target = target_size(aspect, resolution, resolution_type)
+    if round(target[0] / target[1], rounding) != 1.0:
+        return target
+    edge = target_size(1.0, resolution, resolution_type)[0]
+    return edge, edge
 
 
 def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:

@@ -3,15 +3,16 @@
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.caption_shuffle import caption_variants
 from fluxfast.config.datasets import ImageDataset
-from fluxfast.data.buckets import CropPlan, crop_rng, plan_crop, rejection
+from fluxfast.data.buckets import CropPlan, crop_rng, plan_crop, rejection, within_upscaling
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
@@ -173,7 +174,23 @@ def _kept_notes(kept: set[str]) -> Iterator[str]:
         )
 
 
+def _buckets(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> Sequence[Any]:
+    """The shapes that an image's crop may have, where `crop_aspect` takes one from a list."""
+    if dataset.max_upscale_threshold is None or not dataset.picks_buckets:
+        return dataset.crop_aspect_buckets
+    return within_upscaling(
+        size,
+        dataset.drawn_buckets,
+        dataset.max_upscale_threshold,
+        resolution=dataset.resolution,
+        resolution_type=dataset.resolution_type,
+        rounding=rounding,
+    )
+
+
 def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> str | None:
+    if dataset.picks_buckets and not _buckets(dataset, size, rounding):
+        return f"upscaled by more than max_upscale_threshold {dataset.max_upscale_threshold:g}"
     return rejection(
         size,
         resolution_type=dataset.resolution_type,
@@ -195,7 +212,7 @@ def _plan(
         crop=dataset.crop,
         crop_style=dataset.crop_style,
         crop_aspect=dataset.crop_aspect,
-        crop_aspect_buckets=dataset.crop_aspect_buckets,
+        crop_aspect_buckets=_buckets(dataset, size, rounding),
         maximum_image_size=dataset.maximum_image_size,
         target_downsample_size=dataset.target_downsample_size,
         rounding=rounding,

@@ -54,7 +54,7 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ),
         ({"vae_cache_disable": "true"}, ['"vae_cache_disable"', "not implemented yet"]),
         ({"delete_unwanted_images": True}, ['"delete_unwanted_images"', "not implemented yet"]),
-        ({"max_upscale_threshold": 0.2}, ['"max_upscale_threshold"', "not implemented yet"]),
+        ({"max_upscale_threshold": 20}, ['"max_upscale_threshold" is 20', "less than or equal"]),
         ({"dataset_type": "grounding"}, ['"dataset_type"', "not implemented yet"]),
         ({"grounding": {"enabled": True}}, ['"grounding"', "not implemented yet"]),
         ({"hf_token": "x"}, ['"hf_token"', "not implemented yet"]),
@@ -155,6 +155,7 @@ def test_what_is_off_is_accepted_without_a_word(keys):
         ("ignore_epochs", True),
         ("parquet", {"path": "x"}),
         ("write_batch_size", 3),
+        ("max_upscale_threshold", 0.2),
     ],
 )
 def test_what_has_no_effect_is_said(key, value):
