@@ -35,6 +35,8 @@ class DatasetDefaults:
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
     max_upscale_threshold: float | None = None
+    vae_cache_ondemand: bool = False
+    vae_cache_disable: bool = False
     caption_strategy: CaptionStrategy = "filename"
     instance_prompt: str | None = None
     prepend_instance_prompt: bool = False
@@ -182,6 +184,12 @@ class ImageDataset(_Entry):
     """Images per forward pass (unset: the run's)."""
     vae_batch_size: int | None = Field(None, ge=1)
     """Images per VAE pass (unset: the run's)."""
+    vae_cache_ondemand: bool = False
+    """Encode an image when a batch first needs it, not before training."""
+    vae_cache_disable: bool = False
+    """Encode an image whenever a batch needs it, and keep no latents."""
+    vae_cache_clear_each_epoch: bool = False
+    """Crop, and so encode, each image anew in each epoch, on demand."""
     max_workers: int | None = Field(None, ge=1)
     """Threads that read images (unset: the run's)."""
     start_epoch: int = Field(1, ge=0)
@@ -198,9 +206,20 @@ class ImageDataset(_Entry):
     """Train these images towards the base model's own prediction."""
 
     @property
+    def encodes_on_demand(self) -> bool:
+        """Whether images are encoded while the run trains."""
+        # the epochs to come can't be encoded before training
+        return self.vae_cache_ondemand or self.vae_cache_disable or self.vae_cache_clear_each_epoch
+
+    @property
     def picks_buckets(self) -> bool:
         """Whether each crop takes its shape from `crop_aspect_buckets`."""
         return self.crop and self.crop_aspect in ("random", "closest")
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether chance decides what part of an image is kept."""
+        return self.crop_style == "random" or (self.crop and self.crop_aspect == "random")
 
     @property
     def drawn_buckets(self) -> tuple[float | dict[str, float], ...]:

@@ -163,12 +163,18 @@ def _read_entry(
 
 def _idle(image: ImageDataset, where: str) -> list[str]:
     """A note on each key that has no effect beside the others."""
-    if image.max_upscale_threshold is None or image.picks_buckets:
-        return []
-    return [
-        f'{where}: "max_upscale_threshold" has no effect: only "crop": true with "crop_aspect" '
-        '"closest" or "random" chooses among buckets; "minimum_image_size" leaves small images out'
-    ]
+    idle = []
+    if image.max_upscale_threshold is not None and not image.picks_buckets:
+        idle.append(
+            '"max_upscale_threshold" has no effect: only "crop": true with "crop_aspect" "closest" '
+            'or "random" chooses among buckets; "minimum_image_size" leaves small images out'
+        )
+    if image.vae_cache_clear_each_epoch and not image.crops_at_random:
+        idle.append(
+            '"vae_cache_clear_each_epoch" encodes each image anew and gives the same latents: '
+            '"crop_style" and "crop_aspect" leave nothing to chance'
+        )
+    return [f"{where}: {note}" for note in idle]
 
 
 def _canonical(entry: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:

@@ -323,6 +323,10 @@ class TrainFields(Settings):
     """T5 tokens per caption; always the flavour's number."""
     vae_batch_size: int = option(4, ge=1, on_resume="ignored")
     """Images per VAE pass."""
+    vae_cache_ondemand: bool = False
+    """Encode images when batches first need them, for datasets that don't say."""
+    vae_cache_disable: bool = False
+    """Encode images whenever batches need them and keep no latents, for datasets that don't say."""
     text_encoder_batch_size: int = Field(1, ge=1)
     """Captions per text encoder pass."""
     write_batch_size: int = Field(128, ge=1)

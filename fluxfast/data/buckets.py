@@ -88,7 +88,7 @@ def plan_crop(
     # the aspect of a very thin image must not round to zero
     own_aspect = max(round(size[0] / size[1], rounding), 10**-rounding)
     aspect = _crop_aspect(own_aspect, crop_aspect, crop_aspect_buckets, rng) if crop else own_aspect
-    target = _bucket_size(aspect, resolution, resolution_type, rounding)
+    target = _snapped(aspect, resolution, resolution_type, rounding)
     intermediary = _covering_size(size, target, portrait=aspect < 1)
     if (
         crop
@@ -110,6 +110,13 @@ def plan_crop(
     )
 
 
+def bucket_size(
+    bucket: Any, resolution: float, resolution_type: ResolutionType, rounding: int = 2
+) -> Size:
+    """The target size of an entry of `crop_aspect_buckets`; see `plan_crop` for the arguments."""
+    return _snapped(_weighted(bucket)[0], resolution, resolution_type, rounding)
+
+
 def within_upscaling(
     size: Size,
     buckets: Sequence[Any],
@@ -126,18 +133,19 @@ def within_upscaling(
     """
     within = []
     for bucket in buckets:
-        width, height = _bucket_size(_weighted(bucket)[0], resolution, resolution_type, rounding)
+        width, height = bucket_size(bucket, resolution, resolution_type, rounding)
         if round(max(width / size[0], height / size[1]) - 1, 2) <= threshold:
             within.append(bucket)
     return within
 
 
-def crop_rng(seed: int, dataset_id: str, file: str) -> random.Random:
-    """The generator for one image's random crop.
+def crop_rng(seed: int, dataset_id: str, file: str, epoch: int = 1) -> random.Random:
+    """The generator for one image's random crop in one epoch.
 
-    The same seed, dataset and file give the same crop on any machine.
+    The same seed, dataset, file and epoch give the same crop on any machine.
     """
-    return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}"))
+    later = f":{epoch}" if epoch > 1 else ""
+    return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}{later}"))
 
 
 def rejection(
@@ -217,7 +225,7 @@ def _weighted(bucket: Any) -> tuple[float, float]:
     return float(aspect), float(weight)
 
 
-def _bucket_size(
+def _snapped(
     aspect: float, resolution: float, resolution_type: ResolutionType, rounding: int
 ) -> Size:
     """The target size; a square where the aspect is one but for rounding."""

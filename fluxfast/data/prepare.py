@@ -1,7 +1,8 @@
 """Everything between a dataloader config and the first step: scan folders, fill caches, report.
 
 The encoders are loaded one after the other, each only if the cache lacks something, and freed
-before the next one.
+before the next one. Where a dataset encodes on demand, the VAE is loaded again while the run
+trains, for the first image that a batch needs and the cache lacks.
 """
 
 import functools
@@ -32,8 +33,8 @@ from fluxfast.data.dataset_report import (
     too_few,
 )
 from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_prompts
-from fluxfast.data.prepared import Prepared, PreparedDataset, Sample
-from fluxfast.data.scan import Candidate, Scan, scan
+from fluxfast.data.prepared import NewCrops, OnDemand, Prepared, PreparedDataset, Sample
+from fluxfast.data.scan import Candidate, Scan, cropped_anew, scan, sizes_of_crops
 
 
 @dataclass
@@ -55,6 +56,25 @@ class _Work:
     def captions(self) -> Iterator[str]:
         """All captions of all images."""
         return chain.from_iterable(candidate.captions for candidate in self.scan.candidates)
+
+    def sample(self, candidate: Candidate, images: ImageEncoding) -> Sample:
+        return Sample(
+            file=candidate.file,
+            captions=candidate.captions,
+            target=candidate.crop_plan.target,
+            key=self.key(candidate),
+            fingerprint=images.fingerprint(candidate),
+            image=candidate if self.config.encodes_on_demand else None,
+        )
+
+    @property
+    def all_notes(self) -> Iterator[str]:
+        """Lines for the user, once everything is prepared."""
+        yield from self.notes
+        yield from (f"{self.config.id}: {note}" for note in self.scan.notes)
+        if self.config.encodes_on_demand:
+            kept = "and not kept" if self.config.vae_cache_disable else "and cached then"
+            yield f"{self.config.id}: images are encoded when batches need them, {kept}"
 
     def report(self) -> DatasetReport:
         buckets = Counter(
@@ -139,12 +159,10 @@ def prepare(
             for work in works:
                 _encode_images(work, images, max_workers, bars)
             limits.check(works)
-            datasets = tuple(_prepared(work, images) for work in works)
-    notes = [
-        note
-        for work in works
-        for note in (*work.notes, *(f"{work.config.id}: {note}" for note in work.scan.notes))
-    ]
+            datasets = tuple(
+                _prepared(work, images, crop_seed, aspect_bucket_rounding) for work in works
+            )
+    notes = [note for work in works for note in work.all_notes]
     return Prepared(
         datasets,
         prompts,
@@ -218,6 +236,8 @@ def _open_caches(data: DataConfig) -> tuple[TensorCache, list[TensorCache]]:
 
 
 def _encode_images(work: _Work, images: ImageEncoding, max_workers: int, bars: Progress) -> None:
+    if work.config.encodes_on_demand:
+        return
     wanted = [(work.key(candidate), candidate) for candidate in work.scan.candidates]
     work.encoded, unreadable = images.encode(
         wanted,
@@ -232,21 +252,30 @@ def _encode_images(work: _Work, images: ImageEncoding, max_workers: int, bars: P
     work.scan = replace(work.scan, candidates=left, skipped=[*work.scan.skipped, *unreadable])
 
 
-def _prepared(work: _Work, images: ImageEncoding) -> PreparedDataset:
+def _prepared(work: _Work, images: ImageEncoding, crop_seed: int, rounding: int) -> PreparedDataset:
     config = work.config
-    samples = tuple(
-        Sample(
-            file=candidate.file,
-            captions=candidate.captions,
-            target=candidate.crop_plan.target,
-            key=work.key(candidate),
-            fingerprint=images.fingerprint(candidate),
-        )
-        for candidate in work.scan.candidates
-    )
+    samples = tuple(work.sample(candidate, images) for candidate in work.scan.candidates)
+    new_crops = on_demand = None
+    if config.encodes_on_demand:
+        on_demand = OnDemand(images.encode_one, keeps=not config.vae_cache_disable)
+    if config.vae_cache_clear_each_epoch:
+        # a batch of the last epoch may be read while the sampler is in the next one
+        @functools.lru_cache(maxsize=2)
+        def samples_of(epoch: int) -> tuple[Sample, ...]:
+            return tuple(
+                work.sample(
+                    cropped_anew(config, each, epoch, crop_seed=crop_seed, rounding=rounding),
+                    images,
+                )
+                for each in work.scan.candidates
+            )
+
+        new_crops = NewCrops(samples_of, sizes_of_crops(config, rounding))
     return PreparedDataset(
         id=config.id,
         samples=samples,
+        on_demand=on_demand,
+        new_crops=new_crops,
         cache=work.cache,
         repeats=work.repeats,
         probability=config.probability,

@@ -5,14 +5,21 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.caption_shuffle import caption_variants
 from fluxfast.config.datasets import ImageDataset
-from fluxfast.data.buckets import CropPlan, crop_rng, plan_crop, rejection, within_upscaling
+from fluxfast.data.buckets import (
+    CropPlan,
+    bucket_size,
+    crop_rng,
+    plan_crop,
+    rejection,
+    within_upscaling,
+)
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
 from fluxfast.data.images import UnreadableImage, discover, image_size
@@ -88,7 +95,9 @@ def scan(
     edit = caption_filter(dataset.caption_filter_list) if dataset.caption_filter_list else None
     kept: set[str] = set()
     shuffle = dataset.caption_shuffle
-    variants = shuffle and caption_variants(shuffle, seed=crop_seed, on_kept=kept.add)
+    variants = (
+        None if shuffle is None else caption_variants(shuffle, seed=crop_seed, on_kept=kept.add)
+    )
     candidates, skipped = [], []
     facts = _all_facts(dataset.id, root, paths, cache, max_workers)
     for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
@@ -124,6 +133,24 @@ def scan(
         skipped,
         tuple(path.relative_to(root).as_posix() for path in unread),
         tuple(_kept_notes(kept)),
+    )
+
+
+def cropped_anew(
+    dataset: ImageDataset, candidate: Candidate, epoch: int, *, crop_seed: int, rounding: int
+) -> Candidate:
+    """The image with its crop of that epoch; in epoch 1 it is the one that `scan` plans."""
+    rng = crop_rng(crop_seed, dataset.id, candidate.file, epoch)
+    return replace(candidate, crop_plan=_plan(dataset, candidate.size, rounding, rng))
+
+
+def sizes_of_crops(dataset: ImageDataset, rounding: int) -> frozenset[tuple[int, int]]:
+    """The training sizes that a crop may have by chance, (width, height); none if size is fixed."""
+    if not dataset.crop or dataset.crop_aspect != "random":
+        return frozenset()
+    return frozenset(
+        bucket_size(bucket, dataset.resolution, dataset.resolution_type, rounding)
+        for bucket in dataset.drawn_buckets
     )
 
 

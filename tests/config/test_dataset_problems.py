@@ -48,11 +48,8 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
             {"caption_shuffle": {"enable": True, "cuont": 3}},
             ['"caption_shuffle.cuont"', 'not a key; did you mean "caption_shuffle.count"?'],
         ),
-        (
-            {"vae_cache_clear_each_epoch": True},
-            ['"vae_cache_clear_each_epoch"', "not implemented yet"],
-        ),
-        ({"vae_cache_disable": "true"}, ['"vae_cache_disable"', "not implemented yet"]),
+        ({"vae_cache_clear_each_epoch": "no way"}, ['"vae_cache_clear_each_epoch"', "no way"]),
+        ({"text_cache_ondemand": "true"}, ['"text_cache_ondemand"', "not implemented yet"]),
         ({"delete_unwanted_images": True}, ['"delete_unwanted_images"', "not implemented yet"]),
         ({"max_upscale_threshold": 20}, ['"max_upscale_threshold" is 20', "less than or equal"]),
         ({"dataset_type": "grounding"}, ['"dataset_type"', "not implemented yet"]),
@@ -161,6 +158,15 @@ def test_what_is_off_is_accepted_without_a_word(keys):
 def test_what_has_no_effect_is_said(key, value):
     (note,) = load_entries([{**IMAGE, key: value}, TEXT]).notes
     assert f'dataset "cats": "{key}" has no effect' in note
+
+
+def test_new_crops_that_are_the_old_ones_are_said():
+    keys = {**IMAGE, "vae_cache_clear_each_epoch": True}
+    assert load_entries([keys, TEXT]).notes == ()
+    (note,) = load_entries([{**keys, "crop_style": "center"}, TEXT]).notes
+    assert '"vae_cache_clear_each_epoch" encodes each image anew and gives the same' in note
+    shapes = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [1.0, 0.5]}
+    assert load_entries([{**keys, "crop_style": "center", **shapes}, TEXT]).notes == ()
 
 
 def test_every_entrys_problems_come_together():
