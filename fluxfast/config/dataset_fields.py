@@ -148,8 +148,8 @@ class ImageDataset(_Entry):
     """Images with a larger width / height are left out."""
     crop: bool = False
     """Crop to crop_aspect; else only what doesn't fit the bucket is cropped."""
-    crop_style: Literal["random", "center", "corner"] = "random"
-    """Which part of an image a crop keeps."""
+    crop_style: Literal["random", "center", "corner", "face"] = "random"
+    """Which part of an image a crop keeps; face needs OpenCV (`fluxfast[faces]`)."""
     crop_aspect: Literal["square", "preserve", "random", "closest"] = "square"
     """Shape of a crop: square, the image's own, or one of crop_aspect_buckets."""
     crop_aspect_buckets: tuple[float | dict[str, float], ...] = ()

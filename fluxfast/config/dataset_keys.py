@@ -96,7 +96,6 @@ DATASET_TYPES_NOT_YET = (
 )  # fmt: skip
 # values that SimpleTuner knows and a field refuses
 VALUES_NOT_YET = {
-    "crop_style": ("face",),
     "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
     "metadata_backend": ("parquet", "huggingface", "webshart"),
 }

@@ -2,7 +2,8 @@
 
 The file is a list of entries: image datasets, and one `text_embeds` entry that says where the text
 encoders' outputs are cached. A value that a dataset leaves out is the run's (`DatasetDefaults`).
-Nothing on disk but the file itself is looked at here.
+Nothing on disk is looked at here but the file itself, and whether a package that a key needs is
+installed.
 """
 
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from fluxfast.config.dataset_keys import (
     VALUE_ALIASES,
     VALUES_NOT_YET,
 )
+from fluxfast.config.face_detector import INSTALL, face_cascade
 from fluxfast.config.settings import (
     ConfigError,
     Settings,
@@ -85,6 +87,11 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
             problems.append(f"{where}: this id is taken by an entry before it; give each its own")
         seen.add(str(entry.get("id")))
         if isinstance(parsed, ImageDataset):
+            if parsed.crop_style == "face" and face_cascade() is None:
+                problems.append(
+                    f'{where}: "crop_style" is "face": needs a face detector, which is not '
+                    f'installed: {INSTALL}, or set "crop_style": "center"'
+                )
             images.append(parsed)
             notes += _idle(parsed, where)
         elif parsed is not None:

@@ -22,7 +22,7 @@ from fluxfast.text import to_bytes
 ALIGNMENT = 64
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
-CropStyle = Literal["random", "center", "centre", "corner"]
+CropStyle = Literal["random", "center", "centre", "corner", "face"]
 CropAspect = Literal["square", "preserve", "random", "closest"]
 Size = tuple[int, int]
 
@@ -74,6 +74,7 @@ def plan_crop(
     maximum_image_size: float | None = None,
     target_downsample_size: float | None = None,
     rounding: int = 2,
+    face: tuple[int, int, int, int] | None = None,
     rng: random.Random,
 ) -> CropPlan:
     """Plan the resize and crop of an upright image of `size` (width, height).
@@ -83,7 +84,9 @@ def plan_crop(
     cut off, also by `crop_style`. With `crop`, an image above `maximum_image_size` is resized to
     `target_downsample_size` and the target is cut out of that; any other is resized to just cover
     the target. `crop_aspect_buckets` holds ratios, or `{"aspect": ratio, "weight": w}`. `rng`
-    decides random crops and aspects; `crop_rng` makes it.
+    decides random crops and aspects; `crop_rng` makes it. A crop of `crop_style` face has `face`
+    (left, top, right, bottom; in the image's pixels) in its middle, as near as the image allows;
+    without one it keeps the image's middle.
     """
     # the aspect of a very thin image must not round to zero
     own_aspect = max(round(size[0] / size[1], rounding), 10**-rounding)
@@ -101,7 +104,13 @@ def plan_crop(
         if intermediary[0] < target[0] or intermediary[1] < target[1]:
             intermediary = _covering_size(size, target, portrait=aspect < 1)
 
-    left, top = _crop_origin(intermediary, target, crop_style, rng)
+    middle = None
+    if crop_style == "face" and face is not None:
+        middle = (
+            (face[0] + face[2]) / 2 * intermediary[0] / size[0],
+            (face[1] + face[3]) / 2 * intermediary[1] / size[1],
+        )
+    left, top = _crop_origin(intermediary, target, crop_style, middle, rng)
     return CropPlan(
         target=target,
         intermediary=intermediary,
@@ -254,11 +263,18 @@ def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:
 
 
 def _crop_origin(
-    intermediary: Size, target: Size, style: CropStyle, rng: random.Random
+    intermediary: Size,
+    target: Size,
+    style: CropStyle,
+    middle: tuple[float, float] | None,
+    rng: random.Random,
 ) -> tuple[int, int]:
     spare = (intermediary[0] - target[0], intermediary[1] - target[1])
     if style == "random":
         return rng.randint(0, spare[0]), rng.randint(0, spare[1])
     if style == "corner":
         return 0, 0
+    if middle is not None:
+        left, top = (round(middle[axis] - target[axis] / 2) for axis in (0, 1))
+        return min(max(left, 0), spare[0]), min(max(top, 0), spare[1])
     return spare[0] // 2, spare[1] // 2

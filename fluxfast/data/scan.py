@@ -22,7 +22,8 @@ from fluxfast.data.buckets import (
 )
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
-from fluxfast.data.images import UnreadableImage, discover, image_size
+from fluxfast.data.faces import Box, largest_face
+from fluxfast.data.images import UnreadableImage, discover, image_size, load_image
 from fluxfast.data.model_folders import file_hash
 from fluxfast.text import printable
 
@@ -35,7 +36,8 @@ _FILES_PER_WRITE = 256
 class Candidate:
     """An image to train on.
 
-    `file` is its path below the dataset's folder with slashes, `size` its upright (width, height).
+    `file` is its path below the dataset's folder with slashes, `size` its upright (width, height),
+    `face` the box of its largest face where the dataset's crops look for one.
     """
 
     file: str
@@ -44,6 +46,7 @@ class Candidate:
     sha256: str
     crop_plan: CropPlan
     captions: tuple[str, ...]
+    face: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def scan(
         None if shuffle is None else caption_variants(shuffle, seed=crop_seed, on_kept=kept.add)
     )
     candidates, skipped = [], []
-    facts = _all_facts(dataset.id, root, paths, cache, max_workers)
+    facts = _all_facts(dataset, paths, cache, max_workers)
     for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
         on_file(done, len(paths))
         file = path.relative_to(root).as_posix()
@@ -125,14 +128,26 @@ def scan(
         if reason:
             skipped.append(Skipped(file, reason, f"{size[0]}x{size[1]}"))
             continue
-        planned = _plan(dataset, size, rounding, crop_rng(crop_seed, dataset.id, file))
-        candidates.append(Candidate(file, path, size, known["sha256"], planned, tuple(found)))
+        face = known.get("face") if dataset.crop_style == "face" else None
+        rng = crop_rng(crop_seed, dataset.id, file)
+        planned = _plan(dataset, size, face, rounding, rng)
+        candidates.append(
+            Candidate(
+                file,
+                path,
+                size,
+                known["sha256"],
+                planned,
+                tuple(found),
+                face=None if face is None else tuple(face),
+            )
+        )
     return Scan(
         len(paths),
         candidates,
         skipped,
         tuple(path.relative_to(root).as_posix() for path in unread),
-        tuple(_kept_notes(kept)),
+        tuple(_notes(dataset, candidates, kept)),
     )
 
 
@@ -141,7 +156,8 @@ def cropped_anew(
 ) -> Candidate:
     """The image with its crop of that epoch; in epoch 1 it is the one that `scan` plans."""
     rng = crop_rng(crop_seed, dataset.id, candidate.file, epoch)
-    return replace(candidate, crop_plan=_plan(dataset, candidate.size, rounding, rng))
+    planned = _plan(dataset, candidate.size, candidate.face, rounding, rng)
+    return replace(candidate, crop_plan=planned)
 
 
 def sizes_of_crops(dataset: ImageDataset, rounding: int) -> frozenset[tuple[int, int]]:
@@ -160,18 +176,24 @@ def other_files(root: Path) -> Counter[str]:
 
 
 def _all_facts(
-    dataset_id: str, root: Path, paths: list[Path], cache: TensorCache, max_workers: int
+    dataset: ImageDataset, paths: list[Path], cache: TensorCache, max_workers: int
 ) -> Iterator[dict | UnreadableImage]:
-    """Size in pixels and SHA-256 of each file, in order, or why it can't be read."""
+    """Size in pixels and SHA-256 of each file, in order, or why it can't be read.
+
+    The box of the largest face comes with them, where crops look for faces.
+    """
+    root, faces = Path(dataset.instance_data_dir), dataset.crop_style == "face"
 
     def facts(path: Path) -> tuple[dict | UnreadableImage, tuple[str, os.stat_result, dict] | None]:
-        name = f"{dataset_id}/{path.relative_to(root).as_posix()}"
+        name = f"{dataset.id}/{path.relative_to(root).as_posix()}"
         stat = path.stat() if path.exists() else None
         known = cache.file_facts(name, stat) if stat else None
-        if known is not None:
+        if known is not None and ("face" in known or not faces):
             return known, None
         try:
             known = {"size": image_size(path), "sha256": file_hash(path)}
+            if faces:
+                known["face"] = largest_face(load_image(path))
         except UnreadableImage as error:
             return error, None
         except OSError as error:
@@ -191,8 +213,12 @@ def _all_facts(
     cache.remember_files(unsaved)
 
 
-def _kept_notes(kept: set[str]) -> Iterator[str]:
-    """What `caption_shuffle` without the original couldn't do, in a line."""
+def _notes(dataset: ImageDataset, candidates: Sequence[Candidate], kept: set[str]) -> Iterator[str]:
+    """What couldn't be done as asked: crops without a face, and captions that are as written."""
+    faceless = [candidate.file for candidate in candidates if candidate.face is None]
+    if dataset.crop_style == "face" and faceless:
+        number = "1 image shows" if len(faceless) == 1 else f"{len(faceless)} images show"
+        yield f"{number} no face (such as {printable(faceless[0])}): the middle is kept"
     if kept:
         number = "1 caption has" if len(kept) == 1 else f"{len(kept)} captions have"
         yield (
@@ -230,7 +256,11 @@ def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> s
 
 
 def _plan(
-    dataset: ImageDataset, size: tuple[int, int], rounding: int, rng: random.Random
+    dataset: ImageDataset,
+    size: tuple[int, int],
+    face: Box | None,
+    rounding: int,
+    rng: random.Random,
 ) -> CropPlan:
     return plan_crop(
         size,
@@ -243,5 +273,6 @@ def _plan(
         maximum_image_size=dataset.maximum_image_size,
         target_downsample_size=dataset.target_downsample_size,
         rounding=rounding,
+        face=face,
         rng=rng,
     )

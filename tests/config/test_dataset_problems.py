@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,6 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ),
         ({"dataset_type": "eval"}, ['"dataset_type"', "not implemented yet"]),
         ({"dataset_type": "video"}, ['"dataset_type"', "not implemented yet"]),
-        (
-            {"crop_style": "face"},
-            ['"crop_style"', "not implemented yet", "'random', 'center' or 'corner'"],
-        ),
         ({"caption_strategy": "parquet"}, ['"caption_strategy"', "not implemented yet"]),
         ({"metadata_backend": "parquet"}, ['"metadata_backend"', "not implemented yet"]),
         ({"conditioning_data": "masks"}, ['"conditioning_data" is "masks"', "not implemented yet"]),
@@ -73,7 +70,7 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ({"repeats": True}, ['"repeats" is true']),
         (
             {"crop_style": "middle"},
-            ['"crop_style" is "middle"', "must be 'random', 'center' or 'corner'"],
+            ['"crop_style" is "middle"', "must be 'random', 'center', 'corner' or 'face'"],
         ),
         ({"disabled": "perhaps"}, ['"disabled"', "true or false"]),
         (
@@ -158,6 +155,25 @@ def test_what_is_off_is_accepted_without_a_word(keys):
 def test_what_has_no_effect_is_said(key, value):
     (note,) = load_entries([{**IMAGE, key: value}, TEXT]).notes
     assert f'dataset "cats": "{key}" has no effect' in note
+
+
+def test_faces_need_a_detector(monkeypatch, tmp_path):
+    # OpenCV 5 is there, and has no detector
+    (tmp_path / "cv2").mkdir()
+    (tmp_path / "cv2" / "__init__.py").touch()
+    for package in (None, "cv2"):
+        path = tmp_path / "cv2" / "__init__.py"
+        spec = package and importlib.util.spec_from_file_location("cv2", path)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, spec=spec: spec)
+        only(
+            refused(crop_style="face"),
+            'data.json: dataset "cats": "crop_style" is "face"',
+            'not installed: pip install "fluxfast[faces]", or set "crop_style": "center"',
+        )
+    data = tmp_path / "cv2" / "data"
+    data.mkdir()
+    (data / "haarcascade_frontalface_default.xml").touch()
+    assert load_entries([{**IMAGE, "crop_style": "face"}, TEXT]).images[0].crop_style == "face"
 
 
 def test_new_crops_that_are_the_old_ones_are_said():
