@@ -79,7 +79,7 @@ ACCEPTED_NO_EFFECT = {
     "image_processing_batch_size": "one VAE batch is read ahead",
     "metadata_update_interval": "the cache's index is up to date after every entry",
     "parquet": "only read with metadata_backend or caption_strategy parquet, which are refused",
-    "preserve_data_backend_cache": "caches are never deleted",
+    "preserve_data_backend_cache": "a start deletes no cache",
     "read_batch_size": "one VAE batch is read ahead",
     "scan_for_errors":
         "each cached file is checked when it is read, and what is damaged is computed anew",

@@ -1,5 +1,6 @@
 """Looking at a dataset's folder: which images to train on, and which are left out and why."""
 
+import functools
 import os
 import random
 from collections import Counter
@@ -95,12 +96,8 @@ def scan(
     if dataset.max_num_samples and len(paths) > dataset.max_num_samples:
         # seeded by the id alone, so that each run takes the same subset
         paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
-    edit = caption_filter(dataset.caption_filter_list) if dataset.caption_filter_list else None
     kept: set[str] = set()
-    shuffle = dataset.caption_shuffle
-    variants = (
-        None if shuffle is None else caption_variants(shuffle, seed=crop_seed, on_kept=kept.add)
-    )
+    captions_of = _captions_of(dataset, crop_seed, on_kept=kept.add)
     candidates, skipped = [], []
     facts = _all_facts(dataset, paths, cache, max_workers)
     for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
@@ -111,16 +108,7 @@ def scan(
             continue
         size = (known["size"][0], known["size"][1])
         try:
-            found = captions(
-                path,
-                strategy=dataset.caption_strategy,
-                instance_prompt=dataset.instance_prompt,
-                prepend_instance_prompt=dataset.prepend_instance_prompt,
-                only_instance_prompt=dataset.only_instance_prompt,
-                disable_multiline_split=dataset.disable_multiline_split,
-                caption_filter=edit,
-                variants=variants,
-            )
+            found = captions_of(path)
         except NoCaption as error:
             skipped.append(Skipped(file, error.reason))
             continue
@@ -129,17 +117,10 @@ def scan(
             skipped.append(Skipped(file, reason, f"{size[0]}x{size[1]}"))
             continue
         face = known.get("face") if dataset.crop_style == "face" else None
-        rng = crop_rng(crop_seed, dataset.id, file)
-        planned = _plan(dataset, size, face, rounding, rng)
+        planned = _plan(dataset, size, face, rounding, crop_rng(crop_seed, dataset.id, file))
         candidates.append(
             Candidate(
-                file,
-                path,
-                size,
-                known["sha256"],
-                planned,
-                tuple(found),
-                face=None if face is None else tuple(face),
+                file, path, size, known["sha256"], planned, tuple(found), face and tuple(face)
             )
         )
     return Scan(
@@ -238,6 +219,23 @@ def _buckets(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> Seq
         resolution=dataset.resolution,
         resolution_type=dataset.resolution_type,
         rounding=rounding,
+    )
+
+
+def _captions_of(
+    dataset: ImageDataset, seed: int, *, on_kept: Callable[[str], None]
+) -> Callable[[Path], list[str]]:
+    """The function that gives the captions of an image of a dataset."""
+    filters, shuffle = dataset.caption_filter_list, dataset.caption_shuffle
+    return functools.partial(
+        captions,
+        strategy=dataset.caption_strategy,
+        instance_prompt=dataset.instance_prompt,
+        prepend_instance_prompt=dataset.prepend_instance_prompt,
+        only_instance_prompt=dataset.only_instance_prompt,
+        disable_multiline_split=dataset.disable_multiline_split,
+        caption_filter=caption_filter(filters) if filters else None,
+        variants=caption_variants(shuffle, seed=seed, on_kept=on_kept) if shuffle else None,
     )
 
 
