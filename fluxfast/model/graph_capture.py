@@ -74,7 +74,7 @@ def stand_ins(
     blocks: Sequence[Any], parameters: Sequence[nn.Parameter]
 ) -> Iterator[dict[Tensor, Tensor]]:
     """Tensors of the parameters' memory, by parameter; fused blocks give autograd these inside."""
-    standing = {p: p.detach().requires_grad_() for p in parameters}
+    standing: dict[Tensor, Tensor] = {p: p.detach().requires_grad_() for p in parameters}
     for block in blocks:
         block.stand_ins = standing
     try:
