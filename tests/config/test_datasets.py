@@ -323,3 +323,15 @@ def test_the_whole_file():
         "regularisation" in note
         for note in load_entries([{**IMAGE, "is_regularisation_data": True}, TEXT]).notes
     )
+
+
+def test_what_the_run_says_of_latents_and_upscaling():
+    run = {"vae_cache_ondemand": True, "vae_cache_disable": True, "max_upscale_threshold": 0.2}
+    shapes = {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0]}
+    mine = dict.fromkeys(run, False) | {"max_upscale_threshold": 0.0}
+    first, second = load_entries(
+        [{**IMAGE, **shapes}, {**IMAGE, **shapes, **mine, "id": "dogs"}, TEXT], **run
+    ).images
+    assert {name: getattr(first, name) for name in run} == run
+    assert {name: getattr(second, name) for name in run} == mine
+    assert (first.encodes_on_demand, second.encodes_on_demand) == (True, False)
