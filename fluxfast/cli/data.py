@@ -168,7 +168,7 @@ def show(
         from fluxfast.data.dataset_report import unread_kinds
 
         _say(console, unread_kinds(row.unread))
-    for note in dataset.notes:
+    for note in dataset.all_notes:
         _say(console, f"· {note}")
 
 
@@ -298,6 +298,6 @@ def _dataset_report(inspected: Inspected, sheets: dict[str, Path]) -> dict[str, 
         "captions": asdict(inspected.captions),
         "captions_without_image": inspected.partners.alone,
         "captions_not_read": inspected.partners.ignored,
-        "notes": dataset.notes,
+        "notes": list(dataset.all_notes),
         "sheet": None if sheet is None else str(sheet),
     }

@@ -1,9 +1,11 @@
 """Everything between a dataloader config and the first step: scan folders, fill caches, report.
 
 The encoders are loaded one after the other, each only if the cache lacks something, and freed
-before the next one.
+before the next one. Where a dataset encodes on demand, the VAE is loaded again while the run
+trains, for the first image that a batch needs and the cache lacks.
 """
 
+import functools
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -13,7 +15,8 @@ from rich.progress import Progress
 from fluxfast.config.datasets import DataConfig
 from fluxfast.data.dataset_report import DataReport
 from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_prompts
-from fluxfast.data.prepared import Prepared, PreparedDataset, Sample
+from fluxfast.data.prepared import NewCrops, OnDemand, Prepared, PreparedDataset, Sample
+from fluxfast.data.scan import Candidate, cropped_anew, sizes_of_crops
 from fluxfast.data.survey import SurveyedDataset, started, survey
 
 
@@ -53,7 +56,7 @@ def prepare(
                 _encode_images(work, images, bars)
             found.check()
             datasets = tuple(_prepared(work, images) for work in works)
-    notes = [note for work in works for note in work.notes]
+    notes = [note for work in works for note in work.all_notes]
     return Prepared(
         datasets,
         prompts,
@@ -62,6 +65,8 @@ def prepare(
 
 
 def _encode_images(work: SurveyedDataset, images: ImageEncoding, bars: Progress) -> None:
+    if work.config.encodes_on_demand:
+        return
     wanted = [(work.key(candidate), candidate) for candidate in work.scan.candidates]
     work.encoded, unreadable = images.encode(
         wanted,
@@ -74,21 +79,44 @@ def _encode_images(work: SurveyedDataset, images: ImageEncoding, bars: Progress)
     work.leave_out(unreadable)
 
 
+def _sample(work: SurveyedDataset, candidate: Candidate, images: ImageEncoding) -> Sample:
+    return Sample(
+        file=candidate.file,
+        captions=candidate.captions,
+        target=candidate.crop_plan.target,
+        key=work.key(candidate),
+        fingerprint=images.fingerprint(candidate),
+        image=candidate if work.config.encodes_on_demand else None,
+    )
+
+
 def _prepared(work: SurveyedDataset, images: ImageEncoding) -> PreparedDataset:
     config = work.config
-    samples = tuple(
-        Sample(
-            file=candidate.file,
-            captions=candidate.captions,
-            target=candidate.crop_plan.target,
-            key=work.key(candidate),
-            fingerprint=images.fingerprint(candidate),
-        )
-        for candidate in work.scan.candidates
-    )
+    samples = tuple(_sample(work, candidate, images) for candidate in work.scan.candidates)
+    new_crops = on_demand = None
+    if config.encodes_on_demand:
+        on_demand = OnDemand(images.encode_one, keeps=not config.vae_cache_disable)
+    if config.vae_cache_clear_each_epoch:
+        # a batch of the last epoch may be read while the sampler is in the next one
+        @functools.lru_cache(maxsize=2)
+        def samples_of(epoch: int) -> tuple[Sample, ...]:
+            return tuple(
+                _sample(
+                    work,
+                    cropped_anew(
+                        config, each, epoch, crop_seed=work.crop_seed, rounding=work.rounding
+                    ),
+                    images,
+                )
+                for each in work.scan.candidates
+            )
+
+        new_crops = NewCrops(samples_of, sizes_of_crops(config, work.rounding))
     return PreparedDataset(
         id=config.id,
         samples=samples,
+        on_demand=on_demand,
+        new_crops=new_crops,
         cache=work.cache,
         repeats=work.repeats,
         probability=config.probability,

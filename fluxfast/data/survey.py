@@ -38,7 +38,7 @@ class SurveyedDataset:
     """One dataset on its way through the stages.
 
     `skip` are folders that are no data even if they lie in the dataset's folder; `workers` is how
-    many threads read its images.
+    many threads read its images. `crop_seed` and `rounding` are the run's, for its crops.
     """
 
     config: ImageDataset
@@ -48,6 +48,8 @@ class SurveyedDataset:
     repeats: int
     workers: int
     skip: tuple[Path, ...] = ()
+    crop_seed: int = 0
+    rounding: int = 2
     encoded: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -59,6 +61,15 @@ class SurveyedDataset:
     def captions(self) -> Iterator[str]:
         """All captions of all images."""
         return chain.from_iterable(candidate.captions for candidate in self.scan.candidates)
+
+    @property
+    def all_notes(self) -> Iterator[str]:
+        """Lines for the user, once everything is looked at."""
+        yield from self.notes
+        yield from (f"{self.config.id}: {note}" for note in self.scan.notes)
+        if self.config.encodes_on_demand:
+            kept = "and not kept" if self.config.vae_cache_disable else "and cached then"
+            yield f"{self.config.id}: images are encoded when batches need them, {kept}"
 
     def leave_out(self, unreadable: Iterable[Skipped]) -> None:
         """Take images out that turned out to be unusable when they were decoded."""
@@ -186,7 +197,17 @@ def survey(
             continue
         batch_size = dataset.train_batch_size or train_batch_size
         datasets.append(
-            SurveyedDataset(dataset, cache, found, batch_size, dataset.repeats, workers, skip)
+            SurveyedDataset(
+                dataset,
+                cache,
+                found,
+                batch_size,
+                dataset.repeats,
+                workers,
+                skip,
+                crop_seed,
+                aspect_bucket_rounding,
+            )
         )
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))

@@ -59,8 +59,19 @@ class RunData:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of every image."""
+        """(width, height) of every image in the first epoch."""
         return [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
+
+    @property
+    def all_sizes(self) -> list[tuple[int, int]]:
+        """`sizes`, and those of the crops that later epochs may take."""
+        return [size for dataset in self.prepared.datasets for size in dataset.sizes]
+
+    @property
+    def encoded_pixels(self) -> int:
+        """Pixels of the largest image that is encoded while the run trains; 0: none is."""
+        on_demand = [each for each in self.prepared.datasets if each.on_demand is not None]
+        return max((w * h for dataset in on_demand for w, h in dataset.sizes), default=0)
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -217,7 +228,9 @@ def load_parts(
         local_folder(config.base_source._replace(subfolder="scheduler"))
     )
     base, wishes = open_base(config), wishes_of(config)
-    facts = choose.facts_before_loading(config, base, data.sizes, device)
+    facts = choose.facts_before_loading(
+        config, base, data.all_sizes, device, encoded_pixels=data.encoded_pixels
+    )
     choices = choose.choose(wishes, facts)
     choose.tell_budget(choices, wishes, facts, console)
     transformer = load_transformer(config, base, choices, device, console)

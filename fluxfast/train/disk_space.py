@@ -27,8 +27,11 @@ def cache_bytes(
     images = len(discover(dataset.instance_data_dir, skip=[]).images)
     width, height = largest_batch(config, [dataset]).size
     captions = 1 if dataset.caption_strategy == "instanceprompt" else images
+    if shuffle := dataset.caption_shuffle:
+        captions *= shuffle.count + shuffle.include_original
+    latents = 0 if dataset.vae_cache_disable else images
     # 16 channels, an eighth of the size each way, bf16
-    return images * 16 * (width // 8) * (height // 8) * 2, captions * (
+    return latents * 16 * (width // 8) * (height // 8) * 2, captions * (
         config.tokenizer_max_length * t5 + clip
     ) * 2
 
