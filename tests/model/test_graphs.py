@@ -366,9 +366,11 @@ def test_what_cannot_be_captured_is_named(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")
 @pytest.mark.parametrize("routes", [None, ROUTES], ids=["plain", "tread"])
-def test_on_a_gpu(routes):
+@pytest.mark.parametrize(("storage", "compute"), [(None, "same"), ("int8", "int8")])
+def test_on_a_gpu(routes, storage, compute):
     def result(graphs):
-        model = make_model().cuda()
+        model = make_model(storage=storage).cuda()
+        model.set_compute(compute)
         model.set_routes(routes, seed=5)
         model.set_cuda_graphs(graphs)
         return train(model, [{k: v.cuda() for k, v in step.items()} for step in steps()])

@@ -115,9 +115,11 @@ def check(linears, impl, compute, dtype=torch.float32, tokens=9):
     expected = wanted(x, dy, linears, compute)
     made = actual(x, dy, linears, impl, compute=compute)
     of_products = product_tolerance(TOLERANCES[dtype], compute, x.device)
+    # y and dx; the adapters' gradients are sums of values, but for those of weight decomposition
+    decomposed = any(a.magnitude is not None for p in linears for a in p.adapters)
+    count = len(made) if decomposed else 2
     for i, (a, e) in enumerate(zip(made, expected, strict=True)):
-        # y and dx; the adapters' gradients are sums of values
-        assert relative_error(a, e) < (of_products if i < 2 else TOLERANCES[dtype]), i
+        assert relative_error(a, e) < (of_products if i < count else TOLERANCES[dtype]), i
 
 
 def stored_as(linears, stored):
