@@ -16,7 +16,7 @@
 #                  it, which holds for the default WORK alone, `prewarm` has little to do
 #   BUDGET=seconds for one part (default: what its limits add up to)
 #   WORK=folder    for what both parts use: installed wheels, Triton's cache, results (default: /tmp/fluxfast-gpu)
-#   FLUXFAST_COMMIT=…  what results are said to be of, where this is no checkout
+#   FLUXFAST_COMMIT=…  what results are said to be of, where files are not those of a checkout's commit
 #   SMALL=1        small models and shapes, on the CPU too: to try this script. The default where there is no GPU; 0: never
 set -uo pipefail
 usage="usage: bench/gpu.sh OUT [first|second|rest|STAGE…], or bench/gpu.sh plan"
@@ -101,7 +101,7 @@ run() { # STAGE
   smoke) stage smoke 60 smoke "$long" --contestants "$smoked" ;;
   smoke-short) stage smoke-short 15 smoke "$short" --contestants "$ours,$ours+graphs" ;;
   int8) stage int8 35 steps "$both" --rounds 1 --steps 5 --contestants "$ours,$ours+graphs" ;;
-  profile) stage profile 30 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours,fluxfast" ;;
+  profile) stage profile 30 bench profile --shapes "$both" --recompute "$policy" --contestants "$ours,$ours+device-modulation,fluxfast" ;;
   tests) stage tests 40 bench tests $tests --jobs "$jobs" ;;
   sweep) stage sweep 30 swept ;;
   ours)

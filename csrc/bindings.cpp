@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -32,6 +34,12 @@ Heads heads_in(Address address, const Strides& strides) { return {in(address), s
 // a LoraAdapter as Python passes it
 using LoraTuple = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, float>;
 
+// S, P, Q and R of a Kron
+using KronSizes = std::array<int64_t, 4>;
+Kron kron_of(Address u, Address v, const KronSizes& sizes) {
+  return {in(u), in(v), sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
 Weight weight_in(Address data, int64_t type, int64_t rows, int64_t cols, int64_t row_stride) {
   return {at<const void>(data), static_cast<Float>(type), rows, cols, row_stride};
 }
@@ -46,6 +54,39 @@ Int4Parts int4_parts(Address packed, Address scale, Address zero) {
 }
 Int2Parts int2_parts(Address packed, Address scale, Address zero, Address global_scale) {
   return {at<uint8_t>(packed), at<uint8_t>(scale), at<uint8_t>(zero), out(global_scale)};
+}
+
+// a product with a weight as Python passes it: the weight's format, x, y, batch, rows, cols, and the
+// addresses of the weight's parts
+using GemvTuple = std::tuple<std::string, Address, Address, int64_t, int64_t, int64_t, std::vector<Address>>;
+using GemvOfParts = void (*)(Gemv gemv, const Address* parts, int threads);
+
+// "float" has the number of its type and its row stride behind its address
+const std::map<std::string, GemvOfParts>& gemv_by_format() {
+  static const std::map<std::string, GemvOfParts> by_format = {
+      {"float",
+       [](Gemv gemv, const Address* p, int threads) {
+         const auto type = static_cast<int64_t>(p[1]), stride = static_cast<int64_t>(p[2]);
+         cpu().gemv_float(gemv, weight_in(p[0], type, gemv.rows, gemv.cols, stride), threads);
+       }},
+      {"int8",
+       [](Gemv gemv, const Address* p, int threads) { cpu().gemv_int8(gemv, at<int8_t>(p[0]), in(p[1]), threads); }},
+      {"fp8_e4m3",
+       [](Gemv gemv, const Address* p, int threads) {
+         cpu().gemv_fp8_e4m3(gemv, at<uint8_t>(p[0]), in(p[1]), threads);
+       }},
+      {"int4",
+       [](Gemv gemv, const Address* p, int threads) { cpu().gemv_int4(gemv, int4_parts(p[0], p[1], p[2]), threads); }},
+      {"int2",
+       [](Gemv gemv, const Address* p, int threads) {
+         cpu().gemv_int2(gemv, int2_parts(p[0], p[1], p[2], p[3]), threads);
+       }},
+      {"nf4",
+       [](Gemv gemv, const Address* p, int threads) {
+         cpu().gemv_nf4(gemv, {at<uint8_t>(p[0]), at<uint8_t>(p[1]), in(p[2]), in(p[3]), in(p[4])}, threads);
+       }},
+  };
+  return by_format;
 }
 
 #ifdef FLUXFAST_GPU_BACKEND
@@ -136,6 +177,21 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
   m.def(
+      "kron_add",
+      [](Address a, int64_t a_s, Address u, Address v, const KronSizes& sizes, Address y_cols, Address y, int64_t y_s,
+         int64_t rows, int threads) {
+        cpu().kron_add({in(a), 0, a_s}, kron_of(u, v, sizes), in(y_cols), {out(y), 0, y_s}, rows, threads);
+      },
+      no_gil);
+  m.def(
+      "kron_grads",
+      [](Address dy, int64_t dy_s, Address x, int64_t x_s, Address u, Address v, const KronSizes& sizes, Address dw1,
+         Address dw2, Address dx, int64_t dx_s, int64_t rows, int threads) {
+        const KronGrads grads{out(dw1), out(dw2), {out(dx), 0, dx_s}};
+        cpu().kron_grads({in(dy), 0, dy_s}, {in(x), 0, x_s}, kron_of(u, v, sizes), grads, rows, threads);
+      },
+      no_gil);
+  m.def(
       "lora_grads",
       [](Address x, int64_t x_s, Address dy, int64_t dy_s, const std::vector<LoraTuple>& adapters, int64_t rows, int64_t cols,
          int threads) {
@@ -210,45 +266,17 @@ PYBIND11_MODULE(_C, m) {
               (int2_parts(packed, scale, zero, global_scale)))
   BIND_FORMAT(nf4, (Address packed, Address absmax), (at<uint8_t>(packed), out(absmax)))
 
+  m.def("gemv_formats", [] {
+    std::vector<std::string> names;
+    for (const auto& [name, run] : gemv_by_format()) names.push_back(name);
+    return names;
+  });
+  // one call for all of a model's modulation: between calls a thread would wait for Python's lock
   m.def(
-      "gemv_float",
-      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address w, int64_t type, int64_t stride,
-         int threads) {
-        cpu().gemv_float({in(x), out(y), batch, rows, cols}, weight_in(w, type, rows, cols, stride), threads);
-      },
-      no_gil);
-  m.def(
-      "gemv_int8",
-      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
-        cpu().gemv_int8({in(x), out(y), batch, rows, cols}, at<int8_t>(packed), in(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "gemv_fp8_e4m3",
-      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, int threads) {
-        cpu().gemv_fp8_e4m3({in(x), out(y), batch, rows, cols}, at<uint8_t>(packed), in(scale), threads);
-      },
-      no_gil);
-  m.def(
-      "gemv_int4",
-      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
-         int threads) {
-        cpu().gemv_int4({in(x), out(y), batch, rows, cols}, int4_parts(packed, scale, zero), threads);
-      },
-      no_gil);
-  m.def(
-      "gemv_int2",
-      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address scale, Address zero,
-         Address global_scale, int threads) {
-        cpu().gemv_int2({in(x), out(y), batch, rows, cols}, int2_parts(packed, scale, zero, global_scale), threads);
-      },
-      no_gil);
-  m.def(
-      "gemv_nf4",
-      [](Address x, Address y, int64_t batch, int64_t rows, int64_t cols, Address packed, Address absmax,
-         Address nested_absmax, Address offset, Address values, int threads) {
-        cpu().gemv_nf4({in(x), out(y), batch, rows, cols},
-                       {at<uint8_t>(packed), at<uint8_t>(absmax), in(nested_absmax), in(offset), in(values)}, threads);
+      "gemv",
+      [](const std::vector<GemvTuple>& products, int threads) {
+        for (const auto& [format, x, y, batch, rows, cols, parts] : products)
+          gemv_by_format().at(format)({in(x), out(y), batch, rows, cols}, parts.data(), threads);
       },
       no_gil);
 

@@ -7,10 +7,13 @@ capture does not allow. Graphs that share a `Pool` share memory as theirs do: wh
 its forward and its backward is overwritten when another one is replayed.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fluxfast.model.graph_capture import capture_step
 from fluxfast.ops import registration
 
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
@@ -82,39 +85,43 @@ def tensors(made):
     return [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
 
 
-def capture(module, samples, pool=None):
-    """As torch.cuda.make_graphed_callables does it."""
-    parameters, forward, backward = tuple(module.parameters()), Recorder(), Recorder()
-    with forward:
-        out = module(*samples)
-    dout = torch.empty_like(out)
-    with backward:
-        grads = torch.autograd.grad(out, parameters, dout, allow_unused=True)
+class EmulatedGraph:
+    """In the place of torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        self.recorder, self.before_replay = Recorder(), lambda: None
+
+    def replay(self):
+        self.before_replay()
+        self.recorder.replay()
+
+
+@contextlib.contextmanager
+def emulated():
+    """Inside, what `capture_step` asks CUDA for is done on the CPU."""
+    cuda = {
+        "CUDAGraph": EmulatedGraph,
+        "graph": lambda graph, **how: graph.recorder,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in cuda.items():
+            patch.setattr(torch.cuda, name, stand_in)
+        yield
+
+
+def capture(module, samples, blocks=(), pool=None):
+    """`capture_step`, whose graphs are replayed on the CPU."""
+    with emulated():
+        step = capture_step(module, samples, blocks, pool=None, stream=None)
     pool = pool or Pool()
     number = pool.add(
-        (forward, backward),
-        (*samples, out, dout, *(g for g in grads if g is not None), *parameters),
+        (step.forward.recorder, step.backward.recorder),
+        (*samples, step.out, step.dout, *tensors(step.gradients), *step.parameters),
     )
-
-    class Graphed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            for sample, value in zip(samples, inputs, strict=False):
-                sample.copy_(value)
-            pool.used_by(number)
-            forward.replay()
-            return out.detach()
-
-        @staticmethod
-        def backward(ctx, d):
-            dout.copy_(d)
-            backward.replay()
-            return (
-                *[None] * len(samples),
-                *(None if grad is None else grad.detach() for grad in grads),
-            )
-
-    return lambda *inputs: Graphed.apply(*inputs, *parameters)
+    step.forward.before_replay = lambda: pool.used_by(number)
+    return step
 
 
 def see_every_op(monkeypatch):

@@ -37,6 +37,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+def among_nans(x: torch.Tensor) -> torch.Tensor:
+    """x [M, N] in rows that NaNs lie between."""
+    rows = torch.full((x.shape[0] + 2, x.shape[1] + 40), torch.nan)
+    rows[1:-1, 20:-20] = x
+    return rows[1:-1, 20:-20]
+
+
 def bound(dtype: torch.dtype) -> float:
     """The relative error (by norm) of a kernel that computes in fp32 and rounds once, at the store.
 

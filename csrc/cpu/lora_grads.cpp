@@ -12,7 +12,7 @@ static constexpr int64_t kBlockRows = 48;
 // the least rows that a task sums over, and the most tasks; each task has sums of its own
 static constexpr int64_t kTaskRows = 4 * kBlockRows, kMaxTasks = 16;
 
-static int64_t padded_rank(const LoraAdapter& adapter) { return ceil_div(adapter.rank, kVector) * kVector; }
+static int64_t padded_rank(const LoraAdapter& adapter) { return padded(adapter.rank); }
 
 // Where each adapter's ranks, padded to whole vectors, and its B lie among those of all adapters.
 struct Layout {
@@ -35,15 +35,6 @@ static void for_each_adapter(const LoraAdapters& adapters, const Body& body) {
     body(adapter, rank, b);
     rank += padded_rank(adapter);
     b += adapter.cols * padded_rank(adapter);
-  }
-}
-
-// C [rows, cols] = A B, or += with ADD; cols is a multiple of the vector width
-template <bool ADD>
-static void product(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int64_t cols,
-                    int64_t depth, float* c, int64_t c_row) {
-  for (int64_t col = 0; col < cols; col += panel_cols(col, cols)) {
-    panel_product<ADD>(rows, a, a_row, a_step, b + col, b_row, panel_cols(col, cols), depth, c + col, c_row);
   }
 }
 
@@ -91,13 +82,7 @@ void lora_grads(Rows x, Rows dy, LoraAdapters adapters, Shape shape, int threads
   });
 
   float* const sums = all_sums.data();
-  parallel_for(ceil_div(sums_size, kTaskElements), threads, [=](int64_t task) {
-    const int64_t end = min64((task + 1) * kTaskElements, sums_size);
-    for (int64_t part = 1; part < tasks; ++part) {
-      const float* more = sums + part * sums_size;
-      for (int64_t i = task * kTaskElements; i < end; ++i) sums[i] += more[i];
-    }
-  });
+  sum_partials(sums, tasks, sums, {1, tasks, sums_size}, threads);
   for_each_adapter(adapters, [&](const LoraAdapter& adapter, int64_t rank, int64_t b_at) {
     for (int64_t r = 0; r < adapter.rank; ++r) {
       for (int64_t k = 0; k < in; ++k) adapter.da[r * in + k] = adapter.scale * sums[k * ranks + rank + r];

@@ -87,6 +87,18 @@ struct LoraAdapters {
   int64_t count;
 };
 
+// the factors of a Kronecker product that takes rows a [P · R] to y [S · Q]: u [S, P], v [R, Q]
+struct Kron {
+  const float *u, *v;
+  int64_t s, p, q, r;
+};
+
+// dw1 [P, S], dw2 [R, Q], and what the gradient of x [S · Q] is added to
+struct KronGrads {
+  float *dw1, *dw2;
+  OutRows dx;
+};
+
 // the name and arguments of every op; a gradient that nobody needs is a null pointer
 #define FLUXFAST_CPU_OPS(OP)                                                                                              \
   OP(attention_fwd, (Heads q, Heads k, Heads v, float* out, float* lse, AttentionShape shape, int threads))               \
@@ -97,6 +109,8 @@ struct LoraAdapters {
      (Rows dout, PerSample gate, Rows y, float* dy, float* dgate, Shape shape, int threads))                              \
   OP(gelu_fwd, (Rows x, OutRows y, Shape shape, int threads))                                                             \
   OP(gelu_bwd, (Rows dy, Rows x, OutRows dx, Shape shape, int threads))                                                   \
+  OP(kron_add, (Rows a, Kron factors, const float* y_cols, OutRows y, int64_t rows, int threads))                         \
+  OP(kron_grads, (Rows dy, Rows x, Kron factors, KronGrads grads, int64_t rows, int threads))                             \
   OP(lora_grads, (Rows x, Rows dy, LoraAdapters adapters, Shape shape, int threads))                                      \
   OP(modulated_layer_norm_fwd, (Rows x, PerSample scale, PerSample shift, float* y, float* stats, Shape shape, float eps,  \
                                 int threads))                                                                             \

@@ -71,7 +71,8 @@ struct RowTasks {
   int64_t end(int64_t task) const { return min64(begin(task) + rows_per_task, rows); }
 };
 
-// sums [B, per_sample, D] over its middle dimension into out [B, D], always in the same order
+// sums [B, per_sample, D] over its middle dimension into out [B, D], always in the same order; with one sample, out may be
+// where the first row of the partial sums is
 static inline void sum_partials(const float* partials, int64_t per_sample, float* out, const Shape& shape, int threads) {
   constexpr int64_t kCols = 256;
   const int64_t d = shape.cols;

@@ -1,4 +1,4 @@
-// Matrix products on small tiles that stay in registers, for attention and the adapters' gradients.
+// Matrix products on small tiles that stay in registers, for attention and the adapters.
 #pragma once
 
 #include <stdint.h>
@@ -30,6 +30,11 @@ struct Floats {
   friend Floats operator*(const Floats& a, float b) {
     Floats product;
     for (int l = 0; l < kVector; ++l) product.lane[l] = a.lane[l] * b;
+    return product;
+  }
+  friend Floats operator*(const Floats& a, const Floats& b) {
+    Floats product;
+    for (int l = 0; l < kVector; ++l) product.lane[l] = a.lane[l] * b.lane[l];
     return product;
   }
   Floats& operator+=(const Floats& other) {
@@ -118,6 +123,18 @@ static inline int64_t panel_cols(int64_t col, int64_t cols) {
   while (vectors * kVector > cols - col) vectors /= 2;
   return vectors * kVector;
 }
+
+// C [rows, cols] = A B, or += with ADD; cols is a multiple of the vector width
+template <bool ADD>
+static inline void product(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
+                           int64_t cols, int64_t depth, float* c, int64_t c_row) {
+  for (int64_t col = 0; col < cols; col += panel_cols(col, cols)) {
+    panel_product<ADD>(rows, a, a_row, a_step, b + col, b_row, panel_cols(col, cols), depth, c + col, c_row);
+  }
+}
+
+// a number of columns, grown to whole vectors
+static inline int64_t padded(int64_t cols) { return (cols + kVector - 1) / kVector * kVector; }
 
 // memory for floats, aligned to a cache line, which lives as long as the object
 class Scratch {

@@ -183,13 +183,13 @@ class Watching(TorchDispatchMode):
         moved = sum(map(touched_bytes, tensors))
         flops = _thin_flops(tensors) if name.startswith(_THIN) else 0
         if name == "kron_kernel":
-            a, u, v, y, *_, du = args[:10]
+            a, u, v, *_, du = args[:10]
             flops = _kron_flops(len(a), u, v, du)
-            # it adds to y
-            moved += 0 if y is None else touched_bytes(y)
         elif name == "kron_outer_kernel":
             dy, _, u, g = args[:4]
             flops = _kron_flops(len(dy), u.T, g.T, None)
+        if name in _RESULTS and numbers["ACCUMULATE"]:
+            moved += sum(map(touched_bytes, _tensors(args[_RESULTS[name]])))
         category: Category = "memory"
         if name in ("matmul_kernel", "persistent_matmul_kernel"):
             # its first argument is x [rows, columns]
@@ -207,8 +207,8 @@ class Watching(TorchDispatchMode):
         if name in _KRON:
             w1, w2 = arguments["w1"], arguments["w2"]
             flops = _KRON[name](len(arguments["x"]), w1, w2)
-            added_to = arguments["y" if name == "linear_kron" else "dx"]
-            moved += 0 if added_to is None else touched_bytes(added_to)
+        if name in _OP_RESULTS and arguments.get("accumulate", True):
+            moved += sum(map(touched_bytes, _tensors(arguments[_OP_RESULTS[name]])))
         product = _WIDE[name](arguments) if name in _WIDE else None
         category: Category = "memory" if product is None else "gemm"
         self._told(Launched(category, name, 1, moved, flops, product))
@@ -283,6 +283,10 @@ _KRON: dict[str, Callable[[int, Tensor, Tensor], int]] = {
     "linear_kron": lambda rows, w1, w2: _kron_flops(rows, w1, w2, None),
     "linear_kron_grads": _kron_backward_flops,
 }
+# what may be added to, and is then read as well as written: the place among a kernel's arguments,
+# and the name among an op's, of which LoKr's forward always adds
+_RESULTS = {"kron_kernel": 3, "matmul_kernel": 2, "persistent_matmul_kernel": 2}
+_OP_RESULTS = {"linear_kron": "y", "linear_kron_grads": "dx", "linear_dgrad": "dx"}
 # the adapters' kernels, and their ops where no kernel is asked
 _THIN = ("lora_", "linear_down", "linear_ds", "linear_da", "linear_db")
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -78,8 +78,9 @@ class BlockOptions:
     around the block would recompute all of it. share_dropout: whether adapters that read the same x
     may share a dropout mask; PEFT draws one each. residency: who moves the block's weights.
     gradients: where a fused call's backward writes the gradients of its LoRAs (`FlatGradients`);
-    None: autograd gets them. launch_plans: what replays its fused calls; None: each call runs as it
-    is.
+    None: autograd gets them. stand_ins: what autograd is given in the place of the LoRAs' tensors
+    while a graph is captured (`graph_capture`). launch_plans: what replays its fused calls; None:
+    each call runs as it is.
     """
 
     compute: str = "same"
@@ -91,6 +92,7 @@ class BlockOptions:
     share_dropout: bool = True
     residency: Any = None
     gradients: GradientPlaces | None = None
+    stand_ins: Mapping[Tensor, Tensor] | None = None
     launch_plans: LaunchPlans | None = None
     log: CallRecorder | None = None
 
@@ -152,14 +154,13 @@ class BlockBase(BlockOptions):
                     rows, trained = self._function_inputs(call, inputs), adapter_tensors(linears)
                     places = self.gradients
                     if places is None or not places.are_of(trained):
-                        outs = self.function.apply(
-                            self, call, linears, None, *rows, *mods, *trained
-                        )
+                        places = None
                     else:
                         # one of them is enough for autograd to call backward
-                        outs = self.function.apply(
-                            self, call, linears, places, *rows, *mods, trained[0]
-                        )
+                        trained = trained[:1]
+                    if self.stand_ins is not None:
+                        trained = [self.stand_ins.get(t, t) for t in trained]
+                    outs = self.function.apply(self, call, linears, places, *rows, *mods, *trained)
                     del rows
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)

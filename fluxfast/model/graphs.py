@@ -2,8 +2,8 @@
 
 A step of FLUX.1 launches some 3,000 kernels. At 512 px a GPU computes them faster than Python
 launches them. What `FluxTransformer.run_blocks` launches depends on shapes alone, so it is captured
-once for each shape of its inputs (PyTorch's `make_graphed_callables`). From then on a step copies
-its inputs to where the graphs read them, and replays one graph for forward and one for backward.
+once for each shape of its inputs (`graph_capture`). From then on a step copies its inputs to where
+the graphs read them, and replays one graph for forward and one for backward.
 
 Each graph is checked against the step that it replaces. The first steps of a shape run without a
 graph. Then the graph is captured on the inputs of an earlier step, and at the next step, which has
@@ -16,8 +16,9 @@ Where the transformer has `FlatGradients`, all graphs write the gradients of fus
 buffers. Others are in the graph's own memory, and so is a `.grad` that autograd makes of them, so
 that the next replay overwrites it: `FlatGradients.take` copies it before that.
 
-Tested on the CPU, with an emulation that records what a step asks of torch and does it again. Not
-yet run on a GPU.
+Tested on the CPU, with an emulation that records what a step asks of torch and does it again. On an
+H200 steps in bf16 were replayed; CUDA gave up the capture of steps in int8, by PyTorch's own
+`make_graphed_callables`. `graph_capture` has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.model.flat_gradients import FlatGradients
+from fluxfast.model.graph_capture import capture_step
 from fluxfast.model.linear import read_linear
 from fluxfast.model.pinned import capturing
 from fluxfast.model.routing import Draws, Router
 from fluxfast.ops import verdicts
 
-# makes a callable of the same arguments from a module and sample arguments, as
-# torch.cuda.make_graphed_callables does
+# makes a callable of the same arguments from a module and sample arguments, as `capture_step` does
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], Callable[..., Tensor]]
 
 # steps of a shape that run before it is captured. They compile kernels and make buffers that stay
@@ -148,9 +149,11 @@ class StepGraphs:
         """With PyTorch's own capture. Raises ValueError with the reason that `why_not` gives."""
         if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
-        pool = torch.cuda.graph_pool_handle()
-        capture: Any = partial(
-            torch.cuda.make_graphed_callables, allow_unused_input=True, pool=pool
+        capture = partial(
+            capture_step,
+            blocks=transformer.blocks,
+            pool=torch.cuda.graph_pool_handle(),
+            stream=torch.cuda.Stream(transformer.device),
         )
         return cls(transformer, capture, **options)
 
@@ -217,7 +220,7 @@ class StepGraphs:
         return shape.replay
 
     def _give_up(self, error: RuntimeError) -> None:
-        self._say(f"CUDA graphs: off, and steps are run: {' '.join(str(error).split())[:300]}")
+        self._say(f"CUDA graphs: off, and steps are run: {what_failed(error)}")
         self._transformer.graphs = None
         self._shapes.clear()
         if torch.cuda.is_initialized():
@@ -274,6 +277,18 @@ def _difference(
 def _same_draws(device: torch.device) -> AbstractContextManager[None]:
     """A context that leaves the default generators, the device's and the CPU's, as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def what_failed(error: BaseException) -> str:
+    """An error's text, and that of the first one that led to it.
+
+    CUDA says of a capture that was given up only that it was; what gave it up came before.
+    """
+    first = error
+    while (earlier := first.__cause__ or first.__context__) is not None:
+        first = earlier
+    told = [error] if first is error else [error, first]
+    return "; first: ".join(" ".join((str(e) or type(e).__name__).split())[:300] for e in told)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

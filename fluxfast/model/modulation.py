@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from torch.nn.functional import silu
 from fluxfast.model.linear import LinearParams, obstacle, project, read_linear
 from fluxfast.model.pinned import pin, send
 from fluxfast.ops.device import usable_cores
-from fluxfast.quant.gemv import gemv
+from fluxfast.quant.gemv import gemv, gemv_each
 from fluxfast.quant.linear import QuantLinear
 
 # the modulation linears of a double block (image, text) and of a single one
@@ -162,16 +162,30 @@ def _params(module: nn.Module) -> LinearParams:
     return params
 
 
-def apply_on_host(
-    x: Tensor, module: nn.Module, out: Tensor | None = None, *, threads: int | None = None
-) -> Tensor:
+def apply_on_host(x: Tensor, module: nn.Module, *, threads: int | None = None) -> Tensor:
     """A linear without adapters, on the CPU: x [B, in] to [B, out], both in fp32 or fp64.
 
     Raises ValueError for a linear that can't be computed ahead.
     """
     weight, bias, _ = _params(module)
-    y = gemv(x, weight, out, threads=threads)  # type: ignore[arg-type]
+    y = gemv(x, weight, threads=threads)  # type: ignore[arg-type]
     return y if bias is None else y.add_(bias)
+
+
+def apply_each_on_host(
+    x: Tensor, modules: Sequence[nn.Module], outs: Sequence[Tensor], *, threads: int | None = None
+) -> None:
+    """`apply_on_host` of x to each linear, written to `outs`.
+
+    It is few calls, because after each one this thread waits until the one that launches kernels
+    lets go of Python's lock.
+    """
+    params = [_params(module) for module in modules]
+    weights: list[Any] = [p.weight for p in params]
+    gemv_each(x, weights, outs, threads=threads)
+    biases = [(out, p.bias) for out, p in zip(outs, params, strict=True) if p.bias is not None]
+    if biases:
+        torch._foreach_add_(*map(list, zip(*biases, strict=True)))
 
 
 def _threads_beside(device: torch.device) -> int:
@@ -337,9 +351,9 @@ class ModulationAhead:
         apply = partial(apply_on_host, threads=_threads_beside(device))
         vec = silu(embed(self._embedder, conditions, wide, apply))
         flat = torch.empty(batch * self._width, dtype=wide)
-        for linears, vectors in zip(self._linears(), self.views(flat, batch), strict=True):
-            for linear, out in zip(linears, vectors, strict=True):
-                apply(vec, linear, out)
+        modules = [linear for linears in self._linears() for linear in linears]
+        outs = [out for vectors in self.views(flat, batch) for out in vectors]
+        apply_each_on_host(vec, modules, outs, threads=_threads_beside(device))
         return pin(flat.to(dtype), device)
 
     def seconds(self, batch: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -7,6 +7,8 @@ sample's on the others in its batch. A format that it has no code for is decoded
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,30 +41,55 @@ def gemv(
     contiguous. `threads`: how many compute (None: as many as PyTorch's). No gradients. Raises
     ValueError on an `impl` ("native" or "ref") that can't.
     """
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    gemv_each(x, [weight], [out], impl=impl, threads=threads)
+    return out
+
+
+def gemv_each(
+    x: Tensor,
+    weights: Sequence[Tensor | QuantWeight],
+    outs: Sequence[Tensor],
+    *,
+    impl: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """The `gemv` of x with each weight, written to `outs`; as `gemv` in everything else.
+
+    Native products are one call, which does not wait for Python's lock in between.
+    """
+    products, held = [], []
     with torch.no_grad():
-        backend = dispatch.resolve("gemv", impl, (x,), native_obstacle=_obstacle(weight))
-        if out is None:
-            out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        assert out.shape == (x.shape[0], weight.shape[0]) and x.shape[1] == weight.shape[1]
-        if backend == "ref":
-            return out.copy_(gemv_ref(x, weight))
-        # native code reads and writes by address
-        assert out.is_cpu and out.is_contiguous() and out.dtype == torch.float32
         x = x.contiguous()
-        vectors = (x.data_ptr(), out.data_ptr(), x.shape[0], *weight.shape)
-        if isinstance(weight, QuantWeight):
-            parts = [part.contiguous() for part in weight.parts.values()]
-            if weight.format.name == "nf4":
-                parts.append(absmax_code(x.device))
-            run = getattr(dispatch.native, f"gemv_{weight.format.name}")
-            run(*vectors, *(part.data_ptr() for part in parts), threads or torch.get_num_threads())
-        else:
-            weight = dense_rows(weight)
-            address, dtype, _, _, stride = read_args(weight)
-            dispatch.native.gemv_float(
-                *vectors, address, dtype, stride, threads or torch.get_num_threads()
+        for weight, out in zip(weights, outs, strict=True):
+            assert out.shape == (x.shape[0], weight.shape[0]) and x.shape[1] == weight.shape[1]
+            backend = dispatch.resolve("gemv", impl, (x,), native_obstacle=_obstacle(weight))
+            if backend == "ref":
+                out.copy_(gemv_ref(x, weight))
+                continue
+            # native code reads and writes by address
+            assert out.is_cpu and out.is_contiguous() and out.dtype == torch.float32
+            name, parts, numbers = _stored(weight)
+            held += parts
+            addresses = [*(part.data_ptr() for part in parts), *numbers]
+            products.append(
+                (name, x.data_ptr(), out.data_ptr(), x.shape[0], *weight.shape, addresses)
             )
-        return out
+        if products:
+            dispatch.native.gemv(products, threads or torch.get_num_threads())
+
+
+def _stored(weight: Tensor | QuantWeight) -> tuple[str, list[Tensor], tuple[int, ...]]:
+    """A weight's format as the native module has it, what is read by address, and numbers."""
+    if not isinstance(weight, QuantWeight):
+        weight = dense_rows(weight)
+        _, dtype, _, _, stride = read_args(weight)
+        return "float", [weight], (dtype, stride)
+    parts = [part.contiguous() for part in weight.parts.values()]
+    if weight.format.name == "nf4":
+        parts.append(absmax_code(parts[0].device))
+    return weight.format.name, parts, ()
 
 
 def _obstacle(weight: Tensor | QuantWeight) -> str | None:
@@ -78,4 +105,4 @@ def _obstacle(weight: Tensor | QuantWeight) -> str | None:
 
 def has_native_gemv(format: Format) -> bool:
     """Whether the native module, if there is one, reads weights in a format."""
-    return not dispatch.HAS_NATIVE or hasattr(dispatch.native, f"gemv_{format.name}")
+    return not dispatch.HAS_NATIVE or format.name in dispatch.native.gemv_formats()

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
+from fluxfast_kernels.kron_outer import kron_outer
 from fluxfast_kernels.kron_parts import LEAST, MOST, factor, numbers_for, small_block, swap_last
 from fluxfast_kernels.launch import cdiv, launch, next_pow2
 from fluxfast_kernels.matmul import order_of, product_type
@@ -59,6 +60,7 @@ def kron_kernel(
     DOT_TYPE: tl.constexpr,
     V_R_MAJOR: tl.constexpr,
     P_LOOP: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -67,8 +69,8 @@ def kron_kernel(
 ):
     """y [M, S, Q] += u t, and du = Σ t xᵀ, with t = scale · a vᵀ [M, P, Q] of a [M, P, R].
 
-    Either result may be absent. P_LOOP: a program takes all of P for its part of y, else one block
-    of it, which it needs to be for du.
+    Either result may be absent. Without ACCUMULATE, y is written and not read. P_LOOP: a program
+    takes all of P for its part of y, else one block of it, which it needs to be for du.
     """
     i_range = tl.program_id(0) // q_tiles
     i_q0 = (tl.program_id(0) % q_tiles) * BLOCK_Q
@@ -147,7 +149,8 @@ def kron_kernel(
                     p_y_cols + o_col3, mask=(o_s < S)[None, :, None] & m_q[None, None, :], other=0.0
                 )
             p_out = p_y + i_m0 * stride_y + (o_m3 * stride_y + o_col3)
-            b_y3 += tl.load(p_out, mask=m_y, other=0.0).to(tl.float32)
+            if ACCUMULATE:
+                b_y3 += tl.load(p_out, mask=m_y, other=0.0).to(tl.float32)
             tl.store(p_out, b_y3.to(p_y.dtype.element_ty), mask=m_y)
 
     if p_du is not None:
@@ -167,97 +170,6 @@ def kron_kernel(
         tl.store(p_du + o_du, b_du.to(p_du.dtype.element_ty), mask=m_du)
 
 
-@triton.jit(do_not_specialize=["M", "m_split"])
-def kron_outer_kernel(
-    p_dy,
-    p_x,
-    p_u,
-    p_g,
-    p_dy_cols,
-    p_x_scale,
-    p_slabs,
-    p_semaphores,
-    M,
-    O1,
-    O2,
-    I1,
-    I2,
-    m_split,
-    c_tiles,
-    scale,
-    stride_dy,
-    stride_x,
-    stride_u_o,
-    stride_u_i,
-    stride_g_c,
-    stride_g_k,
-    DOT_TYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """g [O2, I2] = scale · Σ dyᵀ (u x) over the rows, each dy [O1, O2] and each x [I1, I2]."""
-    i_c0 = (tl.program_id(0) % c_tiles) * BLOCK_C
-    i_k0 = (tl.program_id(0) // c_tiles) * BLOCK_K
-    GROWN_I: tl.constexpr = BLOCK_I if BLOCK_I > LEAST else LEAST
-    o_row = tl.arange(0, BLOCK_M * BLOCK_O)
-    o_m = o_row // BLOCK_O
-    o_c = i_c0 + tl.arange(0, BLOCK_C)
-    o_k = i_k0 + tl.arange(0, BLOCK_K)
-    o_m3 = tl.arange(0, BLOCK_M)[:, None, None]
-    m_c = o_c < O2
-    m_k = o_k < I2
-    m_begin = tl.program_id(1) * m_split
-    m_end = tl.minimum(m_begin + m_split, M)
-    b_g = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
-    for i_m in range(m_begin, m_end, BLOCK_M):
-        i_m0 = m_begin.to(tl.int64) + (i_m - m_begin)
-        for i_o in range(0, O1, BLOCK_O):
-            b_ux = tl.zeros((BLOCK_M * BLOCK_K, BLOCK_O), dtype=tl.float32)
-            o_o = i_o + tl.arange(0, BLOCK_O)
-            for i_i in range(0, I1, BLOCK_I):
-                o_i = i_i + tl.arange(0, BLOCK_I)
-                m_x = (i_m + o_m3 < m_end) & (o_i < I1)[None, :, None] & m_k[None, None, :]
-                o_x = o_m3 * stride_x + o_i[None, :, None] * I2 + o_k[None, None, :]
-                b_x = tl.load(p_x + i_m0 * stride_x + o_x, mask=m_x, other=0.0)
-                b_x = swap_last(b_x.to(DOT_TYPE), BLOCK_M, BLOCK_I, BLOCK_K)
-                b_u = factor(
-                    p_u + i_i * stride_u_i, I1 - i_i, O1, tl.arange(0, GROWN_I), o_o,
-                    stride_u_i, stride_u_o, BLOCK_I,
-                )  # fmt: skip
-                b_ux = tl.dot(b_x, b_u.to(DOT_TYPE), b_ux, input_precision="ieee")
-            b_ux = tl.permute(tl.reshape(b_ux, (BLOCK_M, BLOCK_K, BLOCK_O)), (0, 2, 1))
-            b_ux = tl.reshape(b_ux, (BLOCK_M * BLOCK_O, BLOCK_K))
-            o_j = i_o + o_row % BLOCK_O
-            m_row = (i_m + o_m < m_end) & (o_j < O1)
-            if p_x_scale is not None:
-                b_ux *= tl.load(p_x_scale + i_m0 + o_m, mask=m_row, other=0.0)[:, None]
-            m_dy = m_row[:, None] & m_c[None, :]
-            o_col = o_j[:, None] * O2 + o_c[None, :]
-            b_dy = tl.load(
-                p_dy + i_m0 * stride_dy + o_m[:, None] * stride_dy + o_col, mask=m_dy, other=0.0
-            )
-            if p_dy_cols is not None:
-                b_dy = b_dy.to(tl.float32) * tl.load(p_dy_cols + o_col, mask=m_dy, other=0.0)
-            b_g = tl.dot(
-                tl.trans(b_dy.to(DOT_TYPE)), b_ux.to(DOT_TYPE), b_g, input_precision="ieee"
-            )
-
-    b_g *= scale
-    m_g = m_c[:, None] & m_k[None, :]
-    if p_slabs is not None:
-        n_splits = tl.num_programs(1)
-        p_slabs += tl.program_id(0).to(tl.int64) * n_splits * (BLOCK_C * BLOCK_K)
-        b_g, is_last = add_splits(
-            b_g, p_slabs, p_semaphores + tl.program_id(0), tl.program_id(1), n_splits
-        )
-        m_g &= is_last
-    o_g = o_c[:, None] * stride_g_c + o_k[None, :] * stride_g_k
-    tl.store(p_g + o_g, b_g.to(p_g.dtype.element_ty), mask=m_g)
-
-
 def kron_add(
     x: Tensor,
     w1: Tensor,
@@ -275,7 +187,7 @@ def kron_add(
     [O1, I1] may have any strides, w2 [O2, I2] has either dimension contiguous. x is a float, or
     codes with x_scale [M] fp32; x_cols [I1 · I2] and y_cols [O1 · O2] fp32.
     """
-    _launch(x, w1, w2, y, None, None, None, scale, x_scale, x_cols, y_cols)
+    _launch(x, w1, w2, y, None, None, None, scale, x_scale, x_cols, y_cols, True)
     return y
 
 
@@ -291,41 +203,23 @@ def kron_backward(
     scale: float = 1.0,
     x_scale: Tensor | None = None,
     dy_cols: Tensor | None = None,
+    accumulate: bool = True,
 ) -> None:
     """Writes dw1 [O1, I1] and dw2 [O2, I2], and adds x's gradient to dx [M, I1 · I2], if given.
 
-    They are those of y += dy_cols · scale · x_scale · (w1 ⊗ w2) x, whose arguments are as in
-    `kron_add`; dx is that of the values, x_scale · x.
+    Without `accumulate`, that gradient is written to dx, which may hold anything. They are those of
+    y += dy_cols · scale · x_scale · (w1 ⊗ w2) x, whose arguments are as in `kron_add`; dx is that
+    of the values, x_scale · x.
     """
-    _launch(dy, w1.T, w2.T, dx, x, x_scale, dw1, scale, None, dy_cols, None)
-    (m, _), (o1, i1), (o2, i2) = x.shape, w1.shape, w2.shape
+    _launch(dy, w1.T, w2.T, dx, x, x_scale, dw1, scale, None, dy_cols, None, accumulate)
     check_rows("kron_backward", x=x, dy=dy, x_scale=x_scale, dy_cols=dy_cols)
-    if dw2.numel() == 0:
-        return
-    product = product_type(dy, w2, dy.dtype)
-    numbers = numbers_for(product, x)
-    block_o, block_i = small_block(o1, LEAST.value), small_block(i1)
-    block = (
-        min(numbers["BLOCK_N"], max(next_pow2(o2), 16)),
-        min(numbers["BLOCK_N"], max(next_pow2(i2), 16)),
-    )
-    block_m = max(numbers["ROWS"] // max(block_o, block_i, LEAST.value), 1)
-    c_tiles, tiles = cdiv(o2, block[0]), cdiv(o2, block[0]) * cdiv(i2, block[1])
-    splits, m_split = split(m, block_m, tiles, x.device)
-    launch(
-        kron_outer_kernel, (tiles, splits), dy, x, w1, dw2, dy_cols, x_scale,
-        *workspace(tiles, tiles * splits, *block, x.device),
-        m, o1, o2, i1, i2, m_split, c_tiles, float(scale),
-        dy.stride(0), x.stride(0), *w1.stride(), *dw2.stride(),
-        DOT_TYPE=product, BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_C=block[0], BLOCK_K=block[1],
-        BLOCK_I=block_i, num_warps=numbers["num_warps"], num_stages=numbers["num_stages"],
-    )  # fmt: skip
+    kron_outer(dy, x, w1, dw2, product_type(dy, w2, dy.dtype), scale, x_scale, dy_cols)
 
 
 def _launch(
     a: Tensor, u: Tensor, v: Tensor, y: Tensor | None, x: Tensor | None, x_scale: Tensor | None,
     du: Tensor | None, scale: float, a_scale: Tensor | None, a_cols: Tensor | None,
-    y_cols: Tensor | None,
+    y_cols: Tensor | None, accumulate: bool,
 ) -> None:  # fmt: skip
     """y [M, S · Q] += (u [S, P] ⊗ v [Q, R]) a, and du [P, S], as `kron_kernel` has them."""
     check_rows(
@@ -343,6 +237,8 @@ def _launch(
     if du is not None and (m == 0 or du.numel() == 0):
         du.zero_()
     if m == 0 or s * p * q == 0:
+        if y is not None and not accumulate:
+            y.zero_()
         return
     product = product_type(a, v, a.dtype if a.itemsize > 1 or y is None else y.dtype)
     numbers = numbers_for(product, a, x)
@@ -372,7 +268,7 @@ def _launch(
             m, p, q, r, s, m_split, q_tiles, float(scale),
             a.stride(0), *u.stride(), stride_v, 0 if y is None else y.stride(0),
             0 if x is None else x.stride(0), *((0, 0) if du is None else du.stride()),
-            P_LOOP=p_tiles == 1 or du is None, **constants,
+            P_LOOP=p_tiles == 1 or du is None, ACCUMULATE=accumulate, **constants,
         )  # fmt: skip
 
     if du is None or p_tiles == 1:
@@ -409,9 +305,13 @@ def aot_cases() -> Iterator[AotCase]:
             dx = None if o1 > MOST else x
             backward = partial(kron_backward, y, x, w1, w2, w1, w2, dx)
             yield f"{label}-{name}-bwd", backward, EVERY_TARGET
+            if dx is not None:
+                first = partial(backward, accumulate=False)
+                yield f"{label}-{name}-bwd-first", first, EVERY_TARGET
     codes, x_scale = meta(m, 3072, dtype=torch.int8), meta(m)
     y, cols, w1, w2 = meta(m, 3072, dtype=torch.bfloat16), meta(3072), meta(16, 16), meta(192, 192)
     forward = partial(kron_add, codes, w1, w2, y, x_scale=x_scale, y_cols=cols)
     yield "int8-fwd", forward, EVERY_TARGET
     backward = partial(kron_backward, y, codes, w1, w2, w1, w2, y, x_scale=x_scale, dy_cols=cols)
     yield "int8-bwd", backward, EVERY_TARGET
+    yield "int8-bwd-first", partial(backward, accumulate=False), EVERY_TARGET

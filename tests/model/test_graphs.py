@@ -9,7 +9,15 @@ import torch
 
 from fluxfast import FluxTransformer
 from fluxfast.model import graphs
-from fluxfast.model.graphs import STEPS_RUN_FIRST, GraphDiffers, StepGraphs, why_not
+from fluxfast.model.flat_gradients import FlatGradients
+from fluxfast.model.graph_capture import stand_ins
+from fluxfast.model.graphs import (
+    STEPS_RUN_FIRST,
+    GraphDiffers,
+    StepGraphs,
+    what_failed,
+    why_not,
+)
 from fluxfast.model.pinned import pin
 from graph_emulator import Pool, capture, see_every_op
 from small_flux import small_flux
@@ -68,7 +76,7 @@ class Counting(StepGraphs):
 
         def counted(*args):
             self.captures += 1
-            return capture(*args, pool=pool)
+            return capture(*args, model.blocks, pool)
 
         super().__init__(model, counted, say=self.said.append, **options)
 
@@ -364,10 +372,56 @@ def test_what_cannot_be_captured_is_named(monkeypatch):
     assert why_not(model).startswith("its blocks are streamed")
 
 
+def accumulators(out):
+    """The tensors at which autograd would leave gradients."""
+    found, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        left += [edge for edge, _ in node.next_functions if edge is not None]
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+    return found
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["autograd's", "flat"])
+def test_autograd_meets_no_parameter_of_a_fused_block_in_a_capture(flat):
+    """Its node of an earlier step, which a loss keeps alive, belongs to another stream."""
+    model = small_flux(None, ["to_q", "to_v", "proj_mlp", "ff.net.2"])
+    if flat:
+        FlatGradients(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    inputs = one_shape(1)[0]
+    loss = model(**inputs).sample.square().mean()
+    assert accumulators(loss) <= set(parameters)
+    with stand_ins(model.blocks, parameters) as standing:
+        inside = model(**inputs).sample.square().mean()
+        met = accumulators(inside)
+        assert met and not met & set(parameters)
+        assert all(standing[p].data_ptr() == p.data_ptr() for p in parameters)
+        given = torch.autograd.grad(inside, list(standing.values()), allow_unused=True)
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for grad, own in zip(given, expected, strict=True):
+        assert grad is own is None or torch.equal(grad, own)
+    assert accumulators(model(**inputs).sample) <= set(parameters)
+
+
+def test_the_first_error_is_told_too():
+    """Of a capture that was given up, CUDA says that it was, and not why."""
+    error = RuntimeError("given up")
+    error.__context__ = ValueError("a kernel\nwas loaded")
+    assert what_failed(error) == "given up; first: a kernel was loaded"
+    assert what_failed(RuntimeError()) == "RuntimeError"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are a GPU's")
-@pytest.mark.parametrize("routes", [None, ROUTES], ids=["plain", "tread"])
-@pytest.mark.parametrize(("storage", "compute"), [(None, "same"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    ("routes", "storage", "compute"),
+    [(None, None, "same"), (ROUTES, None, "same"), (None, "int8", "int8")],
+    ids=["plain", "tread", "int8"],
+)
 def test_on_a_gpu(routes, storage, compute):
+    """The loss of the step before is there while a step is captured, as in most training loops."""
+
     def result(graphs):
         model = make_model(storage=storage).cuda()
         model.set_compute(compute)

@@ -10,7 +10,7 @@ from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import RowOutput, row_quant_ref
-from support import for_thread_counts, relative_error
+from support import among_nans, for_thread_counts, relative_error
 
 
 def linears(counts=(1, 0, 2), weight_dtype=torch.float32, dropout=0.0, device="cpu"):
@@ -110,13 +110,6 @@ def test_adapter_grads(isa, rows, ranks):
         # fp32: sums of up to 1000 products, whose errors of 6e-8 add up as their square root
         assert relative_error(d_a[j], scales[j] * (part @ b[j]).T @ x) < 2e-6
         assert relative_error(d_b[j], scales[j] * part.T @ (x @ a[j].T)) < 2e-6
-
-
-def among_nans(x):
-    """x in rows that NaNs lie between."""
-    rows = torch.full((x.shape[0] + 2, x.shape[1] + 40), torch.nan)
-    rows[1:-1, 20:-20] = x
-    return rows[1:-1, 20:-20]
 
 
 @needs_native

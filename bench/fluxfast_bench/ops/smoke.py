@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from fluxfast.model.graphs import what_failed
 from fluxfast.ops.attention import attention, attention_ref
 from fluxfast_bench.ops.fused_ops import FUSED_OPS, PRODUCT_ROUNDING
 from fluxfast_bench.ops.session import Session, Timing, WrongOp
@@ -134,9 +135,9 @@ def checked(
             told = (
                 str(failure)
                 if isinstance(failure, WrongResult | WrongOp)
-                else f"{type(failure).__name__}: {failure}"
+                else f"{type(failure).__name__}: {what_failed(failure)}"
             )
-            send(("failed", name, time.perf_counter() - begun, " ".join(told.split())[:300]))
+            send(("failed", name, time.perf_counter() - begun, " ".join(told.split())[:600]))
             if device.type == "cuda":
                 # raises again where the device has failed for good, which ends this process
                 torch.cuda.synchronize(device)

@@ -37,9 +37,11 @@ SMI_FIELDS = (
 def commit() -> str:
     """The checkout's commit, with "-dirty" where tracked files differ from it.
 
-    Where this is no checkout, as on a machine that got a copy of the files, it is what the
-    environment names in FLUXFAST_COMMIT, else the version of fluxfast.
+    What the environment names in FLUXFAST_COMMIT comes first: a machine may have got the files of
+    another commit than its checkout is at. Without a checkout it is the version of fluxfast.
     """
+    if named := os.environ.get("FLUXFAST_COMMIT"):
+        return named
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
     try:
@@ -53,7 +55,7 @@ def commit() -> str:
             check=True,
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return os.environ.get("FLUXFAST_COMMIT") or f"fluxfast {__version__}"
+        return f"fluxfast {__version__}"
     return described.stdout.decode().strip()
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fluxfast_bench.report.markdown import markdown_table
+from fluxfast_bench.report.markdown import conditions_line, markdown_table
 from fluxfast_bench.report.predicted import comparison_section
 from fluxfast_bench.report.results import Result
 
 # the most lines of a step's kernels
-KERNELS = 25
+KERNELS = 20
 
 
 def _of(stored: Sequence[Result], kind: str) -> list[Result]:
@@ -39,9 +40,8 @@ def smoke_section(stored: Sequence[Result]) -> str:
         checked = [r for r in result.records if "reason" not in r]
         rows = [[r["case"], r["contestant"], f"{r['relative_error']:.2g}"] for r in checked]
         table = markdown_table(["case", "check", "error"], rows, left=2)
-        parts.append(
-            f"{len(checked)} of {len(result.records)} right. {_faults(result.records)}\n\n{table}"
-        )
+        count = f"{len(checked)} of {len(result.records)} right."
+        parts += [conditions_line(result), count, _faults(result.records), table]
     return "\n\n".join(parts)
 
 
@@ -115,6 +115,7 @@ def sweep_section(stored: Sequence[Result]) -> str:
 def profile_section(stored: Sequence[Result]) -> str:
     parts = []
     for result in _of(stored, "profile"):
+        parts.append(conditions_line(result))
         for case, contestant in dict.fromkeys((r["case"], r["contestant"]) for r in result.records):
             of = [r for r in result.records if (r["case"], r["contestant"]) == (case, contestant)]
             step = next(r for r in of if r["mode"] == "step")
@@ -131,11 +132,24 @@ def profile_section(stored: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def tests_section(stored: Sequence[Result]) -> str:
+    parts = []
+    for result in _of(stored, "tests"):
+        outcomes = Counter(r["mode"] for r in result.records)
+        told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+        cut = " of those that there was time for" if result.cut else ""
+        parts += [conditions_line(result), f"Tests{cut}: {told}."]
+        failed = [r["contestant"] for r in result.records if "reason" in r]
+        parts += ["\n".join(f"- `{name}`" for name in failed)] if failed else []
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Result]], str]] = {
     "smoke": smoke_section,
     "prewarm": prewarm_section,
     "ceilings": ceilings_section,
     "sweep": sweep_section,
     "profile": profile_section,
+    "tests": tests_section,
     "predictions": comparison_section,
 }

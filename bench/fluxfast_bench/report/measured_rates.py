@@ -1,8 +1,8 @@
 """What a GPU's stored results say of the rates that the step-time model is made of.
 
-Copies, attention and torch's products are from `ceilings`; our kernels' products from `sweep`, or
-where there is none from torch's products of the same type in `ceilings`; what lies between
-launches from `profile`. The rate of a product is the one at which the model gives the time that was
+Copies, attention and torch's 16-bit products are from `ceilings`; our kernels' products from
+`sweep`, or where there is none from all those of a step in `profile`; what lies between launches
+from `profile`. The rate of a product is the one at which the model gives the time that was
 measured: it is that of the main loop, and what waves cost is not in it twice.
 """
 
@@ -21,8 +21,9 @@ from fluxfast_bench.shapes import SHAPES
 
 # a step of which kernels fill less than this waits for the host
 BUSY = 0.9
-# `ceilings` calls torch's products so
-KINDS_OF_TORCH = {"float": "library", "int8": "int8", "e4m3": "e4m3"}
+# the step whose wide products are int8's, and their kernels: thin products have others
+IN_CODES = "fluxfast-int8+int8:full"
+WIDE_KERNELS = ("persistent_matmul_kernel", "matmul_kernel")
 
 # (a product, how often it comes, seconds)
 Timed = tuple[Product, int, float]
@@ -41,8 +42,8 @@ def gpu_of(stored: Sequence[Result]) -> Gpu:
 def measured(stored: Sequence[Result], gpu: Gpu) -> dict[str, dict[str, Any]]:
     """The rates that a GPU's results give, as `fluxfast.memory.rates.read` has them."""
     found: Rates = {}
-    # what is later replaces what is earlier: newer runs, and sweeps after ceilings
-    for kind, rates in (("ceilings", _ceilings), ("sweep", _sweep), ("profile", _profile)):
+    # what is later replaces what is earlier: newer runs, and sweeps after profiles
+    for kind, rates in (("ceilings", _ceilings), ("profile", _profile), ("sweep", _sweep)):
         for result in sorted(stored, key=lambda r: r.date):
             if result.kind == kind:
                 found |= {name: (value, result) for name, value in rates(result, gpu)}
@@ -67,15 +68,14 @@ def _ceilings(result: Result, gpu: Gpu) -> Iterable[tuple[str, float]]:
         if flops:
             seconds = sum(flops[case] / cases[case][name] for case in flops)
             yield name.removesuffix("_forward"), sum(flops.values()) / seconds
-    for kind, name in KINDS_OF_TORCH.items():
-        timed = [
-            (Product(name, (m,), (n,), k), record["count"], record["seconds"])
-            for record in result.records
-            if record["contestant"].startswith(f"{kind} ")
-            for m, n, k in [map(int, record["contestant"].split()[1].split("x"))]
-        ]
-        if timed and name in rates_of(gpu):
-            yield name, rate_of(timed, name, gpu)
+    timed = [
+        (Product("library", (m,), (n,), k), record["count"], record["seconds"])
+        for record in result.records
+        if record["contestant"].startswith("float ")
+        for m, n, k in [map(int, record["contestant"].split()[1].split("x"))]
+    ]
+    if timed:
+        yield "library", rate_of(timed, "library", gpu)
 
 
 def _attention_flops(case: str) -> float:
@@ -133,8 +133,29 @@ def _solve(seconds_at: Callable[[float], float], seconds: float, least: float) -
     return high
 
 
-def _profile(result: Result, _: Gpu) -> Iterable[tuple[str, float]]:
-    """Between two launches: of the host, where a step waits for it; of the GPU, in a graph."""
+def _in_codes(case: str, seconds: float) -> list[Timed]:
+    """The products of IN_CODES, which take so many seconds all together: what each takes is
+    unknown, and `rate_of` asks for their sum only.
+    """
+    from fluxfast_bench.ops.sweep import products_of
+
+    found = products_of(SHAPES[case], "int8")
+    each = seconds / sum(found.values())
+    return [(Product("int8", p.rows, p.cols, p.size[2]), n, each) for p, n in found.items()]
+
+
+def _profile(result: Result, gpu: Gpu) -> Iterable[tuple[str, float]]:
+    """Between two launches: of the host, where a step waits for it; of the GPU, in a graph.
+
+    Of products of codes as well, all of a checkpointed step together.
+    """
+    seconds: dict[str, float] = {}
+    for record in result.records:
+        if record["contestant"] == IN_CODES and record["mode"] in WIDE_KERNELS:
+            seconds[record["case"]] = seconds.get(record["case"], 0.0) + record["seconds"]
+    timed = [each for case, taken in seconds.items() for each in _in_codes(case, taken)]
+    if timed:
+        yield "int8", rate_of(timed, "int8", gpu)
     for record in result.records:
         if record["mode"] != "step" or not record["ours"] or not record["count"]:
             continue
@@ -142,5 +163,9 @@ def _profile(result: Result, _: Gpu) -> Iterable[tuple[str, float]]:
             idle = max(record["seconds"] - record["busy_seconds"], 0.0)
             if idle:
                 yield "gap", idle / record["count"]
-        elif record["busy_seconds"] < BUSY * record["seconds"]:
+        # a step whose modulation the host computes may wait for that
+        elif (
+            "+device-modulation" in record["contestant"]
+            and record["busy_seconds"] < BUSY * record["seconds"]
+        ):
             yield "launch", record["seconds"] / record["count"]

@@ -38,6 +38,7 @@ NAMES = (
     *(RESULTS, COMMAND_TABLE, PLOTS),
     *measured_sections.SECTIONS,
     *counted_sections.SECTIONS,
+    *gpu_sections.SECTIONS,
 )
 
 
@@ -72,7 +73,8 @@ def render(text: str, stored: Sequence[Result], root: Path, document: Path) -> s
             return pictures(root, document)
         if name in counted_sections.SECTIONS:
             return counted_sections.section(name, root)
-        return measured_sections.SECTIONS[name](stored)
+        sections = measured_sections.SECTIONS | gpu_sections.SECTIONS
+        return sections[name](stored)
 
     def filled(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()

@@ -8,8 +8,9 @@ loss and the optimiser are the same for all (`runner`).
 from __future__ import annotations
 
 import importlib.util
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from fluxfast.adapters.kind import AdapterSettings, trainable_parameters
 from fluxfast.adapters.kinds import KINDS
+from fluxfast.adapters.lokr import lokr_shapes
 from fluxfast.adapters.lora import add_lora
 from fluxfast.adapters.presets import find_targets
 from fluxfast.config.lycoris import LycorisOptions
@@ -30,17 +32,46 @@ from fluxfast_bench.shapes import Shape
 TARGETS = "all+ffs"
 
 
+def _lokr(factor: int) -> LycorisOptions:
+    options = {"algo": "lokr", "factor": factor, "full_matrix": True}
+    return LycorisOptions.model_validate(options)
+
+
 # LoKr's options, as the quickstart recommends them
-LOKR = LycorisOptions.model_validate({"algo": "lokr", "factor": 16, "full_matrix": True})
+LOKR = _lokr(16)
+
+
+def rank_equivalent(shapes: Sequence[Sequence[int]], rank: int) -> LycorisOptions:
+    """A LoKr that trains about as many numbers as a LoRA of that rank.
+
+    shapes: [out, in] of the linears that have it. The factor, of 2 to 16, is the one whose count is
+    nearest to LoRA's by ratio: 12 for FLUX.1 beside rank 16, which trains 0.9 times as many, and 2
+    for the small model, 1.4 times as many, where 4 is 0.3 times.
+    """
+    wanted = sum(rank * (n + k) for n, k in shapes)
+
+    def off_by(options: LycorisOptions) -> float:
+        of_linears = (lokr_shapes(n, k, options) for n, k in shapes)
+        count = sum(math.prod(shape) for each in of_linears for shape in each.values())
+        return abs(math.log(count / wanted))
+
+    return min(map(_lokr, range(2, 17)), key=off_by)
 
 
 def add_adapter(
     model: nn.Module, adapter: str, *, rank: int, dtype: torch.dtype, dropout: float = 0.0
 ) -> list[nn.Parameter]:
-    """Freezes the model and puts a new "LoRA", of that rank, or "LoKr" on it; what then trains."""
+    """Freezes the model and puts a new adapter on it; returns what then trains.
+
+    adapter: "LoRA", of that rank; "LoKr"; or "LoKr, rank-equivalent" to that LoRA.
+    """
     if adapter == "LoRA":
         return add_lora(model, targets=TARGETS, rank=rank, dropout=dropout, dtype=dtype)
-    by_module = dict.fromkeys(find_targets(model, TARGETS), LOKR)
+    names, lokr = find_targets(model, TARGETS), LOKR
+    if adapter == "LoKr, rank-equivalent":
+        linears = [model.get_submodule(name) for name in names]
+        lokr = rank_equivalent([(m.out_features, m.in_features) for m in linears], rank)  # type: ignore[misc]
+    by_module = dict.fromkeys(names, lokr)
     settings = AdapterSettings(TARGETS, rank, float(rank), dtype=dtype, by_module=by_module)
     KINDS["lycoris"].add(model, settings)
     return list(trainable_parameters(model).values())
@@ -99,7 +130,8 @@ class Contestant:
     whether modulation may be computed ahead; engine, of wide float products
     (`fluxfast_kernels.launch.WIDE_ENGINES`), None: the table's; transposes, whether stored codes
     have a transposed copy where the GPU's dgrad reads one; dropout, of the adapters, where nobody
-    compares results; adapter, what trains: "LoRA" or "LoKr".
+    compares results; adapter, what trains, as in
+    `add_adapter`.
     """
 
     name: str

@@ -28,7 +28,10 @@ MODES = {
     "graphs": "CUDA graphs",
     "one-order": "codes in one order",
     "lokr": "LoKr in LoRA's place",
+    "equal-lokr": "LoKr of about as many numbers in LoRA's place",
 }
+# what trains in these modes, in the place of LoRA
+ADAPTERS = {"lokr": "LoKr", "equal-lokr": "LoKr, rank-equivalent"}
 # against weights as they are stored, so what is left is rounding: of activations, and of weights to
 # 8 bits
 ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
@@ -117,7 +120,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
         looks_ahead="device-modulation" not in modes,
         engine=next((name for name in ("library", "fused") if name in modes), None),
         transposes=transposes,
-        adapter="LoKr" if "lokr" in modes else "LoRA",
+        adapter=next((ADAPTERS[name] for name in modes if name in ADAPTERS), "LoRA"),
     )
 
 
@@ -144,8 +147,9 @@ CONTESTANTS = [
     _contestant("int8", "int8", "one-order"),
     _contestant("int8", "int8", "graphs", "one-order"),
     *(
-        _contestant(*precision, "lokr", *graphs)
+        _contestant(*precision, lokr, *graphs)
         for precision in (("bf16", "float"), ("int8", "float"), ("int8", "int8"))
+        for lokr in ADAPTERS
         for graphs in ((), ("graphs",))
     ),
     _contestant("bf16", "float", "streamed"),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fluxfast.model.graphs import what_failed
 from fluxfast_bench.counted.needs import bytes_needed
 from fluxfast_bench.ops import ceilings
 from fluxfast_bench.shapes import SHAPES, Shape
@@ -118,8 +119,7 @@ def measure(keys: Sequence[str], plan: Plan, send: Callable[[Event], object]) ->
             send(("failed", key, str(error)))
         except Exception as error:
             # a peer's own code may raise anything; what it was is in the table
-            text = " ".join(str(error).split())
-            send(("failed", key, f"{type(error).__name__}: {text[:200]}"))
+            send(("failed", key, f"{type(error).__name__}: {what_failed(error)}"))
             # a GPU that has failed for good raises again, which ends this process: the others get
             # another
             synchronize(device)

@@ -96,11 +96,17 @@ class Placed(NamedTuple):
         w = self.within.as_strided((k, cols), (1, layout.stride), 0)
         torch.addmm(bias, xs[:, :k], w, out=y)
 
-    def backward(self, dys: Tensor, rank: int, dx: Tensor) -> None:
-        """Writes [dy | dS]·[W ; A] to dx [M, K]; of dys [M, N + R] it reads N + rank columns."""
+    def backward(self, dys: Tensor, rank: int, dx: Tensor, accumulate: bool) -> None:
+        """Writes [dy | dS]·[W ; A] to dx [M, K], or adds it.
+
+        Of dys [M, N + R] it reads N + rank columns.
+        """
         layout, n = self.layout, self.layout.rows + rank
         w = self.within.as_strided((n, layout.cols), (layout.stride, 1), 0)
-        torch.mm(dys[:, :n], w, out=dx)
+        if accumulate:
+            dx.addmm_(dys[:, :n], w)
+        else:
+            torch.mm(dys[:, :n], w, out=dx)
 
 
 class RowsAt(NamedTuple):
@@ -288,9 +294,9 @@ class AugmentedProducts:
         for rows, weight in self.weights_of_rows(len(x)):
             weight.forward(xs[rows], self.rank, y[rows])
 
-    def backward_augmented(self, dy: Tensor, dx: Tensor) -> None:
-        """Writes [dy | dS]·[W ; A] to dx [M, K]; dS is in the room behind dy [M, N]."""
+    def backward_augmented(self, dy: Tensor, dx: Tensor, accumulate: bool) -> None:
+        """Writes [dy | dS]·[W ; A] to dx [M, K], or adds it; dS is in the room behind dy [M, N]."""
         dys = self._whole(dy)
         assert dys is not None
         for rows, weight in self.weights_of_rows(len(dy)):
-            weight.backward(dys[rows], self.rank, dx[rows])
+            weight.backward(dys[rows], self.rank, dx[rows], accumulate)

@@ -31,6 +31,22 @@ class Beside(NamedTuple):
     cols: slice
     linear: int
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether it is the same for every row of x, so that a copy of W can have it in it."""
+        return isinstance(self.adapter, Lokr) and not is_random(self.adapter)
+
+
+class BesideGrads(NamedTuple):
+    """What `BesideProducts.backward_beside` gives.
+
+    grads: of each adapter, in order; a LoKr's are those of `Lokr.whole`. begun: whether dx has
+    their part of it, so that the wide product has to add to it.
+    """
+
+    grads: list[tuple[Tensor, ...]]
+    begun: bool
+
 
 class Masks(NamedTuple):
     """What a LoKr's dropouts leave, drawn on the device; None for all.
@@ -75,6 +91,10 @@ class BesideProducts:
 
         number: None for that of the group, which its adapters share.
         """
+        raise NotImplementedError
+
+    def merges(self, tokens: int) -> bool:
+        """Whether products read a copy of W that has all mergeable adapters in it."""
         raise NotImplementedError
 
     @property
@@ -123,12 +143,15 @@ class BesideProducts:
     def add_beside(
         self, x: RowOutput, y: Tensor, row_scales: Sequence[Tensor | None] | None = None
     ) -> None:
-        """Adds what all of them give to y [M, N].
+        """Adds what all of them give to y [M, N], except those that the wide product had in W.
 
         row_scales: others than those of weight decomposition.
         """
         scales = self.row_scales if row_scales is None else row_scales
+        merges = self.merges(len(y))
         for each in self.besides:
+            if merges and each.mergeable:
+                continue
             y_cols = y[:, each.cols]
             if not isinstance(each.adapter, Lokr):
                 each.adapter.add_to(y_cols, self._seen_by(each.adapter, x))
@@ -140,22 +163,24 @@ class BesideProducts:
             if p:
                 y_cols += self.dropped(out, p, self._number(each) + 2)
 
-    def backward_beside(
-        self, dy: Tensor, x: RowOutput, dx: Tensor | None
-    ) -> list[tuple[Tensor, ...]]:
-        """The gradients of each one's tensors, in their dtypes; adds its part of dx in place.
+    def backward_beside(self, dy: Tensor, x: RowOutput, dx: Tensor | None) -> BesideGrads:
+        """The gradients of each one's tensors, in their dtypes; writes their part of dx [M, K].
 
-        A LoKr's are those of `Lokr.whole`.
+        dx may hold anything. The wide product adds to it afterwards, which costs a product less
+        than it costs an adapter; where W has them all, dx is left as it is.
         """
-        return [
-            self._lokr_backward(each, dy[:, each.cols], x, dx)
-            if isinstance(each.adapter, Lokr)
-            else self._other_backward(each.adapter, dy[:, each.cols], x, dx)
-            for each in self.besides
-        ]
+        merges, begun, grads = self.merges(len(dy)), False, []
+        for each in self.besides:
+            own_dx = None if merges and each.mergeable else dx
+            compute = (
+                self._lokr_backward if isinstance(each.adapter, Lokr) else self._other_backward
+            )
+            grads.append(compute(each, dy[:, each.cols], x, own_dx, begun))
+            begun = begun or own_dx is not None
+        return BesideGrads(grads, begun)
 
     def _lokr_backward(
-        self, each: Beside, dy: Tensor, x: RowOutput, dx: Tensor | None
+        self, each: Beside, dy: Tensor, x: RowOutput, dx: Tensor | None, accumulate: bool
     ) -> tuple[Tensor, ...]:
         adapter = each.adapter
         assert isinstance(adapter, Lokr)
@@ -163,12 +188,15 @@ class BesideProducts:
         if self.dropout_seed is not None and adapter.out_dropout:
             dy = self.dropped(dy, adapter.out_dropout, self._number(each) + 2)
         return kron.backward(
-            dy, *operand_of(x), *adapter.whole(), adapter.scale, cols, dx, self.impl
+            dy, *operand_of(x), *adapter.whole(), adapter.scale, cols, dx, accumulate, self.impl
         )
 
     def _other_backward(
-        self, adapter: Adapter, dy: Tensor, x: RowOutput, dx: Tensor | None
+        self, each: Beside, dy: Tensor, x: RowOutput, dx: Tensor | None, accumulate: bool
     ) -> tuple[Tensor, ...]:
+        adapter = each.adapter
+        if dx is not None and not accumulate:
+            dx.zero_()
         seen = self._seen_by(adapter, x)
         if dx is None or not self._drops_input(adapter):
             grads = adapter.backward(dy, seen, dx)
@@ -189,7 +217,7 @@ class BesideProducts:
     @property
     def runs_alike(self) -> bool:
         """Whether these adapters could run for a part of the rows alone, without masks."""
-        return all(isinstance(b.adapter, Lokr) and not is_random(b.adapter) for b in self.besides)
+        return all(each.mergeable for each in self.besides)
 
 
 def operand_of(x: RowOutput) -> tuple[Tensor, Tensor | None]:

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_torch, products_triton, weights
-from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
-from fluxfast.ops.linear.beside import BesideProducts, beside, operand_of
+from fluxfast.ops.linear.beside import BesideGrads, BesideProducts, beside, operand_of
 from fluxfast.ops.linear.decomposed import Decompositions, Narrow, WithNorms
 from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.lora_products import LoraProducts
@@ -200,21 +200,20 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
                 shape = (*dy.shape[:-1], width)
                 dx = torch.empty(shape, dtype=self.dtype, device=dy.device)
             dx_rows = dx.view(-1, width)
+        others = self.backward_beside(dy_rows, rows, dx_rows)
+        if dx_rows is not None:
             if room is not None and not self.drops:
-                self.backward_augmented(dy_rows, dx_rows)
+                self.backward_augmented(dy_rows, dx_rows, others.begun)
             else:
-                self._dgrad(dy_rows, codes, ds, dx_rows)
-        return dx, self.in_order(lora_grads, dy_rows, rows, dx_rows, s)
+                self._dgrad(dy_rows, codes, ds, dx_rows, others.begun)
+        return dx, self.in_order(lora_grads, others, dy_rows, rows, s)
 
     def in_order(
-        self, lora_grads: Sequence[tuple[Tensor, ...]], dy: Tensor, x: RowOutput,
-        dx: Tensor | None, s: Tensor | None = None,
+        self, lora_grads: Sequence[tuple[Tensor, ...]], beside: BesideGrads, dy: Tensor,
+        x: RowOutput, s: Tensor | None = None,
     ) -> list[tuple[Tensor, ...]]:  # fmt: skip
-        """The gradients of each adapter's tensors, in order; those of the LoRAs are there already.
-
-        dy [M, N]; adds to dx [M, K] what the other adapters give to it.
-        """
-        fused, others = iter(lora_grads), iter(self.backward_beside(dy, x, dx))
+        """The gradients of each adapter's tensors, in order: of the LoRAs, and of those beside."""
+        fused, others = iter(lora_grads), iter(beside.grads)
         grads = [next(fused if isinstance(a, Lora) else others) for a in self.adapters]
         for i in self.decompositions:
             first = sum(len(p.adapters) for p in self.linears[:i])
@@ -235,9 +234,10 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         return not (self.drops or self.outliers or self.decompositions) and self.runs_alike
 
     def merges(self, tokens: int) -> bool:
-        """Whether the LoRAs go into a copy of W, which takes fewer operations for many tokens.
+        """Whether adapters go into a copy of W, which takes fewer operations for many tokens.
 
-        Only on the CPU and in fp32: W in 16 bits would round away what the LoRAs add to it.
+        Those are the LoRAs, and each LoKr without masks. Only on the CPU and in fp32: W in 16 bits
+        would round away what they add to it.
         """
         wide = max(sum(self.outs), self.linears[0].weight.shape[1])
         return (
@@ -245,9 +245,17 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
             and self.compute == "same"
             and not self.drops
             and not self.decompositions
-            and bool(self.loras)
+            and (bool(self.loras) or any(each.mergeable for each in self.besides))
             and tokens >= wide
         )
+
+    def _mergeable_of_each(self) -> list[list[Adapter]]:
+        """Of each linear, the adapters that `merges` is about."""
+        lokrs = [(each.linear, each.adapter) for each in self.besides if each.mergeable]
+        return [
+            [*loras, *(lokr for linear, lokr in lokrs if linear == i)]
+            for i, loras in enumerate(self.own_loras)
+        ]
 
     def dropped(self, x: Tensor, p: float, number: int | None = None) -> Tensor:
         assert self.dropout_seed is not None
@@ -270,7 +278,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
                 rank = 0 if self.decompositions else self.rank
                 plain = weights.as_floats(stored, self.dtype, tokens, self.impl, rank)
             if self.merges(tokens):
-                plain = weights.merged(plain.weights, self.own_loras, self.dtype)
+                plain = weights.merged(plain.weights, self._mergeable_of_each(), self.dtype)
             self._plain, self._ready = plain, self.decompositions.scaled(plain)
         return self._ready
 
@@ -308,8 +316,9 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         codes: Sequence[tuple[int, Quantized]],
         ds: Tensor | None,
         dx: Tensor,
+        accumulate: bool,
     ) -> None:
-        """Writes dy W + dS A to dx [M, K]."""
+        """Writes dy W + dS A to dx [M, K], or adds it."""
         ready = self.weights(len(dx))
         parts: list[tuple[int, Tensor, Tensor | None]] = [(0, dy, None)]
         if self.compute != "same":
@@ -323,7 +332,8 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         for i, (col, part, scale) in enumerate(parts):
             # the first product has all of dS A
             own_ds, a = (ds, self.a) if fuses and i == 0 else (None, [])
-            self.products.wide_dgrad(part, scale, col, *ready.operands, own_ds, a, i > 0, dx)
+            adds = accumulate or i > 0
+            self.products.wide_dgrad(part, scale, col, *ready.operands, own_ds, a, adds, dx)
         if ds is not None and not fuses:
             self.add_dropped(ds, dx)
 

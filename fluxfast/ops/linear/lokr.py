@@ -65,7 +65,8 @@ class Lokr(NamedTuple):
 
     def backward(self, dy: Tensor, x: Tensor, dx: Tensor | None, /) -> tuple[Tensor, ...]:
         w1, w2 = self.whole()
-        return self.of_tensors(kron.backward(dy, x, None, w1, w2, self.scale, None, dx, "ref"))
+        grads = kron.backward(dy, x, None, w1, w2, self.scale, None, dx, True, "ref")
+        return self.of_tensors(grads)
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """w1 [O1, I1] with the scalar in it, and w2 [O2, I2]."""

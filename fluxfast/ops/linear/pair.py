@@ -16,7 +16,7 @@ from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_triton as products
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, RowsAt
-from fluxfast.ops.linear.beside import operand_of
+from fluxfast.ops.linear.beside import BesideGrads, operand_of
 from fluxfast.ops.linear.decomposed import Narrow, WithNorms
 from fluxfast.ops.linear.grad_places import runs_of
 from fluxfast.ops.linear.group import LinearGroup, flat_rows
@@ -152,19 +152,35 @@ class LinearPair(AugmentedProducts):
         dx = None
         if need_dx:
             dx = dy.new_empty((len(dy), self.img.linears[0].weight.shape[1]), dtype=self.img.dtype)
+        others = self._backward_beside(dy, rows, dx)
+        if dx is not None:
+            begun = any(each.begun for each in others)
             if room is None:
-                self._dgrad(dy, codes, ds, dx)
+                self._dgrad(dy, codes, ds, dx, begun)
             else:
-                self.backward_augmented(dy, dx)
+                self.backward_augmented(dy, dx, begun)
         txt, img = (
-            group.in_order(own, dy[part], _rows_of(rows, part), None if dx is None else dx[part])
-            for own, (group, part) in zip(lora_grads, self._parts(), strict=True)
+            group.in_order(own, beside, dy[part], _rows_of(rows, part))
+            for own, beside, (group, part) in zip(lora_grads, others, self._parts(), strict=True)
         )
         return dx, (txt, img)
 
+    def _backward_beside(self, dy: Tensor, x: RowOutput, dx: Tensor | None) -> list[BesideGrads]:
+        """Of each part; if one begins dx, the rows of a part that has nothing to write are zero."""
+        found = [
+            group.backward_beside(dy[part], _rows_of(x, part), None if dx is None else dx[part])
+            for group, part in self._parts()
+        ]
+        if dx is not None and any(each.begun for each in found):
+            for each, (_, part) in zip(found, self._parts(), strict=True):
+                if not each.begun:
+                    dx[part].zero_()
+        return found
+
     def _dgrad(
-        self, dy: Tensor, codes: Sequence[tuple[int, Quantized]], ds: Tensor | None, dx: Tensor
-    ) -> None:
+        self, dy: Tensor, codes: Sequence[tuple[int, Quantized]], ds: Tensor | None, dx: Tensor,
+        accumulate: bool,
+    ) -> None:  # fmt: skip
         txt, img = self.txt, self.img
         ready, other = (group.weights(len(dx)) for group in (txt, img))
         parts: list[tuple[int, Tensor, Tensor | None]] = [(0, dy, None)]
@@ -184,7 +200,7 @@ class LinearPair(AugmentedProducts):
             first = ds is not None and i == 0
             products.wide_dgrad(
                 part, scale, col, *ready.operands, ds if first else None, txt.a if first else [],
-                i > 0, dx,
+                accumulate or i > 0, dx,
                 second=SecondLinears(self.parts.rows, *other.operands, a=img.a if first else []),
             )  # fmt: skip
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import row_quant
-from fluxfast.ops.linear import augmented, products_torch, products_triton, transposed_codes
-from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear import augmented, kron, products_torch, products_triton, transposed_codes
+from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.products_torch import adjoining
 from fluxfast.ops.row_quant import FORMATS, Quantized
 
@@ -155,14 +156,21 @@ def as_codes(
     return codes._replace(weights=list(whole.split_with_sizes(outs)))
 
 
-def merged(weights: Sequence[Tensor], loras: Sequence[Sequence[Lora]], dtype: torch.dtype) -> Ready:
-    """W + scale · B A of each linear; `loras` are those of each linear."""
+def merged(
+    weights: Sequence[Tensor], adapters: Sequence[Sequence[Adapter]], dtype: torch.dtype
+) -> Ready:
+    """A copy of each linear's W, to which its own `adapters` are added."""
     copies = _split(_side_by_side(weights, dtype), weights)
-    for weight, own, out in zip(weights, loras, copies, strict=True):
+    for weight, own, out in zip(weights, adapters, copies, strict=True):
         base = weight.to(dtype)
-        for lora in own:
-            a, b = lora.a.detach().to(dtype), lora.b.detach().to(dtype)
-            base = torch.addmm(base, b, a, alpha=lora.scale, out=out)
+        for adapter in own:
+            if isinstance(adapter, Lora):
+                a, b = adapter.a.detach().to(dtype), adapter.b.detach().to(dtype)
+                base = torch.addmm(base, b, a, alpha=adapter.scale, out=out)
+            else:
+                assert isinstance(adapter, Lokr)
+                w1, w2 = adapter.whole()
+                base = kron.added_to_weight(base, w1, w2, adapter.scale, out)
         if not own:
             out.copy_(base)
     return Ready(copies, [])

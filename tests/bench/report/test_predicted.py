@@ -12,6 +12,7 @@ from fluxfast.memory.rates import rates_of, with_measured
 from fluxfast.memory.step_time import product_seconds
 from fluxfast_bench.main import main
 from fluxfast_bench.ops import ceilings
+from fluxfast_bench.ops.sweep import products_of
 from fluxfast_bench.report import measured_rates, predicted, report
 from fluxfast_bench.report.measured_rates import measured, rate_of
 from fluxfast_bench.shapes import SHAPES
@@ -19,15 +20,25 @@ from fluxfast_bench.shapes import SHAPES
 H200 = find_gpu("H200")
 CASE = "1024px-b1"
 # what the GPU of these results sustains
-TRUE = {"half": 6.1e14, "int8": 1.02e15, "library": 7.0e14, "e4m3": 8.0e14}
+TRUE = {"half": 6.1e14, "int8": 1.02e15, "library": 7.0e14}
 KNOWN = with_measured(H200, {name: {"value": v, "source": "made up"} for name, v in TRUE.items()})
+
+
+@pytest.fixture(autouse=True)
+def nothing_stored(monkeypatch, tmp_path_factory):
+    """The package's own measured rates are no matter of these tests."""
+    monkeypatch.setattr(rates, "STORED", tmp_path_factory.mktemp("rates") / "none.json")
+    rates_of.cache_clear()
+    yield
+    rates_of.cache_clear()
 
 
 def ceilings_run():
     shape, records = SHAPES[CASE], []
-    for kind, name in (("float", "library"), ("int8", "int8"), ("e4m3", "e4m3")):
+    # torch's products of codes say nothing of ours
+    for kind, slower in (("float", 1), ("int8", 3)):
         for (m, n, k), count in ceilings.products(shape, codes=kind != "float").items():
-            seconds = product_seconds(Product(name, (m,), (n,), k), 0, KNOWN)
+            seconds = slower * product_seconds(Product("library", (m,), (n,), k), 0, KNOWN)
             records.append(
                 {"case": CASE, "contestant": f"{kind} {m}x{n}x{k}", "count": count, "ours": False}
                 | {"seconds": seconds, "tflops": 2e-12 * m * n * k / seconds}
@@ -55,12 +66,30 @@ def sweep_run(day=2):
     return run_of(*records, kind="sweep", day=day)
 
 
+def products_in_codes(contestant, slower):
+    """A step's own records of its wide products, as two kernels."""
+    found = products_of(SHAPES["512px-b1"], "int8")
+    seconds = slower * sum(
+        product_seconds(Product("int8", p.rows, p.cols, p.size[2]), 0, KNOWN) * count
+        for p, count in found.items()
+    )
+    return [
+        {"case": "512px-b1", "contestant": contestant, "mode": kernel, "ours": True}
+        | {"seconds": share * seconds, "count": 218}
+        for kernel, share in (("persistent_matmul_kernel", 0.75), ("matmul_kernel", 0.25))
+    ]
+
+
 def profile_run(busy=0.05, seconds=0.15):
     step = {"case": "512px-b1", "mode": "step", "ours": True, "seconds": seconds, "count": 3000}
     return run_of(
-        {**step, "contestant": "fluxfast-int8+int8:full", "busy_seconds": busy},
+        {**step, "contestant": "fluxfast-int8+int8+device-modulation:full", "busy_seconds": busy},
+        # it may have waited for the modulation
+        {**step, "contestant": "fluxfast-int8+int8:full", "seconds": 9.0, "busy_seconds": busy},
         {**step, "contestant": "fluxfast-int8+int8+graphs:full", "busy_seconds": seconds - 0.006},
         {**step, "contestant": "fluxfast-int8+int8:full", "mode": "a_kernel"},
+        *products_in_codes("fluxfast-int8+int8:full", 1),
+        *products_in_codes("fluxfast-int8+int8:none", 2),
         kind="profile",
         day=3,
     )
@@ -82,10 +111,13 @@ def test_each_rate_is_found_again(tmp_path):
     assert "abc" in found["int8"]["source"]
 
 
-def test_our_own_products_count_where_there_is_a_sweep(tmp_path):
+def test_our_own_products_are_those_of_a_sweep_else_of_a_step(tmp_path):
     torchs = measured(store(tmp_path / "a", ceilings_run()), H200)
-    assert "2026-11-01" in torchs["int8"]["source"] and "half" not in torchs
-    both = measured(store(tmp_path / "b", ceilings_run(), sweep_run()), H200)
+    assert not {"int8", "half", "e4m3"} & set(torchs) and "library" in torchs
+    step = measured(store(tmp_path / "b", ceilings_run(), profile_run()), H200)
+    assert step["int8"]["value"] == pytest.approx(TRUE["int8"], rel=1e-3)
+    assert "2026-11-03" in step["int8"]["source"]
+    both = measured(store(tmp_path / "c", ceilings_run(), sweep_run(), profile_run()), H200)
     assert "2026-11-02" in both["int8"]["source"] and "2026-11-01" in both["library"]["source"]
 
 
