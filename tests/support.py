@@ -4,9 +4,17 @@ compared.
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 
+from fluxfast.ops import dispatch
 from fluxfast.ops.device import sum_loss
+
+# for tests whose tensors are on the CPU and whose kernels are Triton's
+in_interpreter = pytest.mark.skipif(
+    not dispatch.HAS_TRITON or torch.cuda.is_available(),
+    reason="Triton's interpreter needs Triton, and runs where there is no GPU",
+)
 
 SMALL = {
     "in_channels": 16,
