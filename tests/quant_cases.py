@@ -63,6 +63,17 @@ def same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
+class DividesAsAGpu(TorchDispatchMode):
+    """Inside, torch divides by a plain number as it does on a GPU: it multiplies with the number's
+    reciprocal.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and isinstance(args[1], (int, float)):
+            return args[0] * (1 / torch.tensor(args[1], dtype=args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
 class FloatsHeld(TorchDispatchMode):
     """Counts the elements of the largest fp32 tensor that torch makes inside it."""
 

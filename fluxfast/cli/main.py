@@ -18,6 +18,11 @@ COMMANDS = {
         "plan",
         "what a run takes, before anything is loaded: fluxfast-train plan CONFIG.json [--gpu NAME]",
     ),
+    "data": (
+        "data",
+        "what the datasets will become, before anything is encoded: fluxfast-train data "
+        "CONFIG.json [--out DIR]",
+    ),
     "doctor": (
         "doctor",
         "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] "

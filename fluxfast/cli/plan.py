@@ -90,14 +90,16 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     from fluxfast.memory.gpus import GPUS, find_gpu
     from fluxfast.memory.rates import modulation_on_host, told
     from fluxfast.train.adapter import config_of, read_init_lora
-    from fluxfast.train.choose import facts_of, largest_batch, workload_of
+    from fluxfast.train.choose import encoded_pixels, facts_of, largest_batch, workload_of
 
     datasets, notes = _datasets(config)
     if config.init_lora and Path(config.init_lora).exists():
         # its file says rank and modules
         config = config_of(config, read_init_lora(config, None))
     batch = largest_batch(config, datasets)
-    workload = workload_of(config, batch, _local_base(config))
+    workload = workload_of(
+        config, batch, _local_base(config), encoded_pixels=encoded_pixels(config, datasets)
+    )
     gpu = find_gpu(gpu_name) if gpu_name else _this_gpu(config)
     wishes = wishes_of(config)
     if gpu is None:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from fluxfast.config.caption_filter import caption_filter
+from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.settings import Settings, read_json, shown
 from fluxfast.text import lines, printable
 
@@ -33,6 +34,9 @@ class DatasetDefaults:
     minimum_image_size: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
+    max_upscale_threshold: float | None = None
+    vae_cache_ondemand: bool = False
+    vae_cache_disable: bool = False
     caption_strategy: CaptionStrategy = "filename"
     instance_prompt: str | None = None
     prepend_instance_prompt: bool = False
@@ -144,12 +148,14 @@ class ImageDataset(_Entry):
     """Images with a larger width / height are left out."""
     crop: bool = False
     """Crop to crop_aspect; else only what doesn't fit the bucket is cropped."""
-    crop_style: Literal["random", "center", "corner"] = "random"
-    """Which part of an image a crop keeps."""
+    crop_style: Literal["random", "center", "corner", "face"] = "random"
+    """Which part of an image a crop keeps; face needs OpenCV (`fluxfast[faces]`)."""
     crop_aspect: Literal["square", "preserve", "random", "closest"] = "square"
     """Shape of a crop: square, the image's own, or one of crop_aspect_buckets."""
     crop_aspect_buckets: tuple[float | dict[str, float], ...] = ()
     """Shapes (width / height) for crop_aspect random and closest; each may have a weight."""
+    max_upscale_threshold: float | None = Field(None, ge=0, le=1)
+    """Shapes of crop_aspect_buckets that enlarge an image by more are not for it (0.2: 20 %)."""
 
     # captions
     caption_strategy: CaptionStrategy
@@ -164,6 +170,8 @@ class ImageDataset(_Entry):
     """A caption file is one caption, not one a line."""
     caption_filter_list: FilterList = ()
     """What is taken out of captions (`caption_filter`)."""
+    caption_shuffle: CaptionShuffle | None = None
+    """Further captions with their tags in another order."""
 
     # sampling
     repeats: int = Field(0, ge=0)
@@ -176,6 +184,12 @@ class ImageDataset(_Entry):
     """Images per forward pass (unset: the run's)."""
     vae_batch_size: int | None = Field(None, ge=1)
     """Images per VAE pass (unset: the run's)."""
+    vae_cache_ondemand: bool = False
+    """Encode an image when a batch first needs it, not before training."""
+    vae_cache_disable: bool = False
+    """Encode an image whenever a batch needs it, and keep no latents."""
+    vae_cache_clear_each_epoch: bool = False
+    """Crop, and so encode, each image anew in each epoch, on demand."""
     max_workers: int | None = Field(None, ge=1)
     """Threads that read images (unset: the run's)."""
     start_epoch: int = Field(1, ge=0)
@@ -191,10 +205,40 @@ class ImageDataset(_Entry):
     is_regularisation_data: bool = False
     """Train these images towards the base model's own prediction."""
 
+    @property
+    def encodes_on_demand(self) -> bool:
+        """Whether images are encoded while the run trains."""
+        # the epochs to come can't be encoded before training
+        return self.vae_cache_ondemand or self.vae_cache_disable or self.vae_cache_clear_each_epoch
+
+    @property
+    def picks_buckets(self) -> bool:
+        """Whether each crop takes its shape from `crop_aspect_buckets`."""
+        return self.crop and self.crop_aspect in ("random", "closest")
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether chance decides what part of an image is kept."""
+        return self.crop_style == "random" or (self.crop and self.crop_aspect == "random")
+
+    @property
+    def drawn_buckets(self) -> tuple[float | dict[str, float], ...]:
+        """`crop_aspect_buckets` but those that `crop_aspect` random never draws."""
+        return tuple(
+            bucket
+            for bucket in self.crop_aspect_buckets
+            if self.crop_aspect != "random" or not isinstance(bucket, dict) or bucket["weight"]
+        )
+
     @field_validator("minimum_image_size", "maximum_image_size", "target_downsample_size")
     @classmethod
     def _zero_is_none(cls, value: float | None) -> float | None:
         return value or None
+
+    @field_validator("caption_shuffle")
+    @classmethod
+    def _disabled_is_none(cls, value: CaptionShuffle | None) -> CaptionShuffle | None:
+        return value if value is not None and value.enable else None
 
     @field_validator("crop_aspect_buckets", mode="before")
     @classmethod

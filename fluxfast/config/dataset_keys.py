@@ -28,8 +28,8 @@ NOT_IMPLEMENTED: dict[str, Any] = {
             "conditioning", "conditioning_config", "conditioning_data", "conditioning_type",
             "source_dataset_id", "conditioning_image_embeds", "cache_dir_conditioning_image_embeds",
             "conditioning_image_embed_batch_size", "image_embeds", "grounding", "grounding_data",
-            "bbox_column", "s2v_datasets", "slider_strength", "caption_shuffle",
-            "max_upscale_threshold", "disable_after_epoch_step", "auto_generated",
+            "bbox_column", "s2v_datasets", "slider_strength",
+            "disable_after_epoch_step", "auto_generated",
             "distillation_cache", "distillation_type",
             # video and audio
             "video", "audio", "audio_only", "audio_column", "audio_caption_fields",
@@ -59,9 +59,6 @@ NOT_IMPLEMENTED: dict[str, Any] = {
     "video_column": "video",
     "truncation_mode": "beginning",
     "disable_vae_cache": False,
-    "vae_cache_clear_each_epoch": False,
-    "vae_cache_ondemand": False,
-    "vae_cache_disable": False,
     "text_cache_ondemand": False,
     "text_cache_disable": False,
     "delete_unwanted_images": False,
@@ -82,7 +79,7 @@ ACCEPTED_NO_EFFECT = {
     "image_processing_batch_size": "one VAE batch is read ahead",
     "metadata_update_interval": "the cache's index is up to date after every entry",
     "parquet": "only read with metadata_backend or caption_strategy parquet, which are refused",
-    "preserve_data_backend_cache": "caches are never deleted",
+    "preserve_data_backend_cache": "a start deletes no cache",
     "read_batch_size": "one VAE batch is read ahead",
     "scan_for_errors":
         "each cached file is checked when it is read, and what is damaged is computed anew",
@@ -99,7 +96,6 @@ DATASET_TYPES_NOT_YET = (
 )  # fmt: skip
 # values that SimpleTuner knows and a field refuses
 VALUES_NOT_YET = {
-    "crop_style": ("face",),
     "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
     "metadata_backend": ("parquet", "huggingface", "webshart"),
 }

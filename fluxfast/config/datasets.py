@@ -2,7 +2,8 @@
 
 The file is a list of entries: image datasets, and one `text_embeds` entry that says where the text
 encoders' outputs are cached. A value that a dataset leaves out is the run's (`DatasetDefaults`).
-Nothing on disk but the file itself is looked at here.
+Nothing on disk is looked at here but the file itself, and whether a package that a key needs is
+installed.
 """
 
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
 from fluxfast.config.dataset_keys import (
     ACCEPTED_NO_EFFECT,
@@ -21,6 +23,7 @@ from fluxfast.config.dataset_keys import (
     VALUE_ALIASES,
     VALUES_NOT_YET,
 )
+from fluxfast.config.face_detector import INSTALL, face_cascade
 from fluxfast.config.settings import (
     ConfigError,
     Settings,
@@ -39,6 +42,7 @@ from fluxfast.text import lines, printable
 __all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_data_config"]
 
 _DATASET_TYPES = ("image", "text_embeds")
+_SHUFFLE_KEYS = [("caption_shuffle", name) for name in CaptionShuffle.model_fields]
 
 
 class DataConfig(Settings):
@@ -83,7 +87,13 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
             problems.append(f"{where}: this id is taken by an entry before it; give each its own")
         seen.add(str(entry.get("id")))
         if isinstance(parsed, ImageDataset):
+            if parsed.crop_style == "face" and face_cascade() is None:
+                problems.append(
+                    f'{where}: "crop_style" is "face": needs a face detector, which is not '
+                    f'installed: {INSTALL}, or set "crop_style": "center"'
+                )
             images.append(parsed)
+            notes += _idle(parsed, where)
         elif parsed is not None:
             texts.append(parsed)
     text = None
@@ -158,6 +168,22 @@ def _read_entry(
     return built if len(problems) == before else None
 
 
+def _idle(image: ImageDataset, where: str) -> list[str]:
+    """A note on each key that has no effect beside the others."""
+    idle = []
+    if image.max_upscale_threshold is not None and not image.picks_buckets:
+        idle.append(
+            '"max_upscale_threshold" has no effect: only "crop": true with "crop_aspect" "closest" '
+            'or "random" chooses among buckets; "minimum_image_size" leaves small images out'
+        )
+    if image.vae_cache_clear_each_epoch and not image.crops_at_random:
+        idle.append(
+            '"vae_cache_clear_each_epoch" encodes each image anew and gives the same latents: '
+            '"crop_style" and "crop_aspect" leave nothing to chance'
+        )
+    return [f"{where}: {note}" for note in idle]
+
+
 def _canonical(entry: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
@@ -224,13 +250,15 @@ def _build(
     except ValidationError as error:
         details = error.errors(include_url=False)
     for name, detail in {
-        str(detail["loc"][0]): detail for detail in reversed(details) if detail["loc"]
+        _key_of(detail["loc"]): detail for detail in reversed(details) if detail["loc"]
     }.items():
-        if detail["type"] == "literal_error" and fields[name] in VALUES_NOT_YET.get(name, ()):
+        if detail["type"] == "literal_error" and detail["input"] in VALUES_NOT_YET.get(name, ()):
             text = (
-                f"is {shown(fields[name])}: not implemented yet; fluxfast has "
+                f"is {shown(detail['input'])}: not implemented yet; fluxfast has "
                 f"{detail['ctx']['expected']}"
             )
+        elif detail["type"] == "extra_forbidden":
+            text = "is not a key" + did_you_mean(name, map(_key_of, _SHUFFLE_KEYS))
         else:
             text = problem_text(detail)
         problems.append(f'{where}: "{name}" {text}')
@@ -241,6 +269,12 @@ def _build(
         for line in lines(str(detail["ctx"]["error"]))
     ]
     return None
+
+
+def _key_of(loc: tuple[int | str, ...]) -> str:
+    """The key that an error is about; a key within an object follows after a dot."""
+    # within other values, pydantic names positions and types
+    return ".".join(map(str, loc if loc[0] == "caption_shuffle" else loc[:1]))
 
 
 def _default_texts(

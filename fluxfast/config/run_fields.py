@@ -299,6 +299,8 @@ class TrainFields(Settings):
     """Larger images are downsampled before cropping (same unit)."""
     target_downsample_size: float | None = Field(None, ge=0)
     """Size that larger images are downsampled to (same unit)."""
+    max_upscale_threshold: float | None = Field(None, ge=0, le=1)
+    """Most that a bucket of crop_aspect_buckets may enlarge an image by (0.2: 20 %)."""
     aspect_bucket_rounding: int = Field(2, ge=1, le=9)
     """Decimals of an aspect ratio."""
     aspect_bucket_alignment: int = option(64, ge=8, on_resume="ignored")
@@ -321,6 +323,10 @@ class TrainFields(Settings):
     """T5 tokens per caption; always the flavour's number."""
     vae_batch_size: int = option(4, ge=1, on_resume="ignored")
     """Images per VAE pass."""
+    vae_cache_ondemand: bool = False
+    """Encode images when batches first need them, for datasets that don't say."""
+    vae_cache_disable: bool = False
+    """Encode images whenever batches need them and keep no latents, for datasets that don't say."""
     text_encoder_batch_size: int = Field(1, ge=1)
     """Captions per text encoder pass."""
     write_batch_size: int = Field(128, ge=1)

@@ -72,7 +72,7 @@ ACCEPTED_NO_EFFECT = {
     "metadata_update_interval": "the cache's index is up to date after every entry",
     "override_dataset_config":
         "a changed dataset setting recomputes what depends on it, without being asked",
-    "preserve_data_backend_cache": "caches are never deleted",
+    "preserve_data_backend_cache": "a start deletes no cache",
     "print_filenames":
         "it only prints; files that were skipped or made a loss non-finite are always named",
     "print_sampler_statistics": "it only prints",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fluxfast.data.captions import pick
-from fluxfast.data.prepared import LostEntry, Prepared, PreparedDataset, Sample
+from fluxfast.data.prepared import Prepared, PreparedDataset, Sample, Unavailable
 from fluxfast.data.sampler import Sampler, SampleRef
 from fluxfast.text import printable
 
@@ -58,23 +58,29 @@ def load_batch(
     *,
     caption_dropout_probability: float = 0.0,
     rng: random.Random,
-    on_lost: Callable[[LostEntry, Sample], None] = lambda lost, instead: None,
+    on_lost: Callable[[Unavailable, Sample], None] = lambda lost, instead: None,
 ) -> Batch:
     """Read a batch from the caches; `refs` come from one `Sampler.next`.
 
+    What the caches lack is encoded here, if its dataset encodes on demand.
+
     `rng` picks one caption of each sample, and replaces it by "" with the probability
-    `caption_dropout_probability`. Where a cache file was lost or damaged since the start, another
-    sample of the same bucket takes the place of its sample, and `on_lost` is told of both. Raises
-    LostEntry naming the first lost one if no sample of the bucket can be read.
+    `caption_dropout_probability`. Where a cache file was lost or damaged since the start, or an
+    image can't be encoded, another sample of the same bucket takes the place of its sample, and
+    `on_lost` is told of both. Raises Unavailable naming the first such one if no sample of the
+    bucket can be read.
     """
     (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == refs[0].dataset]
-    assert all(ref.dataset == dataset.id for ref in refs)
+    assert all((ref.dataset, ref.epoch) == (dataset.id, refs[0].epoch) for ref in refs)
+    samples = dataset.samples_in(refs[0].epoch)
     chosen = []
     for ref in refs:
-        sample = dataset.samples[ref.index]
+        sample = samples[ref.index]
         caption = pick(sample.captions, rng)
         chosen.append((sample, "" if rng.random() < caption_dropout_probability else caption))
-    read = [_read(prepared, dataset, sample, caption, on_lost) for sample, caption in chosen]
+    read = [
+        _read(prepared, dataset, samples, sample, caption, on_lost) for sample, caption in chosen
+    ]
     embeds = [each.embeds for each in read]
     return Batch(
         latents=torch.stack([each.latents for each in read]),
@@ -99,24 +105,25 @@ class _Read(NamedTuple):
 def _read(
     prepared: Prepared,
     dataset: PreparedDataset,
+    samples: Sequence[Sample],
     wanted: Sample,
     caption: str,
-    on_lost: Callable[[LostEntry, Sample], None],
+    on_lost: Callable[[Unavailable, Sample], None],
 ) -> _Read:
-    """Read a sample with that caption, or else the next sample of its bucket that can be read.
+    """Read a sample with that caption, or else the next of its bucket in `samples` that can be.
 
     The other sample comes with a caption of its own, but "" stays "".
     """
     try:
         return _read_one(prepared, dataset, wanted, caption)
-    except LostEntry as error:
+    except Unavailable as error:
         lost = error
-    bucket = [sample for sample in dataset.samples if sample.bucket == wanted.bucket]
+    bucket = [sample for sample in samples if sample.bucket == wanted.bucket]
     after = bucket.index(wanted) + 1
     for sample in (*bucket[after:], *bucket[: after - 1]):
         try:
             read = _read_one(prepared, dataset, sample, caption and sample.captions[0])
-        except LostEntry:
+        except Unavailable:
             continue
         on_lost(lost, sample)
         return read
@@ -159,6 +166,7 @@ class BatchLoader:
         self._dropout = caption_dropout_probability
         self._state = sampler.state_dict()
         self._next_read = step
+        self._epoch_read = sampler.epoch
         self._told: set[str] = set()
         # one thread only: the sampler must be asked for its steps in order
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fluxfast-batches")
@@ -198,6 +206,10 @@ class BatchLoader:
 
     def _read(self, step: int) -> tuple[Any, int, dict]:
         refs = self._sampler.next(step)
+        if self._sampler.epoch > self._epoch_read:
+            for dataset in self._prepared.datasets:
+                dataset.forget(self._epoch_read)
+            self._epoch_read = self._sampler.epoch
         batch = load_batch(
             self._prepared,
             refs,
@@ -207,12 +219,12 @@ class BatchLoader:
         )
         return self._then(batch, step), self._sampler.epoch, self._sampler.state_dict()
 
-    def _tell(self, lost: LostEntry, instead: Sample) -> None:
+    def _tell(self, lost: Unavailable, instead: Sample) -> None:
         if lost.what not in self._told:
             self._told.add(lost.what)
             logger.warning(
-                "%s are lost or damaged since the start: %s and others of its size are trained "
-                "on in their place; the next start computes them anew",
-                lost.what,
+                "%s: %s and others of its size are trained on in their place; %s",
+                lost.told,
                 printable(instead.file),
+                lost.remedy,
             )

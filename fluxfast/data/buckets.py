@@ -12,7 +12,7 @@ on the order of the files. Here an image's plan depends on that image only.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any, Literal
 
 from PIL import Image
@@ -22,7 +22,7 @@ from fluxfast.text import to_bytes
 ALIGNMENT = 64
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
-CropStyle = Literal["random", "center", "centre", "corner"]
+CropStyle = Literal["random", "center", "centre", "corner", "face"]
 CropAspect = Literal["square", "preserve", "random", "closest"]
 Size = tuple[int, int]
 
@@ -74,6 +74,7 @@ def plan_crop(
     maximum_image_size: float | None = None,
     target_downsample_size: float | None = None,
     rounding: int = 2,
+    face: tuple[int, int, int, int] | None = None,
     rng: random.Random,
 ) -> CropPlan:
     """Plan the resize and crop of an upright image of `size` (width, height).
@@ -83,16 +84,14 @@ def plan_crop(
     cut off, also by `crop_style`. With `crop`, an image above `maximum_image_size` is resized to
     `target_downsample_size` and the target is cut out of that; any other is resized to just cover
     the target. `crop_aspect_buckets` holds ratios, or `{"aspect": ratio, "weight": w}`. `rng`
-    decides random crops and aspects; `crop_rng` makes it.
+    decides random crops and aspects; `crop_rng` makes it. A crop of `crop_style` face has `face`
+    (left, top, right, bottom; in the image's pixels) in its middle, as near as the image allows;
+    without one it keeps the image's middle.
     """
     # the aspect of a very thin image must not round to zero
     own_aspect = max(round(size[0] / size[1], rounding), 10**-rounding)
     aspect = _crop_aspect(own_aspect, crop_aspect, crop_aspect_buckets, rng) if crop else own_aspect
-    target = target_size(aspect, resolution, resolution_type)
-    if round(target[0] / target[1], rounding) == 1.0:
-        edge = target_size(1.0, resolution, resolution_type)[0]
-        target = (edge, edge)
-
+    target = _snapped(aspect, resolution, resolution_type, rounding)
     intermediary = _covering_size(size, target, portrait=aspect < 1)
     if (
         crop
@@ -105,7 +104,13 @@ def plan_crop(
         if intermediary[0] < target[0] or intermediary[1] < target[1]:
             intermediary = _covering_size(size, target, portrait=aspect < 1)
 
-    left, top = _crop_origin(intermediary, target, crop_style, rng)
+    middle = None
+    if crop_style == "face" and face is not None:
+        middle = (
+            (face[0] + face[2]) / 2 * intermediary[0] / size[0],
+            (face[1] + face[3]) / 2 * intermediary[1] / size[1],
+        )
+    left, top = _crop_origin(intermediary, target, crop_style, middle, rng)
     return CropPlan(
         target=target,
         intermediary=intermediary,
@@ -114,12 +119,42 @@ def plan_crop(
     )
 
 
-def crop_rng(seed: int, dataset_id: str, file: str) -> random.Random:
-    """The generator for one image's random crop.
+def bucket_size(
+    bucket: Any, resolution: float, resolution_type: ResolutionType, rounding: int = 2
+) -> Size:
+    """The target size of an entry of `crop_aspect_buckets`; see `plan_crop` for the arguments."""
+    return _snapped(_weighted(bucket)[0], resolution, resolution_type, rounding)
 
-    The same seed, dataset and file give the same crop on any machine.
+
+def within_upscaling(
+    size: Size,
+    buckets: Sequence[Any],
+    threshold: float,
+    *,
+    resolution: float,
+    resolution_type: ResolutionType = "pixel_area",
+    rounding: int = 2,
+) -> list[Any]:
+    """The `crop_aspect_buckets` that enlarge an image of `size` by at most `threshold`.
+
+    The arguments are `plan_crop`'s; 0.2 allows 20 %. The enlargement is that of the resize which
+    covers the bucket, in whole per cent, as in SimpleTuner's example: 850 pixels to 1024 are 20 %.
     """
-    return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}"))
+    within = []
+    for bucket in buckets:
+        width, height = bucket_size(bucket, resolution, resolution_type, rounding)
+        if round(max(width / size[0], height / size[1]) - 1, 2) <= threshold:
+            within.append(bucket)
+    return within
+
+
+def crop_rng(seed: int, dataset_id: str, file: str, epoch: int = 1) -> random.Random:
+    """The generator for one image's random crop in one epoch.
+
+    The same seed, dataset, file and epoch give the same crop on any machine.
+    """
+    later = f":{epoch}" if epoch > 1 else ""
+    return random.Random(to_bytes(f"{seed}:{dataset_id}:{file}{later}"))
 
 
 def rejection(
@@ -154,6 +189,14 @@ def rejection(
     return None
 
 
+def batches_in_epoch(images: int, *, repeats: int, batch_size: int) -> int:
+    """How many batches an epoch makes of a bucket with so many images.
+
+    The last one is filled up from a further pass.
+    """
+    return ceil(images * (1 + repeats) / batch_size)
+
+
 def apply(img: Image.Image, plan: CropPlan) -> Image.Image:
     """Resize (Lanczos) and crop `img` as planned; the result has the size `plan.target`."""
     return img.resize(plan.intermediary, Image.Resampling.LANCZOS).crop(plan.crop_box)
@@ -185,11 +228,29 @@ def _crop_aspect(
             f"crop_aspect {crop_aspect!r} needs crop_aspect_buckets, a list of aspect ratios "
             "such as [1.0, 0.75]"
         )
-    weighted = [(b["aspect"], b["weight"]) if isinstance(b, dict) else (b, 1.0) for b in buckets]
-    aspects = [float(aspect) for aspect, _ in weighted]
+    aspects, weights = zip(*map(_weighted, buckets), strict=True)
     if crop_aspect == "closest":
         return min(aspects, key=lambda aspect: abs(aspect - own))
-    return rng.choices(aspects, [weight for _, weight in weighted])[0]
+    return rng.choices(aspects, weights)[0]
+
+
+def _weighted(bucket: Any) -> tuple[float, float]:
+    """(width / height, weight) of an entry of `crop_aspect_buckets`."""
+    aspect, weight = (
+        (bucket["aspect"], bucket["weight"]) if isinstance(bucket, dict) else (bucket, 1.0)
+    )
+    return float(aspect), float(weight)
+
+
+def _snapped(
+    aspect: float, resolution: float, resolution_type: ResolutionType, rounding: int
+) -> Size:
+    """The target size; a square where the aspect is one but for rounding."""
+    target = target_size(aspect, resolution, resolution_type)
+    if round(target[0] / target[1], rounding) != 1.0:
+        return target
+    edge = target_size(1.0, resolution, resolution_type)[0]
+    return edge, edge
 
 
 def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:
@@ -210,11 +271,18 @@ def _covering_size(size: Size, target: Size, *, portrait: bool) -> Size:
 
 
 def _crop_origin(
-    intermediary: Size, target: Size, style: CropStyle, rng: random.Random
+    intermediary: Size,
+    target: Size,
+    style: CropStyle,
+    middle: tuple[float, float] | None,
+    rng: random.Random,
 ) -> tuple[int, int]:
     spare = (intermediary[0] - target[0], intermediary[1] - target[1])
     if style == "random":
         return rng.randint(0, spare[0]), rng.randint(0, spare[1])
     if style == "corner":
         return 0, 0
+    if middle is not None:
+        left, top = (round(middle[axis] - target[axis] / 2) for axis in (0, 1))
+        return min(max(left, 0), spare[0]), min(max(top, 0), spare[1])
     return spare[0] // 2, spare[1] // 2

@@ -118,6 +118,13 @@ class TensorCache:
         sync_folder(self.folder)
         self._index.put_entries(rows)
 
+    def drop(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Delete the entries of these (key, fingerprint) pairs, where they are there."""
+        blobs = [self._blob(*entry) for entry in entries]
+        for blob in blobs:
+            blob.unlink(missing_ok=True)
+        self._index.forget_entries(blob.name for blob in blobs)
+
     def missing(
         self, wanted: Iterable[tuple[str, str]], *, verify_seconds: float = VERIFY_SECONDS
     ) -> list[tuple[str, str]]:

@@ -95,6 +95,11 @@ class Index:
                 lambda db: db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
             )
 
+    def forget_entries(self, files: Iterable[str]) -> None:
+        """Files of these names are there no more."""
+        rows = [(file,) for file in files]
+        self._do(lambda db: db.executemany("DELETE FROM entries WHERE file = ?", rows))
+
     def facts(self, name: str, stamp: str) -> dict | None:
         """What `put_facts` was told of the file `name`; None if its stamp was another one."""
         key = to_bytes(name)

@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from fluxfast.config.caption_filter import CaptionFilter
+from fluxfast.config.caption_shuffle import CaptionVariants
 from fluxfast.data.images import SkippedImage
 from fluxfast.text import is_text, lines
 
@@ -25,6 +27,7 @@ def captions(
     only_instance_prompt: bool = False,
     disable_multiline_split: bool = False,
     caption_filter: CaptionFilter | None = None,
+    variants: CaptionVariants | None = None,
 ) -> list[str]:
     """The captions of the image at `path`, at least one; `pick` chooses one for a step.
 
@@ -33,7 +36,8 @@ def captions(
     `disable_multiline_split` the whole text is one; only newlines end a line, as in SimpleTuner).
     `instanceprompt` takes `instance_prompt`. `only_instance_prompt` replaces the captions by
     `instance_prompt`, `prepend_instance_prompt` puts it in front of them. `caption_filter` edits
-    what the file's name or text says, before that.
+    what the file's name or text says, before that. `variants` (`config.caption_shuffle`) then adds
+    the orders of its tags to each caption, which is `instance_prompt` where that replaces it.
 
     Raises NoCaption if the text file is missing, empty or not UTF-8, if the name that should be the
     caption is not UTF-8, or if the filter left nothing. Raises ValueError if `instance_prompt` is
@@ -50,7 +54,7 @@ def captions(
         if not instance_prompt:
             raise ValueError(f"{needed_by or 'prepend_instance_prompt'} needs an instance_prompt")
         if needed_by:
-            return [instance_prompt]
+            return variants(instance_prompt) if variants else [instance_prompt]
     found = (
         _textfile(path, split=not disable_multiline_split)
         if strategy == "textfile"
@@ -61,6 +65,9 @@ def captions(
     found = list(dict.fromkeys(caption.strip() for caption in found if caption.strip()))
     if not found:
         raise NoCaption(path, "its caption is empty")
+    if variants is not None:
+        # two captions may have the same tags
+        found = list(dict.fromkeys(chain.from_iterable(map(variants, found))))
     return (
         [f"{instance_prompt} {caption}" for caption in found] if prepend_instance_prompt else found
     )

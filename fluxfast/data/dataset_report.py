@@ -21,6 +21,7 @@ _LISTED_UNREAD = 3
 # what to do about images that were left out, by how their reason begins
 _ADVICE = {
     "smaller than": 'lower "minimum_image_size", or bring larger images',
+    "upscaled by": 'raise "max_upscale_threshold", lower "resolution", or bring larger images',
     "narrower than": 'lower "minimum_aspect_ratio"',
     "wider than": 'raise "maximum_aspect_ratio"',
     "no caption file": (

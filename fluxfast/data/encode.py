@@ -22,7 +22,7 @@ from fluxfast.data.encoders import (
     compute_dtype,
 )
 from fluxfast.data.images import UnreadableImage, load_image, to_tensor
-from fluxfast.data.model_folders import ModelSource, identity, local_folder
+from fluxfast.data.model_folders import ModelSource, file_hash, identity, local_folder
 from fluxfast.data.prepared import PromptCache
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
 from fluxfast.quant.rules import PRECISIONS, format_of
@@ -33,6 +33,7 @@ _Job = tuple[tuple[str, str], Candidate]
 
 # raise one when the same inputs come to give other values: older entries are then not used
 _TEXT_VERSION, _LATENTS_VERSION = 1, 1
+_NO_NUMBERS = "the VAE gives NaN or infinity for it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +149,7 @@ class ImageEncoding:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.__dict__.pop("_encoder", None) is not None:
-            _release_memory()
+        self.close()
 
     @functools.cached_property
     def _encoder(self) -> LatentEncoder:
@@ -215,6 +215,30 @@ class ImageEncoding:
                 progress.advance(bar, len(batch))
         return len(jobs) - len(skipped), skipped
 
+    def encode_one(self, candidate: Candidate) -> torch.Tensor:
+        """The latents of one image, bf16 [C, H/8, W/8] on the CPU, encoded by itself.
+
+        The same image gives the same bits, whatever it is encoded after. Raises UnreadableImage if
+        it can't be decoded, has changed since the scan, or the VAE gives no numbers for it.
+        """
+        try:
+            changed = file_hash(candidate.path) != candidate.sha256
+        except OSError as error:
+            raise UnreadableImage(candidate.path, f"can't be read: {error.strerror}") from error
+        # its latents would be kept under the fingerprint of what it was
+        if changed:
+            raise UnreadableImage(candidate.path, "changed since the start")
+        image = _decode(candidate)
+        (latents,) = self._encoder.encode(image[None], [_seed(self.fingerprint(candidate))])
+        if not latents.isfinite().all():
+            raise UnreadableImage(candidate.path, _NO_NUMBERS)
+        return latents.cpu()
+
+    def close(self) -> None:
+        """Free the VAE; the next image that is encoded loads it again."""
+        if self.__dict__.pop("_encoder", None) is not None:
+            _release_memory()
+
     def _encode_batch(
         self, batch: Sequence[_Job], decoding: Sequence[Future[torch.Tensor]], cache: TensorCache
     ) -> list[Skipped]:
@@ -227,9 +251,7 @@ class ImageEncoding:
                 skipped.append(Skipped(candidate.file, UNREADABLE, error.reason))
         if not images:
             return skipped
-        # the noise of an image's latents comes from their fingerprint, so that computing them again
-        # gives the same values
-        seeds = [int(made_by[:15], 16) for (_, made_by), _ in entries]
+        seeds = [_seed(made_by) for (_, made_by), _ in entries]
         finished = []
         for ((key, made_by), candidate), latents in zip(
             entries, self._encoder.encode(torch.stack(images), seeds), strict=True
@@ -237,9 +259,17 @@ class ImageEncoding:
             if latents.isfinite().all():
                 finished.append((key, made_by, {"latents": latents}))
             else:
-                skipped.append(Skipped(candidate.file, "the VAE gives NaN or infinity for it"))
+                skipped.append(Skipped(candidate.file, _NO_NUMBERS))
         cache.put_many(finished)
         return skipped
+
+
+def _seed(made_by: str) -> int:
+    """The seed of an image's latents.
+
+    It comes from their fingerprint, so that computing them again gives the same values.
+    """
+    return int(made_by[:15], 16)
 
 
 def _decode(candidate: Candidate) -> torch.Tensor:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5EncoderModel
 
-from fluxfast.data.model_folders import ModelSource, local_folder
+from fluxfast.data.model_folders import ModelSource, load_from, local_folder
 from fluxfast.data.t5 import load_t5
+from fluxfast.data.tokens import load_tokenizers, token_counts
 from fluxfast.quant import Format
 from fluxfast.quant.rules import quantize_model
 
@@ -100,10 +100,11 @@ class TextEncoders:
                 quantize_on=quantize_on,
                 variant=variant,
             )
+        tokenizer, tokenizer_2 = load_tokenizers(folders["tokenizer"], folders["tokenizer_2"])
         return cls(
-            _load(CLIPTokenizer, folders["tokenizer"]),
+            tokenizer,
             clip,
-            _load(T5TokenizerFast, folders["tokenizer_2"]),
+            tokenizer_2,
             t5,
             max_length=max_length,
             t5_padding=t5_padding,
@@ -143,11 +144,11 @@ class TextEncoders:
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "attention_mask": mask}
 
     def _warn_of_cuts(self, captions: list[str]) -> None:
-        for caption, tokens in zip(captions, self.tokenizer_2(captions).input_ids, strict=True):
-            if len(tokens) > self.max_length:
+        for caption, tokens in zip(captions, token_counts(self.tokenizer_2, captions), strict=True):
+            if tokens > self.max_length:
                 logger.warning(
                     "caption of %d tokens is cut to %d: %.80s…",
-                    len(tokens),
+                    tokens,
                     self.max_length,
                     caption,
                 )
@@ -210,15 +211,8 @@ def _noise(shape: torch.Size, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: can't be loaded as {kind.__name__}: {error}") from error
-
-
 def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
-    model, info = _load(kind, folder, output_loading_info=True, **options)
+    model, info = load_from(kind, folder, output_loading_info=True, **options)
     # both libraries fill missing weights with random numbers
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[:3]

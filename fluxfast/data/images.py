@@ -10,7 +10,7 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -85,8 +85,16 @@ def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered
         raise ValueError(
             f"{root}: no such folder; instance_data_dir must name an existing folder of images"
         )
-    skipped = {Path(folder).resolve() for folder in skip}
     found = Discovered([], [])
+    for path in files_below(root, skip=skip):
+        if looks_like_an_image(path):
+            (found.images if is_readable(path) else found.unread).append(path)
+    return Discovered(sorted(found.images), sorted(found.unread))
+
+
+def files_below(root: Path, *, skip: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """Every file that `discover` looks at, whatever its kind."""
+    skipped = {Path(folder).resolve() for folder in skip}
     seen: set[Path] = set()
     folders, linked_folders = deque([root]), deque[Path]()
     while folders or linked_folders:
@@ -104,9 +112,8 @@ def discover(root: str | Path, *, skip: Iterable[str | Path] = ()) -> Discovered
                 continue
             if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises on a link that points to itself)
                 (linked_folders if path.is_symlink() else folders).append(path)
-            elif looks_like_an_image(path) and (path.is_symlink() or path.is_file()):
-                (found.images if is_readable(path) else found.unread).append(path)
-    return Discovered(sorted(found.images), sorted(found.unread))
+            elif path.is_symlink() or path.is_file():
+                yield path
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -128,8 +135,11 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (height, width) if swapped else (width, height)
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, *, at_least: int | None = None) -> Image.Image:
     """Decode `path` to an upright RGB image.
+
+    at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, which is many
+    times faster, as long as neither side falls below so many pixels.
 
     Raises UnreadableImage naming the file and why it can't be decoded: it is truncated, empty, not
     an image, has too many pixels and so on.
@@ -137,6 +147,8 @@ def load_image(path: str | Path) -> Image.Image:
     path = Path(path)
     try:
         with Image.open(path, formats=decoders(path)) as img:
+            if at_least is not None:
+                img.draft(None, (at_least, at_least))
             img.load()
             # after load(): a PNG may hold it behind the pixels, and by then a TIFF has been turned
             method = _UPRIGHT.get(img.getexif().get(ExifTags.Base.Orientation, 1))

@@ -8,9 +8,11 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 from fluxfast.data.cache import TensorCache, fingerprint
 
@@ -22,13 +24,14 @@ _HASHED_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 _ROOT_WEIGHTS = ("config.json", "model*.safetensors*", "diffusion_pytorch_model*.safetensors*")
 
 
-def local_folder(source: ModelSource) -> Path:
+def local_folder(source: ModelSource, *, download: bool = True) -> Path:
     """The folder that holds what `source` names, downloaded if it is not on this machine.
 
     A repository that has been downloaded before is used without asking the network. Where the
     subfolder doesn't exist but the root itself holds a model, the root is taken: many people
-    publish a VAE or T5 like that. Raises ValueError if there is neither a folder of that name nor a
-    repository that can be downloaded, or if it lacks the subfolder.
+    publish a VAE or T5 like that. Without `download` the network is never asked. Raises ValueError
+    if there is neither a folder of that name nor a repository that can be downloaded, or if it
+    lacks the subfolder.
     """
     path, subfolder, revision = source
     root = Path(path).expanduser()
@@ -38,7 +41,7 @@ def local_folder(source: ModelSource) -> Path:
                 f"{path}: no such folder, and not a Hugging Face repository's name (owner/name) "
                 "either"
             )
-        root = _download(path, subfolder, revision)
+        root = _download(path, subfolder, revision, offline=not download)
     folder = _part(root, subfolder)
     if folder is None:
         raise ValueError(
@@ -71,6 +74,14 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def load_from(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)`; whatever is wrong with the folder is a ValueError."""
+    try:
+        return kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: can't be loaded as {kind.__name__}: {error}") from error
+
+
 def _cached_hash(path: Path, cache: TensorCache) -> str:
     real = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", real.name) and real.parent.name == "blobs":
@@ -90,7 +101,9 @@ def _part(root: Path, subfolder: str | None) -> Path | None:
     return root if (root / "config.json").is_file() else None
 
 
-def _download(repository: str, subfolder: str | None, revision: str | None) -> Path:
+def _download(
+    repository: str, subfolder: str | None, revision: str | None, *, offline: bool
+) -> Path:
     patterns = [f"{subfolder}/*", *_ROOT_WEIGHTS] if subfolder else ["*"]
     pickles = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx"]
     fetch = functools.partial(
@@ -105,7 +118,7 @@ def _download(repository: str, subfolder: str | None, revision: str | None) -> P
             root = Path(fetch(local_files_only=True))
             if _is_complete(_part(root, subfolder)):
                 return root
-        return Path(fetch())
+        return Path(fetch(local_files_only=offline))
     except (HfHubHTTPError, OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(

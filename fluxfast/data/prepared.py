@@ -1,19 +1,35 @@
 """What data preparation hands to training: datasets with cached latents, and cached prompts."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.dataset_report import DataReport
+from fluxfast.data.images import UnreadableImage
+from fluxfast.data.scan import Candidate
 from fluxfast.text import printable
 
 
-class LostEntry(ValueError):
+class Unavailable(ValueError):
+    """Tensors that a batch needs and can't have.
+
+    `what` names them, `told` says what is wrong with them, and `remedy` what helps.
+    """
+
+    what: str
+    told: str
+    remedy: str
+
+
+class LostEntry(Unavailable):
     """A cached tensor that was whole at the start and has been lost or damaged since.
 
     The next start computes it anew.
     """
+
+    remedy = "the next start computes them anew"
 
     def __init__(self, cache: TensorCache, what: str) -> None:
         super().__init__(
@@ -22,6 +38,18 @@ class LostEntry(ValueError):
             "and they are computed anew"
         )
         self.what = what
+        self.told = f"{what} are lost or damaged since the start"
+
+
+class NotEncoded(Unavailable):
+    """An image that can't be encoded when a batch needs it."""
+
+    remedy = "replace or remove the file"
+
+    def __init__(self, dataset: str, sample: "Sample", error: UnreadableImage) -> None:
+        self.what = f"the latents of {printable(sample.file)} (dataset {dataset!r})"
+        self.told = f"{self.what} can't be computed: {printable(error.reason)}"
+        super().__init__(f"{self.told}; {self.remedy}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +57,8 @@ class Sample:
     """A training image.
 
     `file` is its path below the dataset's folder, `target` its training size (width, height). `key`
-    and `fingerprint` are its latents' in the cache.
+    and `fingerprint` are its latents' in the cache. `image` is what to encode where a dataset
+    encodes on demand.
     """
 
     file: str
@@ -37,6 +66,7 @@ class Sample:
     target: tuple[int, int]
     key: str
     fingerprint: str
+    image: Candidate | None = field(default=None, compare=False, repr=False)
 
     @property
     def bucket(self) -> str:
@@ -44,11 +74,36 @@ class Sample:
         return f"{self.target[0]}x{self.target[1]}"
 
 
+@dataclass(frozen=True)
+class OnDemand:
+    """How a dataset comes to latents that are not cached.
+
+    encode: gives an image's latents, or raises UnreadableImage.
+    keeps: whether they are cached then.
+    """
+
+    encode: Callable[[Candidate], torch.Tensor]
+    keeps: bool
+
+
+@dataclass(frozen=True)
+class NewCrops:
+    """Samples that are cropped anew in each epoch.
+
+    samples: the samples of an epoch, in the same order each time.
+    sizes: the training sizes (width, height) that crops may have in any epoch, if they change.
+    """
+
+    samples: Callable[[int], tuple[Sample, ...]]
+    sizes: frozenset[tuple[int, int]] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedDataset:
-    """A dataset whose latents are all cached.
+    """A dataset whose latents are all cached, or are computed on demand.
 
-    The fields from `repeats` on are those of `config.datasets.ImageDataset`.
+    `samples` are those of the first epoch. The fields from `repeats` to `is_regularisation_data`
+    are those of `config.datasets.ImageDataset`.
     """
 
     id: str
@@ -63,18 +118,47 @@ class PreparedDataset:
     end_step: int | None = None
     timestep_sampling_offset: float = 0.0
     is_regularisation_data: bool = False
+    on_demand: OnDemand | None = None
+    new_crops: NewCrops | None = None
+
+    @property
+    def sizes(self) -> set[tuple[int, int]]:
+        """The (width, height) that samples have in any epoch."""
+        later = frozenset() if self.new_crops is None else self.new_crops.sizes
+        return {sample.target for sample in self.samples} | later
+
+    def samples_in(self, epoch: int) -> tuple[Sample, ...]:
+        """The samples of an epoch, counted from 1; an index means the same image in each."""
+        if self.new_crops is None or epoch == 1:
+            return self.samples
+        return self.new_crops.samples(epoch)
 
     def latents(self, sample: Sample) -> torch.Tensor:
         """A sample's latents, bf16 [C, H/8, W/8].
 
-        Raises LostEntry if their cache file was lost or damaged since the start.
+        Raises LostEntry if their cache file was lost or damaged since the start, and NotEncoded if
+        they are computed on demand and can't be.
         """
         tensors = self.cache.get(sample.key, sample.fingerprint)
-        if tensors is None:
+        if tensors is not None:
+            return tensors["latents"]
+        if self.on_demand is None:
             raise LostEntry(
                 self.cache, f"the latents of {printable(sample.file)} (dataset {self.id!r})"
             )
-        return tensors["latents"]
+        assert sample.image is not None
+        try:
+            latents = self.on_demand.encode(sample.image)
+        except UnreadableImage as error:
+            raise NotEncoded(self.id, sample, error) from error
+        if self.on_demand.keeps:
+            self.cache.put(sample.key, sample.fingerprint, {"latents": latents})
+        return latents
+
+    def forget(self, epoch: int) -> None:
+        """Delete the latents of an epoch that is over, where the next one has crops of its own."""
+        if self.new_crops is not None:
+            self.cache.drop((sample.key, sample.fingerprint) for sample in self.samples_in(epoch))
 
 
 @dataclass(frozen=True)

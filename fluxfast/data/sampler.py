@@ -13,50 +13,71 @@ and have then trained most on images of rare shapes. And buckets are told apart 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import ceil
 from typing import Any, Literal
 
 import torch
 
+from fluxfast.data.buckets import batches_in_epoch
 from fluxfast.data.cache import fingerprint
-from fluxfast.data.prepared import PreparedDataset
+from fluxfast.data.prepared import PreparedDataset, Sample
 
 Sampling = Literal["uniform", "auto-weighting"]
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample: a dataset's id, and the index into its `samples`."""
+    """One sample: a dataset's id, and the index into its samples of that epoch."""
 
     dataset: str
     index: int
+    epoch: int = 1
 
 
 @dataclass
 class _SampledDataset:
-    """A dataset's samples by bucket; `drawn` counts this epoch's batches of each bucket."""
+    """A dataset's samples by bucket; `drawn` counts this epoch's batches of each bucket.
+
+    `content` is a hash of what a position in the epoch refers to: if it changes, positions are
+    void.
+    """
 
     dataset: PreparedDataset
-    buckets: dict[str, list[int]]
+    buckets: dict[str, list[int]] = field(default_factory=dict)
+    content: str = ""
     drawn: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._index(self.dataset.samples)
+
+    def begin(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, in which samples may have other sizes."""
+        self.drawn = {}
+        if self.dataset.new_crops is not None:
+            self._index(self.dataset.samples_in(epoch))
+
+    def _index(self, samples: Sequence[Sample]) -> None:
+        buckets: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            buckets.setdefault(sample.bucket, []).append(index)
+        self.buckets = dict(sorted(buckets.items()))
+        self.content = fingerprint(
+            [[sample.file, sample.target] for sample in samples], self.dataset.repeats
+        )
 
     def batches(self, bucket: str) -> int:
         """How many batches of a bucket an epoch has."""
-        samples = len(self.buckets[bucket]) * (1 + self.dataset.repeats)
-        return ceil(samples / self.dataset.train_batch_size)
+        return batches_in_epoch(
+            len(self.buckets[bucket]),
+            repeats=self.dataset.repeats,
+            batch_size=self.dataset.train_batch_size,
+        )
 
     def left(self) -> dict[str, int]:
         """How many batches are left in this epoch, of the buckets that have any."""
         left = {bucket: self.batches(bucket) - self.drawn.get(bucket, 0) for bucket in self.buckets}
         return {bucket: count for bucket, count in left.items() if count > 0}
-
-    @cached_property
-    def content(self) -> str:
-        """A hash of what a position in the epoch refers to: if it changes, positions are void."""
-        return fingerprint(
-            [[sample.file, sample.target] for sample in self.dataset.samples], self.dataset.repeats
-        )
 
 
 class Sampler:
@@ -79,9 +100,7 @@ class Sampler:
         self.sampling = sampling
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.epoch = 1
-        self._sampled = {
-            dataset.id: _SampledDataset(dataset, _buckets(dataset)) for dataset in datasets
-        }
+        self._sampled = {dataset.id: _SampledDataset(dataset) for dataset in datasets}
         if not self._active(self.epoch, 0):
             raise ValueError(
                 "no dataset takes part in the first step: at least one needs start_epoch 1, "
@@ -97,12 +116,13 @@ class Sampler:
     def steps(self, epochs: int) -> int:
         """How many optimiser steps so many epochs take; a partial step counts only at the very end.
 
-        Where datasets begin or end on the way, a second sampler goes through the epochs to count
-        them. A last step that can't be filled, since all datasets have ended, is left out.
+        Where datasets begin or end on the way, or images change their sizes, a second sampler goes
+        through the epochs to count them. A last step that can't be filled, since all datasets have
+        ended, is left out.
         """
         datasets = [sampled.dataset for sampled in self._sampled.values()]
         per_step = self.gradient_accumulation_steps
-        if not any(map(_has_window, datasets)):
+        if not any(map(_epochs_differ, datasets)):
             return ceil(self.batches_per_epoch * epochs / per_step)
         twin = Sampler(
             datasets, seed=self.seed, sampling=self.sampling, gradient_accumulation_steps=per_step
@@ -128,7 +148,7 @@ class Sampler:
         if not candidates:
             self.epoch += 1
             for sampled in self._sampled.values():
-                sampled.drawn = {}
+                sampled.begin(self.epoch)
             candidates = self._unfinished(step)
         if not candidates:
             raise ValueError(
@@ -169,7 +189,7 @@ class Sampler:
                 "drawn anew"
             )
         for id, sampled in self._sampled.items():
-            sampled.drawn = {}
+            sampled.begin(self.epoch)
             saved = state["datasets"].get(id)
             if saved is None:
                 notes.append(f"dataset {id!r} is new since the checkpoint")
@@ -221,13 +241,14 @@ class Sampler:
         for position in range(first, first + size):
             number, offset = divmod(position, len(indices))
             order = _order(f"{self.seed}:{id}:{bucket}:{self.epoch}:{number}", len(indices))
-            refs.append(SampleRef(id, indices[order[offset]]))
+            refs.append(SampleRef(id, indices[order[offset]], self.epoch))
         return refs
 
 
-def _has_window(dataset: PreparedDataset) -> bool:
+def _epochs_differ(dataset: PreparedDataset) -> bool:
     return (
-        dataset.start_epoch > 1
+        (dataset.new_crops is not None and bool(dataset.new_crops.sizes))
+        or dataset.start_epoch > 1
         or dataset.start_step > 1
         or dataset.end_epoch is not None
         or dataset.end_step is not None
@@ -247,13 +268,6 @@ def _takes_part(dataset: PreparedDataset, epoch: int, optimiser_step: int) -> bo
         and (dataset.end_epoch is None or epoch <= dataset.end_epoch)
         and (dataset.end_step is None or optimiser_step < dataset.end_step)
     )
-
-
-def _buckets(dataset: PreparedDataset) -> dict[str, list[int]]:
-    buckets: dict[str, list[int]] = {}
-    for index, sample in enumerate(dataset.samples):
-        buckets.setdefault(sample.bucket, []).append(index)
-    return dict(sorted(buckets.items()))
 
 
 @lru_cache(maxsize=64)

@@ -1,31 +1,50 @@
 """Looking at a dataset's folder: which images to train on, and which are left out and why."""
 
+import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fluxfast.config.caption_filter import caption_filter
+from fluxfast.config.caption_shuffle import caption_variants
 from fluxfast.config.datasets import ImageDataset
-from fluxfast.data.buckets import CropPlan, crop_rng, plan_crop, rejection
+from fluxfast.data.buckets import (
+    CropPlan,
+    bucket_size,
+    crop_rng,
+    plan_crop,
+    rejection,
+    within_upscaling,
+)
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
-from fluxfast.data.images import UnreadableImage, discover, image_size
+from fluxfast.data.faces import Box, largest_face
+from fluxfast.data.images import UnreadableImage, discover, image_size, load_image
 from fluxfast.data.model_folders import file_hash
+from fluxfast.text import printable
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 UNREADABLE = "unreadable"
 # facts are written to the cache in batches, since each write waits for the disk
 _FILES_PER_WRITE = 256
+# handing a file to a thread takes longer than asking the cache for it
+_FILES_PER_TASK = 16
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An image to train on.
 
-    `file` is its path below the dataset's folder with slashes, `size` its upright (width, height).
+    `file` is its path below the dataset's folder with slashes, `size` its upright (width, height),
+    `face` the box of its largest face where the dataset's crops look for one.
     """
 
     file: str
@@ -34,6 +53,7 @@ class Candidate:
     sha256: str
     crop_plan: CropPlan
     captions: tuple[str, ...]
+    face: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +70,15 @@ class Scan:
     """What a folder holds.
 
     `found` counts the image files; `candidates` and `skipped` name each of them. `unread` are files
-    that look like images of a kind that isn't read, as paths below the folder.
+    that look like images of a kind that isn't read, as paths below the folder. `notes` are lines
+    for the user.
     """
 
     found: int
     candidates: list[Candidate]
     skipped: list[Skipped]
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def scan(
@@ -80,9 +102,10 @@ def scan(
     if dataset.max_num_samples and len(paths) > dataset.max_num_samples:
         # seeded by the id alone, so that each run takes the same subset
         paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
-    edit = caption_filter(dataset.caption_filter_list) if dataset.caption_filter_list else None
+    kept: set[str] = set()
+    captions_of = _captions_of(dataset, crop_seed, on_kept=kept.add)
     candidates, skipped = [], []
-    facts = _all_facts(dataset.id, root, paths, cache, max_workers)
+    facts = _all_facts(dataset, paths, cache, max_workers)
     for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
         on_file(done, len(paths))
         file = path.relative_to(root).as_posix()
@@ -91,15 +114,7 @@ def scan(
             continue
         size = (known["size"][0], known["size"][1])
         try:
-            found = captions(
-                path,
-                strategy=dataset.caption_strategy,
-                instance_prompt=dataset.instance_prompt,
-                prepend_instance_prompt=dataset.prepend_instance_prompt,
-                only_instance_prompt=dataset.only_instance_prompt,
-                disable_multiline_split=dataset.disable_multiline_split,
-                caption_filter=edit,
-            )
+            found = captions_of(path)
         except NoCaption as error:
             skipped.append(Skipped(file, error.reason))
             continue
@@ -107,11 +122,45 @@ def scan(
         if reason:
             skipped.append(Skipped(file, reason, f"{size[0]}x{size[1]}"))
             continue
-        planned = _plan(dataset, size, rounding, crop_rng(crop_seed, dataset.id, file))
-        candidates.append(Candidate(file, path, size, known["sha256"], planned, tuple(found)))
+        face = known.get("face") if dataset.crop_style == "face" else None
+        planned = _plan(dataset, size, face, rounding, crop_rng(crop_seed, dataset.id, file))
+        candidates.append(
+            Candidate(
+                file, path, size, known["sha256"], planned, tuple(found), face and tuple(face)
+            )
+        )
     return Scan(
-        len(paths), candidates, skipped, tuple(path.relative_to(root).as_posix() for path in unread)
+        len(paths),
+        candidates,
+        skipped,
+        tuple(path.relative_to(root).as_posix() for path in unread),
+        tuple(_notes(dataset, candidates, kept)),
     )
+
+
+def cropped_anew(
+    dataset: ImageDataset, candidate: Candidate, epoch: int, *, crop_seed: int, rounding: int
+) -> Candidate:
+    """The image with its crop of that epoch; in epoch 1 it is the one that `scan` plans."""
+    rng = crop_rng(crop_seed, dataset.id, candidate.file, epoch)
+    planned = _plan(dataset, candidate.size, candidate.face, rounding, rng)
+    return replace(candidate, crop_plan=planned)
+
+
+def sizes_of_crops(dataset: ImageDataset, rounding: int) -> frozenset[tuple[int, int]]:
+    """The training sizes that a crop may have by chance, (width, height); none if size is fixed."""
+    if not dataset.crop or dataset.crop_aspect != "random":
+        return frozenset()
+    return frozenset(
+        bucket_size(bucket, dataset.resolution, dataset.resolution_type, rounding)
+        for bucket in dataset.drawn_buckets
+    )
+
+
+def map_files(pool: ThreadPoolExecutor, look: Callable[[T], R], files: Sequence[T]) -> Iterator[R]:
+    """`pool.map(look, files)`, with several files for a thread at a time."""
+    parts = (files[i : i + _FILES_PER_TASK] for i in range(0, len(files), _FILES_PER_TASK))
+    return chain.from_iterable(pool.map(lambda part: [look(file) for file in part], parts))
 
 
 def other_files(root: Path) -> Counter[str]:
@@ -120,18 +169,24 @@ def other_files(root: Path) -> Counter[str]:
 
 
 def _all_facts(
-    dataset_id: str, root: Path, paths: list[Path], cache: TensorCache, max_workers: int
+    dataset: ImageDataset, paths: list[Path], cache: TensorCache, max_workers: int
 ) -> Iterator[dict | UnreadableImage]:
-    """Size in pixels and SHA-256 of each file, in order, or why it can't be read."""
+    """Size in pixels and SHA-256 of each file, in order, or why it can't be read.
+
+    The box of the largest face comes with them, where crops look for faces.
+    """
+    root, faces = Path(dataset.instance_data_dir), dataset.crop_style == "face"
 
     def facts(path: Path) -> tuple[dict | UnreadableImage, tuple[str, os.stat_result, dict] | None]:
-        name = f"{dataset_id}/{path.relative_to(root).as_posix()}"
+        name = f"{dataset.id}/{path.relative_to(root).as_posix()}"
         stat = path.stat() if path.exists() else None
         known = cache.file_facts(name, stat) if stat else None
-        if known is not None:
+        if known is not None and ("face" in known or not faces):
             return known, None
         try:
             known = {"size": image_size(path), "sha256": file_hash(path)}
+            if faces:
+                known["face"] = largest_face(load_image(path))
         except UnreadableImage as error:
             return error, None
         except OSError as error:
@@ -141,7 +196,7 @@ def _all_facts(
 
     unsaved = []
     with ThreadPoolExecutor(max_workers) as pool:
-        for known, new in pool.map(facts, paths):
+        for known, new in map_files(pool, facts, paths):
             if new:
                 unsaved.append(new)
             if len(unsaved) == _FILES_PER_WRITE:
@@ -151,7 +206,54 @@ def _all_facts(
     cache.remember_files(unsaved)
 
 
+def _notes(dataset: ImageDataset, candidates: Sequence[Candidate], kept: set[str]) -> Iterator[str]:
+    """What couldn't be done as asked: crops without a face, and captions that are as written."""
+    faceless = [candidate.file for candidate in candidates if candidate.face is None]
+    if dataset.crop_style == "face" and faceless:
+        number = "1 image shows" if len(faceless) == 1 else f"{len(faceless)} images show"
+        yield f"{number} no face (such as {printable(faceless[0])}): the middle is kept"
+    if kept:
+        number = "1 caption has" if len(kept) == 1 else f"{len(kept)} captions have"
+        yield (
+            f'{number} no two tags to exchange (such as "{printable(min(kept))}"): used as '
+            'written, although "caption_shuffle" leaves the original out'
+        )
+
+
+def _buckets(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> Sequence[Any]:
+    """The shapes that an image's crop may have, where `crop_aspect` takes one from a list."""
+    if dataset.max_upscale_threshold is None or not dataset.picks_buckets:
+        return dataset.crop_aspect_buckets
+    return within_upscaling(
+        size,
+        dataset.drawn_buckets,
+        dataset.max_upscale_threshold,
+        resolution=dataset.resolution,
+        resolution_type=dataset.resolution_type,
+        rounding=rounding,
+    )
+
+
+def _captions_of(
+    dataset: ImageDataset, seed: int, *, on_kept: Callable[[str], None]
+) -> Callable[[Path], list[str]]:
+    """The function that gives the captions of an image of a dataset."""
+    filters, shuffle = dataset.caption_filter_list, dataset.caption_shuffle
+    return functools.partial(
+        captions,
+        strategy=dataset.caption_strategy,
+        instance_prompt=dataset.instance_prompt,
+        prepend_instance_prompt=dataset.prepend_instance_prompt,
+        only_instance_prompt=dataset.only_instance_prompt,
+        disable_multiline_split=dataset.disable_multiline_split,
+        caption_filter=caption_filter(filters) if filters else None,
+        variants=caption_variants(shuffle, seed=seed, on_kept=on_kept) if shuffle else None,
+    )
+
+
 def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> str | None:
+    if dataset.picks_buckets and not _buckets(dataset, size, rounding):
+        return f"upscaled by more than max_upscale_threshold {dataset.max_upscale_threshold:g}"
     return rejection(
         size,
         resolution_type=dataset.resolution_type,
@@ -164,7 +266,11 @@ def _rejection(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> s
 
 
 def _plan(
-    dataset: ImageDataset, size: tuple[int, int], rounding: int, rng: random.Random
+    dataset: ImageDataset,
+    size: tuple[int, int],
+    face: Box | None,
+    rounding: int,
+    rng: random.Random,
 ) -> CropPlan:
     return plan_crop(
         size,
@@ -173,9 +279,10 @@ def _plan(
         crop=dataset.crop,
         crop_style=dataset.crop_style,
         crop_aspect=dataset.crop_aspect,
-        crop_aspect_buckets=dataset.crop_aspect_buckets,
+        crop_aspect_buckets=_buckets(dataset, size, rounding),
         maximum_image_size=dataset.maximum_image_size,
         target_downsample_size=dataset.target_downsample_size,
         rounding=rounding,
+        face=face,
         rng=rng,
     )

@@ -229,6 +229,7 @@ _PRODUCTS = {
         3e-3, "three roundings to float16's 11 bits, in the low-rank products and at the end"
     ),
 }
+_LOST = "e4m3 products, of which a tensor core keeps some 13 bits below the largest"
 _CODES = Tolerance(
     6e-3,
     "a few codes that fall on the other side of a rounding; one step of every code would be 1e-2",
@@ -244,11 +245,12 @@ def of_values(dtype: torch.dtype) -> Callable[[str], Tolerance]:
 
 
 def of_products(
-    dtype: torch.dtype, adapters: torch.dtype | None = None
+    dtype: torch.dtype, adapters: torch.dtype | None = None, lost: float = 0.0
 ) -> Callable[[str], Tolerance]:
     """The tolerances of matrix products and of attention, by the results' names.
 
-    adapters: the dtype in which the adapters' gradients, dA, dB and dC, are stored.
+    adapters: the dtype in which the adapters' gradients, dA, dB and dC, are stored. lost: how much
+    of its sums the device loses (`ops.device.sum_loss`).
     """
 
     def tolerance(name: str) -> Tolerance:
@@ -257,7 +259,8 @@ def of_products(
             and adapters is not None
             and adapters.itemsize < dtype.itemsize
         )
-        return stored_in(adapters) if stored and adapters is not None else _PRODUCTS[dtype]
+        known = stored_in(adapters) if stored and adapters is not None else _PRODUCTS[dtype]
+        return known if known.bound >= lost else Tolerance(lost, _LOST)
 
     return tolerance
 

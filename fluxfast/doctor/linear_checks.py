@@ -43,6 +43,7 @@ from fluxfast.doctor.timing import seconds_of
 from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 from fluxfast.model.room import wants_room
 from fluxfast.ops import dispatch, verdicts
+from fluxfast.ops.device import sum_loss
 from fluxfast.ops.linear.group import LinearGroup
 from fluxfast.ops.linear.params import loras_of
 
@@ -60,6 +61,11 @@ def _groups(scope: Scope, fmt: str) -> list[str]:
     return groups if fmt == PLAIN or not scope.exhaustive else [groups[0], groups[-1]]
 
 
+def _tolerance(scope: Scope, compute: str) -> Callable[[str], Tolerance]:
+    adapters = getattr(torch, scope.adapter_dtype)
+    return of_products(scope.torch_dtype, adapters, sum_loss(compute, scope.torch_device))
+
+
 def _beside_reference(
     scope: Scope,
     compute: str,
@@ -72,10 +78,7 @@ def _beside_reference(
     The third argument of `actual` says whether x and dy have room for adapters; it is asked for
     that only where runs have such room.
     """
-    wide, tolerance = (
-        reference_dtype(scope.torch_dtype),
-        of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
-    )
+    wide, tolerance = reference_dtype(scope.torch_dtype), _tolerance(scope, compute)
     both, parts = compute == "same" and wants_room(scope.torch_device), []
     with torch.no_grad():
         for x, dy in x_dy:
@@ -156,10 +159,7 @@ def _check_parts(scope: Scope, fmt: str, compute: str, group: str) -> Finding:
 
 def _check_embedders(scope: Scope, impl: str) -> Finding:
     """Into the blocks' width and out of it, with and without adapters, as presets differ."""
-    wide, tolerance = (
-        reference_dtype(scope.torch_dtype),
-        of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
-    )
+    wide, tolerance = reference_dtype(scope.torch_dtype), _tolerance(scope, "same")
     parts, tokens = [], scope.sizes.products[-1]
     with torch.no_grad():
         for said, linears, cols, rows in embedders(scope):
@@ -197,10 +197,7 @@ def _check_dropout(scope: Scope, impl: str, compute: str) -> Finding:
         for lin in plain
     ]
     x, dy = inputs_of(scope, tokens, cols, sum(outs))
-    wide, tolerance = (
-        reference_dtype(scope.torch_dtype),
-        of_products(scope.torch_dtype, getattr(torch, scope.adapter_dtype)),
-    )
+    wide, tolerance = reference_dtype(scope.torch_dtype), _tolerance(scope, compute)
     with torch.no_grad():
         actual = products(dropped, x, dy, impl, compute=compute, dropout_seed=seed)
         # the mask that forward and backward draw for this seed

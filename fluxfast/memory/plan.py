@@ -85,6 +85,8 @@ def account(workload: Workload, choices: Choices) -> Plan:
         "optimiser": round(workload.adapters * state),
         "saved activations": saved,
         "working set": working + _beside_blocks(workload) + GEMM_WORKSPACE,
+        # it encodes on the stream that the steps run on, so at any moment of one
+        "VAE": workload.vae,
         "ring": choices.slots * max(groups) if choices.streams else 0,
         "CUDA context": CUDA_CONTEXT,
     }

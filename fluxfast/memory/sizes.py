@@ -14,6 +14,9 @@ from fluxfast.adapters.presets import is_target
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 
+# FLUX.1's VAE: its parameters, and what its encoder holds at its peak for each pixel of an image
+VAE_PARAMETERS, VAE_ELEMENTS_PER_PIXEL = 83_819_683, 640
+
 
 class Linear(NamedTuple):
     """One of the model's linears, by its full name."""
@@ -143,6 +146,15 @@ class Storage:
         return self.weight(linear) + linear.out_features * self.itemsize
 
 
+def vae_bytes(pixels: int, *, itemsize: int) -> int:
+    """What FLUX.1's VAE takes while it encodes one image of so many pixels; 0 pixels: no VAE.
+
+    itemsize: bytes of the type that it computes in. Counted on tensors without data, with attention
+    that keeps no scores; what cuDNN works with is not in it.
+    """
+    return pixels and itemsize * (VAE_PARAMETERS + pixels * VAE_ELEMENTS_PER_PIXEL)
+
+
 # compared by identity, which makes it a quick key of caches
 @dataclass(frozen=True, eq=False)
 class Workload:
@@ -162,6 +174,7 @@ class Workload:
         optimizer: its name.
         compute: what products run in, as in `Choices`.
         micro_batches: how many a step adds up.
+        vae: bytes of a VAE that encodes images beside the steps (`vae_bytes`); 0: there is none.
     """
 
     sizes: FluxSizes
@@ -177,6 +190,7 @@ class Workload:
     lora_type: str = "standard"
     micro_batches: int = 1
     by_module: Mapping[str, Size] | None = None
+    vae: int = 0
 
     def size_on(self, name: str) -> Size | None:
         """The size of the adapter on a linear, by the linear's full name; None: it has none."""

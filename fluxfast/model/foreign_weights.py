@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxfast.ops.linear.weights import FrozenWeight
+from fluxfast.ops.tensors import divide
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
 
@@ -85,7 +86,7 @@ def _row_scale(scale: Tensor, divisor: float) -> Tensor:
     state = (scale._version, scale.device)
     known = _row_scales.get(scale)
     if known is None or known[0] != state:
-        known = (state, scale.detach().reshape(-1).float() / divisor)
+        known = (state, divide(scale.detach().reshape(-1).float(), divisor))
         _row_scales[scale] = known
     return known[1]
 

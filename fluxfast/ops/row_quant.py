@@ -21,7 +21,7 @@ from torch import Tensor
 from fluxfast.ops import dispatch
 from fluxfast.ops.parts import Parts, PerPart, dense_vectors, only
 from fluxfast.ops.registration import Op, is_traced
-from fluxfast.ops.tensors import dense_rows, full_dtype
+from fluxfast.ops.tensors import dense_rows, divide, full_dtype
 
 # of each format, the type of its codes and the largest
 FORMATS = {"int8": (torch.int8, 127.0), "e4m3": (torch.float8_e4m3fn, 448.0)}
@@ -54,7 +54,7 @@ def row_quant_ref(x: Tensor, fmt: str, col_scale: Tensor | None = None) -> Quant
     """The formula in plain torch, with the kernels' bits; x [..., K] is of any floating dtype."""
     dtype, top = FORMATS[fmt]
     y = x.float() if col_scale is None else x.float() * col_scale.float()
-    scale = y.abs().amax(-1, keepdim=True) / top
+    scale = divide(y.abs().amax(-1, keepdim=True), top)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     y = y * (1 / scale)
     # no code of e4m3 is out of reach: y is within a rounding of 448, and up to 464 goes to 448

@@ -28,6 +28,15 @@ def contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def divide(tensor: Tensor, divisor: float) -> Tensor:
+    """tensor / divisor, each quotient rounded as IEEE does, with the same bits on every device.
+
+    On a GPU torch divides by a plain number as a product with its reciprocal, which is often one
+    step off the quotient. It divides exactly by a tensor that is on the device.
+    """
+    return tensor / tensor.new_full((), divisor)
+
+
 def full_dtype(tensor: Tensor) -> torch.dtype:
     """What references compute in: fp32, or fp64 where the tensor is."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fluxfast.ops.tensors import divide
 from fluxfast.quant.affine import (
     LEAST_STEP,
     Affine,
@@ -126,7 +127,7 @@ class Int2(Format):
 
 def global_scale_of(largest: Tensor) -> Tensor:
     """global_scale [1] fp32 of a weight whose largest magnitude is `largest`, a scalar in fp32."""
-    scale = (largest / torch.tensor(GLOBAL, device=largest.device)).reshape(1)
+    scale = divide(largest, GLOBAL).reshape(1)
     return torch.where(scale < LEAST_NORMAL, 1.0, scale)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops.row_quant import FORMATS as CODES
+from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant.format import Format, Parts, Shape
 from fluxfast.quant.rows import decode, quantize_rows
 
@@ -29,11 +30,11 @@ class RowFormat(Format):
         return {"packed": (shape, self.dtype), "scale": (shape[:1], torch.float32)}
 
     def quantize_ref(self, weight: Tensor) -> Parts:
-        packed, scale = quantize_rows(weight, self.dtype, "ref")
+        packed, scale = row_quant_ref(weight, self.stored_codes)
         return {"packed": packed, "scale": scale}
 
     def quantize_native(self, weight: Tensor) -> Parts:
-        packed, scale = quantize_rows(weight, self.dtype, "native")
+        packed, scale = quantize_rows(weight, self.dtype)
         return {"packed": packed, "scale": scale}
 
     def dequantize_ref(self, parts: Mapping[str, Tensor], shape: Shape) -> Tensor:

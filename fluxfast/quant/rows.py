@@ -24,28 +24,19 @@ CODE_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 1}
 LEAST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def quantize_rows(
-    weight: Tensor, dtype: torch.dtype, backend: dispatch.Backend
-) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] of `dtype` (int8 or float8_e4m3fn) and scales [N] fp32 of weight [N, K].
+def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] of `dtype` (int8 or float8_e4m3fn) and scales [N] fp32, by the native module.
 
-    fp32 for the reference; for the native module a dtype of FLOAT_TYPES, with contiguous columns.
+    weight [N, K], on the CPU or a GPU, is of a dtype of FLOAT_TYPES and has contiguous columns.
     """
-    if backend == "native":
-        codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        scale = torch.empty(weight.shape[0], device=weight.device)
-        if weight.is_cuda:
-            outputs = (codes.data_ptr(), CODE_TYPES[dtype], scale.data_ptr())
-            dispatch.native.gpu_row_quant(*read_args(weight), 0, *outputs, *gpu.queue(weight))
-            return codes, scale
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scale = torch.empty(weight.shape[0], device=weight.device)
+    if weight.is_cuda:
+        outputs = (codes.data_ptr(), CODE_TYPES[dtype], scale.data_ptr())
+        dispatch.native.gpu_row_quant(*read_args(weight), 0, *outputs, *gpu.queue(weight))
+    else:
         encode("int8" if dtype == torch.int8 else "fp8", weight, (codes, scale))
-        return codes, scale
-    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    # a tensor, because on a GPU torch divides by a plain number as a product with its inverse
-    scale = weight.abs().amax(1) / torch.tensor(top, device=weight.device)
-    scale = torch.where(scale < LEAST_NORMAL, 1.0, scale)
-    values = weight * (1 / scale)[:, None]
-    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+    return codes, scale
 
 
 def read_args(weight: Tensor) -> tuple[int, int, int, int, int]:

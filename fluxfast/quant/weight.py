@@ -12,10 +12,10 @@ from fluxfast.ops.linear.products_torch import adjoining
 from fluxfast.ops.linear.weights import FrozenWeight
 from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.row_quant import FORMATS as CODES
-from fluxfast.ops.row_quant import Quantized, format_of
+from fluxfast.ops.row_quant import Quantized, format_of, row_quant_ref
 from fluxfast.quant.format import Format, Parts, Shape
 from fluxfast.quant.formats import FORMATS
-from fluxfast.quant.rows import FLOAT_TYPES, quantize_rows
+from fluxfast.quant.rows import FLOAT_TYPES
 
 
 class QuantWeight(FrozenWeight):
@@ -202,7 +202,7 @@ def _write(values: Tensor, out: Tensor, out_scale: Tensor | None) -> None:
     if out_scale is None:
         out.copy_(values)
         return
-    q, scale = quantize_rows(values, out.dtype, "ref")
+    q, scale = row_quant_ref(values, format_of(out.dtype))
     out.copy_(q)
     out_scale.copy_(scale)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fluxfast.adapters.kind import AdapterFile
@@ -26,6 +25,7 @@ from fluxfast.data.model_folders import local_folder
 from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared
 from fluxfast.data.sampler import Sampler
+from fluxfast.data.survey import progress_bars
 from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.stream import BlockStream, stream_blocks
 from fluxfast.model.apply import Choices, make_ready
@@ -34,6 +34,7 @@ from fluxfast.text import text_problem
 from fluxfast.train import choose
 from fluxfast.train.adapter import add_adapter
 from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
+from fluxfast.train.data_options import survey_options
 from fluxfast.train.events import say
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -58,8 +59,19 @@ class RunData:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of every image."""
+        """(width, height) of every image in the first epoch."""
         return [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
+
+    @property
+    def all_sizes(self) -> list[tuple[int, int]]:
+        """`sizes`, and those of the crops that later epochs may take."""
+        return [size for dataset in self.prepared.datasets for size in dataset.sizes]
+
+    @property
+    def encoded_pixels(self) -> int:
+        """Pixels of the largest image that is encoded while the run trains; 0: none is."""
+        on_demand = [each for each in self.prepared.datasets if each.on_demand is not None]
+        return max((w * h for dataset in on_demand for w, h in dataset.sizes), default=0)
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -111,31 +123,16 @@ def load_data(config: TrainConfig, seed: int, device: torch.device, console: Con
     for note in data.notes:
         say(console, note)
     prompts = validation_prompts(config)
-    # a crop seed that changed from start to start would compute every latent anew
-    crop_seed = config.seed if config.seed is not None and config.seed >= 0 else 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         prepared = prepare(
             data,
             _encoder_settings(config, device),
-            train_batch_size=config.train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             extra_prompts=[
                 *prompts.values(),
                 *([config.validation_negative_prompt] if prompts else []),
             ],
-            skip_folders=[config.output_dir],
-            crop_seed=crop_seed,
-            aspect_bucket_rounding=config.aspect_bucket_rounding,
-            disable_bucket_pruning=config.disable_bucket_pruning,
-            allow_dataset_oversubscription=config.allow_dataset_oversubscription,
-            max_workers=config.max_workers,
             progress=progress,
+            **survey_options(config),
         )
     console.print(prepared.report)
     sampler = Sampler(
@@ -231,7 +228,9 @@ def load_parts(
         local_folder(config.base_source._replace(subfolder="scheduler"))
     )
     base, wishes = open_base(config), wishes_of(config)
-    facts = choose.facts_before_loading(config, base, data.sizes, device)
+    facts = choose.facts_before_loading(
+        config, base, data.all_sizes, device, encoded_pixels=data.encoded_pixels
+    )
     choices = choose.choose(wishes, facts)
     choose.tell_budget(choices, wishes, facts, console)
     transformer = load_transformer(config, base, choices, device, console)

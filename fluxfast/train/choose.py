@@ -24,7 +24,7 @@ from fluxfast.memory import choices, gpus
 from fluxfast.memory.choices import Facts, Refused, Wishes
 from fluxfast.memory.plan import CUDA_CONTEXT
 from fluxfast.memory.rates import Rate
-from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast.memory.sizes import FluxSizes, Storage, Workload, vae_bytes
 from fluxfast.model import graphs, modulation
 from fluxfast.model.apply import Choices
 from fluxfast.model.routing import keep_count, resolve_routes
@@ -65,11 +65,28 @@ def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> Batc
     return max(batches, key=lambda batch: batch.image_tokens * batch.samples)
 
 
-def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None = None) -> Workload:
+def encoded_pixels(config: TrainConfig, datasets: Iterable[ImageDataset]) -> int:
+    """Pixels of the largest image that is encoded while the run trains, by the datasets' settings.
+
+    0 where every dataset is encoded before.
+    """
+    on_demand = [dataset for dataset in datasets if dataset.encodes_on_demand]
+    sizes = [largest_batch(config, [dataset]).size for dataset in on_demand]
+    return max((width * height for width, height in sizes), default=0)
+
+
+def workload_of(
+    config: TrainConfig,
+    batch: BatchShape,
+    base: Checkpoint | None = None,
+    *,
+    encoded_pixels: int = 0,
+) -> Workload:
     """What a step of this config computes on this batch.
 
     base: the transformer's checkpoint, opened. Without one, sizes are those of the flavour and the
-    format of the weights is the config's.
+    format of the weights is the config's. encoded_pixels: of the largest image that the VAE encodes
+    beside the steps; 0: none.
     """
     if base is None:
         sizes = FluxSizes(guidance_embeds=config.flavour.takes_guidance)
@@ -96,6 +113,7 @@ def workload_of(config: TrainConfig, batch: BatchShape, base: Checkpoint | None 
         lora_type=config.adapter_kind,
         micro_batches=config.gradient_accumulation_steps,
         by_module=_lycoris_modules(config, sizes),
+        vae=vae_bytes(encoded_pixels, itemsize=4 if config.vae_dtype == "fp32" else 2),
     )
 
 
@@ -119,18 +137,30 @@ def facts_of(config: TrainConfig, workload: Workload, gpu: gpus.Gpu | None) -> F
 
 
 def facts_before_loading(
-    config: TrainConfig, base: Checkpoint, sizes: Sequence[tuple[int, int]], device: torch.device
+    config: TrainConfig,
+    base: Checkpoint,
+    sizes: Sequence[tuple[int, int]],
+    device: torch.device,
+    *,
+    encoded_pixels: int = 0,
 ) -> Facts:
-    """What a run knows before it loads its base. sizes: (width, height) of its images."""
+    """What a run knows before it loads its base.
+
+    sizes: (width, height) of its images. encoded_pixels: see `workload_of`.
+    """
     smallest, largest = (
         BatchShape(pick(sizes, key=lambda size: size[0] * size[1]), config.train_batch_size, "")
         for pick in (min, max)
     )
-    facts = facts_of(config, workload_of(config, largest, base), gpus.this_gpu(device))
+    small, large = (
+        workload_of(config, batch, base, encoded_pixels=encoded_pixels)
+        for batch in (smallest, largest)
+    )
+    facts = facts_of(config, large, gpus.this_gpu(device))
     if device.type == "cuda":
         # by now the context is there, and so is what other programs have taken
         facts = replace(facts, free=torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT)
-    return replace(facts, smallest=workload_of(config, smallest, base))
+    return replace(facts, smallest=small)
 
 
 def facts_of_model(facts: Facts, config: TrainConfig, transformer: FluxTransformer) -> Facts:

@@ -27,8 +27,11 @@ def cache_bytes(
     images = len(discover(dataset.instance_data_dir, skip=[]).images)
     width, height = largest_batch(config, [dataset]).size
     captions = 1 if dataset.caption_strategy == "instanceprompt" else images
+    if shuffle := dataset.caption_shuffle:
+        captions *= shuffle.count + shuffle.include_original
+    latents = 0 if dataset.vae_cache_disable else images
     # 16 channels, an eighth of the size each way, bf16
-    return images * 16 * (width // 8) * (height // 8) * 2, captions * (
+    return latents * 16 * (width // 8) * (height // 8) * 2, captions * (
         config.tokenizer_max_length * t5 + clip
     ) * 2
 
@@ -54,7 +57,7 @@ def shortage(
 ) -> tuple[list[str], list[str]]:
     """(problems, notes): what certainly does not fit on the disks, and what may not.
 
-    checkpoint: bytes of one. A cache that holds something already is not counted, since nobody
+    checkpoint: bytes of one. A cache that holds some tensors already is not counted, since nobody
     knows how much of it is missing.
     """
     wanted = [
@@ -78,9 +81,7 @@ def shortage(
     by_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for path, size, what in wanted:
         parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-        if size and not (
-            what != "checkpoints" and path.parent.is_dir() and any(path.parent.iterdir())
-        ):
+        if size and not (what != "checkpoints" and any(path.parent.glob("*.safetensors"))):
             by_disk.setdefault(parent.stat().st_dev, []).append((path, size, what))
     for parts in by_disk.values():
         total, free = sum(size for _, size, _ in parts), free_bytes(parts[0][0])

@@ -98,6 +98,18 @@ def test_the_largest_batch_counts(report, tmp_path):
     assert twice["step"]["seconds"] > 1.5 * once["step"]["seconds"]
 
 
+@pytest.mark.parametrize("key", ["vae_cache_ondemand", "vae_cache_disable"])
+def test_a_vae_that_encodes_beside_the_steps_counts(report, key):
+    plain = report("--gpu=H200")
+    beside = report("--gpu=H200", f"--{key}=true")
+    # in bf16: 83.8 million parameters, and 640 numbers for each pixel of 1152x960
+    vae = 2 * (83_819_683 + 640 * 1152 * 960)
+    assert plain["vram"]["VAE"] == 0
+    assert beside["vram"] == plain["vram"] | {"VAE": vae}
+    assert beside["vram_peak"] == plain["vram_peak"] + vae
+    assert report("--gpu=H200", f"--{key}=true", "--vae_dtype=fp32")["vram"]["VAE"] == 2 * vae
+
+
 def test_accumulation_makes_steps_longer_and_adds_gradients_up(report):
     once, four = report("--gpu=H200"), report("--gpu=H200", "--gradient_accumulation_steps=4")
     # the optimiser updates once

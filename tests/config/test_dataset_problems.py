@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,21 +29,26 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ),
         ({"dataset_type": "eval"}, ['"dataset_type"', "not implemented yet"]),
         ({"dataset_type": "video"}, ['"dataset_type"', "not implemented yet"]),
-        (
-            {"crop_style": "face"},
-            ['"crop_style"', "not implemented yet", "'random', 'center' or 'corner'"],
-        ),
         ({"caption_strategy": "parquet"}, ['"caption_strategy"', "not implemented yet"]),
         ({"metadata_backend": "parquet"}, ['"metadata_backend"', "not implemented yet"]),
         ({"conditioning_data": "masks"}, ['"conditioning_data" is "masks"', "not implemented yet"]),
-        ({"caption_shuffle": {"enable": True}}, ['"caption_shuffle"', "not implemented yet"]),
+        ({"caption_shuffle": 3}, ['"caption_shuffle" is 3']),
         (
-            {"vae_cache_clear_each_epoch": True},
-            ['"vae_cache_clear_each_epoch"', "not implemented yet"],
+            {"caption_shuffle": {"enable": True, "count": 0}},
+            ['"caption_shuffle.count" is 0', "greater than or equal to 1"],
         ),
-        ({"vae_cache_disable": "true"}, ['"vae_cache_disable"', "not implemented yet"]),
+        (
+            {"caption_shuffle": {"enable": True, "split_on": ";"}},
+            ['"caption_shuffle.split_on" is ";"', "must be 'comma', 'space' or 'period'"],
+        ),
+        (
+            {"caption_shuffle": {"enable": True, "cuont": 3}},
+            ['"caption_shuffle.cuont"', 'not a key; did you mean "caption_shuffle.count"?'],
+        ),
+        ({"vae_cache_clear_each_epoch": "no way"}, ['"vae_cache_clear_each_epoch"', "no way"]),
+        ({"text_cache_ondemand": "true"}, ['"text_cache_ondemand"', "not implemented yet"]),
         ({"delete_unwanted_images": True}, ['"delete_unwanted_images"', "not implemented yet"]),
-        ({"max_upscale_threshold": 0.2}, ['"max_upscale_threshold"', "not implemented yet"]),
+        ({"max_upscale_threshold": 20}, ['"max_upscale_threshold" is 20', "less than or equal"]),
         ({"dataset_type": "grounding"}, ['"dataset_type"', "not implemented yet"]),
         ({"grounding": {"enabled": True}}, ['"grounding"', "not implemented yet"]),
         ({"hf_token": "x"}, ['"hf_token"', "not implemented yet"]),
@@ -64,7 +70,7 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ({"repeats": True}, ['"repeats" is true']),
         (
             {"crop_style": "middle"},
-            ['"crop_style" is "middle"', "must be 'random', 'center' or 'corner'"],
+            ['"crop_style" is "middle"', "must be 'random', 'center', 'corner' or 'face'"],
         ),
         ({"disabled": "perhaps"}, ['"disabled"', "true or false"]),
         (
@@ -143,11 +149,40 @@ def test_what_is_off_is_accepted_without_a_word(keys):
         ("ignore_epochs", True),
         ("parquet", {"path": "x"}),
         ("write_batch_size", 3),
+        ("max_upscale_threshold", 0.2),
     ],
 )
 def test_what_has_no_effect_is_said(key, value):
     (note,) = load_entries([{**IMAGE, key: value}, TEXT]).notes
     assert f'dataset "cats": "{key}" has no effect' in note
+
+
+def test_faces_need_a_detector(monkeypatch, tmp_path):
+    # OpenCV 5 is there, and has no detector
+    (tmp_path / "cv2").mkdir()
+    (tmp_path / "cv2" / "__init__.py").touch()
+    for package in (None, "cv2"):
+        path = tmp_path / "cv2" / "__init__.py"
+        spec = package and importlib.util.spec_from_file_location("cv2", path)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, spec=spec: spec)
+        only(
+            refused(crop_style="face"),
+            'data.json: dataset "cats": "crop_style" is "face"',
+            'not installed: pip install "fluxfast[faces]", or set "crop_style": "center"',
+        )
+    data = tmp_path / "cv2" / "data"
+    data.mkdir()
+    (data / "haarcascade_frontalface_default.xml").touch()
+    assert load_entries([{**IMAGE, "crop_style": "face"}, TEXT]).images[0].crop_style == "face"
+
+
+def test_new_crops_that_are_the_old_ones_are_said():
+    keys = {**IMAGE, "vae_cache_clear_each_epoch": True}
+    assert load_entries([keys, TEXT]).notes == ()
+    (note,) = load_entries([{**keys, "crop_style": "center"}, TEXT]).notes
+    assert '"vae_cache_clear_each_epoch" encodes each image anew and gives the same' in note
+    shapes = {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [1.0, 0.5]}
+    assert load_entries([{**keys, "crop_style": "center", **shapes}, TEXT]).notes == ()
 
 
 def test_every_entrys_problems_come_together():

@@ -238,21 +238,20 @@ def test_an_id_that_no_folder_can_have_keeps_its_cache_inside():
 KNOWN = """
 aws aws_access_key_id aws_bucket_name aws_data_prefix aws_endpoint_url aws_max_pool_connections
 aws_region_name aws_secret_access_key aws_session_token audio auto_load bbox_column buffer_size
-cache_dir_conditioning_image_embeds caption_column caption_file_extensions caption_shuffle
+cache_dir_conditioning_image_embeds caption_column caption_file_extensions
 composite_image_column conditioning conditioning_config conditioning_data conditioning_image_embeds
 conditioning_type config_version csv csv_cache_dir csv_caption_column csv_file csv_url_column
 dataset_name delete_nsfw_images delete_problematic_images delete_unwanted_images description_column
 disable_after_epoch_step distillation_cache distillation_type end_epoch end_step
 fallback_caption_column filter_func grounding grounding_data hf_token huggingface image_column
-image_embeds is_regularization_data lyrics_column max_file_size max_upscale_threshold
+image_embeds is_regularization_data lyrics_column max_file_size
 memory_filesystem_path memory_filesystem_size memory_filesystem_sudo metadata metadata_cache_dir
 metadata_update_interval num_proc optimise_captions optimize_captions parallel_downloads parquet
 preserve_data_backend_cache quality_column revision s2v_datasets shard_cache_dir shard_cache_gb
 shorten_filenames skip_file_discovery slider_strength source source_dataset_id split
 split_composite_images streaming subfolder text_cache_disable text_cache_ondemand
-timestep_sampling_offset truncation_mode vae_cache_clear_each_epoch vae_cache_disable
-vae_cache_ondemand video video_column webshart webshart_optimise_captions webshart_optimize_captions
-write_batch_size
+timestep_sampling_offset truncation_mode video video_column webshart
+webshart_optimise_captions webshart_optimize_captions write_batch_size
 """
 
 
@@ -324,3 +323,15 @@ def test_the_whole_file():
         "regularisation" in note
         for note in load_entries([{**IMAGE, "is_regularisation_data": True}, TEXT]).notes
     )
+
+
+def test_what_the_run_says_of_latents_and_upscaling():
+    run = {"vae_cache_ondemand": True, "vae_cache_disable": True, "max_upscale_threshold": 0.2}
+    shapes = {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0]}
+    mine = dict.fromkeys(run, False) | {"max_upscale_threshold": 0.0}
+    first, second = load_entries(
+        [{**IMAGE, **shapes}, {**IMAGE, **shapes, **mine, "id": "dogs"}, TEXT], **run
+    ).images
+    assert {name: getattr(first, name) for name in run} == run
+    assert {name: getattr(second, name) for name in run} == mine
+    assert (first.encodes_on_demand, second.encodes_on_demand) == (True, False)

@@ -16,6 +16,7 @@ from fluxfast.data.buckets import (
     rejection,
     round64,
     target_size,
+    within_upscaling,
 )
 
 GOLDEN = [
@@ -136,6 +137,21 @@ def test_crop_aspects():
     assert both == {(512, 512), (384, 704)}
     with pytest.raises(ValueError, match="'closest' needs crop_aspect_buckets"):
         target("closest")
+
+
+def test_buckets_that_enlarge_too_much_are_left_out():
+    def within(size, buckets, threshold, **options):
+        return within_upscaling(size, buckets, threshold, resolution=1024, **options)
+
+    # SimpleTuner's documented images: 850 pixels to 1024 are 20 %, 256 to 1024 are 300 %
+    assert within((850, 850), [1.0], 0.2, resolution_type="pixel") == [1.0]
+    assert within((850, 850), [1.0], 0.19, resolution_type="pixel") == []
+    assert within((256, 256), [1.0, 0.5, 2.0], 0.2, resolution_type="pixel") == []
+    # targets are 1024x1024, 704x1472 and 1472x704
+    weighted = [{"aspect": aspect, "weight": 0.5} for aspect in (1.0, 0.5, 2.0)]
+    assert within((1000, 1250), weighted, 0.2) == weighted[:2]
+    assert within((1000, 1250), weighted, 0.0) == []
+    assert within((1024, 1472), weighted, 0.0) == weighted[:2]
 
 
 def test_random_crops_follow_seed_dataset_and_file():

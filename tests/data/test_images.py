@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from data_fixtures import photo
 from PIL import Image, ImageCms
 
 from fluxfast.data.images import UnreadableImage, discover, image_size, load_image, to_tensor
@@ -340,3 +341,25 @@ def test_tensor_values_and_layout():
     # fp32 rounding of x / 127.5 - 1
     expected = torch.from_numpy(array).permute(2, 0, 1).double() / 127.5 - 1
     torch.testing.assert_close(tensor.double(), expected, atol=2e-7, rtol=0)
+
+
+class TestDecodedSmall:
+    def test_a_jpeg_is_decoded_no_smaller_than_asked(self, tmp_path):
+        photo(1600, 800).save(tmp_path / "a.jpg")
+        whole = load_image(tmp_path / "a.jpg")
+        for at_least, size in ((100, (200, 100)), (101, (400, 200)), (500, (1600, 800))):
+            small = load_image(tmp_path / "a.jpg", at_least=at_least)
+            assert small.size == size
+            reduced = whole.resize(size, Image.Resampling.BOX)
+            difference = np.abs(np.asarray(small).astype(int) - np.asarray(reduced))
+            assert difference.mean() < 2
+
+    def test_other_kinds_are_decoded_whole(self, tmp_path):
+        photo(160, 80).save(tmp_path / "a.png")
+        assert load_image(tmp_path / "a.png", at_least=10).size == (160, 80)
+
+    def test_damage_is_found(self, tmp_path):
+        photo(1600, 800).save(tmp_path / "a.jpg")
+        (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2000])
+        with pytest.raises(UnreadableImage, match="truncated"):
+            load_image(tmp_path / "a.jpg", at_least=100)

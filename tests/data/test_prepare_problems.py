@@ -158,6 +158,30 @@ class TestLeftOut:
         ):
             assert line in text, line
 
+    @pytest.mark.parametrize("crop_aspect", ["random", "closest"])
+    def test_max_upscale_threshold(self, tmp_path, folder, settings, crop_aspect):
+        # 128x128 enlarges each image by 28 %, 192x64 a tall one by 92 % and a wide one not at all
+        buckets = [{"aspect_bucket": 1.0, "weight": 1.0}, {"aspect_bucket": 2.0, "weight": 0.0}]
+        options = {"crop": True, "crop_aspect": crop_aspect, "max_upscale_threshold": 0.2}
+        data = config(tmp_path, crop_aspect_buckets=[1.0, 2.0], **options)
+        prepared = prepare(data, settings, disable_bucket_pruning=True)
+        samples = prepared.datasets[0].samples
+        assert {sample.target for sample in samples} == {(192, 64)}
+        assert len(samples) == 4
+        assert "tall_0.png: upscaled by more than max_upscale_threshold 0.2 (100x200)" in rendered(
+            prepared.report
+        )
+        data = config(tmp_path, crop_aspect_buckets=buckets, **options)
+        # random never draws what has no weight, and closest doesn't look at weights
+        if crop_aspect == "random":
+            with pytest.raises(
+                ValueError, match=r'6x upscaled by .*; raise "max_upscale_threshold"'
+            ):
+                prepare(data, settings, disable_bucket_pruning=True)
+        else:
+            prepared = prepare(data, settings, disable_bucket_pruning=True)
+            assert prepared.datasets[0].samples == samples
+
     def test_caches_and_outputs_inside_the_images_folder(self, tmp_path, folder, settings):
         (folder / "output").mkdir()
         photo(64, 64).save(folder / "output" / "validation.png")

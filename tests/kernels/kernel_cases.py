@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
+from fluxfast.ops.tensors import divide
 from fluxfast_kernels.launch import interpreted
+from support import bound, product_tolerance
 
 DEVICE = "cpu" if interpreted() else "cuda"
 
@@ -18,14 +20,9 @@ def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE)
 
 
-def bound(dtype: torch.dtype) -> float:
-    """The relative error (by norm) of a kernel that computes in fp32 and rounds once, at the store.
-
-    16 bits: one step. Rounding costs at most half of one, but the interpreter cuts fp32 to bf16
-    instead of rounding. fp32: eight steps, for sums in another order than the reference's and for
-    the GPU's approximate exp and rsqrt.
-    """
-    return torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
+def product_bound(dtype: torch.dtype, fmt: str) -> float:
+    """`bound` for a product of codes, of whose sums the device may lose something."""
+    return product_tolerance(bound(dtype), fmt, torch.device(DEVICE))
 
 
 def widen(x: torch.Tensor, left: int = 16, right: int = 16) -> torch.Tensor:
@@ -41,26 +38,12 @@ def widen(x: torch.Tensor, left: int = 16, right: int = 16) -> torch.Tensor:
 def quantize_rows(y: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and one scale for each row of fp32 values, by the formula that the kernels claim."""
     top = {"int8": 127.0, "e4m3": 448.0}[fmt]
-    scale = y.abs().amax(-1) / top
+    scale = divide(y.abs().amax(-1), top)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     scaled = y * (1 / scale)[..., None]
     if fmt == "int8":
         return scaled.clamp(-127, 127).round().to(torch.int8), scale
     return scaled.to(torch.float8_e4m3fn), scale
-
-
-def code_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
-    """How many codes apart two quantised tensors are, at most.
-
-    e4m3's codes are ordered as integers are, but for the sign.
-    """
-    if actual.dtype == torch.int8:
-        return int((actual.int() - expected.int()).abs().max()) if actual.numel() else 0
-    ordered = [
-        torch.where(c > 127, 128 - c, c)
-        for c in (t.view(torch.uint8).int() for t in (actual, expected))
-    ]
-    return int((ordered[0] - ordered[1]).abs().max()) if actual.numel() else 0
 
 
 def product_error(actual: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:

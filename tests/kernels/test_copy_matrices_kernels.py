@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, randn
+from kernel_cases import DEVICE, DTYPES, randn
 
 from fluxfast_kernels.copy_matrices import Job, copy_matrices
+from support import bound
 
 ROWS, WIDTH = 40, 70
 

@@ -6,8 +6,8 @@ from kernel_cases import DEVICE, DTYPES, widen
 
 from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import FORMATS as CODES
+from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, QuantWeight
-from fluxfast.quant.rows import quantize_rows
 from fluxfast_kernels.dequant_rows import dequant_rows, quantize_both_ways
 from fluxfast_kernels.quantize_e4m3 import quantize_e4m3
 from quant_cases import assert_shares_a_scratch, gaussian, hard, heavy_tailed, same_bytes
@@ -164,7 +164,8 @@ def test_weights_that_one_launch_can_not_write(format):
     )
     for rest in ([apart], [other], [second, apart]):
         assert first.joined(rest, codes=False, impl="triton") is None
-    for impl in ("ref", "native")[: 1 + dispatch.HAS_NATIVE]:
+    # on a GPU the native module does not decode every format
+    for impl in ("ref", "native") if dispatch.HAS_NATIVE and DEVICE == "cpu" else ("ref",):
         assert first.joined([second], codes=False, impl=impl) is None
     if format.name == "nf4":
         first, second = side_by_side(format, (24, 512), (7, 512))
@@ -178,7 +179,7 @@ def test_floats_become_codes_in_both_orders(fmt, dtype, shape):
     """Codes and scales are those of `row_quant`'s formula, also of rows that lie apart."""
     weight = hard() if shape == (12, 192) else gaussian(*shape)
     weight = widen(weight.to(DEVICE).clamp(-6e4, 6e4).to(dtype))
-    expected_q, expected_scale = quantize_rows(weight.float(), CODES[fmt][0], "ref")
+    expected_q, expected_scale = row_quant_ref(weight.float(), fmt)
     q, scale = torch.empty_like(expected_q), torch.empty_like(expected_scale)
     transposed = torch.empty(shape[::-1], dtype=q.dtype, device=DEVICE)
     quantize_both_ways(weight, q, scale, transposed)

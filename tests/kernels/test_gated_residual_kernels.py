@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, bound, code_distance, quantize_rows, randn, widen
+from kernel_cases import DTYPES, quantize_rows, randn, widen
 
 from fluxfast_kernels.gated_residual import gated_residual_bwd, gated_residual_fwd
-from support import relative_error
+from support import bound, code_distance, relative_error
 
 # batch, tokens, width; 35 rows end inside a program that sums 16
 SIZES = [(1, 1, 96), (2, 35, 64), (2, 3, 1000), (1, 4, 17), (2, 0, 32)]

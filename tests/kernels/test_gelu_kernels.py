@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, code_distance, quantize_rows, randn, widen
+from kernel_cases import DEVICE, DTYPES, quantize_rows, randn, widen
 
 from fluxfast_kernels.gelu import gelu_bwd, gelu_fwd
-from support import relative_error
+from support import bound, code_distance, relative_error
 
 # batch, tokens, columns: 5000 needs three programs a row where nothing is quantised
 SIZES = [(1, 1, 96), (2, 5, 63), (1, 3, 5000), (2, 0, 16)]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, product_error, programs_backwards, randn, widen
+from kernel_cases import DEVICE, DTYPES, product_error, programs_backwards, randn, widen
 
 from fluxfast_kernels import slabs
 from fluxfast_kernels.launch import interpreted, pretend
 from fluxfast_kernels.lora_grads import SecondGrads, lora_grads
 from fluxfast_kernels.matmul import make_segments
+from support import bound
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 LARGE = {"BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 4, "num_stages": 2}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, randn, widen
+from kernel_cases import DEVICE, DTYPES, randn, widen
 
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.lora_linear import lora_linear_ref
@@ -18,7 +18,7 @@ from fluxfast_kernels.matmul import matmul
 from fluxfast_kernels.product_tile import make_segments
 from fluxfast_kernels.row_quant import row_quant
 from fluxfast_kernels.tiles import TILES
-from support import relative_error
+from support import bound, relative_error
 
 # small tiles, so that small operands take several of them, a last one that is not full, and a last
 # group that is not full

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, code_distance, quantize_rows, randn, widen
+from kernel_cases import DEVICE, DTYPES, quantize_rows, randn, widen
 
 from fluxfast.ops.qk_norm_rope import qk_norm_rope_ref
 from fluxfast_kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from fluxfast_kernels.row_quant import FORMATS
-from support import relative_error
+from support import assert_same, bound, code_distance, relative_error
 
 
 def inputs(batch, s_txt, s_img, heads, head_dim, dtype, index=None):
@@ -91,7 +91,7 @@ def test_forward_and_backward(dtype, case, index):
     )
     assert without_v.v is None
     for mine, theirs in zip(without_v[:2], out[:2], strict=True):
-        assert torch.equal(mine, theirs)
+        assert_same(mine, theirs)
 
     grads = gradients(batch, s_txt + s_img, heads, head_dim, dtype)
     expected = grad(grads)
@@ -121,7 +121,7 @@ def test_gradients_into_wider_buffers(dtype):
     assert written[0] is dqkv and written[1] is dtxt_qkv
     plain = qk_norm_rope_bwd(*call, s_txt=2, q=out.q, k=out.k)
     for actual, expected in zip(written[:2], plain[:2], strict=True):
-        assert torch.equal(actual, expected)
+        assert_same(actual, expected)
     assert (wide[..., :16] == 7).all() and (wide[..., 160:] == 7).all()
     assert (txt_wide[..., :32] == 7).all() and (txt_wide[..., 176:] == 7).all()
 
@@ -150,10 +150,11 @@ def test_codes_beside_the_gradient(case, dtype, index, fmt, scaled):
             *grads, out.rstd, weights, cos, sin, **call, **kept,
             out=f"both-{fmt}", col_scale=col_scale, txt_col_scale=txt_col_scale,
         )  # fmt: skip
-        assert torch.equal(made.dqkv, plain.dqkv) and plain.q is None
+        assert_same(made.dqkv, plain.dqkv)
+        assert plain.q is None
         parts = [(made.dqkv, col_scale)]
         if s_txt:
-            assert torch.equal(made.dtxt_qkv, plain.dtxt_qkv)
+            assert_same(made.dtxt_qkv, plain.dtxt_qkv)
             parts.insert(0, (made.dtxt_qkv, txt_col_scale))
         values = torch.cat(
             [(dx.float() if s is None else dx.float() * s).flatten(0, 1) for dx, s in parts]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import DEVICE, bound, randn, widen
+from kernel_cases import DEVICE, product_bound, randn, widen
 from packaging.version import Version
 
 from fluxfast_kernels import matmul as matmul_module
@@ -13,7 +13,7 @@ from fluxfast_kernels.matmul import matmul
 from fluxfast_kernels.product_tile import make_segments
 from fluxfast_kernels.quant_matmul import transpose_codes
 from fluxfast_kernels.row_quant import row_quant
-from support import relative_error
+from support import bound, relative_error
 
 # small tiles, so that small operands take several of them, a last one that is not full, and a last
 # group that is not full
@@ -49,7 +49,7 @@ def test_forward(fmt, m, n, k, dtype):
     x_scale, w_scale, bias = scales(m, 3), scales(n, 4), randn(n, seed=5).to(dtype)
     y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, bias=bias, out_dtype=dtype, numbers=TILE)
     expected = product(x, w) * x_scale[:, None] * w_scale + bias
-    assert y.dtype == dtype and relative_error(y, expected) < bound(dtype)
+    assert y.dtype == dtype and relative_error(y, expected) < product_bound(dtype, fmt)
 
 
 @pytest.mark.parametrize("w_transposed", [False, True])
@@ -76,9 +76,8 @@ def test_integer_sums_are_exact(w_transposed):
 def test_dgrad_reads_the_same_weight_in_both_layouts(fmt, m, n, k):
     dy, w, dy_scale = codes(m, n, fmt, 1), codes(n, k, fmt, 2), scales(m, 3)
     dx = matmul(dy, w.T, x_scale=dy_scale, out_dtype=torch.float32, numbers=TILE)
-    assert dx.shape == (m, k) and relative_error(
-        dx, dy.double() @ w.double() * dy_scale[:, None]
-    ) < bound(torch.float32)
+    expected = dy.double() @ w.double() * dy_scale[:, None]
+    assert dx.shape == (m, k) and relative_error(dx, expected) < product_bound(dx.dtype, fmt)
     w_t = transpose_codes(w)
     assert w_t.is_contiguous() and torch.equal(w_t.view(torch.int8), w.view(torch.int8).T)
     again = matmul(dy, w_t.T.T, x_scale=dy_scale, out_dtype=torch.float32, numbers=TILE)
@@ -86,7 +85,7 @@ def test_dgrad_reads_the_same_weight_in_both_layouts(fmt, m, n, k):
     assert (
         torch.equal(dx, again)
         if fmt == "int8"
-        else relative_error(again, dx) < bound(torch.float32)
+        else relative_error(again, expected) < product_bound(dx.dtype, fmt)
     )
 
 
@@ -108,10 +107,10 @@ def test_low_rank_term_in_both_directions(fmt, rank, dtype):
     )
     y = matmul(x, w, x_scale=x_scale, w_scale=w_scale, u=s, v=b, out_dtype=dtype, numbers=TILE)
     expected = product(x, w) * x_scale[:, None] * w_scale + product(s, b.to(dtype))
-    assert relative_error(y, expected) < bound(dtype)
+    assert relative_error(y, expected) < product_bound(dtype, fmt)
     dx = matmul(dy, w.T, x_scale=x_scale, u=s, v=a.T, out_dtype=dtype, numbers=TILE)
     expected = dy.double() @ w.double() * x_scale[:, None] + s.double() @ a.double()
-    assert relative_error(dx, expected) < bound(dtype)
+    assert relative_error(dx, expected) < product_bound(dtype, fmt)
 
 
 def test_groups_of_linears_with_adapters_of_their_own():
@@ -187,7 +186,7 @@ def test_rows_that_are_hard(fmt):
     assert torch.equal(y[0], bias) and not y[2].isfinite().any() and not y[3].isfinite().any()
     clean = [0, 1, 4, 5]
     expected = product(x[clean], w) * x_scale[clean, None] * w_scale + bias
-    assert relative_error(y[clean], expected) < bound(torch.float32)
+    assert relative_error(y[clean], expected) < product_bound(y.dtype, fmt)
 
 
 @pytest.mark.parametrize(("fmt", "error"), [("int8", 0.02), ("e4m3", 0.06)])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, code_distance, quantize_rows, randn, widen
+from kernel_cases import DEVICE, DTYPES, quantize_rows, randn, widen
 
 from fluxfast_kernels.row_quant import row_quant
+from support import code_distance
 
 
 @pytest.mark.parametrize("fmt", ["int8", "e4m3"])

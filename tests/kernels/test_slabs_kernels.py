@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, bound, product_error, programs_backwards, randn
+from kernel_cases import DEVICE, product_error, programs_backwards, randn
 
 from fluxfast_kernels import slabs
 from fluxfast_kernels.launch import interpreted
 from fluxfast_kernels.lora_linear import SecondDown, SecondOuter, lora_down, lora_outer
 from fluxfast_kernels.product_tile import make_segments
+from support import bound
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 

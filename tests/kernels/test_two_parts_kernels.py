@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, bound, product_error, randn
+from kernel_cases import DEVICE, DTYPES, product_error, randn
 
 from fluxfast.ops.linear import products_triton
 from fluxfast.ops.linear.products_triton import SecondLoras
 from fluxfast_kernels.lora_grads import SecondGrads, lora_grads
 from fluxfast_kernels.lora_linear import SecondDown, SecondOuter, lora_down, lora_outer
-from support import relative_error
+from support import bound, relative_error
 
 # widths and ranks of a group: segments with odd ranks and one without a LoRA, and a lone linear
 # whose width no segment could have
@@ -49,7 +49,9 @@ def test_two_parts_beside_fp64(group, rows, dtype):
     for i, own_rows in enumerate((slice(0, first), slice(first, m))):
         x_i, dy_i, s_i, ds_i = (t[own_rows].double() for t in (x, dy, s, ds))
         a_i, b_i, scales_i = parts[i]
-        of_rank = torch.cat([torch.full((len(t),), c) for t, c in zip(a_i, scales_i, strict=True)])
+        of_rank = torch.cat(
+            [torch.full((len(t),), c, device=DEVICE) for t, c in zip(a_i, scales_i, strict=True)]
+        )
         scaled = torch.cat(a_i).double().T * of_rank
         assert product_error(s_i, x_i, scaled) < bound(dtype)
         col = rank = lora = 0

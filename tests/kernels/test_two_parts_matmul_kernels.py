@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, bound, randn, widen
+from kernel_cases import DEVICE, randn, widen
 from test_quant_matmul_kernels import codes, product, scales
 
 from fluxfast_kernels import matmul as matmul_module
@@ -10,7 +10,7 @@ from fluxfast_kernels.launch import launch
 from fluxfast_kernels.matmul import Second, matmul
 from fluxfast_kernels.persistent_matmul import persistent_matmul_kernel
 from fluxfast_kernels.product_tile import make_segments
-from support import relative_error
+from support import bound, relative_error
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 3, "num_warps": 4, "num_stages": 2}
 KERNELS = {

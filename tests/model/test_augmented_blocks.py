@@ -12,14 +12,10 @@ from block_cases import EVERYTHING, MODULATION, block_of, inputs, make_model, ru
 from fluxfast.model import tape
 from fluxfast.model.launch_plans import LaunchPlans
 from fluxfast.model.room import make_room_for_adapters
-from fluxfast.ops import dispatch
 from fluxfast.ops.linear import augmented
-from support import randomise, relative_error
+from support import in_interpreter, randomise, relative_error
 
-pytestmark = pytest.mark.skipif(
-    not dispatch.HAS_TRITON or torch.cuda.is_available(),
-    reason="Triton's interpreter needs Triton, and tensors on the CPU",
-)
+pytestmark = in_interpreter
 # the same products and sums in another order; fp32 rounds at 6e-8, through some twenty ops and sums
 # over 128 numbers
 FP32 = 2e-5

@@ -7,8 +7,7 @@ import torch
 
 from block_cases import EVERYTHING, MODULATION, block_of, inputs, make_model, run
 from fluxfast.model import blocks, tape
-from fluxfast.ops import dispatch
-from support import SMALL, relative_error
+from support import SMALL, in_interpreter, relative_error
 
 # the same products and sums in another order; fp32 rounds at 6e-8, through some twenty ops and sums
 # over 128 numbers
@@ -138,9 +137,7 @@ def test_outlier_channels(kind, policy):
     assert all(relative_error(a, e) < 0.06 for a, e in zip(apart, exact, strict=True))
 
 
-@pytest.mark.skipif(
-    not dispatch.HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"
-)
+@in_interpreter
 @pytest.mark.parametrize("compute", ["same", "int8"])
 def test_a_single_block_on_triton(compute):
     """Its v is a view of the projections, whose gradient overwrites them under policy "full"."""

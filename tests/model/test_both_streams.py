@@ -8,8 +8,9 @@ import torch
 from block_cases import EVERYTHING, MODULATION, inputs, make_model, run
 from fluxfast.model import double_block, tape
 from fluxfast.model.streams import flat_rows, joined, parts_of, streams_of
-from support import relative_error
+from support import in_interpreter, relative_error
 
+pytestmark = in_interpreter
 # the same products and sums in another order; fp32 rounds at 6e-8, through some twenty ops and sums
 # over 128 numbers
 FP32 = 2e-5

@@ -13,7 +13,7 @@ from fluxfast.ops.device import pretend
 from fluxfast.ops.linear.products_torch import adjoining
 from graph_emulator import Pool, capture, see_every_op
 from small_flux import randomise_lora, small_flux
-from support import make_inputs
+from support import in_interpreter, make_inputs
 
 EVERYTHING = [
     *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"),
@@ -107,8 +107,8 @@ def test_the_same_bits(policy, targets, micro_batches):
 @pytest.mark.parametrize(
     ("impl", "targets", "compute"),
     [
-        ("triton", EVERYTHING, "same"),
-        ("triton", SOME, "same"),
+        pytest.param("triton", EVERYTHING, "same", marks=in_interpreter),
+        pytest.param("triton", SOME, "same", marks=in_interpreter),
         ("ref", EVERYTHING, "int8"),
         ("native", SOME, "int8"),
     ],
@@ -124,7 +124,7 @@ def test_the_same_bits_by_each_implementation(impl, targets, compute):
     same(steps(made(), flat=True, count=1), steps(made(), flat=False, count=1))
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=in_interpreter)])
 def test_ranks_that_differ_and_two_loras(impl):
     def made():
         model = of_ranks({"to_k": 1, "proj_out": 5})

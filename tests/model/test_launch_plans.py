@@ -22,6 +22,9 @@ from fluxfast.model.rope import rope_tables
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from plan_cases import CALLS, TINY, block_of, decode_by_kernels, make_model, replays, same, step
+from support import in_interpreter
+
+pytestmark = in_interpreter
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from fluxfast.model.stored_codes import keep_transposed, transposed_copies
 from fluxfast.ops.linear import transposed_codes
 from fluxfast_kernels import matmul, persistent_matmul
 from plan_cases import CALLS, block_of, decode_by_kernels, make_model, replays, same, step
+from support import in_interpreter
 
+pytestmark = in_interpreter
 both_kinds = pytest.mark.parametrize("kind", ["double", "single"])
 
 

@@ -16,7 +16,7 @@ from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.lokr import Lokr
 from plan_cases import decode_by_kernels, replays
 from small_flux import small_flux
-from support import make_inputs, relative_error
+from support import in_interpreter, make_inputs, relative_error
 
 
 class Changed(nn.Module):
@@ -132,6 +132,7 @@ def test_values_and_every_gradient(kind, format, policy, dtype, tolerance):
         assert relative_error(grad, expected[name]) < tolerance, name
 
 
+@in_interpreter
 @pytest.mark.usefixtures("are_read")
 @every_change
 def test_on_our_kernels(kind, monkeypatch):
@@ -169,6 +170,7 @@ def test_products_of_codes(kind, format):
     assert max(relative_error(again[name], grad) for name, grad in grads.items()) < 1e-5
 
 
+@in_interpreter
 @pytest.mark.usefixtures("are_read")
 @pytest.mark.parametrize("kind", ["double", "single"])
 @pytest.mark.parametrize("change", KINDS_OF_CHANGE[::2], ids=["LoKr", "DoRA"])
@@ -177,6 +179,7 @@ def test_launch_plans(kind, change, monkeypatch):
     replays(kind, prepare=functools.partial(change_linears, **change), policy="full")
 
 
+@in_interpreter
 @pytest.mark.usefixtures("are_read")
 def test_launch_plans_with_codes(monkeypatch):
     decode_by_kernels(monkeypatch)

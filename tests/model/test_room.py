@@ -14,7 +14,7 @@ from fluxfast.memory.stream import stream_blocks
 from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.room import make_room_for_adapters
 from fluxfast.ops.linear import augmented
-from support import SMALL, make_inputs
+from support import SMALL, in_interpreter, make_inputs
 
 
 def bases(model, *names):
@@ -94,6 +94,7 @@ def test_streamed_weights_get_none():
     assert all(p.is_contiguous() for p in model.parameters())
 
 
+@in_interpreter
 def test_streaming_takes_it_away(model):
     model.eval()
     inputs = make_inputs(1, 2, 2)

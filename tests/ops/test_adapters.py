@@ -13,7 +13,7 @@ from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, QuantWeight
-from support import relative_error
+from support import product_tolerance, relative_error
 from toy_adapters import Diagonal, Shift
 
 OUTS, K = [32, 16, 48], 40
@@ -120,8 +120,10 @@ def test_values_and_gradients(impl, compute, stored, dropout, tokens):
     mask = group.dropped(torch.ones_like(x), dropout).double() if dropout else torch.ones_like(x)
     expected = wanted(x, dy, linears, compute, mask)
     made = actual(x, dy, linears, impl, **options)
+    of_products = product_tolerance(TOLERANCES[torch.float32], compute, x.device)
     for i, (a, e) in enumerate(zip(made, expected, strict=True)):
-        assert relative_error(a, e) < TOLERANCES[torch.float32], i
+        # y and dx; the adapters' gradients are sums of values
+        assert relative_error(a, e) < (of_products if i < 2 else TOLERANCES[torch.float32]), i
 
 
 def test_in_double_precision():

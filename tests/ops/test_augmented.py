@@ -153,7 +153,7 @@ def test_dropout():
 
 def test_adapters_beside_the_product():
     linears = make_group(24, [16, 32], [[3], [5]], torch.float32, device=TRITON_DEVICE)
-    beside = Diagonal(torch.randn(24), torch.randn(32, 24))
+    beside = Diagonal(*(torch.randn(n, device=TRITON_DEVICE) for n in ((24,), (32, 24))))
     with torch.no_grad():
         linears[1] = linears[1]._replace(adapters=(beside, *linears[1].adapters))
         _, _, wanted = both_ways(linears, 9, torch.float32)

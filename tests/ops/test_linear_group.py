@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lora_cases import device_of
 from op_cases import needs_native
 
 from fluxfast.ops.linear import products_native
@@ -12,11 +13,11 @@ from fluxfast.ops.row_quant import RowOutput, row_quant_ref
 from support import among_nans, for_thread_counts, relative_error
 
 
-def linears(counts=(1, 0, 2), weight_dtype=torch.float32, dropout=0.0):
+def linears(counts=(1, 0, 2), weight_dtype=torch.float32, dropout=0.0, device="cpu"):
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=g)
+        return torch.randn(*shape, generator=g).to(device)
 
     def adapter():
         return Lora(randn(3, 24), randn(16, 3), 0.7, dropout)
@@ -137,7 +138,8 @@ def with_outliers(channels=4, size=40.0):
 @pytest.mark.parametrize("compute", ["int8", "e4m3"])
 @pytest.mark.parametrize("counts", [(1, 0, 2), (0, 0, 0)])
 def test_outliers_stay_out_of_the_codes(impl, compute, counts):
-    params, x = linears(counts=counts), RowOutput(with_outliers(), None, None)
+    device = device_of(impl)
+    params, x = linears(counts, device=device), RowOutput(with_outliers().to(device), None, None)
     exact = LinearGroup(params, torch.float32, impl="ref").forward(x)[0]
     group = LinearGroup(params, torch.float32, compute=compute, outliers=4, impl=impl)
     assert group.form == "same"
@@ -157,7 +159,7 @@ def test_outliers_stay_out_of_the_codes(impl, compute, counts):
     if compute == "int8":
         assert (plain - exact).norm() > 1.5 * (y - exact).norm()
     if s is not None:
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(device)
         dx, grads = group.backward(dy, x, s)
         expected_dx, expected = LinearGroup(params, torch.float32, impl="ref").backward(
             dy, x, LinearGroup(params, torch.float32, impl="ref").down(x)

@@ -45,17 +45,9 @@ def test_weights_that_have_to_be_quantised(compute):
     check("triton", "side by side, but not in the kernels' unit", torch.float32, compute)
 
 
-def test_transposed_copies_for_dgrad(monkeypatch):
-    """As on sm_90."""
-    from fluxfast_kernels import launch as launch_module
-    from fluxfast_kernels import quant_matmul
-
-    made = []
-    transpose = quant_matmul.transpose_codes
-    monkeypatch.setitem(launch_module.TRANSPOSE_FROM, "default", {"rows": 1})
-    monkeypatch.setattr(quant_matmul, "transpose_codes", lambda w: made.append(w) or transpose(w))
+def test_transposed_copies_for_dgrad(transposes):
     check("triton", "apart", torch.float32, "int8", stored=True)
-    assert len(made) == 2
+    assert len(transposes) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,3 +1,4 @@
+import numpy
 import pytest
 import torch
 from op_cases import needs_triton
@@ -5,6 +6,8 @@ from op_checks import DTYPES, TRITON_DEVICE, randn
 
 from fluxfast.ops import dispatch
 from fluxfast.ops.row_quant import forward, row_quant, row_quant_ref
+from fluxfast.ops.tensors import divide
+from quant_cases import DividesAsAGpu, same_bytes
 
 # half of a code's step, relative to the scale (int8) or, above the subnormals, to the value (e4m3)
 HALF_STEP = {"int8": 0.5, "e4m3": 2.0**-4}
@@ -38,6 +41,25 @@ def test_e4m3_by_hand():
     q, scale = row_quant_ref(torch.tensor([[448.0, 17.0, 19.0, 300.0, -0.001, 0.0]]), "e4m3")
     assert q.float().tolist() == [[448.0, 16.0, 20.0, 288.0, -(2.0**-9), 0.0]]
     assert scale.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("divisor", [127.0, 448.0])
+def test_quotients_are_rounded_once_also_where_torch_takes_a_reciprocal(divisor):
+    x = randn(1000, grad=False)
+    exact = torch.from_numpy(x.numpy() / numpy.float32(divisor))
+    assert torch.equal(divide(x, divisor), exact)
+    with DividesAsAGpu():
+        assert not torch.equal(x / divisor, exact)
+        assert torch.equal(divide(x, divisor), exact)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "e4m3"])
+def test_a_gpus_reference_gives_the_same_bytes(fmt):
+    x = randn(100, 63, grad=False)
+    expected = row_quant_ref(x, fmt)
+    with DividesAsAGpu():
+        found = row_quant_ref(x, fmt)
+    assert all(same_bytes(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("fmt", ["int8", "e4m3"])

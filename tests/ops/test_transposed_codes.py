@@ -19,17 +19,6 @@ pytestmark = needs_triton
 TOKENS, WIDTH, OUTS = 17, 63, [32, 16, 48]
 
 
-@pytest.fixture
-def transposes(monkeypatch):
-    """Codes that were transposed by a launch of their own, on a device that reads them so."""
-    from fluxfast_kernels import launch, quant_matmul
-
-    made, transpose = [], quant_matmul.transpose_codes
-    monkeypatch.setattr(quant_matmul, "transpose_codes", lambda w: made.append(w) or transpose(w))
-    monkeypatch.setitem(launch.TRANSPOSE_FROM, "default", {"rows": 1})
-    return made
-
-
 def bases(stored: str, packed: bool) -> list[LinearParams]:
     """Three linears whose weights are stored in a format, or "float32"; `packed`: side by side."""
     linears = make_group(

@@ -11,7 +11,16 @@ import torch
 from fluxfast.ops.row_quant import row_quant_ref
 from fluxfast.quant import FORMATS, Format, QuantWeight, int2, int4, nf4
 from fluxfast.quant.affine import Affine
-from quant_cases import AWKWARD, DTYPES, assert_shares_a_scratch, gaussian, hard, heavy_tailed
+from quant_cases import (
+    AWKWARD,
+    DTYPES,
+    DividesAsAGpu,
+    assert_shares_a_scratch,
+    gaussian,
+    hard,
+    heavy_tailed,
+    same_bytes,
+)
 from support import relative_error
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
@@ -208,6 +217,22 @@ def test_zeros_stay_zeros_in_nf4():
     # format
     out = round_trip(FORMATS["nf4"], hard())
     assert (out[0] == 0).all() and (out[9] == 0).all() and out.isfinite().all()
+
+
+@every_format
+def test_a_gpus_reference_gives_the_same_bytes(format):
+    # many weights, because int2 has a single scale that is such a quotient
+    weights = [gaussian(33, 320, seed) for seed in range(20)]
+    for weight in weights:
+        parts = format.quantize(weight, impl="ref")
+        values = QuantWeight(format, parts, weight.shape)
+        with DividesAsAGpu():
+            found = format.quantize(weight, impl="ref")
+            codes = [values.codes(fmt, impl="ref") for fmt in ("int8", "e4m3")]
+        assert all(same_bytes(found[name], parts[name]) for name in parts)
+        for fmt, made in zip(("int8", "e4m3"), codes, strict=True):
+            expected = values.codes(fmt, impl="ref")
+            assert all(same_bytes(a, b) for a, b in zip(made, expected, strict=True))
 
 
 @every_format

@@ -213,6 +213,13 @@ def test_what_may_not_fit_is_a_note(write_config, monkeypatch, tmp_path):
         "has 2.00 GB left, and this run may take 3.0" in notes[0]
         and "checkpoints 3.00 GB, latents 0.00 GB" in notes[0]
     )
+    # the index that a look at the data leaves in the cache is not what will be there
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "index.sqlite").touch()
+    assert disk_space.shortage(config, [dataset], tmp_path / "text", gb) == (found, notes)
+    (tmp_path / "new" / "a.safetensors").touch()
+    _, (without,) = disk_space.shortage(config, [dataset], tmp_path / "text", gb)
+    assert "latents" not in without
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: gb)
     (found,), _ = disk_space.shortage(config, [dataset], tmp_path / "text", gb)
     assert "a checkpoint takes 1.25 GB, and its disk has 1.00 GB left" in found

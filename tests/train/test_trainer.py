@@ -333,3 +333,30 @@ def test_step_seeds_differ():
         for p in ("flow", "dropout")
     }
     assert len(seeds) == 36 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("disable", [False, True], ids=["kept", "not-kept"])
+def test_new_crops_in_each_epoch_resume_to_the_same_bits(run, monkeypatch, tmp_path, disable):
+    dataset = {
+        "crop_style": "random",
+        "crop_aspect": "random",
+        "crop_aspect_buckets": [1.0, 0.5, 2.0],
+        "repeats": 1,
+        "vae_cache_clear_each_epoch": True,
+        "vae_cache_disable": disable,
+    }
+    steps = {"max_train_steps": 18, "checkpoint_step_interval": 5}
+
+    def train(name):
+        caches = {"cache_dir_vae": str(tmp_path / name / "vae")}
+        return run(name=name, dataset=dataset | caches, **FP32, **steps)
+
+    whole, out = train("whole")
+    assert "photos: images are encoded when batches need them" in out.getvalue()
+    metrics = read_metrics(whole.parent / "metrics.jsonl")
+    assert metrics[-1]["epoch"] > 2
+    kill_at(monkeypatch, 12)
+    with pytest.raises(Killed):
+        train("killed")
+    killed, _ = train("killed")
+    assert same_files(whole, killed)

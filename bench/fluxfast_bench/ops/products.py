@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxfast_bench.counted.meta_step import (
+    as_on_gpu,
+    fluxfast_model,
+    forward_backward,
+    inputs_of,
+)
+from fluxfast_bench.shapes import Shape
 from fluxfast_kernels.matmul import Second, listening, matmul, product_kind
 from fluxfast_kernels.product_tile import make_segments
+
+# (storage, compute) as `fluxfast_model` takes them
+PRECISIONS = {"int8": ("int8", "int8"), "bf16": (None, "same")}
 
 
 @dataclass(frozen=True)
@@ -136,3 +146,16 @@ def counted() -> Iterator[Counter[Product]]:
     found: Counter[Product] = Counter()
     with listening(lambda arguments: found.update([Product.of(arguments)])):
         yield found
+
+
+def products_of(shape: Shape, precision: str) -> dict[Product, int]:
+    """The wide products of a checkpointed step, the most expensive first, with their counts."""
+    storage, compute = PRECISIONS[precision]
+    model = fluxfast_model(shape, adapters=torch.bfloat16, format=storage, compute=compute)
+    inputs = inputs_of(shape)
+    with counted() as calls, as_on_gpu(lambda *_: None):
+        forward_backward(model, inputs)
+    blocks = min(shape.config["num_layers"], shape.config["num_single_layers"])
+    # those outside the blocks come once
+    found = {p: n for p, n in calls.items() if n >= max(blocks - 1, 1)}
+    return dict(sorted(found.items(), key=lambda item: -item[0].flops * item[1]))

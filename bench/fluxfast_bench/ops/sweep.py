@@ -23,15 +23,10 @@ from rich.table import Table
 from fluxfast.files import write_atomic
 from fluxfast_bench.counted.launches import Launch
 from fluxfast_bench.counted.meta_step import (
-    as_on_gpu,
-    fluxfast_model,
-    forward_backward,
-    inputs_of,
     recorded,
 )
 from fluxfast_bench.counted.prewarm import compile_all, own_target
-from fluxfast_bench.ops import products
-from fluxfast_bench.ops.products import Product
+from fluxfast_bench.ops.products import PRECISIONS, Product, products_of
 from fluxfast_bench.options import (
     add_case_options,
     chosen,
@@ -41,7 +36,7 @@ from fluxfast_bench.options import (
 )
 from fluxfast_bench.report import gpu_sections, results
 from fluxfast_bench.report.conditions import conditions
-from fluxfast_bench.shapes import SHAPES, Shape, default_shapes
+from fluxfast_bench.shapes import SHAPES, default_shapes
 from fluxfast_bench.timing import best_time, time_each
 from fluxfast_kernels.launch import arch_key, interpreted, multiprocessors
 from fluxfast_kernels.tiles import MEASURED, TILES, Tile, merged, read_measured
@@ -49,8 +44,6 @@ from fluxfast_kernels.waves import product_numbers
 
 # in Triton's interpreter, where the time says nothing
 INTERPRETED = (Tile(16, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2))
-# (storage, compute) as `fluxfast_model` takes them
-PRECISIONS = {"int8": ("int8", "int8"), "bf16": (None, "same")}
 
 
 def name_of(numbers: Mapping[str, int]) -> str:
@@ -60,19 +53,6 @@ def name_of(numbers: Mapping[str, int]) -> str:
     return " ".join(
         [tile, f"w{numbers['num_warps']}", f"s{numbers['num_stages']}", *map(str.lower, how)]
     )
-
-
-def products_of(shape: Shape, precision: str) -> dict[Product, int]:
-    """The wide products of a checkpointed step, the most expensive first, with their counts."""
-    storage, compute = PRECISIONS[precision]
-    model = fluxfast_model(shape, adapters=torch.bfloat16, format=storage, compute=compute)
-    inputs = inputs_of(shape)
-    with products.counted() as counted, as_on_gpu(lambda *_: None):
-        forward_backward(model, inputs)
-    blocks = min(shape.config["num_layers"], shape.config["num_single_layers"])
-    # those outside the blocks come once
-    found = {p: n for p, n in counted.items() if n >= max(blocks - 1, 1)}
-    return dict(sorted(found.items(), key=lambda item: -item[0].flops * item[1]))
 
 
 def table_numbers(product: Product, device: torch.device) -> Mapping[str, int]:

@@ -16,6 +16,7 @@ from fluxfast.memory.launched import Product
 from fluxfast.memory.rates import rates_of, with_measured
 from fluxfast.memory.step_time import product_seconds
 from fluxfast_bench.counted.floor import ATTENTION_BACKWARD
+from fluxfast_bench.ops.products import products_of
 from fluxfast_bench.report.results import Result
 from fluxfast_bench.shapes import SHAPES
 
@@ -137,8 +138,6 @@ def _in_codes(case: str, seconds: float) -> list[Timed]:
     """The products of IN_CODES, which take so many seconds all together: what each takes is
     unknown, and `rate_of` asks for their sum only.
     """
-    from fluxfast_bench.ops.sweep import products_of
-
     found = products_of(SHAPES[case], "int8")
     each = seconds / sum(found.values())
     return [(Product("int8", p.rows, p.cols, p.size[2]), n, each) for p, n in found.items()]

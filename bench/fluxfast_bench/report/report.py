@@ -33,12 +33,14 @@ DOCUMENTS = (Path("README.md"), Path("bench/README.md"))
 MARKED = re.compile(r"(<!-- bench:([a-z]+) -->\n).*?(<!-- /bench -->)", flags=re.DOTALL)
 # the markers of what is neither measured nor counted by one command alone
 RESULTS, COMMAND_TABLE, PLOTS = "results", "commands", "plots"
+# of the tables about one GPU, those that a document shows
+ON_A_GPU = ("smoke", "profile", "tests")
 # every marker that there may be
 NAMES = (
     *(RESULTS, COMMAND_TABLE, PLOTS),
     *measured_sections.SECTIONS,
     *counted_sections.SECTIONS,
-    *gpu_sections.SECTIONS,
+    *ON_A_GPU,
 )
 
 

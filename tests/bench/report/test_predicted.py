@@ -12,7 +12,7 @@ from fluxfast.memory.rates import rates_of, with_measured
 from fluxfast.memory.step_time import product_seconds
 from fluxfast_bench.main import main
 from fluxfast_bench.ops import ceilings
-from fluxfast_bench.ops.sweep import products_of
+from fluxfast_bench.ops.products import products_of
 from fluxfast_bench.report import measured_rates, predicted, report
 from fluxfast_bench.report.measured_rates import measured, rate_of
 from fluxfast_bench.shapes import SHAPES
