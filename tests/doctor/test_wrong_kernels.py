@@ -170,8 +170,8 @@ def test_a_triton_kernel_that_leaves_out_its_last_program(monkeypatch, where, ch
 def test_a_product_that_forgets_an_adapter(monkeypatch, compute):
     right = group.LinearGroup._dgrad
 
-    def wrong(self, dy, codes, ds, dx):
-        right(self, dy, codes, None if self.impl == "native" else ds, dx)
+    def wrong(self, dy, codes, ds, dx, accumulate):
+        right(self, dy, codes, None if self.impl == "native" else ds, dx, accumulate)
 
     monkeypatch.setattr(group.LinearGroup, "_dgrad", wrong)
     found = outcomes(scope(computes=("same", "int8"), formats=(PLAIN, "nf4")))
