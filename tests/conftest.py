@@ -53,6 +53,17 @@ def own_cache(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
+@pytest.fixture
+def assumed_rates(monkeypatch, tmp_path):
+    """No GPU's rates are measured, whatever the package has stored."""
+    from fluxfast.memory import rates
+
+    monkeypatch.setattr(rates, "STORED", tmp_path / "no-rates.json")
+    rates.rates_of.cache_clear()
+    yield
+    rates.rates_of.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def own_attention_backend():
     """diffusers' `set_attention_backend` chooses for the whole process, and another back end gives

@@ -23,6 +23,8 @@ POLICIES = ("none", "selective", "full")
 # the first double and the first single block of FLUX.1
 DOUBLE, SINGLE = 0, 19
 D = 3072
+pytestmark = pytest.mark.usefixtures("assumed_rates")
+
 H200, RTX4090 = find_gpu("H200"), find_gpu("RTX 4090")
 
 

@@ -17,20 +17,13 @@ from fluxfast_bench.report import measured_rates, predicted, report
 from fluxfast_bench.report.measured_rates import measured, rate_of
 from fluxfast_bench.shapes import SHAPES
 
+pytestmark = pytest.mark.usefixtures("assumed_rates")
+
 H200 = find_gpu("H200")
 CASE = "1024px-b1"
 # what the GPU of these results sustains
 TRUE = {"half": 6.1e14, "int8": 1.02e15, "library": 7.0e14}
 KNOWN = with_measured(H200, {name: {"value": v, "source": "made up"} for name, v in TRUE.items()})
-
-
-@pytest.fixture(autouse=True)
-def nothing_stored(monkeypatch, tmp_path_factory):
-    """The package's own measured rates are no matter of these tests."""
-    monkeypatch.setattr(rates, "STORED", tmp_path_factory.mktemp("rates") / "none.json")
-    rates_of.cache_clear()
-    yield
-    rates_of.cache_clear()
 
 
 def ceilings_run():
