@@ -8,7 +8,8 @@ give a capture up:
         and a captured backward would wait for it. Here other tensors of the same memory stand in
         for the parameters (`stand_ins`), and are nowhere else.
     Python's garbage collector, which may free what only the driver can free, such as a kernel.
-    other threads that take pinned memory: only what this thread does counts.
+    other threads, which may take pinned memory, as a host's loader does: only what this thread does
+        counts. (Our own threads wait, `pinned.capturing`.)
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class StepGraphs:
 
     @classmethod
     def on_gpu(cls, transformer: Any, **options: Any) -> StepGraphs:
-        """With PyTorch's own capture. Raises ValueError with the reason that `why_not` gives."""
+        """With CUDA's graphs. Raises ValueError with the reason that `why_not` gives."""
         if (reason := why_not(transformer)) is not None:
             raise ValueError(f"CUDA graphs: {reason}")
         capture = partial(

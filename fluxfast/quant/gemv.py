@@ -7,7 +7,9 @@ sample's on the others in its batch. A format that it has no code for is decoded
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,4 +107,10 @@ def _obstacle(weight: Tensor | QuantWeight) -> str | None:
 
 def has_native_gemv(format: Format) -> bool:
     """Whether the native module, if there is one, reads weights in a format."""
-    return not dispatch.HAS_NATIVE or format.name in dispatch.native.gemv_formats()
+    return not dispatch.HAS_NATIVE or format.name in _native_formats(dispatch.native)
+
+
+@functools.cache
+def _native_formats(native: Any) -> frozenset[str]:
+    """What a native module multiplies with; asked for each of a model's weights, in each step."""
+    return frozenset(native.gemv_formats())

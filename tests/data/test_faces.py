@@ -1,6 +1,7 @@
 """Crops that keep a face: where they lie, when faces are looked for, and images without one."""
 
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from data_fixtures import photo
 from prepare_cases import NOTHING, config, rendered
 
 from fluxfast.config.face_detector import face_cascade
+from fluxfast.data import faces
 from fluxfast.data.buckets import plan_crop
 from fluxfast.data.faces import largest_face
 from fluxfast.data.images import load_image
@@ -88,8 +90,9 @@ def test_a_broken_image_is_left_out_as_ever(tmp_path, folder, settings, found):
     assert "wide_0.png: unreadable (truncated)" in rendered(prepared.report)
 
 
-@pytest.mark.skipif(face_cascade() is not None, reason="the detector is installed")
-def test_without_a_detector_nothing_is_searched():
+def test_without_a_detector_nothing_is_searched(monkeypatch):
+    monkeypatch.setattr(faces, "face_cascade", lambda: None)
+    monkeypatch.setattr(faces, "_of_thread", threading.local())
     with pytest.raises(ValueError, match=r'needs a face detector: pip install "fluxfast\[faces\]"'):
         largest_face(photo(64, 64))
 
