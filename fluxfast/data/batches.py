@@ -31,6 +31,10 @@ class Batch:
     dataset: the dataset's id.
     is_regularisation_data: train these towards the base model's own prediction.
     timestep_sampling_offset: the dataset's shift of sampled timesteps.
+    references: Kontext's reference images, each bf16 [B, C, h, w] with a size of its own,
+        normalised as the latents are.
+    loss_mask: the weight of each latent pixel's loss, fp32 [B, 1, H/8, W/8] in 0..1; None: all 1.
+    keep_mask: the tokens that no TREAD route may drop, bool [B, H/16 * W/16]; None: any.
     """
 
     latents: torch.Tensor
@@ -42,6 +46,9 @@ class Batch:
     dataset: str
     is_regularisation_data: bool
     timestep_sampling_offset: float
+    references: tuple[torch.Tensor, ...] = ()
+    loss_mask: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
 
 
 def caption_rng(seed: int, step: int) -> random.Random:
