@@ -105,6 +105,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that `path` would be written to."""
+    # the folders nearest to `path` may not be there yet
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return shutil.disk_usage(folder).free
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a crash midway leaves nothing under its name."""
     if path.exists():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fluxfast.checkpoint import checksums
 from fluxfast.checkpoint.reader import DTYPES
-from fluxfast.files import TEMPORARY, atomic_file
+from fluxfast.files import TEMPORARY, atomic_file, free_bytes
 
 # the data begins on a page: a map of the file starts on one too, so that a tensor is aligned in
 # memory as it is in the file
@@ -122,13 +121,6 @@ def require_room(path: Path, size: int) -> None:
             f"{path}: needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left: "
             "make room, or write elsewhere"
         )
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes free on the disk that `path` would be written to."""
-    # the folders nearest to `path` may not be there yet
-    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-    return shutil.disk_usage(folder).free
 
 
 def _write(stream: BinaryIO, begin: int, tensor: Tensor, checked: bool) -> int:

@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError
 
 from fluxfast.data.cache_index import Index, stamp
-from fluxfast.files import replacing, sync_folder
+from fluxfast.files import free_bytes, replacing, sync_folder
 from fluxfast.text import printable, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ def fingerprint(*parts: object) -> str:
     ).hexdigest()
 
 
+class CacheNotWritten(ValueError):
+    """An entry that the disk doesn't take, because it is full for one."""
+
+
 class TensorCache:
     """A folder of cached tensors, for any number of threads and processes at a time."""
 
@@ -77,6 +81,7 @@ class TensorCache:
             ) from error
         self._remove_orphans()
         self._index = Index(self.folder / "index.sqlite")
+        self._writable = True
 
     def close(self) -> None:
         """Close the index. Entries can still be read."""
@@ -105,7 +110,10 @@ class TensorCache:
             return None
 
     def put(self, key: str, fingerprint: str, tensors: Tensors) -> None:
-        """Store an entry, in place of an earlier one. It is on disk when this returns."""
+        """Store an entry, in place of an earlier one. It is on disk when this returns.
+
+        Raises CacheNotWritten if it can't be written; the entries before it stay.
+        """
         self.put_many([(key, fingerprint, tensors)])
 
     def put_many(self, entries: Iterable[tuple[str, str, Tensors]]) -> None:
@@ -113,10 +121,29 @@ class TensorCache:
         rows = []
         for key, fingerprint, tensors in entries:
             blob = self._blob(key, fingerprint)
-            _write_whole(blob, _encode(key, fingerprint, tensors))
+            try:
+                _write_whole(blob, _encode(key, fingerprint, tensors))
+            except OSError as error:
+                raise CacheNotWritten(
+                    f"cache folder {self.folder}: {_shortened(key)} can't be written: "
+                    f"{error.strerror or error} ({free_bytes(blob) / 1e9:.2f} GB left). "
+                    "Make room or give the folder back its permissions, or name a folder on "
+                    "another disk; what was encoded before is kept, and the same command goes on "
+                    "from there"
+                ) from error
             rows.append((blob.name, stamp(blob.stat())))
         sync_folder(self.folder)
         self._index.put_entries(rows)
+
+    def put_if_possible(self, key: str, fingerprint: str, tensors: Tensors) -> None:
+        """`put`, for an entry that can be done without: where it fails, one warning says so."""
+        try:
+            self.put(key, fingerprint, tensors)
+            self._writable = True
+        except ValueError as error:
+            if self._writable:
+                logger.warning("%s. Until then it is computed whenever it is needed", error)
+            self._writable = False
 
     def drop(self, entries: Iterable[tuple[str, str]]) -> None:
         """Delete the entries of these (key, fingerprint) pairs, where they are there."""

@@ -143,7 +143,10 @@ def _check_damage(path: Path, error: Exception) -> None:
     if isinstance(error, sqlite3.OperationalError) and any(
         text in str(error).lower() for text in _OF_THE_SYSTEM
     ):
-        raise ValueError(f"cache index {path}: can't be opened: {error}") from error
+        raise ValueError(
+            f"cache index {path}: can't be used: {error}. Make room or give the folder back its "
+            "permissions; the same command goes on from there"
+        ) from error
 
 
 def _made_anew(path: Path, error: Exception) -> sqlite3.Connection:

@@ -152,7 +152,7 @@ class PreparedDataset:
         except UnreadableImage as error:
             raise NotEncoded(self.id, sample, error) from error
         if self.on_demand.keeps:
-            self.cache.put(sample.key, sample.fingerprint, {"latents": latents})
+            self.cache.put_if_possible(sample.key, sample.fingerprint, {"latents": latents})
         return latents
 
     def forget(self, epoch: int) -> None:

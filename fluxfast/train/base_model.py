@@ -20,8 +20,8 @@ from fluxfast.checkpoint.opening import open_checkpoint, open_single_file
 from fluxfast.checkpoint.quantized import StaleFile
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.checkpoint.transformer import Checkpoint
-from fluxfast.checkpoint.writer import free_bytes
 from fluxfast.config.run import TrainConfig
+from fluxfast.files import free_bytes
 from fluxfast.memory.stream import STREAMED_MODULES
 from fluxfast.model.apply import Choices
 from fluxfast.model.modulation import linear_names

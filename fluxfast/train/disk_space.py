@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fluxfast.checkpoint.writer import free_bytes
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.images import discover
+from fluxfast.files import free_bytes
 from fluxfast.train.choose import largest_batch
 
 # FLUX.1's text encoders: features of a T5 token, and of CLIP's pooled output

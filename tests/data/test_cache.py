@@ -1,5 +1,6 @@
 """What is put into the cache comes out of it, for threads, processes and later starts."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -8,7 +9,8 @@ import threading
 import pytest
 from cache_cases import blob, same, tensors
 
-from fluxfast.data.cache import TensorCache, fingerprint
+from fluxfast.data import cache as cache_module
+from fluxfast.data.cache import CacheNotWritten, TensorCache, fingerprint
 
 
 def test_round_trip_across_instances(cache):
@@ -156,8 +158,46 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cache folder .*file: can't be created"):
         TensorCache(tmp_path / "file")
     (tmp_path / "index.sqlite").mkdir()
-    with pytest.raises(ValueError, match=r"cache index .*index.sqlite: can't be opened"):
+    with pytest.raises(ValueError, match=r"cache index .*index.sqlite: can't be used"):
         TensorCache(tmp_path)
+
+
+def _no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_with_the_folder_and_loses_nothing(cache, monkeypatch):
+    whole = cache_module._write_whole
+
+    def full_after_one(path, data):
+        if list(path.parent.glob("*.safetensors")):
+            _no_room()
+        whole(path, data)
+
+    monkeypatch.setattr(cache_module, "_write_whole", full_after_one)
+    entries = [(key, "f", tensors(number)) for number, key in enumerate("abc")]
+    with pytest.raises(CacheNotWritten) as raised:
+        cache.put_many(entries)
+    for part in (str(cache.folder), '"b"', os.strerror(errno.ENOSPC), "GB left", "Make room"):
+        assert part in str(raised.value)
+    monkeypatch.undo()
+    again = TensorCache(cache.folder)
+    assert again.missing([(key, "f") for key in "abc"]) == [("b", "f"), ("c", "f")]
+    assert same(again.get("a", "f"), tensors(0))
+
+
+def test_what_can_be_done_without_is_told_once_until_there_is_room(cache, monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "_write_whole", _no_room)
+    for key in "abc":
+        cache.put_if_possible(key, "f", tensors())
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(cache.folder) in caplog.text and "computed whenever it is needed" in caplog.text
+    monkeypatch.undo()
+    cache.put_if_possible("a", "f", tensors())
+    assert same(cache.get("a", "f"), tensors())
+    monkeypatch.setattr(cache_module, "_write_whole", _no_room)
+    cache.put_if_possible("b", "f", tensors())
+    assert len(caplog.records) == 2
 
 
 def test_fingerprint():

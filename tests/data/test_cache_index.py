@@ -79,6 +79,6 @@ def test_a_busy_or_full_disk_is_no_damage(tmp_path, filled):
     def full(db):
         raise sqlite3.OperationalError("database or disk is full")
 
-    with pytest.raises(ValueError, match=r"a\.sqlite: can't be opened: database or disk is full"):
+    with pytest.raises(ValueError, match=r"a\.sqlite: can't be used: database or disk is full"):
         index._do(full)
     assert {*index.entries()} == {file for file, _ in ENTRIES}
