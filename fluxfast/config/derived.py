@@ -52,12 +52,12 @@ class DerivedValues(TrainFields):
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
 
     @property
-    def betas(self) -> tuple[float, float]:
-        """The optimiser's decay of the first and second moment."""
+    def betas(self) -> tuple[float, ...]:
+        """The optimiser's decay of the first and second moment, and of any others that it has."""
+        beta1, beta2, *others = self.optimizer_kind.defaults.get("betas", (None, None))
         if self.optimizer_beta1 is not None and self.optimizer_beta2 is not None:
-            return self.optimizer_beta1, self.optimizer_beta2
-        beta1, beta2 = self.optimizer_kind.defaults.get("betas", (None, None))
-        return self._given("adam_beta1", beta1), self._given("adam_beta2", beta2)
+            return self.optimizer_beta1, self.optimizer_beta2, *others
+        return self._given("adam_beta1", beta1), self._given("adam_beta2", beta2), *others
 
     @property
     def epsilon(self) -> float:
@@ -71,10 +71,31 @@ class DerivedValues(TrainFields):
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the optimiser: its own defaults, where the config says nothing."""
-        told = {"betas": self.betas, "eps": self.epsilon, "weight_decay": self.weight_decay}
+        """Keyword arguments of the optimiser: its own defaults, where the config says nothing.
+
+        Those of `optimizer_config` come before all others.
+        """
+        told = {
+            "betas": self.betas,
+            "eps": self.epsilon,
+            "weight_decay": self.weight_decay,
+            # a schedule-free method warms up by itself
+            "warmup_steps": self.lr_warmup_steps,
+            "prodigy_steps": self.prodigy_steps or 0,
+        }
         defaults = self.optimizer_kind.defaults
-        return {name: told.get(name, default) for name, default in defaults.items()}
+        arguments = {name: told.get(name, default) for name, default in defaults.items()}
+        return arguments | (self.optimizer_config or {})
+
+    @property
+    def scheduled_warmup(self) -> int:
+        """Optimiser steps over which the schedule raises the learning rate."""
+        return 0 if self.optimizer_kind.averages else self.lr_warmup_steps
+
+    @property
+    def clipped_to(self) -> float:
+        """The bound that gradients are clipped to; 0 where they are not."""
+        return 0.0 if self.optimizer_kind.clips else self.max_grad_norm
 
     def _given(self, name: str, default: Any) -> Any:
         """The option's value where the config sets it; `default`, if there is one, where not."""

@@ -1,12 +1,25 @@
 """The optimisers: what config, plan and trainer know of each, a record for each.
 
 A new optimiser is a record here; its class may be of any package. Nothing is imported until a run
-builds it.
+builds it. The names and their defaults are SimpleTuner's.
 """
 
+import ast
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
+
+_Defaults = Mapping[str, Any]
+_LION: _Defaults = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+_ADAMW: _Defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+_OPTIMI: _Defaults = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
+_ADEMAMIX: _Defaults = {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "weight_decay": 0.01}
+# how configs write True, False and None
+_WORDS = ("true", "false", "none")
+# the extras that bring an optimiser's module; the modules of the others are always installed
+_EXTRAS = {"schedulefree": "schedulefree", "prodigyplus": "prodigy"}
 
 
 @dataclass(frozen=True)
@@ -23,15 +36,27 @@ class OptimizerKind:
             says otherwise (`TrainConfig.optimizer_arguments`).
         takes_seed: whether the class takes a `seed`, for random rounding.
         has_kernel: whether it runs on a Triton kernel of ours, which a run on a GPU checks first.
+        clips: whether it bounds its updates itself, so that gradients are not clipped before it.
+        averages: whether the weights to keep and to draw with are an average that it holds beside
+            those that it trains (schedule-free methods). It then needs no schedule either.
+        finds_rate: whether it finds the learning rate itself, and multiplies it by the config's,
+            which should be 1 then.
+        on_cpu: keyword arguments of the class on a CPU, where its own choice does not run.
+        cpu_entry_point: the class that computes the same on a CPU, where `entry_point`'s does not.
         is_option: whether a config may name it; the others are planned and benchmarked only.
     """
 
     entry_point: str
     weights: Literal["bf16", "fp32"]
     state_bytes: Callable[[int], float]
-    defaults: Mapping[str, Any]
+    defaults: _Defaults
     takes_seed: bool = False
     has_kernel: bool = False
+    clips: bool = False
+    averages: bool = False
+    finds_rate: bool = False
+    on_cpu: Mapping[str, Any] = field(default_factory=dict)
+    cpu_entry_point: str | None = None
     is_option: bool = True
 
     @property
@@ -39,37 +64,143 @@ class OptimizerKind:
         """Bytes of a weight that it trains."""
         return 2 if self.weights == "bf16" else 4
 
+    @property
+    def missing_extra(self) -> str | None:
+        """The extra of fluxfast that installs its package; None where that is there."""
+        module = self.entry_point.partition(":")[0].partition(".")[0]
+        return None if find_spec(module) else _EXTRAS.get(module, module)
 
-def _two_moments(itemsize: int) -> float:
-    """Two tensors of the parameter's shape and type."""
-    return 2 * itemsize
+
+def _tensors(number: int) -> Callable[[int], float]:
+    """So many tensors of the parameter's shape and type."""
+    return lambda itemsize: number * itemsize
 
 
-def _two_moments_in_8_bits(itemsize: int) -> float:
-    """Two bytes, and for each moment an fp32 scale for every 256 of them."""
-    return 2 + 2 * 4 / 256
+def _in_8_bits(number: int) -> Callable[[int], float]:
+    """So many bytes, and for each of them an fp32 scale for every 256."""
+    return lambda itemsize: number * (1 + 4 / 256)
+
+
+def _of_torch() -> dict[str, OptimizerKind]:
+    kinds: dict[str, tuple[str, int, _Defaults]] = {
+        "adamw": ("AdamW", 2, _ADAMW),
+        "adam": ("Adam", 2, {**_ADAMW, "weight_decay": 0.0}),
+        "sgd": ("SGD", 1, {"momentum": 0.9, "weight_decay": 0.0}),
+        "adafactor": ("Adafactor", 0, {"weight_decay": 0.0}),
+        "adagrad": ("Adagrad", 1, {"eps": 1e-10, "weight_decay": 0.0}),
+        "rmsprop": ("RMSprop", 1, {"eps": 1e-8, "weight_decay": 0.0}),
+    }
+    return {
+        f"torch-{name}": OptimizerKind(
+            f"torch.optim:{cls}", weights="fp32", state_bytes=_tensors(number), defaults=defaults
+        )
+        for name, (cls, number, defaults) in kinds.items()
+    }
+
+
+def _of_optimi() -> dict[str, OptimizerKind]:
+    kinds: dict[str, tuple[str, int, _Defaults]] = {
+        "adamw": ("AdamW", 2, _OPTIMI),
+        "lion": ("Lion", 1, _LION),
+        "stableadamw": ("StableAdamW", 2, _OPTIMI),
+        "adam": ("Adam", 2, {**_OPTIMI, "weight_decay": 0.0}),
+        "radam": ("RAdam", 2, {**_OPTIMI, "weight_decay": 0.0}),
+        "ranger": ("Ranger", 3, {**_OPTIMI, "weight_decay": 0.0}),
+        "adan": ("Adan", 4, {"betas": (0.98, 0.92, 0.99), "eps": 1e-6, "weight_decay": 0.02}),
+        "sgd": ("SGD", 1, {"momentum": 0.9, "weight_decay": 0.0}),
+    }
+    return {
+        f"optimi-{name}": OptimizerKind(
+            f"optimi:{cls}",
+            weights="fp32",
+            state_bytes=_tensors(number),
+            defaults=defaults,
+            clips=name == "stableadamw",
+            # its Triton kernels are chosen wherever Triton is installed
+            on_cpu={"triton": False},
+        )
+        for name, (cls, number, defaults) in kinds.items()
+    }
+
+
+def _of_bitsandbytes() -> dict[str, OptimizerKind]:
+    kinds: dict[str, tuple[str, int, _Defaults]] = {
+        "adamw": ("AdamW", 2, _ADAMW),
+        "lion": ("Lion", 1, _LION),
+        "ademamix": ("AdEMAMix", 3, _ADEMAMIX),
+        "adam": ("Adam", 2, {**_ADAMW, "weight_decay": 0.0}),
+        "adagrad": ("Adagrad", 1, {"eps": 1e-10, "weight_decay": 0.0}),
+    }
+    found = {}
+    for name, (cls, number, defaults) in kinds.items():
+        for bits, state_bytes in (("", _tensors(number)), ("8bit", _in_8_bits(number))):
+            for paged in ("", "Paged") if name != "adagrad" else ("",):
+                option = f"bnb-{name}{bits}{'-paged' if paged else ''}"
+                given = defaults
+                if option == "bnb-adamw8bit":
+                    given = {**defaults, "eps": 1e-6}
+                found[option] = OptimizerKind(
+                    f"bitsandbytes.optim:{paged}{cls}{bits}",
+                    weights="fp32",
+                    state_bytes=state_bytes,
+                    defaults=given,
+                    cpu_entry_point=f"bitsandbytes.optim:{cls}{bits}" if paged else None,
+                )
+    return found
 
 
 OPTIMIZERS = {
     "adamw_bf16": OptimizerKind(
-        "fluxfast.train.optim:AdamWBF16",
+        "fluxfast.train.adamw_bf16:AdamWBF16",
         weights="bf16",
-        state_bytes=_two_moments,
+        state_bytes=_tensors(2),
         defaults={"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01},
         takes_seed=True,
         has_kernel=True,
     ),
-    "torch-adamw": OptimizerKind(
-        "torch.optim:AdamW",
+    **_of_torch(),
+    **_of_optimi(),
+    **_of_bitsandbytes(),
+    "ademamix": OptimizerKind(
+        "pytorch_optimizer:AdEMAMix",
         weights="fp32",
-        state_bytes=_two_moments,
-        defaults={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+        state_bytes=_tensors(3),
+        defaults={**_ADEMAMIX, "weight_decouple": True},
+    ),
+    "soap": OptimizerKind(
+        "pytorch_optimizer:SOAP",
+        weights="fp32",
+        state_bytes=_tensors(2),
+        # a basis of a LoRA's long side would be 192 times its factor of rank 16
+        defaults={
+            "betas": (0.95, 0.95),
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "max_precondition_dim": 128,
+        },
+    ),
+    "adamw_schedulefree": OptimizerKind(
+        "schedulefree:AdamWScheduleFree",
+        weights="fp32",
+        state_bytes=_tensors(2),
+        defaults={**_ADAMW, "warmup_steps": 0},
+        averages=True,
+    ),
+    "prodigy": OptimizerKind(
+        "prodigyplus:ProdigyPlusScheduleFree",
+        weights="fp32",
+        # z, and two sixteenths of the parameter in bf16; the second moment is factored
+        state_bytes=lambda itemsize: itemsize + 4 / 11,
+        defaults={"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "prodigy_steps": 0},
+        clips=True,
+        averages=True,
+        finds_rate=True,
     ),
     "adamw8bit": OptimizerKind(
         "bitsandbytes.optim:AdamW8bit",
         weights="fp32",
-        state_bytes=_two_moments_in_8_bits,
-        defaults={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+        state_bytes=_in_8_bits(2),
+        defaults=_ADAMW,
         is_option=False,
     ),
 }
@@ -78,3 +209,27 @@ OPTIMIZERS = {
 def optimizer_options() -> list[str]:
     """The names that a config may say."""
     return [name for name, kind in OPTIMIZERS.items() if kind.is_option]
+
+
+def read_arguments(text: str) -> dict[str, Any] | None:
+    """The arguments in an `optimizer_config` such as "eps=1e-6,betas=(0.9, 0.99)"; None of "".
+
+    Values are Python's numbers, texts in quotes, tuples, True, False and None; words are texts.
+    ValueError where it is something else.
+    """
+    names = list(re.finditer(r"(?:^|,)\s*([A-Za-z_]\w*)\s*=", text))
+    if not text.strip():
+        return None
+    if not names or text[: names[0].start()].strip():
+        raise ValueError('expects "name=value,name=value", or an object')
+    ends = [*(match.start() for match in names[1:]), len(text)]
+    values = {}
+    for match, end in zip(names, ends, strict=True):
+        value = text[match.end() : end].strip()
+        try:
+            values[match[1]] = ast.literal_eval(value.capitalize() if value in _WORDS else value)
+        except (ValueError, SyntaxError):
+            if not re.fullmatch(r"[\w.+-]+", value):
+                raise ValueError(f"can't read the value of {match[1]}: {value!r}") from None
+            values[match[1]] = value
+    return values

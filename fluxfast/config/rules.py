@@ -48,7 +48,9 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         forced["num_train_epochs"] = 0
     if config.gradient_accumulation_steps == 0:
         force("gradient_accumulation_steps", 1, "no accumulation is one batch a step")
-    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
+    if config.optimizer_kind.averages:
+        force("lr_scheduler", "constant", f"{config.optimizer} needs no schedule beside it")
+    elif config.lr_scheduler == "constant" and config.lr_warmup_steps:
         force("lr_scheduler", "constant_with_warmup", "lr_warmup_steps is set")
     if (
         config.pretrained_vae_model_name_or_path
@@ -73,7 +75,20 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         )
     # a flavour may have forced the shift
     notes.append(_schedule_note(config.model_copy(update=forced)))
-    if config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
+    if config.optimizer_kind.finds_rate:
+        if "learning_rate" not in config.model_fields_set:
+            forced["learning_rate"] = 1.0
+        elif config.learning_rate < 0.1:
+            notes.append(
+                f'"learning_rate" is {config.learning_rate:g}: {config.optimizer} finds the rate '
+                "itself and multiplies it by this; 1 is usual"
+            )
+    if config.optimizer_kind.clips:
+        if "max_grad_norm" in config.model_fields_set:
+            notes.append(
+                f'"max_grad_norm" has no effect: {config.optimizer} bounds its updates itself'
+            )
+    elif config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
         notes.append(
             f"gradients are clipped to a norm of {config.max_grad_norm:g} "
             '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'
@@ -156,6 +171,11 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
         )
     if not config.max_train_steps and not config.num_train_epochs:
         problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
+    if extra := config.optimizer_kind.missing_extra:
+        problems.append(
+            f'"optimizer" {config.optimizer} needs a package that is not installed: '
+            f'pip install "fluxfast[{extra}]"'
+        )
     trains_bf16 = config.optimizer_kind.weights == "bf16"
     if trains_bf16 and config.weight_dtype_name == "fp32":
         problems.append(
@@ -169,10 +189,11 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
         )
     if (config.optimizer_beta1 is None) != (config.optimizer_beta2 is None):
         problems.append('"optimizer_beta1" and "optimizer_beta2" go together: give both or neither')
-    if config.lr_scheduler in ("polynomial", "cosine") and config.lr_end >= config.learning_rate:
+    falls = ("polynomial", "cosine", "cosine_with_restarts", "sine")
+    if config.lr_scheduler in falls and config.lr_end >= config.learning_rate:
         problems.append(
-            f'"lr_scheduler" {config.lr_scheduler} decays from "learning_rate" '
-            f'({config.learning_rate:g}) to "lr_end" ({config.lr_end:g}): learning_rate must '
+            f'"lr_scheduler" {config.lr_scheduler} goes between "learning_rate" '
+            f'({config.learning_rate:g}) and "lr_end" ({config.lr_end:g}): learning_rate must '
             "be larger"
         )
     if config.num_processes > 1:

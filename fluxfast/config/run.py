@@ -24,6 +24,7 @@ from pydantic import (
 
 from fluxfast.config.derived import DerivedValues, read_sizes
 from fluxfast.config.lycoris import read_lycoris
+from fluxfast.config.optimizers import read_arguments
 from fluxfast.config.rules import adjustments, conflicts
 from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
@@ -68,6 +69,11 @@ class TrainConfig(DerivedValues):
             except (ValueError, SyntaxError):
                 raise ValueError(f"expects an object with routes, not {shown(value)}") from None
         return value or None
+
+    @field_validator("optimizer_config", mode="before")
+    @classmethod
+    def _read_optimizer_config(cls, value: Any) -> Any:
+        return read_arguments(value) if isinstance(value, str) else value or None
 
     @field_validator("flow_custom_timesteps", mode="before")
     @classmethod

@@ -6,7 +6,7 @@ unless a field says otherwise.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -25,7 +25,10 @@ LoraTarget = Literal[
     "mmdit", "context", "context+ffs", "all", "all+ffs", "ai-toolkit", "tiny", "nano",
     "all+ffs+embedder", "all+ffs+embedder+controlnet",
 ]  # fmt: skip
-Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "polynomial", "sine", "cosine",
+    "cosine_with_restarts",
+]  # fmt: skip
 
 # switches that several options are only read with
 _VALIDATION = "validation_disable=false"
@@ -212,7 +215,11 @@ class TrainFields(Settings):
     optimizer: Annotated[str, named_in(optimizer_options)] = option(
         "adamw_bf16", on_resume="refused"
     )
-    """Optimiser of the LoRA's weights."""
+    """Optimiser of the LoRA's weights; its state's bytes are in `fluxfast-train plan`."""
+    optimizer_config: dict[str, Any] | None = None
+    """Further arguments of the optimiser's class, as "name=value,name=value" or an object."""
+    prodigy_steps: int | None = option(None, ge=0, only_with="optimizer=prodigy*")
+    """Step after which Prodigy's estimate of the learning rate stays (unset: it never does)."""
     optimizer_beta1: float | None = option(None, ge=0, lt=1, on_resume="elsewhere")
     """First-moment decay; goes before adam_beta1."""
     optimizer_beta2: float | None = option(None, ge=0, lt=1, on_resume="elsewhere")
@@ -230,15 +237,15 @@ class TrainFields(Settings):
     lr_warmup_steps: int = Field(0, ge=0)
     """Optimiser steps until the highest learning rate."""
     lr_num_cycles: int = option(
-        1, ge=1, only_with="lr_scheduler=cosine_with_restarts", on_resume="ignored"
+        1, ge=1, only_with="lr_scheduler=cosine_with_restarts or lr_scheduler=sine"
     )
-    """Cycles of cosine_with_restarts, which is yet to come; 1 until then."""
+    """Waves of cosine_with_restarts or sine over the run."""
     lr_power: float = option(0.8, gt=0, only_with="lr_scheduler=polynomial")
     """Exponent of the polynomial schedule."""
     lr_end: float = option(
         4e-7, ge=0, only_with="lr_scheduler=polynomial or lr_scheduler=cosine* or lr_scheduler=sine"
     )
-    """Learning rate at the end of a polynomial or cosine schedule."""
+    """Lowest learning rate of a polynomial, cosine or sine schedule."""
     max_grad_norm: float = Field(2.0, ge=0)
     """Bound that gradients are clipped to (0: not clipped)."""
     grad_clip_method: Literal["norm", "value"] = "norm"

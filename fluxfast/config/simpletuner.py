@@ -111,7 +111,6 @@ _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
     "text_encoder_2_precision": _QUANTISED,
     "attention_mechanism": _ATTENTION,
     "optimizer": _OPTIMIZERS,
-    "lr_scheduler": ("sine", "cosine_with_restarts"),
     "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
 }
 

@@ -52,6 +52,7 @@ from fluxfast.train.base_model import (
     stored_format,
 )
 from fluxfast.train.build import validation_prompts
+from fluxfast.train.optim import check_arguments
 from fluxfast.train.state import SavedRun
 
 # a pipeline's folders that a run reads beside the transformer; the models among them have weights
@@ -85,6 +86,8 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     problems += _folder_problems(config, data)
     with _collecting(problems):
         validation_prompts(config)
+    with _collecting(problems):
+        check_arguments(config.optimizer, config.optimizer_config or {})
     with _collecting(problems):
         saved = resume.find(config)
     with _collecting(problems):

@@ -219,11 +219,15 @@ def _instead_of(path: Path) -> str:
 def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state dict as (tensors by name, the structure that holds them, as JSON)."""
     tensors: dict[str, Tensor] = {}
+    # bitsandbytes gives all parameters the same table of codes
+    names: dict[Tensor, str] = {}
 
     def walk(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().contiguous()
-            return {"tensor": name}
+            if value not in names:
+                names[value] = name
+                tensors[name] = value.detach().cpu().contiguous()
+            return {"tensor": names[value]}
         if isinstance(value, Mapping):
             # a list of pairs, since JSON's keys are strings and torch numbers parameters
             return {"items": [[key, walk(item, f"{name}.{key}")] for key, item in value.items()]}

@@ -39,8 +39,9 @@ from fluxfast.train.events import (
     read_metrics,
     say,
 )
+from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
-from fluxfast.train.optim import build_lr_scheduler, build_optimizer, clip_gradients, load_moments
+from fluxfast.train.optim import averaged, build_optimizer, clip_gradients, load_moments
 
 
 class NonFiniteLoss(RuntimeError):
@@ -163,10 +164,11 @@ class Trainer:
         return build_lr_scheduler(
             self.optimizer,
             config.lr_scheduler,
-            warmup=config.lr_warmup_steps,
+            warmup=config.scheduled_warmup,
             total=self.steps,
             power=config.lr_power,
             lr_end=config.lr_end,
+            cycles=config.lr_num_cycles,
             done=self.step,
         )
 
@@ -269,7 +271,7 @@ class Trainer:
             batches.append(example.batch)
         self.gradients.hand_over()
         norm = clip_gradients(
-            self.gradients.buffers, self.config.grad_clip_method, self.config.max_grad_norm
+            self.gradients.buffers, self.config.grad_clip_method, self.config.clipped_to
         )
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
@@ -363,14 +365,19 @@ class Trainer:
             global_step=self.step,
             trained_words=self.data.instance_prompts,
         ) | adapter_metadata(config)
-        return self.adapter_kind.save(
-            self.transformer, folder, style=config.lora_format, metadata=metadata
-        )
+        with averaged(self.optimizer):
+            return self.adapter_kind.save(
+                self.transformer, folder, style=config.lora_format, metadata=metadata
+            )
 
     def _validate(self, step: int) -> None:
         if self.parts.validator is None:
             return
-        with strength(self.transformer, self.config.validation_lycoris_strength):
+        config = self.config
+        with (
+            averaged(self.optimizer),
+            strength(self.transformer, config.validation_lycoris_strength),
+        ):
             paths = self.parts.validator.run(step, self.console)
         for path in paths:
             self.console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)

@@ -40,10 +40,6 @@ def off_default(option: KnownOption):
     [
         ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-sdnq"),
-        ("optimizer", "optimi-lion"),
-        ("optimizer", "optimi-stableadamw"),
-        ("optimizer", "bnb-lion8bit-paged"),
-        ("optimizer", "bnb-adamw8bit"),
         ("model_flavour", "kontext"),
         ("model_flavour", "libreflux"),
         ("report_to", "wandb"),
@@ -51,7 +47,7 @@ def off_default(option: KnownOption):
         ("mixed_precision", "fp16"),
         ("flux_lora_target", "controlnet"),
         ("quantize_via", "pipeline"),
-        ("lr_scheduler", "cosine_with_restarts"),
+        ("optimizer", "ao-adamw8bit"),
         ("caption_strategy", "parquet"),
         ("push_to_hub", "true"),
         ("enable_model_cpu_offload", True),
@@ -135,6 +131,11 @@ def test_options_of_a_switch_are_refused_with_it_and_inert_without_it(switch):
         key, value = switched_on(condition)
         if switched_off(key, {}, FIELDS) is None:
             only(refused(**{**values, key: value}), f'"{key}"')
+
+
+def test_an_option_whose_switch_is_on_is_refused_by_itself():
+    problems = refused(optimizer="optimi-lion", optimizer_release_gradients=True)
+    only(problems, '"optimizer_release_gradients"', "not implemented yet")
 
 
 def test_every_switch_and_its_options_are_options():

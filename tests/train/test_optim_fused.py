@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from fluxfast.ops import dispatch
-from fluxfast.train.optim import AdamWBF16
+from fluxfast.train.adamw_bf16 import AdamWBF16
 
 pytestmark = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
 

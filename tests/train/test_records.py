@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils import _pytree as pytree
 
 from fluxfast.checkpoint.reader import CheckpointError
 from fluxfast.cli.plan import plan_report
@@ -37,10 +38,10 @@ def test_a_new_flavour_is_planned_and_opened(monkeypatch, write_config):
 
 
 def test_without_its_record_an_optimiser_is_refused(write_config):
-    with pytest.raises(ConfigError, match="must be 'adamw_bf16' or 'torch-adamw'"):
+    with pytest.raises(ConfigError, match=r"must be 'adamw_bf16', 'torch-adamw', .* or 'prodigy'"):
         load_config(write_config(optimizer="momentum"))
     # planned and benchmarked, but no choice of a config
-    with pytest.raises(ConfigError, match="must be 'adamw_bf16' or 'torch-adamw'"):
+    with pytest.raises(ConfigError, match=r"must be 'adamw_bf16', 'torch-adamw', .* or 'prodigy'"):
         load_config(write_config(optimizer="adamw8bit"))
 
 
@@ -87,19 +88,25 @@ def test_it_needs_no_more_than_it_takes():
 def test_a_record_tells_the_truth(name):
     """Its class is there and takes its defaults, and a step makes so many bytes of state."""
     kind = OPTIMIZERS[name]
-    pytest.importorskip(kind.entry_point.partition(":")[0])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind.weights]
     assert dtype.itemsize == kind.itemsize
-    parameter = torch.nn.Parameter(torch.ones(256 * 64, dtype=dtype))
+    # a factor of a LoRA, as a matrix: some keep a row and a column of it
+    parameter = torch.nn.Parameter(torch.ones(16, 3072, dtype=dtype))
     optimizer = build_optimizer(name, [parameter], lr=1e-3)
     (group,) = optimizer.param_groups
-    assert {key: group[key] for key in kind.defaults} == dict(kind.defaults)
+    # torch-optimi keeps the betas one by one
+    known = {key: value for key, value in kind.defaults.items() if key in group}
+    assert {key: group[key] for key in known} == known
+    assert known.keys() >= kind.defaults.keys() - {"betas", "max_precondition_dim"}
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    # a counter, and bitsandbytes' tables of 256 values that all parameters share
-    beside = ("step", "qmap1", "qmap2")
-    state = [value for key, value in optimizer.state[parameter].items() if key not in beside]
-    assert sum(tensor.nbytes for tensor in state) == kind.state_bytes(kind.itemsize) * (256 * 64)
+    # beside counters, and bitsandbytes' tables of 256 values that all parameters share
+    state = {k: v for k, v in optimizer.state[parameter].items() if not k.startswith("qmap")}
+    held = [t for t in pytree.tree_leaves(state) if torch.is_tensor(t) and t.numel() > 1]
+    counted = kind.state_bytes(kind.itemsize) * parameter.numel()
+    # what belongs to a row or a column is left out: a sixteenth of this thin factor
+    factored = parameter.nbytes / 15 if name in ("torch-adafactor", "prodigy", "soap") else 0
+    assert 0 <= sum(tensor.nbytes for tensor in held) - counted <= factored
 
 
 def test_what_the_options_say_of_their_defaults_is_what_optimisers_have():

@@ -13,7 +13,8 @@ from fluxfast.config.run_fields import TrainFields
 from fluxfast.train import resume, state, trainer
 from fluxfast.train.adapter import ADAPTER_KEYS
 from fluxfast.train.events import read_metrics
-from fluxfast.train.optim import LR_SCHEDULERS, build_lr_scheduler, build_optimizer, load_moments
+from fluxfast.train.lr_schedules import LR_SCHEDULERS, build_lr_scheduler
+from fluxfast.train.optim import build_optimizer, load_moments
 from fluxfast.train.state import SavedRun
 
 FP32 = {"optimizer": "torch-adamw", "mixed_precision": "no", "lora_dropout": 0.0}

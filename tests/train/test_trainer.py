@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from kill_cases import Killed, kill_at, same_files
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,29 +21,6 @@ from fluxfast.train.trainer import NonFiniteLoss, Stopped, Trainer
 
 BF16 = {"optimizer": "adamw_bf16", "mixed_precision": "bf16", "lora_dropout": 0.2}
 FP32 = {"optimizer": "torch-adamw", "mixed_precision": "no", "lora_dropout": 0.0}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL in this process: nothing in a run may catch it and tidy up."""
-
-
-def kill_at(monkeypatch, step, action=None):
-    """Do something (die, by default) at the start of a step, once."""
-    original = Trainer.train_step
-
-    def train_step(self, number):
-        if number == step:
-            monkeypatch.setattr(Trainer, "train_step", original)
-            if action is None:
-                raise Killed
-            action()
-        return original(self, number)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
-def same_files(a, b):
-    return a.read_bytes() == b.read_bytes()
 
 
 TREAD = {

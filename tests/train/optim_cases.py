@@ -1,0 +1,26 @@
+"""Parameters of awkward sizes, and gradients that differ in every step."""
+
+import torch
+from torch.nn import Parameter
+
+BF16 = torch.bfloat16
+# one element, odd sizes, and more than one pass of the CPU
+SHAPES = [(1,), (63,), (5, 7), (1000,), (300, 500)]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    g = generator(1)
+    return [Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in SHAPES]
+
+
+def set_gradients(params: list[Parameter], step: int) -> None:
+    g = generator(100 + step)
+    for p in params:
+        # elements of very different size
+        p.grad = (
+            torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-6, 1, p.shape, generator=g)
+        ).to(p.dtype)
