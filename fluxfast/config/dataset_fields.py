@@ -204,6 +204,8 @@ class ImageDataset(_Entry):
     """Added to the normal under the sigmoid schedule: above 0 means more noise."""
     is_regularisation_data: bool = False
     """Train these images towards the base model's own prediction."""
+    conditioning_data: tuple[str, ...] = ()
+    """Ids of the conditioning datasets that hold a partner for each image."""
 
     @property
     def encodes_on_demand(self) -> bool:
@@ -239,6 +241,11 @@ class ImageDataset(_Entry):
     @classmethod
     def _disabled_is_none(cls, value: CaptionShuffle | None) -> CaptionShuffle | None:
         return value if value is not None and value.enable else None
+
+    @field_validator("conditioning_data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return ([value] if value else []) if isinstance(value, str) else value
 
     @field_validator("crop_aspect_buckets", mode="before")
     @classmethod

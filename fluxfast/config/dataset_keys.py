@@ -25,8 +25,8 @@ NOT_IMPLEMENTED: dict[str, Any] = {
     **dict.fromkeys(
         (
             # other data beside the images
-            "conditioning", "conditioning_config", "conditioning_data", "conditioning_type",
-            "source_dataset_id", "conditioning_image_embeds", "cache_dir_conditioning_image_embeds",
+            "conditioning", "conditioning_config", "conditioning_image_embeds",
+            "cache_dir_conditioning_image_embeds",
             "conditioning_image_embed_batch_size", "image_embeds", "grounding", "grounding_data",
             "bbox_column", "s2v_datasets", "slider_strength",
             "disable_after_epoch_step", "auto_generated",
@@ -91,11 +91,12 @@ ACCEPTED_NO_EFFECT = {
 # kinds of places for an entry's files, beside "local"
 TYPES_NOT_YET = ("aws", "csv", "huggingface", "memory", "webshart")
 DATASET_TYPES_NOT_YET = (
-    "video", "audio", "image_embeds", "conditioning", "conditioning_image_embeds", "eval",
+    "video", "audio", "image_embeds", "conditioning_image_embeds", "eval",
     "caption", "grounding", "distillation_cache",
 )  # fmt: skip
 # values that SimpleTuner knows and a field refuses
 VALUES_NOT_YET = {
+    "conditioning_type": ("controlnet", "depth", "canny"),
     "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
     "metadata_backend": ("parquet", "huggingface", "webshart"),
 }

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fluxfast.config.caption_shuffle import CaptionShuffle
+from fluxfast.config.conditioning import ConditioningDataset, link
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
 from fluxfast.config.dataset_keys import (
     ACCEPTED_NO_EFFECT,
@@ -41,7 +42,15 @@ from fluxfast.text import lines, printable
 
 __all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_data_config"]
 
-_DATASET_TYPES = ("image", "text_embeds")
+_MODELS: dict[str, type[ImageDataset] | type[TextEmbeds]] = {
+    "image": ImageDataset,
+    "conditioning": ConditioningDataset,
+    "text_embeds": TextEmbeds,
+}
+# what a dataset has of the run's for its captions
+_CAPTIONS = (
+    "caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt",
+)  # fmt: skip
 _SHUFFLE_KEYS = [("caption_shuffle", name) for name in CaptionShuffle.model_fields]
 
 
@@ -51,6 +60,17 @@ class DataConfig(Settings):
     images: tuple[ImageDataset, ...]
     text_embeds: TextEmbeds
     notes: tuple[str, ...] = ()
+    linked: dict[str, tuple[ConditioningDataset, ...]] = Field(default_factory=dict)
+
+    def conditions(self, id: str) -> tuple[ConditioningDataset, ...]:
+        """The conditioning datasets of an image dataset, with its sizes."""
+        return self.linked.get(id, ())
+
+    @property
+    def folders(self) -> list[ImageDataset]:
+        """Every dataset that has a folder of images, each once."""
+        conditions = {each.id: each for own in self.linked.values() for each in own}
+        return [*self.images, *conditions.values()]
 
 
 def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConfig:
@@ -73,6 +93,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
     problems: list[str] = []
     notes: list[str] = []
     images: list[ImageDataset] = []
+    conditions: list[ConditioningDataset] = []
     texts: list[TextEmbeds] = []
     seen: set[str] = set()
     for position, entry in enumerate(entries, 1):
@@ -86,7 +107,9 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         if entry.get("id") is not None and str(entry["id"]) in seen:
             problems.append(f"{where}: this id is taken by an entry before it; give each its own")
         seen.add(str(entry.get("id")))
-        if isinstance(parsed, ImageDataset):
+        if isinstance(parsed, ConditioningDataset):
+            conditions.append(parsed)
+        elif isinstance(parsed, ImageDataset):
             if parsed.crop_style == "face" and face_cascade() is None:
                 problems.append(
                     f'{where}: "crop_style" is "face": needs a face detector, which is not '
@@ -97,10 +120,13 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         elif parsed is not None:
             texts.append(parsed)
     text = None
+    linked: dict[str, tuple[ConditioningDataset, ...]] = {}
     # an entry that couldn't be read may be the one that the others lack
     if not problems:
         problems += _whole_problems(images, path)
         text = _default_texts(texts, images, path, problems)
+        linked, found = link(images, conditions, path)
+        problems += found
     if problems or text is None:
         raise ConfigError(problems)
     images = [_with_filters(image, text) for image in images]
@@ -109,7 +135,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
             "every dataset is regularisation data: the LoRA is only held to the base model's "
             "own predictions"
         )
-    return DataConfig(images=tuple(images), text_embeds=text, notes=tuple(notes))
+    return DataConfig(images=tuple(images), text_embeds=text, notes=tuple(notes), linked=linked)
 
 
 def _read_entry(
@@ -138,17 +164,18 @@ def _read_entry(
             return None
     except ValueError as error:
         problems.append(f'{where}: "disabled" {error}')
+    if "conditioning_type" in values and values.get("dataset_type", "image") == "image":
+        values["dataset_type"] = "conditioning"
     kind = values.get("dataset_type", "image")
-    if kind not in _DATASET_TYPES:
-        kinds = (*_DATASET_TYPES, *DATASET_TYPES_NOT_YET)
+    if kind not in _MODELS:
+        kinds = (*_MODELS, *DATASET_TYPES_NOT_YET)
         why = (
             "not implemented yet"
             if kind in kinds
             else f"not a kind of dataset{did_you_mean(str(kind), kinds)}"
         )
         problems.append(
-            f'{where}: "dataset_type" is {shown(kind)}: {why}; fluxfast has '
-            f"{quoted(_DATASET_TYPES)}"
+            f'{where}: "dataset_type" is {shown(kind)}: {why}; fluxfast has {quoted(_MODELS)}'
         )
         return None
     if values.get("type") in TYPES_NOT_YET:
@@ -158,9 +185,7 @@ def _read_entry(
             "'local'"
         )
         return None
-    model: type[ImageDataset] | type[TextEmbeds] = (
-        TextEmbeds if kind == "text_embeds" else ImageDataset
-    )
+    model = _MODELS[kind]
     fields = _with_defaults(values, model, defaults)
     for name in [name for name in fields if name not in model.model_fields]:
         _without_field(name, fields.pop(name), model, where, problems, notes)
@@ -206,6 +231,9 @@ def _with_defaults(
     inherited = {
         name: value for name, value in asdict(defaults).items() if name in model.model_fields
     }
+    if model is ConditioningDataset:
+        # its images need no captions, and the run's are those of its source's images
+        inherited = {name: value for name, value in inherited.items() if name not in _CAPTIONS}
     if model is TextEmbeds:
         inherited["cache_dir"] = defaults.cache_dir / "text"
     else:
@@ -229,8 +257,8 @@ def _without_field(
         )
         if not off and not is_default(value, None) and not is_default(value, NOT_IMPLEMENTED[name]):
             problems.append(f'{where}: "{name}" is {shown(value)}: not implemented yet; remove it')
-    elif name in ImageDataset.model_fields or name in TextEmbeds.model_fields:
-        kinds = quoted(["text_embeds" if model is ImageDataset else "image"])
+    elif any(name in other.model_fields for other in _MODELS.values()):
+        kinds = quoted(kind for kind, other in _MODELS.items() if name in other.model_fields)
         problems.append(
             f'{where}: "{name}" is a key of entries whose "dataset_type" is {kinds}; remove it here'
         )

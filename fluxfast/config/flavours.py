@@ -21,6 +21,7 @@ class Flavour:
         text_tokens: T5 tokens of a caption; no other number is trained.
         in_channels: features of an image token as the transformer takes it, with those of its
             conditioning, if it has any.
+        takes_references: whether it sees images beside the one that it draws, and needs them.
         few_steps: whether it draws in a few large steps, so that it is trained on
             `flux_fast_schedule` unless the user insists on another schedule.
         forced: values that take the place of the config's own, by option: the schedule's shift, for
@@ -39,6 +40,7 @@ class Flavour:
     takes_guidance: bool = True
     text_tokens: int = 512
     in_channels: int = IN_CHANNELS
+    takes_references: bool = False
     few_steps: bool = False
     forced: Mapping[str, Any] = field(default_factory=dict)
     forced_because: str = ""

@@ -324,6 +324,10 @@ class TrainFields(Settings):
     """A caption file is one caption, not one a line."""
     caption_dropout_probability: float = Field(0.1, ge=0, le=1)
     """Probability of replacing a caption by the empty one."""
+    conditioning_multidataset_sampling: Literal["random", "combined"] = "random"
+    """Of an image's references, a batch has those of one dataset, or of all."""
+    masked_loss_probability: float = Field(1.0, ge=0, le=1)
+    """How often a segmentation weighs the loss; a mask always does."""
     t5_padding: Literal["unmodified", "zero"] = "unmodified"
     """Keep or zero T5's outputs at padding."""
     tokenizer_max_length: int = Field(512, ge=1)

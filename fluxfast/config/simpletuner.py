@@ -57,7 +57,6 @@ ACCEPTED_NO_EFFECT = {
         "only read for models with such a part, which FLUX.1 does not have",
     ),
     "compress_disk_cache": "caches are plain safetensors; latents and embeddings hardly compress",
-    "conditioning_multidataset_sampling": "only read with conditioning datasets, which are refused",
     "dataloader_prefetch": "reading ahead changes no result",
     "dataloader_prefetch_qlen": "reading ahead changes no result",
     "debug_aspect_buckets": "it only prints",
@@ -68,7 +67,6 @@ ACCEPTED_NO_EFFECT = {
     "fully_unload_text_encoder":
         "the text encoders are always dropped once their outputs are cached",
     "image_processing_batch_size": "images are read one at a time; it changes no result",
-    "masked_loss_probability": "only read with datasets of masks, which are refused",
     "metadata_update_interval": "the cache's index is up to date after every entry",
     "override_dataset_config":
         "a changed dataset setting recomputes what depends on it, without being asked",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fluxfast.data.captions import pick
+from fluxfast.data.pairs import kept_tokens, loss_weight
 from fluxfast.data.prepared import Prepared, PreparedDataset, Sample, Unavailable
 from fluxfast.data.sampler import Sampler, SampleRef
 from fluxfast.text import printable
@@ -64,6 +65,8 @@ def load_batch(
     refs: Sequence[SampleRef],
     *,
     caption_dropout_probability: float = 0.0,
+    combine_references: bool = False,
+    masked_loss_probability: float = 1.0,
     rng: random.Random,
     on_lost: Callable[[Unavailable, Sample], None] = lambda lost, instead: None,
 ) -> Batch:
@@ -72,22 +75,34 @@ def load_batch(
     What the caches lack is encoded here, if its dataset encodes on demand.
 
     `rng` picks one caption of each sample, and replaces it by "" with the probability
-    `caption_dropout_probability`. Where a cache file was lost or damaged since the start, or an
-    image can't be encoded, another sample of the same bucket takes the place of its sample, and
-    `on_lost` is told of both. Raises Unavailable naming the first such one if no sample of the
-    bucket can be read.
+    `caption_dropout_probability`. Of a dataset's references, a batch has one set, which `rng`
+    picks, and whose captions, if it has any, take the place of the images' own; with
+    `combine_references` it has all of them. A segmentation weighs the loss with
+    `masked_loss_probability`, a mask always.
+
+    Where a cache file was lost or damaged since the start, or an image can't be encoded, another
+    sample of the same bucket takes the place of its sample, and `on_lost` is told of both. Raises
+    Unavailable naming the first such one if no sample of the bucket can be read.
     """
     (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == refs[0].dataset]
     assert all((ref.dataset, ref.epoch) == (dataset.id, refs[0].epoch) for ref in refs)
     samples = dataset.samples_in(refs[0].epoch)
+    sets = range(len(dataset.reference_sets))
+    if len(sets) > 1 and not combine_references:
+        sets = range(first := rng.randrange(len(sets)), first + 1)
     chosen = []
     for ref in refs:
         sample = samples[ref.index]
-        caption = pick(sample.captions, rng)
+        caption = pick(_captions(sample, sets, combine_references), rng)
         chosen.append((sample, "" if rng.random() < caption_dropout_probability else caption))
     read = [
-        _read(prepared, dataset, samples, sample, caption, on_lost) for sample, caption in chosen
+        _read(prepared, dataset, samples, sample, caption, sets, on_lost)
+        for sample, caption in chosen
     ]
+    masks = dataset.masks
+    weighs = masks is not None and (
+        masks.conditioning_type == "mask" or rng.random() < masked_loss_probability
+    )
     embeds = [each.embeds for each in read]
     return Batch(
         latents=torch.stack([each.latents for each in read]),
@@ -99,7 +114,20 @@ def load_batch(
         dataset=dataset.id,
         is_regularisation_data=dataset.is_regularisation_data,
         timestep_sampling_offset=dataset.timestep_sampling_offset,
+        references=tuple(map(torch.stack, zip(*(each.references for each in read), strict=True))),
+        loss_mask=torch.stack([loss_weight(each.mask, masks.conditioning_type) for each in read])
+        if masks is not None and weighs
+        else None,
+        keep_mask=torch.stack([kept_tokens(each.mask) for each in read])
+        if masks is not None
+        else None,
     )
+
+
+def _captions(sample: Sample, sets: Sequence[int], combined: bool) -> tuple[str, ...]:
+    """What a sample may be called beside the references of these sets."""
+    of_references = sample.references[sets[0]].captions if sets and not combined else ()
+    return of_references or sample.captions
 
 
 class _Read(NamedTuple):
@@ -107,6 +135,8 @@ class _Read(NamedTuple):
     caption: str
     latents: torch.Tensor
     embeds: dict[str, torch.Tensor]
+    references: list[torch.Tensor]
+    mask: dict[str, torch.Tensor]
 
 
 def _read(
@@ -115,6 +145,7 @@ def _read(
     samples: Sequence[Sample],
     wanted: Sample,
     caption: str,
+    sets: Sequence[int],
     on_lost: Callable[[Unavailable, Sample], None],
 ) -> _Read:
     """Read a sample with that caption, or else the next of its bucket in `samples` that can be.
@@ -122,14 +153,14 @@ def _read(
     The other sample comes with a caption of its own, but "" stays "".
     """
     try:
-        return _read_one(prepared, dataset, wanted, caption)
+        return _read_one(prepared, dataset, wanted, caption, sets)
     except Unavailable as error:
         lost = error
     bucket = [sample for sample in samples if sample.bucket == wanted.bucket]
     after = bucket.index(wanted) + 1
     for sample in (*bucket[after:], *bucket[: after - 1]):
         try:
-            read = _read_one(prepared, dataset, sample, caption and sample.captions[0])
+            read = _read_one(prepared, dataset, sample, caption and sample.captions[0], sets)
         except Unavailable:
             continue
         on_lost(lost, sample)
@@ -137,10 +168,18 @@ def _read(
     raise lost
 
 
-def _read_one(prepared: Prepared, dataset: PreparedDataset, sample: Sample, caption: str) -> _Read:
+def _read_one(
+    prepared: Prepared,
+    dataset: PreparedDataset,
+    sample: Sample,
+    caption: str,
+    sets: Sequence[int],
+) -> _Read:
     # the caption first: many images may share it, so reading their latents would be in vain
     embeds = prepared.prompts.get(caption)
-    return _Read(sample.file, caption, dataset.latents(sample), embeds)
+    references = [dataset.reference_sets[i].latents(sample.references[i]) for i in sets]
+    mask = dataset.masks.weights(sample) if dataset.masks is not None else {}
+    return _Read(sample.file, caption, dataset.latents(sample), embeds, references, mask)
 
 
 class BatchLoader:
@@ -157,11 +196,11 @@ class BatchLoader:
         sampler: Sampler,
         *,
         step: int = 0,
-        caption_dropout_probability: float = 0.0,
         read_ahead: int = 2,
         then: Callable[[Batch, int], Any] | None = None,
+        **options: Any,
     ) -> None:
-        """`step` is the number of batches that the run has used so far.
+        """`step` is the number of batches that the run has used so far; options: `load_batch`'s.
 
         `then` is called in the thread with each batch and its number, counted from 0 over the run;
         what it returns is handed out in the batch's place. Captions follow the sampler's seed.
@@ -170,7 +209,7 @@ class BatchLoader:
         self.step = step
         self.epoch = sampler.epoch
         self._prepared, self._sampler = prepared, sampler
-        self._dropout = caption_dropout_probability
+        self._options = options
         self._state = sampler.state_dict()
         self._next_read = step
         self._epoch_read = sampler.epoch
@@ -220,7 +259,7 @@ class BatchLoader:
         batch = load_batch(
             self._prepared,
             refs,
-            caption_dropout_probability=self._dropout,
+            **self._options,
             rng=caption_rng(self._sampler.seed, step),
             on_lost=self._tell,
         )

@@ -2,7 +2,8 @@
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,6 +24,7 @@ from fluxfast.data.encoders import (
 )
 from fluxfast.data.images import UnreadableImage, load_image, to_tensor
 from fluxfast.data.model_folders import ModelSource, file_hash, identity, local_folder
+from fluxfast.data.pairs import mask_fingerprint, mask_weights
 from fluxfast.data.prepared import PromptCache
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
 from fluxfast.quant.rules import PRECISIONS, format_of
@@ -33,6 +35,7 @@ _Job = tuple[tuple[str, str], Candidate]
 
 # raise one when the same inputs come to give other values: older entries are then not used
 _TEXT_VERSION, _LATENTS_VERSION = 1, 1
+_MASKS_PER_WRITE = 64
 _NO_NUMBERS = "the VAE gives NaN or infinity for it"
 
 
@@ -262,6 +265,45 @@ class ImageEncoding:
                 skipped.append(Skipped(candidate.file, _NO_NUMBERS))
         cache.put_many(finished)
         return skipped
+
+
+def encode_masks(
+    wanted: Sequence[Candidate],
+    key: Callable[[Candidate], str],
+    cache: TensorCache,
+    *,
+    max_workers: int,
+    progress: Progress,
+    name: str,
+) -> list[Skipped]:
+    """Bring the weights of masks into `cache`; returns those that can't be read.
+
+    key: a mask's name in the cache. name: the dataset's, for the progress bar.
+    """
+    by_entry = {(key(mask), mask_fingerprint(mask)): mask for mask in wanted}
+    missing = cache.missing(by_entry)
+    skipped: list[Skipped] = []
+    if not missing:
+        return skipped
+    bar = progress.add_task(f"reading masks of {escape(name)}", total=len(missing))
+
+    def read(entry: tuple[str, str]) -> dict[str, torch.Tensor] | UnreadableImage:
+        try:
+            return mask_weights(by_entry[entry])
+        except UnreadableImage as error:
+            return error
+
+    with ThreadPoolExecutor(min(max_workers, os.cpu_count() or 1)) as pool:
+        for part in _chunks(missing, _MASKS_PER_WRITE):
+            finished = []
+            for entry, weights in zip(part, pool.map(read, part), strict=True):
+                if isinstance(weights, UnreadableImage):
+                    skipped.append(Skipped(by_entry[entry].file, UNREADABLE, weights.reason))
+                else:
+                    finished.append((*entry, weights))
+            cache.put_many(finished)
+            progress.advance(bar, len(part))
+    return skipped
 
 
 def _seed(made_by: str) -> int:

@@ -7,6 +7,7 @@ trains, for the first image that a batch needs and the cache lacks.
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,9 +15,17 @@ from rich.progress import Progress
 
 from fluxfast.config.datasets import DataConfig
 from fluxfast.data.dataset_report import DataReport
-from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_prompts
-from fluxfast.data.prepared import NewCrops, OnDemand, Prepared, PreparedDataset, Sample
-from fluxfast.data.scan import Candidate, cropped_anew, sizes_of_crops
+from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_masks, encode_prompts
+from fluxfast.data.pairs import Pairing, mask_fingerprint
+from fluxfast.data.prepared import (
+    NewCrops,
+    OnDemand,
+    Prepared,
+    PreparedDataset,
+    PreparedMasks,
+    Sample,
+)
+from fluxfast.data.scan import Candidate, Skipped, cropped_anew, sizes_of_crops
 from fluxfast.data.survey import SurveyedDataset, started, survey
 
 
@@ -54,6 +63,7 @@ def prepare(
         with ImageEncoding(encoders, found.text_cache) as images:
             for work in works:
                 _encode_images(work, images, bars)
+                _encode_partners(work, images, bars)
             found.check()
             datasets = tuple(_prepared(work, images) for work in works)
     notes = [note for work in works for note in work.all_notes]
@@ -79,14 +89,94 @@ def _encode_images(work: SurveyedDataset, images: ImageEncoding, bars: Progress)
     work.leave_out(unreadable)
 
 
+def _encode_partners(work: SurveyedDataset, images: ImageEncoding, bars: Progress) -> None:
+    """Encode the references of a dataset and read its masks.
+
+    An image whose partner can't be is left out with it.
+    """
+    # with a crop of its own in each epoch, an image's partners are read on demand too
+    if work.config.vae_cache_clear_each_epoch:
+        return
+    for pairing in work.pairings:
+        by_image = {image.file: pairing.of(image) for image in work.scan.candidates}
+        partners = list(dict.fromkeys(by_image.values()))
+        options: dict[str, Any] = {
+            "max_workers": work.workers, "progress": bars, "name": pairing.config.id,
+        }  # fmt: skip
+        if pairing.config.is_mask:
+            unreadable = encode_masks(partners, pairing.key, pairing.cache, **options)
+        elif _on_demand(work, pairing):
+            continue
+        else:
+            wanted = [(pairing.key(partner), partner) for partner in partners]
+            _, unreadable = images.encode(
+                wanted, pairing.cache, batch_size=pairing.config.vae_batch_size, **options
+            )
+        why = {each.file: each for each in unreadable}
+        work.leave_out(
+            Skipped(image, f"its {pairing.config.conditioning_type}: {why[file].reason}", file)
+            for image, partner in by_image.items()
+            if (file := partner.file) in why
+        )
+
+
+def _on_demand(work: SurveyedDataset, pairing: Pairing) -> bool:
+    """Whether the references of a dataset's images are encoded while the run trains."""
+    return pairing.config.encodes_on_demand or work.config.vae_cache_clear_each_epoch
+
+
 def _sample(work: SurveyedDataset, candidate: Candidate, images: ImageEncoding) -> Sample:
+    references, mask = [], None
+    for pairing in work.pairings:
+        partner = pairing.of(candidate)
+        if pairing.config.is_mask:
+            anew = work.config.vae_cache_clear_each_epoch
+            mask = _part(pairing.key(partner), partner, mask_fingerprint(partner), anew)
+        else:
+            made_by = images.fingerprint(partner)
+            anew = _on_demand(work, pairing)
+            references.append(_part(pairing.key(partner), partner, made_by, anew))
+    image = _part(
+        work.key(candidate),
+        candidate,
+        images.fingerprint(candidate),
+        work.config.encodes_on_demand,
+    )
+    return replace(image, references=tuple(references), mask=mask)
+
+
+def _part(key: str, candidate: Candidate, made_by: str, on_demand: bool) -> Sample:
+    """One image of a sample, with what to read where it is read on demand."""
     return Sample(
         file=candidate.file,
         captions=candidate.captions,
         target=candidate.crop_plan.target,
-        key=work.key(candidate),
-        fingerprint=images.fingerprint(candidate),
-        image=candidate if work.config.encodes_on_demand else None,
+        key=key,
+        fingerprint=made_by,
+        image=candidate if on_demand else None,
+    )
+
+
+def _masks(work: SurveyedDataset) -> PreparedMasks | None:
+    for pairing in work.pairings:
+        if pairing.config.is_mask:
+            kind = pairing.config.conditioning_type
+            return PreparedMasks(pairing.config.id, kind, pairing.cache)
+    return None
+
+
+def _reference_sets(work: SurveyedDataset, images: ImageEncoding) -> tuple[PreparedDataset, ...]:
+    return tuple(
+        PreparedDataset(
+            id=pairing.config.id,
+            samples=(),
+            cache=pairing.cache,
+            on_demand=OnDemand(images.encode_one, keeps=not pairing.config.vae_cache_disable)
+            if _on_demand(work, pairing)
+            else None,
+        )
+        for pairing in work.pairings
+        if not pairing.config.is_mask
     )
 
 
@@ -115,6 +205,8 @@ def _prepared(work: SurveyedDataset, images: ImageEncoding) -> PreparedDataset:
     return PreparedDataset(
         id=config.id,
         samples=samples,
+        reference_sets=_reference_sets(work, images),
+        masks=_masks(work),
         on_demand=on_demand,
         new_crops=new_crops,
         cache=work.cache,

@@ -8,6 +8,7 @@ import torch
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.dataset_report import DataReport
 from fluxfast.data.images import UnreadableImage
+from fluxfast.data.pairs import mask_weights
 from fluxfast.data.scan import Candidate
 from fluxfast.text import printable
 
@@ -58,7 +59,8 @@ class Sample:
 
     `file` is its path below the dataset's folder, `target` its training size (width, height). `key`
     and `fingerprint` are its latents' in the cache. `image` is what to encode where a dataset
-    encodes on demand.
+    encodes on demand. `references` belong to it, one of each of its dataset's `reference_sets`, and
+    so does `mask`, whose entry in the cache holds its weights.
     """
 
     file: str
@@ -67,11 +69,13 @@ class Sample:
     key: str
     fingerprint: str
     image: Candidate | None = field(default=None, compare=False, repr=False)
+    references: tuple["Sample", ...] = ()
+    mask: "Sample | None" = None
 
     @property
     def bucket(self) -> str:
-        """The name of its size; samples of one bucket can share a batch."""
-        return f"{self.target[0]}x{self.target[1]}"
+        """The name of its size, and of its references'; samples of one bucket can share a batch."""
+        return "+".join("{}x{}".format(*each.target) for each in (self, *self.references))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class PreparedDataset:
     is_regularisation_data: bool = False
     on_demand: OnDemand | None = None
     new_crops: NewCrops | None = None
+    reference_sets: tuple["PreparedDataset", ...] = ()
+    masks: "PreparedMasks | None" = None
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
@@ -157,8 +163,53 @@ class PreparedDataset:
 
     def forget(self, epoch: int) -> None:
         """Delete the latents of an epoch that is over, where the next one has crops of its own."""
-        if self.new_crops is not None:
-            self.cache.drop((sample.key, sample.fingerprint) for sample in self.samples_in(epoch))
+        if self.new_crops is None:
+            return
+        over, kept = self._entries(epoch), self._entries(epoch + 1)
+        for cache, entries in over.items():
+            # an image, or a reference with a crop of its own, may stay as it is
+            cache.drop(entries - kept[cache])
+
+    def _entries(self, epoch: int) -> dict[TensorCache, set[tuple[str, str]]]:
+        """What is cached of an epoch's samples: (key, fingerprint) by the cache that has it."""
+        caches = [self.cache, *(dataset.cache for dataset in self.reference_sets)]
+        if self.masks is not None:
+            caches.append(self.masks.cache)
+        found: dict[TensorCache, set[tuple[str, str]]] = {cache: set() for cache in caches}
+        for sample in self.samples_in(epoch):
+            parts = [sample, *sample.references, *([sample.mask] if sample.mask else [])]
+            for cache, part in zip(caches, parts, strict=True):
+                found[cache].add((part.key, part.fingerprint))
+        return found
+
+
+@dataclass(frozen=True)
+class PreparedMasks:
+    """The masks of a dataset's images: "mask" or "segmentation", as its type says."""
+
+    id: str
+    conditioning_type: str
+    cache: TensorCache
+
+    def weights(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """What a sample's mask says (`pairs.mask_weights`).
+
+        Raises LostEntry if its cache file was lost or damaged since the start, and NotEncoded if
+        its image is cropped anew and can't be read.
+        """
+        mask = sample.mask
+        assert mask is not None
+        weights = self.cache.get(mask.key, mask.fingerprint)
+        if weights is not None:
+            return weights
+        if mask.image is None:
+            raise LostEntry(self.cache, f"the mask {printable(mask.file)} (dataset {self.id!r})")
+        try:
+            weights = mask_weights(mask.image)
+        except UnreadableImage as error:
+            raise NotEncoded(self.id, mask, error) from error
+        self.cache.put_if_possible(mask.key, mask.fingerprint, weights)
+        return weights
 
 
 @dataclass(frozen=True)

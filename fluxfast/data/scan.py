@@ -238,6 +238,8 @@ def _captions_of(
     dataset: ImageDataset, seed: int, *, on_kept: Callable[[str], None]
 ) -> Callable[[Path], list[str]]:
     """The function that gives the captions of an image of a dataset."""
+    if dataset.caption_strategy is None:
+        return lambda path: []
     filters, shuffle = dataset.caption_filter_list, dataset.caption_shuffle
     return functools.partial(
         captions,

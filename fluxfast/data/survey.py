@@ -30,6 +30,7 @@ from fluxfast.data.dataset_report import (
     nothing_usable,
     too_few,
 )
+from fluxfast.data.pairs import Pairing, pair
 from fluxfast.data.scan import Candidate, Scan, Skipped, scan
 
 
@@ -50,6 +51,7 @@ class SurveyedDataset:
     skip: tuple[Path, ...] = ()
     crop_seed: int = 0
     rounding: int = 2
+    pairings: list[Pairing] = field(default_factory=list)
     encoded: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -59,14 +61,19 @@ class SurveyedDataset:
 
     @property
     def captions(self) -> Iterator[str]:
-        """All captions of all images."""
-        return chain.from_iterable(candidate.captions for candidate in self.scan.candidates)
+        """All captions of all images, and of the references that come with them."""
+        partners = (p for pairing in self.pairings for p in pairing.partners.values())
+        return chain.from_iterable(
+            candidate.captions for candidate in chain(self.scan.candidates, partners)
+        )
 
     @property
     def all_notes(self) -> Iterator[str]:
         """Lines for the user, once everything is looked at."""
         yield from self.notes
         yield from (f"{self.config.id}: {note}" for note in self.scan.notes)
+        for pairing in self.pairings:
+            yield from pairing.notes()
         if self.config.encodes_on_demand:
             kept = "and not kept" if self.config.vae_cache_disable else "and cached then"
             yield f"{self.config.id}: images are encoded when batches need them, {kept}"
@@ -115,6 +122,7 @@ class Survey:
             problem = self._problem(work)
             if problem:
                 problems.append(problem)
+            problems += chain.from_iterable(pairing.problems for pairing in work.pairings)
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -176,37 +184,49 @@ def survey(
     would crop, and so encode, all images anew. Raises ValueError naming each folder that can't be
     looked into. Whether there are enough images is looked at by `Survey.check`.
     """
-    text_cache, image_caches = _open_caches(data)
-    skip = (text_cache.folder, *(cache.folder for cache in image_caches), *skip_folders)
+    caches = _open_caches(data)
+    text_cache = caches[data.text_embeds.cache_dir.resolve()]
+    skip = (*(cache.folder for cache in caches.values()), *skip_folders)
     datasets, problems = [], []
-    for dataset, cache in zip(data.images, image_caches, strict=True):
+
+    def scanned(dataset: ImageDataset) -> Scan | None:
         bar = bars.add_task(f"scanning {escape(dataset.id)}", total=None)
-        workers = dataset.max_workers or max_workers
         try:
-            found = scan(
+            return scan(
                 dataset,
-                cache,
+                caches[dataset.cache_dir_vae.resolve()],
                 skip=skip,
                 crop_seed=crop_seed,
                 rounding=aspect_bucket_rounding,
-                max_workers=workers,
+                max_workers=dataset.max_workers or max_workers,
                 on_file=functools.partial(_show, bars, bar),
             )
         except ValueError as error:
             problems.append(str(error))
+            return None
+
+    for dataset in data.images:
+        found = scanned(dataset)
+        conditions = [(each, scanned(each.as_scanned)) for each in data.conditions(dataset.id)]
+        if found is None:
             continue
         batch_size = dataset.train_batch_size or train_batch_size
         datasets.append(
             SurveyedDataset(
                 dataset,
-                cache,
+                caches[dataset.cache_dir_vae.resolve()],
                 found,
                 batch_size,
                 dataset.repeats,
-                workers,
+                dataset.max_workers or max_workers,
                 skip,
                 crop_seed,
                 aspect_bucket_rounding,
+                [
+                    pair(dataset.id, found, each, caches[each.cache_dir_vae.resolve()], own)
+                    for each, own in conditions
+                    if own is not None
+                ],
             )
         )
     if problems:
@@ -242,18 +262,13 @@ def started(progress: Progress | None) -> Iterator[Progress]:
         yield own
 
 
-def _open_caches(data: DataConfig) -> tuple[TensorCache, list[TensorCache]]:
-    """The texts' cache and each dataset's, one object a folder however often it is named."""
+def _open_caches(data: DataConfig) -> dict[Path, TensorCache]:
+    """The texts' cache and each dataset's by its folder, however often that is named."""
     opened: dict[Path, TensorCache] = {}
-    folders = [
-        Path(data.text_embeds.cache_dir),
-        *(Path(dataset.cache_dir_vae) for dataset in data.images),
-    ]
-    for folder in folders:
+    for folder in (data.text_embeds.cache_dir, *(each.cache_dir_vae for each in data.folders)):
         if folder.resolve() not in opened:
             opened[folder.resolve()] = TensorCache(folder)
-    caches = [opened[folder.resolve()] for folder in folders]
-    return caches[0], caches[1:]
+    return opened
 
 
 def _show(bars: Progress, bar: TaskID, done: int, total: int) -> None:

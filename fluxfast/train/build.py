@@ -50,12 +50,12 @@ VAE_DTYPES = {
 
 @dataclass
 class RunData:
-    """The prepared datasets, and the position in them."""
+    """The prepared datasets, the position in them, and the options of `load_batch`."""
 
     config: DataConfig
     prepared: Prepared
     sampler: Sampler
-    caption_dropout_probability: float
+    batch_options: Mapping[str, Any]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -94,7 +94,7 @@ class RunData:
             self.prepared,
             self.sampler,
             step=batch,
-            caption_dropout_probability=self.caption_dropout_probability,
+            **self.batch_options,
             then=then,
         )
 
@@ -141,7 +141,16 @@ def load_data(config: TrainConfig, seed: int, device: torch.device, console: Con
         sampling=config.data_backend_sampling,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    return RunData(data, prepared, sampler, config.caption_dropout_probability)
+    return RunData(
+        data,
+        prepared,
+        sampler,
+        {
+            "caption_dropout_probability": config.caption_dropout_probability,
+            "combine_references": config.conditioning_multidataset_sampling == "combined",
+            "masked_loss_probability": config.masked_loss_probability,
+        },
+    )
 
 
 def validation_prompts(config: TrainConfig) -> dict[str, str]:

@@ -206,7 +206,9 @@ class TrainingBar:
 
     def show(self, step: int, line: dict[str, Any]) -> None:
         numbers = (
-            f"loss {line['loss']:.4f} · lr {line['learning_rate']:.2e} · "
+            f"loss {line['loss']:.4f}"
+            + (" (regularisation)" if "regularisation_loss" in line else "")
+            + f" · lr {line['learning_rate']:.2e} · "
             f"{line['steps_per_second']:.2f} steps/s"
             + ("" if line["memory_gib"] is None else f" · {line['memory_gib']:.1f} GiB")
         )
@@ -224,7 +226,10 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
+    held = [m for m in metrics if _is_finite(m.get("regularisation_loss"))]
+    # where there is nothing else, a step's loss is that of its regularisation data
+    trained = [m for m in metrics if "regularisation_loss" not in m] or metrics
+    steps, losses = [m["step"] for m in trained], [m["loss"] for m in trained]
     window = max(1, len(losses) // 25)
     smooth = [
         sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))
@@ -234,13 +239,20 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
     )
     top.plot(steps, losses, ".", color="0.75", markersize=4, label="each step")
     top.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"mean of the last {window} steps")
+    if held and trained is not metrics:
+        top.plot(
+            [m["step"] for m in held], [m["regularisation_loss"] for m in held],
+            ".", color="tab:green", markersize=4, label="regularisation",
+        )  # fmt: skip
     top.set_ylabel("loss")
     top.set_ylim(0, sorted(losses)[int(0.98 * (len(losses) - 1))] * 1.25 or 1)
     top.legend()
     top.grid(alpha=0.3)
     rates = [m.get("learning_rate") for m in metrics]
     bottom.plot(
-        steps, [rate if _is_finite(rate) else math.nan for rate in rates], color="tab:orange"
+        [m["step"] for m in metrics],
+        [rate if _is_finite(rate) else math.nan for rate in rates],
+        color="tab:orange",
     )
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")

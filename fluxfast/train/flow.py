@@ -173,11 +173,15 @@ def loss(
     huber_c: float = 0.1,
     huber_schedule: HuberSchedule = "snr",
     sigmas: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Each sample's loss, fp32 [B]; the training loss is its mean.
 
-    pred, target [B, ...]. With d = pred - target and c = `huber_threshold`: l2 is d², huber
-    2c·(√(d² + c²) - c), smooth_l1 2·(√(d² + c²) - c); the last two need `sigmas` [B].
+    pred, target [B, ...]; weight: what each element's loss is multiplied with, in a shape that
+    broadcasts to theirs. The mean is over all elements, whatever they weigh.
+
+    With d = pred - target and c = `huber_threshold`: l2 is d², huber 2c·(√(d² + c²) - c), smooth_l1
+    2·(√(d² + c²) - c); the last two need `sigmas` [B].
     """
     error = (pred.float() - target.float()).square()
     if kind in ("huber", "smooth_l1"):
@@ -188,6 +192,8 @@ def loss(
         error = error * c if kind == "huber" else error
     elif kind != "l2":
         raise ValueError(f"unknown loss_type {kind!r}: choose l2, huber or smooth_l1")
+    if weight is not None:
+        error = error * weight
     return error.flatten(1).mean(1)
 
 
@@ -218,6 +224,16 @@ def pack_latents(latents: Tensor) -> Tensor:
         raise ValueError(f"latent sides must be even (pixels a multiple of 16), got {h} x {w}")
     patches = latents.reshape(b, c, h // 2, 2, w // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def pack_mask(mask: Tensor, channels: int) -> Tensor:
+    """A weight for each latent pixel [B, 1, H, W] as one for each number of `pack_latents`.
+
+    channels: of the latents. Returns [B, H/2 · W/2, 4 · channels], or a view of that shape.
+    """
+    b, _, h, w = mask.shape
+    patches = pack_latents(mask)
+    return patches[:, :, None].expand(-1, -1, channels, -1).reshape(b, h * w // 4, 4 * channels)
 
 
 def image_ids(

@@ -38,6 +38,7 @@ class Example:
             takes none.
         prompt_embeds, pooled: the text encoders' outputs [B, L, T5 width] and [B, CLIP width].
         size: (height, width) of the latents.
+        weight: what the loss of each element of `target` is multiplied with; None: nothing.
     """
 
     batch: Batch
@@ -50,6 +51,7 @@ class Example:
     prompt_embeds: Tensor
     pooled: Tensor
     size: tuple[int, int]
+    weight: Tensor | None = None
 
 
 class Objective:
@@ -113,6 +115,9 @@ class Objective:
             prompt_embeds=ready(batch.prompt_embeds.to(dtype)),
             pooled=ready(batch.pooled_prompt_embeds.to(dtype)),
             size=(x0.shape[-2], x0.shape[-1]),
+            weight=None
+            if batch.loss_mask is None
+            else ready(flow.pack_mask(batch.loss_mask, x0.shape[1])),
         )
 
     def modulation_conditions(self, example: Example) -> Conditions:
@@ -132,6 +137,7 @@ class Objective:
         torch.manual_seed(step_seed(*place, "dropout"))
         if self.transformer.router is not None:
             self.transformer.router.generator.manual_seed(step_seed(*place, "tread"))
+            inputs["force_keep_mask"] = example.batch.keep_mask
         prediction = self.transformer(**inputs, return_dict=False)[0]
         return flow.loss(
             prediction.float(),
@@ -140,6 +146,7 @@ class Objective:
             huber_c=config.huber_c,
             huber_schedule=config.huber_schedule,
             sigmas=send(example.sigmas, self.device),
+            weight=None if example.weight is None else send(example.weight, self.device),
         ).mean()
 
     def _sigmas(self, batch: Batch, number: int, g: torch.Generator) -> Tensor:
@@ -168,11 +175,11 @@ class Objective:
             shift=shift,
         )
 
-    def _model_inputs(self, example: Example) -> dict[str, Tensor]:
+    def _model_inputs(self, example: Example) -> dict[str, Tensor | None]:
         # conditions stay where modulation is computed: on the host, if that is done ahead
         near = self.device if self.transformer.modulation is None else torch.device("cpu")
         img_ids, txt_ids = self._position_ids(*example.size, example.prompt_embeds.shape[1])
-        inputs = {
+        inputs: dict[str, Tensor | None] = {
             "hidden_states": send(example.hidden_states, self.device),
             "timestep": send(example.sigmas, near),
             "encoder_hidden_states": send(example.prompt_embeds, self.device),
@@ -192,7 +199,7 @@ class Objective:
         return self._ids[key]
 
     @torch.no_grad()
-    def _base_prediction(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _base_prediction(self, inputs: dict[str, Tensor | None]) -> Tensor:
         """What the model without the adapters predicts: the target of regularisation data."""
         with without_adapters(self.transformer):
             return self.transformer(**inputs, return_dict=False)[0].float()

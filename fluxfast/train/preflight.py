@@ -23,7 +23,7 @@ from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
 from fluxfast.config.run import TrainConfig
-from fluxfast.config.settings import ConfigError
+from fluxfast.config.settings import ConfigError, quoted
 from fluxfast.data.model_folders import local_folder
 from fluxfast.memory import gpus
 from fluxfast.memory.choices import refusals, wishes_of
@@ -84,6 +84,8 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     with _collecting(problems):
         data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
     problems += _folder_problems(config, data)
+    if data is not None:
+        problems += _reference_problems(config, data)
     with _collecting(problems):
         validation_prompts(config)
     with _collecting(problems):
@@ -139,7 +141,7 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
             config.group_offload_to_disk_path
         ).expanduser()
     problems = []
-    for dataset in data.images if data else ():
+    for dataset in data.folders if data else ():
         written[f'dataset "{dataset.id}": "cache_dir_vae"'] = dataset.cache_dir_vae
         if not dataset.instance_data_dir.is_dir():
             problems.append(
@@ -160,6 +162,31 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
             name == '"output_dir"' or place != path.absolute()
         ):
             problems.append(f"{name} {path}: nothing can be written to {place}")
+    return problems
+
+
+def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
+    """References without a flavour that sees them, and the other way round."""
+    where, with_references = config.data_backend_config, set()
+    problems = []
+    for image in data.images:
+        for condition in data.conditions(image.id):
+            if condition.is_mask:
+                continue
+            with_references.add(image.id)
+            if not config.flavour.takes_references:
+                problems.append(
+                    f'{where}: dataset "{condition.id}" holds references '
+                    f'("conditioning_type" {condition.conditioning_type}), which '
+                    f'"model_flavour" {config.model_flavour} does not see: remove it'
+                )
+    lacking = [image.id for image in data.images if image.id not in with_references]
+    if config.flavour.takes_references and lacking:
+        problems.append(
+            f"{where}: {quoted(lacking)} without references, which "
+            f'"model_flavour" {config.model_flavour} is trained with: add a dataset whose '
+            '"conditioning_type" is reference_strict or reference_loose'
+        )
     return problems
 
 

@@ -65,7 +65,8 @@ class Stopped(Exception):
 class StepResult:
     """What a step leaves to report.
 
-    numbers: its loss and the gradients' norm, which are on their way from the device.
+    numbers: its loss, the gradients' norm and the mean loss of its batches of regularisation data,
+    which are on their way from the device.
     """
 
     step: int
@@ -201,7 +202,7 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         return resume.settings(
-            self.given, self.data.config.images, seed=self.seed, steps=self.steps
+            self.given, self.data.config.folders, seed=self.seed, steps=self.steps
         )
 
     def close(self) -> None:
@@ -260,6 +261,8 @@ class Trainer:
         assert self.batches is not None
         accumulation = self.config.gradient_accumulation_steps
         total, batches = torch.zeros((), device=self.device), []
+        # of the micro-batches that hold the adapter to the base's own predictions
+        held, held_batches = torch.zeros((), device=self.device), 0
         for micro in range(accumulation):
             example = next(self.batches)
             epoch = self.batches.epoch
@@ -269,6 +272,8 @@ class Trainer:
             self.gradients.take()
             total += loss.detach() / accumulation
             batches.append(example.batch)
+            if example.batch.is_regularisation_data:
+                held, held_batches = held + loss.detach(), held_batches + 1
         self.gradients.hand_over()
         norm = clip_gradients(
             self.gradients.buffers, self.config.grad_clip_method, self.config.clipped_to
@@ -277,7 +282,9 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(step, epoch, Readback(total, norm), learning_rate, batches)
+        return StepResult(
+            step, epoch, Readback(total, norm, held / max(1, held_batches)), learning_rate, batches
+        )
 
     def _look_ahead(self, step: int) -> None:
         """Have a thread compute the modulation of the next micro-batch while the device works.
@@ -301,7 +308,7 @@ class Trainer:
         """
         if result is None:
             return
-        loss, norm = result.numbers.read()
+        loss, norm, held = result.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
             files = ", ".join(
                 f"{file} ({batch.dataset})" for batch in result.batches for file in batch.files
@@ -323,6 +330,8 @@ class Trainer:
             "memory_gib": None if memory is None else round(memory, 3),
             "dataset": result.batches[-1].dataset,
         }
+        if any(batch.is_regularisation_data for batch in result.batches):
+            line["regularisation_loss"] = held
         self.metrics.write(line)
         self.bar.show(result.step, line)
         if (config := self.config).report_to != "none":

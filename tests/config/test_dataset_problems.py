@@ -24,14 +24,19 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ({"type": "aws"}, ['"type"', '"aws"', "not implemented yet", "'local'"]),
         ({"type": "huggingface"}, ['"type"', "not implemented yet"]),
         (
-            {"dataset_type": "conditioning"},
-            ['"dataset_type"', '"conditioning"', "not implemented yet"],
+            {"dataset_type": "eval"},
+            ['"dataset_type"', '"eval"', "not implemented yet"],
         ),
         ({"dataset_type": "eval"}, ['"dataset_type"', "not implemented yet"]),
         ({"dataset_type": "video"}, ['"dataset_type"', "not implemented yet"]),
         ({"caption_strategy": "parquet"}, ['"caption_strategy"', "not implemented yet"]),
         ({"metadata_backend": "parquet"}, ['"metadata_backend"', "not implemented yet"]),
-        ({"conditioning_data": "masks"}, ['"conditioning_data" is "masks"', "not implemented yet"]),
+        (
+            {"conditioning_data": "masks"},
+            ['"conditioning_data" names "masks"', "there is no dataset with this id"],
+        ),
+        ({"conditioning_type": "controlnet"}, ['"conditioning_type"', "not implemented yet"]),
+        ({"dataset_type": "conditioning"}, ['"conditioning_type" is required']),
         ({"caption_shuffle": 3}, ['"caption_shuffle" is 3']),
         (
             {"caption_shuffle": {"enable": True, "count": 0}},

@@ -15,7 +15,7 @@ import pytest
 import torch
 from cache_cases import blob, same, tensors
 
-from fluxfast.data.cache import TensorCache
+from fluxfast.data.cache import CacheNotWritten, TensorCache
 from fluxfast.data.cache_index import stamp
 
 
@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_nothing(cache, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CacheNotWritten, match="No space left"):
         cache.put("a", "f", tensors())
     assert [path.name for path in cache.folder.iterdir()] == ["index.sqlite"]
 

@@ -39,11 +39,11 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def write_config(workspace, tmp_path):
-    """Write a config with some keys changed; returns its path. Datasets: keys of the image entry to
-    change.
+    """Write a config with some keys changed; returns its path. dataset: keys of the image entry to
+    change; others: further entries of the dataloader's config.
     """
 
-    def write(dataset=None, name="output", **changes):
+    def write(dataset=None, name="output", others=(), **changes):
         images = {
             "id": "photos",
             "type": "local",
@@ -64,7 +64,7 @@ def write_config(workspace, tmp_path):
             "default": True,
             "cache_dir": str(workspace / "cache" / "text"),
         }
-        (tmp_path / "data.json").write_text(json.dumps([images, texts]))
+        (tmp_path / "data.json").write_text(json.dumps([images, *others, texts]))
         config = {
             "model_type": "lora",
             "model_family": "flux",

@@ -2,6 +2,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +48,25 @@ def test_loss_plot_is_drawn(tmp_path):
     with Image.open(tmp_path / "loss.png") as image:
         assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 10
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_regularisation_has_a_line_of_its_own_in_the_plot(tmp_path):
+    lines = [{"step": i, "loss": 1 / i, "learning_rate": 1e-4} for i in range(1, 60)]
+    plot_loss(lines, tmp_path / "without.png")
+    for line in lines[::3]:
+        line["regularisation_loss"] = line["loss"] = 0.01
+    for name, drawn in (("with.png", lines), ("alone.png", lines[::3])):
+        plot_loss(drawn, tmp_path / name)
+
+    def green(name):
+        with Image.open(tmp_path / name) as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+        red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+        return int(((green - red > 60) & (green - blue > 60)).sum())
+
+    # matplotlib's green, which nothing else is drawn in
+    assert green("without.png") == 0 < green("with.png")
+    assert green("alone.png") == 0
 
 
 GOOD = [

@@ -168,15 +168,17 @@ def test_huber_threshold_equals_the_ddpm_formulas(schedule):
     torch.testing.assert_close(flow.huber_threshold(sigmas, h, schedule), expected)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["l2", "huber", "smooth_l1"])
-def test_loss_and_gradient(kind):
+def test_loss_and_gradient(kind, weighted):
     generator = _generator(3)
     pred = torch.randn(3, 4, 7, 9, generator=generator)
     # small and large errors, so that both ends of the pseudo-Huber curve are seen
     answer = pred + torch.randn(3, 4, 7, 9, generator=generator) * torch.logspace(-4, 1, 9)
     sigmas = torch.tensor([0.05, 0.5, 0.95])
     pred.requires_grad_()
-    value = flow.loss(pred, answer, kind, sigmas=sigmas)
+    weight = torch.rand(3, 1, 7, 9, generator=generator) if weighted else None
+    value = flow.loss(pred, answer, kind, sigmas=sigmas, weight=weight)
     value.mean().backward()
 
     exact = pred.detach().double().requires_grad_()
@@ -187,6 +189,8 @@ def test_loss_and_gradient(kind):
         "huber": 2 * c * ((d2 + c * c).sqrt() - c),
         "smooth_l1": 2 * ((d2 + c * c).sqrt() - c),
     }[kind]
+    if weight is not None:
+        element = element * weight.double()
     expected = element.flatten(1).mean(1)
     expected.mean().backward()
     assert value.shape == (3,)
@@ -195,6 +199,12 @@ def test_loss_and_gradient(kind):
     # target
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(pred.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_packed_mask_weighs_the_numbers_of_its_pixels():
+    latents, mask = torch.randn(2, 16, 6, 10), torch.rand(2, 1, 6, 10)
+    packed = flow.pack_latents(latents) * flow.pack_mask(mask, 16)
+    assert torch.equal(packed, flow.pack_latents(latents * mask))
 
 
 def test_loss_is_fp32_for_bf16_predictions():
