@@ -77,6 +77,11 @@ FLAVOURS = {
             "FLUX.1-schnell is trained without the assistant LoRA that SimpleTuner adds for it",
         ),
     ),
+    "kontext": Flavour(
+        "black-forest-labs/FLUX.1-Kontext-dev",
+        architecture="flux-kontext",
+        takes_references=True,
+    ),
     "fluxbooru": Flavour(
         "terminusresearch/fluxbooru-v0.3",
         architecture="flux-fluxbooru",

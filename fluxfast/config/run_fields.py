@@ -32,6 +32,7 @@ Scheduler = Literal[
 
 # switches that several options are only read with
 _VALIDATION = "validation_disable=false"
+_REFERENCES = "model_flavour=kontext"
 # a budget of VRAM may turn streaming on
 _STREAMING = "enable_group_offload or vram_budget"
 
@@ -386,6 +387,26 @@ class TrainFields(Settings):
         on_resume="ignored",
     )
     """Negative prompt, used if validation_guidance_real is above 1."""
+    validation_input: dict[str, str | list[str]] | None = option(
+        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Reference images of prompts by nickname: {"nickname": "file.png"}, or a JSON file of that."""
+    validation_using_datasets: bool | None = option(
+        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Draw with the references of some samples of the datasets too (unset: yes)."""
+    num_eval_images: int = option(
+        4, ge=1, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Samples of each dataset whose references validation draws with."""
+    eval_dataset_id: tuple[str, ...] | None = option(
+        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """The datasets whose samples those are, one or a list (unset: all)."""
+    validation_stitch_input_location: Literal["left", "right"] = option(
+        "left", only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Where references stand beside the image that was drawn with them."""
     validation_resolution: str = option("256", only_with=_VALIDATION, on_resume="ignored")
     """Sizes to draw in pixels, between commas: "1024x1024,1280x768" or "512"."""
     validation_guidance: float = option(7.5, ge=0, only_with=_VALIDATION, on_resume="ignored")

@@ -283,14 +283,18 @@ class FluxTransformer(FluxTransformer2DModel):
         return_dict: bool = True,
         controlnet_blocks_repeat: bool = False,
         force_keep_mask: Tensor | None = None,
+        scene_tokens: int | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and one more.
+        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and two more.
 
         hidden_states [B, S_img, in_channels]; encoder_hidden_states [B, S_txt,
         joint_attention_dim]; pooled_projections [B, pooled_projection_dim]; timestep [B] in 0..1;
         guidance [B] as it is; ids [S, 3]. With modulation ahead, pooled_projections, timestep and
         guidance should be on the CPU, since forward has to wait for copies of them from the device.
-        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`). Raises
+        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`).
+        scene_tokens: how many of the image tokens, from the first, belong to the scene that is
+        predicted; the others are Kontext's references, which no route drops and for which nothing
+        is predicted: S_img is `scene_tokens` in the output and in force_keep_mask then. Raises
         ValueError where a model with guidance embeds gets no guidance.
         """
         kwargs = dict(joint_attention_kwargs or {})
@@ -313,7 +317,10 @@ class FluxTransformer(FluxTransformer2DModel):
         batch, tokens, _ = hidden_states.shape
         draws: Draws = {}
         if router is not None:
-            draws = router.draws(batch, tokens, force_keep_mask, hidden_states.device)
+            scene = tokens if scene_tokens is None else scene_tokens
+            draws = router.draws(
+                batch, scene, force_keep_mask, hidden_states.device, references=tokens - scene
+            )
         inputs = (hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables)
         control = Control(
             controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
@@ -326,11 +333,18 @@ class FluxTransformer(FluxTransformer2DModel):
             and control.double is None
             and control.single is None
         ):
-            output = self.graphs(router, draws, *inputs)
+            output = self.graphs(router, draws, *inputs, scene_tokens=scene_tokens)
         else:
             with lora_scale(self, kwargs.pop("scale", 1.0)):
                 project_image_prompts(self, kwargs)
-                output = self.run_blocks(router, draws, *inputs, kwargs=kwargs, control=control)
+                output = self.run_blocks(
+                    router,
+                    draws,
+                    *inputs,
+                    kwargs=kwargs,
+                    control=control,
+                    scene_tokens=scene_tokens,
+                )
         output = output.to(in_dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -346,6 +360,7 @@ class FluxTransformer(FluxTransformer2DModel):
         *,
         kwargs: dict[str, Any] | None = None,
         control: Control = NO_CONTROL,
+        scene_tokens: int | None = None,
     ) -> Tensor:
         """The prediction from inputs in the activations' dtype: all that runs on the device.
 
@@ -384,7 +399,9 @@ class FluxTransformer(FluxTransformer2DModel):
         else:
             last_mod = project(torch.nn.functional.silu(mods[-1]), self.norm_out.linear)
         scale, shift = last_mod.chunk(2, dim=-1)
-        img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
+        # all image tokens without a count of the scene's
+        scene = x[:, txt_len:][:, :scene_tokens]
+        img = modulated_layer_norm(scene, scale, shift, eps=self.norm_out.norm.eps)
         return project(img, self.proj_out)
 
     @property

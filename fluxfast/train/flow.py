@@ -251,3 +251,22 @@ def image_ids(
     ids[..., 1] = torch.arange(h_lat // 2, device=device, dtype=dtype)[:, None]
     ids[..., 2] = torch.arange(w_lat // 2, device=device, dtype=dtype)[None, :]
     return ids.view(-1, 3)
+
+
+def reference_ids(
+    sizes: Sequence[tuple[int, int]], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The RoPE positions (1, row, column) of Kontext's references, one after the other, [S, 3].
+
+    sizes: (height, width) of each reference's latents. The first begins at row and column 0. Each
+    further one is put below those before it or to their right, where the whole grows less, as
+    ComfyUI and SimpleTuner do; diffusers' pipeline knows one reference only.
+    """
+    found, right, below = [], 0, 0
+    for height, width in sizes:
+        left, top = (right, 0) if height + below > width + right else (0, below)
+        ids = image_ids(height, width, device=device)
+        ids += torch.tensor([1.0, top // 2, left // 2], device=device)
+        found.append(ids)
+        right, below = max(right, left + width), max(below, top + height)
+    return torch.cat(found)

@@ -31,7 +31,7 @@ class Example:
 
     Attributes:
         step, micro: the micro-batch's place in the run; steps count from 1.
-        hidden_states: the noisy latents, packed [B, S_img, C].
+        hidden_states: the noisy latents, packed [B, S_img, C], and behind them the references.
         target: what the model should answer, packed fp32 [B, S_img, C].
         sigmas: noise levels, fp32 [B].
         guidance: the guidance that each sample is trained under, fp32 [B]; None where the model
@@ -74,8 +74,9 @@ class Objective:
             shift_bounds,
         )
         self.device = transformer.device
-        # position ids [S, 3] on the device, by the latents' size and the number of text tokens
-        self._ids: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        # position ids [S, 3] on the device, by the number of text tokens and the sizes of the
+        # latents and of the references
+        self._ids: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def example(self, batch: Batch, number: int) -> Example:
         """Draw noise levels, guidance and noise for a micro-batch; may be called from any thread.
@@ -108,7 +109,15 @@ class Objective:
             batch,
             step,
             micro,
-            hidden_states=ready(flow.pack_latents(flow.add_noise(x0, eps, sigmas)).to(dtype)),
+            hidden_states=ready(
+                torch.cat(
+                    [
+                        flow.pack_latents(latents).to(dtype)
+                        for latents in (flow.add_noise(x0, eps, sigmas), *batch.references)
+                    ],
+                    dim=1,
+                )
+            ),
             target=ready(flow.pack_latents(flow.target(x0, eps))),
             sigmas=ready(sigmas),
             guidance=ready(guidance) if self.transformer.config.guidance_embeds else None,
@@ -175,11 +184,14 @@ class Objective:
             shift=shift,
         )
 
-    def _model_inputs(self, example: Example) -> dict[str, Tensor | None]:
+    def _model_inputs(self, example: Example) -> dict[str, Any]:
         # conditions stay where modulation is computed: on the host, if that is done ahead
         near = self.device if self.transformer.modulation is None else torch.device("cpu")
-        img_ids, txt_ids = self._position_ids(*example.size, example.prompt_embeds.shape[1])
-        inputs: dict[str, Tensor | None] = {
+        references = tuple(tuple(each.shape[-2:]) for each in example.batch.references)
+        img_ids, txt_ids = self._position_ids(
+            example.size, references, example.prompt_embeds.shape[1]
+        )
+        inputs: dict[str, Any] = {
             "hidden_states": send(example.hidden_states, self.device),
             "timestep": send(example.sigmas, near),
             "encoder_hidden_states": send(example.prompt_embeds, self.device),
@@ -187,19 +199,25 @@ class Objective:
             "img_ids": img_ids,
             "txt_ids": txt_ids,
         }
+        if references:
+            inputs["scene_tokens"] = example.target.shape[1]
         if example.guidance is not None:
             inputs["guidance"] = send(example.guidance, near)
         return inputs
 
-    def _position_ids(self, height: int, width: int, text: int) -> tuple[Tensor, Tensor]:
-        key = (height, width, text)
+    def _position_ids(
+        self, size: tuple[int, int], references: tuple[Any, ...], text: int
+    ) -> tuple[Tensor, Tensor]:
+        key = (size, references, text)
         if key not in self._ids:
-            image = flow.image_ids(height, width, device=self.device)
+            image = flow.image_ids(*size, device=self.device)
+            if references:
+                image = torch.cat([image, flow.reference_ids(references, device=self.device)])
             self._ids[key] = image, torch.zeros(text, 3, device=self.device)
         return self._ids[key]
 
     @torch.no_grad()
-    def _base_prediction(self, inputs: dict[str, Tensor | None]) -> Tensor:
+    def _base_prediction(self, inputs: dict[str, Any]) -> Tensor:
         """What the model without the adapters predicts: the target of regularisation data."""
         with without_adapters(self.transformer):
             return self.transformer(**inputs, return_dict=False)[0].float()

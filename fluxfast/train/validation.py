@@ -9,7 +9,7 @@ disabled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fluxfast.adapters.kinds import without_adapters
 from fluxfast.files import atomic_file, safe_name
+from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 
 FOLDER = "validation_images"
 
@@ -32,7 +33,7 @@ class ValidationSettings:
     """What a round of validation draws.
 
     Attributes:
-        prompts: texts by nickname.
+        prompts: texts by nickname, with the references that each is drawn with.
         negative_prompt: used where `guidance_real` is above 1.
         resolutions: (width, height) in pixels.
         steps: denoising steps.
@@ -41,9 +42,10 @@ class ValidationSettings:
         seed: of the first image of each prompt and size; the next has the next seed.
         images_per_prompt: of each size.
         beside_base: whether each image has the base model's at its left.
+        references_at: where references stand beside an image, "left" or "right".
     """
 
-    prompts: Mapping[str, str]
+    prompts: Mapping[str, Edit]
     negative_prompt: str
     resolutions: Sequence[tuple[int, int]]
     steps: int
@@ -52,6 +54,7 @@ class ValidationSettings:
     seed: int
     images_per_prompt: int
     beside_base: bool
+    references_at: str = "left"
 
 
 def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
@@ -110,21 +113,36 @@ class Validator:
             transformer=self._transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
-        jobs = [
-            (nickname, prompt, size, index)
-            for nickname, prompt in self.settings.prompts.items()
-            for size in self.settings.resolutions
-            for index in range(self.settings.images_per_prompt)
-        ]
+        s = self.settings
+        images = len(s.prompts) * len(s.resolutions) * s.images_per_prompt
         paths = []
         with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task(
-                f"validation, step {step}", total=len(jobs) * self.settings.steps
-            )
-            for nickname, prompt, size, index in jobs:
-                image = self._image(pipeline, prompt, size, index, lambda: progress.advance(bar))
-                paths.append(self._save(image, step, nickname, index, size))
+            bar = progress.add_task(f"validation, step {step}", total=images * s.steps)
+
+            def advance() -> None:
+                progress.advance(bar)
+
+            for nickname, edit in s.prompts.items():
+                references = load_references(edit.references)
+                with self._beside(pipeline.vae, references):
+                    for size in s.resolutions:
+                        for index in range(s.images_per_prompt):
+                            image = self._image(pipeline, edit.prompt, size, index, advance)
+                            # the base's image has them beside it already
+                            if references and not self._base_of(step, nickname, index, size):
+                                image = stitched(image, references, s.references_at)
+                            paths.append(self._save(image, step, nickname, index, size))
         return paths
+
+    def _beside(self, vae: Any, references: Sequence[Image.Image]) -> AbstractContextManager[None]:
+        if not references:
+            return nullcontext()
+        return beside(self._transformer, *reference_tokens(vae, references))
+
+    def _base_of(self, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path | None:
+        """The base model's image that an image of this step stands beside; None: there is none."""
+        base = self.folder / file_name(0, nickname, index, size)
+        return base if step > 0 and self.settings.beside_base and base.exists() else None
 
     def _image(
         self,
@@ -171,8 +189,7 @@ class Validator:
         self, image: Image.Image, step: int, nickname: str, index: int, size: tuple[int, int]
     ) -> Path:
         path = self.folder / file_name(step, nickname, index, size)
-        base = self.folder / file_name(0, nickname, index, size)
-        if step > 0 and self.settings.beside_base and base.exists():
+        if base := self._base_of(step, nickname, index, size):
             with Image.open(base) as left:
                 both = Image.new("RGB", (left.width + image.width, image.height))
                 both.paste(left, (0, 0))

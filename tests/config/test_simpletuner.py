@@ -40,7 +40,6 @@ def off_default(option: KnownOption):
     [
         ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-sdnq"),
-        ("model_flavour", "kontext"),
         ("model_flavour", "libreflux"),
         ("report_to", "wandb"),
         ("attention_mechanism", "sageattention"),
