@@ -329,6 +329,8 @@ class TrainFields(Settings):
     """Of an image's references, a batch has those of one dataset, or of all."""
     masked_loss_probability: float = Field(1.0, ge=0, le=1)
     """How often a segmentation weighs the loss; a mask always does."""
+    flux_attention_masked_training: bool = False
+    """Let no token attend to T5's padding (LibreFlux always)."""
     t5_padding: Literal["unmodified", "zero"] = "unmodified"
     """Keep or zero T5's outputs at padding."""
     tokenizer_max_length: int = Field(512, ge=1)
@@ -413,6 +415,10 @@ class TrainFields(Settings):
     """Guidance that validation tells the model."""
     validation_guidance_real: float = option(1.0, ge=0, only_with=_VALIDATION, on_resume="ignored")
     """Classifier-free guidance; above 1 it takes a second pass a step."""
+    validation_no_cfg_until_timestep: int = option(
+        2, ge=0, only_with=(_VALIDATION, "validation_guidance_real"), on_resume="ignored"
+    )
+    """Denoising steps before classifier-free guidance begins."""
     validation_num_inference_steps: int = option(
         30, ge=1, only_with=_VALIDATION, on_resume="ignored"
     )

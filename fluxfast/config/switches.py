@@ -123,11 +123,6 @@ SWITCHES = (
     Switch("validation_adapter_path or validation_adapter_config", ("validation_adapter_*",)),
     Switch("validation_method=external-script", ("validation_external_*",)),
     Switch("validation_guidance_skip_layers", ("validation_guidance_skip_*",)),
-    Switch(
-        "validation_guidance_real",
-        ("validation_no_cfg_until_timestep",),
-        refused=False,
-    ),
 )
 
 

@@ -38,6 +38,7 @@ from fluxfast.model.rope import rope_tables
 from fluxfast.model.routing import Draws, Router, RouteState, resolve_routes
 from fluxfast.model.streams import joined
 from fluxfast.model.tape import POLICIES
+from fluxfast.model.text_mask import MaskedText
 from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
@@ -284,8 +285,9 @@ class FluxTransformer(FluxTransformer2DModel):
         controlnet_blocks_repeat: bool = False,
         force_keep_mask: Tensor | None = None,
         scene_tokens: int | None = None,
+        text_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and two more.
+        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and three more.
 
         hidden_states [B, S_img, in_channels]; encoder_hidden_states [B, S_txt,
         joint_attention_dim]; pooled_projections [B, pooled_projection_dim]; timestep [B] in 0..1;
@@ -294,7 +296,8 @@ class FluxTransformer(FluxTransformer2DModel):
         force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`).
         scene_tokens: how many of the image tokens, from the first, belong to the scene that is
         predicted; the others are Kontext's references, which no route drops and for which nothing
-        is predicted: S_img is `scene_tokens` in the output and in force_keep_mask then. Raises
+        is predicted: S_img is `scene_tokens` in the output and in force_keep_mask then.
+        text_mask: bool [B, S_txt], false at text tokens that no token attends to. Raises
         ValueError where a model with guidance embeds gets no guidance.
         """
         kwargs = dict(joint_attention_kwargs or {})
@@ -321,7 +324,9 @@ class FluxTransformer(FluxTransformer2DModel):
             draws = router.draws(
                 batch, scene, force_keep_mask, hidden_states.device, references=tokens - scene
             )
-        inputs = (hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables)
+        inputs = [hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables]
+        if text_mask is not None:
+            inputs.append(text_mask)
         control = Control(
             controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
         )
@@ -357,6 +362,7 @@ class FluxTransformer(FluxTransformer2DModel):
         mod: Tensor,
         cos: Tensor,
         sin: Tensor,
+        text_mask: Tensor | None = None,
         *,
         kwargs: dict[str, Any] | None = None,
         control: Control = NO_CONTROL,
@@ -367,7 +373,7 @@ class FluxTransformer(FluxTransformer2DModel):
         It depends on its tensors, the weights and, with dropout, the device's generator alone, and
         it reads nothing back from the device, so that `StepGraphs` can capture it.
         """
-        kwargs = kwargs or {}
+        masked = MaskedText(text_mask, kwargs or {})
         mods: list[Any] = [mod] * (len(self.blocks) + 1)
         if self.modulation is not None:
             mods = [*self.modulation.views(mod, len(hidden_states))]
@@ -379,7 +385,7 @@ class FluxTransformer(FluxTransformer2DModel):
 
         for i in range(doubles):
             img = route.before(i, img)
-            txt, img = calls[i](img, txt, mods[i], route.pe, kwargs)
+            txt, img = calls[i](img, txt, mods[i], route.pe, masked.beside(img.shape[1]))
             if control.double is not None:
                 sample = control_residual(control.double, i, doubles, control.repeat)
                 img = img + route.of_kept(sample)
@@ -388,7 +394,7 @@ class FluxTransformer(FluxTransformer2DModel):
         x, txt_len = joined(txt, img), txt.shape[1]
         for i in range(doubles, doubles + singles):
             x = route.before_joint(i, x)
-            x = calls[i](x, None, mods[i], route.pe, kwargs)
+            x = calls[i](x, None, mods[i], route.pe, masked.beside(x.shape[1] - txt_len))
             if control.single is not None:
                 sample = control_residual(control.single, i - doubles, singles)
                 x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)

@@ -359,11 +359,13 @@ def _validator(
         images_per_prompt=config.num_validation_images,
         beside_base=not config.disable_benchmark,
         references_at=config.validation_stitch_input_location,
+        no_cfg_steps=config.validation_no_cfg_until_timestep,
+        masked_text=config.flux_attention_masked_training,
     )
 
     def embeds(prompt: str) -> dict[str, Tensor]:
         tensors = data.prepared.prompts.get(prompt)
-        return {name: tensors[name][None] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        return {name: tensor[None] for name, tensor in tensors.items()}
 
     def load_vae() -> Any:
         vae = AutoencoderKL.from_pretrained(

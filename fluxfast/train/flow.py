@@ -236,6 +236,20 @@ def pack_mask(mask: Tensor, channels: int) -> Tensor:
     return patches[:, :, None].expand(-1, -1, channels, -1).reshape(b, h * w // 4, 4 * channels)
 
 
+def cut_text(embeds: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
+    """A batch's captions without the padding that all of them have.
+
+    embeds: [B, L, D]. mask: bool [B, L], true at a caption's tokens, which come first. Returns both
+    cut to the longest caption, rounded up to a multiple of `multiple`; the mask is None where no
+    padding is left. With a mask nothing attends to padding, so that what it is computed to reaches
+    no other token, and no prediction.
+    """
+    length = max(1, int(mask.sum(dim=1).max()))
+    length = min(mask.shape[1], -(-length // multiple) * multiple)
+    mask = mask[:, :length]
+    return embeds[:, :length], None if bool(mask.all()) else mask
+
+
 def image_ids(
     h_lat: int,
     w_lat: int,

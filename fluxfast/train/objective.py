@@ -18,6 +18,9 @@ from fluxfast.model.pinned import pin, send
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
 
+# tokens: at most eight lengths of T5's 512, as many shapes as graphs are kept of
+_TEXT_MULTIPLE = 64
+
 
 def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
     """A 63-bit seed for one purpose in one micro-step."""
@@ -38,6 +41,7 @@ class Example:
             takes none.
         prompt_embeds, pooled: the text encoders' outputs [B, L, T5 width] and [B, CLIP width].
         size: (height, width) of the latents.
+        text_mask: bool [B, L], false at text that nothing attends to; None: there is none.
         weight: what the loss of each element of `target` is multiplied with; None: nothing.
     """
 
@@ -51,6 +55,7 @@ class Example:
     prompt_embeds: Tensor
     pooled: Tensor
     size: tuple[int, int]
+    text_mask: Tensor | None = None
     weight: Tensor | None = None
 
 
@@ -102,6 +107,12 @@ class Objective:
         x0 = batch.latents.float()
         eps = torch.randn(x0.shape, generator=g)
 
+        text, text_mask = batch.prompt_embeds, None
+        if config.flux_attention_masked_training:
+            # a graph is of one shape, so few lengths are better there than short ones
+            multiple = 1 if self.transformer.graphs is None else _TEXT_MULTIPLE
+            text, text_mask = flow.cut_text(text, batch.attention_mask, multiple)
+
         def ready(tensor: Tensor) -> Tensor:
             return pin(tensor, self.device)
 
@@ -121,9 +132,10 @@ class Objective:
             target=ready(flow.pack_latents(flow.target(x0, eps))),
             sigmas=ready(sigmas),
             guidance=ready(guidance) if self.transformer.config.guidance_embeds else None,
-            prompt_embeds=ready(batch.prompt_embeds.to(dtype)),
+            prompt_embeds=ready(text.to(dtype)),
             pooled=ready(batch.pooled_prompt_embeds.to(dtype)),
             size=(x0.shape[-2], x0.shape[-1]),
+            text_mask=None if text_mask is None else ready(text_mask),
             weight=None
             if batch.loss_mask is None
             else ready(flow.pack_mask(batch.loss_mask, x0.shape[1])),
@@ -199,6 +211,8 @@ class Objective:
             "img_ids": img_ids,
             "txt_ids": txt_ids,
         }
+        if example.text_mask is not None:
+            inputs["text_mask"] = send(example.text_mask, self.device)
         if references:
             inputs["scene_tokens"] = example.target.shape[1]
         if example.guidance is not None:

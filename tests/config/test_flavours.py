@@ -61,7 +61,9 @@ def test_a_new_record_is_a_flavour(klein):
 
 def test_it_is_known_by_name(klein):
     (problem,) = refused(model_flavour="kontxt")
-    assert problem.endswith("must be 'krea', 'dev', 'schnell', 'kontext', 'fluxbooru' or 'klein'")
+    assert problem.endswith(
+        "must be 'krea', 'dev', 'schnell', 'kontext', 'fluxbooru', 'libreflux' or 'klein'"
+    )
     (problem,) = refused(model_flavour="klein")
     assert problem.startswith('config.json: "model_flavour" klein is trained on its own few')
 
