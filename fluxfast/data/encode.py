@@ -22,11 +22,11 @@ from fluxfast.data.encoders import (
     TextEncoders,
     compute_dtype,
 )
-from fluxfast.data.images import UnreadableImage, load_image, to_tensor
-from fluxfast.data.model_folders import ModelSource, file_hash, identity, local_folder
+from fluxfast.data.images import UnreadableImage, to_tensor
+from fluxfast.data.model_folders import ModelSource, identity, local_folder
 from fluxfast.data.pairs import mask_fingerprint, mask_weights
 from fluxfast.data.prepared import PromptCache
-from fluxfast.data.scan import UNREADABLE, Candidate, Skipped
+from fluxfast.data.scan import UNREADABLE, Candidate, Skipped, load_unchanged
 from fluxfast.quant.rules import PRECISIONS, format_of
 
 T = TypeVar("T")
@@ -224,13 +224,6 @@ class ImageEncoding:
         The same image gives the same bits, whatever it is encoded after. Raises UnreadableImage if
         it can't be decoded, has changed since the scan, or the VAE gives no numbers for it.
         """
-        try:
-            changed = file_hash(candidate.path) != candidate.sha256
-        except OSError as error:
-            raise UnreadableImage(candidate.path, f"can't be read: {error.strerror}") from error
-        # its latents would be kept under the fingerprint of what it was
-        if changed:
-            raise UnreadableImage(candidate.path, "changed since the start")
         image = _decode(candidate)
         (latents,) = self._encoder.encode(image[None], [_seed(self.fingerprint(candidate))])
         if not latents.isfinite().all():
@@ -315,10 +308,7 @@ def _seed(made_by: str) -> int:
 
 
 def _decode(candidate: Candidate) -> torch.Tensor:
-    img = load_image(candidate.path)
-    if img.size != candidate.size:
-        raise UnreadableImage(candidate.path, "changed while it was being read")
-    return to_tensor(apply(img, candidate.crop_plan))
+    return to_tensor(apply(load_unchanged(candidate), candidate.crop_plan))
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,9 @@ def files_below(root: Path, *, skip: Iterable[str | Path] = ()) -> Iterator[Path
         seen.add(real)
         try:
             entries = sorted(folder.iterdir())
+        except FileNotFoundError:
+            # removed since its parent was listed
+            continue
         except OSError as error:
             raise ValueError(f"{folder}: can't be looked into: {error.strerror}") from error
         for path in entries:

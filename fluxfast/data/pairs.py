@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from fluxfast.config.conditioning import ConditioningDataset
 from fluxfast.data.buckets import apply
 from fluxfast.data.cache import TensorCache, fingerprint
-from fluxfast.data.images import UnreadableImage, load_image, to_tensor
-from fluxfast.data.scan import Candidate, Scan
+from fluxfast.data.images import to_tensor
+from fluxfast.data.scan import Candidate, Scan, load_unchanged
 from fluxfast.text import printable
 
 # pixels of an image for each of its latents, and latents for each token, each way
@@ -136,11 +136,9 @@ def mask_weights(mask: Candidate) -> dict[str, torch.Tensor]:
     """What a mask says of each latent pixel, fp32 [H/8, W/8] in 0..1.
 
     `red` is the mean of the first channel over the latent's pixels, `mean` that of all three.
-    Raises UnreadableImage if the file can't be decoded.
+    Raises UnreadableImage if the file can't be decoded, or has changed since the scan.
     """
-    img = load_image(mask.path)
-    if img.size != mask.size:
-        raise UnreadableImage(mask.path, "changed while it was being read")
+    img = load_unchanged(mask)
     # the resize's overshoot is cut off by the 8 bits of the image
     pixels = (to_tensor(apply(img, mask.crop_plan)) + 1) / 2
     weights = F.avg_pool2d(pixels, _PIXELS)

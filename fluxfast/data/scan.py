@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.caption_shuffle import caption_variants
 from fluxfast.config.datasets import ImageDataset
@@ -147,6 +149,27 @@ def cropped_anew(
     return replace(candidate, crop_plan=planned)
 
 
+def load_unchanged(candidate: Candidate) -> Image.Image:
+    """Decode an image that is still the one that was scanned.
+
+    What is made of it is kept under the hash of what it was then. Raises UnreadableImage if it has
+    changed since, or can't be read.
+    """
+    try:
+        changed = file_hash(candidate.path) != candidate.sha256
+    except OSError as error:
+        raise UnreadableImage(candidate.path, _why_not_read(candidate.path, error)) from error
+    if changed:
+        raise UnreadableImage(candidate.path, "changed since the start")
+    return load_image(candidate.path)
+
+
+def _why_not_read(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the link points nowhere" if path.is_symlink() else "no such file"
+    return f"can't be read: {error.strerror}"
+
+
 def sizes_of_crops(dataset: ImageDataset, rounding: int) -> frozenset[tuple[int, int]]:
     """The training sizes that a crop may have by chance, (width, height); none if size is fixed."""
     if not dataset.crop or dataset.crop_aspect != "random":
@@ -179,19 +202,19 @@ def _all_facts(
 
     def facts(path: Path) -> tuple[dict | UnreadableImage, tuple[str, os.stat_result, dict] | None]:
         name = f"{dataset.id}/{path.relative_to(root).as_posix()}"
-        stat = path.stat() if path.exists() else None
-        known = cache.file_facts(name, stat) if stat else None
-        if known is not None and ("face" in known or not faces):
-            return known, None
         try:
+            # before the file is read: a write meanwhile has the next start read it again
+            stat = path.stat()
+            known = cache.file_facts(name, stat)
+            if known is not None and ("face" in known or not faces):
+                return known, None
             known = {"size": image_size(path), "sha256": file_hash(path)}
             if faces:
                 known["face"] = largest_face(load_image(path))
         except UnreadableImage as error:
             return error, None
         except OSError as error:
-            return UnreadableImage(path, f"can't be read: {error.strerror}"), None
-        assert stat is not None
+            return UnreadableImage(path, _why_not_read(path, error)), None
         return known, (name, stat, known)
 
     unsaved = []

@@ -14,6 +14,7 @@ import fluxfast.data.lettering as lettering
 from fluxfast.data.buckets import CropPlan
 from fluxfast.data.contact_sheet import CELL, GAP, MARGIN, choose, crop_shown, write_sheet
 from fluxfast.data.lettering import BOX, Lettering
+from fluxfast.data.model_folders import file_hash
 from fluxfast.data.pairs import Pairing, pair
 from fluxfast.data.scan import Candidate, Scan
 
@@ -28,7 +29,7 @@ def candidate(path, target=(64, 64), intermediary=None, box=None, caption="a cap
         str(round(target[0] / target[1], 2)),
     )
     with Image.open(path) as img:
-        return Candidate(path.name, path, img.size, "", plan, (caption,))
+        return Candidate(path.name, path, img.size, file_hash(path), plan, (caption,))
 
 
 def test_the_crop_is_bright_and_the_rest_dark():
