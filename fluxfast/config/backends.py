@@ -291,7 +291,10 @@ def _built(
             name = ".".join(str(part) for part in detail["loc"])
             first = str(detail["loc"][0])
             if detail["type"] == "extra_forbidden":
-                known = {"filter_func": QualityFilter, "composite_image_config": CompositeImage}
+                known: dict[str, type[Settings]] = {
+                    "filter_func": QualityFilter,
+                    "composite_image_config": CompositeImage,
+                }
                 have = known[first].model_fields if first in known else model.model_fields
                 text = f"is not a key{did_you_mean(str(detail['loc'][-1]), have)}"
             elif SecretStr in get_args(model.model_fields[first].annotation):

@@ -53,7 +53,7 @@ _CAPTIONS = (
     "caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt",
 )  # fmt: skip
 # keys whose value is an object
-_NESTED = {"caption_shuffle": CaptionShuffle, "parquet": ParquetTable}
+_NESTED: dict[str, type[Settings]] = {"caption_shuffle": CaptionShuffle, "parquet": ParquetTable}
 _NESTED_KEYS = [(key, name) for key, model in _NESTED.items() for name in model.model_fields]
 
 

@@ -116,7 +116,10 @@ def _passes(row: Mapping[str, Any], filters: QualityFilter, quality_column: str)
     allowed = (allowed,) if isinstance(allowed, str) else allowed
     if allowed and row["collection"] not in allowed:
         return False
-    compared = [(row.get("width"), filters.min_width), (row.get("height"), filters.min_height)]
+    compared: list[tuple[Any, float | None]] = [
+        (row.get("width"), filters.min_width),
+        (row.get("height"), filters.min_height),
+    ]
     qualities = row.get(quality_column) or {}
     compared += [(qualities.get(name), least) for name, least in filters.quality_thresholds.items()]
     return all(not least or (value is not None and value >= least) for value, least in compared)
