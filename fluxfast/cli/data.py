@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from fluxfast.text import printable
 if TYPE_CHECKING:
     # torch loads once the config is known to be right
     from fluxfast.data.caption_lengths import LongCaption, TokenCounter
-    from fluxfast.data.inspection import Inspected
+    from fluxfast.data.inspection import Inspected, PairRow
     from fluxfast.data.scan import Skipped
 
 # how many names a list shows without --all, and how much of a caption
@@ -34,9 +34,10 @@ MOST_IMAGES = 1000
 
 DESCRIPTION = """Show what each dataset of a run's config will become, before anything is encoded or
 loaded: buckets, what is left out and why, duplicates, captions that are too long, caption files
-without an image, and a contact sheet. It needs no weights, network or GPU, and decides by the same
-functions as a run. What it learns of the files is kept in the datasets' caches, so that a second
-look and the run itself open only files that have changed.
+without an image, which masks and references belong to which images, and a contact sheet. It needs
+no weights, network or GPU, and decides by the same functions as a run. What it learns of the files
+is kept in the datasets' caches, so that a second look and the run itself open only files that have
+changed.
 
 Options of the config go behind it: --train_batch_size=2. The exit status is 0 if a run could start
 with these datasets, 1 if not, 2 for mistakes in the configs."""
@@ -123,15 +124,15 @@ def run(config: TrainConfig, data: DataConfig, arguments: argparse.Namespace, ou
 
 
 def _check_outside(out: Path, config: TrainConfig, data: DataConfig) -> None:
-    """Raise ValueError if a run would take the sheets for images to train on."""
+    """Raise ValueError if a run would take the sheets for images of a dataset."""
     place = out.resolve()
     if place.is_relative_to(config.output_dir.resolve()):
         return
-    for dataset in data.images:
+    for dataset in data.folders:
         if place.is_relative_to(Path(dataset.instance_data_dir).resolve()):
             raise ValueError(
                 f'--out {out}: lies in the folder of dataset "{dataset.id}", so that a run would '
-                "train on the sheets; name another folder"
+                "take the sheets for its images; name another folder"
             )
 
 
@@ -140,7 +141,13 @@ def _write_sheet(inspected: Inspected, out: Path, images: int) -> Path:
 
     dataset = inspected.dataset
     path = out / f"{safe_name(dataset.config.id)}.png"
-    write_sheet(path, dataset.config.id, dataset.scan.candidates, images=images)
+    write_sheet(
+        path,
+        dataset.config.id,
+        dataset.scan.candidates,
+        images=images,
+        pairings=dataset.pairings,
+    )
     return path
 
 
@@ -161,14 +168,18 @@ def show(
         *_group_lines("equal files", inspected.equal, limit),
         *_group_lines("images that look the same", inspected.near, limit),
         *_caption_lines(inspected, counter, limit),
-        *_partner_lines(inspected, limit),
+        *_caption_file_lines(inspected, limit),
     ):
+        _say(console, line)
+    if inspected.pairs:
+        console.print(_pair_table(inspected))
+    for line in chain.from_iterable(_pair_lines(row, limit) for row in inspected.pairs):
         _say(console, line)
     if row.unread:
         from fluxfast.data.dataset_report import unread_kinds
 
         _say(console, unread_kinds(row.unread))
-    for note in dataset.all_notes:
+    for note in dataset.own_notes:
         _say(console, f"· {note}")
 
 
@@ -194,6 +205,32 @@ def _bucket_table(inspected: Inspected) -> Table:
         ]
         table.add_row("all", "", str(sums[0]), "", str(sums[1]), str(sums[2]))
     return table
+
+
+def _pair_table(inspected: Inspected) -> Table:
+    title = f"{printable(inspected.dataset.config.id)}: conditioning datasets"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("dataset")
+    table.add_column("kind", no_wrap=True)
+    for column in ("pairs", "missing", "unfit", "orphans", "another extension"):
+        table.add_column(column, justify="right")
+    for row in inspected.pairs:
+        counts = (row.pairs, len(row.missing), len(row.unfit), len(row.orphans))
+        table.add_row(Text(printable(row.id)), row.kind, *map(str, (*counts, row.other_extension)))
+    return table
+
+
+def _pair_lines(row: PairRow, limit: int | None) -> Iterator[str]:
+    from fluxfast.data.pairs import with_reasons
+
+    for what, names in (
+        (f"images without a {row.kind}", with_reasons(row.missing)),
+        (f"images whose {row.kind} has another shape", with_reasons(row.unfit)),
+        ("files that belong to no image", [printable(file) for file in row.orphans]),
+    ):
+        if names:
+            yield f"{printable(row.id)}: {what}: {len(names)}"
+            yield from _listed(names, limit)
 
 
 def _left_out_lines(skipped: Sequence[Skipped], limit: int | None) -> Iterator[str]:
@@ -232,15 +269,15 @@ def _caption_line(long: LongCaption) -> str:
     return f"{printable(long.file)}: {long.tokens} tokens: {cut}"
 
 
-def _partner_lines(inspected: Inspected, limit: int | None) -> Iterator[str]:
-    partners = inspected.partners
-    if partners.alone:
-        yield f"caption files without an image: {len(partners.alone)}"
-        yield from _listed([printable(file) for file in partners.alone], limit)
-    if partners.ignored:
+def _caption_file_lines(inspected: Inspected, limit: int | None) -> Iterator[str]:
+    files = inspected.caption_files
+    if files.alone:
+        yield f"caption files without an image: {len(files.alone)}"
+        yield from _listed([printable(file) for file in files.alone], limit)
+    if files.ignored:
         strategy = inspected.dataset.config.caption_strategy
         yield (
-            f"{_counted(partners.ignored, 'image')} with a .txt beside it that is not read, since "
+            f"{_counted(files.ignored, 'image')} with a .txt beside it that is not read, since "
             f'"caption_strategy" is "{strategy}"'
         )
 
@@ -296,8 +333,9 @@ def _dataset_report(inspected: Inspected, sheets: dict[str, Path]) -> dict[str, 
         "equal_files": inspected.equal,
         "near_images": inspected.near,
         "captions": asdict(inspected.captions),
-        "captions_without_image": inspected.partners.alone,
-        "captions_not_read": inspected.partners.ignored,
+        "captions_without_image": inspected.caption_files.alone,
+        "captions_not_read": inspected.caption_files.ignored,
+        "conditioning": [asdict(each) for each in inspected.pairs],
         "notes": list(dataset.all_notes),
         "sheet": None if sheet is None else str(sheet),
     }

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxfast.config.dataset_fields import ImageDataset
-from fluxfast.config.datasets import load_data_config
+from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 
@@ -92,11 +92,11 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     from fluxfast.train.adapter import config_of, read_init_lora
     from fluxfast.train.choose import encoded_pixels, facts_of, largest_batch, workload_of
 
-    datasets, notes = _datasets(config)
+    data, datasets, notes = _datasets(config)
     if config.init_lora and Path(config.init_lora).exists():
         # its file says rank and modules
         config = config_of(config, read_init_lora(config, None))
-    batch = largest_batch(config, datasets)
+    batch = largest_batch(config, datasets, data)
     workload = workload_of(
         config, batch, _local_base(config), encoded_pixels=encoded_pixels(config, datasets)
     )
@@ -173,11 +173,11 @@ def _choose(wishes: Wishes, facts: Facts) -> Choices:
         return choose(replace(wishes, vram_budget=None), facts)
 
 
-def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
-    """The datasets whose sizes count, and what has to be said about them."""
+def _datasets(config: TrainConfig) -> tuple[DataConfig | None, list[ImageDataset], list[str]]:
+    """The dataloader's config, the datasets whose sizes count, and what has to be said of them."""
     if config.data_backend_config.exists():
         data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
-        return list(data.images), []
+        return data, list(data.images), []
     stand_in = ImageDataset.model_validate(
         {
             "id": "?",
@@ -188,9 +188,11 @@ def _datasets(config: TrainConfig) -> tuple[list[ImageDataset], list[str]]:
             "cache_dir_vae": ".",
         }
     )
-    return [stand_in], [
-        f"{config.data_backend_config} is not there: reckoned with the config's own resolution"
-    ]
+    return (
+        None,
+        [stand_in],
+        [f"{config.data_backend_config} is not there: reckoned with the config's own resolution"],
+    )
 
 
 def _changes(config: TrainConfig, wishes: Wishes, facts: Facts) -> dict[str, Any]:

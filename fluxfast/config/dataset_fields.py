@@ -211,6 +211,8 @@ class ImageDataset(_Entry):
     """Added to the normal under the sigmoid schedule: above 0 means more noise."""
     is_regularisation_data: bool = False
     """Train these images towards the base model's own prediction."""
+    disable_validation: bool = False
+    """Draw no validation images with the references of this dataset."""
     conditioning_data: tuple[str, ...] = ()
     """Ids of the conditioning datasets that hold a partner for each image."""
 

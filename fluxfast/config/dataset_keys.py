@@ -67,7 +67,6 @@ ACCEPTED_NO_EFFECT = {
         "cached files are named by a hash of what they depend on, so settings never share one",
     "compress_cache": "latents and embeddings hardly get smaller, and are kept as they are",
     "config_version": "an entry is read for what it says",
-    "disable_validation": "validation takes no images from datasets",
     "hash_filenames": "cached files are always named by a hash",
     "ignore_epochs": "it does nothing in SimpleTuner either",
     "image_processing_batch_size": "one VAE batch is read ahead",

@@ -129,6 +129,16 @@ class DerivedValues(TrainFields):
         return _torch_dtype(self.optimizer_kind.weights)
 
     @property
+    def draws_with_datasets(self) -> bool:
+        """Whether validation draws with the references of samples of the datasets."""
+        return self.flavour.takes_references and self.validation_using_datasets is not False
+
+    @property
+    def combines_references(self) -> bool:
+        """Whether a batch has all references of its images, not those of one dataset."""
+        return self.conditioning_multidataset_sampling == "combined"
+
+    @property
     def schedule(self) -> Literal["sigmoid", "uniform", "beta", "fast", "custom"]:
         """How sigma is sampled."""
         if self.flow_custom_timesteps is not None:

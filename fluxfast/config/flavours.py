@@ -27,6 +27,7 @@ class Flavour:
         forced: values that take the place of the config's own, by option: the schedule's shift, for
             one, or a mask on attention, once there is an option for it.
         forced_because: why, for the note that a run prints.
+        guidance_real: classifier-free guidance at validation where the config asks for none.
         least_validation_steps: validation never takes fewer denoising steps.
         good_validation_steps: (fewest, most) denoising steps that draw well; None: any number.
         advice: what the note about another number of steps says of the flavour.
@@ -44,6 +45,7 @@ class Flavour:
     few_steps: bool = False
     forced: Mapping[str, Any] = field(default_factory=dict)
     forced_because: str = ""
+    guidance_real: float | None = None
     least_validation_steps: int = 1
     good_validation_steps: tuple[int, int] | None = None
     advice: str = ""
@@ -77,11 +79,29 @@ FLAVOURS = {
             "FLUX.1-schnell is trained without the assistant LoRA that SimpleTuner adds for it",
         ),
     ),
+    "kontext": Flavour(
+        "black-forest-labs/FLUX.1-Kontext-dev",
+        architecture="flux-kontext",
+        takes_references=True,
+    ),
     "fluxbooru": Flavour(
         "terminusresearch/fluxbooru-v0.3",
         architecture="flux-fluxbooru",
-        forced={"flux_guidance_value": 3.5, "validation_guidance_real": 6.0},
+        forced={
+            "flux_guidance_value": 3.5,
+            "validation_guidance_real": 6.0,
+            "flux_attention_masked_training": False,
+        },
         forced_because="fluxbooru is de-distilled",
+        least_validation_steps=28,
+    ),
+    "libreflux": Flavour(
+        "jimmycarter/LibreFlux-SimpleTuner",
+        architecture="flux-libreflux",
+        takes_guidance=False,
+        forced={"flux_attention_masked_training": True},
+        forced_because="LibreFlux was trained without T5's padding and is de-distilled",
+        guidance_real=6.0,
         least_validation_steps=28,
     ),
 }

@@ -65,6 +65,8 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     force("tokenizer_max_length", flavour.text_tokens, f"{config.model_flavour} takes no other")
     for name, value in flavour.forced.items():
         force(name, value, flavour.forced_because)
+    if flavour.guidance_real and config.validation_guidance_real <= 1:
+        force("validation_guidance_real", flavour.guidance_real, flavour.forced_because)
     if config.flow_schedule_auto_shift:
         force("flow_schedule_shift", 0.0, "flow_schedule_auto_shift takes its place")
     if config.enable_group_offload:

@@ -75,6 +75,18 @@ class TrainConfig(DerivedValues):
     def _read_optimizer_config(cls, value: Any) -> Any:
         return read_arguments(value) if isinstance(value, str) else value or None
 
+    @field_validator("validation_input", mode="before")
+    @classmethod
+    def _read_validation_input(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            return read_json(Path(value)) if value else None
+        return json.loads(value) if isinstance(value, str) else value or None
+
+    @field_validator("eval_dataset_id", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return ([value] if value else None) if isinstance(value, str) else value or None
+
     @field_validator("flow_custom_timesteps", mode="before")
     @classmethod
     def _split_timesteps(cls, value: Any) -> Any:

@@ -32,6 +32,7 @@ Scheduler = Literal[
 
 # switches that several options are only read with
 _VALIDATION = "validation_disable=false"
+_REFERENCES = "model_flavour=kontext"
 # a budget of VRAM may turn streaming on
 _STREAMING = "enable_group_offload or vram_budget"
 
@@ -328,6 +329,8 @@ class TrainFields(Settings):
     """Of an image's references, a batch has those of one dataset, or of all."""
     masked_loss_probability: float = Field(1.0, ge=0, le=1)
     """How often a segmentation weighs the loss; a mask always does."""
+    flux_attention_masked_training: bool = False
+    """Let no token attend to T5's padding (LibreFlux always)."""
     t5_padding: Literal["unmodified", "zero"] = "unmodified"
     """Keep or zero T5's outputs at padding."""
     tokenizer_max_length: int = Field(512, ge=1)
@@ -386,12 +389,36 @@ class TrainFields(Settings):
         on_resume="ignored",
     )
     """Negative prompt, used if validation_guidance_real is above 1."""
+    validation_input: dict[str, str | list[str]] | None = option(
+        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Reference images of prompts by nickname: {"nickname": "file.png"}, or a JSON file of that."""
+    validation_using_datasets: bool | None = option(
+        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Draw with the references of some samples of the datasets too (unset: yes)."""
+    num_eval_images: int = option(
+        4, ge=1, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Samples of each dataset whose references validation draws with."""
+    eval_dataset_id: tuple[str, ...] | None = option(
+        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """The datasets whose samples those are, one or a list (unset: all)."""
+    validation_stitch_input_location: Literal["left", "right"] = option(
+        "left", only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
+    )
+    """Where references stand beside the image that was drawn with them."""
     validation_resolution: str = option("256", only_with=_VALIDATION, on_resume="ignored")
     """Sizes to draw in pixels, between commas: "1024x1024,1280x768" or "512"."""
     validation_guidance: float = option(7.5, ge=0, only_with=_VALIDATION, on_resume="ignored")
     """Guidance that validation tells the model."""
     validation_guidance_real: float = option(1.0, ge=0, only_with=_VALIDATION, on_resume="ignored")
     """Classifier-free guidance; above 1 it takes a second pass a step."""
+    validation_no_cfg_until_timestep: int = option(
+        2, ge=0, only_with=(_VALIDATION, "validation_guidance_real"), on_resume="ignored"
+    )
+    """Denoising steps before classifier-free guidance begins."""
     validation_num_inference_steps: int = option(
         30, ge=1, only_with=_VALIDATION, on_resume="ignored"
     )

@@ -103,7 +103,6 @@ _ATTENTION = (
     "xformers", "flash*", "flex", "cudnn", "native-*", "sla", "sageattention*", "metal-*",
 )  # fmt: skip
 _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
-    "model_flavour": ("kontext", "libreflux"),
     "base_model_precision": _QUANTISED,
     "text_encoder_1_precision": _QUANTISED,
     "text_encoder_2_precision": _QUANTISED,

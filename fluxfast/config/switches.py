@@ -36,7 +36,7 @@ SWITCHES = (
     Switch("use_ema", ("ema_*", "init_lora_ema")),
     Switch("evaluation_type", ("pretrained_evaluation_model_name_or_path",)),
     # datasets of dataset_type eval are refused by the dataloader's config
-    Switch("evaluation_type or validation_using_datasets", ("num_eval_images", "eval_*")),
+    Switch("evaluation_type", ("eval_[!d]*", "eval_dataset_pooling")),
     Switch(
         "push_to_hub",
         ("push_checkpoints_to_hub", "push_to_hub_background", "hub_model_id", "model_card_*"),
@@ -123,12 +123,6 @@ SWITCHES = (
     Switch("validation_adapter_path or validation_adapter_config", ("validation_adapter_*",)),
     Switch("validation_method=external-script", ("validation_external_*",)),
     Switch("validation_guidance_skip_layers", ("validation_guidance_skip_*",)),
-    Switch(
-        "validation_guidance_real",
-        ("validation_no_cfg_until_timestep",),
-        refused=False,
-    ),
-    Switch("validation_using_datasets or validation_input", ("validation_stitch_input_location",)),
 )
 
 

@@ -6,7 +6,7 @@ gives is kept beside the scan's facts, so that the next look opens only files th
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from fluxfast.data.buckets import batches_in_epoch
+from fluxfast.data.cache import TensorCache
 from fluxfast.data.caption_lengths import LongCaptions, TokenCounter, long_captions
 from fluxfast.data.duplicates import EDGE, equal_files, image_print, near_images
 from fluxfast.data.image_kinds import looks_like_an_image
 from fluxfast.data.images import UnreadableImage, files_below, load_image
+from fluxfast.data.pairs import Pairing
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped, map_files
 from fluxfast.data.survey import Survey, SurveyedDataset
 
@@ -44,15 +46,33 @@ class BucketRow:
 
 
 @dataclass(frozen=True)
-class Partners:
-    """Files that belong to an image, and images that they belong to.
+class CaptionFiles:
+    """Caption files beside a dataset's images.
 
-    alone: caption files without an image, as paths below the folder. ignored: how many images have
-    a caption file that `caption_strategy` doesn't read.
+    alone: those without an image, as paths below the folder. ignored: how many images have one that
+    `caption_strategy` doesn't read.
     """
 
     alone: list[str]
     ignored: int
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A conditioning dataset beside the images that it belongs to.
+
+    pairs: how many images have a partner that a run can use. missing, unfit, orphans,
+    other_extension: as in `Pairing`.
+    """
+
+    id: str
+    kind: str
+    folder: str
+    pairs: int
+    missing: dict[str, str]
+    unfit: dict[str, str]
+    orphans: list[str]
+    other_extension: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,8 @@ class Inspected:
     equal: list[list[str]]
     near: list[list[str]]
     captions: LongCaptions
-    partners: Partners
+    caption_files: CaptionFiles
+    pairs: list[PairRow]
 
 
 def inspect(found: Survey, counter: TokenCounter, bars: Progress) -> tuple[list[Inspected], str]:
@@ -76,7 +97,7 @@ def inspect(found: Survey, counter: TokenCounter, bars: Progress) -> tuple[list[
     Returns what was found of each dataset, and why a run could not start with them ("" if it
     could).
     """
-    prints = [_prints(dataset, bars) for dataset in found.datasets]
+    prints = [_look_at(dataset, bars) for dataset in found.datasets]
     problem = ""
     try:
         # this may raise the datasets' repeats, which the tables of buckets show
@@ -97,15 +118,46 @@ def _inspect(
     # of equal files, the first one stands for all
     repeated = {file for group in equal for file in group[1:]}
     distinct = [c.file for c in candidates if c.file not in repeated]
-    captions = ((c.file, caption) for c in candidates for caption in c.captions)
     return Inspected(
         dataset,
         bucket_rows(dataset),
         equal,
         near_images(distinct, [prints[file] for file in distinct]),
-        long_captions(captions, counter),
-        _partners(dataset),
+        long_captions(_captions(dataset), counter),
+        _caption_files(dataset),
+        _pair_rows(dataset),
     )
+
+
+def _captions(dataset: SurveyedDataset) -> Iterator[tuple[str, str]]:
+    """Each caption that a batch may come with, and the file that it belongs to."""
+    for image in dataset.scan.candidates:
+        yield from ((image.file, caption) for caption in image.captions)
+    for pairing in dataset.pairings:
+        if not pairing.config.is_mask:
+            for reference in _distinct_partners(pairing):
+                yield from ((pairing.key(reference), caption) for caption in reference.captions)
+
+
+def _pair_rows(dataset: SurveyedDataset) -> list[PairRow]:
+    return [
+        PairRow(
+            id=pairing.config.id,
+            kind=pairing.config.conditioning_type,
+            folder=str(pairing.config.instance_data_dir),
+            pairs=sum(map(pairing.fits, dataset.scan.candidates)),
+            missing=dict(pairing.missing),
+            unfit=dict(pairing.unfit),
+            orphans=list(pairing.orphans),
+            other_extension=pairing.other_extension,
+        )
+        for pairing in dataset.pairings
+    ]
+
+
+def _distinct_partners(pairing: Pairing) -> list[Candidate]:
+    """Each file that belongs to an image, once."""
+    return list({partner.file: partner for partner in pairing.partners.values()}.values())
 
 
 def bucket_rows(dataset: SurveyedDataset) -> list[BucketRow]:
@@ -119,7 +171,7 @@ def bucket_rows(dataset: SurveyedDataset) -> list[BucketRow]:
     return rows
 
 
-def _partners(dataset: SurveyedDataset) -> Partners:
+def _caption_files(dataset: SurveyedDataset) -> CaptionFiles:
     root = Path(dataset.config.instance_data_dir)
     images, texts = set(), []
     for path in files_below(root, skip=dataset.skip):
@@ -129,43 +181,59 @@ def _partners(dataset: SurveyedDataset) -> Partners:
             images.add(path.with_suffix(""))
     paired = [path for path in texts if path.with_suffix("") in images]
     if dataset.config.caption_strategy != "textfile":
-        return Partners([], len(paired))
+        return CaptionFiles([], len(paired))
     alone = sorted(set(texts) - set(paired))
-    return Partners([path.relative_to(root).as_posix() for path in alone], 0)
+    return CaptionFiles([path.relative_to(root).as_posix() for path in alone], 0)
 
 
-def _prints(dataset: SurveyedDataset, bars: Progress) -> dict[str, bytes]:
-    """The print of each image by its file; images that can't be decoded are left out."""
-    bar = bars.add_task(
-        f"looking at {escape(dataset.config.id)}", total=len(dataset.scan.candidates)
+def _look_at(dataset: SurveyedDataset, bars: Progress) -> dict[str, bytes]:
+    """The print of each image by its file.
+
+    What can't be decoded is left out of the dataset, and so is an image whose partner can't be.
+    """
+    prints, damaged = _prints(
+        dataset.config.id,
+        dataset.scan.candidates,
+        dataset.key,
+        dataset.cache,
+        dataset.workers,
+        bars,
     )
+    dataset.leave_out(damaged)
+    for pairing in dataset.pairings:
+        partners = _distinct_partners(pairing)
+        _, damaged = _prints(
+            pairing.config.id, partners, pairing.key, pairing.cache, dataset.workers, bars
+        )
+        dataset.leave_out_beside(pairing, damaged)
+    return prints
+
+
+def _prints(
+    id: str,
+    candidates: Sequence[Candidate],
+    key: Callable[[Candidate], str],
+    cache: TensorCache,
+    workers: int,
+    bars: Progress,
+) -> tuple[dict[str, bytes], list[Skipped]]:
+    """The print of each image by its file, and the images that can't be decoded.
+
+    key: an image's name in `cache`, which keeps the prints. workers: threads at most.
+    """
+    bar = bars.add_task(f"looking at {escape(id)}", total=len(candidates))
     found: dict[str, bytes] = {}
     damaged, unsaved = [], []
-    for candidate, (known, stat) in _looked_at(dataset):
-        bars.advance(bar)
-        if isinstance(known, UnreadableImage):
-            damaged.append(Skipped(candidate.file, UNREADABLE, known.reason))
-            continue
-        found[candidate.file] = known
-        if stat is not None:
-            unsaved.append((_name(dataset, candidate), stat, {"print": known.hex()}))
-        if len(unsaved) == _FILES_PER_WRITE:
-            dataset.cache.remember_files(unsaved)
-            unsaved = []
-    dataset.cache.remember_files(unsaved)
-    dataset.leave_out(damaged)
-    return found
 
-
-def _looked_at(
-    dataset: SurveyedDataset,
-) -> Iterator[tuple[Candidate, tuple[bytes | UnreadableImage, os.stat_result | None]]]:
-    """Each image with its print, and with its stat where the cache did not know the print."""
+    def name(candidate: Candidate) -> str:
+        # no file's name holds a zero
+        return f"{key(candidate)}\0print {_PRINT_VERSION}"
 
     def look(candidate: Candidate) -> tuple[bytes | UnreadableImage, os.stat_result | None]:
+        """The print, and the file's stat where the cache did not know the print."""
         try:
             stat = candidate.path.stat()
-            known = dataset.cache.file_facts(_name(dataset, candidate), stat)
+            known = cache.file_facts(name(candidate), stat)
             if known is not None:
                 return bytes.fromhex(known["print"]), None
             return image_print(load_image(candidate.path, at_least=_PRINT_DECODE)), stat
@@ -175,12 +243,18 @@ def _looked_at(
             return UnreadableImage(candidate.path, f"can't be read: {error.strerror}"), None
 
     # a decoded image may take a hundred megabytes, and more threads than cores gain nothing
-    threads = min(dataset.workers, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        candidates = dataset.scan.candidates
-        yield from zip(candidates, map_files(pool, look, candidates), strict=True)
-
-
-def _name(dataset: SurveyedDataset, candidate: Candidate) -> str:
-    # no file's name holds a zero
-    return f"{dataset.key(candidate)}\0print {_PRINT_VERSION}"
+    with ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+        looked_at = map_files(pool, look, candidates)
+        for candidate, (known, stat) in zip(candidates, looked_at, strict=True):
+            bars.advance(bar)
+            if isinstance(known, UnreadableImage):
+                damaged.append(Skipped(candidate.file, UNREADABLE, known.reason))
+                continue
+            found[candidate.file] = known
+            if stat is not None:
+                unsaved.append((name(candidate), stat, {"print": known.hex()}))
+            if len(unsaved) == _FILES_PER_WRITE:
+                cache.remember_files(unsaved)
+                unsaved = []
+    cache.remember_files(unsaved)
+    return found, damaged

@@ -27,18 +27,26 @@ _NAMED = 20
 class Pairing:
     """A conditioning dataset beside the images of its source.
 
+    source: the id of that dataset.
     partners: by the image's file, what belongs to it, cut as it will be.
-    problems: lines on images that have no partner that fits, which a run can't go without.
+    missing: images without a partner, by their file, and what is known of the reason.
+    unfit: images whose partner has another shape, by their file, and both sizes.
     orphans: files that belong to no image.
     other_extension: how many partners have another extension than their image.
     """
 
+    source: str
     config: ConditioningDataset
     cache: TensorCache
     partners: Mapping[str, Candidate]
-    problems: tuple[str, ...] = ()
+    missing: Mapping[str, str]
+    unfit: Mapping[str, str]
     orphans: tuple[str, ...] = ()
     other_extension: int = 0
+
+    def fits(self, image: Candidate) -> bool:
+        """Whether the image has a partner that a run can use."""
+        return image.file in self.partners and image.file not in self.unfit
 
     def of(self, image: Candidate) -> Candidate:
         """The partner of an image, which may have been cropped anew."""
@@ -48,6 +56,22 @@ class Pairing:
     def key(self, partner: Candidate) -> str:
         """The name of a partner in the cache."""
         return f"{self.config.id}/{partner.file}"
+
+    def problems(self) -> Iterable[str]:
+        """Lines on images without a partner that fits, which a run can't go without."""
+        where, kind = f'dataset "{self.config.id}"', self.config.conditioning_type
+        if self.missing:
+            yield (
+                f'{where}: {_count(len(self.missing), "image")} of "{self.source}" without a '
+                f"{kind} of the same name in {self.config.instance_data_dir}: "
+                f"{_some(with_reasons(self.missing), _NAMED)}"
+            )
+        if self.unfit:
+            yield (
+                f"{where}: {_count(len(self.unfit), 'file')} of another shape than the image of "
+                f'"{self.source}" whose crop they are to have (reference_loose crops a reference '
+                f"by itself): {_some(with_reasons(self.unfit), _NAMED)}"
+            )
 
     def notes(self) -> Iterable[str]:
         """Lines for the user."""
@@ -75,41 +99,31 @@ def pair(
     for candidate in own.candidates:
         by_stem.setdefault(_stem(candidate.file), []).append(candidate)
     left_out = {_stem(skipped.file): skipped for skipped in own.skipped}
-    partners, missing, unfit, others = {}, [], [], 0
+    partners, missing, unfit, others = {}, {}, {}, 0
     for image in images.candidates:
         alike = by_stem.get(_stem(image.file), [])
         partner = exact.get(image.file) or (alike[0] if len(alike) == 1 else None)
         if partner is None:
             skipped = left_out.get(_stem(image.file))
             names = " and ".join(printable(each.file) for each in alike)
-            reason = (
-                f" ({printable(skipped.file)}: {skipped.detail or skipped.reason})"
+            missing[image.file] = (
+                f"{printable(skipped.file)}: {skipped.detail or skipped.reason}"
                 if skipped
-                else f" (either {names}?)" * bool(alike)
+                else f"either {names}?" * bool(alike)
             )
-            missing.append(printable(image.file) + reason)
             continue
         others += partner.file != image.file
         if config.copies_crops and not _same_shape(image.size, partner.size):
-            unfit.append(f"{printable(image.file)} ({_size(image.size)} and {_size(partner.size)})")
+            unfit[image.file] = f"{_size(image.size)} and {_size(partner.size)}"
         partners[image.file] = partner
-    problems = []
-    where = f'dataset "{config.id}"'
-    if missing:
-        problems.append(
-            f'{where}: {_count(len(missing), "image")} of "{source}" without a '
-            f"{config.conditioning_type} of the same name in {config.instance_data_dir}: "
-            f"{_some(missing, _NAMED)}"
-        )
-    if unfit:
-        problems.append(
-            f'{where}: {_count(len(unfit), "file")} of another shape than the image of "{source}" '
-            "whose crop they are to have (reference_loose crops a reference by itself): "
-            f"{_some(unfit, _NAMED)}"
-        )
     taken = {partner.file for partner in partners.values()}
     orphans = tuple(c.file for c in own.candidates if c.file not in taken)
-    return Pairing(config, cache, partners, tuple(problems), orphans, others)
+    return Pairing(source, config, cache, partners, missing, unfit, orphans, others)
+
+
+def with_reasons(images: Mapping[str, str]) -> list[str]:
+    """Each image's file, with its reason in brackets if there is one."""
+    return [printable(file) + (f" ({reason})" if reason else "") for file, reason in images.items()]
 
 
 def mask_fingerprint(mask: Candidate) -> str:

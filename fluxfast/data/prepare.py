@@ -25,7 +25,7 @@ from fluxfast.data.prepared import (
     PreparedMasks,
     Sample,
 )
-from fluxfast.data.scan import Candidate, Skipped, cropped_anew, sizes_of_crops
+from fluxfast.data.scan import Candidate, cropped_anew, sizes_of_crops
 from fluxfast.data.survey import SurveyedDataset, started, survey
 
 
@@ -98,8 +98,7 @@ def _encode_partners(work: SurveyedDataset, images: ImageEncoding, bars: Progres
     if work.config.vae_cache_clear_each_epoch:
         return
     for pairing in work.pairings:
-        by_image = {image.file: pairing.of(image) for image in work.scan.candidates}
-        partners = list(dict.fromkeys(by_image.values()))
+        partners = list(dict.fromkeys(map(pairing.of, work.scan.candidates)))
         options: dict[str, Any] = {
             "max_workers": work.workers, "progress": bars, "name": pairing.config.id,
         }  # fmt: skip
@@ -112,12 +111,7 @@ def _encode_partners(work: SurveyedDataset, images: ImageEncoding, bars: Progres
             _, unreadable = images.encode(
                 wanted, pairing.cache, batch_size=pairing.config.vae_batch_size, **options
             )
-        why = {each.file: each for each in unreadable}
-        work.leave_out(
-            Skipped(image, f"its {pairing.config.conditioning_type}: {why[file].reason}", file)
-            for image, partner in by_image.items()
-            if (file := partner.file) in why
-        )
+        work.leave_out_beside(pairing, unreadable)
 
 
 def _on_demand(work: SurveyedDataset, pairing: Pairing) -> bool:

@@ -71,10 +71,15 @@ class SurveyedDataset:
     @property
     def all_notes(self) -> Iterator[str]:
         """Lines for the user, once everything is looked at."""
-        yield from self.notes
-        yield from (f"{self.config.id}: {note}" for note in self.scan.notes)
+        yield from self.own_notes
         for pairing in self.pairings:
             yield from pairing.notes()
+
+    @property
+    def own_notes(self) -> Iterator[str]:
+        """Those of the lines that are not on its conditioning datasets."""
+        yield from self.notes
+        yield from (f"{self.config.id}: {note}" for note in self.scan.notes)
         if self.config.encodes_on_demand:
             kept = "and not kept" if self.config.vae_cache_disable else "and cached then"
             yield f"{self.config.id}: images are encoded when batches need them, {kept}"
@@ -85,6 +90,16 @@ class SurveyedDataset:
         dropped = {skipped.file for skipped in more}
         left = [candidate for candidate in self.scan.candidates if candidate.file not in dropped]
         self.scan = replace(self.scan, candidates=left, skipped=[*self.scan.skipped, *more])
+
+    def leave_out_beside(self, pairing: Pairing, unreadable: Iterable[Skipped]) -> None:
+        """Take the images out whose partners turned out to be unusable."""
+        why = {each.file: each.reason for each in unreadable}
+        partners = {image: partner.file for image, partner in pairing.partners.items()}
+        self.leave_out(
+            Skipped(image.file, f"its {pairing.config.conditioning_type}: {why[file]}", file)
+            for image in self.scan.candidates
+            if (file := partners.get(image.file)) in why
+        )
 
     def report(self) -> DatasetReport:
         buckets = Counter(
@@ -123,7 +138,7 @@ class Survey:
             problem = self._problem(work)
             if problem:
                 problems.append(problem)
-            problems += chain.from_iterable(pairing.problems for pairing in work.pairings)
+            problems += chain.from_iterable(pairing.problems() for pairing in work.pairings)
         if problems:
             raise ValueError("\n".join(problems))
 

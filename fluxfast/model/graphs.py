@@ -69,20 +69,29 @@ class _Blocks(nn.Module):
     starts: the blocks at which routes start; their draws are the last of the inputs.
     """
 
-    def __init__(self, transformer: Any, router: Router | None, starts: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        router: Router | None,
+        starts: tuple[int, ...],
+        scene_tokens: int | None,
+    ) -> None:
         super().__init__()
         # in a tuple, so that it is no submodule: the frozen weights are not inputs of the graph
-        self._of = (transformer, router, starts)
+        self._of = (transformer, router, starts, scene_tokens)
         self.trainable = nn.ParameterList([p for p in transformer.parameters() if p.requires_grad])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        transformer, router, starts = self._of
+        transformer, router, starts, scene_tokens = self._of
         if transformer.gradients is not None:
             # the backward pass of an earlier forward that graphs made, or compared, is no matter
             transformer.gradients.forget()
         count = len(inputs) - len(starts)
         return transformer.run_blocks(
-            router, dict(zip(starts, inputs[count:], strict=True)), *inputs[:count]
+            router,
+            dict(zip(starts, inputs[count:], strict=True)),
+            *inputs[:count],
+            scene_tokens=scene_tokens,
         )
 
 
@@ -162,7 +171,13 @@ class StepGraphs:
         """Shapes whose steps are replayed."""
         return sum(shape.compared for shape in self._shapes.values())
 
-    def __call__(self, router: Router | None, draws: Draws, *inputs: Tensor) -> Tensor:
+    def __call__(
+        self,
+        router: Router | None,
+        draws: Draws,
+        *inputs: Tensor,
+        scene_tokens: int | None = None,
+    ) -> Tensor:
         """`run_blocks` of the same arguments, replayed once that is possible.
 
         Raises ValueError for an input that requires a gradient: a graph gives none.
@@ -175,14 +190,18 @@ class StepGraphs:
         # a route that keeps all tokens does nothing
         kept = {first: index for first, index in draws.items() if index is not None}
         tensors = (*inputs, *kept.values())
-        key = (tuple(kept), *((t.shape, t.dtype) for t in tensors))
+        key = (scene_tokens, tuple(kept), *((t.shape, t.dtype) for t in tensors))
         shape = self._shapes.get(key)
         if shape is None:
             if len(self._shapes) == MOST_SHAPES:
                 self._say_once(f"CUDA graphs: {MOST_SHAPES} sizes are replayed, the others are run")
-                return self._transformer.run_blocks(router, kept, *inputs)
+                return self._transformer.run_blocks(
+                    router, kept, *inputs, scene_tokens=scene_tokens
+                )
             # once for each shape, since it looks through all of the model's parameters
-            shape = self._shapes[key] = _Shape(_Blocks(self._transformer, router, tuple(kept)))
+            shape = self._shapes[key] = _Shape(
+                _Blocks(self._transformer, router, tuple(kept), scene_tokens)
+            )
         try:
             replay = self._ready(shape, tensors)
         # CUDA can't capture the step, has no memory for it, or computes it wrongly

@@ -97,13 +97,24 @@ class Router:
         self._ends = {route.last for route in self.routes if route.ratio > 0}
 
     def draws(
-        self, batch: int, tokens: int, force_keep: Tensor | None, device: torch.device
+        self,
+        batch: int,
+        tokens: int,
+        force_keep: Tensor | None,
+        device: torch.device,
+        references: int = 0,
     ) -> Draws:
-        """One `draw` for each route that drops tokens."""
-        return {
-            first: self.draw(batch, tokens, route.ratio, force_keep, device)
-            for first, route in self._starts.items()
-        }
+        """One `draw` for each route that drops tokens.
+
+        references: how many tokens of reference images follow the `tokens` of the image; they are
+        kept, and all of them count to none of the ratio.
+        """
+        behind = torch.arange(tokens, tokens + references, device=device).expand(batch, -1)
+        draws: Draws = {}
+        for first, route in self._starts.items():
+            kept = self.draw(batch, tokens, route.ratio, force_keep, device)
+            draws[first] = torch.cat([kept, behind], 1) if references and kept is not None else kept
+        return draws
 
     def ends_at(self, block: int) -> bool:
         """Whether a route that drops tokens has this block as its last."""

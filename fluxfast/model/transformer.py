@@ -38,6 +38,7 @@ from fluxfast.model.rope import rope_tables
 from fluxfast.model.routing import Draws, Router, RouteState, resolve_routes
 from fluxfast.model.streams import joined
 from fluxfast.model.tape import POLICIES
+from fluxfast.model.text_mask import MaskedText
 from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
@@ -283,14 +284,20 @@ class FluxTransformer(FluxTransformer2DModel):
         return_dict: bool = True,
         controlnet_blocks_repeat: bool = False,
         force_keep_mask: Tensor | None = None,
+        scene_tokens: int | None = None,
+        text_mask: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and one more.
+        """Predict the flow [B, S_img, out_channels]; arguments are diffusers', and three more.
 
         hidden_states [B, S_img, in_channels]; encoder_hidden_states [B, S_txt,
         joint_attention_dim]; pooled_projections [B, pooled_projection_dim]; timestep [B] in 0..1;
         guidance [B] as it is; ids [S, 3]. With modulation ahead, pooled_projections, timestep and
         guidance should be on the CPU, since forward has to wait for copies of them from the device.
-        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`). Raises
+        force_keep_mask [B, S_img]: image tokens that no route may drop (`set_routes`).
+        scene_tokens: how many of the image tokens, from the first, belong to the scene that is
+        predicted; the others are Kontext's references, which no route drops and for which nothing
+        is predicted: S_img is `scene_tokens` in the output and in force_keep_mask then.
+        text_mask: bool [B, S_txt], false at text tokens that no token attends to. Raises
         ValueError where a model with guidance embeds gets no guidance.
         """
         kwargs = dict(joint_attention_kwargs or {})
@@ -313,8 +320,13 @@ class FluxTransformer(FluxTransformer2DModel):
         batch, tokens, _ = hidden_states.shape
         draws: Draws = {}
         if router is not None:
-            draws = router.draws(batch, tokens, force_keep_mask, hidden_states.device)
-        inputs = (hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables)
+            scene = tokens if scene_tokens is None else scene_tokens
+            draws = router.draws(
+                batch, scene, force_keep_mask, hidden_states.device, references=tokens - scene
+            )
+        inputs = [hidden_states.to(dtype), encoder_hidden_states.to(dtype), mod, *tables]
+        if text_mask is not None:
+            inputs.append(text_mask)
         control = Control(
             controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
         )
@@ -326,11 +338,18 @@ class FluxTransformer(FluxTransformer2DModel):
             and control.double is None
             and control.single is None
         ):
-            output = self.graphs(router, draws, *inputs)
+            output = self.graphs(router, draws, *inputs, scene_tokens=scene_tokens)
         else:
             with lora_scale(self, kwargs.pop("scale", 1.0)):
                 project_image_prompts(self, kwargs)
-                output = self.run_blocks(router, draws, *inputs, kwargs=kwargs, control=control)
+                output = self.run_blocks(
+                    router,
+                    draws,
+                    *inputs,
+                    kwargs=kwargs,
+                    control=control,
+                    scene_tokens=scene_tokens,
+                )
         output = output.to(in_dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -343,16 +362,18 @@ class FluxTransformer(FluxTransformer2DModel):
         mod: Tensor,
         cos: Tensor,
         sin: Tensor,
+        text_mask: Tensor | None = None,
         *,
         kwargs: dict[str, Any] | None = None,
         control: Control = NO_CONTROL,
+        scene_tokens: int | None = None,
     ) -> Tensor:
         """The prediction from inputs in the activations' dtype: all that runs on the device.
 
         It depends on its tensors, the weights and, with dropout, the device's generator alone, and
         it reads nothing back from the device, so that `StepGraphs` can capture it.
         """
-        kwargs = kwargs or {}
+        masked = MaskedText(text_mask, kwargs or {})
         mods: list[Any] = [mod] * (len(self.blocks) + 1)
         if self.modulation is not None:
             mods = [*self.modulation.views(mod, len(hidden_states))]
@@ -364,7 +385,7 @@ class FluxTransformer(FluxTransformer2DModel):
 
         for i in range(doubles):
             img = route.before(i, img)
-            txt, img = calls[i](img, txt, mods[i], route.pe, kwargs)
+            txt, img = calls[i](img, txt, mods[i], route.pe, masked.beside(img.shape[1]))
             if control.double is not None:
                 sample = control_residual(control.double, i, doubles, control.repeat)
                 img = img + route.of_kept(sample)
@@ -373,7 +394,7 @@ class FluxTransformer(FluxTransformer2DModel):
         x, txt_len = joined(txt, img), txt.shape[1]
         for i in range(doubles, doubles + singles):
             x = route.before_joint(i, x)
-            x = calls[i](x, None, mods[i], route.pe, kwargs)
+            x = calls[i](x, None, mods[i], route.pe, masked.beside(x.shape[1] - txt_len))
             if control.single is not None:
                 sample = control_residual(control.single, i - doubles, singles)
                 x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
@@ -384,7 +405,9 @@ class FluxTransformer(FluxTransformer2DModel):
         else:
             last_mod = project(torch.nn.functional.silu(mods[-1]), self.norm_out.linear)
         scale, shift = last_mod.chunk(2, dim=-1)
-        img = modulated_layer_norm(x[:, txt_len:], scale, shift, eps=self.norm_out.norm.eps)
+        # all image tokens without a count of the scene's
+        scene = x[:, txt_len:][:, :scene_tokens]
+        img = modulated_layer_norm(scene, scale, shift, eps=self.norm_out.norm.eps)
         return project(img, self.proj_out)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fluxfast.data.encode import EncoderSettings
 from fluxfast.data.encoders import compute_dtype
 from fluxfast.data.model_folders import local_folder
 from fluxfast.data.prepare import prepare
-from fluxfast.data.prepared import Prepared
+from fluxfast.data.prepared import Prepared, PreparedDataset
 from fluxfast.data.sampler import Sampler
 from fluxfast.data.survey import progress_bars
 from fluxfast.memory.choices import wishes_of
@@ -34,7 +34,9 @@ from fluxfast.text import text_problem
 from fluxfast.train import choose
 from fluxfast.train.adapter import add_adapter
 from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
+from fluxfast.train.choose import BatchShape, tokens_of
 from fluxfast.train.data_options import survey_options
+from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.events import say
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -63,9 +65,11 @@ class RunData:
         return [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
 
     @property
-    def all_sizes(self) -> list[tuple[int, int]]:
-        """`sizes`, and those of the crops that later epochs may take."""
-        return [size for dataset in self.prepared.datasets for size in dataset.sizes]
+    def batch_shapes(self) -> list[BatchShape]:
+        """The batches of every epoch, each once."""
+        combined = bool(self.batch_options["combine_references"])
+        datasets = self.prepared.datasets
+        return [shape for dataset in datasets for shape in _batch_shapes(dataset, combined)]
 
     @property
     def encoded_pixels(self) -> int:
@@ -97,6 +101,19 @@ class RunData:
             **self.batch_options,
             then=then,
         )
+
+
+def _batch_shapes(dataset: PreparedDataset, combined: bool) -> Iterator[BatchShape]:
+    """A batch for each size of a dataset, with the most tokens of references that it may have."""
+    total = sum if combined else max
+    most: dict[tuple[int, int], int] = {}
+    for sample in dataset.samples:
+        tokens = total([tokens_of(reference.target) for reference in sample.references] or [0])
+        most[sample.target] = max(tokens, most.get(sample.target, 0))
+    for size in sorted(dataset.sizes):
+        # a size that only a later epoch has is taken for the largest
+        references = most.get(size, max(most.values(), default=0))
+        yield BatchShape(size, dataset.train_batch_size, dataset.id, references)
 
 
 @dataclass
@@ -147,7 +164,7 @@ def load_data(config: TrainConfig, seed: int, device: torch.device, console: Con
         sampler,
         {
             "caption_dropout_probability": config.caption_dropout_probability,
-            "combine_references": config.conditioning_multidataset_sampling == "combined",
+            "combine_references": config.combines_references,
             "masked_loss_probability": config.masked_loss_probability,
         },
     )
@@ -238,7 +255,7 @@ def load_parts(
     )
     base, wishes = open_base(config), wishes_of(config)
     facts = choose.facts_before_loading(
-        config, base, data.all_sizes, device, encoded_pixels=data.encoded_pixels
+        config, base, data.batch_shapes, device, encoded_pixels=data.encoded_pixels
     )
     choices = choose.choose(wishes, facts)
     choose.tell_budget(choices, wishes, facts, console)
@@ -326,7 +343,9 @@ def _validator(
     transformer: FluxTransformer,
     scheduler: FlowMatchEulerDiscreteScheduler,
 ) -> Validator | None:
-    prompts = validation_prompts(config)
+    prompts = prompt_edits(config, validation_prompts(config))
+    if not config.validation_disable:
+        prompts |= dataset_edits(config, data.config, data.prepared.datasets)
     if not prompts:
         return None
     settings = ValidationSettings(
@@ -339,11 +358,14 @@ def _validator(
         seed=seed if config.validation_seed is None else config.validation_seed,
         images_per_prompt=config.num_validation_images,
         beside_base=not config.disable_benchmark,
+        references_at=config.validation_stitch_input_location,
+        no_cfg_steps=config.validation_no_cfg_until_timestep,
+        masked_text=config.flux_attention_masked_training,
     )
 
     def embeds(prompt: str) -> dict[str, Tensor]:
         tensors = data.prepared.prompts.get(prompt)
-        return {name: tensors[name][None] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        return {name: tensor[None] for name, tensor in tensors.items()}
 
     def load_vae() -> Any:
         vae = AutoencoderKL.from_pretrained(

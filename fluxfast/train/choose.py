@@ -16,7 +16,8 @@ from rich.console import Console
 from fluxfast.adapters.kind import Size
 from fluxfast.adapters.presets import preset_targets
 from fluxfast.checkpoint.transformer import Checkpoint
-from fluxfast.config.datasets import ImageDataset
+from fluxfast.config.conditioning import ConditioningDataset
+from fluxfast.config.datasets import DataConfig, ImageDataset
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.buckets import target_size
@@ -40,29 +41,67 @@ ASPECTS = tuple(i / 20 for i in range(10, 41))
 
 
 class BatchShape(NamedTuple):
-    """A batch: its images' size in pixels (width, height), their number, and their dataset."""
+    """A batch: its images' size in pixels (width, height), their number, and their dataset.
+
+    reference_tokens: of the reference images beside each image.
+    """
 
     size: tuple[int, int]
     samples: int
     dataset: str
+    reference_tokens: int = 0
 
     @property
     def image_tokens(self) -> int:
-        return (self.size[0] // 16) * (self.size[1] // 16)
+        return tokens_of(self.size)
+
+    @property
+    def tokens(self) -> int:
+        """Of all images of all samples."""
+        return (self.image_tokens + self.reference_tokens) * self.samples
 
 
-def largest_batch(config: TrainConfig, datasets: Iterable[ImageDataset]) -> BatchShape:
-    """The batch with the most tokens, by the datasets' settings; nothing on disk is looked at."""
+def tokens_of(size: tuple[int, int]) -> int:
+    """The tokens of an image of (width, height) pixels."""
+    return (size[0] // 16) * (size[1] // 16)
+
+
+def largest_batch(
+    config: TrainConfig, datasets: Iterable[ImageDataset], data: DataConfig | None = None
+) -> BatchShape:
+    """The batch with the most tokens, by the datasets' settings; nothing on disk is looked at.
+
+    data: says which references the datasets have.
+    """
     batches = [
         BatchShape(
-            target_size(aspect, d.resolution, d.resolution_type),
+            size,
             d.train_batch_size or config.train_batch_size,
             d.id,
+            _reference_tokens(config, size, data.conditions(d.id) if data else ()),
         )
         for d in datasets
-        for aspect in ([1.0] if d.crop and d.crop_aspect == "square" else ASPECTS)
+        for size in _sizes(d)
     ]
-    return max(batches, key=lambda batch: batch.image_tokens * batch.samples)
+    return max(batches, key=lambda batch: batch.tokens)
+
+
+def _sizes(dataset: ImageDataset) -> list[tuple[int, int]]:
+    """The sizes that a dataset's images may have, (width, height) in pixels."""
+    aspects = [1.0] if dataset.crop and dataset.crop_aspect == "square" else ASPECTS
+    return [target_size(a, dataset.resolution, dataset.resolution_type) for a in aspects]
+
+
+def _reference_tokens(
+    config: TrainConfig, size: tuple[int, int], conditions: Sequence[ConditioningDataset]
+) -> int:
+    """The most tokens that the references of an image of this size may have."""
+    each = [
+        tokens_of(size) if own.copies_crops else max(map(tokens_of, _sizes(own)))
+        for own in conditions
+        if not own.is_mask
+    ]
+    return sum(each) if config.combines_references else max(each, default=0)
 
 
 def encoded_pixels(config: TrainConfig, datasets: Iterable[ImageDataset]) -> int:
@@ -93,7 +132,7 @@ def workload_of(
         format = PRECISIONS[config.base_model_precision]
     else:
         sizes, format = FluxSizes.from_config(base.config), stored_format(config, base)
-    text = config.tokenizer_max_length
+    text, references = config.tokenizer_max_length, batch.reference_tokens
     image = [batch.image_tokens] * sizes.blocks
     routes = config.tread_config.routes if config.tread_config else ()
     for route in resolve_routes([route.model_dump() for route in routes], sizes.blocks):
@@ -102,7 +141,7 @@ def workload_of(
     targets = config.peft_lora_target_modules or preset_targets(config.flux_lora_target)
     return Workload(
         sizes=sizes,
-        tokens=tuple(tokens + text for tokens in image),
+        tokens=tuple(tokens + references + text for tokens in image),
         text_tokens=text,
         batch=batch.samples,
         storage=Storage(format, config.base_dtype.itemsize),
@@ -139,19 +178,16 @@ def facts_of(config: TrainConfig, workload: Workload, gpu: gpus.Gpu | None) -> F
 def facts_before_loading(
     config: TrainConfig,
     base: Checkpoint,
-    sizes: Sequence[tuple[int, int]],
+    batches: Sequence[BatchShape],
     device: torch.device,
     *,
     encoded_pixels: int = 0,
 ) -> Facts:
     """What a run knows before it loads its base.
 
-    sizes: (width, height) of its images. encoded_pixels: see `workload_of`.
+    batches: those that its datasets give. encoded_pixels: see `workload_of`.
     """
-    smallest, largest = (
-        BatchShape(pick(sizes, key=lambda size: size[0] * size[1]), config.train_batch_size, "")
-        for pick in (min, max)
-    )
+    smallest, largest = (pick(batches, key=lambda batch: batch.tokens) for pick in (min, max))
     small, large = (
         workload_of(config, batch, base, encoded_pixels=encoded_pixels)
         for batch in (smallest, largest)

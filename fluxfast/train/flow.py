@@ -236,6 +236,20 @@ def pack_mask(mask: Tensor, channels: int) -> Tensor:
     return patches[:, :, None].expand(-1, -1, channels, -1).reshape(b, h * w // 4, 4 * channels)
 
 
+def cut_text(embeds: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
+    """A batch's captions without the padding that all of them have.
+
+    embeds: [B, L, D]. mask: bool [B, L], true at a caption's tokens, which come first. Returns both
+    cut to the longest caption, rounded up to a multiple of `multiple`; the mask is None where no
+    padding is left. With a mask nothing attends to padding, so that what it is computed to reaches
+    no other token, and no prediction.
+    """
+    length = max(1, int(mask.sum(dim=1).max()))
+    length = min(mask.shape[1], -(-length // multiple) * multiple)
+    mask = mask[:, :length]
+    return embeds[:, :length], None if bool(mask.all()) else mask
+
+
 def image_ids(
     h_lat: int,
     w_lat: int,
@@ -251,3 +265,22 @@ def image_ids(
     ids[..., 1] = torch.arange(h_lat // 2, device=device, dtype=dtype)[:, None]
     ids[..., 2] = torch.arange(w_lat // 2, device=device, dtype=dtype)[None, :]
     return ids.view(-1, 3)
+
+
+def reference_ids(
+    sizes: Sequence[tuple[int, int]], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The RoPE positions (1, row, column) of Kontext's references, one after the other, [S, 3].
+
+    sizes: (height, width) of each reference's latents. The first begins at row and column 0. Each
+    further one is put below those before it or to their right, where the whole grows less, as
+    ComfyUI and SimpleTuner do; diffusers' pipeline knows one reference only.
+    """
+    found, right, below = [], 0, 0
+    for height, width in sizes:
+        left, top = (right, 0) if height + below > width + right else (0, below)
+        ids = image_ids(height, width, device=device)
+        ids += torch.tensor([1.0, top // 2, left // 2], device=device)
+        found.append(ids)
+        right, below = max(right, left + width), max(below, top + height)
+    return torch.cat(found)

@@ -18,6 +18,9 @@ from fluxfast.model.pinned import pin, send
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
 
+# tokens: at most eight lengths of T5's 512, as many shapes as graphs are kept of
+_TEXT_MULTIPLE = 64
+
 
 def step_seed(seed: int, step: int, micro: int, purpose: str) -> int:
     """A 63-bit seed for one purpose in one micro-step."""
@@ -31,13 +34,14 @@ class Example:
 
     Attributes:
         step, micro: the micro-batch's place in the run; steps count from 1.
-        hidden_states: the noisy latents, packed [B, S_img, C].
+        hidden_states: the noisy latents, packed [B, S_img, C], and behind them the references.
         target: what the model should answer, packed fp32 [B, S_img, C].
         sigmas: noise levels, fp32 [B].
         guidance: the guidance that each sample is trained under, fp32 [B]; None where the model
             takes none.
         prompt_embeds, pooled: the text encoders' outputs [B, L, T5 width] and [B, CLIP width].
         size: (height, width) of the latents.
+        text_mask: bool [B, L], false at text that nothing attends to; None: there is none.
         weight: what the loss of each element of `target` is multiplied with; None: nothing.
     """
 
@@ -51,6 +55,7 @@ class Example:
     prompt_embeds: Tensor
     pooled: Tensor
     size: tuple[int, int]
+    text_mask: Tensor | None = None
     weight: Tensor | None = None
 
 
@@ -74,8 +79,9 @@ class Objective:
             shift_bounds,
         )
         self.device = transformer.device
-        # position ids [S, 3] on the device, by the latents' size and the number of text tokens
-        self._ids: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        # position ids [S, 3] on the device, by the number of text tokens and the sizes of the
+        # latents and of the references
+        self._ids: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def example(self, batch: Batch, number: int) -> Example:
         """Draw noise levels, guidance and noise for a micro-batch; may be called from any thread.
@@ -101,6 +107,12 @@ class Objective:
         x0 = batch.latents.float()
         eps = torch.randn(x0.shape, generator=g)
 
+        text, text_mask = batch.prompt_embeds, None
+        if config.flux_attention_masked_training:
+            # a graph is of one shape, so few lengths are better there than short ones
+            multiple = 1 if self.transformer.graphs is None else _TEXT_MULTIPLE
+            text, text_mask = flow.cut_text(text, batch.attention_mask, multiple)
+
         def ready(tensor: Tensor) -> Tensor:
             return pin(tensor, self.device)
 
@@ -108,13 +120,22 @@ class Objective:
             batch,
             step,
             micro,
-            hidden_states=ready(flow.pack_latents(flow.add_noise(x0, eps, sigmas)).to(dtype)),
+            hidden_states=ready(
+                torch.cat(
+                    [
+                        flow.pack_latents(latents).to(dtype)
+                        for latents in (flow.add_noise(x0, eps, sigmas), *batch.references)
+                    ],
+                    dim=1,
+                )
+            ),
             target=ready(flow.pack_latents(flow.target(x0, eps))),
             sigmas=ready(sigmas),
             guidance=ready(guidance) if self.transformer.config.guidance_embeds else None,
-            prompt_embeds=ready(batch.prompt_embeds.to(dtype)),
+            prompt_embeds=ready(text.to(dtype)),
             pooled=ready(batch.pooled_prompt_embeds.to(dtype)),
             size=(x0.shape[-2], x0.shape[-1]),
+            text_mask=None if text_mask is None else ready(text_mask),
             weight=None
             if batch.loss_mask is None
             else ready(flow.pack_mask(batch.loss_mask, x0.shape[1])),
@@ -175,11 +196,14 @@ class Objective:
             shift=shift,
         )
 
-    def _model_inputs(self, example: Example) -> dict[str, Tensor | None]:
+    def _model_inputs(self, example: Example) -> dict[str, Any]:
         # conditions stay where modulation is computed: on the host, if that is done ahead
         near = self.device if self.transformer.modulation is None else torch.device("cpu")
-        img_ids, txt_ids = self._position_ids(*example.size, example.prompt_embeds.shape[1])
-        inputs: dict[str, Tensor | None] = {
+        references = tuple(tuple(each.shape[-2:]) for each in example.batch.references)
+        img_ids, txt_ids = self._position_ids(
+            example.size, references, example.prompt_embeds.shape[1]
+        )
+        inputs: dict[str, Any] = {
             "hidden_states": send(example.hidden_states, self.device),
             "timestep": send(example.sigmas, near),
             "encoder_hidden_states": send(example.prompt_embeds, self.device),
@@ -187,19 +211,27 @@ class Objective:
             "img_ids": img_ids,
             "txt_ids": txt_ids,
         }
+        if example.text_mask is not None:
+            inputs["text_mask"] = send(example.text_mask, self.device)
+        if references:
+            inputs["scene_tokens"] = example.target.shape[1]
         if example.guidance is not None:
             inputs["guidance"] = send(example.guidance, near)
         return inputs
 
-    def _position_ids(self, height: int, width: int, text: int) -> tuple[Tensor, Tensor]:
-        key = (height, width, text)
+    def _position_ids(
+        self, size: tuple[int, int], references: tuple[Any, ...], text: int
+    ) -> tuple[Tensor, Tensor]:
+        key = (size, references, text)
         if key not in self._ids:
-            image = flow.image_ids(height, width, device=self.device)
+            image = flow.image_ids(*size, device=self.device)
+            if references:
+                image = torch.cat([image, flow.reference_ids(references, device=self.device)])
             self._ids[key] = image, torch.zeros(text, 3, device=self.device)
         return self._ids[key]
 
     @torch.no_grad()
-    def _base_prediction(self, inputs: dict[str, Tensor | None]) -> Tensor:
+    def _base_prediction(self, inputs: dict[str, Any]) -> Tensor:
         """What the model without the adapters predicts: the target of regularisation data."""
         with without_adapters(self.transformer):
             return self.transformer(**inputs, return_dict=False)[0].float()

@@ -52,6 +52,7 @@ from fluxfast.train.base_model import (
     stored_format,
 )
 from fluxfast.train.build import validation_prompts
+from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.optim import check_arguments
 from fluxfast.train.state import SavedRun
 
@@ -87,7 +88,10 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     if data is not None:
         problems += _reference_problems(config, data)
     with _collecting(problems):
-        validation_prompts(config)
+        prompt_edits(config, validation_prompts(config))
+    if data is not None:
+        with _collecting(problems):
+            dataset_edits(config, data, [])
     with _collecting(problems):
         check_arguments(config.optimizer, config.optimizer_config or {})
     with _collecting(problems):

@@ -8,8 +8,8 @@ disabled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fluxfast.adapters.kinds import without_adapters
 from fluxfast.files import atomic_file, safe_name
+from fluxfast.train import flow
+from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 
 FOLDER = "validation_images"
 
@@ -32,18 +34,21 @@ class ValidationSettings:
     """What a round of validation draws.
 
     Attributes:
-        prompts: texts by nickname.
+        prompts: texts by nickname, with the references that each is drawn with.
         negative_prompt: used where `guidance_real` is above 1.
         resolutions: (width, height) in pixels.
         steps: denoising steps.
         guidance: what the model is told.
         guidance_real: classifier-free guidance.
+        no_cfg_steps: denoising steps before it begins.
+        masked_text: whether T5's padding is left out of prompts, as it is in training.
         seed: of the first image of each prompt and size; the next has the next seed.
         images_per_prompt: of each size.
         beside_base: whether each image has the base model's at its left.
+        references_at: where references stand beside an image, "left" or "right".
     """
 
-    prompts: Mapping[str, str]
+    prompts: Mapping[str, Edit]
     negative_prompt: str
     resolutions: Sequence[tuple[int, int]]
     steps: int
@@ -52,6 +57,9 @@ class ValidationSettings:
     seed: int
     images_per_prompt: int
     beside_base: bool
+    references_at: str = "left"
+    no_cfg_steps: int = 0
+    masked_text: bool = False
 
 
 def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
@@ -59,10 +67,62 @@ def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> st
     return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.png"
 
 
+@contextmanager
+def cut_at_zeros(transformer: Any) -> Iterator[None]:
+    """Have the transformer see a prompt up to its last token that is not zero.
+
+    So T5's padding, set to zero, is left out without a mask.
+    """
+
+    def cut(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        text = kwargs["encoder_hidden_states"]
+        text, _ = flow.cut_text(text, text.any(dim=-1))
+        ids = kwargs["txt_ids"][: text.shape[1]]
+        return args, {**kwargs, "encoder_hidden_states": text, "txt_ids": ids}
+
+    hook = transformer.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def guided_after(transformer: Any, steps: int) -> Iterator[None]:
+    """Have a pipeline's classifier-free guidance begin after so many denoising steps.
+
+    In each step the pipeline calls the transformer with the prompt, then with the negative one, and
+    goes from the second answer through the first. Before guidance begins, the second answer is the
+    first one, and is not computed.
+    """
+    forward, own = transformer.forward, vars(transformer).get("forward")
+    passes, answer = 0, None
+
+    def answered(*args: Any, **kwargs: Any) -> Any:
+        nonlocal passes, answer
+        step, negative = divmod(passes, 2)
+        passes += 1
+        if not negative or step >= steps:
+            answer = forward(*args, **kwargs)
+        return answer
+
+    transformer.forward = answered
+    try:
+        yield
+    finally:
+        if own is None:
+            del transformer.forward
+        else:
+            transformer.forward = own
+
+
 class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
-    `embeds` gives a prompt's text embeddings: prompt_embeds [1, L, D], pooled_prompt_embeds [1, P].
+    `embeds` gives a prompt's text embeddings: prompt_embeds [1, L, D], pooled_prompt_embeds [1, P],
+    and with `masked_text` attention_mask, bool [1, L].
     """
 
     def __init__(
@@ -110,21 +170,36 @@ class Validator:
             transformer=self._transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
-        jobs = [
-            (nickname, prompt, size, index)
-            for nickname, prompt in self.settings.prompts.items()
-            for size in self.settings.resolutions
-            for index in range(self.settings.images_per_prompt)
-        ]
+        s = self.settings
+        images = len(s.prompts) * len(s.resolutions) * s.images_per_prompt
         paths = []
         with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task(
-                f"validation, step {step}", total=len(jobs) * self.settings.steps
-            )
-            for nickname, prompt, size, index in jobs:
-                image = self._image(pipeline, prompt, size, index, lambda: progress.advance(bar))
-                paths.append(self._save(image, step, nickname, index, size))
+            bar = progress.add_task(f"validation, step {step}", total=images * s.steps)
+
+            def advance() -> None:
+                progress.advance(bar)
+
+            for nickname, edit in s.prompts.items():
+                references = load_references(edit.references)
+                with self._beside(pipeline.vae, references):
+                    for size in s.resolutions:
+                        for index in range(s.images_per_prompt):
+                            image = self._image(pipeline, edit.prompt, size, index, advance)
+                            # the base's image has them beside it already
+                            if references and not self._base_of(step, nickname, index, size):
+                                image = stitched(image, references, s.references_at)
+                            paths.append(self._save(image, step, nickname, index, size))
         return paths
+
+    def _beside(self, vae: Any, references: Sequence[Image.Image]) -> AbstractContextManager[None]:
+        if not references:
+            return nullcontext()
+        return beside(self._transformer, *reference_tokens(vae, references))
+
+    def _base_of(self, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path | None:
+        """The base model's image that an image of this step stands beside; None: there is none."""
+        base = self.folder / file_name(0, nickname, index, size)
+        return base if step > 0 and self.settings.beside_base and base.exists() else None
 
     def _image(
         self,
@@ -139,24 +214,28 @@ class Validator:
             return kwargs
 
         s = self.settings
-        arguments = {name: self._on_device(tensor) for name, tensor in self._embeds(prompt).items()}
+        arguments = self._prompt_arguments(prompt)
         if s.guidance_real > 1:
-            negative = self._embeds(s.negative_prompt)
-            arguments |= {
-                f"negative_{name}": self._on_device(tensor) for name, tensor in negative.items()
-            }
-        latents = pipeline(
-            **arguments,
-            width=size[0],
-            height=size[1],
-            num_inference_steps=s.steps,
-            guidance_scale=s.guidance,
-            true_cfg_scale=s.guidance_real,
-            # a generator on the CPU draws the same noise for every device
-            generator=torch.Generator().manual_seed(s.seed + index),
-            callback_on_step_end=on_step,
-            output_type="latent",
-        ).images
+            negative = self._prompt_arguments(s.negative_prompt)
+            arguments |= {f"negative_{name}": tensor for name, tensor in negative.items()}
+        late = s.guidance_real > 1 and s.no_cfg_steps > 0
+        with ExitStack() as stack:
+            if late:
+                stack.enter_context(guided_after(self._transformer, s.no_cfg_steps))
+            if s.masked_text:
+                stack.enter_context(cut_at_zeros(self._transformer))
+            latents = pipeline(
+                **arguments,
+                width=size[0],
+                height=size[1],
+                num_inference_steps=s.steps,
+                guidance_scale=s.guidance,
+                true_cfg_scale=s.guidance_real,
+                # a generator on the CPU draws the same noise for every device
+                generator=torch.Generator().manual_seed(s.seed + index),
+                callback_on_step_end=on_step,
+                output_type="latent",
+            ).images
         # decoded here, since the pipeline has no place for a VAE of another dtype than the latents'
         vae = pipeline.vae
         latents = pipeline._unpack_latents(latents, size[1], size[0], pipeline.vae_scale_factor)
@@ -164,15 +243,24 @@ class Validator:
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._transformer.device, self._dtype)
+    def _prompt_arguments(self, prompt: str) -> dict[str, Tensor]:
+        """The pipeline's `prompt_embeds` and `pooled_prompt_embeds` of a prompt."""
+        embeds = self._embeds(prompt)
+        text, pooled = embeds["prompt_embeds"], embeds["pooled_prompt_embeds"]
+        if self.settings.masked_text:
+            # the pipeline takes two prompts of one length only; `cut_at_zeros` undoes it
+            text = text * embeds["attention_mask"][..., None]
+        device = self._transformer.device
+        return {
+            "prompt_embeds": text.to(device, self._dtype),
+            "pooled_prompt_embeds": pooled.to(device, self._dtype),
+        }
 
     def _save(
         self, image: Image.Image, step: int, nickname: str, index: int, size: tuple[int, int]
     ) -> Path:
         path = self.folder / file_name(step, nickname, index, size)
-        base = self.folder / file_name(0, nickname, index, size)
-        if step > 0 and self.settings.beside_base and base.exists():
+        if base := self._base_of(step, nickname, index, size):
             with Image.open(base) as left:
                 both = Image.new("RGB", (left.width + image.width, image.height))
                 both.paste(left, (0, 0))

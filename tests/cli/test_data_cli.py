@@ -1,6 +1,7 @@
 """`fluxfast-train data` as a user meets it: tables, exit status, sheets and JSON."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ def root(tmp_path):
     return tmp_path
 
 
-def write(root, **dataset):
+def write(root, *more, **dataset):
     data = [
+        *more,
         {
             "id": "a/b",
             "type": "local",
@@ -113,10 +115,10 @@ def test_mistakes(root, capsys):
     assert "expected 0 to 1000" in capsys.readouterr().err
 
 
-def test_sheets_never_lie_where_a_run_would_train_on_them(root, capsys):
+def test_sheets_never_lie_where_a_run_would_take_them_for_images(root, capsys):
     inside = root / "images" / "sheets"
     assert main(["data", str(root / "config.json"), "--out", str(inside)]) == 1
-    assert "train on the sheets" in capsys.readouterr().err and not inside.exists()
+    assert "take the sheets for its images" in capsys.readouterr().err and not inside.exists()
     elsewhere = root / "sheets"
     assert main(["data", str(root / "config.json"), "--out", str(elsewhere), "--images", "2"]) == 0
     assert len(list(elsewhere.iterdir())) == 1
@@ -125,6 +127,65 @@ def test_sheets_never_lie_where_a_run_would_train_on_them(root, capsys):
     for _ in range(2):
         assert main(words) == 0
         assert "7 images found" in capsys.readouterr().out
+
+
+@pytest.fixture
+def paired(root):
+    """Masks of the images 0 and 1, one of another shape, none of 3, and one of no image."""
+    (root / "masks").mkdir()
+    for name, size in (("0", (128, 64)), ("copy [of] 1", (256, 128)), ("2", (99, 99))):
+        Image.new("L", size, 255).save(root / "masks" / f"{name}.png")
+    for name in ("1.bmp", "4.png", "no [b]one.png"):
+        Image.new("RGB", (128, 64) if name[0] == "1" else (128, 128)).save(root / "masks" / name)
+    masks = {
+        "id": "masks",
+        "type": "local",
+        "dataset_type": "conditioning",
+        "conditioning_type": "mask",
+        "instance_data_dir": str(root / "masks"),
+        "source_dataset_id": "a/b",
+    }
+    write(root, masks)
+    return root
+
+
+def test_pairs_are_shown(paired, capsys):
+    report, config = paired / "report.json", str(paired / "config.json")
+    assert main(["data", config, "--json", str(report)]) == 1
+    captured = capsys.readouterr()
+    for part in (
+        "a/b: conditioning datasets",
+        # pairs, missing, unfit, orphans, another extension
+        r"masks\s.*mask\s.*\b4\s.*\b1\s.*\b1\s.*\b1\s.*\b1\b",
+        "masks: images without a mask: 1\n  3.png",
+        r"masks: images whose mask has another shape: 1\n  2.png \(128x64 and 99x99\)",
+        r"masks: files that belong to no image: 1\n  no \[b\]one.png",
+    ):
+        assert re.search(part, captured.out), part
+    assert "1 image of" in captured.err and '"a/b" without a mask' in captured.err
+    (dataset,) = json.loads(report.read_text())["datasets"]
+    assert dataset["conditioning"] == [
+        {
+            "id": "masks",
+            "kind": "mask",
+            "folder": str(paired / "masks"),
+            "pairs": 4,
+            "missing": {"3.png": ""},
+            "unfit": {"2.png": "128x64 and 99x99"},
+            "orphans": ["no [b]one.png"],
+            "other_extension": 1,
+        }
+    ]
+    for name in ("2", "3"):
+        Image.new("L", (128, 64)).save(paired / "masks" / f"{name}.png")
+    assert main(["data", config]) == 0
+    assert "without a mask" not in capsys.readouterr().out
+
+
+def test_sheets_never_lie_among_masks(paired, capsys):
+    inside = paired / "masks" / "sheets"
+    assert main(["data", str(paired / "config.json"), "--out", str(inside)]) == 1
+    assert 'folder of dataset "masks"' in capsys.readouterr().err and not inside.exists()
 
 
 def test_no_sheets(root, capsys):

@@ -152,7 +152,6 @@ def test_what_is_off_is_accepted_without_a_word(keys):
         ("skip_file_discovery", "vae aspect"),
         ("hash_filenames", True),
         ("cache_file_suffix", "square"),
-        ("disable_validation", True),
         ("scan_for_errors", True),
         ("vae_cache_scan_behaviour", "recreate"),
         ("read_batch_size", 25),

@@ -5,19 +5,19 @@ import pytest
 from config_helpers import load, only, refused
 from fluxfast.config.flavours import FLAVOURS, Flavour
 
-KONTEXT = Flavour(
+KLEIN = Flavour(
     "somebody/FLUX.1-Kontext-dev",
-    architecture="flux-kontext",
+    architecture="flux-klein",
     takes_guidance=False,
     text_tokens=128,
     in_channels=128,
     few_steps=True,
     forced={"validation_guidance_real": 2.0, "flow_schedule_shift": 1.15},
-    forced_because="kontext draws with two passes",
+    forced_because="klein draws with two passes",
     least_validation_steps=5,
     good_validation_steps=(6, 9),
-    advice="kontext likes 6 to 9",
-    notes=("kontext is new",),
+    advice="klein likes 6 to 9",
+    notes=("klein is new",),
 )
 
 
@@ -27,63 +27,61 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def kontext(monkeypatch):
-    monkeypatch.setitem(FLAVOURS, "kontext", KONTEXT)
+def klein(monkeypatch):
+    monkeypatch.setitem(FLAVOURS, "klein", KLEIN)
 
-    def load_kontext(**keys):
-        return load(model_flavour="kontext", flux_fast_schedule=True, **keys)
+    def load_klein(**keys):
+        return load(model_flavour="klein", flux_fast_schedule=True, **keys)
 
-    return load_kontext
+    return load_klein
 
 
 def test_without_its_record_a_flavour_is_refused():
-    only(
-        refused(model_flavour="kontext"),
-        '"model_flavour" is "kontext": not implemented yet; fluxfast has '
-        "'krea', 'dev', 'schnell' or 'fluxbooru'",
-    )
+    only(refused(model_flavour="klein"), '"model_flavour" is "klein": must be ')
 
 
-def test_a_new_record_is_a_flavour(kontext):
-    config = kontext(
+def test_a_new_record_is_a_flavour(klein):
+    config = klein(
         validation_guidance_real=1.5,
         validation_num_inference_steps=3,
         validation_negative_prompt="grey",
     )
-    assert config.flavour is KONTEXT
+    assert config.flavour is KLEIN
     assert config.transformer_source == ("somebody/FLUX.1-Kontext-dev", "transformer", None)
     assert (config.tokenizer_max_length, config.validation_guidance_real) == (128, 2.0)
     assert config.validation_num_inference_steps == 5
     assert config.flow_schedule_shift == 1.15
-    assert [note for note in config.notes if "kontext" in note] == [
-        '"validation_guidance_real" is 2.0 instead of 1.5: kontext draws with two passes',
-        '"validation_num_inference_steps" is 5 instead of 3: kontext draws with two passes',
-        "kontext is new",
-        '"validation_num_inference_steps" is 5: kontext likes 6 to 9',
+    assert [note for note in config.notes if "klein" in note] == [
+        '"validation_guidance_real" is 2.0 instead of 1.5: klein draws with two passes',
+        '"validation_num_inference_steps" is 5 instead of 3: klein draws with two passes',
+        "klein is new",
+        '"validation_num_inference_steps" is 5: klein likes 6 to 9',
     ]
 
 
-def test_it_is_known_by_name(kontext):
+def test_it_is_known_by_name(klein):
     (problem,) = refused(model_flavour="kontxt")
-    assert problem.endswith("must be 'krea', 'dev', 'schnell', 'fluxbooru' or 'kontext'")
-    (problem,) = refused(model_flavour="kontext")
-    assert problem.startswith('config.json: "model_flavour" kontext is trained on its own few')
+    assert problem.endswith(
+        "must be 'krea', 'dev', 'schnell', 'kontext', 'fluxbooru', 'libreflux' or 'klein'"
+    )
+    (problem,) = refused(model_flavour="klein")
+    assert problem.startswith('config.json: "model_flavour" klein is trained on its own few')
 
 
-def test_an_option_that_it_forces_switches_others_on(kontext):
+def test_an_option_that_it_forces_switches_others_on(klein):
     """It draws with two passes, so that the negative prompt is read."""
-    assert not any("negative" in note for note in kontext(validation_negative_prompt="x").notes)
+    assert not any("negative" in note for note in klein(validation_negative_prompt="x").notes)
     (note,) = [n for n in load(validation_negative_prompt="x").notes if "negative" in n]
     assert note.endswith(
         'only read with "validation_guidance_real" or "model_flavour" fluxbooru or '
-        '"model_flavour" kontext'
+        '"model_flavour" klein'
     )
 
 
-def test_a_forced_shift_is_told(kontext):
-    by_sigmoid = load(model_flavour="kontext", i_know_what_i_am_doing=True)
+def test_a_forced_shift_is_told(klein):
+    by_sigmoid = load(model_flavour="klein", i_know_what_i_am_doing=True)
     assert "timestep schedule: sigmoid, shift 1.15" in by_sigmoid.notes
     by_resolution = load(
-        model_flavour="kontext", i_know_what_i_am_doing=True, flow_schedule_auto_shift=True
+        model_flavour="klein", i_know_what_i_am_doing=True, flow_schedule_auto_shift=True
     )
     assert by_resolution.flow_schedule_shift == 0

@@ -40,8 +40,6 @@ def off_default(option: KnownOption):
     [
         ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-sdnq"),
-        ("model_flavour", "kontext"),
-        ("model_flavour", "libreflux"),
         ("report_to", "wandb"),
         ("attention_mechanism", "sageattention"),
         ("mixed_precision", "fp16"),
@@ -51,7 +49,6 @@ def off_default(option: KnownOption):
         ("caption_strategy", "parquet"),
         ("push_to_hub", "true"),
         ("enable_model_cpu_offload", True),
-        ("flux_attention_masked_training", True),
         ("validation_preview", True),
         ("num_processes", 2),
         ("validation_prompt_library", True),

@@ -1,18 +1,23 @@
 """The contact sheet: crops are bright, texts stay in their places, buckets have their shares."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_fixtures import photo
+from pair_cases import conditions
 from PIL import Image
 
 import fluxfast.data.contact_sheet as contact_sheet
 import fluxfast.data.lettering as lettering
 from fluxfast.data.buckets import CropPlan
-from fluxfast.data.contact_sheet import CELL, MARGIN, choose, crop_shown, write_sheet
+from fluxfast.data.contact_sheet import CELL, GAP, MARGIN, choose, crop_shown, write_sheet
 from fluxfast.data.lettering import BOX, Lettering
-from fluxfast.data.scan import Candidate
+from fluxfast.data.pairs import Pairing, pair
+from fluxfast.data.scan import Candidate, Scan
+
+GREEN = (10, 200, 30)
 
 
 def candidate(path, target=(64, 64), intermediary=None, box=None, caption="a caption"):
@@ -180,3 +185,72 @@ def test_a_file_that_vanished_leaves_a_grey_place(tmp_path):
     assert write_sheet(tmp_path / "sheet.png", "set", chosen, images=1) == 1
     with Image.open(tmp_path / "sheet.png") as img:
         assert (np.asarray(img) == (0x6B, 0x6B, 0x6B)).all(axis=2).sum() >= CELL * CELL
+
+
+def paired(tmp_path, kind, partner):
+    """The pixels of the sheet of one green image, whose crop is the middle, beside a partner."""
+    folder = tmp_path / kind
+    folder.mkdir()
+    Image.new("RGB", (200, 100), GREEN).save(tmp_path / "a.png")
+    one = candidate(tmp_path / "a.png", (64, 64), (128, 64), (32, 0, 96, 64))
+    own = []
+    if partner is not None:
+        partner.save(folder / "a.png")
+        own = [candidate(folder / "a.png", (128, 64))]
+    (config,) = conditions(tmp_path, kind)
+    found = pair("set", Scan(1, [one], []), config, None, Scan(len(own), own, []))
+    write_sheet(tmp_path / "sheet.png", "set", [one], images=1, pairings=[found])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet)
+    second = MARGIN + CELL + GAP
+    return pixels[:, second : second + CELL]
+
+
+@pytest.mark.parametrize("kind", ["mask", "segmentation"])
+def test_a_mask_lies_over_its_image_where_the_crop_is(tmp_path, kind):
+    half = Image.new("RGB", (400, 200), "black")
+    half.paste("white", (0, 0, 200, 200))
+    shown = paired(tmp_path, kind, half)
+    tinted = np.round(0.25 * np.array(GREEN) + 0.75 * np.array((0x20, 0, 0xC0)))
+    kept, left_out = (
+        np.argwhere((abs(shown.astype(int) - colour) <= 2).all(axis=2))[:, 1]
+        for colour in (GREEN, tinted)
+    )
+    # the crop is the columns 50 to 150, in a frame of a pixel, and the mask's edge its middle; the
+    # weights of the latents at the edge are between
+    assert kept.min() == 51 and left_out.max() == 148
+    assert 85 <= kept.max() < left_out.min() <= 115
+
+
+def test_a_reference_is_cut_as_it_will_be(tmp_path):
+    strict = paired(tmp_path, "reference_strict", Image.new("RGB", (100, 50), "white"))
+    framed = np.flatnonzero((strict == (255, 122, 0)).all(axis=2).any(axis=0))
+    assert (framed.min(), framed.max()) == (50, 149)
+    loose = paired(tmp_path, "reference_loose", Image.new("RGB", (100, 50), "white"))
+    framed = np.flatnonzero((loose == (255, 122, 0)).all(axis=2).any(axis=0))
+    assert (framed.min(), framed.max()) == (0, 199)
+
+
+@pytest.mark.parametrize("partner", [None, Image.new("RGB", (50, 100), "white")])
+def test_a_partner_that_is_missing_or_unfit_is_marked(tmp_path, partner):
+    red = (0xC0, 0, 0)
+    assert (paired(tmp_path, "mask", partner) == red).all(axis=2).any()
+    fitting = paired(tmp_path, "segmentation", Image.new("RGB", (200, 100), "white"))
+    assert not (fitting == red).all(axis=2).any()
+
+
+def test_an_image_and_its_partners_stay_in_one_row(tmp_path):
+    """Four places a group: a sheet of six columns has room for one group a row."""
+    photo(40, 40).save(tmp_path / "a.png")
+    images = [replace(candidate(tmp_path / "a.png"), file=f"{i}.png") for i in range(3)]
+    lost = dict.fromkeys((each.file for each in images), "")
+    (config,) = conditions(tmp_path, "mask")
+    pairings = [Pairing("set", config, None, {}, lost, {})] * 3
+    write_sheet(tmp_path / "sheet.png", "set", images, images=3, pairings=pairings)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 2 * MARGIN + 4 * CELL + 3 * GAP
+        pixels = np.asarray(sheet)
+    framed = (pixels == (255, 122, 0)).all(axis=2)
+    assert framed[:, : MARGIN + CELL].any() and not framed[:, MARGIN + CELL :].any()
+    # each picture's frame has CELL rows
+    assert framed.any(axis=1).sum() == 3 * CELL

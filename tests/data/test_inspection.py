@@ -4,6 +4,7 @@ import os
 
 import pytest
 from data_fixtures import photo
+from pair_cases import conditions, copy_shapes, linked
 from PIL import Image
 from prepare_cases import config
 from rich.progress import Progress
@@ -118,10 +119,10 @@ def test_caption_files_without_an_image(tmp_path, folder):
     (tmp_path / "images" / "cache" / "note.txt").touch()
     data = config(tmp_path, caption_strategy="textfile", cache_dir_vae=folder / "cache")
     (found,), _ = look(data)
-    assert found.partners.alone == ["alone.txt", "sub/alone too.txt"]
-    assert found.partners.ignored == 0
+    assert found.caption_files.alone == ["alone.txt", "sub/alone too.txt"]
+    assert found.caption_files.ignored == 0
     (found,), _ = look(config(tmp_path, caption_strategy="filename"))
-    assert (found.partners.alone, found.partners.ignored) == ([], 3)
+    assert (found.caption_files.alone, found.caption_files.ignored) == ([], 3)
 
 
 def test_captions_of_every_image_are_counted(tmp_path, folder):
@@ -157,3 +158,38 @@ def test_every_missing_folder_is_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"one: no such folder.*\n.*two: no such folder"):
         look(data)
+
+
+def test_images_of_damaged_partners_are_left_out_as_a_run_does(
+    tmp_path, folder, settings, no_collection
+):
+    copy_shapes(tmp_path, "mask", lambda size, stem: photo(*size))
+    copy_shapes(tmp_path, "reference_loose", lambda size, stem: photo(*size, seed=2))
+    for whole in (tmp_path / "mask/wide_0.png", tmp_path / "reference_loose/sub/tall_1.png"):
+        damaged = whole.with_suffix(".jpg")
+        Image.open(whole).save(damaged)
+        whole.unlink()
+        # its header is whole, so that only decoding finds it
+        damaged.write_bytes(damaged.read_bytes()[:-300])
+    data = linked(tmp_path, *conditions(tmp_path, "mask", "reference_loose"), repeats=1)
+    (found,), problem = look(data)
+    skipped = prepare(data, settings).report.datasets[0].skipped
+    assert sorted(map(str, found.dataset.report().skipped)) == sorted(map(str, skipped))
+    assert {(each.file, each.reason) for each in skipped} == {
+        ("wide_0.png", "its mask: unreadable"),
+        ("sub/tall_1.png", "its reference_loose: unreadable"),
+    }
+    assert problem == "" and [each.pairs for each in found.pairs] == [4, 4]
+
+
+def test_captions_of_references_are_measured(tmp_path, folder):
+    for kind in ("mask", "reference_loose"):
+        copy_shapes(tmp_path, kind, lambda size, stem: photo(*size))
+    (tmp_path / "reference_loose/wide_0.txt").write_text("long " * 700)
+    for path in (tmp_path / "reference_loose").rglob("*.png"):
+        if path.stem != "wide_0":
+            path.with_suffix(".txt").write_text("short")
+    own = conditions(tmp_path, "reference_loose", caption_strategy="textfile")
+    (found,), _ = look(linked(tmp_path, *own, *conditions(tmp_path, "mask")))
+    assert found.captions.total == 12
+    assert [each.file for each in found.captions.t5] == ["reference_loose/wide_0.png"]

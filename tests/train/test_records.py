@@ -29,8 +29,8 @@ MOMENTUM = OptimizerKind(
 
 def test_a_new_flavour_is_planned_and_opened(monkeypatch, write_config):
     record = replace(FLAVOURS["dev"], takes_guidance=False, text_tokens=128, in_channels=128)
-    monkeypatch.setitem(FLAVOURS, "kontext", record)
-    config = load_config(write_config(model_flavour="kontext"))
+    monkeypatch.setitem(FLAVOURS, "klein", record)
+    config = load_config(write_config(model_flavour="klein"))
     workload = workload_of(config, BatchShape((1024, 1024), 1, "images"))
     assert workload.text_tokens == 128 and not workload.sizes.guidance_embeds
     with pytest.raises(CheckpointError, match="128"):

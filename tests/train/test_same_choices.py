@@ -248,7 +248,8 @@ def test_a_run_of_the_full_model_chooses_as_planned(write_config, pretend_gpu, p
             pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
         )
     )
-    facts = facts_before_loading(config, FULL_SIZE, [(512, 512), (1024, 1024)], CPU)
+    batches = [BatchShape((edge, edge), config.train_batch_size, "photos") for edge in (512, 1024)]
+    facts = facts_before_loading(config, FULL_SIZE, batches, CPU)
     choices = choose(wishes_of(config), facts)
     assert planned(config, "RTX 4090") == choices
     assert len(choices.recompute) == 57
