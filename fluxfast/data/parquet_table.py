@@ -38,9 +38,12 @@ def table_contents(dataset: ImageDataset, files: list[str]) -> Contents:
             absent.append(name)
         for file in by_name.get(name, ()):
             captions[file] = row_captions(row, table.caption_column, table.fallback_caption_column)
-            width, height = (row.get(column or "") for column in _size_columns(table))
-            if width and height:
-                sizes[file] = (int(width), int(height))
+            size = tuple(
+                row.get(column or "") for column in (table.width_column, table.height_column)
+            )
+            # null and NaN say nothing
+            if all(isinstance(side, int | float) and side > 0 for side in size):
+                sizes[file] = (int(size[0]), int(size[1]))
     notes = []
     if absent:
         notes.append(f"{len(absent)} rows of {table.path} have no image ({some(absent)})")
@@ -55,10 +58,6 @@ def table_contents(dataset: ImageDataset, files: list[str]) -> Contents:
         sizes,
         notes=tuple(notes),
     )
-
-
-def _size_columns(table: ParquetTable) -> tuple[str | None, str | None]:
-    return table.width_column, table.height_column
 
 
 def _identifier(name: str, table: ParquetTable) -> str:

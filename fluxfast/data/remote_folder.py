@@ -4,7 +4,6 @@ Stores are read through fsspec; S3 and what speaks its protocol through s3fs.
 """
 
 import functools
-import posixpath
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,7 +95,7 @@ def _open(origin: Bucket | RemoteFolder) -> tuple[Any, str]:
         skip_instance_cache=True,
     )
     system.retries = _TRIES
-    return system, posixpath.join(origin.aws_bucket_name, origin.aws_data_prefix).rstrip("/")
+    return system, f"{origin.aws_bucket_name}/{origin.aws_data_prefix.strip('/')}".rstrip("/")
 
 
 def _images_and_captions(

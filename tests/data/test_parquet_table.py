@@ -62,7 +62,7 @@ def test_names_may_have_to_hold_the_extension(images):
 
 
 def test_a_size_that_is_not_the_images_is_told(images):
-    table = {"id": ["a", "b"], "caption": ["x", "y"], "w": [64, 32], "h": [64, None]}
+    table = {"id": ["a", "b"], "caption": ["x", "y"], "w": [64.0, float("nan")], "h": [64, None]}
     sized = {"width_column": "w", "height_column": "h"}
     assert not _dataset(images, table, **sized).scan.notes
     table["h"] = [32, None]

@@ -49,7 +49,7 @@ def bucket(server, request):
         aws_region_name="us-east-1",
         aws_access_key_id=SecretStr(KEY),
         aws_secret_access_key=SecretStr(SECRET),
-        aws_data_prefix="set",
+        aws_data_prefix="/set/",
     )
     return put
 
