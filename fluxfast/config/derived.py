@@ -129,6 +129,13 @@ class DerivedValues(TrainFields):
         return _torch_dtype(self.optimizer_kind.weights)
 
     @property
+    def assistant_lora(self) -> str | None:
+        """The frozen LoRA that the run has beside its own; None: there is none."""
+        if self.disable_assistant_lora:
+            return None
+        return self.assistant_lora_path or self.flavour.assistant_lora
+
+    @property
     def draws_with_datasets(self) -> bool:
         """Whether validation draws with the references of samples of the datasets."""
         return self.flavour.takes_references and self.validation_using_datasets is not False

@@ -27,6 +27,7 @@ class Flavour:
         forced: values that take the place of the config's own, by option: the schedule's shift, for
             one, or a mask on attention, once there is an option for it.
         forced_because: why, for the note that a run prints.
+        assistant_lora: a frozen LoRA that training has beside its own (file or Hub repository).
         guidance_real: classifier-free guidance at validation where the config asks for none.
         least_validation_steps: validation never takes fewer denoising steps.
         good_validation_steps: (fewest, most) denoising steps that draw well; None: any number.
@@ -45,6 +46,7 @@ class Flavour:
     few_steps: bool = False
     forced: Mapping[str, Any] = field(default_factory=dict)
     forced_because: str = ""
+    assistant_lora: str | None = None
     guidance_real: float | None = None
     least_validation_steps: int = 1
     good_validation_steps: tuple[int, int] | None = None
@@ -75,9 +77,7 @@ FLAVOURS = {
         few_steps=True,
         good_validation_steps=(1, 4),
         advice="FLUX.1-schnell needs no more than 4",
-        notes=(
-            "FLUX.1-schnell is trained without the assistant LoRA that SimpleTuner adds for it",
-        ),
+        assistant_lora="ostris/FLUX.1-schnell-training-adapter",
     ),
     "kontext": Flavour(
         "black-forest-labs/FLUX.1-Kontext-dev",

@@ -247,6 +247,11 @@ def _model_conflicts(config: DerivedValues) -> list[str]:
             'weights, and "init_lora" with a file: leave one of them out'
         )
     lycoris = config.lycoris_config
+    if lycoris is not None and config.assistant_lora is not None:
+        problems.append(
+            f'"lora_type" lycoris and the assistant LoRA {config.assistant_lora} can\'t be on one '
+            'model yet: set "lora_type": "standard", or "disable_assistant_lora": true'
+        )
     if (
         lycoris is not None
         and "full" in lycoris.algorithms

@@ -32,6 +32,7 @@ Scheduler = Literal[
 
 # switches that several options are only read with
 _VALIDATION = "validation_disable=false"
+_ASSISTANT = "assistant_lora_path or model_flavour=schnell"
 _REFERENCES = "model_flavour=kontext"
 # a budget of VRAM may turn streaming on
 _STREAMING = "enable_group_offload or vram_budget"
@@ -103,6 +104,16 @@ class TrainFields(Settings):
     """Encode a batch's images one by one: less memory."""
 
     # the LoRA
+    assistant_lora_path: str | None = option(None, on_resume="told")
+    """Frozen LoRA beside the one that is trained (unset: the flavour's, which schnell has)."""
+    assistant_lora_strength: float = option(1.0, gt=0, only_with=_ASSISTANT)
+    """What the assistant LoRA's output is multiplied with in training."""
+    assistant_lora_inference_strength: float = option(
+        0.0, ge=0, only_with=_ASSISTANT, on_resume="ignored"
+    )
+    """The same at validation."""
+    disable_assistant_lora: bool = False
+    """Train without an assistant LoRA."""
     lora_type: Annotated[str, named_in(lambda: LORA_TYPES)] = "standard"
     """Kind of adapter; standard is PEFT's LoRA, lycoris what lycoris_config says."""
     lycoris_config: LycorisConfig | None = option(

@@ -62,7 +62,6 @@ ACCEPTED_NO_EFFECT = {
     "debug_aspect_buckets": "it only prints",
     "debug_dataset_loader": "it only prints",
     "delete_model_after_load": "downloads are left where they are",
-    "disable_assistant_lora": "no assistant LoRA is applied",
     "enable_multiprocessing": "workers are threads; it changes no result",
     "fully_unload_text_encoder":
         "the text encoders are always dropped once their outputs are cached",

@@ -48,7 +48,6 @@ SWITCHES = (
     Switch("use_soft_min_snr", ("soft_min_snr_sigma_data",)),
     Switch("ramtorch", ("ramtorch_*",)),
     Switch("musubi_blocks_to_swap", ("musubi_block_swap_device",)),
-    Switch("assistant_lora_path", ("assistant_lora_*strength",)),
     Switch("controlnet or control", ("controlnet_*",)),
     Switch("checkpointing_rolling_steps", ("checkpoints_rolling_total_limit",)),
     Switch("crepa_enabled or crepa_self_flow", ("crepa_*",)),

@@ -33,6 +33,7 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.text import text_problem
 from fluxfast.train import choose
 from fluxfast.train.adapter import add_adapter
+from fluxfast.train.assistant import activate, add_assistant
 from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
 from fluxfast.train.choose import BatchShape, tokens_of
 from fluxfast.train.data_options import survey_options
@@ -263,9 +264,11 @@ def load_parts(
     if config.tread_config:
         transformer.set_routes([route.model_dump() for route in config.tread_config.routes])
     originals = originals_of(config, base, device)
+    add_assistant(config, transformer, console)
     add_adapter(
         config, transformer, lora, seed=seed, saved=saved, originals=originals, console=console
     )
+    activate(transformer)
     facts = choose.facts_of_model(facts, config, transformer)
     choices = choose.choose(wishes, facts)
     make_ready(transformer, choices)

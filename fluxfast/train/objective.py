@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast.adapters.kinds import without_adapters
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch
 from fluxfast.model.modulation import Conditions
 from fluxfast.model.pinned import pin, send
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
+from fluxfast.train.assistant import base_alone
 
 # tokens: at most eight lengths of T5's 512, as many shapes as graphs are kept of
 _TEXT_MULTIPLE = 64
@@ -232,6 +232,6 @@ class Objective:
 
     @torch.no_grad()
     def _base_prediction(self, inputs: dict[str, Any]) -> Tensor:
-        """What the model without the adapters predicts: the target of regularisation data."""
-        with without_adapters(self.transformer):
+        """What the model predicts without the trained adapter: regularisation data's target."""
+        with base_alone(self.transformer):
             return self.transformer(**inputs, return_dict=False)[0].float()

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
 from fluxfast.adapters.kind import AdapterFile, Size
+from fluxfast.adapters.lora_read import read_lora
 from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
@@ -110,6 +111,9 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     if saved is not None or may_fetch(config.init_lora or ""):
         with _collecting(problems):
             lora = read_init_lora(config, saved)
+    if config.assistant_lora is not None and may_fetch(config.assistant_lora):
+        with _collecting(problems):
+            read_lora(config.assistant_lora)
     for source in _sources(config):
         if may_fetch(source.path):
             with _collecting(problems):

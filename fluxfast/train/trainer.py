@@ -28,6 +28,7 @@ from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
 from fluxfast.train.adapter import adapter_metadata, config_of, init_lora_of, kind_of
+from fluxfast.train.assistant import drawing
 from fluxfast.train.build import Parts, RunData, load_data, load_parts
 from fluxfast.train.events import (
     Metrics,
@@ -385,6 +386,7 @@ class Trainer:
         config = self.config
         with (
             averaged(self.optimizer),
+            drawing(self.transformer, config),
             strength(self.transformer, config.validation_lycoris_strength),
         ):
             paths = self.parts.validator.run(step, self.console)

@@ -211,9 +211,13 @@ def test_flavours():
     )
     assert (schnell.tokenizer_max_length, schnell.schedule) == (256, "fast")
     assert schnell.base_source.path == FLAVOURS["schnell"].repository
-    for part in ("tokenizer_max_length", "assistant LoRA", "no more than 4"):
+    for part in ("tokenizer_max_length", "no more than 4"):
         assert any(part in note for note in schnell.notes)
     assert load(model_flavour="schnell", i_know_what_i_am_doing=True).schedule == "sigmoid"
+    assert schnell.assistant_lora == "ostris/FLUX.1-schnell-training-adapter"
+    bare = load(model_flavour="schnell", flux_fast_schedule=True, disable_assistant_lora=True)
+    assert bare.assistant_lora is None and load().assistant_lora is None
+    assert load(assistant_lora_path="a.safetensors").assistant_lora == "a.safetensors"
     booru = load(
         model_flavour="fluxbooru", flux_guidance_value=1.0, validation_num_inference_steps=20
     )

@@ -1,0 +1,133 @@
+"""The assistant LoRA: there in training, not trained, not saved, off at validation."""
+
+import json
+
+import pytest
+import torch
+from kill_cases import Killed, kill_at, same_files
+from rich.console import Console
+from safetensors.torch import load_file
+from test_lycoris_run import LOKR
+from test_trainer import BF16, FP32, TREAD
+
+from fluxfast.adapters.lora import load_lora
+from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
+from fluxfast.model.transformer import FluxTransformer
+from fluxfast.train import preflight
+from fluxfast.train.assistant import drawing
+from fluxfast.train.trainer import Trainer
+
+SCHNELL = FP32 | {"model_flavour": "schnell", "flux_fast_schedule": True}
+
+
+@pytest.fixture
+def assistant(run):
+    """The file of a LoRA that does something."""
+    lora, _ = run(**FP32, name="assistant", max_train_steps=2, learning_rate=0.05)
+    return str(lora)
+
+
+@pytest.fixture
+def trainer(write_config):
+    made = []
+
+    def build(**settings):
+        config = load_config(write_config(**settings))
+        checked = preflight.check(config, torch.device("cpu"))
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        made.append(Trainer(config, Console(quiet=True), checked))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+KINDS = {"standard": {}, "dora": {"use_dora": True, "lora_dropout": 0.0}}
+
+
+def predictions(trainer, workspace, assistant, strength):
+    """The first batch's prediction: of training, of drawing, without the trained adapter, and what
+    the base gives with the assistant at that strength and without it.
+    """
+    model, objective = trainer.transformer, trainer.objective
+    batches = trainer.data.loader(0, objective.example)
+    inputs = objective._model_inputs(next(batches))
+    batches.close()
+    base = FluxTransformer.from_pretrained(workspace / "pipeline", subfolder="transformer")
+
+    def predict(transformer):
+        with torch.no_grad():
+            return transformer.eval()(**inputs, return_dict=False)[0]
+
+    found = {"training": predict(model), "held": objective._base_prediction(inputs)}
+    with drawing(model, trainer.config):
+        found["drawing"] = predict(model)
+    assert torch.equal(predict(model), found["training"])
+    found["base"] = predict(base)
+    load_lora(base, assistant)
+    for module in base.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["default"] *= strength
+    found["assisted"] = predict(base)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_begins_on_the_base_with_its_assistant(trainer, workspace, assistant, kind):
+    settings = SCHNELL | KINDS[kind] | {"assistant_lora_strength": 0.5}
+    made = trainer(**settings, assistant_lora_path=assistant)
+    found = predictions(made, workspace, assistant, 0.5)
+    # fp32 products in another order; nothing is trained yet
+    for one, other in (("training", "assisted"), ("held", "assisted"), ("drawing", "base")):
+        torch.testing.assert_close(found[one], found[other], rtol=1e-4, atol=1e-5, msg=one)
+    assert (found["assisted"] - found["base"]).abs().max() > 1e-3
+    # what trains is the adapter alone
+    trained = [n for n, p in made.transformer.named_parameters() if p.requires_grad]
+    assert trained and not any("assistant" in name for name in trained)
+
+
+def test_it_may_stay_on_for_drawing(trainer, workspace, assistant):
+    made = trainer(**SCHNELL, assistant_lora_path=assistant, assistant_lora_inference_strength=1.0)
+    found = predictions(made, workspace, assistant, 1.0)
+    torch.testing.assert_close(found["drawing"], found["assisted"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        BF16 | TREAD | {"base_model_precision": "int8-quanto"},
+        FP32 | {"enable_group_offload": True},
+        FP32 | {"base_model_precision": "nf4-bnb", "modulation_ahead": True},
+        FP32 | {"dataset": {"is_regularisation_data": True, "repeats": 20}},
+    ],
+    ids=["int8-tread", "streamed", "nf4-ahead", "regularisation"],
+)
+def test_a_killed_run_ends_with_the_same_bits_and_saves_its_own_adapter(
+    run, assistant, monkeypatch, mode
+):
+    mode = SCHNELL | mode | {"assistant_lora_path": assistant}
+    whole, _ = run(name="whole", **mode)
+    kill_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        run(name="killed", **mode)
+    killed, out = run(name="killed", **mode)
+    assert same_files(whole, killed)
+    assert "frozen and not saved" in " ".join(out.getvalue().split())
+    plain, _ = run(name="plain", **mode | {"disable_assistant_lora": True})
+    assert load_file(plain).keys() == load_file(whole).keys()
+    if "dataset" not in mode:
+        assert not same_files(whole, plain)
+
+
+def test_beside_lycoris_it_is_refused(run, tmp_path):
+    file = tmp_path / "lokr.json"
+    file.write_text(json.dumps(LOKR))
+    with pytest.raises(ConfigError, match='"disable_assistant_lora": true'):
+        run(**SCHNELL, lora_type="lycoris", lycoris_config=str(file))
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_is_loaded(run, tmp_path):
+    with pytest.raises(ConfigError, match="gone"):
+        run(**SCHNELL, assistant_lora_path=str(tmp_path / "gone.safetensors"))
