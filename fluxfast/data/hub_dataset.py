@@ -146,19 +146,33 @@ def _content(cell: Any, origin: HuggingFaceDataset) -> bytes:
     """The bytes of an image: in its cell, or in the file that the cell names."""
     local = Path(origin.dataset_name).expanduser()
     if isinstance(cell, str) and cell:
-        # a table from elsewhere must not choose among this machine's files
-        if not local.exists():
-            raise FetchError("its row holds a name, which only a local dataset may")
         cell = {"path": (local.parent if local.is_file() else local) / cell}
     if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
         raise FetchError("its row has no image")
     if cell.get("bytes"):
         content: bytes = cell["bytes"]
         return content
+    path = Path(cell["path"])
+    # a table from elsewhere must not choose among this machine's files
+    if not local.exists() and not any(path.resolve().is_relative_to(each) for each in _downloads()):
+        raise FetchError("its row names a file, which only a local dataset may")
     try:
-        return Path(cell["path"]).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise FetchError(f"can't be read: {error.strerror}") from error
+
+
+def _downloads() -> list[Path]:
+    """The folders that the library downloads a dataset's files to."""
+    import datasets
+    import huggingface_hub.constants
+
+    folders = (
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        huggingface_hub.constants.HF_HUB_CACHE,
+    )
+    return [Path(folder).resolve() for folder in folders]
 
 
 def _cut(stream: BinaryIO, config: CompositeImage) -> None:

@@ -155,3 +155,15 @@ def test_what_can_not_be_loaded(tmp_path, monkeypatch):
 
 def _refuses(*_, token, **__):
     raise OSError(f"token {token} is refused")
+
+
+def test_a_dataset_from_elsewhere_chooses_no_file_of_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "private.png").write_bytes(png(seed=1))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "downloaded.png").write_bytes(png(seed=2))
+    files = [str(tmp_path / name) for name in ("private.png", "hub/downloaded.png")]
+    rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    dataset = _dataset(tmp_path, "a/b", strategy="filename")
+    assert list(captions(dataset)) == ["00000001.png"]
+    assert "only a local dataset may" in reasons(dataset)["00000000.png"]
