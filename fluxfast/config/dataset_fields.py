@@ -16,13 +16,14 @@ from pydantic import (
     model_validator,
 )
 
+from fluxfast.config.backends import Origin, ParquetTable, Type
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.settings import Settings, read_json, shown
 from fluxfast.text import lines, printable
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,20 @@ class ImageDataset(_Entry):
 
     dataset_type: Literal["image"] = "image"
     """Kind of the entry."""
+    type: Type = "local"  # type: ignore[assignment]
+    """Where the images lie."""
+    origin: Origin | None = None
+    """Where images that don't lie in `instance_data_dir` are brought from (no key of its own)."""
     instance_data_dir: Path
     """Folder of the images, searched with its subfolders."""
     cache_dir_vae: Path
     """Folder of the latents' cache (unset: vae/<id> in the run's cache_dir)."""
     text_embeds: str | None = None
     """The text_embeds entry that caches the captions (unset: the default one)."""
-    metadata_backend: Literal["discovery"] = "discovery"
-    """How images are found: by looking into the folder."""
+    metadata_backend: Literal["discovery", "parquet", "huggingface"] = "discovery"
+    """How images are found: by looking into the folder, or in a table."""
+    parquet: ParquetTable | None = None
+    """The table of metadata_backend and caption_strategy parquet."""
 
     # sizes and crops
     resolution: float = Field(gt=0)
@@ -159,7 +166,7 @@ class ImageDataset(_Entry):
 
     # captions
     caption_strategy: CaptionStrategy
-    """Where captions come from: the file's name, a .txt beside it, or instance_prompt."""
+    """Where captions come from: the file's name, a .txt beside it, instance_prompt or a table."""
     instance_prompt: str | None = None
     """Caption of every image (instanceprompt), or what is put before each caption."""
     prepend_instance_prompt: bool = False
@@ -263,7 +270,12 @@ class ImageDataset(_Entry):
 
     @model_validator(mode="after")
     def _check(self) -> "ImageDataset":
-        problems = [*_size_problems(self), *_caption_problems(self), *_window_problems(self)]
+        problems = [
+            *_size_problems(self),
+            *_caption_problems(self),
+            *_window_problems(self),
+            *_table_problems(self),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -339,4 +351,15 @@ def _window_problems(dataset: ImageDataset) -> list[str]:
         start, end = getattr(dataset, f"start_{unit}"), getattr(dataset, f"end_{unit}")
         if end is not None and end < start:
             problems.append(f'"end_{unit}" ({end}) comes before "start_{unit}" ({start})')
+    return problems
+
+
+def _table_problems(dataset: ImageDataset) -> list[str]:
+    problems = []
+    for name in ("caption_strategy", "metadata_backend"):
+        value = getattr(dataset, name)
+        if value in ("csv", "huggingface") and dataset.type != value:
+            problems.append(f'"{name}" is "{value}": needs "type": "{value}"')
+        if value == "parquet" and dataset.parquet is None:
+            problems.append(f'"{name}" is "parquet": needs "parquet": {{"path": "table.parquet"}}')
     return problems

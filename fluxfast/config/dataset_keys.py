@@ -39,13 +39,8 @@ NOT_IMPLEMENTED: dict[str, Any] = {
             "target_resolution", "lyrics_column", "lyrics_extension", "lyrics_suffix",
             "lyrics_filename_format",
             # where the files of other types lie
-            "aws", "aws_bucket_name", "aws_region_name", "aws_endpoint_url", "aws_access_key_id",
-            "aws_secret_access_key", "aws_session_token", "aws_data_prefix", "csv", "csv_file",
-            "csv_cache_dir", "csv_caption_column", "csv_url_column", "shorten_filenames",
-            "image_cache_loc", "huggingface", "dataset_name", "dataset_config", "dataset_path",
-            "revision", "subfolder", "streaming", "num_proc", "auto_load", "auth_token",
-            "filter_func", "caption_column", "fallback_caption_column", "description_column",
-            "quality_column", "composite_image_column", "composite_image_config",
+            "aws", "csv", "image_cache_loc", "huggingface", "dataset_path", "subfolder",
+            "streaming", "composite_image_column",
             "split_composite_images", "caption_file_extensions", "webshart", "source", "metadata",
             "hf_token", "shard_cache_gb", "shard_cache_dir", "metadata_cache_dir",
             "parallel_downloads", "buffer_size", "max_file_size", "webshart_optimize_captions",
@@ -54,8 +49,6 @@ NOT_IMPLEMENTED: dict[str, Any] = {
         )
     ),
     # the defaults that SimpleTuner's forms write
-    "split": "train",
-    "image_column": "image",
     "video_column": "video",
     "truncation_mode": "beginning",
     "disable_vae_cache": False,
@@ -68,7 +61,8 @@ NOT_IMPLEMENTED: dict[str, Any] = {
 
 # keys that change nothing here, and why that is harmless; a run prints each that a dataset sets
 ACCEPTED_NO_EFFECT = {
-    "aws_max_pool_connections": "only read by aws datasets, which are refused",
+    "auto_load": "a dataset is loaded when it is first needed",
+    "aws_max_pool_connections": "max_workers decides how many objects are read at a time",
     "cache_file_suffix":
         "cached files are named by a hash of what they depend on, so settings never share one",
     "compress_cache": "latents and embeddings hardly get smaller, and are kept as they are",
@@ -77,18 +71,19 @@ ACCEPTED_NO_EFFECT = {
     "ignore_epochs": "it does nothing in SimpleTuner either",
     "image_processing_batch_size": "one VAE batch is read ahead",
     "metadata_update_interval": "the cache's index is up to date after every entry",
-    "parquet": "only read with metadata_backend or caption_strategy parquet, which are refused",
+    "num_proc": "a dataset is read by one process",
     "preserve_data_backend_cache": "a start deletes no cache",
     "read_batch_size": "one VAE batch is read ahead",
     "scan_for_errors":
         "each cached file is checked when it is read, and what is damaged is computed anew",
+    "shorten_filenames": "downloaded files always have short names",
     "skip_file_discovery": "a second start recomputes nothing anyway",
     "vae_cache_scan_behaviour": "what is damaged or doesn't fit is computed anew, and nothing else",
     "write_batch_size": "each latent is written by itself",
 }  # fmt: skip
 
-# kinds of places for an entry's files, beside "local"
-TYPES_NOT_YET = ("aws", "csv", "huggingface", "memory", "webshart")
+# kinds of places for an entry's files that are refused
+TYPES_NOT_YET = ("memory", "webshart")
 DATASET_TYPES_NOT_YET = (
     "video", "audio", "image_embeds", "conditioning_image_embeds", "eval",
     "caption", "grounding", "distillation_cache",
@@ -96,6 +91,6 @@ DATASET_TYPES_NOT_YET = (
 # values that SimpleTuner knows and a field refuses
 VALUES_NOT_YET = {
     "conditioning_type": ("controlnet", "depth", "canny"),
-    "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
-    "metadata_backend": ("parquet", "huggingface", "webshart"),
+    "caption_strategy": ("webshart",),
+    "metadata_backend": ("webshart",),
 }

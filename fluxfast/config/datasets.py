@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from fluxfast.config.backends import ORIGINS, ParquetTable, package_problems, take_origin
 from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.conditioning import ConditioningDataset, link
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
@@ -51,7 +52,9 @@ _MODELS: dict[str, type[ImageDataset] | type[TextEmbeds]] = {
 _CAPTIONS = (
     "caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt",
 )  # fmt: skip
-_SHUFFLE_KEYS = [("caption_shuffle", name) for name in CaptionShuffle.model_fields]
+# keys whose value is an object
+_NESTED: dict[str, type[Settings]] = {"caption_shuffle": CaptionShuffle, "parquet": ParquetTable}
+_NESTED_KEYS = [(key, name) for key, model in _NESTED.items() for name in model.model_fields]
 
 
 class DataConfig(Settings):
@@ -182,13 +185,22 @@ def _read_entry(
         # its other keys, which are of that type, are not looked at
         problems.append(
             f'{where}: "type" is {shown(values["type"])}: not implemented yet; fluxfast has '
-            "'local'"
+            f"{quoted(['local', *ORIGINS])}"
         )
         return None
     model = _MODELS[kind]
+    if model is not TextEmbeds:
+        take_origin(values, defaults.cache_dir, where, problems, notes)
+    elif values.get("type") in ORIGINS:
+        problems.append(
+            f'{where}: "type" is {shown(values["type"])}: the text cache is a folder of this '
+            'machine: set "type": "local" and a "cache_dir"'
+        )
+        return None
     fields = _with_defaults(values, model, defaults)
     for name in [name for name in fields if name not in model.model_fields]:
         _without_field(name, fields.pop(name), model, where, problems, notes)
+    problems += package_problems(fields, where)
     built = _build(model, fields, where, problems)
     return built if len(problems) == before else None
 
@@ -201,6 +213,8 @@ def _idle(image: ImageDataset, where: str) -> list[str]:
             '"max_upscale_threshold" has no effect: only "crop": true with "crop_aspect" "closest" '
             'or "random" chooses among buckets; "minimum_image_size" leaves small images out'
         )
+    if image.parquet and "parquet" not in (image.metadata_backend, image.caption_strategy):
+        idle.append('"parquet" has no effect without metadata_backend or caption_strategy parquet')
     if image.vae_cache_clear_each_epoch and not image.crops_at_random:
         idle.append(
             '"vae_cache_clear_each_epoch" encodes each image anew and gives the same latents: '
@@ -286,7 +300,7 @@ def _build(
                 f"{detail['ctx']['expected']}"
             )
         elif detail["type"] == "extra_forbidden":
-            text = "is not a key" + did_you_mean(name, map(_key_of, _SHUFFLE_KEYS))
+            text = "is not a key" + did_you_mean(name, map(_key_of, _NESTED_KEYS))
         else:
             text = problem_text(detail)
         problems.append(f'{where}: "{name}" {text}')
@@ -302,7 +316,7 @@ def _build(
 def _key_of(loc: tuple[int | str, ...]) -> str:
     """The key that an error is about; a key within an object follows after a dot."""
     # within other values, pydantic names positions and types
-    return ".".join(map(str, loc if loc[0] == "caption_shuffle" else loc[:1]))
+    return ".".join(map(str, loc if loc[0] in _NESTED else loc[:1]))
 
 
 def _default_texts(

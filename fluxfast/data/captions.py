@@ -1,4 +1,4 @@
-"""An image's captions: its file's name, a text file beside it, or one prompt for all images."""
+"""An image's captions: its file's name, a text file beside it, a table, or one prompt for all."""
 
 import random
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ from fluxfast.config.caption_shuffle import CaptionVariants
 from fluxfast.data.images import SkippedImage
 from fluxfast.text import is_text, lines
 
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt"]
+CaptionStrategy = Literal[
+    "filename", "textfile", "instanceprompt", "instance_prompt", "parquet", "csv", "huggingface"
+]
+_FROM_TABLES = ("parquet", "csv", "huggingface")
 
 
 class NoCaption(SkippedImage):
@@ -28,20 +31,22 @@ def captions(
     disable_multiline_split: bool = False,
     caption_filter: CaptionFilter | None = None,
     variants: CaptionVariants | None = None,
+    given: Sequence[str] | None = None,
 ) -> list[str]:
     """The captions of the image at `path`, at least one; `pick` chooses one for a step.
 
     strategy: `filename` takes the file's stem with spaces for underscores. `textfile` takes the
     file of the same stem ending in .txt, where each line that isn't blank is one caption (with
     `disable_multiline_split` the whole text is one; only newlines end a line, as in SimpleTuner).
-    `instanceprompt` takes `instance_prompt`. `only_instance_prompt` replaces the captions by
+    `instanceprompt` takes `instance_prompt`. `parquet`, `csv` and `huggingface` take `given`, which
+    the image's row in a table holds. `only_instance_prompt` replaces the captions by
     `instance_prompt`, `prepend_instance_prompt` puts it in front of them. `caption_filter` edits
     what the file's name or text says, before that. `variants` (`config.caption_shuffle`) then adds
     the orders of its tags to each caption, which is `instance_prompt` where that replaces it.
 
-    Raises NoCaption if the text file is missing, empty or not UTF-8, if the name that should be the
-    caption is not UTF-8, or if the filter left nothing. Raises ValueError if `instance_prompt` is
-    needed and not given.
+    Raises NoCaption if the text file is missing, empty or not UTF-8, if the table has no caption
+    for the image, if the name that should be the caption is not UTF-8, or if the filter left
+    nothing. Raises ValueError if `instance_prompt` is needed and not given.
     """
     path = Path(path)
     needed_by = (
@@ -55,11 +60,15 @@ def captions(
             raise ValueError(f"{needed_by or 'prepend_instance_prompt'} needs an instance_prompt")
         if needed_by:
             return variants(instance_prompt) if variants else [instance_prompt]
-    found = (
-        _textfile(path, split=not disable_multiline_split)
-        if strategy == "textfile"
-        else [_stem(path)]
-    )
+    if strategy in _FROM_TABLES:
+        assert given is not None
+        if not given:
+            raise NoCaption(path, "the table holds no caption for it")
+        found = list(given)
+    elif strategy == "textfile":
+        found = _textfile(path, split=not disable_multiline_split)
+    else:
+        found = [_stem(path)]
     if caption_filter is not None:
         found = [caption_filter(caption) for caption in found]
     found = list(dict.fromkeys(caption.strip() for caption in found if caption.strip()))

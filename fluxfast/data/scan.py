@@ -26,6 +26,7 @@ from fluxfast.data.buckets import (
 )
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.captions import NoCaption, captions
+from fluxfast.data.contents import Contents, Skipped
 from fluxfast.data.faces import Box, largest_face
 from fluxfast.data.images import UnreadableImage, discover, image_size, load_image
 from fluxfast.data.model_folders import file_hash
@@ -59,15 +60,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An image that is left out: `reason` is shared by many, `detail` says more of this one."""
-
-    file: str
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
 class Scan:
     """What a folder holds.
 
@@ -87,6 +79,7 @@ def scan(
     dataset: ImageDataset,
     cache: TensorCache,
     *,
+    contents: Contents = Contents(),  # noqa: B008  (it is frozen)
     skip: Iterable[Path] = (),
     crop_seed: int = 0,
     rounding: int = 2,
@@ -96,17 +89,29 @@ def scan(
     """Look at every image of a dataset.
 
     A file that `cache` has seen before, and that nobody has written since, is not opened.
+    `contents` is what the dataset's backend says of its images (`backends.bring`).
     `on_file(done, total)` reports progress. Raises ValueError if the folder doesn't exist, or if a
     folder in it can't be looked into.
     """
     root = Path(dataset.instance_data_dir)
     paths, unread = discover(root, skip=skip)
+    left_out, ours = list(contents.skipped), contents.files
+    if ours is not None:
+        listed = [path.relative_to(root).as_posix() in ours for path in paths]
+        if dataset.type == "local" and dataset.origin is None:
+            left_out += [
+                Skipped(path.relative_to(root).as_posix(), "has no row in the table")
+                for path, own in zip(paths, listed, strict=True)
+                if not own
+            ]
+        paths = [path for path, own in zip(paths, listed, strict=True) if own]
     if dataset.max_num_samples and len(paths) > dataset.max_num_samples:
         # seeded by the id alone, so that each run takes the same subset
         paths = sorted(random.Random(dataset.id).sample(paths, dataset.max_num_samples))
     kept: set[str] = set()
     captions_of = _captions_of(dataset, crop_seed, on_kept=kept.add)
-    candidates, skipped = [], []
+    candidates, skipped, wrong_sizes = [], left_out, []
+    beyond = len(left_out)
     facts = _all_facts(dataset, paths, cache, max_workers)
     for done, (path, known) in enumerate(zip(paths, facts, strict=True), 1):
         on_file(done, len(paths))
@@ -116,10 +121,13 @@ def scan(
             continue
         size = (known["size"][0], known["size"][1])
         try:
-            found = captions_of(path)
+            given = None if contents.captions is None else contents.captions.get(file, ())
+            found = captions_of(path, given=given)
         except NoCaption as error:
             skipped.append(Skipped(file, error.reason))
             continue
+        if contents.sizes is not None and contents.sizes.get(file, size) != size:
+            wrong_sizes.append(file)
         reason = _rejection(dataset, size, rounding)
         if reason:
             skipped.append(Skipped(file, reason, f"{size[0]}x{size[1]}"))
@@ -132,11 +140,11 @@ def scan(
             )
         )
     return Scan(
-        len(paths),
+        len(paths) + beyond,
         candidates,
         skipped,
         tuple(path.relative_to(root).as_posix() for path in unread),
-        tuple(_notes(dataset, candidates, kept)),
+        (*contents.notes, *_notes(dataset, candidates, kept, wrong_sizes)),
     )
 
 
@@ -229,12 +237,23 @@ def _all_facts(
     cache.remember_files(unsaved)
 
 
-def _notes(dataset: ImageDataset, candidates: Sequence[Candidate], kept: set[str]) -> Iterator[str]:
+def _notes(
+    dataset: ImageDataset,
+    candidates: Sequence[Candidate],
+    kept: set[str],
+    wrong_sizes: Sequence[str],
+) -> Iterator[str]:
     """What couldn't be done as asked: crops without a face, and captions that are as written."""
     faceless = [candidate.file for candidate in candidates if candidate.face is None]
     if dataset.crop_style == "face" and faceless:
         number = "1 image shows" if len(faceless) == 1 else f"{len(faceless)} images show"
         yield f"{number} no face (such as {printable(faceless[0])}): the middle is kept"
+    if wrong_sizes:
+        number = "1 image has" if len(wrong_sizes) == 1 else f"{len(wrong_sizes)} images have"
+        yield (
+            f"{number} another size than the table says (such as {printable(wrong_sizes[0])}): "
+            "the image's own counts"
+        )
     if kept:
         number = "1 caption has" if len(kept) == 1 else f"{len(kept)} captions have"
         yield (
@@ -259,10 +278,13 @@ def _buckets(dataset: ImageDataset, size: tuple[int, int], rounding: int) -> Seq
 
 def _captions_of(
     dataset: ImageDataset, seed: int, *, on_kept: Callable[[str], None]
-) -> Callable[[Path], list[str]]:
-    """The function that gives the captions of an image of a dataset."""
+) -> Callable[..., list[str]]:
+    """The function that gives the captions of an image of a dataset.
+
+    It takes the image's path, and those that a table gives it as `given`.
+    """
     if dataset.caption_strategy is None:
-        return lambda path: []
+        return lambda path, given: []
     filters, shuffle = dataset.caption_filter_list, dataset.caption_shuffle
     return functools.partial(
         captions,

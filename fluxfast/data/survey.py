@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from fluxfast.config.datasets import DataConfig, ImageDataset
+from fluxfast.data.backends import bring
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.dataset_report import (
     DatasetReport,
@@ -187,7 +188,9 @@ def survey(
     allow_dataset_oversubscription: bool = False,
     max_workers: int = 32,
 ) -> Survey:
-    """Open the caches of `data` and scan its folders; nothing is decoded or encoded.
+    """Open the caches of `data`, fetch what lies elsewhere and scan its folders.
+
+    Nothing is decoded or encoded.
 
     bars: where to show progress.
     skip_folders: folders that are no data even if they lie in a dataset's folder.
@@ -205,15 +208,18 @@ def survey(
     datasets, problems = [], []
 
     def scanned(dataset: ImageDataset) -> Scan | None:
-        bar = bars.add_task(f"scanning {escape(dataset.id)}", total=None)
+        workers = dataset.max_workers or max_workers
         try:
+            contents = bring(dataset, workers, bars)
+            bar = bars.add_task(f"scanning {escape(dataset.id)}", total=None)
             return scan(
                 dataset,
                 caches[dataset.cache_dir_vae.resolve()],
+                contents=contents,
                 skip=skip,
                 crop_seed=crop_seed,
                 rounding=aspect_bucket_rounding,
-                max_workers=dataset.max_workers or max_workers,
+                max_workers=workers,
                 on_file=functools.partial(_show, bars, bar),
             )
         except ValueError as error:

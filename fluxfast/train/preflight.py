@@ -151,7 +151,9 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
     problems = []
     for dataset in data.folders if data else ():
         written[f'dataset "{dataset.id}": "cache_dir_vae"'] = dataset.cache_dir_vae
-        if not dataset.instance_data_dir.is_dir():
+        if dataset.origin is not None:
+            written[f'dataset "{dataset.id}": the images\' folder'] = dataset.instance_data_dir
+        elif not dataset.instance_data_dir.is_dir():
             problems.append(
                 f'{config.data_backend_config}: dataset "{dataset.id}": "instance_data_dir" '
                 f"{dataset.instance_data_dir}: "

@@ -26,7 +26,7 @@ from fluxfast.train.state import SavedRun
 # keys of a dataset that say where it lies, and when its latents are computed
 _NO_PART_IN_DATA = {
     *("id", "type", "dataset_type", "instance_data_dir", "cache_dir_vae", "text_embeds"),
-    *("metadata_backend", "vae_cache_ondemand", "vae_cache_disable"),
+    *("origin", "parquet", "metadata_backend", "vae_cache_ondemand", "vae_cache_disable"),
 }
 
 
