@@ -22,9 +22,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from fluxfast.adapters.kinds import without_adapters
+from fluxfast.data.images import UnreadableImage
 from fluxfast.files import atomic_file, safe_name
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
+from fluxfast.train.events import say
 
 FOLDER = "validation_images"
 
@@ -180,7 +182,11 @@ class Validator:
                 progress.advance(bar)
 
             for nickname, edit in s.prompts.items():
-                references = load_references(edit.references)
+                try:
+                    references = load_references(edit.references)
+                except UnreadableImage as error:
+                    say(console, f"validation: {nickname} is not drawn, {error}")
+                    continue
                 with self._beside(pipeline.vae, references):
                     for size in s.resolutions:
                         for index in range(s.images_per_prompt):

@@ -14,6 +14,7 @@ from fluxfast.data.images import to_tensor
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import edits
 from fluxfast.train.edits import Edit, kontext_size, load_references, reference_tokens, stitched
+from fluxfast.train.trainer import Trainer
 from fluxfast.train.validation import ValidationSettings, Validator
 
 KONTEXT = FP32 | {"model_flavour": "kontext", "validation_disable": None}
@@ -144,6 +145,23 @@ def test_a_run_draws_prompts_with_their_references_and_samples_of_its_datasets(
     assert len(samples) == 2 and {found[name] for name in samples} == {(3 * 64, 64)}
     again, _ = run(**KONTEXT | DRAWN, others=others, num_eval_images=2, name="again")
     assert [name for name in drawn(again) if "photos_" in name] == samples
+
+
+def test_a_reference_that_vanishes_ends_no_run(run, others, small_sizes, monkeypatch, tmp_path):
+    changes = {"validation_step_interval": 1, "max_train_steps": 2, "num_eval_images": 1}
+    step = Trainer.train_step
+
+    def removing(self, number):
+        for path in (tmp_path / "before").glob("*.png"):
+            path.unlink()
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "train_step", removing)
+    lora, out = run(**KONTEXT | DRAWN | changes, others=others)
+    assert lora.is_file() and "is not drawn" in out.getvalue()
+    assert [path.name for path in (lora.parent / "validation_images").glob("step_2_*")] == [
+        "step_2_validation_0_64x64.png"
+    ]
 
 
 @pytest.mark.parametrize(
