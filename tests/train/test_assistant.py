@@ -13,6 +13,7 @@ from test_trainer import BF16, FP32, TREAD
 
 from fluxfast.adapters.lora import load_lora, lora_layers
 from fluxfast.adapters.presets import preset_targets
+from fluxfast.cli.plan import plan_report
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.model.transformer import FluxTransformer
@@ -179,6 +180,19 @@ def test_gradients_beside_it_are_those_on_a_base_that_it_is_merged_into(policy, 
     for name in one:
         # fp64, but for the sinusoids of positions and timesteps in fp32, which both have
         torch.testing.assert_close(one[name], other[name], rtol=1e-7, atol=1e-8, msg=name)
+
+
+def test_a_plan_counts_it(write_config, assistant):
+    def planned(**settings):
+        report = plan_report(load_config(write_config(**SCHNELL, **settings)), "RTX 4090")
+        return report["vram"]["adapters"], " ".join(report["notes"])
+
+    elements = sum(tensor.numel() for tensor in load_file(assistant).values())
+    alone, _ = planned(disable_assistant_lora=True)
+    # fp32
+    assert planned(assistant_lora_path=assistant)[0] == alone + 4 * elements
+    beside, notes = planned(assistant_lora_path="somebody/not-here")
+    assert beside == alone and "somebody/not-here is not here, and not counted" in notes
 
 
 def test_beside_lycoris_it_is_refused(run, tmp_path):
