@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 
+from fluxfast.config.generators import Generated
 from fluxfast.config.settings import Settings, did_you_mean, is_default, problem_text, shown
 from fluxfast.files import safe_name
 
@@ -137,7 +138,7 @@ class HuggingFaceDataset(Settings):
         return value if value is not None and value.enabled else None
 
 
-Origin: TypeAlias = Bucket | RemoteFolder | CsvFile | HuggingFaceDataset
+Origin: TypeAlias = Bucket | RemoteFolder | CsvFile | HuggingFaceDataset | Generated
 Type = Literal["local", "aws", "csv", "huggingface"]
 ORIGINS: dict[str, type[Bucket] | type[CsvFile] | type[HuggingFaceDataset]] = {
     "aws": Bucket,

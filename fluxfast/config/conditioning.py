@@ -6,12 +6,15 @@ beside it. Either side names the other: `conditioning_data` on the image dataset
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator
 
 from fluxfast.config.dataset_fields import CaptionStrategy, ImageDataset
+from fluxfast.config.generators import Generated
 from fluxfast.config.settings import did_you_mean, quoted, shown
+from fluxfast.files import safe_name
 
 ConditioningType = Literal["mask", "segmentation", "reference_strict", "reference_loose"]
 MASKS = ("mask", "segmentation")
@@ -74,6 +77,38 @@ class ConditioningDataset(ImageDataset):
     def sized_as(self, source: ImageDataset) -> "ConditioningDataset":
         """The same dataset with the sizes of `source`."""
         return self.model_copy(update={name: getattr(source, name) for name in _SOURCE_DECIDES})
+
+
+def generated(image: ImageDataset, cache_dir: Path) -> list[ConditioningDataset]:
+    """The conditioning datasets that an image dataset has made of its images.
+
+    cache_dir: the run's, where their images and latents are.
+    """
+    datasets = []
+    for generator in image.conditioning:
+        id = f"{image.id}_conditioning_{generator.type}"
+        folder = cache_dir / "generated" / safe_name(id)
+        origin = Generated(
+            kind=generator.type,
+            params=generator.params,
+            source=image.instance_data_dir,
+            captions=generator.captions,
+        )
+        values = {
+            "id": id,
+            "dataset_type": "conditioning",
+            "conditioning_type": generator.for_what,
+            "source_dataset_id": image.id,
+            "instance_data_dir": folder / "images",
+            "cache_dir_vae": folder,
+            "resolution": image.resolution,
+            "resolution_type": image.resolution_type,
+            # they are handed over as a table's are
+            "caption_strategy": "csv" if generator.captions else None,
+            "origin": origin,
+        }
+        datasets.append(ConditioningDataset.model_validate(values))
+    return datasets
 
 
 def link(

@@ -19,6 +19,7 @@ from pydantic import (
 from fluxfast.config.backends import Origin, ParquetTable, Type
 from fluxfast.config.caption_filter import caption_filter
 from fluxfast.config.caption_shuffle import CaptionShuffle
+from fluxfast.config.generators import Generated, Generators
 from fluxfast.config.settings import Settings, read_json, shown
 from fluxfast.text import lines, printable
 
@@ -211,6 +212,8 @@ class ImageDataset(_Entry):
     """Added to the normal under the sigmoid schedule: above 0 means more noise."""
     is_regularisation_data: bool = False
     """Train these images towards the base model's own prediction."""
+    conditioning: Generators = ()
+    """Conditioning datasets to make of the images (`config.generators`)."""
     disable_validation: bool = False
     """Draw no validation images with the references of this dataset."""
     conditioning_data: tuple[str, ...] = ()
@@ -354,9 +357,14 @@ def _window_problems(dataset: ImageDataset) -> list[str]:
     return problems
 
 
+# the keys that may say that a table has something
+_OF_TABLES = ("caption_strategy", "metadata_backend")
+
+
 def _table_problems(dataset: ImageDataset) -> list[str]:
     problems = []
-    for name in ("caption_strategy", "metadata_backend"):
+    # a generated dataset has its captions from its generator, as others have a table's
+    for name in () if isinstance(dataset.origin, Generated) else _OF_TABLES:
         value = getattr(dataset, name)
         if value in ("csv", "huggingface") and dataset.type != value:
             problems.append(f'"{name}" is "{value}": needs "type": "{value}"')

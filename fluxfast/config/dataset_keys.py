@@ -25,7 +25,7 @@ NOT_IMPLEMENTED: dict[str, Any] = {
     **dict.fromkeys(
         (
             # other data beside the images
-            "conditioning", "conditioning_config", "conditioning_image_embeds",
+            "conditioning_config", "conditioning_image_embeds",
             "cache_dir_conditioning_image_embeds",
             "conditioning_image_embed_batch_size", "image_embeds", "grounding", "grounding_data",
             "bbox_column", "s2v_datasets", "slider_strength",

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from fluxfast.config.backends import ORIGINS, ParquetTable, package_problems, take_origin
 from fluxfast.config.caption_shuffle import CaptionShuffle
-from fluxfast.config.conditioning import ConditioningDataset, link
+from fluxfast.config.conditioning import ConditioningDataset, generated, link
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
 from fluxfast.config.dataset_keys import (
     ACCEPTED_NO_EFFECT,
@@ -26,6 +26,7 @@ from fluxfast.config.dataset_keys import (
     VALUES_NOT_YET,
 )
 from fluxfast.config.face_detector import INSTALL, face_cascade
+from fluxfast.config.generators import Generator
 from fluxfast.config.settings import (
     ConfigError,
     Settings,
@@ -53,7 +54,11 @@ _CAPTIONS = (
     "caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt",
 )  # fmt: skip
 # keys whose value is an object
-_NESTED: dict[str, type[Settings]] = {"caption_shuffle": CaptionShuffle, "parquet": ParquetTable}
+_NESTED: dict[str, type[Settings]] = {
+    "caption_shuffle": CaptionShuffle,
+    "conditioning": Generator,
+    "parquet": ParquetTable,
+}
 _NESTED_KEYS = [(key, name) for key, model in _NESTED.items() for name in model.model_fields]
 
 
@@ -128,6 +133,15 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
     if not problems:
         problems += _whole_problems(images, path)
         text = _default_texts(texts, images, path, problems)
+        for image in images:
+            for made in generated(image, defaults.cache_dir):
+                if made.id in seen:
+                    problems.append(
+                        f'{path}: dataset "{image.id}": "conditioning" makes a dataset '
+                        f'"{made.id}", and another one has this id; give each its own'
+                    )
+                seen.add(made.id)
+                conditions.append(made)
         linked, found = link(images, conditions, path)
         problems += found
     if problems or text is None:

@@ -7,8 +7,10 @@ from rich.progress import Progress
 
 from fluxfast.config.backends import Bucket, CsvFile, HuggingFaceDataset, RemoteFolder
 from fluxfast.config.datasets import ImageDataset
+from fluxfast.config.generators import Generated
 from fluxfast.data.contents import Contents
 from fluxfast.data.csv_images import csv_contents
+from fluxfast.data.generators import generate
 from fluxfast.data.hub_dataset import hub_contents
 from fluxfast.data.images import discover
 from fluxfast.data.parquet_table import table_contents
@@ -42,6 +44,8 @@ def _brought(dataset: ImageDataset, workers: int, bars: Progress) -> Contents:
         return csv_contents(dataset, workers, bars)
     if isinstance(dataset.origin, Bucket | RemoteFolder):
         return remote_contents(dataset, workers, bars)
+    if isinstance(dataset.origin, Generated):
+        return generate(dataset, workers, bars)
     if isinstance(dataset.origin, HuggingFaceDataset):
         return hub_contents(dataset, bars)
     return Contents()

@@ -69,18 +69,24 @@ class Mirror:
         write_atomic(self.folder / _RECORD, json.dumps(self._known).encode())
 
     def bring(
-        self, wanted: Sequence[Wanted], *, id: str, workers: int, bars: Progress
+        self,
+        wanted: Sequence[Wanted],
+        *,
+        id: str,
+        workers: int,
+        bars: Progress,
+        doing: str = "fetching",
     ) -> list[Skipped]:
         """Bring what is missing or has changed; returns what could not be brought, and why.
 
-        id: the dataset's, for the progress bar. Raises ValueError if the disk is nearly full or
-        can't be written.
+        id: the dataset's, for the progress bar, which says what is done to its images. Raises
+        ValueError if the disk is nearly full or can't be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [each for each in wanted if not self.holds(each.name, each.stamp)]
         if not missing:
             return []
-        bar = bars.add_task(f"fetching images of {escape(id)}", total=len(missing))
+        bar = bars.add_task(f"{doing} images of {escape(id)}", total=len(missing))
         skipped = []
         try:
             with ThreadPoolExecutor(workers) as pool:

@@ -102,6 +102,52 @@ def run(write_config):
 
 
 @pytest.fixture
+def trainer(write_config):
+    """Builds the trainer of a config, as a run does before its first step."""
+    import torch
+
+    from fluxfast.config.run import load_config
+    from fluxfast.train import preflight
+    from fluxfast.train.trainer import Trainer
+
+    made = []
+
+    def build(**settings):
+        config = load_config(write_config(**settings))
+        checked = preflight.check(config, torch.device("cpu"))
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        made.append(Trainer(config, Console(quiet=True), checked))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def references(workspace, tmp_path):
+    """Grey copies as references; returns the entry of such a dataset."""
+
+    from PIL import Image, ImageOps
+
+    def write(kind="reference_strict", id="before"):
+        folder = tmp_path / id
+        folder.mkdir(exist_ok=True)
+        for path in (workspace / "images").glob("*.png"):
+            with Image.open(path) as image:
+                grey = ImageOps.grayscale(image).convert("RGB")
+            grey = grey.resize((192, 96)) if kind == "reference_loose" else grey
+            grey.save(folder / path.name)
+        return {
+            "id": id, "type": "local", "dataset_type": "conditioning", "conditioning_type": kind,
+            "source_dataset_id": "photos", "instance_data_dir": str(folder),
+            "cache_dir_vae": str(tmp_path / "cache" / id), "caption_strategy": None,
+        }  # fmt: skip
+
+    return write
+
+
+@pytest.fixture
 def pretend_gpu(monkeypatch):
     """Have all who choose find that GPU of the table on this machine; tensors stay on the CPU."""
     from fluxfast.memory import gpus

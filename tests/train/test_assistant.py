@@ -6,7 +6,6 @@ import pytest
 import torch
 from kill_cases import Killed, kill_at, same_files
 from peft import LoraConfig
-from rich.console import Console
 from safetensors.torch import load_file
 from test_lycoris_run import LOKR
 from test_trainer import BF16, FP32, TREAD
@@ -17,9 +16,7 @@ from fluxfast.cli.plan import plan_report
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.train import preflight
 from fluxfast.train.assistant import NAME, activate, drawing
-from fluxfast.train.trainer import Trainer
 from support import SMALL, make_inputs
 
 SCHNELL = FP32 | {"model_flavour": "schnell", "flux_fast_schedule": True}
@@ -30,22 +27,6 @@ def assistant(run):
     """The file of a LoRA that does something."""
     lora, _ = run(**FP32, name="assistant", max_train_steps=2, learning_rate=0.05)
     return str(lora)
-
-
-@pytest.fixture
-def trainer(write_config):
-    made = []
-
-    def build(**settings):
-        config = load_config(write_config(**settings))
-        checked = preflight.check(config, torch.device("cpu"))
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        made.append(Trainer(config, Console(quiet=True), checked))
-        return made[-1]
-
-    yield build
-    for each in made:
-        each.close()
 
 
 KINDS = {"standard": {}, "dora": {"use_dora": True, "lora_dropout": 0.0}}

@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from kill_cases import Killed, kill_at, same_files
-from PIL import Image, ImageOps
 from safetensors import safe_open
 from test_trainer import BF16, FP32, TREAD
 
@@ -134,27 +133,6 @@ def test_a_routed_step_is_the_blocks_on_the_tokens_that_are_left():
         part[0, drawn].sum().backward()
         # what is dropped goes around the blocks, and has a gradient of its own
         torch.testing.assert_close(hidden.grad[sample, scene:], leaf.grad[0, scene:], **CLOSE)
-
-
-@pytest.fixture
-def references(workspace, tmp_path):
-    """Grey copies as references; returns the entry of such a dataset."""
-
-    def write(kind="reference_strict", id="before"):
-        folder = tmp_path / id
-        folder.mkdir(exist_ok=True)
-        for path in (workspace / "images").glob("*.png"):
-            with Image.open(path) as image:
-                grey = ImageOps.grayscale(image).convert("RGB")
-            grey = grey.resize((192, 96)) if kind == "reference_loose" else grey
-            grey.save(folder / path.name)
-        return {
-            "id": id, "type": "local", "dataset_type": "conditioning", "conditioning_type": kind,
-            "source_dataset_id": "photos", "instance_data_dir": str(folder),
-            "cache_dir_vae": str(tmp_path / "cache" / id), "caption_strategy": None,
-        }  # fmt: skip
-
-    return write
 
 
 # what SimpleTuner's page on Kontext has beside paths: int8, rank 16, one set of references a sample

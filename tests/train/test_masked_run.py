@@ -7,7 +7,6 @@ import pytest
 import torch
 from kill_cases import Killed, kill_at, same_files
 from PIL import Image
-from rich.console import Console
 from test_lycoris_run import LOKR, OTHERS
 from test_trainer import BF16, FP32, TREAD
 
@@ -16,7 +15,6 @@ from fluxfast.config.settings import ConfigError
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow, preflight
 from fluxfast.train.events import read_metrics
-from fluxfast.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -65,22 +63,6 @@ def examples(trainer, number=2):
     found = [next(trainer.batches) for _ in range(number)]
     trainer.batches.close()
     return found
-
-
-@pytest.fixture
-def trainer(write_config):
-    made = []
-
-    def build(**settings):
-        config = load_config(write_config(**settings))
-        checked = preflight.check(config, torch.device("cpu"))
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        made.append(Trainer(config, Console(quiet=True), checked))
-        return made[-1]
-
-    yield build
-    for each in made:
-        each.close()
 
 
 def fill(transformer):
