@@ -16,6 +16,7 @@ from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.config.optimizers import optimizer_options
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings, Utf8Path, named_in
+from fluxfast.config.validation_fields import ValidationFields
 
 Precision = Literal[
     "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb",
@@ -31,9 +32,7 @@ Scheduler = Literal[
 ]  # fmt: skip
 
 # switches that several options are only read with
-_VALIDATION = "validation_disable=false"
 _ASSISTANT = "assistant_lora_path or model_flavour=schnell"
-_REFERENCES = "model_flavour=kontext"
 # a budget of VRAM may turn streaming on
 _STREAMING = "enable_group_offload or vram_budget"
 
@@ -56,7 +55,7 @@ class TreadConfig(Settings):
     """The ranges; they may not overlap."""
 
 
-class TrainFields(Settings):
+class TrainFields(ValidationFields):
     """What a config file can say, each value valid by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -378,67 +377,3 @@ class TrainFields(Settings):
     """Run in the tracker, and the saved LoRA's title."""
     logging_dir: Path = option(Path("logs"), on_resume="ignored")
     """Folder for the tracker's files."""
-
-    # validation
-    validation_disable: bool = option(False, on_resume="ignored")
-    """Draw no validation images."""
-    validation_step_interval: int = option(
-        100, ge=0, only_with=_VALIDATION, on_resume="ignored", aliases=("validation_steps",)
-    )
-    """Optimiser steps between validations (0: only at the ends)."""
-    validation_on_startup: bool = option(False, only_with=_VALIDATION, on_resume="ignored")
-    """Draw validation images before a resumed run goes on."""
-    validation_prompt: str | None = option(None, only_with=_VALIDATION, on_resume="ignored")
-    """Prompt to draw."""
-    user_prompt_library: Path | None = option(None, only_with=_VALIDATION, on_resume="ignored")
-    """JSON file of further prompts by nickname."""
-    validation_prompt_library: bool = option(False, only_with=_VALIDATION, on_resume="ignored")
-    """Draw SimpleTuner's own prompts as well."""
-    validation_negative_prompt: str = option(
-        "blurry, cropped, ugly",
-        only_with=(_VALIDATION, "validation_guidance_real"),
-        on_resume="ignored",
-    )
-    """Negative prompt, used if validation_guidance_real is above 1."""
-    validation_input: dict[str, str | list[str]] | None = option(
-        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
-    )
-    """Reference images of prompts by nickname: {"nickname": "file.png"}, or a JSON file of that."""
-    validation_using_datasets: bool | None = option(
-        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
-    )
-    """Draw with the references of some samples of the datasets too (unset: yes)."""
-    num_eval_images: int = option(
-        4, ge=1, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
-    )
-    """Samples of each dataset whose references validation draws with."""
-    eval_dataset_id: tuple[str, ...] | None = option(
-        None, only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
-    )
-    """The datasets whose samples those are, one or a list (unset: all)."""
-    validation_stitch_input_location: Literal["left", "right"] = option(
-        "left", only_with=(_VALIDATION, _REFERENCES), on_resume="ignored"
-    )
-    """Where references stand beside the image that was drawn with them."""
-    validation_resolution: str = option("256", only_with=_VALIDATION, on_resume="ignored")
-    """Sizes to draw in pixels, between commas: "1024x1024,1280x768" or "512"."""
-    validation_guidance: float = option(7.5, ge=0, only_with=_VALIDATION, on_resume="ignored")
-    """Guidance that validation tells the model."""
-    validation_guidance_real: float = option(1.0, ge=0, only_with=_VALIDATION, on_resume="ignored")
-    """Classifier-free guidance; above 1 it takes a second pass a step."""
-    validation_no_cfg_until_timestep: int = option(
-        2, ge=0, only_with=(_VALIDATION, "validation_guidance_real"), on_resume="ignored"
-    )
-    """Denoising steps before classifier-free guidance begins."""
-    validation_num_inference_steps: int = option(
-        30, ge=1, only_with=_VALIDATION, on_resume="ignored"
-    )
-    """Denoising steps per image."""
-    validation_seed: int | None = option(
-        None, ge=0, lt=2**63, only_with=_VALIDATION, on_resume="ignored"
-    )
-    """Seed of each image (unset: the run's seed)."""
-    num_validation_images: int = option(1, ge=1, only_with=_VALIDATION, on_resume="ignored")
-    """Images per prompt and size."""
-    disable_benchmark: bool = option(False, only_with=_VALIDATION, on_resume="ignored")
-    """Don't draw the base model's images at step 0."""
