@@ -98,7 +98,11 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
         config = config_of(config, read_init_lora(config, None))
     batch = largest_batch(config, datasets, data)
     workload = workload_of(
-        config, batch, _local_base(config), encoded_pixels=encoded_pixels(config, datasets)
+        config,
+        batch,
+        _local_base(config),
+        encoded_pixels=encoded_pixels(config, datasets),
+        assistant=_assistant(config, notes),
     )
     gpu = find_gpu(gpu_name) if gpu_name else _this_gpu(config)
     wishes = wishes_of(config)
@@ -193,6 +197,16 @@ def _datasets(config: TrainConfig) -> tuple[DataConfig | None, list[ImageDataset
         [stand_in],
         [f"{config.data_backend_config} is not there: reckoned with the config's own resolution"],
     )
+
+
+def _assistant(config: TrainConfig, notes: list[str]) -> int:
+    """Bytes of the assistant LoRA. One that would have to be fetched is noted, and not counted."""
+    from fluxfast.train.assistant import assistant_bytes
+
+    if config.assistant_lora is None or Path(config.assistant_lora).exists():
+        return assistant_bytes(config)
+    notes.append(f"the assistant LoRA {config.assistant_lora} is not here, and not counted")
+    return 0
 
 
 def _changes(config: TrainConfig, wishes: Wishes, facts: Facts) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Flavour:
         few_steps: whether it draws in a few large steps, so that it is trained on
             `flux_fast_schedule` unless the user insists on another schedule.
         forced: values that take the place of the config's own, by option: the schedule's shift, for
-            one, or a mask on attention, once there is an option for it.
+            one, or a mask on attention.
         forced_because: why, for the note that a run prints.
         assistant_lora: a frozen LoRA that training has beside its own (file or Hub repository).
         guidance_real: classifier-free guidance at validation where the config asks for none.
@@ -103,5 +103,9 @@ FLAVOURS = {
         forced_because="LibreFlux was trained without T5's padding and is de-distilled",
         guidance_real=6.0,
         least_validation_steps=28,
+        notes=(
+            "no token attends to T5's padding (SimpleTuner adds 1 to the scores of the other "
+            "tokens instead, which only favours them)",
+        ),
     ),
 }

@@ -103,10 +103,24 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     steps = max(flavour.least_validation_steps, config.validation_num_inference_steps)
     force("validation_num_inference_steps", steps, flavour.forced_because)
     notes += flavour.notes
+    notes += _guidance_notes(config.model_copy(update=forced))
     if not config.validation_disable and not flavour.draws_well_in(steps):
         notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     notes += _notes_of_no_effect(config)
     return forced, notes
+
+
+def _guidance_notes(config: DerivedValues) -> list[str]:
+    """What images need of a LoRA that is trained under other guidance than 1."""
+    constant = config.flux_guidance_mode == "constant"
+    if not config.flavour.takes_guidance or (constant and config.flux_guidance_value == 1):
+        return []
+    trained = f"of {config.flux_guidance_value:g}" if constant else "drawn at random"
+    return [
+        f"guidance in training is {trained}, which undoes the distillation: images need "
+        'classifier-free guidance, here "validation_guidance_real" above 1 '
+        f"(it is {config.validation_guidance_real:g})"
+    ]
 
 
 def _schedule_note(config: DerivedValues) -> str:

@@ -79,7 +79,7 @@ def account(workload: Workload, choices: Choices) -> Plan:
         "weights": workload.outer_weights + resident,
         "transposed codes": workload.product_codes if choices.transposed_codes else 0,
         "modulation": workload.modulation_vectors if choices.modulation_ahead else modulation,
-        "adapters": workload.adapters * workload.adapter_itemsize,
+        "adapters": workload.adapters * workload.adapter_itemsize + workload.assistant,
         # of a micro-batch, and where there are several, their sum (`model.flat_gradients`)
         "gradients": gradients * (2 if workload.micro_batches > 1 else 1),
         "optimiser": round(workload.adapters * state),

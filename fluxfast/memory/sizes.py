@@ -175,6 +175,7 @@ class Workload:
         compute: what products run in, as in `Choices`.
         micro_batches: how many a step adds up.
         vae: bytes of a VAE that encodes images beside the steps (`vae_bytes`); 0: there is none.
+        assistant: bytes of a frozen adapter beside the one that trains; 0: there is none.
     """
 
     sizes: FluxSizes
@@ -191,6 +192,7 @@ class Workload:
     micro_batches: int = 1
     by_module: Mapping[str, Size] | None = None
     vae: int = 0
+    assistant: int = 0
 
     def size_on(self, name: str) -> Size | None:
         """The size of the adapter on a linear, by the linear's full name; None: it has none."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from fluxfast.adapters.kinds import without_adapters
 from fluxfast.adapters.lora import load_lora, lora_layers
+from fluxfast.adapters.lora_read import read_lora
 from fluxfast.config.run import TrainConfig
 from fluxfast.train.events import say
 
@@ -38,6 +39,17 @@ def add_assistant(config: TrainConfig, transformer: Any, console: Console) -> No
         f"training and {config.assistant_lora_inference_strength:g} at validation; frozen and not "
         "saved",
     )
+
+
+def assistant_bytes(config: TrainConfig) -> int:
+    """Bytes of the config's assistant on a model; 0 without one. Reads its file, and may fetch it.
+
+    Raises the errors of `read_lora`.
+    """
+    if config.assistant_lora is None:
+        return 0
+    tensors = read_lora(config.assistant_lora).state.values()
+    return sum(tensor.numel() for tensor in tensors) * config.adapter_dtype.itemsize
 
 
 def activate(transformer: Any) -> None:

@@ -33,6 +33,7 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.device import usable_cores
 from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.adapter import kind_of, settings_of
+from fluxfast.train.assistant import assistant_bytes
 from fluxfast.train.base_model import stored_format
 from fluxfast.train.events import say
 
@@ -120,12 +121,13 @@ def workload_of(
     base: Checkpoint | None = None,
     *,
     encoded_pixels: int = 0,
+    assistant: int = 0,
 ) -> Workload:
     """What a step of this config computes on this batch.
 
     base: the transformer's checkpoint, opened. Without one, sizes are those of the flavour and the
     format of the weights is the config's. encoded_pixels: of the largest image that the VAE encodes
-    beside the steps; 0: none.
+    beside the steps; 0: none. assistant: bytes of the assistant LoRA.
     """
     if base is None:
         sizes = FluxSizes(guidance_embeds=config.flavour.takes_guidance)
@@ -153,6 +155,7 @@ def workload_of(
         micro_batches=config.gradient_accumulation_steps,
         by_module=_lycoris_modules(config, sizes),
         vae=vae_bytes(encoded_pixels, itemsize=4 if config.vae_dtype == "fp32" else 2),
+        assistant=assistant,
     )
 
 
@@ -188,8 +191,9 @@ def facts_before_loading(
     batches: those that its datasets give. encoded_pixels: see `workload_of`.
     """
     smallest, largest = (pick(batches, key=lambda batch: batch.tokens) for pick in (min, max))
+    assistant = assistant_bytes(config)
     small, large = (
-        workload_of(config, batch, base, encoded_pixels=encoded_pixels)
+        workload_of(config, batch, base, encoded_pixels=encoded_pixels, assistant=assistant)
         for batch in (smallest, largest)
     )
     facts = facts_of(config, large, gpus.this_gpu(device))

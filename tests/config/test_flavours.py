@@ -85,3 +85,27 @@ def test_a_forced_shift_is_told(klein):
         model_flavour="klein", i_know_what_i_am_doing=True, flow_schedule_auto_shift=True
     )
     assert by_resolution.flow_schedule_shift == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model_flavour": "dev"}, None),
+        ({"model_flavour": "dev", "flux_guidance_value": 3.5}, "of 3.5"),
+        ({"model_flavour": "krea", "flux_guidance_mode": "random-range"}, "drawn at random"),
+        ({"model_flavour": "fluxbooru"}, "of 3.5"),
+        # its transformer takes no guidance
+        ({"model_flavour": "libreflux", "flux_guidance_value": 3.5}, None),
+    ],
+)
+def test_guidance_in_training_tells_what_images_need(settings, told):
+    notes = [note for note in load(**settings).notes if note.startswith("guidance in training")]
+    assert len(notes) == (told is not None)
+    assert all(f"is {told}," in note for note in notes)
+    if settings["model_flavour"] == "fluxbooru":
+        assert notes[0].endswith("(it is 6)")
+
+
+def test_libreflux_tells_what_its_mask_is():
+    notes = load(model_flavour="libreflux").notes
+    assert any(note.startswith("no token attends to T5's padding") for note in notes)

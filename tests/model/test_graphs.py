@@ -104,6 +104,26 @@ def test_replays_are_the_steps_themselves(policy, routes, ahead, monkeypatch):
     assert len(model.graphs.said) == 1 and "steps are replayed" in model.graphs.said[0]
 
 
+def test_the_mask_on_padding_is_an_input(monkeypatch):
+    """A replayed step masks what its own batch says; a batch without a mask has its own graph."""
+    see_every_op(monkeypatch)
+
+    def masked():
+        given = one_shape(STEPS + 1)
+        for length, step in enumerate(given):
+            mask = torch.arange(step["encoder_hidden_states"].shape[1]) < 1 + length % 3
+            step["text_mask"] = mask.expand(len(step["hidden_states"]), -1).contiguous()
+        return given + one_shape()
+
+    expected = train(make_model(), masked())
+    model = make_model()
+    model.graphs = Counting(model)
+    losses, adapters = train(model, masked())
+    assert losses == expected[0]
+    assert all(torch.equal(a, b) for a, b in zip(adapters, expected[1], strict=True))
+    assert model.graphs.captures == 2 and model.graphs.replays == 2
+
+
 @pytest.mark.parametrize(
     ("storage", "compute", "outliers"),
     [("int8", "int8", 0), ("nf4", "same", 0), ("int4", "int8", 2)],

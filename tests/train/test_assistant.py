@@ -5,14 +5,19 @@ import json
 import pytest
 import torch
 from kill_cases import Killed, kill_at, same_files
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_lycoris_run import LOKR
 from test_trainer import BF16, FP32, TREAD
 
-from fluxfast.adapters.lora import load_lora
+from fluxfast.adapters.lora import load_lora, lora_layers
+from fluxfast.adapters.presets import preset_targets
+from fluxfast.cli.plan import plan_report
+from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.train.assistant import drawing
+from fluxfast.train.assistant import NAME, activate, drawing
+from support import SMALL, make_inputs
 
 SCHNELL = FP32 | {"model_flavour": "schnell", "flux_fast_schedule": True}
 
@@ -99,6 +104,76 @@ def test_a_killed_run_ends_with_the_same_bits_and_saves_its_own_adapter(
     assert load_file(plain).keys() == load_file(whole).keys()
     if "dataset" not in mode:
         assert not same_files(whole, plain)
+
+
+def test_an_assistant_on_modulation_keeps_it_on_the_device(run):
+    """The run's own adapter is not there, so that only the loaded model shows it."""
+    lora, _ = run(**FP32, name="norms", max_train_steps=2, flux_lora_target="ai-toolkit")
+    mode = SCHNELL | {"assistant_lora_path": str(lora), "max_train_steps": 2}
+    run(**mode, name="on the device")
+    with pytest.raises(ConfigError, match=r"norm(1|1_context)?\.linear"):
+        run(**mode, name="ahead", modulation_ahead=True)
+
+
+def two_adapters(policy, targets):
+    """A model in fp64 with a frozen adapter beside the one that trains, and one with it merged."""
+    pair = []
+    for merged in (False, True):
+        torch.manual_seed(0)
+        model = FluxTransformer(**SMALL).double().requires_grad_(False).train()
+        for name, rank in ((NAME, 5), ("default", 3)):
+            model.add_adapter(LoraConfig(r=rank, target_modules=list(targets)), adapter_name=name)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn_like(parameter) * 0.2
+        if merged:
+            for layer in lora_layers(model, NAME).values():
+                layer.merge(adapter_names=[NAME])
+                # PEFT computes nothing beside a merged adapter
+                layer.merged_adapters.clear()
+                layer.delete_adapter(NAME)
+                layer._active_adapter = ["default"]
+        else:
+            activate(model)
+        model.set_recompute(policy)
+        pair.append(model)
+    return pair
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("target", ["all+ffs", "ai-toolkit"])
+def test_gradients_beside_it_are_those_on_a_base_that_it_is_merged_into(policy, target):
+    targets = [name for name in preset_targets(target) if "qkv" not in name]
+    found = []
+    for model in two_adapters(policy, targets):
+        given = make_inputs(1, 7, 9)
+        given = {
+            name: tensor.double() if tensor.is_floating_point() else tensor
+            for name, tensor in given.items()
+        }
+        given["hidden_states"].requires_grad_()
+        out = model(**given, return_dict=False)[0]
+        out.square().sum().backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found.append({"out": out.detach(), "input": given["hidden_states"].grad, **trained})
+    one, other = found
+    assert one.keys() == other.keys() and len(one) > 20
+    for name in one:
+        # fp64, but for the sinusoids of positions and timesteps in fp32, which both have
+        torch.testing.assert_close(one[name], other[name], rtol=1e-7, atol=1e-8, msg=name)
+
+
+def test_a_plan_counts_it(write_config, assistant):
+    def planned(**settings):
+        report = plan_report(load_config(write_config(**SCHNELL, **settings)), "RTX 4090")
+        return report["vram"]["adapters"], " ".join(report["notes"])
+
+    elements = sum(tensor.numel() for tensor in load_file(assistant).values())
+    alone, _ = planned(disable_assistant_lora=True)
+    # fp32
+    assert planned(assistant_lora_path=assistant)[0] == alone + 4 * elements
+    beside, notes = planned(assistant_lora_path="somebody/not-here")
+    assert beside == alone and "somebody/not-here is not here, and not counted" in notes
 
 
 def test_beside_lycoris_it_is_refused(run, tmp_path):
