@@ -106,15 +106,20 @@ class Router:
     ) -> Draws:
         """One `draw` for each route that drops tokens.
 
-        references: how many tokens of reference images follow the `tokens` of the image; they are
-        kept, and all of them count to none of the ratio.
+        references: how many tokens of reference images follow the `tokens` of the image. They are
+        all kept, and no part of what a ratio is taken of.
         """
+        draws = {
+            first: self.draw(batch, tokens, route.ratio, force_keep, device)
+            for first, route in self._starts.items()
+        }
+        if not references:
+            return draws
         behind = torch.arange(tokens, tokens + references, device=device).expand(batch, -1)
-        draws: Draws = {}
-        for first, route in self._starts.items():
-            kept = self.draw(batch, tokens, route.ratio, force_keep, device)
-            draws[first] = torch.cat([kept, behind], 1) if references and kept is not None else kept
-        return draws
+        return {
+            first: kept if kept is None else torch.cat([kept, behind], dim=1)
+            for first, kept in draws.items()
+        }
 
     def ends_at(self, block: int) -> bool:
         """Whether a route that drops tokens has this block as its last."""

@@ -55,6 +55,8 @@ def assistant_bytes(config: TrainConfig) -> int:
 def activate(transformer: Any) -> None:
     """Have the assistant act beside the adapter that has been added after it, and stay as it is."""
     layers = lora_layers(transformer, NAME)
+    if not layers:
+        return
     for layer in layers.values():
         for parts in (layer.lora_A, layer.lora_B):
             parts[NAME].requires_grad_(False)
