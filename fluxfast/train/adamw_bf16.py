@@ -10,22 +10,15 @@ state.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
-from fluxfast.ops import dispatch
-
-# Elements that one pass of the optimiser flattens. On a CPU their fp32 temporaries, about 28 bytes
-# an element, should stay in cache: 2^17 was the fastest of 2^16 to 2^22. On a GPU a pass should be
-# long enough to hide its launches, and its temporaries should take no more than 100 MiB.
-_PASS_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 22}
+from fluxfast.train.multi_tensor import MultiTensorOptimizer, gradients_of, passes
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,17 +42,7 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
 
 
-@dataclass
-class _Tables:
-    """The kernel's tables of an update, and the addresses that they were made for."""
-
-    addresses: list[int] = field(default_factory=list)
-    table: Any = None
-    of_grads: list[tuple[int, torch.dtype]] = field(default_factory=list)
-    grads: Any = None
-
-
-class AdamWBF16(Optimizer):
+class AdamWBF16(MultiTensorOptimizer):
     """AdamW (decoupled decay, both bias corrections) for bf16 parameters.
 
     fp32 parameters are updated without rounding. Moments have their parameter's dtype.
@@ -68,9 +51,10 @@ class AdamWBF16(Optimizer):
     `state_dict` holds, and on nothing else. A resumed run therefore goes on bit for bit on the same
     kind of device, and ranks that reduced the same gradients stay equal.
 
-    impl: "auto" takes the Triton kernel on a GPU and torch elsewhere; "triton" and "ref" ask for
-    one of the two, and `step` raises ValueError where that can't run.
+    impl: as `MultiTensorOptimizer` has it.
     """
+
+    op = "adamw_bf16"
 
     def __init__(
         self,
@@ -83,73 +67,29 @@ class AdamWBF16(Optimizer):
         seed: int = 0,
         impl: str = "auto",
     ) -> None:
-        self.impl = impl
-        # by `_update_fused`'s place
-        self._tables: dict[tuple[int, int], _Tables] = {}
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed},
+            impl,
         )
-        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
-        if not dtypes <= {torch.bfloat16, torch.float32}:
-            raise ValueError(
-                f"adamw_bf16 takes bf16 or fp32 parameters, got {', '.join(map(str, dtypes))}"
-            )
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for index, group in enumerate(self.param_groups):
-            # parameters that share a dtype and a number of steps go together: usually all of them
-            alike: dict[tuple[torch.device, torch.dtype, int], list[Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault((p.device, p.dtype, self._count_step(p)), []).append(p)
-            for part, ((_, _, step), params) in enumerate(alike.items()):
-                if self._backend(params) == "triton":
-                    self._update_fused(params, group, step, (index, part))
-                else:
-                    self._update_plain(params, group, step, index)
-        return loss
+    def _new_state(self, p: Parameter, group: dict[str, Any]) -> dict[str, Any]:
+        return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    def _count_step(self, p: Parameter) -> int:
-        """The number of this step for the parameter, from 1; the first makes its moments."""
-        state = self.state[p]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += 1
-        return state["step"]
+    def _state_tensors(self, params: Sequence[Parameter]) -> list[list[Tensor | None]]:
+        return [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
 
-    def _backend(self, params: Sequence[Parameter]) -> str:
-        whole = all(p.is_contiguous() for p in params)
-        return dispatch.resolve(
-            "adamw_bf16",
-            self.impl,
-            params,
-            obstacle=None if whole else "a parameter is not contiguous",
-            native_obstacle="there is no native AdamW",
-        )
+    def _table(self, tensors: list[list[Any]]) -> Any:
+        from fluxfast_kernels.optim import adamw_table
+
+        return adamw_table(*tensors)
 
     def _update_fused(
         self, params: list[Parameter], group: dict[str, Any], step: int, place: tuple[int, int]
     ) -> None:
-        """`_update_plain` in one launch.
-
-        place: the number of the param group, and of these parameters among those of the group that
-        are updated together.
-        """
         from fluxfast_kernels.optim import adamw_step
 
-        # copies of those that are not contiguous live until the launch
-        grads = [p.grad.contiguous() for p in params if p.grad is not None]
+        grads = gradients_of(params)
         tables = self._tables_of(params, grads, place)
         # the kernel's noise is a function of this seed, the step and the element
         words = np.random.SeedSequence((group["seed"], *place)).generate_state(1, np.uint64)
@@ -165,46 +105,12 @@ class AdamWBF16(Optimizer):
             seed=seed,
         )
 
-    def _tables_of(
-        self, params: list[Parameter], grads: list[Tensor], place: tuple[int, int]
-    ) -> _Tables:
-        """Where the kernel finds parameters, moments and gradients.
-
-        The tables go to the device anew when something is at another address than at the last step,
-        which gradients in a flat buffer never are.
-        """
-        from fluxfast_kernels.optim import adamw_grads, adamw_table
-
-        tensors = [
-            list(params),
-            *([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")),
-        ]
-        known = self._tables.setdefault(place, _Tables())
-        addresses = [t.data_ptr() for each in tensors for t in each]
-        if known.addresses != addresses:
-            table = adamw_table(*([t.detach() for t in each] for each in tensors))
-            known.addresses, known.table, known.grads = addresses, table, None
-        of_grads = [(grad.data_ptr(), grad.dtype) for grad in grads]
-        if known.grads is None or known.of_grads != of_grads:
-            known.of_grads, known.grads = of_grads, adamw_grads(known.table, grads)
-        return known
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "impl": self.impl}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._tables = {}
-
     def _update_plain(
-        self, params: list[Parameter], group: dict[str, Any], step: int, index: int
+        self, params: list[Parameter], group: dict[str, Any], step: int, place: tuple[int, int]
     ) -> None:
-        """The update in plain torch. index: of the param group."""
-        device = params[0].device
-        seed = np.random.SeedSequence((group["seed"], index, step)).generate_state(1)[0]
-        generator = torch.Generator(device).manual_seed(int(seed))
-        limit = _PASS_ELEMENTS["cpu" if device.type == "cpu" else "gpu"]
-        for chunk in _chunks(params, limit):
+        seed = np.random.SeedSequence((group["seed"], place[0], step)).generate_state(1)[0]
+        generator = torch.Generator(params[0].device).manual_seed(int(seed))
+        for chunk in passes(params):
             self._update_chunk(chunk, group, step, generator)
 
     def _update_chunk(
@@ -236,16 +142,3 @@ class AdamWBF16(Optimizer):
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     """One new fp32 vector of all of them."""
     return torch.cat([t.detach().reshape(-1) for t in tensors]).float()
-
-
-def _chunks(params: list[Parameter], limit: int) -> Iterable[list[Parameter]]:
-    """`params` in order, in lists of at most `limit` elements, or of one longer parameter."""
-    chunk: list[Parameter] = []
-    elements = 0
-    for p in params:
-        if chunk and elements + p.numel() > limit:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(p)
-        elements += p.numel()
-    yield chunk

@@ -55,6 +55,9 @@ OPTIM_LAUNCH: LaunchTable = {
     "gfx942": {"BLOCK": 2048, "num_warps": 4},
 }
 
+# ROWS: blocks of 256 elements, each with a scale of its own, that a program updates. Not measured
+BLOCKWISE_LAUNCH: LaunchTable = {"default": {"ROWS": 4, "num_warps": 4}}
+
 # Which engine takes a wide product with float activations. A table is chosen by what W is; its rows
 # are (most tokens, engine), and None means any number of tokens.
 #   "library"    torch's GEMM, then a thin product for the adapters

@@ -8,15 +8,11 @@ random bits are added below its last one and the sum is cut off there, which kee
 fp32 not at all. The bits are Philox's for the key `seed` and the counter (element, step), three of
 its four words for the three results of two neighbours. They depend on nothing else: a resumed run
 goes on bit for bit, and how tensors are cut into blocks does not matter.
-
-A program finds its tensor in a table of addresses, one row a tensor, through a list of blocks
-(tensor, block within it).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,33 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxfast_kernels.aot import EVERY_TARGET, AotCase
-from fluxfast_kernels.launch import OPTIM_LAUNCH, cdiv, launch, launch_numbers
-
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-class AdamWTable(NamedTuple):
-    """Where the tensors of an update are, for `adamw_step`."""
-
-    # addresses of parameter and moments, elements, half the elements of the tensors before (each
-    # rounded up): [T, 5] int64
-    rows: Tensor
-    # tensor and block within it [C, 2] int32
-    blocks: Tensor
-    # parameters, exp_avgs and exp_avg_sqs: they live as long as their addresses do
-    tensors: tuple[tuple[Tensor, ...], ...]
-    # whether every address is a multiple of 16 bytes
-    aligned: bool
-
-
-class AdamWGrads(NamedTuple):
-    """Where the gradients of an update are, for `adamw_step`; who made it keeps them alive."""
-
-    # an address for each tensor of the table [T] int64
-    addresses: Tensor
-    dtype: torch.dtype
-    # whether every address is a multiple of 16 bytes
-    aligned: bool
+from fluxfast_kernels.launch import OPTIM_LAUNCH, launch, launch_numbers
+from fluxfast_kernels.update_tables import (
+    TRITON_DTYPES,
+    GradientTable,
+    UpdateTable,
+    gradient_table,
+    pointer,
+    update_table,
+)
 
 
 @triton.jit
@@ -67,14 +45,6 @@ def _round_stochastically(b_x, b_random):
 def _sixteen_bits(b_word):
     """The two halves of each word, for two neighbouring elements."""
     return tl.interleave(b_word & 0xFFFF, b_word >> 16).to(tl.int32)
-
-
-@triton.jit
-def _pointer(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    p = tl.load(p_address).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        p = tl.multiple_of(p, 16)
-    return p
 
 
 @triton.jit
@@ -128,10 +98,10 @@ def adamw_kernel(
     i_t = tl.load(p_block).to(tl.int64)
     i_first = tl.load(p_block + 1).to(tl.int64) * BLOCK
     p_row = p_rows + i_t * 5
-    p_param = _pointer(p_row, DTYPE, ALIGNED)
-    p_m = _pointer(p_row + 1, DTYPE, ALIGNED)
-    p_v = _pointer(p_row + 2, DTYPE, ALIGNED)
-    p_grad = _pointer(p_grads + i_t, GRAD_DTYPE, ALIGNED)
+    p_param = pointer(p_row, DTYPE, ALIGNED)
+    p_m = pointer(p_row + 1, DTYPE, ALIGNED)
+    p_v = pointer(p_row + 2, DTYPE, ALIGNED)
+    p_grad = pointer(p_grads + i_t, GRAD_DTYPE, ALIGNED)
     b_size = tl.load(p_row + 3)
     o_x = i_first + tl.arange(0, BLOCK)
     b_pair = tl.load(p_row + 4) + i_first // 2 + tl.arange(0, BLOCK // 2)
@@ -152,7 +122,7 @@ def adamw_kernel(
 
 def adamw_table(
     params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]
-) -> AdamWTable:
+) -> UpdateTable:
     """The table of the tensors that `adamw_step` updates.
 
     There is at least one, and all are contiguous, of one dtype and on one device. The table holds
@@ -162,7 +132,7 @@ def adamw_table(
     groups = list(zip(params, exp_avgs, exp_avg_sqs, strict=True))
     dtype, device = params[0].dtype, params[0].device
     for group in groups:
-        if dtype not in _TRITON_DTYPES or any(
+        if dtype not in TRITON_DTYPES or any(
             t.dtype != dtype or not t.is_contiguous() for t in group
         ):
             raise ValueError(
@@ -170,53 +140,13 @@ def adamw_table(
                 "float32, got "
                 f"{[(t.dtype, list(t.shape), list(t.stride())) for t in group]}"
             )
-    rows, pairs = [], 0
-    for group in groups:
-        rows.append([*(t.data_ptr() for t in group), group[0].numel(), pairs])
-        pairs += cdiv(group[0].numel(), 2)
     block = launch_numbers(OPTIM_LAUNCH, device)["BLOCK"]
-    counts = torch.tensor([cdiv(p.numel(), block) for p in params])
-    which = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    within = torch.arange(len(which)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return AdamWTable(
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.stack((which, within), dim=1).to(torch.int32).to(device),
-        (tuple(params), tuple(exp_avgs), tuple(exp_avg_sqs)),
-        aligned=all(address % 16 == 0 for row in rows for address in row[:3]),
-    )
-
-
-def adamw_grads(table: AdamWTable, grads: Sequence[Tensor]) -> AdamWGrads:
-    """The gradients of the table's tensors, in the same order.
-
-    It holds as long as none of them is at another address. Raises ValueError if a gradient has
-    another size or is not contiguous, or if the gradients' dtypes differ.
-    """
-    params, dtype = table.tensors[0], grads[0].dtype
-    for grad, p in zip(grads, params, strict=True):
-        if (
-            grad.numel() != p.numel()
-            or grad.dtype != dtype
-            or dtype not in _TRITON_DTYPES
-            or not grad.is_contiguous()
-        ):
-            raise ValueError(
-                "adamw: gradients must be contiguous, in their parameter's shape "
-                f"{list(p.shape)} and of one dtype ({dtype}; "
-                f"bfloat16 or float32), got {grad.dtype} {list(grad.shape)} with strides "
-                f"{list(grad.stride())}"
-            )
-    addresses = [grad.data_ptr() for grad in grads]
-    return AdamWGrads(
-        torch.tensor(addresses, dtype=torch.int64).to(table.rows.device, non_blocking=True),
-        dtype,
-        aligned=all(address % 16 == 0 for address in addresses),
-    )
+    return update_table((params, exp_avgs, exp_avg_sqs), block)
 
 
 def adamw_step(
-    table: AdamWTable,
-    grads: AdamWGrads,
+    table: UpdateTable,
+    grads: GradientTable,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -231,7 +161,7 @@ def adamw_step(
         adamw_kernel, (table.blocks.shape[0],), table.rows, grads.addresses, table.blocks,
         float(beta1), float(beta2), float(eps), 1.0 - lr * weight_decay, lr / (1.0 - beta1**step),
         math.sqrt(1.0 - beta2**step), seed, step,
-        DTYPE=_TRITON_DTYPES[table.tensors[0][0].dtype], GRAD_DTYPE=_TRITON_DTYPES[grads.dtype],
+        DTYPE=TRITON_DTYPES[table.params[0].dtype], GRAD_DTYPE=TRITON_DTYPES[grads.dtype],
         ALIGNED=table.aligned and grads.aligned,
         **launch_numbers(OPTIM_LAUNCH, device),
     )  # fmt: skip
@@ -246,7 +176,7 @@ def aot_cases() -> Iterator[AotCase]:
             update = partial(
                 adamw_step,
                 table,
-                adamw_grads(table, tensors[3:]),
+                gradient_table(table, tensors[3:]),
                 lr=1e-4,
                 betas=(0.9, 0.999),
                 eps=1e-6,

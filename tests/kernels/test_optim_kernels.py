@@ -5,7 +5,8 @@ import torch
 from kernel_cases import DEVICE, randn
 
 from fluxfast_kernels.launch import OPTIM_LAUNCH
-from fluxfast_kernels.optim import adamw_grads, adamw_step, adamw_table
+from fluxfast_kernels.optim import adamw_step, adamw_table
+from fluxfast_kernels.update_tables import gradient_table
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 # one element, odd, exactly one block, a block and a bit
@@ -41,7 +42,7 @@ def expected_update(p, g, m, v, step):
 
 
 def update(table, grads, **options):
-    adamw_step(table, adamw_grads(table, grads), **options)
+    adamw_step(table, gradient_table(table, grads), **options)
 
 
 def run(groups, *, step=3, seed=5):
@@ -158,7 +159,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="one dtype"):
         adamw_table([p], [p.float()], [p])
     with pytest.raises(ValueError, match="contiguous"):
-        adamw_grads(adamw_table([p], [p.clone()], [p.clone()]), [p.T])
+        gradient_table(adamw_table([p], [p.clone()], [p.clone()]), [p.T])
 
 
 def test_blocks_hold_whole_pairs():

@@ -5,7 +5,7 @@ import torch
 from optim_cases import BF16, generator, parameters, set_gradients
 from torch.nn import Parameter
 
-from fluxfast.train import adamw_bf16
+from fluxfast.train import multi_tensor
 from fluxfast.train.adamw_bf16 import AdamWBF16, stochastic_round
 
 
@@ -67,7 +67,7 @@ def test_several_passes_and_single_ones_agree(monkeypatch):
         set_gradients(one, step)
         set_gradients(many, step)
         a.step()
-        monkeypatch.setitem(adamw_bf16._PASS_ELEMENTS, "cpu", 64)
+        monkeypatch.setitem(multi_tensor.PASS_ELEMENTS, "cpu", 64)
         b.step()
         monkeypatch.undo()
     assert all(torch.equal(p, q) for p, q in zip(one, many, strict=True))
