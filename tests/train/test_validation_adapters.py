@@ -15,6 +15,13 @@ from fluxfast.train import preflight
 from fluxfast.train.validation_adapters import with_adapters
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
 DRAWS = {
     "validation_disable": False,
     "validation_step_interval": 0,
