@@ -30,6 +30,7 @@ from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
 from fluxfast.config.simpletuner import (
     canonical,
+    is_off_in_other_words,
     malformed,
     means_default,
     not_yet,
@@ -38,6 +39,7 @@ from fluxfast.config.simpletuner import (
 )
 from fluxfast.config.switches import is_refused_with_its_switch, switched_off
 from fluxfast.config.switches import note as switch_note
+from fluxfast.config.validation_adapters import listed_runs
 
 
 class TrainConfig(DerivedValues):
@@ -81,6 +83,13 @@ class TrainConfig(DerivedValues):
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             return read_json(Path(value)) if value else None
         return json.loads(value) if isinstance(value, str) else value or None
+
+    @field_validator("validation_adapter_config", mode="before")
+    @classmethod
+    def _read_validation_adapters(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.lstrip().startswith(("{", "[")):
+            value = read_json(Path(value)) if value else None
+        return listed_runs(json.loads(value) if isinstance(value, str) else value)
 
     @field_validator("eval_dataset_id", mode="before")
     @classmethod
@@ -173,7 +182,11 @@ def load_config(
     given = {name: (value, where) for name, (value, where) in given.items() if value is not None}
     found, notes = _keys_problems(given)
     problems += found
-    values = {name: value for name, (value, _) in given.items() if name in fields}
+    values = {
+        name: value
+        for name, (value, _) in given.items()
+        if name in fields and not is_off_in_other_words(name, value)
+    }
     config, found = _build(values, {name: where for name, (_, where) in given.items()}, str(file))
     problems += found
     if problems or config is None:

@@ -53,6 +53,7 @@ from fluxfast.train.base_model import (
     stored_format,
 )
 from fluxfast.train.build import validation_prompts
+from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.optim import check_arguments
 from fluxfast.train.state import SavedRun
@@ -114,6 +115,17 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     if config.assistant_lora is not None and may_fetch(config.assistant_lora):
         with _collecting(problems):
             read_lora(config.assistant_lora)
+    if data is not None:
+        notes += _evaluation_notes(config, data)
+    for path in _validation_adapters(config):
+        if not _is_hub_name(path) or may_fetch(path):
+            with _collecting(problems):
+                read_lora(path)
+    if config.evaluation_type == "clip" and not config.validation_disable:
+        clip = config.pretrained_evaluation_model_name_or_path
+        if may_fetch(clip) or not _is_hub_name(clip):
+            with _collecting(problems):
+                ClipScore(clip, device).check()
     for source in _sources(config):
         if may_fetch(source.path):
             with _collecting(problems):
@@ -179,7 +191,7 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
     """References without a flavour that sees them, and the other way round."""
     where, with_references = config.data_backend_config, set()
     problems = []
-    for image in data.images:
+    for image in data.datasets:
         for condition in data.conditions(image.id):
             if condition.is_mask:
                 continue
@@ -190,7 +202,7 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
                     f'("conditioning_type" {condition.conditioning_type}), which '
                     f'"model_flavour" {config.model_flavour} does not see: remove it'
                 )
-    lacking = [image.id for image in data.images if image.id not in with_references]
+    lacking = [image.id for image in data.datasets if image.id not in with_references]
     if config.flavour.takes_references and lacking:
         problems.append(
             f"{where}: {quoted(lacking)} without references, which "
@@ -198,6 +210,30 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
             '"conditioning_type" is reference_strict or reference_loose'
         )
     return problems
+
+
+def _validation_adapters(config: TrainConfig) -> list[str]:
+    """The LoRAs that validation draws with beside the trained one."""
+    if config.validation_disable:
+        return []
+    return [adapter.place for run in config.validation_adapters for adapter in run.adapters]
+
+
+def _evaluation_notes(config: TrainConfig, data: DataConfig) -> list[str]:
+    """A line on options that need an evaluation loss, where there is none."""
+    wanting = [
+        name
+        for name in (
+            "eval_steps_interval", "eval_epoch_interval", "eval_dataset_pooling",
+            "checkpoints_keep_best", "early_stopping_patience",
+        )
+        if getattr(config, name)
+    ]  # fmt: skip
+    if not wanting or (data.held_out and not config.eval_loss_disable):
+        return []
+    have = "has" if len(wanting) == 1 else "have"
+    why = "eval_loss_disable is true" if data.held_out else 'no dataset\'s "dataset_type" is eval'
+    return [f"{quoted(wanting)} {have} no effect: {why}"]
 
 
 def _sources(config: TrainConfig) -> list[ModelSource]:
@@ -287,7 +323,7 @@ def _check_model(
             "clip": model.config.pooled_projection_dim,
         }
         found, more = disk_space.shortage(
-            config, data.images, data.text_embeds.cache_dir, size, **features
+            config, data.datasets, data.text_embeds.cache_dir, size, **features
         )
         problems += found
         notes += more
