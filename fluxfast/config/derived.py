@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from fluxfast.config.adapters import DORA
 from fluxfast.config.dataset_fields import DatasetDefaults
 from fluxfast.config.flavours import FLAVOURS, Flavour
-from fluxfast.config.optimizers import OPTIMIZERS, OptimizerKind
+from fluxfast.config.optimizers import OPTIMIZERS, FusedVersion, OptimizerKind
 from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.settings import shown
 from fluxfast.config.validation_adapters import ValidationAdapterRun
@@ -41,6 +41,17 @@ class DerivedValues(TrainFields):
     def optimizer_kind(self) -> OptimizerKind:
         """What is known of the optimiser before it is built."""
         return OPTIMIZERS[self.optimizer]
+
+    @property
+    def optimizer_version(self) -> FusedVersion | None:
+        """Our version of the optimiser, where the run takes that. ValueError as `version`'s."""
+        return self.optimizer_kind.version(self.optimizer_impl, self.optimizer_config or ())
+
+    @property
+    def optimizer_kernel(self) -> str | None:
+        """The name among fluxfast's ops of the kernel that the optimiser runs on, if it has one."""
+        version = self.optimizer_version
+        return version.kernel if version else self.optimizer_kind.kernel
 
     @property
     def adapter_kind(self) -> str:

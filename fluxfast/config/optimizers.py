@@ -6,12 +6,14 @@ builds it. The names and their defaults are SimpleTuner's.
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
 _Defaults = Mapping[str, Any]
+# whose version of an optimiser runs
+OptimizerImpl = Literal["auto", "fluxfast", "package"]
 _LION: _Defaults = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _ADAMW: _Defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 _OPTIMI: _Defaults = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
@@ -20,6 +22,21 @@ _ADEMAMIX: _Defaults = {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "weight_deca
 _WORDS = ("true", "false", "none")
 # the extras that bring an optimiser's module; the modules of the others are always installed
 _EXTRAS = {"schedulefree": "schedulefree", "prodigyplus": "prodigy"}
+
+
+@dataclass(frozen=True)
+class FusedVersion:
+    """A class of ours that computes what a package's does, in one launch for all tensors.
+
+    Attributes:
+        entry_point: as in `OptimizerKind`.
+        kernel: its name among fluxfast's ops.
+        arguments: the keyword arguments that it takes.
+    """
+
+    entry_point: str
+    kernel: str
+    arguments: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,9 @@ class OptimizerKind:
         defaults: keyword arguments of the class, with the values that they have unless the config
             says otherwise (`TrainConfig.optimizer_arguments`).
         takes_seed: whether the class takes a `seed`, for random rounding.
-        has_kernel: whether it runs on a Triton kernel of ours, which a run on a GPU checks first.
+        kernel: the name among fluxfast's ops of the Triton kernel that `entry_point` runs on, which
+            a run on a GPU checks first; None where it is a package's.
+        fused: our version of a package's class.
         clips: whether it bounds its updates itself, so that gradients are not clipped before it.
         averages: whether the weights to keep and to draw with are an average that it holds beside
             those that it trains (schedule-free methods). It then needs no schedule either.
@@ -51,7 +70,8 @@ class OptimizerKind:
     state_bytes: Callable[[int], float]
     defaults: _Defaults
     takes_seed: bool = False
-    has_kernel: bool = False
+    kernel: str | None = None
+    fused: FusedVersion | None = None
     clips: bool = False
     averages: bool = False
     finds_rate: bool = False
@@ -64,11 +84,31 @@ class OptimizerKind:
         """Bytes of a weight that it trains."""
         return 2 if self.weights == "bf16" else 4
 
-    @property
-    def missing_extra(self) -> str | None:
-        """The extra of fluxfast that installs its package; None where that is there."""
+    def version(self, impl: OptimizerImpl, given: Collection[str]) -> FusedVersion | None:
+        """Our version, where a run takes it: where there is one, and it has all that is `given`.
+
+        given: names of further arguments. Raises ValueError, whose text goes on after the
+        optimiser's name, where `impl` asks for what there is not.
+        """
+        own = self.kernel is not None
+        lacks = sorted(set(given) - self.fused.arguments) if self.fused else []
+        if impl == "package" and own:
+            raise ValueError("is fluxfast's own: no package has it")
+        if impl == "fluxfast" and not own and self.fused is None:
+            raise ValueError("has no version of fluxfast's")
+        if impl == "fluxfast" and lacks:
+            raise ValueError(f"takes no {', '.join(lacks)} in fluxfast's version")
+        return None if impl == "package" or lacks else self.fused
+
+    def missing_extra(self, version: FusedVersion | None) -> str | None:
+        """The extra of fluxfast that installs its package; None where that is there.
+
+        Our version needs none.
+        """
         module = self.entry_point.partition(":")[0].partition(".")[0]
-        return None if find_spec(module) else _EXTRAS.get(module, module)
+        if version is not None or find_spec(module):
+            return None
+        return _EXTRAS.get(module, module)
 
 
 def _tensors(number: int) -> Callable[[int], float]:
@@ -123,6 +163,24 @@ def _of_optimi() -> dict[str, OptimizerKind]:
     }
 
 
+def _fused(cls: str) -> FusedVersion | None:
+    """Our version of one of bitsandbytes' classes; its Adam is its AdamW with another default.
+
+    A state of ours has no pages that could leave the GPU, so there is none of the paged classes.
+    """
+    arguments = {"betas", "weight_decay", "min_8bit_size", "impl"}
+    formula, bits = cls.removesuffix("8bit"), "8bit" if cls.endswith("8bit") else ""
+    if formula == "Lion":
+        kernel = "blockwise_lion"
+    elif formula in ("Adam", "AdamW"):
+        formula, kernel = "AdamW", "blockwise_adamw"
+        arguments.add("eps")
+    else:
+        return None
+    entry_point = f"fluxfast.train.blockwise_optim:{formula}{bits}"
+    return FusedVersion(entry_point, kernel, frozenset(arguments))
+
+
 def _of_bitsandbytes() -> dict[str, OptimizerKind]:
     kinds: dict[str, tuple[str, int, _Defaults]] = {
         "adamw": ("AdamW", 2, _ADAMW),
@@ -144,6 +202,7 @@ def _of_bitsandbytes() -> dict[str, OptimizerKind]:
                     weights="fp32",
                     state_bytes=state_bytes,
                     defaults=given,
+                    fused=_fused(f"{paged}{cls}{bits}"),
                     cpu_entry_point=f"bitsandbytes.optim:{cls}{bits}" if paged else None,
                 )
     return found
@@ -156,7 +215,7 @@ OPTIMIZERS = {
         state_bytes=_tensors(2),
         defaults={"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01},
         takes_seed=True,
-        has_kernel=True,
+        kernel="adamw_bf16",
     ),
     **_of_torch(),
     **_of_optimi(),

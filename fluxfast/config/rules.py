@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxfast.config.adapters import DORA
 from fluxfast.config.derived import DerivedValues
+from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
 from fluxfast.config.settings import quoted
 
 # options that another one, if it is given, takes the place of
@@ -77,24 +78,9 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         )
     # a flavour may have forced the shift
     notes.append(_schedule_note(config.model_copy(update=forced)))
-    if config.optimizer_kind.finds_rate:
-        if "learning_rate" not in config.model_fields_set:
-            forced["learning_rate"] = 1.0
-        elif config.learning_rate < 0.1:
-            notes.append(
-                f'"learning_rate" is {config.learning_rate:g}: {config.optimizer} finds the rate '
-                "itself and multiplies it by this; 1 is usual"
-            )
-    if config.optimizer_kind.clips:
-        if "max_grad_norm" in config.model_fields_set:
-            notes.append(
-                f'"max_grad_norm" has no effect: {config.optimizer} bounds its updates itself'
-            )
-    elif config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
-        notes.append(
-            f"gradients are clipped to a norm of {config.max_grad_norm:g} "
-            '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'
-        )
+    if config.optimizer_kind.finds_rate and "learning_rate" not in config.model_fields_set:
+        forced["learning_rate"] = 1.0
+    notes += optimizer_notes(config)
     if config.adapter_kind == DORA and config.lora_dropout:
         notes.append(
             f'"lora_dropout" is {config.lora_dropout:g}: with a dropout, "use_dora" is left to '
@@ -188,24 +174,7 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
         )
     if not config.max_train_steps and not config.num_train_epochs:
         problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
-    if extra := config.optimizer_kind.missing_extra:
-        problems.append(
-            f'"optimizer" {config.optimizer} needs a package that is not installed: '
-            f'pip install "fluxfast[{extra}]"'
-        )
-    trains_bf16 = config.optimizer_kind.weights == "bf16"
-    if trains_bf16 and config.weight_dtype_name == "fp32":
-        problems.append(
-            f'"optimizer" {config.optimizer} trains bf16 weights, but "mixed_precision" is no: '
-            'set "optimizer": "torch-adamw" or "mixed_precision": "bf16"'
-        )
-    elif trains_bf16 and config.base_model_default_dtype == "fp32":
-        problems.append(
-            f'"optimizer" {config.optimizer} trains bf16 weights, but "base_model_default_dtype" '
-            'is fp32: set "optimizer": "torch-adamw" or "base_model_default_dtype": "bf16"'
-        )
-    if (config.optimizer_beta1 is None) != (config.optimizer_beta2 is None):
-        problems.append('"optimizer_beta1" and "optimizer_beta2" go together: give both or neither')
+    problems += optimizer_problems(config)
     falls = ("polynomial", "cosine", "cosine_with_restarts", "sine")
     if config.lr_scheduler in falls and config.lr_end >= config.learning_rate:
         problems.append(

@@ -14,7 +14,7 @@ from fluxfast.config.adapters import LORA_TYPES, LoraFormat
 from fluxfast.config.evaluation_fields import EvaluationFields
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.config.lycoris import LycorisConfig
-from fluxfast.config.optimizers import optimizer_options
+from fluxfast.config.optimizers import OptimizerImpl, optimizer_options
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings, Utf8Path, named_in
 from fluxfast.config.validation_fields import ValidationFields
@@ -228,6 +228,8 @@ class TrainFields(ValidationFields, EvaluationFields):
         "adamw_bf16", on_resume="refused"
     )
     """Optimiser of the LoRA's weights; its state's bytes are in `fluxfast-train plan`."""
+    optimizer_impl: OptimizerImpl = option("auto", ours=True)
+    """Whose version of the optimiser: `fluxfast`'s fused one, the `package`'s, or `auto`."""
     optimizer_config: dict[str, Any] | None = None
     """Further arguments of the optimiser's class, as "name=value,name=value" or an object."""
     prodigy_steps: int | None = option(None, ge=0, only_with="optimizer=prodigy*")

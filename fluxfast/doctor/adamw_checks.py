@@ -1,20 +1,17 @@
-"""The optimiser's fused update on Triton, beside its formula in fp64.
+"""adamw_bf16's fused update on Triton, beside its formula in fp64.
 
 It is checked in fp32, and in bf16 with stochastic rounding.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fluxfast.doctor.checks import Check, Finding, Part, Random, Tolerance
+from fluxfast.doctor.checks import Finding, Part, Random, Tolerance
 from fluxfast.doctor.scope import Scope
-from fluxfast.doctor.ways import WAY_OUT, obstacle_of, ways
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.999), 1e-6, 0.1
 # neighbouring bf16 numbers are at most 2^-7 apart, and stochastic rounding stays within one step
@@ -32,7 +29,7 @@ def _exact(
     return p * (1 - LR * DECAY) - LR / (1 - beta1**step) * update, m, v
 
 
-def _check(scope: Scope, dtype: torch.dtype) -> Finding:
+def check_adamw(scope: Scope, dtype: torch.dtype) -> Finding:
     """Run one update, and compare all parameters and moments with the formula's.
 
     Stochastic rounding must land on one of the two neighbours in bf16, and be right on average.
@@ -73,21 +70,3 @@ def _check(scope: Scope, dtype: torch.dtype) -> Finding:
         by_chance = Tolerance(6, "one draw in 10^9 is further off")
         parts.append(Part(f"mean of the {name}, in standard deviations", deviations, by_chance))
     return Finding(tuple(parts))
-
-
-def adamw_checks(scope: Scope) -> Iterator[Check]:
-    """The fused optimiser's checks, if the run uses it; it has no native implementation."""
-    if not scope.fused_adamw:
-        return
-    for impl, said, _ in ways(scope):
-        if impl == "triton":
-            for name in ("bfloat16", "float32") if scope.exhaustive else (scope.adapter_dtype,):
-                yield Check(
-                    name=f"AdamW, {name} ({said})",
-                    run=functools.partial(_check, scope, getattr(torch, name)),
-                    what="adamw_bf16",
-                    way=impl,
-                    short=True,
-                    obstacle=obstacle_of(impl, scope),
-                    way_out=WAY_OUT[impl],
-                )

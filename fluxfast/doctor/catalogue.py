@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fluxfast.doctor.adamw_checks import adamw_checks
 from fluxfast.doctor.attention_checks import attention_checks
 from fluxfast.doctor.checks import Check
 from fluxfast.doctor.format_checks import format_checks, gemv_checks
@@ -10,6 +9,7 @@ from fluxfast.doctor.linear_checks import linear_checks
 from fluxfast.doctor.op_checks import op_checks
 from fluxfast.doctor.rates import rate_checks
 from fluxfast.doctor.scope import Scope
+from fluxfast.doctor.update_checks import update_checks
 from fluxfast.ops import verdicts
 
 NO_GPU = (
@@ -27,7 +27,7 @@ def checks_for(scope: Scope) -> list[Check]:
             *format_checks(scope),
             *attention_checks(scope),
         ]
-        checks += [*adamw_checks(scope), *gemv_checks(scope)]
+        checks += [*update_checks(scope), *gemv_checks(scope)]
         if not scope.short:
             # diffusers and PEFT take seconds to import
             from fluxfast.doctor.model_checks import model_checks

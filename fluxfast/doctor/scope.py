@@ -88,6 +88,8 @@ class Scope:
     exhaustive: every instruction set and implementation there is, not only what `auto` would take.
     interpreted: Triton's kernels too, in its interpreter.
 
+    updates: the optimisers' kernels, by their names among fluxfast's ops.
+
     The other fields say whether, or with what, a run uses a feature.
     """
 
@@ -100,7 +102,7 @@ class Scope:
     lora_scale: float = 1.0
     dropout: float = 0.0
     adapter_dtype: str = "float32"
-    fused_adamw: bool = True
+    updates: tuple[str, ...] = ("adamw_bf16",)
     routes: bool = False
     masks: bool = False
     graphs: bool = False
@@ -154,6 +156,7 @@ def everything(device: torch.device, *, interpreted: bool = False) -> Scope:
         outliers=4,
         dropout=0.1,
         adapter_dtype="bfloat16" if on_gpu else "float32",
+        updates=("adamw_bf16", "blockwise_adamw", "blockwise_lion"),
         routes=True,
         masks=True,
         graphs=True,

@@ -1,67 +1,31 @@
 """AdamW and Lion with states in 8 bits or fp32, as bitsandbytes has them, for all tensors at once.
 
-The formulas and the coding of states are in `fluxfast_kernels.blockwise_update`; `_update_plain` is
-the same in plain torch. Parameters of fewer than 4096 elements keep fp32 states in any case.
+The formulas and the coding of states are in `fluxfast.ops.blockwise_update`. Parameters of fewer
+than 4096 elements keep fp32 states in any case.
 
-Checkpoints have bitsandbytes' layout, so a run may go on with either implementation. The nearest
-code is stored, as bitsandbytes does on a GPU. Its CPU version first rounds what it codes to a
-multiple of 2/65535, which leaves small second moments as zeros.
+Checkpoints have bitsandbytes' layout, so a run may go on with either implementation.
 """
 
-import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from fluxfast.ops.blockwise_update import (
+    QUANT_BLOCK,
+    code_maps,
+    decode,
+    dynamic_map,
+    encode,
+    in_blocks,
+    update_ref,
+)
 from fluxfast.train.multi_tensor import MultiTensorOptimizer, gradients_of, passes
 
-# elements of a tensor that share a scale
-QUANT_BLOCK = 256
 # where bitsandbytes' state dicts have what is not of the parameter's shape
 _WRAPPED = "__bnb_optimizer_quant_state__"
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 numbers between -1 (or 0) and 1 that codes stand for, in order; fp32.
-
-    Seven decades, of which each has twice as many numbers as the one below it, in the middles of
-    equal intervals; and 0 and 1 (Dettmers, "8-Bit Approximations for Parallelism in Deep
-    Learning"). They are bit by bit those of `bitsandbytes.functional.create_dynamic_map`.
-    """
-    numbers = [0.0, 1.0]
-    for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade * (1 if signed else 2) + 1)
-        middles = (10 ** (decade - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
-        numbers += [*middles, *(-x for x in middles if signed)]
-    return torch.tensor(sorted(numbers + [0.0] * (256 - len(numbers))))
-
-
-@functools.cache
-def code_maps(device: torch.device) -> Tensor:
-    """For signed and unsigned states, the map's numbers and the bounds between them.
-
-    A bound is the largest fp32 number that is no nearer to the next number of the map than to its
-    own. [2, 2, 256] fp32 on the device; the last bound is infinite.
-    """
-    maps = []
-    for numbers in (dynamic_map(signed=True), dynamic_map(signed=False)):
-        middles = (numbers[1:].double() + numbers[:-1].double()) / 2
-        bounds = middles.float()
-        below = torch.nextafter(bounds, torch.full_like(bounds, -torch.inf))
-        bounds = torch.where(bounds.double() > middles, below, bounds)
-        maps.append(torch.stack((numbers, F.pad(bounds, (0, 1), value=torch.inf))))
-    return torch.stack(maps).to(device)
-
-
-def encode(x: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest code of each of x's numbers, as uint8, and each row's scale; x is [N, 256]."""
-    scales = x.abs().amax(dim=1)
-    divisors = torch.where(scales > 0, scales, 1)
-    return torch.bucketize(x / divisors[:, None], bounds[:255]).to(torch.uint8), scales
 
 
 class _Blockwise(MultiTensorOptimizer):
@@ -181,9 +145,8 @@ class _Blockwise(MultiTensorOptimizer):
         numbers = code_maps(kept[0].device)[i - 1, 0]
         # what rows are filled up with stands for 0
         zero = int((numbers == 0).nonzero()[0])
-        values = numbers[_rows(kept, zero).int()]
         scales = torch.cat([self.state[p][f"absmax{i}"] for p in params])
-        return values * scales[:, None]
+        return decode(_rows(kept, zero), scales, numbers)
 
     def _write(self, params: Sequence[Parameter], i: int, values: Tensor) -> None:
         kept = [self.state[p][f"state{i}"] for p in params]
@@ -194,35 +157,9 @@ class _Blockwise(MultiTensorOptimizer):
         _write_back(values, kept)
 
 
-def update_ref(
-    formula: str,
-    p: Tensor,
-    grad: Tensor,
-    states: Sequence[Tensor],
-    group: Mapping[str, Any],
-    step: int,
-) -> None:
-    """A step of parameters and states in place, by the formulas; all of them in one dtype."""
-    (beta1, beta2), lr = group["betas"][:2], group["lr"]
-    p.mul_(1 - lr * group["weight_decay"])
-    m = states[0]
-    if formula == "lion":
-        p.add_((m * beta1).add_(grad * (1 - beta1)).sign_(), alpha=-lr)
-        m.mul_(beta2).add_(grad, alpha=1 - beta2)
-        return
-    v = states[1]
-    m.mul_(beta1).add_(grad, alpha=1 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    p.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
-
-
 def _rows(tensors: Sequence[Tensor], filling: int = 0) -> Tensor:
     """One new fp32 tensor [N, 256] of all of them, each filled up to whole rows."""
-    filled = [
-        F.pad(t.detach().reshape(-1), (0, -t.numel() % QUANT_BLOCK), value=filling) for t in tensors
-    ]
-    return torch.cat(filled).float().view(-1, QUANT_BLOCK)
+    return torch.cat([in_blocks(t.detach(), filling) for t in tensors]).float()
 
 
 def _write_back(rows: Tensor, tensors: Sequence[Tensor]) -> None:

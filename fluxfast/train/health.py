@@ -37,7 +37,7 @@ def scope_of(config: TrainConfig, device: torch.device, *, interpreted: bool = F
         lora_scale=config.alpha / config.lora_rank,
         dropout=config.lora_dropout,
         adapter_dtype=str(config.adapter_dtype).removeprefix("torch."),
-        fused_adamw=config.optimizer_kind.has_kernel,
+        updates=(config.optimizer_kernel,) if config.optimizer_kernel else (),
         routes=config.tread_config is not None,
         graphs=bool(config.cuda_graphs) and device.type == "cuda",
         streams=config.enable_group_offload or config.vram_budget is not None,

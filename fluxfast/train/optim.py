@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fluxfast.config.optimizers import OPTIMIZERS, optimizer_options
+from fluxfast.config.optimizers import OPTIMIZERS, OptimizerImpl, optimizer_options
 
 logger = logging.getLogger("fluxfast")
 
@@ -27,27 +27,32 @@ def build_optimizer(
     *,
     lr: float,
     seed: int = 0,
+    version: OptimizerImpl = "auto",
     **arguments: Any,
 ) -> Optimizer:
-    """The optimiser of that name in `config.optimizers`.
+    """The optimiser of that name in `config.optimizers`, in our version or its package's.
 
     `arguments` take the place of its record's defaults. `seed` is for those that round at random.
     Of parameters given by name, those whose names contain bias, norm or embed aren't decayed.
 
     Raises:
-        ValueError: there is no record of that name, or its class has no such argument.
+        ValueError: there is no record of that name, there is no such version, or its class has no
+            such argument.
     """
     if name not in OPTIMIZERS:
         known = ", ".join(optimizer_options())
         raise ValueError(f"optimizer {name!r} isn't implemented: choose one of {known}")
     kind = OPTIMIZERS[name]
-    check_arguments(name, arguments)
+    check_arguments(name, arguments, version)
+    fused = kind.version(version, arguments)
     arguments = {**kind.defaults, **arguments, **({"seed": seed} if kind.takes_seed else {})}
     decay = arguments.get("weight_decay", 0.0)
     groups = _decay_groups(params, decay) if isinstance(params, Mapping) else list(params)
     first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
     entry_point = kind.entry_point
-    if first.device.type == "cpu":
+    if fused is not None:
+        entry_point = fused.entry_point
+    elif first.device.type == "cpu":
         arguments |= kind.on_cpu
         if kind.cpu_entry_point is not None:
             entry_point = kind.cpu_entry_point
@@ -58,9 +63,13 @@ def build_optimizer(
     return optimizer
 
 
-def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+def check_arguments(
+    name: str, arguments: Mapping[str, Any], version: OptimizerImpl = "auto"
+) -> None:
     """Raise ValueError naming those of the arguments that the optimiser's class does not have."""
-    known = _parameters(pkgutil.resolve_name(OPTIMIZERS[name].entry_point))
+    kind = OPTIMIZERS[name]
+    fused = kind.version(version, arguments)
+    known = fused.arguments if fused else _parameters(pkgutil.resolve_name(kind.entry_point))
     if unknown := sorted(arguments.keys() - known):
         raise ValueError(
             f"optimizer {name!r} takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}"

@@ -95,7 +95,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         with _collecting(problems):
             dataset_edits(config, data, [])
     with _collecting(problems):
-        check_arguments(config.optimizer, config.optimizer_config or {})
+        check_arguments(config.optimizer, config.optimizer_config or {}, config.optimizer_impl)
     with _collecting(problems):
         saved = resume.find(config)
     with _collecting(problems):

@@ -142,6 +142,7 @@ class Trainer:
             named,
             lr=config.learning_rate,
             seed=self.seed,
+            version=config.optimizer_impl,
             **config.optimizer_arguments,
         )
         self.average: WeightAverage | None = None

@@ -344,6 +344,24 @@ def test_adamw(monkeypatch, dtype):
     assert outcome.status == "fail" and (outcome.what, outcome.way) == ("adamw_bf16", "triton")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_blockwise_updates(monkeypatch, name, dtype):
+    what = f"blockwise_{name.lower()}"
+    fused = scope(interpreted=True, adapter_dtype=dtype, rank=3, updates=(what,))
+    assert not failed(outcomes(fused, only=f"{name} with"))
+    from fluxfast_kernels import blockwise_update
+
+    right = blockwise_update.blockwise_update
+
+    def wrong(*args, betas, **options):
+        right(*args, betas=betas[::-1], **options)
+
+    monkeypatch.setattr(blockwise_update, "blockwise_update", wrong)
+    (outcome,) = outcomes(fused, only=f"{name} with").values()
+    assert outcome.status == "fail" and (outcome.what, outcome.way) == (what, "triton")
+
+
 def test_what_raises_has_failed_and_says_so(monkeypatch):
     def wrong(*args):
         raise RuntimeError("an illegal memory access\n was encountered")

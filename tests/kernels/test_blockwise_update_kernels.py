@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, programs_backwards, randn
 
-from fluxfast.train.blockwise_optim import code_maps, encode, update_ref
+from fluxfast.ops.blockwise_update import code_maps, encode, in_blocks, update_ref
 from fluxfast_kernels.blockwise_update import States, blockwise_table, blockwise_update
 from fluxfast_kernels.update_tables import gradient_table
 from support import bound
@@ -24,11 +24,6 @@ def off_boundary(values, dtype, shift):
     return view
 
 
-def rows_of(values):
-    size = -values.numel() % 256
-    return torch.nn.functional.pad(values, (0, size)).view(-1, 256)
-
-
 class Case:
     """Parameters, gradients and states of all sizes, in memory of their own."""
 
@@ -45,7 +40,7 @@ class Case:
                 values = randn(size, seed=100 + 50 * i + seed, scale=0.01).float()
                 values = values.square() if i == 1 else values
                 if bits == 8:
-                    codes, scales = encode(rows_of(values), self.maps[i, 1])
+                    codes, scales = encode(in_blocks(values), self.maps[i, 1])
                     values = codes.flatten()[:size]
                     self.scales[i].append(off_boundary(scales, torch.float32, shift))
                 state_dtype = torch.uint8 if bits == 8 else torch.float32
@@ -95,7 +90,7 @@ def test_it_is_the_formula(formula, bits, dtype, shift):
             if bits == 32:
                 torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-7)
                 continue
-            codes, scales = encode(rows_of(exact.float()), case.maps[i, 1])
+            codes, scales = encode(in_blocks(exact.float()), case.maps[i, 1])
             # fp32 sums of two terms in another order
             torch.testing.assert_close(case.scales[i][place], scales, rtol=1e-6, atol=0)
             off = (case.kept[i][place].int() - codes.flatten()[: exact.numel()].int()).abs()

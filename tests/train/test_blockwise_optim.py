@@ -8,8 +8,8 @@ from optim_cases import generator
 from safetensors.torch import load, save
 from torch.nn import Parameter
 
+from fluxfast.ops.blockwise_update import code_maps, dynamic_map, encode, update_ref
 from fluxfast.train import blockwise_optim, multi_tensor
-from fluxfast.train.blockwise_optim import code_maps, dynamic_map, encode, update_ref
 from fluxfast.train.optim import load_moments
 from fluxfast.train.state import join_tensors, split_tensors
 

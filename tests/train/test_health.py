@@ -118,7 +118,7 @@ def test_auto_takes_no_8_bits_that_failed():
     ("changes", "device", "expected"),
     [
         ({}, CPU, {"dtype": "float32", "formats": (PLAIN,), "computes": ("same",), "dropout": 0.1}),
-        ({}, GPU, {"dtype": "bfloat16", "modulation_ahead": True, "fused_adamw": True}),
+        ({}, GPU, {"dtype": "bfloat16", "modulation_ahead": True, "updates": ("adamw_bf16",)}),
         (
             {"base_model_precision": "int4-quanto"},
             GPU,
@@ -133,7 +133,7 @@ def test_auto_takes_no_8_bits_that_failed():
         (
             {"optimizer": "torch-adamw", "mixed_precision": "no"},
             GPU,
-            {"dtype": "float32", "fused_adamw": False},
+            {"dtype": "float32", "updates": ()},
         ),
         ({"cuda_graphs": True, "vram_budget": 8.0}, GPU, {"graphs": True, "streams": True}),
         (
