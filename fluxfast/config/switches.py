@@ -70,7 +70,6 @@ SWITCHES = (
     Switch("enable_nsfw_check or delete_nsfw_images", ("nsfw_check_*",)),
     Switch("lr_scale", ("lr_scale_sqrt",)),
     Switch("disk_low_threshold", ("disk_low_*",)),
-    Switch("webhook_config", ("webhook_reporting_interval",)),
     Switch("report_to=custom-tracker", ("custom_tracker",)),
     Switch("peft_lora_mode=singlora", ("singlora_ramp_up_steps",)),
     Switch("caption_strategy=parquet", ("parquet_*",)),
@@ -114,7 +113,6 @@ SWITCHES = (
         ),
         refused=False,
     ),
-    Switch("validation_preview", ("validation_preview_steps",)),
     Switch(
         "validation_image_format=webp or validation_image_format=jpeg",
         ("validation_image_quality",),
