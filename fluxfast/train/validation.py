@@ -27,6 +27,7 @@ from fluxfast.files import atomic_file, safe_name
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
+from fluxfast.train.previews import PREVIEWED, Denoised, Drawing, Previewer, on_step_end
 
 FOLDER = "validation_images"
 
@@ -124,7 +125,8 @@ class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
     `embeds` gives a prompt's text embeddings: prompt_embeds [1, L, D], pooled_prompt_embeds [1, P],
-    and with `masked_text` attention_mask, bool [1, L].
+    and with `masked_text` attention_mask, bool [1, L]. `previewer`, where it is
+    set, is shown each denoising step.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Validator:
         self.settings, self.folder = settings, output_dir / FOLDER
         self._transformer, self._scheduler, self._load_vae = transformer, scheduler, load_vae
         self._embeds, self._dtype = embeds, dtype
+        self.previewer: Previewer | None = None
 
     def run(self, step: int, console: Console) -> list[Path]:
         """Write the images of a step and return their paths.
@@ -172,10 +175,12 @@ class Validator:
             transformer=self._transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
+        pipeline._callback_tensor_inputs = [*pipeline._callback_tensor_inputs, *PREVIEWED]
         s = self.settings
         images = len(s.prompts) * len(s.resolutions) * s.images_per_prompt
         paths = []
-        with Progress(console=console, transient=True) as progress:
+        previews = self.previewer.loaded() if self.previewer else nullcontext()
+        with previews, Progress(console=console, transient=True) as progress:
             bar = progress.add_task(f"validation, step {step}", total=images * s.steps)
 
             def advance() -> None:
@@ -190,7 +195,9 @@ class Validator:
                 with self._beside(pipeline.vae, references):
                     for size in s.resolutions:
                         for index in range(s.images_per_prompt):
-                            image = self._image(pipeline, edit.prompt, size, index, advance)
+                            drawing = Drawing(nickname, edit.prompt, size, step, s.steps)
+                            on_step = self._on_step(drawing, advance)
+                            image = self._image(pipeline, edit.prompt, size, index, on_step)
                             # the base's image has them beside it already
                             if references and not self._base_of(step, nickname, index, size):
                                 image = stitched(image, references, s.references_at)
@@ -207,18 +214,24 @@ class Validator:
         base = self.folder / file_name(0, nickname, index, size)
         return base if step > 0 and self.settings.beside_base and base.exists() else None
 
+    def _on_step(self, drawing: Drawing, advance: Callable[[], None]) -> Callable[[Denoised], None]:
+        """What is done after each denoising step of an image."""
+
+        def on_step(denoised: Denoised) -> None:
+            advance()
+            if self.previewer is not None:
+                self.previewer.show(drawing, denoised)
+
+        return on_step
+
     def _image(
         self,
         pipeline: FluxPipeline,
         prompt: str,
         size: tuple[int, int],
         index: int,
-        advance: Callable[[], None],
+        on_step: Callable[[Denoised], None],
     ) -> Image.Image:
-        def on_step(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            advance()
-            return kwargs
-
         s = self.settings
         arguments = self._prompt_arguments(prompt)
         if s.guidance_real > 1:
@@ -239,7 +252,8 @@ class Validator:
                 true_cfg_scale=s.guidance_real,
                 # a generator on the CPU draws the same noise for every device
                 generator=torch.Generator().manual_seed(s.seed + index),
-                callback_on_step_end=on_step,
+                callback_on_step_end=on_step_end(on_step),
+                callback_on_step_end_tensor_inputs=list(PREVIEWED),
                 output_type="latent",
             ).images
         # decoded here, since the pipeline has no place for a VAE of another dtype than the latents'
