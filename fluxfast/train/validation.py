@@ -8,6 +8,7 @@ disabled. `grid_step_<step>.png` beside them has a row for each prompt and a col
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -97,6 +98,16 @@ def file_name(
 ) -> str:
     """The image's file; the nickname is cleaned where a file system would not take it."""
     return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.{extension}"
+
+
+def png_of(path: Path) -> bytes:
+    """An image's file as PNG, whatever its own format."""
+    if path.suffix == ".png":
+        return path.read_bytes()
+    stream = io.BytesIO()
+    with Image.open(path) as image:
+        image.save(stream, format="PNG")
+    return stream.getvalue()
 
 
 @contextmanager

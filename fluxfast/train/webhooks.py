@@ -19,6 +19,7 @@ import requests
 import urllib3
 
 from fluxfast.config.reporting_fields import Webhook
+from fluxfast.config.run import TrainConfig
 from fluxfast.train.run_events import Event
 
 # seconds that a server may take to connect and between two pieces of its answer
@@ -34,7 +35,10 @@ _SEVERITIES = ("debug", "info", "warning", "error", "critical")
 
 
 class Webhooks:
-    """A listener of `RunEvents` that sends each event to every webhook that wants it."""
+    """A listener of `RunEvents` that sends each event to every webhook that wants it.
+
+    As a context, it gives the servers a few seconds at its end to take what is left.
+    """
 
     def __init__(
         self,
@@ -58,6 +62,12 @@ class Webhooks:
         for sender in self._senders:
             sender.put(event)
 
+    def __enter__(self) -> Webhooks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self, timeout: float = 5.0) -> None:
         """Give the servers so many seconds, all together, to take what still waits for them."""
         deadline = time.monotonic() + timeout
@@ -65,6 +75,12 @@ class Webhooks:
             sender.finish()
         for sender in self._senders:
             sender.join(deadline)
+
+
+def webhooks_of(config: TrainConfig, say: Callable[[str], None]) -> Webhooks:
+    """The webhooks that a config names, if any."""
+    interval = config.webhook_reporting_interval or 1
+    return Webhooks(config.webhook_config or (), say, status_interval=interval)
 
 
 class _Sender:

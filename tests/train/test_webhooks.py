@@ -4,80 +4,16 @@ import base64
 import email
 import json
 import threading
+from contextlib import ExitStack
 from email.policy import HTTP
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from webhook_server import LONG, SECRET, Server, answers, hangs_up
 
 from fluxfast.config.reporting_fields import Webhook
 from fluxfast.train import webhooks
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.webhooks import Webhooks
-
-# no test waits so long, unless it fails
-LONG = 60
-SECRET = "hush-hush"
-
-
-class Server(ThreadingHTTPServer):
-    """Keeps every post that it gets; `answer` is called with the handler to answer one."""
-
-    daemon_threads = True
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.posts, self.arrived = [], threading.Condition()
-        self.answer = answers(204)
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/{SECRET}"
-
-    def wait_for(self, number):
-        """The posts, once there are so many."""
-        with self.arrived:
-            assert self.arrived.wait_for(lambda: len(self.posts) >= number, LONG)
-            return list(self.posts)
-
-    def stop(self):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.server.arrived:
-            self.server.posts.append((self.headers, body))
-            self.server.arrived.notify_all()
-        self.server.answer(self)
-
-    def log_message(self, *args):
-        pass
-
-
-def answers(status, **headers):
-    def answer(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
-
-
-def hangs_up(handler):
-    handler.close_connection = True
-    handler.connection.close()
-
-
-@pytest.fixture
-def server():
-    served = Server()
-    yield served
-    served.stop()
 
 
 class Told(list):
@@ -100,7 +36,7 @@ class Told(list):
 @pytest.fixture
 def connect(tmp_path):
     """Events whose listener is a webhook to a server: (events, webhooks, what was said)."""
-    made = []
+    stack = ExitStack()
 
     def build(url, kind="raw", timeout=LONG, capacity=64, status_interval=1, **keys):
         key = {"raw": "callback_url", "discord": "webhook_url"}[kind]
@@ -109,15 +45,13 @@ def connect(tmp_path):
         hooks = Webhooks(
             [hook], told, capacity=capacity, timeout=timeout, status_interval=status_interval
         )
-        events = RunEvents(tmp_path, told)
+        stack.callback(hooks.close, 0)
+        events = stack.enter_context(RunEvents(tmp_path, told))
         events.subscribe(hooks)
-        made.append((events, hooks))
         return events, hooks, told
 
-    yield build
-    for events, hooks in made:
-        hooks.close(0)
-        events.close()
+    with stack:
+        yield build
 
 
 def status(events, step):
@@ -266,14 +200,11 @@ def test_a_server_that_is_killed_midway_and_comes_back(server, connect):
     told.wait_for(1)
     status(events, 3)
     assert "can't be reached" in told[0] and SECRET not in told[0]
-    again = Server(port)
-    try:
+    with Server(port) as again:
         status(events, 4)
         assert steps_in(again.wait_for(1))[-1] in (3, 4)
         hooks.close(LONG)
         assert steps_in(again.posts)[-1] == 4
-    finally:
-        again.stop()
 
 
 def test_a_server_that_never_answers_is_given_up(server, connect):
@@ -330,23 +261,21 @@ def test_an_event_that_is_no_json_is_told_without_its_content(server, connect):
 
 
 def test_two_webhooks_do_not_wait_for_each_other(server, tmp_path):
-    other = Server()
     released = threading.Event()
     server.answer = lambda handler: (released.wait(LONG), answers(204)(handler))
-    configs = [
-        Webhook.model_validate({"webhook_type": "raw", "callback_url": each.url})
-        for each in (server, other)
-    ]
-    hooks, events = Webhooks(configs, print), RunEvents(tmp_path, print)
-    events.subscribe(hooks)
-    try:
+
+    def hook(to):
+        return Webhook.model_validate({"webhook_type": "raw", "callback_url": to.url})
+
+    with (
+        Server() as other,
+        Webhooks([hook(server), hook(other)], print) as hooks,
+        RunEvents(tmp_path, print) as events,
+    ):
+        events.subscribe(hooks)
         for step in range(5):
             status(events, step)
         assert steps_in(other.wait_for(5)) == [0, 1, 2, 3, 4] and len(server.posts) <= 1
         released.set()
         hooks.close(LONG)
         assert len(server.posts) == 5
-    finally:
-        released.set()
-        events.close()
-        other.stop()
