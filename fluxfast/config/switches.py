@@ -37,11 +37,7 @@ SWITCHES = (
     Switch("evaluation_type", ("pretrained_evaluation_model_name_or_path",)),
     # datasets of dataset_type eval are refused by the dataloader's config
     Switch("evaluation_type", ("eval_[!d]*", "eval_dataset_pooling")),
-    Switch(
-        "push_to_hub",
-        ("push_checkpoints_to_hub", "push_to_hub_background", "hub_model_id", "model_card_*"),
-    ),
-    Switch("push_to_hub or publishing_config", ("post_upload_script",)),
+    Switch("push_to_hub or publishing_config", ("post_upload_script",), refused=False),
     Switch("offset_noise", ("noise_offset", "noise_offset_probability")),
     Switch("input_perturbation", ("input_perturbation_steps",)),
     Switch("timestep_bias_strategy", ("timestep_bias_*",)),

@@ -43,6 +43,8 @@ from fluxfast.train.events import (
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import averaged, build_optimizer, clip_gradients, load_moments
+from fluxfast.train.publish import Publisher
+from fluxfast.train.run_record import run_record
 
 
 class NonFiniteLoss(RuntimeError):
@@ -145,6 +147,10 @@ class Trainer:
         self.scheduler = self._schedule()
         self.pending: StepResult | None = None
         self.batches: BatchLoader | None = None
+        record = run_record(
+            self.config, self.data, self.parts, seed=self.seed, steps=self.steps, device=self.device
+        )
+        self.publisher = Publisher(self.config, checked.repository, record, self._say)
 
     def _make_optimizer(self) -> None:
         config = self.config
@@ -207,13 +213,17 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Free what outlives the objects: pinned memory or files of streamed blocks."""
-        if self.stream is not None:
-            self.stream.close()
+        """End uploads, and free what outlives the objects: memory or files of streamed blocks."""
+        try:
+            self.publisher.close()
+        finally:
+            if self.stream is not None:
+                self.stream.close()
 
     def loop(self) -> Path:
         """Train to the last step, save, and return the final LoRA's path."""
         config = self.config
+        self.publisher.start(self.step)
         self._start_trackers()
         if (
             self.parts.validator
@@ -363,6 +373,8 @@ class Trainer:
             save_lora=self._save_lora,
             keep=self.config.checkpoints_total_limit,
         )
+        if self.step < self.steps:
+            self.publisher.checkpoint(path, self.step)
         self.bar.pause()
         return path
 
@@ -412,6 +424,7 @@ class Trainer:
         if self.config.report_to != "none":
             with self.numbers.guard(self.config.report_to):
                 self.accelerator.end_training()
+        self.publisher.end(self.step)
         label = self.adapter_kind.label
         self.console.print(f"{label}: {lora}", highlight=False, markup=False, soft_wrap=True)
         return lora

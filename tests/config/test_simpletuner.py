@@ -47,7 +47,7 @@ def off_default(option: KnownOption):
         ("quantize_via", "pipeline"),
         ("optimizer", "ao-adamw8bit"),
         ("caption_strategy", "parquet"),
-        ("push_to_hub", "true"),
+        ("post_checkpoint_script", "true.sh"),
         ("enable_model_cpu_offload", True),
         ("validation_preview", True),
         ("num_processes", 2),
@@ -133,6 +133,8 @@ def test_options_of_a_switch_are_refused_with_it_and_inert_without_it(switch):
 def test_an_option_whose_switch_is_on_is_refused_by_itself():
     problems = refused(optimizer="optimi-lion", optimizer_release_gradients=True)
     only(problems, '"optimizer_release_gradients"', "not implemented yet")
+    problems = refused(push_to_hub=True, post_upload_script="./told.sh")
+    only(problems, '"post_upload_script"', "not implemented yet")
 
 
 def test_every_switch_and_its_options_are_options():

@@ -1,0 +1,94 @@
+"""What is uploaded to the Hub, gathered in a folder of its own: nothing else ever leaves.
+
+The adapter's file, its card, the public part of the config, and the newest validation images. The
+files are links or copies, since a checkpoint may be removed while it waits for its upload.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+from fluxfast.config.public import public_settings
+from fluxfast.config.run import TrainConfig
+from fluxfast.files import TEMPORARY
+from fluxfast.train.image_files import newest_images
+from fluxfast.train.model_card import Picture, model_card
+from fluxfast.train.validation import FOLDER as IMAGES
+
+CONFIG_NAME = "fluxfast_config.json"
+LYCORIS_NAME = "lycoris_config.json"
+
+
+def gather(
+    config: TrainConfig,
+    record: Mapping[str, Any],
+    source: Path,
+    *,
+    repository: str,
+    step: int,
+) -> Path:
+    """Make the folder of an upload in the run's own, which a later start removes if it is left.
+
+    source: where the adapter was saved, the output folder or a checkpoint. Raises OSError where it
+    can't be read or the folder can't be written.
+    """
+    folder = config.output_dir / f".upload-{step}.{os.getpid()}{TEMPORARY}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        _link(source / LORA_WEIGHT_NAME_SAFE, folder / LORA_WEIGHT_NAME_SAFE)
+        card = model_card(
+            config,
+            record,
+            repository=repository,
+            file=LORA_WEIGHT_NAME_SAFE,
+            step=step,
+            pictures=_pictures(config, record, folder),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_config(config, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    # a file system without links, or one that holds only one of the two
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    public = public_settings(config)
+    if (lycoris := public.get("lycoris_config")) is not None:
+        # a config names a file of these
+        (folder / LYCORIS_NAME).write_text(json.dumps(lycoris, indent=2), encoding="utf-8")
+        public["lycoris_config"] = LYCORIS_NAME
+    text = json.dumps(public, indent=2, ensure_ascii=False)
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _pictures(config: TrainConfig, record: Mapping[str, Any], folder: Path) -> list[Picture]:
+    """Write the newest images, without what stands beside them, under names that say nothing."""
+    prompts = {each["file"]: each["prompt"] for each in record.get("prompts", [])}
+    (folder / "images").mkdir()
+    pictures = []
+    for number, drawn in enumerate(newest_images(config.output_dir / IMAGES)):
+        name = f"images/{number:03}_{drawn.size[0]}x{drawn.size[1]}.png"
+        try:
+            drawn.open().save(folder / name)
+        # a damaged image is no reason to keep the adapter back
+        except OSError:
+            continue
+        pictures.append(Picture(name, prompts.get(drawn.nickname, "")))
+    return pictures
