@@ -116,13 +116,12 @@ def public_settings(config: DerivedValues) -> dict[str, Any]:
 
 def shown_settings(config: DerivedValues) -> dict[str, Any]:
     """Every option as JSON for a file of the run's own: its paths stay, its secrets don't."""
-    values = config.model_dump(mode="json")
-    return {
-        name: REMOVED
-        if _SECRET_NAME.search(name) and isinstance(value, str | list | dict)
-        else _cleaned(value, paths=False)
-        for name, value in values.items()
-    }
+    return without_secrets(config.model_dump(mode="json"))
+
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same JSON without what its keys or its texts say is a secret."""
+    return dict(_cleaned(values, paths=False))
 
 
 def _holds_no_text(annotation: Any) -> bool:

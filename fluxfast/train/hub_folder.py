@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from fluxfast.config.public import public_settings
 from fluxfast.config.run import TrainConfig
 from fluxfast.files import TEMPORARY
-from fluxfast.train.image_files import newest_images
+from fluxfast.train.image_files import FOLDER, newest_images
 from fluxfast.train.model_card import Picture, model_card
-from fluxfast.train.validation import FOLDER as IMAGES
+from fluxfast.train.run_record import RunRecord
 
 CONFIG_NAME = "fluxfast_config.json"
 LYCORIS_NAME = "lycoris_config.json"
@@ -28,7 +26,7 @@ LYCORIS_NAME = "lycoris_config.json"
 
 def gather(
     config: TrainConfig,
-    record: Mapping[str, Any],
+    record: RunRecord,
     source: Path,
     *,
     repository: str,
@@ -78,12 +76,12 @@ def _write_config(config: TrainConfig, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def _pictures(config: TrainConfig, record: Mapping[str, Any], folder: Path) -> list[Picture]:
+def _pictures(config: TrainConfig, record: RunRecord, folder: Path) -> list[Picture]:
     """Write the newest images, without what stands beside them, under names that say nothing."""
-    prompts = {each["file"]: each["prompt"] for each in record.get("prompts", [])}
+    prompts = {each.file: each.prompt for each in record.prompts}
     (folder / "images").mkdir()
     pictures = []
-    for number, drawn in enumerate(newest_images(config.output_dir / IMAGES)):
+    for number, drawn in enumerate(newest_images(config.output_dir / FOLDER)):
         name = f"images/{number:03}_{drawn.size[0]}x{drawn.size[1]}.png"
         try:
             drawn.open().save(folder / name)

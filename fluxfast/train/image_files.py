@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+# where they lie in the output folder
+FOLDER = "validation_images"
 _NAME = re.compile(r"step_(\d+)_(.+)_(\d+)_(\d+)x(\d+)\.(?:png|webp|jpe?g)")
 
 

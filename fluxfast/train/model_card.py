@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from fluxfast.config.adapters import DORA
 from fluxfast.config.public import is_hub_name, redact
 from fluxfast.config.run import TrainConfig
+from fluxfast.train.run_record import DatasetRow, RunRecord
 
 # the layouts that diffusers' `load_lora_weights` reads, by the adapter's kind
 _FOR_DIFFUSERS = {"standard": ("diffusers", "kohya"), DORA: ("diffusers",)}
@@ -31,7 +32,7 @@ class Picture(NamedTuple):
 
 def model_card(
     config: TrainConfig,
-    record: Mapping[str, Any],
+    record: RunRecord,
     *,
     repository: str,
     file: str,
@@ -41,7 +42,7 @@ def model_card(
     """The text of README.md.
 
     Args:
-        record: the run's (`run_record`), for its length, its datasets and its prompts.
+        record: the run's, for its length, its datasets and its prompts.
         repository: the card's own, owner/name.
         file: the adapter's name in it.
         step: optimiser steps that the adapter was trained for.
@@ -53,7 +54,7 @@ def model_card(
         "" if config.model_card_note is None else redact(config.model_card_note),
         _section("Images", _gallery(config, pictures)),
         _section("Training", _training(config, record, step)),
-        _section("Datasets", _datasets(record.get("datasets", []))),
+        _section("Datasets", _datasets(record.datasets)),
         _section("Use", _use(config, record, repository, file)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -74,7 +75,7 @@ def base_model(config: TrainConfig) -> str:
 
 
 def _front_matter(
-    config: TrainConfig, record: Mapping[str, Any], pictures: Sequence[Picture]
+    config: TrainConfig, record: RunRecord, pictures: Sequence[Picture]
 ) -> ModelCardData:
     license = config.flavour.license
     optional: dict[str, Any] = {}
@@ -98,20 +99,20 @@ def _front_matter(
     )
 
 
-def _instance_prompts(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
+def _instance_prompts(config: TrainConfig, record: RunRecord) -> list[str]:
     """The words that every caption of a dataset was, cleaned."""
-    given = [config.instance_prompt, *(each.get("prompt") for each in record.get("datasets", []))]
+    given = [config.instance_prompt, *(dataset.prompt for dataset in record.datasets)]
     return list(dict.fromkeys(redact(text) for text in given if text))
 
 
-def _summary(config: TrainConfig, record: Mapping[str, Any], step: int) -> str:
+def _summary(config: TrainConfig, record: RunRecord, step: int) -> str:
     base, license = base_model(config), config.flavour.license
-    steps = record.get("steps", step)
+    steps = record.steps or step
     trained = f"{step} optimiser steps" if step >= steps else f"{step} of {steps} optimiser steps"
     licensed = f"[{license.name}]({license.link})" if license.name else license.id
     lines = [
         f"{_adapter(config)} for [{base}](https://huggingface.co/{base}), trained for {trained} "
-        f"with fluxfast {record.get('versions', {}).get('fluxfast', '')}".rstrip()
+        f"with fluxfast {record.versions.get('fluxfast', '')}".rstrip()
         + ".",
         f"Licence: {licensed}, which is the base model's.",
     ]
@@ -146,7 +147,7 @@ def _gallery(config: TrainConfig, pictures: Sequence[Picture]) -> str:
     return f"<Gallery />\n\nPrompts of these images:\n\n{prompts}\n\n{settings}"
 
 
-def _training(config: TrainConfig, record: Mapping[str, Any], step: int) -> str:
+def _training(config: TrainConfig, record: RunRecord, step: int) -> str:
     lora = config.lycoris_config is None
     guidance = (
         str(config.flux_guidance_value)
@@ -164,7 +165,7 @@ def _training(config: TrainConfig, record: Mapping[str, Any], step: int) -> str:
         if lora
         else None,
         "LyCORIS": None if lora else json.dumps(config.lycoris_config.model_dump()),  # type: ignore[union-attr]
-        "steps": f"{step} of {record.get('steps', step)}",
+        "steps": f"{step} of {record.steps or step}",
         "batch": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated",
         "gradients clipped to": f"{config.max_grad_norm} ({config.grad_clip_method})"
         if config.max_grad_norm
@@ -177,22 +178,20 @@ def _training(config: TrainConfig, record: Mapping[str, Any], step: int) -> str:
         else config.flow_schedule_shift,
         "loss": config.loss_type,
         "caption dropout": config.caption_dropout_probability,
-        "seed": record.get("seed"),
+        "seed": record.seed,
     })  # fmt: skip
 
 
-def _datasets(rows: Iterable[Mapping[str, Any]]) -> str:
-    lines = [
-        [row["id"], row.get("kind", ""), row["images"], row["repeats"],
-         f"{row['resolution']:g} ({row['resolution_type']})" if "resolution" in row else "",
-         "yes" if row.get("cropped") else "no"]
-        for row in rows
-    ]  # fmt: skip
+def _datasets(rows: Sequence[DatasetRow]) -> str:
     heading = ["dataset", "kind", "images", "repeats", "resolution", "cropped"]
+    lines = [
+        [row.id, row.kind, row.images, row.repeats, row.resolution, "yes" if row.cropped else "no"]
+        for row in rows
+    ]
     return _rows(heading, lines) if lines else ""
 
 
-def _use(config: TrainConfig, record: Mapping[str, Any], repository: str, file: str) -> str:
+def _use(config: TrainConfig, record: RunRecord, repository: str, file: str) -> str:
     """Code that draws with the adapter in diffusers, if its kind and layout can be loaded there."""
     kind, layout = config.adapter_kind, config.lora_format
     if config.lycoris_config is not None:
@@ -212,7 +211,7 @@ def _use(config: TrainConfig, record: Mapping[str, Any], repository: str, file: 
         )
     references = config.flavour.takes_references
     pipeline = "FluxKontextPipeline" if references else "FluxPipeline"
-    prompts = [each["prompt"] for each in record.get("prompts", [])]
+    prompts = [each.prompt for each in record.prompts]
     width, height = config.validation_resolutions[0]
     arguments = {
         "prompt": _literal(prompts[0] if prompts else "a photo"),

@@ -43,8 +43,7 @@ from fluxfast.train.events import (
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import averaged, build_optimizer, clip_gradients, load_moments
-from fluxfast.train.publish import Publisher
-from fluxfast.train.run_record import run_record
+from fluxfast.train.publish import Publisher, run_record
 
 
 class NonFiniteLoss(RuntimeError):

@@ -27,8 +27,7 @@ from fluxfast.files import atomic_file, safe_name
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
-
-FOLDER = "validation_images"
+from fluxfast.train.image_files import FOLDER
 
 
 @dataclass(frozen=True)

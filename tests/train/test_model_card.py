@@ -11,20 +11,21 @@ from fluxfast.config.flavours import FLAVOURS
 from fluxfast.train.hub_folder import gather
 from fluxfast.train.image_files import drawn_images, newest_images
 from fluxfast.train.model_card import Picture, model_card
+from fluxfast.train.run_record import DatasetRow, Prompt, RunRecord
 from fluxfast.train.validation import file_name
 from secret_cases import HIDDEN, PATHS, SECRETS, full_of
 
-RECORD = {
-    "steps": 100,
-    "seed": 7,
-    "versions": {"fluxfast": "1.2"},
-    "prompts": [{"nickname": "validation", "file": "validation", "prompt": "a <b>cat</b> | `x`"}],
-    "datasets": [
-        {"id": "my | cats", "kind": "image", "images": 12, "repeats": 3, "resolution": 512.0,
-         "resolution_type": "pixel", "cropped": True, "prompt": "zwx cat"},
-        {"id": "more", "images": 2, "repeats": 0},
-    ],
-}  # fmt: skip
+RECORD = RunRecord(
+    steps=100,
+    seed=7,
+    versions={"fluxfast": "1.2"},
+    prompts=(Prompt(nickname="validation", file="validation", prompt="a <b>cat</b> | `x`"),),
+    datasets=(
+        DatasetRow(id="my | cats", images=12, repeats=3, resolution="512 (pixel)", cropped=True,
+                   prompt="zwx cat"),
+        DatasetRow(id="more", kind="mask", images=2),
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -139,12 +140,13 @@ def test_the_note_and_the_audience():
 
 
 def test_a_prompt_can_not_end_the_code():
-    record = RECORD | {"prompts": [{"nickname": "v", "file": "v", "prompt": "x\n```\n'\"\\"}]}
+    prompt = Prompt(nickname="v", file="v", prompt="x\n```\n'\"\\")
+    record = RunRecord(prompts=(prompt,))
     assert "prompt=" in code_in(card_of(record)[1])
 
 
 def test_a_record_that_is_not_there_leaves_a_card():
-    front, body = card_of({}, step=5)
+    front, body = card_of(RunRecord(), step=5)
     assert front["license"] == "other"
     assert "trained for 5 optimiser steps with fluxfast" in body
     assert "## Datasets" not in body
@@ -182,11 +184,12 @@ def test_names_of_images_are_read_back(output):
 def test_an_upload_holds_no_secret_and_no_path(output, unfit):
     config = load(**full_of(unfit), push_to_hub=True, output_dir=str(output))
     stem = drawn_images(output / "validation_images")[0].nickname
-    record = {
-        "config": {"anything": unfit}, "versions": {"fluxfast": "1", "device": unfit},
-        "prompts": [{"nickname": unfit, "file": stem, "prompt": f"cat {unfit}"}],
-        "datasets": [{"id": unfit, "images": 1, "repeats": 0, "prompt": unfit}],
-    }  # fmt: skip
+    record = RunRecord(
+        config={"anything": unfit},
+        versions={"fluxfast": "1", "device": unfit},
+        prompts=(Prompt(nickname=unfit, file=stem, prompt=f"cat {unfit}"),),
+        datasets=(DatasetRow(id=unfit, images=1, prompt=unfit),),
+    )
     folder = gather(config, record, output, repository="me/cat", step=12)
     held = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
     assert set(held) == {
@@ -202,11 +205,11 @@ def test_an_upload_holds_no_secret_and_no_path(output, unfit):
 
 
 def test_an_upload_outlives_its_checkpoint(output):
-    folder = gather(load(output_dir=str(output)), {}, output, repository="me/cat", step=1)
+    folder = gather(load(output_dir=str(output)), RunRecord(), output, repository="me/cat", step=1)
     (output / "pytorch_lora_weights.safetensors").unlink()
     assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == b"lora"
     with pytest.raises(OSError, match="pytorch_lora_weights"):
-        gather(load(output_dir=str(output)), {}, output, repository="me/cat", step=2)
+        gather(load(output_dir=str(output)), RunRecord(), output, repository="me/cat", step=2)
     assert len(list(output.glob(".upload-*"))) == 1
 
 
@@ -216,7 +219,7 @@ def test_a_lycoris_config_is_a_file_that_the_config_names(output, tmp_path):
     config = load(
         lora_type="lycoris", lycoris_config=str(tmp_path / "mine.json"), output_dir=str(output)
     )
-    folder = gather(config, {}, output, repository="me/cat", step=1)
+    folder = gather(config, RunRecord(), output, repository="me/cat", step=1)
     assert json.loads((folder / "lycoris_config.json").read_text()) == given
     written = json.loads((folder / "fluxfast_config.json").read_text())
     assert written["lycoris_config"] == "lycoris_config.json"
