@@ -26,7 +26,7 @@ from fluxfast.config.settings import ConfigError
 # seconds before each try
 WAITS = (0.0, 5.0, 30.0)
 # seconds without a sign of life after which a request has failed; the client's own has no end
-_SILENCE = 60.0
+_SILENCE = 120.0
 # seconds between two lines that say what is waited for
 _TOLD_EVERY = 30.0
 _SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -59,7 +59,7 @@ class HubUploads:
         self._changed = threading.Condition()
         self._queued: _Upload | None = None
         self._running: _Upload | None = None
-        self._closing = False
+        self._closing = self._given_up = False
         self._thread: threading.Thread | None = None
         disable_progress_bars()
 
@@ -79,25 +79,35 @@ class HubUploads:
             self._wait()
 
     def close(self) -> None:
-        """Wait for what is under way and what waits; later uploads are not possible."""
-        self._wait()
+        """Wait for what is under way and what waits; later uploads are not possible.
+
+        Where an interrupt has ended a wait, there is no other one.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+            if (busy := self._running or self._queued) is not None and not self._given_up:
+                self._say(
+                    f"{busy.message}: waiting for the upload to {self.repository} (an interrupt "
+                    "leaves it undone)"
+                )
+        self._wait()
 
     def _wait(self) -> None:
-        with self._changed:
-            while (busy := self._running or self._queued) is not None:
-                if not self._changed.wait(_TOLD_EVERY):
-                    self._say(f"{busy.message}: still uploading to {self.repository}")
+        try:
+            with self._changed:
+                while not self._given_up and (busy := self._running or self._queued) is not None:
+                    if not self._changed.wait(_TOLD_EVERY):
+                        self._say(f"{busy.message}: still uploading to {self.repository}")
+        except KeyboardInterrupt:
+            self._given_up = True
+            raise
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queued is not None or self._closing)
-                if self._queued is None:
+                if self._queued is None or self._given_up:
                     return
                 self._running, self._queued = self._queued, None
                 upload = self._running

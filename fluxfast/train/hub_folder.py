@@ -7,12 +7,15 @@ files are links or copies, since a checkpoint may be removed while it waits for 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
+from fluxfast.adapters.adapter_read import read_adapter
+from fluxfast.adapters.find_lora import header_of
+from fluxfast.adapters.readers import readers
 from fluxfast.config.public import public_settings
 from fluxfast.config.run import TrainConfig
 from fluxfast.files import TEMPORARY
@@ -35,18 +38,19 @@ def gather(
     """Make the folder of an upload in the run's own, which a later start removes if it is left.
 
     source: where the adapter was saved, the output folder or a checkpoint. Raises OSError where it
-    can't be read or the folder can't be written.
+    can't be read or the folder can't be written, ValueError where the adapter's file is damaged.
     """
-    folder = config.output_dir / f".upload-{step}.{os.getpid()}{TEMPORARY}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    # a step may be uploaded a second time while its first upload is under way
+    folder = Path(tempfile.mkdtemp(TEMPORARY, f".upload-{step}.", config.output_dir))
     try:
-        _link(source / LORA_WEIGHT_NAME_SAFE, folder / LORA_WEIGHT_NAME_SAFE)
+        file = folder / LORA_WEIGHT_NAME_SAFE
+        _link(source / LORA_WEIGHT_NAME_SAFE, file)
         card = model_card(
             config,
             record,
             repository=repository,
-            file=LORA_WEIGHT_NAME_SAFE,
+            file=file.name,
+            read_by=_readers(file),
             step=step,
             pictures=_pictures(config, record, folder),
         )
@@ -64,6 +68,12 @@ def _link(source: Path, target: Path) -> None:
     # a file system without links, or one that holds only one of the two
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _readers(file: Path) -> list[str]:
+    """The programs that read an adapter's file."""
+    found = readers(read_adapter(file), *header_of(file))
+    return [program for program, reason in found.items() if reason is None]
 
 
 def _write_config(config: TrainConfig, folder: Path) -> None:
@@ -84,7 +94,8 @@ def _pictures(config: TrainConfig, record: RunRecord, folder: Path) -> list[Pict
     for number, drawn in enumerate(newest_images(config.output_dir / FOLDER)):
         name = f"images/{number:03}_{drawn.size[0]}x{drawn.size[1]}.png"
         try:
-            drawn.open().save(folder / name)
+            # compressed as little as PNG can be: it is the training thread that waits
+            drawn.open().save(folder / name, compress_level=1)
         # a damaged image is no reason to keep the adapter back
         except OSError:
             continue

@@ -19,9 +19,6 @@ from fluxfast.config.public import is_hub_name, redact
 from fluxfast.config.run import TrainConfig
 from fluxfast.train.run_record import DatasetRow, RunRecord
 
-# the layouts that diffusers' `load_lora_weights` reads, by the adapter's kind
-_FOR_DIFFUSERS = {"standard": ("diffusers", "kohya"), DORA: ("diffusers",)}
-
 
 class Picture(NamedTuple):
     """An image of the gallery: its path in the repository, and the prompt that it was drawn of."""
@@ -36,6 +33,7 @@ def model_card(
     *,
     repository: str,
     file: str,
+    read_by: Sequence[str],
     step: int,
     pictures: Sequence[Picture],
 ) -> str:
@@ -45,6 +43,7 @@ def model_card(
         record: the run's, for its length, its datasets and its prompts.
         repository: the card's own, owner/name.
         file: the adapter's name in it.
+        read_by: the programs that read this file, as `adapters.readers` names them.
         step: optimiser steps that the adapter was trained for.
     """
     parts = [
@@ -55,7 +54,7 @@ def model_card(
         _section("Images", _gallery(config, pictures)),
         _section("Training", _training(config, record, step)),
         _section("Datasets", _datasets(record.datasets)),
-        _section("Use", _use(config, record, repository, file)),
+        _section("Use", _use(config, record, repository, file, read_by)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -191,10 +190,17 @@ def _datasets(rows: Sequence[DatasetRow]) -> str:
     return _rows(heading, lines) if lines else ""
 
 
-def _use(config: TrainConfig, record: RunRecord, repository: str, file: str) -> str:
-    """Code that draws with the adapter in diffusers, if its kind and layout can be loaded there."""
-    kind, layout = config.adapter_kind, config.lora_format
-    if config.lycoris_config is not None:
+def _use(
+    config: TrainConfig, record: RunRecord, repository: str, file: str, read_by: Sequence[str]
+) -> str:
+    """Code that draws with the adapter in diffusers, if anything loads the file there."""
+    told = f"Read by {', '.join(['fluxfast', *read_by])}."
+    if "diffusers" in read_by:
+        # diffusers' pipeline hands on LoRA alone
+        owner = "pipeline" if config.lycoris_config is None else "pipeline.transformer"
+        function = "load_lora_weights" if owner == "pipeline" else "load_lora_adapter"
+        load = f"{owner}.{function}({repository!r}, weight_name={file!r})"
+    elif "lycoris-lora" in read_by:
         load = (
             "from huggingface_hub import hf_hub_download\n"
             "from lycoris import create_lycoris_from_weights\n\n"
@@ -202,13 +208,10 @@ def _use(config: TrainConfig, record: RunRecord, repository: str, file: str) -> 
             "adapter, _ = create_lycoris_from_weights(1.0, file, pipeline.transformer)\n"
             "adapter.merge_to()"
         )
-    elif layout in _FOR_DIFFUSERS.get(kind, ()):
-        load = f"pipeline.load_lora_weights({repository!r}, weight_name={file!r})"
+    elif "ComfyUI" in read_by:
+        return f"{told} ComfyUI finds the file `{file}` in its folder `models/loras`."
     else:
-        return (
-            f"The file `{file}` is in the layout `{layout}`: ComfyUI reads it from its folder "
-            "`models/loras`."
-        )
+        return told
     references = config.flavour.takes_references
     pipeline = "FluxKontextPipeline" if references else "FluxPipeline"
     prompts = [each.prompt for each in record.prompts]
@@ -227,7 +230,7 @@ def _use(config: TrainConfig, record: RunRecord, repository: str, file: str) -> 
     whole = config.pretrained_model_name_or_path or ""
     source = whole if is_hub_name(whole) and redact(whole) == whole else config.flavour.repository
     return (
-        f"```python\nimport torch\nfrom diffusers import {pipeline}{imported}\n\n"
+        f"{told}\n\n```python\nimport torch\nfrom diffusers import {pipeline}{imported}\n\n"
         f"pipeline = {pipeline}.from_pretrained({source!r}, torch_dtype=torch.bfloat16)\n"
         f"{load}\npipeline.to('cuda')\n"
         f"image = pipeline(\n{call}\n).images[0]\nimage.save('image.png')\n```"

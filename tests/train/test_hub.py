@@ -142,13 +142,34 @@ def test_closing_waits_and_says_for_what(hub, uploads, folder, said, monkeypatch
     assert hub.waiting.wait(60)
     closing = threading.Thread(target=uploading.close)
     closing.start()
-    while not said:
+    while len(said) < 2:
         closing.join(0.01)
     assert closing.is_alive()
-    assert "first: still uploading to jane/cat" in said
+    assert said[:2] == [
+        "first: waiting for the upload to jane/cat (an interrupt leaves it undone)",
+        "first: still uploading to jane/cat",
+    ]
     hub.open.set()
     closing.join(60)
     assert hub.commits == ["first"]
+
+
+def test_an_interrupt_leaves_the_upload(hub, uploads, folder, said, monkeypatch):
+    def interrupted(text):
+        said.append(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fluxfast.train.hub._TOLD_EVERY", 0.01)
+    hub.open.clear()
+    uploading = uploads()
+    monkeypatch.setattr(uploading, "_say", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uploading.upload(folder("one"), "first")
+    monkeypatch.setattr(uploading, "_say", said.append)
+    # it returns at once, though the server has not answered
+    uploading.close()
+    assert said == ["first: still uploading to cat"]
+    assert hub.commits == []
 
 
 # ---- before anything is loaded

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from config_helpers import load
 from fluxfast.config.flavours import FLAVOURS
@@ -28,17 +30,21 @@ RECORD = RunRecord(
 )  # fmt: skip
 
 
+LOKR = {"algo": "lokr", "multiplier": 1.0, "linear_dim": 16, "linear_alpha": 1, "factor": 4}
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def card_of(record=RECORD, pictures=(), step=100, **options):
+def card_of(record=RECORD, pictures=(), step=100, read_by=("diffusers",), **options):
     text = model_card(
         load(push_to_hub=True, **options),
         record,
         repository="me/cat",
         file="pytorch_lora_weights.safetensors",
+        read_by=read_by,
         step=step,
         pictures=pictures,
     )
@@ -114,23 +120,22 @@ def test_settings_and_datasets():
     assert "trained for 60 of 100 optimiser steps with fluxfast 1.2." in body
 
 
-def test_the_adapter_s_kind_decides_how_it_is_loaded(tmp_path):
+def test_who_reads_the_file_decides_how_it_is_loaded(tmp_path):
     lycoris = tmp_path / "lycoris.json"
-    lycoris.write_text(
-        json.dumps(
-            {"algo": "lokr", "multiplier": 1.0, "linear_dim": 16, "linear_alpha": 1, "factor": 4}
-        )
-    )
-    front, body = card_of(lora_type="lycoris", lycoris_config=str(lycoris))
+    lycoris.write_text(json.dumps(LOKR))
+    options = {"lora_type": "lycoris", "lycoris_config": str(lycoris)}
+    front, body = card_of(**options)
     assert "lycoris" in front["tags"]
-    assert "create_lycoris_from_weights(1.0, file, pipeline.transformer)" in code_in(body)
+    assert "pipeline.transformer.load_lora_adapter('me/cat', weight_name=" in code_in(body)
     assert "| rank |" not in body
-    assert "load_lora_weights" in code_in(card_of(lora_format="kohya")[1])
-    assert "load_lora_weights" in code_in(card_of(use_dora=True)[1])
-    for options in ({"lora_format": "comfyui"}, {"use_dora": True, "lora_format": "kohya"}):
-        _, body = card_of(**options)
-        assert "```" not in body
-        assert "models/loras" in body
+    _, body = card_of(**options, read_by=["ComfyUI", "lycoris-lora"])
+    assert "create_lycoris_from_weights(1.0, file, pipeline.transformer)" in code_in(body)
+    assert "Read by fluxfast, ComfyUI, lycoris-lora." in body
+    _, body = card_of(read_by=["ComfyUI"])
+    assert "```" not in body
+    assert "models/loras" in body
+    _, body = card_of(read_by=[])
+    assert body.endswith("Read by fluxfast.\n")
 
 
 def test_the_note_and_the_audience():
@@ -160,7 +165,9 @@ def output(tmp_path):
     """A run's folder with an adapter and images of two steps, the later ones beside the base's."""
     folder = tmp_path / "out"
     (folder / "validation_images").mkdir(parents=True)
-    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"lora")
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    lora = {f"{name}A.weight": torch.ones(2, 8), f"{name}B.weight": torch.ones(8, 2)}
+    save_file(lora, folder / "pytorch_lora_weights.safetensors")
     for step, width, colour in ((0, 32, "red"), (4, 64, "green"), (12, 64, "blue")):
         name = file_name(step, "/home/jane/cat", 0, (32, 16))
         image = Image.new("RGB", (width, 16), "red")
@@ -206,20 +213,27 @@ def test_an_upload_holds_no_secret_and_no_path(output, unfit):
 
 def test_an_upload_outlives_its_checkpoint(output):
     folder = gather(load(output_dir=str(output)), RunRecord(), output, repository="me/cat", step=1)
-    (output / "pytorch_lora_weights.safetensors").unlink()
-    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == b"lora"
-    with pytest.raises(OSError, match="pytorch_lora_weights"):
-        gather(load(output_dir=str(output)), RunRecord(), output, repository="me/cat", step=2)
-    assert len(list(output.glob(".upload-*"))) == 1
+    again = gather(load(output_dir=str(output)), RunRecord(), output, repository="me/cat", step=1)
+    assert folder != again
+    lora = output / "pytorch_lora_weights.safetensors"
+    held = lora.read_bytes()
+    lora.unlink()
+    assert (folder / lora.name).read_bytes() == held
+    assert "load_lora_weights('me/cat'" in (folder / "README.md").read_text()
+    for left in (None, b"cut"):
+        if left is not None:
+            lora.write_bytes(left)
+        with pytest.raises((OSError, ValueError), match="pytorch_lora_weights"):
+            gather(load(output_dir=str(output)), RunRecord(), output, repository="me/cat", step=2)
+    assert {*output.glob(".upload-*")} == {folder, again}
 
 
 def test_a_lycoris_config_is_a_file_that_the_config_names(output, tmp_path):
-    given = {"algo": "lokr", "multiplier": 1.0, "linear_dim": 16, "linear_alpha": 1, "factor": 4}
-    (tmp_path / "mine.json").write_text(json.dumps(given))
+    (tmp_path / "mine.json").write_text(json.dumps(LOKR))
     config = load(
         lora_type="lycoris", lycoris_config=str(tmp_path / "mine.json"), output_dir=str(output)
     )
     folder = gather(config, RunRecord(), output, repository="me/cat", step=1)
-    assert json.loads((folder / "lycoris_config.json").read_text()) == given
+    assert json.loads((folder / "lycoris_config.json").read_text()) == LOKR
     written = json.loads((folder / "fluxfast_config.json").read_text())
     assert written["lycoris_config"] == "lycoris_config.json"
