@@ -276,19 +276,15 @@ def _preparing(config: TrainConfig) -> dict[str, int]:
 
 def _disk(config: TrainConfig, workload: Any, datasets: Sequence[ImageDataset]) -> dict[str, int]:
     """Bytes of caches and checkpoints; images are counted where their folder is there already."""
-    from fluxfast.train.disk_space import cache_bytes
+    from fluxfast.train.disk_space import cache_bytes, checkpoint_bytes
 
     caches = [cache_bytes(config, dataset) for dataset in datasets if dataset.id != "?"]
-    state = config.optimizer_kind.state_bytes(workload.adapter_itemsize)
     return {
         "latents": sum(latents for latents, _ in caches),
         "text embeddings": sum(texts for _, texts in caches),
         "quantised base": workload.frozen_bytes if workload.storage.format else 0,
-        "checkpoints": round(
-            config.checkpoints_total_limit
-            * workload.adapters
-            * (2 * workload.adapter_itemsize + state)
-        ),
+        "checkpoints": (config.checkpoints_total_limit + config.checkpoints_keep_best)
+        * checkpoint_bytes(config, workload.adapters),
     }
 
 

@@ -122,8 +122,8 @@ class ImageDataset(_Entry):
     a size of 0 is none.
     """
 
-    dataset_type: Literal["image"] = "image"
-    """Kind of the entry."""
+    dataset_type: Literal["image", "eval"] = "image"
+    """Kind of the entry: trained on, or held out for the evaluation loss (eval)."""
     type: Type = "local"  # type: ignore[assignment]
     """Where the images lie."""
     origin: Origin | None = None
@@ -218,6 +218,11 @@ class ImageDataset(_Entry):
     """Draw no validation images with the references of this dataset."""
     conditioning_data: tuple[str, ...] = ()
     """Ids of the conditioning datasets that hold a partner for each image."""
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether nothing is trained on it, and the evaluation loss is computed on it."""
+        return self.dataset_type == "eval"
 
     @property
     def encodes_on_demand(self) -> bool:

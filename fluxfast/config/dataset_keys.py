@@ -85,7 +85,7 @@ ACCEPTED_NO_EFFECT = {
 # kinds of places for an entry's files that are refused
 TYPES_NOT_YET = ("memory", "webshart")
 DATASET_TYPES_NOT_YET = (
-    "video", "audio", "image_embeds", "conditioning_image_embeds", "eval",
+    "video", "audio", "image_embeds", "conditioning_image_embeds",
     "caption", "grounding", "distillation_cache",
 )  # fmt: skip
 # values that SimpleTuner knows and a field refuses

@@ -46,6 +46,7 @@ __all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_
 
 _MODELS: dict[str, type[ImageDataset] | type[TextEmbeds]] = {
     "image": ImageDataset,
+    "eval": ImageDataset,
     "conditioning": ConditioningDataset,
     "text_embeds": TextEmbeds,
 }
@@ -53,6 +54,11 @@ _MODELS: dict[str, type[ImageDataset] | type[TextEmbeds]] = {
 _CAPTIONS = (
     "caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt",
 )  # fmt: skip
+# keys that say how a dataset is trained on
+_OF_TRAINING = {
+    "repeats", "probability", "train_batch_size", "start_epoch", "start_step", "end_epoch",
+    "end_step", "timestep_sampling_offset", "is_regularisation_data", "vae_cache_clear_each_epoch",
+}  # fmt: skip
 # keys whose value is an object
 _NESTED: dict[str, type[Settings]] = {
     "caption_shuffle": CaptionShuffle,
@@ -63,9 +69,13 @@ _NESTED_KEYS = [(key, name) for key, model in _NESTED.items() for name in model.
 
 
 class DataConfig(Settings):
-    """The enabled datasets in the file's order, the text cache, and notes that a run prints."""
+    """The enabled datasets in the file's order, the text cache, and notes that a run prints.
+
+    `images` are trained on, `held_out` are for the evaluation loss.
+    """
 
     images: tuple[ImageDataset, ...]
+    held_out: tuple[ImageDataset, ...] = ()
     text_embeds: TextEmbeds
     notes: tuple[str, ...] = ()
     linked: dict[str, tuple[ConditioningDataset, ...]] = Field(default_factory=dict)
@@ -75,10 +85,15 @@ class DataConfig(Settings):
         return self.linked.get(id, ())
 
     @property
+    def datasets(self) -> list[ImageDataset]:
+        """Those that are trained on, then those that are held out."""
+        return [*self.images, *self.held_out]
+
+    @property
     def folders(self) -> list[ImageDataset]:
         """Every dataset that has a folder of images, each once."""
         conditions = {each.id: each for own in self.linked.values() for each in own}
-        return [*self.images, *conditions.values()]
+        return [*self.datasets, *conditions.values()]
 
 
 def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConfig:
@@ -131,7 +146,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
     linked: dict[str, tuple[ConditioningDataset, ...]] = {}
     # an entry that couldn't be read may be the one that the others lack
     if not problems:
-        problems += _whole_problems(images, path)
+        problems += _whole_problems([each for each in images if not each.is_held_out], path)
         text = _default_texts(texts, images, path, problems)
         for image in images:
             for made in generated(image, defaults.cache_dir):
@@ -146,13 +161,21 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         problems += found
     if problems or text is None:
         raise ConfigError(problems)
-    images = [_with_filters(image, text) for image in images]
+    filtered = [_with_filters(image, text) for image in images]
+    images = [image for image in filtered if not image.is_held_out]
+    held_out = [image for image in filtered if image.is_held_out]
     if all(image.is_regularisation_data for image in images):
         notes.append(
             "every dataset is regularisation data: the LoRA is only held to the base model's "
             "own predictions"
         )
-    return DataConfig(images=tuple(images), text_embeds=text, notes=tuple(notes), linked=linked)
+    return DataConfig(
+        images=tuple(images),
+        held_out=tuple(held_out),
+        text_embeds=text,
+        notes=tuple(notes),
+        linked=linked,
+    )
 
 
 def _read_entry(
@@ -222,6 +245,8 @@ def _read_entry(
 def _idle(image: ImageDataset, where: str) -> list[str]:
     """A note on each key that has no effect beside the others."""
     idle = []
+    if image.is_held_out and (trained := image.model_fields_set & _OF_TRAINING):
+        idle.append(f"{quoted(sorted(trained))} no effect: nothing is trained on it")
     if image.max_upscale_threshold is not None and not image.picks_buckets:
         idle.append(
             '"max_upscale_threshold" has no effect: only "crop": true with "crop_aspect" "closest" '
@@ -372,7 +397,10 @@ def _with_filters(image: ImageDataset, text: TextEmbeds) -> ImageDataset:
 
 def _whole_problems(images: list[ImageDataset], path: Path) -> list[str]:
     if not images:
-        return [f'{path}: no image dataset is enabled: add one, or remove "disabled" from one']
+        return [
+            f"{path}: no image dataset to train on is enabled: add one, or remove "
+            '"disabled" from one'
+        ]
     problems = []
     if not any(image.start_epoch <= 1 and image.start_step <= 1 for image in images):
         problems.append(

@@ -129,6 +129,13 @@ class DerivedValues(TrainFields):
         return _torch_dtype(self.optimizer_kind.weights)
 
     @property
+    def average_is_on(self) -> Literal["device", "host"] | None:
+        """Where the moving average of the weights is kept; None: there is none."""
+        if not self.use_ema:
+            return None
+        return "device" if self.ema_device == "accelerator" and not self.ema_cpu_only else "host"
+
+    @property
     def assistant_lora(self) -> str | None:
         """The frozen LoRA that the run has beside its own; None: there is none."""
         if self.disable_assistant_lora:

@@ -30,6 +30,7 @@ from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
 from fluxfast.config.simpletuner import (
     canonical,
+    is_off_in_other_words,
     malformed,
     means_default,
     not_yet,
@@ -173,7 +174,11 @@ def load_config(
     given = {name: (value, where) for name, (value, where) in given.items() if value is not None}
     found, notes = _keys_problems(given)
     problems += found
-    values = {name: value for name, (value, _) in given.items() if name in fields}
+    values = {
+        name: value
+        for name, (value, _) in given.items()
+        if name in fields and not is_off_in_other_words(name, value)
+    }
     config, found = _build(values, {name: where for name, (_, where) in given.items()}, str(file))
     problems += found
     if problems or config is None:

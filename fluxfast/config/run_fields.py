@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from fluxfast.config.adapters import LORA_TYPES, LoraFormat
+from fluxfast.config.evaluation_fields import EvaluationFields
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.config.hub_fields import HubFields
 from fluxfast.config.lycoris import LycorisConfig
@@ -56,7 +57,7 @@ class TreadConfig(Settings):
     """The ranges; they may not overlap."""
 
 
-class TrainFields(ValidationFields, HubFields):
+class TrainFields(ValidationFields, EvaluationFields, HubFields):
     """What a config file can say, each value valid by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -263,6 +264,28 @@ class TrainFields(ValidationFields, HubFields):
     grad_clip_method: Literal["norm", "value"] = "norm"
     """Clip the gradients' joint norm, or each value."""
 
+    # the average of the weights
+    use_ema: bool = False
+    """Keep an exponential moving average of the trained weights, and save it beside them."""
+    ema_decay: float = option(0.995, ge=0, lt=1, only_with="use_ema")
+    """What an update keeps of the average: at most this, and less in the first steps."""
+    ema_update_interval: int = option(1, ge=1, only_with="use_ema")
+    """Optimiser steps between updates of the average."""
+    ema_warmup_steps: int = option(0, ge=0, only_with="use_ema")
+    """Steps in which the average is the weights; ema_decay holds from then on."""
+    ema_device: Literal["accelerator", "cpu"] = option(
+        "cpu", only_with="use_ema", on_resume="ignored"
+    )
+    """Where the average is kept, in fp32."""
+    ema_cpu_only: bool = option(False, only_with="use_ema", on_resume="ignored")
+    """Keep the average on the CPU, whatever ema_device says."""
+    ema_foreach_disable: bool = option(False, only_with="use_ema", on_resume="ignored")
+    """Update the average tensor by tensor, which gives the same bits."""
+    ema_validation: Literal["none", "ema_only", "comparison"] = option(
+        "comparison", only_with=("use_ema", "validation_disable=false"), on_resume="ignored"
+    )
+    """Draw validation images with the weights, with the average, or with both."""
+
     # objective
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
@@ -366,6 +389,8 @@ class TrainFields(ValidationFields, HubFields):
         500, ge=0, on_resume="ignored", aliases=("checkpointing_steps",)
     )
     """Optimiser steps between checkpoints (0: only at the end)."""
+    checkpoint_epoch_interval: int | None = option(None, ge=0, on_resume="ignored")
+    """Epochs between checkpoints."""
     checkpoints_total_limit: int = option(
         5, ge=1, on_resume="ignored", aliases=("save_total_limit",)
     )

@@ -208,6 +208,14 @@ def means_default(name: str, value: Any, fields: Mapping[str, FieldInfo]) -> boo
     )
 
 
+def is_off_in_other_words(name: str, value: Any) -> bool:
+    """Whether a choice that is off by default is off, and not by its own word for it."""
+    option = options().get(name)
+    if option is None or option.kind != "select" or value == option.default:
+        return False
+    return _is_off(option.default) and _is_off(value)
+
+
 def _is_off(value: Any) -> bool:
     return value is None or value == [] or value == {} or str(value).strip().lower() in _OFF
 

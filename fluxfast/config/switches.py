@@ -33,10 +33,7 @@ class Switch(NamedTuple):
 
 SWITCHES = (
     # parts of a run that fluxfast does not have yet
-    Switch("use_ema", ("ema_*", "init_lora_ema")),
-    Switch("evaluation_type", ("pretrained_evaluation_model_name_or_path",)),
-    # datasets of dataset_type eval are refused by the dataloader's config
-    Switch("evaluation_type", ("eval_[!d]*", "eval_dataset_pooling")),
+    Switch("use_ema", ("init_lora_ema",), refused=False),
     Switch("push_to_hub or publishing_config", ("post_upload_script",), refused=False),
     Switch("offset_noise", ("noise_offset", "noise_offset_probability")),
     Switch("input_perturbation", ("input_perturbation_steps",)),
@@ -102,19 +99,8 @@ SWITCHES = (
     # the objective
     Switch("init_lora", ("init_lora_step",), refused=False),
     # validation
-    Switch(
-        "validation_disable=false",
-        (
-            "validation_*",
-            "validate_after_*",
-        ),
-        refused=False,
-    ),
+    Switch("validation_disable=false", ("validation_*",), refused=False),
     Switch("validation_preview", ("validation_preview_steps",)),
-    Switch(
-        "validation_image_format=webp or validation_image_format=jpeg",
-        ("validation_image_quality",),
-    ),
     Switch("validation_adapter_path or validation_adapter_config", ("validation_adapter_*",)),
     Switch("validation_method=external-script", ("validation_external_*",)),
     Switch("validation_guidance_skip_layers", ("validation_guidance_skip_*",)),

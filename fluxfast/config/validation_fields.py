@@ -27,6 +27,14 @@ class ValidationFields(Settings):
         100, ge=0, only_with=VALIDATION, on_resume="ignored", aliases=("validation_steps",)
     )
     """Optimiser steps between validations (0: only at the ends)."""
+    validation_epoch_interval: int | None = option(
+        None, ge=0, only_with=VALIDATION, on_resume="ignored"
+    )
+    """Epochs between validations, beside validation_step_interval."""
+    validate_after_step: int | None = option(None, ge=0, only_with=VALIDATION, on_resume="ignored")
+    """Draw nothing at an interval before this step."""
+    validate_after_epoch: int | None = option(None, ge=0, only_with=VALIDATION, on_resume="ignored")
+    """Draw nothing at an interval before the end of this epoch."""
     validation_on_startup: bool = option(False, only_with=VALIDATION, on_resume="ignored")
     """Draw validation images before a resumed run goes on."""
     validation_prompt: str | None = option(None, only_with=VALIDATION, on_resume="ignored")
@@ -49,8 +57,6 @@ class ValidationFields(Settings):
         None, only_with=(VALIDATION, _REFERENCES), on_resume="ignored"
     )
     """Draw with the references of some samples of the datasets too (unset: yes)."""
-    num_eval_images: int = option(4, ge=1, only_with=(VALIDATION, _REFERENCES), on_resume="ignored")
-    """Samples of each dataset whose references validation draws with."""
     eval_dataset_id: tuple[str, ...] | None = option(
         None, only_with=(VALIDATION, _REFERENCES), on_resume="ignored"
     )
@@ -77,6 +83,20 @@ class ValidationFields(Settings):
         None, ge=0, lt=2**63, only_with=VALIDATION, on_resume="ignored"
     )
     """Seed of each image (unset: the run's seed)."""
+    validation_randomize: bool = option(False, only_with=VALIDATION, on_resume="ignored")
+    """Draw other noise in each validation; images are not the same scene then."""
+    validation_image_format: Literal["png", "webp", "jpeg"] = option(
+        "png", only_with=VALIDATION, on_resume="ignored"
+    )
+    """Format of the image files; png loses nothing."""
+    validation_image_quality: int = option(
+        90,
+        ge=1,
+        le=100,
+        only_with=(VALIDATION, "validation_image_format=webp or validation_image_format=jpeg"),
+        on_resume="ignored",
+    )
+    """Quality of webp and jpeg files."""
     num_validation_images: int = option(1, ge=1, only_with=VALIDATION, on_resume="ignored")
     """Images per prompt and size."""
     disable_benchmark: bool = option(False, only_with=VALIDATION, on_resume="ignored")

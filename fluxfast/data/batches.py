@@ -84,7 +84,8 @@ def load_batch(
     sample of the same bucket takes the place of its sample, and `on_lost` is told of both. Raises
     Unavailable naming the first such one if no sample of the bucket can be read.
     """
-    (dataset,) = [dataset for dataset in prepared.datasets if dataset.id == refs[0].dataset]
+    known = (*prepared.datasets, *prepared.held_out)
+    (dataset,) = [dataset for dataset in known if dataset.id == refs[0].dataset]
     assert all((ref.dataset, ref.epoch) == (dataset.id, refs[0].epoch) for ref in refs)
     samples = dataset.samples_in(refs[0].epoch)
     sets = range(len(dataset.reference_sets))
@@ -236,6 +237,11 @@ class BatchLoader:
         """
         read = self._ahead[0]
         return lambda: read.result()[0]
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the batch handed out last is the last of its epoch; waits for the next one."""
+        return self._ahead[0].result()[1] > self.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batch handed out last."""

@@ -65,12 +65,13 @@ def prepare(
                 _encode_images(work, images, bars)
                 _encode_partners(work, images, bars)
             found.check()
-            datasets = tuple(_prepared(work, images) for work in works)
+            datasets = {work.config.id: _prepared(work, images) for work in works}
     notes = [note for work in works for note in work.all_notes]
     return Prepared(
-        datasets,
+        tuple(datasets[each.id] for each in data.images),
         prompts,
         DataReport([work.report() for work in works], len(texts), texts_encoded, notes),
+        held_out=tuple(datasets[each.id] for each in data.held_out),
     )
 
 

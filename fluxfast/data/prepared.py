@@ -234,8 +234,12 @@ class PromptCache:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training needs of the data; `report` prints as the closing table."""
+    """What training needs of the data; `report` prints as the closing table.
+
+    `held_out` are the datasets of the evaluation loss, which nothing is trained on.
+    """
 
     datasets: tuple[PreparedDataset, ...]
     prompts: PromptCache
     report: DataReport
+    held_out: tuple[PreparedDataset, ...] = ()

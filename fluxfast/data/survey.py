@@ -147,6 +147,8 @@ class Survey:
         work.notes = []
         if not row.used:
             return nothing_usable(row)
+        if work.config.is_held_out:
+            return None
         rule = {
             "batch_size": work.batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -226,19 +228,20 @@ def survey(
             problems.append(str(error))
             return None
 
-    for dataset in data.images:
+    for dataset in data.datasets:
         found = scanned(dataset)
         conditions = [(each, scanned(each.as_scanned)) for each in data.conditions(dataset.id)]
         if found is None:
             continue
-        batch_size = dataset.train_batch_size or train_batch_size
+        # the evaluation loss is computed image by image
+        batch_size = 1 if dataset.is_held_out else dataset.train_batch_size or train_batch_size
         datasets.append(
             SurveyedDataset(
                 dataset,
                 caches[dataset.cache_dir_vae.resolve()],
                 found,
                 batch_size,
-                dataset.repeats,
+                0 if dataset.is_held_out else dataset.repeats,
                 dataset.max_workers or max_workers,
                 skip,
                 crop_seed,

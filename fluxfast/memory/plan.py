@@ -74,6 +74,7 @@ def account(workload: Workload, choices: Choices) -> Plan:
     saved, working = _at_peak(memory)
     gradients = workload.adapters * workload.adapter_itemsize
     state = OPTIMIZERS[workload.optimizer].state_bytes(workload.adapter_itemsize)
+    average = workload.adapters * 4
     resident = 0 if choices.streams else sum(blocks) + _room(workload)
     vram = {
         "weights": workload.outer_weights + resident,
@@ -83,6 +84,7 @@ def account(workload: Workload, choices: Choices) -> Plan:
         # of a micro-batch, and where there are several, their sum (`model.flat_gradients`)
         "gradients": gradients * (2 if workload.micro_batches > 1 else 1),
         "optimiser": round(workload.adapters * state),
+        "moving average": average if workload.average == "device" else 0,
         "saved activations": saved,
         "working set": working + _beside_blocks(workload) + GEMM_WORKSPACE,
         # it encodes on the stream that the steps run on, so at any moment of one
@@ -94,6 +96,7 @@ def account(workload: Workload, choices: Choices) -> Plan:
         "process": PROCESS,
         "streamed blocks": sum(blocks) if choices.streams else 0,
         "modulation": modulation if choices.modulation_ahead else 0,
+        "moving average": average if workload.average == "host" else 0,
         "blocks' inputs": sum(block.input for block in memory) if choices.host_inputs else 0,
     }
     return Plan(vram, host)

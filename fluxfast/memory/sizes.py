@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fluxfast.adapters.kind import Size
 from fluxfast.adapters.kinds import KINDS
@@ -176,6 +176,8 @@ class Workload:
         micro_batches: how many a step adds up.
         vae: bytes of a VAE that encodes images beside the steps (`vae_bytes`); 0: there is none.
         assistant: bytes of a frozen adapter beside the one that trains; 0: there is none.
+        average: where a moving average of the adapter is, in fp32: "device" or "host"; None: there
+            is none.
     """
 
     sizes: FluxSizes
@@ -193,6 +195,7 @@ class Workload:
     by_module: Mapping[str, Size] | None = None
     vae: int = 0
     assistant: int = 0
+    average: Literal["device", "host"] | None = None
 
     def size_on(self, name: str) -> Size | None:
         """The size of the adapter on a linear, by the linear's full name; None: it has none."""

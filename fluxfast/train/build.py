@@ -124,15 +124,21 @@ class Parts:
     Attributes:
         choices: how the model computes.
         stream: who streams its blocks; None: they are resident.
-        shift_bounds: `flow.auto_shift`'s, from the pipeline's scheduler.
+        scheduler: the pipeline's.
         validator: None where validation is off or has no prompt.
     """
 
     transformer: FluxTransformer
     choices: Choices
     stream: BlockStream | None
-    shift_bounds: Mapping[str, Any]
+    scheduler: FlowMatchEulerDiscreteScheduler
     validator: Validator | None
+
+    @property
+    def shift_bounds(self) -> dict[str, Any]:
+        """`flow.auto_shift`'s keyword arguments."""
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return {name: self.scheduler.config[name] for name in names}
 
 
 def load_data(config: TrainConfig, seed: int, device: torch.device, console: Console) -> RunData:
@@ -280,12 +286,11 @@ def load_parts(
         transformer.set_cuda_graphs(
             True, optional=wishes.cuda_graphs == "auto", say=partial(say, console)
         )
-    bounds = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     return Parts(
         transformer,
         choices,
         stream,
-        {name: scheduler.config[name] for name in bounds},
+        scheduler,
         _validator(config, data, seed, transformer, scheduler),
     )
 
@@ -348,7 +353,8 @@ def _validator(
 ) -> Validator | None:
     prompts = prompt_edits(config, validation_prompts(config))
     if not config.validation_disable:
-        prompts |= dataset_edits(config, data.config, data.prepared.datasets)
+        prepared = (*data.prepared.datasets, *data.prepared.held_out)
+        prompts |= dataset_edits(config, data.config, prepared)
     if not prompts:
         return None
     settings = ValidationSettings(
@@ -362,6 +368,9 @@ def _validator(
         images_per_prompt=config.num_validation_images,
         beside_base=not config.disable_benchmark,
         references_at=config.validation_stitch_input_location,
+        other_noise=config.validation_randomize,
+        image_format=config.validation_image_format,
+        quality=config.validation_image_quality,
         no_cfg_steps=config.validation_no_cfg_until_timestep,
         masked_text=config.flux_attention_masked_training,
     )

@@ -156,6 +156,7 @@ def workload_of(
         by_module=_lycoris_modules(config, sizes),
         vae=vae_bytes(encoded_pixels, itemsize=4 if config.vae_dtype == "fp32" else 2),
         assistant=assistant,
+        average=config.average_is_on,
     )
 
 

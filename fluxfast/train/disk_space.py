@@ -40,10 +40,11 @@ def checkpoint_bytes(config: TrainConfig, elements: int) -> int:
     """A checkpoint of an adapter with so many trained numbers.
 
     It holds the adapter's values twice, as they are and as a file for other programs, and the
-    optimiser's state.
+    optimiser's state; of a moving average it holds the same two, the values in fp32.
     """
     kind = config.optimizer_kind
-    return round(elements * (2 * kind.itemsize + kind.state_bytes(kind.itemsize)))
+    average = 4 + kind.itemsize if config.use_ema else 0
+    return round(elements * (2 * kind.itemsize + kind.state_bytes(kind.itemsize) + average))
 
 
 def shortage(
@@ -99,14 +100,12 @@ def shortage(
 
 def _checkpoints(config: TrainConfig) -> int:
     """How many checkpoints there are side by side at most."""
-    if not config.checkpoint_step_interval:
-        return 1
-    if not config.max_train_steps:
-        return config.checkpoints_total_limit
-    return min(
-        config.checkpoints_total_limit,
-        -(-config.max_train_steps // config.checkpoint_step_interval),
-    )
+    most = config.checkpoints_total_limit + config.checkpoints_keep_best
+    if not config.checkpoint_step_interval and not config.checkpoint_epoch_interval:
+        return 1 + config.checkpoints_keep_best
+    if not config.max_train_steps or config.checkpoint_epoch_interval:
+        return most
+    return min(most, -(-config.max_train_steps // config.checkpoint_step_interval))
 
 
 def _gb(size: int) -> str:

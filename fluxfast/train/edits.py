@@ -43,7 +43,7 @@ def dataset_edits(
     """
     if not config.draws_with_datasets:
         return {}
-    known = {image.id: image for image in data.images}
+    known = {image.id: image for image in data.datasets}
     if unknown := [id for id in config.eval_dataset_id or () if id not in known]:
         raise ConfigError(
             [

@@ -19,6 +19,7 @@ from fluxfast.adapters.readers import readers
 from fluxfast.config.public import public_settings
 from fluxfast.config.run import TrainConfig
 from fluxfast.files import TEMPORARY
+from fluxfast.train import ema
 from fluxfast.train.image_files import FOLDER, newest_images
 from fluxfast.train.model_card import Picture, model_card
 from fluxfast.train.run_record import RunRecord
@@ -45,6 +46,10 @@ def gather(
     try:
         file = folder / LORA_WEIGHT_NAME_SAFE
         _link(source / LORA_WEIGHT_NAME_SAFE, file)
+        average = Path(ema.FOLDER) / LORA_WEIGHT_NAME_SAFE
+        if (source / average).exists():
+            (folder / ema.FOLDER).mkdir()
+            _link(source / average, folder / average)
         card = model_card(
             config,
             record,
@@ -88,10 +93,10 @@ def _write_config(config: TrainConfig, folder: Path) -> None:
 
 def _pictures(config: TrainConfig, record: RunRecord, folder: Path) -> list[Picture]:
     """Write the newest images, without what stands beside them, under names that say nothing."""
-    prompts = {each.file: each.prompt for each in record.prompts}
     (folder / "images").mkdir()
+    at = config.validation_stitch_input_location
     pictures = []
-    for number, drawn in enumerate(newest_images(config.output_dir / FOLDER)):
+    for number, drawn in enumerate(newest_images(config.output_dir / FOLDER, at)):
         name = f"images/{number:03}_{drawn.size[0]}x{drawn.size[1]}.png"
         try:
             # compressed as little as PNG can be: it is the training thread that waits
@@ -99,5 +104,6 @@ def _pictures(config: TrainConfig, record: RunRecord, folder: Path) -> list[Pict
         # a damaged image is no reason to keep the adapter back
         except OSError:
             continue
-        pictures.append(Picture(name, prompts.get(drawn.nickname, "")))
+        prompt = record.prompt_of(drawn.nickname)
+        pictures.append(Picture(name, prompt.prompt if prompt else ""))
     return pictures

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from fluxfast.config.adapters import DORA
 from fluxfast.config.public import is_hub_name, redact
 from fluxfast.config.run import TrainConfig
+from fluxfast.train import ema
 from fluxfast.train.run_record import DatasetRow, RunRecord
 
 
@@ -176,6 +177,9 @@ def _training(config: TrainConfig, record: RunRecord, step: int) -> str:
         if config.flow_schedule_auto_shift
         else config.flow_schedule_shift,
         "loss": config.loss_type,
+        "moving average": f"decay {config.ema_decay}, in the folder {ema.FOLDER}"
+        if config.use_ema
+        else None,
         "caption dropout": config.caption_dropout_probability,
         "seed": record.seed,
     })  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class Objective:
         number: of the micro-batch in the run, from 0. The same batch and number always give the
         same example.
         """
-        config, dtype = self.config, self.config.weight_dtype
+        config = self.config
         step, micro = (
             number // config.gradient_accumulation_steps + 1,
             number % config.gradient_accumulation_steps,
@@ -104,11 +104,37 @@ class Objective:
             max=config.flux_guidance_max,
             generator=g,
         )
+        return self._noised(batch, (step, micro), sigmas, guidance, g)
+
+    def evaluation_example(self, batch: Batch, sigma: float) -> Example:
+        """A batch at one noise level, with the noise of seed 0: always the same example.
+
+        Nothing weighs its loss. In place of a random guidance it has the middle of the range.
+        """
+        config = self.config
+        sigmas = torch.full((len(batch.latents),), sigma)
+        guidance = config.flux_guidance_value
+        if config.flux_guidance_mode == "random-range":
+            guidance = (config.flux_guidance_min + config.flux_guidance_max) / 2
+        unweighted = replace(batch, loss_mask=None, keep_mask=None)
+        g = torch.Generator().manual_seed(0)
+        return self._noised(unweighted, (0, 0), sigmas, torch.full_like(sigmas, guidance), g)
+
+    def _noised(
+        self,
+        batch: Batch,
+        place: tuple[int, int],
+        sigmas: Tensor,
+        guidance: Tensor,
+        generator: torch.Generator,
+    ) -> Example:
+        """The example of a batch at these noise levels. place: its step and micro-step."""
+        dtype = self.config.weight_dtype
         x0 = batch.latents.float()
-        eps = torch.randn(x0.shape, generator=g)
+        eps = torch.randn(x0.shape, generator=generator)
 
         text, text_mask = batch.prompt_embeds, None
-        if config.flux_attention_masked_training:
+        if self.config.flux_attention_masked_training:
             # a graph is of one shape, so few lengths are better there than short ones
             multiple = 1 if self.transformer.graphs is None else _TEXT_MULTIPLE
             text, text_mask = flow.cut_text(text, batch.attention_mask, multiple)
@@ -118,8 +144,7 @@ class Objective:
 
         return Example(
             batch,
-            step,
-            micro,
+            *place,
             hidden_states=ready(
                 torch.cat(
                     [
@@ -159,9 +184,8 @@ class Objective:
         if self.transformer.router is not None:
             self.transformer.router.generator.manual_seed(step_seed(*place, "tread"))
             inputs["force_keep_mask"] = example.batch.keep_mask
-        prediction = self.transformer(**inputs, return_dict=False)[0]
         return flow.loss(
-            prediction.float(),
+            self._prediction(inputs),
             target,
             config.loss_type,
             huber_c=config.huber_c,
@@ -169,6 +193,19 @@ class Objective:
             sigmas=send(example.sigmas, self.device),
             weight=None if example.weight is None else send(example.weight, self.device),
         ).mean()
+
+    @torch.no_grad()
+    def evaluation_loss(self, example: Example) -> Tensor:
+        """The mean squared error of a prediction, a scalar on the device.
+
+        It is that error whatever `loss_type` says, so that runs can be compared by it.
+        """
+        prediction = self._prediction(self._model_inputs(example))
+        return (prediction - send(example.target, self.device)).square().mean()
+
+    def _prediction(self, inputs: dict[str, Any]) -> Tensor:
+        """What the model predicts, fp32 [B, S, 64]."""
+        return self.transformer(**inputs, return_dict=False)[0].float()
 
     def _sigmas(self, batch: Batch, number: int, g: torch.Generator) -> Tensor:
         config = self.config
@@ -234,4 +271,4 @@ class Objective:
     def _base_prediction(self, inputs: dict[str, Any]) -> Tensor:
         """What the model predicts without the trained adapter: regularisation data's target."""
         with base_alone(self.transformer):
-            return self.transformer(**inputs, return_dict=False)[0].float()
+            return self._prediction(inputs)

@@ -186,7 +186,7 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
     """References without a flavour that sees them, and the other way round."""
     where, with_references = config.data_backend_config, set()
     problems = []
-    for image in data.images:
+    for image in data.datasets:
         for condition in data.conditions(image.id):
             if condition.is_mask:
                 continue
@@ -197,7 +197,7 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
                     f'("conditioning_type" {condition.conditioning_type}), which '
                     f'"model_flavour" {config.model_flavour} does not see: remove it'
                 )
-    lacking = [image.id for image in data.images if image.id not in with_references]
+    lacking = [image.id for image in data.datasets if image.id not in with_references]
     if config.flavour.takes_references and lacking:
         problems.append(
             f"{where}: {quoted(lacking)} without references, which "
@@ -286,7 +286,7 @@ def _check_model(
             "clip": model.config.pooled_projection_dim,
         }
         found, more = disk_space.shortage(
-            config, data.images, data.text_embeds.cache_dir, size, **features
+            config, data.datasets, data.text_embeds.cache_dir, size, **features
         )
         problems += found
         notes += more

@@ -17,16 +17,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from fluxfast.config.public import without_secrets
 from fluxfast.config.run import TrainConfig
 from fluxfast.files import write_atomic
 from fluxfast.train import state
-from fluxfast.train.events import METRICS_NAME, read_metrics
+from fluxfast.train.events import EVALUATIONS_NAME, METRICS_NAME, read_evaluations, read_metrics
+from fluxfast.train.grid import evenly
 from fluxfast.train.image_files import FOLDER, DrawnImage, drawn_images
-from fluxfast.train.run_events import EVENTS_NAME, read_events
+from fluxfast.train.loss_chart import held_out_curves
+from fluxfast.train.run_events import EVENTS_NAME, RUN_FAILED, read_events
+from fluxfast.train.run_lock import holder
 from fluxfast.train.run_record import RECORD_NAME, RunRecord, read_run_record
 from fluxfast.train.svg_chart import Series, line_chart, running_mean
 
@@ -34,9 +37,10 @@ REPORT_NAME = "report.html"
 # columns of the grid beside the base's, and the longest edge of an image in it, in pixels
 _MOST_STEPS = 6
 _IMAGE_EDGE = 320
-# seconds since a run last wrote something, after which nobody believes that it runs
-_QUIET = 600
-_EVALUATION = "loss/val/"
+# what a run announces first
+_FIRST_STAGE = "init_data_backend"
+# what names of the scores begin with that an evaluation gives beside losses
+_CLIP = "clip/"
 
 
 def write_report(output_dir: Path) -> Path:
@@ -57,6 +61,9 @@ def report_page(output_dir: Path) -> str:
     if not record.config:
         missing.append(f"{RECORD_NAME}: datasets, versions and most of the config")
     metrics = _read(METRICS_NAME, output_dir, lambda path: read_metrics(path, missing.append))
+    evaluations = _read(
+        EVALUATIONS_NAME, output_dir, lambda path: read_evaluations(path, missing.append)
+    )
     events = _read(EVENTS_NAME, output_dir, read_events)
     for name, found, what in (
         (METRICS_NAME, metrics, "losses, learning rate, memory and times of the steps"),
@@ -65,37 +72,41 @@ def report_page(output_dir: Path) -> str:
         if not found:
             missing.append(f"{name}: {what}")
     saved = _newest_state(output_dir, missing)
-    drawn = drawn_images(output_dir / FOLDER)
-    if not (record.config or metrics or events or saved or drawn):
+    config = record.config or _options(saved)
+    at = str(config.get("validation_stitch_input_location"))
+    drawn = drawn_images(output_dir / FOLDER, at)
+    if not (config or metrics or events or drawn):
         raise ValueError(
             f"{output_dir}: holds nothing of a run ({RECORD_NAME}, {METRICS_NAME}, {EVENTS_NAME}, "
             f"checkpoint-*, {FOLDER}); name the run's output_dir"
         )
     steps = record.steps or int(_number(saved.get("settings", {}), "steps") or 0)
     reached = max([saved.get("global_step", 0), *(line["step"] for line in metrics[-1:])])
-    config = record.config or _options(saved)
     changed = [name for name in record.changed if name in config]
-    template = (
-        importlib.resources.files("fluxfast.train").joinpath("report.html").read_text("utf-8")
-    )
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    return environment.from_string(template).render(
+    return _template().render(
         title=str(config.get("tracker_run_name") or output_dir.resolve().name),
         state=_state(output_dir, events, finished=bool(steps) and reached >= steps),
         reached=reached,
         steps=steps,
         times=_times(record, events, metrics),
+        troubles=[_told(each) for each in events if each["type"] == "error"],
         missing=missing,
         changed={name: _shown(config[name]) for name in changed},
         others={name: _shown(config[name]) for name in sorted(config) if name not in changed},
-        charts=_charts(metrics),
+        charts=_charts(metrics, evaluations),
         grid=_grid(drawn, record),
         datasets=record.datasets,
         versions=record.versions,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _template() -> Template:
+    text = importlib.resources.files("fluxfast.train").joinpath("report.html").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    return environment.from_string(text)
 
 
 def _read(
@@ -131,33 +142,45 @@ def _options(saved: Mapping[str, Any]) -> dict[str, Any]:
 def _state(
     output_dir: Path, events: Sequence[Mapping[str, Any]], *, finished: bool
 ) -> dict[str, str]:
-    """How the run stands: a word, and what there is to say of it."""
-    # a resumed run has an id of its own, and the end of the one before is of no interest
-    last = [each for each in events if each.get("job_id") == events[-1].get("job_id")]
-    stages = {
-        str(stage.get("key")): str(stage.get("status"))
-        for each in last
-        if isinstance(stage := each.get("stage"), dict)
-    }
-    errors = [each for each in last if each["type"] == "error"]
-    if stages.get("training_complete") == "completed" or finished:
+    """How the run stands: a word, and what there is to say of it.
+
+    finished: whether it has come to its last step, for a run whose events are lost.
+    """
+    last = list(_since_last_start(events))
+    ended = {_stage(each) for each in last}
+    failures = [each for each in last if each.get("title") == RUN_FAILED]
+    if ("training_complete", "completed") in ended:
         return {"word": "complete", "detail": ""}
-    if errors:
-        told = [str(errors[-1].get(key)) for key in ("title", "message") if errors[-1].get(key)]
-        return {"word": "failed", "detail": ": ".join(told)}
-    if "training_abort" in stages:
-        return {"word": "stopped", "detail": "the same command goes on from the last checkpoint"}
-    if failed := [key for key, status in stages.items() if status == "failed"]:
-        return {"word": "failed", "detail": f"in {failed[-1]}"}
-    written = [
-        path.stat().st_mtime
-        for name in (METRICS_NAME, EVENTS_NAME, RECORD_NAME)
-        if (path := output_dir / name).exists()
-    ]
-    now = datetime.now(timezone.utc)
-    if written and now.timestamp() - max(written) < _QUIET:
-        return {"word": "running", "detail": "it wrote something in the last ten minutes"}
-    return {"word": "interrupted", "detail": "it has not ended, and writes nothing any more"}
+    if failures:
+        return {"word": "failed", "detail": str(failures[-1].get("message", ""))}
+    if ("training_abort", "completed") in ended:
+        return {"word": "stopped", "detail": "The same command goes on from the last checkpoint."}
+    try:
+        if holder(output_dir) is not None:
+            return {"word": "running", "detail": ""}
+    # a folder that can only be read can't be asked
+    except OSError:
+        pass
+    if finished:
+        return {"word": "complete", "detail": ""}
+    return {"word": "interrupted", "detail": "It has not ended, and nobody works in the folder."}
+
+
+def _since_last_start(events: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The events since the run was started or resumed last."""
+    starts = [i for i, each in enumerate(events) if _stage(each) == (_FIRST_STAGE, "running")]
+    return events[starts[-1] :] if starts else events
+
+
+def _stage(event: Mapping[str, Any]) -> tuple[str, str]:
+    """(key, status) of an event that has a stage."""
+    stage = event.get("stage")
+    stage = stage if isinstance(stage, dict) else {}
+    return str(stage.get("key")), str(stage.get("status"))
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    return f"{_moment(error.get('timestamp'))}: {error.get('title')}: {error.get('message')}"
 
 
 def _times(
@@ -195,13 +218,15 @@ def _duration(seconds: float) -> str:
 # ---- charts
 
 
-def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _charts(
+    metrics: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
+) -> list[dict[str, str]]:
     """The charts that there are numbers for: title and SVG."""
     held = _points(metrics, "regularisation_loss")
     trained = [line for line in metrics if "regularisation_loss" not in line] or metrics
     losses = _points(trained, "loss")
     window = max(1, len(losses) // 25)
-    evaluated = sorted({key for line in metrics for key in line if key.startswith(_EVALUATION)})
+    scores = sorted({key for line in evaluations for key in line if key.startswith(_CLIP)})
     paces = _points(metrics, "steps_per_second")
     charts = {
         "Training loss": ("loss", [
@@ -210,7 +235,11 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             Series("regularisation", running_mean(held, window)),
         ]),
         "Evaluation loss": ("loss", [
-            Series(key.removeprefix(_EVALUATION), _points(metrics, key)) for key in evaluated
+            Series(name, curve) for name, curve in held_out_curves(evaluations).items()
+        ]),
+        "CLIP score": ("100 x cosine", [
+            Series(key.removeprefix(_CLIP), _points(evaluations, key))
+            for key in scores if not key.endswith("std")
         ]),
         "Learning rate": ("learning rate", [
             Series("learning rate", _points(metrics, "learning_rate"))
@@ -244,27 +273,26 @@ def _number(line: Mapping[str, Any], key: str) -> float | None:
 
 def _grid(drawn: Sequence[DrawnImage], record: RunRecord) -> dict[str, Any]:
     """A row for each prompt, size and index, a column for each step; the base's step 0 is first."""
-    prompts = {each.file: each.prompt for each in record.prompts}
     steps = sorted({image.step for image in drawn})
     trained = [step for step in steps if step > 0]
-    if len(trained) > _MOST_STEPS:
-        last = len(trained) - 1
-        trained = [trained[round(i * last / (_MOST_STEPS - 1))] for i in range(_MOST_STEPS)]
-    columns = [*(step for step in steps if step == 0), *trained]
+    columns = [*(step for step in steps if step == 0), *evenly(trained, _MOST_STEPS)]
     rows: dict[tuple[Any, ...], dict[int, str]] = {}
     for image in drawn:
         row = rows.setdefault((image.nickname, image.size, image.index), {})
         if image.step in columns:
             row[image.step] = _inlined(image)
-    return {
-        "columns": columns,
-        "left_out": len(steps) - len(columns),
-        "rows": [
-            {"name": name, "prompt": prompts.get(name), "size": f"{width}x{height}",
-             "images": [row.get(step) for step in columns]}
-            for (name, (width, height), _), row in rows.items()
-        ],
-    }  # fmt: skip
+    shown = []
+    for (name, size, index), row in rows.items():
+        prompt = record.prompt_of(name)
+        # the base is drawn once, whatever weights are drawn with later
+        base = rows.get((prompt.files[0], size, index), {}) if prompt else {}
+        shown.append({
+            "name": name,
+            "prompt": prompt.prompt if prompt else "",
+            "size": f"{size[0]}x{size[1]}",
+            "images": [row.get(step, base.get(0) if step == 0 else None) for step in columns],
+        })  # fmt: skip
+    return {"columns": columns, "left_out": len(steps) - len(columns), "rows": shown}
 
 
 def _inlined(image: DrawnImage) -> str:

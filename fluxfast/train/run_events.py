@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from fluxfast.train.control import Stopped
 from fluxfast.train.events import Numbers
 
 EVENTS_NAME = "events.jsonl"
@@ -35,9 +37,11 @@ STAGES = {
     "checkpoint_save": "Saving a checkpoint",
     "final_validation": "Drawing the last validation images",
     "model_save": "Saving the adapter",
-    "training_abort": "Stopping early",
+    "training_abort": "Stopping before the end",
     "training_complete": "Training is complete",
 }
+# the title of the last event of a run that ended with an error
+RUN_FAILED = "The run has failed"
 Severity = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -117,18 +121,50 @@ class RunEvents:
             raise
         self._stage(key, "completed", 100)
 
-    def _stage(self, key: str, status: str, progress: int | None) -> None:
+    def _stage(self, key: str, status: str, progress: int | None, text: str = "") -> None:
         label = STAGES[key]
         stage = {"key": key, "label": label, "status": status, "progress": progress}
         ended = {"running": "", "completed": ": done", "failed": ": failed"}[status]
-        self.emit("lifecycle.stage", text=label + ended, stage=stage)
+        self.emit("lifecycle.stage", text=text or label + ended, stage=stage)
 
-    def close(self) -> None:
-        """Close the file; later events reach the listeners alone."""
+    def complete(self, step: int, adapter: Path) -> None:
+        """Announce the end of a run that has come to its last step."""
+        self._stage("training_complete", "completed", 100)
+        self.emit(
+            "training.status",
+            text=f"finished at step {step}: {adapter.name}",
+            data={"status": "completed"},
+            step=step,
+        )
+
+    def __enter__(self) -> RunEvents:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: Any
+    ) -> None:
+        """Announce why the run ends, unless it is complete, and close the file."""
+        if isinstance(error, Stopped):
+            self._stage("training_abort", "completed", 100, str(error))
+        elif error is not None:
+            self.emit_error(RUN_FAILED, error)
         if self._file is not None:
             with self._guard(str(self.path)), self._file:
                 os.fsync(self._file.fileno())
             self._file = None
+
+    def emit_error(self, title: str, error: BaseException) -> None:
+        """Announce an exception."""
+        message = str(error) or type(error).__name__
+        lines = traceback.format_exception(error)
+        self.emit(
+            "error",
+            severity="error",
+            text=f"{title}: {message}",
+            title=title,
+            message=message,
+            traceback="".join(lines),
+        )
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -22,10 +22,13 @@ class _Part(BaseModel):
 
 
 class Prompt(_Part):
-    """A prompt of validation; `file` is its nickname as names of files have it."""
+    """A prompt of validation.
+
+    `files` are its nickname as names of files have it: alone, and with the labels of other weights.
+    """
 
     nickname: str
-    file: str
+    files: tuple[str, ...]
     prompt: str
 
 
@@ -70,6 +73,10 @@ class RunRecord(_Part):
     prompts: tuple[Prompt, ...] = ()
     versions: dict[str, str] = {}
     starts: tuple[Start, ...] = ()
+
+    def prompt_of(self, nickname: str) -> Prompt | None:
+        """The prompt of an image whose file's name has this nickname."""
+        return next((each for each in self.prompts if nickname in each.files), None)
 
 
 def write_run_record(output_dir: Path, record: RunRecord, *, step: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from fluxfast.files import atomic_folder, remove_folder
 STATE_NAME = "training_state.json"
 ADAPTER_NAME = "adapter.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
+# the moving average of the trained tensors; only of runs that keep one
+AVERAGE_NAME = "average.safetensors"
 CHECKSUMS_NAME = "checksums.json"
 # 2 added checksums and the settings that the steps so far were trained with
 VERSION = 2
@@ -56,13 +58,14 @@ class SavedRun(NamedTuple):
     """A checkpoint as it was read.
 
     `state` is training_state.json's, `adapter` the trained tensors, `optimizer` the optimiser's
-    state dict.
+    state dict, `average` the trained tensors' moving average, None where the run kept none.
     """
 
     path: Path
     state: dict[str, Any]
     adapter: dict[str, Tensor]
     optimizer: dict[str, Any]
+    average: dict[str, Tensor] | None = None
 
     @property
     def step(self) -> int:
@@ -106,10 +109,13 @@ def save_checkpoint(
     state: Mapping[str, Any],
     save_lora: Any,
     keep: int,
+    best: Iterable[int] = (),
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoint-<step>, then remove the oldest beyond `keep`.
 
-    `save_lora(folder)` writes the LoRA into it. Raises SaveError.
+    `save_lora(folder)` writes the LoRA into it. Checkpoints of the steps `best` stay in any case.
+    average: the moving average of the adapter's tensors, if the run keeps one. Raises SaveError.
     """
     path = output_dir / f"checkpoint-{step}"
     tensors, numbers = split_tensors(optimizer.state_dict())
@@ -119,6 +125,8 @@ def save_checkpoint(
         OPTIMIZER_NAME: save(tensors),
         STATE_NAME: json.dumps(content, indent=1, sort_keys=True).encode(),
     }
+    if average is not None:
+        files[AVERAGE_NAME] = save({name: t.cpu().contiguous() for name, t in average.items()})
     files[CHECKSUMS_NAME] = json.dumps(
         {name: _checksum(data) for name, data in files.items()}, indent=1
     ).encode()
@@ -136,8 +144,10 @@ def save_checkpoint(
         ) from error
     # the new one stays, even where a run went back to before the steps of those that are there
     others = [other for other in checkpoints(output_dir) if other != path]
+    kept = {f"checkpoint-{step}" for step in best}
     for old in others[: max(0, len(others) - keep + 1)]:
-        remove_folder(old)
+        if old.name not in kept:
+            remove_folder(old)
     return path
 
 
@@ -156,12 +166,12 @@ def load_checkpoint(path: Path) -> SavedRun:
 
 
 def _read(path: Path) -> SavedRun:
-    files = {
-        name: (path / name).read_bytes() for name in (STATE_NAME, ADAPTER_NAME, OPTIMIZER_NAME)
-    }
+    names = [STATE_NAME, ADAPTER_NAME, OPTIMIZER_NAME]
     manifest = path / CHECKSUMS_NAME
-    if manifest.exists():
-        written = json.loads(manifest.read_bytes())
+    written = json.loads(manifest.read_bytes()) if manifest.exists() else None
+    names += [AVERAGE_NAME] if AVERAGE_NAME in (written or ()) else []
+    files = {name: (path / name).read_bytes() for name in names}
+    if written is not None:
         for name, data in files.items():
             if written[name] != (now := _checksum(data)):
                 raise ValueError(
@@ -173,12 +183,13 @@ def _read(path: Path) -> SavedRun:
         raise ValueError(
             f"{STATE_NAME} is of version {version!r}, this fluxfast reads {_READ_VERSIONS}"
         )
-    if version > 1 and not manifest.exists():
+    if version > 1 and written is None:
         raise ValueError(f"{CHECKSUMS_NAME} is missing")
     if missing := sorted({"global_step", "seed", "sampler", "fixed", "optimizer"} - state.keys()):
         raise ValueError(f"{STATE_NAME} lacks {', '.join(missing)}")
     optimizer = join_tensors(load(files[OPTIMIZER_NAME]), state.pop("optimizer"))
-    return SavedRun(path, state, load(files[ADAPTER_NAME]), optimizer)
+    average = load(files[AVERAGE_NAME]) if AVERAGE_NAME in files else None
+    return SavedRun(path, state, load(files[ADAPTER_NAME]), optimizer, average)
 
 
 def _checksum(data: bytes) -> str:

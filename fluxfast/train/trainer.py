@@ -7,8 +7,6 @@ the same bits as one that was never stopped.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,78 +17,57 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from fluxfast.adapters.kind import trainable_parameters
-from fluxfast.adapters.lycoris import strength
-from fluxfast.adapters.writing import modelspec_metadata
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
-from fluxfast.train.adapter import adapter_metadata, config_of, init_lora_of, kind_of
-from fluxfast.train.assistant import drawing
+from fluxfast.train.adapter import config_of, init_lora_of, kind_of
 from fluxfast.train.build import Parts, RunData, load_data, load_parts
-from fluxfast.train.events import (
-    Metrics,
-    Numbers,
-    StopRequest,
-    TrainingBar,
-    memory_gib,
-    plot_loss,
-    read_metrics,
-    say,
-)
+from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
+from fluxfast.train.ema import WeightAverage
+from fluxfast.train.events import Numbers, say
+from fluxfast.train.intervals import Interval
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
-from fluxfast.train.optim import averaged, build_optimizer, clip_gradients, load_moments
+from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
 from fluxfast.train.publish import Publisher, run_record
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite.
-
-    The message names the step, the batch's files and the last good checkpoint.
-    """
-
-
-class Stopped(Exception):
-    """A signal ended the run after a step; `checkpoint` is where it goes on from."""
-
-    def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by signal {number}; go on from {checkpoint} with the same command"
-        )
-        self.signal, self.checkpoint = number, checkpoint
-
-
-@dataclass
-class StepResult:
-    """What a step leaves to report.
-
-    numbers: its loss, the gradients' norm and the mean loss of its batches of regularisation data,
-    which are on their way from the device.
-    """
-
-    step: int
-    epoch: int
-    numbers: Readback
-    learning_rate: float
-    batches: list[Batch]
+from fluxfast.train.reporting import Reporter, StepResult
+from fluxfast.train.rounds import Rounds
+from fluxfast.train.run_events import RunEvents
+from fluxfast.train.run_lock import RunLock
+from fluxfast.train.saving import Saver, best_steps, evaluations_since_best
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
     """Run a config to its end; returns the LoRA's path.
 
-    Raises Stopped after a signal, once a checkpoint is written.
+    Raises Stopped where somebody ended the run, once a checkpoint is written, and FolderInUse
+    where another run works in its output folder.
     """
     console = console or Console()
     for note in config.notes:
         say(console, note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checked = preflight.check(config, device)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(config.output_dir)
-    trainer = Trainer(config, console, checked)
+    with Requests(config.output_dir) as requests:
+        checked = preflight.check(config, device)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        with RunLock(config.output_dir, partial(say, console)):
+            remove_leftovers(config.output_dir)
+            requests.forget_old()
+            with RunEvents(config.output_dir, partial(say, console)) as events:
+                return _train(config, console, checked, requests, events)
+
+
+def _train(
+    config: TrainConfig,
+    console: Console,
+    checked: preflight.Checked,
+    requests: Requests,
+    events: RunEvents,
+) -> Path:
+    trainer = Trainer(config, console, checked, requests, events)
     try:
         trainer.resume()
         return trainer.loop()
@@ -105,10 +82,17 @@ class Trainer:
     transformer are never in memory together.
     """
 
-    def __init__(self, config: TrainConfig, console: Console, checked: preflight.Checked) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: Console,
+        checked: preflight.Checked,
+        requests: Requests,
+        events: RunEvents,
+    ) -> None:
         # as it was given; `self.config` has what the LoRA says that the run goes on with
         self.given, self.console, self._say = config, console, partial(say, console)
-        self.saved = checked.saved
+        self.saved, self.requests, self.events = checked.saved, requests, events
         self.numbers = Numbers(self._say)
         for note in checked.notes:
             self._say(note)
@@ -121,18 +105,19 @@ class Trainer:
         self.seed = resume.run_seed(config, self.saved)
         self.init_lora = init_lora_of(config, self.saved)
         health.ensure_checked(config, self.device, console)
-        self.data: RunData = load_data(config, self.seed, self.device, console)
+        with events.stage("init_data_backend"):
+            self.data: RunData = load_data(config, self.seed, self.device, console)
         self.config = config_of(config, checked.lora)
-        self.adapter_kind = kind_of(self.config)
-        self.parts: Parts = load_parts(
-            self.config,
-            checked.lora,
-            self.data,
-            self.seed,
-            self.device,
-            console,
-            saved=self.saved and self.saved.adapter,
-        )
+        with events.stage("init_load_base_model"):
+            self.parts: Parts = load_parts(
+                self.config,
+                checked.lora,
+                self.data,
+                self.seed,
+                self.device,
+                console,
+                saved=self.saved and self.saved.adapter,
+            )
         self.transformer, self.stream = self.parts.transformer, self.parts.stream
         self.objective = Objective(
             self.config, self.transformer, self.seed, self.parts.shift_bounds
@@ -164,6 +149,16 @@ class Trainer:
             seed=self.seed,
             **config.optimizer_arguments,
         )
+        self.average: WeightAverage | None = None
+        if config.use_ema:
+            self.average = WeightAverage(
+                named,
+                decay=config.ema_decay,
+                interval=config.ema_update_interval,
+                warmup_steps=config.ema_warmup_steps,
+                device=self.device if config.average_is_on == "device" else torch.device("cpu"),
+            )
+        self.saver = Saver(config, self.data, self.transformer, self.optimizer, self.average)
 
     def _schedule(self) -> LambdaLR:
         """The learning rate's course, from the step that the run is at on."""
@@ -187,12 +182,17 @@ class Trainer:
         if self.saved is None:
             return
         saved, self.saved = self.saved, None
-        load_moments(self.optimizer, saved.optimizer)
-        self.step = saved.step
-        self.scheduler = self._schedule()
-        moved = self.data.sampler.load_state_dict(saved.state["sampler"])
+        with self.events.stage("init_resume_checkpoint"):
+            load_moments(self.optimizer, saved.optimizer)
+            self.step = saved.step
+            self.scheduler = self._schedule()
+            moved = self.data.sampler.load_state_dict(saved.state["sampler"])
+            if self.average is not None and saved.average is not None:
+                self.average.load_state(saved.average)
         for note in [*resume.notes(saved, self._settings()), *moved]:
             self._say(note)
+        if self.average is not None and saved.average is None:
+            self._say(f"the moving average begins at step {self.step}: {saved.path} has none")
         newer = [
             p.name
             for p in state.checkpoints(self.config.output_dir)
@@ -223,46 +223,82 @@ class Trainer:
         """Train to the last step, save, and return the final LoRA's path."""
         config = self.config
         self.publisher.start(self.step)
-        self._start_trackers()
-        if (
-            self.parts.validator
-            and self.step == 0
-            and (config.validation_on_startup or not config.disable_benchmark)
-        ):
-            self._validate(0)
-        self.metrics = Metrics(config.output_dir, self.step, self._say)
-        self.batches = self.data.loader(
-            self.step * config.gradient_accumulation_steps, self.objective.example
+        self.report = Reporter(
+            config,
+            self.accelerator,
+            self.events,
+            self.console,
+            self.numbers,
+            steps=self.steps,
+            done=self.step,
         )
-        with StopRequest() as stop, TrainingBar(self.console, self.steps, self.step) as self.bar:
-            try:
+        self.rounds = Rounds(
+            config, self.parts, self.data, self.objective, self.optimizer, self.average,
+            self.report, self.events, self.console,
+        )  # fmt: skip
+        self.checkpoints = Interval(
+            config.checkpoint_step_interval, config.checkpoint_epoch_interval or 0
+        )
+        try:
+            self.rounds.before_training(self.step)
+            self._train_to_the_end()
+            self.rounds.draw(self.step, is_last=True)
+            return self._finish()
+        finally:
+            self.report.close()
+
+    def _train_to_the_end(self) -> None:
+        """Every step that is left, with what is due between them, and the last checkpoint."""
+        self.batches = self.data.loader(
+            self.step * self.config.gradient_accumulation_steps, self.objective.example
+        )
+        try:
+            with self.requests.after_steps(), self.report.bar:
                 self._look_ahead(self.step + 1)
-                while self.step < self.steps:
+                while self.step < self.steps and not self._ends_early():
                     result = self.train_step(self.step + 1)
                     self.step += 1
-                    self._report(self.pending)
+                    self.report.step(self.pending)
                     self.pending = result
-                    if stop.signal is not None and self.step < self.steps:
-                        raise Stopped(stop.signal, self._save())
-                    if self._due(config.checkpoint_step_interval):
-                        self._save()
-                    if self._due(config.validation_step_interval):
-                        self._validate(self.step)
-                self._save()
-            finally:
-                self.metrics.close()
-                self.batches.close()
-                if self.transformer.modulation is not None:
-                    self.transformer.modulation.forget()
-        self._validate(self.step)
-        return self._finish()
+                    if self.step < self.steps:
+                        self._between_steps()
+                self.rounds.evaluate(self.step)
+                self._save(is_final=True)
+        finally:
+            self.batches.close()
+            if self.transformer.modulation is not None:
+                self.transformer.modulation.forget()
 
-    def _due(self, interval: int) -> bool:
-        """Whether something happens after this step that happens every so many (0: never).
+    def _between_steps(self) -> None:
+        """Do what is due or asked for after a step that is not the run's last."""
+        if (by := self.requests.asked(STOP)) is not None:
+            path = self._save()
+            self.requests.done(STOP)
+            raise Stopped(by, path)
+        assert self.batches is not None
+        epoch, ends_epoch = self.batches.epoch, self.batches.ends_epoch
+        if self.rounds.evaluations.is_due(self.step, epoch, ends_epoch=ends_epoch):
+            self.rounds.evaluate(self.step)
+        due = self.checkpoints.is_due(self.step, epoch, ends_epoch=ends_epoch)
+        if due or self.requests.asked(SAVE) or self.rounds.is_among_best(self.step):
+            self._save()
+            self.requests.done(SAVE)
+        due = self.rounds.validations.is_due(self.step, epoch, ends_epoch=ends_epoch)
+        if due or self.requests.asked(VALIDATE):
+            self.rounds.draw(self.step)
+            self.requests.done(VALIDATE)
 
-        After the last step it happens in any case.
-        """
-        return bool(interval) and self.step % interval == 0 and self.step < self.steps
+    def _ends_early(self) -> bool:
+        """Whether the evaluation loss has not got lower for as long as the config allows."""
+        patience, evaluations = self.config.early_stopping_patience, self.report.evaluations()
+        ends = patience is not None and evaluations_since_best(evaluations) >= patience
+        if ends:
+            (best,) = best_steps(evaluations, 1) or [0]
+            self._say(
+                f"stopped early at step {self.step}: no lower evaluation loss for {patience} "
+                f"evaluations; the lowest was at step {best}"
+            )
+        return ends
 
     # ---- one optimisation step -------------------------------------------------------------------
 
@@ -270,7 +306,7 @@ class Trainer:
         """Forward and backward of every micro-batch, clip, update; `step` counts from 1."""
         assert self.batches is not None
         accumulation = self.config.gradient_accumulation_steps
-        total, batches = torch.zeros((), device=self.device), []
+        total, batches = torch.zeros((), device=self.device), list[Batch]()
         # of the micro-batches that hold the adapter to the base's own predictions
         held, held_batches = torch.zeros((), device=self.device), 0
         for micro in range(accumulation):
@@ -292,6 +328,8 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
         return StepResult(
             step, epoch, Readback(total, norm, held / max(1, held_batches)), learning_rate, batches
         )
@@ -311,119 +349,28 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------
 
-    def _report(self, result: StepResult | None) -> None:
-        """Read a step's numbers and write them down; the device is a step ahead by now.
-
-        Raises NonFiniteLoss where the loss or the gradients' norm is not finite.
-        """
-        if result is None:
-            return
-        loss, norm, held = result.numbers.read()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            files = ", ".join(
-                f"{file} ({batch.dataset})" for batch in result.batches for file in batch.files
-            )
-            good = state.find_checkpoint(self.config.output_dir, "latest")
-            raise NonFiniteLoss(
-                f"step {result.step}: the loss is {loss}, the gradients' norm {norm}. The batch: "
-                f"{files}. The last good checkpoint: {good or 'none yet'}. A lower learning_rate "
-                "or max_grad_norm may help, or leaving out a damaged image"
-            )
-        memory = memory_gib(self.device)
-        line = {
-            "step": result.step,
-            "epoch": result.epoch,
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": result.learning_rate,
-            "steps_per_second": round(self.bar.tick(), 4),
-            "memory_gib": None if memory is None else round(memory, 3),
-            "dataset": result.batches[-1].dataset,
-        }
-        if any(batch.is_regularisation_data for batch in result.batches):
-            line["regularisation_loss"] = held
-        self.metrics.write(line)
-        self.bar.show(result.step, line)
-        if (config := self.config).report_to != "none":
-            values = {
-                k: v for k, v in line.items() if k not in ("step", "dataset") and v is not None
-            }
-            with self.numbers.guard(config.report_to):
-                self.accelerator.log(values, step=result.step)
-
-    def _save(self) -> Path:
+    def _save(self, *, is_final: bool = False) -> Path:
         """A checkpoint of this step; never of a step whose loss nobody has looked at."""
         assert self.batches is not None
-        self._report(self.pending)
+        self.report.step(self.pending)
         self.pending = None
-        path = state.save_checkpoint(
-            self.config.output_dir,
-            self.step,
-            adapter=self.adapter_kind.state(self.transformer),
-            optimizer=self.optimizer,
-            state={
-                "seed": self.seed,
-                "sampler": self.batches.state_dict(),
-                "fixed": resume.fixed(self.config)
-                | {"lora_rank": self.config.lora_rank, "lora_alpha": self.config.alpha},
-                "init_lora": self.init_lora,
-                "settings": self._settings(),
-            },
-            save_lora=self._save_lora,
-            keep=self.config.checkpoints_total_limit,
-        )
-        if self.step < self.steps:
+        facts = {
+            "seed": self.seed,
+            "sampler": self.batches.state_dict(),
+            "init_lora": self.init_lora,
+            "settings": self._settings(),
+        }
+        with self.events.stage("checkpoint_save"):
+            path = self.saver.checkpoint(self.step, facts, self.report.evaluations())
+        if not is_final:
             self.publisher.checkpoint(path, self.step)
-        self.bar.pause()
+        self.report.checkpoint(path, is_final=is_final)
         return path
 
-    def _save_lora(self, folder: Path) -> Path:
-        config = self.config
-        metadata = modelspec_metadata(
-            architecture=config.flavour.architecture,
-            title=config.tracker_run_name,
-            resolution=self.data.resolution,
-            global_step=self.step,
-            trained_words=self.data.instance_prompts,
-        ) | adapter_metadata(config)
-        with averaged(self.optimizer):
-            return self.adapter_kind.save(
-                self.transformer, folder, style=config.lora_format, metadata=metadata
-            )
-
-    def _validate(self, step: int) -> None:
-        if self.parts.validator is None:
-            return
-        config = self.config
-        with (
-            averaged(self.optimizer),
-            drawing(self.transformer, config),
-            strength(self.transformer, config.validation_lycoris_strength),
-        ):
-            paths = self.parts.validator.run(step, self.console)
-        for path in paths:
-            self.console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
-        if step > 0:
-            self.bar.pause()
-
-    def _start_trackers(self) -> None:
-        if self.config.report_to == "none":
-            return
-        values = self.config.model_dump().items()
-        flat = {k: v for k, v in values if isinstance(v, int | float | str | bool)}
-        with self.numbers.guard(self.config.report_to):
-            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat)
-
     def _finish(self) -> Path:
-        lora = self._save_lora(self.config.output_dir)
-        plot = self.config.output_dir / "loss.png"
-        with self.numbers.guard(str(plot)):
-            if metrics := read_metrics(self.metrics.path):
-                plot_loss(metrics, plot)
-        if self.config.report_to != "none":
-            with self.numbers.guard(self.config.report_to):
-                self.accelerator.end_training()
+        with self.events.stage("model_save"):
+            lora = self.saver.adapter(self.config.output_dir, self.step)
+        self.report.tell(f"{kind_of(self.config).label}: {lora}")
+        self.events.complete(self.step, lora)
         self.publisher.end(self.step)
-        label = self.adapter_kind.label
-        self.console.print(f"{label}: {lora}", highlight=False, markup=False, soft_wrap=True)
         return lora

@@ -3,7 +3,7 @@
 The prompts were encoded before the run. Files are
 `<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. Step 0 draws with the
 adapters off, which is the base model; later images have that one at their left, unless this is
-disabled.
+disabled. `grid_step_<step>.png` beside them has a row for each prompt and a column for each step.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fluxfast.files import atomic_file, safe_name
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
+from fluxfast.train.grid import Row, draw_grid, steps_in
 from fluxfast.train.image_files import FOLDER
 
 
@@ -44,9 +45,11 @@ class ValidationSettings:
         no_cfg_steps: denoising steps before it begins.
         masked_text: whether T5's padding is left out of prompts, as it is in training.
         seed: of the first image of each prompt and size; the next has the next seed.
+        other_noise: whether each step draws other noise, in place of that of `seed`.
         images_per_prompt: of each size.
         beside_base: whether each image has the base model's at its left.
         references_at: where references stand beside an image, "left" or "right".
+        image_format: of the files: png, webp or jpeg; `quality` is the latter two's, up to 100.
     """
 
     prompts: Mapping[str, Edit]
@@ -61,11 +64,37 @@ class ValidationSettings:
     references_at: str = "left"
     no_cfg_steps: int = 0
     masked_text: bool = False
+    other_noise: bool = False
+    image_format: str = "png"
+    quality: int = 90
 
 
-def file_name(step: int, nickname: str, index: int, size: tuple[int, int]) -> str:
+@dataclass(frozen=True)
+class Drawn:
+    """An image that validation has drawn and written.
+
+    path: its file, where other images may stand beside it. image: it alone. label: of the weights
+    that it was drawn with, "" where a step has one kind only.
+    """
+
+    path: Path
+    nickname: str
+    label: str
+    prompt: str
+    index: int
+    image: Image.Image
+
+    @property
+    def name(self) -> str:
+        """What its file is called by."""
+        return f"{self.nickname}_{self.label}" if self.label else self.nickname
+
+
+def file_name(
+    step: int, nickname: str, index: int, size: tuple[int, int], extension: str = "png"
+) -> str:
     """The image's file; the nickname is cleaned where a file system would not take it."""
-    return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.png"
+    return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.{extension}"
 
 
 @contextmanager
@@ -141,10 +170,12 @@ class Validator:
         self._transformer, self._scheduler, self._load_vae = transformer, scheduler, load_vae
         self._embeds, self._dtype = embeds, dtype
 
-    def run(self, step: int, console: Console) -> list[Path]:
-        """Write the images of a step and return their paths.
+    def run(self, step: int, console: Console, *, label: str = "") -> list[Drawn]:
+        """Draw and write the images of a step.
 
-        The global random state, the model's mode and its adapters stay as they were.
+        label: of the weights in use, where a step is drawn with several; it ends each nickname in
+        the files' names. The global random state, the model's mode and its adapters stay as they
+        were.
         """
         training = self._transformer.training
         self._transformer.eval()
@@ -152,28 +183,17 @@ class Validator:
         rng = torch.get_rng_state()
         try:
             with base_alone:
-                return self._run(step, console)
+                return self._run(step, console, label)
         finally:
             torch.set_rng_state(rng)
             self._transformer.train(training)
 
     @torch.no_grad()
-    def _run(self, step: int, console: Console) -> list[Path]:
-        device = self._transformer.device
-        vae = self._load_vae().to(device)
-        pipeline = FluxPipeline(
-            scheduler=type(self._scheduler).from_config(self._scheduler.config),
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=None,
-            transformer=self._transformer,
-        )
-        pipeline.set_progress_bar_config(disable=True)
+    def _run(self, step: int, console: Console, label: str) -> list[Drawn]:
+        pipeline = self._pipeline()
         s = self.settings
         images = len(s.prompts) * len(s.resolutions) * s.images_per_prompt
-        paths = []
+        drawn = []
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task(f"validation, step {step}", total=images * s.steps)
 
@@ -187,14 +207,64 @@ class Validator:
                     say(console, f"validation: {nickname} is not drawn, {error}")
                     continue
                 with self._beside(pipeline.vae, references):
-                    for size in s.resolutions:
-                        for index in range(s.images_per_prompt):
-                            image = self._image(pipeline, edit.prompt, size, index, advance)
-                            # the base's image has them beside it already
-                            if references and not self._base_of(step, nickname, index, size):
-                                image = stitched(image, references, s.references_at)
-                            paths.append(self._save(image, step, nickname, index, size))
-        return paths
+                    for size, index in self._series():
+                        seed = s.seed + index + (step if s.other_noise else 0)
+                        image = self._image(pipeline, edit.prompt, size, seed, advance)
+                        name = f"{nickname}_{label}" if label else nickname
+                        path = self._path(step, name, index, size)
+                        base = self._base_of(step, nickname, index, size)
+                        self._save(image, path, references, base)
+                        drawn.append(Drawn(path, nickname, label, edit.prompt, index, image))
+        return drawn
+
+    def _pipeline(self) -> FluxPipeline:
+        pipeline = FluxPipeline(
+            scheduler=type(self._scheduler).from_config(self._scheduler.config),
+            vae=self._load_vae().to(self._transformer.device),
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=self._transformer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _series(self) -> list[tuple[tuple[int, int], int]]:
+        """(size, index) of the images of a prompt."""
+        indices = range(self.settings.images_per_prompt)
+        return [(size, index) for size in self.settings.resolutions for index in indices]
+
+    def _path(self, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path:
+        extension = {"jpeg": "jpg"}.get(self.settings.image_format, self.settings.image_format)
+        return self.folder / file_name(step, nickname, index, size, extension)
+
+    def grid(self, step: int, drawn: Sequence[Drawn]) -> Path | None:
+        """Write the grid of what has been drawn at a step, beside the steps before it.
+
+        None where nothing was drawn.
+        """
+        steps = [each for each in steps_in(self.folder) if each <= step]
+        rows = [self._row(each, steps) for each in drawn]
+        if not rows:
+            return None
+        return draw_grid(rows, steps, self.folder / f"grid_step_{step}.png")
+
+    def _row(self, drawn: Drawn, steps: Sequence[int]) -> Row:
+        size = drawn.image.size
+        own = {each: self._path(each, drawn.name, drawn.index, size) for each in steps}
+        # the base model is drawn once, whatever weights are drawn with later
+        own[0] = self._path(0, drawn.nickname, drawn.index, size)
+        at_right = self.settings.references_at == "right"
+        number = f", image {drawn.index + 1}" if self.settings.images_per_prompt > 1 else ""
+        return Row(
+            f"{drawn.name}{number}: {drawn.prompt}",
+            size,
+            own,
+            is_left=lambda step: (
+                at_right and not self._base_of(step, drawn.nickname, drawn.index, size)
+            ),
+        )
 
     def _beside(self, vae: Any, references: Sequence[Image.Image]) -> AbstractContextManager[None]:
         if not references:
@@ -203,7 +273,7 @@ class Validator:
 
     def _base_of(self, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path | None:
         """The base model's image that an image of this step stands beside; None: there is none."""
-        base = self.folder / file_name(0, nickname, index, size)
+        base = self._path(0, nickname, index, size)
         return base if step > 0 and self.settings.beside_base and base.exists() else None
 
     def _image(
@@ -211,7 +281,7 @@ class Validator:
         pipeline: FluxPipeline,
         prompt: str,
         size: tuple[int, int],
-        index: int,
+        seed: int,
         advance: Callable[[], None],
     ) -> Image.Image:
         def on_step(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +307,7 @@ class Validator:
                 guidance_scale=s.guidance,
                 true_cfg_scale=s.guidance_real,
                 # a generator on the CPU draws the same noise for every device
-                generator=torch.Generator().manual_seed(s.seed + index),
+                generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=on_step,
                 output_type="latent",
             ).images
@@ -262,16 +332,20 @@ class Validator:
         }
 
     def _save(
-        self, image: Image.Image, step: int, nickname: str, index: int, size: tuple[int, int]
-    ) -> Path:
-        path = self.folder / file_name(step, nickname, index, size)
-        if base := self._base_of(step, nickname, index, size):
+        self, image: Image.Image, path: Path, references: Sequence[Image.Image], base: Path | None
+    ) -> None:
+        """Write an image beside the base model's, or else beside its references."""
+        s = self.settings
+        if base is not None:
+            # the base's image has the references beside it already
             with Image.open(base) as left:
                 both = Image.new("RGB", (left.width + image.width, image.height))
                 both.paste(left, (0, 0))
                 both.paste(image, (left.width, 0))
             image = both
+        elif references:
+            image = stitched(image, references, s.references_at)
         self.folder.mkdir(parents=True, exist_ok=True)
+        options = {} if s.image_format == "png" else {"quality": s.quality}
         with atomic_file(path) as stream:
-            image.save(stream, format="PNG")
-        return path
+            image.save(stream, format=s.image_format.upper(), **options)

@@ -33,13 +33,13 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, capsys, words):
     config = tmp_path / "config.json"
     config.write_text(
         json.dumps(
-            {"model_type": "lora", "model_family": "flux", "learnin_rate": 1, "use_ema": True}
+            {"model_type": "lora", "model_family": "flux", "learnin_rate": 1, "ramtorch": True}
         )
     )
     assert main([*words, str(config)]) == 2
     error = capsys.readouterr().err
     assert "learnin_rate" in error and "learning_rate" in error
-    assert "use_ema" in error and "not implemented yet" in error
+    assert "ramtorch" in error and "not implemented yet" in error
     assert "data_backend_config" in error and "Traceback" not in error
 
 
@@ -84,7 +84,9 @@ def test_demo(tmp_path, capsys):
     assert str(root / "config.json") in printed and str(root / "images") in printed
     lora = load_file(root / "output" / "pytorch_lora_weights.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in lora.items() if "lora_B" in name)
-    images = sorted(p.name for p in (root / "output" / "validation_images").iterdir())
+    drawn = root / "output" / "validation_images"
+    assert {p.name for p in drawn.glob("grid_*")} == {"grid_step_0.png", "grid_step_2.png"}
+    images = sorted(p.name for p in drawn.glob("step_*"))
     assert len(images) == 6 and images[0].startswith("step_0_") and images[-1].startswith("step_2_")
     assert len((root / "output" / "metrics.jsonl").read_text().splitlines()) == 2
     with Image.open(root / "output" / "loss.png") as plot:

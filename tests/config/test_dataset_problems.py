@@ -26,11 +26,6 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
         ({"type": "csv"}, ['"csv_file" is required']),
         ({"type": "webshart"}, ['"type"', "not implemented yet", "csv"]),
         ({"csv_file": "a.csv"}, ['"csv_file"', '"type" is "csv"']),
-        (
-            {"dataset_type": "eval"},
-            ['"dataset_type"', '"eval"', "not implemented yet"],
-        ),
-        ({"dataset_type": "eval"}, ['"dataset_type"', "not implemented yet"]),
         ({"dataset_type": "video"}, ['"dataset_type"', "not implemented yet"]),
         ({"caption_strategy": "parquet"}, ['"caption_strategy" is "parquet"', 'needs "parquet"']),
         ({"metadata_backend": "parquet"}, ['"metadata_backend" is "parquet"', 'needs "parquet"']),

@@ -316,8 +316,14 @@ def test_text_cache_entries():
 
 
 def test_the_whole_file():
-    only(refused_entries([TEXT]), "no image dataset is enabled")
-    only(refused_entries([{**IMAGE, "disabled": True}, TEXT]), "no image dataset is enabled")
+    only(refused_entries([TEXT]), "no image dataset to train on is enabled")
+    held_out = {**IMAGE, "dataset_type": "eval"}
+    for image in ({**IMAGE, "disabled": True}, held_out):
+        only(refused_entries([image, TEXT]), "no image dataset to train on is enabled")
+    data = load_entries([IMAGE, {**held_out, "id": "kept", "repeats": 3}, TEXT])
+    assert [each.id for each in data.images] == [IMAGE["id"]]
+    assert [each.id for each in data.held_out] == ["kept"]
+    assert ["kept" in note and '"repeats"' in note for note in data.notes] == [True]
     only(refused_entries([IMAGE, {**IMAGE, "instance_data_dir": "y"}, TEXT]), '"cats"', "taken")
     only(refused(start_epoch=2), "from the start")
     only(refused(start_step=5), "from the start")

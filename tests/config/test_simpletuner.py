@@ -52,7 +52,6 @@ def off_default(option: KnownOption):
         ("validation_preview", True),
         ("num_processes", 2),
         ("validation_prompt_library", True),
-        ("evaluation_type", "clip"),
     ],
 )
 def test_what_the_quickstart_knows_and_this_version_lacks_is_refused_by_name(key, value):
@@ -175,8 +174,10 @@ def test_an_option_of_a_switch_that_is_off_has_one_note_and_is_still_checked():
     assert note == f'{names} have no effect: only read with "use_ema"'
     only(refused(ema_decay="much"), '"ema_decay"', "a number")
     only(refused(ema_validation="sometimes"), '"ema_validation"', "ema_only")
+    assert not [note for note in load(**{**values, "use_ema": True}).notes if "ema_" in note]
     # on, and not implemented: the switch is refused, and nothing else needs to be
-    only(refused(**{**values, "use_ema": True}), '"use_ema" is true', "not implemented yet")
+    values = {"offset_noise": True, "noise_offset": 0.2}
+    only(refused(**values), '"offset_noise" is true', "not implemented yet")
 
 
 def test_fields_that_nothing_reads_are_named():
@@ -255,7 +256,7 @@ def test_the_shipped_examples_pass(routes):
         "value",
         bool(routes),
     )
-    for key in ("num_eval_images", "hub_model_id", "validation_disable_unconditional"):
+    for key in ("hub_model_id", "validation_disable_unconditional"):
         assert sum(f'"{key}" has no effect' in note for note in config.notes) == 1
 
 

@@ -104,19 +104,14 @@ def run(write_config):
 @pytest.fixture
 def trainer(write_config):
     """Builds the trainer of a config, as a run does before its first step."""
-    import torch
+    from trainer_cases import make_trainer
 
     from fluxfast.config.run import load_config
-    from fluxfast.train import preflight
-    from fluxfast.train.trainer import Trainer
 
     made = []
 
     def build(**settings):
-        config = load_config(write_config(**settings))
-        checked = preflight.check(config, torch.device("cpu"))
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        made.append(Trainer(config, Console(quiet=True), checked))
+        made.append(make_trainer(load_config(write_config(**settings))))
         return made[-1]
 
     yield build

@@ -77,7 +77,8 @@ def test_an_edit_is_the_one_of_diffusers_pipeline(workspace, small_sizes, tmp_pa
         settings, output_dir=tmp_path, transformer=transformer, scheduler=scheduler,
         load_vae=lambda: vae, embeds=lambda prompt: embeds, dtype=torch.float32,
     )  # fmt: skip
-    (path,) = validator.run(7, Console(quiet=True))
+    (drawn,) = validator.run(7, Console(quiet=True))
+    path = drawn.path
     with Image.open(path) as image:
         drawn = image.crop((0, 0, 64, 96))
         assert image.size == (64 + 96, 96)
@@ -90,7 +91,7 @@ def test_an_edit_is_the_one_of_diffusers_pipeline(workspace, small_sizes, tmp_pa
         output_dir=tmp_path, transformer=transformer, scheduler=scheduler, load_vae=lambda: vae,
         embeds=lambda prompt: embeds, dtype=torch.float32,
     )  # fmt: skip
-    with Image.open(plain.run(8, Console(quiet=True))[0]) as image:
+    with Image.open(plain.run(8, Console(quiet=True))[0].path) as image:
         assert image.size == (64, 96)
         assert (to_tensor(image) - to_tensor(expected)).abs().max() * 127.5 > 5
 

@@ -1,5 +1,3 @@
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +6,18 @@ import torch
 from PIL import Image
 
 from fluxfast.train import events
-from fluxfast.train.events import Metrics, Numbers, StopRequest, memory_gib, plot_loss, read_metrics
+from fluxfast.train.events import Metrics, Numbers, memory_gib, read_metrics
+from fluxfast.train.loss_chart import plot_loss
 
 
 def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
-    metrics = Metrics(tmp_path, 0, print)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, print)
     for step in range(1, 6):
         metrics.write({"step": step, "loss": 1 / step})
     metrics.close()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "lo')
-    metrics = Metrics(tmp_path, 3, print)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 3, print)
     metrics.write({"step": 4, "loss": 9.0})
     metrics.close()
     assert [(m["step"], m["loss"]) for m in read_metrics(path)] == [
@@ -27,17 +26,6 @@ def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
         (3, 1 / 3),
         (4, 9.0),
     ]
-
-
-def test_first_signal_asks_second_interrupts():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert stop.signal is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_loss_plot_is_drawn(tmp_path):
@@ -96,7 +84,7 @@ def test_a_damaged_line_is_left_out_and_counted(tmp_path, bad):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert said == [f"{path}: 2 of 5 lines can't be read, and are left out"]
     plot_loss(lines, tmp_path / "loss.png")
-    metrics = Metrics(tmp_path, 2, said.append)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 2, said.append)
     metrics.write({"step": 3, "loss": 9.0})
     metrics.close()
     assert [line["loss"] for line in read_metrics(path)] == [0.5, 0.25, 9.0]
@@ -106,16 +94,15 @@ def test_a_damaged_line_is_left_out_and_counted(tmp_path, bad):
 def test_metrics_that_can_not_be_written_end_nothing(tmp_path):
     said = []
     (tmp_path / "metrics.jsonl").mkdir()
-    metrics = Metrics(tmp_path, 0, said.append)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, said.append)
     for step in (1, 2):
         metrics.write({"step": step, "loss": 1.0})
     metrics.close()
     assert len(said) == 1 and "metrics.jsonl" in said[0] and "the run goes on without" in said[0]
 
     (tmp_path / "metrics.jsonl").rmdir()
-    metrics = Metrics(tmp_path, 0, said.append)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, said.append)
     # a disk that is full by now
-    metrics._file.close()
     metrics._file = Path("/dev/full").open("w")  # noqa: SIM115
     for step in (1, 2):
         metrics.write({"step": step, "loss": 1.0})

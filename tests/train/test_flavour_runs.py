@@ -154,7 +154,7 @@ def test_an_image_of_a_masked_flavour_is_drawn_without_the_padding(workspace, tm
         settings, output_dir=tmp_path, transformer=transformer, scheduler=scheduler,
         load_vae=lambda: vae, embeds=embeds, dtype=torch.float32,
     )  # fmt: skip
-    (path,) = validator.run(1, Console(quiet=True))
+    path = validator.run(1, Console(quiet=True))[0].path
     with Image.open(path) as image:
         drawn = to_tensor(image)
 

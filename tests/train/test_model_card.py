@@ -21,7 +21,7 @@ RECORD = RunRecord(
     steps=100,
     seed=7,
     versions={"fluxfast": "1.2"},
-    prompts=(Prompt(nickname="validation", file="validation", prompt="a <b>cat</b> | `x`"),),
+    prompts=(Prompt(nickname="validation", files=("validation",), prompt="a <b>cat</b> | `x`"),),
     datasets=(
         DatasetRow(id="my | cats", images=12, repeats=3, resolution="512 (pixel)", cropped=True,
                    prompt="zwx cat"),
@@ -145,7 +145,7 @@ def test_the_note_and_the_audience():
 
 
 def test_a_prompt_can_not_end_the_code():
-    prompt = Prompt(nickname="v", file="v", prompt="x\n```\n'\"\\")
+    prompt = Prompt(nickname="v", files=("v",), prompt="x\n```\n'\"\\")
     record = RunRecord(prompts=(prompt,))
     assert "prompt=" in code_in(card_of(record)[1])
 
@@ -194,7 +194,7 @@ def test_an_upload_holds_no_secret_and_no_path(output, unfit):
     record = RunRecord(
         config={"anything": unfit},
         versions={"fluxfast": "1", "device": unfit},
-        prompts=(Prompt(nickname=unfit, file=stem, prompt=f"cat {unfit}"),),
+        prompts=(Prompt(nickname=unfit, files=(stem,), prompt=f"cat {unfit}"),),
         datasets=(DatasetRow(id=unfit, images=1, prompt=unfit),),
     )
     folder = gather(config, record, output, repository="me/cat", step=12)

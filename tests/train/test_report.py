@@ -1,7 +1,6 @@
 """The page about a run: everything in it, of whole runs and of what is left of damaged ones."""
 
 import json
-import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,6 +11,8 @@ from PIL import Image
 
 from fluxfast.cli.main import main
 from fluxfast.train.report import report_page, write_report
+from fluxfast.train.run_events import RUN_FAILED
+from fluxfast.train.run_lock import RunLock
 from fluxfast.train.run_record import (
     DatasetRow,
     Prompt,
@@ -186,9 +187,8 @@ def test_damaged_lines_checkpoints_and_images_are_named(output):
     ("key", "status", "word"),
     [
         ("training_complete", "completed", "Complete"),
-        ("training_abort", "running", "Stopped"),
-        ("init_load_base_model", "failed", "Failed"),
-        ("checkpoint_save", "completed", "Running"),
+        ("training_abort", "completed", "Stopped"),
+        ("checkpoint_save", "completed", "Interrupted"),
     ],
 )
 def test_how_a_run_ended(tmp_path, key, status, word):
@@ -202,16 +202,23 @@ def test_how_a_run_ended(tmp_path, key, status, word):
 
 def test_an_error_is_shown_and_a_resumed_run_forgets_it(tmp_path):
     metrics(tmp_path, 2)
-    event(tmp_path, "error", title="Out of memory", message=EVIL)
-    assert Page(report_page(tmp_path)).says(tmp_path.name, "Failed", f"Out of memory: {EVIL}")
-    stage(tmp_path, "init_data_backend", "completed", job="b")
-    assert Page(report_page(tmp_path)).says(tmp_path.name, "Running", "2 steps")
-
-
-def test_a_run_that_writes_nothing_any_more_was_interrupted(tmp_path):
-    metrics(tmp_path, 2)
-    os.utime(tmp_path / "metrics.jsonl", (1e9, 1e9))
+    stage(tmp_path, "init_data_backend", "running")
+    event(tmp_path, "error", title="Validation has failed", message="no room")
+    assert Page(report_page(tmp_path)).says(tmp_path.name, "Interrupted", "2 steps")
+    event(tmp_path, "error", title=RUN_FAILED, message=EVIL)
+    page = Page(report_page(tmp_path))
+    assert page.says(tmp_path.name, "Failed", EVIL)
+    assert page.says("Troubles", "UTC: Validation has failed: no room")
+    stage(tmp_path, "init_data_backend", "running")
+    with RunLock(tmp_path, print):
+        assert Page(report_page(tmp_path)).says(tmp_path.name, "Running", "2 steps")
     assert Page(report_page(tmp_path)).says(tmp_path.name, "Interrupted")
+
+
+def test_a_run_that_came_to_its_end_is_complete_without_its_events(tmp_path):
+    write_run_record(tmp_path, RunRecord(steps=2, config={"seed": 1}), step=0)
+    metrics(tmp_path, 2)
+    assert Page(report_page(tmp_path)).says(tmp_path.name, "Complete", "2 of 2 steps")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
@@ -229,27 +236,37 @@ def test_every_text_is_escaped(tmp_path):
         config={"tracker_run_name": EVIL, EVIL: EVIL},
         changed=(EVIL,),
         datasets=(DatasetRow(id=EVIL, kind=EVIL, images=1, sizes={EVIL: 1}),),
-        prompts=(Prompt(nickname="cat", file="cat", prompt=EVIL),),
+        prompts=(Prompt(nickname="cat", files=("cat", "cat_ema"), prompt=EVIL),),
         versions={EVIL: EVIL},
     )
     write_run_record(tmp_path, record, step=0)
-    metrics(tmp_path, 3, **{f"loss/val/{EVIL}": 0.5})
+    metrics(tmp_path, 3)
+    evaluated = {"step": 3, f"loss/val/{EVIL}": 0.5}
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(evaluated) + "\n")
+    event(tmp_path, "error", title=EVIL, message=EVIL)
     image(tmp_path, 3)
     image(tmp_path, 3, nickname="<b>")
     page = Page(report_page(tmp_path))
     assert "script" not in page.tags
     assert "b" not in page.tags
-    for heading in ("Datasets", "Versions", "Config", "Validation images"):
+    for heading in ("Datasets", "Versions", "Config", "Troubles", "Validation images"):
         assert page.says(heading, EVIL)
 
 
 def test_losses_are_drawn_apart(tmp_path):
     lines = [
-        {"step": 1, "loss": 1.0, "loss/val/a": 0.5, "loss/val/b": 0.25},
+        {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 9.0, "regularisation_loss": 3.0},
-        {"step": 3, "loss": 2.0, "loss/val/a": 0.375},
+        {"step": 3, "loss": 2.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluated = [
+        {"step": 0, "loss/val/a": 0.5, "loss/val/b": 0.25, "loss/val/pooled": 0.375},
+        {"step": 2, "clip/mean": 20.5, "clip/std": 1.0},
+        {"step": 3, "loss/val/a": 0.375, "loss/val/pooled": 0.375},
+    ]
+    for name, values in (("metrics", lines), ("evaluations", evaluated)):
+        text = "".join(json.dumps(line) + "\n" for line in values)
+        (tmp_path / f"{name}.jsonl").write_text(text)
     text = report_page(tmp_path)
     described = dict(
         zip(
@@ -261,23 +278,28 @@ def test_losses_are_drawn_apart(tmp_path):
     assert described == {
         "Training loss": "each step: 1 at 1, 2 at 3, lowest 1 at 1; mean of 1 steps: 1 at 1, 2 at "
         "3, lowest 1 at 1; regularisation: 3 at 2, 3 at 2, lowest 3 at 2",
-        "Evaluation loss": "a: 0.5 at 1, 0.375 at 3, lowest 0.375 at 3; b: 0.25 at 1, 0.25 at 1, "
-        "lowest 0.25 at 1",
+        "Evaluation loss": "held out: a: 0.5 at 0, 0.375 at 3, lowest 0.375 at 3; held out: b: "
+        "0.25 at 0, 0.25 at 0, lowest 0.25 at 0",
+        "CLIP score": "mean: 20.5 at 2, 20.5 at 2, lowest 20.5 at 2",
     }
 
 
 def test_the_grid_has_the_base_first_and_not_too_many_columns(tmp_path):
     for step in range(0, 220, 10):
         image(tmp_path, step, width=64 if step else 32)
-    image(tmp_path, 210, nickname="new")
+    image(tmp_path, 210, nickname="cat_ema", width=64)
+    cat = Prompt(nickname="cat", files=("cat", "cat_ema"), prompt="a cat")
+    write_run_record(tmp_path, RunRecord(prompts=(cat,)), step=0)
     page = Page(report_page(tmp_path))
     told = [text for text in page.sections["Validation images"] if text]
     assert told[:8] == [
         "Images of 15 more steps are in validation_images.",
         "base", "step 10", "step 50", "step 90", "step 130", "step 170", "step 210",
     ]  # fmt: skip
-    assert told.count("not drawn") == 6
-    assert len(page.addresses) == 8
+    # with the moving average only the last was drawn; the base is the same
+    assert told.count("not drawn") == 5
+    assert told.count("a cat") == 2
+    assert len(page.addresses) == 9
 
 
 def test_the_command(output, tmp_path, capsys):

@@ -10,7 +10,7 @@ from config_helpers import load
 from fluxfast.adapters.lora_read import read_lora
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run_fields import TrainFields
-from fluxfast.train import resume, state, trainer
+from fluxfast.train import reporting, resume, state
 from fluxfast.train.adapter import ADAPTER_KEYS
 from fluxfast.train.events import read_metrics
 from fluxfast.train.lr_schedules import LR_SCHEDULERS, build_lr_scheduler
@@ -332,8 +332,8 @@ def test_a_tracker_that_fails_ends_nothing(run, monkeypatch):
         raise OSError("the tracker is gone")
 
     for name in ("init_trackers", "log", "end_training"):
-        monkeypatch.setattr(trainer.Accelerator, name, fail)
-    monkeypatch.setattr(trainer, "plot_loss", fail)
+        monkeypatch.setattr(reporting.Accelerator, name, fail)
+    monkeypatch.setattr(reporting, "plot_loss", fail)
     lora, out = run(max_train_steps=2, report_to="tensorboard", **FP32)
     assert (
         lora.exists() and out.getvalue().count("the tracker is gone; the run goes on without") == 2

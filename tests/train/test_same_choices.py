@@ -4,7 +4,6 @@ The machine is data, an entry of the table of GPUs, and the tensors of the tiny 
 A run is built up to its first step: what is compared is what it has applied to its model.
 """
 
-import io
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from rich.console import Console
+from trainer_cases import make_trainer
 
 import fluxfast
 from fluxfast.cli.plan import plan_report
@@ -32,7 +31,6 @@ from fluxfast.quant.rules import PRECISIONS, quantize_model
 from fluxfast.train import health, preflight
 from fluxfast.train.base_model import open_base
 from fluxfast.train.choose import BatchShape, facts_before_loading, workload_of
-from fluxfast.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 RTX_3090 = find_gpu("RTX 3090")
@@ -116,7 +114,7 @@ def config_of(write_config):
 
 def trained(config, graphs):
     """What a run has chosen, after a look at whether its model is so."""
-    trainer = Trainer(config, Console(file=io.StringIO()), preflight.check(config, CPU))
+    trainer = make_trainer(config)
     try:
         choices, model = trainer.parts.choices, trainer.transformer
         for block, policy in zip(model.blocks, choices.recompute, strict=True):

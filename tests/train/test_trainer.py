@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fluxfast.quant.rules import PRECISIONS
+from fluxfast.train.control import Stopped
 from fluxfast.train.events import read_metrics
 from fluxfast.train.objective import Objective, step_seed
-from fluxfast.train.trainer import NonFiniteLoss, Stopped, Trainer
+from fluxfast.train.reporting import NonFiniteLoss
+from fluxfast.train.trainer import Trainer
 
 BF16 = {"optimizer": "adamw_bf16", "mixed_precision": "bf16", "lora_dropout": 0.2}
 FP32 = {"optimizer": "torch-adamw", "mixed_precision": "no", "lora_dropout": 0.0}
@@ -56,10 +58,7 @@ def test_signals_save_first(run, monkeypatch, tmp_path):
     output = tmp_path / "stop[" / "ped]"
     with pytest.raises(Stopped) as stopped:
         run(name="stopped", output_dir=str(output), **FP32)
-    assert (
-        stopped.value.checkpoint == output / "checkpoint-3"
-        and stopped.value.signal == signal.SIGTERM
-    )
+    assert stopped.value.checkpoint == output / "checkpoint-3" and stopped.value.by == "SIGTERM"
     again, out = run(name="stopped", output_dir=str(output), **FP32)
     assert "stop[/ped]/checkpoint-3" in out.getvalue().replace("\n", "")
     assert same_files(whole, again)
@@ -109,6 +108,11 @@ def test_what_a_run_leaves(run, tmp_path, mode):
     assert lora == output / "pytorch_lora_weights.safetensors"
     assert same_files(lora, output / "checkpoint-6" / "pytorch_lora_weights.safetensors")
     images = {p.name: Image.open(p).size for p in (output / "validation_images").iterdir()}
+    # the base in the first column, then a column a step
+    grids = {0: 256 + 16, 3: 2 * 264 + 8, 6: 3 * 264 + 8}
+    assert {images.pop(f"grid_step_{step}.png")[0]: step for step in grids} == {
+        width: step for step, width in grids.items()
+    }
     assert images == {
         "step_0_validation_0_64x48.png": (64, 48),
         "step_3_validation_0_64x48.png": (128, 48),

@@ -1,0 +1,166 @@
+"""When a run draws validation images, in what files, and what becomes of a failure."""
+
+import numpy as np
+import pytest
+from kill_cases import Killed, kill_at, same_files
+from PIL import Image
+
+from fluxfast.train.grid import CELL, GAP, Row, draw_grid, steps_in
+from fluxfast.train.run_events import read_events
+from fluxfast.train.validation import Validator
+
+DRAWS = {
+    "validation_disable": False,
+    "validation_step_interval": 0,
+    "validation_prompt": "a red cup",
+    "validation_resolution": "64x48",
+    "validation_num_inference_steps": 1,
+    "disable_benchmark": True,
+}
+# four photographs with these repeats, two a batch: an epoch of four steps
+EPOCHS = {"dataset": {"repeats": 1}, "max_train_steps": 10}
+
+
+def drawn(output):
+    return steps_in(output / "validation_images")
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"validation_step_interval": 4}, [4, 8, 10]),
+        ({"validation_epoch_interval": 1}, [4, 8, 10]),
+        ({"validation_epoch_interval": 2}, [8, 10]),
+        ({"validation_step_interval": 3, "validation_epoch_interval": 1}, [3, 4, 6, 8, 9, 10]),
+        ({"validation_step_interval": 2, "validate_after_step": 5}, [6, 8, 10]),
+        ({"validation_step_interval": 2, "validate_after_epoch": 2}, [8, 10]),
+        ({"disable_benchmark": False}, [0, 10]),
+    ],
+)
+def test_when_it_draws(run, tmp_path, settings, steps):
+    run(**{**DRAWS, **EPOCHS, **settings})
+    assert drawn(tmp_path / "output") == steps
+
+
+def test_checkpoints_by_epoch(run, tmp_path):
+    run(**EPOCHS, checkpoint_step_interval=0, checkpoint_epoch_interval=1)
+    kept = {path.name for path in (tmp_path / "output").glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-8", "checkpoint-10"}
+
+
+def test_a_resumed_run_draws_at_its_start_where_it_is_asked_to(run, monkeypatch, tmp_path):
+    kill_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        run(**DRAWS, validation_on_startup=True)
+    assert drawn(tmp_path / "output") == [0]
+    run(**DRAWS, validation_on_startup=True)
+    assert drawn(tmp_path / "output") == [0, 2, 6]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+def test_formats(run, tmp_path, kind):
+    run(**{**DRAWS, "disable_benchmark": False}, validation_image_format=kind, max_train_steps=1)
+    extension = {"jpeg": "jpg"}.get(kind, kind)
+    folder = tmp_path / "output" / "validation_images"
+    for step, width in ((0, 64), (1, 128)):
+        with Image.open(folder / f"step_{step}_validation_0_64x48.{extension}") as image:
+            assert (image.format, image.size) == (kind.upper(), (width, 48))
+
+
+def test_quality(run, tmp_path):
+    sizes = []
+    for quality in (5, 95):
+        name = f"q{quality}"
+        run(
+            name=name, **DRAWS, validation_image_format="jpeg", validation_image_quality=quality,
+            max_train_steps=1,
+        )  # fmt: skip
+        (path,) = (tmp_path / name / "validation_images").glob("step_1_*")
+        sizes.append(path.stat().st_size)
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("randomize", [False, True])
+def test_noise_is_the_same_each_time_unless_it_is_random(run, tmp_path, randomize):
+    # nothing is learnt, so that only the noise differs
+    run(
+        **{**DRAWS, "validation_step_interval": 1}, validation_randomize=randomize,
+        max_train_steps=2, learning_rate=1e-30, lr_scheduler="constant",
+    )  # fmt: skip
+    one, two = (
+        tmp_path / "output" / "validation_images" / f"step_{step}_validation_0_64x48.png"
+        for step in (1, 2)
+    )
+    assert same_files(one, two) is not randomize
+
+
+def test_a_validation_that_fails_ends_nothing(run, monkeypatch, tmp_path):
+    whole, _ = run(name="whole", **{**DRAWS, "validation_step_interval": 2})
+    original = Validator._image
+    calls = []
+
+    def fail(self, *args):
+        calls.append(len(calls))
+        if calls[-1] == 0:
+            raise RuntimeError("the GPU is out of memory")
+        return original(self, *args)
+
+    monkeypatch.setattr(Validator, "_image", fail)
+    lora, out = run(**{**DRAWS, "validation_step_interval": 2})
+    told = "validation failed, the run goes on: the GPU is out of memory"
+    assert out.getvalue().replace("\n", " ").count(told) == 1
+    assert same_files(whole, lora) and drawn(tmp_path / "output") == [4, 6]
+    (error,) = [
+        e for e in read_events(tmp_path / "output" / "events.jsonl") if e["type"] == "error"
+    ]
+    assert error["title"] == "Validation has failed" and "RuntimeError" in error["traceback"]
+    assert error["severity"] == "error"
+
+
+def test_the_grid_has_a_row_a_prompt_and_a_column_a_step(tmp_path):
+    colours = {0: "red", 10: "green", 20: "blue"}
+
+    def files(size, beside):
+        found = {}
+        for step, colour in colours.items():
+            image = Image.new("RGB", (size[0] + beside * (step > 0), size[1]), "yellow")
+            image.paste(Image.new("RGB", size, colour), (image.width - size[0], 0))
+            found[step] = tmp_path / f"{step}-{size[0]}.png"
+            image.save(found[step])
+        return found
+
+    rows = [
+        Row("a cup", (64, 48), files((64, 48), 64), lambda step: False),
+        Row("a large one", (512, 1024), files((512, 1024), 0), lambda step: False),
+    ]
+    path = draw_grid(rows, [0, 10, 20], tmp_path / "grid.png")
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert pixels.shape[1] == GAP + 3 * (CELL + GAP)
+    for column, expected in enumerate(((255, 0, 0), (0, 128, 0), (0, 0, 255))):
+        left = GAP + column * (CELL + GAP)
+        cell = pixels[:, left : left + CELL].reshape(-1, 3)
+        area = int((cell == expected).all(axis=1).sum())
+        # the small image as it is, the large one half as wide as its cell is high
+        assert area == 64 * 48 + 128 * 256
+        assert not (cell == (255, 255, 0)).all(axis=1).any()
+
+
+def test_many_steps_are_thinned_out_and_lost_files_leave_a_gap(tmp_path):
+    steps = list(range(0, 2000, 50))
+    files = {step: tmp_path / f"{step}.png" for step in steps}
+    for step, path in files.items():
+        if step % 100 == 0:
+            Image.new("RGB", (16, 16), "red").save(path)
+    path = draw_grid([Row("a", (16, 16), files, lambda step: False)], steps, tmp_path / "g.png")
+    with Image.open(path) as grid:
+        assert grid.width == GAP + 8 * (CELL + GAP)
+
+
+def test_references_beside_an_image_are_not_in_the_grid(tmp_path):
+    sheet = Image.new("RGB", (80, 16), "yellow")
+    sheet.paste(Image.new("RGB", (16, 16), "red"), (0, 0))
+    sheet.save(tmp_path / "one.png")
+    row = Row("a", (16, 16), {3: tmp_path / "one.png"}, lambda step: True)
+    pixels = np.asarray(Image.open(draw_grid([row], [3], tmp_path / "g.png")).convert("RGB"))
+    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 256
+    assert not (pixels == (255, 255, 0)).all(axis=2).any()
