@@ -25,7 +25,7 @@ _TEXTS = frozenset({
 _REPOSITORIES = frozenset({
     "pretrained_model_name_or_path", "pretrained_transformer_model_name_or_path",
     "pretrained_vae_model_name_or_path", "pretrained_t5_model_name_or_path",
-    "assistant_lora_path", "init_lora",
+    "assistant_lora_path", "init_lora", "pretrained_evaluation_model_name_or_path",
 })  # fmt: skip
 # names of options, or of keys in their values, that hold secrets
 _SECRET_NAME = re.compile(

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from fluxfast.config.adapters import LORA_TYPES, LoraFormat
 from fluxfast.config.evaluation_fields import EvaluationFields
 from fluxfast.config.flavours import FLAVOURS
+from fluxfast.config.hub_fields import HubFields
 from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.config.optimizers import optimizer_options
 from fluxfast.config.option import option
@@ -57,7 +58,7 @@ class TreadConfig(Settings):
     """The ranges; they may not overlap."""
 
 
-class TrainFields(ValidationFields, EvaluationFields, ReportingFields):
+class TrainFields(ValidationFields, EvaluationFields, ReportingFields, HubFields):
     """What a config file can say, each value valid by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)

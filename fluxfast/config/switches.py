@@ -34,11 +34,7 @@ class Switch(NamedTuple):
 SWITCHES = (
     # parts of a run that fluxfast does not have yet
     Switch("use_ema", ("init_lora_ema",), refused=False),
-    Switch(
-        "push_to_hub",
-        ("push_checkpoints_to_hub", "push_to_hub_background", "hub_model_id", "model_card_*"),
-    ),
-    Switch("push_to_hub or publishing_config", ("post_upload_script",)),
+    Switch("push_to_hub or publishing_config", ("post_upload_script",), refused=False),
     Switch("offset_noise", ("noise_offset", "noise_offset_probability")),
     Switch("input_perturbation", ("input_perturbation_steps",)),
     Switch("timestep_bias_strategy", ("timestep_bias_*",)),

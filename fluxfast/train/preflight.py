@@ -23,6 +23,7 @@ from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
+from fluxfast.config.public import is_hub_name
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, quoted
 from fluxfast.data.model_folders import local_folder
@@ -54,6 +55,7 @@ from fluxfast.train.base_model import (
 )
 from fluxfast.train.build import validation_prompts
 from fluxfast.train.edits import dataset_edits, prompt_edits
+from fluxfast.train.hub import check_access
 from fluxfast.train.optim import check_arguments
 from fluxfast.train.state import SavedRun
 
@@ -65,12 +67,13 @@ class Checked(NamedTuple):
     """What was read on the way.
 
     saved: the checkpoint to go on from. lora: the file that says what the adapter is like. notes:
-    lines to print.
+    lines to print. repository: where the run uploads to; "" where it doesn't.
     """
 
     saved: SavedRun | None
     lora: AdapterFile | None
     notes: tuple[str, ...]
+    repository: str = ""
 
 
 def check(config: TrainConfig, device: torch.device) -> Checked:
@@ -83,6 +86,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     saved: SavedRun | None = None
     lora: AdapterFile | None = None
     data: DataConfig | None = None
+    repository = ""
     with _collecting(problems):
         data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
     problems += _folder_problems(config, data)
@@ -103,10 +107,13 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     with verdicts.ignored():
         problems += refusals(wishes_of(config), gpus.this_gpu(device))
     changes = resume.refused(config, saved, data.images if data else ()) if saved else []
+    if config.push_to_hub:
+        with _collecting(problems):
+            repository = check_access(config, notes)
 
     def may_fetch(path: str) -> bool:
         # a problem that is there already should not wait for a download
-        return not ((problems or changes) and _is_hub_name(path))
+        return not ((problems or changes) and is_hub_name(path))
 
     if saved is not None or may_fetch(config.init_lora or ""):
         with _collecting(problems):
@@ -127,7 +134,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         problems.append(resume.refusal(saved, changes))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Checked(saved, lora, tuple(notes))
+    return Checked(saved, lora, tuple(notes), repository)
 
 
 @contextmanager
@@ -208,14 +215,6 @@ def _sources(config: TrainConfig) -> list[ModelSource]:
         config.t5_source,
         config.vae_source,
     ]
-
-
-def _is_hub_name(path: str) -> bool:
-    return (
-        not Path(path).expanduser().exists()
-        and path.count("/") == 1
-        and not path.startswith((".", "/", "~"))
-    )
 
 
 def _check_folder(source: ModelSource) -> None:

@@ -28,6 +28,9 @@ from fluxfast.train.run_events import RunEvents
 from fluxfast.train.saving import best_steps
 from fluxfast.train.validation import Drawn
 
+# what files' names call images that were drawn with the moving average
+EMA = "ema"
+
 
 class Rounds:
     """A run's evaluations and validations; `evaluations` and `validations` say when they are due.
@@ -140,7 +143,7 @@ class Rounds:
             return [trained]
         if how == "ema_only":
             return [("", self._average.in_place())]
-        return [trained, ("ema", self._average.in_place())]
+        return [trained, (EMA, self._average.in_place())]
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:

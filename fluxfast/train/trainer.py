@@ -33,6 +33,7 @@ from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
 from fluxfast.train.previews import previewer_of
+from fluxfast.train.publish import Publisher, run_record
 from fluxfast.train.reporting import Reporter, StepResult
 from fluxfast.train.rounds import Rounds
 from fluxfast.train.run_events import RunEvents
@@ -134,6 +135,10 @@ class Trainer:
         self.scheduler = self._schedule()
         self.pending: StepResult | None = None
         self.batches: BatchLoader | None = None
+        record = run_record(
+            self.config, self.data, self.parts, seed=self.seed, steps=self.steps, device=self.device
+        )
+        self.publisher = Publisher(self.config, checked.repository, record, self._say)
 
     def _make_optimizer(self) -> None:
         config = self.config
@@ -211,13 +216,17 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Free what outlives the objects: pinned memory or files of streamed blocks."""
-        if self.stream is not None:
-            self.stream.close()
+        """End uploads, and free what outlives the objects: memory or files of streamed blocks."""
+        try:
+            self.publisher.close()
+        finally:
+            if self.stream is not None:
+                self.stream.close()
 
     def loop(self) -> Path:
         """Train to the last step, save, and return the final LoRA's path."""
         config = self.config
+        self.publisher.start(self.step)
         self.report = Reporter(
             config,
             self.device,
@@ -362,6 +371,8 @@ class Trainer:
         }
         with self.events.stage("checkpoint_save"):
             path = self.saver.checkpoint(self.step, facts, self.report.evaluations())
+        if not is_final:
+            self.publisher.checkpoint(path, self.step)
         self.report.checkpoint(path, is_final=is_final)
         return path
 
@@ -370,4 +381,5 @@ class Trainer:
             lora = self.saver.adapter(self.config.output_dir, self.step)
         self.report.tell(f"{kind_of(self.config).label}: {lora}")
         self.events.complete(self.step, lora)
+        self.publisher.end(self.step)
         return lora

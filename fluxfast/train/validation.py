@@ -29,9 +29,8 @@ from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
 from fluxfast.train.grid import Row, draw_grid, steps_in
+from fluxfast.train.image_files import FOLDER
 from fluxfast.train.previews import PREVIEWED, Denoised, Drawing, Previewer, on_step_end
-
-FOLDER = "validation_images"
 
 
 @dataclass(frozen=True)
