@@ -9,6 +9,7 @@ from fluxfast.config.flavours import FLAVOURS, Flavour
 from fluxfast.config.optimizers import OPTIMIZERS, OptimizerKind
 from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.settings import shown
+from fluxfast.config.validation_adapters import ValidationAdapterRun
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,20 @@ class DerivedValues(TrainFields):
         if self.flow_custom_timesteps is None or max(self.flow_custom_timesteps) <= 1:
             return self.flow_custom_timesteps
         return tuple(timestep / 1000 for timestep in self.flow_custom_timesteps)
+
+    @property
+    def validation_adapters(self) -> tuple[ValidationAdapterRun, ...]:
+        """The LoRAs that validation draws with beside the trained one, in turn."""
+        if self.validation_adapter_mode == "none":
+            return ()
+        if self.validation_adapter_path is None:
+            return self.validation_adapter_config or ()
+        adapter = {
+            "path": self.validation_adapter_path,
+            "adapter_name": self.validation_adapter_name,
+            "strength": self.validation_adapter_strength,
+        }
+        return (ValidationAdapterRun.model_validate(adapter),)
 
     @property
     def validation_resolutions(self) -> list[tuple[int, int]]:

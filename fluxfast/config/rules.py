@@ -172,6 +172,7 @@ def conflicts(config: DerivedValues) -> list[str]:
     """What can't work together, or isn't implemented yet in this combination: one line each."""
     return [
         *_run_conflicts(config),
+        *_validation_conflicts(config),
         *_objective_conflicts(config),
         *_model_conflicts(config),
         *_data_conflicts(config),
@@ -223,6 +224,28 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
         problems.append(
             f'"num_processes" is {config.num_processes}: more than one process is not '
             "implemented yet; set it to 1"
+        )
+    return problems
+
+
+def _validation_conflicts(config: DerivedValues) -> list[str]:
+    if config.validation_disable:
+        return []
+    problems = []
+    if config.validation_adapter_path and config.validation_adapter_config:
+        problems.append(
+            '"validation_adapter_path" and "validation_adapter_config" both name LoRAs to draw '
+            "with: keep one of them"
+        )
+    if config.validation_adapters and config.lora_type == "lycoris":
+        problems.append(
+            '"validation_adapter_path" and "validation_adapter_config" draw beside a LoRA, and '
+            '"lora_type" is lycoris: remove them'
+        )
+    labels = [run.label for run in config.validation_adapters]
+    if len(set(labels)) < len(labels):
+        problems.append(
+            f'"validation_adapter_config": {quoted(labels)} have a label twice: give each its own'
         )
     return problems
 

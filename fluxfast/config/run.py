@@ -40,6 +40,7 @@ from fluxfast.config.simpletuner import (
 )
 from fluxfast.config.switches import is_refused_with_its_switch, switched_off
 from fluxfast.config.switches import note as switch_note
+from fluxfast.config.validation_adapters import listed_runs
 
 
 class TrainConfig(DerivedValues):
@@ -83,6 +84,13 @@ class TrainConfig(DerivedValues):
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             return read_json(Path(value)) if value else None
         return json.loads(value) if isinstance(value, str) else value or None
+
+    @field_validator("validation_adapter_config", mode="before")
+    @classmethod
+    def _read_validation_adapters(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.lstrip().startswith(("{", "[")):
+            value = read_json(Path(value)) if value else None
+        return listed_runs(json.loads(value) if isinstance(value, str) else value)
 
     @field_validator("eval_dataset_id", mode="before")
     @classmethod

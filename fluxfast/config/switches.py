@@ -99,7 +99,6 @@ SWITCHES = (
     Switch("init_lora", ("init_lora_step",), refused=False),
     # validation
     Switch("validation_disable=false", ("validation_*",), refused=False),
-    Switch("validation_adapter_path or validation_adapter_config", ("validation_adapter_*",)),
     Switch("validation_method=external-script", ("validation_external_*",)),
     Switch("validation_guidance_skip_layers", ("validation_guidance_skip_*",)),
 )

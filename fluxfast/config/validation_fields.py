@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings
+from fluxfast.config.validation_adapters import ValidationAdapterRun
 
 # switches that these options are only read with
 VALIDATION = "validation_disable=false"
@@ -65,6 +66,26 @@ class ValidationFields(Settings):
         "left", only_with=(VALIDATION, _REFERENCES), on_resume="ignored"
     )
     """Where references stand beside the image that was drawn with them."""
+    validation_adapter_path: str | None = option(None, only_with=VALIDATION, on_resume="ignored")
+    """A LoRA to draw with beside the trained one: file, folder, repository, or repository:file."""
+    validation_adapter_name: str | None = option(
+        None, only_with=(VALIDATION, "validation_adapter_path"), on_resume="ignored"
+    )
+    """What the images drawn with validation_adapter_path are called by."""
+    validation_adapter_strength: float = option(
+        1.0, gt=0, only_with=(VALIDATION, "validation_adapter_path"), on_resume="ignored"
+    )
+    """What the output of validation_adapter_path's LoRA is multiplied with."""
+    validation_adapter_config: tuple[ValidationAdapterRun, ...] | None = option(
+        None, only_with=VALIDATION, on_resume="ignored"
+    )
+    """Several such LoRAs in turn: a list of {"label", "path", "strength"}, or a JSON file of it."""
+    validation_adapter_mode: Literal["adapter_only", "comparison", "none"] = option(
+        "adapter_only",
+        only_with=(VALIDATION, "validation_adapter_path or validation_adapter_config"),
+        on_resume="ignored",
+    )
+    """Draw with those LoRAs only, or without them too (comparison), or without them (none)."""
     validation_resolution: str = option("256", only_with=VALIDATION, on_resume="ignored")
     """Sizes to draw in pixels, between commas: "1024x1024,1280x768" or "512"."""
     validation_guidance: float = option(7.5, ge=0, only_with=VALIDATION, on_resume="ignored")

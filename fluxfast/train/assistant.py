@@ -60,7 +60,7 @@ def activate(transformer: Any) -> None:
     for layer in layers.values():
         for parts in (layer.lora_A, layer.lora_B):
             parts[NAME].requires_grad_(False)
-    _set_active(transformer, [NAME, "default"])
+    set_active_adapters(transformer, [NAME, "default"])
 
 
 def scale(transformer: Any, factor: float) -> None:
@@ -81,11 +81,11 @@ def base_alone(transformer: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _assistant_alone(transformer: nn.Module) -> Iterator[None]:
-    _set_active(transformer, [NAME])
+    set_active_adapters(transformer, [NAME])
     try:
         yield
     finally:
-        _set_active(transformer, [NAME, "default"])
+        set_active_adapters(transformer, [NAME, "default"])
 
 
 def drawing(transformer: Any, config: TrainConfig) -> AbstractContextManager[None]:
@@ -102,20 +102,27 @@ def _drawing(transformer: Any, config: TrainConfig) -> Iterator[None]:
     if strength:
         scale(transformer, strength / config.assistant_lora_strength)
     else:
-        _set_active(transformer, ["default"])
+        set_active_adapters(transformer, ["default"])
     try:
         yield
     finally:
         for name, layer in lora_layers(transformer, NAME).items():
             layer.scaling[NAME] = kept[name]
-        _set_active(transformer, [NAME, "default"])
+        set_active_adapters(transformer, [NAME, "default"])
 
 
-def _set_active(transformer: nn.Module, names: Sequence[str]) -> None:
+def set_active_adapters(transformer: nn.Module, names: Sequence[str]) -> None:
     """Have these of PEFT's adapters act, whatever trains."""
-    found: dict[str, Any] = {}
-    for name in (NAME, "default"):
-        found |= lora_layers(transformer, name)
-    for layer in found.values():
+    for layer in _peft_layers(transformer):
         # `set_adapter` would make each of them trainable
         layer._active_adapter = [name for name in names if name in layer.lora_A]
+
+
+def _peft_layers(transformer: nn.Module) -> list[Any]:
+    return [module for module in transformer.modules() if hasattr(module, "_active_adapter")]
+
+
+def active_adapters(transformer: nn.Module) -> list[str]:
+    """The names of PEFT's adapters that act on any linear, in order."""
+    found = [name for layer in _peft_layers(transformer) for name in layer.active_adapters]
+    return list(dict.fromkeys(found))

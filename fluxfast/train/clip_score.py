@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+from fluxfast.config.settings import shown
 
 
 class ClipScore:
@@ -20,6 +22,21 @@ class ClipScore:
     def __init__(self, model: str, device: torch.device) -> None:
         """model: a folder or a repository of the Hub."""
         self._path, self._device = model, device
+
+    def check(self) -> None:
+        """Raise ValueError where there is no CLIP model; nothing but its config is read."""
+        try:
+            found = CLIPConfig.get_config_dict(self._path)[0].get("model_type")
+        except OSError as error:
+            raise ValueError(
+                f'"pretrained_evaluation_model_name_or_path" {self._path}: no such folder, and no '
+                f"repository that can be read ({error})"
+            ) from error
+        if found != "clip":
+            raise ValueError(
+                f'"pretrained_evaluation_model_name_or_path" {self._path}: holds '
+                f"{shown(found)}, expected a CLIP model such as openai/clip-vit-large-patch14"
+            )
 
     @torch.no_grad()
     def run(self, drawn: Sequence[tuple[str, Image.Image, str]]) -> dict[str, float]:

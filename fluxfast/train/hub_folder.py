@@ -92,11 +92,17 @@ def _write_config(config: TrainConfig, folder: Path) -> None:
 
 
 def _pictures(config: TrainConfig, record: RunRecord, folder: Path) -> list[Picture]:
-    """Write the newest images, without what stands beside them, under names that say nothing."""
+    """Write the newest images, without what stands beside them, under names that say nothing.
+
+    Those that were drawn with other weights, such as further LoRAs, show another adapter.
+    """
     (folder / "images").mkdir()
     at = config.validation_stitch_input_location
     pictures = []
     for number, drawn in enumerate(newest_images(config.output_dir / FOLDER, at)):
+        prompt = record.prompt_of(drawn.nickname)
+        if prompt is not None and prompt.file != drawn.nickname:
+            continue
         name = f"images/{number:03}_{drawn.size[0]}x{drawn.size[1]}.png"
         try:
             # compressed as little as PNG can be: it is the training thread that waits
@@ -104,6 +110,5 @@ def _pictures(config: TrainConfig, record: RunRecord, folder: Path) -> list[Pict
         # a damaged image is no reason to keep the adapter back
         except OSError:
             continue
-        prompt = record.prompt_of(drawn.nickname)
         pictures.append(Picture(name, prompt.prompt if prompt else ""))
     return pictures

@@ -54,6 +54,7 @@ from fluxfast.train.base_model import (
     stored_format,
 )
 from fluxfast.train.build import validation_prompts
+from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.hub import check_access
 from fluxfast.train.optim import check_arguments
@@ -121,6 +122,17 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     if config.assistant_lora is not None and may_fetch(config.assistant_lora):
         with _collecting(problems):
             read_lora(config.assistant_lora)
+    if data is not None:
+        notes += _evaluation_notes(config, data)
+    for path in _validation_adapters(config):
+        if not is_hub_name(path) or may_fetch(path):
+            with _collecting(problems):
+                read_lora(path)
+    if config.evaluation_type == "clip" and not config.validation_disable:
+        clip = config.pretrained_evaluation_model_name_or_path
+        if may_fetch(clip) or not is_hub_name(clip):
+            with _collecting(problems):
+                ClipScore(clip, device).check()
     for source in _sources(config):
         if may_fetch(source.path):
             with _collecting(problems):
@@ -205,6 +217,30 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
             '"conditioning_type" is reference_strict or reference_loose'
         )
     return problems
+
+
+def _validation_adapters(config: TrainConfig) -> list[str]:
+    """The LoRAs that validation draws with beside the trained one."""
+    if config.validation_disable:
+        return []
+    return [adapter.place for run in config.validation_adapters for adapter in run.adapters]
+
+
+def _evaluation_notes(config: TrainConfig, data: DataConfig) -> list[str]:
+    """A line on options that need an evaluation loss, where there is none."""
+    wanting = [
+        name
+        for name in (
+            "eval_steps_interval", "eval_epoch_interval", "eval_dataset_pooling",
+            "checkpoints_keep_best", "early_stopping_patience",
+        )
+        if getattr(config, name)
+    ]  # fmt: skip
+    if not wanting or (data.held_out and not config.eval_loss_disable):
+        return []
+    have = "has" if len(wanting) == 1 else "have"
+    why = "eval_loss_disable is true" if data.held_out else 'no dataset\'s "dataset_type" is eval'
+    return [f"{quoted(wanting)} {have} no effect: {why}"]
 
 
 def _sources(config: TrainConfig) -> list[ModelSource]:

@@ -24,7 +24,6 @@ from fluxfast.train.events import Numbers
 from fluxfast.train.hub import HubUploads
 from fluxfast.train.hub_folder import gather
 from fluxfast.train.report import REPORT_NAME, write_report
-from fluxfast.train.rounds import EMA
 from fluxfast.train.run_record import (
     RECORD_NAME,
     DatasetRow,
@@ -114,11 +113,7 @@ def run_record(
             _row(report, folders[report.id]) for report in data.prepared.report.datasets
         ),
         prompts=tuple(
-            Prompt(
-                nickname=name,
-                files=(safe_name(name), safe_name(f"{name}_{EMA}")),
-                prompt=edit.prompt,
-            )
+            Prompt(nickname=name, file=safe_name(name), prompt=edit.prompt)
             for name, edit in drawn.items()
         ),
         versions=_versions(device),

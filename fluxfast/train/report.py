@@ -285,7 +285,7 @@ def _grid(drawn: Sequence[DrawnImage], record: RunRecord) -> dict[str, Any]:
     for (name, size, index), row in rows.items():
         prompt = record.prompt_of(name)
         # the base is drawn once, whatever weights are drawn with later
-        base = rows.get((prompt.files[0], size, index), {}) if prompt else {}
+        base = rows.get((prompt.file, size, index), {}) if prompt else {}
         shown.append({
             "name": name,
             "prompt": prompt.prompt if prompt else "",

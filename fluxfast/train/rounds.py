@@ -5,7 +5,7 @@ Neither changes what a run trains to, and neither ends it when it fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fluxfast.adapters.lycoris import strength
 from fluxfast.config.run import TrainConfig
+from fluxfast.config.validation_adapters import ValidationAdapterRun
 from fluxfast.train.assistant import drawing
 from fluxfast.train.build import Parts, RunData
 from fluxfast.train.clip_score import ClipScore
@@ -27,9 +28,10 @@ from fluxfast.train.reporting import Reporter
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.saving import best_steps
 from fluxfast.train.validation import Drawn
+from fluxfast.train.validation_adapters import with_adapters
 
-# what files' names call images that were drawn with the moving average
-EMA = "ema"
+# a label, "" where there is one kind only, and a context with these weights
+Kind = tuple[str, Callable[[], AbstractContextManager[None]]]
 
 
 class Rounds:
@@ -99,7 +101,7 @@ class Rounds:
         if self._evaluator is None or any(at == step for at, _ in self._report.evaluations()):
             return
         with self._surviving("Evaluation"):
-            with self._weights(step)[0][1]:
+            with self._weights(step)[0][1]():
                 found = self._evaluator.run(step, self._console)
             if found:
                 self._report.evaluation(step, found)
@@ -118,9 +120,9 @@ class Rounds:
             stage = self._events.stage("benchmark_base_model" if step == 0 else "final_validation")
         with self._surviving("Validation"), stage:
             drawn = []
-            for label, weights in self._weights(step):
+            for label, weights in self._kinds(step):
                 with (
-                    weights,
+                    weights(),
                     drawing(self._transformer, self._config),
                     strength(self._transformer, self._config.validation_lycoris_strength),
                 ):
@@ -135,15 +137,35 @@ class Rounds:
         grid = self._validator.grid(step, drawn)
         self._report.images(step, drawn, grid)
 
-    def _weights(self, step: int) -> list[tuple[str, AbstractContextManager[None]]]:
-        """(label, context) of each kind of weights to look at after a step."""
-        trained = ("", averaged(self._optimizer))
+    def _weights(self, step: int) -> list[Kind]:
+        """The kinds of weights to look at after a step: at step 0, which is the base, one."""
+        trained: Kind = ("", partial(averaged, self._optimizer))
         how = self._config.ema_validation
         if self._average is None or how == "none" or step == 0:
             return [trained]
         if how == "ema_only":
-            return [("", self._average.in_place())]
-        return [trained, (EMA, self._average.in_place())]
+            return [("", self._average.in_place)]
+        return [trained, ("ema", self._average.in_place)]
+
+    def _kinds(self, step: int) -> list[Kind]:
+        """The same for drawing, with the further LoRAs that the config names."""
+        weights, runs = self._weights(step), self._config.validation_adapters
+        if step == 0 or not runs:
+            return weights
+        beside: list[Kind] = []
+        for label, own in weights:
+            for run in runs:
+                name = f"{label}_{run.label}" if label else run.label
+                beside.append((name, partial(self._both, own, run)))
+        only = self._config.validation_adapter_mode == "adapter_only"
+        return beside if only else [*weights, *beside]
+
+    @contextmanager
+    def _both(
+        self, weights: Callable[[], AbstractContextManager[None]], run: ValidationAdapterRun
+    ) -> Iterator[None]:
+        with weights(), with_adapters(self._transformer, run):
+            yield
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:

@@ -22,13 +22,10 @@ class _Part(BaseModel):
 
 
 class Prompt(_Part):
-    """A prompt of validation.
-
-    `files` are its nickname as names of files have it: alone, and with the labels of other weights.
-    """
+    """A prompt of validation; `file` is its nickname as names of files have it."""
 
     nickname: str
-    files: tuple[str, ...]
+    file: str
     prompt: str
 
 
@@ -75,8 +72,12 @@ class RunRecord(_Part):
     starts: tuple[Start, ...] = ()
 
     def prompt_of(self, nickname: str) -> Prompt | None:
-        """The prompt of an image whose file's name has this nickname."""
-        return next((each for each in self.prompts if nickname in each.files), None)
+        """The prompt of an image whose file's name has this nickname.
+
+        With a label behind it, an image of that prompt was drawn with other weights.
+        """
+        own = [each for each in self.prompts if f"{nickname}_".startswith(f"{each.file}_")]
+        return max(own, key=lambda prompt: len(prompt.file), default=None)
 
 
 def write_run_record(output_dir: Path, record: RunRecord, *, step: int) -> None:

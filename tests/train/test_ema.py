@@ -14,6 +14,13 @@ from fluxfast.train.ema import WeightAverage
 from fluxfast.train.trainer import Trainer
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
 FP32 = {"mixed_precision": "no", "optimizer": "torch-adamw"}
 # far from its limit in a few steps, so that average and weights differ
 EMA = {"use_ema": True, "ema_decay": 0.5, "learning_rate": 0.01}

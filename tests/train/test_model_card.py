@@ -21,7 +21,7 @@ RECORD = RunRecord(
     steps=100,
     seed=7,
     versions={"fluxfast": "1.2"},
-    prompts=(Prompt(nickname="validation", files=("validation",), prompt="a <b>cat</b> | `x`"),),
+    prompts=(Prompt(nickname="validation", file="validation", prompt="a <b>cat</b> | `x`"),),
     datasets=(
         DatasetRow(id="my | cats", images=12, repeats=3, resolution="512 (pixel)", cropped=True,
                    prompt="zwx cat"),
@@ -145,7 +145,7 @@ def test_the_note_and_the_audience():
 
 
 def test_a_prompt_can_not_end_the_code():
-    prompt = Prompt(nickname="v", files=("v",), prompt="x\n```\n'\"\\")
+    prompt = Prompt(nickname="v", file="v", prompt="x\n```\n'\"\\")
     record = RunRecord(prompts=(prompt,))
     assert "prompt=" in code_in(card_of(record)[1])
 
@@ -173,6 +173,8 @@ def output(tmp_path):
         image = Image.new("RGB", (width, 16), "red")
         image.paste(colour, (width - 32, 0, width, 16))
         image.save(folder / "validation_images" / name)
+    name = file_name(12, "/home/jane/cat", 0, (32, 16)).replace("_0_32x16", "_ema_0_32x16")
+    Image.new("RGB", (32, 16)).save(folder / "validation_images" / name)
     (folder / "validation_images" / "step_12_broken_0_32x16.png").write_bytes(b"no image")
     (folder / "validation_images" / "other.png").write_bytes(b"no image")
     return folder
@@ -181,7 +183,7 @@ def output(tmp_path):
 def test_names_of_images_are_read_back(output):
     found = drawn_images(output / "validation_images")
     assert [(each.step, each.size) for each in found if each.nickname != "broken"] == [
-        (0, (32, 16)), (4, (32, 16)), (12, (32, 16)),
+        (0, (32, 16)), (4, (32, 16)), (12, (32, 16)), (12, (32, 16)),
     ]  # fmt: skip
     assert {each.step for each in newest_images(output / "validation_images")} == {12}
     assert drawn_images(output / "nowhere") == []
@@ -194,7 +196,7 @@ def test_an_upload_holds_no_secret_and_no_path(output, unfit):
     record = RunRecord(
         config={"anything": unfit},
         versions={"fluxfast": "1", "device": unfit},
-        prompts=(Prompt(nickname=unfit, files=(stem,), prompt=f"cat {unfit}"),),
+        prompts=(Prompt(nickname=unfit, file=stem, prompt=f"cat {unfit}"),),
         datasets=(DatasetRow(id=unfit, images=1, prompt=unfit),),
     )
     folder = gather(config, record, output, repository="me/cat", step=12)

@@ -236,7 +236,7 @@ def test_every_text_is_escaped(tmp_path):
         config={"tracker_run_name": EVIL, EVIL: EVIL},
         changed=(EVIL,),
         datasets=(DatasetRow(id=EVIL, kind=EVIL, images=1, sizes={EVIL: 1}),),
-        prompts=(Prompt(nickname="cat", files=("cat", "cat_ema"), prompt=EVIL),),
+        prompts=(Prompt(nickname="cat", file="cat", prompt=EVIL),),
         versions={EVIL: EVIL},
     )
     write_run_record(tmp_path, record, step=0)
@@ -288,7 +288,7 @@ def test_the_grid_has_the_base_first_and_not_too_many_columns(tmp_path):
     for step in range(0, 220, 10):
         image(tmp_path, step, width=64 if step else 32)
     image(tmp_path, 210, nickname="cat_ema", width=64)
-    cat = Prompt(nickname="cat", files=("cat", "cat_ema"), prompt="a cat")
+    cat = Prompt(nickname="cat", file="cat", prompt="a cat")
     write_run_record(tmp_path, RunRecord(prompts=(cat,)), step=0)
     page = Page(report_page(tmp_path))
     told = [text for text in page.sections["Validation images"] if text]
@@ -300,6 +300,18 @@ def test_the_grid_has_the_base_first_and_not_too_many_columns(tmp_path):
     assert told.count("not drawn") == 5
     assert told.count("a cat") == 2
     assert len(page.addresses) == 9
+
+
+def test_prompts_are_found_by_the_names_of_files():
+    prompts = tuple(Prompt(nickname=n, file=n, prompt=f"a {n}") for n in ("cat", "cat_dog"))
+    record = RunRecord(prompts=prompts)
+    for name, prompt in (
+        ("cat", "a cat"), ("cat_ema", "a cat"), ("cat_dog", "a cat_dog"),
+        ("cat_dog_ema_style", "a cat_dog"),
+    ):  # fmt: skip
+        assert record.prompt_of(name).prompt == prompt
+    assert record.prompt_of("cats") is None
+    assert RunRecord().prompt_of("cat") is None
 
 
 def test_the_command(output, tmp_path, capsys):
