@@ -15,8 +15,8 @@ from pydantic import ConfigDict, SecretStr, field_validator, model_validator
 from fluxfast.config.option import option
 from fluxfast.config.settings import ConfigError, Settings, expand, quoted, read_json, shown
 
-# by name, the extra of fluxfast that brings a tracker's package; "": it is always installed
-TRACKERS = {"tensorboard": "", "wandb": "wandb"}
+# what brings a tracker's package, by the tracker's name
+TRACKERS = {"tensorboard": "fluxfast", "wandb": "fluxfast[wandb]"}
 _NOT_YET = ("swanlab", "comet_ml", "custom-tracker", "simpletuner")
 # what configs write where there is no webhook
 _OFF: tuple[Any, ...] = (None, False, 0, "", "0", "none", "None", {}, [])
@@ -97,7 +97,7 @@ class ReportingFields(Settings):
     webhook_reporting_interval: int | None = option(
         None, ge=1, only_with="webhook_config", on_resume="ignored"
     )
-    """Steps between the reports of progress that webhooks get (unset: each step's)."""
+    """Steps between reports of progress to webhooks (unset: raw ones get each step's)."""
 
     @field_validator("report_to", mode="before")
     @classmethod

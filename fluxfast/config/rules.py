@@ -195,8 +195,7 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
             f'pip install "fluxfast[{extra}]"'
         )
     problems += [
-        f'"report_to" names {name}, whose package is not installed: '
-        f'pip install "fluxfast[{TRACKERS[name]}]"'
+        f'"report_to" names {name}, whose package is not installed: pip install "{TRACKERS[name]}"'
         for name in config.trackers
         if not is_installed(name)
     ]

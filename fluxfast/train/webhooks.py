@@ -45,20 +45,19 @@ class Webhooks:
         webhooks: Sequence[Webhook],
         say: Callable[[str], None],
         *,
-        status_interval: int = 1,
+        status_interval: int | None = None,
         capacity: int = CAPACITY,
         timeout: float = TIMEOUT,
     ) -> None:
-        """status_interval: steps between the `training.status` that are sent."""
-        self._status_interval = status_interval
-        self._senders = [_Sender(each, say, capacity, timeout) for each in webhooks]
+        """status_interval: steps between the reports of progress that are sent; None: of every
+        step, but to Discord none, whose readers they would drown.
+        """
+        self._senders = [
+            _Sender(each, say, status_interval, capacity, timeout) for each in webhooks
+        ]
 
     def __call__(self, event: Event) -> None:
         """Queue an event; returns at once."""
-        if event.type == STATUS:
-            current = event.content.get("progress", {}).get("current", 0)
-            if current % self._status_interval:
-                return
         for sender in self._senders:
             sender.put(event)
 
@@ -79,7 +78,7 @@ class Webhooks:
 
 def webhooks_of(config: TrainConfig, say: Callable[[str], None]) -> Webhooks:
     """The webhooks that a config names, if any."""
-    interval = config.webhook_reporting_interval or 1
+    interval = config.webhook_reporting_interval
     return Webhooks(config.webhook_config or (), say, status_interval=interval)
 
 
@@ -87,9 +86,16 @@ class _Sender:
     """Posts the events of one webhook, one after the other."""
 
     def __init__(
-        self, webhook: Webhook, say: Callable[[str], None], capacity: int, timeout: float
+        self,
+        webhook: Webhook,
+        say: Callable[[str], None],
+        status_interval: int | None,
+        capacity: int,
+        timeout: float,
     ) -> None:
         self._webhook, self._timeout, self._capacity = webhook, timeout, capacity
+        self._is_discord = webhook.webhook_type == "discord"
+        self._status_interval = status_interval or (0 if self._is_discord else 1)
         self._tell, self._told = say, set[str]()
         self._queue: deque[Event] = deque()
         self._changed = threading.Condition()
@@ -101,12 +107,18 @@ class _Sender:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, event: Event) -> None:
-        least = _SEVERITIES.index(self._webhook.log_level)
-        if _SEVERITIES.index(event.severity) < least:
-            return
+    def _wants(self, event: Event) -> bool:
+        if _SEVERITIES.index(event.severity) < _SEVERITIES.index(self._webhook.log_level):
+            return False
+        if event.type == STATUS and (progress := event.content.get("progress")):
+            interval = self._status_interval
+            return interval > 0 and progress["current"] % interval == 0
         # Discord's readers need no event that says nothing to people
-        if self._webhook.webhook_type == "discord" and not (event.text or event.images):
+        return not self._is_discord or bool(event.text or event.images)
+
+    def put(self, event: Event) -> None:
+        """Queue an event that the webhook wants, in place of older ones where it is too slow."""
+        if not self._wants(event):
             return
         with self._changed:
             if self._finishing:

@@ -38,7 +38,7 @@ def connect(tmp_path):
     """Events whose listener is a webhook to a server: (events, webhooks, what was said)."""
     stack = ExitStack()
 
-    def build(url, kind="raw", timeout=LONG, capacity=64, status_interval=1, **keys):
+    def build(url, kind="raw", timeout=LONG, capacity=64, status_interval=None, **keys):
         key = {"raw": "callback_url", "discord": "webhook_url"}[kind]
         hook = Webhook.model_validate({"webhook_type": kind, key: url, **keys})
         told = Told()
@@ -126,6 +126,17 @@ def test_reports_of_progress_come_at_their_interval(server, connect):
     events.emit("training.checkpoint", text="saved", progress={"current": 1})
     hooks.close(LONG)
     assert steps_in(server.posts) == [3, 6, 1]
+
+
+@pytest.mark.parametrize(("interval", "lines"), [(None, []), (2, ["step+2", "step+4"])])
+def test_discord_gets_reports_of_progress_on_request(server, connect, interval, lines):
+    events, hooks, _ = connect(server.url, "discord", status_interval=interval)
+    for step in (1, 2, 3, 4):
+        status(events, step)
+    events.emit("training.status", text="finished", data={"status": "completed"})
+    hooks.close(LONG)
+    expected = [f"content={line}".encode() for line in [*lines, "finished"]]
+    assert [body for _, body in server.posts] == expected
 
 
 def test_a_slow_server_makes_nobody_wait_and_loses_reports_of_progress_alone(server, connect):
