@@ -112,7 +112,7 @@ class _Sender:
             return False
         if event.type == STATUS and (progress := event.content.get("progress")):
             interval = self._status_interval
-            return interval > 0 and progress["current"] % interval == 0
+            return interval > 0 and progress.get("current", 0) % interval == 0
         # Discord's readers need no event that says nothing to people
         return not self._is_discord or bool(event.text or event.images)
 

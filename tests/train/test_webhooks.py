@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from email.policy import HTTP
 
 import pytest
-from webhook_server import LONG, SECRET, Server, answers, hangs_up
+from webhook_server import LONG, SECRET, Server, answers, hangs_up, speak_tls
 
 from fluxfast.config.reporting_fields import Webhook
 from fluxfast.train import webhooks
@@ -175,6 +175,19 @@ def test_the_oldest_event_goes_where_there_is_no_report_of_progress(server, conn
     trained.set()
     hooks.close(LONG)
     assert [json.loads(body)["title"] for _, body in server.posts] == ["first", "f"]
+
+
+def test_certificates_are_checked_unless_the_config_says_otherwise(server, connect, tmp_path):
+    url = speak_tls(server, tmp_path)
+    events, hooks, told = connect(url)
+    status(events, 1)
+    hooks.close(LONG)
+    assert not server.posts and len(told) == 1
+    assert "certificate that is not trusted" in told[0] and SECRET not in told[0]
+    events, hooks, told = connect(url, ssl_no_verify=True)
+    status(events, 2)
+    hooks.close(LONG)
+    assert steps_in(server.posts) == [2] and not told
 
 
 @pytest.mark.parametrize(
