@@ -23,6 +23,7 @@ COMMANDS = {
         "what the datasets will become, before anything is encoded: fluxfast-train data "
         "CONFIG.json [--out DIR]",
     ),
+    "keys": ("keys", "every key of the config files: fluxfast-train keys [WORD]"),
     "doctor": (
         "doctor",
         "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] "

@@ -103,6 +103,8 @@ def named_in(names: Callable[[], Iterable[str]]) -> BeforeValidator:
         expected = f"{', '.join(others)} or {last}" if others else last
         raise PydanticKnownError("literal_error", {"expected": expected})
 
+    # for those who describe the field
+    check.names = names  # type: ignore[attr-defined]
     return BeforeValidator(check)
 
 

@@ -101,7 +101,7 @@ class ValidationFields(Settings):
     )
     """Denoising steps per image."""
     validation_preview: bool = option(False, only_with=VALIDATION, on_resume="ignored")
-    """Show images as they are drawn: to webhooks, and as preview_<nickname>.png."""
+    """Show images as they are drawn: to webhooks, and in preview_NICKNAME.png."""
     validation_preview_steps: int = option(
         1, ge=1, only_with=(VALIDATION, "validation_preview"), on_resume="ignored"
     )

@@ -271,6 +271,7 @@ class Trainer:
                     self.pending = result
                     if self.step < self.steps:
                         self._between_steps()
+                self._report_last_step()
                 self.rounds.evaluate(self.step)
                 self._save(is_final=True)
         finally:
@@ -287,6 +288,7 @@ class Trainer:
         assert self.batches is not None
         epoch, ends_epoch = self.batches.epoch, self.batches.ends_epoch
         if self.rounds.evaluations.is_due(self.step, epoch, ends_epoch=ends_epoch):
+            self._report_last_step()
             self.rounds.evaluate(self.step)
         due = self.checkpoints.is_due(self.step, epoch, ends_epoch=ends_epoch)
         if due or self.requests.asked(SAVE) or self.rounds.is_among_best(self.step):
@@ -358,11 +360,15 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------
 
+    def _report_last_step(self) -> None:
+        """Wait for the numbers of the last step; what follows is no part of its time."""
+        self.report.step(self.pending)
+        self.pending = None
+
     def _save(self, *, is_final: bool = False) -> Path:
         """A checkpoint of this step; never of a step whose loss nobody has looked at."""
         assert self.batches is not None
-        self.report.step(self.pending)
-        self.pending = None
+        self._report_last_step()
         facts = {
             "seed": self.seed,
             "sampler": self.batches.state_dict(),

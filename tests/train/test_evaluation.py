@@ -18,6 +18,7 @@ from fluxfast.train.evaluation import POOLED, Evaluator
 from fluxfast.train.events import read_evaluations, read_metrics
 from fluxfast.train.intervals import Interval
 from fluxfast.train.loss_chart import plot_loss
+from fluxfast.train.run_events import read_events
 from fluxfast.train.saving import best_steps, evaluations_since_best
 
 FP32 = {"mixed_precision": "no", "optimizer": "torch-adamw"}
@@ -118,6 +119,21 @@ def test_a_run_evaluates_with_its_checkpoints_and_trains_to_the_same(run, held_o
     assert {line["dataset"] for line in read_metrics(tmp_path / "output" / "metrics.jsonl")} == {
         "photos"
     }
+
+
+def test_a_step_is_told_before_its_evaluation(run, held_out):
+    lora, _ = run(others=(held_out(),), eval_steps_interval=2, max_train_steps=4)
+    told = [
+        (event["type"], event.get("step", event.get("progress", {}).get("current")))
+        for event in read_events(lora.parent / "events.jsonl")
+        if event["type"] in ("training.status", "training.validation")
+    ]
+    # else the rate of a step's time would be that of no time at all
+    assert told[:7] == [
+        ("training.validation", 0), ("training.status", 1), ("training.status", 2),
+        ("training.validation", 2), ("training.status", 3), ("training.status", 4),
+        ("training.validation", 4),
+    ]  # fmt: skip
 
 
 def test_pooled_and_disabled(run, held_out, tmp_path):
