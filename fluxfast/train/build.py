@@ -39,6 +39,7 @@ from fluxfast.train.choose import BatchShape, tokens_of
 from fluxfast.train.data_options import survey_options
 from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.events import say
+from fluxfast.train.run_events import RunEvents
 from fluxfast.train.validation import ValidationSettings, Validator
 
 # the nickname of validation_prompt, beside those of the user's library
@@ -141,7 +142,9 @@ class Parts:
         return {name: self.scheduler.config[name] for name in names}
 
 
-def load_data(config: TrainConfig, seed: int, device: torch.device, console: Console) -> RunData:
+def load_data(
+    config: TrainConfig, seed: int, device: torch.device, console: Console, events: RunEvents
+) -> RunData:
     """Read the dataloader's config, fill the caches, print the closing table."""
     data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
     for note in data.notes:
@@ -156,6 +159,7 @@ def load_data(config: TrainConfig, seed: int, device: torch.device, console: Con
                 *([config.validation_negative_prompt] if prompts else []),
             ],
             progress=progress,
+            encoding=events.stage("init_vae_cache"),
             **survey_options(config),
         )
     console.print(prepared.report)

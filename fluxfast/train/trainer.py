@@ -110,7 +110,7 @@ class Trainer:
         self.init_lora = init_lora_of(config, self.saved)
         health.ensure_checked(config, self.device, console)
         with events.stage("init_data_backend"):
-            self.data: RunData = load_data(config, self.seed, self.device, console)
+            self.data: RunData = load_data(config, self.seed, self.device, console, events)
         self.config = config_of(config, checked.lora)
         with events.stage("init_load_base_model"):
             self.parts: Parts = load_parts(
@@ -123,10 +123,11 @@ class Trainer:
                 saved=self.saved and self.saved.adapter,
             )
         self.transformer, self.stream = self.parts.transformer, self.parts.stream
-        self.objective = Objective(
-            self.config, self.transformer, self.seed, self.parts.shift_bounds
-        )
-        self._make_optimizer()
+        with events.stage("init_prepare_models"):
+            self.objective = Objective(
+                self.config, self.transformer, self.seed, self.parts.shift_bounds
+            )
+            self._make_optimizer()
         self.step = 0
         # optimiser steps of the run
         self.steps = self.config.max_train_steps or self.data.sampler.steps(
