@@ -5,13 +5,13 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_previews import tiny_autoencoder
+from test_trainer import FP32
 from wandb_file import read_run
 from webhook_server import SECRET, answers, hangs_up
 
 from fluxfast.train.events import read_metrics
 from fluxfast.train.run_events import read_events
 
-FP32 = {"mixed_precision": "no", "optimizer": "torch-adamw"}
 IMAGES = {
     "validation_disable": False, "validation_prompt": "a red cup", "validation_resolution": "64",
     "validation_num_inference_steps": 2, "validation_guidance": 3.0,
@@ -72,7 +72,7 @@ def kill_at_a_checkpoint(server):
     def answer(handler):
         _, body = server.posts[-1]
         if json.loads(body)["type"] == "training.checkpoint":
-            server.socket.close()
+            server.stop()
             hangs_up(handler)
         else:
             answers(204)(handler)
