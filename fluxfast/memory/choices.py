@@ -23,6 +23,7 @@ from fluxfast.model import graphs
 from fluxfast.model.apply import Choices
 from fluxfast.model.compiled import missing
 from fluxfast.ops import attention_sage, verdicts
+from fluxfast.ops.attention import checked_as
 from fluxfast.quant import FORMATS
 from fluxfast_kernels.launch import reads_transposed
 
@@ -146,6 +147,8 @@ def refusals(wishes: Wishes, gpu: Gpu | None) -> list[str]:
     arch = None if gpu is None else gpu.arch
     if (obstacle := attention.obstacle(wishes.mechanism, arch)) is not None:
         found.append(_refusal("attention_mechanism", wishes.mechanism, obstacle, '"diffusers"'))
+    elif (verdict := _attention_verdict(wishes.mechanism, gpu)) is not None:
+        found.append(_refusal("attention_mechanism", wishes.mechanism, verdict, '"diffusers"'))
     elif wishes.deterministic and gpu is not None and not _is_deterministic(wishes.mechanism):
         obstacle = '"deterministic" is true, and its backward adds up in no fixed order'
         found.append(_refusal("attention_mechanism", wishes.mechanism, obstacle, '"native-flash"'))
@@ -382,6 +385,13 @@ def _graphs(wishes: Wishes, facts: Facts, choices: Choices) -> tuple[bool, str]:
     return obstacle is None, obstacle or "a step is the same launches each time"
 
 
+def _attention_verdict(mechanism: str, gpu: Gpu | None) -> str | None:
+    """What is wrong with a mechanism's back end on this machine; None where nothing is known."""
+    row = attention.MECHANISMS[mechanism]
+    backend = row.cpu if gpu is None else row.gpu
+    return None if backend is None else verdicts.failed(checked_as(False), backend)
+
+
 def _is_deterministic(mechanism: str) -> bool:
     """Whether a mechanism is, or can be, a back end that gives the same bits each time."""
     return attention.MECHANISMS[mechanism].gpu in ("auto", "flash", "ref")
@@ -392,7 +402,7 @@ def _compiled(wishes: Wishes, choices: Choices) -> str:
     if wishes.compile is None:
         return "nobody asks for it"
     if not wishes.compile.blocks:
-        return "as asked: what is around the blocks, which takes no memory beside them"
+        return "as asked: what is around the blocks, which is counted as taking no memory"
     if choices.streams:
         obstacle = "blocks are streamed, and compiled ones have their weights in place"
     elif wishes.vram_budget is not None:

@@ -7,6 +7,7 @@ from fluxfast.config.attention import MECHANISMS, obstacle, runnable, why_refuse
 from fluxfast.memory.choices import Facts, Refused, choose, refusals
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.wishes import wishes_of
+from fluxfast.ops import verdicts
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.attention_sage import FUNCTIONS
 
@@ -119,6 +120,16 @@ def test_deterministic_steps_need_a_back_end_that_is():
         assert bool(refusals(wishes, H100)) != allowed
     wishes = wishes_of(load(attention_mechanism="native-math", deterministic=True))
     assert choose(wishes, Facts(blocks=2, format=None, gpu=H100)).attention == "ref"
+
+
+def test_a_back_end_that_failed_its_check_is_refused():
+    wishes = wishes_of(load(attention_mechanism="cudnn"))
+    verdicts.set_failed({("attention", "cudnn"): "wrong"})
+    try:
+        only(refusals(wishes, H100), "cudnn", "failed its check")
+        assert not refusals(wishes_of(load()), H100)
+    finally:
+        verdicts.set_failed({})
 
 
 def test_what_a_run_is_told():
