@@ -135,6 +135,11 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         if may_fetch(clip) or not is_hub_name(clip):
             with _collecting(problems):
                 ClipScore(clip, device).check()
+    if config.validation_preview and not config.validation_disable:
+        small = ModelSource(config.validation_preview_model, None, None)
+        if may_fetch(small.path) or not is_hub_name(small.path):
+            with _collecting(problems):
+                _check_folder(small)
     for source in _sources(config):
         if may_fetch(source.path):
             with _collecting(problems):

@@ -114,7 +114,7 @@ def test_the_newest_preview_of_each_prompt_is_a_file(drawn, model, tmp_path):
 
 
 def test_the_last_preview_is_the_drawn_image(trainer, tmp_path):
-    made = trainer(**DRAW, validation_guidance_real=2.0)
+    made = trainer(**{**DRAW, "validation_preview": False}, validation_guidance_real=2.0)
     validator, shown = made.parts.validator, []
 
     class Watch(Previewer):
@@ -144,10 +144,11 @@ def test_images_are_the_same_with_previews_and_without(drawn, model):
 
 
 def broken(what, tmp_path, monkeypatch):
-    if what == "no model":
-        return tmp_path / "missing"
     vae = tiny_autoencoder(4 if what == "another model" else 16)
     vae.save_pretrained(tmp_path / "vae")
+    if what == "lost":
+        # after the look at the start
+        monkeypatch.setattr(AutoencoderTiny, "from_pretrained", lambda *args, **kwargs: 1 / 0)
     if what == "decoding":
         monkeypatch.setattr(AutoencoderTiny, "decode", lambda *args, **kwargs: 1 / 0)
     if what == "disk":
@@ -155,7 +156,7 @@ def broken(what, tmp_path, monkeypatch):
     return tmp_path / "vae"
 
 
-@pytest.mark.parametrize("what", ["no model", "another model", "decoding", "disk"])
+@pytest.mark.parametrize("what", ["lost", "another model", "decoding", "disk"])
 def test_a_preview_that_fails_is_told_once_and_ends_nothing(drawn, tmp_path, monkeypatch, what):
     events, said, files = drawn(validation_preview_model=str(broken(what, tmp_path, monkeypatch)))
     assert len(files) == 1 and not events

@@ -173,6 +173,14 @@ def test_options_that_need_an_evaluation_are_named(write_config):
     assert '"early_stopping_patience"' in note and "dataset_type" in note
 
 
+def test_an_autoencoder_of_previews_that_is_not_there_is_named_at_once(write_config, tmp_path):
+    gone = str(tmp_path / "tiny")
+    settings = {"validation_preview": True, "validation_preview_model": gone}
+    with pytest.raises(ConfigError, match="tiny: no such folder"):
+        preflight.check(load_config(write_config(**DRAWS, **settings)), CPU)
+    assert preflight.check(load_config(write_config(**settings)), CPU).repository == ""
+
+
 def test_a_clip_that_is_not_there_is_named_at_once(write_config, tmp_path):
     config = load_config(
         write_config(
