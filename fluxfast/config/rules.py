@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxfast.config.adapters import DORA
 from fluxfast.config.derived import DerivedValues
+from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
 
 # options that another one, if it is given, takes the place of
@@ -193,6 +194,11 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
             f'"optimizer" {config.optimizer} needs a package that is not installed: '
             f'pip install "fluxfast[{extra}]"'
         )
+    problems += [
+        f'"report_to" names {name}, whose package is not installed: pip install "{TRACKERS[name]}"'
+        for name in config.trackers
+        if not is_installed(name)
+    ]
     trains_bf16 = config.optimizer_kind.weights == "bf16"
     if trains_bf16 and config.weight_dtype_name == "fp32":
         problems.append(

@@ -17,6 +17,7 @@ from fluxfast.config.hub_fields import HubFields
 from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.config.optimizers import optimizer_options
 from fluxfast.config.option import option
+from fluxfast.config.reporting_fields import ReportingFields
 from fluxfast.config.settings import Settings, Utf8Path, named_in
 from fluxfast.config.validation_fields import ValidationFields
 
@@ -57,7 +58,7 @@ class TreadConfig(Settings):
     """The ranges; they may not overlap."""
 
 
-class TrainFields(ValidationFields, EvaluationFields, HubFields):
+class TrainFields(ValidationFields, EvaluationFields, ReportingFields, HubFields):
     """What a config file can say, each value valid by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -384,7 +385,7 @@ class TrainFields(ValidationFields, EvaluationFields, HubFields):
     allow_dataset_oversubscription: bool = False
     """Raise a dataset's repeats until each bucket fills a step."""
 
-    # checkpoints and tracking
+    # checkpoints
     checkpoint_step_interval: int = option(
         500, ge=0, on_resume="ignored", aliases=("checkpointing_steps",)
     )
@@ -395,11 +396,3 @@ class TrainFields(ValidationFields, EvaluationFields, HubFields):
         5, ge=1, on_resume="ignored", aliases=("save_total_limit",)
     )
     """Checkpoints to keep."""
-    report_to: Literal["none", "tensorboard"] = option("none", on_resume="ignored")
-    """Tracker of the metrics."""
-    tracker_project_name: str = option("simpletuner", on_resume="ignored")
-    """Project in the tracker."""
-    tracker_run_name: str = option("simpletuner-testing", on_resume="ignored")
-    """Run in the tracker, and the saved LoRA's title."""
-    logging_dir: Path = option(Path("logs"), on_resume="ignored")
-    """Folder for the tracker's files."""

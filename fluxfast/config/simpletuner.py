@@ -78,7 +78,6 @@ ACCEPTED_NO_EFFECT = {
     "skip_file_discovery": "a second start recomputes nothing anyway",
     "text_embed_full_cache": "the text cache is always complete before training starts",
     "torch_num_threads": "PyTorch computes with a thread a core; OMP_NUM_THREADS says otherwise",
-    "tracker_image_layout": "only read by trackers that are refused",
     "validation_disable_unconditional": "no image is drawn for an empty prompt",
 }  # fmt: skip
 
@@ -113,7 +112,6 @@ _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
 _WHY_NOT = {
     ("model_type", "full"): "only LoRAs are trained",
     ("flux_lora_target", "controlnet"): "there is no ControlNet to train",
-    ("report_to", "all"): 'set "tensorboard"',
 }
 
 

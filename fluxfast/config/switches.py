@@ -63,7 +63,6 @@ SWITCHES = (
     Switch("enable_nsfw_check or delete_nsfw_images", ("nsfw_check_*",)),
     Switch("lr_scale", ("lr_scale_sqrt",)),
     Switch("disk_low_threshold", ("disk_low_*",)),
-    Switch("webhook_config", ("webhook_reporting_interval",)),
     Switch("report_to=custom-tracker", ("custom_tracker",)),
     Switch("peft_lora_mode=singlora", ("singlora_ramp_up_steps",)),
     Switch("caption_strategy=parquet", ("parquet_*",)),
@@ -100,7 +99,6 @@ SWITCHES = (
     Switch("init_lora", ("init_lora_step",), refused=False),
     # validation
     Switch("validation_disable=false", ("validation_*",), refused=False),
-    Switch("validation_preview", ("validation_preview_steps",)),
     Switch("validation_method=external-script", ("validation_external_*",)),
     Switch("validation_guidance_skip_layers", ("validation_guidance_skip_*",)),
 )

@@ -100,6 +100,19 @@ class ValidationFields(Settings):
         30, ge=1, only_with=VALIDATION, on_resume="ignored"
     )
     """Denoising steps per image."""
+    validation_preview: bool = option(False, only_with=VALIDATION, on_resume="ignored")
+    """Show images as they are drawn: to webhooks, and in preview_NICKNAME.png."""
+    validation_preview_steps: int = option(
+        1, ge=1, only_with=(VALIDATION, "validation_preview"), on_resume="ignored"
+    )
+    """Denoising steps between previews; the first step has one in any case."""
+    validation_preview_model: str = option(
+        "madebyollin/taef1",
+        only_with=(VALIDATION, "validation_preview"),
+        on_resume="ignored",
+        ours=True,
+    )
+    """Folder or Hub repository of the Tiny AutoEncoder that decodes previews."""
     validation_seed: int | None = option(
         None, ge=0, lt=2**63, only_with=VALIDATION, on_resume="ignored"
     )

@@ -135,7 +135,7 @@ class Rounds:
     def _tell_drawn(self, step: int, drawn: list[Drawn]) -> None:
         assert self._validator is not None
         grid = self._validator.grid(step, drawn)
-        self._report.images(step, {each.path: each.prompt for each in drawn}, grid)
+        self._report.images(step, drawn, grid)
 
     def _weights(self, step: int) -> list[Kind]:
         """The kinds of weights to look at after a step: at step 0, which is the base, one."""

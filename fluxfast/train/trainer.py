@@ -32,12 +32,15 @@ from fluxfast.train.intervals import Interval
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
+from fluxfast.train.previews import previewer_of
 from fluxfast.train.publish import Publisher, run_record
 from fluxfast.train.reporting import Reporter, StepResult
 from fluxfast.train.rounds import Rounds
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.run_lock import RunLock
 from fluxfast.train.saving import Saver, best_steps, evaluations_since_best
+from fluxfast.train.trackers import Trackers
+from fluxfast.train.webhooks import webhooks_of
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -56,7 +59,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         with RunLock(config.output_dir, partial(say, console)):
             remove_leftovers(config.output_dir)
             requests.forget_old()
-            with RunEvents(config.output_dir, partial(say, console)) as events:
+            notes = partial(say, console)
+            with (
+                webhooks_of(config, notes) as webhooks,
+                RunEvents(config.output_dir, notes) as events,
+            ):
+                events.subscribe(webhooks)
                 return _train(config, console, checked, requests, events)
 
 
@@ -96,11 +104,7 @@ class Trainer:
         self.numbers = Numbers(self._say)
         for note in checked.notes:
             self._say(note)
-        self.accelerator = Accelerator(
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=str(config.output_dir / config.logging_dir),
-        )
-        self.device = self.accelerator.device
+        self.device = Accelerator().device
         torch.backends.cuda.matmul.allow_tf32 = not config.disable_tf32
         self.seed = resume.run_seed(config, self.saved)
         self.init_lora = init_lora_of(config, self.saved)
@@ -225,13 +229,18 @@ class Trainer:
         self.publisher.start(self.step)
         self.report = Reporter(
             config,
-            self.accelerator,
+            self.device,
+            Trackers(self.given, seed=self.seed, done=self.step, say=self._say),
             self.events,
             self.console,
             self.numbers,
             steps=self.steps,
             done=self.step,
         )
+        if self.parts.validator is not None:
+            self.parts.validator.previewer = previewer_of(
+                config, self.device, self.parts.validator.folder, self.events, self._say
+            )
         self.rounds = Rounds(
             config, self.parts, self.data, self.objective, self.optimizer, self.average,
             self.report, self.events, self.console,

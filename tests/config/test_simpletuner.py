@@ -40,7 +40,7 @@ def off_default(option: KnownOption):
     [
         ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-sdnq"),
-        ("report_to", "wandb"),
+        ("report_to", "swanlab"),
         ("attention_mechanism", "sageattention"),
         ("mixed_precision", "fp16"),
         ("flux_lora_target", "controlnet"),
@@ -49,7 +49,6 @@ def off_default(option: KnownOption):
         ("caption_strategy", "parquet"),
         ("post_checkpoint_script", "true.sh"),
         ("enable_model_cpu_offload", True),
-        ("validation_preview", True),
         ("num_processes", 2),
         ("validation_prompt_library", True),
     ],
