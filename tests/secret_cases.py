@@ -25,9 +25,10 @@ HIDDEN = ("QwErTy", "secretpart", "hunter2", "0123456789abc", "jane", "Jane", "P
 def full_of(unfit: str) -> dict[str, Any]:
     """A config that holds a text in every field that takes any text."""
     texts = {}
+    of_a_table = ("attention_mechanism", "optimizer", "lora_type", "model_flavour", "hub_model_id")
     for name, field in TrainConfig.model_fields.items():
         kinds = {field.annotation, *get_args(field.annotation)}
-        if str in kinds and name not in ("optimizer", "lora_type", "model_flavour", "hub_model_id"):
+        if str in kinds and name not in of_a_table:
             texts[name] = f"a cat, {unfit}" if "prompt" in name or "note" in name else unfit
     not_texts = {"validation_resolution", "vram_budget", "resume_from_checkpoint", "report_to"}
     return {name: text for name, text in texts.items() if name not in not_texts}

@@ -75,7 +75,11 @@ def keys() -> Iterator[Key]:
 
 def _title(cls: type[BaseModel]) -> str:
     """The title of a class of options, which its docstring begins with."""
-    words = {"TrainFields": "The run", "ValidationFields": "Validation"}
+    words = {
+        "TrainFields": "The run",
+        "ValidationFields": "Validation",
+        "ComputeFields": "Attention and torch.compile",
+    }
     return words.get(cls.__name__, cls.__name__.removesuffix("Fields"))
 
 

@@ -19,7 +19,7 @@ _TEXTS = frozenset({
     "model_flavour", "lora_type", "lycoris_config", "tread_config", "peft_lora_target_modules",
     "optimizer", "optimizer_config", "eval_dataset_id", "instance_prompt", "validation_prompt",
     "validation_negative_prompt", "validation_resolution", "tracker_project_name",
-    "tracker_run_name", "hub_model_id", "model_card_note",
+    "tracker_run_name", "hub_model_id", "model_card_note", "attention_mechanism",
 })  # fmt: skip
 # options that name a part of the model: public where that is a repository of the Hub
 _REPOSITORIES = frozenset({

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from fluxfast.config.adapters import LORA_TYPES, LoraFormat
+from fluxfast.config.compute_fields import ComputeFields
 from fluxfast.config.evaluation_fields import EvaluationFields
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.config.hub_fields import HubFields
@@ -58,7 +59,7 @@ class TreadConfig(Settings):
     """The ranges; they may not overlap."""
 
 
-class TrainFields(ValidationFields, EvaluationFields, ReportingFields, HubFields):
+class TrainFields(ComputeFields, ValidationFields, EvaluationFields, ReportingFields, HubFields):
     """What a config file can say, each value valid by itself."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -96,8 +97,6 @@ class TrainFields(ValidationFields, EvaluationFields, ReportingFields, HubFields
     """Where weights are quantised (unset: on the accelerator if there is one)."""
     offload_during_startup: bool = option(False, on_resume="ignored")
     """Text encoders and VAE take turns on the device; here they always do."""
-    attention_mechanism: Literal["diffusers"] = option("diffusers", on_resume="ignored")
-    """Implementation of attention; diffusers is PyTorch's own."""
     vae_dtype: Literal["default", "fp32", "fp16", "bf16"] = "bf16"
     """Type that the VAE computes in on an accelerator."""
     vae_enable_tiling: bool = False

@@ -80,9 +80,7 @@ SWITCHES = (
             "validation_multigpu",
         ),
     ),
-    Switch("dynamo_backend", ("dynamo_*",)),
     # what computes
-    Switch("attention_mechanism=sageattention*", ("sageattention_usage",)),
     Switch("attention_mechanism=sla", ("sla_config",)),
     Switch("quantize_via=pipeline", ("quantization_config",)),
     Switch("base_model_precision=*sdnq or text_encoder_?_precision=*sdnq", ("sdnq_*",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fluxfast.adapters.kind import AdapterFile
+from fluxfast.config.attention import MECHANISMS
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, read_json, shown
@@ -26,9 +28,10 @@ from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared, PreparedDataset
 from fluxfast.data.sampler import Sampler
 from fluxfast.data.survey import progress_bars
-from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.stream import BlockStream, stream_blocks
-from fluxfast.model.apply import Choices, make_ready
+from fluxfast.memory.wishes import Wishes, wishes_of
+from fluxfast.model.apply import Choices, drawing_with, make_ready
+from fluxfast.model.compiled import CompiledRegions, cache_in
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.text import text_problem
 from fluxfast.train import choose
@@ -36,6 +39,7 @@ from fluxfast.train.adapter import add_adapter
 from fluxfast.train.assistant import activate, add_assistant
 from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
 from fluxfast.train.choose import BatchShape, tokens_of
+from fluxfast.train.compiling import CompileProgress
 from fluxfast.train.data_options import survey_options
 from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.events import say
@@ -127,6 +131,7 @@ class Parts:
         stream: who streams its blocks; None: they are resident.
         scheduler: the pipeline's.
         validator: None where validation is off or has no prompt.
+        compiling: tells how torch.compile goes; None: nothing is compiled.
     """
 
     transformer: FluxTransformer
@@ -134,6 +139,7 @@ class Parts:
     stream: BlockStream | None
     scheduler: FlowMatchEulerDiscreteScheduler
     validator: Validator | None
+    compiling: CompileProgress | None = None
 
     @property
     def shift_bounds(self) -> dict[str, Any]:
@@ -295,8 +301,16 @@ def load_parts(
         choices,
         stream,
         scheduler,
-        _validator(config, data, seed, transformer, scheduler),
+        _validator(config, wishes, data, seed, transformer, scheduler),
+        _compiling(config, wishes, console),
     )
+
+
+def _compiling(config: TrainConfig, wishes: Wishes, console: Console) -> CompileProgress | None:
+    """Who tells of torch.compile, once its results have a folder; None where nobody compiles."""
+    if wishes.compile is None and wishes.draws_compiled is None:
+        return None
+    return CompileProgress(partial(say, console), str(cache_in(config.cache_dir / "compiled")))
 
 
 def use_deterministic_algorithms() -> None:
@@ -350,6 +364,7 @@ def _stream(
 
 def _validator(
     config: TrainConfig,
+    wishes: Wishes,
     data: RunData,
     seed: int,
     transformer: FluxTransformer,
@@ -402,4 +417,17 @@ def _validator(
         load_vae=load_vae,
         embeds=embeds,
         dtype=config.weight_dtype,
+        drawing=_drawing(wishes, transformer),
     )
+
+
+def _drawing(
+    wishes: Wishes, transformer: FluxTransformer
+) -> Callable[[], AbstractContextManager[None]]:
+    """The context in which validation images are drawn: its own attention, compiled or not."""
+    compiled = None
+    if wishes.draws_compiled is not None:
+        # graphs of training serve here too, where something is compiled there
+        compiled = transformer.compiled or CompiledRegions(wishes.draws_compiled)
+    attention = MECHANISMS[wishes.mechanism].drawing
+    return partial(drawing_with, transformer, attention, compiled)

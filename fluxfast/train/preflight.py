@@ -28,7 +28,8 @@ from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, quoted
 from fluxfast.data.model_folders import local_folder
 from fluxfast.memory import gpus
-from fluxfast.memory.choices import refusals, wishes_of
+from fluxfast.memory.choices import lacking, refusals
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.routing import resolve_routes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import verdicts
@@ -107,6 +108,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     # what failed a check of this machine counts once `health` has looked at it
     with verdicts.ignored():
         problems += refusals(wishes_of(config), gpus.this_gpu(device))
+    problems += lacking(wishes_of(config), device.type)
     changes = resume.refused(config, saved, data.images if data else ()) if saved else []
     if config.push_to_hub:
         with _collecting(problems):

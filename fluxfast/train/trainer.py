@@ -217,12 +217,14 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """End uploads, and free what outlives the objects: memory or files of streamed blocks."""
+        """End uploads, and free what outlives the objects: threads, memory, files."""
         try:
             self.publisher.close()
         finally:
             if self.stream is not None:
                 self.stream.close()
+            if self.parts.compiling is not None:
+                self.parts.compiling.close()
 
     def loop(self) -> Path:
         """Train to the last step, save, and return the final LoRA's path."""
@@ -332,6 +334,8 @@ class Trainer:
             batches.append(example.batch)
             if example.batch.is_regularisation_data:
                 held, held_batches = held + loss.detach(), held_batches + 1
+        if self.parts.compiling is not None:
+            self.parts.compiling.tell()
         self.gradients.hand_over()
         norm = clip_gradients(
             self.gradients.buffers, self.config.grad_clip_method, self.config.clipped_to

@@ -164,8 +164,8 @@ class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
     `embeds` gives a prompt's text embeddings: prompt_embeds [1, L, D], pooled_prompt_embeds [1, P],
-    and with `masked_text` attention_mask, bool [1, L]. `previewer`, where it is
-    set, is shown each denoising step.
+    and with `masked_text` attention_mask, bool [1, L]. `drawing` is a context in which the
+    transformer draws. `previewer`, where it is set, is shown each denoising step.
     """
 
     def __init__(
@@ -178,7 +178,9 @@ class Validator:
         load_vae: Callable[[], Any],
         embeds: Callable[[str], Mapping[str, Tensor]],
         dtype: torch.dtype,
+        drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._drawing = drawing
         self.settings, self.folder = settings, output_dir / FOLDER
         self._transformer, self._scheduler, self._load_vae = transformer, scheduler, load_vae
         self._embeds, self._dtype = embeds, dtype
@@ -196,7 +198,7 @@ class Validator:
         base_alone = without_adapters(self._transformer) if step == 0 else nullcontext()
         rng = torch.get_rng_state()
         try:
-            with base_alone:
+            with base_alone, self._drawing():
                 return self._run(step, console, label)
         finally:
             torch.set_rng_state(rng)

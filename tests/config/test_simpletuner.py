@@ -41,7 +41,7 @@ def off_default(option: KnownOption):
         ("base_model_precision", "int8-sdnq"),
         ("text_encoder_2_precision", "int8-sdnq"),
         ("report_to", "swanlab"),
-        ("attention_mechanism", "sageattention"),
+        ("attention_mechanism", "flex"),
         ("mixed_precision", "fp16"),
         ("flux_lora_target", "controlnet"),
         ("quantize_via", "pipeline"),
