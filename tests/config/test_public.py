@@ -86,3 +86,15 @@ def test_names_of_repositories():
     assert repository_name("katze.git") == "katze"
     assert repository_name("猫") == "lora"
     assert len(repository_name("x" * 200)) == 96
+
+
+def test_webhooks_are_neither_public_nor_shown():
+    hooks = [
+        {"webhook_type": "discord", "webhook_url": SECRETS["webhook"]},
+        {"webhook_type": "raw", "callback_url": SECRETS["login"], "auth_token": "secretpart"},
+    ]
+    config = load(webhook_config=hooks)
+    assert "webhook_config" not in public_settings(config)
+    shown = shown_settings(config)
+    assert shown["webhook_config"] == REMOVED
+    assert not [part for part in HIDDEN if part in json.dumps(shown)]

@@ -107,11 +107,11 @@ def test_base_models():
 
 def test_settings_and_datasets():
     _, body = card_of(
-        optimizer="optimi-lion", learning_rate=3e-5, lora_rank=8, lora_alpha=4, step=60,
+        optimizer="torch-adamw", learning_rate=3e-5, lora_rank=8, lora_alpha=4, step=60,
         train_batch_size=2, gradient_accumulation_steps=3, base_model_precision="int8-quanto",
     )  # fmt: skip
     for row in (
-        "| optimiser | optimi-lion |", "| learning rate | 3e-05 |", "| rank | 8 |",
+        "| optimiser | torch-adamw |", "| learning rate | 3e-05 |", "| rank | 8 |",
         "| alpha | 4.0 |", "| steps | 60 of 100 |", "| batch | 2 x 3 accumulated |",
         "| base's precision | int8-quanto |", "| seed | 7 |",
         "| my \\| cats | image | 12 | 3 | 512 (pixel) | yes |",
