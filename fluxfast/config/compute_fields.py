@@ -5,8 +5,6 @@ They are fields of the run's config like all others (`run_fields`).
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict
-
 from fluxfast.config.attention import runnable
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings, named_in
@@ -19,8 +17,6 @@ _INDUCTOR = "dynamo_backend=inductor or validation_torch_compile"
 
 class ComputeFields(Settings):
     """What a config file can say of attention and of torch.compile."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     attention_mechanism: Annotated[str, named_in(runnable)] = "diffusers"
     """Implementation of attention; diffusers is the fastest of PyTorch's own."""

@@ -5,7 +5,7 @@ They are fields of the run's config like all others (`run_fields`).
 
 import re
 
-from pydantic import ConfigDict, field_validator
+from pydantic import field_validator
 
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings, shown
@@ -20,8 +20,6 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+|\.{2,}")
 
 class HubFields(Settings):
     """What a config file can say of uploads to the Hub."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     push_to_hub: bool = option(False, on_resume="ignored")
     """Upload the adapter to the Hugging Face Hub at the end of the run."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, SecretStr, field_validator, model_validator
+from pydantic import SecretStr, field_validator, model_validator
 
 from fluxfast.config.option import option
 from fluxfast.config.settings import ConfigError, Settings, expand, quoted, read_json, shown
@@ -77,8 +77,6 @@ def _is_address(url: str) -> bool:
 
 class ReportingFields(Settings):
     """What a config file can say of trackers and webhooks."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     report_to: str = option("none", on_resume="ignored")
     """Trackers of metrics and images: tensorboard, wandb, several between commas, all, or none."""

@@ -55,7 +55,12 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        # what a field means stands below it
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")

@@ -6,8 +6,6 @@ They are fields of the run's config like all others (`run_fields`).
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings
 from fluxfast.config.validation_adapters import ValidationAdapterRun
@@ -19,8 +17,6 @@ _REFERENCES = "model_flavour=kontext"
 
 class ValidationFields(Settings):
     """What a config file can say of validation."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     validation_disable: bool = option(False, on_resume="ignored")
     """Draw no validation images."""
