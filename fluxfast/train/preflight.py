@@ -54,7 +54,7 @@ from fluxfast.train.base_model import (
     quantizing_device,
     stored_format,
 )
-from fluxfast.train.build import validation_prompts
+from fluxfast.train.build_validator import validation_prompts
 from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.hub import check_access

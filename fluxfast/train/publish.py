@@ -19,7 +19,8 @@ from fluxfast.config.run import TrainConfig, default_config
 from fluxfast.data.dataset_report import DatasetReport
 from fluxfast.doctor.machine import facts
 from fluxfast.files import safe_name
-from fluxfast.train.build import Parts, RunData
+from fluxfast.train.build import Parts
+from fluxfast.train.build_data import RunData
 from fluxfast.train.events import Numbers
 from fluxfast.train.hub import HubUploads
 from fluxfast.train.hub_folder import gather

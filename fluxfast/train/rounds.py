@@ -16,7 +16,8 @@ from fluxfast.adapters.lycoris import strength
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.validation_adapters import ValidationAdapterRun
 from fluxfast.train.assistant import drawing
-from fluxfast.train.build import Parts, RunData
+from fluxfast.train.build import Parts
+from fluxfast.train.build_data import RunData
 from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.evaluation import Evaluator

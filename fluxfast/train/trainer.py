@@ -24,7 +24,8 @@ from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
 from fluxfast.train.adapter import config_of, init_lora_of, kind_of
-from fluxfast.train.build import Parts, RunData, load_data, load_parts
+from fluxfast.train.build import Parts, load_parts
+from fluxfast.train.build_data import RunData, load_data
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.events import Numbers, say

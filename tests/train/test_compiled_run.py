@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drawing_cases import DRAWS_TRAINED
 from rich.console import Console
 from safetensors.torch import load_file
 from test_trainer import BF16, FP32, TREAD
@@ -115,15 +116,9 @@ def test_an_order_that_this_machine_can_not_follow(write_config, monkeypatch):
         train(config, Console(file=io.StringIO()))
 
 
-DRAWS = {
-    "validation_disable": False,
-    "validation_prompt": "a red cup",
-    "validation_resolution": "64",
-    "validation_num_inference_steps": 2,
-    "validation_step_interval": 0,
-    "disable_benchmark": True,
-    "max_train_steps": 1,
-}
+DRAWS = DRAWS_TRAINED | {
+    "validation_resolution": "64", "validation_num_inference_steps": 2, "max_train_steps": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("trains_compiled", [False, True])

@@ -4,19 +4,12 @@ import json
 from datetime import datetime
 
 import pytest
+from drawing_cases import DRAWS
 from kill_cases import kill_at
 
 from fluxfast.train.control import STOP, Stopped, request_file
 from fluxfast.train.reporting import NonFiniteLoss
 from fluxfast.train.run_events import STAGES, RunEvents, read_events
-
-DRAWS = {
-    "validation_disable": False,
-    "validation_step_interval": 0,
-    "validation_prompt": "a red cup",
-    "validation_resolution": "64x48",
-    "validation_num_inference_steps": 1,
-}
 
 
 def events_of(folder):

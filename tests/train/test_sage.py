@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from drawing_cases import DRAWS_TRAINED
 from rich.console import Console
 
 from fluxfast.config.run import load_config
@@ -15,17 +16,10 @@ from fluxfast.ops import attention
 from fluxfast.ops.attention_sage import FUNCTIONS
 from fluxfast.train.trainer import train
 
-DRAWS = {
-    "validation_disable": False,
-    "validation_prompt": "a red cup",
-    "validation_resolution": "64",
-    "validation_num_inference_steps": 2,
-    "validation_step_interval": 0,
-    "disable_benchmark": True,
-    "max_train_steps": 2,
-    "modulation_ahead": False,
-    "cuda_graphs": False,
-}
+DRAWS = DRAWS_TRAINED | {
+    "validation_resolution": "64", "validation_num_inference_steps": 2, "max_train_steps": 2,
+    "modulation_ahead": False, "cuda_graphs": False,
+}  # fmt: skip
 
 
 @pytest.fixture
