@@ -234,5 +234,5 @@ def test_only_train_and_cli_see_the_runs_config():
     assert modules_of_it <= {name for name, _ in MODULES}
     for module, imported in import_graph(MODULES).items():
         readers = ("fluxfast.config", "fluxfast.train", "fluxfast.demo", "fluxfast.cli")
-        if layer_of(module) not in readers and module != "fluxfast.memory.choices":
+        if layer_of(module) not in readers and module != "fluxfast.memory.wishes":
             assert not imported & modules_of_it, f"{module} reads the run's config"

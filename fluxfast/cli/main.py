@@ -33,6 +33,10 @@ COMMANDS = {
         "demo",
         "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes",
     ),
+    "report": (
+        "report",
+        "one HTML page about a run: losses, images, config: fluxfast-train report OUT",
+    ),
     "quantize": (
         "quantize",
         "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT",

@@ -20,8 +20,9 @@ from fluxfast.config.settings import ConfigError
 if TYPE_CHECKING:
     # torch loads once the config is known to be right
     from fluxfast.checkpoint.transformer import Checkpoint
-    from fluxfast.memory.choices import Facts, Wishes
+    from fluxfast.memory.choices import Facts
     from fluxfast.memory.gpus import Gpu
+    from fluxfast.memory.wishes import Wishes
     from fluxfast.model.apply import Choices
 
 HELP = """fluxfast-train plan CONFIG.json [--gpu NAME] [--json] [--option=value ...]
@@ -86,9 +87,10 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     Raises ValueError for a GPU that isn't in the table, and for what that GPU can't do.
     """
     from fluxfast.memory import plan
-    from fluxfast.memory.choices import budget_bytes, usable_bytes, wishes_of
+    from fluxfast.memory.choices import budget_bytes, usable_bytes
     from fluxfast.memory.gpus import GPUS, find_gpu
     from fluxfast.memory.rates import modulation_on_host, told
+    from fluxfast.memory.wishes import wishes_of
     from fluxfast.train.adapter import config_of, read_init_lora
     from fluxfast.train.choose import encoded_pixels, facts_of, largest_batch, workload_of
 
@@ -344,11 +346,13 @@ def _told(choice: str, chosen: dict[str, Any]) -> str:
         "transposed_codes": "transposed codes",
         "modulation_ahead": "modulation",
         "graphs": "CUDA graphs",
+        "compile": "torch.compile",
     }
     value = {
         "compute": f" in {chosen['compute']}",
         "transposed_codes": " kept" if chosen["transposed_codes"] else " not kept",
         "graphs": " on" if chosen["graphs"] else " off",
+        "compile": " off" if chosen["compile"] is None else " on",
         "attention": f" {chosen['attention']}",
     }
     return names.get(choice, choice) + value.get(choice, "")

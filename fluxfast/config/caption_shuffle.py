@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from fluxfast.config.settings import Settings
 from fluxfast.text import to_bytes
@@ -19,8 +19,6 @@ _ATTEMPTS = 20
 
 class CaptionShuffle(Settings):
     """A dataset's `caption_shuffle`: how many orders of a caption's tags there are to be."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     enable: bool = False
     """Shuffle captions at all."""

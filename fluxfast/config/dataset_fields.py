@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
@@ -81,8 +80,6 @@ FilterList = Annotated[
 
 
 class _Entry(Settings):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     id: str = Field(min_length=1)
     """Name of the entry, different from every other's; caches and sampler states belong to it."""
     type: Literal["local"] = "local"

@@ -6,22 +6,38 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fluxfast.config.backends import ORIGINS, ParquetTable
+from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.conditioning import ConditioningDataset
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
+from fluxfast.config.generators import Generator
 from fluxfast.config.option import facts_of
-from fluxfast.config.run_fields import TrainFields
+from fluxfast.config.reporting_fields import Webhook
+from fluxfast.config.run_fields import TrainFields, TreadRoute
 from fluxfast.config.settings import shown
+from fluxfast.config.validation_adapters import ValidationAdapter
 
-_WORDS = {int: "whole number", float: "number", str: "text", Path: "path"}
+_WORDS = {int: "whole number", float: "number", str: "text", SecretStr: "text", Path: "path"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 # what a dataset has of the run's config where it doesn't say
 _OF_THE_RUN = {field.name for field in fields(DatasetDefaults)} - {"cache_dir", "output_dir"}
+
+
+# classes of objects that keys hold, by where they are
+_NESTED: dict[str, type[BaseModel]] = {
+    "tread_config.routes": TreadRoute,
+    "webhook_config": Webhook,
+    "validation_adapter_config": ValidationAdapter,
+    "conditioning": Generator,
+    "caption_shuffle": CaptionShuffle,
+    "parquet": ParquetTable,
+}
 
 
 class Key(NamedTuple):
@@ -46,12 +62,14 @@ class Key(NamedTuple):
 
 def sections() -> dict[str, type[BaseModel]]:
     """The classes whose own fields are keys, by title, in the order to read them in."""
-    run = [cls for cls in TrainFields.__mro__ if "model_fields" in dir(cls) and _own(cls)]
     return {
-        **{_title(cls): cls for cls in reversed(run)},
+        "The run": TrainFields,
+        **{cls.__name__.removesuffix("Fields"): cls for cls in TrainFields.__bases__},
         "Image datasets": ImageDataset,
+        **{f"Datasets of type {kind}": cls for kind, cls in ORIGINS.items()},
         "Conditioning datasets": ConditioningDataset,
         "The text cache": TextEmbeds,
+        **{f"Objects: {where}": cls for where, cls in _NESTED.items()},
     }
 
 
@@ -71,12 +89,6 @@ def keys() -> Iterator[Key]:
                 " ".join((field.description or "").split()),
                 facts_of(field).ours,
             )
-
-
-def _title(cls: type[BaseModel]) -> str:
-    """The title of a class of options, which its docstring begins with."""
-    words = {"TrainFields": "The run", "ValidationFields": "Validation"}
-    return words.get(cls.__name__, cls.__name__.removesuffix("Fields"))
 
 
 def _own(cls: type) -> list[str]:

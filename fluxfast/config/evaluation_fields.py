@@ -6,8 +6,6 @@ They are fields of the run's config like all others (`run_fields`).
 
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings
 from fluxfast.config.validation_fields import VALIDATION
@@ -19,8 +17,6 @@ class EvaluationFields(Settings):
     The evaluation loss is computed where the dataloader's config has datasets of `dataset_type`
     eval; without one, the options that begin with eval_ have no effect.
     """
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     eval_loss_disable: bool = option(False, on_resume="ignored")
     """Compute no evaluation loss, even where datasets are held out."""

@@ -5,10 +5,28 @@ A new flavour is a record here. Config, plan and trainer read it as `TrainConfig
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 # features of an image token: the 16 latent channels of 2 x 2 pixels
 IN_CHANNELS = 64
+
+
+class License(NamedTuple):
+    """A licence in the words of the Hub's model cards: its id, and name and text where it has none.
+
+    What is trained on a model may be published under the model's licence.
+    """
+
+    id: str
+    name: str = ""
+    link: str = ""
+
+
+DEV_LICENSE = License(
+    "other",
+    "flux-1-dev-non-commercial-license",
+    "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class Flavour:
         notes: what a run always prints.
         architecture: the base model's name in the metadata of a saved LoRA (ModelSpec's
             `modelspec.architecture`, without "/lora").
+        license: the weights', which a published LoRA names as its own.
     """
 
     repository: str
@@ -52,6 +71,7 @@ class Flavour:
     good_validation_steps: tuple[int, int] | None = None
     advice: str = ""
     notes: tuple[str, ...] = ()
+    license: License = DEV_LICENSE
 
     def draws_well_in(self, steps: int) -> bool:
         """Whether so many denoising steps suit it."""
@@ -78,6 +98,7 @@ FLAVOURS = {
         good_validation_steps=(1, 4),
         advice="FLUX.1-schnell needs no more than 4",
         assistant_lora="ostris/FLUX.1-schnell-training-adapter",
+        license=License("apache-2.0"),
     ),
     "kontext": Flavour(
         "black-forest-labs/FLUX.1-Kontext-dev",
@@ -103,6 +124,7 @@ FLAVOURS = {
         forced_because="LibreFlux was trained without T5's padding and is de-distilled",
         guidance_real=6.0,
         least_validation_steps=28,
+        license=License("apache-2.0"),
         notes=(
             "no token attends to T5's padding (SimpleTuner adds 1 to the scores of the other "
             "tokens instead, which only favours them)",

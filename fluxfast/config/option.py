@@ -29,12 +29,14 @@ class OptionFacts(NamedTuple):
             as part of another value, as the seed in use or the adapter's rank.
         aliases: other names of the option.
         ours: whether SimpleTuner has no such option.
+        is_secret: whether messages may not show its value.
     """
 
     only_with: tuple[str, ...] = ()
     on_resume: OnResume = "told"
     aliases: tuple[str, ...] = ()
     ours: bool = False
+    is_secret: bool = False
 
 
 def option(
@@ -44,11 +46,12 @@ def option(
     on_resume: OnResume = "told",
     aliases: tuple[str, ...] = (),
     ours: bool = False,
+    is_secret: bool = False,
     **field: Any,
 ) -> Any:
     """pydantic's `Field(default, **field)` with the option's facts."""
     switches = (only_with,) if isinstance(only_with, str) else only_with
-    facts = OptionFacts(switches, on_resume, aliases, ours)
+    facts = OptionFacts(switches, on_resume, aliases, ours, is_secret)
     return Field(default, json_schema_extra=facts._asdict(), **field)
 
 

@@ -7,8 +7,10 @@ Some are decided by the flavour or by another option (`adjustments`); some can't
 from typing import Any
 
 from fluxfast.config.adapters import DORA
+from fluxfast.config.attention import MECHANISMS
 from fluxfast.config.derived import DerivedValues
 from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
+from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
 
 # options that another one, if it is given, takes the place of
@@ -137,6 +139,14 @@ def _notes_of_no_effect(config: DerivedValues) -> list[str]:
             '"offload_during_startup" has no effect: text encoders and VAE are never on the '
             "device together"
         )
+    mechanism = MECHANISMS[config.attention_mechanism]
+    if mechanism.note:
+        notes.append(f'"attention_mechanism" {config.attention_mechanism}: {mechanism.note}')
+    if mechanism.draws_apart and config.validation_disable:
+        notes.append(
+            f'"attention_mechanism" {config.attention_mechanism} has no effect: it is for '
+            "validation images, and none are drawn"
+        )
     for name, by in _REPLACED_BY.items():
         if name in config.model_fields_set and getattr(config, by) is not None:
             notes.append(f'"{name}" has no effect: "{by}" takes its place')
@@ -175,6 +185,11 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
     if not config.max_train_steps and not config.num_train_epochs:
         problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
     problems += optimizer_problems(config)
+    problems += [
+        f'"report_to" names {name}, whose package is not installed: pip install "{TRACKERS[name]}"'
+        for name in config.trackers
+        if not is_installed(name)
+    ]
     falls = ("polynomial", "cosine", "cosine_with_restarts", "sine")
     if config.lr_scheduler in falls and config.lr_end >= config.learning_rate:
         problems.append(
@@ -268,10 +283,48 @@ def _model_conflicts(config: DerivedValues) -> list[str]:
             f'"base_model_precision" {config.base_model_precision} has rounded them: set it to '
             "no_change, or choose another algo"
         )
+    problems += _attention_conflicts(config)
     if config.validation_prompt_library and not config.validation_disable:
         problems.append(
             '"validation_prompt_library" is true: not implemented yet; name a file of prompts '
             'as "user_prompt_library"'
+        )
+    return problems
+
+
+def _attention_conflicts(config: DerivedValues) -> list[str]:
+    mechanism, problems = MECHANISMS[config.attention_mechanism], []
+    asked = f'"attention_mechanism" is {config.attention_mechanism}'
+    if not mechanism.masks and config.flux_attention_masked_training:
+        problems.append(
+            f'{asked}, which takes no mask, and "flux_attention_masked_training" is true: set it '
+            'to "native-efficient" or "cudnn"'
+        )
+    if mechanism.half and config.weight_dtype_name == "fp32":
+        problems.append(
+            f'{asked}, which takes 16-bit values, and "mixed_precision" is no: set it to '
+            '"native-efficient", or "mixed_precision" to "bf16"'
+        )
+    if mechanism.draws_apart and config.base_model_precision == "nf4-bnb":
+        problems.append(
+            f"{asked}, which SimpleTuner does not run on a base in nf4 either: set it to "
+            '"diffusers", or "base_model_precision" to "int4-quanto"'
+        )
+    if mechanism.draws_apart and config.sageattention_usage != "inference":
+        problems.append(
+            f'"sageattention_usage" is {config.sageattention_usage}: SageAttention has no '
+            'backward, and would cut the gradients; set it to "inference"'
+        )
+    compiles = config.validation_torch_compile and config.dynamo_use_regional_compilation
+    if mechanism.draws_apart and compiles:
+        problems.append(
+            f"{asked}, which can't be compiled as a part of blocks: leave out "
+            '"validation_torch_compile" or "dynamo_use_regional_compilation"'
+        )
+    if config.deterministic and config.dynamo_mode.startswith("max-autotune"):
+        problems.append(
+            f'"deterministic" is true, and "dynamo_mode" {config.dynamo_mode} picks kernels by '
+            'their time: set it to "default"'
         )
     return problems
 

@@ -25,6 +25,7 @@ from pydantic import (
 from fluxfast.config.derived import DerivedValues, read_sizes
 from fluxfast.config.lycoris import read_lycoris
 from fluxfast.config.optimizers import read_arguments
+from fluxfast.config.option import facts_of
 from fluxfast.config.rules import adjustments, conflicts
 from fluxfast.config.run_file import find_config, parse_overrides, read_config
 from fluxfast.config.settings import ConfigError, expand, problem_text, read_json, shown
@@ -260,7 +261,9 @@ def _build(
             where = origin.get(name, file)
             given = fields.get(name)
             later = not_yet(name, given) if wrong[name]["type"] == "literal_error" else None
-            text = f"is {shown(given)}: {later}; " if later else problem_text(wrong[name])
+            is_secret = facts_of(TrainConfig.model_fields[name]).is_secret
+            problem = problem_text(wrong[name], is_secret=is_secret)
+            text = f"is {shown(given)}: {later}; " if later else problem
             if later:
                 text += f"fluxfast has {wrong[name]['ctx']['expected']}"
             place = ".".join(map(str, wrong[name]["loc"]))

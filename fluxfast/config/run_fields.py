@@ -1,40 +1,35 @@
 """The options that fluxfast implements, under SimpleTuner's names: type, range, default, meaning.
 
-A new option is a field here. `option` says what else the loader, the notes and a resumed run need
-to know of it. Sizes in pixels or megapixels follow resolution_type; steps are optimiser steps
+A new option is a field here, or of one of the classes that `TrainFields` is made of, each of which
+is a section of docs/options.md. `option` says what else the loader, the notes and a resumed run
+need to know of it. Sizes in pixels or megapixels follow resolution_type; steps are optimiser steps
 unless a field says otherwise.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from fluxfast.config.adapters import LORA_TYPES, LoraFormat
+from fluxfast.config.adapter_fields import AdapterFields
+from fluxfast.config.compute_fields import ComputeFields
+from fluxfast.config.data_fields import DataFields
 from fluxfast.config.evaluation_fields import EvaluationFields
-from fluxfast.config.flavours import FLAVOURS
-from fluxfast.config.lycoris import LycorisConfig
+from fluxfast.config.hub_fields import HubFields
+from fluxfast.config.model_fields import ModelFields
+from fluxfast.config.objective_fields import ObjectiveFields
 from fluxfast.config.optimizers import OptimizerImpl, optimizer_options
 from fluxfast.config.option import option
+from fluxfast.config.reporting_fields import ReportingFields
 from fluxfast.config.settings import Settings, Utf8Path, named_in
 from fluxfast.config.validation_fields import ValidationFields
 
-Precision = Literal[
-    "no_change", "int8-quanto", "int8-torchao", "int4-quanto", "int2-quanto", "nf4-bnb",
-    "fp8-quanto", "fp8-torchao",
-]  # fmt: skip
-LoraTarget = Literal[
-    "mmdit", "context", "context+ffs", "all", "all+ffs", "ai-toolkit", "tiny", "nano",
-    "all+ffs+embedder", "all+ffs+embedder+controlnet",
-]  # fmt: skip
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "polynomial", "sine", "cosine",
     "cosine_with_restarts",
 ]  # fmt: skip
 
-# switches that several options are only read with
-_ASSISTANT = "assistant_lora_path or model_flavour=schnell"
-# a budget of VRAM may turn streaming on
+# several options are only read with it; a budget of VRAM may turn streaming on
 _STREAMING = "enable_group_offload or vram_budget"
 
 
@@ -56,104 +51,18 @@ class TreadConfig(Settings):
     """The ranges; they may not overlap."""
 
 
-class TrainFields(ValidationFields, EvaluationFields):
+class TrainFields(
+    ModelFields,
+    AdapterFields,
+    ComputeFields,
+    ObjectiveFields,
+    DataFields,
+    ValidationFields,
+    EvaluationFields,
+    ReportingFields,
+    HubFields,
+):
     """What a config file can say, each value valid by itself."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    # the model
-    model_type: Literal["lora"] = option(on_resume="ignored")
-    """What is trained."""
-    model_family: Literal["flux"] = option(on_resume="ignored")
-    """The model's architecture."""
-    model_flavour: Annotated[str, named_in(lambda: FLAVOURS)] = "krea"
-    """Which FLUX.1: weights to load if no path is given, and their rules."""
-    pretrained_model_name_or_path: str | None = None
-    """Pipeline folder or Hub repository (unset: the flavour's)."""
-    pretrained_transformer_model_name_or_path: str | None = None
-    """Folder, single file or repository of the transformer (unset: the pipeline's)."""
-    pretrained_transformer_subfolder: str = "transformer"
-    """Folder of the transformer in its repository; "none" is the root."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """Repository of the VAE (unset: the pipeline's)."""
-    pretrained_t5_model_name_or_path: str | None = None
-    """Repository of the T5 text encoder (unset: the pipeline's)."""
-    revision: str | None = None
-    """Branch, tag or commit of pretrained_model_name_or_path."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16."""
-    base_model_precision: Precision = option("no_change", on_resume="refused")
-    """Storage format of the frozen transformer."""
-    base_model_default_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of what a quantised base leaves unquantised."""
-    text_encoder_1_precision: Precision = "no_change"
-    """Storage format of CLIP."""
-    text_encoder_2_precision: Precision = "no_change"
-    """Storage format of T5."""
-    quantize_via: Literal["cpu", "accelerator"] | None = option(None, on_resume="ignored")
-    """Where weights are quantised (unset: on the accelerator if there is one)."""
-    offload_during_startup: bool = option(False, on_resume="ignored")
-    """Text encoders and VAE take turns on the device; here they always do."""
-    attention_mechanism: Literal["diffusers"] = option("diffusers", on_resume="ignored")
-    """Implementation of attention; diffusers is PyTorch's own."""
-    vae_dtype: Literal["default", "fp32", "fp16", "bf16"] = "bf16"
-    """Type that the VAE computes in on an accelerator."""
-    vae_enable_tiling: bool = False
-    """Encode large images tile by tile: less memory, slightly other values."""
-    vae_enable_slicing: bool = option(False, on_resume="ignored")
-    """Encode a batch's images one by one: less memory."""
-
-    # the LoRA
-    assistant_lora_path: str | None = option(None, on_resume="told")
-    """Frozen LoRA beside the one that is trained (unset: the flavour's, which schnell has)."""
-    assistant_lora_strength: float = option(1.0, gt=0, only_with=_ASSISTANT)
-    """What the assistant LoRA's output is multiplied with in training."""
-    assistant_lora_inference_strength: float = option(
-        0.0, ge=0, only_with=_ASSISTANT, on_resume="ignored"
-    )
-    """The same at validation."""
-    disable_assistant_lora: bool = False
-    """Train without an assistant LoRA."""
-    lora_type: Annotated[str, named_in(lambda: LORA_TYPES)] = "standard"
-    """Kind of adapter; standard is PEFT's LoRA, lycoris what lycoris_config says."""
-    lycoris_config: LycorisConfig | None = option(
-        "config/lycoris_config.json", only_with="lora_type=lycoris", validate_default=True
-    )
-    """JSON file of the LyCORIS algorithms and their targets."""
-    init_lokr_norm: float | None = option(
-        None, gt=0, only_with="lora_type=lycoris", on_resume="start_only"
-    )
-    """Start LoKrs at this fraction of values like the base's (unset: at zero)."""
-    validation_lycoris_strength: float = option(
-        1.0, only_with=("lora_type=lycoris", "validation_disable=false"), on_resume="ignored"
-    )
-    """Factor of LyCORIS adapters while validation images are drawn."""
-    lora_rank: int = option(16, ge=1, on_resume="elsewhere")
-    """Rank of the LoRA's matrices."""
-    lora_alpha: float | None = option(None, gt=0, on_resume="elsewhere")
-    """The LoRA's scale is alpha / rank (unset: alpha is the rank)."""
-    lora_dropout: float = Field(0.1, ge=0, lt=1)
-    """Probability of dropping an input of the LoRA."""
-    lora_init_type: Literal["default", "gaussian", "loftq", "olora", "pissa"] = option(
-        "default", on_resume="start_only"
-    )
-    """How the LoRA's matrices start; loftq corrects a quantised base, in any of its formats."""
-    loftq_iterations: int = option(
-        1, ge=1, only_with="lora_init_type=loftq", on_resume="start_only", ours=True
-    )
-    """How often loftq quantises: after the first time with the LoRA taken out of the base."""
-    use_dora: bool = option(False, only_with="lora_type=standard", on_resume="elsewhere")
-    """Train a magnitude for each row of the weights beside the LoRA (DoRA)."""
-    init_lora: str | None = option(None, on_resume="start_only")
-    """LoRA file, folder or repository to continue from."""
-    lora_format: LoraFormat = option("diffusers", on_resume="ignored")
-    """Key layout of the saved LoRA; `adapters/styles.py` says which programs read which."""
-    flux_lora_target: LoraTarget = option("all", on_resume="elsewhere")
-    """Preset of the modules that get a LoRA."""
-    peft_lora_target_modules: tuple[str, ...] | None = option(
-        None, min_length=1, on_resume="elsewhere"
-    )
-    """Module name suffixes in place of the preset: a list, or a JSON file that holds one."""
 
     # the run
     output_dir: Utf8Path = option(Path("simpletuner-results"), on_resume="ignored")
@@ -287,105 +196,7 @@ class TrainFields(ValidationFields, EvaluationFields):
     )
     """Draw validation images with the weights, with the average, or with both."""
 
-    # objective
-    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
-    """Distance between prediction and target."""
-    huber_schedule: Literal["snr", "exponential", "constant"] = option(
-        "snr", only_with="loss_type=huber"
-    )
-    """How huber's width follows the timestep."""
-    huber_c: float = option(0.1, gt=0, only_with="loss_type=huber or loss_type=smooth_l1")
-    """Width of the quadratic part of huber and smooth_l1."""
-    flow_sigmoid_scale: float = Field(1.0, gt=0)
-    """Standard deviation of the normal under the sigmoid schedule."""
-    flow_schedule_shift: float = Field(0.0, ge=0)
-    """Static shift k of sigma: k s / (1 + (k - 1) s) (0: none)."""
-    flow_schedule_auto_shift: bool = False
-    """Shift sigma by the image's resolution, as FLUX.1 does at inference."""
-    flow_use_uniform_schedule: bool = False
-    """Sample sigma uniformly."""
-    flow_use_beta_schedule: bool = False
-    """Sample sigma from a beta distribution."""
-    flow_beta_schedule_alpha: float = option(2.0, gt=0, only_with="flow_use_beta_schedule")
-    """First parameter of the beta distribution."""
-    flow_beta_schedule_beta: float = option(2.0, gt=0, only_with="flow_use_beta_schedule")
-    """Second parameter of the beta distribution."""
-    flow_custom_timesteps: tuple[float, ...] | None = Field(None, min_length=1)
-    """Sigmas (all up to 1) or timesteps (up to 1000): a list, or numbers between commas."""
-    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = option(
-        "fixed-list", only_with="flow_custom_timesteps"
-    )
-    """Draw from the custom timesteps, or take turns."""
-    flux_fast_schedule: bool = False
-    """FLUX.1-schnell's schedule: mostly sigma 1, else 0.75, 0.5 or 0.25."""
-    flux_guidance_mode: Literal["constant", "random-range"] = "constant"
-    """Guidance that training tells the model."""
-    flux_guidance_value: float = option(1.0, ge=0, only_with="flux_guidance_mode=constant")
-    """Guidance in constant mode; 1 keeps the distillation."""
-    flux_guidance_min: float = option(0.0, ge=0, only_with="flux_guidance_mode=random-range")
-    """Lowest guidance in random-range mode."""
-    flux_guidance_max: float = option(4.0, ge=0, only_with="flux_guidance_mode=random-range")
-    """Highest guidance in random-range mode."""
-
-    # data
-    data_backend_config: Path = option(on_resume="ignored")
-    """The dataloader's config (multidatabackend.json)."""
-    data_backend_sampling: Literal["uniform", "auto-weighting"] = "auto-weighting"
-    """How the next batch's dataset is drawn: by probability, or by probability and size."""
-    resolution: float = Field(1024.0, gt=0)
-    """Image size in resolution_type's unit, for datasets that name none."""
-    resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
-    """Unit of sizes: shorter edge in pixels; megapixels; pixels of the edge of an equal square."""
-    minimum_image_size: float | None = Field(None, ge=0)
-    """Smaller images are left out (resolution_type's unit)."""
-    maximum_image_size: float | None = Field(None, ge=0)
-    """Larger images are downsampled before cropping (same unit)."""
-    target_downsample_size: float | None = Field(None, ge=0)
-    """Size that larger images are downsampled to (same unit)."""
-    max_upscale_threshold: float | None = Field(None, ge=0, le=1)
-    """Most that a bucket of crop_aspect_buckets may enlarge an image by (0.2: 20 %)."""
-    aspect_bucket_rounding: int = Field(2, ge=1, le=9)
-    """Decimals of an aspect ratio."""
-    aspect_bucket_alignment: int = option(64, ge=8, on_resume="ignored")
-    """Multiple, in pixels, of a bucket's edges; always 64."""
-    caption_strategy: Literal["filename", "textfile", "instanceprompt"] = "filename"
-    """Where captions come from, for datasets that don't say."""
-    instance_prompt: str | None = None
-    """Caption of instanceprompt datasets, and what prepend_instance_prompt prepends."""
-    prepend_instance_prompt: bool = False
-    """Put instance_prompt before each caption."""
-    only_instance_prompt: bool = False
-    """Replace each caption by instance_prompt."""
-    disable_multiline_split: bool = False
-    """A caption file is one caption, not one a line."""
-    caption_dropout_probability: float = Field(0.1, ge=0, le=1)
-    """Probability of replacing a caption by the empty one."""
-    conditioning_multidataset_sampling: Literal["random", "combined"] = "random"
-    """Of an image's references, a batch has those of one dataset, or of all."""
-    masked_loss_probability: float = Field(1.0, ge=0, le=1)
-    """How often a segmentation weighs the loss; a mask always does."""
-    flux_attention_masked_training: bool = False
-    """Let no token attend to T5's padding (LibreFlux always)."""
-    t5_padding: Literal["unmodified", "zero"] = "unmodified"
-    """Keep or zero T5's outputs at padding."""
-    tokenizer_max_length: int = Field(512, ge=1)
-    """T5 tokens per caption; always the flavour's number."""
-    vae_batch_size: int = option(4, ge=1, on_resume="ignored")
-    """Images per VAE pass."""
-    vae_cache_ondemand: bool = False
-    """Encode images when batches first need them, for datasets that don't say."""
-    vae_cache_disable: bool = False
-    """Encode images whenever batches need them and keep no latents, for datasets that don't say."""
-    text_encoder_batch_size: int = Field(1, ge=1)
-    """Captions per text encoder pass."""
-    write_batch_size: int = Field(128, ge=1)
-    """No effect: the embeddings that are encoded together are written together."""
-    disable_bucket_pruning: bool = False
-    """Keep buckets with fewer images than a step takes."""
-    allow_dataset_oversubscription: bool = False
-    """Raise a dataset's repeats until each bucket fills a step."""
-
-    # checkpoints and tracking
+    # checkpoints
     checkpoint_step_interval: int = option(
         500, ge=0, on_resume="ignored", aliases=("checkpointing_steps",)
     )
@@ -396,11 +207,3 @@ class TrainFields(ValidationFields, EvaluationFields):
         5, ge=1, on_resume="ignored", aliases=("save_total_limit",)
     )
     """Checkpoints to keep."""
-    report_to: Literal["none", "tensorboard"] = option("none", on_resume="ignored")
-    """Tracker of the metrics."""
-    tracker_project_name: str = option("simpletuner", on_resume="ignored")
-    """Project in the tracker."""
-    tracker_run_name: str = option("simpletuner-testing", on_resume="ignored")
-    """Run in the tracker, and the saved LoRA's title."""
-    logging_dir: Path = option(Path("logs"), on_resume="ignored")
-    """Folder for the tracker's files."""

@@ -55,7 +55,12 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        # what a field means stands below it
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")
@@ -256,11 +261,15 @@ def is_default(value: Any, default: Any) -> bool:
     return value == default
 
 
-def problem_text(error: ErrorDetails) -> str:
-    """One of pydantic's errors in the words of our messages, without the field's name."""
+def problem_text(error: ErrorDetails, *, is_secret: bool = False) -> str:
+    """One of pydantic's errors in the words of our messages, without the field's name.
+
+    is_secret: whether the value may not be shown.
+    """
     if error["type"] == "missing":
         return "is required"
-    got = "" if isinstance(error["input"], dict | BaseModel) else f"is {shown(error['input'])}: "
+    hidden = is_secret or isinstance(error["input"], dict | BaseModel)
+    got = "" if hidden else f"is {shown(error['input'])}: "
     if error["type"] == "literal_error":
         return f"{got}must be {error['ctx']['expected']}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")

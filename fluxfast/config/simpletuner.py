@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
+from fluxfast.config import attention
 from fluxfast.config.option import aliases_of
 from fluxfast.config.settings import as_bool, did_you_mean, is_default, quoted, shown
 
@@ -78,7 +79,6 @@ ACCEPTED_NO_EFFECT = {
     "skip_file_discovery": "a second start recomputes nothing anyway",
     "text_embed_full_cache": "the text cache is always complete before training starts",
     "torch_num_threads": "PyTorch computes with a thread a core; OMP_NUM_THREADS says otherwise",
-    "tracker_image_layout": "only read by trackers that are refused",
     "validation_disable_unconditional": "no image is drawn for an empty prompt",
 }  # fmt: skip
 
@@ -98,14 +98,11 @@ _OPTIMIZERS = (
     "adamw_schedulefree*", "optimi-*", "bnb-*", "ao-*", "sdnq-*", "torch-*",
     "soap", "muon", "prodigy*", "adafactor", "dadapt*", "lion*",
 )  # fmt: skip
-_ATTENTION = (
-    "xformers", "flash*", "flex", "cudnn", "native-*", "sla", "sageattention*", "metal-*",
-)  # fmt: skip
 _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
     "base_model_precision": _QUANTISED,
     "text_encoder_1_precision": _QUANTISED,
     "text_encoder_2_precision": _QUANTISED,
-    "attention_mechanism": _ATTENTION,
+    "attention_mechanism": (*attention.MECHANISMS, "metal-*"),
     "optimizer": _OPTIMIZERS,
     "caption_strategy": ("parquet", "huggingface", "csv", "webshart"),
 }
@@ -113,7 +110,7 @@ _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
 _WHY_NOT = {
     ("model_type", "full"): "only LoRAs are trained",
     ("flux_lora_target", "controlnet"): "there is no ControlNet to train",
-    ("report_to", "all"): 'set "tensorboard"',
+    ("dynamo_backend", "cudagraphs"): '"cuda_graphs" replays steps as CUDA graphs',
 }
 
 
@@ -271,4 +268,6 @@ def not_yet(name: str, value: Any) -> str | None:
     if not known:
         return None
     reason = _WHY_NOT.get((name, value))
+    if name == "attention_mechanism":
+        reason = attention.why_refused(value)
     return "not implemented yet" + (f": {reason}" if reason else "")

@@ -34,11 +34,7 @@ class Switch(NamedTuple):
 SWITCHES = (
     # parts of a run that fluxfast does not have yet
     Switch("use_ema", ("init_lora_ema",), refused=False),
-    Switch(
-        "push_to_hub",
-        ("push_checkpoints_to_hub", "push_to_hub_background", "hub_model_id", "model_card_*"),
-    ),
-    Switch("push_to_hub or publishing_config", ("post_upload_script",)),
+    Switch("push_to_hub or publishing_config", ("post_upload_script",), refused=False),
     Switch("offset_noise", ("noise_offset", "noise_offset_probability")),
     Switch("input_perturbation", ("input_perturbation_steps",)),
     Switch("timestep_bias_strategy", ("timestep_bias_*",)),
@@ -67,7 +63,6 @@ SWITCHES = (
     Switch("enable_nsfw_check or delete_nsfw_images", ("nsfw_check_*",)),
     Switch("lr_scale", ("lr_scale_sqrt",)),
     Switch("disk_low_threshold", ("disk_low_*",)),
-    Switch("webhook_config", ("webhook_reporting_interval",)),
     Switch("report_to=custom-tracker", ("custom_tracker",)),
     Switch("peft_lora_mode=singlora", ("singlora_ramp_up_steps",)),
     Switch("caption_strategy=parquet", ("parquet_*",)),
@@ -85,9 +80,7 @@ SWITCHES = (
             "validation_multigpu",
         ),
     ),
-    Switch("dynamo_backend", ("dynamo_*",)),
     # what computes
-    Switch("attention_mechanism=sageattention*", ("sageattention_usage",)),
     Switch("attention_mechanism=sla", ("sla_config",)),
     Switch("quantize_via=pipeline", ("quantization_config",)),
     Switch("base_model_precision=*sdnq or text_encoder_?_precision=*sdnq", ("sdnq_*",)),
@@ -104,7 +97,6 @@ SWITCHES = (
     Switch("init_lora", ("init_lora_step",), refused=False),
     # validation
     Switch("validation_disable=false", ("validation_*",), refused=False),
-    Switch("validation_preview", ("validation_preview_steps",)),
     Switch("validation_method=external-script", ("validation_external_*",)),
     Switch("validation_guidance_skip_layers", ("validation_guidance_skip_*",)),
 )

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fluxfast.config.settings import Settings
 
 
 class ValidationAdapter(Settings):
     """A LoRA and its strength."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     path: str = Field(min_length=1)
     """File, folder or repository; `owner/name:file.safetensors` is a file of a repository."""

@@ -6,8 +6,6 @@ They are fields of the run's config like all others (`run_fields`).
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from fluxfast.config.option import option
 from fluxfast.config.settings import Settings
 from fluxfast.config.validation_adapters import ValidationAdapterRun
@@ -19,8 +17,6 @@ _REFERENCES = "model_flavour=kontext"
 
 class ValidationFields(Settings):
     """What a config file can say of validation."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     validation_disable: bool = option(False, on_resume="ignored")
     """Draw no validation images."""
@@ -100,6 +96,19 @@ class ValidationFields(Settings):
         30, ge=1, only_with=VALIDATION, on_resume="ignored"
     )
     """Denoising steps per image."""
+    validation_preview: bool = option(False, only_with=VALIDATION, on_resume="ignored")
+    """Show images as they are drawn: to webhooks, and in preview_NICKNAME.png."""
+    validation_preview_steps: int = option(
+        1, ge=1, only_with=(VALIDATION, "validation_preview"), on_resume="ignored"
+    )
+    """Denoising steps between previews; the first step has one in any case."""
+    validation_preview_model: str = option(
+        "madebyollin/taef1",
+        only_with=(VALIDATION, "validation_preview"),
+        on_resume="ignored",
+        ours=True,
+    )
+    """Folder or Hub repository of the Tiny AutoEncoder that decodes previews."""
     validation_seed: int | None = option(
         None, ge=0, lt=2**63, only_with=VALIDATION, on_resume="ignored"
     )

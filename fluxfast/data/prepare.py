@@ -7,6 +7,7 @@ trains, for the first image that a batch needs and the cache lacks.
 
 import functools
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -26,7 +27,7 @@ from fluxfast.data.prepared import (
     Sample,
 )
 from fluxfast.data.scan import Candidate, cropped_anew, sizes_of_crops
-from fluxfast.data.survey import SurveyedDataset, started, survey
+from fluxfast.data.survey import Survey, SurveyedDataset, started, survey
 
 
 def prepare(
@@ -35,12 +36,14 @@ def prepare(
     *,
     extra_prompts: Iterable[str] = (),
     progress: Progress | None = None,
+    encoding: AbstractContextManager[None] | None = None,
     **options: Any,
 ) -> Prepared:
     """Prepare the datasets of `data`.
 
     extra_prompts: texts to encode beside the captions and "", such as validation's.
     progress: where to show progress bars, started by the caller (default: on its own).
+    encoding: a context to be in while captions and images are encoded.
     options: those of `survey`, but for `vae_batch_size`, which is the encoders'.
 
     Raises ValueError naming each dataset that has nothing usable or too little, with the reason and
@@ -48,24 +51,36 @@ def prepare(
     """
     with started(progress) as bars:
         found = survey(data, bars, vae_batch_size=encoders.vae_batch_size, **options)
-        works = found.datasets
         # before the long part, and again after it: decoding may find damaged images
         found.check()
-        captions = chain.from_iterable(work.captions for work in works)
-        texts = list(dict.fromkeys([*captions, "", *extra_prompts]))
-        prompts, texts_encoded = encode_prompts(
-            texts,
-            found.text_cache,
-            encoders,
-            batch_size=data.text_embeds.text_encoder_batch_size,
-            progress=bars,
-        )
-        with ImageEncoding(encoders, found.text_cache) as images:
-            for work in works:
-                _encode_images(work, images, bars)
-                _encode_partners(work, images, bars)
-            found.check()
-            datasets = {work.config.id: _prepared(work, images) for work in works}
+        with encoding or nullcontext():
+            return _encoded(data, found, encoders, extra_prompts, bars)
+
+
+def _encoded(
+    data: DataConfig,
+    found: Survey,
+    encoders: EncoderSettings,
+    extra_prompts: Iterable[str],
+    bars: Progress,
+) -> Prepared:
+    """Encode what the caches lack of the surveyed datasets."""
+    works = found.datasets
+    captions = chain.from_iterable(work.captions for work in works)
+    texts = list(dict.fromkeys([*captions, "", *extra_prompts]))
+    prompts, texts_encoded = encode_prompts(
+        texts,
+        found.text_cache,
+        encoders,
+        batch_size=data.text_embeds.text_encoder_batch_size,
+        progress=bars,
+    )
+    with ImageEncoding(encoders, found.text_cache) as images:
+        for work in works:
+            _encode_images(work, images, bars)
+            _encode_partners(work, images, bars)
+        found.check()
+        datasets = {work.config.id: _prepared(work, images) for work in works}
     notes = [note for work in works for note in work.all_notes]
     return Prepared(
         tuple(datasets[each.id] for each in data.images),

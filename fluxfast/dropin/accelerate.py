@@ -17,8 +17,9 @@ from fluxfast.dropin.hosts import EXPECTED, accelerated_blocks, give_back, host_
 from fluxfast.dropin.report import Report, inspect
 from fluxfast.dropin.tread import set_router
 from fluxfast.memory import gpus
-from fluxfast.memory.choices import Facts, Wishes, choose, compute_obstacle
+from fluxfast.memory.choices import Facts, choose, compute_obstacle
 from fluxfast.memory.gpus import Gpu
+from fluxfast.memory.wishes import Wishes
 from fluxfast.model.apply import Choices, apply
 from fluxfast.model.linear import read_linear
 from fluxfast.model.routing import Router, resolve_routes

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from fluxfast.config import attention
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
 from fluxfast.memory.rates import Rate
 from fluxfast.memory.sizes import Workload
 from fluxfast.memory.stream import DEFAULT_SLOTS
+from fluxfast.memory.wishes import Wishes
 from fluxfast.model import graphs
 from fluxfast.model.apply import Choices
-from fluxfast.ops import verdicts
+from fluxfast.model.compiled import missing
+from fluxfast.ops import attention_sage, verdicts
+from fluxfast.ops.attention import checked_as
 from fluxfast.quant import FORMATS
 from fluxfast_kernels.launch import reads_transposed
-
-if TYPE_CHECKING:
-    # pydantic, which `accelerate` does without
-    from fluxfast.config.run import TrainConfig
 
 # GiB of a GPU's memory that its driver keeps for itself
 DRIVER = 0.25
@@ -38,62 +38,6 @@ EARLY = 0.75
 # with fewer cores, the thread that launches kernels has none for itself
 CORES_FOR_BOTH = 2
 AS_ASKED = "as asked"
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user said of the choices.
-
-    "auto" and None leave a choice to `choose`. Any other value is an order: it is followed, or
-    refused with the reason, and never falls back.
-
-    Attributes:
-        compute: what products run in: "auto", "same", "int8" or "e4m3".
-        eight_bit_bases: the formats of the base for which "auto" takes 8-bit products.
-        outliers: channels of each product's input that stay out of 8 bits.
-        impl: the kernels' implementation: "auto", "triton", "native" or "ref".
-        recompute: a policy for all blocks, or one for each; None: as `checkpoint_every` says.
-        checkpoint_every: one block of so many is checkpointed, 0: none; None: blocks do as the
-            checkpointing around them asks.
-        streams, blocks_per_group, use_stream: as in `Choices`, where no budget decides.
-        vram_budget: GiB, or "auto" for all that is free; None: no budget.
-        modulation_ahead, cuda_graphs: True, False, or "auto".
-        attention: a back end, or "auto".
-        deterministic: the same bits each time that a step is computed.
-    """
-
-    compute: str = "auto"
-    eight_bit_bases: tuple[str, ...] = tuple(FORMATS)
-    outliers: int = 0
-    impl: str = "auto"
-    recompute: str | tuple[str, ...] | None = None
-    checkpoint_every: int | None = None
-    streams: bool = False
-    blocks_per_group: int = 1
-    use_stream: bool = False
-    vram_budget: float | Literal["auto"] | None = None
-    modulation_ahead: bool | Literal["auto"] = "auto"
-    cuda_graphs: bool | Literal["auto"] = "auto"
-    attention: str = "auto"
-    deterministic: bool = False
-
-
-def wishes_of(config: TrainConfig) -> Wishes:
-    """What a run's config says of the choices."""
-    every = (config.gradient_checkpointing_interval or 1) if config.gradient_checkpointing else 0
-    return Wishes(
-        compute="e4m3" if config.compute_precision == "fp8" else config.compute_precision,
-        outliers=config.compute_outliers,
-        recompute=config.recompute,
-        checkpoint_every=every,
-        streams=config.enable_group_offload,
-        blocks_per_group=config.group_offload_blocks_per_group,
-        use_stream=config.group_offload_use_stream,
-        vram_budget=config.vram_budget,
-        modulation_ahead=config.modulation_ahead,
-        cuda_graphs=config.cuda_graphs,
-        deterministic=config.deterministic,
-    )
 
 
 @dataclass(frozen=True)
@@ -162,13 +106,15 @@ def choose(wishes: Wishes, facts: Facts) -> Choices:
     if ahead and (late := _host_is_late(wishes, facts, workload, choices)) is not None:
         choices, ahead_reason = replace(choices, modulation_ahead=False), late
     transposed, transposed_reason = _transposed_codes(wishes, facts, compute, workload, choices)
-    attention, attention_reason = _attention(wishes, facts)
+    backend, attention_reason = _attention(wishes, facts)
+    compiled_reason = _compiled(wishes, choices)
     return replace(
         choices,
         compute=compute,
         outliers=wishes.outliers,
         transposed_codes=transposed,
-        attention=attention,
+        attention=backend,
+        compile=wishes.compile,
         deterministic=wishes.deterministic and facts.gpu is not None,
         reasons={
             "compute": compute_reason,
@@ -177,6 +123,7 @@ def choose(wishes: Wishes, facts: Facts) -> Choices:
             "modulation_ahead": ahead_reason,
             "graphs": graphs_reason,
             "attention": attention_reason,
+            "compile": compiled_reason,
         },
     )
 
@@ -192,6 +139,34 @@ def refusals(wishes: Wishes, gpu: Gpu | None) -> list[str]:
         found.append(_refusal("cuda_graphs", "true", obstacle, '"auto" or false'))
     if wishes.streams and (obstacle := _no_streaming()) is not None:
         found.append(_refusal("enable_group_offload", "true", obstacle, "false"))
+    how = wishes.compile or wishes.draws_compiled
+    if how is not None and how.has_graphs and gpu is not None:
+        obstacle = "its CUDA graphs are of single regions, which overwrite each other's results"
+        instead = '"default" or "max-autotune-no-cudagraphs" ("cuda_graphs" replays whole steps)'
+        found.append(_refusal("dynamo_mode", how.mode, obstacle, instead))
+    arch = None if gpu is None else gpu.arch
+    if (obstacle := attention.obstacle(wishes.mechanism, arch)) is not None:
+        found.append(_refusal("attention_mechanism", wishes.mechanism, obstacle, '"diffusers"'))
+    elif (verdict := _attention_verdict(wishes.mechanism, gpu)) is not None:
+        found.append(_refusal("attention_mechanism", wishes.mechanism, verdict, '"diffusers"'))
+    elif wishes.deterministic and gpu is not None and not _is_deterministic(wishes.mechanism):
+        obstacle = '"deterministic" is true, and its backward adds up in no fixed order'
+        found.append(_refusal("attention_mechanism", wishes.mechanism, obstacle, '"native-flash"'))
+    return found
+
+
+def lacking(wishes: Wishes, device_type: str) -> list[str]:
+    """A line for each order that this machine's software can't follow."""
+    found = []
+    drawing = attention.MECHANISMS[wishes.mechanism].drawing
+    if drawing is not None and (lacks := attention_sage.missing(drawing)) is not None:
+        found.append(_refusal("attention_mechanism", wishes.mechanism, lacks, '"diffusers"'))
+    for option, how, off in (
+        ("dynamo_backend", wishes.compile, '"no"'),
+        ("validation_torch_compile", wishes.draws_compiled, "false"),
+    ):
+        if how is not None and (lacks := missing(how, device_type)) is not None:
+            found.append(_refusal(option, how.backend if off == '"no"' else "true", lacks, off))
     return found
 
 
@@ -380,7 +355,7 @@ def _host_is_late(
     return f"{reason}, a step's computing should take {step.total * 1000:.0f}"
 
 
-# CUDA graphs and attention
+# CUDA graphs, torch.compile and attention
 
 
 def _no_graphs(gpu: Gpu | None) -> str | None:
@@ -410,9 +385,46 @@ def _graphs(wishes: Wishes, facts: Facts, choices: Choices) -> tuple[bool, str]:
     return obstacle is None, obstacle or "a step is the same launches each time"
 
 
+def _attention_verdict(mechanism: str, gpu: Gpu | None) -> str | None:
+    """What is wrong with a mechanism's back end on this machine; None where nothing is known."""
+    row = attention.MECHANISMS[mechanism]
+    backend = row.cpu if gpu is None else row.gpu
+    return None if backend is None else verdicts.failed(checked_as(False), backend)
+
+
+def _is_deterministic(mechanism: str) -> bool:
+    """Whether a mechanism is, or can be, a back end that gives the same bits each time."""
+    return attention.MECHANISMS[mechanism].gpu in ("auto", "flash", "ref")
+
+
+def _compiled(wishes: Wishes, choices: Choices) -> str:
+    """Why torch.compile compiles something, or nothing."""
+    if wishes.compile is None:
+        return "nobody asks for it"
+    if not wishes.compile.blocks:
+        return "as asked: what is around the blocks, which is counted as taking no memory"
+    if choices.streams:
+        obstacle = "blocks are streamed, and compiled ones have their weights in place"
+    elif wishes.vram_budget is not None:
+        obstacle = '"vram_budget" does not count what compiled blocks keep'
+    elif "selective" in choices.recompute:
+        obstacle = '"recompute" is selective, and compiled blocks recompute all or nothing'
+    else:
+        return "as asked: blocks too, whose memory is counted as that of fused ones"
+    raise Refused(
+        _refusal("dynamo_use_regional_compilation", "true", obstacle, "false")
+        + ", which compiles what is around them"
+    )
+
+
 def _attention(wishes: Wishes, facts: Facts) -> tuple[str, str]:
     """Attention's back end, and why."""
-    if wishes.deterministic and facts.gpu is not None:
+    if wishes.attention == "auto":
+        mechanism = attention.MECHANISMS[wishes.mechanism]
+        asked = mechanism.cpu if facts.gpu is None else mechanism.gpu
+        assert asked is not None, "the mechanism was not refused"
+        wishes = replace(wishes, attention=asked)
+    if wishes.deterministic and facts.gpu is not None and wishes.attention != "ref":
         # the other back ends add gradients up by atomic additions, in no fixed order
         return "flash", "the back end whose backward adds up in the same order each time"
     return wishes.attention, "the fastest back end" if wishes.attention == "auto" else AS_ASKED

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from fluxfast.checkpoint.side_by_side import pack_groups
+from fluxfast.model.compiled import Compile, CompiledRegions
 from fluxfast.model.launch_plans import LaunchPlans
 from fluxfast.model.room import make_room_for_adapters
 from fluxfast.model.stored_codes import keep_transposed
@@ -38,6 +40,7 @@ class Choices:
         use_stream: streamed blocks are copied beside the computation.
         host_inputs: the inputs of blocks wait in host memory for their backward.
         graphs: forward and backward are replayed as CUDA graphs.
+        compile: how torch.compile is asked for; None: it is not.
         reasons: a line for each choice, by its name.
     """
 
@@ -53,6 +56,7 @@ class Choices:
     attention: str = "auto"
     deterministic: bool = False
     graphs: bool = False
+    compile: Compile | None = None
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -88,12 +92,33 @@ def apply(blocks: Sequence[Any], choices: Choices) -> None:
         block.policy, block.fixed_policy = policy, bool(choices.recompute)
 
 
+@contextmanager
+def drawing_with(
+    transformer: FluxTransformer, attention: str | None, compiled: CompiledRegions | None
+) -> Iterator[None]:
+    """Inside, a transformer draws images with this in place of what it trains with.
+
+    attention: a back end; None: the one of training. compiled: what compiles; None: nothing does.
+    """
+    before = transformer.compiled, [block.attention for block in transformer.blocks]
+    transformer.compiled = compiled
+    for block in transformer.blocks if attention is not None else ():
+        block.attention = attention
+    try:
+        yield
+    finally:
+        transformer.compiled = before[0]
+        for block, backend in zip(transformer.blocks, before[1], strict=True):
+            block.attention = backend
+
+
 def make_ready(transformer: FluxTransformer, choices: Choices) -> None:
     """Get a frozen transformer, on its device and with its adapters, ready to train.
 
     Modulation's weights go to where they are read, linears that read the same input come to lie
     side by side in memory, with room for their adapters where products use that, blocks get their
-    choices, codes their transposed copies where those are chosen, and the model is set to training.
+    choices, codes their transposed copies where those are chosen, torch.compile what it should, and
+    the model is set to training.
     Streaming and CUDA graphs come after this. Weights that will be streamed get no room: they are
     copied as one run of bytes, without gaps.
     """
@@ -106,4 +131,5 @@ def make_ready(transformer: FluxTransformer, choices: Choices) -> None:
     keep_transposed(groups, choices.compute if choices.transposed_codes else None)
     # the transformer tells each block its policy again when it runs
     transformer.set_recompute(choices.recompute)
+    transformer.set_compile(choices.compile)
     transformer.train()

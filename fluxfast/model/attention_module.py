@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.linear import without_autocast
 from fluxfast.model.rope import Tables, full_tables
-from fluxfast.ops import verdicts
-from fluxfast.ops.attention import checked_as, resolve
+from fluxfast.ops import attention_sage, verdicts
+from fluxfast.ops.attention import attention, checked_as, resolve
 
 # arguments that diffusers' attention takes without a warning, whether it uses them or not
 QUIET_ATTENTION_KWARGS = {"attention_mask", "ip_hidden_states", "ip_adapter_masks"}
@@ -95,6 +95,8 @@ def dispatched(
 
     q, k, v [B, S, heads, head_dim] to [B, S, D].
     """
+    if chosen in attention_sage.FUNCTIONS:
+        return attention(q, k, v, mask, backend=chosen).flatten(2, 3)
     processor = getattr(attn, "processor", None)
     if (
         chosen == "auto"

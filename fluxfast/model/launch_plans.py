@@ -49,6 +49,7 @@ from fluxfast.model.block_call import BlockCall, BlockLinears
 from fluxfast.model.graphs import TOLERANCE, relative
 from fluxfast.model.launch_recording import Unplannable, record
 from fluxfast.model.launch_replay import LaunchPlan, OtherAddresses
+from fluxfast.ops import attention_sage
 from fluxfast.ops.device import pretending
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.augmented import Placed
@@ -301,6 +302,9 @@ class LaunchPlans:
 def usable(plans: LaunchPlans | None, call: BlockCall, x: Tensor) -> bool:
     """Whether a call on x may run by plans: nobody else has to see, or traces, what it asks for."""
     if plans is None or plans.off is not None or call.impl != "triton" or call.failed:
+        return False
+    # a package's kernels are launched where nobody can record it
+    if call.attention in attention_sage.FUNCTIONS:
         return False
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
         return False

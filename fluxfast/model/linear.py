@@ -20,7 +20,7 @@ from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import is_random
-from fluxfast.ops.linear.lora_linear import lora_linear
+from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
 
@@ -138,6 +138,12 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -> Tensor:
+    plain = compute == "same" and all(
+        isinstance(p.weight, Tensor) and len(p.adapters) == 0 for p in params
+    )
+    if plain and torch.compiler.is_compiling():
+        # torch's own operations, which a compiler can join with those around them
+        return lora_linear_ref(x, params)
     drops = any(is_random(adapter) for p in params for adapter in p.adapters)
     return lora_linear(
         x, params, compute=compute, outliers=outliers,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fluxfast.checkpoint import opening
 from fluxfast.model.blocks import convert_block
+from fluxfast.model.compiled import Compile, CompiledRegions, any_length
 from fluxfast.model.diffusers_forward import (
     NO_CONTROL,
     Control,
@@ -32,15 +33,14 @@ from fluxfast.model.diffusers_forward import (
 )
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.graphs import StepGraphs
-from fluxfast.model.linear import project
 from fluxfast.model.modulation import Conditions, ModulationAhead, embed
 from fluxfast.model.rope import rope_tables
 from fluxfast.model.routing import Draws, Router, RouteState, resolve_routes
 from fluxfast.model.streams import joined
+from fluxfast.model.surroundings import block_vectors, embed_tokens, predict
 from fluxfast.model.tape import POLICIES
 from fluxfast.model.text_mask import MaskedText
 from fluxfast.ops.linear.group import COMPUTE
-from fluxfast.ops.modulated_layer_norm import modulated_layer_norm
 
 
 def compute_dtype(device: torch.device, storage: torch.dtype) -> torch.dtype:
@@ -66,6 +66,8 @@ class FluxTransformer(FluxTransformer2DModel):
     modulation: ModulationAhead | None = None
     # what replays `run_blocks` as CUDA graphs; where it is None, `run_blocks` runs
     graphs: StepGraphs | None = None
+    # what compiles regions of forward; where it is None, they run as they are
+    compiled: CompiledRegions | None = None
     # where the gradients of all that trains are, if its owner has made it
     gradients: FlatGradients | None = None
 
@@ -193,7 +195,20 @@ class FluxTransformer(FluxTransformer2DModel):
         """The conditioning vector [B, D], or with modulation ahead the vectors of all blocks."""
         if self.modulation is not None:
             return self.modulation.flat_vectors(conditions, device, dtype)
-        return embed(self.time_text_embed, conditions, dtype)
+        return self.region(embed, self.time_text_embed, conditions, dtype)
+
+    def region(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(*args)`, compiled where that was chosen (`set_compile`)."""
+        run = function if self.compiled is None else partial(self.compiled, function)
+        return run(*args, **kwargs)
+
+    def set_compile(self, how: Compile | None) -> None:
+        """Have torch.compile compile what is around the blocks, and with `how.blocks` the blocks.
+
+        None compiles nothing. Blocks that are streamed can't be compiled: their weights are not
+        where they were.
+        """
+        self.compiled = None if how is None else CompiledRegions(how)
 
     @property
     def device(self) -> torch.device:
@@ -255,6 +270,7 @@ class FluxTransformer(FluxTransformer2DModel):
         That is the block itself, or the caller's own checkpoint function around it.
         """
         calls: list[Callable[..., Any]] = []
+        regions = self.compiled if self.compiled and self.compiled.how.blocks else None
         for i, block in enumerate(self.blocks):
             asked = self.gradient_checkpointing and i % self.gradient_checkpointing_interval == 0
             by_function = asked and not self._checkpoints_itself and torch.is_grad_enabled()
@@ -266,7 +282,7 @@ class FluxTransformer(FluxTransformer2DModel):
                 block.policy = self.recompute[i]
             else:
                 block.policy = "full" if asked else "none"
-            calls.append(block)
+            calls.append(block if regions is None else partial(regions.call_block, block))
         return calls
 
     def forward(
@@ -312,9 +328,10 @@ class FluxTransformer(FluxTransformer2DModel):
         guidance = guidance if self.config.guidance_embeds else None
         conditions = Conditions.of(timestep, guidance, pooled_projections, in_dtype)
         mod = self._modulation_input(conditions, hidden_states.device, dtype)
-        tables = rope_tables(
-            joint_ids(txt_ids, img_ids).to(hidden_states.device), tuple(self.config.axes_dims_rope)
-        )
+        ids = joint_ids(txt_ids, img_ids).to(hidden_states.device)
+        if self.compiled is not None:
+            any_length(ids, dim=0)
+        tables = self.region(rope_tables, ids, tuple(self.config.axes_dims_rope))
         trains = self.training and torch.is_grad_enabled()
         router = self.router if trains else None
         batch, tokens, _ = hidden_states.shape
@@ -374,11 +391,8 @@ class FluxTransformer(FluxTransformer2DModel):
         it reads nothing back from the device, so that `StepGraphs` can capture it.
         """
         masked = MaskedText(text_mask, kwargs or {})
-        mods: list[Any] = [mod] * (len(self.blocks) + 1)
-        if self.modulation is not None:
-            mods = [*self.modulation.views(mod, len(hidden_states))]
-        img = project(hidden_states, self.x_embedder)
-        txt = project(encoder_hidden_states, self.context_embedder)
+        mods = self._modulation_of_blocks(mod, len(hidden_states))
+        img, txt = self.region(embed_tokens, self, hidden_states, encoder_hidden_states)
         route = RouteState(router, draws, (cos, sin), txt.shape[1])
         doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
         calls = self._block_calls()
@@ -400,15 +414,18 @@ class FluxTransformer(FluxTransformer2DModel):
                 x = torch.cat([x[:, :txt_len], x[:, txt_len:] + route.of_kept(sample)], dim=1)
             x = route.after_joint(i, x)
 
-        if isinstance(mods[-1], tuple):
-            (last_mod,) = mods[-1]
-        else:
-            last_mod = project(torch.nn.functional.silu(mods[-1]), self.norm_out.linear)
-        scale, shift = last_mod.chunk(2, dim=-1)
         # all image tokens without a count of the scene's
         scene = x[:, txt_len:][:, :scene_tokens]
-        img = modulated_layer_norm(scene, scale, shift, eps=self.norm_out.norm.eps)
-        return project(img, self.proj_out)
+        return self.region(predict, self, scene, mods[-1])
+
+    def _modulation_of_blocks(self, mod: Tensor, batch: int) -> list[Any]:
+        """What each block, and the last layer behind them, is given as its modulation."""
+        if self.modulation is not None:
+            return [*self.modulation.views(mod, batch)]
+        how = None if self.compiled is None else self.compiled.how
+        if how is None or how.blocks or any(b.residency is not None for b in self.blocks):
+            return [mod] * (len(self.blocks) + 1)
+        return [*(self.region(block_vectors, block, mod) for block in self.blocks), mod]
 
     @property
     def x_embedder_dtype(self) -> torch.dtype:

@@ -2,7 +2,8 @@
 and the log-sum-exp.
 
 The back ends are PyTorch's kernels (cuDNN, Flash, memory-efficient, and the CPU's, "cpu"), ours in
-fp32 on a CPU ("native"), and the maths in plain torch ("ref"). Shapes are FLUX.1's, [B, S, heads,
+fp32 on a CPU ("native"), and the maths in plain torch ("ref"). SageAttention's
+(`attention_sage.FUNCTIONS`) have no backward. Shapes are FLUX.1's, [B, S, heads,
 head_dim]. There is no dropout and no causal mask, and the scale is 1/sqrt(head_dim).
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxfast.ops import attention_native, device, verdicts
+from fluxfast.ops import attention_native, attention_sage, device, verdicts
 from fluxfast.ops.tensors import own_dtypes
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
@@ -31,6 +32,10 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
 
     Raises ValueError if that can't do the call, or failed its check here (`verdicts`).
     """
+    if backend in attention_sage.FUNCTIONS:
+        if mask is not None:
+            raise ValueError(f"attention: the back end {backend!r} takes no mask; use 'auto'")
+        return backend
     if backend not in BACKENDS:
         raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
     if backend == "native" and (obstacle := attention_native.obstacle(q, mask is not None)):
@@ -245,6 +250,8 @@ def forward(
     if backend == "ref":
         out, lse = _ref(q, k, v, mask)
         return out, (lse,)
+    if backend in attention_sage.FUNCTIONS:
+        return attention_sage.forward(backend, q, k, v), (None,)
     if backend == "native":
         out, lse = attention_native.forward(q, k, v)
         return out, (lse,)
@@ -289,6 +296,8 @@ def backward(
     """
     if backend == "ref":
         return _ref_backward(dout, q, k, v, out, saved[0], mask)
+    if backend in attention_sage.FUNCTIONS:
+        raise ValueError(f"attention: the back end {backend!r} has no backward; use 'auto'")
     if backend == "native":
         assert saved[0] is not None
         dq, dk, dv = attention_native.backward(dout, q, k, v, out, saved[0])

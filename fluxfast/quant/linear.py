@@ -7,7 +7,6 @@ W is decoded for the product and dropped after it, forward and backward. `QuantL
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,12 +58,6 @@ def quant_linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> 
     return _QuantLinear.apply(x, bias, weight.format.name, weight.shape, *weight.parts.values())
 
 
-@functools.cache
-def _buffer_names(format: Format, shape: Shape) -> list[tuple[str, str]]:
-    """The name of each part of a format, and that of the buffer in which a `QuantLinear` has it."""
-    return [(name, f"weight_{name}") for name in format.layout(shape)]
-
-
 # whether `QuantLinear.weight` has a shape, a dtype and a device, but no values
 _shapes_only = ContextVar("shapes_only", default=False)
 
@@ -101,8 +94,11 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.format, self.compute_dtype = format, compute_dtype
-        for name, part in format.empty((out_features, in_features), device).items():
-            self.register_buffer(f"weight_{name}", part, persistent=False)
+        parts = format.empty((out_features, in_features), device)
+        # the name of each part, and that of its buffer: a step asks for them hundreds of times
+        self._buffer_names = [(name, f"weight_{name}") for name in parts]
+        for name, buffer in self._buffer_names:
+            self.register_buffer(buffer, parts[name], persistent=False)
         empty = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
         self.register_parameter(
             "bias", None if empty is None else nn.Parameter(empty, requires_grad=False)
@@ -129,7 +125,7 @@ class QuantLinear(nn.Linear):
     def packed(self) -> QuantWeight:
         """The weight as it is stored: format, parts and shape, without a copy."""
         shape, held = (self.out_features, self.in_features), self._buffers
-        parts = {name: held[buffer] for name, buffer in _buffer_names(self.format, shape)}
+        parts = {name: held[buffer] for name, buffer in self._buffer_names}
         return QuantWeight(self.format, parts, shape)  # type: ignore[arg-type]
 
     @property

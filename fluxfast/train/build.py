@@ -1,120 +1,36 @@
-"""From the config to a run's parts: the data with its caches, the model, what validation needs."""
+"""From the config to a run's parts: the model, ready to train, and what streams it and draws."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from torch import Tensor
 
 from fluxfast.adapters.kind import AdapterFile
-from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.run import TrainConfig
-from fluxfast.config.settings import ConfigError, read_json, shown
-from fluxfast.data.batches import Batch, BatchLoader
-from fluxfast.data.encode import EncoderSettings
-from fluxfast.data.encoders import compute_dtype
 from fluxfast.data.model_folders import local_folder
-from fluxfast.data.prepare import prepare
-from fluxfast.data.prepared import Prepared, PreparedDataset
-from fluxfast.data.sampler import Sampler
-from fluxfast.data.survey import progress_bars
-from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.stream import BlockStream, stream_blocks
+from fluxfast.memory.wishes import Wishes, wishes_of
 from fluxfast.model.apply import Choices, make_ready
+from fluxfast.model.compiled import cache_in
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.text import text_problem
 from fluxfast.train import choose
 from fluxfast.train.adapter import add_adapter
 from fluxfast.train.assistant import activate, add_assistant
-from fluxfast.train.base_model import load_transformer, open_base, originals_of, quantizing_device
-from fluxfast.train.choose import BatchShape, tokens_of
-from fluxfast.train.data_options import survey_options
-from fluxfast.train.edits import dataset_edits, prompt_edits
+from fluxfast.train.base_model import load_transformer, open_base, originals_of
+from fluxfast.train.build_data import RunData
+from fluxfast.train.build_validator import build_validator
+from fluxfast.train.compiling import CompileProgress
 from fluxfast.train.events import say
-from fluxfast.train.validation import ValidationSettings, Validator
-
-# the nickname of validation_prompt, beside those of the user's library
-PRIMARY_PROMPT = "validation"
-VAE_DTYPES = {
-    "default": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
-
-
-@dataclass
-class RunData:
-    """The prepared datasets, the position in them, and the options of `load_batch`."""
-
-    config: DataConfig
-    prepared: Prepared
-    sampler: Sampler
-    batch_options: Mapping[str, Any]
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of every image in the first epoch."""
-        return [sample.target for dataset in self.prepared.datasets for sample in dataset.samples]
-
-    @property
-    def batch_shapes(self) -> list[BatchShape]:
-        """The batches of every epoch, each once."""
-        combined = bool(self.batch_options["combine_references"])
-        datasets = self.prepared.datasets
-        return [shape for dataset in datasets for shape in _batch_shapes(dataset, combined)]
-
-    @property
-    def encoded_pixels(self) -> int:
-        """Pixels of the largest image that is encoded while the run trains; 0: none is."""
-        on_demand = [each for each in self.prepared.datasets if each.on_demand is not None]
-        return max((w * h for dataset in on_demand for w, h in dataset.sizes), default=0)
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """(width, height) of most images, for the LoRA's metadata."""
-        sizes = self.sizes
-        return max(sorted(set(sizes)), key=sizes.count)
-
-    @property
-    def instance_prompts(self) -> list[str]:
-        return sorted(
-            {dataset.instance_prompt for dataset in self.config.images if dataset.instance_prompt}
-        )
-
-    def loader(self, batch: int, then: Callable[[Batch, int], Any]) -> BatchLoader:
-        """What `then` makes of the run's batches, from number `batch` on.
-
-        Batches are counted from 0, over all micro-steps.
-        """
-        return BatchLoader(
-            self.prepared,
-            self.sampler,
-            step=batch,
-            **self.batch_options,
-            then=then,
-        )
-
-
-def _batch_shapes(dataset: PreparedDataset, combined: bool) -> Iterator[BatchShape]:
-    """A batch for each size of a dataset, with the most tokens of references that it may have."""
-    total = sum if combined else max
-    most: dict[tuple[int, int], int] = {}
-    for sample in dataset.samples:
-        tokens = total([tokens_of(reference.target) for reference in sample.references] or [0])
-        most[sample.target] = max(tokens, most.get(sample.target, 0))
-    for size in sorted(dataset.sizes):
-        # a size that only a later epoch has is taken for the largest
-        references = most.get(size, max(most.values(), default=0))
-        yield BatchShape(size, dataset.train_batch_size, dataset.id, references)
+from fluxfast.train.validation import Validator
 
 
 @dataclass
@@ -126,6 +42,7 @@ class Parts:
         stream: who streams its blocks; None: they are resident.
         scheduler: the pipeline's.
         validator: None where validation is off or has no prompt.
+        compiling: tells how torch.compile goes; None: nothing is compiled.
     """
 
     transformer: FluxTransformer
@@ -133,112 +50,13 @@ class Parts:
     stream: BlockStream | None
     scheduler: FlowMatchEulerDiscreteScheduler
     validator: Validator | None
+    compiling: CompileProgress | None = None
 
     @property
     def shift_bounds(self) -> dict[str, Any]:
         """`flow.auto_shift`'s keyword arguments."""
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return {name: self.scheduler.config[name] for name in names}
-
-
-def load_data(config: TrainConfig, seed: int, device: torch.device, console: Console) -> RunData:
-    """Read the dataloader's config, fill the caches, print the closing table."""
-    data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
-    for note in data.notes:
-        say(console, note)
-    prompts = validation_prompts(config)
-    with progress_bars(console) as progress:
-        prepared = prepare(
-            data,
-            _encoder_settings(config, device),
-            extra_prompts=[
-                *prompts.values(),
-                *([config.validation_negative_prompt] if prompts else []),
-            ],
-            progress=progress,
-            **survey_options(config),
-        )
-    console.print(prepared.report)
-    sampler = Sampler(
-        prepared.datasets,
-        seed=seed,
-        sampling=config.data_backend_sampling,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
-    return RunData(
-        data,
-        prepared,
-        sampler,
-        {
-            "caption_dropout_probability": config.caption_dropout_probability,
-            "combine_references": config.combines_references,
-            "masked_loss_probability": config.masked_loss_probability,
-        },
-    )
-
-
-def validation_prompts(config: TrainConfig) -> dict[str, str]:
-    """Nickname to prompt: validation_prompt and the user's library."""
-    if config.validation_disable:
-        return {}
-    prompts = {PRIMARY_PROMPT: config.validation_prompt} if config.validation_prompt else {}
-    if config.user_prompt_library:
-        library = read_json(config.user_prompt_library)
-        if not isinstance(library, dict) or not all(
-            isinstance(text, str) for text in library.values()
-        ):
-            raise ConfigError(
-                [
-                    f'{config.user_prompt_library}: expected {{"nickname": "prompt", ...}}, all '
-                    "of them texts"
-                ]
-            )
-        problems = [
-            f'{config.user_prompt_library}: the prompt "{nickname}" {problem}'
-            for nickname, text in library.items()
-            if (problem := text_problem(text))
-        ]
-        if PRIMARY_PROMPT in library and prompts:
-            problems.append(
-                f'{config.user_prompt_library}: "{PRIMARY_PROMPT}" is the nickname of '
-                "validation_prompt: take another one"
-            )
-        if problems:
-            raise ConfigError(problems)
-        prompts |= library
-    for name, text in [
-        *prompts.items(),
-        ("validation_negative_prompt", config.validation_negative_prompt),
-    ]:
-        if (name + text).encode(errors="replace").decode() != name + text:
-            raise ConfigError(
-                [
-                    f"the prompt {shown(name)} holds half of a character ({ascii(text)[:100]}): "
-                    "write it anew"
-                ]
-            )
-    return prompts
-
-
-def _encoder_settings(config: TrainConfig, device: torch.device) -> EncoderSettings:
-    quantised = {config.text_encoder_1_precision, config.text_encoder_2_precision} != {"no_change"}
-    return EncoderSettings(
-        pipeline=config.base_source,
-        vae=config.vae_source,
-        t5=config.t5_source,
-        variant=config.variant,
-        device=device,
-        text_dtype=config.weight_dtype,
-        clip_precision=config.text_encoder_1_precision,
-        t5_precision=config.text_encoder_2_precision,
-        quantize_on=quantizing_device(config.quantize_via, device) if quantised else "cpu",
-        vae_dtype=VAE_DTYPES[config.vae_dtype],
-        max_length=config.tokenizer_max_length,
-        t5_padding=config.t5_padding,
-        vae_batch_size=config.vae_batch_size,
-        vae_tiling=config.vae_enable_tiling,
-        vae_slicing=config.vae_enable_slicing,
-    )
 
 
 def load_parts(
@@ -291,8 +109,16 @@ def load_parts(
         choices,
         stream,
         scheduler,
-        _validator(config, data, seed, transformer, scheduler),
+        build_validator(config, wishes, data.config, data.prepared, seed, transformer, scheduler),
+        _compiling(config, wishes, console),
     )
+
+
+def _compiling(config: TrainConfig, wishes: Wishes, console: Console) -> CompileProgress | None:
+    """Who tells of torch.compile, once its results have a folder; None where nobody compiles."""
+    if wishes.compile is None and wishes.draws_compiled is None:
+        return None
+    return CompileProgress(partial(say, console), str(cache_in(config.cache_dir / "compiled")))
 
 
 def use_deterministic_algorithms() -> None:
@@ -342,60 +168,3 @@ def _stream(
     if stream.shortfall:
         say(console, stream.shortfall)
     return stream
-
-
-def _validator(
-    config: TrainConfig,
-    data: RunData,
-    seed: int,
-    transformer: FluxTransformer,
-    scheduler: FlowMatchEulerDiscreteScheduler,
-) -> Validator | None:
-    prompts = prompt_edits(config, validation_prompts(config))
-    if not config.validation_disable:
-        prepared = (*data.prepared.datasets, *data.prepared.held_out)
-        prompts |= dataset_edits(config, data.config, prepared)
-    if not prompts:
-        return None
-    settings = ValidationSettings(
-        prompts=prompts,
-        negative_prompt=config.validation_negative_prompt,
-        resolutions=config.validation_resolutions,
-        steps=config.validation_num_inference_steps,
-        guidance=config.validation_guidance,
-        guidance_real=config.validation_guidance_real,
-        seed=seed if config.validation_seed is None else config.validation_seed,
-        images_per_prompt=config.num_validation_images,
-        beside_base=not config.disable_benchmark,
-        references_at=config.validation_stitch_input_location,
-        other_noise=config.validation_randomize,
-        image_format=config.validation_image_format,
-        quality=config.validation_image_quality,
-        no_cfg_steps=config.validation_no_cfg_until_timestep,
-        masked_text=config.flux_attention_masked_training,
-    )
-
-    def embeds(prompt: str) -> dict[str, Tensor]:
-        tensors = data.prepared.prompts.get(prompt)
-        return {name: tensor[None] for name, tensor in tensors.items()}
-
-    def load_vae() -> Any:
-        vae = AutoencoderKL.from_pretrained(
-            local_folder(config.vae_source),
-            torch_dtype=compute_dtype(transformer.device, VAE_DTYPES[config.vae_dtype]),
-        )
-        if config.vae_enable_tiling:
-            vae.enable_tiling()
-        if config.vae_enable_slicing:
-            vae.enable_slicing()
-        return vae.eval()
-
-    return Validator(
-        settings,
-        output_dir=config.output_dir,
-        transformer=transformer,
-        scheduler=scheduler,
-        load_vae=load_vae,
-        embeds=embeds,
-        dtype=config.weight_dtype,
-    )

@@ -22,10 +22,11 @@ from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.buckets import target_size
 from fluxfast.memory import choices, gpus
-from fluxfast.memory.choices import Facts, Refused, Wishes
+from fluxfast.memory.choices import Facts, Refused
 from fluxfast.memory.plan import CUDA_CONTEXT
 from fluxfast.memory.rates import Rate
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload, vae_bytes
+from fluxfast.memory.wishes import Wishes
 from fluxfast.model import graphs, modulation
 from fluxfast.model.apply import Choices
 from fluxfast.model.routing import keep_count, resolve_routes
@@ -259,5 +260,8 @@ def tell(
     tell(f"matrix products run {told}: {reasons['compute']}")
     if chosen.transposed_codes:
         tell(f"codes are kept in both orders: {reasons['transposed_codes']}")
+    if chosen.compile is not None:
+        what = "the blocks and" if chosen.compile.blocks else "no block but"
+        tell(f"torch.compile ({chosen.compile.backend}) compiles {what} what is around them")
     if wishes.cuda_graphs == "auto" and facts.gpu is not None and not chosen.graphs:
         say(console, f"CUDA graphs: off: {reasons['graphs']}")

@@ -51,7 +51,7 @@ def steps_in(folder: Path) -> list[int]:
 
 def draw_grid(rows: Sequence[Row], steps: Sequence[int], path: Path) -> Path:
     """Write the grid of some series at some steps; a cell without a file stays empty."""
-    columns = _evenly(steps, COLUMNS)
+    columns = evenly(steps, COLUMNS)
     heading, label = Lettering(14, bold=True), Lettering(12)
     line = heading.line_height + GAP
     width = GAP + len(columns) * (CELL + GAP)
@@ -82,7 +82,7 @@ def _image_alone(row: Row, step: int) -> Image.Image:
     return cut.resize(row.cell, Image.Resampling.LANCZOS)
 
 
-def _evenly(steps: Sequence[int], number: int) -> list[int]:
+def evenly(steps: Sequence[int], number: int) -> list[int]:
     """At most so many of the steps, the first and the last among them."""
     if len(steps) <= number:
         return list(steps)

@@ -12,7 +12,8 @@ from fluxfast.config.settings import ConfigError
 from fluxfast.doctor import startup
 from fluxfast.doctor.scope import PLAIN, Scope, sizes_for
 from fluxfast.memory import gpus
-from fluxfast.memory.choices import choose_compute, refusals, wishes_of
+from fluxfast.memory.choices import choose_compute, refusals
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops import verdicts
 from fluxfast.quant.rules import PRECISIONS

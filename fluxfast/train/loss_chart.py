@@ -48,7 +48,9 @@ def plot_loss(metrics: Lines, path: Path, evaluations: Lines = ()) -> None:
             ".", color="tab:green", markersize=4, label="regularisation",
         )  # fmt: skip
     highest = sorted(losses)[int(0.98 * (len(losses) - 1))]
-    for (name, points), color in zip(_curves(evaluations).items(), cycle(_HELD_OUT), strict=False):
+    for (name, points), color in zip(
+        held_out_curves(evaluations).items(), cycle(_HELD_OUT), strict=False
+    ):
         top.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
         highest = max(highest, *(loss for _, loss in points))
     top.set_ylabel("loss")
@@ -69,7 +71,7 @@ def plot_loss(metrics: Lines, path: Path, evaluations: Lines = ()) -> None:
     pyplot.close(figure)
 
 
-def _curves(evaluations: Lines) -> dict[str, list[tuple[int, float]]]:
+def held_out_curves(evaluations: Lines) -> dict[str, list[tuple[int, float]]]:
     """(step, loss) of each held-out dataset; of all together, where they are reported so."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in evaluations:

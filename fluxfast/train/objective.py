@@ -184,7 +184,8 @@ class Objective:
         if self.transformer.router is not None:
             self.transformer.router.generator.manual_seed(step_seed(*place, "tread"))
             inputs["force_keep_mask"] = example.batch.keep_mask
-        return flow.loss(
+        return self.transformer.region(
+            flow.loss,
             self._prediction(inputs),
             target,
             config.loss_type,

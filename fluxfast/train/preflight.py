@@ -23,11 +23,13 @@ from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
+from fluxfast.config.public import is_hub_name
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, quoted
 from fluxfast.data.model_folders import local_folder
 from fluxfast.memory import gpus
-from fluxfast.memory.choices import refusals, wishes_of
+from fluxfast.memory.choices import lacking, refusals
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.routing import resolve_routes
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops import verdicts
@@ -52,9 +54,10 @@ from fluxfast.train.base_model import (
     quantizing_device,
     stored_format,
 )
-from fluxfast.train.build import validation_prompts
+from fluxfast.train.build_validator import validation_prompts
 from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.edits import dataset_edits, prompt_edits
+from fluxfast.train.hub import check_access
 from fluxfast.train.optim import check_arguments
 from fluxfast.train.state import SavedRun
 
@@ -66,12 +69,13 @@ class Checked(NamedTuple):
     """What was read on the way.
 
     saved: the checkpoint to go on from. lora: the file that says what the adapter is like. notes:
-    lines to print.
+    lines to print. repository: where the run uploads to; "" where it doesn't.
     """
 
     saved: SavedRun | None
     lora: AdapterFile | None
     notes: tuple[str, ...]
+    repository: str = ""
 
 
 def check(config: TrainConfig, device: torch.device) -> Checked:
@@ -84,6 +88,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     saved: SavedRun | None = None
     lora: AdapterFile | None = None
     data: DataConfig | None = None
+    repository = ""
     with _collecting(problems):
         data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
     problems += _folder_problems(config, data)
@@ -103,11 +108,15 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     # what failed a check of this machine counts once `health` has looked at it
     with verdicts.ignored():
         problems += refusals(wishes_of(config), gpus.this_gpu(device))
+    problems += lacking(wishes_of(config), device.type)
     changes = resume.refused(config, saved, data.images if data else ()) if saved else []
+    if config.push_to_hub:
+        with _collecting(problems):
+            repository = check_access(config, notes)
 
     def may_fetch(path: str) -> bool:
         # a problem that is there already should not wait for a download
-        return not ((problems or changes) and _is_hub_name(path))
+        return not ((problems or changes) and is_hub_name(path))
 
     if saved is not None or may_fetch(config.init_lora or ""):
         with _collecting(problems):
@@ -118,14 +127,19 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     if data is not None:
         notes += _evaluation_notes(config, data)
     for path in _validation_adapters(config):
-        if not _is_hub_name(path) or may_fetch(path):
+        if not is_hub_name(path) or may_fetch(path):
             with _collecting(problems):
                 read_lora(path)
     if config.evaluation_type == "clip" and not config.validation_disable:
         clip = config.pretrained_evaluation_model_name_or_path
-        if may_fetch(clip) or not _is_hub_name(clip):
+        if may_fetch(clip) or not is_hub_name(clip):
             with _collecting(problems):
                 ClipScore(clip, device).check()
+    if config.validation_preview and not config.validation_disable:
+        small = ModelSource(config.validation_preview_model, None, None)
+        if may_fetch(small.path) or not is_hub_name(small.path):
+            with _collecting(problems):
+                _check_folder(small)
     for source in _sources(config):
         if may_fetch(source.path):
             with _collecting(problems):
@@ -139,7 +153,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         problems.append(resume.refusal(saved, changes))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Checked(saved, lora, tuple(notes))
+    return Checked(saved, lora, tuple(notes), repository)
 
 
 @contextmanager
@@ -244,14 +258,6 @@ def _sources(config: TrainConfig) -> list[ModelSource]:
         config.t5_source,
         config.vae_source,
     ]
-
-
-def _is_hub_name(path: str) -> bool:
-    return (
-        not Path(path).expanduser().exists()
-        and path.count("/") == 1
-        and not path.startswith((".", "/", "~"))
-    )
 
 
 def _check_folder(source: ModelSource) -> None:

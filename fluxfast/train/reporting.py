@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from rich.console import Console
 
 from fluxfast.config.run import TrainConfig
@@ -28,6 +28,8 @@ from fluxfast.train.events import (
 )
 from fluxfast.train.loss_chart import plot_loss
 from fluxfast.train.run_events import RunEvents
+from fluxfast.train.trackers import Trackers
+from fluxfast.train.validation import Drawn, png_of
 
 
 class NonFiniteLoss(RuntimeError):
@@ -61,7 +63,8 @@ class Reporter:
     def __init__(
         self,
         config: TrainConfig,
-        accelerator: Accelerator,
+        device: torch.device,
+        trackers: Trackers,
         events: RunEvents,
         console: Console,
         numbers: Numbers,
@@ -70,21 +73,12 @@ class Reporter:
         done: int,
     ) -> None:
         """steps: of the whole run. done: those before it goes on."""
-        self.config, self._accelerator, self._events = config, accelerator, events
+        self.config, self._device, self._trackers, self._events = config, device, trackers, events
         self._console, self._numbers, self._steps = console, numbers, steps
         folder = config.output_dir
         self._metrics = Metrics(folder / METRICS_NAME, done, numbers.say)
         self._evaluations = Metrics(folder / EVALUATIONS_NAME, done, numbers.say)
         self.bar = TrainingBar(console, steps, done)
-        self._start_trackers()
-
-    def _start_trackers(self) -> None:
-        if self.config.report_to == "none":
-            return
-        values = self.config.model_dump().items()
-        flat = {k: v for k, v in values if isinstance(v, int | float | str | bool)}
-        with self._numbers.guard(self.config.report_to):
-            self._accelerator.init_trackers(self.config.tracker_project_name, config=flat)
 
     def step(self, result: StepResult | None) -> None:
         """Read a step's numbers and write them down; the device is a step ahead by now.
@@ -96,7 +90,7 @@ class Reporter:
         loss, norm, held = result.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise NonFiniteLoss(self._told_of_non_finite(result, loss, norm))
-        memory = memory_gib(self._accelerator.device)
+        memory = memory_gib(self._device)
         line = {
             "step": result.step,
             "epoch": result.epoch,
@@ -112,7 +106,7 @@ class Reporter:
         self._metrics.write(line)
         self.bar.show(result.step, line)
         self._announce_step(line)
-        self._track({k: v for k, v in line.items() if k not in ("step", "dataset")}, result.step)
+        self._trackers.log(result.step, line)
 
     def _told_of_non_finite(self, result: StepResult, loss: float, norm: float) -> str:
         files = ", ".join(
@@ -140,13 +134,6 @@ class Reporter:
             "training.status", text=text, progress=progress, data={"status": "running"}
         )
 
-    def _track(self, values: Mapping[str, Any], step: int) -> None:
-        if self.config.report_to == "none":
-            return
-        known = {k: v for k, v in values.items() if v is not None}
-        with self._numbers.guard(self.config.report_to):
-            self._accelerator.log(known, step=step)
-
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
         """Tell what an evaluation found, by metric."""
         self._evaluations.write({"step": step, **found})
@@ -157,7 +144,7 @@ class Reporter:
         self._events.emit(
             "training.validation", text=f"step {step}: {told}", step=step, metrics=dict(found)
         )
-        self._track(found, step)
+        self._trackers.log(step, found)
 
     def evaluations(self) -> list[tuple[int, float]]:
         """(step, loss over all held-out images) of every evaluation so far, in order."""
@@ -170,18 +157,27 @@ class Reporter:
         self._events.emit("training.checkpoint", text=f"saved {path.name}", checkpoint=told)
         self.bar.pause()
 
-    def images(self, step: int, prompts: Mapping[Path, str], grid: Path | None) -> None:
-        """Tell of validation images that have been written. prompts: theirs, by file."""
-        for path in [*prompts, *([grid] if grid else [])]:
+    def images(self, step: int, drawn: Sequence[Drawn], grid: Path | None) -> None:
+        """Tell of validation images that have been written."""
+        for path in [*(each.path for each in drawn), *([grid] if grid else [])]:
             self.tell(f"  {path}")
+        names = list(dict.fromkeys(each.name for each in drawn))
+        of_names = {name: [each for each in drawn if each.name == name] for name in names}
+        for name, several in of_names.items():
+            title = f"Validation of step {step}: {name}"
+            told = {"step": step, "validation_type": "final", "prompt": several[0].prompt}
+            images = [png_of(each.path) for each in several]
+            self._events.emit("validation.image", images=images, text=title, title=title, data=told)
         self._events.emit(
             "training.validation",
             text=f"validation images of step {step}",
             step=step,
-            files=[path.name for path in prompts],
-            prompts=list(prompts.values()),
+            files=[each.path.name for each in drawn],
+            prompts=[each.prompt for each in drawn],
             grid=grid.name if grid else None,
         )
+        files = {name: [each.path for each in several] for name, several in of_names.items()}
+        self._trackers.log_images(step, files)
 
     def tell(self, text: str) -> None:
         """Print a line as it is."""
@@ -195,6 +191,4 @@ class Reporter:
         with self._numbers.guard(str(plot)):
             if metrics := read_metrics(self._metrics.path):
                 plot_loss(metrics, plot, read_evaluations(self._evaluations.path))
-        if self.config.report_to != "none":
-            with self._numbers.guard(self.config.report_to):
-                self._accelerator.end_training()
+        self._trackers.close()

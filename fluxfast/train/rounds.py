@@ -16,7 +16,8 @@ from fluxfast.adapters.lycoris import strength
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.validation_adapters import ValidationAdapterRun
 from fluxfast.train.assistant import drawing
-from fluxfast.train.build import Parts, RunData
+from fluxfast.train.build import Parts
+from fluxfast.train.build_data import RunData
 from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.evaluation import Evaluator
@@ -135,7 +136,7 @@ class Rounds:
     def _tell_drawn(self, step: int, drawn: list[Drawn]) -> None:
         assert self._validator is not None
         grid = self._validator.grid(step, drawn)
-        self._report.images(step, {each.path: each.prompt for each in drawn}, grid)
+        self._report.images(step, drawn, grid)
 
     def _weights(self, step: int) -> list[Kind]:
         """The kinds of weights to look at after a step: at step 0, which is the base, one."""

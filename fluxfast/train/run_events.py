@@ -40,6 +40,8 @@ STAGES = {
     "training_abort": "Stopping before the end",
     "training_complete": "Training is complete",
 }
+# the title of the last event of a run that ended with an error
+RUN_FAILED = "The run has failed"
 Severity = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -145,7 +147,7 @@ class RunEvents:
         if isinstance(error, Stopped):
             self._stage("training_abort", "completed", 100, str(error))
         elif error is not None:
-            self.emit_error("The run has failed", error)
+            self.emit_error(RUN_FAILED, error)
         if self._file is not None:
             with self._guard(str(self.path)), self._file:
                 os.fsync(self._file.fileno())

@@ -14,7 +14,7 @@ from fluxfast.config.run import TrainConfig
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import ema, resume, state
 from fluxfast.train.adapter import adapter_metadata, kind_of
-from fluxfast.train.build import RunData
+from fluxfast.train.build_data import RunData
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.optim import averaged
 

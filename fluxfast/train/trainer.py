@@ -24,7 +24,8 @@ from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
 from fluxfast.train.adapter import config_of, init_lora_of, kind_of
-from fluxfast.train.build import Parts, RunData, load_data, load_parts
+from fluxfast.train.build import Parts, load_parts
+from fluxfast.train.build_data import RunData, load_data
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.events import Numbers, say
@@ -32,11 +33,15 @@ from fluxfast.train.intervals import Interval
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
+from fluxfast.train.previews import previewer_of
+from fluxfast.train.publish import Publisher, run_record
 from fluxfast.train.reporting import Reporter, StepResult
 from fluxfast.train.rounds import Rounds
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.run_lock import RunLock
 from fluxfast.train.saving import Saver, best_steps, evaluations_since_best
+from fluxfast.train.trackers import Trackers
+from fluxfast.train.webhooks import webhooks_of
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -55,7 +60,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         with RunLock(config.output_dir, partial(say, console)):
             remove_leftovers(config.output_dir)
             requests.forget_old()
-            with RunEvents(config.output_dir, partial(say, console)) as events:
+            notes = partial(say, console)
+            with (
+                webhooks_of(config, notes) as webhooks,
+                RunEvents(config.output_dir, notes) as events,
+            ):
+                events.subscribe(webhooks)
                 return _train(config, console, checked, requests, events)
 
 
@@ -95,17 +105,13 @@ class Trainer:
         self.numbers = Numbers(self._say)
         for note in checked.notes:
             self._say(note)
-        self.accelerator = Accelerator(
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=str(config.output_dir / config.logging_dir),
-        )
-        self.device = self.accelerator.device
+        self.device = Accelerator().device
         torch.backends.cuda.matmul.allow_tf32 = not config.disable_tf32
         self.seed = resume.run_seed(config, self.saved)
         self.init_lora = init_lora_of(config, self.saved)
         health.ensure_checked(config, self.device, console)
         with events.stage("init_data_backend"):
-            self.data: RunData = load_data(config, self.seed, self.device, console)
+            self.data: RunData = load_data(config, self.seed, self.device, console, events)
         self.config = config_of(config, checked.lora)
         with events.stage("init_load_base_model"):
             self.parts: Parts = load_parts(
@@ -118,10 +124,11 @@ class Trainer:
                 saved=self.saved and self.saved.adapter,
             )
         self.transformer, self.stream = self.parts.transformer, self.parts.stream
-        self.objective = Objective(
-            self.config, self.transformer, self.seed, self.parts.shift_bounds
-        )
-        self._make_optimizer()
+        with events.stage("init_prepare_models"):
+            self.objective = Objective(
+                self.config, self.transformer, self.seed, self.parts.shift_bounds
+            )
+            self._make_optimizer()
         self.step = 0
         # optimiser steps of the run
         self.steps = self.config.max_train_steps or self.data.sampler.steps(
@@ -130,6 +137,10 @@ class Trainer:
         self.scheduler = self._schedule()
         self.pending: StepResult | None = None
         self.batches: BatchLoader | None = None
+        record = run_record(
+            self.config, self.data, self.parts, seed=self.seed, steps=self.steps, device=self.device
+        )
+        self.publisher = Publisher(self.config, checked.repository, record, self._say)
 
     def _make_optimizer(self) -> None:
         config = self.config
@@ -208,22 +219,33 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Free what outlives the objects: pinned memory or files of streamed blocks."""
-        if self.stream is not None:
-            self.stream.close()
+        """End uploads, and free what outlives the objects: threads, memory, files."""
+        try:
+            self.publisher.close()
+        finally:
+            if self.stream is not None:
+                self.stream.close()
+            if self.parts.compiling is not None:
+                self.parts.compiling.close()
 
     def loop(self) -> Path:
         """Train to the last step, save, and return the final LoRA's path."""
         config = self.config
+        self.publisher.start(self.step)
         self.report = Reporter(
             config,
-            self.accelerator,
+            self.device,
+            Trackers(self.given, seed=self.seed, done=self.step, say=self._say),
             self.events,
             self.console,
             self.numbers,
             steps=self.steps,
             done=self.step,
         )
+        if self.parts.validator is not None:
+            self.parts.validator.previewer = previewer_of(
+                config, self.device, self.parts.validator.folder, self.events, self._say
+            )
         self.rounds = Rounds(
             config, self.parts, self.data, self.objective, self.optimizer, self.average,
             self.report, self.events, self.console,
@@ -254,6 +276,7 @@ class Trainer:
                     self.pending = result
                     if self.step < self.steps:
                         self._between_steps()
+                self._report_last_step()
                 self.rounds.evaluate(self.step)
                 self._save(is_final=True)
         finally:
@@ -270,6 +293,7 @@ class Trainer:
         assert self.batches is not None
         epoch, ends_epoch = self.batches.epoch, self.batches.ends_epoch
         if self.rounds.evaluations.is_due(self.step, epoch, ends_epoch=ends_epoch):
+            self._report_last_step()
             self.rounds.evaluate(self.step)
         due = self.checkpoints.is_due(self.step, epoch, ends_epoch=ends_epoch)
         if due or self.requests.asked(SAVE) or self.rounds.is_among_best(self.step):
@@ -312,6 +336,8 @@ class Trainer:
             batches.append(example.batch)
             if example.batch.is_regularisation_data:
                 held, held_batches = held + loss.detach(), held_batches + 1
+        if self.parts.compiling is not None:
+            self.parts.compiling.tell()
         self.gradients.hand_over()
         norm = clip_gradients(
             self.gradients.buffers, self.config.grad_clip_method, self.config.clipped_to
@@ -341,11 +367,15 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------
 
+    def _report_last_step(self) -> None:
+        """Wait for the numbers of the last step; what follows is no part of its time."""
+        self.report.step(self.pending)
+        self.pending = None
+
     def _save(self, *, is_final: bool = False) -> Path:
         """A checkpoint of this step; never of a step whose loss nobody has looked at."""
         assert self.batches is not None
-        self.report.step(self.pending)
-        self.pending = None
+        self._report_last_step()
         facts = {
             "seed": self.seed,
             "sampler": self.batches.state_dict(),
@@ -354,6 +384,8 @@ class Trainer:
         }
         with self.events.stage("checkpoint_save"):
             path = self.saver.checkpoint(self.step, facts, self.report.evaluations())
+        if not is_final:
+            self.publisher.checkpoint(path, self.step)
         self.report.checkpoint(path, is_final=is_final)
         return path
 
@@ -362,4 +394,5 @@ class Trainer:
             lora = self.saver.adapter(self.config.output_dir, self.step)
         self.report.tell(f"{kind_of(self.config).label}: {lora}")
         self.events.complete(self.step, lora)
+        self.publisher.end(self.step)
         return lora

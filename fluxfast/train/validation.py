@@ -8,6 +8,7 @@ disabled. `grid_step_<step>.png` beside them has a row for each prompt and a col
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
 from fluxfast.train.grid import Row, draw_grid, steps_in
-
-FOLDER = "validation_images"
+from fluxfast.train.image_files import FOLDER
+from fluxfast.train.previews import PREVIEWED, Denoised, Drawing, Previewer, on_step_end
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,16 @@ def file_name(
     return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.{extension}"
 
 
+def png_of(path: Path) -> bytes:
+    """An image's file as PNG, whatever its own format."""
+    if path.suffix == ".png":
+        return path.read_bytes()
+    stream = io.BytesIO()
+    with Image.open(path) as image:
+        image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 @contextmanager
 def cut_at_zeros(transformer: Any) -> Iterator[None]:
     """Have the transformer see a prompt up to its last token that is not zero.
@@ -153,7 +164,8 @@ class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
     `embeds` gives a prompt's text embeddings: prompt_embeds [1, L, D], pooled_prompt_embeds [1, P],
-    and with `masked_text` attention_mask, bool [1, L].
+    and with `masked_text` attention_mask, bool [1, L]. `drawing` is a context in which the
+    transformer draws. `previewer`, where it is set, is shown each denoising step.
     """
 
     def __init__(
@@ -166,10 +178,13 @@ class Validator:
         load_vae: Callable[[], Any],
         embeds: Callable[[str], Mapping[str, Tensor]],
         dtype: torch.dtype,
+        drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._drawing = drawing
         self.settings, self.folder = settings, output_dir / FOLDER
         self._transformer, self._scheduler, self._load_vae = transformer, scheduler, load_vae
         self._embeds, self._dtype = embeds, dtype
+        self.previewer: Previewer | None = None
 
     def run(self, step: int, console: Console, *, label: str = "") -> list[Drawn]:
         """Draw and write the images of a step.
@@ -183,7 +198,7 @@ class Validator:
         base_alone = without_adapters(self._transformer) if step == 0 else nullcontext()
         rng = torch.get_rng_state()
         try:
-            with base_alone:
+            with base_alone, self._drawing():
                 return self._run(step, console, label)
         finally:
             torch.set_rng_state(rng)
@@ -195,7 +210,8 @@ class Validator:
         s = self.settings
         images = len(s.prompts) * len(s.resolutions) * s.images_per_prompt
         drawn = []
-        with Progress(console=console, transient=True) as progress:
+        previews = self.previewer.loaded() if self.previewer else nullcontext()
+        with previews, Progress(console=console, transient=True) as progress:
             bar = progress.add_task(f"validation, step {step}", total=images * s.steps)
 
             def advance() -> None:
@@ -210,8 +226,10 @@ class Validator:
                 with self._beside(pipeline.vae, references):
                     for size, index in self._series():
                         seed = s.seed + index + (step if s.other_noise else 0)
-                        image = self._image(pipeline, edit.prompt, size, seed, advance)
                         name = f"{nickname}_{label}" if label else nickname
+                        drawing = Drawing(name, edit.prompt, size, step, s.steps)
+                        on_step = self._on_step(drawing, advance)
+                        image = self._image(pipeline, edit.prompt, size, seed, on_step)
                         path = self._path(step, name, index, size)
                         base = self._base_of(step, nickname, index, size)
                         self._save(image, path, references, base)
@@ -229,6 +247,7 @@ class Validator:
             transformer=self._transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
+        pipeline._callback_tensor_inputs = [*pipeline._callback_tensor_inputs, *PREVIEWED]
         return pipeline
 
     def _series(self) -> list[tuple[tuple[int, int], int]]:
@@ -277,18 +296,24 @@ class Validator:
         base = self._path(0, nickname, index, size)
         return base if step > 0 and self.settings.beside_base and base.exists() else None
 
+    def _on_step(self, drawing: Drawing, advance: Callable[[], None]) -> Callable[[Denoised], None]:
+        """What is done after each denoising step of an image."""
+
+        def on_step(denoised: Denoised) -> None:
+            advance()
+            if self.previewer is not None:
+                self.previewer.show(drawing, denoised)
+
+        return on_step
+
     def _image(
         self,
         pipeline: FluxPipeline,
         prompt: str,
         size: tuple[int, int],
         seed: int,
-        advance: Callable[[], None],
+        on_step: Callable[[Denoised], None],
     ) -> Image.Image:
-        def on_step(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            advance()
-            return kwargs
-
         s = self.settings
         arguments = self._prompt_arguments(prompt)
         if s.guidance_real > 1:
@@ -309,7 +334,8 @@ class Validator:
                 true_cfg_scale=s.guidance_real,
                 # a generator on the CPU draws the same noise for every device
                 generator=torch.Generator().manual_seed(seed),
-                callback_on_step_end=on_step,
+                callback_on_step_end=on_step_end(on_step),
+                callback_on_step_end_tensor_inputs=list(PREVIEWED),
                 output_type="latent",
             ).images
         # decoded here, since the pipeline has no place for a VAE of another dtype than the latents'

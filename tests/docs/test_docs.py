@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fluxfast.cli.main import main
-from fluxfast.config.describe import keys
+from fluxfast.config.describe import keys, sections
+from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.simpletuner import options
 from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
 from fluxfast.train.control import STOPPED_EXIT
@@ -162,7 +163,9 @@ def test_each_field_is_in_the_options_once():
     assert by_name["model_type"].default == "required"
     assert by_name["cuda_graphs"].values == "true, false or auto" and by_name["cuda_graphs"].ours
     # what is not marked as ours is SimpleTuner's, or a dataset's
-    run = [key for key in keys() if not key.section.endswith(("datasets", "cache"))]
+    run = [key for key in keys() if issubclass(TrainFields, sections()[key.section])]
+    assert {key.name for key in run} == set(TrainFields.model_fields)
+    assert all(key.meaning for key in keys())
     assert all(key.ours or key.name in options() for key in run)
 
 

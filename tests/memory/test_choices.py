@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from fluxfast.memory import gpus
-from fluxfast.memory.choices import Facts, OverBudget, Refused, Wishes, choose, refusals
+from fluxfast.memory.choices import Facts, OverBudget, Refused, choose, lacking, refusals
 from fluxfast.memory.gpus import find_gpu, this_gpu
 from fluxfast.memory.plan import GIB, account
 from fluxfast.memory.sizes import FluxSizes, Storage, Workload
+from fluxfast.memory.wishes import Wishes
 from fluxfast.model.apply import Choices, apply, make_ready
+from fluxfast.model.compiled import Compile
 from fluxfast.ops import verdicts
 from fluxfast.quant import FORMATS
 from small_flux import small_flux
@@ -39,7 +41,7 @@ def test_every_choice_has_its_reason():
     choices = choose(Wishes(checkpoint_every=1), facts())
     told = {
         *("compute", "recompute", "streaming", "transposed_codes"),
-        *("modulation_ahead", "graphs", "attention"),
+        *("modulation_ahead", "graphs", "attention", "compile"),
     }
     assert choices.reasons.keys() == told and all(choices.reasons.values())
     # outliers are the user's alone, and `attention` tells what is deterministic
@@ -211,3 +213,41 @@ def test_this_machines_gpu(monkeypatch, name, capability, products):
     assert gpu.bandwidth and gpu.pcie and gpu.bf16
     assert gpu.name == name or find_gpu(gpu.name) == find_gpu(name)
     assert gpus.this_gpu(torch.device("cpu")) is None
+
+
+def test_torch_compile(int8_at_1024px):
+    assert choose(Wishes(), facts()).compile is None
+    around, blocks = Compile(), Compile(blocks=True)
+    for how in (around, blocks):
+        choices = choose(Wishes(compile=how, checkpoint_every=1), facts())
+        assert choices.compile == how and choices.graphs
+    for order in ({"streams": True}, {"vram_budget": 80}, {"recompute": "selective"}):
+        known = {"workload": int8_at_1024px} if "vram_budget" in order else {}
+        assert choose(Wishes(compile=around, **order), facts(**known)).compile == around
+        with pytest.raises(Refused, match="dynamo_use_regional_compilation"):
+            choose(Wishes(compile=blocks, **order), facts(**known))
+
+
+def test_modes_that_record_graphs_of_their_own():
+    for mode in ("reduce-overhead", "max-autotune"):
+        for wishes in (
+            Wishes(compile=Compile(mode=mode)),
+            Wishes(draws_compiled=Compile(mode=mode)),
+        ):
+            (line,) = refusals(wishes, H100)
+            assert f'"dynamo_mode" is {mode}' in line and "cuda_graphs" in line
+            assert not refusals(wishes, None)
+    assert choose(Wishes(compile=Compile(mode="max-autotune-no-cudagraphs")), facts()).graphs
+
+
+def test_a_compiler_that_is_missing_is_told_before(monkeypatch):
+    wishes = Wishes(compile=Compile())
+    assert not lacking(wishes, "cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (line,) = lacking(wishes, "cpu")
+    assert "no-such-compiler" in line and '"no"' in line and "dynamo_backend" in line
+    assert not lacking(Wishes(compile=Compile("aot_eager")), "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton" in lacking(wishes, "cuda")[0]
+    (line,) = lacking(Wishes(mechanism="sageattention"), "cuda")
+    assert "pip install sageattention" in line

@@ -143,6 +143,15 @@ def references(workspace, tmp_path):
 
 
 @pytest.fixture
+def server():
+    """A web server that gets events."""
+    from webhook_server import Server
+
+    with Server() as served:
+        yield served
+
+
+@pytest.fixture
 def pretend_gpu(monkeypatch):
     """Have all who choose find that GPU of the table on this machine; tensors stay on the CPU."""
     from fluxfast.memory import gpus

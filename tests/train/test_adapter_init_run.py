@@ -10,8 +10,8 @@ from config_helpers import load, only
 from fluxfast.checkpoint.opening import open_checkpoint
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
-from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.plan import account
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast.train import preflight

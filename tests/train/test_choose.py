@@ -9,9 +9,10 @@ from rich.console import Console
 
 from config_helpers import load
 from fluxfast.config.settings import ConfigError
-from fluxfast.memory.choices import budget_bytes, usable_bytes, wishes_of
+from fluxfast.memory.choices import budget_bytes, usable_bytes
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.plan import GIB, account
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.train.build import use_deterministic_algorithms
 from fluxfast.train.choose import BatchShape, choose, facts_of, tell_budget, workload_of
 

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from drawing_cases import DRAWS_TRAINED
 from kill_cases import kill_at, same_files
 
 from fluxfast.train import run_lock
@@ -25,15 +26,6 @@ from fluxfast.train.control import (
 )
 from fluxfast.train.run_events import read_events
 from fluxfast.train.run_lock import LOCK_NAME, FolderInUse, RunLock, holder
-
-DRAWS = {
-    "validation_disable": False,
-    "validation_step_interval": 0,
-    "validation_prompt": "a red cup",
-    "validation_resolution": "64x48",
-    "validation_num_inference_steps": 1,
-    "disable_benchmark": True,
-}
 
 
 def test_signals_and_files_ask_for_the_same(tmp_path):
@@ -90,7 +82,7 @@ def test_a_run_saves_and_draws_when_it_is_asked(run, monkeypatch, tmp_path):
         request_file(tmp_path / "output", VALIDATE).touch()
 
     kill_at(monkeypatch, 3, ask)
-    run(checkpoint_step_interval=0, **DRAWS)
+    run(checkpoint_step_interval=0, **DRAWS_TRAINED)
     output = tmp_path / "output"
     assert {p.name for p in output.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     drawn = {p.name for p in (output / "validation_images").glob("step_*")}

@@ -13,14 +13,14 @@ from kill_cases import Killed, kill_at, same_files
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from test_trainer import BF16, FP32, TREAD
 
 from fluxfast.train.evaluation import POOLED, Evaluator
 from fluxfast.train.events import read_evaluations, read_metrics
 from fluxfast.train.intervals import Interval
 from fluxfast.train.loss_chart import plot_loss
+from fluxfast.train.run_events import read_events
 from fluxfast.train.saving import best_steps, evaluations_since_best
-
-FP32 = {"mixed_precision": "no", "optimizer": "torch-adamw"}
 
 
 @pytest.fixture
@@ -118,6 +118,67 @@ def test_a_run_evaluates_with_its_checkpoints_and_trains_to_the_same(run, held_o
     assert {line["dataset"] for line in read_metrics(tmp_path / "output" / "metrics.jsonl")} == {
         "photos"
     }
+
+
+def test_a_step_is_told_before_its_evaluation(run, held_out):
+    lora, _ = run(others=(held_out(),), eval_steps_interval=2, max_train_steps=4)
+    told = [
+        (event["type"], event.get("step", event.get("progress", {}).get("current")))
+        for event in read_events(lora.parent / "events.jsonl")
+        if event["type"] in ("training.status", "training.validation")
+    ]
+    # else the rate of a step's time would be that of no time at all
+    assert told[:7] == [
+        ("training.validation", 0), ("training.status", 1), ("training.status", 2),
+        ("training.validation", 2), ("training.status", 3), ("training.status", 4),
+        ("training.validation", 4),
+    ]  # fmt: skip
+
+
+MODES = {
+    "bf16-tread": BF16 | TREAD | {"gradient_accumulation_steps": 2},
+    "nf4-ahead": BF16 | {"base_model_precision": "nf4-bnb", "modulation_ahead": True},
+    "streamed": FP32 | {"enable_group_offload": True},
+    "masked-text": BF16 | {"flux_attention_masked_training": True},
+    "few-steps": FP32 | {
+        "model_flavour": "schnell", "flux_fast_schedule": True, "disable_assistant_lora": True,
+        "validation_guidance": 0.0,
+    },
+    "guided": FP32 | {"flux_guidance_mode": "random-range", "loss_type": "huber"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_in_every_mode_training_goes_on_as_without(run, held_out, tmp_path, mode):
+    mode = {**mode, "max_train_steps": 3}
+    plain, _ = run(name="plain", **mode)
+    found = []
+    for name in ("one", "two"):
+        lora, out = run(name=name, others=[held_out()], eval_timesteps=2, **mode)
+        assert same_files(plain, lora) and "failed" not in out.getvalue()
+        found.append(losses(tmp_path / name))
+    # always the same numbers
+    assert found[0] == found[1] and [step for step, _ in found[0]] == [0, 2, 3]
+
+
+def test_references_of_held_out_images(run, references, held_out, workspace, tmp_path):
+    """Kontext: they are seen in the evaluation, and drawn with."""
+    theirs = references(id="theirs") | {"source_dataset_id": "kept"}
+    others = [references(), held_out(), theirs]
+    mode = FP32 | {"model_flavour": "kontext", "max_train_steps": 1, "eval_timesteps": 1}
+    _, out = run(
+        **mode, others=others, validation_disable=False, eval_dataset_id="kept",
+        num_eval_images=2, validation_num_inference_steps=1, validation_resolution="64x48",
+    )  # fmt: skip
+    assert "failed" not in out.getvalue()
+    (base, _) = losses(tmp_path / "output")
+    names = {p.name.split("_")[2] for p in (tmp_path / "output").rglob("step_1_*.png")}
+    assert names == {"kept"}
+    # another reference gives another loss
+    for path in (tmp_path / "theirs").glob("*.png"):
+        Image.new("RGB", Image.open(path).size, "white").save(path)
+    run(**mode, name="other", others=others, num_eval_images=2)
+    assert losses(tmp_path / "other")[0] != base
 
 
 def test_pooled_and_disabled(run, held_out, tmp_path):

@@ -9,7 +9,8 @@ from test_trainer import BF16, FP32, TREAD, Killed, kill_at
 
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory import gpus
-from fluxfast.memory.choices import Facts, Wishes, choose
+from fluxfast.memory.choices import Facts, choose
+from fluxfast.memory.wishes import Wishes
 from fluxfast.model import graphs
 from fluxfast.model.graphs import StepGraphs
 from fluxfast.model.transformer import FluxTransformer
@@ -47,8 +48,9 @@ def emulated(monkeypatch, tmp_path, pretend_gpu):
         BF16 | PLAIN | TREAD,
         BF16 | PLAIN | INT8,
         FP32 | PLAIN | {"lora_dropout": 0.3},
+        FP32 | PLAIN | {"dynamo_backend": "aot_eager"},
     ],
-    ids=["accumulation", "bf16-tread", "int8", "dropout"],
+    ids=["accumulation", "bf16-tread", "int8", "dropout", "compiled"],
 )
 def test_the_same_lora(run, emulated, mode):
     expected, _ = run(name="run", cuda_graphs=False, **mode)

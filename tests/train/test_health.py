@@ -12,8 +12,9 @@ from fluxfast.doctor import startup
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.scope import PLAIN
 from fluxfast.doctor.store import Store
-from fluxfast.memory.choices import Wishes, choose_compute, refusals
+from fluxfast.memory.choices import choose_compute, refusals
 from fluxfast.memory.gpus import find_gpu
+from fluxfast.memory.wishes import Wishes
 from fluxfast.ops import dispatch, verdicts
 from fluxfast.train import health
 

@@ -10,8 +10,8 @@ from fluxfast.adapters.kinds import KINDS
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.block_memory import block_memory
-from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.plan import account
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.adapter import settings_of
 from fluxfast.train.choose import BatchShape, choose, facts_of, workload_of

@@ -16,9 +16,10 @@ from test_trainer import BF16, FP32, TREAD, Killed, kill_at, same_files
 
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
-from fluxfast.memory.choices import choose, wishes_of
+from fluxfast.memory.choices import choose
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.rates import Rate, modulation_on_host
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model import modulation
 from fluxfast.model.modulation import ModulationAhead
 from fluxfast.train.choose import BatchShape, facts_of, tell, workload_of

@@ -8,7 +8,7 @@ import pytest
 
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
-from fluxfast.train.build import validation_prompts
+from fluxfast.train.build_validator import validation_prompts
 from fluxfast.train.validation import file_name
 
 MUNICH = b"M\xfcnchen".decode(errors="surrogateescape")

@@ -17,8 +17,8 @@ from fluxfast.config.adapters import ADAPTER_KINDS, LORA_TYPES
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.memory.block_memory import block_memory
-from fluxfast.memory.choices import wishes_of
 from fluxfast.memory.plan import account
+from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.choose import BatchShape, choose, facts_of, workload_of
 from fluxfast.train.trainer import Trainer, train

@@ -37,7 +37,7 @@ def only(found, *parts):
 
 
 def test_a_sound_run_has_nothing_to_tell(check, tmp_path):
-    assert check() == (None, None, ())
+    assert check() == (None, None, (), "")
     assert not (tmp_path / "output").exists()
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from drawing_cases import DRAWS
 from kill_cases import same_files
 
 from config_helpers import load, only, refused
@@ -22,14 +23,7 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-DRAWS = {
-    "validation_disable": False,
-    "validation_step_interval": 0,
-    "validation_prompt": "a red cup",
-    "validation_resolution": "64x48",
-    "validation_num_inference_steps": 1,
-    "max_train_steps": 2,
-}
+TWO_STEPS = DRAWS | {"max_train_steps": 2}
 
 
 @pytest.fixture
@@ -109,9 +103,9 @@ def test_the_model_computes_as_with_peft_and_is_then_as_before(trainer, other, p
     ("mode", "labels"), [("adapter_only", ["_a"]), ("comparison", ["", "_a"]), ("none", [""])]
 )
 def test_which_images_are_drawn(run, other, tmp_path, mode, labels):
-    plain, _ = run(name="plain", **{**DRAWS, "validation_disable": True})
+    plain, _ = run(name="plain", **{**TWO_STEPS, "validation_disable": True})
     lora, _ = run(
-        **DRAWS, validation_adapter_path=other("style"), validation_adapter_name="a",
+        **TWO_STEPS, validation_adapter_path=other("style"), validation_adapter_name="a",
         validation_adapter_mode=mode,
     )  # fmt: skip
     # drawing with another LoRA leaves no trace in the trained one
@@ -129,7 +123,7 @@ def test_several_in_turn(run, other, tmp_path):
         {"label": "both", "adapters": [{"path": one, "strength": 0.5}, {"path": two}]},
     ]
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
-    run(**DRAWS, validation_adapter_config=str(tmp_path / "runs.json"))
+    run(**TWO_STEPS, validation_adapter_config=str(tmp_path / "runs.json"))
     folder = tmp_path / "output" / "validation_images"
     images = {p.name: p.read_bytes() for p in folder.glob("step_2_*")}
     assert set(images) == {f"step_2_validation_{label}_0_64x48.png" for label in ("first", "both")}
@@ -162,7 +156,7 @@ def test_mistakes(write_config, tmp_path):
     only(refused(validation_adapter_config=[{"label": "x"}]), "validation_adapter_config")
     only(refused(validation_adapter_config=[{"path": "a", "strenght": 2}]), "strenght")
     only(refused(validation_adapter_path="a", validation_adapter_strength=0), "strength")
-    config = load_config(write_config(**DRAWS, validation_adapter_path=str(tmp_path / "gone")))
+    config = load_config(write_config(**TWO_STEPS, validation_adapter_path=str(tmp_path / "gone")))
     with pytest.raises(ConfigError, match="gone: no such LoRA"):
         preflight.check(config, CPU)
 
@@ -173,10 +167,18 @@ def test_options_that_need_an_evaluation_are_named(write_config):
     assert '"early_stopping_patience"' in note and "dataset_type" in note
 
 
+def test_an_autoencoder_of_previews_that_is_not_there_is_named_at_once(write_config, tmp_path):
+    gone = str(tmp_path / "tiny")
+    settings = {"validation_preview": True, "validation_preview_model": gone}
+    with pytest.raises(ConfigError, match="tiny: no such folder"):
+        preflight.check(load_config(write_config(**TWO_STEPS, **settings)), CPU)
+    assert preflight.check(load_config(write_config(**settings)), CPU).repository == ""
+
+
 def test_a_clip_that_is_not_there_is_named_at_once(write_config, tmp_path):
     config = load_config(
         write_config(
-            **DRAWS, evaluation_type="clip",
+            **TWO_STEPS, evaluation_type="clip",
             pretrained_evaluation_model_name_or_path=str(tmp_path / "clip"),
         )
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from drawing_cases import DRAWS_TRAINED
 from kill_cases import Killed, kill_at, same_files
 from PIL import Image
 
@@ -9,14 +10,6 @@ from fluxfast.train.grid import CELL, GAP, Row, draw_grid, steps_in
 from fluxfast.train.run_events import read_events
 from fluxfast.train.validation import Validator
 
-DRAWS = {
-    "validation_disable": False,
-    "validation_step_interval": 0,
-    "validation_prompt": "a red cup",
-    "validation_resolution": "64x48",
-    "validation_num_inference_steps": 1,
-    "disable_benchmark": True,
-}
 # four photographs with these repeats, two a batch: an epoch of four steps
 EPOCHS = {"dataset": {"repeats": 1}, "max_train_steps": 10}
 
@@ -38,7 +31,7 @@ def drawn(output):
     ],
 )
 def test_when_it_draws(run, tmp_path, settings, steps):
-    run(**{**DRAWS, **EPOCHS, **settings})
+    run(**{**DRAWS_TRAINED, **EPOCHS, **settings})
     assert drawn(tmp_path / "output") == steps
 
 
@@ -51,15 +44,19 @@ def test_checkpoints_by_epoch(run, tmp_path):
 def test_a_resumed_run_draws_at_its_start_where_it_is_asked_to(run, monkeypatch, tmp_path):
     kill_at(monkeypatch, 3)
     with pytest.raises(Killed):
-        run(**DRAWS, validation_on_startup=True)
+        run(**DRAWS_TRAINED, validation_on_startup=True)
     assert drawn(tmp_path / "output") == [0]
-    run(**DRAWS, validation_on_startup=True)
+    run(**DRAWS_TRAINED, validation_on_startup=True)
     assert drawn(tmp_path / "output") == [0, 2, 6]
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
 def test_formats(run, tmp_path, kind):
-    run(**{**DRAWS, "disable_benchmark": False}, validation_image_format=kind, max_train_steps=1)
+    run(
+        **{**DRAWS_TRAINED, "disable_benchmark": False},
+        validation_image_format=kind,
+        max_train_steps=1,
+    )
     extension = {"jpeg": "jpg"}.get(kind, kind)
     folder = tmp_path / "output" / "validation_images"
     for step, width in ((0, 64), (1, 128)):
@@ -72,8 +69,8 @@ def test_quality(run, tmp_path):
     for quality in (5, 95):
         name = f"q{quality}"
         run(
-            name=name, **DRAWS, validation_image_format="jpeg", validation_image_quality=quality,
-            max_train_steps=1,
+            name=name, validation_image_format="jpeg", validation_image_quality=quality,
+            max_train_steps=1, **DRAWS_TRAINED,
         )  # fmt: skip
         (path,) = (tmp_path / name / "validation_images").glob("step_1_*")
         sizes.append(path.stat().st_size)
@@ -84,7 +81,7 @@ def test_quality(run, tmp_path):
 def test_noise_is_the_same_each_time_unless_it_is_random(run, tmp_path, randomize):
     # nothing is learnt, so that only the noise differs
     run(
-        **{**DRAWS, "validation_step_interval": 1}, validation_randomize=randomize,
+        **{**DRAWS_TRAINED, "validation_step_interval": 1}, validation_randomize=randomize,
         max_train_steps=2, learning_rate=1e-30, lr_scheduler="constant",
     )  # fmt: skip
     one, two = (
@@ -95,7 +92,7 @@ def test_noise_is_the_same_each_time_unless_it_is_random(run, tmp_path, randomiz
 
 
 def test_a_validation_that_fails_ends_nothing(run, monkeypatch, tmp_path):
-    whole, _ = run(name="whole", **{**DRAWS, "validation_step_interval": 2})
+    whole, _ = run(name="whole", **{**DRAWS_TRAINED, "validation_step_interval": 2})
     original = Validator._image
     calls = []
 
@@ -106,7 +103,7 @@ def test_a_validation_that_fails_ends_nothing(run, monkeypatch, tmp_path):
         return original(self, *args)
 
     monkeypatch.setattr(Validator, "_image", fail)
-    lora, out = run(**{**DRAWS, "validation_step_interval": 2})
+    lora, out = run(**{**DRAWS_TRAINED, "validation_step_interval": 2})
     told = "validation failed, the run goes on: the GPU is out of memory"
     assert out.getvalue().replace("\n", " ").count(told) == 1
     assert same_files(whole, lora) and drawn(tmp_path / "output") == [4, 6]

@@ -20,10 +20,11 @@ from rich.table import Table
 from fluxfast.adapters.presets import is_target
 from fluxfast.config.lycoris import LycorisOptions
 from fluxfast.memory import rates
-from fluxfast.memory.choices import Facts, Wishes, choose
+from fluxfast.memory.choices import Facts, choose
 from fluxfast.memory.gpus import Gpu, find_gpu
 from fluxfast.memory.plan import predict
 from fluxfast.memory.sizes import Workload
+from fluxfast.memory.wishes import Wishes
 from fluxfast_bench.counted.vram import BASES
 from fluxfast_bench.options import chosen, print_faults, wide_console
 from fluxfast_bench.report import results, targets

@@ -23,10 +23,11 @@ from rich.table import Table
 
 from fluxfast.files import write_atomic
 from fluxfast.memory import rates
-from fluxfast.memory.choices import Facts, OverBudget, Wishes, choose, usable_bytes
+from fluxfast.memory.choices import Facts, OverBudget, choose, usable_bytes
 from fluxfast.memory.gpus import Gpu, find_gpu
 from fluxfast.memory.plan import account, predict
 from fluxfast.memory.step_time import PARTS
+from fluxfast.memory.wishes import Wishes
 from fluxfast_bench.counted.vram import BASES
 from fluxfast_bench.options import chosen, wide_console
 from fluxfast_bench.report import measured_rates, predicted, results

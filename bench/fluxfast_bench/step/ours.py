@@ -1,4 +1,4 @@
-"""fluxfast's own contestants: formats, 8-bit products, TREAD, streamed blocks, CUDA graphs.
+"""fluxfast's own contestants: formats, 8-bit products, TREAD, streaming, CUDA graphs, compiled.
 
 `ready` does to a model what a run does, by the functions that the trainer calls.
 """
@@ -11,6 +11,7 @@ from torch import nn
 
 from fluxfast.memory.stream import DEFAULT_SLOTS, stream_blocks
 from fluxfast.model.apply import Choices, make_ready
+from fluxfast.model.compiled import Compile
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.ops.linear.products_triton import reads_transposed
 from fluxfast.quant import FORMATS
@@ -29,9 +30,16 @@ MODES = {
     "one-order": "codes in one order",
     "lokr": "LoKr in LoRA's place",
     "equal-lokr": "LoKr of about as many numbers in LoRA's place",
+    "compile": "torch.compile around the blocks",
+    "compile-blocks": "torch.compile of the blocks too",
 }
 # what trains in these modes, in the place of LoRA
 ADAPTERS = {"lokr": "LoKr", "equal-lokr": "LoKr, rank-equivalent"}
+# a step that should be compiled as a whole, or not at all
+COMPILED = {
+    "compile": Compile(fullgraph=True),
+    "compile-blocks": Compile(fullgraph=True, blocks=True),
+}
 # against weights as they are stored, so what is left is rounding: of activations, and of weights to
 # 8 bits
 ERRORS = {"float": 0.04, "int8": 0.08, "e4m3": 0.15}
@@ -46,11 +54,12 @@ def ready(
     streamed: bool = False,
     graphs: bool = False,
     transposed_codes: bool = False,
+    compile: Compile | None = None,
 ) -> None:
     """Makes a frozen transformer with its adapters what a run's trainer has at its first step.
 
     It may be on meta tensors. compute: as a contestant has it. ahead: modulation is computed ahead.
-    transposed_codes: as in `Choices`.
+    transposed_codes, compile: as in `Choices`.
     """
     choices = Choices(
         (recompute,) * len(model.blocks),
@@ -58,6 +67,7 @@ def ready(
         modulation_ahead=ahead,
         compute="same" if compute == "float" else compute,
         transposed_codes=transposed_codes,
+        compile=compile,
     )
     make_ready(model, choices)
     if streamed:
@@ -88,6 +98,7 @@ def _contestant(storage: str, compute: str, *modes: str) -> Contestant:
             streamed=streamed,
             graphs=graphs,
             transposed_codes=transposes and not streamed and reads_transposed(setup.device),
+            compile=next((COMPILED[name] for name in modes if name in COMPILED), None),
         )
 
     products = [] if compute == "float" else [compute]
@@ -152,6 +163,13 @@ CONTESTANTS = [
         for lokr in ADAPTERS
         for graphs in ((), ("graphs",))
     ),
+    *(
+        _contestant(*precision, compiled)
+        for precision in (("bf16", "float"), ("int8", "int8"), ("nf4", "float"))
+        for compiled in COMPILED
+    ),
+    _contestant("bf16", "float", "graphs", "compile"),
+    _contestant("int8", "int8", "graphs", "compile"),
     _contestant("bf16", "float", "streamed"),
     _contestant("int8", "int8", "streamed"),
     _contestant("int4", "int8", "streamed"),

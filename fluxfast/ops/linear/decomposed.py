@@ -59,8 +59,10 @@ class Decompositions:
         # of each linear whose LoRA kernels read: g B
         self._scaled_b: dict[int, Tensor] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._adapters)
+    @property
+    def exist(self) -> bool:
+        """Whether there are any; torch.compile of PyTorch 2.11 asks for no truth of a list."""
+        return len(self._adapters) > 0
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._adapters)

@@ -164,7 +164,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         norms of the weights.
         """
         s = self.narrow(flat_rows(x), copy=copy)
-        return WithNorms(s, self.decompositions.norms) if self.decompositions else s
+        return WithNorms(s, self.decompositions.norms) if self.decompositions.exist else s
 
     def recall(self, kept: Narrow) -> Tensor | None:
         """s of what `down` gave, whose norms then need not be computed again."""
@@ -231,7 +231,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     @property
     def pairs(self) -> bool:
         """Whether its products can be had for a part of the rows by themselves."""
-        return not (self.drops or self.outliers or self.decompositions) and self.runs_alike
+        return not (self.drops or self.outliers or self.decompositions.exist) and self.runs_alike
 
     def merges(self, tokens: int) -> bool:
         """Whether adapters go into a copy of W, which takes fewer operations for many tokens.
@@ -244,8 +244,8 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
             self.impl == "native"
             and self.compute == "same"
             and not self.drops
-            and not self.decompositions
-            and (bool(self.loras) or any(each.mergeable for each in self.besides))
+            and not self.decompositions.exist
+            and (len(self.loras) > 0 or any(each.mergeable for each in self.besides))
             and tokens >= wide
         )
 
@@ -275,7 +275,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
                     stored, self.compute, self.dtype, self.impl, dgrad=self.dgrad
                 )
             else:
-                rank = 0 if self.decompositions else self.rank
+                rank = 0 if self.decompositions.exist else self.rank
                 plain = weights.as_floats(stored, self.dtype, tokens, self.impl, rank)
             if self.merges(tokens):
                 plain = weights.merged(plain.weights, self._mergeable_of_each(), self.dtype)
@@ -285,7 +285,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     def weights_of_rows(self, tokens: int) -> list[RowsAt]:
         if self.impl != "triton" or self.compute != "same" or self.rank == 0:
             return []
-        if self.decompositions:
+        if self.decompositions.exist:
             return []
         place = self.weights(tokens).augmented
         if place is None:
@@ -303,7 +303,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
 
         Whoever asks for it does it.
         """
-        augments = self.compute == "same" and not self.decompositions
+        augments = self.compute == "same" and not self.decompositions.exist
         place = in_place(self.linears) if augments else None
         if place is None or place.within.dtype != self.dtype:
             return None

@@ -125,6 +125,18 @@ def lora_linear(
     )
     # only the tensors passed one by one belong to the graph
     detached = _over_tensors(linears, [t.detach() for t in trained])
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *trained)):
+        # torch.compile would call the Function's forward, and with two tensors in `trained` without
+        # its context
+        group = LinearGroup(
+            detached,
+            x.dtype,
+            compute=compute,
+            outliers=outliers,
+            impl=backend,
+            dropout_seed=dropout_seed,
+        )
+        return group.forward(group.as_input(x))[0]
     return _LoraLinear.apply(x, detached, compute, outliers, backend, dropout_seed, *trained)
 
 

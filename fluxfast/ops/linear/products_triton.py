@@ -164,7 +164,7 @@ def wide_dgrad(
     rows from `second.rows` on meet its linears.
     """
     # values meet stored codes with the codes' scales folded into them, those of their part
-    of_codes = bool(w_scales) and dy_scale is None
+    of_codes = len(w_scales) > 0 and dy_scale is None
     if second is not None and (of_codes or _library_takes(dy, weights[0], adapted=ds is not None)):
         for part, own in (
             (slice(second.rows), SecondLinears(0, weights, w_scales, a=a)),

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fluxfast.model.graphs import StepGraphs
 from fluxfast.ops import gelu
@@ -84,6 +85,15 @@ def test_contestants_are_built_alike_and_train(name):
     assert float(runner.step()) < first
     assert all(p.grad is None for p in runner.parameters)
     assert 0 <= verify(contestant, TINY) <= contestant.error
+
+
+def test_compiled_contestants_compute_the_same():
+    contestant = CONTESTANTS["fluxfast+compile"]
+    torch._dynamo.reset()
+    counters.clear()
+    assert 0 <= verify(contestant, TINY) <= contestant.error
+    assert counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
 
 
 def test_weights_are_the_same_for_all():
