@@ -97,12 +97,19 @@ class DerivedValues(TrainFields):
         }
         defaults = self.optimizer_kind.defaults
         arguments = {name: told.get(name, default) for name, default in defaults.items()}
+        if self.releases_gradients:
+            arguments["gradient_release"] = True
         return arguments | (self.optimizer_config or {})
 
     @property
     def scheduled_warmup(self) -> int:
         """Optimiser steps over which the schedule raises the learning rate."""
         return 0 if self.optimizer_kind.averages else self.lr_warmup_steps
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether weights are updated within backward, and gradients freed as they come."""
+        return self.optimizer_release_gradients and self.optimizer.startswith("optimi-")
 
     @property
     def clipped_to(self) -> float:

@@ -61,6 +61,28 @@ def optimizer_problems(config: DerivedValues) -> list[str]:
                 f'set "optimizer": "torch-adamw" or "{option}": "bf16"'
             )
             break
+    if config.releases_gradients:
+        problems += _release_problems(config)
     if (config.optimizer_beta1 is None) != (config.optimizer_beta2 is None):
         problems.append('"optimizer_beta1" and "optimizer_beta2" go together: give both or neither')
+    return problems
+
+
+def _release_problems(config: DerivedValues) -> list[str]:
+    """What has to see all gradients before the update, and can't where they are let go."""
+    released, problems = '"optimizer_release_gradients" is true', []
+    if config.gradient_accumulation_steps > 1:
+        problems.append(
+            f'{released}: gradients are not accumulated; set "gradient_accumulation_steps" to 1'
+        )
+    if config.clipped_to:
+        problems.append(
+            f'{released}: gradients are not clipped; set "max_grad_norm" to 0, or take '
+            '"optimizer": "optimi-stableadamw", which bounds its updates itself'
+        )
+    if config.cuda_graphs is True:
+        problems.append(
+            f"{released}: weights are updated within backward, which no CUDA graph replays; leave "
+            '"cuda_graphs" out'
+        )
     return problems

@@ -16,12 +16,17 @@ _Defaults = Mapping[str, Any]
 OptimizerImpl = Literal["auto", "fluxfast", "package"]
 _LION: _Defaults = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _ADAMW: _Defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-_OPTIMI: _Defaults = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
+_OPTIMI: _Defaults = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
 _ADEMAMIX: _Defaults = {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "weight_decay": 0.01}
 # how configs write True, False and None
 _WORDS = ("true", "false", "none")
 # the extras that bring an optimiser's module; the modules of the others are always installed
-_EXTRAS = {"schedulefree": "schedulefree", "prodigyplus": "prodigy"}
+_EXTRAS = {"schedulefree": "schedulefree", "prodigyplus": "prodigy", "torchao": "torchao"}
+# what SimpleTuner has of the same kinds, and why fluxfast does not
+NO_OPTIMIZERS = {
+    "sdnq-*": "SDNQ's optimisers train weights that SDNQ quantised, and a LoRA's are not quantised",
+    "torch-sparseadam": "it takes sparse gradients only, and a LoRA's are dense",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class OptimizerKind:
         on_cpu: keyword arguments of the class on a CPU, where its own choice does not run.
         cpu_entry_point: the class that computes the same on a CPU, where `entry_point`'s does not.
         is_option: whether a config may name it; the others are planned and benchmarked only.
+        package: the module that has to be installed, where it is not that of `entry_point`.
+        sorts_matrices: whether each group of parameters has to say, as `use_muon`, if they are
+            matrices.
     """
 
     entry_point: str
@@ -78,6 +86,8 @@ class OptimizerKind:
     on_cpu: Mapping[str, Any] = field(default_factory=dict)
     cpu_entry_point: str | None = None
     is_option: bool = True
+    package: str | None = None
+    sorts_matrices: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -105,7 +115,7 @@ class OptimizerKind:
 
         Our version needs none.
         """
-        module = self.entry_point.partition(":")[0].partition(".")[0]
+        module = self.package or self.entry_point.partition(":")[0].partition(".")[0]
         if version is not None or find_spec(module):
             return None
         return _EXTRAS.get(module, module)
@@ -116,16 +126,21 @@ def _tensors(number: int) -> Callable[[int], float]:
     return lambda itemsize: number * itemsize
 
 
-def _in_8_bits(number: int) -> Callable[[int], float]:
-    """So many bytes, and for each of them an fp32 scale for every 256."""
-    return lambda itemsize: number * (1 + 4 / 256)
+def _in_bits(number: int, bits: int = 8, block: int = 256) -> Callable[[int], float]:
+    """So many states in a few bits, each with an fp32 scale for every block of elements."""
+    return lambda itemsize: number * (bits / 8 + 4 / block)
 
 
 def _of_torch() -> dict[str, OptimizerKind]:
     kinds: dict[str, tuple[str, int, _Defaults]] = {
         "adamw": ("AdamW", 2, _ADAMW),
         "adam": ("Adam", 2, {**_ADAMW, "weight_decay": 0.0}),
-        "sgd": ("SGD", 1, {"momentum": 0.9, "weight_decay": 0.0}),
+        "radam": ("RAdam", 2, {**_ADAMW, "weight_decay": 0.0}),
+        "nadam": ("NAdam", 2, {**_ADAMW, "weight_decay": 0.0}),
+        "adamax": ("Adamax", 2, {**_ADAMW, "weight_decay": 0.0}),
+        "adadelta": ("Adadelta", 2, {"eps": 1e-6, "weight_decay": 0.0}),
+        "asgd": ("ASGD", 1, {"weight_decay": 0.0}),
+        "sgd": ("SGD", 0, {"momentum": 0.0, "weight_decay": 0.0}),
         "adafactor": ("Adafactor", 0, {"weight_decay": 0.0}),
         "adagrad": ("Adagrad", 1, {"eps": 1e-10, "weight_decay": 0.0}),
         "rmsprop": ("RMSprop", 1, {"eps": 1e-8, "weight_decay": 0.0}),
@@ -146,8 +161,8 @@ def _of_optimi() -> dict[str, OptimizerKind]:
         "adam": ("Adam", 2, {**_OPTIMI, "weight_decay": 0.0}),
         "radam": ("RAdam", 2, {**_OPTIMI, "weight_decay": 0.0}),
         "ranger": ("Ranger", 3, {**_OPTIMI, "weight_decay": 0.0}),
-        "adan": ("Adan", 4, {"betas": (0.98, 0.92, 0.99), "eps": 1e-6, "weight_decay": 0.02}),
-        "sgd": ("SGD", 1, {"momentum": 0.9, "weight_decay": 0.0}),
+        "adan": ("Adan", 4, {"betas": (0.98, 0.92, 0.999), "eps": 1e-6, "weight_decay": 0.02}),
+        "sgd": ("SGD", 0, {"momentum": 0.0, "weight_decay": 0.0}),
     }
     return {
         f"optimi-{name}": OptimizerKind(
@@ -191,11 +206,11 @@ def _of_bitsandbytes() -> dict[str, OptimizerKind]:
     }
     found = {}
     for name, (cls, number, defaults) in kinds.items():
-        for bits, state_bytes in (("", _tensors(number)), ("8bit", _in_8_bits(number))):
+        for bits, state_bytes in (("", _tensors(number)), ("8bit", _in_bits(number))):
             for paged in ("", "Paged") if name != "adagrad" else ("",):
                 option = f"bnb-{name}{bits}{'-paged' if paged else ''}"
                 given = defaults
-                if option == "bnb-adamw8bit":
+                if name == "adamw":
                     given = {**defaults, "eps": 1e-6}
                 found[option] = OptimizerKind(
                     f"bitsandbytes.optim:{paged}{cls}{bits}",
@@ -206,6 +221,35 @@ def _of_bitsandbytes() -> dict[str, OptimizerKind]:
                     cpu_entry_point=f"bitsandbytes.optim:{cls}{bits}" if paged else None,
                 )
     return found
+
+
+def _of_torchao() -> dict[str, OptimizerKind]:
+    kinds: dict[str, tuple[str, int, int]] = {
+        "adamw8bit": ("AdamW8bit", 8, 256),
+        "adamw4bit": ("AdamW4bit", 4, 128),
+        "adamwfp8": ("AdamWFp8", 8, 256),
+        "adamfp8": ("AdamFp8", 8, 256),
+    }
+    return {
+        f"ao-{name}": OptimizerKind(
+            f"fluxfast.train.torchao_optim:{cls}",
+            weights="fp32",
+            state_bytes=_in_bits(2, bits, block),
+            defaults={**_ADAMW, "eps": 1e-6},
+            package="torchao",
+        )
+        for name, (cls, bits, block) in kinds.items()
+    }
+
+
+def _schedule_free(**defaults: Any) -> OptimizerKind:
+    return OptimizerKind(
+        "schedulefree:AdamWScheduleFree",
+        weights="fp32",
+        state_bytes=_tensors(2),
+        defaults={**_ADAMW, "warmup_steps": 0, **defaults},
+        averages=True,
+    )
 
 
 OPTIMIZERS = {
@@ -238,13 +282,19 @@ OPTIMIZERS = {
             "max_precondition_dim": 128,
         },
     ),
-    "adamw_schedulefree": OptimizerKind(
-        "schedulefree:AdamWScheduleFree",
+    "muon": OptimizerKind(
+        "pytorch_optimizer:Muon",
         weights="fp32",
-        state_bytes=_tensors(2),
-        defaults={**_ADAMW, "warmup_steps": 0},
-        averages=True,
+        # of a matrix, as all factors of LoRAs are; AdamW's two of anything else
+        state_bytes=_tensors(1),
+        defaults={"momentum": 0.95, "weight_decay": 0.1},
+        sorts_matrices=True,
     ),
+    **_of_torchao(),
+    "adamw_schedulefree": _schedule_free(),
+    "adamw_schedulefree+aggressive": _schedule_free(weight_decay=1e-3, eps=1e-6),
+    # Kahan's sums do nothing for weights in fp32
+    "adamw_schedulefree+no_kahan": _schedule_free(weight_decay=1e-3, eps=1e-6),
     "prodigy": OptimizerKind(
         "prodigyplus:ProdigyPlusScheduleFree",
         weights="fp32",
@@ -258,7 +308,7 @@ OPTIMIZERS = {
     "adamw8bit": OptimizerKind(
         "bitsandbytes.optim:AdamW8bit",
         weights="fp32",
-        state_bytes=_in_8_bits(2),
+        state_bytes=_in_bits(2),
         defaults=_ADAMW,
         is_option=False,
     ),

@@ -141,6 +141,8 @@ class TrainFields(
     """Whose version of the optimiser: `fluxfast`'s fused one, the `package`'s, or `auto`."""
     optimizer_config: dict[str, Any] | None = None
     """Further arguments of the optimiser's class, as "name=value,name=value" or an object."""
+    optimizer_release_gradients: bool = option(False, only_with="optimizer=optimi-*")
+    """Update each weight within backward and free its gradient: no clipping, no accumulation."""
     prodigy_steps: int | None = option(None, ge=0, only_with="optimizer=prodigy*")
     """Step after which Prodigy's estimate of the learning rate stays (unset: it never does)."""
     optimizer_beta1: float | None = option(None, ge=0, lt=1, on_resume="elsewhere")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pydantic.fields import FieldInfo
 
 from fluxfast.config import attention
+from fluxfast.config.optimizers import NO_OPTIMIZERS
 from fluxfast.config.option import aliases_of
 from fluxfast.config.settings import as_bool, did_you_mean, is_default, quoted, shown
 
@@ -111,6 +112,7 @@ _WHY_NOT = {
     ("model_type", "full"): "only LoRAs are trained",
     ("flux_lora_target", "controlnet"): "there is no ControlNet to train",
     ("dynamo_backend", "cudagraphs"): '"cuda_graphs" replays steps as CUDA graphs',
+    **{("optimizer", like): why for like, why in NO_OPTIMIZERS.items()},
 }
 
 
@@ -257,17 +259,21 @@ def malformed(name: str, value: Any) -> str | None:
     return None
 
 
+def _like(value: Any, pattern: str) -> bool:
+    return fnmatchcase(str(value), pattern)
+
+
 def not_yet(name: str, value: Any) -> str | None:
     """Why a field refuses a value that SimpleTuner knows; None for one that nobody knows."""
     option = options().get(name)
     if option is None:
         return None  # one of fluxfast's own
-    known = value in option.choices or any(
-        fnmatchcase(str(value), pattern) for pattern in _KNOWN_VALUES.get(name, ())
-    )
+    known = value in option.choices or any(_like(value, p) for p in _KNOWN_VALUES.get(name, ()))
     if not known:
         return None
-    reason = _WHY_NOT.get((name, value))
     if name == "attention_mechanism":
         reason = attention.why_refused(value)
+    else:
+        reasons = (why for (of, like), why in _WHY_NOT.items() if of == name and _like(value, like))
+        reason = next(reasons, None)
     return "not implemented yet" + (f": {reason}" if reason else "")

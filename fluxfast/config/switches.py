@@ -85,7 +85,6 @@ SWITCHES = (
     Switch("quantize_via=pipeline", ("quantization_config",)),
     Switch("base_model_precision=*sdnq or text_encoder_?_precision=*sdnq", ("sdnq_*",)),
     Switch("base_model_precision", ("quantize_activations",), refused=False),
-    Switch("optimizer=optimi-*", ("optimizer_release_gradients",), refused=False),
     Switch("optimizer_cpu_offload_method", ("optimizer_offload_gradients",)),
     Switch("gradient_checkpointing=true", ("gradient_checkpointing_*",), refused=False),
     Switch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def _check(scope: Scope, formula: Formula, bits: int, dtype: torch.dtype) -> lis
     if formula == "adamw":
         values.append([v.square() for v in values[0]])
     maps = code_maps(scope.torch_device)
-    states, scales = list(values), [[None] * len(shapes) for _ in values]
+    states: list[list[Tensor]] = list(values)
+    scales: list[list[Any]] = [[None] * len(shapes) for _ in values]
     if bits == 8:
         coded = [
             [encode(in_blocks(v), maps[i, 1]) for v in of_state]
@@ -74,7 +75,7 @@ def _check(scope: Scope, formula: Formula, bits: int, dtype: torch.dtype) -> lis
         ]
 
     exact, before = [in_blocks(p.double()) for p in params], numbers()
-    hyper = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+    hyper: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
     for p, grad, *own in zip(exact, grads, *before, strict=True):
         update_ref(formula, p, in_blocks(grad.double()), own, hyper, STEP)
     table = blockwise_table(params, kept)

@@ -372,6 +372,8 @@ def _graphs(wishes: Wishes, facts: Facts, choices: Choices) -> tuple[bool, str]:
     obstacle = _no_graphs(facts.gpu)
     if obstacle is None and choices.streams:
         obstacle = graphs.STREAMED
+    if wishes.releases_gradients:
+        obstacle = "weights are updated within backward"
     obstacle = obstacle or facts.obstacles.get("graphs")
     if wishes.cuda_graphs is True:
         if obstacle is not None:

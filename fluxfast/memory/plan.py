@@ -72,7 +72,9 @@ def account(workload: Workload, choices: Choices) -> Plan:
         for index, policy in enumerate(choices.recompute)
     ]
     saved, working = _at_peak(memory)
-    gradients = workload.adapters * workload.adapter_itemsize
+    # a block's are all there before the first of them is let go
+    elements = workload.adapters_of_a_block if workload.releases_gradients else workload.adapters
+    gradients = elements * workload.adapter_itemsize
     state = OPTIMIZERS[workload.optimizer].state_bytes(workload.adapter_itemsize)
     average = workload.adapters * 4
     resident = 0 if choices.streams else sum(blocks) + _room(workload)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -176,6 +177,7 @@ class Workload:
         micro_batches: how many a step adds up.
         vae: bytes of a VAE that encodes images beside the steps (`vae_bytes`); 0: there is none.
         assistant: bytes of a frozen adapter beside the one that trains; 0: there is none.
+        releases_gradients: whether a gradient is freed once its block's backward is done.
         average: where a moving average of the adapter is, in fp32: "device" or "host"; None: there
             is none.
     """
@@ -196,6 +198,7 @@ class Workload:
     vae: int = 0
     assistant: int = 0
     average: Literal["device", "host"] | None = None
+    releases_gradients: bool = False
 
     def size_on(self, name: str) -> Size | None:
         """The size of the adapter on a linear, by the linear's full name; None: it has none."""
@@ -294,8 +297,20 @@ class Workload:
     @cached_property
     def adapters(self) -> int:
         """Elements of all adapters."""
-        return sum(
-            KINDS[self.lora_type].elements(linear.out_features, linear.in_features, size)
-            for linear in self.sizes.linears()
-            if (size := self.size_on(linear.name)) is not None
-        )
+        return sum(self._adapters_by_block.values())
+
+    @property
+    def adapters_of_a_block(self) -> int:
+        """Elements of the adapters of the block that has the most."""
+        return max(self._adapters_by_block.values(), default=0)
+
+    @cached_property
+    def _adapters_by_block(self) -> Counter[str]:
+        """Elements of adapters by the module list and the number that linears' names begin with."""
+        found: Counter[str] = Counter()
+        for linear in self.sizes.linears():
+            if (size := self.size_on(linear.name)) is not None:
+                kind = KINDS[self.lora_type]
+                elements = kind.elements(linear.out_features, linear.in_features, size)
+                found[".".join(linear.name.split(".")[:2])] += elements
+        return found

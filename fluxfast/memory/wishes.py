@@ -37,6 +37,7 @@ class Wishes:
         compile, draws_compiled: how torch.compile is asked for, in training and while validation
             images are drawn; None: it is not.
         deterministic: the same bits each time that a step is computed.
+        releases_gradients: weights are updated within backward.
     """
 
     compute: str = "auto"
@@ -56,6 +57,7 @@ class Wishes:
     deterministic: bool = False
     compile: Compile | None = None
     draws_compiled: Compile | None = None
+    releases_gradients: bool = False
 
 
 def compile_of(config: TrainConfig) -> Compile:
@@ -87,4 +89,5 @@ def wishes_of(config: TrainConfig) -> Wishes:
         deterministic=config.deterministic,
         compile=None if config.dynamo_backend == "no" else compile_of(config),
         draws_compiled=compile_of(config) if config.validation_torch_compile else None,
+        releases_gradients=config.releases_gradients,
     )

@@ -1,9 +1,10 @@
 """A step of AdamW or Lion, and states in 8 bits: the reference of the fused update.
 
-The formulas are in `fluxfast_kernels.blockwise_update`. States are coded as bitsandbytes codes them
-on a GPU: the nearest code is stored. On a CPU, bitsandbytes first rounds what it codes to a
-multiple of 2/65535, and so takes second moments of less than 1/65535 of their block's largest for
-zeros.
+The formulas are in `fluxfast_kernels.blockwise_update`. A state is coded in bitsandbytes' map of
+256 numbers, by the nearest of them. That is how bitsandbytes' own plain version codes it, beside
+which the tests hold this one; its GPU kernel has not been compared. Its CPU version first rounds
+what it codes to a multiple of 2/65535, and so takes second moments of less than 1/65535 of their
+block's largest for zeros.
 """
 
 import functools

@@ -32,7 +32,7 @@ class _Blockwise(MultiTensorOptimizer):
     """What the four optimisers below share."""
 
     formula: Literal["adamw", "lion"]
-    bits: Literal[8, 32]
+    bits: Literal[8, 32] = 32
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ def _write_back(rows: Tensor, tensors: Sequence[Tensor]) -> None:
 class AdamW(_Blockwise):
     """AdamW with fp32 states: `bitsandbytes.optim.AdamW`'s numbers."""
 
-    op, formula, bits = "blockwise_adamw", "adamw", 32
+    op, formula = "blockwise_adamw", "adamw"
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class AdamW8bit(AdamW):
 class Lion(_Blockwise):
     """Lion with an fp32 state: `bitsandbytes.optim.Lion`'s numbers."""
 
-    op, formula, bits = "blockwise_lion", "lion", 32
+    op, formula = "blockwise_lion", "lion"
 
     def __init__(
         self,

@@ -158,6 +158,7 @@ def workload_of(
         vae=vae_bytes(encoded_pixels, itemsize=4 if config.vae_dtype == "fp32" else 2),
         assistant=assistant,
         average=config.average_is_on,
+        releases_gradients=config.releases_gradients,
     )
 
 

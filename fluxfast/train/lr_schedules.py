@@ -41,7 +41,8 @@ def build_lr_scheduler(
     period of `lr_warmup_steps`, or of 1000 steps, whatever the run's length.)
     """
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+        # torchao's optimisers have the rate in a tensor, which the schedule writes to
+        group.setdefault("initial_lr", float(group["lr"]))
     # the schedule's constructor makes one step itself
     last = done - 1
     if name in ("constant", "constant_with_warmup"):

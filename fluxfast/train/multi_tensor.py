@@ -107,7 +107,8 @@ class MultiTensorOptimizer(Optimizer):
         """
         from fluxfast_kernels.update_tables import gradient_table
 
-        tensors = [[p.detach() for p in params], *self._state_tensors(params)]
+        weights: list[Tensor | None] = [p.detach() for p in params]
+        tensors = [weights, *self._state_tensors(params)]
         known = self._tables.setdefault(place, Tables())
         addresses = [t.data_ptr() for each in tensors for t in each if t is not None]
         if known.addresses != addresses:

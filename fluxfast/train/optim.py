@@ -46,18 +46,21 @@ def build_optimizer(
     check_arguments(name, arguments, version)
     fused = kind.version(version, arguments)
     arguments = {**kind.defaults, **arguments, **({"seed": seed} if kind.takes_seed else {})}
-    decay = arguments.get("weight_decay", 0.0)
-    groups = _decay_groups(params, decay) if isinstance(params, Mapping) else list(params)
-    first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
+    named = params if isinstance(params, Mapping) else {str(i): p for i, p in enumerate(params)}
+    groups = _decay_groups(named, arguments.get("weight_decay", 0.0))
+    if kind.sorts_matrices:
+        groups = [part | {"lr": lr} for group in groups for part in _by_matrices(group)]
     entry_point = kind.entry_point
     if fused is not None:
         entry_point = fused.entry_point
-    elif first.device.type == "cpu":
+    elif groups[0]["params"][0].device.type == "cpu":
         arguments |= kind.on_cpu
         if kind.cpu_entry_point is not None:
             entry_point = kind.cpu_entry_point
             logger.info("%s: its state has no pages on a CPU", name)
     optimizer: Any = pkgutil.resolve_name(entry_point)(groups, lr=lr, **arguments)
+    # what schedules begin with
+    optimizer.defaults.setdefault("lr", lr)
     if kind.averages:
         optimizer.train()
     return optimizer
@@ -114,6 +117,16 @@ def _decay_groups(params: Mapping[str, Parameter], weight_decay: float) -> list[
     return [group for group in groups if group["params"]]
 
 
+def _by_matrices(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The matrices of a group of parameters, and the rest of it, each of which says what it is."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if (p.ndim == 2) is matrices]}
+        | {"use_muon": matrices}
+        for matrices in (True, False)
+    ]
+    return [part for part in parts if part["params"]]
+
+
 def load_moments(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Take each parameter's state (moments and step count) from a saved `state_dict()`.
 
@@ -127,7 +140,7 @@ def load_moments(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the saved optimiser has groups of {counts[1]} parameters, this one of {counts[0]}"
         )
-    told = _parameters(type(optimizer)) | {"params", "lr", "initial_lr", "seed"}
+    told = _parameters(type(optimizer)) | {"params", "lr", "initial_lr", "seed", "use_muon"}
     for group, before in zip(own, saved["param_groups"], strict=True):
         # some classes keep the betas a second time, one by one
         counted = {k for k in before if k not in told and not k.startswith("beta")}

@@ -35,6 +35,7 @@ from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
 from fluxfast.train.previews import previewer_of
 from fluxfast.train.publish import Publisher, run_record
+from fluxfast.train.released_gradients import ReleasedGradients
 from fluxfast.train.reporting import Reporter, StepResult
 from fluxfast.train.rounds import Rounds
 from fluxfast.train.run_events import RunEvents
@@ -145,9 +146,6 @@ class Trainer:
     def _make_optimizer(self) -> None:
         config = self.config
         named = trainable_parameters(self.transformer)
-        self.gradients = FlatGradients(
-            self.transformer, accumulates=config.gradient_accumulation_steps > 1
-        )
         self.optimizer = build_optimizer(
             config.optimizer,
             named,
@@ -156,6 +154,13 @@ class Trainer:
             version=config.optimizer_impl,
             **config.optimizer_arguments,
         )
+        self.gradients: FlatGradients | ReleasedGradients
+        if config.releases_gradients:
+            self.gradients = ReleasedGradients(self.transformer, self.optimizer)
+        else:
+            self.gradients = FlatGradients(
+                self.transformer, accumulates=config.gradient_accumulation_steps > 1
+            )
         self.average: WeightAverage | None = None
         if config.use_ema:
             self.average = WeightAverage(
@@ -339,9 +344,12 @@ class Trainer:
         if self.parts.compiling is not None:
             self.parts.compiling.tell()
         self.gradients.hand_over()
-        norm = clip_gradients(
-            self.gradients.buffers, self.config.grad_clip_method, self.config.clipped_to
-        )
+        if isinstance(self.gradients, ReleasedGradients):
+            norm = self.gradients.norm()
+        else:
+            norm = clip_gradients(
+                self.gradients.buffers, self.config.grad_clip_method, self.config.clipped_to
+            )
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()

@@ -45,7 +45,8 @@ def off_default(option: KnownOption):
         ("mixed_precision", "fp16"),
         ("flux_lora_target", "controlnet"),
         ("quantize_via", "pipeline"),
-        ("optimizer", "ao-adamw8bit"),
+        ("optimizer", "sdnq-adamw"),
+        ("optimizer", "torch-sparseadam"),
         ("caption_strategy", "parquet"),
         ("post_checkpoint_script", "true.sh"),
         ("enable_model_cpu_offload", True),
@@ -129,8 +130,6 @@ def test_options_of_a_switch_are_refused_with_it_and_inert_without_it(switch):
 
 
 def test_an_option_whose_switch_is_on_is_refused_by_itself():
-    problems = refused(optimizer="optimi-lion", optimizer_release_gradients=True)
-    only(problems, '"optimizer_release_gradients"', "not implemented yet")
     problems = refused(push_to_hub=True, post_upload_script="./told.sh")
     only(problems, '"post_upload_script"', "not implemented yet")
 

@@ -1,7 +1,10 @@
 """Parameters of awkward sizes, and gradients that differ in every step."""
 
+import pytest
 import torch
 from torch.nn import Parameter
+
+from fluxfast.config.optimizers import OPTIMIZERS, OptimizerKind
 
 BF16 = torch.bfloat16
 # one element, odd sizes, and more than one pass of the CPU
@@ -24,3 +27,11 @@ def set_gradients(params: list[Parameter], step: int) -> None:
         p.grad = (
             torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-6, 1, p.shape, generator=g)
         ).to(p.dtype)
+
+
+def installed(name: str) -> OptimizerKind:
+    """The optimiser's record; the test is skipped where its package is not installed."""
+    kind = OPTIMIZERS[name]
+    if kind.missing_extra(None):
+        pytest.skip(f"{kind.package or kind.entry_point} is not installed")
+    return kind
