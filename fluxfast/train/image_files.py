@@ -34,12 +34,11 @@ class DrawnImage:
     def open(self) -> Image.Image:
         """What was drawn at this step: an end of a file that has more beside it.
 
-        The base's image of step 0 comes whole, with the references that it was drawn with. Raises
-        OSError where the file is damaged.
+        Raises OSError where the file is damaged.
         """
         with Image.open(self.path) as file:
             image = file.convert("RGB")
-        if self.step > 0 and image.width > self.size[0]:
+        if image.width > self.size[0]:
             left = 0 if self.is_left else image.width - self.size[0]
             image = image.crop((left, 0, left + self.size[0], image.height))
         return image
@@ -50,13 +49,20 @@ def drawn_images(folder: Path, references_at: str = "left") -> list[DrawnImage]:
 
     references_at: where references stand beside an image, unless the base's image stands there.
     """
+    named = [
+        (path, match)
+        for path in (folder.glob("step_*") if folder.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    # the base is drawn once, whatever weights a nickname's ending tells of later
+    bases = [match[2] for _, match in named if match[1] == "0"]
     found = []
-    for path in folder.glob("step_*") if folder.is_dir() else ():
-        if match := _NAME.fullmatch(path.name):
-            size = int(match[4]), int(match[5])
-            base = path.with_name(re.sub(r"^step_\d+", "step_0", path.name))
-            is_left = references_at == "right" and not base.exists()
-            found.append(DrawnImage(path, int(match[1]), match[2], int(match[3]), size, is_left))
+    for path, match in named:
+        step, nickname = int(match[1]), match[2]
+        beside_base = step > 0 and any(f"{nickname}_".startswith(f"{base}_") for base in bases)
+        is_left = references_at == "right" and not beside_base
+        size = int(match[4]), int(match[5])
+        found.append(DrawnImage(path, step, nickname, int(match[3]), size, is_left))
     return sorted(found, key=lambda image: (image.nickname, image.size, image.index, image.step))
 
 

@@ -28,8 +28,8 @@ from fluxfast.files import atomic_file, safe_name
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
-from fluxfast.train.grid import Row, draw_grid, steps_in
-from fluxfast.train.image_files import FOLDER
+from fluxfast.train.grid import Row, draw_grid
+from fluxfast.train.image_files import FOLDER, DrawnImage, drawn_images
 from fluxfast.train.previews import PREVIEWED, Denoised, Drawing, Previewer, on_step_end
 
 
@@ -264,27 +264,29 @@ class Validator:
 
         None where nothing was drawn.
         """
-        steps = [each for each in steps_in(self.folder) if each <= step]
-        rows = [self._row(each, steps) for each in drawn]
+        there = [
+            each
+            for each in drawn_images(self.folder, self.settings.references_at)
+            if each.step <= step
+        ]
+        rows = [self._row(each, there) for each in drawn]
         if not rows:
             return None
+        steps = sorted({each.step for each in there})
         return draw_grid(rows, steps, self.folder / f"grid_step_{step}.png")
 
-    def _row(self, drawn: Drawn, steps: Sequence[int]) -> Row:
-        size = drawn.image.size
-        own = {each: self._path(each, drawn.name, drawn.index, size) for each in steps}
-        # the base model is drawn once, whatever weights are drawn with later
-        own[0] = self._path(0, drawn.nickname, drawn.index, size)
-        at_right = self.settings.references_at == "right"
+    def _row(self, drawn: Drawn, there: Sequence[DrawnImage]) -> Row:
+        own, base = safe_name(drawn.name), safe_name(drawn.nickname)
         number = f", image {drawn.index + 1}" if self.settings.images_per_prompt > 1 else ""
-        return Row(
-            f"{drawn.name}{number}: {drawn.prompt}",
-            size,
-            own,
-            is_left=lambda step: (
-                at_right and not self._base_of(step, drawn.nickname, drawn.index, size)
-            ),
-        )
+        size = drawn.image.size
+        images = {
+            each.step: each
+            for each in there
+            if (each.index, each.size) == (drawn.index, size)
+            # the base model is drawn once, whatever weights are drawn with later
+            and each.nickname == (own if each.step > 0 else base)
+        }
+        return Row(f"{drawn.name}{number}: {drawn.prompt}", size, images)
 
     def _beside(self, vae: Any, references: Sequence[Image.Image]) -> AbstractContextManager[None]:
         if not references:

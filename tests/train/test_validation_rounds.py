@@ -6,7 +6,8 @@ from drawing_cases import DRAWS_TRAINED
 from kill_cases import Killed, kill_at, same_files
 from PIL import Image
 
-from fluxfast.train.grid import CELL, GAP, Row, draw_grid, steps_in
+from fluxfast.train.grid import CELL, GAP, Row, draw_grid
+from fluxfast.train.image_files import drawn_images
 from fluxfast.train.run_events import read_events
 from fluxfast.train.validation import Validator
 
@@ -15,7 +16,7 @@ EPOCHS = {"dataset": {"repeats": 1}, "max_train_steps": 10}
 
 
 def drawn(output):
-    return steps_in(output / "validation_images")
+    return sorted({image.step for image in drawn_images(output / "validation_images")})
 
 
 @pytest.mark.parametrize(
@@ -114,22 +115,27 @@ def test_a_validation_that_fails_ends_nothing(run, monkeypatch, tmp_path):
     assert error["severity"] == "error"
 
 
+def at(folder, references_at="left"):
+    """The images in a folder, by size and step."""
+    found = {}
+    for image in drawn_images(folder, references_at):
+        found.setdefault(image.size, {})[image.step] = image
+    return found
+
+
+def write(folder, step, size, colour, *, name="a", beside=0, at_left=False):
+    """An image of one colour, and that many yellow pixels beside it."""
+    image = Image.new("RGB", (size[0] + beside, size[1]), "yellow")
+    image.paste(Image.new("RGB", size, colour), (0 if at_left else beside, 0))
+    image.save(folder / f"step_{step}_{name}_0_{size[0]}x{size[1]}.png")
+
+
 def test_the_grid_has_a_row_a_prompt_and_a_column_a_step(tmp_path):
-    colours = {0: "red", 10: "green", 20: "blue"}
-
-    def files(size, beside):
-        found = {}
-        for step, colour in colours.items():
-            image = Image.new("RGB", (size[0] + beside * (step > 0), size[1]), "yellow")
-            image.paste(Image.new("RGB", size, colour), (image.width - size[0], 0))
-            found[step] = tmp_path / f"{step}-{size[0]}.png"
-            image.save(found[step])
-        return found
-
-    rows = [
-        Row("a cup", (64, 48), files((64, 48), 64), lambda step: False),
-        Row("a large one", (512, 1024), files((512, 1024), 0), lambda step: False),
-    ]
+    small, large = (64, 48), (512, 1024)
+    for step, colour in {0: "red", 10: "green", 20: "blue"}.items():
+        write(tmp_path, step, small, colour, beside=64 * (step > 0))
+        write(tmp_path, step, large, colour)
+    rows = [Row(str(size), size, images) for size, images in at(tmp_path).items()]
     path = draw_grid(rows, [0, 10, 20], tmp_path / "grid.png")
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[1] == GAP + 3 * (CELL + GAP)
@@ -144,20 +150,21 @@ def test_the_grid_has_a_row_a_prompt_and_a_column_a_step(tmp_path):
 
 def test_many_steps_are_thinned_out_and_lost_files_leave_a_gap(tmp_path):
     steps = list(range(0, 2000, 50))
-    files = {step: tmp_path / f"{step}.png" for step in steps}
-    for step, path in files.items():
-        if step % 100 == 0:
-            Image.new("RGB", (16, 16), "red").save(path)
-    path = draw_grid([Row("a", (16, 16), files, lambda step: False)], steps, tmp_path / "g.png")
-    with Image.open(path) as grid:
+    for step in steps[::2]:
+        write(tmp_path, step, (16, 16), "red")
+    row = Row("a", (16, 16), at(tmp_path)[16, 16])
+    with Image.open(draw_grid([row], steps, tmp_path / "g.png")) as grid:
         assert grid.width == GAP + 8 * (CELL + GAP)
 
 
-def test_references_beside_an_image_are_not_in_the_grid(tmp_path):
-    sheet = Image.new("RGB", (80, 16), "yellow")
-    sheet.paste(Image.new("RGB", (16, 16), "red"), (0, 0))
-    sheet.save(tmp_path / "one.png")
-    row = Row("a", (16, 16), {3: tmp_path / "one.png"}, lambda step: True)
-    pixels = np.asarray(Image.open(draw_grid([row], [3], tmp_path / "g.png")).convert("RGB"))
-    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 256
-    assert not (pixels == (255, 255, 0)).all(axis=2).any()
+@pytest.mark.parametrize("references_at", ["left", "right"])
+def test_references_beside_an_image_are_not_in_the_grid(tmp_path, references_at):
+    at_left = references_at == "right"
+    # without the base's image, and the base's own
+    write(tmp_path, 3, (16, 16), "red", name="trained", beside=64, at_left=at_left)
+    write(tmp_path, 0, (32, 16), "red", name="base", beside=64, at_left=at_left)
+    for size, images in at(tmp_path, references_at).items():
+        path = draw_grid([Row("a", size, images)], [0, 3], tmp_path / "g.png")
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert (pixels == (255, 0, 0)).all(axis=2).sum() == size[0] * size[1]
+        assert not (pixels == (255, 255, 0)).all(axis=2).any()
