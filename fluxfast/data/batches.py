@@ -240,8 +240,12 @@ class BatchLoader:
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether the batch handed out last is the last of its epoch; waits for the next one."""
-        return self._ahead[0].result()[1] > self.epoch
+        """Whether the batch handed out last is the last of its epoch; waits for the next one.
+
+        False where the next one can't be read, which asking for it tells.
+        """
+        following = self._ahead[0]
+        return following.exception() is None and following.result()[1] > self.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batch handed out last."""

@@ -57,7 +57,8 @@ class StepResult:
 class Reporter:
     """Tells what happens, to the terminal, to the files of numbers, to trackers and as events.
 
-    `bar` is the progress bar of the loop, which starts and stops it.
+    `bar` is the progress bar of the loop, which starts and stops it. `losses` are (step, loss over
+    all held-out images) of every evaluation so far, in order.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Reporter:
         folder = config.output_dir
         self._metrics = Metrics(folder / METRICS_NAME, done, numbers.say)
         self._evaluations = Metrics(folder / EVALUATIONS_NAME, done, numbers.say)
+        self.losses = self._losses_so_far()
         self.bar = TrainingBar(console, steps, done)
 
     def step(self, result: StepResult | None) -> None:
@@ -134,8 +136,16 @@ class Reporter:
             "training.status", text=text, progress=progress, data={"status": "running"}
         )
 
+    def _losses_so_far(self) -> list[tuple[int, float]]:
+        with self._numbers.guard(str(self._evaluations.path)):
+            lines = read_evaluations(self._evaluations.path)
+            return [(line["step"], line[POOLED]) for line in lines if POOLED in line]
+        return []
+
     def evaluation(self, step: int, found: Mapping[str, float]) -> None:
         """Tell what an evaluation found, by metric."""
+        if POOLED in found:
+            self.losses.append((step, found[POOLED]))
         self._evaluations.write({"step": step, **found})
         shown = {k: v for k, v in found.items() if k != POOLED or len(found) == 1} or found
         told = ", ".join(f"{name.removeprefix(PREFIX)} {v:.4f}" for name, v in shown.items())
@@ -145,11 +155,6 @@ class Reporter:
             "training.validation", text=f"step {step}: {told}", step=step, metrics=dict(found)
         )
         self._trackers.log(step, found)
-
-    def evaluations(self) -> list[tuple[int, float]]:
-        """(step, loss over all held-out images) of every evaluation so far, in order."""
-        lines = read_evaluations(self._evaluations.path)
-        return [(line["step"], line[POOLED]) for line in lines if POOLED in line]
 
     def checkpoint(self, path: Path, *, is_final: bool) -> None:
         """Tell of a checkpoint that has been written."""

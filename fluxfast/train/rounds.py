@@ -99,7 +99,7 @@ class Rounds:
 
     def evaluate(self, step: int) -> None:
         """Compute the evaluation loss after a step, where there is one, and report it."""
-        if self._evaluator is None or any(at == step for at, _ in self._report.evaluations()):
+        if self._evaluator is None or any(at == step for at, _ in self._report.losses):
             return
         with self._surviving("Evaluation"):
             with self._weights(step)[0][1]():
@@ -110,7 +110,7 @@ class Rounds:
     def is_among_best(self, step: int) -> bool:
         """Whether a step's evaluation is one of those whose checkpoints stay."""
         keep = self._config.checkpoints_keep_best
-        return keep > 0 and step in best_steps(self._report.evaluations(), keep)
+        return keep > 0 and step in best_steps(self._report.losses, keep)
 
     def draw(self, step: int, *, is_last: bool = False) -> None:
         """Draw and report validation images after a step, where the config asks for any."""

@@ -311,7 +311,7 @@ class Trainer:
 
     def _ends_early(self) -> bool:
         """Whether the evaluation loss has not got lower for as long as the config allows."""
-        patience, evaluations = self.config.early_stopping_patience, self.report.evaluations()
+        patience, evaluations = self.config.early_stopping_patience, self.report.losses
         ends = patience is not None and evaluations_since_best(evaluations) >= patience
         if ends:
             (best,) = best_steps(evaluations, 1) or [0]
@@ -391,7 +391,7 @@ class Trainer:
             "settings": self._settings(),
         }
         with self.events.stage("checkpoint_save"):
-            path = self.saver.checkpoint(self.step, facts, self.report.evaluations())
+            path = self.saver.checkpoint(self.step, facts, self.report.losses)
         if not is_final:
             self.publisher.checkpoint(path, self.step)
         self.report.checkpoint(path, is_final=is_final)

@@ -4,6 +4,8 @@ import json
 import threading
 from collections import Counter
 from concurrent.futures import wait
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -230,6 +232,27 @@ class TestLoader:
         third = loader(prepared, step=stop, state=state)
         assert [identity(next(third)) for _ in range(40 - stop)] == whole[stop:]
         third.close()
+
+    def test_it_knows_the_last_batch_of_an_epoch(self, prepared):
+        batches, ends = loader(prepared), []
+        epochs = []
+        for _ in range(40):
+            next(batches)
+            epochs.append(batches.epoch)
+            ends.append(batches.ends_epoch)
+        batches.close()
+        assert epochs[-1] > 2
+        assert ends[:-1] == [after > before for before, after in pairwise(epochs)]
+
+    def test_what_can_not_be_read_next_ends_no_epoch(self, prepared):
+        last = [replace(dataset, end_step=3) for dataset in prepared.datasets]
+        batches = loader(replace(prepared, datasets=tuple(last)))
+        for _ in range(3):
+            next(batches)
+        assert not batches.ends_epoch
+        with pytest.raises(ValueError, match="no dataset takes part"):
+            next(batches)
+        batches.close()
 
     def test_an_error_comes_up_at_its_own_batch(self, prepared):
         batches = loader(prepared, read_ahead=3)
