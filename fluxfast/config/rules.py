@@ -168,6 +168,7 @@ def conflicts(config: DerivedValues) -> list[str]:
     return [
         *_run_conflicts(config),
         *_validation_conflicts(config),
+        *_average_conflicts(config),
         *_objective_conflicts(config),
         *_model_conflicts(config),
         *_data_conflicts(config),
@@ -203,6 +204,12 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
             "implemented yet; set it to 1"
         )
     return problems
+
+
+def _average_conflicts(config: DerivedValues) -> list[str]:
+    if config.use_ema and config.init_lora_ema and config.lora_type == "lycoris":
+        return ['"init_lora_ema" names a LoRA, and "lora_type" is lycoris: remove it']
+    return []
 
 
 def _validation_conflicts(config: DerivedValues) -> list[str]:

@@ -33,7 +33,6 @@ class Switch(NamedTuple):
 
 SWITCHES = (
     # parts of a run that fluxfast does not have yet
-    Switch("use_ema", ("init_lora_ema",), refused=False),
     Switch("push_to_hub or publishing_config", ("post_upload_script",), refused=False),
     Switch("offset_noise", ("noise_offset", "noise_offset_probability")),
     Switch("input_perturbation", ("input_perturbation_steps",)),

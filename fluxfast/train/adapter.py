@@ -18,9 +18,13 @@ from fluxfast.adapters.kind import (
     AdapterSettings,
     Originals,
     Size,
+    check_same_tensors,
     trainable_parameters,
 )
 from fluxfast.adapters.kinds import KINDS
+from fluxfast.adapters.lora import lora_layers
+from fluxfast.adapters.lora_read import read_lora
+from fluxfast.adapters.lora_state import trained_in, trained_of
 from fluxfast.adapters.lycoris import counted, described
 from fluxfast.adapters.lycoris_targets import match_lycoris
 from fluxfast.adapters.presets import find_targets
@@ -286,3 +290,23 @@ def _several(values: Iterable[float]) -> str:
 def _modules(true: list[str], asked: list[str]) -> str:
     differing = sorted(set(true) ^ set(asked))
     return f"{len(true)} modules (the first that only one of them has: {differing[0]})"
+
+
+def values_of_average(transformer: nn.Module, path: str) -> dict[str, Tensor]:
+    """The values of a LoRA's file, by the names of the trained parameters that they are for.
+
+    Raises the errors of `read_lora`, and ValueError where the LoRA on the model has other modules
+    or ranks.
+    """
+    state = read_lora(path).state
+    named = {p: name for name, p in trainable_parameters(transformer).items()}
+    own = {
+        f"{module}.{key}": p
+        for module, layer in lora_layers(transformer).items()
+        for key, p in trained_of(layer).items()
+    }
+    try:
+        check_same_tensors(own, trained_in(state))
+    except ValueError as error:
+        raise ValueError(f'"init_lora_ema" {path}: {error}') from error
+    return {named[p]: state[key] for key, p in own.items()}

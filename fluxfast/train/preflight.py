@@ -126,7 +126,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
             read_lora(config.assistant_lora)
     if data is not None:
         notes += _evaluation_notes(config, data)
-    for path in _validation_adapters(config):
+    for path in [*_validation_adapters(config), *_start_of_average(config)]:
         if not is_hub_name(path) or may_fetch(path):
             with _collecting(problems):
                 read_lora(path)
@@ -231,6 +231,11 @@ def _validation_adapters(config: TrainConfig) -> list[str]:
     if config.validation_disable:
         return []
     return [adapter.place for run in config.validation_adapters for adapter in run.adapters]
+
+
+def _start_of_average(config: TrainConfig) -> list[str]:
+    """The LoRA whose values the moving average starts with."""
+    return [config.init_lora_ema] if config.use_ema and config.init_lora_ema else []
 
 
 def _evaluation_notes(config: TrainConfig, data: DataConfig) -> list[str]:

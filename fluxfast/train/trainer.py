@@ -23,7 +23,7 @@ from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
 from fluxfast.train import health, preflight, resume, state
-from fluxfast.train.adapter import config_of, init_lora_of, kind_of
+from fluxfast.train.adapter import config_of, init_lora_of, kind_of, values_of_average
 from fluxfast.train.build import Parts, load_parts
 from fluxfast.train.build_data import RunData, load_data
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
@@ -170,6 +170,8 @@ class Trainer:
                 warmup_steps=config.ema_warmup_steps,
                 device=self.device if config.average_is_on == "device" else torch.device("cpu"),
             )
+            if config.init_lora_ema and self.saved is None:
+                self.average.load_state(values_of_average(self.transformer, config.init_lora_ema))
         self.saver = Saver(config, self.data, self.transformer, self.optimizer, self.average)
 
     def _schedule(self) -> LambdaLR:

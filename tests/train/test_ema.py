@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from config_helpers import load
 from fluxfast.cli.plan import plan_report
 from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
 from fluxfast.train import ema
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.trainer import Trainer
@@ -94,6 +95,24 @@ def test_a_run_keeps_saves_and_resumes_it(run, monkeypatch, tmp_path):
     state = load_file(last / "average.safetensors")
     assert all(t.dtype == torch.float32 for t in state.values())
     assert (last / "ema" / whole.name).exists()
+
+
+def test_it_may_start_with_another_loras_values(run, tmp_path, monkeypatch):
+    other, _ = run(name="other", **EMA, **FP32)
+    start = str(other.parent / "ema" / other.name)
+    # weights that hardly move, and an average that never takes them in
+    still = {**EMA, "learning_rate": 1e-30, "ema_update_interval": 100, "init_lora_ema": start}
+    lora, _ = run(name="first", **still, **FP32)
+    averaged = load_file(lora.parent / "ema" / lora.name)
+    for name, tensor in load_file(start).items():
+        torch.testing.assert_close(averaged[name], tensor, rtol=0, atol=0)
+    # a resumed run has the checkpoint's
+    _, out = run(name="first", **{**still, "init_lora_ema": None, "max_train_steps": 7}, **FP32)
+    assert '"init_lora_ema" was' in out.getvalue() and "no effect" in out.getvalue()
+    with pytest.raises(ValueError, match="init_lora_ema"):
+        run(name="wider", **{**still, "lora_rank": 5}, **FP32)
+    with pytest.raises(ConfigError, match="gone: no such LoRA"):
+        run(name="gone", **{**still, "init_lora_ema": str(tmp_path / "gone")}, **FP32)
 
 
 def test_a_checkpoint_without_one(run, tmp_path):
