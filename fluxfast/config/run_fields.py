@@ -180,7 +180,7 @@ class TrainFields(
     use_ema: bool = False
     """Keep an exponential moving average of the trained weights, and save it beside them."""
     init_lora_ema: str | None = option(None, only_with="use_ema", on_resume="start_only")
-    """LoRA whose values the average starts with: file, folder or repository (unset: the weights')."""
+    """LoRA (file, folder, repository) that the average starts as (unset: as the weights)."""
     ema_decay: float = option(0.995, ge=0, lt=1, only_with="use_ema")
     """What an update keeps of the average: at most this, and less in the first steps."""
     ema_update_interval: int = option(1, ge=1, only_with="use_ema")

@@ -11,7 +11,7 @@ from fluxfast.config.datasets import load_data_config
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.files import TEMPORARY
-from fluxfast.train import build, disk_space, preflight, trainer
+from fluxfast.train import build_data, disk_space, preflight, trainer
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_every_problem_comes_at_once_and_nothing_is_read_before(
         raise AssertionError("the data was prepared")
 
     monkeypatch.setattr(trainer, "load_data", refuse)
-    monkeypatch.setattr(build, "prepare", refuse)
+    monkeypatch.setattr(build_data, "prepare", refuse)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as caught:
         run(

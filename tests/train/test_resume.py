@@ -108,7 +108,7 @@ def test_every_option_is_told_or_left_out_on_purpose():
         *("base_model_precision", "train_batch_size", "gradient_accumulation_steps", "optimizer")
     ]
     assert set(resume.options_that_are("start_only", fields=fields)) == {
-        *("init_lora", "lora_init_type", "loftq_iterations", "init_lokr_norm")
+        *("init_lora", "lora_init_type", "loftq_iterations", "init_lora_ema", "init_lokr_norm")
     }
 
 
