@@ -34,8 +34,13 @@ def start(tmp_path):
     def start(part="first", **env):
         env = os.environ | {"PYTHON": str(stub), "WORK": str(tmp_path / "work"), "SMALL": "1"} | env
         words = [tmp_path / "out", *(part or "").split()]
+        # a shell ignores SIGINT for good where it was started in the background of another
         return subprocess.Popen(
-            ["bash", SCRIPT, *words], env=env, stdout=subprocess.PIPE, text=True
+            ["bash", SCRIPT, *words],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return start
