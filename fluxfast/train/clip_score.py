@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from fluxfast.config.settings import shown
@@ -67,9 +66,4 @@ class ClipScore:
         ).to(self._device)
         output = model(**inputs)
         cosine = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-        return 100 * max(0.0, float(_only(cosine)))
-
-
-def _only(values: Tensor) -> Tensor:
-    assert values.numel() == 1
-    return values.reshape(())
+        return 100 * max(0.0, float(cosine))

@@ -36,6 +36,7 @@ class WeightAverage:
         self.decay, self.interval, self.warmup_steps = decay, interval, warmup_steps
         self._named = dict(named)
         self._average = {name: _copy(p, device) for name, p in named.items()}
+        self._chunks = _chunks(self._named)
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after so many steps."""
@@ -48,19 +49,11 @@ class WeightAverage:
         """Take in the weights after a step (counted from 1), where one is due."""
         if step % self.interval:
             return
-        weight = 1 - self.decay_at(step)
-        names = list(self._named)
-        while names:
-            # as many together as keep the copies in fp32 small
-            chunk = [names.pop()]
-            elements = self._named[chunk[0]].numel()
-            while names and (elements := elements + self._named[names[-1]].numel()) < _TOGETHER:
-                chunk.append(names.pop())
+        for chunk in self._chunks:
             averages = [self._average[name] for name in chunk]
-            weights = [
-                self._named[name].detach().to(averages[0].device, torch.float32) for name in chunk
-            ]
-            torch._foreach_lerp_(averages, weights, weight)
+            device = averages[0].device
+            weights = [self._named[name].detach().to(device, torch.float32) for name in chunk]
+            torch._foreach_lerp_(averages, weights, 1 - self.decay_at(step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -92,3 +85,19 @@ class WeightAverage:
 
 def _copy(p: Parameter, device: torch.device) -> Tensor:
     return p.detach().to(device, torch.float32, copy=True)
+
+
+def _chunks(named: Mapping[str, Parameter]) -> list[list[str]]:
+    """The names in lists of at most `_TOGETHER` elements, or of one larger tensor.
+
+    An update copies a list's weights to fp32 at a time.
+    """
+    chunks: list[list[str]] = []
+    elements = 0
+    for name, p in named.items():
+        if not chunks or elements + p.numel() > _TOGETHER:
+            chunks.append([])
+            elements = 0
+        chunks[-1].append(name)
+        elements += p.numel()
+    return chunks

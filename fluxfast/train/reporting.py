@@ -171,7 +171,8 @@ class Reporter:
         for name, several in of_names.items():
             title = f"Validation of step {step}: {name}"
             told = {"step": step, "validation_type": "final", "prompt": several[0].prompt}
-            images = [png_of(each.path) for each in several]
+            heard = self._events.is_listened_to
+            images = [png_of(each.path) for each in several] if heard else []
             self._events.emit("validation.image", images=images, text=title, title=title, data=told)
         self._events.emit(
             "training.validation",

@@ -87,6 +87,11 @@ class RunEvents:
         """Have `listener` called with every event from now on; it must not take long."""
         self._listeners.append(listener)
 
+    @property
+    def is_listened_to(self) -> bool:
+        """Whether anybody gets the images of events, which no line of the file has."""
+        return bool(self._listeners)
+
     def emit(
         self,
         type: str,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,3 @@ def evaluations_since_best(evaluations: Sequence[tuple[int, float]]) -> int:
     """How many evaluations have followed the one of the lowest loss."""
     best = min(range(len(evaluations)), key=lambda i: evaluations[i][1], default=0)
     return max(0, len(evaluations) - 1 - best)
-
-
-def average_in_place(average: WeightAverage | None) -> AbstractContextManager[None]:
-    """A context with the moving average for weights, where there is one."""
-    return nullcontext() if average is None else average.in_place()

@@ -66,7 +66,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 webhooks_of(config, notes) as webhooks,
                 RunEvents(config.output_dir, notes) as events,
             ):
-                events.subscribe(webhooks)
+                if config.webhook_config:
+                    events.subscribe(webhooks)
                 return _train(config, console, checked, requests, events)
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -182,4 +181,3 @@ def test_exit_codes_are_told(capsys):
     assert str(STOPPED_EXIT) in (ROOT / "docs" / "training.md").read_text()
     assert main(["train", "--help"]) == 0
     assert str(STOPPED_EXIT) in capsys.readouterr().out
-    assert shutil.which("fluxfast-train")

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from fluxfast.cli import train
+from fluxfast.cli.plan import plan_report
+from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
 from fluxfast.train.events import read_metrics
 
 QUICKSTART = Path(__file__).parents[1] / "fixtures" / "quickstart"
@@ -64,3 +67,28 @@ def test_the_quickstart_trains_and_goes_on(quickstart, capsys):
     longer = [option.replace("steps=10", "steps=11") for option in SHORTER]
     assert train.main(longer) == 0
     assert [step["step"] for step in read_metrics(output / "metrics.jsonl")] == [*range(1, 12)]
+
+
+# what the quickstart lists under "Lowest VRAM config", for a card of 10 or 12 GB
+LOWEST = {
+    "base_model_precision": "nf4-bnb", "optimizer": "bnb-lion8bit-paged", "train_batch_size": 1,
+    "gradient_accumulation_steps": 1, "quantize_via": "cpu", "gradient_checkpointing": True,
+    "vae_enable_tiling": True, "offload_during_startup": True, "max_grad_norm": 0.01,
+}  # fmt: skip
+
+
+def test_the_lowest_vram_config_is_planned_and_runs(write_config, run):
+    at_512 = {"dataset": {"resolution": 512}, "lora_rank": 16}
+    full_size = load_config(
+        write_config(
+            **LOWEST, **at_512, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev"
+        )
+    )
+    plan = plan_report(full_size, "RTX 3080")
+    # the quickstart's own figure is 9090 MiB
+    assert plan["fits"] and plan["vram_needed"] < 9090 * 2**20
+    lora, _ = run(**LOWEST, max_train_steps=3)
+    assert len(read_metrics(lora.parent / "metrics.jsonl")) == 3
+    # "less compatible with options like SageAttention", as the quickstart has it of nf4
+    with pytest.raises(ConfigError, match=r"sageattention.*nf4"):
+        load_config(write_config(**LOWEST, attention_mechanism="sageattention"))

@@ -89,11 +89,6 @@ def test_the_model_computes_as_with_peft_and_is_then_as_before(trainer, other, p
     for layer in lora_layers(model, "style").values():
         layer.scaling["style"] *= 0.5
     model.set_adapter(["default", "style"])
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and name.endswith("to_q"):
-            x = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(1))
-            assert set(module.active_adapters) <= {"default", "style"}
-            assert module(x).shape == (2, module.out_features)
     with torch.no_grad():
         # sums of two adapters in fp32
         torch.testing.assert_close(model(**given).sample, both, rtol=1e-4, atol=1e-4)
