@@ -15,11 +15,12 @@ class Hub:
 
     failing: answers to give before the usual ones, by a part of the request's path: a list of
     statuses, each of them used once, or "hang up".
+    losing: how many answers are lost on their way, once what was asked for is done, likewise.
     """
 
     def __init__(self):
         self.files, self.commits, self.requests = {}, [], []
-        self.made, self.blobs, self.failing = {}, {}, {}
+        self.made, self.blobs, self.failing, self.losing = {}, {}, {}, {}
         self.account = {
             "type": "user", "name": "jane", "orgs": [{"name": "club"}],
             "auth": {"type": "access_token", "accessToken": {"role": "write"}},
@@ -53,14 +54,15 @@ class Hub:
             return 200, {"url": f"{self.address}/{name}"}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path):
             if match[1] not in self.made:
                 return 404, {"error": "Repository not found"}
-            return 200, {"id": match[1], "private": self.made[match[1]] == "private"}
+            private = self.made[match[1]] == "private"
+            return 200, {"id": match[1], "private": private, "sha": "1" * 40}
         if "/preupload/" in path:
             modes = [
-                {"path": each["path"], "shouldIgnore": False, "oid": None,
-                 "uploadMode": "regular" if each["path"].endswith((".md", ".json")) else "lfs"}
+                {"path": each["path"], "shouldIgnore": False, "oid": self.object_id(each["path"]),
+                 "uploadMode": "regular" if is_regular(each["path"]) else "lfs"}
                 for each in json.loads(body)["files"]
             ]  # fmt: skip
             return 200, {"files": modes}
@@ -78,6 +80,14 @@ class Hub:
             return self.commit(path, [json.loads(line) for line in body.splitlines()])
         return 404, {"error": f"no such page: {path}"}
 
+    def object_id(self, path):
+        """What the Hub knows a file by: Git's own hash, or the content's where LFS keeps it."""
+        if (content := self.files.get(path)) is None:
+            return None
+        if is_regular(path):
+            return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return hashlib.sha256(content).hexdigest()
+
     def commit(self, path, lines):
         self.waiting.set()
         assert self.open.wait(60)
@@ -90,6 +100,11 @@ class Hub:
             else:
                 self.files[value["path"]] = self.blobs[value["oid"]]
         return 200, {"commitUrl": f"{self.address}/jane/x/commit/1", "commitOid": "1" * 40}
+
+
+def is_regular(path):
+    """Whether a file is a part of the commit, and not kept by LFS."""
+    return path.endswith((".md", ".json"))
 
 
 def _handler(hub):
@@ -115,6 +130,11 @@ def _handler(hub):
                 if told != f"Bearer {TOKEN}":
                     return self.send(401, {"error": "Invalid username or password."})
             answer = hub.answer(path, body)
+            for part, times in hub.losing.items():
+                if part in path and times:
+                    hub.losing[part] -= 1
+                    self.close_connection = True
+                    return None
             if hub.dead:
                 self.close_connection = True
                 return None

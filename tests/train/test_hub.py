@@ -49,6 +49,10 @@ def uploads(hub, said):
     hub.open.set()
     for each in made:
         each.close()
+        # what was interrupted goes on in its thread, and would upload to the next test's server
+        if each._thread is not None:
+            each._thread.join(60)
+            assert not each._thread.is_alive()
 
 
 @pytest.fixture
@@ -85,6 +89,14 @@ def test_two_failures_are_tried_again(hub, uploads, folder, said, part, failure)
     hub.failing[part] = [failure, failure]
     uploads().upload(folder("one"), "first")
     assert hub.commits == ["first"]
+    assert said == ["first: uploaded to jane/cat"]
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, uploads, folder, said):
+    hub.losing["/commit/"] = 1
+    uploads().upload(folder("one"), "first")
+    assert hub.commits == ["first"]
+    assert hub.losing["/commit/"] == 0
     assert said == ["first: uploaded to jane/cat"]
 
 
