@@ -180,6 +180,22 @@ def test_keys_are_searched(capsys):
     assert capsys.readouterr().out == (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
 
+def test_keys_fit_a_terminal(capsys, monkeypatch):
+    def printed(*words):
+        assert main(["keys", *words]) == 0
+        return capsys.readouterr().out
+
+    piped = printed("caption")
+    assert max(map(len, piped.splitlines())) > 80
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    wrapped, every = printed("caption"), printed()
+    assert max(map(len, wrapped.splitlines())) <= 80
+    assert wrapped.split() == piped.split()
+    assert max(map(len, every.splitlines())) == 80
+    assert len(every.splitlines()) == len(list(keys())) + len({key.section for key in keys()})
+
+
 def test_exit_codes_are_told(capsys):
     assert str(STOPPED_EXIT) in (ROOT / "docs" / "training.md").read_text()
     assert main(["train", "--help"]) == 0
