@@ -87,7 +87,7 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     Raises ValueError for a GPU that isn't in the table, and for what that GPU can't do.
     """
     from fluxfast.memory import plan
-    from fluxfast.memory.choices import budget_bytes, usable_bytes
+    from fluxfast.memory.budget import budget_bytes, usable_bytes
     from fluxfast.memory.gpus import GPUS, find_gpu
     from fluxfast.memory.rates import modulation_on_host, told
     from fluxfast.memory.wishes import wishes_of
@@ -136,7 +136,7 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
         "gpu": None if gpu is None else gpu._asdict(),
         "budget": limit,
         "fits": fits,
-        "fits_on": [g.name for g in GPUS if taken.needed <= usable_bytes(g.memory)],
+        "fits_on": [g.name for g in GPUS if taken.needed <= usable_bytes(g)],
     }
     if gpu is not None:
         report["step"] = _step(config, plan.predict(workload, choices, gpu), batch.samples)

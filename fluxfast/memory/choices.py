@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxfast.config import attention
+from fluxfast.memory.budget import budget_bytes, usable_bytes
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
 from fluxfast.memory.rates import Rate
@@ -27,8 +28,6 @@ from fluxfast.ops.attention import checked_as
 from fluxfast.quant import FORMATS
 from fluxfast_kernels.launch import reads_transposed
 
-# GiB of a GPU's memory that its driver keeps for itself
-DRIVER = 0.25
 # A transposed copy of the base's codes may bring a step to this part of the VRAM, or take this part
 # where nobody knows what a step takes: CUDA graphs keep memory that no plan counts.
 ROOM, ROOM_UNKNOWN = 0.8, 0.25
@@ -215,18 +214,6 @@ def choose_compute(wishes: Wishes, format: str | None, gpu: Gpu | None) -> tuple
 # what is recomputed, and where the weights are
 
 
-def usable_bytes(memory_gib: float) -> int:
-    """What a process can have of a GPU with that much memory."""
-    return round((memory_gib - DRIVER) * GIB)
-
-
-def budget_bytes(wishes: Wishes, gpu: Gpu, free: int | None = None) -> int:
-    """The VRAM that a run may take: vram_budget, where it is a number; else all that is free."""
-    if wishes.vram_budget not in (None, "auto"):
-        return round(float(wishes.vram_budget) * GIB)
-    return usable_bytes(gpu.memory) if free is None else free
-
-
 def _memory(
     wishes: Wishes, facts: Facts, workload: Workload | None, ahead: bool
 ) -> tuple[Choices, dict[str, str]]:
@@ -339,7 +326,7 @@ def _host_is_late(
     if facts.host_seconds is None or facts.gpu is None or workload is None:
         return None
     in_place = replace(choices, modulation_ahead=False)
-    if account(workload, in_place).needed > usable_bytes(facts.gpu.memory):
+    if account(workload, in_place).needed > usable_bytes(facts.gpu, wishes.vram_reserve):
         return None
     smallest = replace(facts.smallest or workload, compute=workload.compute)
     step = predict(smallest, choices, facts.gpu)
