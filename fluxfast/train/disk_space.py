@@ -33,7 +33,7 @@ def cache_bytes(
         largest = largest_batch(config, [dataset]).size
         sizes = {largest: len(discover(dataset.instance_data_dir, skip=[]).images)}
     images = sum(sizes.values())
-    captions = 1 if dataset.caption_strategy == "instanceprompt" else images
+    captions = {None: 0, "instanceprompt": 1}.get(dataset.caption_strategy, images)
     if shuffle := dataset.caption_shuffle:
         captions *= shuffle.count + shuffle.include_original
     # 16 channels, an eighth of the size each way, bf16
@@ -70,7 +70,11 @@ def shortage(
     knows how much of it is missing.
     """
     wanted = [
-        (config.output_dir / "checkpoint", checkpoint * (_checkpoints(config) + 1), "checkpoints")
+        (
+            config.output_dir / "checkpoint",
+            checkpoint * (checkpoints_kept(config) + 1),
+            "checkpoints",
+        )
     ]
     for dataset in datasets:
         latents, texts = cache_bytes(config, dataset, t5, clip)
@@ -106,7 +110,7 @@ def shortage(
     return problems, notes
 
 
-def _checkpoints(config: TrainConfig) -> int:
+def checkpoints_kept(config: TrainConfig) -> int:
     """How many checkpoints there are side by side at most."""
     most = config.checkpoints_total_limit + config.checkpoints_keep_best
     if not config.checkpoint_step_interval and not config.checkpoint_epoch_interval:

@@ -39,7 +39,7 @@ def report(plan):
 def test_the_quickstart_on_a_gpu_that_is_too_small(plan):
     text = plan("--gpu", "RTX 3080", status=1)
     assert "does not fit" in text and '"vram_budget": "auto" makes it fit' in text
-    assert "streamed through a ring of" in text
+    assert "streamed through a ring of" in " ".join(text.split())
 
 
 def test_it_fits_a_large_one(report):
@@ -162,7 +162,7 @@ def test_tread_and_the_dataloader_that_is_missing(report):
     ("words", "message"),
     [
         (["--gpu", "RTX 9999"], "RTX 9999"),
-        (["--gpu"], "--gpu needs a name"),
+        (["--gpu"], "--gpu needs a value"),
         (["--vram_budget=0"], "vram_budget"),
         (["--vram_budget=some"], "vram_budget"),
         (["--lora_rnak=4"], "lora_rank"),
