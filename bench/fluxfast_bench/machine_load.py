@@ -67,6 +67,6 @@ def told_busy(others: float, when: str) -> str | None:
     if others <= QUIET:
         return None
     return (
-        f"busy machine: {when} other programs took {others:.1f} of {psutil.cpu_count()} cores. "
-        "Times are too long and uneven; measure again when it is quiet."
+        f"busy machine: other programs took {others:.1f} of {psutil.cpu_count()} cores {when}; "
+        "times are too long and uneven"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         share_cores()
+        # it warns that it found no 4-bit kernels for a CPU, which nothing here would call
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return importlib.import_module(f"fluxfast_bench.{COMMANDS[words[0]][0]}").main(words[1:])
     asked = bool(words) and words[0] in ("-h", "--help", "help")
     if words and not asked:

@@ -34,11 +34,13 @@ class Run:
         others = self._load.others()
         self.journal.note(conditions={"others": others})
         told_written(self.journal.finish(), console)
-        self._warn(others, "while it was measured,")
+        self._warn(others, "meanwhile")
 
     def _warn(self, others: float, when: str) -> None:
         if (line := told_busy(others, when)) is not None:
-            self._errors.print(line, style="yellow", highlight=False, soft_wrap=True)
+            # a log keeps it in one line
+            soft_wrap = not self._errors.is_terminal
+            self._errors.print(line, style="yellow", highlight=False, soft_wrap=soft_wrap)
 
 
 def told_written(path: Path, console: Console) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -124,9 +125,8 @@ def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for column in ("case", "mode", "contender"):
-        table.add_column(column, no_wrap=True)
+    # where the terminal is narrow, names are folded and figures stay whole
+    table = Table("case", "mode", "contender", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("µs", "rate", "ceiling", "vs eager", "vs compile"):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
