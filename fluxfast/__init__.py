@@ -57,6 +57,16 @@ Training itself is the command's: `fluxfast-train --help`.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+# for type checkers, which can't follow `__getattr__`
+if TYPE_CHECKING:
+    from fluxfast.adapters.lora import add_lora
+    from fluxfast.adapters.on_model import load_lora, save_lora
+    from fluxfast.dropin.accelerate import accelerate, restore
+    from fluxfast.dropin.report import inspect
+    from fluxfast.model.transformer import FluxTransformer
+    from fluxfast.quant.rules import quantize
 
 __version__ = "0.1.0"
 # what each public name is imported from, when somebody first asks for it: the model pulls in

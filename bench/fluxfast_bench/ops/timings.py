@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fluxfast_bench.ops import ceilings
@@ -126,7 +126,9 @@ def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
     # where the terminal is narrow, names are folded and figures stay whole
-    table = Table("case", "mode", "contender", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        Column("case", overflow="fold"), "mode", "contender", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in ("µs", "rate", "ceiling", "vs eager", "vs compile"):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
