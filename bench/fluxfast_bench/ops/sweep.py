@@ -37,7 +37,7 @@ from fluxfast_bench.options import (
 from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import gpu_sections, results
 from fluxfast_bench.report.conditions import conditions
-from fluxfast_bench.run import Run
+from fluxfast_bench.run import Run, told_written
 from fluxfast_bench.shapes import SHAPES, default_shapes
 from fluxfast_bench.timing import best_time, time_each
 from fluxfast_kernels.launch import arch_key, interpreted, multiprocessors
@@ -247,6 +247,7 @@ def main(argv: Sequence[str]) -> int:
     console, records = wide_console(), journal.records()
     if options.write_tiles:
         write_tiles(options.write_tiles, measured_rows(records, device, run.conditions))
+        told_written(options.write_tiles, console)
     console.print(table_of(records))
     run.finish(console)
     return print_faults(gpu_sections.untimed(records), console)
