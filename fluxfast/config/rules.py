@@ -184,7 +184,10 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
             "num_train_epochs to 0 or leave max_train_steps out"
         )
     if not config.max_train_steps and not config.num_train_epochs:
-        problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
+        problems.append(
+            'the run has no length, as "max_train_steps" and "num_train_epochs" are both 0: set '
+            "one of them"
+        )
     problems += optimizer_problems(config)
     problems += [
         f'"report_to" names {name}, whose package is not installed: pip install "{TRACKERS[name]}"'
