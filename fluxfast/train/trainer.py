@@ -22,14 +22,13 @@ from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
-from fluxfast.train import finished, health, preflight, resume
+from fluxfast.train import finished, health, overview, preflight, resume
 from fluxfast.train.adapter import config_of, init_lora_of, kind_of, values_of_average
 from fluxfast.train.build import Parts, load_parts
 from fluxfast.train.build_data import RunData, load_data
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.events import Numbers, say
-from fluxfast.train.intervals import Interval
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
@@ -40,7 +39,7 @@ from fluxfast.train.reporting import Reporter, StepResult
 from fluxfast.train.rounds import Rounds
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.run_lock import RunLock
-from fluxfast.train.saving import Saver, best_steps, evaluations_since_best
+from fluxfast.train.saving import Saver, best_steps, checkpoint_interval, evaluations_since_best
 from fluxfast.train.trackers import Trackers
 from fluxfast.train.webhooks import webhooks_of
 
@@ -259,9 +258,8 @@ class Trainer:
             config, self.parts, self.data, self.objective, self.optimizer, self.average,
             self.report, self.events, self.console,
         )  # fmt: skip
-        self.checkpoints = Interval(
-            config.checkpoint_step_interval, config.checkpoint_epoch_interval or 0
-        )
+        self.checkpoints = checkpoint_interval(config)
+        overview.show(self.console, config, self.data, self.parts, steps=self.steps, done=self.step)
         try:
             self.rounds.before_training(self.step)
             self._train_to_the_end()

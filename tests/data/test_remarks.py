@@ -121,7 +121,7 @@ def test_a_start_tells_them_before_it_encodes_anything(tmp_path, texts, settings
             told.append(found)
 
         text = rendered(prepare(data, settings, remark=remark).report)
-        assert ("encoded and cached: images 6, texts 7" in text) == encoded
+        assert ("newly encoded: 6 images, 7 texts" in text) == encoded
     # whether the caches are full makes no difference
     assert told[0] == told[1] and len(told) == 2
     text = rendered(told[0])
