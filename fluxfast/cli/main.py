@@ -89,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     share_cores()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("fluxfast").setLevel(logging.INFO)
     # it warns that it found no 4-bit kernels for a CPU, which nothing here would call
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return importlib.import_module(f"fluxfast.cli.{COMMANDS[name][0]}").main(words)
