@@ -12,6 +12,7 @@ from fluxfast.config.derived import DerivedValues
 from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
 from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
+from fluxfast.files import user_cache
 
 # options that another one, if it is given, takes the place of
 _REPLACED_BY = {
@@ -95,6 +96,13 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     if not config.validation_disable and not flavour.draws_well_in(steps):
         notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     notes += _notes_of_no_effect(config)
+    if "cache_dir" not in config.model_fields_set and config.cache_dir.is_relative_to(
+        config.output_dir
+    ):
+        notes.append(
+            f"caches: those in {config.cache_dir}, which an earlier version made, are used; "
+            f"without that folder it is the one of all runs, {user_cache()}"
+        )
     return forced, notes
 
 
