@@ -43,6 +43,15 @@ def user_cache() -> Path:
     return Path(root) / "fluxfast"
 
 
+def short_path(path: Path) -> str:
+    """A path for messages: absolute, with ~ for the home folder."""
+    path = path.absolute()
+    try:
+        return str("~" / path.relative_to(Path.home()))
+    except (ValueError, RuntimeError):
+        return str(path)
+
+
 def mark_used(path: Path) -> None:
     """Have the date of a file or folder of a cache say that it was used now, where that can be."""
     with suppress(OSError):

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
-from fluxfast.files import user_cache
-from fluxfast.train.cache_contents import KINDS, Kept, contents, remove, short_path
+from fluxfast.files import short_path, user_cache
+from fluxfast.train.cache_contents import KINDS, Kept, contents, remove
 from fluxfast.train.cache_use import clearing, used_since
 from fluxfast.train.run_lock import FolderInUse
 

@@ -34,7 +34,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from fluxfast.data.cache_index import Index, stamp
+from fluxfast.data.cache_index import NAME, Index, stamp
 from fluxfast.files import free_bytes, replacing, sync_folder
 from fluxfast.text import printable, to_bytes
 
@@ -80,7 +80,7 @@ class TensorCache:
                 f"cache folder {self.folder}: can't be created: {error.strerror}"
             ) from error
         self._remove_orphans()
-        self._index = Index(self.folder / "index.sqlite")
+        self._index = Index(self.folder / NAME)
         self._writable = True
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from fluxfast.files import short_path
 from fluxfast.text import to_bytes
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ T = TypeVar("T")
 # sqlite3 raises UnicodeDecodeError where it would put a damaged name into its own error
 _Errors = (sqlite3.Error, UnicodeDecodeError)
 
+# of the index's file, in the folder of the tensors
+NAME = "index.sqlite"
 _VERSION = 2
 # names of files are stored as bytes, since they may be no valid text
 _SCHEMA = """
@@ -40,6 +43,28 @@ CREATE TABLE IF NOT EXISTS uses (
 """
 # SQLite's messages about the disk and other processes, as opposed to the file's content
 _OF_THE_SYSTEM = ("locked", "unable to open", "is full", "disk i/o")
+
+
+def owner_of_images(id: str, folder: Path) -> str:
+    """Whose the entries of a dataset's images are, as the index has it and people read it."""
+    return f"{id} ({short_path(folder)})"
+
+
+def owner_of_captions(pipeline: str) -> str:
+    """Whose the entries of captions are. pipeline: the folder or repository of the encoders."""
+    folder = Path(pipeline).expanduser()
+    return f"captions for {short_path(folder) if folder.is_dir() else pipeline}"
+
+
+def has_entries(folder: Path, owner: str) -> bool:
+    """Whether `owner` has used a folder of cached tensors before."""
+    if not (folder / NAME).is_file():
+        return False
+    index = Index(folder / NAME)
+    try:
+        return any(use.owner == owner for use in index.uses().values())
+    finally:
+        index.close()
 
 
 def stamp(stat: os.stat_result) -> str:

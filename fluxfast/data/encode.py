@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from fluxfast.data.buckets import apply
 from fluxfast.data.cache import TensorCache, fingerprint
+from fluxfast.data.cache_index import owner_of_captions
 from fluxfast.data.encoders import (
     STORAGE_DTYPE,
     LatentEncoder,
@@ -104,10 +105,9 @@ def encode_prompts(
         *(quantised if any(quantised) else ()),
     ]
     made_by = fingerprint("text", _TEXT_VERSION, *parts)
-    cache.note_use(
-        ((prompt, made_by) for prompt in prompts), f"captions for {settings.pipeline[0]}"
-    )
-    missing = [prompt for prompt, _ in cache.missing((prompt, made_by) for prompt in prompts)]
+    wanted = [(prompt, made_by) for prompt in prompts]
+    cache.note_use(wanted, owner_of_captions(settings.pipeline[0]))
+    missing = [prompt for prompt, _ in cache.missing(wanted)]
     if missing:
         encoders = TextEncoders.from_pretrained(
             settings.pipeline,

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from fluxfast.config.datasets import DataConfig, ImageDataset
 from fluxfast.data.cache import TensorCache
+from fluxfast.data.cache_index import owner_of_images
 from fluxfast.data.dataset_report import DataReport
 from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_masks, encode_prompts
 from fluxfast.data.pairs import Pairing, mask_entry
@@ -138,7 +139,7 @@ def _note_use(
 ) -> None:
     """Have the cache know whose these entries are, and that they are needed now."""
     if not dataset.vae_cache_disable:
-        cache.note_use(entries, f"{dataset.id} ({dataset.instance_data_dir})")
+        cache.note_use(entries, owner_of_images(dataset.id, dataset.instance_data_dir))
 
 
 def _on_demand(work: SurveyedDataset, pairing: Pairing) -> bool:

@@ -13,9 +13,9 @@ from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 
 from fluxfast.checkpoint import QUANTIZED
-from fluxfast.data.cache_index import Index
+from fluxfast.data.cache_index import NAME, Index
+from fluxfast.files import short_path
 
-INDEX = "index.sqlite"
 # by kind, what it is
 KINDS = {
     "bases": "quantised transformers",
@@ -80,8 +80,8 @@ def remove(kept: Iterable[Kept]) -> int:
         freed += each.size
         names.setdefault(each.path.parent, []).append(each.path.name)
     for folder, removed in names.items():
-        if (folder / INDEX).is_file():
-            index = Index(folder / INDEX)
+        if (folder / NAME).is_file():
+            index = Index(folder / NAME)
             index.forget_entries(removed)
             index.close()
     return freed
@@ -95,14 +95,6 @@ def tell_size(cache_dir: Path, say: Callable[[str], None]) -> None:
             f"cache: {decimal(size)} in {short_path(cache_dir)} "
             "(`fluxfast-train cache` lists and clears it)"
         )
-
-
-def short_path(path: Path) -> str:
-    """A path with ~ for the home folder."""
-    try:
-        return str("~" / path.absolute().relative_to(Path.home()))
-    except (ValueError, RuntimeError):
-        return str(path)
 
 
 def size_of(path: Path) -> int:
@@ -130,8 +122,8 @@ def _tensors(folder: Path, kind: str) -> Iterator[Kept]:
     if not files:
         return
     uses = {}
-    if (folder / INDEX).is_file():
-        index = Index(folder / INDEX)
+    if (folder / NAME).is_file():
+        index = Index(folder / NAME)
         uses = index.uses()
         index.close()
     for path in files:
