@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -29,8 +31,9 @@ A config that sets one of these runs as one that does not, and a note says so.
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fluxfast-train keys",
-        description="Every key of config.json and of multidatabackend.json: what it may be, its "
-        "default, what it means.",
+        description="Every key of config.json and of multidatabackend.json: its default, what it "
+        "may be, what it means. A terminal shows a list without WORD cut to its width, and "
+        "`fluxfast-train keys | grep` sees it whole.",
     )
     parser.add_argument("word", nargs="?", default="", metavar="WORD", help="only those with it")
     parser.add_argument("--markdown", action="store_true", help="as docs/options.md has them")
@@ -44,11 +47,22 @@ def main(words: Sequence[str]) -> int:
         near = did_you_mean(word, [key.name for key in keys()])
         print(f"no key has {arguments.word!r} in its name or meaning{near}", file=sys.stderr)
         return 1
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for section, group in groupby(found, key=lambda key: key.section):
         print(section)
         for key in group:
-            print(f"  {key.name} = {key.default} ({key.values}): {key.meaning}")
+            print(_line(key, width, whole=bool(word)))
     return 0
+
+
+def _line(key: Key, width: int | None, *, whole: bool) -> str:
+    """A key in one line; where it is longer than `width` columns, wrapped or, not whole, cut."""
+    line = f"  {key.name} = {key.default} ({key.values}): {key.meaning}"
+    if width is None or len(line) <= width:
+        return line
+    if not whole:
+        return line[: width - 1] + "…"
+    return textwrap.fill(line, width, subsequent_indent=" " * 6, break_on_hyphens=False)
 
 
 def as_markdown() -> str:

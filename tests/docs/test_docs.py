@@ -39,8 +39,10 @@ def files_of(page):
 
 
 def commands_of(page):
-    """The commands in a page's bash blocks, as words."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    """fluxfast-train's commands in the bash blocks of a page that shows their files, as words."""
+    # README installs and shows the demo outside that
+    text = page.read_text(encoding="utf-8").split("<!-- file:", 1)[1].split("\n## The demo")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -80,16 +82,17 @@ def project(tmp_path, monkeypatch, pipeline):
     return write
 
 
-@pytest.mark.parametrize("name", ["quickstart.md", "low-vram.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/low-vram.md"])
 def test_the_commands_run(project, tmp_path, name, capsys):
-    page = ROOT / "docs" / name
+    page = ROOT / name
     project(page)
     commands = commands_of(page)
     assert len(commands) >= 2 and all(words[0] == "fluxfast-train" for words in commands)
     for words in commands:
         assert main(words[1:]) == 0, capsys.readouterr().err
-    if name == "low-vram.md":
-        assert (tmp_path / "output" / "small" / "pytorch_lora_weights.safetensors").exists()
+    if name != "docs/quickstart.md":
+        folder = {"README.md": "my-subject", "docs/low-vram.md": "small"}[name]
+        assert (tmp_path / "output" / folder / "pytorch_lora_weights.safetensors").exists()
         return
     output = tmp_path / "output" / "my-subject"
     table = page.read_text().split("leaves in `output/my-subject`:")[1].split("Stop it")[0]
@@ -175,6 +178,22 @@ def test_keys_are_searched(capsys):
     assert 'did you mean "lora_rank"' in capsys.readouterr().err
     assert main(["keys", "--markdown"]) == 0
     assert capsys.readouterr().out == (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+
+
+def test_keys_fit_a_terminal(capsys, monkeypatch):
+    def printed(*words):
+        assert main(["keys", *words]) == 0
+        return capsys.readouterr().out
+
+    piped = printed("caption")
+    assert max(map(len, piped.splitlines())) > 80
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    wrapped, every = printed("caption"), printed()
+    assert max(map(len, wrapped.splitlines())) <= 80
+    assert wrapped.split() == piped.split()
+    assert max(map(len, every.splitlines())) == 80
+    assert len(every.splitlines()) == len(list(keys())) + len({key.section for key in keys()})
 
 
 def test_exit_codes_are_told(capsys):
