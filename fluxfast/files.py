@@ -37,6 +37,11 @@ def safe_name(text: str) -> str:
     return f"{cut.rstrip(' .')}-{digest}".lstrip("-")
 
 
+def without_spaces(text: str) -> str:
+    """A text as one word, for names that are typed in a shell: - stands for what parts words."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-.") or "-"
+
+
 def user_cache() -> Path:
     """The folder for what this user's runs compute once: $XDG_CACHE_HOME/fluxfast."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -12,7 +12,8 @@ from fluxfast.config.derived import DerivedValues
 from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
 from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
-from fluxfast.files import user_cache
+from fluxfast.config.titles import title_of
+from fluxfast.files import user_cache, without_spaces
 
 # options that another one, if it is given, takes the place of
 _REPLACED_BY = {
@@ -39,7 +40,11 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     config: each of its values is valid by itself.
     """
     flavour = config.flavour
-    forced: dict[str, Any] = {}
+    title = title_of(config.output_dir, config.instance_prompt)
+    forced: dict[str, Any] = {
+        "tracker_run_name": config.tracker_run_name or title,
+        "tracker_project_name": config.tracker_project_name or without_spaces(title),
+    }
     notes: list[str] = []
 
     def force(name: str, value: Any, why: str) -> None:
