@@ -30,6 +30,11 @@ COMMANDS = {
         "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] "
         "[--all] [--json]",
     ),
+    "cache": (
+        "cache",
+        "what runs have kept of their computations, and how to clear it: fluxfast-train cache "
+        "[--clear]",
+    ),
     "demo": (
         "demo",
         "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes",
