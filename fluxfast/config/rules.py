@@ -12,6 +12,8 @@ from fluxfast.config.derived import DerivedValues
 from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
 from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
+from fluxfast.config.titles import title_of
+from fluxfast.files import user_cache, without_spaces
 
 # options that another one, if it is given, takes the place of
 _REPLACED_BY = {
@@ -38,7 +40,11 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     config: each of its values is valid by itself.
     """
     flavour = config.flavour
-    forced: dict[str, Any] = {}
+    title = title_of(config.output_dir, config.instance_prompt)
+    forced: dict[str, Any] = {
+        "tracker_run_name": config.tracker_run_name or title,
+        "tracker_project_name": config.tracker_project_name or without_spaces(title),
+    }
     notes: list[str] = []
 
     def force(name: str, value: Any, why: str) -> None:
@@ -78,8 +84,6 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
             "block_level",
             "leaf by leaf the same bytes would be copied, in more pieces",
         )
-    # a flavour may have forced the shift
-    notes.append(_schedule_note(config.model_copy(update=forced)))
     if config.optimizer_kind.finds_rate and "learning_rate" not in config.model_fields_set:
         forced["learning_rate"] = 1.0
     notes += optimizer_notes(config)
@@ -92,9 +96,18 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     force("validation_num_inference_steps", steps, flavour.forced_because)
     notes += flavour.notes
     notes += _guidance_notes(config.model_copy(update=forced))
-    if not config.validation_disable and not flavour.draws_well_in(steps):
+    # the default is no news, but with a flavour that draws in a few steps it is a mistake
+    told = flavour.few_steps or "validation_num_inference_steps" in config.model_fields_set
+    if told and not config.validation_disable and not flavour.draws_well_in(steps):
         notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     notes += _notes_of_no_effect(config)
+    if "cache_dir" not in config.model_fields_set and config.cache_dir.is_relative_to(
+        config.output_dir
+    ):
+        notes.append(
+            f"caches: those in {config.cache_dir}, which an earlier version made, are used; "
+            f"without that folder it is the one of all runs, {user_cache()}"
+        )
     return forced, notes
 
 
@@ -109,20 +122,6 @@ def _guidance_notes(config: DerivedValues) -> list[str]:
         'classifier-free guidance, here "validation_guidance_real" above 1 '
         f"(it is {config.validation_guidance_real:g})"
     ]
-
-
-def _schedule_note(config: DerivedValues) -> str:
-    schedule = config.schedule
-    if schedule in ("fast", "custom"):
-        return f"timestep schedule: {schedule}, which no shift applies to"
-    if config.flow_schedule_auto_shift:
-        return f"timestep schedule: {schedule}, shifted by each image's resolution"
-    if config.flow_schedule_shift:
-        return f"timestep schedule: {schedule}, shift {config.flow_schedule_shift:g}"
-    return (
-        f"timestep schedule: {schedule}, no shift (SimpleTuner shifts by 3 unless told: "
-        '"flow_schedule_shift": 3 does that)'
-    )
 
 
 def _notes_of_no_effect(config: DerivedValues) -> list[str]:
@@ -184,7 +183,10 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
             "num_train_epochs to 0 or leave max_train_steps out"
         )
     if not config.max_train_steps and not config.num_train_epochs:
-        problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
+        problems.append(
+            'the run has no length, as "max_train_steps" and "num_train_epochs" are both 0: set '
+            "one of them"
+        )
     problems += optimizer_problems(config)
     problems += [
         f'"report_to" names {name}, whose package is not installed: pip install "{TRACKERS[name]}"'

@@ -1,4 +1,4 @@
-"""What a run leaves for others: its record, its report, and its uploads to the Hub.
+"""What a run leaves for others: its record, and its uploads to the Hub.
 
 None of it stops a run: a failure is told once, and the run goes on.
 """
@@ -18,13 +18,12 @@ from fluxfast.config.public import shown_settings
 from fluxfast.config.run import TrainConfig, default_config
 from fluxfast.data.dataset_report import DatasetReport
 from fluxfast.doctor.machine import facts
-from fluxfast.files import safe_name
 from fluxfast.train.build import Parts
 from fluxfast.train.build_data import RunData
 from fluxfast.train.events import Numbers
 from fluxfast.train.hub import HubUploads
 from fluxfast.train.hub_folder import gather
-from fluxfast.train.report import REPORT_NAME, write_report
+from fluxfast.train.image_files import file_words
 from fluxfast.train.run_record import (
     RECORD_NAME,
     DatasetRow,
@@ -73,8 +72,6 @@ class Publisher:
 
     def end(self, step: int) -> None:
         """The adapter has been saved in the output folder."""
-        with self._guard(REPORT_NAME):
-            write_report(self._config.output_dir)
         self._upload(self._config.output_dir, step, f"adapter after {step} steps")
 
     def close(self) -> None:
@@ -104,6 +101,7 @@ def run_record(
     drawn = parts.validator.settings.prompts if parts.validator else {}
     values, defaults = config.model_dump(), default_config().model_dump()
     changed = [name for name in config.model_fields_set if values[name] != defaults[name]]
+    words = file_words(drawn)
     folders = {dataset.id: dataset for dataset in data.config.folders}
     return RunRecord(
         config=shown_settings(config),
@@ -114,10 +112,11 @@ def run_record(
             _row(report, folders[report.id]) for report in data.prepared.report.datasets
         ),
         prompts=tuple(
-            Prompt(nickname=name, file=safe_name(name), prompt=edit.prompt)
+            Prompt(nickname=name, file=words[name], prompt=edit.prompt)
             for name, edit in drawn.items()
         ),
         versions=_versions(device),
+        choices=dict(parts.choices.reasons),
     )
 
 

@@ -12,6 +12,7 @@ from fluxfast.config.option import facts_of
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.config.simpletuner import options
+from fluxfast.files import user_cache
 
 QUICKSTART = Path(__file__).parents[1] / "fixtures" / "quickstart"
 
@@ -42,7 +43,7 @@ def test_the_quickstart_config_loads():
     assert config.validation_negative_prompt == ""
     assert config.validation_resolutions == [(1024, 1024), (1280, 768), (2048, 2048)]
     assert config.output_dir == Path("output/models")
-    assert config.cache_dir == Path("output/models/cache")
+    assert config.cache_dir == user_cache()
     assert config.max_train_steps == 10000
     assert config.transformer_source == ModelSource(
         "black-forest-labs/FLUX.1-dev", "transformer", None
@@ -82,8 +83,10 @@ def test_least_config():
     assert config.betas == (0.9, 0.999)
     assert config.epsilon == 1e-6
     assert config.base_source == ModelSource(FLAVOURS["krea"].repository, None, None)
-    assert any("no shift" in note for note in config.notes)
-    assert any("norm of 2" in note for note in config.notes)
+    assert config.schedule_text.startswith("sigmoid, no shift")
+    # defaults are no news
+    assert config.notes == ()
+    assert any("norm of 1" in note for note in load(max_grad_norm=1).notes)
 
 
 def test_it_is_frozen():
@@ -106,7 +109,7 @@ def test_derived_values():
     assert load(optimizer_beta1=0.5, optimizer_beta2=0.6).betas == (0.5, 0.6)
     assert load(adam_epsilon=1e-8).epsilon == 1e-8
     assert load(cache_dir="elsewhere").cache_dir == Path("elsewhere")
-    assert load(cache_dir=None, output_dir="o").cache_dir == Path("o/cache")
+    assert load(cache_dir=None, output_dir="o").cache_dir == user_cache()
 
 
 def test_dataset_defaults():
@@ -123,7 +126,7 @@ def test_dataset_defaults():
         "instanceprompt",
         "x",
     )
-    assert (defaults.cache_dir, defaults.minimum_image_size) == (Path("o/cache"), 0.0)
+    assert (defaults.cache_dir, defaults.minimum_image_size) == (user_cache(), 0.0)
 
 
 TREAD = {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}
@@ -237,11 +240,16 @@ def test_flavours():
         ).validation_num_inference_steps
         == 40
     )
-    assert any("15 to 28" in note for note in load(model_flavour="dev").notes)
-    assert not any(
-        "15 to 28" in note
-        for note in load(model_flavour="dev", validation_num_inference_steps=20).notes
-    )
+    for steps, is_told in (
+        ({}, False),
+        ({"validation_num_inference_steps": 20}, False),
+        (
+            {"validation_num_inference_steps": 40},
+            True,
+        ),
+    ):
+        notes = load(model_flavour="dev", **steps).notes
+        assert any("15 to 28" in note for note in notes) == is_told
 
 
 def test_forced_values():
@@ -286,9 +294,9 @@ def test_shift():
     config = load(flow_schedule_auto_shift=True, flow_schedule_shift=3)
     assert config.flow_schedule_shift == 0
     assert any('"flow_schedule_shift" is 0.0 instead of 3.0' in note for note in config.notes)
-    assert any("resolution" in note for note in config.notes)
-    assert any("shift 3" in note for note in load(flow_schedule_shift=3).notes)
-    assert any("no shift applies" in note for note in load(flux_fast_schedule=True).notes)
+    assert "resolution" in config.schedule_text
+    assert load(flow_schedule_shift=3).schedule_text == "sigmoid, shift 3"
+    assert "no shift applies" in load(flux_fast_schedule=True).schedule_text
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,29 @@ def test_the_first_signal_asks_and_the_second_interrupts(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_is_answered_at_once_from_another_thread(tmp_path):
+    """While the main thread is in a call that does not return, too."""
+    heard, said = threading.Event(), []
+
+    def say(text):
+        said.append((text, threading.current_thread().name))
+        heard.set()
+
+    with Requests(tmp_path, say) as requests, requests.after_steps():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard.wait(60)
+        heard.clear()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard.wait(60)
+    told = "SIGTERM: finishing this step, then saving; Ctrl-C again to leave now"
+    assert said == [
+        (told, "signals"),
+        ("SIGUSR1: finishing this step, then saving a checkpoint", "signals"),
+    ]
+    assert "signals" not in [thread.name for thread in threading.enumerate()]
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_another_thread_takes_no_signals(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     seen = []
@@ -86,7 +109,7 @@ def test_a_run_saves_and_draws_when_it_is_asked(run, monkeypatch, tmp_path):
     output = tmp_path / "output"
     assert {p.name for p in output.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     drawn = {p.name for p in (output / "validation_images").glob("step_*")}
-    assert drawn == {f"step_{step}_validation_0_64x48.png" for step in (3, 6)}
+    assert drawn == {f"step_{step:06d}_validation_0_64x48.png" for step in (3, 6)}
     assert not list(output.glob("request.*")) and not (output / LOCK_NAME).exists()
 
 

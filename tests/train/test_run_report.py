@@ -173,7 +173,7 @@ def test_damaged_lines_checkpoints_and_images_are_named(output):
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
     (output / "metrics.jsonl").write_text("".join([*lines[:3], "{cut\n", *lines[3:]]))
     (output / "checkpoint-6" / "training_state.json").write_text("{")
-    next((output / "validation_images").glob("step_3_*")).write_bytes(b"no image")
+    next((output / "validation_images").glob("step_000003_*")).write_bytes(b"no image")
     page = Page(report_page(output))
     assert page.says("Missing", "1 of 7 lines", "checkpoint-6/training_state.json")
     assert page.says("Validation images", "can't be read")
@@ -330,7 +330,7 @@ def test_a_page_that_can_not_be_written_is_told_once(run, monkeypatch):
     def broken(folder):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("fluxfast.train.publish.write_report", broken)
+    monkeypatch.setattr("fluxfast.train.ending.write_report", broken)
     lora, out = run(max_train_steps=2)
     assert lora.exists()
     assert "report.html: the disk is gone; the run goes on without" in out.getvalue()
