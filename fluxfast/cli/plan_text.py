@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from fluxfast.memory.gpus import Gpu
+from fluxfast.text import duration
 
 GIB = 2**30
 # lines are no longer than this, however wide the terminal is
@@ -127,13 +126,13 @@ def _run(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     step = report["step"]
     yield (
         "largest step",
-        f"{seconds(step['seconds'])} ({step['images_per_second']:.2f} images a second), "
+        f"{_step(step['seconds'])} ({step['images_per_second']:.2f} images a second), "
         f"predicted {report['rates']}",
     )
     if run["training_seconds"] is not None:
-        yield "training", f"about {seconds(run['training_seconds'])}"
+        yield "training", f"about {duration(run['training_seconds'])}"
     if run["encoding_seconds"] is not None:
-        yield "before that", f"about {seconds(run['encoding_seconds'])} to encode, unless cached"
+        yield "before that", f"about {duration(run['encoding_seconds'])} to encode, unless cached"
     yield "not counted", ", ".join(run["not_counted"])
 
 
@@ -203,7 +202,7 @@ def _verdict(report: Mapping[str, Any]) -> Iterator[str]:
     for _, text in _choices(changes["chosen"], changes["chosen"]["compute"]):
         yield f"- {text}"
     if "step" in changes:
-        yield f"- a step takes {seconds(changes['step']['seconds'])}"
+        yield f"- a step takes {_step(changes['step']['seconds'])}"
 
 
 def _encoders(report: Mapping[str, Any]) -> Iterator[str]:
@@ -237,50 +236,37 @@ def size(count: float) -> str:
     return f"{count / 1024:.0f} KiB"
 
 
-def seconds(duration: float) -> str:
-    """A time in the two units that say most of it."""
-    if duration < 60:
-        digits = 2 if duration < 10 else 0
-        return f"{duration * 1000:.0f} ms" if duration < 1 else f"{duration:.{digits}f} s"
-    minutes = round(duration / 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+def _step(seconds: float) -> str:
+    """The time of a step, to three digits."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 def show_gpus(console: Console, *, verbose: bool = False) -> None:
-    """Print the table of cards; verbose: what they are, and where their figures are from."""
-    from fluxfast.memory.budget import unsupported
+    """Print the table of cards; verbose: with their multiprocessors and public sources."""
     from fluxfast.memory.gpus import GPUS
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def say(text: str, indent: str = "") -> None:
+        for line in _wrapped(text, min(console.width, WIDEST), indent):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    say("GB/s of memory and of the link to the computer (PCIe); products in tera-operations")
-    say("a second, by type. fluxfast does not run where bf16 is -.")
-    _print(console, ("GPU", "GiB", "GB/s", "bf16", "int8", "fp8", "PCIe"), map(_rates, GPUS))
-    if verbose:
-        columns = ("GPU", "kind", "SMs", "source")
-        rows = ((gpu.name, gpu.arch, str(gpu.multiprocessors), gpu.source) for gpu in GPUS)
-        _print(console, columns, rows)
-    else:
-        lacking = [gpu.name for gpu in GPUS if unsupported(gpu)]
-        say(f"{len(GPUS) - len(lacking)} cards. --verbose names the sources; --vram plans for any.")
-
-
-def _rates(gpu: Gpu) -> tuple[str, ...]:
-    rates = (gpu.bf16, gpu.int8, gpu.fp8)
-    numbers = (f"{rate:g}" if rate else "-" for rate in rates)
-    return gpu.name, f"{gpu.memory:g}", f"{gpu.bandwidth:g}", *numbers, f"{gpu.pcie:g}"
-
-
-def _print(console: Console, columns: Sequence[str], rows: Any) -> None:
+    say(
+        "GB/s of memory, and of the link to the computer (PCIe); products of bf16, int8 and fp8 in "
+        "tera-operations a second. fluxfast needs bf16."
+    )
     table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        is_text = number == 0 or column in ("kind", "source")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=column == "GPU")
-    for row in rows:
-        table.add_row(*row)
+    table.add_column("GPU", no_wrap=True)
+    sources = list(dict.fromkeys(gpu.source for gpu in GPUS))
+    columns = ["GiB", "GB/s", "bf16", "int8", "fp8", "PCIe", *(["SMs", "source"] * verbose)]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for gpu in GPUS:
+        amounts = (gpu.memory, gpu.bandwidth, gpu.bf16, gpu.int8, gpu.fp8, gpu.pcie)
+        cells = [f"{amount:g}" if amount else "-" for amount in amounts]
+        if verbose:
+            cells += [str(gpu.multiprocessors), str(1 + sources.index(gpu.source))]
+        table.add_row(gpu.name, *cells)
     console.print(table)
+    if not verbose:
+        say("--verbose names the sources. --vram GiB plans for a card that is not listed.")
+    for number, source in enumerate(sources if verbose else (), 1):
+        say(f"{number:2} {source}", "   ")

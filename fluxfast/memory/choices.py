@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxfast.config import attention
-from fluxfast.memory.budget import budget_bytes, usable_bytes
+from fluxfast.memory.budget import budget_bytes, reserve_gib, usable_bytes
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
 from fluxfast.memory.rates import Rate
@@ -225,9 +225,12 @@ def _memory(
     if choices is None:
         raise OverBudget(why_nothing_fits(workload, budget, modulation_ahead=ahead))
     needed = account(workload, choices).needed
+    left = ""
+    if wishes.vram_budget == "auto":
+        left = f" ({reserve_gib(facts.gpu, wishes.vram_reserve):g} left free)"
     reason = (
-        f"vram_budget {budget / GIB:.2f} GiB: a step should take {needed / GIB:.2f} and be the "
-        "fastest that fits"
+        f"vram_budget {budget / GIB:.2f} GiB{left}: a step should take {needed / GIB:.2f} and be "
+        "the fastest that fits"
     )
     return choices, {"recompute": reason, "streaming": "by the same budget"}
 

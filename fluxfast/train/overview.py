@@ -15,7 +15,7 @@ from fluxfast.memory import plan
 from fluxfast.memory.rates import told as told_of_rates
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops.dispatch import HAS_NATIVE, HAS_TRITON
-from fluxfast.text import printable
+from fluxfast.text import duration, printable
 from fluxfast.train.adapter import kind_of
 from fluxfast.train.build import Parts
 from fluxfast.train.build_data import RunData
@@ -87,14 +87,6 @@ def _time(config: TrainConfig, parts: Parts, steps: int) -> str:
         f"about {duration(steps * seconds)} at {seconds:.2f} s a step, and drawing beside it "
         f"(predicted {told_of_rates(gpu)})"
     )
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it, to about two digits: "40 s", "35 min", "1 h 20 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _adapter(config: TrainConfig, parts: Parts) -> str:
