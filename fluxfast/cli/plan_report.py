@@ -182,8 +182,8 @@ def _target(config: TrainConfig, name: str | None, vram: float | None) -> Target
         return Target(gpu, gpu, False)
     gpu = gpu._replace(memory=vram or gpu.memory)
     if unsupported(gpu):
-        same = {"name": gpu.name, "memory": gpu.memory, "screen": gpu.screen}
-        return Target(gpu, stand_in._replace(**same), False)
+        as_large = stand_in._replace(name=gpu.name, memory=gpu.memory, screen=gpu.screen)
+        return Target(gpu, as_large, False)
     return Target(gpu, gpu, True)
 
 
