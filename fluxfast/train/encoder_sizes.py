@@ -134,7 +134,10 @@ def _t5(config: TrainConfig) -> Parameters:
 def _clip_text(config: TrainConfig) -> Parameters:
     path, _, revision = config.base_source
     source = ModelSource(path, "text_encoder", revision)
-    return _of_files(source, config.variant, CLIP_TEXT, lambda key: key.startswith("text_model."))
+    # of a whole CLIP, the half that reads images is left out
+    return _of_files(
+        source, config.variant, CLIP_TEXT, lambda key: not key.startswith(("vision", "visual"))
+    )
 
 
 def _of_files(
