@@ -25,7 +25,9 @@ GPU. Images that are here already are looked at, but only at their sizes.
   --vram GiB   a card with so much memory: one that is not in the table, or with
                --gpu that card with another amount of memory
   --verbose    say why each choice is made
-  --json       everything as one JSON object, in bytes and seconds"""
+  --json       everything as one JSON object, in bytes and seconds
+
+Exit status 1: it does not fit, or does not run on that card."""
 
 
 class Asked(NamedTuple):
@@ -57,7 +59,8 @@ def main(words: Sequence[str]) -> int:
         print(json.dumps(report, indent=1))
     else:
         plan_text.show(report, Console(), title=path or "this config", verbose=asked.verbose)
-    return 1 if report["fits"] is False or report["unsupported"] else 0
+    runs = report["fits"] is not False and report["encoders_fit"] is not False
+    return 0 if runs and not report["unsupported"] else 1
 
 
 def _options(words: Sequence[str]) -> Asked:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fluxfast.cli.plan_run import Run, encoded_at_a_time, length_in_steps, run_of
 from fluxfast.config.conditioning import ConditioningDataset
-from fluxfast.config.dataset_fields import ImageDataset
-from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.run import TrainConfig
 
 if TYPE_CHECKING:
     # torch loads once the config is known to be right
-    from fluxfast.checkpoint.transformer import Checkpoint
     from fluxfast.memory.choices import Facts
     from fluxfast.memory.gpus import Gpu
     from fluxfast.memory.sizes import Workload
     from fluxfast.memory.wishes import Wishes
     from fluxfast.model.apply import Choices
-    from fluxfast.train.choose import BatchShape
-    from fluxfast.train.outlook import SeenDataset
 
 # what nobody can know before a run, so that its time leaves it out
 NOT_COUNTED = ("downloads", "loading and quantising the model", "validation", "saving")
@@ -42,53 +35,6 @@ class Target(NamedTuple):
     known: bool
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that is planned: its config, and what is here of its data and its model.
-
-    Attributes:
-        data: the dataloader's config; None where its file is not there.
-        datasets: those that are trained on, or a stand-in for them.
-        seen: what is known of the images that are here.
-        base: the transformer's checkpoint; None where it is not on this machine.
-        assistant: bytes of the assistant LoRA.
-    """
-
-    config: TrainConfig
-    data: DataConfig | None
-    datasets: Sequence[ImageDataset]
-    seen: Sequence[SeenDataset]
-    base: Checkpoint | None
-    assistant: int
-
-    @cached_property
-    def sizes(self) -> dict[str, list[tuple[int, int]]]:
-        """The sizes of the images that are here, by their datasets' ids."""
-        return {each.dataset.id: list(each.sizes) for each in self.seen}
-
-    @cached_property
-    def largest(self) -> BatchShape:
-        from fluxfast.train.choose import largest_batch
-
-        return largest_batch(self.config, self.datasets, self.data, self.sizes)
-
-    @cached_property
-    def batches(self) -> dict[BatchShape, int]:
-        """The batches of an epoch that are known, each with its number."""
-        from fluxfast.train.outlook import batches_of
-
-        return {} if self.data is None else batches_of(self.config, self.data, self.seen)
-
-    def workload(self, batch: BatchShape, compute: str = "same") -> Workload:
-        from fluxfast.train.choose import encoded_pixels, workload_of
-
-        pixels = encoded_pixels(self.config, self.datasets, self.sizes)
-        work = workload_of(
-            self.config, batch, self.base, encoded_pixels=pixels, assistant=self.assistant
-        )
-        return replace(work, compute=compute)
-
-
 def plan_report(
     config: TrainConfig, gpu_name: str | None, vram: float | None = None
 ) -> dict[str, Any]:
@@ -98,13 +44,13 @@ def plan_report(
     table, and for what that GPU can't do.
     """
     from fluxfast.memory import plan
-    from fluxfast.memory.budget import budget_bytes, reserve_gib, unsupported, usable_bytes
+    from fluxfast.memory.budget import unsupported, usable_bytes
     from fluxfast.memory.gpus import GPUS
     from fluxfast.memory.rates import told
     from fluxfast.memory.wishes import wishes_of
     from fluxfast.train import encoder_sizes
 
-    run, notes = _run_of(config)
+    run, notes = run_of(config)
     config = run.config
     target, wishes = _target(config, gpu_name, vram), wishes_of(config)
     gpu = target.gpu
@@ -115,8 +61,8 @@ def plan_report(
     choices = _choose(wishes, facts)
     workload = run.workload(run.largest, choices.compute)
     taken = plan.account(workload, choices)
-    limit = None if gpu is None else budget_bytes(wishes, gpu)
-    fits = None if limit is None else taken.needed <= limit
+    preparing = encoder_sizes.preparing(config, list(encoded_at_a_time(run)))
+    on_card = _on_card(target, wishes, taken.needed, max(preparing.values()))
     report: dict[str, Any] = {
         "batch": {
             "size": list(run.largest.size),
@@ -130,41 +76,22 @@ def plan_report(
         "vram_peak": taken.peak,
         "vram_needed": taken.needed,
         "host": taken.host | {"while loading, at most": plan.loading_bytes(workload)},
-        "preparing": encoder_sizes.preparing(config, list(_encoded_at_a_time(run))),
+        "preparing": preparing,
         "validating": encoder_sizes.validating(config),
         "disk": _disk(run, workload),
         "notes": notes,
-        "gpu": None if gpu is None else gpu._asdict() if target.known else _memory_of(gpu),
-        "unsupported": unsupported(gpu),
-        "budget": limit,
-        "reserve": None if gpu is None else reserve_gib(gpu, wishes.vram_reserve),
-        "fits": fits,
+        **on_card,
         "fits_on": [g.name for g in GPUS if not unsupported(g) and taken.needed <= usable_bytes(g)],
         "trained": {"rank": config.lora_rank, "numbers": workload.adapters},
-        "run": _length(run),
+        "run": length_in_steps(run),
     }
     if target.known and gpu is not None:
         report["step"] = _step(config, plan.predict(workload, choices, gpu), run.largest.samples)
         report["rates"] = told(gpu)
         report["run"] |= _times(run, choices, report["run"]["steps"], report["step"], gpu)
-    if fits is False:
+    if report["fits"] is False:
         report["changes"] = _changes(config, wishes, facts, timed=target.known)
     return report
-
-
-def _run_of(config: TrainConfig) -> tuple[Run, list[str]]:
-    """(the run, what has to be said of what is not here)."""
-    from fluxfast.train.adapter import config_of, read_init_lora
-    from fluxfast.train.outlook import look
-
-    data, datasets, notes = _datasets(config)
-    if config.init_lora and Path(config.init_lora).exists():
-        # its file says rank and modules
-        config = config_of(config, read_init_lora(config, None))
-    seen, unseen = look(config, data) if data else ([], [])
-    notes += unseen
-    assistant = _assistant(config, notes)
-    return Run(config, data, datasets, seen, _local_base(config), assistant), notes
 
 
 def _target(config: TrainConfig, name: str | None, vram: float | None) -> Target:
@@ -185,6 +112,28 @@ def _target(config: TrainConfig, name: str | None, vram: float | None) -> Target
         as_large = stand_in._replace(name=gpu.name, memory=gpu.memory, screen=gpu.screen)
         return Target(gpu, as_large, False)
     return Target(gpu, gpu, True)
+
+
+def _on_card(target: Target, wishes: Wishes, step: int, encoders: int) -> dict[str, Any]:
+    """The card, what a run may take of it, and whether a step's and the encoders' bytes fit."""
+    from fluxfast.memory.budget import budget_bytes, reserve_gib, unsupported, usable_bytes
+    from fluxfast.memory.plan import CUDA_CONTEXT
+
+    if target.gpu is None:
+        known = ("gpu", "unsupported", "budget", "reserve", "fits", "encoders_fit")
+        return dict.fromkeys(known)
+    gpu, budget = target.gpu, budget_bytes(wishes, target.gpu)
+    room = usable_bytes(gpu, wishes.vram_reserve)
+    # what is left free is no matter of a budget that is a number
+    reserves = wishes.vram_budget in (None, "auto")
+    return {
+        "gpu": gpu._asdict() if target.known else _memory_of(gpu),
+        "unsupported": unsupported(gpu),
+        "budget": budget,
+        "reserve": reserve_gib(gpu, wishes.vram_reserve) if reserves else None,
+        "fits": step <= budget,
+        "encoders_fit": encoders + CUDA_CONTEXT <= room,
+    }
 
 
 def _memory_of(gpu: Gpu) -> dict[str, Any]:
@@ -216,14 +165,6 @@ def _this_gpu(config: TrainConfig) -> Gpu | None:
     return gpu
 
 
-def _local_base(config: TrainConfig) -> Checkpoint | None:
-    """The transformer's checkpoint, opened, if it is on this machine; nothing is downloaded."""
-    from fluxfast.train.base_model import open_base
-
-    where = Path(config.transformer_source.path).expanduser()
-    return open_base(config) if where.exists() else None
-
-
 def _choose(wishes: Wishes, facts: Facts) -> Choices:
     """As a run would; where nothing fits its budget, as a run without one."""
     from fluxfast.memory.choices import OverBudget, choose
@@ -232,38 +173,6 @@ def _choose(wishes: Wishes, facts: Facts) -> Choices:
         return choose(wishes, facts)
     except OverBudget:
         return choose(replace(wishes, vram_budget=None), facts)
-
-
-def _datasets(config: TrainConfig) -> tuple[DataConfig | None, list[ImageDataset], list[str]]:
-    """The dataloader's config, the datasets whose sizes count, and what has to be said of them."""
-    if config.data_backend_config.exists():
-        data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
-        return data, list(data.images), []
-    stand_in = ImageDataset.model_validate(
-        {
-            "id": "?",
-            "resolution": config.resolution,
-            "resolution_type": config.resolution_type,
-            "caption_strategy": "filename",
-            "instance_data_dir": ".",
-            "cache_dir_vae": ".",
-        }
-    )
-    return (
-        None,
-        [stand_in],
-        [f"{config.data_backend_config} is not there: reckoned with the config's own resolution"],
-    )
-
-
-def _assistant(config: TrainConfig, notes: list[str]) -> int:
-    """Bytes of the assistant LoRA. One that would have to be fetched is noted, and not counted."""
-    from fluxfast.train.assistant import assistant_bytes
-
-    if config.assistant_lora is None or Path(config.assistant_lora).exists():
-        return assistant_bytes(config)
-    notes.append(f"the assistant LoRA {config.assistant_lora} is not here, and not counted")
-    return 0
 
 
 def _changes(config: TrainConfig, wishes: Wishes, facts: Facts, *, timed: bool) -> dict[str, Any]:
@@ -316,19 +225,6 @@ def _step(config: TrainConfig, time: Any, samples: int) -> dict[str, float]:
     return {**parts, "seconds": seconds, "images_per_second": samples * times / seconds}
 
 
-def _length(run: Run) -> dict[str, int | None]:
-    """Images, steps and the steps of an epoch; None where nobody knows them yet."""
-    from fluxfast.train.outlook import length_of
-
-    length = length_of(run.config, run.data, run.seen)
-    trained = [each for each in run.seen if not each.dataset.is_held_out]
-    return {
-        "images": sum(each.images for each in trained) if trained else None,
-        "steps": length.steps,
-        "steps_per_epoch": length.steps_per_epoch,
-    }
-
-
 def _times(
     run: Run, choices: Choices, steps: int | None, largest: dict[str, float], gpu: Gpu
 ) -> dict[str, Any]:
@@ -361,20 +257,6 @@ def _times(
         else None,
         "not_counted": list(NOT_COUNTED),
     }
-
-
-def _encoded_at_a_time(run: Run) -> Iterator[tuple[int, int, int]]:
-    """(width, height, how many) of the images that the autoencoder encodes at a time."""
-    from fluxfast.train.choose import largest_batch
-
-    seen = {each.dataset.id: each for each in run.seen}
-    for dataset in run.datasets:
-        most = dataset.vae_batch_size or run.config.vae_batch_size
-        if dataset.id in seen:
-            for size, count in seen[dataset.id].sizes.items():
-                yield *size, min(most, max(count, 1))
-        else:
-            yield *largest_batch(run.config, [dataset]).size, most
 
 
 def _disk(run: Run, workload: Workload) -> dict[str, int]:

@@ -132,7 +132,8 @@ def _run(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if run["training_seconds"] is not None:
         yield "training", f"about {duration(run['training_seconds'])}"
     if run["encoding_seconds"] is not None:
-        yield "before that", f"about {duration(run['encoding_seconds'])} to encode, unless cached"
+        encoding = duration(max(1, run["encoding_seconds"]))
+        yield "before that", f"about {encoding} to encode captions and images, unless cached"
     yield "not counted", ", ".join(run["not_counted"])
 
 
@@ -185,15 +186,21 @@ def _verdict(report: Mapping[str, Any]) -> Iterator[str]:
     if report["unsupported"]:
         yield f"It does not run: {report['unsupported']}."
         return
-    yield from _encoders(report)
-    room = f"{size(report['budget'])}"
-    if abs(report["budget"] / GIB - gpu["memory"]) < report["reserve"] + 1:
+    room = size(report["budget"])
+    if report["reserve"] is not None:
         room += f' that a run may take ("vram_reserve" leaves {report["reserve"]:g} GiB free)'
     if report["fits"]:
-        yield f"It fits: a step needs {size(needed)} of the {room}."
-        return
-    yield f"It does not fit: a step needs {size(needed)} of the {room}."
-    changes = report["changes"]
+        it = "It fits" if report["encoders_fit"] else "The steps fit"
+        yield f"{it}: a step needs {size(needed)} of the {room}."
+    else:
+        yield f"It does not fit: a step needs {size(needed)} of the {room}."
+        yield from _what_helps(report["changes"])
+    if not report["encoders_fit"]:
+        yield from _encoders(report["preparing"])
+
+
+def _what_helps(changes: Mapping[str, Any]) -> Iterator[str]:
+    """What makes a step fit, or why nothing does."""
     if not changes["possible"]:
         yield from changes["why"]
         return
@@ -205,15 +212,14 @@ def _verdict(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"- a step takes {_step(changes['step']['seconds'])}"
 
 
-def _encoders(report: Mapping[str, Any]) -> Iterator[str]:
-    """What to do where the encoders do not fit before the training starts."""
+def _encoders(preparing: Mapping[str, int]) -> Iterator[str]:
+    """What to do where the encoders, which run before the training, do not fit."""
     helps = {
-        "text encoders": '"text_encoder_2_precision": "int8-quanto" halves that',
-        "autoencoder": '"vae_batch_size": 1 and "vae_enable_tiling": true lower that',
+        "text encoders": '"text_encoder_2_precision": "int8-quanto" halves it',
+        "autoencoder": '"vae_batch_size": 1 and "vae_enable_tiling": true lower it',
     }
-    for name, taken in report["preparing"].items():
-        if taken > report["budget"]:
-            yield (f"Too much before the training: the {name} take {size(taken)}; {helps[name]}.")
+    name = max(preparing, key=lambda part: preparing[part])
+    yield f"What comes before does not fit: {size(preparing[name])} for the {name}; {helps[name]}."
 
 
 def _cards(names: Sequence[str]) -> str:

@@ -233,13 +233,15 @@ def test_a_card_that_fluxfast_does_not_run_on(plan, report):
 def test_what_is_left_for_the_screen(plan, report):
     """vram_reserve is a part of the budget "auto", and the text says so."""
     auto = ["--base_model_precision=int8-quanto", "--vram_budget=auto"]
-    for words, left in (((), 1), (("--vram_reserve=2.5",), 2.5)):
+    auto += ["--text_encoder_2_precision=int8-quanto"]
+    for words, left in (((), 1), (("--vram_reserve=1.5",), 1.5)):
         found = report("--gpu=4060", *auto, *words)
         assert found["reserve"] == left and found["budget"] == (8 - 0.25 - left) * GIB
         assert f'"vram_reserve" leaves {left} GiB free' in " ".join(
             plan("--gpu=4060", *auto, *words).split()
         )
     assert report("--gpu=h100", *auto)["reserve"] == 0.25
+    assert report("--gpu=h100", *auto, "--vram_budget=20")["reserve"] is None
 
 
 def write_images(folder, *sizes):
@@ -292,6 +294,18 @@ def test_the_autoencoder_counts_with_what_it_works_with(report):
     halved = report("--gpu=H200", "--text_encoder_2_precision=int8-quanto")
     saved = text - halved["preparing"]["text encoders"]
     assert 0.98 < saved / 4_630_511_616 < 1
+
+
+def test_encoders_that_do_not_fit_a_card_whose_steps_do(plan, report):
+    """9.1 GiB come before the steps, and are no matter of "vram_budget"."""
+    streamed = ["--gpu=RTX 3080", "--base_model_precision=int8-quanto", "--vram_budget=auto"]
+    found = report(*streamed, status=1)
+    assert found["fits"] and not found["encoders_fit"]
+    text = " ".join(plan(*streamed, status=1).split())
+    assert "The steps fit: a step needs" in text and "9.10 GiB for the text encoders" in text
+    halved = "--text_encoder_2_precision=int8-quanto"
+    assert report(*streamed, halved)["encoders_fit"]
+    assert "It fits: a step needs" in plan(*streamed, halved)
 
 
 def test_what_validation_loads_beside_the_model(report):
