@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -98,19 +97,13 @@ def duration(seconds: float) -> str:
 
 
 def _adapter(config: TrainConfig, parts: Parts) -> str:
-    kind, parameters = kind_of(config), trainable_parameters(parts.transformer).values()
-    count, nbytes = (sum(of(p) for p in parameters) for of in (_elements, _bytes))
+    kind = kind_of(config)
     rank = "" if config.lycoris_config else f" of rank {config.lora_rank}"
-    linears = len(kind.modules(parts.transformer))
-    return f"{kind.label}{rank} on {linears} layers: {count:,} parameters, {nbytes / 1e6:.1f} MB"
-
-
-def _elements(parameter: torch.Tensor) -> int:
-    return parameter.numel()
-
-
-def _bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    layers = len(kind.modules(parts.transformer))
+    parameters = list(trainable_parameters(parts.transformer).values())
+    count = sum(p.numel() for p in parameters)
+    megabytes = sum(p.numel() * p.element_size() for p in parameters) / 1e6
+    return f"{kind.label}{rank} on {layers} layers: {count:,} parameters, {megabytes:.1f} MB"
 
 
 def _learning(config: TrainConfig) -> str:
@@ -135,7 +128,7 @@ def _kernels(parts: Parts) -> str:
         size = f"{transformer.modulation.nbytes / 2**30:.2f} GiB of host memory"
         more.append(f"modulation a step ahead on the CPU ({size})")
     if choices.graphs:
-        more.append("CUDA graphs")
+        more.append("CUDA graphs, once they agree")
     if choices.compile is not None:
         what = "the blocks and" if choices.compile.blocks else "no block but"
         more.append(f"torch.compile ({choices.compile.backend}) of {what} what is around them")
@@ -160,7 +153,7 @@ def _evaluates(config: TrainConfig, data: RunData, steps: int, done: int) -> str
     held_out = data.prepared.held_out
     if not held_out or config.eval_loss_disable:
         return ""
-    images = sum(len(dataset.samples) for dataset in held_out)
+    images = sum(min(config.num_eval_images, len(dataset.samples)) for dataset in held_out)
     when = _when(evaluation_interval(config), steps, first=done == 0)
     return f"the loss of {images:,} held-out images {when}"
 
