@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +35,32 @@ def safe_name(text: str) -> str:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{cut.rstrip(' .')}-{digest}".lstrip("-")
+
+
+def without_spaces(text: str) -> str:
+    """A text as one word, for names that are typed in a shell: - stands for what parts words."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-.") or "-"
+
+
+def user_cache() -> Path:
+    """The folder for what this user's runs compute once: $XDG_CACHE_HOME/fluxfast."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "fluxfast"
+
+
+def short_path(path: Path) -> str:
+    """A path for messages: absolute, with ~ for the home folder."""
+    path = path.absolute()
+    try:
+        return str("~" / path.relative_to(Path.home()))
+    except (ValueError, RuntimeError):
+        return str(path)
+
+
+def mark_used(path: Path) -> None:
+    """Have the date of a file or folder of a cache say that it was used now, where that can be."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def temporary_name(path: Path) -> Path:

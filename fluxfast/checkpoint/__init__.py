@@ -11,3 +11,7 @@ the model's names, `empty_model` is what they fill, `side_by_side` is how they l
 Only `.safetensors` content is read. A model class is an argument here: `fluxfast.model` imports
 this package, never the other way round.
 """
+
+# the key in a file's metadata under which a quantised transformer says what it is; here, where it
+# is found without importing torch
+QUANTIZED = "fluxfast_quantized"

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fluxfast.checkpoint import checksums
+from fluxfast.checkpoint import QUANTIZED, checksums
 from fluxfast.checkpoint.reader import MAKE_ANEW, CheckpointError, DamagedFile, TensorFiles
 from fluxfast.quant import FORMATS, Format
 
@@ -25,7 +25,6 @@ from fluxfast.quant import FORMATS, Format
 FILE_VERSION = "2"
 # files up to WHOLE_BYTES are hashed whole; of a larger one SAMPLE_BYTES in every SAMPLE_EVERY
 WHOLE_BYTES, SAMPLE_BYTES, SAMPLE_EVERY = 64 << 20, 4096, 8 << 20
-_KEY = "fluxfast_quantized"
 
 
 class StaleFile(CheckpointError):
@@ -78,11 +77,15 @@ class QuantizedInfo:
 
     def check(self, source: Iterable[Path], format: Format) -> None:
         """Raise StaleFile unless this is `format` of these files as they are now."""
+        self.check_made_from([fingerprint(path) for path in source], format)
+
+    def check_made_from(self, source: Iterable[Fingerprint], format: Format) -> None:
+        """`check` with files that somebody has read already."""
         if self.format is not format:
             raise StaleFile(
                 f"{self.path}: holds {self.format.name}, expected {format.name}: {MAKE_ANEW}"
             )
-        for was, now in zip_longest(self.fingerprints, map(fingerprint, source)):
+        for was, now in zip_longest(self.fingerprints, source):
             if was != now:
                 names = "; ".join(
                     f"{f.name}, {f.bytes:,} bytes" if f else "no file" for f in (was, now)
@@ -120,7 +123,7 @@ def metadata(
         "source": str(Path(source).absolute()),
         "fingerprints": [asdict(fingerprint(path)) for path in paths],
     }
-    return {"format": "pt", _KEY: json.dumps(told)}
+    return {"format": "pt", QUANTIZED: json.dumps(told)}
 
 
 def is_quantized(files: TensorFiles) -> bool:
@@ -128,7 +131,7 @@ def is_quantized(files: TensorFiles) -> bool:
 
     Either of two names in the metadata tells, so that damage to one of them is noticed as damage.
     """
-    return _KEY in files.metadata or checksums.KEY in files.metadata
+    return QUANTIZED in files.metadata or checksums.KEY in files.metadata
 
 
 def read_info(files: TensorFiles) -> QuantizedInfo:
@@ -140,13 +143,13 @@ def read_info(files: TensorFiles) -> QuantizedInfo:
     path = files.files[0]
     if not is_quantized(files):
         raise CheckpointError(
-            f"{path}: not a transformer that fluxfast quantised (no {_KEY} in its metadata)"
+            f"{path}: not a transformer that fluxfast quantised (no {QUANTIZED} in its metadata)"
         )
-    if _KEY not in files.metadata:
+    if QUANTIZED not in files.metadata:
         raise DamagedFile(
-            f"{path}: has no {_KEY} in its metadata any more, it is damaged: {MAKE_ANEW}"
+            f"{path}: has no {QUANTIZED} in its metadata any more, it is damaged: {MAKE_ANEW}"
         )
-    told = json.loads(files.metadata[_KEY])
+    told = json.loads(files.metadata[QUANTIZED])
     if told["layout"] != FILE_VERSION or told["format"] not in FORMATS:
         raise StaleFile(
             f"{path}: {told['format']} in layout {told['layout']}, this version reads layout "

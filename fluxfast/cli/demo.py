@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.config.run import load_config
+from fluxfast.config.settings import ConfigError
 from fluxfast.files import write_atomic
 
 STEPS = 500
@@ -95,6 +98,12 @@ def dataset_json(root: Path) -> list[dict[str, object]]:
 
 def write_demo(root: Path, steps: int) -> Path:
     """Write pipeline, images, captions and configs under `root`; returns config.json's path."""
+    write_data(root)
+    return write_configs(root, steps)
+
+
+def write_data(root: Path) -> None:
+    """Write pipeline, images and captions under `root`."""
     # the pipeline's libraries take seconds to import; `--help` doesn't need them
     from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
 
@@ -106,6 +115,10 @@ def write_demo(root: Path, steps: int) -> Path:
             (root / "images" / photograph.name).with_suffix(".txt"),
             PHOTOGRAPHS[photograph.name].encode(),
         )
+
+
+def write_configs(root: Path, steps: int) -> Path:
+    """Write the configs under `root`; returns config.json's path."""
     for name, content in (
         ("user_prompt_library.json", PROMPTS),
         ("multidatabackend.json", dataset_json(root)),
@@ -120,23 +133,34 @@ def main(words: Sequence[str]) -> int:
         "fluxfast-train demo",
         description=(
             "Train a LoRA on a few photographs and a small FLUX.1-shaped model: no network, no "
-            "GPU, no account."
+            "GPU, no account. Options of a config work here as well, such as --lora_rank=8."
         ),
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--output", type=Path, default=Path("fluxfast-demo"), help="folder to write (%(default)s)"
     )
     parser.add_argument(
-        "--max-train-steps", type=int, default=STEPS, help="steps to train (%(default)s)"
+        "--max-train-steps",
+        "--max_train_steps",
+        type=int,
+        default=STEPS,
+        help="steps to train (%(default)s)",
     )
-    arguments = parser.parse_args(words)
+    arguments, options = parser.parse_known_args(words)
     if arguments.max_train_steps < 1:
         parser.error(f"--max-train-steps {arguments.max_train_steps}: expected at least 1")
     root = arguments.output.resolve()
-    config = write_demo(root, arguments.max_train_steps)
+    config = write_configs(root, arguments.max_train_steps)
+    try:
+        load_config(config, options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    write_data(root)
     print(f"config: {config}")
     print(f"data:   {root / 'multidatabackend.json'}")
     print(f"images: {root / 'images'}")
     from fluxfast.cli import train
 
-    return train.main([str(config)])
+    return train.main([str(config), *options])

@@ -77,6 +77,9 @@ def parse(words: Sequence[str]) -> Options:
             options.overrides.append(word)
         elif options.path is None:
             options.path = word
+        elif options.overrides and "=" not in options.overrides[-1]:
+            # the value of the option before it
+            options.overrides.append(word)
         else:
             raise ValueError(f"one config, not two: {options.path} and {word}")
     if options.overrides and options.path is None:

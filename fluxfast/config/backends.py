@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 
+from fluxfast.config.cache_folders import images_folder
 from fluxfast.config.generators import Generated
 from fluxfast.config.settings import Settings, did_you_mean, is_default, problem_text, shown
-from fluxfast.files import safe_name
 
 
 class ParquetTable(Settings):
@@ -151,6 +151,12 @@ _PACKAGES = {
     "huggingface": ("datasets", "datasets"),
     "parquet": ("pyarrow", "parquet"),
 }
+# keys of origins that say nothing of an image's content, or may be a path
+_NOT_OF_IMAGES = {
+    "aws_region_name", "csv_caption_column", "caption_column", "fallback_caption_column",
+    "description_column", "quality_column", "filter_func",
+}  # fmt: skip
+_MAYBE_LOCAL = ("csv_file", "dataset_name")
 # keys that SimpleTuner's forms write with the types that they don't belong to
 _HARMLESS = {"split": "train", "image_column": "image"}
 
@@ -203,7 +209,16 @@ def package_problems(values: dict[str, Any], where: str) -> list[str]:
 
 
 def _copies(values: dict[str, Any], cache_dir: Path) -> str:
-    return str(cache_dir / "images" / safe_name(str(values.get("id"))))
+    """The folder of an entry's images, by what its origin says of them."""
+    origin = values["origin"]
+    told = origin.model_dump(mode="json", exclude=_NOT_OF_IMAGES) if origin else {}
+    # a table or a dataset may be a file of this machine, named from the folder that is current
+    local = {
+        name: str(Path(value).absolute())
+        for name, value in told.items()
+        if isinstance(value, str) and name in _MAYBE_LOCAL and Path(value).exists()
+    }
+    return str(images_folder(cache_dir, "images", str(values.get("id")), told | local))
 
 
 def _fields(model: type[Settings] | None) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from fluxfast.config.cache_folders import images_folder
 from fluxfast.config.dataset_fields import CaptionStrategy, ImageDataset
 from fluxfast.config.generators import Generated
 from fluxfast.config.settings import did_you_mean, quoted, shown
-from fluxfast.files import safe_name
 
 ConditioningType = Literal["mask", "segmentation", "reference_strict", "reference_loose"]
 MASKS = ("mask", "segmentation")
@@ -87,13 +87,17 @@ def generated(image: ImageDataset, cache_dir: Path) -> list[ConditioningDataset]
     datasets = []
     for generator in image.conditioning:
         id = f"{image.id}_conditioning_{generator.type}"
-        folder = cache_dir / "generated" / safe_name(id)
         origin = Generated(
             kind=generator.type,
             params=generator.params,
             source=image.instance_data_dir,
             captions=generator.captions,
         )
+        made_of = [
+            str(image.instance_data_dir.absolute()),
+            origin.model_dump(mode="json", include={"kind", "params"}),
+        ]
+        folder = images_folder(cache_dir, "generated", id, made_of)
         values = {
             "id": id,
             "dataset_type": "conditioning",

@@ -128,7 +128,7 @@ class ImageDataset(_Entry):
     instance_data_dir: Path
     """Folder of the images, searched with its subfolders."""
     cache_dir_vae: Path
-    """Folder of the latents' cache (unset: vae/<id> in the run's cache_dir)."""
+    """Folder of the latents' cache (unset: vae in the run's cache_dir)."""
     text_embeds: str | None = None
     """The text_embeds entry that caches the captions (unset: the default one)."""
     metadata_backend: Literal["discovery", "parquet", "huggingface"] = "discovery"

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fluxfast.config.backends import ORIGINS, ParquetTable, package_problems, take_origin
+from fluxfast.config.cache_folders import latents_folder
 from fluxfast.config.caption_shuffle import CaptionShuffle
 from fluxfast.config.conditioning import ConditioningDataset, generated, link
 from fluxfast.config.dataset_fields import DatasetDefaults, ImageDataset, TextEmbeds
@@ -39,7 +40,6 @@ from fluxfast.config.settings import (
     read_json,
     shown,
 )
-from fluxfast.files import safe_name
 from fluxfast.text import lines, printable
 
 __all__ = ["DataConfig", "DatasetDefaults", "ImageDataset", "TextEmbeds", "load_data_config"]
@@ -290,7 +290,7 @@ def _with_defaults(
     if model is TextEmbeds:
         inherited["cache_dir"] = defaults.cache_dir / "text"
     else:
-        inherited["cache_dir_vae"] = defaults.cache_dir / "vae" / safe_name(str(values.get("id")))
+        inherited["cache_dir_vae"] = latents_folder(defaults.cache_dir, str(values.get("id")))
     # an empty folder name asks for the default as well
     return {
         **inherited,

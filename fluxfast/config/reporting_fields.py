@@ -80,10 +80,10 @@ class ReportingFields(Settings):
 
     report_to: str = option("none", on_resume="ignored")
     """Trackers of metrics and images: tensorboard, wandb, several between commas, all, or none."""
-    tracker_project_name: str = option("simpletuner", on_resume="ignored")
-    """Project in the tracker."""
-    tracker_run_name: str = option("simpletuner-testing", on_resume="ignored")
-    """Run in the tracker, and the saved LoRA's title."""
+    tracker_project_name: str = option("", on_resume="ignored")
+    """Project in the tracker (empty: tracker_run_name's default, without spaces)."""
+    tracker_run_name: str = option("", on_resume="ignored")
+    """Run in the tracker and title of the LoRA (empty: the output folder or instance_prompt)."""
     tracker_image_layout: Literal["gallery", "table"] = option(
         "gallery", only_with="report_to=*wandb* or report_to=all", on_resume="ignored"
     )

@@ -12,6 +12,8 @@ from fluxfast.config.derived import DerivedValues
 from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
 from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
+from fluxfast.config.titles import title_of
+from fluxfast.files import user_cache, without_spaces
 
 # options that another one, if it is given, takes the place of
 _REPLACED_BY = {
@@ -38,7 +40,11 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     config: each of its values is valid by itself.
     """
     flavour = config.flavour
-    forced: dict[str, Any] = {}
+    title = title_of(config.output_dir, config.instance_prompt)
+    forced: dict[str, Any] = {
+        "tracker_run_name": config.tracker_run_name or title,
+        "tracker_project_name": config.tracker_project_name or without_spaces(title),
+    }
     notes: list[str] = []
 
     def force(name: str, value: Any, why: str) -> None:
@@ -95,6 +101,13 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     if told and not config.validation_disable and not flavour.draws_well_in(steps):
         notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     notes += _notes_of_no_effect(config)
+    if "cache_dir" not in config.model_fields_set and config.cache_dir.is_relative_to(
+        config.output_dir
+    ):
+        notes.append(
+            f"caches: those in {config.cache_dir}, which an earlier version made, are used; "
+            f"without that folder it is the one of all runs, {user_cache()}"
+        )
     return forced, notes
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fluxfast.config.adapter_fields import AdapterFields
+from fluxfast.config.cache_folders import default_cache
 from fluxfast.config.compute_fields import ComputeFields
 from fluxfast.config.data_fields import DataFields
 from fluxfast.config.evaluation_fields import EvaluationFields
@@ -68,9 +69,9 @@ class TrainFields(
     output_dir: Utf8Path = option(Path("simpletuner-results"), on_resume="ignored")
     """Folder for checkpoints, images, logs and the LoRA."""
     cache_dir: Utf8Path = option(
-        default_factory=lambda settled: settled["output_dir"] / "cache", on_resume="ignored"
+        default_factory=lambda settled: default_cache(settled["output_dir"]), on_resume="ignored"
     )
-    """Folder for caches that name none (unset: output_dir/cache)."""
+    """Folder for caches that name none (unset: $XDG_CACHE_HOME/fluxfast, for all runs)."""
     seed: int | None = option(None, ge=-1, lt=2**63, on_resume="elsewhere")
     """Seed of everything random (unset, 0 or -1: drawn when the run starts)."""
     resume_from_checkpoint: str = option("latest", on_resume="ignored")

@@ -15,6 +15,7 @@ from fluxfast.data.hub_dataset import hub_contents
 from fluxfast.data.images import discover
 from fluxfast.data.parquet_table import table_contents
 from fluxfast.data.remote_folder import remote_contents
+from fluxfast.files import mark_used
 
 
 def bring(dataset: ImageDataset, workers: int, bars: Progress) -> Contents:
@@ -24,6 +25,8 @@ def bring(dataset: ImageDataset, workers: int, bars: Progress) -> Contents:
     what can't be read.
     """
     contents = _brought(dataset, workers, bars)
+    if dataset.origin is not None:
+        mark_used(dataset.instance_data_dir)
     if "parquet" not in (dataset.metadata_backend, dataset.caption_strategy):
         return contents
     root = Path(dataset.instance_data_dir)

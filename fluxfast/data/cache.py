@@ -34,7 +34,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from fluxfast.data.cache_index import Index, stamp
+from fluxfast.data.cache_index import NAME, Index, stamp
 from fluxfast.files import free_bytes, replacing, sync_folder
 from fluxfast.text import printable, to_bytes
 
@@ -80,7 +80,7 @@ class TensorCache:
                 f"cache folder {self.folder}: can't be created: {error.strerror}"
             ) from error
         self._remove_orphans()
-        self._index = Index(self.folder / "index.sqlite")
+        self._index = Index(self.folder / NAME)
         self._writable = True
 
     def close(self) -> None:
@@ -151,6 +151,29 @@ class TensorCache:
         for blob in blobs:
             blob.unlink(missing_ok=True)
         self._index.forget_entries(blob.name for blob in blobs)
+
+    def note_use(self, entries: Iterable[tuple[str, str]], owner: str) -> None:
+        """Note that a run needs these (key, fingerprint) pairs, whether they are there or not.
+
+        owner: whose they are, for people, such as a dataset's name.
+        """
+        self._index.put_uses((self._blob(*entry).name for entry in entries), owner)
+
+    def adopt(self, wanted: Mapping[tuple[str, str], tuple[str, str]]) -> list[tuple[str, str]]:
+        """Give entries their present (key, fingerprint) that an earlier version named otherwise.
+
+        wanted: absent pairs, each with the pair that an earlier version stored it under. Returns
+        those that are still absent.
+        """
+        absent = []
+        for new, old in wanted.items():
+            tensors = self.get(*old) if self._blob(*old).exists() else None
+            if tensors is None:
+                absent.append(new)
+            else:
+                self.put(*new, tensors)
+                self.drop([old])
+        return absent
 
     def missing(
         self, wanted: Iterable[tuple[str, str]], *, verify_seconds: float = VERIFY_SECONDS

@@ -1,4 +1,4 @@
-"""The index of a folder of cached tensors, in SQLite: which files are known, and facts about files.
+"""The index of a folder of cached tensors, in SQLite: known files, their last use, facts of files.
 
 Nothing in it is indispensable, since what it lacks is found out again. So whatever is wrong with it
 (a missing table, a page that makes no sense, a flipped bit) ends in a warning and a new index. It
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from fluxfast.files import short_path
 from fluxfast.text import to_bytes
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ T = TypeVar("T")
 # sqlite3 raises UnicodeDecodeError where it would put a damaged name into its own error
 _Errors = (sqlite3.Error, UnicodeDecodeError)
 
+# of the index's file, in the folder of the tensors
+NAME = "index.sqlite"
 _VERSION = 2
 # names of files are stored as bytes, since they may be no valid text
 _SCHEMA = """
@@ -34,9 +37,34 @@ CREATE TABLE IF NOT EXISTS entries (
 CREATE TABLE IF NOT EXISTS files (
     name BLOB PRIMARY KEY, stamp TEXT NOT NULL, facts TEXT NOT NULL, crc32 INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS uses (
+    file TEXT PRIMARY KEY, used REAL NOT NULL, owner TEXT NOT NULL
+) WITHOUT ROWID;
 """
 # SQLite's messages about the disk and other processes, as opposed to the file's content
 _OF_THE_SYSTEM = ("locked", "unable to open", "is full", "disk i/o")
+
+
+def owner_of_images(id: str, folder: Path) -> str:
+    """Whose the entries of a dataset's images are, as the index has it and people read it."""
+    return f"{id} ({short_path(folder)})"
+
+
+def owner_of_captions(pipeline: str) -> str:
+    """Whose the entries of captions are. pipeline: the folder or repository of the encoders."""
+    folder = Path(pipeline).expanduser()
+    return f"captions for {short_path(folder) if folder.is_dir() else pipeline}"
+
+
+def has_entries(folder: Path, owner: str) -> bool:
+    """Whether `owner` has used a folder of cached tensors before."""
+    if not (folder / NAME).is_file():
+        return False
+    index = Index(folder / NAME)
+    try:
+        return any(use.owner == owner for use in index.uses().values())
+    finally:
+        index.close()
 
 
 def stamp(stat: os.stat_result) -> str:
@@ -57,6 +85,13 @@ class Known(NamedTuple):
 
     stamp: str
     checked: float
+
+
+class Use(NamedTuple):
+    """Who last needed a cached file, in words, and when, in seconds since 1970."""
+
+    owner: str
+    used: float
 
 
 class Index:
@@ -98,7 +133,30 @@ class Index:
     def forget_entries(self, files: Iterable[str]) -> None:
         """Files of these names are there no more."""
         rows = [(file,) for file in files]
-        self._do(lambda db: db.executemany("DELETE FROM entries WHERE file = ?", rows))
+
+        def forget(db: sqlite3.Connection) -> None:
+            db.executemany("DELETE FROM entries WHERE file = ?", rows)
+            db.executemany("DELETE FROM uses WHERE file = ?", rows)
+
+        self._do(forget)
+
+    def uses(self) -> dict[str, Use]:
+        """What is known of each file's last use, by its name; files need not be there any more."""
+        rows = self._do(lambda db: db.execute("SELECT file, owner, used FROM uses").fetchall())
+        return {
+            file: Use(owner, used)
+            for file, owner, used in rows
+            if isinstance(owner, str) and isinstance(used, float)
+        }
+
+    def put_uses(self, files: Iterable[str], owner: str) -> None:
+        """Note that `owner` needs these files now."""
+        now = time.time()
+        rows = [(file, now, owner) for file in files]
+        if rows:
+            self._do(
+                lambda db: db.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", rows)
+            )
 
     def facts(self, name: str, stamp: str) -> dict | None:
         """What `put_facts` was told of the file `name`; None if its stamp was another one."""
@@ -178,7 +236,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             raise sqlite3.DatabaseError(f"version {version}, not {_VERSION}")
-        if version == 0:
+        # the newest table came without another version, since an older fluxfast leaves it alone
+        known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'uses'").fetchone()
+        if version == 0 or known is None:
             db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
     except BaseException:
         db.close()

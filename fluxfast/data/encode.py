@@ -3,9 +3,9 @@
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from fluxfast.data.buckets import apply
 from fluxfast.data.cache import TensorCache, fingerprint
+from fluxfast.data.cache_index import owner_of_captions
 from fluxfast.data.encoders import (
     STORAGE_DTYPE,
     LatentEncoder,
@@ -24,14 +25,16 @@ from fluxfast.data.encoders import (
 )
 from fluxfast.data.images import UnreadableImage, to_tensor
 from fluxfast.data.model_folders import ModelSource, identity, local_folder
-from fluxfast.data.pairs import mask_fingerprint, mask_weights
+from fluxfast.data.pairs import mask_entry, mask_weights
 from fluxfast.data.prepared import PromptCache
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped, load_unchanged
 from fluxfast.quant.rules import PRECISIONS, format_of
 
 T = TypeVar("T")
-# what the cache knows an entry by, (key, fingerprint), and the image to encode for it
-_Job = tuple[tuple[str, str], Candidate]
+# what the cache knows an entry by: (key, fingerprint)
+_Entry = tuple[str, str]
+# an entry, and the image to encode for it
+_Job = tuple[_Entry, Candidate]
 
 # raise one when the same inputs come to give other values: older entries are then not used
 _TEXT_VERSION, _LATENTS_VERSION = 1, 1
@@ -102,7 +105,9 @@ def encode_prompts(
         *(quantised if any(quantised) else ()),
     ]
     made_by = fingerprint("text", _TEXT_VERSION, *parts)
-    missing = [prompt for prompt, _ in cache.missing((prompt, made_by) for prompt in prompts)]
+    wanted = [(prompt, made_by) for prompt in prompts]
+    cache.note_use(wanted, owner_of_captions(settings.pipeline[0]))
+    missing = [prompt for prompt, _ in cache.missing(wanted)]
     if missing:
         encoders = TextEncoders.from_pretrained(
             settings.pipeline,
@@ -178,9 +183,13 @@ class ImageEncoding:
             plan.crop_box,
         )
 
+    def entry(self, image: Candidate, *, of_an_epoch: bool = False) -> _Entry:
+        """What a cache knows the latents of an image by."""
+        return image.key(of_an_epoch=of_an_epoch), self.fingerprint(image)
+
     def encode(
         self,
-        wanted: Sequence[tuple[str, Candidate]],
+        wanted: Sequence[Candidate],
         cache: TensorCache,
         *,
         batch_size: int | None = None,
@@ -188,15 +197,15 @@ class ImageEncoding:
         progress: Progress,
         name: str,
     ) -> tuple[int, list[Skipped]]:
-        """Bring the latents of (key, image) pairs into `cache`.
+        """Bring the latents of images into `cache`.
 
         Returns how many were computed, and the images that couldn't be. batch_size: images per pass
         of the VAE (None: the settings'). name: the dataset's, for the progress bar.
         """
         batch_size = batch_size or self._settings.vae_batch_size
-        by_entry = {(key, self.fingerprint(candidate)): candidate for key, candidate in wanted}
-        jobs = [(entry, by_entry[entry]) for entry in cache.missing(by_entry)]
-        jobs.sort(key=lambda job: (job[1].crop_plan.target, job[0]))
+        by_entry = _by_entry(wanted, self.entry)
+        jobs = [(entry, by_entry[entry][0]) for entry in _missing(by_entry, cache, name)]
+        jobs.sort(key=lambda job: (job[1].crop_plan.target, job[1].file))
         skipped: list[Skipped] = []
         if not jobs:
             return 0, skipped
@@ -216,7 +225,7 @@ class ImageEncoding:
                 )
                 skipped += self._encode_batch(batch, decoding, cache)
                 progress.advance(bar, len(batch))
-        return len(jobs) - len(skipped), skipped
+        return len(jobs) - len(skipped), _with_copies(skipped, by_entry)
 
     def encode_one(self, candidate: Candidate) -> torch.Tensor:
         """The latents of one image, bf16 [C, H/8, W/8] on the CPU, encoded by itself.
@@ -262,7 +271,6 @@ class ImageEncoding:
 
 def encode_masks(
     wanted: Sequence[Candidate],
-    key: Callable[[Candidate], str],
     cache: TensorCache,
     *,
     max_workers: int,
@@ -271,10 +279,10 @@ def encode_masks(
 ) -> list[Skipped]:
     """Bring the weights of masks into `cache`; returns those that can't be read.
 
-    key: a mask's name in the cache. name: the dataset's, for the progress bar.
+    name: the dataset's, for the progress bar.
     """
-    by_entry = {(key(mask), mask_fingerprint(mask)): mask for mask in wanted}
-    missing = cache.missing(by_entry)
+    by_entry = _by_entry(wanted, mask_entry)
+    missing = _missing(by_entry, cache, name)
     skipped: list[Skipped] = []
     if not missing:
         return skipped
@@ -282,7 +290,7 @@ def encode_masks(
 
     def read(entry: tuple[str, str]) -> dict[str, torch.Tensor] | UnreadableImage:
         try:
-            return mask_weights(by_entry[entry])
+            return mask_weights(by_entry[entry][0])
         except UnreadableImage as error:
             return error
 
@@ -291,12 +299,41 @@ def encode_masks(
             finished = []
             for entry, weights in zip(part, pool.map(read, part), strict=True):
                 if isinstance(weights, UnreadableImage):
-                    skipped.append(Skipped(by_entry[entry].file, UNREADABLE, weights.reason))
+                    skipped.append(Skipped(by_entry[entry][0].file, UNREADABLE, weights.reason))
                 else:
                     finished.append((*entry, weights))
             cache.put_many(finished)
             progress.advance(bar, len(part))
-    return skipped
+    return _with_copies(skipped, by_entry)
+
+
+def _by_entry(
+    images: Iterable[Candidate], entry: Callable[[Candidate], _Entry]
+) -> dict[_Entry, list[Candidate]]:
+    """The images by what the cache knows them by: copies of one file share an entry."""
+    found: dict[_Entry, list[Candidate]] = {}
+    for image in images:
+        found.setdefault(entry(image), []).append(image)
+    return found
+
+
+def _missing(
+    wanted: Mapping[_Entry, Sequence[Candidate]], cache: TensorCache, name: str
+) -> list[_Entry]:
+    """Those of the entries that must be computed. name: the dataset's."""
+    # earlier versions named entries after the dataset and the file
+    earlier = {
+        entry: (f"{name}/{wanted[entry][0].file}", entry[1]) for entry in cache.missing(wanted)
+    }
+    return cache.adopt(earlier)
+
+
+def _with_copies(
+    skipped: Sequence[Skipped], by_entry: Mapping[_Entry, Sequence[Candidate]]
+) -> list[Skipped]:
+    """The images that could not be encoded, and those beside them that hold the same bytes."""
+    copies = {images[0].file: images for images in by_entry.values()}
+    return [replace(each, file=copy.file) for each in skipped for copy in copies[each.file]]
 
 
 def _seed(made_by: str) -> int:

@@ -6,7 +6,7 @@ gives is kept beside the scan's facts, so that the next look opens only files th
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -126,7 +126,7 @@ def _captions(dataset: SurveyedDataset) -> Iterator[tuple[str, str]]:
     for pairing in dataset.pairings:
         if not pairing.config.is_mask:
             for reference in _distinct_partners(pairing):
-                yield from ((pairing.key(reference), caption) for caption in reference.captions)
+                yield from ((pairing.name(reference), caption) for caption in reference.captions)
 
 
 def _pair_rows(dataset: SurveyedDataset) -> list[PairRow]:
@@ -169,7 +169,6 @@ def _look_at(dataset: SurveyedDataset, bars: Progress) -> dict[str, bytes]:
     prints, damaged = _prints(
         dataset.config.id,
         dataset.scan.candidates,
-        dataset.key,
         dataset.cache,
         dataset.workers,
         bars,
@@ -177,9 +176,7 @@ def _look_at(dataset: SurveyedDataset, bars: Progress) -> dict[str, bytes]:
     dataset.leave_out(damaged)
     for pairing in dataset.pairings:
         partners = _distinct_partners(pairing)
-        _, damaged = _prints(
-            pairing.config.id, partners, pairing.key, pairing.cache, dataset.workers, bars
-        )
+        _, damaged = _prints(pairing.config.id, partners, pairing.cache, dataset.workers, bars)
         dataset.leave_out_beside(pairing, damaged)
     return prints
 
@@ -187,14 +184,13 @@ def _look_at(dataset: SurveyedDataset, bars: Progress) -> dict[str, bytes]:
 def _prints(
     id: str,
     candidates: Sequence[Candidate],
-    key: Callable[[Candidate], str],
     cache: TensorCache,
     workers: int,
     bars: Progress,
 ) -> tuple[dict[str, bytes], list[Skipped]]:
     """The print of each image by its file, and the images that can't be decoded.
 
-    key: an image's name in `cache`, which keeps the prints. workers: threads at most.
+    cache: keeps the prints. workers: threads at most.
     """
     bar = bars.add_task(f"looking at {escape(id)}", total=len(candidates))
     found: dict[str, bytes] = {}
@@ -202,7 +198,7 @@ def _prints(
 
     def name(candidate: Candidate) -> str:
         # no file's name holds a zero
-        return f"{key(candidate)}\0print {_PRINT_VERSION}"
+        return f"{candidate.path.absolute()}\0print {_PRINT_VERSION}"
 
     def look(candidate: Candidate) -> tuple[bytes | UnreadableImage, os.stat_result | None]:
         """The print, and the file's stat where the cache did not know the print."""

@@ -53,8 +53,8 @@ class Pairing:
         partner = self.partners[image.file]
         return replace(partner, crop_plan=image.crop_plan) if self.config.copies_crops else partner
 
-    def key(self, partner: Candidate) -> str:
-        """The name of a partner in the cache."""
+    def name(self, partner: Candidate) -> str:
+        """What a partner is called beside those of other datasets."""
         return f"{self.config.id}/{partner.file}"
 
     def problems(self) -> Iterable[str]:
@@ -126,10 +126,12 @@ def with_reasons(images: Mapping[str, str]) -> list[str]:
     return [printable(file) + (f" ({reason})" if reason else "") for file, reason in images.items()]
 
 
-def mask_fingerprint(mask: Candidate) -> str:
-    """A hash of all that a mask's weights depend on: its content and its crop."""
+def mask_entry(mask: Candidate, *, of_an_epoch: bool = False) -> tuple[str, str]:
+    """What a cache knows a mask's weights by: (key, hash of its content and its crop)."""
     plan = mask.crop_plan
-    return fingerprint("mask", _MASK_VERSION, mask.sha256, plan.intermediary, plan.crop_box)
+    return mask.key(of_an_epoch=of_an_epoch), fingerprint(
+        "mask", _MASK_VERSION, mask.sha256, plan.intermediary, plan.crop_box
+    )
 
 
 def mask_weights(mask: Candidate) -> dict[str, torch.Tensor]:

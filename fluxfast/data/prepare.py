@@ -14,10 +14,12 @@ from typing import Any
 
 from rich.progress import Progress
 
-from fluxfast.config.datasets import DataConfig
+from fluxfast.config.datasets import DataConfig, ImageDataset
+from fluxfast.data.cache import TensorCache
+from fluxfast.data.cache_index import owner_of_images
 from fluxfast.data.dataset_report import DataReport
 from fluxfast.data.encode import EncoderSettings, ImageEncoding, encode_masks, encode_prompts
-from fluxfast.data.pairs import Pairing, mask_fingerprint
+from fluxfast.data.pairs import Pairing, mask_entry
 from fluxfast.data.prepared import (
     NewCrops,
     OnDemand,
@@ -96,11 +98,12 @@ def _encoded(
 
 
 def _encode_images(work: SurveyedDataset, images: ImageEncoding, bars: Progress) -> None:
+    entry = functools.partial(images.entry, of_an_epoch=work.config.vae_cache_clear_each_epoch)
+    _note_use(work.config, work.cache, map(entry, work.scan.candidates))
     if work.config.encodes_on_demand:
         return
-    wanted = [(work.key(candidate), candidate) for candidate in work.scan.candidates]
     work.encoded, unreadable = images.encode(
-        wanted,
+        work.scan.candidates,
         work.cache,
         batch_size=work.config.vae_batch_size,
         max_workers=work.workers,
@@ -123,16 +126,25 @@ def _encode_partners(work: SurveyedDataset, images: ImageEncoding, bars: Progres
         options: dict[str, Any] = {
             "max_workers": work.workers, "progress": bars, "name": pairing.config.id,
         }  # fmt: skip
+        entry = mask_entry if pairing.config.is_mask else images.entry
+        _note_use(pairing.config, pairing.cache, map(entry, partners))
         if pairing.config.is_mask:
-            unreadable = encode_masks(partners, pairing.key, pairing.cache, **options)
+            unreadable = encode_masks(partners, pairing.cache, **options)
         elif _on_demand(work, pairing):
             continue
         else:
-            wanted = [(pairing.key(partner), partner) for partner in partners]
             _, unreadable = images.encode(
-                wanted, pairing.cache, batch_size=pairing.config.vae_batch_size, **options
+                partners, pairing.cache, batch_size=pairing.config.vae_batch_size, **options
             )
         work.leave_out_beside(pairing, unreadable)
+
+
+def _note_use(
+    dataset: ImageDataset, cache: TensorCache, entries: Iterable[tuple[str, str]]
+) -> None:
+    """Have the cache know whose these entries are, and that they are needed now."""
+    if not dataset.vae_cache_disable:
+        cache.note_use(entries, owner_of_images(dataset.id, dataset.instance_data_dir))
 
 
 def _on_demand(work: SurveyedDataset, pairing: Pairing) -> bool:
@@ -142,32 +154,28 @@ def _on_demand(work: SurveyedDataset, pairing: Pairing) -> bool:
 
 def _sample(work: SurveyedDataset, candidate: Candidate, images: ImageEncoding) -> Sample:
     references, mask = [], None
+    of_an_epoch = work.config.vae_cache_clear_each_epoch
     for pairing in work.pairings:
         partner = pairing.of(candidate)
         if pairing.config.is_mask:
-            anew = work.config.vae_cache_clear_each_epoch
-            mask = _part(pairing.key(partner), partner, mask_fingerprint(partner), anew)
+            entry = mask_entry(partner, of_an_epoch=of_an_epoch)
+            mask = _part(partner, entry, of_an_epoch)
         else:
-            made_by = images.fingerprint(partner)
-            anew = _on_demand(work, pairing)
-            references.append(_part(pairing.key(partner), partner, made_by, anew))
-    image = _part(
-        work.key(candidate),
-        candidate,
-        images.fingerprint(candidate),
-        work.config.encodes_on_demand,
-    )
+            entry = images.entry(partner, of_an_epoch=of_an_epoch)
+            references.append(_part(partner, entry, _on_demand(work, pairing)))
+    entry = images.entry(candidate, of_an_epoch=of_an_epoch)
+    image = _part(candidate, entry, work.config.encodes_on_demand)
     return replace(image, references=tuple(references), mask=mask)
 
 
-def _part(key: str, candidate: Candidate, made_by: str, on_demand: bool) -> Sample:
+def _part(candidate: Candidate, entry: tuple[str, str], on_demand: bool) -> Sample:
     """One image of a sample, with what to read where it is read on demand."""
     return Sample(
         file=candidate.file,
         captions=candidate.captions,
         target=candidate.crop_plan.target,
-        key=key,
-        fingerprint=made_by,
+        key=entry[0],
+        fingerprint=entry[1],
         image=candidate if on_demand else None,
     )
 

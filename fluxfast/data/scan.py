@@ -58,6 +58,14 @@ class Candidate:
     captions: tuple[str, ...]
     face: Box | None = None
 
+    def key(self, *, of_an_epoch: bool = False) -> str:
+        """The name of its tensors in a cache: its content, wherever the file lies.
+
+        of_an_epoch: they are deleted when an epoch is over, so they lie apart from those that other
+        runs and datasets keep.
+        """
+        return f"epoch/{self.sha256}" if of_an_epoch else self.sha256
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -206,10 +214,10 @@ def _all_facts(
 
     The box of the largest face comes with them, where crops look for faces.
     """
-    root, faces = Path(dataset.instance_data_dir), dataset.crop_style == "face"
+    faces = dataset.crop_style == "face"
 
     def facts(path: Path) -> tuple[dict | UnreadableImage, tuple[str, os.stat_result, dict] | None]:
-        name = f"{dataset.id}/{path.relative_to(root).as_posix()}"
+        name = str(path.absolute())
         try:
             # before the file is read: a write meanwhile has the next start read it again
             stat = path.stat()

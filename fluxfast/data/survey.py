@@ -32,7 +32,7 @@ from fluxfast.data.dataset_report import (
     too_few,
 )
 from fluxfast.data.pairs import Pairing, pair
-from fluxfast.data.scan import Candidate, Scan, Skipped, scan
+from fluxfast.data.scan import Scan, Skipped, scan
 
 
 @dataclass
@@ -55,10 +55,6 @@ class SurveyedDataset:
     pairings: list[Pairing] = field(default_factory=list)
     encoded: int = 0
     notes: list[str] = field(default_factory=list)
-
-    def key(self, candidate: Candidate) -> str:
-        """The name of an image in the cache."""
-        return f"{self.config.id}/{candidate.file}"
 
     @property
     def captions(self) -> Iterator[str]:

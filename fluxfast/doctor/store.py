@@ -6,7 +6,6 @@ There is one file for each combination of device, driver and versions.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from fluxfast.doctor import machine
 from fluxfast.doctor.checks import Check, Outcome
 from fluxfast.doctor.scope import Scope
-from fluxfast.files import write_atomic
+from fluxfast.files import user_cache, write_atomic
 from fluxfast.ops.verdicts import Verdicts
 
 # of the files; raise it when their fields change their meaning
@@ -25,8 +24,7 @@ VERSION = 1
 
 def folder() -> Path:
     """The folder of the files."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fluxfast" / "doctor"
+    return user_cache() / "doctor"
 
 
 class Store:

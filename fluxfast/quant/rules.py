@@ -10,6 +10,7 @@ from torch import nn
 from fluxfast.quant import FORMATS
 from fluxfast.quant.format import Format
 from fluxfast.quant.linear import QuantLinear
+from fluxfast.text import wrong_choice
 
 logger = logging.getLogger("fluxfast")
 
@@ -57,7 +58,7 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
     Raises ValueError on a name that is not in PRECISIONS.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"{key}: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+        raise ValueError(wrong_choice(key, precision, PRECISIONS))
     name = PRECISIONS[precision]
     if name is None:
         return None
@@ -70,6 +71,19 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
         format.bits_per_weight,
     )
     return format
+
+
+def quantize(transformer: nn.Module, format: str = "int8") -> QuantReport:
+    """Keep a FLUX.1 transformer's linears in few bits, in place: the frozen base of a LoRA.
+
+    transformer: any model's module in a floating dtype, without adapters; these come after.
+    format: "int8", "int4", "nf4", "int2" or "fp8_e4m3". The embedders of image and text and the
+    last linear stay as they are (`KEPT`). Returns what was done, with bytes before and after, to
+    print. Raises ValueError on another name, and `quantize_model`'s errors.
+    """
+    if format not in FORMATS:
+        raise ValueError(wrong_choice("format", format, FORMATS))
+    return quantize_model(transformer, FORMATS[format])
 
 
 def quantize_model(

@@ -1,14 +1,16 @@
 """A run's frozen transformer: found, quantised while it is read, kept in the cache, placed.
 
-A quantised base is written to `<cache_dir>/transformer/` once; a later start maps that file and
-reads nothing else. Where the file in the cache turns out to be stale or damaged, it is removed and
+A quantised base is written to `<cache_dir>/transformer/` once; later starts map that file and read
+nothing else. Where the file in the cache turns out to be stale or damaged, it is removed and
 made anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from fluxfast.adapters.kind import Originals
 from fluxfast.checkpoint.opening import open_checkpoint, open_single_file
-from fluxfast.checkpoint.quantized import StaleFile
+from fluxfast.checkpoint.quantized import FILE_VERSION, StaleFile, fingerprint
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.run import TrainConfig
-from fluxfast.files import free_bytes
+from fluxfast.files import free_bytes, mark_used
 from fluxfast.memory.stream import STREAMED_MODULES
 from fluxfast.model.apply import Choices
 from fluxfast.model.modulation import linear_names
@@ -31,6 +33,8 @@ from fluxfast.quant.rules import PRECISIONS, format_of
 from fluxfast.text import to_bytes
 from fluxfast.train.events import say
 
+# of quantised bases, in the cache
+FOLDER = "transformer"
 # left free beside a cached base: checkpoints, images and logs of the run need room too
 SPARE_BYTES = 2 << 30
 
@@ -164,11 +168,81 @@ def originals_of(
     return weights
 
 
-def cache_path(config: TrainConfig, checkpoint: Checkpoint, format: Format) -> Path:
-    """Where a run keeps its quantised base: one file for each source and format."""
-    where = Path(checkpoint.where).absolute()
-    digest = hashlib.sha256(to_bytes(str(where))).hexdigest()[:8]
-    return config.cache_dir / "transformer" / f"{where.stem}-{digest}-{format.name}.safetensors"
+class CachedBase:
+    """A base in one format, in the cache: a file whose name stands for what it is made from.
+
+    So runs share it that train on the same weights, wherever these lie, and another base never
+    takes its place.
+    """
+
+    def __init__(self, cache_dir: Path, source: Checkpoint, format: Format) -> None:
+        self.source, self.format = source, format
+        self.prints = [fingerprint(path) for path in source.files.files]
+        config = {name: value for name, value in source.config.items() if name[0] != "_"}
+        made_of = [FILE_VERSION, [each.sha256 for each in self.prints], config]
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode())
+        self.path = cache_dir / FOLDER / f"{digest.hexdigest()[:16]}-{format.name}.safetensors"
+
+    def opened(self, console: Console) -> Checkpoint | None:
+        """The file, opened; None where there is none. One that is stale or damaged is removed."""
+        self._adopt()
+        if not self.path.exists():
+            return None
+        try:
+            kept = open_single_file(self.path)
+            if (info := kept.quantized) is None:
+                raise CheckpointError(
+                    f"{self.path}: not made by fluxfast, but in its cache: move it away"
+                )
+            info.check_made_from(self.prints, self.format)
+        except (StaleFile, BrokenFile) as error:
+            say(console, f"{error} (done now)")
+            self.path.unlink(missing_ok=True)
+            return None
+        mark_used(self.path)
+        say(console, f"base: {self.format.name} from {self.path}")
+        return kept
+
+    def make(self, quantize_on: torch.device, console: Console) -> Checkpoint | None:
+        """Quantise the base into the cache; None, and a note, where the disk has no room."""
+        self._remove_superseded(console)
+        path, source, format = self.path, self.source, self.format
+        needed = int(source.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
+        if (free := free_bytes(path)) < needed:
+            room = f"{path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}"
+            say(console, f"base: {format.name}, not kept: {room}")
+            return None
+        size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
+        say(
+            console,
+            f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in "
+            f"{path}",
+        )
+        return open_single_file(path)
+
+    def _adopt(self) -> None:
+        """Take over the file of an earlier version, which named it after the source's path."""
+        where = Path(self.source.where).absolute()
+        digest = hashlib.sha256(to_bytes(str(where))).hexdigest()[:8]
+        earlier = self.path.with_name(f"{where.stem}-{digest}-{self.format.name}.safetensors")
+        if earlier.exists() and not self.path.exists():
+            # another run may have been faster
+            with suppress(FileNotFoundError):
+                earlier.replace(self.path)
+
+    def _remove_superseded(self, console: Console) -> None:
+        """Remove files whose source has been overwritten since: nothing can use them any more."""
+        for path in self.path.parent.glob(f"*-{self.format.name}.safetensors"):
+            try:
+                if (info := open_single_file(path).quantized) is not None:
+                    info.check_own_source()
+            except StaleFile as error:
+                say(console, f"{error} (done now)")
+                with suppress(OSError):
+                    path.unlink()
+            except (CheckpointError, OSError):
+                # somebody else's file, which stays
+                continue
 
 
 def _load_cached(
@@ -183,9 +257,9 @@ def _load_cached(
 
     Where the disk has no room for that, the source is quantised while it is loaded.
     """
-    path = cache_path(config, source, format)
+    cached = CachedBase(config.cache_dir, source, format)
     damage = ""
-    if (kept := _kept(path, source, format, console)) is not None:
+    if (kept := cached.opened(console)) is not None:
         try:
             return load(kept, None)
         except DamagedFile as error:
@@ -194,45 +268,6 @@ def _load_cached(
     if damage:
         say(console, f"{damage} (done now)")
         del kept
-        path.unlink()
-    made = _make(path, source, format, quantize_on, console)
+        cached.path.unlink(missing_ok=True)
+    made = cached.make(quantize_on, console)
     return load(source, format) if made is None else load(made, None)
-
-
-def _kept(path: Path, source: Checkpoint, format: Format, console: Console) -> Checkpoint | None:
-    """The quantised base in the cache, opened; None where there is none.
-
-    One that is stale or damaged is removed.
-    """
-    if not path.exists():
-        return None
-    try:
-        kept = open_single_file(path)
-        info = kept.quantized
-        if info is None:
-            raise CheckpointError(f"{path}: not made by fluxfast, but in its cache: move it away")
-        info.check(source.files.files, format)
-    except (StaleFile, BrokenFile) as error:
-        say(console, f"{error} (done now)")
-        path.unlink()
-        return None
-    say(console, f"base: {format.name} from {path}")
-    return kept
-
-
-def _make(
-    path: Path, source: Checkpoint, format: Format, quantize_on: torch.device, console: Console
-) -> Checkpoint | None:
-    """Quantise the base into the cache; None, and a note, where the disk has no room."""
-    needed = int(source.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
-    if (free := free_bytes(path)) < needed:
-        room = f"{path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}"
-        say(console, f"base: {format.name}, not kept: {room}")
-        return None
-    size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
-    say(
-        console,
-        f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in "
-        f"{path}",
-    )
-    return open_single_file(path)

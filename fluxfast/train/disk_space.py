@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fluxfast.config.datasets import ImageDataset
 from fluxfast.config.run import TrainConfig
+from fluxfast.data.cache_index import has_entries, owner_of_captions, owner_of_images
 from fluxfast.data.images import discover
 from fluxfast.files import free_bytes
 from fluxfast.train.choose import largest_batch
@@ -58,18 +59,20 @@ def shortage(
 ) -> tuple[list[str], list[str]]:
     """(problems, notes): what certainly does not fit on the disks, and what may not.
 
-    checkpoint: bytes of one. A cache that holds some tensors already is not counted, since nobody
-    knows how much of it is missing.
+    checkpoint: bytes of one. What a dataset, or the captions, have in a cache already is not
+    counted, since nobody knows how much of it is missing.
     """
     wanted = [
         (config.output_dir / "checkpoint", checkpoint * (_checkpoints(config) + 1), "checkpoints")
     ]
+    has_texts = has_entries(text_cache, owner_of_captions(config.base_source.path))
     for dataset in datasets:
         latents, texts = cache_bytes(config, dataset, t5, clip)
-        wanted += [
-            (dataset.cache_dir_vae / "x", latents, "latents"),
-            (text_cache / "x", texts, "text embeddings"),
-        ]
+        owner = owner_of_images(dataset.id, dataset.instance_data_dir)
+        if not has_entries(dataset.cache_dir_vae, owner):
+            wanted.append((dataset.cache_dir_vae / "x", latents, "latents"))
+        if not has_texts:
+            wanted.append((text_cache / "x", texts, "text embeddings"))
     problems, notes = [], []
     # one checkpoint is written whole before an older one goes, and the LoRA beside it
     least = checkpoint + checkpoint // 4
@@ -82,7 +85,7 @@ def shortage(
     by_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for path, size, what in wanted:
         parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-        if size and not (what != "checkpoints" and any(path.parent.glob("*.safetensors"))):
+        if size:
             by_disk.setdefault(parent.stat().st_dev, []).append((path, size, what))
     for parts in by_disk.values():
         total, free = sum(size for _, size, _ in parts), free_bytes(parts[0][0])

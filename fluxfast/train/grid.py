@@ -14,6 +14,8 @@ from fluxfast.train.image_files import DrawnImage
 
 # pixels of a cell's longer edge, and of the space around it
 CELL, GAP = 256, 8
+# pixels above images side by side, where their labels stand
+LABELS = 26
 # columns at most; of more steps, as many are taken evenly, with the first and the last
 COLUMNS = 8
 
@@ -59,6 +61,20 @@ def draw_grid(rows: Sequence[Row], steps: Sequence[int], path: Path) -> Path:
     with atomic_file(path) as stream:
         sheet.save(stream, format="PNG")
     return path
+
+
+def side_by_side(images: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """(label, image) of one height in a row, each with its label above it."""
+    heading = Lettering(14, bold=True)
+    width, height = sum(image.width for _, image in images), images[0][1].height
+    sheet = Image.new("RGB", (width, LABELS + height), "white")
+    letters, x = ImageDraw.Draw(sheet), 0
+    for label, image in images:
+        told = heading.shortened(label, image.width - GAP)
+        heading.draw(letters, (x + GAP / 2, (LABELS - heading.line_height) / 2), told, "black")
+        sheet.paste(image, (x, LABELS))
+        x += image.width
+    return sheet
 
 
 def evenly(steps: Sequence[int], number: int) -> list[int]:

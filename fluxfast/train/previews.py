@@ -23,8 +23,9 @@ from torch import Tensor
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.encoders import compute_dtype
 from fluxfast.data.model_folders import local_folder
-from fluxfast.files import safe_name, write_atomic
+from fluxfast.files import write_atomic
 from fluxfast.train.events import Numbers
+from fluxfast.train.image_files import file_words
 from fluxfast.train.run_events import RunEvents
 
 # how pipelines call what a preview is made of: after the step, and the model's prediction in it
@@ -104,7 +105,8 @@ class Previewer:
             image = decode(self._vae, denoised.predicted, drawing.size)
             data = _png(image)
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._folder / f"preview_{safe_name(drawing.nickname)}.png", data)
+            (word,) = file_words([drawing.nickname]).values()
+            write_atomic(self._folder / f"preview_{word}.png", data)
             self._announce(drawing, denoised, data)
 
     def _announce(self, drawing: Drawing, denoised: Denoised, image: bytes) -> None:

@@ -18,12 +18,12 @@ from fluxfast.config.public import shown_settings
 from fluxfast.config.run import TrainConfig, default_config
 from fluxfast.data.dataset_report import DatasetReport
 from fluxfast.doctor.machine import facts
-from fluxfast.files import safe_name
 from fluxfast.train.build import Parts
 from fluxfast.train.build_data import RunData
 from fluxfast.train.events import Numbers
 from fluxfast.train.hub import HubUploads
 from fluxfast.train.hub_folder import gather
+from fluxfast.train.image_files import file_words
 from fluxfast.train.report import REPORT_NAME, write_report
 from fluxfast.train.run_record import (
     RECORD_NAME,
@@ -104,6 +104,7 @@ def run_record(
     drawn = parts.validator.settings.prompts if parts.validator else {}
     values, defaults = config.model_dump(), default_config().model_dump()
     changed = [name for name in config.model_fields_set if values[name] != defaults[name]]
+    words = file_words(drawn)
     folders = {dataset.id: dataset for dataset in data.config.folders}
     return RunRecord(
         config=shown_settings(config),
@@ -114,7 +115,7 @@ def run_record(
             _row(report, folders[report.id]) for report in data.prepared.report.datasets
         ),
         prompts=tuple(
-            Prompt(nickname=name, file=safe_name(name), prompt=edit.prompt)
+            Prompt(nickname=name, file=words[name], prompt=edit.prompt)
             for name, edit in drawn.items()
         ),
         versions=_versions(device),

@@ -26,6 +26,8 @@ from fluxfast.train import finished, health, overview, preflight, resume
 from fluxfast.train.adapter import config_of, init_lora_of, kind_of, values_of_average
 from fluxfast.train.build import Parts, load_parts
 from fluxfast.train.build_data import RunData, load_data
+from fluxfast.train.cache_contents import tell_size
+from fluxfast.train.cache_use import using
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.events import Numbers, say
@@ -68,7 +70,10 @@ def _prepare(config: TrainConfig, console: Console) -> Path:
         for note in config.notes:
             say(console, note)
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        with RunLock(config.output_dir, partial(say, console)):
+        with (
+            RunLock(config.output_dir, partial(say, console)),
+            using(config.cache_dir, partial(say, console)),
+        ):
             remove_leftovers(config.output_dir)
             requests.forget_old()
             notes = partial(say, console)
@@ -139,6 +144,7 @@ class Trainer:
                 saved=self.saved and self.saved.adapter,
             )
         self.transformer, self.stream = self.parts.transformer, self.parts.stream
+        tell_size(config.cache_dir, self._say)
         with events.stage("init_prepare_models"):
             self.objective = Objective(
                 self.config, self.transformer, self.seed, self.parts.shift_bounds

@@ -1,9 +1,9 @@
 """Validation images: diffusers' `FluxPipeline` around our transformer.
 
-The prompts were encoded before the run. Files are
-`<output_dir>/validation_images/step_<step>_<nickname>_<index>_<W>x<H>.png`. Step 0 draws with the
-adapters off, which is the base model; later images have that one at their left, unless this is
-disabled. `grid_step_<step>.png` beside them has a row for each prompt and a column for each step.
+The prompts were encoded before the run. Files lie in `<output_dir>/validation_images`, named by
+`image_files`. Step 0 draws with the adapters off, which is the base model; later images have that
+one at their left, unless this is disabled. A grid has a row for each prompt and a column for each
+step.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from torch import Tensor
 
 from fluxfast.adapters.kinds import without_adapters
 from fluxfast.data.images import UnreadableImage
-from fluxfast.files import atomic_file, safe_name
+from fluxfast.files import atomic_file
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
-from fluxfast.train.grid import Row, draw_grid
-from fluxfast.train.image_files import FOLDER, DrawnImage, drawn_images
+from fluxfast.train.grid import Row, draw_grid, side_by_side
+from fluxfast.train.image_files import (
+    FOLDER,
+    DrawnImage,
+    drawn_images,
+    file_name,
+    file_words,
+    grid_name,
+)
 from fluxfast.train.previews import PREVIEWED, Denoised, Drawing, Previewer, on_step_end
 
 
@@ -90,13 +97,6 @@ class Drawn:
     def name(self) -> str:
         """What its file is called by."""
         return f"{self.nickname}_{self.label}" if self.label else self.nickname
-
-
-def file_name(
-    step: int, nickname: str, index: int, size: tuple[int, int], extension: str = "png"
-) -> str:
-    """The image's file; the nickname is cleaned where a file system would not take it."""
-    return f"step_{step}_{safe_name(nickname)}_{index}_{size[0]}x{size[1]}.{extension}"
 
 
 def png_of(path: Path) -> bytes:
@@ -184,6 +184,7 @@ class Validator:
         self.settings, self.folder = settings, output_dir / FOLDER
         self._transformer, self._scheduler, self._load_vae = transformer, scheduler, load_vae
         self._embeds, self._dtype = embeds, dtype
+        self._words = file_words(settings.prompts)
         self.previewer: Previewer | None = None
 
     def run(self, step: int, console: Console, *, label: str = "") -> list[Drawn]:
@@ -230,9 +231,9 @@ class Validator:
                         drawing = Drawing(name, edit.prompt, size, step, s.steps)
                         on_step = self._on_step(drawing, advance)
                         image = self._image(pipeline, edit.prompt, size, seed, on_step)
-                        path = self._path(step, name, index, size)
+                        path = self._path(step, self._word(nickname, label), index, size)
                         base = self._base_of(step, nickname, index, size)
-                        self._save(image, path, references, base)
+                        self._save(image, path, references, base, step)
                         drawn.append(Drawn(path, nickname, label, edit.prompt, index, image))
         return drawn
 
@@ -255,9 +256,14 @@ class Validator:
         indices = range(self.settings.images_per_prompt)
         return [(size, index) for size in self.settings.resolutions for index in indices]
 
-    def _path(self, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path:
+    def _word(self, nickname: str, label: str) -> str:
+        """What is drawn of a nickname with some weights, in files' names."""
+        word = self._words[nickname]
+        return f"{word}_{file_words([label])[label]}" if label else word
+
+    def _path(self, step: int, word: str, index: int, size: tuple[int, int]) -> Path:
         extension = {"jpeg": "jpg"}.get(self.settings.image_format, self.settings.image_format)
-        return self.folder / file_name(step, nickname, index, size, extension)
+        return self.folder / file_name(step, word, index, size, extension)
 
     def grid(self, step: int, drawn: Sequence[Drawn]) -> Path | None:
         """Write the grid of what has been drawn at a step, beside the steps before it.
@@ -273,10 +279,10 @@ class Validator:
         if not rows:
             return None
         steps = sorted({each.step for each in there})
-        return draw_grid(rows, steps, self.folder / f"grid_step_{step}.png")
+        return draw_grid(rows, steps, self.folder / grid_name(step))
 
     def _row(self, drawn: Drawn, there: Sequence[DrawnImage]) -> Row:
-        own, base = safe_name(drawn.name), safe_name(drawn.nickname)
+        own, base = self._word(drawn.nickname, drawn.label), self._words[drawn.nickname]
         number = f", image {drawn.index + 1}" if self.settings.images_per_prompt > 1 else ""
         size = drawn.image.size
         images = {
@@ -295,8 +301,17 @@ class Validator:
 
     def _base_of(self, step: int, nickname: str, index: int, size: tuple[int, int]) -> Path | None:
         """The base model's image that an image of this step stands beside; None: there is none."""
-        base = self._path(0, nickname, index, size)
-        return base if step > 0 and self.settings.beside_base and base.exists() else None
+        if step == 0 or not self.settings.beside_base:
+            return None
+        # an earlier version left the spaces of a nickname in
+        there = [
+            each.path
+            for each in drawn_images(self.folder, self.settings.references_at)
+            if each.step == 0
+            and "-".join(each.nickname.split()) == self._words[nickname]
+            and (each.index, each.size) == (index, size)
+        ]
+        return there[0] if there else None
 
     def _on_step(self, drawing: Drawing, advance: Callable[[], None]) -> Callable[[Denoised], None]:
         """What is done after each denoising step of an image."""
@@ -361,17 +376,19 @@ class Validator:
         }
 
     def _save(
-        self, image: Image.Image, path: Path, references: Sequence[Image.Image], base: Path | None
+        self,
+        image: Image.Image,
+        path: Path,
+        references: Sequence[Image.Image],
+        base: Path | None,
+        step: int,
     ) -> None:
         """Write an image beside the base model's, or else beside its references."""
         s = self.settings
         if base is not None:
             # the base's image has the references beside it already
             with Image.open(base) as left:
-                both = Image.new("RGB", (left.width + image.width, image.height))
-                both.paste(left, (0, 0))
-                both.paste(image, (left.width, 0))
-            image = both
+                image = side_by_side([("base model", left), (f"step {step}", image)])
         elif references:
             image = stitched(image, references, s.references_at)
         self.folder.mkdir(parents=True, exist_ok=True)

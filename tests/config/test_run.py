@@ -12,6 +12,7 @@ from fluxfast.config.option import facts_of
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.config.simpletuner import options
+from fluxfast.files import user_cache
 
 QUICKSTART = Path(__file__).parents[1] / "fixtures" / "quickstart"
 
@@ -42,7 +43,7 @@ def test_the_quickstart_config_loads():
     assert config.validation_negative_prompt == ""
     assert config.validation_resolutions == [(1024, 1024), (1280, 768), (2048, 2048)]
     assert config.output_dir == Path("output/models")
-    assert config.cache_dir == Path("output/models/cache")
+    assert config.cache_dir == user_cache()
     assert config.max_train_steps == 10000
     assert config.transformer_source == ModelSource(
         "black-forest-labs/FLUX.1-dev", "transformer", None
@@ -108,7 +109,7 @@ def test_derived_values():
     assert load(optimizer_beta1=0.5, optimizer_beta2=0.6).betas == (0.5, 0.6)
     assert load(adam_epsilon=1e-8).epsilon == 1e-8
     assert load(cache_dir="elsewhere").cache_dir == Path("elsewhere")
-    assert load(cache_dir=None, output_dir="o").cache_dir == Path("o/cache")
+    assert load(cache_dir=None, output_dir="o").cache_dir == user_cache()
 
 
 def test_dataset_defaults():
@@ -125,7 +126,7 @@ def test_dataset_defaults():
         "instanceprompt",
         "x",
     )
-    assert (defaults.cache_dir, defaults.minimum_image_size) == (Path("o/cache"), 0.0)
+    assert (defaults.cache_dir, defaults.minimum_image_size) == (user_cache(), 0.0)
 
 
 TREAD = {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}

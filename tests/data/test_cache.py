@@ -40,6 +40,16 @@ def test_an_entry_can_be_replaced(cache):
     blob(cache)
 
 
+def test_an_earlier_name_is_given_up(cache):
+    cache.put("set/a.png", "f", tensors(1))
+    cache.put("set/b.png", "f", tensors(2))
+    cache.put("b", "f", tensors(3))
+    renamed = {("a", "f"): ("set/a.png", "f"), ("c", "f"): ("set/c.png", "f")}
+    assert cache.adopt(renamed) == [("c", "f")]
+    assert same(cache.get("a", "f"), tensors(1)) and cache.get("set/a.png", "f") is None
+    assert cache.missing([("a", "f"), ("set/a.png", "f")]) == [("set/a.png", "f")]
+
+
 def test_touched_and_copied_files_are_checked_not_recomputed(cache, tmp_path):
     cache.put("a", "f", tensors())
     os.utime(blob(cache))

@@ -1,5 +1,6 @@
 """The index of the cache, whole, damaged, and used by several threads."""
 
+import contextlib
 import random
 import sqlite3
 
@@ -32,6 +33,25 @@ def test_it_holds_what_it_was_told(tmp_path, filled):
         assert index.facts(name, stamp) == facts
         assert index.facts(name, "1 2 3 4") is None
     assert index.facts("another", "1 2 3 4") is None
+
+
+def test_uses_are_those_of_the_last_owner(tmp_path, filled):
+    """An index without the table, as an earlier version made it, gets it and keeps the rest."""
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(filled)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE uses")
+        db.commit()
+    index = Index(path)
+    assert index.uses() == {}
+    index.put_uses(["a", "b"], "cats")
+    index.put_uses(["b"], "dogs")
+    uses = index.uses()
+    assert {file: use.owner for file, use in uses.items()} == {"a": "cats", "b": "dogs"}
+    assert uses["a"].used <= uses["b"].used
+    assert len(index.entries()) == len(ENTRIES)
+    index.forget_entries(["a"])
+    assert list(index.uses()) == ["b"]
 
 
 def check(path, data):

@@ -80,6 +80,8 @@ def write_config(workspace, tmp_path):
             "max_train_steps": 6,
             "checkpoint_step_interval": 2,
             "validation_disable": True,
+            # the LoRA's title, which is its folder's otherwise: tests compare files to the byte
+            "tracker_run_name": "a run of the tests",
         } | changes
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))

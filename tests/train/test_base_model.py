@@ -3,6 +3,7 @@ not what it should be.
 """
 
 import gc
+import hashlib
 import io
 import shutil
 
@@ -67,8 +68,13 @@ def reads(monkeypatch):
     return files
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
 def cached(tmp_path):
-    return sorted((tmp_path / "output" / "cache" / "transformer").iterdir())
+    return sorted((tmp_path / "user" / "fluxfast" / "transformer").iterdir())
 
 
 def same(a, b):
@@ -108,25 +114,73 @@ def test_the_second_start_reads_the_cache_only(
 def test_one_file_for_each_format(tmp_path, load):
     load(base_model_precision="int8-quanto")
     load(base_model_precision="int4-quanto")
-    assert [path.name.rsplit("-", 1)[1] for path in cached(tmp_path)] == [
-        "int4.safetensors",
-        "int8.safetensors",
-    ]
+    names = [path.name.rsplit("-", 1) for path in cached(tmp_path)]
+    assert len({digest for digest, _ in names}) == 1
+    assert [format for _, format in names] == ["int4.safetensors", "int8.safetensors"]
 
 
 def test_no_cache_of_what_is_not_quantised(tmp_path, load):
     load()
-    assert not (tmp_path / "output" / "cache" / "transformer").exists()
+    assert not (tmp_path / "user" / "fluxfast" / "transformer").exists()
 
 
 def test_a_changed_source_is_quantised_anew(tmp_path, transformer, load):
     load(base_model_precision="int8-quanto")
+    (before,) = cached(tmp_path)
     file = transformer / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     save_file({name: tensor * 2 for name, tensor in state.items()}, file)
     model, said = load(base_model_precision="int8-quanto")
-    assert f"{cached(tmp_path)[0]}: made from" in said and "which has changed since" in said
+    assert f"{before}: made from" in said and "which has changed since" in said
+    # nobody can use the first one any more
+    assert len(cached(tmp_path)) == 1 and cached(tmp_path) != [before]
     same(model, in_memory(transformer, "int8"))
+
+
+def test_runs_share_it_by_its_content(tmp_path, transformer, load, reads):
+    """Another output folder, and a copy of the weights elsewhere, take what the first run made."""
+    first, _ = load(base_model_precision="int8-quanto")
+    shutil.copytree(transformer, tmp_path / "copy")
+    reads.clear()
+    second, said = load(
+        name="second",
+        pretrained_transformer_model_name_or_path=str(tmp_path / "copy"),
+        base_model_precision="int8-quanto",
+    )
+    (file,) = cached(tmp_path)
+    assert f"base: int8 from {file}" in said and reads == [file.name]
+    same(first, second)
+
+
+def test_another_base_takes_no_other_ones_place(tmp_path, transformer, load):
+    load(base_model_precision="int8-quanto")
+    other = shutil.copytree(transformer, tmp_path / "other")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
+    names = {"pretrained_transformer_model_name_or_path": str(other)}
+    model, said = load(base_model_precision="int8-quanto", **names)
+    assert len(cached(tmp_path)) == 2 and "kept in" in said
+    same(model, in_memory(other, "int8"))
+    _, said = load(base_model_precision="int8-quanto")
+    assert "kept in" not in said
+
+
+def test_an_earlier_versions_cache_goes_on_being_used(tmp_path, transformer, load, reads):
+    """It lies in the output folder, and is named after the path that it was made from."""
+    first, _ = load(base_model_precision="int8-quanto")
+    (file,) = cached(tmp_path)
+    where = transformer / "transformer"
+    digest = hashlib.sha256(str(where).encode()).hexdigest()[:8]
+    earlier = (
+        tmp_path / "output" / "cache" / "transformer" / f"transformer-{digest}-int8.safetensors"
+    )
+    earlier.parent.mkdir(parents=True)
+    file.rename(earlier)
+    reads.clear()
+    second, said = load(base_model_precision="int8-quanto")
+    assert f"base: int8 from {earlier.parent}" in said and len(reads) == 1
+    assert len(list(earlier.parent.iterdir())) == 1 and not cached(tmp_path)
+    same(first, second)
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, transformer, load):
@@ -253,7 +307,7 @@ def test_without_room_it_is_placed_in_memory(tmp_path, transformer, load, monkey
     monkeypatch.setattr(base_model, "free_bytes", lambda path: 1 << 30)
     model, said = load(base_model_precision="int8-quanto")
     assert "int8, not kept" in said and "has 1.1 GB left" in said
-    assert not (tmp_path / "output" / "cache" / "transformer").exists()
+    assert not (tmp_path / "user" / "fluxfast" / "transformer").exists()
     same(model, in_memory(transformer, "int8"))
 
 

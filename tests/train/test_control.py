@@ -86,7 +86,7 @@ def test_a_run_saves_and_draws_when_it_is_asked(run, monkeypatch, tmp_path):
     output = tmp_path / "output"
     assert {p.name for p in output.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
     drawn = {p.name for p in (output / "validation_images").glob("step_*")}
-    assert drawn == {f"step_{step}_validation_0_64x48.png" for step in (3, 6)}
+    assert drawn == {f"step_{step:06d}_validation_0_64x48.png" for step in (3, 6)}
     assert not list(output.glob("request.*")) and not (output / LOCK_NAME).exists()
 
 

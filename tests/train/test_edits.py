@@ -14,6 +14,7 @@ from fluxfast.data.images import to_tensor
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import edits
 from fluxfast.train.edits import Edit, kontext_size, load_references, reference_tokens, stitched
+from fluxfast.train.grid import LABELS
 from fluxfast.train.trainer import Trainer
 from fluxfast.train.validation import ValidationSettings, Validator
 
@@ -125,7 +126,7 @@ def others(workspace, tmp_path):
 def drawn(output):
     folder = output.parent / "validation_images"
     found = {}
-    for path in sorted(folder.glob("step_1_*.png")):
+    for path in sorted(folder.glob("step_000001_*.png")):
         with Image.open(path) as image:
             found[path.name] = image.size
     return found
@@ -141,9 +142,9 @@ def test_a_run_draws_prompts_with_their_references_and_samples_of_its_datasets(
     found = drawn(lora)
     assert len(found) == 3
     # the base's image with its references at its left, and the one of now at the right of both
-    assert found["step_1_validation_0_64x64.png"] == (4 * 64, 64)
+    assert found["step_000001_validation_0_64x64.png"] == (4 * 64, LABELS + 64)
     samples = [name for name in found if "photos_" in name]
-    assert len(samples) == 2 and {found[name] for name in samples} == {(3 * 64, 64)}
+    assert len(samples) == 2 and {found[name] for name in samples} == {(3 * 64, LABELS + 64)}
     again, _ = run(**KONTEXT | DRAWN, others=others, num_eval_images=2, name="again")
     assert [name for name in drawn(again) if "photos_" in name] == samples
 
@@ -160,8 +161,8 @@ def test_a_reference_that_vanishes_ends_no_run(run, others, small_sizes, monkeyp
     monkeypatch.setattr(Trainer, "train_step", removing)
     lora, out = run(**KONTEXT | DRAWN | changes, others=others)
     assert lora.is_file() and "is not drawn" in out.getvalue()
-    assert [path.name for path in (lora.parent / "validation_images").glob("step_2_*")] == [
-        "step_2_validation_0_64x64.png"
+    assert [path.name for path in (lora.parent / "validation_images").glob("step_000002_*")] == [
+        "step_000002_validation_0_64x64.png"
     ]
 
 
@@ -170,7 +171,7 @@ def test_a_reference_that_vanishes_ends_no_run(run, others, small_sizes, monkeyp
 )
 def test_datasets_may_be_left_out(run, others, small_sizes, left_out):
     lora, _ = run(**KONTEXT | DRAWN | left_out, others=others)
-    assert [*drawn(lora)] == ["step_1_validation_0_64x64.png"]
+    assert [*drawn(lora)] == ["step_000001_validation_0_64x64.png"]
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,13 @@ def test_what_validation_draws(run, tmp_path, how):
     )  # fmt: skip
     folder = tmp_path / "output" / "validation_images"
     names = {path.name for path in folder.glob("step_*")}
-    expected = {"step_0_validation_0_64x48.png", "step_3_validation_0_64x48.png"}
+    expected = {"step_000000_validation_base_0_64x48.png", "step_000003_validation_0_64x48.png"}
     if how == "comparison":
-        expected.add("step_3_validation_ema_0_64x48.png")
+        expected.add("step_000003_validation_ema_0_64x48.png")
     assert names == expected
     if how == "comparison":
         own, averaged = (
-            (folder / f"step_3_validation{label}_0_64x48.png").read_bytes()
+            (folder / f"step_000003_validation{label}_0_64x48.png").read_bytes()
             for label in ("", "_ema")
         )
         assert own != averaged

@@ -172,7 +172,7 @@ def test_references_of_held_out_images(run, references, held_out, workspace, tmp
     )  # fmt: skip
     assert "failed" not in out.getvalue()
     (base, _) = losses(tmp_path / "output")
-    names = {p.name.split("_")[2] for p in (tmp_path / "output").rglob("step_1_*.png")}
+    names = {p.name.split("_")[2] for p in (tmp_path / "output").rglob("step_000001_*.png")}
     assert names == {"kept"}
     # another reference gives another loss
     for path in (tmp_path / "theirs").glob("*.png"):
@@ -344,7 +344,12 @@ def test_clip_scores_are_those_of_transformers(run, tiny_clip, tmp_path):
     )
     scores = []
     for index in (0, 1):
-        path = tmp_path / "output" / "validation_images" / f"step_0_validation_{index}_64x48.png"
+        path = (
+            tmp_path
+            / "output"
+            / "validation_images"
+            / f"step_000000_validation_base_{index}_64x48.png"
+        )
         inputs = processor(text=["a red cup"], images=Image.open(path), return_tensors="pt")
         with torch.no_grad():
             # the model's own logits are the cosine times its scale

@@ -294,7 +294,7 @@ def test_a_server_that_dies_midway_does_not_stop_the_run(hub, run, monkeypatch, 
     killing.join()
     assert lora.exists()
     assert len((lora.parent / "metrics.jsonl").read_text().splitlines()) == 4
-    assert "checkpoint of step 2: not uploaded to jane/simpletuner" in out.getvalue()
-    assert "adapter after 4 steps: not uploaded to jane/simpletuner" in out.getvalue()
+    assert "checkpoint of step 2: not uploaded to jane/" in out.getvalue()
+    assert "adapter after 4 steps: not uploaded to jane/" in out.getvalue()
     assert hub.commits == []
     assert not list(lora.parent.glob(".*"))

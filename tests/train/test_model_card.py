@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from config_helpers import load
 from fluxfast.config.flavours import FLAVOURS
 from fluxfast.train.hub_folder import gather
-from fluxfast.train.image_files import drawn_images, newest_images
+from fluxfast.train.image_files import drawn_images, file_name, file_words, newest_images
 from fluxfast.train.model_card import Picture, model_card
 from fluxfast.train.run_record import DatasetRow, Prompt, RunRecord
-from fluxfast.train.validation import file_name
 from secret_cases import HIDDEN, PATHS, SECRETS, full_of
 
+# a nickname that is a path, in files' names
+(CAT,) = file_words(["/home/jane/cat"]).values()
 RECORD = RunRecord(
     steps=100,
     seed=7,
@@ -169,11 +170,11 @@ def output(tmp_path):
     lora = {f"{name}A.weight": torch.ones(2, 8), f"{name}B.weight": torch.ones(8, 2)}
     save_file(lora, folder / "pytorch_lora_weights.safetensors")
     for step, width, colour in ((0, 32, "red"), (4, 64, "green"), (12, 64, "blue")):
-        name = file_name(step, "/home/jane/cat", 0, (32, 16))
+        name = file_name(step, CAT, 0, (32, 16))
         image = Image.new("RGB", (width, 16), "red")
         image.paste(colour, (width - 32, 0, width, 16))
         image.save(folder / "validation_images" / name)
-    name = file_name(12, "/home/jane/cat", 0, (32, 16)).replace("_0_32x16", "_ema_0_32x16")
+    name = file_name(12, CAT, 0, (32, 16)).replace("_0_32x16", "_ema_0_32x16")
     Image.new("RGB", (32, 16)).save(folder / "validation_images" / name)
     (folder / "validation_images" / "step_12_broken_0_32x16.png").write_bytes(b"no image")
     (folder / "validation_images" / "other.png").write_bytes(b"no image")

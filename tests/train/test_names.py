@@ -9,7 +9,7 @@ import pytest
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.train.build_validator import validation_prompts
-from fluxfast.train.validation import file_name
+from fluxfast.train.image_files import file_name, file_words
 
 MUNICH = b"M\xfcnchen".decode(errors="surrogateescape")
 
@@ -78,7 +78,8 @@ def test_a_prompt_library_that_cannot_be_used(configured, tmp_path, library, par
 
 
 def test_every_nickname_has_a_file_of_its_own():
-    assert file_name(3, "a cat, sitting", 0, (64, 48)) == "step_3_a cat, sitting_0_64x48.png"
+    (word,) = file_words(["a cat, sitting"]).values()
+    assert file_name(3, word, 0, (64, 48)) == "step_000003_a-cat,-sitting_0_64x48.png"
     nicknames = [
         "a/b",
         "a:b",
@@ -93,7 +94,8 @@ def test_every_nickname_has_a_file_of_its_own():
         "a\nb",
         "a\0b",
     ]
-    names = {file_name(1000000, nickname, 0, (2048, 2048)) for nickname in nicknames}
+    words = file_words(nicknames).values()
+    names = {file_name(1000000, word, 0, (2048, 2048)) for word in words}
     assert len(names) == len(nicknames)
     for name in names:
         # the longest name of a file, less what a temporary one adds

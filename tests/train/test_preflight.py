@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from fluxfast.config.datasets import load_data_config
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
+from fluxfast.data.cache import TensorCache
+from fluxfast.data.cache_index import owner_of_images
 from fluxfast.files import TEMPORARY
 from fluxfast.train import build_data, disk_space, preflight, trainer
 
@@ -80,8 +82,7 @@ def test_every_problem_comes_at_once_and_nothing_is_read_before(
     )
     for part in parts:
         assert sum(part in problem for problem in found) == 1, (part, found)
-    # cache_dir lies in output_dir
-    assert len(found) == len(parts) + 1, found
+    assert len(found) == len(parts), found
 
 
 def test_a_hub_name_waits_until_nothing_else_is_wrong(problems, check, monkeypatch, tmp_path):
@@ -214,10 +215,12 @@ def test_what_may_not_fit_is_a_note(write_config, monkeypatch, tmp_path):
         and "checkpoints 3.00 GB, latents 0.00 GB" in notes[0]
     )
     # the index that a look at the data leaves in the cache is not what will be there
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "index.sqlite").touch()
+    cache = TensorCache(tmp_path / "new")
     assert disk_space.shortage(config, [dataset], tmp_path / "text", gb) == (found, notes)
-    (tmp_path / "new" / "a.safetensors").touch()
+    # nor is what another dataset has there
+    cache.note_use([("a", "b")], "another")
+    assert disk_space.shortage(config, [dataset], tmp_path / "text", gb) == (found, notes)
+    cache.note_use([("a", "b")], owner_of_images(dataset.id, dataset.instance_data_dir))
     _, (without,) = disk_space.shortage(config, [dataset], tmp_path / "text", gb)
     assert "latents" not in without
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: gb)

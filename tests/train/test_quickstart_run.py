@@ -62,7 +62,7 @@ def test_the_quickstart_trains_and_goes_on(quickstart, capsys):
     output = quickstart / "output" / "models"
     assert (output / "pytorch_lora_weights.safetensors").is_file()
     prompts = 1 + len(json.loads((quickstart / "config/user_prompt_library.json").read_text()))
-    assert len(list((output / "validation_images").glob("step_10_*_128x128.png"))) == prompts
+    assert len(list((output / "validation_images").glob("step_000010_*_128x128.png"))) == prompts
     # the same command goes on: it has nothing left to do, a longer one has
     longer = [option.replace("steps=10", "steps=11") for option in SHORTER]
     assert train.main(longer) == 0

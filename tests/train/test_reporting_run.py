@@ -110,6 +110,6 @@ def test_trackers_of_a_resumed_run(run, tmp_path, monkeypatch):
     assert [line["train_loss"] for line in lines] == [line["loss"] for line in metrics]
     galleries = [line for line in first[3] + second[3] if "validation.captions" in line]
     assert [line["step"] for line in galleries] == [0, 2, 4]
-    board = EventAccumulator(str(tmp_path / "output" / "logs" / "simpletuner")).Reload()
+    board = EventAccumulator(str(tmp_path / "output" / "logs" / tmp_path.name)).Reload()
     assert [event.step for event in board.Scalars("train_loss")] == [1, 2, 3, 4]
     assert [event.step for event in board.Images("validation/validation")] == [0, 2, 4]

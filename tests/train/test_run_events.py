@@ -51,7 +51,7 @@ def test_a_whole_run(run, tmp_path, monkeypatch):
     ]  # fmt: skip
     drawn = [e for e in events if e["type"] == "training.validation"]
     assert [e["files"] for e in drawn] == [
-        ["step_0_validation_0_64x48.png"], ["step_3_validation_0_64x48.png"],
+        ["step_000000_validation_base_0_64x48.png"], ["step_000003_validation_0_64x48.png"],
     ]  # fmt: skip
     assert not any("images" in e for e in events)
 

@@ -173,7 +173,7 @@ def test_damaged_lines_checkpoints_and_images_are_named(output):
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
     (output / "metrics.jsonl").write_text("".join([*lines[:3], "{cut\n", *lines[3:]]))
     (output / "checkpoint-6" / "training_state.json").write_text("{")
-    next((output / "validation_images").glob("step_3_*")).write_bytes(b"no image")
+    next((output / "validation_images").glob("step_000003_*")).write_bytes(b"no image")
     page = Page(report_page(output))
     assert page.says("Missing", "1 of 7 lines", "checkpoint-6/training_state.json")
     assert page.says("Validation images", "can't be read")

@@ -68,7 +68,7 @@ def test_each_tracker_gets_the_metrics_and_images(config, tmp_path, pictures):
     lines = [LINE, LINE | {"step": 2, "loss": 0.25, "loss/val/photos": 0.75}]
     assert not send(config(), lines, {"cup": pictures, "saucer": pictures[1:]})
 
-    board = of_tensorboard(tmp_path / "out" / "logs" / "simpletuner")
+    board = of_tensorboard(tmp_path / "out" / "logs" / tmp_path.name)
     assert {tag: board.Scalars(tag)[0].value for tag in SENT} == pytest.approx(SENT)
     assert [(e.step, e.value) for e in board.Scalars("train_loss")] == [(1, 0.5), (2, 0.25)]
     assert [(e.step, e.value) for e in board.Scalars("loss/val/photos")] == [(2, 0.75)]
@@ -79,7 +79,7 @@ def test_each_tracker_gets_the_metrics_and_images(config, tmp_path, pictures):
     assert not set(board.Tags()["scalars"]) & {"step", "dataset", "memory_gib"}
 
     _, project, _, (first, second, gallery) = read_run(tmp_path)
-    assert project == "simpletuner"
+    assert project == tmp_path.name
     assert {k: v for k, v in first.items() if not k.startswith("_")} == SENT | {"step": 1}
     assert second["step"] == 2 and second["loss/val/photos"] == 0.75
     assert gallery["step"] == 2 and gallery["validation.captions"] == ["cup", "cup", "saucer"]
@@ -98,7 +98,7 @@ def test_no_secret_and_no_path_is_sent(config, tmp_path, pictures):
     send(config(), [LINE], {"cup": pictures})
     _, _, told, _ = read_run(tmp_path)
     assert told["learning_rate"] == 1e-3 and told["seed"] == 11 and told["model_type"] == "lora"
-    board = of_tensorboard(tmp_path / "out" / "logs" / "simpletuner")
+    board = of_tensorboard(tmp_path / "out" / "logs" / tmp_path.name)
     (text,) = board.Tensors("config/text_summary")
     assert b'"learning_rate": 0.001' in text.tensor_proto.string_val[0]
     (events,) = tmp_path.rglob("events.out.tfevents*")
@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_and_its_repeated_steps_count_once(config, tmp_pat
     assert not send(config(max_train_steps=6), again, done=2)
     assert read_run(tmp_path)[0] == first
     assert [line["step"] for line in read_run(tmp_path)[3]] == [3, 4]
-    board = of_tensorboard(tmp_path / "out" / "logs" / "simpletuner")
+    board = of_tensorboard(tmp_path / "out" / "logs" / tmp_path.name)
     losses = [(event.step, event.value) for event in board.Scalars("train_loss")]
     assert losses == [(1, 0.5), (2, 0.5), (3, 9.0), (4, 9.0)]
 
@@ -160,7 +160,7 @@ def test_a_tracker_that_fails_is_told_once_and_stops_no_other(
     monkeypatch.setattr(trackers, "_KINDS", kinds)
     said = send(config("wandb,tensorboard"), [LINE, LINE | {"step": 2}], {"cup": pictures})
     assert said == ["wandb: the tracker is gone; the run goes on without"]
-    board = of_tensorboard(tmp_path / "out" / "logs" / "simpletuner")
+    board = of_tensorboard(tmp_path / "out" / "logs" / tmp_path.name)
     assert len(board.Scalars("train_loss")) == 2 and len(board.Tags()["images"]) == 2
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fluxfast.quant.rules import PRECISIONS
 from fluxfast.train.control import Stopped
 from fluxfast.train.events import read_metrics
+from fluxfast.train.grid import LABELS
 from fluxfast.train.objective import Objective, step_seed
 from fluxfast.train.reporting import NonFiniteLoss
 from fluxfast.train.trainer import Trainer
@@ -110,20 +111,20 @@ def test_what_a_run_leaves(run, tmp_path, mode):
     images = {p.name: Image.open(p).size for p in (output / "validation_images").iterdir()}
     # the base in the first column, then a column a step
     grids = {0: 256 + 16, 3: 2 * 264 + 8, 6: 3 * 264 + 8}
-    assert {images.pop(f"grid_step_{step}.png")[0]: step for step in grids} == {
+    assert {images.pop(f"grid_step_{step:06d}.png")[0]: step for step in grids} == {
         width: step for step, width in grids.items()
     }
     assert images == {
-        "step_0_validation_0_64x48.png": (64, 48),
-        "step_3_validation_0_64x48.png": (128, 48),
-        "step_6_validation_0_64x48.png": (128, 48),
+        "step_000000_validation_base_0_64x48.png": (64, 48),
+        "step_000003_validation_0_64x48.png": (128, LABELS + 48),
+        "step_000006_validation_0_64x48.png": (128, LABELS + 48),
     }
-    base = Image.open(output / "validation_images" / "step_0_validation_0_64x48.png")
-    both = Image.open(output / "validation_images" / "step_6_validation_0_64x48.png")
+    base = Image.open(output / "validation_images" / "step_000000_validation_base_0_64x48.png")
+    both = Image.open(output / "validation_images" / "step_000006_validation_0_64x48.png")
     assert (
-        both.crop((0, 0, 64, 48)).tobytes()
+        both.crop((0, LABELS, 64, LABELS + 48)).tobytes()
         == base.tobytes()
-        != both.crop((64, 0, 128, 48)).tobytes()
+        != both.crop((64, LABELS, 128, LABELS + 48)).tobytes()
     )
     metrics = read_metrics(output / "metrics.jsonl")
     assert len(metrics) == 6 and all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)

@@ -106,9 +106,11 @@ def test_which_images_are_drawn(run, other, tmp_path, mode, labels):
     # drawing with another LoRA leaves no trace in the trained one
     assert same_files(plain, lora)
     folder = tmp_path / "output" / "validation_images"
-    expected = {f"step_2_validation{label}_0_64x48.png" for label in labels}
-    assert {p.name for p in folder.glob("step_2_*")} == expected
-    assert {p.name for p in folder.glob("step_0_*")} == {"step_0_validation_0_64x48.png"}
+    expected = {f"step_000002_validation{label}_0_64x48.png" for label in labels}
+    assert {p.name for p in folder.glob("step_000002_*")} == expected
+    assert {p.name for p in folder.glob("step_000000_*")} == {
+        "step_000000_validation_base_0_64x48.png"
+    }
 
 
 def test_several_in_turn(run, other, tmp_path):
@@ -120,8 +122,10 @@ def test_several_in_turn(run, other, tmp_path):
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
     run(**TWO_STEPS, validation_adapter_config=str(tmp_path / "runs.json"))
     folder = tmp_path / "output" / "validation_images"
-    images = {p.name: p.read_bytes() for p in folder.glob("step_2_*")}
-    assert set(images) == {f"step_2_validation_{label}_0_64x48.png" for label in ("first", "both")}
+    images = {p.name: p.read_bytes() for p in folder.glob("step_000002_*")}
+    assert set(images) == {
+        f"step_000002_validation_{label}_0_64x48.png" for label in ("first", "both")
+    }
     assert len(set(images.values())) == 2
 
 

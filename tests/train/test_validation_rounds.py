@@ -6,7 +6,7 @@ from drawing_cases import DRAWS_TRAINED
 from kill_cases import Killed, kill_at, same_files
 from PIL import Image
 
-from fluxfast.train.grid import CELL, GAP, Row, draw_grid
+from fluxfast.train.grid import CELL, GAP, LABELS, Row, draw_grid
 from fluxfast.train.image_files import drawn_images
 from fluxfast.train.run_events import read_events
 from fluxfast.train.validation import Validator
@@ -60,9 +60,10 @@ def test_formats(run, tmp_path, kind):
     )
     extension = {"jpeg": "jpg"}.get(kind, kind)
     folder = tmp_path / "output" / "validation_images"
-    for step, width in ((0, 64), (1, 128)):
-        with Image.open(folder / f"step_{step}_validation_0_64x48.{extension}") as image:
-            assert (image.format, image.size) == (kind.upper(), (width, 48))
+    sizes = {"000000_validation_base": (64, 48), "000001_validation": (128, LABELS + 48)}
+    for name, size in sizes.items():
+        with Image.open(folder / f"step_{name}_0_64x48.{extension}") as image:
+            assert (image.format, image.size) == (kind.upper(), size)
 
 
 def test_quality(run, tmp_path):
@@ -73,7 +74,7 @@ def test_quality(run, tmp_path):
             name=name, validation_image_format="jpeg", validation_image_quality=quality,
             max_train_steps=1, **DRAWS_TRAINED,
         )  # fmt: skip
-        (path,) = (tmp_path / name / "validation_images").glob("step_1_*")
+        (path,) = (tmp_path / name / "validation_images").glob("step_000001_*")
         sizes.append(path.stat().st_size)
     assert sizes[0] < sizes[1]
 
@@ -86,7 +87,7 @@ def test_noise_is_the_same_each_time_unless_it_is_random(run, tmp_path, randomiz
         max_train_steps=2, learning_rate=1e-30, lr_scheduler="constant",
     )  # fmt: skip
     one, two = (
-        tmp_path / "output" / "validation_images" / f"step_{step}_validation_0_64x48.png"
+        tmp_path / "output" / "validation_images" / f"step_{step:06d}_validation_0_64x48.png"
         for step in (1, 2)
     )
     assert same_files(one, two) is not randomize
