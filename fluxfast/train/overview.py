@@ -11,7 +11,10 @@ from rich.text import Text
 from fluxfast.adapters.kind import trainable_parameters
 from fluxfast.config.run import TrainConfig
 from fluxfast.memory import plan
+from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.rates import told as told_of_rates
+from fluxfast.memory.sizes import Workload
+from fluxfast.model.apply import Choices
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops.dispatch import HAS_NATIVE, HAS_TRITON
 from fluxfast.text import printable
@@ -79,13 +82,17 @@ def _time(config: TrainConfig, parts: Parts, steps: int) -> str:
     gpu, workload = parts.facts.gpu, parts.facts.workload
     if gpu is None or workload is None:
         return ""
-    workload = replace(workload, compute=parts.choices.compute)
-    step = plan.predict(workload, parts.choices, gpu)
-    seconds = step.update + config.gradient_accumulation_steps * (step.total - step.update)
+    seconds = predicted(workload, parts.choices, gpu, config.gradient_accumulation_steps)
     return (
         f"about {duration(steps * seconds)} at {seconds:.2f} s a step, and drawing beside it "
         f"(predicted {told_of_rates(gpu)})"
     )
+
+
+def predicted(workload: Workload, choices: Choices, gpu: Gpu, micro_batches: int) -> float:
+    """Seconds of an optimiser's step of so many batches."""
+    step = plan.predict(replace(workload, compute=choices.compute), choices, gpu)
+    return step.update + micro_batches * (step.total - step.update)
 
 
 def duration(seconds: float) -> str:
