@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fluxfast.config.precision_words import in_words
 from fluxfast.quant import FORMATS
 from fluxfast.quant.format import Format
 from fluxfast.quant.linear import QuantLinear
@@ -66,7 +67,7 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
         "%s %s: kept in fluxfast's %s, %g bits a weight",
         key,
         precision,
-        name,
+        in_words(name),
         format.bits_per_weight,
     )
     return format

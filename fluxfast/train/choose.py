@@ -18,6 +18,7 @@ from fluxfast.adapters.presets import preset_targets
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.conditioning import ConditioningDataset
 from fluxfast.config.datasets import DataConfig, ImageDataset
+from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.buckets import target_size
@@ -255,7 +256,9 @@ def tell(
         tell(f"modulation is computed a step ahead on the CPU: its {size} stay in host memory")
     elif wishes.modulation_ahead == "auto" and facts.gpu is not None:
         tell(f"modulation is computed on the device, step by step: {reasons['modulation_ahead']}")
-    told = "in the activations' type" if chosen.compute == "same" else f"in {chosen.compute}"
+    told = (
+        "in the activations' type" if chosen.compute == "same" else f"in {in_words(chosen.compute)}"
+    )
     if chosen.compute != "same" and chosen.outliers:
         told += f", {chosen.outliers} channels apart"
     tell(f"matrix products run {told}: {reasons['compute']}")

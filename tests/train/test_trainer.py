@@ -280,7 +280,7 @@ def test_eight_bit_products_train_and_resume(run, monkeypatch, compute):
         "recompute": "selective",
     }
     whole, out = run(name="whole", **mode)
-    assert f"matrix products run in {'int8' if compute == 'int8' else 'e4m3'}" in out.getvalue()
+    assert f"matrix products run in {'int8' if compute == 'int8' else 'fp8'}" in out.getvalue()
     kill_at(monkeypatch, 4)
     with pytest.raises(Killed):
         run(name="killed", **mode)
