@@ -5,9 +5,11 @@ Python gives a file name that isn't UTF-8 as a string in which each odd byte is 
 hashed or stored as text. JSON may hold such halves too.
 """
 
+import difflib
 import os
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 # categories of Unicode that break a line or move the cursor: controls, surrogates, line and
 # paragraph separators
@@ -72,3 +74,22 @@ def lines(text: str) -> list[str]:
     Other line breaks of Unicode belong to the text.
     """
     return text.replace("\r\n", "\n").split("\n")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that somebody who wrote `name` most likely meant; None where none is near."""
+    written = {each.lower(): each for each in known}
+    begins = [each for lower, each in written.items() if lower.startswith(name.lower())]
+    near = begins or difflib.get_close_matches(name.lower(), written, n=1)
+    return written[near[0].lower()] if name and near else None
+
+
+def wrong_choice(what: str, got: object, known: Iterable[str]) -> str:
+    """The message for a value that is none of the known names.
+
+    It lists them, and says which one is near. `what` is the argument or option.
+    """
+    names = list(known)
+    near = nearest(got, names) if isinstance(got, str) else None
+    question = "" if near is None else f"; did you mean {near!r}?"
+    return f"{what}: expected one of {', '.join(names)}; got {got!r}{question}"

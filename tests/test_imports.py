@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # left never imports right; one entry may import itself and everything before it
 LAYERS: list[set[str]] = [
-    {"fluxfast_kernels", "fluxfast._C", "fluxfast.files", "fluxfast.hooks", "fluxfast.text"},
+    {
+        *("fluxfast_kernels", "fluxfast._C", "fluxfast.files", "fluxfast.hooks"),
+        *("fluxfast.text", "fluxfast.threads"),
+    },
     {"fluxfast.config"},
     {"fluxfast.ops"},
     {"fluxfast.quant"},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from fluxfast import __version__
+from fluxfast.text import nearest
+from fluxfast.threads import share_cores
 
 # command: (module of fluxfast_bench, one line of help); a module is imported when its command runs
 COMMANDS = {
@@ -102,7 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what our libraries advise their own users to do is no concern of ours
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        share_cores()
+        # it warns that it found no 4-bit kernels for a CPU, which nothing here would call
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return importlib.import_module(f"fluxfast_bench.{COMMANDS[words[0]][0]}").main(words[1:])
     asked = bool(words) and words[0] in ("-h", "--help", "help")
+    if words and not asked:
+        near = nearest(words[0], COMMANDS)
+        question = "" if near is None else f" Did you mean {near}?"
+        print(f"fluxfast-bench: there is no command {words[0]!r}.{question}\n", file=sys.stderr)
     print(usage(), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2

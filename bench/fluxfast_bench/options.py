@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
+from fluxfast.text import wrong_choice
 from fluxfast_bench.shapes import SHAPES
 
 
@@ -56,9 +57,7 @@ def chosen(
     Raises ValueError naming what isn't allowed.
     """
     names = list(allowed if default is None else default) if text is None else text.split(",")
-    unknown = [name for name in names if name not in allowed]
+    unknown = [wrong_choice(option, name, allowed) for name in names if name not in allowed]
     if unknown:
-        raise ValueError(
-            f"{option}: there is no {', '.join(map(repr, unknown))}; there are {', '.join(allowed)}"
-        )
+        raise ValueError("\n".join(unknown))
     return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median, quantiles
@@ -33,6 +33,28 @@ def stats(samples: Sequence[float]) -> Stats:
         return Stats(samples[0], samples[0], samples[0], 1)
     tenths = quantiles(samples, n=10, method="inclusive")
     return Stats(median(samples), tenths[0], tenths[-1], len(samples))
+
+
+# A rate that is more than this many times its ceiling: other programs ran while one of the two was
+# measured. Small products run a quarter faster than a step's large ones, and what a CPU's
+# caches hold is copied several times as fast as memory; a GPU's timings leave its caches out
+MOST_OF_PRODUCTS = 1.5
+MOST_OF_COPIES = {"cpu": 8.0, "cuda": 1.5}
+
+
+def share_of(name: str, share: float, most: float) -> dict[str, Any]:
+    """The share of a ceiling or a floor as a part of a record: {name: share}.
+
+    Where it can't be, it is {"impossible": share} instead, so that no table shows it as a result.
+    """
+    return {name if share <= most else "impossible": round(share, 4)}
+
+
+def share_told(record: Mapping[str, Any], name: str) -> str:
+    """A record's share in per cent, "impossible" for one that can't be; "" where it has none."""
+    if "impossible" in record:
+        return "impossible"
+    return f"{record[name]:.0%}" if name in record else ""
 
 
 def synchronize(device: torch.device) -> None:

@@ -190,14 +190,17 @@ def add_lora(
 ) -> list[Parameter]:
     """Freezes `transformer` (a diffusers model) and puts a new LoRA, or DoRA, on it.
 
-    Returns the new parameters in order. `targets` is the name of a preset or a list of module names
-    or their ends. `alpha` None means `rank`. `init`: `default` (A Kaiming-uniform, B zero),
-    `gaussian` (A normal / rank, B zero), `olora` and `pissa` (from the base's weights),
-    `pissa_niter_<n>` (PiSSA by n steps of a randomised SVD: seconds, not minutes), and `loftq`,
+    Returns the new parameters in order: A [rank, in] and B [out, rank] of each linear, in `dtype`.
+    `targets` is a list of module names or their ends, or a preset of SimpleTuner's
+    `flux_lora_target`: "all" (attention), "context", "context+ffs", "all+ffs", "all+ffs+embedder",
+    "ai-toolkit", "tiny", "nano", "mmdit", "all+ffs+embedder+controlnet". What a LoRA adds is
+    alpha / rank · B A, and `alpha` None means `rank`. `init`: "default" (A Kaiming-uniform, B
+    zero), "gaussian" (A normal / rank, B zero), "olora" and "pissa" (from the base's weights),
+    "pissa_niter_<n>" (PiSSA by n steps of a randomised SVD: seconds, not minutes), and "loftq",
     which corrects the error of a quantised base in `loftq_iterations`. Over a quantised base the
     last three take its weights from `originals`. Random numbers come from torch's global generator.
-    `dtype` is that of the parameters. Raises ValueError, before anything is changed, for targets
-    that match nothing, unknown inits, impossible ranks, and weights that are not at hand.
+    Raises ValueError, before anything is changed, for targets that match nothing, unknown presets
+    and inits, ranks below 1, and weights that are not at hand.
     """
     settings = AdapterSettings(
         targets if isinstance(targets, str) else tuple(targets),

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fluxfast.adapters.kind import AdapterSettings, Originals
 from fluxfast.adapters.low_rank import Errors, Factors, of_error, orthogonal, principal
 from fluxfast.quant.linear import QuantLinear
+from fluxfast.text import wrong_choice
 
 INIT_TYPES = ("default", "gaussian", "loftq", "olora", "pissa")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +64,7 @@ def check_init(transformer: nn.Module, modules: list[str], settings: AdapterSett
     """
     init = settings.init
     if init not in INIT_TYPES and not re.fullmatch(r"pissa_niter_[1-9]\d*", init):
-        raise ValueError(f"unknown lora_init_type {init!r}: choose one of {', '.join(INIT_TYPES)}")
+        raise ValueError(wrong_choice("lora_init_type", init, INIT_TYPES))
     if settings.loftq_iterations < 1:
         raise ValueError(f"loftq_iterations must be at least 1, got {settings.loftq_iterations}")
     if init in ("default", "gaussian"):

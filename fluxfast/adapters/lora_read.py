@@ -82,7 +82,11 @@ def read_lora(lora: str | os.PathLike[str]) -> LoraFile:
     A DoRA's magnitudes are in the state too, `<module>.lora_magnitude_vector` [out]. Raises
     `read_adapter`'s errors, and ValueError for an adapter that isn't LoRA alone.
     """
-    file = read_adapter(lora)
+    return as_lora(read_adapter(lora))
+
+
+def as_lora(file: AdapterFile) -> LoraFile:
+    """What was read as a LoRA; ValueError for an adapter that isn't LoRA alone."""
     if other := [name for name in file.targets if file.algos[name] != "lora"]:
         labels = dict.fromkeys(ALGORITHMS[file.algos[name]].label for name in other)
         raise ValueError(

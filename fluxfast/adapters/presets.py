@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fluxfast.text import wrong_choice
+
 
 @dataclass(frozen=True)
 class TargetPreset:
@@ -61,7 +63,7 @@ def preset_targets(name: str) -> tuple[str, ...]:
             "flux_lora_target 'controlnet' needs a ControlNet, which fluxfast doesn't train yet"
         )
     if name not in PRESETS:
-        raise ValueError(f"unknown flux_lora_target {name!r}: choose one of {', '.join(PRESETS)}")
+        raise ValueError(wrong_choice("flux_lora_target", name, PRESETS))
     return PRESETS[name].targets
 
 

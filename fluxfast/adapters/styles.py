@@ -43,6 +43,7 @@ from fluxfast.adapters.algorithms import ALGORITHMS, scale_of
 from fluxfast.adapters.kind import AdapterFile, listed
 from fluxfast.adapters.writing import PREFIX, write_adapter
 from fluxfast.checkpoint.keys import SWAPPED, bfl_linears
+from fluxfast.text import wrong_choice
 
 # the tensors of a file, and its metadata
 Styled = tuple[dict[str, Tensor], dict[str, str]]
@@ -69,7 +70,7 @@ def write_styled(
 def styled(file: AdapterFile, style: str) -> Styled:
     """An adapter's tensors by a style's names, and the metadata that belongs to them."""
     if style not in STYLES:
-        raise ValueError(f"unknown lora_format {style!r}: choose {' or '.join(STYLES)}")
+        raise ValueError(wrong_choice("lora_format", style, STYLES))
     tensors, header = STYLES[style](file)
     # tensors of a file may share their memory, which safetensors refuses
     apart = {

@@ -171,6 +171,7 @@ def show(
         *_caption_file_lines(inspected, limit),
     ):
         _say(console, line)
+    console.print(inspected.remarks)
     if inspected.pairs:
         console.print(_pair_table(inspected))
     for line in chain.from_iterable(_pair_lines(row, limit) for row in inspected.pairs):
@@ -274,12 +275,6 @@ def _caption_file_lines(inspected: Inspected, limit: int | None) -> Iterator[str
     if files.alone:
         yield f"caption files without an image: {len(files.alone)}"
         yield from _listed([printable(file) for file in files.alone], limit)
-    if files.ignored:
-        strategy = inspected.dataset.config.caption_strategy
-        yield (
-            f"{_counted(files.ignored, 'image')} with a .txt beside it that is not read, since "
-            f'"caption_strategy" is "{strategy}"'
-        )
 
 
 def _listed(lines: Sequence[str], limit: int | None) -> Iterator[str]:
@@ -335,7 +330,9 @@ def _dataset_report(inspected: Inspected, sheets: dict[str, Path]) -> dict[str, 
         "captions": asdict(inspected.captions),
         "captions_without_image": inspected.caption_files.alone,
         "captions_not_read": inspected.caption_files.ignored,
+        "caption_samples": list(inspected.remarks.samples),
+        "warnings": list(inspected.remarks.warnings),
         "conditioning": [asdict(each) for each in inspected.pairs],
-        "notes": list(dataset.all_notes),
+        "notes": [*inspected.remarks.notes, *dataset.all_notes],
         "sheet": None if sheet is None else str(sheet),
     }

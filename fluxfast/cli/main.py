@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fluxfast import __version__
+from fluxfast.threads import share_cores
 
 # command: (module of fluxfast.cli, one line of help); a module is imported when its command runs
 COMMANDS = {
@@ -91,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # these libraries' hints are for people who call them directly
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    share_cores()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("fluxfast").setLevel(logging.INFO)
     # it warns that it found no 4-bit kernels for a CPU, which nothing here would call
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return importlib.import_module(f"fluxfast.cli.{COMMANDS[name][0]}").main(words)

@@ -183,6 +183,17 @@ class DerivedValues(TrainFields):
         return "fast" if self.flux_fast_schedule else "sigmoid"
 
     @property
+    def schedule_text(self) -> str:
+        """The schedule and its shift in a few words."""
+        if self.schedule in ("fast", "custom"):
+            return f"{self.schedule}, which no shift applies to"
+        if self.flow_schedule_auto_shift:
+            return f"{self.schedule}, shifted by each image's resolution"
+        if self.flow_schedule_shift:
+            return f"{self.schedule}, shift {self.flow_schedule_shift:g}"
+        return f'{self.schedule}, no shift ("flow_schedule_shift")'
+
+    @property
     def custom_sigmas(self) -> tuple[float, ...] | None:
         """The custom schedule's sigmas, from 0 to 1."""
         if self.flow_custom_timesteps is None or max(self.flow_custom_timesteps) <= 1:

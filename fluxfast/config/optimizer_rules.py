@@ -28,7 +28,11 @@ def optimizer_notes(config: DerivedValues) -> list[str]:
     if kind.clips:
         if "max_grad_norm" in config.model_fields_set:
             notes.append(f'"max_grad_norm" has no effect: {name} bounds its updates itself')
-    elif config.max_grad_norm and "grad_clip_method" not in config.model_fields_set:
+    elif (
+        config.max_grad_norm
+        and "max_grad_norm" in config.model_fields_set
+        and "grad_clip_method" not in config.model_fields_set
+    ):
         notes.append(
             f"gradients are clipped to a norm of {config.max_grad_norm:g} "
             '(SimpleTuner clips each value by default: "grad_clip_method": "value" does that)'

@@ -84,8 +84,6 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
             "block_level",
             "leaf by leaf the same bytes would be copied, in more pieces",
         )
-    # a flavour may have forced the shift
-    notes.append(_schedule_note(config.model_copy(update=forced)))
     if config.optimizer_kind.finds_rate and "learning_rate" not in config.model_fields_set:
         forced["learning_rate"] = 1.0
     notes += optimizer_notes(config)
@@ -98,7 +96,9 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     force("validation_num_inference_steps", steps, flavour.forced_because)
     notes += flavour.notes
     notes += _guidance_notes(config.model_copy(update=forced))
-    if not config.validation_disable and not flavour.draws_well_in(steps):
+    # the default is no news, but with a flavour that draws in a few steps it is a mistake
+    told = flavour.few_steps or "validation_num_inference_steps" in config.model_fields_set
+    if told and not config.validation_disable and not flavour.draws_well_in(steps):
         notes.append(f'"validation_num_inference_steps" is {steps}: {flavour.advice}')
     notes += _notes_of_no_effect(config)
     if "cache_dir" not in config.model_fields_set and config.cache_dir.is_relative_to(
@@ -122,20 +122,6 @@ def _guidance_notes(config: DerivedValues) -> list[str]:
         'classifier-free guidance, here "validation_guidance_real" above 1 '
         f"(it is {config.validation_guidance_real:g})"
     ]
-
-
-def _schedule_note(config: DerivedValues) -> str:
-    schedule = config.schedule
-    if schedule in ("fast", "custom"):
-        return f"timestep schedule: {schedule}, which no shift applies to"
-    if config.flow_schedule_auto_shift:
-        return f"timestep schedule: {schedule}, shifted by each image's resolution"
-    if config.flow_schedule_shift:
-        return f"timestep schedule: {schedule}, shift {config.flow_schedule_shift:g}"
-    return (
-        f"timestep schedule: {schedule}, no shift (SimpleTuner shifts by 3 unless told: "
-        '"flow_schedule_shift": 3 does that)'
-    )
 
 
 def _notes_of_no_effect(config: DerivedValues) -> list[str]:
@@ -197,7 +183,10 @@ def _run_conflicts(config: DerivedValues) -> list[str]:
             "num_train_epochs to 0 or leave max_train_steps out"
         )
     if not config.max_train_steps and not config.num_train_epochs:
-        problems.append('the run has no length: set "max_train_steps" or "num_train_epochs"')
+        problems.append(
+            'the run has no length, as "max_train_steps" and "num_train_epochs" are both 0: set '
+            "one of them"
+        )
     problems += optimizer_problems(config)
     problems += [
         f'"report_to" names {name}, whose package is not installed: pip install "{TRACKERS[name]}"'

@@ -66,25 +66,15 @@ class DataReport:
     """The whole report: prints as the table, the files that were left out, and notes."""
 
     datasets: Sequence[DatasetReport]
-    texts: int
     texts_encoded: int
     notes: Sequence[str] = field(default=())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The report for `rich.print` and `Console.print`."""
         table = Table(title="Datasets", title_justify="left")
-        for column in (
-            "dataset",
-            "found",
-            "used",
-            "left out",
-            "repeats",
-            "per epoch",
-            "new",
-            "buckets",
-        ):
+        for column in ("dataset", "images", "left out", "repeats", "an epoch", "sizes"):
             justify: JustifyMethod = (
-                "left" if column in ("dataset", "left out", "buckets") else "right"
+                "left" if column in ("dataset", "left out", "sizes") else "right"
             )
             # fold wide columns rather than cut them: a name that is cut off is of no use
             table.add_column(column, justify=justify, overflow="fold")
@@ -92,12 +82,10 @@ class DataReport:
             reasons = Counter(skipped.reason for skipped in row.skipped)
             table.add_row(
                 escape(row.id),
-                str(row.found),
                 str(row.used),
                 "\n".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "0",
                 str(row.repeats),
                 str(row.samples_per_epoch),
-                str(row.encoded),
                 "\n".join(f"{size}: {count}" for size, count in row.buckets.most_common()),
             )
         yield table
@@ -107,11 +95,10 @@ class DataReport:
                 yield Text("\n".join([f"Left out of {row.id}:", *_named(row.skipped)]))
             if row.unread:
                 yield Text(f"{row.id}: {unread_kinds(row.unread)}")
-        yield (
-            f"{self.texts} texts (captions, the empty one, validation's), "
-            f"{self.texts_encoded} newly encoded"
-        )
-        yield from map(Text, self.notes)
+        yield from (Text(f"· {note}") for note in self.notes)
+        images = sum(row.encoded for row in self.datasets)
+        if images or self.texts_encoded:
+            yield f"newly encoded: {images} images, {self.texts_encoded} texts"
 
 
 def unread_kinds(files: Sequence[str]) -> str:

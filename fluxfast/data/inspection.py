@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.markup import escape
 from rich.progress import Progress
@@ -18,9 +17,9 @@ from fluxfast.data.buckets import batches_in_epoch
 from fluxfast.data.cache import TensorCache
 from fluxfast.data.caption_lengths import LongCaptions, TokenCounter, long_captions
 from fluxfast.data.duplicates import EDGE, equal_files, image_print, near_images
-from fluxfast.data.image_kinds import looks_like_an_image
-from fluxfast.data.images import UnreadableImage, files_below, load_image
+from fluxfast.data.images import UnreadableImage, load_image
 from fluxfast.data.pairs import Pairing
+from fluxfast.data.remarks import CaptionFiles, Remarks, caption_files, remarks
 from fluxfast.data.scan import UNREADABLE, Candidate, Skipped, map_files
 from fluxfast.data.survey import Survey, SurveyedDataset
 
@@ -43,18 +42,6 @@ class BucketRow:
     images: int
     batches: int
     filled: int
-
-
-@dataclass(frozen=True)
-class CaptionFiles:
-    """Caption files beside a dataset's images.
-
-    alone: those without an image, as paths below the folder. ignored: how many images have one that
-    `caption_strategy` doesn't read.
-    """
-
-    alone: list[str]
-    ignored: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +75,7 @@ class Inspected:
     near: list[list[str]]
     captions: LongCaptions
     caption_files: CaptionFiles
+    remarks: Remarks
     pairs: list[PairRow]
 
 
@@ -118,13 +106,15 @@ def _inspect(
     # of equal files, the first one stands for all
     repeated = {file for group in equal for file in group[1:]}
     distinct = [c.file for c in candidates if c.file not in repeated]
+    files = caption_files(dataset.config, dataset.skip)
     return Inspected(
         dataset,
         bucket_rows(dataset),
         equal,
         near_images(distinct, [prints[file] for file in distinct]),
         long_captions(_captions(dataset), counter),
-        _caption_files(dataset),
+        files,
+        remarks(dataset.config, dataset.scan, files),
         _pair_rows(dataset),
     )
 
@@ -169,21 +159,6 @@ def bucket_rows(dataset: SurveyedDataset) -> list[BucketRow]:
         filled = batches * dataset.batch_size - images * (1 + dataset.repeats)
         rows.append(BucketRow(aspect, "{}x{}".format(*size), images, batches, filled))
     return rows
-
-
-def _caption_files(dataset: SurveyedDataset) -> CaptionFiles:
-    root = Path(dataset.config.instance_data_dir)
-    images, texts = set(), []
-    for path in files_below(root, skip=dataset.skip):
-        if path.suffix == ".txt":
-            texts.append(path)
-        elif looks_like_an_image(path):
-            images.add(path.with_suffix(""))
-    paired = [path for path in texts if path.with_suffix("") in images]
-    if dataset.config.caption_strategy != "textfile":
-        return CaptionFiles([], len(paired))
-    alone = sorted(set(texts) - set(paired))
-    return CaptionFiles([path.relative_to(root).as_posix() for path in alone], 0)
 
 
 def _look_at(dataset: SurveyedDataset, bars: Progress) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,32 @@ def file_hash(path: Path) -> str:
 
 
 def load_from(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained(folder)`; whatever is wrong with the folder is a ValueError."""
+    """`kind.from_pretrained(folder)`; whatever is wrong with the folder is a ValueError.
+
+    The libraries' bars are left out, which count tensors beside our own that count images.
+    """
     try:
-        return kind.from_pretrained(folder, **options)
+        with _without_bars():
+            return kind.from_pretrained(folder, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: can't be loaded as {kind.__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Have diffusers and transformers show no progress bars of their own in the block."""
+    # whoever loads a model has imported them
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled()]
+    for each in shown:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()
 
 
 def _cached_hash(path: Path, cache: TensorCache) -> str:

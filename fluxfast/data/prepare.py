@@ -6,7 +6,7 @@ trains, for the first image that a batch needs and the cache lacks.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -28,6 +28,7 @@ from fluxfast.data.prepared import (
     PreparedMasks,
     Sample,
 )
+from fluxfast.data.remarks import Remarks, caption_files, remarks
 from fluxfast.data.scan import Candidate, cropped_anew, sizes_of_crops
 from fluxfast.data.survey import Survey, SurveyedDataset, started, survey
 
@@ -39,6 +40,7 @@ def prepare(
     extra_prompts: Iterable[str] = (),
     progress: Progress | None = None,
     encoding: AbstractContextManager[None] | None = None,
+    remark: Callable[[Remarks], None] | None = None,
     **options: Any,
 ) -> Prepared:
     """Prepare the datasets of `data`.
@@ -46,6 +48,7 @@ def prepare(
     extra_prompts: texts to encode beside the captions and "", such as validation's.
     progress: where to show progress bars, started by the caller (default: on its own).
     encoding: a context to be in while captions and images are encoded.
+    remark: is called with what may surprise in each dataset, before anything is encoded.
     options: those of `survey`, but for `vae_batch_size`, which is the encoders'.
 
     Raises ValueError naming each dataset that has nothing usable or too little, with the reason and
@@ -55,6 +58,8 @@ def prepare(
         found = survey(data, bars, vae_batch_size=encoders.vae_batch_size, **options)
         # before the long part, and again after it: decoding may find damaged images
         found.check()
+        for work in found.datasets if remark else ():
+            remark(remarks(work.config, work.scan, caption_files(work.config, work.skip)))
         with encoding or nullcontext():
             return _encoded(data, found, encoders, extra_prompts, bars)
 
@@ -87,7 +92,7 @@ def _encoded(
     return Prepared(
         tuple(datasets[each.id] for each in data.images),
         prompts,
-        DataReport([work.report() for work in works], len(texts), texts_encoded, notes),
+        DataReport([work.report() for work in works], texts_encoded, notes),
         held_out=tuple(datasets[each.id] for each in data.held_out),
     )
 

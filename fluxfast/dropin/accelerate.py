@@ -33,6 +33,7 @@ from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.ops.linear.transposed_codes import copies_of
 from fluxfast.ops.row_quant import FORMATS as CODES
 from fluxfast.quant import QuantWeight
+from fluxfast.text import wrong_choice
 
 
 def accelerate(
@@ -199,9 +200,8 @@ def _checked(
         ("impl", impl, get_args(Impl)),
     ):
         if value not in known:
-            raise ValueError(
-                f"accelerate: {name} must be one of {in_words(str(known))}, not {value!r}"
-            )
+            words = tuple(map(in_words, known))
+            raise ValueError(wrong_choice(f"accelerate: {name}", value, words))
     if recompute is None:
         return None
     policies = (recompute,) * blocks if isinstance(recompute, str) else tuple(recompute)
@@ -212,7 +212,7 @@ def _checked(
         )
     for policy in policies:
         if policy not in POLICIES:
-            raise ValueError(f"accelerate: recompute is one of {POLICIES}, or None, not {policy!r}")
+            raise ValueError(wrong_choice("accelerate: recompute", policy, POLICIES))
     return policies
 
 

@@ -102,8 +102,8 @@ def drawing_with(
     """
     before = transformer.compiled, [block.attention for block in transformer.blocks]
     transformer.compiled = compiled
-    for block in transformer.blocks if attention is not None else ():
-        block.attention = attention
+    if attention is not None:
+        transformer.set_attention(attention)
     try:
         yield
     finally:

@@ -41,7 +41,10 @@ from fluxfast.model.streams import joined
 from fluxfast.model.surroundings import block_vectors, embed_tokens, predict
 from fluxfast.model.tape import POLICIES
 from fluxfast.model.text_mask import MaskedText
+from fluxfast.ops import attention_sage
+from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.linear.group import COMPUTE
+from fluxfast.text import wrong_choice
 
 
 def compute_dtype(device: torch.device, storage: torch.dtype) -> torch.dtype:
@@ -228,20 +231,34 @@ class FluxTransformer(FluxTransformer2DModel):
         (`fluxfast.ops.linear.group`). Raises ValueError on another name or a negative number.
         """
         named = compute_named(compute)
-        if named not in COMPUTE or outliers < 0:
-            raise ValueError(
-                f"compute must be one of {COMPUTE_WORDS} and outliers not negative, not "
-                f"{compute!r} and {outliers}"
-            )
+        if named not in COMPUTE:
+            raise ValueError(wrong_choice("compute", compute, COMPUTE_WORDS))
+        if outliers < 0:
+            raise ValueError(f"outliers: expected a number of channels, 0 or more, got {outliers}")
         for block in self.blocks:
             block.compute, block.outliers = named, outliers
+
+    def set_attention(self, backend: str) -> None:
+        """Set what the blocks compute attention with.
+
+        backend: "auto", the fastest that there is; PyTorch's "cudnn", "flash", "efficient", or on a
+        CPU "cpu"; "native", ours in fp32 on a CPU; "ref", plain torch; or, to draw images only, one
+        of `fluxfast.ops.attention_sage`. Raises ValueError on another name; a back end that can't
+        do a call is an error in that call.
+        """
+        known = (*BACKENDS, *attention_sage.FUNCTIONS)
+        if backend not in known:
+            raise ValueError(wrong_choice("attention", backend, known))
+        for block in self.blocks:
+            block.attention = backend
 
     def set_recompute(self, policy: str | Sequence[str] | None) -> None:
         """Set what backward recomputes: "none", "selective" or "full", for all blocks or for each.
 
         What a policy keeps instead is in `fused_double.KEPT_DOUBLE` and `single_block.KEPT_SINGLE`.
         With None, the default, the blocks that gradient checkpointing asks for recompute all, and
-        the others nothing.
+        the others nothing. Raises ValueError on another name, or a list of another length than the
+        number of blocks.
         """
         policies = [policy] * len(self.blocks) if isinstance(policy, str) else policy
         if policies is not None and len(policies) != len(self.blocks):
@@ -251,7 +268,7 @@ class FluxTransformer(FluxTransformer2DModel):
             )
         for name in policies or ():
             if name not in POLICIES:
-                raise ValueError(f"recompute: a policy is one of {POLICIES}, not {name!r}")
+                raise ValueError(wrong_choice("recompute", name, POLICIES))
         self.recompute = None if policies is None else list(policies)
 
     @property

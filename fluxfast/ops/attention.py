@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fluxfast.ops import attention_native, attention_sage, device, verdicts
 from fluxfast.ops.tensors import own_dtypes
+from fluxfast.text import wrong_choice
 
 BACKENDS = ("auto", "cudnn", "flash", "efficient", "native", "cpu", "ref")
 _HALF = (torch.float16, torch.bfloat16)
@@ -37,7 +38,7 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None) -> str:
             raise ValueError(f"attention: the back end {backend!r} takes no mask; use 'auto'")
         return backend
     if backend not in BACKENDS:
-        raise ValueError(f"attention: the back end must be one of {BACKENDS}, not {backend!r}")
+        raise ValueError(wrong_choice("attention", backend, BACKENDS))
     if backend == "native" and (obstacle := attention_native.obstacle(q, mask is not None)):
         raise ValueError(
             f"attention: the back end 'native' can't do this call: {obstacle}; use 'auto' or 'ref'"

@@ -84,7 +84,9 @@ def resolve(
     if not torch.compiler.is_compiling() and said not in _announced:
         _announced.add(said)
         fits = "tensors on a GPU" if choice == "triton" else "float32 tensors on the CPU"
-        tell = logger.info if verdict is None else logger.warning
+        # on a GPU it is slow, and nobody would expect it
+        is_surprise = verdict is not None or (wanted == "triton" and choice == "ref")
+        tell = logger.warning if is_surprise else logger.info
         tell(
             "%s runs on '%s': %s",
             in_words(op),

@@ -22,6 +22,7 @@ from fluxfast.ops import dispatch
 from fluxfast.ops.parts import Parts, PerPart, dense_vectors, only
 from fluxfast.ops.registration import Op, is_traced
 from fluxfast.ops.tensors import dense_rows, divide, full_dtype
+from fluxfast.text import wrong_choice
 
 # of each format, the type of its codes and the largest
 FORMATS = {"int8": (torch.int8, 127.0), "e4m3": (torch.float8_e4m3fn, 448.0)}
@@ -78,7 +79,7 @@ def row_quant(
     this call.
     """
     if fmt not in FORMATS:
-        raise ValueError(f"row_quant: the format is one of {sorted(FORMATS)}, not {fmt!r}")
+        raise ValueError(wrong_choice("row_quant: format", fmt, sorted(FORMATS)))
     if x.ndim == 0 or (col_scale is not None and col_scale.shape != x.shape[-1:]):
         got = None if col_scale is None else list(col_scale.shape)
         raise ValueError(
@@ -139,7 +140,7 @@ _forward_op = Op("row_quant_fwd", forward, _fake_forward)
 def check_out(op: str, out: str) -> None:
     """Raises ValueError if `out` is no output mode."""
     if out != "same" and out not in get_args(CodesOut):
-        raise ValueError(f"{op}: out must be one of {('same', *get_args(CodesOut))}, not {out!r}")
+        raise ValueError(wrong_choice(f"{op}: out", out, ("same", *get_args(CodesOut))))
 
 
 def output_of(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fluxfast.config.precision_words import in_words
+from fluxfast.config.precision_words import format_named, in_words
 from fluxfast.quant import FORMATS
 from fluxfast.quant.format import Format
 from fluxfast.quant.linear import QuantLinear
+from fluxfast.text import wrong_choice
 
 logger = logging.getLogger("fluxfast")
 
@@ -45,7 +46,7 @@ class QuantReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.quantized)} linears in {self.format}: {self.bytes_before / 2**30:.2f} "
+            f"{len(self.quantized)} linears in {in_words(self.format)}: {self.bytes_before / 2**30:.2f} "
             "GiB became "
             f"{self.bytes_after / 2**30:.2f}; {len(self.kept)} kept: {', '.join(self.kept)}"
         )
@@ -58,7 +59,7 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
     Raises ValueError on a name that is not in PRECISIONS.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"{key}: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+        raise ValueError(wrong_choice(key, precision, PRECISIONS))
     name = PRECISIONS[precision]
     if name is None:
         return None
@@ -71,6 +72,20 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
         format.bits_per_weight,
     )
     return format
+
+
+def quantize(transformer: nn.Module, format: str = "int8") -> QuantReport:
+    """Keep a FLUX.1 transformer's linears in few bits, in place: the frozen base of a LoRA.
+
+    transformer: any model's module in a floating dtype, without adapters; these come after.
+    format: "int8", "int4", "nf4", "int2" or "fp8". The embedders of image and text and the
+    last linear stay as they are (`KEPT`). Returns what was done, with bytes before and after, to
+    print. Raises ValueError on another name, and `quantize_model`'s errors.
+    """
+    name = format_named(format)
+    if name not in FORMATS:
+        raise ValueError(wrong_choice("format", format, [*map(in_words, FORMATS)]))
+    return quantize_model(transformer, FORMATS[name])
 
 
 def quantize_model(

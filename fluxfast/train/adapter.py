@@ -265,13 +265,7 @@ def add_adapter(
         kind.load_state(transformer, saved, originals)
     for line in lines or ():
         say(console, line)
-    parameters = list(trainable_parameters(transformer).values())
-    count = sum(p.numel() for p in parameters)
-    console.print(
-        f"training {count:,} parameters in {len(parameters)} tensors ({settings.dtype})",
-        highlight=False,
-    )
-    return parameters
+    return list(trainable_parameters(transformer).values())
 
 
 def _asked(config: TrainConfig) -> dict[str, Any]:

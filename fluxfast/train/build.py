@@ -17,6 +17,7 @@ from torch import Tensor
 from fluxfast.adapters.kind import AdapterFile
 from fluxfast.config.run import TrainConfig
 from fluxfast.data.model_folders import local_folder
+from fluxfast.memory.choices import Facts
 from fluxfast.memory.stream import BlockStream, stream_blocks
 from fluxfast.memory.wishes import Wishes, wishes_of
 from fluxfast.model.apply import Choices, make_ready
@@ -38,7 +39,7 @@ class Parts:
     """The model, ready to train, and what depends on it.
 
     Attributes:
-        choices: how the model computes.
+        choices: how the model computes. facts: what they were chosen from.
         stream: who streams its blocks; None: they are resident.
         scheduler: the pipeline's.
         validator: None where validation is off or has no prompt.
@@ -47,6 +48,7 @@ class Parts:
 
     transformer: FluxTransformer
     choices: Choices
+    facts: Facts
     stream: BlockStream | None
     scheduler: FlowMatchEulerDiscreteScheduler
     validator: Validator | None
@@ -107,6 +109,7 @@ def load_parts(
     return Parts(
         transformer,
         choices,
+        facts,
         stream,
         scheduler,
         build_validator(config, wishes, data.config, data.prepared, seed, transformer, scheduler),

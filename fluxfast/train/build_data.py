@@ -109,6 +109,7 @@ def load_data(
             ],
             progress=progress,
             encoding=events.stage("init_vae_cache"),
+            remark=console.print,
             **survey_options(config),
         )
     console.print(prepared.report)

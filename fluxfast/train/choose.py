@@ -18,7 +18,6 @@ from fluxfast.adapters.presets import preset_targets
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.conditioning import ConditioningDataset
 from fluxfast.config.datasets import DataConfig, ImageDataset
-from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.buckets import target_size
@@ -242,30 +241,20 @@ def tell_budget(chosen: Choices, wishes: Wishes, facts: Facts, console: Console)
 def tell(
     chosen: Choices, wishes: Wishes, facts: Facts, transformer: FluxTransformer, console: Console
 ) -> None:
-    """Say how the model computes, once the choices are applied.
+    """Say what "auto" passed over on a GPU, and why, once the choices are applied.
 
-    Without a GPU nobody expects modulation ahead or CUDA graphs, so "auto" says nothing there.
+    What runs is told by the overview. Without a GPU nobody expects modulation ahead, CUDA graphs or
+    products in 8 bits.
     """
-
-    def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
+    if facts.gpu is None:
+        return
     reasons = chosen.reasons
-    if transformer.modulation is not None:
-        size = f"{transformer.modulation.nbytes / 2**30:.2f} GiB"
-        tell(f"modulation is computed a step ahead on the CPU: its {size} stay in host memory")
-    elif wishes.modulation_ahead == "auto" and facts.gpu is not None:
-        tell(f"modulation is computed on the device, step by step: {reasons['modulation_ahead']}")
-    told = (
-        "in the activations' type" if chosen.compute == "same" else f"in {in_words(chosen.compute)}"
-    )
-    if chosen.compute != "same" and chosen.outliers:
-        told += f", {chosen.outliers} channels apart"
-    tell(f"matrix products run {told}: {reasons['compute']}")
-    if chosen.transposed_codes:
-        tell(f"codes are kept in both orders: {reasons['transposed_codes']}")
-    if chosen.compile is not None:
-        what = "the blocks and" if chosen.compile.blocks else "no block but"
-        tell(f"torch.compile ({chosen.compile.backend}) compiles {what} what is around them")
-    if wishes.cuda_graphs == "auto" and facts.gpu is not None and not chosen.graphs:
-        say(console, f"CUDA graphs: off: {reasons['graphs']}")
+    if wishes.modulation_ahead == "auto" and transformer.modulation is None:
+        say(
+            console,
+            f"modulation is computed on the device, step by step: {reasons['modulation_ahead']}",
+        )
+    if wishes.compute == "auto" and facts.format is not None and chosen.compute == "same":
+        say(console, f"matrix products are not in 8 bits: {reasons['compute']}")
+    if wishes.cuda_graphs == "auto" and not chosen.graphs:
+        say(console, f"CUDA graphs are off: {reasons['graphs']}")

@@ -17,6 +17,15 @@ class Interval:
     after_step: int = 0
     after_epoch: int = 0
 
+    def told(self, steps: int) -> list[str]:
+        """Words for when it happens within so many steps; none where it never does."""
+        told = []
+        if 0 < self.steps < steps:
+            told.append("after each step" if self.steps == 1 else f"every {self.steps:,} steps")
+        if self.epochs:
+            told.append("every epoch" if self.epochs == 1 else f"every {self.epochs} epochs")
+        return told
+
     def is_due(self, step: int, epoch: int, *, ends_epoch: bool) -> bool:
         """Whether it happens after this step, the last of its epoch or not."""
         if step < self.after_step or epoch + ends_epoch <= self.after_epoch:

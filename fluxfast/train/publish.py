@@ -119,6 +119,7 @@ def run_record(
             for name, edit in drawn.items()
         ),
         versions=_versions(device),
+        choices=dict(parts.choices.reasons),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -149,6 +150,13 @@ def notes(saved: SavedRun, now: Mapping[str, Any]) -> list[str]:
             if key in before and before[key] != value
         ]
     return lines
+
+
+def newer(output_dir: Path, step: int) -> list[str]:
+    """A line on checkpoints of later steps than the one that a run goes on from, if there are."""
+    later = [p.name for p in state.checkpoints(output_dir) if int(p.name.split("-")[1]) > step]
+    told = 'of a longer run; move what is of no use away, or the next "latest" is the newest'
+    return [f"{', '.join(later)}: {told}"] if later else []
 
 
 def _change(key: str, then: Any, now: Any) -> str:

@@ -62,15 +62,8 @@ class Rounds:
         self._optimizer, self._average = optimizer, average
         self._report, self._events, self._console = report, events, console
         self._say = partial(say, console)
-        self.evaluations, self.validations = (
-            evaluation_interval(config),
-            Interval(
-                config.validation_step_interval,
-                config.validation_epoch_interval or 0,
-                config.validate_after_step or 0,
-                config.validate_after_epoch or 0,
-            ),
-        )
+        self.evaluations = evaluation_interval(config)
+        self.validations = validation_interval(config)
         self._evaluator: Evaluator | None = None
         if data.prepared.held_out and not config.eval_loss_disable:
             self._evaluator = Evaluator(
@@ -188,3 +181,13 @@ def evaluation_interval(config: TrainConfig) -> Interval:
     if steps is None and epochs is None:
         steps, epochs = config.checkpoint_step_interval, config.checkpoint_epoch_interval
     return Interval(steps or 0, epochs or 0)
+
+
+def validation_interval(config: TrainConfig) -> Interval:
+    """When validation images are drawn, beside the beginning and the end."""
+    return Interval(
+        config.validation_step_interval,
+        config.validation_epoch_interval or 0,
+        config.validate_after_step or 0,
+        config.validate_after_epoch or 0,
+    )

@@ -22,6 +22,7 @@ from typing import Any, Literal, TextIO
 
 from fluxfast.train.control import Stopped
 from fluxfast.train.events import Numbers
+from fluxfast.train.finished import Finished
 
 EVENTS_NAME = "events.jsonl"
 # a program that starts runs may give each a name of its own
@@ -151,7 +152,7 @@ class RunEvents:
         """Announce why the run ends, unless it is complete, and close the file."""
         if isinstance(error, Stopped):
             self._stage("training_abort", "completed", 100, str(error))
-        elif error is not None:
+        elif error is not None and not isinstance(error, Finished):
             self.emit_error(RUN_FAILED, error)
         if self._file is not None:
             with self._guard(str(self.path)), self._file:

@@ -59,6 +59,7 @@ class RunRecord(_Part):
         config: every option's value, without secrets.
         changed: the options that the config gives and that are not at their defaults.
         seed, steps: those in use, however the config came to them.
+        choices: why the run computes as it does, by choice (`model.apply.Choices.reasons`).
         starts: the first one, and one for each time that the run was resumed.
     """
 
@@ -69,6 +70,7 @@ class RunRecord(_Part):
     datasets: tuple[DatasetRow, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     versions: dict[str, str] = {}
+    choices: dict[str, str] = {}
     starts: tuple[Start, ...] = ()
 
     def prompt_of(self, nickname: str) -> Prompt | None:

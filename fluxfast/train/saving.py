@@ -15,6 +15,7 @@ from fluxfast.train import ema, resume, state
 from fluxfast.train.adapter import adapter_metadata, kind_of
 from fluxfast.train.build_data import RunData
 from fluxfast.train.ema import WeightAverage
+from fluxfast.train.intervals import Interval
 from fluxfast.train.optim import averaged
 
 
@@ -84,6 +85,11 @@ class Saver:
         return self._kind.save(
             self._transformer, folder, style=config.lora_format, metadata=metadata
         )
+
+
+def checkpoint_interval(config: TrainConfig) -> Interval:
+    """When a run saves, beside its end."""
+    return Interval(config.checkpoint_step_interval, config.checkpoint_epoch_interval or 0)
 
 
 def best_steps(evaluations: Sequence[tuple[int, float]], number: int) -> list[int]:

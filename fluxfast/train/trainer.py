@@ -22,7 +22,7 @@ from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
-from fluxfast.train import health, preflight, resume, state
+from fluxfast.train import finished, health, overview, preflight, resume
 from fluxfast.train.adapter import config_of, init_lora_of, kind_of, values_of_average
 from fluxfast.train.build import Parts, load_parts
 from fluxfast.train.build_data import RunData, load_data
@@ -31,7 +31,6 @@ from fluxfast.train.cache_use import using
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
 from fluxfast.train.ema import WeightAverage
 from fluxfast.train.events import Numbers, say
-from fluxfast.train.intervals import Interval
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
@@ -42,23 +41,34 @@ from fluxfast.train.reporting import Reporter, StepResult
 from fluxfast.train.rounds import Rounds
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.run_lock import RunLock
-from fluxfast.train.saving import Saver, best_steps, evaluations_since_best
+from fluxfast.train.saving import Saver, best_steps, checkpoint_interval, evaluations_since_best
 from fluxfast.train.trackers import Trackers
 from fluxfast.train.webhooks import webhooks_of
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
-    """Run a config to its end; returns the LoRA's path.
+    """Run a config to its end; returns the LoRA's path. One that was complete before is left so.
 
     Raises Stopped where somebody ended the run, once a checkpoint is written, and FolderInUse
     where another run works in its output folder.
     """
     console = console or Console()
-    for note in config.notes:
-        say(console, note)
+    try:
+        return _prepare(config, console)
+    except finished.Finished as told:
+        console.print(str(told), highlight=False, markup=False, soft_wrap=True)
+        return told.lora
+
+
+def _prepare(config: TrainConfig, console: Console) -> Path:
+    """Check the run, have its output folder for itself, and train."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Requests(config.output_dir) as requests:
         checked = preflight.check(config, device)
+        if config.max_train_steps:
+            finished.check(config, checked.saved, config.max_train_steps)
+        for note in config.notes:
+            say(console, note)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         with (
             RunLock(config.output_dir, partial(say, console)),
@@ -119,6 +129,9 @@ class Trainer:
         health.ensure_checked(config, self.device, console)
         with events.stage("init_data_backend"):
             self.data: RunData = load_data(config, self.seed, self.device, console, events)
+        # optimiser steps of the run
+        self.steps = config.max_train_steps or self.data.sampler.steps(config.num_train_epochs)
+        finished.check(config, self.saved, self.steps)
         self.config = config_of(config, checked.lora)
         with events.stage("init_load_base_model"):
             self.parts: Parts = load_parts(
@@ -138,10 +151,6 @@ class Trainer:
             )
             self._make_optimizer()
         self.step = 0
-        # optimiser steps of the run
-        self.steps = self.config.max_train_steps or self.data.sampler.steps(
-            self.config.num_train_epochs
-        )
         self.scheduler = self._schedule()
         self.pending: StepResult | None = None
         self.batches: BatchLoader | None = None
@@ -210,20 +219,11 @@ class Trainer:
             moved = self.data.sampler.load_state_dict(saved.state["sampler"])
             if self.average is not None and saved.average is not None:
                 self.average.load_state(saved.average)
-        for note in [*resume.notes(saved, self._settings()), *moved]:
+        newer = resume.newer(self.config.output_dir, self.step)
+        for note in [*resume.notes(saved, self._settings()), *moved, *newer]:
             self._say(note)
         if self.average is not None and saved.average is None:
             self._say(f"the moving average begins at step {self.step}: {saved.path} has none")
-        newer = [
-            p.name
-            for p in state.checkpoints(self.config.output_dir)
-            if int(p.name.split("-")[1]) > self.step
-        ]
-        if newer:
-            self._say(
-                f"{', '.join(newer)}: of a longer run; move what is of no use away, or the next "
-                '"latest" is the newest'
-            )
         resumed = f"resumed from {saved.path}: step {self.step} of {self.steps}"
         self.console.print(resumed, highlight=False, markup=False)
 
@@ -264,9 +264,8 @@ class Trainer:
             config, self.parts, self.data, self.objective, self.optimizer, self.average,
             self.report, self.events, self.console,
         )  # fmt: skip
-        self.checkpoints = Interval(
-            config.checkpoint_step_interval, config.checkpoint_epoch_interval or 0
-        )
+        self.checkpoints = checkpoint_interval(config)
+        overview.show(self.console, config, self.data, self.parts, steps=self.steps, done=self.step)
         try:
             self.rounds.before_training(self.step)
             self._train_to_the_end()

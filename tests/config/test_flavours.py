@@ -80,7 +80,7 @@ def test_an_option_that_it_forces_switches_others_on(klein):
 
 def test_a_forced_shift_is_told(klein):
     by_sigmoid = load(model_flavour="klein", i_know_what_i_am_doing=True)
-    assert "timestep schedule: sigmoid, shift 1.15" in by_sigmoid.notes
+    assert by_sigmoid.schedule_text == "sigmoid, shift 1.15"
     by_resolution = load(
         model_flavour="klein", i_know_what_i_am_doing=True, flow_schedule_auto_shift=True
     )

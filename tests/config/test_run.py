@@ -85,8 +85,10 @@ def test_least_config():
     assert config.betas == (0.9, 0.999)
     assert config.epsilon == 1e-6
     assert config.base_source == ModelSource(FLAVOURS["krea"].repository, None, None)
-    assert any("no shift" in note for note in config.notes)
-    assert any("norm of 2" in note for note in config.notes)
+    assert config.schedule_text.startswith("sigmoid, no shift")
+    # defaults are no news
+    assert config.notes == ()
+    assert any("norm of 1" in note for note in load(max_grad_norm=1).notes)
 
 
 def test_it_is_frozen():
@@ -240,11 +242,16 @@ def test_flavours():
         ).validation_num_inference_steps
         == 40
     )
-    assert any("15 to 28" in note for note in load(model_flavour="dev").notes)
-    assert not any(
-        "15 to 28" in note
-        for note in load(model_flavour="dev", validation_num_inference_steps=20).notes
-    )
+    for steps, is_told in (
+        ({}, False),
+        ({"validation_num_inference_steps": 20}, False),
+        (
+            {"validation_num_inference_steps": 40},
+            True,
+        ),
+    ):
+        notes = load(model_flavour="dev", **steps).notes
+        assert any("15 to 28" in note for note in notes) == is_told
 
 
 def test_forced_values():
@@ -289,9 +296,9 @@ def test_shift():
     config = load(flow_schedule_auto_shift=True, flow_schedule_shift=3)
     assert config.flow_schedule_shift == 0
     assert any('"flow_schedule_shift" is 0.0 instead of 3.0' in note for note in config.notes)
-    assert any("resolution" in note for note in config.notes)
-    assert any("shift 3" in note for note in load(flow_schedule_shift=3).notes)
-    assert any("no shift applies" in note for note in load(flux_fast_schedule=True).notes)
+    assert "resolution" in config.schedule_text
+    assert load(flow_schedule_shift=3).schedule_text == "sigmoid, shift 3"
+    assert "no shift applies" in load(flux_fast_schedule=True).schedule_text
 
 
 @pytest.mark.parametrize(

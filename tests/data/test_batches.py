@@ -68,7 +68,7 @@ def prepared(tmp_path):
                 timestep_sampling_offset=0.5 if regularisation else 0.0,
             )
         )
-    return Prepared(tuple(datasets), PromptCache(texts, "t"), DataReport([], 3, 0))
+    return Prepared(tuple(datasets), PromptCache(texts, "t"), DataReport([], 0))
 
 
 def test_a_batch_holds_what_the_caches_do(prepared):

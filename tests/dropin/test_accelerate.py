@@ -251,10 +251,10 @@ def test_choices():
     )
     assert len(report.linears) == 46 and report.count("fused") == 39
     for wrong, match in (
-        ({"compute": "int4"}, "compute must be one of"),
-        ({"attention": "sage"}, "attention must be one of"),
-        ({"impl": "cuda"}, "impl must be one of"),
-        ({"recompute": "some"}, "recompute is one of"),
+        ({"compute": "int4"}, "compute: expected one of .*; did you mean 'int8'"),
+        ({"attention": "sage"}, "attention: expected one of"),
+        ({"impl": "cuda"}, "impl: expected one of"),
+        ({"recompute": "some"}, "recompute: expected one of none, selective, full; got 'some'"),
         ({"recompute": ["full"]}, "1 policies for 5 blocks"),
         ({"tread": [route(1.5)]}, "selection_ratio"),
     ):

@@ -75,7 +75,7 @@ def test_sixteen_bits(impl, dtype, fmt):
 
 def test_what_it_refuses():
     x, _, linear, _ = operands("ref", "int8", 3, 16, 8)
-    with pytest.raises(ValueError, match="compute must be one of"):
+    with pytest.raises(ValueError, match="compute: expected one of"):
         lora_linear(x, [linear], compute="int4")
     with pytest.raises(ValueError, match=r"expected weight \[out, 7\]"):
         lora_linear(x[:, :7], [linear], compute="int8")

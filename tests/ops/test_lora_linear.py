@@ -285,7 +285,7 @@ def test_what_it_refuses():
         lora_linear(
             x, [linears[0]._replace(adapters=(Lora(torch.zeros(2, 4), torch.zeros(4, 3), 1.0),))]
         )
-    with pytest.raises(ValueError, match="compute must be one of"):
+    with pytest.raises(ValueError, match="compute: expected one of"):
         lora_linear(x, linears, compute="int4")
     with pytest.raises(ValueError, match="impl='native' can't do this call"):
         lora_linear(x, linears, "native")

@@ -170,5 +170,5 @@ def test_values_are_quantized_before_they_are_rounded(impl, dtype):
 def test_unknown_output(impl):
     x = make_rows(TRITON_DEVICE if impl == "triton" else "cpu")
     for op in quantizing_ops(impl):
-        with pytest.raises(ValueError, match=r"out must be one of .* not 'fp8'"):
+        with pytest.raises(ValueError, match=r"out: expected one of .* got 'fp8'"):
             op(x, out="fp8")

@@ -280,14 +280,14 @@ def test_eight_bit_products_train_and_resume(run, monkeypatch, compute):
         "recompute": "selective",
     }
     whole, out = run(name="whole", **mode)
-    assert f"matrix products run in {'int8' if compute == 'int8' else 'fp8'}" in out.getvalue()
+    assert f"products in {'int8' if compute == 'int8' else 'fp8'}" in out.getvalue()
     kill_at(monkeypatch, 4)
     with pytest.raises(Killed):
         run(name="killed", **mode)
     killed, _ = run(name="killed", **mode)
     assert same_files(whole, killed)
     storage, out = run(name="storage", **mode | {"compute_precision": "auto"})
-    assert not same_files(whole, storage) and "in the activations' type" in out.getvalue()
+    assert not same_files(whole, storage) and "products in float32" in out.getvalue()
 
 
 def test_a_changed_run_is_not_resumed(run):

@@ -29,6 +29,7 @@ from fluxfast_bench.counted.vram import BASES
 from fluxfast_bench.options import chosen, print_faults, wide_console
 from fluxfast_bench.report import results, targets
 from fluxfast_bench.report.predicted import workload_of
+from fluxfast_bench.run import told_written
 from fluxfast_bench.shapes import SHAPES
 
 DEFAULT_GPUS = ("RTX 4090", "H100")
@@ -130,7 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for option, default in names.items():
         parser.add_argument(option, metavar="N,…", help=f"default: {','.join(default)}")
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/adapters.json"), help="default: %(default)s"
+        "--out", type=Path, default=results.ROOT / "adapters.json", help="default: %(default)s"
     )
     targets.add_option(parser)
     return parser.parse_args(argv)
@@ -149,4 +150,5 @@ def main(argv: Sequence[str]) -> int:
     records = list(records_of(gpus, bases, cases))
     results.write_counted(options.out, ["adapters", *argv], records)
     console.print(table_of(records))
+    told_written(options.out, console)
     return print_faults(violations(records, limits), errors)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 import fluxfast_kernels
@@ -34,7 +33,10 @@ from fluxfast_bench.counted.compilers import (
     prepare_worker,
 )
 from fluxfast_bench.options import chosen, print_faults
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report.conditions import commit
+from fluxfast_bench.report.results import ROOT
+from fluxfast_bench.run import told_written
 
 Results = dict[Task, Compiled]
 # every variant that there is of an op for a target
@@ -130,14 +132,9 @@ def compile_all(
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
         Compilers(jobs, prepare_worker, (cache,)) as compilers,
-        Progress(
-            *Progress.get_default_columns(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        ) as progress,
+        Steps(1, console) as steps,
     ):
-        bar = progress.add_task("listing kernels", total=None)
+        steps.begin("listing kernels")
         for task in (task for op in ops for task in compilers.tasks(op) if task.target in targets):
             known[task.op, task.target].append(task)
         chosen = [
@@ -145,11 +142,10 @@ def compile_all(
             for group in known.values()
             for task in (group if count is None else spread(group, count))
         ]
-        progress.update(bar, description="compiling", total=len(chosen))
         results = {}
         for task, compiled in compilers.compile(chosen):
             results[task] = compiled
-            progress.advance(bar)
+            steps.begin(f"compiled {task.op} {task.target}", total=len(chosen) + 1)
     return results, known
 
 
@@ -175,9 +171,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--targets", metavar="T,…", help=f"of {', '.join(SHARED_LIMITS)} (default: all)"
     )
     parser.add_argument("--ops", metavar="OP,…", help=f"of {', '.join(op_names())} (default: all)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/aot.json"), help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "aot.json", help="default: %(default)s")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
@@ -209,4 +203,6 @@ def main(argv: Sequence[str]) -> int:
     }
     results, known = compile_all(ops, targets, options.sample, options.jobs, Console(stderr=True))
     write(options.out, merge(stored, results, known, run))
-    return report(results, Console())
+    console = Console()
+    told_written(options.out, console)
+    return report(results, console)

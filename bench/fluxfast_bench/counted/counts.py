@@ -29,7 +29,9 @@ from fluxfast_bench.counted.meta_step import (
 )
 from fluxfast_bench.counted.tally import Tally, counted
 from fluxfast_bench.options import chosen, print_faults, wide_console
+from fluxfast_bench.progress import in_turn
 from fluxfast_bench.report import results, targets
+from fluxfast_bench.run import told_written
 from fluxfast_bench.shapes import SHAPES, Shape
 
 DEFAULT_SHAPES = ("512px-b1", "1024px-b1")
@@ -156,7 +158,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/counts.json"), help="default: %(default)s"
+        "--out", type=Path, default=results.ROOT / "counts.json", help="default: %(default)s"
     )
     parser.add_argument("--details", action="store_true", help="also op by op")
     targets.add_option(parser)
@@ -167,15 +169,12 @@ def main(argv: Sequence[str]) -> int:
     options, console, errors = parse(argv), wide_console(), Console(stderr=True)
     try:
         wanted = targets.read(options.targets)
-        shapes = [
-            SHAPES[name]
-            for name in chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES)
-        ]
+        shapes = chosen("--shapes", options.shapes, list(SHAPES), DEFAULT_SHAPES)
     except ValueError as error:
         errors.print(f"fluxfast-bench counts: {error}", markup=False)
         return 1
     records = []
-    for shape in shapes:
+    for shape in (SHAPES[name] for name in in_turn(shapes)):
         tallies = {contestant: count(contestant, shape) for contestant in CONTESTANTS}
         records += [record_of(c, shape, tally, tallies[BASELINE]) for c, tally in tallies.items()]
         if options.details:
@@ -183,4 +182,5 @@ def main(argv: Sequence[str]) -> int:
                 console.print(details_of(tally, f"{shape.name} {contestant.name}"))
     results.write_counted(options.out, ["counts", *argv], records)
     console.print(table_of(records))
+    told_written(options.out, console)
     return print_faults(violations(records, wanted["counts"]), errors)

@@ -32,6 +32,7 @@ from fluxfast_bench.counted.vram import BASES
 from fluxfast_bench.options import chosen, wide_console
 from fluxfast_bench.report import measured_rates, predicted, results
 from fluxfast_bench.report.predicted import MODES, QUICKSTART, workload_of
+from fluxfast_bench.run import told_written
 from fluxfast_bench.shapes import SHAPES
 from fluxfast_bench.step.ours import TREAD
 
@@ -139,6 +140,7 @@ def take_measured(folder: Path, stored_at: Path, console: Console) -> None:
     every = rates.read(stored_at)
     every[gpu.name] = every.get(gpu.name, {}) | found
     write_atomic(stored_at, (json.dumps(every, indent=1, sort_keys=True) + "\n").encode())
+    told_written(stored_at, console)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -159,7 +161,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--formats", metavar="F,…", help=f"of the base: {', '.join(BASES)} (default: all)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/predict.json"), help="default: %(default)s"
+        "--out", type=Path, default=results.ROOT / "predict.json", help="default: %(default)s"
     )
     parser.add_argument(
         "--from-results",
@@ -191,4 +193,5 @@ def main(argv: Sequence[str]) -> int:
         console.print(table_of(records, case))
     for gpu in gpus:
         console.print(f"{gpu.name}: {rates.told(gpu)}", highlight=False)
+    told_written(options.out, console)
     return 0

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from fluxfast_bench.counted.compilers import SHARED_LIMITS, Compilers
 from fluxfast_bench.counted.floor import RECOMPUTE
 from fluxfast_bench.counted.launches import Launch, compile_launch, prepare_jit
 from fluxfast_bench.counted.meta_step import fluxfast_model, forward_backward, inputs_of, recorded
 from fluxfast_bench.options import chosen, print_faults, wide_console
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES, Shape
 from fluxfast_bench.step.contestants import Contestant
 from fluxfast_bench.step.ours import CONTESTANTS
@@ -87,16 +87,14 @@ def compile_all(
     cache: str = "",
 ) -> list[dict[str, Any]]:
     """Every launch's kernel into the cache; the records, which are in the journal as they come."""
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Compilers(jobs, prepare_jit, (cache, target)) as compilers,
-        Progress(*columns, console=console) as progress,
+        Steps(len(launches), console) as steps,
     ):
-        bar = progress.add_task("compiling", total=len(launches))
         for launch, found in compilers.each(compile_launch, launches):
             found = found or {"reason": "the compiler crashed"}
             journal.record({"case": target, "contestant": str(launch), "ours": True, **found})
-            progress.advance(bar)
+            steps.begin(f"compiled {launch}")
     return journal.records()
 
 
@@ -149,9 +147,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench prewarm: {error}", file=sys.stderr)
         return 1
-    journal = results.Journal(
-        options.results, "prewarm", conditions(torch.device("cpu"), ["prewarm", *argv])
-    )
+    run = Run(options.results, torch.device("cpu"), ["prewarm", *argv])
+    journal = run.journal
     wanted: set[Launch] = set()
     for name in names:
         for shape in shapes:
@@ -168,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
         f"{len(records)} kernels for {target} in {time.perf_counter() - begun:.1f} s, "
         f"{options.jobs} processes"
     )
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    run.finish(console)
     return print_faults(
         [f"{r['contestant']}: {r['reason']}" for r in records if "reason" in r], console
     )

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -44,7 +43,9 @@ from fluxfast_bench.counted.meta_step import (
     inputs_of,
 )
 from fluxfast_bench.options import chosen, print_faults, wide_console
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results, targets
+from fluxfast_bench.run import told_written
 from fluxfast_bench.shapes import SHAPES, Shape
 from fluxfast_bench.step.contestants import TARGETS
 
@@ -281,7 +282,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"of {', '.join(SHAPES)} (default: {','.join(DEFAULT_SHAPES)})",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/vram.json"), help="default: %(default)s"
+        "--out", type=Path, default=results.ROOT / "vram.json", help="default: %(default)s"
     )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
@@ -302,10 +303,13 @@ def main(argv: Sequence[str]) -> int:
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool,
-        Progress(console=errors) as progress,
+        Steps(len(todo), errors) as steps,
     ):
-        made = pool.map(partial(record_of, wanted=wanted), todo)
-        records = list(progress.track(made, total=len(todo), description="presets"))
+        records = []
+        for record in pool.map(partial(record_of, wanted=wanted), todo):
+            records.append(record)
+            steps.begin(f"counted {record['base']} {record['shape']}")
     results.write_counted(options.out, ["vram", *argv], records)
     console.print(table_of(records))
+    told_written(options.out, console)
     return print_faults(violations(records), errors)

@@ -38,8 +38,9 @@ from fluxfast.doctor.rates import (
 )
 from fluxfast_bench.counted.floor import ATTENTION_BACKWARD
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
+from fluxfast_bench.progress import in_turn
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES, Shape, default_shapes
 from fluxfast_bench.timing import best_time
 
@@ -194,8 +195,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench ceilings: {error}", file=sys.stderr)
         return 1
-    journal = results.Journal(options.results, "ceilings", conditions(device, ["ceilings", *argv]))
-    for shape in shapes:
+    run = Run(options.results, device, ["ceilings", *argv])
+    journal = run.journal
+    for shape in in_turn(shapes):
         rates = measure(
             SHAPES[shape],
             device,
@@ -205,5 +207,5 @@ def main(argv: Sequence[str]) -> int:
         journal.note(ceilings={shape: rates})
     console = wide_console()
     console.print(table_of(journal.records()))
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    run.finish(console)
     return 0

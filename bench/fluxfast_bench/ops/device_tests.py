@@ -21,7 +21,7 @@ import torch
 
 from fluxfast_bench.options import chosen_device, print_faults, wide_console
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 
 # of a failure's traceback, the end; what is written to a pipe at once stays together up to 4 KiB
 LONGEST = 2500
@@ -100,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
     device = chosen_device(None)
     if device.type == "cuda":
         torch.cuda.init()
-    journal = results.Journal(options.results, "tests", conditions(device, ["tests", *argv]))
+    run = Run(options.results, device, ["tests", *argv])
+    journal = run.journal
     count = 0
     with os.fdopen(reading) as lines:
         for line in lines:
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     outcomes = Counter(record["mode"] for record in records)
     told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
     console.print(f"of {count} tests: {told}")
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    run.finish(console)
     return print_faults(
         [f"{r['contestant']}: {r['reason'][-300:]}" for r in records if "reason" in r], console
     )

@@ -41,6 +41,8 @@ class Session:
 
     device: torch.device
     timings: list[Timing]
+    # hears of each timing when it begins
+    began: Callable[[str], object] = lambda name: None
 
     def __post_init__(self) -> None:
         self.records: list[dict[str, Any]] = []

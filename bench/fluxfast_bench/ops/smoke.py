@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from fluxfast.ops.attention import attention, attention_ref
 from fluxfast_bench.ops.fused_ops import FUSED_OPS, PRODUCT_ROUNDING
 from fluxfast_bench.ops.session import Session, Timing, WrongOp
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES, Shape, default_shapes
 from fluxfast_bench.step import worker
 from fluxfast_bench.step.contestants import Setup
@@ -154,10 +156,11 @@ def run(
     limit: float,
     apart: bool,
     told: Callable[..., None],
+    began: Callable[[str], object] = lambda name: None,
 ) -> None:
     """Runs every check, in as few processes as the device's faults allow.
 
-    `told(name, seconds, error, reason)` hears of each.
+    `began(name)` hears of each before, and `told(name, seconds, error, reason)` after it.
     """
     waiting = list(names)
     while waiting:
@@ -165,6 +168,7 @@ def run(
         for kind, *rest in worker.run_apart(*job, limit=limit) if apart else worker.run(*job):
             if kind == "start":
                 (started,) = rest
+                began(started)
             elif kind in ("checked", "failed"):
                 name, seconds, found = rest
                 told(name, seconds, *((found, None) if kind == "checked" else (None, found)))
@@ -211,31 +215,24 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench smoke: {error}", file=sys.stderr)
         return 1
-    journal = results.Journal(options.results, "smoke", conditions(device, ["smoke", *argv]))
-    for shape in shapes:
+    measured = Run(options.results, device, ["smoke", *argv])
+    journal = measured.journal
+    names = names_of(contestants, device)
 
-        def told(
-            name: str,
-            seconds: float | None,
-            error: float | None,
-            reason: str | None,
-            shape: str = shape,
-        ) -> None:
-            record: dict[str, Any] = {"case": shape, "contestant": name, "ours": True}
-            record["seconds"] = None if seconds is None else round(seconds, 3)
-            journal.record(
-                record | ({"relative_error": error} if reason is None else {"reason": reason})
-            )
-
-        run(
-            names_of(contestants, device),
-            shape,
-            device,
-            options.limit,
-            not options.one_process,
-            told,
+    def told(
+        shape: str, name: str, seconds: float | None, error: float | None, reason: str | None
+    ) -> None:
+        record: dict[str, Any] = {"case": shape, "contestant": name, "ours": True}
+        record["seconds"] = None if seconds is None else round(seconds, 3)
+        journal.record(
+            record | ({"relative_error": error} if reason is None else {"reason": reason})
         )
+
+    apart = not options.one_process
+    with Steps(len(names) * len(shapes)) as steps:
+        for shape in shapes:
+            run(names, shape, device, options.limit, apart, partial(told, shape), steps.begin)
     records, console = journal.records(), wide_console()
     console.print(table_of(records))
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    measured.finish(console)
     return 1 if any("reason" in record for record in records) else 0

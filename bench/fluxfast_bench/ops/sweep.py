@@ -34,8 +34,10 @@ from fluxfast_bench.options import (
     print_faults,
     wide_console,
 )
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import gpu_sections, results
 from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run, told_written
 from fluxfast_bench.shapes import SHAPES, default_shapes
 from fluxfast_bench.timing import best_time, time_each
 from fluxfast_kernels.launch import arch_key, interpreted, multiprocessors
@@ -219,7 +221,6 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench sweep: {error}", file=sys.stderr)
         return 1
-    run = conditions(device, ["sweep", *argv])
     # by precision and shape: the products and how often each comes
     wanted = {
         (p, s): dict([*products_of(SHAPES[s], p).items()][: options.most])
@@ -235,14 +236,18 @@ def main(argv: Sequence[str]) -> int:
         )
         compile_all(launches, own_target(), options.jobs, compiling, Console(stderr=True))
         compiling.finish()
-    journal = results.Journal(options.results, "sweep", run)
-    for (_, shape), found in wanted.items():
-        for product, count in found.items():
-            for record in time_product(product, device, options.seconds):
-                journal.record({"case": shape, "ours": True, "count": count, **record})
+    run = Run(options.results, device, ["sweep", *argv])
+    journal = run.journal
+    with Steps(sum(map(len, wanted.values()))) as steps:
+        for (_, shape), found in wanted.items():
+            for product, count in found.items():
+                steps.begin(f"{shape} {product}")
+                for record in time_product(product, device, options.seconds):
+                    journal.record({"case": shape, "ours": True, "count": count, **record})
     console, records = wide_console(), journal.records()
     if options.write_tiles:
-        write_tiles(options.write_tiles, measured_rows(records, device, run))
+        write_tiles(options.write_tiles, measured_rows(records, device, run.conditions))
+        told_written(options.write_tiles, console)
     console.print(table_of(records))
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    run.finish(console)
     return print_faults(gpu_sections.untimed(records), console)

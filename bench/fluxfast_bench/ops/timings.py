@@ -20,16 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from fluxfast_bench.ops import ceilings
 from fluxfast_bench.ops.fused_ops import FUSED_OPS
 from fluxfast_bench.ops.session import CONTENDERS, Session, Timing
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES, default_shapes
+from fluxfast_bench.timing import MOST_OF_COPIES, MOST_OF_PRODUCTS, share_of, share_told
+
+
+def runs_on(device: torch.device, op: str) -> bool:
+    return device.type != "cpu" or not FUSED_OPS[op].cuda_only
 
 
 def timings_of(
@@ -39,7 +47,7 @@ def timings_of(
         Timing(op, shape, mode, contender)
         for shape in shapes
         for op in ops
-        if device.type != "cpu" or not FUSED_OPS[op].cuda_only
+        if runs_on(device, op)
         for mode in FUSED_OPS[op].modes
         for contender in contenders
     ]
@@ -98,15 +106,13 @@ def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[
         moved, flops = case.work(shape, session.dtype.itemsize, timing.mode)
         record = head | {key: found[key] for key in ("seconds", "low", "high", "count")}
         limits = measured[timing.shape]
-        rate, ceiling = (
-            (flops, limits.get(case.compute, limits["float"])) if flops else (moved, limits["copy"])
-        )
-        record |= {
-            "tflops" if flops else "gb_s": round(
-                rate / found["seconds"] / (1e12 if flops else 1e9), 3
-            ),
-            "ceiling_share": round(rate / found["seconds"] / ceiling, 4),
-        }
+        if flops:
+            rate, ceiling = flops / found["seconds"], limits.get(case.compute, limits["float"])
+            record["tflops"], most = round(rate / 1e12, 3), MOST_OF_PRODUCTS
+        else:
+            rate, ceiling = moved / found["seconds"], limits["copy"]
+            record["gb_s"], most = round(rate / 1e9, 3), MOST_OF_COPIES[session.device.type]
+        record |= share_of("ceiling_share", rate / ceiling, most)
         if record["ours"]:
             others = [timing._replace(contender=name) for name in CONTENDERS[1:]]
             record["ratios"] = {
@@ -119,9 +125,10 @@ def records_of(session: Session, measured: dict[str, dict[str, float]]) -> list[
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for column in ("case", "mode", "contender"):
-        table.add_column(column, no_wrap=True)
+    # where the terminal is narrow, names are folded and figures stay whole
+    table = Table(
+        Column("case", overflow="fold"), "mode", "contender", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in ("µs", "rate", "ceiling", "vs eager", "vs compile"):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
@@ -137,8 +144,9 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
         ratios = record.get("ratios", {})
         shown = [f"{ratios[name]:.2f}" if name in ratios else "" for name in CONTENDERS[1:]]
         table.add_row(
-            *names, f"{record['seconds'] * 1e6:.1f}", rate, f"{record['ceiling_share']:.0%}", *shown
-        )
+            *names, f"{record['seconds'] * 1e6:.1f}", rate, share_told(record, "ceiling_share"),
+            *shown,
+        )  # fmt: skip
     return table
 
 
@@ -173,21 +181,25 @@ def main(argv: Sequence[str]) -> int:
         shapes = chosen("--shapes", options.shapes, list(SHAPES), default_shapes(device))
         ops = chosen("--ops", options.ops, list(FUSED_OPS))
         contenders = chosen("--contenders", options.contenders, CONTENDERS)
+        if options.ops and (unfit := [name for name in ops if not runs_on(device, name)]):
+            raise ValueError(f"--ops: {', '.join(unfit)}: on a GPU alone, and this is a CPU")
     except ValueError as error:
         print(f"fluxfast-bench ops: {error}", file=sys.stderr)
         return 1
-    found = conditions(device, ["ops", *argv])
+    run = Run(options.results, device, ["ops", *argv])
     measured = {shape: ceilings.measure(SHAPES[shape], device) for shape in shapes}
-    session = Session(device, timings_of(ops, shapes, contenders, device))
-    said = run_pytest(session, options.seconds)
+    timings = timings_of(ops, shapes, contenders, device)
+    # named here, since pytest puts something of its own in its place
+    with Steps(len(timings), Console(file=sys.stderr)) as steps:
+        session = Session(device, timings, steps.begin)
+        said = run_pytest(session, options.seconds)
     if options.verbose:
         print(said)
     records = records_of(session, measured)
     console = wide_console()
     console.print(table_of(records))
-    path = results.write(
-        options.results,
-        {"kind": "ops", "conditions": found, "ceilings": measured, "records": records},
-    )
-    console.print(f"{path}", highlight=False, soft_wrap=True)
+    run.journal.note(ceilings=measured)
+    for record in records:
+        run.journal.record(record)
+    run.finish(console)
     return 1 if any("reason" in record for record in records) else 0

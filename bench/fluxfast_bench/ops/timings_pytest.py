@@ -11,6 +11,7 @@ from fluxfast_bench.ops.session import Session, Timing
 
 
 def test_op(benchmark: Any, timing: Timing, session: Session) -> None:
+    session.began(str(timing))
     session.check(timing)
     run, calls = session.prepare(timing)
     benchmark(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fluxfast_bench.machine_load import QUIET
 from fluxfast_bench.report.results import Result
 
 
@@ -28,6 +29,8 @@ def made_by(run: dict[str, Any]) -> str:
 
 def _device_of(run: dict[str, Any]) -> str:
     words = [run["device"]]
+    if (others := run.get("others", 0.0)) > QUIET:
+        words.append(f"a busy machine (other programs took {others:.1f} cores)")
     if gpu := run.get("gpu"):
         clocks = f"SM clock {gpu['clocks.sm']} of {gpu['clocks.max.sm']} MHz"
         words.append(f"driver {gpu['driver_version']}, {clocks}")

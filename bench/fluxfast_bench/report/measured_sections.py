@@ -7,6 +7,7 @@ from typing import Any
 
 from fluxfast_bench.report.markdown import conditions_line, markdown_table
 from fluxfast_bench.report.results import Result
+from fluxfast_bench.timing import share_told
 
 
 def newest_cases(
@@ -46,7 +47,7 @@ def step_section(stored: Sequence[Result]) -> str:
                 f"{r['low'] * 1e3:.1f} … {r['high'] * 1e3:.1f}",
                 f"{best / r['seconds']:.2f}" if best is not None else "",
                 f"{r['peak_gib']:.1f}" if "peak_gib" in r else "",
-                f"{r['floor_share']:.0%}" if "floor_share" in r else "",
+                share_told(r, "floor_share"),
             ]
             for r in measured
         ]
@@ -84,7 +85,7 @@ def ops_section(stored: Sequence[Result]) -> str:
                 f"{record['ratios'][name]:.2f}" if name in record["ratios"] else ""
                 for name in ("eager", "compile")
             ]
-            share = f"{record['ceiling_share']:.0%}"
+            share = share_told(record, "ceiling_share")
             names = [case, record["mode"]]
             parts.setdefault(result.device, []).append(
                 [*names, f"{record['seconds'] * 1e6:.1f}", rate, share, *ratios]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from fluxfast.files import write_atomic
 from fluxfast_bench.main import COMMANDS
 from fluxfast_bench.report import (
@@ -28,6 +30,7 @@ from fluxfast_bench.report import (
 from fluxfast_bench.report.headline import headline
 from fluxfast_bench.report.markdown import markdown_table
 from fluxfast_bench.report.results import Result
+from fluxfast_bench.run import told_written
 
 DOCUMENTS = (Path("README.md"), Path("bench/README.md"))
 MARKED = re.compile(r"(<!-- bench:([a-z]+) -->\n).*?(<!-- /bench -->)", flags=re.DOTALL)
@@ -169,10 +172,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--targets", type=Path, default=targets.TARGETS, help="for --summary (default: %(default)s)"
     )
-    options = parser.parse_args(argv)
+    options, console = parser.parse_args(argv), Console()
     try:
         if options.summary is not None:
             write_summary(options.summary, options.results, options.targets)
+            told_written(options.summary, console)
             return 0
         texts = rendered(options.readme, options.results, draw=not options.check)
     except (ValueError, FileNotFoundError) as error:
@@ -184,4 +188,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{path} is not what `fluxfast-bench report` makes: run it", file=sys.stderr)
         else:
             write_atomic(path, after.encode())
+            told_written(path, console)
+    if not differing:
+        console.print("every table is what the results say", highlight=False)
     return int(options.check and bool(differing))

@@ -23,7 +23,8 @@ import torch
 from fluxfast.files import write_atomic
 from fluxfast_bench.report.conditions import conditions, slug
 
-ROOT = Path("bench/results")
+# in a checkout of fluxfast its own results, elsewhere a folder that says whose it is
+ROOT = Path("bench/results" if Path("bench/targets.toml").exists() else "fluxfast-bench-results")
 KINDS = (
     "ops",
     "step",

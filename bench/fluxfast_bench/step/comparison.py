@@ -13,7 +13,7 @@ from fluxfast_bench.counted.floor import floor_seconds, step_work
 from fluxfast_bench.shapes import SHAPES
 from fluxfast_bench.step import worker
 from fluxfast_bench.step.worker import Entry, Plan
-from fluxfast_bench.timing import stats
+from fluxfast_bench.timing import MOST_OF_PRODUCTS, share_of, stats
 
 
 @dataclass
@@ -54,8 +54,9 @@ class Outcome:
 
 
 class Comparison:
-    """Measures entries beside one another; `told` is called whenever an outcome has changed.
+    """Measures entries beside one another.
 
+    `told` is called whenever an outcome has changed, and `began` with the name of what begins.
     The first entry that can run is the anchor, which takes part in every process.
     """
 
@@ -67,14 +68,10 @@ class Comparison:
         apart: bool,
         limit: float,
         told: Callable[[], object] = lambda: None,
+        began: Callable[[str], object] = lambda name: None,
     ) -> None:
-        self.plan, self.entries, self.apart, self.limit, self._told = (
-            plan,
-            entries,
-            apart,
-            limit,
-            told,
-        )
+        self.plan, self.entries, self.apart, self.limit = plan, entries, apart, limit
+        self._told, self._began = told, began
         self.outcomes = {entry.key: Outcome(entry, plan.shapes) for entry in entries}
 
     def measure(self) -> list[Outcome]:
@@ -115,6 +112,7 @@ class Comparison:
             kind, *rest = event
             if kind == "start":
                 (started,) = rest
+                self._began(started)
             elif kind == "ready":
                 self.outcomes[rest[0]].ready(rest[1])
                 settled.add(rest[0])
@@ -123,6 +121,8 @@ class Comparison:
                 settled.add(rest[0])
             elif kind == "round":
                 key, shape, seconds = rest
+                if key == anchor and settled.issuperset(everybody):
+                    self._began(f"a turn of everybody on {shape}")
                 turns[key, shape].append(seconds)
                 timed = self.outcomes[key].on[shape]
                 timed.rounds.append(seconds)
@@ -202,7 +202,8 @@ def record_of(
     )
     if ceilings:
         floor = floor_seconds(work, ceilings, contestant.compute)
-        record |= {"floor_seconds": round(floor, 6), "floor_share": round(floor / timed.seconds, 4)}
+        record["floor_seconds"] = round(floor, 6)
+        record |= share_of("floor_share", floor / timed.seconds, MOST_OF_PRODUCTS)
     if contestant.ours:
         others = [o for o in outcomes if o is not outcome and o.on[case].rounds]
         record["ratios"] = {

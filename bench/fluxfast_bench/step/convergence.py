@@ -23,6 +23,7 @@ from rich.table import Table
 
 from fluxfast.files import atomic_file, write_atomic
 from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import told_written
 
 BF16 = {"mixed_precision": "bf16", "optimizer": "adamw_bf16"}
 INT8 = BF16 | {"base_model_precision": "int8-quanto"}
@@ -166,4 +167,5 @@ def main(words: Sequence[str]) -> int:
         }
         write_atomic(arguments.out / "convergence.json", json.dumps(result, indent=1).encode())
         plot(losses, arguments.out / "convergence.png")
+        told_written(arguments.out, console)
     return 0 if all(row["within"] for mode, row in summary.items() if mode != "spread") else 1

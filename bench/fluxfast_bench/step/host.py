@@ -24,8 +24,9 @@ from rich.table import Table
 
 from fluxfast.ops.device import pretend
 from fluxfast_bench.options import chosen, wide_console
+from fluxfast_bench.progress import in_turn
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import Shape
 from fluxfast_bench.step.contestants import Setup
 from fluxfast_bench.step.runner import Runner
@@ -117,9 +118,9 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     torch.set_num_threads(1)
-    found = conditions(torch.device("cpu"), ["host", *argv])
-    journal = results.Journal(options.results, "host", found)
-    for name in names:
+    run = Run(options.results, torch.device("cpu"), ["host", *argv])
+    journal = run.journal
+    for name in in_turn(names):
         journal.record(measure(name, options.recompute))
     records = journal.records()
     table = Table(
@@ -137,6 +138,7 @@ def main(argv: Sequence[str]) -> int:
         times = (record[key] for key in ("forward_seconds", "backward_seconds", "seconds"))
         counted = ("" if record[key] is None else str(record[key]) for key in COUNTED)
         table.add_row(record["contestant"], *(f"{1000 * t:.1f}" for t in times), *counted)
-    wide_console().print(table)
-    print(journal.finish())
+    console = wide_console()
+    console.print(table)
+    run.finish(console)
     return 0

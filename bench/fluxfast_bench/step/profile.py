@@ -18,8 +18,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
+from fluxfast_bench.progress import in_turn
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES, default_shapes
 from fluxfast_bench.step.runner import STEPS_BEFORE_REPLAY, Runner, free
 from fluxfast_bench.step.worker import CONTESTANTS, WARM_STEPS, Entry, Plan, entry_of
@@ -117,10 +118,11 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"fluxfast-bench profile: {error}", file=sys.stderr)
         return 1
-    journal = results.Journal(options.results, "profile", conditions(device, ["profile", *argv]))
+    run = Run(options.results, device, ["profile", *argv])
+    journal = run.journal
     plan = Plan(tuple(shapes), str(device), 16, "torch-adamw", rounds=1, seconds=0)
     failed = False
-    for text in texts:
+    for text in in_turn(texts):
         entry = entry_of(text, options.recompute)
         if (reason := entry.contestant.missing(device)) is not None:
             print(f"{entry.key}: {reason}", file=sys.stderr)
@@ -131,5 +133,5 @@ def main(argv: Sequence[str]) -> int:
     console = wide_console()
     for table in tables_of(journal.records()):
         console.print(table)
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    run.finish(console)
     return int(failed)

@@ -31,8 +31,9 @@ from fluxfast.checkpoint.opening import open_checkpoint
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.quant import FORMATS
 from fluxfast_bench.options import chosen, chosen_device, wide_console
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import CONFIGS, Shape, model_inputs
 from fluxfast_bench.step import imports
 from fluxfast_bench.step.contestants import TARGETS
@@ -140,11 +141,16 @@ def measure(
     checkpoint = open_checkpoint(path)
     base: dict[str, Any] = {"case": f"{checkpoint.nbytes / 1e9:.3g} GB"}
     records = []
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".startup-") as temporary:
+    own_ways = [way for way in ways if way in ("quantise", "cached")]
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".startup-") as temporary,
+        Steps(("diffusers" in ways) + len(formats) * len(own_ways)) as steps,
+    ):
         folder = Path(temporary)
         copied = copy_seconds(checkpoint.files.files, folder)
         base["copy_seconds"] = round(copied, 4)
         if "diffusers" in ways:
+            steps.begin("diffusers")
             start = started("diffusers", path, "", device, limit)
             records.append({**base, "contestant": "diffusers", "ours": False, **start})
         for format in formats:
@@ -152,7 +158,8 @@ def measure(
             size = checkpoint.quantize(
                 FluxTransformer, quantised, FORMATS[format], quantize_on=device
             )
-            for way in [way for way in ways if way in ("quantise", "cached")]:
+            for way in own_ways:
+                steps.begin(f"{way} {format}")
                 record = {
                     **base,
                     "contestant": f"{way} {format}",
@@ -251,7 +258,10 @@ def main(argv: Sequence[str]) -> int:
         device = chosen_device(options.device)
         ways = chosen("--ways", options.ways, WAYS)
         formats = chosen("--formats", options.formats, list(FORMATS))
-        found = conditions(device, ["startup", *argv])
+        if options.checkpoint is not None:
+            # before a result is begun
+            open_checkpoint(options.checkpoint)
+        run = Run(options.results, device, ["startup", *argv])
         records = []
         if set(ways) != {"imports"}:
             records = from_checkpoint(options.checkpoint, formats, ways, device, options.limit)
@@ -265,8 +275,7 @@ def main(argv: Sequence[str]) -> int:
     if imported:
         console.print(imports_table_of(imported))
     records += imported
-    path = results.write(
-        options.results, {"kind": "startup", "conditions": found, "records": records}
-    )
-    console.print(f"{path}", highlight=False, soft_wrap=True)
+    for record in records:
+        run.journal.record(record)
+    run.finish(console)
     return 1 if any(record["ours"] and "reason" in record for record in records) else 0

@@ -21,13 +21,16 @@ from rich.text import Text
 from fluxfast.quant import FORMATS
 from fluxfast_bench.counted.floor import RECOMPUTE
 from fluxfast_bench.options import add_case_options, chosen, chosen_device, wide_console
+from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results
-from fluxfast_bench.report.conditions import conditions, device_name, installed, slug
+from fluxfast_bench.report.conditions import device_name, installed, slug
+from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES, default_shapes
 from fluxfast_bench.step import worker
 from fluxfast_bench.step.comparison import Comparison, record_of
 from fluxfast_bench.step.runner import OPTIMIZERS
 from fluxfast_bench.step.worker import CONTESTANTS, Entry, Plan, entry_of
+from fluxfast_bench.timing import share_told
 
 CPU_DEFAULT = (
     *("diffusers", "fluxfast", *(f"fluxfast-{name}" for name in FORMATS)),
@@ -81,7 +84,7 @@ def table_of(records: Sequence[dict[str, Any]], case: str) -> Table:
             f"{record['seconds'] * 1e3:.1f}",
             f"{record['low'] * 1e3:.1f} … {record['high'] * 1e3:.1f}",
             f"{record['peak_gib']:.2f}" if "peak_gib" in record else "-",
-            f"{record['floor_share']:.1%}" if "floor_share" in record else "-",
+            share_told(record, "floor_share") or "-",
             f"{record['relative_error']:.1e}",
         )
     return table
@@ -169,8 +172,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"fluxfast-bench step: {error}", file=sys.stderr)
         return 1
     console = wide_console()
-    found = conditions(device, ["step", *argv])
-    journal = results.Journal(options.results, "step", found)
+    run = Run(options.results, device, ["step", *argv])
+    journal = run.journal
     models = dict.fromkeys(SHAPES[shape].model for shape in shapes)
     for model in models:
         plan = Plan(
@@ -184,10 +187,13 @@ def main(argv: Sequence[str]) -> int:
         records = [r for r in journal.records() if r["case"] in plan.shapes]
         for shape in plan.shapes:
             console.print(
-                table_of([r for r in records if r["case"] == shape], f"{shape}, {found['device']}")
+                table_of(
+                    [r for r in records if r["case"] == shape],
+                    f"{shape}, {run.conditions['device']}",
+                )
             )
     records = journal.records()
-    console.print(f"{journal.finish()}", highlight=False, soft_wrap=True)
+    run.finish(console)
     return (
         1
         if any(r["ours"] and "reason" in r and r["reason"] != "needs a GPU" for r in records)
@@ -216,10 +222,17 @@ def _measure(
                     written[key] = record
                     journal.record(record)
 
-    comparison = Comparison(
-        plan, entries, apart=not options.one_process, limit=options.limit, told=told
-    )
-    comparison.measure()
+    # each is built and checked; then all take their turns, but for the first, together
+    with Steps(len(entries) + (plan.rounds - 1) * len(plan.shapes)) as steps:
+        comparison = Comparison(
+            plan,
+            entries,
+            apart=not options.one_process,
+            limit=options.limit,
+            told=told,
+            began=steps.begin,
+        )
+        comparison.measure()
     told()
 
 

@@ -25,6 +25,7 @@ from fluxfast.ops.linear.decomposed import decomposing
 from fluxfast.ops.linear.group import COMPUTE, LinearGroup
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.tensors import own_dtypes
+from fluxfast.text import wrong_choice
 
 
 def lora_linear_ref(x: Tensor, linears: Sequence[LinearParams]) -> Tensor:
@@ -149,7 +150,7 @@ def _codes_obstacle(x: Tensor, compute: str) -> str | None:
 
 def _check(x: Tensor, linears: Sequence[LinearParams], compute: str) -> None:
     if compute not in COMPUTE:
-        raise ValueError(f"lora_linear: compute must be one of {COMPUTE}, not {compute!r}")
+        raise ValueError(wrong_choice("lora_linear: compute", compute, COMPUTE))
     if not linears or x.ndim == 0:
         raise ValueError(
             f"lora_linear: expected x [..., in] and at least one linear, got x {list(x.shape)} "

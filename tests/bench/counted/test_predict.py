@@ -83,8 +83,8 @@ def test_the_command_stores_what_it_prints(tmp_path, capsys):
     ("words", "said"),
     [
         (["--gpus", "RTX 3085"], "no GPU 'RTX 3085'"),
-        (["--formats", "int3"], "no 'int3'"),
-        (["--shapes", "9px"], "no '9px'"),
+        (["--formats", "int3"], "got 'int3'"),
+        (["--shapes", "9px"], "got '9px'"),
     ],
 )
 def test_what_is_not_there_is_refused(tmp_path, capsys, words, said):
