@@ -111,7 +111,7 @@ def test_errors_name_the_choices_and_the_nearest():
     model, host = small_flux(), FluxTransformer2DModel(**SMALL)
     lora = {"targets": ["to_q"], "rank": 2}
     for call, message in (
-        (lambda: model.set_compute("int9"), "compute: .* same, int8, e4m3; got 'int9'; .* 'int8'"),
+        (lambda: model.set_compute("int9"), "compute: .* same, int8, fp8; got 'int9'; .* 'int8'"),
         (lambda: model.set_compute("int8", -1), "outliers: expected a number of channels"),
         (lambda: model.set_recompute("sel"), "none, selective, full; got 'sel'; .* 'selective'"),
         (lambda: model.set_recompute(["none"]), "a policy for each of 5 blocks, got 1"),

@@ -46,8 +46,8 @@ class QuantReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.quantized)} linears in {in_words(self.format)}: {self.bytes_before / 2**30:.2f} "
-            "GiB became "
+            f"{len(self.quantized)} linears in {in_words(self.format)}: "
+            f"{self.bytes_before / 2**30:.2f} GiB became "
             f"{self.bytes_after / 2**30:.2f}; {len(self.kept)} kept: {', '.join(self.kept)}"
         )
 
