@@ -24,7 +24,7 @@ from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
-from fluxfast.files import free_bytes, mark_used
+from fluxfast.files import free_bytes, mark_used, short_path
 from fluxfast.memory.stream import STREAMED_MODULES
 from fluxfast.model.apply import Choices
 from fluxfast.model.modulation import linear_names
@@ -201,7 +201,7 @@ class CachedBase:
             self.path.unlink(missing_ok=True)
             return None
         mark_used(self.path)
-        say(console, f"base: {in_words(self.format.name)} from {self.path}")
+        say(console, f"base: {in_words(self.format.name)} from {short_path(self.path)}")
         return kept
 
     def make(self, quantize_on: torch.device, console: Console) -> Checkpoint | None:
@@ -217,7 +217,8 @@ class CachedBase:
         size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
         say(
             console,
-            f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {word}, kept in {path}",
+            f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {word}, kept in "
+            f"{short_path(path)}",
         )
         return open_single_file(path)
 

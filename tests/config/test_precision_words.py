@@ -14,6 +14,7 @@ from fluxfast.memory.wishes import wishes_of
 from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import PRECISIONS
+from small_flux import small_flux
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,15 @@ def test_a_config_may_say_any_of_them(word):
     config = load(compute_precision=word, base_model_precision=word, text_encoder_2_precision=word)
     assert config.compute_precision == "fp8" and wishes_of(config).compute == "e4m3"
     assert config.base_model_precision == config.text_encoder_2_precision == "fp8-quanto"
+
+
+@pytest.mark.parametrize("word", ["fp8", "e4m3"])
+def test_the_models_take_either(word):
+    model = small_flux()
+    model.set_compute(word)
+    assert {block.compute for block in model.blocks} == {"e4m3"}
+    with pytest.raises(ValueError, match="same, int8, fp8"):
+        model.set_compute("fp4")
 
 
 @pytest.mark.parametrize("format", FORMATS)
