@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: list[set[str]] = [
     {
         *("fluxfast_kernels", "fluxfast._C", "fluxfast.files", "fluxfast.hooks"),
-        *("fluxfast.text", "fluxfast.threads"),
+        *("fluxfast.progress", "fluxfast.text", "fluxfast.threads"),
     },
     {"fluxfast.config"},
     {"fluxfast.ops"},

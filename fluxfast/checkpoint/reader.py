@@ -20,20 +20,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxfast.checkpoint import checksums
 from fluxfast.checkpoint.keys import Shape, TensorSource
 from fluxfast.checkpoint.not_safetensors import why_not_safetensors
+from fluxfast.progress import weighing
 
 DTYPES = {
     "F64": torch.float64,
@@ -273,14 +266,10 @@ def with_progress(
     `sizes` gives the bytes of each name, for the bar.
     """
     total = sum(sizes.values())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=total < PROGRESS_BYTES, transient=True) as progress:
+    if total < PROGRESS_BYTES:
+        yield from tensors
+        return
+    with weighing() as progress:
         bar = progress.add_task(description, total=total)
         for name, tensor in tensors:
             yield name, tensor

@@ -96,12 +96,13 @@ def run(config: TrainConfig, data: DataConfig, arguments: argparse.Namespace, ou
     """Look, print, and write what was asked for; 1 if a run could not start."""
     from fluxfast.data.caption_lengths import token_counter
     from fluxfast.data.inspection import inspect
-    from fluxfast.data.survey import progress_bars, survey
+    from fluxfast.data.survey import survey
+    from fluxfast.progress import counting
     from fluxfast.train.data_options import survey_options
 
     _check_outside(out, config, data)
     counter = token_counter(config.base_source, max_length=config.tokenizer_max_length)
-    with progress_bars(Console(stderr=True)) as bars:
+    with counting(Console(stderr=True)) as bars:
         found = survey(data, bars, vae_batch_size=config.vae_batch_size, **survey_options(config))
         datasets, problem = inspect(found, counter, bars)
     console = Console()

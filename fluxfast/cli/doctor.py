@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fluxfast.cli.doctor_report import as_json, show
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
+from fluxfast.progress import counting
 
 HELP = """\
 fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N]
@@ -166,13 +166,7 @@ def run(options: Options, scope: Any) -> int:
     device = scope.torch_device
     checks = checks_for(scope)
     workers = workers_for(device) if options.workers is None else options.workers
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with _quiet(), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _quiet(), counting(Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("checking", total=len(checks))
         outcomes = run_checks(checks, scope, workers, lambda _: progress.advance(bar))
     store = Store(device)

@@ -11,16 +11,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from fluxfast.config.datasets import DataConfig, ImageDataset
 from fluxfast.data.backends import bring
@@ -33,6 +25,7 @@ from fluxfast.data.dataset_report import (
 )
 from fluxfast.data.pairs import Pairing, pair
 from fluxfast.data.scan import Scan, Skipped, scan
+from fluxfast.progress import counting
 
 
 @dataclass
@@ -261,24 +254,13 @@ def survey(
     )
 
 
-def progress_bars(console: Console | None = None) -> Progress:
-    """Bars that say how many of how many are done, and how long the rest will take."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 @contextmanager
 def started(progress: Progress | None) -> Iterator[Progress]:
     """The given bars, which the caller has started, or ones of its own for the block."""
     if progress is not None:
         yield progress
         return
-    with progress_bars() as own:
+    with counting() as own:
         yield own
 
 

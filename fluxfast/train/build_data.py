@@ -16,7 +16,7 @@ from fluxfast.data.encode import EncoderSettings
 from fluxfast.data.prepare import prepare
 from fluxfast.data.prepared import Prepared, PreparedDataset
 from fluxfast.data.sampler import Sampler
-from fluxfast.data.survey import progress_bars
+from fluxfast.progress import counting
 from fluxfast.train.base_model import quantizing_device
 from fluxfast.train.build_validator import VAE_DTYPES, validation_prompts
 from fluxfast.train.choose import BatchShape, tokens_of
@@ -99,7 +99,7 @@ def load_data(
     for note in data.notes:
         say(console, note)
     prompts = validation_prompts(config)
-    with progress_bars(console) as progress:
+    with counting(console) as progress:
         prepared = prepare(
             data,
             _encoder_settings(config, device),

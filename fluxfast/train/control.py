@@ -13,8 +13,9 @@ signals, and a server may be on another machine.
 from __future__ import annotations
 
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,11 @@ from typing import Any
 
 SAVE, VALIDATE, STOP = "save", "validate", "stop"
 _BY_SIGNAL = {"SIGTERM": STOP, "SIGINT": STOP, "SIGUSR1": SAVE, "SIGUSR2": VALIDATE}
+_ANSWERS = {
+    STOP: "{name}: finishing this step, then saving; Ctrl-C again to leave now",
+    SAVE: "{name}: finishing this step, then saving a checkpoint",
+    VALIDATE: "{name}: finishing this step, then drawing validation images",
+}
 # what a command exits with that was stopped and has saved: EX_TEMPFAIL, "try the same again"
 STOPPED_EXIT = 75
 
@@ -57,21 +63,27 @@ class Requests:
     has no signals, and only files are looked at.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self._folder = output_dir
+    def __init__(self, output_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        """say: where a signal is answered, at once, from another thread."""
+        self._folder, self._say = output_dir, say
         # what is wanted, and who asked first
         self._asked: dict[str, str] = {}
         self._defers = False
         self._previous: dict[int, Any] = {}
+        self._answers: _Answers | None = None
 
     def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():
             for name in _BY_SIGNAL:
                 if (number := getattr(signal, name, None)) is not None:
                     self._previous[number] = signal.signal(number, self._on_signal)
+            self._answers = _Answers(self._answer)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._answers is not None:
+            self._answers.close()
+            self._answers = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -84,6 +96,12 @@ class Requests:
             yield
         finally:
             self._defers = False
+
+    def _answer(self, number: int) -> None:
+        """Say what a signal will lead to, where it waits for the end of a step."""
+        name = signal.Signals(number).name
+        if self._defers and name in _BY_SIGNAL:
+            self._say(_ANSWERS[_BY_SIGNAL[name]].format(name=name))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -108,3 +126,32 @@ class Requests:
         """Remove the files that an earlier run of this folder was asked with."""
         for wanted in (SAVE, VALIDATE, STOP):
             request_file(self._folder, wanted).unlink(missing_ok=True)
+
+
+class _Answers:
+    """A thread that hears of each signal at once, while Python's own handlers wait.
+
+    They run between two steps of the interpreter, so not before a call has returned that waits for
+    a device.
+    """
+
+    def __init__(self, answer: Callable[[int], None]) -> None:
+        """answer: called with a signal's number, in the thread."""
+        self._answer = answer
+        self._heard, self._written = socket.socketpair()
+        self._written.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while numbers := self._heard.recv(64):
+            # a second signal of a kind says what the first has said
+            for number in dict.fromkeys(numbers):
+                self._answer(number)
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._before)
+        self._written.close()
+        self._thread.join()
+        self._heard.close()

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
-from rich.progress import Progress
 
 from fluxfast.data.batches import Batch, load_batch
 from fluxfast.data.prepared import Prepared, PreparedDataset, Unavailable
 from fluxfast.data.sampler import SampleRef
+from fluxfast.progress import counting
 from fluxfast.train import flow
 from fluxfast.train.objective import Objective
 
@@ -69,7 +69,7 @@ class Evaluator:
     def _run(self, step: int, console: Console) -> dict[str, float]:
         losses: dict[str, list[float]] = {}
         counts = [min(self._images, len(each.samples)) for each in self._prepared.held_out]
-        with Progress(console=console, transient=True) as progress:
+        with counting(console, transient=True) as progress:
             bar = progress.add_task(f"evaluation, step {step}", total=sum(counts))
             for dataset, count in zip(self._prepared.held_out, counts, strict=True):
                 for index in range(count):

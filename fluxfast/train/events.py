@@ -1,4 +1,4 @@
-"""What a run shows and logs: the progress bar, `metrics.jsonl` and `evaluations.jsonl`.
+"""What a run says and logs: notes, `metrics.jsonl` and `evaluations.jsonl`.
 
 A number about a run never stops it: a failure to write or draw one is told once, and the run goes
 on.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +16,12 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fluxfast.files import write_atomic
 
 PROCESS_STATUS = Path("/proc/self/status")
 METRICS_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
-# the rate shown is the mean over this many steps
-RATE_WINDOW = 20
 
 
 def memory_gib(device: torch.device) -> float | None:
@@ -166,47 +154,3 @@ def is_finite(value: Any) -> bool:
         and not isinstance(value, bool)
         and abs(value) <= sys.float_info.max
     )
-
-
-class TrainingBar:
-    """The progress bar of the training loop: loss, learning rate, step rate and memory."""
-
-    def __init__(self, console: Console, total: int, done: int) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("training", total=total, completed=done, numbers="")
-        self._times: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
-
-    def __enter__(self) -> TrainingBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def tick(self) -> float:
-        """Count a step that has ended; returns the steps per second over the last RATE_WINDOW."""
-        self._times.append(time.perf_counter())
-        return (len(self._times) - 1) / (self._times[-1] - self._times[0])
-
-    def pause(self) -> None:
-        """Start the rate anew after a validation or a checkpoint, which are no part of it."""
-        self._times.clear()
-        self._times.append(time.perf_counter())
-
-    def show(self, step: int, line: dict[str, Any]) -> None:
-        numbers = (
-            f"loss {line['loss']:.4f}"
-            + (" (regularisation)" if "regularisation_loss" in line else "")
-            + f" · lr {line['learning_rate']:.2e} · "
-            f"{line['steps_per_second']:.2f} steps/s"
-            + ("" if line["memory_gib"] is None else f" · {line['memory_gib']:.1f} GiB")
-        )
-        self._progress.update(self._task, completed=step, numbers=numbers)

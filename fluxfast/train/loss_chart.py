@@ -12,6 +12,8 @@ from fluxfast.files import atomic_file
 from fluxfast.train.evaluation import POOLED, PREFIX
 from fluxfast.train.events import is_finite
 
+# in the output folder
+CHART_NAME = "loss.png"
 Lines = Sequence[dict[str, Any]]
 # colours that no other curve has
 _HELD_OUT = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")

@@ -200,10 +200,7 @@ def _use(
     """Code that draws with the adapter in diffusers, if anything loads the file there."""
     told = f"Read by {', '.join(['fluxfast', *read_by])}."
     if "diffusers" in read_by:
-        # diffusers' pipeline hands on LoRA alone
-        owner = "pipeline" if config.lycoris_config is None else "pipeline.transformer"
-        function = "load_lora_weights" if owner == "pipeline" else "load_lora_adapter"
-        load = f"{owner}.{function}({repository!r}, weight_name={file!r})"
+        load = f"{loading_function(config)}({repository!r}, weight_name={file!r})"
     elif "lycoris-lora" in read_by:
         load = (
             "from huggingface_hub import hf_hub_download\n"
@@ -216,8 +213,7 @@ def _use(
         return f"{told} ComfyUI finds the file `{file}` in its folder `models/loras`."
     else:
         return told
-    references = config.flavour.takes_references
-    pipeline = "FluxKontextPipeline" if references else "FluxPipeline"
+    references, pipeline = config.flavour.takes_references, pipeline_class(config)
     prompts = [each.prompt for each in record.prompts]
     width, height = config.validation_resolutions[0]
     arguments = {
@@ -239,6 +235,19 @@ def _use(
         f"{load}\npipeline.to('cuda')\n"
         f"image = pipeline(\n{call}\n).images[0]\nimage.save('image.png')\n```"
     )
+
+
+def pipeline_class(config: TrainConfig) -> str:
+    """The class of diffusers' pipeline that draws with the run's model."""
+    return "FluxKontextPipeline" if config.flavour.takes_references else "FluxPipeline"
+
+
+def loading_function(config: TrainConfig) -> str:
+    """What loads the run's adapter in diffusers, of a `pipeline`."""
+    # the pipeline itself hands on LoRA alone
+    if config.lycoris_config is None:
+        return "pipeline.load_lora_weights"
+    return "pipeline.transformer.load_lora_adapter"
 
 
 def _classifier_free(config: TrainConfig) -> dict[str, Any]:

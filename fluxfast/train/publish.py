@@ -1,4 +1,4 @@
-"""What a run leaves for others: its record, its report, and its uploads to the Hub.
+"""What a run leaves for others: its record, and its uploads to the Hub.
 
 None of it stops a run: a failure is told once, and the run goes on.
 """
@@ -24,7 +24,6 @@ from fluxfast.train.events import Numbers
 from fluxfast.train.hub import HubUploads
 from fluxfast.train.hub_folder import gather
 from fluxfast.train.image_files import file_words
-from fluxfast.train.report import REPORT_NAME, write_report
 from fluxfast.train.run_record import (
     RECORD_NAME,
     DatasetRow,
@@ -73,8 +72,6 @@ class Publisher:
 
     def end(self, step: int) -> None:
         """The adapter has been saved in the output folder."""
-        with self._guard(REPORT_NAME):
-            write_report(self._config.output_dir)
         self._upload(self._config.output_dir, step, f"adapter after {step} steps")
 
     def close(self) -> None:

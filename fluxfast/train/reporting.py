@@ -21,14 +21,14 @@ from fluxfast.train.events import (
     METRICS_NAME,
     Metrics,
     Numbers,
-    TrainingBar,
     memory_gib,
     read_evaluations,
     read_metrics,
 )
-from fluxfast.train.loss_chart import plot_loss
+from fluxfast.train.loss_chart import CHART_NAME, plot_loss
 from fluxfast.train.run_events import RunEvents
 from fluxfast.train.trackers import Trackers
+from fluxfast.train.training_bar import TrainingBar
 from fluxfast.train.validation import Drawn, png_of
 
 
@@ -193,7 +193,7 @@ class Reporter:
         """Close the files of numbers, and draw `loss.png` of what they hold."""
         self._metrics.close()
         self._evaluations.close()
-        plot = self.config.output_dir / "loss.png"
+        plot = self.config.output_dir / CHART_NAME
         with self._numbers.guard(str(plot)):
             if metrics := read_metrics(self._metrics.path):
                 plot_loss(metrics, plot, read_evaluations(self._evaluations.path))

@@ -22,8 +22,8 @@ from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
-from fluxfast.train import finished, health, overview, preflight, resume
-from fluxfast.train.adapter import config_of, init_lora_of, kind_of, values_of_average
+from fluxfast.train import ending, finished, health, overview, preflight, resume
+from fluxfast.train.adapter import config_of, init_lora_of, values_of_average
 from fluxfast.train.build import Parts, load_parts
 from fluxfast.train.build_data import RunData, load_data
 from fluxfast.train.cache_contents import tell_size
@@ -63,7 +63,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 def _prepare(config: TrainConfig, console: Console) -> Path:
     """Check the run, have its output folder for itself, and train."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Requests(config.output_dir) as requests:
+    with Requests(config.output_dir, partial(say, console)) as requests:
         checked = preflight.check(config, device)
         if config.max_train_steps:
             finished.check(config, checked.saved, config.max_train_steps)
@@ -79,11 +79,14 @@ def _prepare(config: TrainConfig, console: Console) -> Path:
             notes = partial(say, console)
             with (
                 webhooks_of(config, notes) as webhooks,
+                ending.reported(config, notes),
                 RunEvents(config.output_dir, notes) as events,
             ):
                 if config.webhook_config:
                     events.subscribe(webhooks)
-                return _train(config, console, checked, requests, events)
+                lora = _train(config, console, checked, requests, events)
+        ending.show(console, config, lora)
+        return lora
 
 
 def _train(
@@ -408,7 +411,6 @@ class Trainer:
     def _finish(self) -> Path:
         with self.events.stage("model_save"):
             lora = self.saver.adapter(self.config.output_dir, self.step)
-        self.report.tell(f"{kind_of(self.config).label}: {lora}")
         self.events.complete(self.step, lora)
         self.publisher.end(self.step)
         return lora

@@ -19,12 +19,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from fluxfast.adapters.kinds import without_adapters
 from fluxfast.data.images import UnreadableImage
 from fluxfast.files import atomic_file
+from fluxfast.progress import counting
 from fluxfast.train import flow
 from fluxfast.train.edits import Edit, beside, load_references, reference_tokens, stitched
 from fluxfast.train.events import say
@@ -212,8 +212,8 @@ class Validator:
         images = len(s.prompts) * len(s.resolutions) * s.images_per_prompt
         drawn = []
         previews = self.previewer.loaded() if self.previewer else nullcontext()
-        with previews, Progress(console=console, transient=True) as progress:
-            bar = progress.add_task(f"validation, step {step}", total=images * s.steps)
+        with previews, counting(console, transient=True) as progress:
+            bar = progress.add_task(f"drawing, step {step}", total=images * s.steps)
 
             def advance() -> None:
                 progress.advance(bar)

@@ -61,6 +61,29 @@ def test_the_first_signal_asks_and_the_second_interrupts(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_is_answered_at_once_from_another_thread(tmp_path):
+    """While the main thread is in a call that does not return, too."""
+    heard, said = threading.Event(), []
+
+    def say(text):
+        said.append((text, threading.current_thread().name))
+        heard.set()
+
+    with Requests(tmp_path, say) as requests, requests.after_steps():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard.wait(60)
+        heard.clear()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard.wait(60)
+    told = "SIGTERM: finishing this step, then saving; Ctrl-C again to leave now"
+    assert said == [
+        (told, "signals"),
+        ("SIGUSR1: finishing this step, then saving a checkpoint", "signals"),
+    ]
+    assert "signals" not in [thread.name for thread in threading.enumerate()]
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_another_thread_takes_no_signals(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     seen = []

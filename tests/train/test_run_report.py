@@ -330,7 +330,7 @@ def test_a_page_that_can_not_be_written_is_told_once(run, monkeypatch):
     def broken(folder):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("fluxfast.train.publish.write_report", broken)
+    monkeypatch.setattr("fluxfast.train.ending.write_report", broken)
     lora, out = run(max_train_steps=2)
     assert lora.exists()
     assert "report.html: the disk is gone; the run goes on without" in out.getvalue()
