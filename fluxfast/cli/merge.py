@@ -50,7 +50,8 @@ def main(words: Sequence[str]) -> int:
         type=in_words,
         choices=(*DTYPES, *map(in_words, FORMATS)),
         default="bf16",
-        help="what to write the weights in (default: bf16)",
+        metavar="FORMAT",
+        help=f"what to write the weights in: {', '.join((*DTYPES, *FORMATS))} (default: bf16)",
     )
     parser.add_argument(
         "--strength",
