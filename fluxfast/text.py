@@ -8,8 +8,9 @@ hashed or stored as text. JSON may hold such halves too.
 import difflib
 import os
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # categories of Unicode that break a line or move the cursor: controls, surrogates, line and
 # paragraph separators
@@ -74,6 +75,40 @@ def lines(text: str) -> list[str]:
     Other line breaks of Unicode belong to the text.
     """
     return text.replace("\r\n", "\n").split("\n")
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text in lines of at most `width` columns, which end between words.
+
+    Paths stay whole. Further lines of a paragraph stand as far to the right as its first words.
+    """
+    filled = []
+    for line in lines(text):
+        words = line.lstrip(" ·")
+        filled += textwrap.wrap(
+            words,
+            width,
+            initial_indent=line[: len(line) - len(words)],
+            subsequent_indent=" " * (len(line) - len(words)),
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(filled)
+
+
+def command_list(commands: Mapping[str, str], width: int = 80) -> str:
+    """A program's commands with what each does, in lines of at most `width` columns."""
+    margin = max(map(len, commands)) + 4
+    return "\n".join(
+        textwrap.fill(
+            text,
+            width,
+            initial_indent=f"  {name}".ljust(margin),
+            subsequent_indent=" " * margin,
+            break_on_hyphens=False,
+        )
+        for name, text in commands.items()
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from fluxfast.text import is_text, lines, printable, text_problem, to_bytes
+from fluxfast.text import is_text, lines, printable, text_problem, to_bytes, wrapped
 
 MUNICH = b"M\xfcnchen.png".decode(errors="surrogateescape")
 
@@ -73,3 +73,13 @@ def test_a_system_whose_names_are_ascii(monkeypatch):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     assert "PYTHONUTF8=1" in text_problem("ü", file_name=True)
     assert text_problem(MUNICH, file_name=True) is None
+
+
+def test_texts_are_wrapped_between_words_and_paths_stay_whole():
+    path = "/a/path/that/is-longer/than-the/line/" + "x" * 40
+    text = wrapped(f"· a note about {path} with some more words behind it", 40)
+    assert text.splitlines() == [
+        "· a note about", f"  {path}", "  with some more words behind it",
+    ]  # fmt: skip
+    assert wrapped("one\n\n  two three", 8) == "one\n\n  two\n  three"
+    assert wrapped("short", 80) == "short"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fluxfast import __version__
-from fluxfast.text import nearest
+from fluxfast.text import command_list, nearest
 from fluxfast.threads import share_cores
 
 # command: (module of fluxfast_bench, one line of help); a module is imported when its command runs
@@ -87,9 +87,11 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = ["fluxfast-bench: measure fluxfast's kernels and training step", ""]
-    lines += [f"  fluxfast-bench {name:15} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "  --version; `fluxfast-bench COMMAND --help` says more"])
+    listed = command_list({name: text for name, (_, text) in COMMANDS.items()})
+    return (
+        "fluxfast-bench: measure fluxfast's kernels and training step\n\n"
+        f"{listed}\n\n`fluxfast-bench COMMAND --help` says more; --version"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "List what runs have computed once and kept: sizes, and when each was used last.\n"
-            "Clearing loses nothing but time, since the next run computes it again. What a run\n"
-            "that is going on uses always stays. Kinds:\n\n"
+            "Clearing loses nothing but time, since the next run computes it again. What a\n"
+            "run that is going on uses always stays. Kinds:\n\n"
             + "\n".join(f"  {kind:9} {what}" for kind, what in KINDS.items())
         ),
     )

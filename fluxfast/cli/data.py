@@ -32,22 +32,24 @@ if TYPE_CHECKING:
 LISTED, CAPTION_SHOWN = 5, 60
 MOST_IMAGES = 1000
 
-DESCRIPTION = """Show what each dataset of a run's config will become, before anything is encoded or
-loaded: buckets, what is left out and why, duplicates, captions that are too long, caption files
-without an image, which masks and references belong to which images, and a contact sheet. It needs
-no weights, network or GPU, and decides by the same functions as a run. What it learns of the files
-is kept in the datasets' caches, so that a second look and the run itself open only files that have
-changed.
+DESCRIPTION = """Show what each dataset of a run's config will become, before anything is encoded
+or loaded: buckets, what is left out and why, duplicates, captions that are too
+long, caption files without an image, which masks and references belong to which
+images, and a contact sheet. It needs no weights, network or GPU, and decides by
+the same functions as a run. What it learns of the files is kept in the
+datasets' caches, so that a second look and the run itself open only files that
+have changed.
 
-Options of the config go behind it: --train_batch_size=2. The exit status is 0 if a run could start
-with these datasets, 1 if not, 2 for mistakes in the configs."""
+Options of the config go behind it: --train_batch_size=2. The exit status is 0
+if a run could start with these datasets, 1 if not, 2 for mistakes in the
+configs."""
 
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "fluxfast-train data",
-        usage="fluxfast-train data CONFIG.json [--out DIR] [--images N] [--all] [--json FILE] "
-        "[--option=value ...]",
+        usage="fluxfast-train data CONFIG.json [--out DIR] [--images N] [--all]\n"
+        "                           [--json FILE] [--option=value ...]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_epilog(),
@@ -86,8 +88,8 @@ def _epilog() -> str:
     from fluxfast.data.duplicates import MAX_BITS, MAX_COLOUR
 
     return (
-        f"Images look the same if their hashes differ in at most {MAX_BITS} of 144 bits (and a "
-        "quarter of those\nthat are set), and no colour of their miniatures by more than "
+        f"Images look the same if their hashes differ in at most {MAX_BITS} of 144 bits (and a\n"
+        "quarter of those that are set), and no colour of their miniatures by more than\n"
         f"{MAX_COLOUR} of 255."
     )
 

@@ -20,24 +20,26 @@ from fluxfast.config.settings import ConfigError
 from fluxfast.progress import counting
 
 HELP = """\
-fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D] [--workers N]
-                      [--option=value ...]
+fluxfast-train doctor [CONFIG.json] [--all] [--short] [--json] [--device D]
+                      [--workers N] [--option=value ...]
 
-Check this machine: every op of a training step in the formats and modes that the config uses, on
-this device beside a reference, forward and backward; attention's back ends, CUDA graphs, streamed
-blocks; then what the machine does a second, beside what `plan` reckons with. What is found is kept,
-and training minds it: `auto` passes over what failed.
+Check this machine: every op of a training step in the formats and modes that
+the config uses, on this device beside a reference, forward and backward;
+attention's back ends, CUDA graphs, streamed blocks; then what the machine does
+a second, beside what `plan` reckons with. What is found is kept, and training
+minds it: `auto` passes over what failed.
 
-  CONFIG.json  a training config, and options in front of it (without one: the defaults)
+  CONFIG.json  a training config, and options in front of it (without one: the
+               defaults)
   --all        every format and mode that there is
   --short      what the first training run on a machine checks by itself
   --json       one JSON object on stdout, for a bug report
   --device D   cuda, cuda:1 or cpu (default: the GPU, if there is one)
-  --workers N  processes that check side by side (default: by cores and memory on a GPU; 0, this
-               one, on a CPU)
+  --workers N  processes that check side by side (default: by cores and memory
+               on a GPU; 0, this one, on a CPU)
 
-Exit status: 0 if everything that could be checked passed, 1 if something failed, 2 for a mistake in
-the command or config."""
+Exit status: 0 if everything that could be checked passed, 1 if something
+failed, 2 for a mistake in the command or config."""
 
 
 @dataclass

@@ -10,69 +10,37 @@ import sys
 from collections.abc import Sequence
 
 from fluxfast import __version__
+from fluxfast.text import command_list
 from fluxfast.threads import share_cores
 
 # command: (module of fluxfast.cli, one line of help); a module is imported when its command runs
 COMMANDS = {
-    "train": ("train", "train a LoRA: fluxfast-train [train] [CONFIG.json] [--option=value ...]"),
-    "plan": (
-        "plan",
-        "what a run takes, before anything is loaded: fluxfast-train plan CONFIG.json [--gpu NAME]",
-    ),
-    "data": (
-        "data",
-        "what the datasets will become, before anything is encoded: fluxfast-train data "
-        "CONFIG.json [--out DIR]",
-    ),
-    "keys": ("keys", "every key of the config files: fluxfast-train keys [WORD]"),
-    "doctor": (
-        "doctor",
-        "check this machine: its kernels and its rates: fluxfast-train doctor [CONFIG.json] "
-        "[--all] [--json]",
-    ),
-    "cache": (
-        "cache",
-        "what runs have kept of their computations, and how to clear it: fluxfast-train cache "
-        "[--clear]",
-    ),
-    "demo": (
-        "demo",
-        "make a small pipeline and dataset and train on them: no network, no GPU, a few minutes",
-    ),
-    "report": (
-        "report",
-        "one HTML page about a run: losses, images, config: fluxfast-train report OUT",
-    ),
-    "quantize": (
-        "quantize",
-        "write a transformer in a storage format: fluxfast-train quantize SRC DST --format FORMAT",
-    ),
-    "merge": (
-        "merge",
-        "put an adapter into a transformer's weights: fluxfast-train merge BASE LORA DST",
-    ),
-    "extract": (
-        "extract",
-        "a LoRA of the difference of two transformers: fluxfast-train extract BASE TUNED DST "
-        "--rank R",
-    ),
-    "convert": (
-        "convert",
-        "write a LoRA in another program's names: fluxfast-train convert SRC DST --format FORMAT",
-    ),
-    "inspect": (
-        "inspect",
-        "what a LoRA's file holds and who reads it: fluxfast-train inspect FILE [--plot OUT.png]",
-    ),
+    "train": ("train", "train a LoRA of a config; this is meant where no command is named"),
+    "demo": ("demo", "train on a small model and photographs: no network, no GPU, minutes"),
+    "plan": ("plan", "what a run takes on a GPU, before anything is downloaded"),
+    "data": ("data", "what the datasets become, before anything is encoded"),
+    "keys": ("keys", "every key of the config files, or those about a word"),
+    "doctor": ("doctor", "check this machine: its kernels and how fast it is"),
+    "cache": ("cache", "what runs have kept to start quickly, and how to clear it"),
+    "report": ("report", "one HTML page about a run: losses, images, config"),
+    "inspect": ("inspect", "what a LoRA's file holds, and which programs read it"),
+    "convert": ("convert", "write a LoRA in another program's form"),
+    "merge": ("merge", "put an adapter into a transformer's weights"),
+    "extract": ("extract", "a LoRA of the difference between two transformers"),
+    "quantize": ("quantize", "write a transformer in a storage format"),
 }
 HELP_FLAGS = ("-h", "--help", "help")
 
 
 def usage() -> str:
-    lines = ["fluxfast-train: train FLUX.1 LoRAs", ""]
-    lines += [f"  fluxfast-train {name:8} {text}" for name, (_, text) in COMMANDS.items()]
-    lines += ["", "  --version; `fluxfast-train COMMAND --help` says more"]
-    return "\n".join(lines)
+    listed = command_list({name: text for name, (_, text) in COMMANDS.items()})
+    return (
+        "fluxfast-train: train LoRAs of FLUX.1\n\n"
+        "  fluxfast-train CONFIG.json [--option=value ...]\n"
+        "  fluxfast-train COMMAND ...\n\n"
+        f"{listed}\n\n"
+        "`fluxfast-train COMMAND --help` says more; --version"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,8 @@ def main(words: Sequence[str]) -> int:
         "--format",
         choices=(*DTYPES, *FORMATS),
         default="bf16",
-        help="what to write the weights in (default: bf16)",
+        metavar="FORMAT",
+        help=f"what to write the weights in: {', '.join((*DTYPES, *FORMATS))} (default: bf16)",
     )
     parser.add_argument(
         "--strength",

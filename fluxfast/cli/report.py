@@ -8,10 +8,11 @@ from pathlib import Path
 
 HELP = """fluxfast-train report OUT
 
-Write OUT/report.html, one page about the run in its output folder OUT: its state and config, the
-course of its losses, learning rate, memory and times, its validation images, datasets and versions.
-The page needs no network and no other file. A run writes it at its end; this command writes it of
-one that is running or was stopped."""
+Write OUT/report.html, one page about the run in its output folder OUT: its
+state and config, the course of its losses, learning rate, memory and times, its
+validation images, datasets and versions. The page needs no network and no other
+file. A run writes it at its end; this command writes it of one that is running
+or was stopped."""
 
 
 def main(words: Sequence[str]) -> int:

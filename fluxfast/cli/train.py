@@ -12,12 +12,14 @@ from fluxfast.config.settings import ConfigError
 HELP = """fluxfast-train [train] [CONFIG.json] [--option=value ...]
 
 Train a LoRA from a SimpleTuner config. Without CONFIG.json: $CONFIG_PATH, else
-config/$ENV/config.json, else config/config.json. Options are the config's keys and go before it:
---max_train_steps=100. A run that was stopped goes on with the same command.
+config/$ENV/config.json, else config/config.json. Options are the config's keys
+and count more than it: --max_train_steps=100. A run that was stopped goes on
+with the same command.
 
-While it runs, SIGUSR1 (or a file request.save in the output folder) saves a checkpoint, SIGUSR2
-(request.validate) draws validation images, and SIGTERM or Ctrl-C (request.stop) saves and ends it.
-Exit codes: 0 complete, 75 stopped and saved, 1 or 2 an error, 128 + n ended at once by signal n."""
+While it runs, SIGUSR1 (or a file request.save in the output folder) saves a
+checkpoint, SIGUSR2 (request.validate) draws validation images, and SIGTERM or
+Ctrl-C (request.stop) saves and ends it. Exit codes: 0 complete, 75 stopped and
+saved, 1 or 2 an error, 128 + n ended at once by signal n."""
 
 # a shell reports a command that a signal ended as this number plus the signal's
 SIGNAL_EXIT = 128

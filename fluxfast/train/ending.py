@@ -14,7 +14,7 @@ from fluxfast.adapters.readers import readers
 from fluxfast.config.run import TrainConfig
 from fluxfast.text import printable
 from fluxfast.train.adapter import kind_of
-from fluxfast.train.events import METRICS_NAME, Numbers
+from fluxfast.train.events import METRICS_NAME, Numbers, tell
 from fluxfast.train.finished import Finished
 from fluxfast.train.image_files import FOLDER, grid_name
 from fluxfast.train.loss_chart import CHART_NAME
@@ -52,7 +52,7 @@ def _write(folder: Path, say: Callable[[str], None]) -> bool:
 def show(console: Console, config: TrainConfig, lora: Path) -> None:
     """Print what a complete run has made: its adapter's file, pictures, and how to use them."""
     for line in lines(config, lora):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        tell(console, line)
 
 
 def lines(config: TrainConfig, lora: Path) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from fluxfast.files import write_atomic
+from fluxfast.text import wrapped
 
 PROCESS_STATUS = Path("/proc/self/status")
 METRICS_NAME = "metrics.jsonl"
@@ -38,8 +39,18 @@ def memory_gib(device: torch.device) -> float | None:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a note as it is: what looks like markup may be a user's path."""
-    console.print(f"· {text}", highlight=False, markup=False, soft_wrap=True)
+    """Print a note."""
+    tell(console, f"· {text}")
+
+
+def tell(console: Console, text: str) -> None:
+    """Print a text as it is: what looks like markup may be a user's path.
+
+    A terminal gets it in lines that end between words, a log in one.
+    """
+    if console.is_interactive:
+        text = wrapped(text, console.width)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Numbers:

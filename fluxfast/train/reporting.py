@@ -24,6 +24,7 @@ from fluxfast.train.events import (
     memory_gib,
     read_evaluations,
     read_metrics,
+    tell,
 )
 from fluxfast.train.loss_chart import CHART_NAME, plot_loss
 from fluxfast.train.run_events import RunEvents
@@ -164,8 +165,8 @@ class Reporter:
 
     def images(self, step: int, drawn: Sequence[Drawn], grid: Path | None) -> None:
         """Tell of validation images that have been written."""
-        for path in [*(each.path for each in drawn), *([grid] if grid else [])]:
-            self.tell(f"  {path}")
+        for path in [grid] if grid else [each.path for each in drawn]:
+            self.tell(f"drawn: {path}")
         names = list(dict.fromkeys(each.name for each in drawn))
         of_names = {name: [each for each in drawn if each.name == name] for name in names}
         for name, several in of_names.items():
@@ -187,7 +188,7 @@ class Reporter:
 
     def tell(self, text: str) -> None:
         """Print a line as it is."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        tell(self._console, text)
 
     def close(self) -> None:
         """Close the files of numbers, and draw `loss.png` of what they hold."""

@@ -30,7 +30,7 @@ from fluxfast.train.cache_contents import tell_size
 from fluxfast.train.cache_use import using
 from fluxfast.train.control import SAVE, STOP, VALIDATE, Requests, Stopped
 from fluxfast.train.ema import WeightAverage
-from fluxfast.train.events import Numbers, say
+from fluxfast.train.events import Numbers, say, tell
 from fluxfast.train.lr_schedules import build_lr_scheduler
 from fluxfast.train.objective import Objective
 from fluxfast.train.optim import build_optimizer, clip_gradients, load_moments
@@ -56,7 +56,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     try:
         return _prepare(config, console)
     except finished.Finished as told:
-        console.print(str(told), highlight=False, markup=False, soft_wrap=True)
+        tell(console, str(told))
         return told.lora
 
 

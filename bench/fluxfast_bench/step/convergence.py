@@ -137,7 +137,11 @@ def main(words: Sequence[str]) -> int:
         "--seeds", type=int, default=3, help="runs of each mode, at least 2 (%(default)s)"
     )
     parser.add_argument(
-        "--modes", nargs="+", choices=[m for m in MODES if m != BASE], help=f"beside {BASE} (all)"
+        "--modes",
+        nargs="+",
+        choices=[m for m in MODES if m != BASE],
+        metavar="MODE",
+        help=f"beside {BASE}: {'; '.join(m for m in MODES if m != BASE)} (all)",
     )
     parser.add_argument("--out", type=Path, help="folder for convergence.json and convergence.png")
     arguments = parser.parse_args(words)
