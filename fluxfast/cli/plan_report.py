@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxfast.cli.plan_run import Run, encoded_at_a_time, length_in_steps, run_of
 from fluxfast.config.conditioning import ConditioningDataset
+from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def plan_report(
             "samples": run.largest.samples,
             "dataset": run.largest.dataset,
         },
-        "compute": choices.compute,
+        "compute": in_words(choices.compute),
         "choices": _choices_text(choices),
         "chosen": asdict(choices),
         "vram": taken.vram,

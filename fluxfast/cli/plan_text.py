@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fluxfast.config.precision_words import in_words
 from fluxfast.text import duration
 
 GIB = 2**30
@@ -58,7 +59,7 @@ def show(report: Mapping[str, Any], console: Console, *, title: str, verbose: bo
     say(f"Plan of {title}{on}")
     for heading, facts in (
         ("The run", _run(report)),
-        ("How it computes", _choices(report["chosen"], report["compute"])),
+        ("How it computes", _choices(report["chosen"])),
         ("Why", report["chosen"]["reasons"].items() if verbose else ()),
     ):
         _section(say, heading, facts, width)
@@ -137,7 +138,7 @@ def _run(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "not counted", ", ".join(run["not_counted"])
 
 
-def _choices(chosen: Mapping[str, Any], compute: str) -> Iterator[tuple[str, str]]:
+def _choices(chosen: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the engine does, in plain words."""
     if chosen["slots"]:
         yield (
@@ -161,12 +162,12 @@ def _choices(chosen: Mapping[str, Any], compute: str) -> Iterator[tuple[str, str
         yield "", "what blocks start from waits in RAM (inputs in host memory)"
     if chosen["modulation_ahead"]:
         yield "", "the CPU computes shifts and scales a step ahead (modulation ahead)"
-    if compute == "same":
+    if chosen["compute"] == "same":
         yield "speed", "matrix products in the type of the activations, unrounded"
     else:
         yield (
             "speed",
-            f"matrix products in {compute}, which rounds activations to 8 bits "
+            f"matrix products in {in_words(chosen['compute'])}, which rounds activations to 8 bits "
             '("compute_precision": "same" turns it off)',
         )
     if chosen["transposed_codes"]:
@@ -206,7 +207,7 @@ def _what_helps(changes: Mapping[str, Any]) -> Iterator[str]:
         return
     asked = json.dumps(changes["config"]["vram_budget"])
     yield f'"vram_budget": {asked} makes it fit, in {size(changes["vram_needed"])}:'
-    for _, text in _choices(changes["chosen"], changes["chosen"]["compute"]):
+    for _, text in _choices(changes["chosen"]):
         yield f"- {text}"
     if "step" in changes:
         yield f"- a step takes {_step(changes['step']['seconds'])}"

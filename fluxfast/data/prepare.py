@@ -58,8 +58,9 @@ def prepare(
         found = survey(data, bars, vae_batch_size=encoders.vae_batch_size, **options)
         # before the long part, and again after it: decoding may find damaged images
         found.check()
-        for work in found.datasets if remark else ():
-            remark(remarks(work.config, work.scan, caption_files(work.config, work.skip)))
+        for work in found.datasets:
+            if remark is not None:
+                remark(remarks(work.config, work.scan, caption_files(work.config, work.skip)))
         with encoding or nullcontext():
             return _encoded(data, found, encoders, extra_prompts, bars)
 

@@ -277,4 +277,4 @@ def tell(
     if wishes.compute == "auto" and facts.format is not None and chosen.compute == "same":
         say(console, f"matrix products are not in 8 bits: {reasons['compute']}")
     if wishes.cuda_graphs == "auto" and not chosen.graphs:
-        say(console, f"CUDA graphs are off: {reasons['graphs']}")
+        say(console, f"CUDA graphs: off: {reasons['graphs']}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
 from fluxfast.memory import plan
+from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.rates import told as told_of_rates
+from fluxfast.memory.sizes import Workload
+from fluxfast.model.apply import Choices
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops.dispatch import HAS_NATIVE, HAS_TRITON
 from fluxfast.text import duration, printable
@@ -80,29 +83,27 @@ def _time(config: TrainConfig, parts: Parts, steps: int) -> str:
     gpu, workload = parts.facts.gpu, parts.facts.workload
     if gpu is None or workload is None:
         return ""
-    workload = replace(workload, compute=parts.choices.compute)
-    step = plan.predict(workload, parts.choices, gpu)
-    seconds = step.update + config.gradient_accumulation_steps * (step.total - step.update)
+    seconds = predicted(workload, parts.choices, gpu, config.gradient_accumulation_steps)
     return (
         f"about {duration(steps * seconds)} at {seconds:.2f} s a step, and drawing beside it "
         f"(predicted {told_of_rates(gpu)})"
     )
 
 
+def predicted(workload: Workload, choices: Choices, gpu: Gpu, micro_batches: int) -> float:
+    """Seconds of an optimiser's step of so many batches."""
+    step = plan.predict(replace(workload, compute=choices.compute), choices, gpu)
+    return step.update + micro_batches * (step.total - step.update)
+
+
 def _adapter(config: TrainConfig, parts: Parts) -> str:
-    kind, parameters = kind_of(config), trainable_parameters(parts.transformer).values()
-    count, nbytes = (sum(of(p) for p in parameters) for of in (_elements, _bytes))
+    kind = kind_of(config)
     rank = "" if config.lycoris_config else f" of rank {config.lora_rank}"
-    linears = len(kind.modules(parts.transformer))
-    return f"{kind.label}{rank} on {linears} layers: {count:,} parameters, {nbytes / 1e6:.1f} MB"
-
-
-def _elements(parameter: torch.Tensor) -> int:
-    return parameter.numel()
-
-
-def _bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    layers = len(kind.modules(parts.transformer))
+    parameters = list(trainable_parameters(parts.transformer).values())
+    count = sum(p.numel() for p in parameters)
+    megabytes = sum(p.numel() * p.element_size() for p in parameters) / 1e6
+    return f"{kind.label}{rank} on {layers} layers: {count:,} parameters, {megabytes:.1f} MB"
 
 
 def _learning(config: TrainConfig) -> str:
@@ -120,14 +121,14 @@ def _kernels(parts: Parts) -> str:
         dtype = compute_dtype(transformer.device, transformer.dtype)
         own += f", products in {str(dtype).removeprefix('torch.')}"
     else:
-        own += f", products in {choices.compute}"
+        own += f", products in {in_words(choices.compute)}"
         own += f" but for {choices.outliers} channels" if choices.outliers else ""
     more = [own]
     if transformer.modulation is not None:
         size = f"{transformer.modulation.nbytes / 2**30:.2f} GiB of host memory"
         more.append(f"modulation a step ahead on the CPU ({size})")
     if choices.graphs:
-        more.append("CUDA graphs")
+        more.append("CUDA graphs, once they agree")
     if choices.compile is not None:
         what = "the blocks and" if choices.compile.blocks else "no block but"
         more.append(f"torch.compile ({choices.compile.backend}) of {what} what is around them")
@@ -152,7 +153,7 @@ def _evaluates(config: TrainConfig, data: RunData, steps: int, done: int) -> str
     held_out = data.prepared.held_out
     if not held_out or config.eval_loss_disable:
         return ""
-    images = sum(len(dataset.samples) for dataset in held_out)
+    images = sum(min(config.num_eval_images, len(dataset.samples)) for dataset in held_out)
     when = _when(evaluation_interval(config), steps, first=done == 0)
     return f"the loss of {images:,} held-out images {when}"
 
