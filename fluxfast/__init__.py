@@ -10,8 +10,8 @@
 
 What may be chosen:
 
-    quantize(transformer, format)        int8, int4, nf4, int2, fp8_e4m3
-    transformer.set_compute(compute)     same, int8, e4m3: the type of the matrix products
+    quantize(transformer, format)        int8, int4, nf4, int2, fp8
+    transformer.set_compute(compute)     same, int8, fp8: the type of the matrix products
     transformer.set_recompute(policy)    none, selective, full: what backward computes again
     transformer.set_attention(backend)   auto, cudnn, flash, efficient, native, cpu, ref
     add_lora(transformer, targets=…)     all, all+ffs, ai-toolkit, … or names of linears

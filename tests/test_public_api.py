@@ -16,14 +16,16 @@ from fluxfast.adapters.lora_init import INIT_TYPES
 from fluxfast.adapters.presets import PRESETS
 from fluxfast.cli.demo import TRANSFORMER_CONFIG
 from fluxfast.config.adapters import LORA_FORMATS
+from fluxfast.config.precision_words import COMPUTE_WORDS, in_words
 from fluxfast.demo.pipeline import make_pipeline
 from fluxfast.model.tape import POLICIES
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.dispatch import Impl
-from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.quant import FORMATS
 from small_flux import small_flux
 from support import SMALL
+
+FORMAT_WORDS = tuple(map(in_words, FORMATS))
 
 PUBLIC = sorted({*fluxfast.__all__} - {"__version__"})
 
@@ -46,8 +48,8 @@ def test_help_shows_every_name_with_its_own_documentation():
 @pytest.mark.parametrize(
     ("beginning", "known"),
     [
-        ("quantize(transformer, format)", FORMATS),
-        ("transformer.set_compute(compute)", COMPUTE),
+        ("quantize(transformer, format)", FORMAT_WORDS),
+        ("transformer.set_compute(compute)", COMPUTE_WORDS),
         ("transformer.set_recompute(policy)", POLICIES),
         ("transformer.set_attention(backend)", BACKENDS),
         ("save_lora(transformer, path, format=…)", LORA_FORMATS),
@@ -61,11 +63,11 @@ def test_the_overview_lists_what_may_be_chosen(beginning, known):
 @pytest.mark.parametrize(
     ("function", "known"),
     [
-        (fluxfast.accelerate, (*COMPUTE, *POLICIES, *get_args(Impl))),
-        (fluxfast.quantize, FORMATS),
+        (fluxfast.accelerate, (*COMPUTE_WORDS, *POLICIES, *get_args(Impl))),
+        (fluxfast.quantize, FORMAT_WORDS),
         (fluxfast.add_lora, (*INIT_TYPES, *PRESETS)),
         (fluxfast.save_lora, LORA_FORMATS),
-        (fluxfast.FluxTransformer.set_compute, COMPUTE),
+        (fluxfast.FluxTransformer.set_compute, COMPUTE_WORDS),
         (fluxfast.FluxTransformer.set_recompute, POLICIES),
         (fluxfast.FluxTransformer.set_attention, BACKENDS),
     ],
@@ -111,7 +113,7 @@ def test_errors_name_the_choices_and_the_nearest():
     model, host = small_flux(), FluxTransformer2DModel(**SMALL)
     lora = {"targets": ["to_q"], "rank": 2}
     for call, message in (
-        (lambda: model.set_compute("int9"), "compute: .* same, int8, e4m3; got 'int9'; .* 'int8'"),
+        (lambda: model.set_compute("int9"), "compute: .* same, int8, fp8; got 'int9'; .* 'int8'"),
         (lambda: model.set_compute("int8", -1), "outliers: expected a number of channels"),
         (lambda: model.set_recompute("sel"), "none, selective, full; got 'sel'; .* 'selective'"),
         (lambda: model.set_recompute(["none"]), "a policy for each of 5 blocks, got 1"),

@@ -149,7 +149,7 @@ def _show(found: Sequence[Kept], cache_dir: Path) -> None:
     lines = [f"{decimal(_size(found))} in {short_path(cache_dir)}"]
     if idle:
         lines.append(
-            f"{decimal(idle)} of it were not needed when their dataset was last used; "
+            f"{decimal(idle)} of it was not needed when its dataset was last used; "
             "`--older-than 30` removes what was not used for 30 days"
         )
     if used_since(cache_dir) is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fluxfast.config.precision_words import in_words
 from fluxfast.doctor.checks import Outcome
 from fluxfast.doctor.scope import Scope
 from fluxfast.doctor.ways import NO_NATIVE_BUILD
@@ -64,13 +65,13 @@ def show(
         if outcome.status == "not checked":
             skipped.setdefault(outcome.cause, []).append(outcome.name)
     for cause, names in skipped.items():
-        say(f"not checked: {', '.join(names)}: {cause}")
+        say(in_words(f"not checked: {', '.join(names)}: {cause}"))
     for outcome in outcomes:
         if outcome.note:
-            say(f"· {outcome.name}: {outcome.note}")
+            say(in_words(f"· {outcome.name}: {outcome.note}"))
     failed = [outcome for outcome in outcomes if outcome.status == "fail"]
     for outcome in failed:
-        say(f"FAILED {outcome.name}: {outcome.cause}", style="bold red")
+        say(in_words(f"FAILED {outcome.name}: {outcome.cause}"), style="bold red")
         if outcome.way_out:
             say(f"  {outcome.way_out}")
     passed = sum(outcome.status == "pass" for outcome in outcomes)
@@ -108,7 +109,7 @@ def _checks_table(outcomes: Sequence[Outcome]) -> Table:
         # names end in the implementation, in brackets
         name, _, by = outcome.name.partition(" (")
         table.add_row(
-            Text(name),
+            Text(in_words(name)),
             Text(by.removesuffix(")")),
             status,
             error,
@@ -130,7 +131,9 @@ def _rates_table(outcomes: Sequence[Outcome]) -> Table:
             else f"{outcome.rate / outcome.assumed:.0%}"
         )
         assumed = rate_text(outcome.assumed, outcome.unit)
-        table.add_row(Text(outcome.name), rate_text(outcome.rate, outcome.unit), assumed, share)
+        table.add_row(
+            Text(in_words(outcome.name)), rate_text(outcome.rate, outcome.unit), assumed, share
+        )
     return table
 
 

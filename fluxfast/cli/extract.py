@@ -20,6 +20,7 @@ from fluxfast.cli.checkpoints import (
     told_cost,
 )
 from fluxfast.config.adapters import LORA_FORMATS
+from fluxfast.config.precision_words import in_words
 
 
 def main(words: Sequence[str]) -> int:
@@ -82,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     for checkpoint in (base, tuned):
         if (info := checkpoint.quantized) is not None:
             print(
-                f"warning: {checkpoint.where}: is quantised to {info.format.name}, and its "
-                "rounding counts as a difference: take what it was made from"
+                f"warning: {checkpoint.where}: is quantised to {in_words(info.format.name)}, and "
+                "its rounding counts as a difference: take what it was made from"
             )
     device = quantizing_device(arguments.quantize_via)
     # the same LoRA every time

@@ -20,6 +20,7 @@ from fluxfast.cli.checkpoints import (
     told_cost,
     write_config,
 )
+from fluxfast.config.precision_words import format_named, in_words
 from fluxfast.quant import FORMATS
 
 
@@ -46,7 +47,8 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--format",
-        choices=(*DTYPES, *FORMATS),
+        type=in_words,
+        choices=(*DTYPES, *map(in_words, FORMATS)),
         default="bf16",
         metavar="FORMAT",
         help=f"what to write the weights in: {', '.join((*DTYPES, *FORMATS))} (default: bf16)",
@@ -80,15 +82,16 @@ def run(arguments: argparse.Namespace) -> int:
     file, folder = target_file(arguments.target)
     check_free(file, folder, [*checkpoint.files.files, adapter.path], arguments.overwrite)
     name = arguments.format
-    storage = getattr(torch, DTYPES[name]) if name in DTYPES else FORMATS[name]
+    storage = getattr(torch, DTYPES[name]) if name in DTYPES else FORMATS[format_named(name)]
     device = quantizing_device(arguments.quantize_via)
     merge = Merge(adapter, checkpoint.weights(FluxTransformer).shapes, arguments.strength)
     for note in adapter.notes:
         print(note)
     if (info := checkpoint.quantized) is not None:
         print(
-            f"{checkpoint.where}: is quantised to {info.format.name}: the adapter goes into the "
-            "values that it decodes to; merge into what it was made from to keep its precision"
+            f"{checkpoint.where}: is quantised to {in_words(info.format.name)}: the adapter goes "
+            "into the values that it decodes to; merge into what it was made from to keep its "
+            "precision"
         )
     earlier = checkpoint.files.metadata.get(MERGED)
     size = checkpoint.write_changed(

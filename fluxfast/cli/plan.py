@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fluxfast.config.dataset_fields import ImageDataset
 from fluxfast.config.datasets import DataConfig, load_data_config
+from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 
@@ -123,7 +124,7 @@ def plan_report(config: TrainConfig, gpu_name: str | None) -> dict[str, Any]:
     fits = None if limit is None else taken.needed <= limit
     report: dict[str, Any] = {
         "batch": {"size": list(batch.size), "samples": batch.samples, "dataset": batch.dataset},
-        "compute": choices.compute,
+        "compute": in_words(choices.compute),
         "choices": _choices_text(choices),
         "chosen": asdict(choices),
         "vram": taken.vram,
@@ -349,7 +350,7 @@ def _told(choice: str, chosen: dict[str, Any]) -> str:
         "compile": "torch.compile",
     }
     value = {
-        "compute": f" in {chosen['compute']}",
+        "compute": f" in {in_words(chosen['compute'])}",
         "transposed_codes": " kept" if chosen["transposed_codes"] else " not kept",
         "graphs": " on" if chosen["graphs"] else " off",
         "compile": " off" if chosen["compile"] is None else " on",

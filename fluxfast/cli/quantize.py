@@ -19,6 +19,7 @@ from fluxfast.cli.checkpoints import (
     target_file,
     write_config,
 )
+from fluxfast.config.precision_words import format_named, in_words
 from fluxfast.quant import FORMATS
 
 
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         nargs="?",
         help="file to write (.safetensors), or folder for it and its config",
     )
-    parser.add_argument("--format", choices=FORMATS)
+    parser.add_argument("--format", type=in_words, choices=[*map(in_words, FORMATS)])
     parser.add_argument(
         "--verify",
         metavar="FILE",
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     checkpoint = open_source(arguments.source, arguments)
     file, folder = target_file(arguments.target)
-    format = FORMATS[arguments.format]
+    format = FORMATS[format_named(arguments.format)]
     device = quantizing_device(arguments.quantize_via)
     copy_seconds = time_copy(checkpoint.files.files, file) if arguments.compare_cp else None
 
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     read = checkpoint.nbytes
     print(
-        f"{file}: {format.name}, {size:,} bytes from {read:,}\n"
+        f"{file}: {in_words(format.name)}, {size:,} bytes from {read:,}\n"
         f"{seconds:.1f} s on {device}: {read / seconds / 1e9:.2f} GB/s read, "
         f"{size / seconds / 1e9:.2f} GB/s written; "
         f"peak memory {peak_rss() / 1e9:.2f} GB"
@@ -116,8 +117,8 @@ def verify(name: str) -> int:
     seconds = time.perf_counter() - start
     tensors = len(checkpoint.files.shapes)
     print(
-        f"{info.path}: {info.format.name}, {checkpoint.nbytes:,} bytes in {tensors:,} tensors, "
-        f"all as they were written; read in {seconds:.1f} s"
+        f"{info.path}: {in_words(info.format.name)}, {checkpoint.nbytes:,} bytes in "
+        f"{tensors:,} tensors, all as they were written; read in {seconds:.1f} s"
     )
     return 0
 

@@ -39,7 +39,7 @@ class ModelFields(Settings):
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
     base_model_precision: Precision = option("no_change", on_resume="refused")
-    """Storage format of the frozen transformer."""
+    """Storage format of the frozen transformer (int8, int4, int2, nf4 and fp8 will do)."""
     base_model_default_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of what a quantised base leaves unquantised."""
     text_encoder_1_precision: Precision = "no_change"

@@ -30,6 +30,19 @@ ALIASES = {
 VALUE_ALIASES = {
     ("lr_scheduler", "cosine_with_warmup"): "cosine",
     ("base_model_precision", "bf16"): "no_change",
+    # the formats' own names, which `quantize --format` takes
+    **{
+        (f"{part}_precision", name): value
+        for part in ("base_model", "text_encoder_1", "text_encoder_2")
+        for name, value in {
+            **{name: f"{name}-quanto" for name in ("int8", "int4", "int2", "fp8")},
+            "nf4": "nf4-bnb",
+            "e4m3": "fp8-quanto",
+            "fp8_e4m3": "fp8-quanto",
+        }.items()
+    },
+    ("compute_precision", "e4m3"): "fp8",
+    ("compute_precision", "fp8_e4m3"): "fp8",
     ("caption_strategy", "instance_prompt"): "instanceprompt",
 }
 

@@ -58,8 +58,8 @@ def prepare(
         found = survey(data, bars, vae_batch_size=encoders.vae_batch_size, **options)
         # before the long part, and again after it: decoding may find damaged images
         found.check()
-        if remark is not None:
-            for work in found.datasets:
+        for work in found.datasets:
+            if remark is not None:
                 remark(remarks(work.config, work.scan, caption_files(work.config, work.skip)))
         with encoding or nullcontext():
             return _encoded(data, found, encoders, extra_prompts, bars)

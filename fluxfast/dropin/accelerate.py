@@ -11,6 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from fluxfast.config.precision_words import compute_named, in_words
 from fluxfast.doctor.startup import recall
 from fluxfast.dropin.calls import CallLog, Notices
 from fluxfast.dropin.hosts import EXPECTED, accelerated_blocks, give_back, host_kind_of, take_over
@@ -53,7 +54,7 @@ def accelerate(
     compute with changes. Call it before or after adapters are injected, and again at any time: the
     last call's choices hold.
 
-    compute: what the wide products run in: "same" (the activations' dtype), "int8" or "e4m3" (codes
+    compute: what the wide products run in: "same" (the activations' dtype), "int8" or "fp8" (codes
     of 8 bits, which rounds activations and gradients), or "auto": "int8" where the base is stored
     in int8 on a GPU that gains from it, else "same". The report says which and why. attention: a
     back end of `fluxfast.ops.attention`, or "auto": what the host has set, or else the fastest.
@@ -75,6 +76,7 @@ def accelerate(
     """
     found = _blocks(transformer)
     new = [(block, host_kind_of(block)) for block in found]
+    compute = compute_named(compute)
     policies = _checked(compute, attention, recompute, impl, len(found))
     router = None if tread is None else Router(_routes(tread, len(found)), seed)
     model = _root(transformer)
@@ -86,7 +88,8 @@ def accelerate(
     gpu = _machine(found)
     if compute not in ("auto", "same") and (missing := compute_obstacle(compute, gpu)) is not None:
         raise ValueError(
-            f"accelerate: compute={compute!r} can't be had: {missing}; use 'auto' or 'same'"
+            f"accelerate: compute={in_words(compute)!r} can't be had: {missing}; use 'auto' or "
+            "'same'"
         )
     if model is not None:
         set_router(model, router)
@@ -197,7 +200,8 @@ def _checked(
         ("impl", impl, get_args(Impl)),
     ):
         if value not in known:
-            raise ValueError(wrong_choice(f"accelerate: {name}", value, known))
+            words = tuple(map(in_words, known))
+            raise ValueError(wrong_choice(f"accelerate: {name}", value, words))
     if recompute is None:
         return None
     policies = (recompute,) * blocks if isinstance(recompute, str) else tuple(recompute)

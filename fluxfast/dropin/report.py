@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fluxfast.config.precision_words import in_words
 from fluxfast.dropin.calls import WAYS, WORDS, CallLog, Fallback, with_value
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.dropin.hosts import accelerated_blocks
@@ -119,7 +120,7 @@ class Report:
         if replaced := sum(block.because == REPLACED for block in self.blocks):
             unknown = f"the calls of {_number(replaced, 'block')} are unknown"
             yield f"  {unknown}: the forward was replaced before accelerate()"
-        yield f"  compute {self.compute}: {self.compute_because}"
+        yield f"  compute {in_words(self.compute)}: {self.compute_because}"
         if self.compute != "same":
             kept = "kept" if self.transposed_codes else "not kept"
             yield f"  transposed codes {kept}: {self.codes_because}"
@@ -282,7 +283,7 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
         )
     weight: Any = params.weight
     if isinstance(weight, QuantWeight):
-        base = weight.format.name
+        base = in_words(weight.format.name)
     else:
         held = getattr(module, "base_layer", module).weight
         plain = not isinstance(weight, Decoded) or type(held) in (torch.Tensor, nn.Parameter)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxfast.config import attention
+from fluxfast.config.precision_words import in_words
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
 from fluxfast.memory.rates import Rate
@@ -133,8 +134,9 @@ def refusals(wishes: Wishes, gpu: Gpu | None) -> list[str]:
     found = []
     ordered = wishes.compute not in ("auto", "same")
     if ordered and (obstacle := compute_obstacle(wishes.compute, gpu)) is not None:
-        asked = "fp8" if wishes.compute == "e4m3" else wishes.compute
-        found.append(_refusal("compute_precision", asked, obstacle, '"auto" or "same"'))
+        found.append(
+            _refusal("compute_precision", in_words(wishes.compute), obstacle, '"auto" or "same"')
+        )
     if wishes.cuda_graphs is True and (obstacle := _no_graphs(gpu)) is not None:
         found.append(_refusal("cuda_graphs", "true", obstacle, '"auto" or false'))
     if wishes.streams and (obstacle := _no_streaming()) is not None:
@@ -184,7 +186,7 @@ def compute_obstacle(compute: str, gpu: Gpu | None) -> str | None:
     On a CPU 8-bit products are emulated, so whoever asks for them gets them.
     """
     if gpu is not None and not gpu.rate(compute):
-        return f"{gpu.name} has no tensor cores for {compute}"
+        return f"{gpu.name} has no tensor cores for {in_words(compute)}"
     return verdicts.failed(verdicts.COMPUTE, compute)
 
 
@@ -205,9 +207,10 @@ def choose_compute(wishes: Wishes, format: str | None, gpu: Gpu | None) -> tuple
         return "same", f"8-bit products are no faster {where}"
     compute = "e4m3" if format == "fp8_e4m3" else "int8"
     if (obstacle := compute_obstacle(compute, gpu)) is not None:
-        return "same", f"not in {compute}: {obstacle}"
+        return "same", f"not in {in_words(compute)}: {obstacle}"
     return compute, (
-        f"the base is stored in {format}, and this GPU has tensor cores for {compute}; "
+        f"the base is stored in {in_words(str(format))}, and this GPU has tensor cores for "
+        f"{in_words(compute)}; "
         'activations are rounded to 8 bits ("same" turns it off)'
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fluxfast.config.precision_words import compute_named
 from fluxfast.model.compiled import Compile
 from fluxfast.quant import FORMATS
 
@@ -75,7 +76,7 @@ def wishes_of(config: TrainConfig) -> Wishes:
     """What a run's config says of the choices."""
     every = (config.gradient_checkpointing_interval or 1) if config.gradient_checkpointing else 0
     return Wishes(
-        compute="e4m3" if config.compute_precision == "fp8" else config.compute_precision,
+        compute=compute_named(config.compute_precision),
         outliers=config.compute_outliers,
         recompute=config.recompute,
         checkpoint_every=every,

@@ -21,6 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from fluxfast.checkpoint import opening
+from fluxfast.config.precision_words import COMPUTE_WORDS, compute_named
 from fluxfast.model.blocks import convert_block
 from fluxfast.model.compiled import Compile, CompiledRegions, any_length
 from fluxfast.model.diffusers_forward import (
@@ -225,16 +226,17 @@ class FluxTransformer(FluxTransformer2DModel):
     def set_compute(self, compute: str, outliers: int = 0) -> None:
         """Set what the blocks' wide products run in, which need not be how weights are stored.
 
-        compute: "same" (the activations' dtype), "int8" or "e4m3" (8-bit codes with a scale a row).
+        compute: "same" (the activations' dtype), "int8" or "fp8" (8-bit codes with a scale a row).
         outliers: how many channels of each product's input, the largest, stay out of the codes
         (`fluxfast.ops.linear.group`). Raises ValueError on another name or a negative number.
         """
-        if compute not in COMPUTE:
-            raise ValueError(wrong_choice("compute", compute, COMPUTE))
+        named = compute_named(compute)
+        if named not in COMPUTE:
+            raise ValueError(wrong_choice("compute", compute, COMPUTE_WORDS))
         if outliers < 0:
             raise ValueError(f"outliers: expected a number of channels, 0 or more, got {outliers}")
         for block in self.blocks:
-            block.compute, block.outliers = compute, outliers
+            block.compute, block.outliers = named, outliers
 
     def set_attention(self, backend: str) -> None:
         """Set what the blocks compute attention with.

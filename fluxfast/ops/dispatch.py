@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fluxfast.config.precision_words import in_words
 from fluxfast.ops import verdicts
 from fluxfast.ops.device import constant_when_compiled, pretending
 
@@ -88,7 +89,7 @@ def resolve(
         tell = logger.warning if is_surprise else logger.info
         tell(
             "%s runs on '%s': %s",
-            op,
+            in_words(op),
             choice,
             f"not on '{wanted}': {verdict}" if verdict else reason or fits,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fluxfast.config.precision_words import format_named, in_words
 from fluxfast.quant import FORMATS
 from fluxfast.quant.format import Format
 from fluxfast.quant.linear import QuantLinear
@@ -45,8 +46,8 @@ class QuantReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.quantized)} linears in {self.format}: {self.bytes_before / 2**30:.2f} "
-            "GiB became "
+            f"{len(self.quantized)} linears in {in_words(self.format)}: "
+            f"{self.bytes_before / 2**30:.2f} GiB became "
             f"{self.bytes_after / 2**30:.2f}; {len(self.kept)} kept: {', '.join(self.kept)}"
         )
 
@@ -67,7 +68,7 @@ def format_of(precision: str, key: str = "base_model_precision") -> Format | Non
         "%s %s: kept in fluxfast's %s, %g bits a weight",
         key,
         precision,
-        name,
+        in_words(name),
         format.bits_per_weight,
     )
     return format
@@ -77,13 +78,14 @@ def quantize(transformer: nn.Module, format: str = "int8") -> QuantReport:
     """Keep a FLUX.1 transformer's linears in few bits, in place: the frozen base of a LoRA.
 
     transformer: any model's module in a floating dtype, without adapters; these come after.
-    format: "int8", "int4", "nf4", "int2" or "fp8_e4m3". The embedders of image and text and the
+    format: "int8", "int4", "nf4", "int2" or "fp8". The embedders of image and text and the
     last linear stay as they are (`KEPT`). Returns what was done, with bytes before and after, to
     print. Raises ValueError on another name, and `quantize_model`'s errors.
     """
-    if format not in FORMATS:
-        raise ValueError(wrong_choice("format", format, FORMATS))
-    return quantize_model(transformer, FORMATS[format])
+    name = format_named(format)
+    if name not in FORMATS:
+        raise ValueError(wrong_choice("format", format, [*map(in_words, FORMATS)]))
+    return quantize_model(transformer, FORMATS[name])
 
 
 def quantize_model(

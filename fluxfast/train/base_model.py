@@ -22,8 +22,9 @@ from fluxfast.checkpoint.opening import open_checkpoint, open_single_file
 from fluxfast.checkpoint.quantized import FILE_VERSION, StaleFile, fingerprint
 from fluxfast.checkpoint.reader import BrokenFile, CheckpointError, DamagedFile
 from fluxfast.checkpoint.transformer import Checkpoint
+from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
-from fluxfast.files import free_bytes, mark_used
+from fluxfast.files import free_bytes, mark_used, short_path
 from fluxfast.memory.stream import STREAMED_MODULES
 from fluxfast.model.apply import Choices
 from fluxfast.model.modulation import linear_names
@@ -66,7 +67,7 @@ def open_base(config: TrainConfig) -> Checkpoint:
     if (info := checkpoint.quantized) is not None:
         if PRECISIONS[config.base_model_precision] not in (None, info.format.name):
             raise CheckpointError(
-                f"{checkpoint.where}: is quantised to {info.format.name}, but "
+                f"{checkpoint.where}: is quantised to {in_words(info.format.name)}, but "
                 "base_model_precision is "
                 f'{config.base_model_precision}: set it to "no_change", or name the checkpoint '
                 "that the file was made from"
@@ -109,7 +110,7 @@ def load_transformer(
         how = (
             "; not verified (`fluxfast-train quantize --verify` reads it through)" if unread else ""
         )
-        say(console, f"{info.path}: {info.format.name}, quantised before{how}")
+        say(console, f"{info.path}: {in_words(info.format.name)}, quantised before{how}")
         transformer = load(checkpoint, None)
     elif format is not None:
         quantize_on = quantizing_device(config.quantize_via, device)
@@ -200,23 +201,24 @@ class CachedBase:
             self.path.unlink(missing_ok=True)
             return None
         mark_used(self.path)
-        say(console, f"base: {self.format.name} from {self.path}")
+        say(console, f"base: {in_words(self.format.name)} from {short_path(self.path)}")
         return kept
 
     def make(self, quantize_on: torch.device, console: Console) -> Checkpoint | None:
         """Quantise the base into the cache; None, and a note, where the disk has no room."""
         self._remove_superseded(console)
         path, source, format = self.path, self.source, self.format
+        word = in_words(format.name)
         needed = int(source.nbytes * format.bits_per_weight / 16) + SPARE_BYTES
         if (free := free_bytes(path)) < needed:
             room = f"{path.parent} has {free / 1e9:.1f} GB left, and should have {needed / 1e9:.1f}"
-            say(console, f"base: {format.name}, not kept: {room}")
+            say(console, f"base: {word}, not kept: {room}")
             return None
         size = source.quantize(FluxTransformer, path, format, quantize_on=quantize_on)
         say(
             console,
-            f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {format.name}, kept in "
-            f"{path}",
+            f"base: {source.nbytes / 1e9:.2f} GB became {size / 1e9:.2f} in {word}, kept in "
+            f"{short_path(path)}",
         )
         return open_single_file(path)
 

@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 
 from fluxfast.checkpoint import QUANTIZED
+from fluxfast.config.precision_words import in_words
 from fluxfast.data.cache_index import NAME, Index
 from fluxfast.files import short_path
 
@@ -145,4 +146,4 @@ def _base_of(path: Path) -> str:
         return f"{path.name}, which can't be read"
     hub = _HUB.search(source)
     model = f"{hub[1]}/{hub[2]}" if hub else source
-    return f"{model}, {format}"
+    return f"{model}, {in_words(format)}"

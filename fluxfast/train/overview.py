@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxfast.adapters.kind import trainable_parameters
+from fluxfast.config.precision_words import in_words
 from fluxfast.config.run import TrainConfig
 from fluxfast.memory import plan
 from fluxfast.memory.gpus import Gpu
@@ -128,7 +129,7 @@ def _kernels(parts: Parts) -> str:
         dtype = compute_dtype(transformer.device, transformer.dtype)
         own += f", products in {str(dtype).removeprefix('torch.')}"
     else:
-        own += f", products in {choices.compute}"
+        own += f", products in {in_words(choices.compute)}"
         own += f" but for {choices.outliers} channels" if choices.outliers else ""
     more = [own]
     if transformer.modulation is not None:

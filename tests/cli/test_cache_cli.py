@@ -50,7 +50,7 @@ def test_what_the_last_start_did_not_need_is_told(cache, capsys):
     latents.note_use([("cats (/data/[cats])0", "f")], "cats (/data/[cats])")
     main(["cache"])
     size = 2 * next((cache / "vae").glob("*.safetensors")).stat().st_size
-    assert f"{size} bytes of it were not needed" in capsys.readouterr().out
+    assert f"{size} bytes of it was not needed" in capsys.readouterr().out
 
 
 def test_only_what_is_old_enough_goes(cache, capsys):

@@ -202,6 +202,20 @@ def test_a_cache_that_cannot_be_written_is_told(capsys, tmp_path):
     assert status == 0 and "can't be kept" in " ".join(out.out.split())
 
 
+def test_options_of_a_config_are_written_either_way(config):
+    from fluxfast.config.run import load_config
+
+    path = config()
+    for words in (
+        ["--lora-rank", "3", "--lora_dropout=0"],
+        ["--lora_rank=3", "--lora-dropout", "0"],
+    ):
+        given = parse([str(path), *words])
+        assert load_config(given.path, given.overrides).lora_rank == 3
+    with pytest.raises(ValueError, match="one config, not two"):
+        parse(["a.json", "--lora_rank=3", "b.json"])
+
+
 def test_what_is_checked(config):
     from fluxfast.config.run import load_config
 

@@ -13,6 +13,7 @@ from fluxfast.adapters.merge import MERGED
 from fluxfast.checkpoint.opening import open_checkpoint
 from fluxfast.checkpoint.quantized import fingerprint
 from fluxfast.cli.main import main
+from fluxfast.config.precision_words import in_words
 from fluxfast.quant import FORMATS
 from support import SMALL, randomise, relative_error
 
@@ -112,7 +113,7 @@ def test_a_format(tmp_path, base, lora, format, capsys):
     assert torch.equal(model.get_submodule(TO_Q).packed().parts["packed"], linear["packed"])
     capsys.readouterr()
     assert merge(tmp_path / "q", lora, tmp_path / "twice.safetensors") == 0
-    assert f"is quantised to {format}: the adapter goes into" in capsys.readouterr().out
+    assert f"is quantised to {in_words(format)}: the adapter goes into" in capsys.readouterr().out
 
 
 def test_refused_before_anything_is_written(tmp_path, base, lora, capsys):

@@ -75,7 +75,7 @@ def test_what_fits_nowhere_comes_with_what_would_help(report):
     assert any("int4-quanto" in line for line in found["changes"]["why"])
 
 
-@pytest.mark.parametrize(("gpu", "compute"), [("RTX 3090", "same"), ("RTX 4090", "e4m3")])
+@pytest.mark.parametrize(("gpu", "compute"), [("RTX 3090", "same"), ("RTX 4090", "fp8")])
 def test_products_run_in_what_the_gpu_has(report, gpu, compute):
     found = report(
         "--gpu", gpu, "--base_model_precision=fp8-quanto", "--gradient_checkpointing_interval=1"

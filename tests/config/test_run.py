@@ -23,6 +23,8 @@ OTHER_DEFAULTS = {
     "model_flavour": "krea",
     "quantize_via": None,
     "tokenizer_max_length": 512,
+    "tracker_project_name": "",
+    "tracker_run_name": "",
 }
 REQUIRED = {"model_type", "model_family", "data_backend_config"}
 

@@ -99,7 +99,7 @@ def test_the_commands_run(project, tmp_path, name, capsys):
     told = [word for row in table.splitlines() for word in re.findall(r"`([^`]+)`", row[:80])]
     for left in told:
         # steps are fewer here
-        left = left.replace("250", "2").replace("_N.", "_2.").split(" ")[0]
+        left = left.replace("000250", "000002").replace("250", "2").split(" ")[0]
         if left.startswith("grid"):
             left = f"validation_images/{left}"
         assert (output / left).exists(), left

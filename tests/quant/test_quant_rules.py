@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from fluxfast import FluxTransformer
+from fluxfast.config.precision_words import in_words
 from fluxfast.quant import FORMATS
 from fluxfast.quant.linear import QuantLinear
 from fluxfast.quant.rules import PRECISIONS, format_of, quantize_model
@@ -133,9 +134,8 @@ def test_precision_names(caplog):
         caplog.clear()
         assert format_of(precision) is FORMATS[name]
         bits = f"{FORMATS[name].bits_per_weight:g}"
-        assert caplog.messages == [
-            f"base_model_precision {precision}: kept in fluxfast's {name}, {bits} bits a weight"
-        ]
+        kept = f"kept in fluxfast's {in_words(name)}, {bits} bits a weight"
+        assert caplog.messages == [f"base_model_precision {precision}: {kept}"]
     caplog.clear()
     assert format_of("no_change") is None and not caplog.messages
     with pytest.raises(

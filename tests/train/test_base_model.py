@@ -23,7 +23,7 @@ from fluxfast.model.apply import Choices
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import quantize_model
 from fluxfast.train import base_model, build
-from fluxfast.train.base_model import load_transformer, open_base, quantizing_device
+from fluxfast.train.base_model import CachedBase, load_transformer, open_base, quantizing_device
 from support import SMALL, randomise
 
 CPU = torch.device("cpu")
@@ -150,6 +150,24 @@ def test_runs_share_it_by_its_content(tmp_path, transformer, load, reads):
     (file,) = cached(tmp_path)
     assert f"base: int8 from {file}" in said and reads == [file.name]
     same(first, second)
+
+
+def test_two_runs_may_make_it_at_once(tmp_path, transformer, load, monkeypatch):
+    """Both find no file, and both write it: it is whole whoever comes last."""
+    other, made = [], CachedBase.make
+
+    def late(self, *args):
+        if not other:
+            other.append(None)
+            other.append(load(name="other", base_model_precision="int8-quanto")[0])
+        return made(self, *args)
+
+    monkeypatch.setattr(CachedBase, "make", late)
+    first, _ = load(base_model_precision="int8-quanto")
+    assert len(cached(tmp_path)) == 1
+    same(first, other[1])
+    _, said = load(base_model_precision="int8-quanto")
+    assert "base: int8 from" in said
 
 
 def test_another_base_takes_no_other_ones_place(tmp_path, transformer, load):

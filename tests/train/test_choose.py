@@ -124,7 +124,7 @@ def test_what_products_run_in(keys, gpu, compute):
 
 
 def test_products_that_a_gpu_lacks_are_refused():
-    with pytest.raises(ConfigError, match=r"is fp8, but RTX 3090 has no tensor cores for e4m3"):
+    with pytest.raises(ConfigError, match=r"is fp8, but RTX 3090 has no tensor cores for fp8"):
         chosen("RTX 3090", compute_precision="fp8")
     config = load(**FLUX, compute_precision="int8")
     # compute capability 7.0

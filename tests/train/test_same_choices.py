@@ -234,7 +234,7 @@ def test_all_three_refuse_what_the_gpu_lacks(write_config, workspace, pretend_gp
         lambda: plan_report(config, None),
         lambda: accelerated(workspace / "pipeline", config),
     ):
-        with pytest.raises(ValueError, match="RTX 3090 has no tensor cores for e4m3"):
+        with pytest.raises(ValueError, match="RTX 3090 has no tensor cores for fp8"):
             way()
 
 

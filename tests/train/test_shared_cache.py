@@ -87,7 +87,7 @@ def test_an_earlier_versions_latents_go_on_being_used(
     in_one_cache, workspace, tmp_path, user_cache
 ):
     """They lie in the output folder, named after the dataset's id and the file."""
-    in_one_cache()
+    in_one_cache(name="first")
     own = tmp_path / "output" / "cache" / "vae" / "photos"
     own.parent.mkdir(parents=True)
     (user_cache / "vae").rename(own)
