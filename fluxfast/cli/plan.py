@@ -16,12 +16,12 @@ from fluxfast.config.settings import ConfigError
 
 HELP = """fluxfast-train plan CONFIG.json [--gpu NAME] [--vram GiB] [--option=value ...]
 
-What a run takes, before anything is downloaded: VRAM by part, host memory, disk,
-and time; where it does not fit, what makes it fit. Needs no weights, network or
-GPU. Images that are here already are looked at, but only at their sizes.
+What a run takes, before anything is downloaded: VRAM by part, RAM, disk, and
+time; where it does not fit, what makes it fit. Needs no weights, network or
+GPU. Of images that are here already, only the sizes are read.
 
-  --gpu NAME   a card such as "RTX 3080" (default: this machine's, if it has one);
-               `--gpu list` shows the table, with --verbose its sources too
+  --gpu NAME   a card such as "RTX 3080" (default: this machine's); `--gpu list`
+               shows the table, with --verbose its sources too
   --vram GiB   a card with so much memory: one that is not in the table, or with
                --gpu that card with another amount of memory
   --verbose    say why each choice is made
