@@ -86,6 +86,11 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
         )
     if config.optimizer_kind.finds_rate and "learning_rate" not in config.model_fields_set:
         forced["learning_rate"] = 1.0
+    elif "learning_rate" not in config.model_fields_set:
+        notes.append(
+            f'"learning_rate" is not set, and its default, {config.learning_rate:g}, hardly trains '
+            "a LoRA: 1e-4 is usual"
+        )
     notes += optimizer_notes(config)
     if config.adapter_kind == DORA and config.lora_dropout:
         notes.append(

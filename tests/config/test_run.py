@@ -86,8 +86,8 @@ def test_least_config():
     assert config.epsilon == 1e-6
     assert config.base_source == ModelSource(FLAVOURS["krea"].repository, None, None)
     assert config.schedule_text.startswith("sigmoid, no shift")
-    # defaults are no news
-    assert config.notes == ()
+    # defaults are no news, but for the one that hardly trains
+    assert load(learning_rate=1e-4).notes == ()
     assert any("norm of 1" in note for note in load(max_grad_norm=1).notes)
 
 
@@ -385,3 +385,10 @@ def test_target_modules(tmp_path):
     )
     only(refused(peft_lora_target_modules="to_q"), '"peft_lora_target_modules"', "no such file")
     only(refused(peft_lora_target_modules=[]), '"peft_lora_target_modules"')
+
+
+def test_a_learning_rate_that_is_left_out_is_told():
+    (note,) = (note for note in load().notes if "learning_rate" in note)
+    assert "4e-07" in note and "1e-4" in note
+    for told in ({"learning_rate": 1e-4}, {"optimizer": "prodigy"}):
+        assert not any("learning_rate" in note for note in load(**told).notes)
