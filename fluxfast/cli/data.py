@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import answer
 from fluxfast.config.datasets import DataConfig
 from fluxfast.config.places import load_run
@@ -47,7 +48,7 @@ configs."""
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train data",
         usage="fluxfast-train data CONFIG.json [--out DIR] [--images N] [--all]\n"
         "                           [--json FILE] [--option=value ...]",
