@@ -65,7 +65,11 @@ def lines(config: TrainConfig, lora: Path) -> list[str]:
     if grid := _last_grid(folder):
         told.append(f"images: {printable(grid)}")
     shapes, metadata = header_of(lora)
-    found = readers(read_adapter(lora), shapes, metadata)
+    try:
+        found = readers(read_adapter(lora), shapes, metadata)
+    except ValueError:
+        # a kind of somebody's own, which no other program knows
+        return told
     return [*told, *_in_diffusers(config, found["diffusers"]), *_in_comfyui(lora, found["ComfyUI"])]
 
 
