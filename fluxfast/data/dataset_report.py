@@ -98,7 +98,7 @@ class DataReport:
         yield from (Text(f"· {note}") for note in self.notes)
         images = sum(row.encoded for row in self.datasets)
         if images or self.texts_encoded:
-            yield f"newly encoded: {images} images, {self.texts_encoded} texts"
+            yield Text(f"newly encoded: {images} images, {self.texts_encoded} texts")
 
 
 def unread_kinds(files: Sequence[str]) -> str:
