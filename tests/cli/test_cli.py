@@ -13,7 +13,7 @@ from fluxfast.cli.main import main
 
 def test_help_and_version(capsys):
     assert main(["--help"]) == 0
-    assert "fluxfast-train CONFIG.json" in capsys.readouterr().out
+    assert "\n  train " in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
     assert main(["train", "--help"]) == 0

@@ -56,7 +56,7 @@ def run(capsys, *words):
 
 
 def test_help_lists_it(capsys):
-    assert "doctor" in usage()
+    assert "\n  doctor " in usage()
     assert main(["doctor", "--help"]) == 0
     assert "--all" in capsys.readouterr().out
 
