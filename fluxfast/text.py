@@ -25,6 +25,14 @@ def printable(text: object) -> str:
     return "".join(_escaped(c) if unicodedata.category(c) in _UNPRINTABLE else c for c in str(text))
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it, to about two digits: "40 s", "35 min", "1 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def _escaped(character: str) -> str:
     if _is_byte(character):
         return f"\\x{ord(character) - 0xDC00:02x}"

@@ -107,7 +107,11 @@ class TrainFields(
     modulation_ahead: bool | Literal["auto"] = option("auto", on_resume="ignored", ours=True)
     """Compute modulation a step ahead on the CPU (auto: for a GPU, unless the LoRA trains it)."""
     vram_budget: float | Literal["auto"] | None = option(None, on_resume="ignored", ours=True)
-    """GiB of VRAM, or auto for all there is: recompute and streaming are chosen to fit it."""
+    """GiB of VRAM, or auto for all that is free: recompute and streaming are chosen to fit it."""
+    vram_reserve: float | None = option(
+        None, ge=0, only_with="vram_budget=auto", on_resume="ignored", ours=True
+    )
+    """GiB that vram_budget auto leaves free (unset: 1 on a card for screens, else 0.25)."""
     enable_group_offload: bool = option(False, on_resume="ignored")
     """Keep the blocks' weights in host memory and stream them to the device as they are used."""
     group_offload_type: Literal["block_level", "leaf_level"] = option(

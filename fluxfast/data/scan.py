@@ -85,7 +85,7 @@ class Scan:
 
 def scan(
     dataset: ImageDataset,
-    cache: TensorCache,
+    cache: TensorCache | None,
     *,
     contents: Contents = Contents(),  # noqa: B008  (it is frozen)
     skip: Iterable[Path] = (),
@@ -96,7 +96,8 @@ def scan(
 ) -> Scan:
     """Look at every image of a dataset.
 
-    A file that `cache` has seen before, and that nobody has written since, is not opened.
+    A file that `cache` has seen before, and that nobody has written since, is not opened. Without
+    a cache only headers are read: the candidates have sizes and captions, and an empty `sha256`.
     `contents` is what the dataset's backend says of its images (`backends.bring`).
     `on_file(done, total)` reports progress. Raises ValueError if the folder doesn't exist, or if a
     folder in it can't be looked into.
@@ -208,7 +209,7 @@ def other_files(root: Path) -> Counter[str]:
 
 
 def _all_facts(
-    dataset: ImageDataset, paths: list[Path], cache: TensorCache, max_workers: int
+    dataset: ImageDataset, paths: list[Path], cache: TensorCache | None, max_workers: int
 ) -> Iterator[dict | UnreadableImage]:
     """Size in pixels and SHA-256 of each file, in order, or why it can't be read.
 
@@ -219,6 +220,8 @@ def _all_facts(
     def facts(path: Path) -> tuple[dict | UnreadableImage, tuple[str, os.stat_result, dict] | None]:
         name = str(path.absolute())
         try:
+            if cache is None:
+                return {"size": image_size(path), "sha256": ""}, None
             # before the file is read: a write meanwhile has the next start read it again
             stat = path.stat()
             known = cache.file_facts(name, stat)
@@ -238,11 +241,12 @@ def _all_facts(
         for known, new in map_files(pool, facts, paths):
             if new:
                 unsaved.append(new)
-            if len(unsaved) == _FILES_PER_WRITE:
+            if cache is not None and len(unsaved) == _FILES_PER_WRITE:
                 cache.remember_files(unsaved)
                 unsaved = []
             yield known
-    cache.remember_files(unsaved)
+    if cache is not None:
+        cache.remember_files(unsaved)
 
 
 def _notes(

@@ -14,6 +14,7 @@ from typing import Any
 
 from fluxfast.config import attention
 from fluxfast.config.precision_words import in_words
+from fluxfast.memory.budget import budget_bytes, reserve_gib, usable_bytes
 from fluxfast.memory.gpus import Gpu
 from fluxfast.memory.plan import GIB, account, fit, predict, why_nothing_fits
 from fluxfast.memory.rates import Rate
@@ -28,8 +29,6 @@ from fluxfast.ops.attention import checked_as
 from fluxfast.quant import FORMATS
 from fluxfast_kernels.launch import reads_transposed
 
-# GiB of a GPU's memory that its driver keeps for itself
-DRIVER = 0.25
 # A transposed copy of the base's codes may bring a step to this part of the VRAM, or take this part
 # where nobody knows what a step takes: CUDA graphs keep memory that no plan counts.
 ROOM, ROOM_UNKNOWN = 0.8, 0.25
@@ -218,18 +217,6 @@ def choose_compute(wishes: Wishes, format: str | None, gpu: Gpu | None) -> tuple
 # what is recomputed, and where the weights are
 
 
-def usable_bytes(memory_gib: float) -> int:
-    """What a process can have of a GPU with that much memory."""
-    return round((memory_gib - DRIVER) * GIB)
-
-
-def budget_bytes(wishes: Wishes, gpu: Gpu, free: int | None = None) -> int:
-    """The VRAM that a run may take: vram_budget, where it is a number; else all that is free."""
-    if wishes.vram_budget not in (None, "auto"):
-        return round(float(wishes.vram_budget) * GIB)
-    return usable_bytes(gpu.memory) if free is None else free
-
-
 def _memory(
     wishes: Wishes, facts: Facts, workload: Workload | None, ahead: bool
 ) -> tuple[Choices, dict[str, str]]:
@@ -241,9 +228,12 @@ def _memory(
     if choices is None:
         raise OverBudget(why_nothing_fits(workload, budget, modulation_ahead=ahead))
     needed = account(workload, choices).needed
+    left = ""
+    if wishes.vram_budget == "auto":
+        left = f" ({reserve_gib(facts.gpu, wishes.vram_reserve):g} left free)"
     reason = (
-        f"vram_budget {budget / GIB:.2f} GiB: a step should take {needed / GIB:.2f} and be the "
-        "fastest that fits"
+        f"vram_budget {budget / GIB:.2f} GiB{left}: a step should take {needed / GIB:.2f} and be "
+        "the fastest that fits"
     )
     return choices, {"recompute": reason, "streaming": "by the same budget"}
 
@@ -342,7 +332,7 @@ def _host_is_late(
     if facts.host_seconds is None or facts.gpu is None or workload is None:
         return None
     in_place = replace(choices, modulation_ahead=False)
-    if account(workload, in_place).needed > usable_bytes(facts.gpu.memory):
+    if account(workload, in_place).needed > usable_bytes(facts.gpu, wishes.vram_reserve):
         return None
     smallest = replace(facts.smallest or workload, compute=workload.compute)
     step = predict(smallest, choices, facts.gpu)

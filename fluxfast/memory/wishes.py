@@ -30,7 +30,8 @@ class Wishes:
         checkpoint_every: one block of so many is checkpointed, 0: none; None: blocks do as the
             checkpointing around them asks.
         streams, blocks_per_group, use_stream: as in `Choices`, where no budget decides.
-        vram_budget: GiB, or "auto" for all that is free; None: no budget.
+        vram_budget: GiB, or "auto" for all that is free but the reserve; None: no budget.
+        vram_reserve: GiB that "auto" leaves free; None: as the kind of GPU wants it.
         modulation_ahead, cuda_graphs: True, False, or "auto".
         attention: a back end, or "auto".
         mechanism: a value of `attention_mechanism` (`config.attention`), where `attention` is
@@ -51,6 +52,7 @@ class Wishes:
     blocks_per_group: int = 1
     use_stream: bool = False
     vram_budget: float | Literal["auto"] | None = None
+    vram_reserve: float | None = None
     modulation_ahead: bool | Literal["auto"] = "auto"
     cuda_graphs: bool | Literal["auto"] = "auto"
     attention: str = "auto"
@@ -84,6 +86,7 @@ def wishes_of(config: TrainConfig) -> Wishes:
         blocks_per_group=config.group_offload_blocks_per_group,
         use_stream=config.group_offload_use_stream,
         vram_budget=config.vram_budget,
+        vram_reserve=config.vram_reserve,
         modulation_ahead=config.modulation_ahead,
         cuda_graphs=config.cuda_graphs,
         mechanism=config.attention_mechanism,

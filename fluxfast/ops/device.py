@@ -11,8 +11,9 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# compute capabilities of NVIDIA GPUs from which tensor cores multiply codes of a kind
-LEAST_CAPABILITY = {"int8": (7, 5), "e4m3": (8, 9)}
+# Compute capabilities of NVIDIA GPUs from which our kernels multiply values of a kind on tensor
+# cores. Those of 7.5 have int8, but Triton compiles no products for them.
+LEAST_CAPABILITY = {"same": (8, 0), "int8": (8, 0), "e4m3": (8, 9)}
 # AMD's architectures with matrix products of e4m3: MI300, MI350, RDNA 4
 AMD_E4M3 = ("gfx94", "gfx95", "gfx12")
 
@@ -30,15 +31,15 @@ _pretence: Literal["launches", "shapes"] | None = None
 
 
 def multiplies(compute: str, device: torch.device) -> bool:
-    """Whether a device has matrix products of "same", "int8" or "e4m3" in hardware.
+    """Whether a device has matrix products of "same" (bf16), "int8" or "e4m3" in hardware.
 
     On a CPU, 8-bit products are emulated where they are asked for, so the answer is yes.
     """
-    if compute == "same" or device.type != "cuda":
+    if device.type != "cuda":
         return True
     if torch.version.hip is not None:
         architecture = torch.cuda.get_device_properties(device).gcnArchName
-        return compute == "int8" or architecture.startswith(AMD_E4M3)
+        return compute != "e4m3" or architecture.startswith(AMD_E4M3)
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY[compute]
 
 

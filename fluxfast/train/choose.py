@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from rich.console import Console
 
-from fluxfast.adapters.kind import Size
+from fluxfast.adapters.kind import Size as AdapterSize
 from fluxfast.adapters.presets import preset_targets
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.conditioning import ConditioningDataset
@@ -37,6 +37,9 @@ from fluxfast.train.adapter import kind_of, settings_of
 from fluxfast.train.assistant import assistant_bytes
 from fluxfast.train.base_model import stored_format
 from fluxfast.train.events import say
+
+# (width, height) in pixels
+Size = tuple[int, int]
 
 # width / height of the images that a dataset without crops is taken to hold
 ASPECTS = tuple(i / 20 for i in range(10, 41))
@@ -69,26 +72,39 @@ def tokens_of(size: tuple[int, int]) -> int:
 
 
 def largest_batch(
-    config: TrainConfig, datasets: Iterable[ImageDataset], data: DataConfig | None = None
+    config: TrainConfig,
+    datasets: Iterable[ImageDataset],
+    data: DataConfig | None = None,
+    seen: Mapping[str, Iterable[Size]] | None = None,
 ) -> BatchShape:
-    """The batch with the most tokens, by the datasets' settings; nothing on disk is looked at.
+    """The batch with the most tokens.
 
-    data: says which references the datasets have.
+    data: says which references the datasets have. seen: the sizes of images that datasets are known
+    to have, by the datasets' ids; those of the others follow from their settings. Nothing on disk
+    is looked at.
     """
+    known = seen or {}
     batches = [
-        BatchShape(
-            size,
-            d.train_batch_size or config.train_batch_size,
-            d.id,
-            _reference_tokens(config, size, data.conditions(d.id) if data else ()),
-        )
-        for d in datasets
-        for size in _sizes(d)
+        batch_of(config, dataset, size, data)
+        for dataset in datasets
+        for size in known.get(dataset.id) or _sizes(dataset)
     ]
     return max(batches, key=lambda batch: batch.tokens)
 
 
-def _sizes(dataset: ImageDataset) -> list[tuple[int, int]]:
+def batch_of(
+    config: TrainConfig, dataset: ImageDataset, size: Size, data: DataConfig | None = None
+) -> BatchShape:
+    """A dataset's batch of images of one size, with the most references that it may have."""
+    return BatchShape(
+        size,
+        dataset.train_batch_size or config.train_batch_size,
+        dataset.id,
+        _reference_tokens(config, size, data.conditions(dataset.id) if data else ()),
+    )
+
+
+def _sizes(dataset: ImageDataset) -> list[Size]:
     """The sizes that a dataset's images may have, (width, height) in pixels."""
     aspects = [1.0] if dataset.crop and dataset.crop_aspect == "square" else ASPECTS
     return [target_size(a, dataset.resolution, dataset.resolution_type) for a in aspects]
@@ -106,13 +122,17 @@ def _reference_tokens(
     return sum(each) if config.combines_references else max(each, default=0)
 
 
-def encoded_pixels(config: TrainConfig, datasets: Iterable[ImageDataset]) -> int:
-    """Pixels of the largest image that is encoded while the run trains, by the datasets' settings.
+def encoded_pixels(
+    config: TrainConfig,
+    datasets: Iterable[ImageDataset],
+    seen: Mapping[str, Iterable[Size]] | None = None,
+) -> int:
+    """Pixels of the largest image that is encoded while the run trains.
 
-    0 where every dataset is encoded before.
+    0 where every dataset is encoded before. seen: as in `largest_batch`.
     """
     on_demand = [dataset for dataset in datasets if dataset.encodes_on_demand]
-    sizes = [largest_batch(config, [dataset]).size for dataset in on_demand]
+    sizes = [largest_batch(config, [dataset], seen=seen).size for dataset in on_demand]
     return max((width * height for width, height in sizes), default=0)
 
 
@@ -162,7 +182,7 @@ def workload_of(
     )
 
 
-def _lycoris_modules(config: TrainConfig, sizes: FluxSizes) -> Mapping[str, Size] | None:
+def _lycoris_modules(config: TrainConfig, sizes: FluxSizes) -> Mapping[str, AdapterSize] | None:
     """The linears that a `lycoris_config` names, and the options of each; None without one."""
     if config.lycoris_config is None:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fluxfast.config.datasets import ImageDataset
@@ -10,31 +10,39 @@ from fluxfast.config.run import TrainConfig
 from fluxfast.data.cache_index import has_entries, owner_of_captions, owner_of_images
 from fluxfast.data.images import discover
 from fluxfast.files import free_bytes
-from fluxfast.train.choose import largest_batch
+from fluxfast.train.choose import Size, largest_batch
 
 # FLUX.1's text encoders: features of a T5 token, and of CLIP's pooled output
 T5_FEATURES, CLIP_FEATURES = 4096, 768
 
 
 def cache_bytes(
-    config: TrainConfig, dataset: ImageDataset, t5: int = T5_FEATURES, clip: int = CLIP_FEATURES
+    config: TrainConfig,
+    dataset: ImageDataset,
+    t5: int = T5_FEATURES,
+    clip: int = CLIP_FEATURES,
+    sizes: Mapping[Size, int] | None = None,
 ) -> tuple[int, int]:
     """About the most bytes of (latents, text embeddings) that a dataset's images take.
 
-    Both are 0 where its folder isn't there yet.
+    Both are 0 where its folder isn't there yet. sizes: how many images it has of each size, where
+    that is known; else all are taken for the largest.
     """
-    if not dataset.instance_data_dir.is_dir():
-        return 0, 0
-    images = len(discover(dataset.instance_data_dir, skip=[]).images)
-    width, height = largest_batch(config, [dataset]).size
-    captions = 1 if dataset.caption_strategy == "instanceprompt" else images
+    if sizes is None:
+        if not dataset.instance_data_dir.is_dir():
+            return 0, 0
+        largest = largest_batch(config, [dataset]).size
+        sizes = {largest: len(discover(dataset.instance_data_dir, skip=[]).images)}
+    images = sum(sizes.values())
+    captions = {None: 0, "instanceprompt": 1}.get(dataset.caption_strategy, images)
     if shuffle := dataset.caption_shuffle:
         captions *= shuffle.count + shuffle.include_original
-    latents = 0 if dataset.vae_cache_disable else images
     # 16 channels, an eighth of the size each way, bf16
-    return latents * 16 * (width // 8) * (height // 8) * 2, captions * (
-        config.tokenizer_max_length * t5 + clip
-    ) * 2
+    latents = sum(
+        count * 16 * (width // 8) * (height // 8) * 2 for (width, height), count in sizes.items()
+    )
+    texts = captions * (config.tokenizer_max_length * t5 + clip) * 2
+    return 0 if dataset.vae_cache_disable else latents, texts
 
 
 def checkpoint_bytes(config: TrainConfig, elements: int) -> int:
@@ -63,7 +71,11 @@ def shortage(
     counted, since nobody knows how much of it is missing.
     """
     wanted = [
-        (config.output_dir / "checkpoint", checkpoint * (_checkpoints(config) + 1), "checkpoints")
+        (
+            config.output_dir / "checkpoint",
+            checkpoint * (checkpoints_kept(config) + 1),
+            "checkpoints",
+        )
     ]
     has_texts = has_entries(text_cache, owner_of_captions(config.base_source.path))
     for dataset in datasets:
@@ -101,7 +113,7 @@ def shortage(
     return problems, notes
 
 
-def _checkpoints(config: TrainConfig) -> int:
+def checkpoints_kept(config: TrainConfig) -> int:
     """How many checkpoints there are side by side at most."""
     most = config.checkpoints_total_limit + config.checkpoints_keep_best
     if not config.checkpoint_step_interval and not config.checkpoint_epoch_interval:

@@ -18,7 +18,7 @@ from fluxfast.memory.sizes import Workload
 from fluxfast.model.apply import Choices
 from fluxfast.model.transformer import compute_dtype
 from fluxfast.ops.dispatch import HAS_NATIVE, HAS_TRITON
-from fluxfast.text import printable
+from fluxfast.text import duration, printable
 from fluxfast.train.adapter import kind_of
 from fluxfast.train.build import Parts
 from fluxfast.train.build_data import RunData
@@ -94,14 +94,6 @@ def predicted(workload: Workload, choices: Choices, gpu: Gpu, micro_batches: int
     """Seconds of an optimiser's step of so many batches."""
     step = plan.predict(replace(workload, compute=choices.compute), choices, gpu)
     return step.update + micro_batches * (step.total - step.update)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it, to about two digits: "40 s", "35 min", "1 h 20 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _adapter(config: TrainConfig, parts: Parts) -> str:

@@ -29,6 +29,7 @@ from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, quoted
 from fluxfast.data.model_folders import local_folder
 from fluxfast.memory import gpus
+from fluxfast.memory.budget import unsupported
 from fluxfast.memory.choices import lacking, refusals
 from fluxfast.memory.wishes import wishes_of
 from fluxfast.model.routing import resolve_routes
@@ -108,7 +109,10 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         _check_quantizing(config, device)
     # what failed a check of this machine counts once `health` has looked at it
     with verdicts.ignored():
-        problems += refusals(wishes_of(config), gpus.this_gpu(device))
+        gpu = gpus.this_gpu(device)
+        problems += refusals(wishes_of(config), gpu)
+    if (why := unsupported(gpu)) is not None:
+        problems.append(why)
     problems += lacking(wishes_of(config), device.type)
     changes = resume.refused(config, saved, data.images if data else ()) if saved else []
     if config.push_to_hub:

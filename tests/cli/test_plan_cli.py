@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fluxfast.cli.main import main
+from fluxfast.memory.gpus import GPUS
 from fluxfast.memory.step_time import PARTS
 
 GIB = 2**30
@@ -39,7 +40,7 @@ def report(plan):
 def test_the_quickstart_on_a_gpu_that_is_too_small(plan):
     text = plan("--gpu", "RTX 3080", status=1)
     assert "does not fit" in text and '"vram_budget": "auto" makes it fit' in text
-    assert "streamed through a ring of" in text
+    assert "streamed through a ring of" in " ".join(text.split())
 
 
 def test_it_fits_a_large_one(report):
@@ -120,15 +121,10 @@ def test_accumulation_makes_steps_longer_and_adds_gradients_up(report):
 
 
 def test_images_that_are_there_are_counted(report, tmp_path):
-    folder = tmp_path / "datasets" / "dreambooth-subject"
-    folder.mkdir(parents=True)
-    for i in range(3):
-        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    write_images(tmp_path / "datasets" / "dreambooth-subject", *[(1024, 1024)] * 3)
     disk = report("--gpu=H200")["disk"]
-    # three images at up to 1152x960 and up to 576x512, and a prompt for either dataset
-    assert (
-        3 * 16 * 2 * (144 * 120 + 64 * 64) <= disk["latents"] < 3 * 16 * 2 * (144 * 120 + 72 * 72)
-    )
+    # three images at two sizes, and a prompt for either dataset
+    assert disk["latents"] == 3 * 16 * 2 * (128 * 128 + 64 * 64)
     assert disk["text embeddings"] == 2 * (512 * 4096 + 768) * 2
 
 
@@ -162,7 +158,11 @@ def test_tread_and_the_dataloader_that_is_missing(report):
     ("words", "message"),
     [
         (["--gpu", "RTX 9999"], "RTX 9999"),
-        (["--gpu"], "--gpu needs a name"),
+        (["--gpu", "RTX 4900"], "did you mean RTX 4090"),
+        (["--gpu"], "--gpu needs a value"),
+        (["--vram"], "--vram needs a value"),
+        (["--vram=much"], "--vram expects GiB"),
+        (["--vram=-3"], "--vram expects GiB"),
         (["--vram_budget=0"], "vram_budget"),
         (["--vram_budget=some"], "vram_budget"),
         (["--lora_rnak=4"], "lora_rank"),
@@ -173,6 +173,145 @@ def test_what_is_refused(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_table_of_gpus(capsys):
-    assert main(["plan", "--gpu", "list"]) == 0
-    assert "RTX 3080" in capsys.readouterr().out
+@pytest.mark.parametrize("words", [(), ("--verbose",)])
+def test_the_table_of_gpus(capsys, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--gpu", "list", *words]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert "RTX 3080" in text and max(map(len, lines)) <= 80
+    for gpu in GPUS:
+        (row,) = [line for line in lines if line.startswith(f"{gpu.name}  ")]
+        assert f" {gpu.memory:g} " in row and f" {gpu.bandwidth:g} " in row
+    assert ("whitepaper" in text) == bool(words)
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--gpu=RTX 3080"],
+        ["--gpu=h200", "--verbose"],
+        ["--gpu=4090", "--vram_budget=2"],
+        ["--gpu=T4"],
+        ["--vram=9"],
+        ["--vram_budget=auto", "--base_model_precision=int8-quanto", "--gpu=3060"],
+        [],
+    ],
+)
+def test_lines_fit_the_terminal(monkeypatch, capsys, columns, words):
+    monkeypatch.setenv("COLUMNS", columns)
+    main(["plan", "config/config.json", *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert 80 - 20 < max(map(len, lines)) <= min(int(columns), 100)
+    # nothing of the engine's own words without what they mean
+    assert not any(line.startswith(("ring", "working set", "saved act")) for line in lines)
+
+
+def test_a_card_that_is_not_in_the_table(plan, report):
+    """Of its memory alone everything but the time is known; with --gpu, the time is that card's."""
+    int8 = ["--base_model_precision=int8-quanto", "--vram_budget=auto"]
+    found = report("--vram=12", *int8)
+    assert found["gpu"] == {"name": "a card with 12 GiB", "memory": 12, "screen": True}
+    assert found["budget"] == (12 - 0.25 - 1) * GIB and found["vram_needed"] <= found["budget"]
+    assert "step" not in found and "training_seconds" not in found["run"]
+    assert "not known of such a card" in " ".join(plan("--vram", "12", *int8).split())
+    named = report("--vram", "12GiB", "--gpu=4090", *int8)
+    assert named["budget"] == found["budget"] and named["step"]["seconds"] > 0
+    assert named["gpu"]["memory"] == 12 < report("--gpu=4090", *int8)["gpu"]["memory"]
+    small = report("--vram=2", status=1)
+    assert not small["fits"] and "step" not in small["changes"]
+
+
+def test_a_card_that_fluxfast_does_not_run_on(plan, report):
+    text = " ".join(plan("--gpu", "RTX 2080 Ti", status=1).split())
+    assert "It does not run: RTX 2080 Ti has no tensor cores for bf16" in text
+    found = report("--gpu=t4", status=1)
+    assert found["vram_needed"] > 0 and "step" not in found and "T4" not in found["fits_on"]
+
+
+def test_what_is_left_for_the_screen(plan, report):
+    """vram_reserve is a part of the budget "auto", and the text says so."""
+    auto = ["--base_model_precision=int8-quanto", "--vram_budget=auto"]
+    auto += ["--text_encoder_2_precision=int8-quanto"]
+    for words, left in (((), 1), (("--vram_reserve=1.5",), 1.5)):
+        found = report("--gpu=4060", *auto, *words)
+        assert found["reserve"] == left and found["budget"] == (8 - 0.25 - left) * GIB
+        assert f'"vram_reserve" leaves {left} GiB free' in " ".join(
+            plan("--gpu=4060", *auto, *words).split()
+        )
+    assert report("--gpu=h100", *auto)["reserve"] == 0.25
+    assert report("--gpu=h100", *auto, "--vram_budget=20")["reserve"] is None
+
+
+def write_images(folder, *sizes):
+    folder.mkdir(parents=True)
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(folder / f"{number}.png")
+
+
+def test_only_sizes_that_the_images_have(report, tmp_path):
+    """The largest batch is one that occurs, and an epoch's batches are counted."""
+    folder = tmp_path / "datasets"
+    write_images(folder / "dreambooth-subject", (1100, 1100), (1200, 1200), (1024, 1400))
+    write_images(folder / "pseudo-camera-10k", *[(600, 700)] * 5)
+    found = report("--gpu=H200", "--max_train_steps=0", "--num_train_epochs=2")
+    assert found["batch"] == {
+        "size": [896, 1216],
+        "samples": 1,
+        "dataset": "dreambooth-subject",
+    }
+    assert not found["notes"]
+    # the folder of three is there twice, each with 1000 further passes
+    per_epoch = 5 + 2 * 3 * 1001
+    assert found["run"]["steps_per_epoch"] == per_epoch and found["run"]["steps"] == 2 * per_epoch
+    assert found["run"]["images"] == 5 + 2 * 3
+    # most batches are of a smaller image than the largest
+    assert found["run"]["mean_step_seconds"] < 0.8 * found["step"]["seconds"]
+    assert found["run"]["training_seconds"] == pytest.approx(
+        found["run"]["steps"] * found["run"]["mean_step_seconds"]
+    )
+    latents = 5 * 64 * 64 + 2 * 128 * 128 + 112 * 152 + 2 * 64 * 64 + 56 * 72
+    assert found["disk"]["latents"] == pytest.approx(latents * 16 * 2, rel=0.02)
+    assert not list(tmp_path.glob("cache/**/*.safetensors")) and not Path("cache").exists()
+
+
+def test_images_that_none_can_be_used_of(report, tmp_path):
+    write_images(tmp_path / "datasets" / "dreambooth-subject", (64, 64))
+    (note, *_) = report("--gpu=H200")["notes"]
+    assert note.startswith("dreambooth-subject: no usable image") and "1 smaller than" in note
+
+
+def test_the_autoencoder_counts_with_what_it_works_with(report):
+    small = ["--vae_enable_tiling=false", "--vae_batch_size"]
+    one, four = (report("--gpu=H200", f"{small[1]}={n}", small[0]) for n in (1, 4))
+    # in bf16: 640 numbers for each pixel of the largest image
+    more = 3 * 640 * 1152 * 960 * 2
+    assert four["preparing"]["autoencoder"] - one["preparing"]["autoencoder"] == more
+    text = four["preparing"]["text encoders"]
+    assert text == 2 * (4_762_310_656 + 123_060_480)
+    # embeddings stay as they are
+    halved = report("--gpu=H200", "--text_encoder_2_precision=int8-quanto")
+    saved = text - halved["preparing"]["text encoders"]
+    assert 0.98 < saved / 4_630_511_616 < 1
+
+
+def test_encoders_that_do_not_fit_a_card_whose_steps_do(plan, report):
+    """9.1 GiB come before the steps, and are no matter of "vram_budget"."""
+    streamed = ["--gpu=RTX 3080", "--base_model_precision=int8-quanto", "--vram_budget=auto"]
+    found = report(*streamed, status=1)
+    assert found["fits"] and not found["encoders_fit"]
+    text = " ".join(plan(*streamed, status=1).split())
+    assert "The steps fit: a step needs" in text and "9.10 GiB for the text encoders" in text
+    halved = "--text_encoder_2_precision=int8-quanto"
+    assert report(*streamed, halved)["encoders_fit"]
+    assert "It fits: a step needs" in plan(*streamed, halved)
+
+
+def test_what_validation_loads_beside_the_model(report):
+    plain = report("--gpu=H200")["validating"]
+    assert plain == {"autoencoder": 2 * 83_819_683}
+    more = report("--gpu=H200", "--evaluation_type=clip", "--validation_preview=true")
+    assert more["validating"]["CLIP model of the scores"] == 4 * 427_616_513
+    assert more["validating"]["preview model"] < 10 * 2**20
+    assert not report("--gpu=H200", "--validation_disable=true")["validating"]

@@ -92,18 +92,37 @@ def test_gradients_of_several_micro_batches_lie_beside_their_sum():
         ("NVIDIA H200", "H200"),
         ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("nvidia geforce rtx 2080 super", "RTX 2080 SUPER"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
+        ("rtx 3080 mobile 16gb", "RTX 3080 Laptop 16GB"),
+        ("5060ti 16 gb", "RTX 5060 Ti 16GB"),
+        ("Tesla T4", "T4"),
     ],
 )
 def test_gpus_by_any_name(name, found):
     assert find_gpu(name).name == found
 
 
-def test_a_gpu_that_is_not_in_the_table():
-    with pytest.raises(ValueError, match=r"'RTX 3085'.*RTX 3060"):
-        find_gpu("RTX 3085")
-    # a laptop's chip of the same name is another one
-    with pytest.raises(ValueError, match="RTX 4090"):
-        find_gpu("RTX 4090 Laptop GPU")
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("RTX 4900", "RTX 4090"),
+        ("nvidia geforce rtx4900", "RTX 4090"),
+        ("RTX 3085", "RTX 3080"),
+        ("4090 Ti", "RTX 4090"),
+        ("5070 laptp", "RTX 5070 Laptop"),
+        ("H1000", "H100"),
+        ("4080 32GB", "RTX 4080"),
+    ],
+)
+def test_a_gpu_that_is_not_in_the_table(name, near):
+    with pytest.raises(ValueError, match=rf"'{name}'.*did you mean.*{near}"):
+        find_gpu(name)
+
+
+def test_a_name_that_is_like_no_other():
+    with pytest.raises(ValueError, match="no name in it is like that one"):
+        find_gpu("Voodoo")
 
 
 def test_the_table_is_consistent():
@@ -111,8 +130,11 @@ def test_the_table_is_consistent():
     for gpu in GPUS:
         assert find_gpu(gpu.name) == gpu
         assert gpu.source
+        # GeForce and Radeon cards and the workstations' are for screens
+        assert gpu.screen == (gpu.name.startswith(("RTX", "RX")))
         # 8-bit products are never slower, and at most four times as fast
         assert gpu.bf16 <= gpu.int8 <= 4.1 * gpu.bf16
+        assert (gpu.bf16 == 0) == (gpu.arch == "sm_75")
         assert gpu.fp8 <= gpu.int8
 
 

@@ -11,21 +11,21 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("capability", "codes"),
+    ("capability", "products"),
     [
         ((7, 0), set()),
-        ((7, 5), {"int8"}),
-        ((8, 0), {"int8"}),
-        ((8, 6), {"int8"}),
-        ((8, 9), {"int8", "e4m3"}),
-        ((9, 0), {"int8", "e4m3"}),
-        ((12, 0), {"int8", "e4m3"}),
+        ((7, 5), set()),
+        ((8, 0), {"same", "int8"}),
+        ((8, 6), {"same", "int8"}),
+        ((8, 9), {"same", "int8", "e4m3"}),
+        ((9, 0), {"same", "int8", "e4m3"}),
+        ((12, 0), {"same", "int8", "e4m3"}),
     ],
 )
-def test_what_nvidia_gpus_multiply(monkeypatch, capability, codes):
+def test_what_nvidia_gpus_multiply(monkeypatch, capability, products):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert device.multiplies("same", GPU)
-    assert {fmt for fmt in ("int8", "e4m3") if device.multiplies(fmt, GPU)} == codes
+    every = ("same", "int8", "e4m3")
+    assert {compute for compute in every if device.multiplies(compute, GPU)} == products
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_amd_gpus_multiply(monkeypatch, architecture, e4m3):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     properties = SimpleNamespace(gcnArchName=architecture)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert device.multiplies("int8", GPU)
+    assert device.multiplies("same", GPU) and device.multiplies("int8", GPU)
     assert device.multiplies("e4m3", GPU) == e4m3
 
 

@@ -43,6 +43,11 @@ def test_a_sound_run_has_nothing_to_tell(check, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+def test_a_gpu_that_no_run_trains_on_is_refused(problems, pretend_gpu):
+    pretend_gpu("T4")
+    only(problems(), "T4 has no tensor cores for bf16", "RTX 30 series")
+
+
 def test_every_problem_comes_at_once_and_nothing_is_read_before(
     run, monkeypatch, tmp_path, workspace
 ):

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from fluxfast.files import write_atomic
 from fluxfast.memory import rates
-from fluxfast.memory.choices import Facts, OverBudget, choose, usable_bytes
+from fluxfast.memory.budget import usable_bytes
+from fluxfast.memory.choices import Facts, OverBudget, choose
 from fluxfast.memory.gpus import Gpu, find_gpu
 from fluxfast.memory.plan import account, predict
 from fluxfast.memory.step_time import PARTS
@@ -68,7 +69,7 @@ def record_of(gpu: Gpu, base: str, case: str, mode: str) -> dict[str, Any]:
         return record | {"seconds": None, "rates": rates.told(gpu), "quickstart": None}
     workload = replace(workload, compute=choices.compute)
     needed = account(workload, choices).needed
-    fits = needed <= usable_bytes(gpu.memory)
+    fits = needed <= usable_bytes(gpu)
     time = predict(workload, choices, gpu)
     return record | {
         "seconds": round(time.total, 4) if fits else None,
