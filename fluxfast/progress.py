@@ -45,6 +45,11 @@ class Bars(Progress):
             *columns, console=console, transient=transient, disable=self._plain, expand=False
         )
 
+    def __exit__(self, kind: type[BaseException] | None, *others: Any) -> None:
+        """Stop; where an error has ended the work, its bars go, so that it stands alone."""
+        self.live.transient |= kind is not None
+        super().__exit__(kind, *others)
+
     def add_task(self, *args: Any, **options: Any) -> TaskID:
         task = super().add_task(*args, **options)
         self._told[task] = self.get_time()

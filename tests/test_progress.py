@@ -1,5 +1,6 @@
 """Bars on a terminal, plain lines elsewhere."""
 
+import contextlib
 import io
 
 import pytest
@@ -81,3 +82,15 @@ def test_a_terminal_has_a_bar_and_no_line():
 )  # fmt: skip
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_bar_stands_above_an_error(fails):
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, force_interactive=True)
+    with contextlib.suppress(ValueError), counting(console) as bars:
+        bars.add_task("scanning", total=10)
+        if fails:
+            raise ValueError
+    # the end of the output takes the line away, or leaves it
+    assert ("\x1b[1A\x1b[2K" in out.getvalue()[-20:]) == fails

@@ -6,7 +6,6 @@ It is given as a file, a folder, or a repository of the Hugging Face Hub, which 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -24,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from fluxfast.adapters.lora_alpha import ADAPTER_CONFIG, PEFT_WEIGHTS
 from fluxfast.checkpoint.not_safetensors import begins_like_safetensors, is_pickle, read_head
+from fluxfast.config.public import HUB_LORA, is_hub_lora
 
 _SUFFIX = ".safetensors"
-# owner/name, or owner/name/<a file in it>
-_REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+\.safetensors))?")
 _KNOWN_NAMES = (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -47,9 +45,8 @@ def find_lora(lora: str | os.PathLike[str]) -> tuple[Path, list[str]]:
         ]
         path = path / _choose(files, str(path), "give the file's path")
     elif not path.is_file():
-        repository = _REPOSITORY.fullmatch(os.fspath(lora))
-        # a/b.safetensors is the path of a file, not a repository
-        if repository is None or (repository[2] is None and path.suffix == _SUFFIX):
+        repository = HUB_LORA.fullmatch(os.fspath(lora))
+        if repository is None or not is_hub_lora(os.fspath(lora)):
             raise ValueError(f"{lora}: no such LoRA file or folder")
         path = _from_hub(repository[1], repository[2])
         notes = [

@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.files import short_path, user_cache
@@ -50,7 +51,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train cache",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(

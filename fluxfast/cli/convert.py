@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import DTYPES, add_overwrite_option, answer, check_free
 from fluxfast.config.adapters import LORA_FORMATS
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train convert",
         description=(
             "Write an adapter's file of any program in the names that another reads. Values stay "

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import answer
-from fluxfast.config.datasets import DataConfig, load_data_config
-from fluxfast.config.run import TrainConfig, load_config
+from fluxfast.config.datasets import DataConfig
+from fluxfast.config.places import load_run
+from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.files import safe_name, write_atomic
 from fluxfast.text import printable
@@ -46,7 +48,7 @@ configs."""
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train data",
         usage="fluxfast-train data CONFIG.json [--out DIR] [--images N] [--all]\n"
         "                           [--json FILE] [--option=value ...]",
@@ -75,8 +77,7 @@ def main(words: Sequence[str]) -> int:
         parser.error(f"--images {arguments.images}: expected 0 to {MOST_IMAGES}")
     path = rest[0] if rest and not rest[0].startswith("-") else None
     try:
-        config = load_config(path, rest[1:] if path else rest)
-        data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
+        config, data = load_run(path, rest[1:] if path else rest, needs_models=False)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,13 +5,13 @@ Training is the same as any run's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.files import write_atomic
@@ -129,7 +129,7 @@ def write_configs(root: Path, steps: int) -> Path:
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train demo",
         description=(
             "Train a LoRA on a few photographs and a small FLUX.1-shaped model: no network, no "

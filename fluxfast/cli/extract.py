@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluxfast.adapters.presets import PRESETS
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import (
     CHECKPOINT_HELP,
     DTYPES,
@@ -24,7 +25,7 @@ from fluxfast.config.precision_words import in_words
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train extract",
         description=(
             "Write the LoRA that comes nearest to the difference of two FLUX.1 transformers, such "

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import answer
 from fluxfast.text import printable
 
@@ -29,7 +30,7 @@ class Module(NamedTuple):
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train inspect",
         description=(
             "Say what an adapter's file of any program holds: its algorithms, rank, alpha, "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.config.dataset_keys import ACCEPTED_NO_EFFECT as DATASETS_NO_EFFECT
 from fluxfast.config.describe import Key, keys
 from fluxfast.config.settings import did_you_mean
@@ -29,7 +29,7 @@ A config that sets one of these runs as one that does not, and a note says so.
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="fluxfast-train keys",
         description="Every key of config.json and of multidatabackend.json: its default, what it "
         "may be, what it means. A terminal shows a list without WORD cut to its width, and "

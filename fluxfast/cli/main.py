@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fluxfast import __version__
-from fluxfast.text import command_list
+from fluxfast.text import command_list, nearest
 from fluxfast.threads import share_cores
 
 # command: (module of fluxfast.cli, one line of help); a module is imported when its command runs
@@ -30,6 +33,8 @@ COMMANDS = {
     "quantize": ("quantize", "write a transformer in a storage format"),
 }
 HELP_FLAGS = ("-h", "--help", "help")
+# what a shell reports of a program that SIGPIPE (13), which Windows does not have, has ended
+_UNREAD = 128 + 13
 
 
 def usage() -> str:
@@ -44,8 +49,29 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command; returns the exit status.
+
+    That is 130 after Ctrl-C and 141 where nobody reads the output any more, as a shell has it of
+    programs that these end.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return _unread()
+    except SystemExit as ended:
+        # what rich makes of a BrokenPipeError
+        if isinstance(ended.__context__, BrokenPipeError):
+            return _unread()
+        raise
+
+
+def _run(words: list[str]) -> int:
     if words and words[0] in HELP_FLAGS:
         print(usage())
         return 0
@@ -56,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # print names that the terminal can't show with backslashes, rather than end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if words and words[0] not in COMMANDS and _is_nothing(words[0]):
+        near = nearest(words[0], COMMANDS)
+        answer = f"did you mean {near}?" if near else "`fluxfast-train -h` lists the commands"
+        print(
+            f"error: there is no command {words[0]!r}, and no config of that name; {answer}",
+            file=sys.stderr,
+        )
+        return 2
     name = words.pop(0) if words and words[0] in COMMANDS else "train"
     # these libraries' hints are for people who call them directly
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -65,3 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # it warns that it found no 4-bit kernels for a CPU, which nothing here would call
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return importlib.import_module(f"fluxfast.cli.{COMMANDS[name][0]}").main(words)
+
+
+def _is_nothing(word: str) -> bool:
+    """Whether a word is no option, no path, and no name that a config beside it completes."""
+    path = Path(word)
+    is_name = not word.startswith("-") and path.name == word and not path.suffix
+    return is_name and not path.exists() and not any(Path().glob(f"{glob.escape(word)}.*"))
+
+
+def _unread() -> int:
+    """Let what is still buffered go nowhere, rather than fail when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _UNREAD
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import (
     CHECKPOINT_HELP,
     DTYPES,
@@ -25,7 +26,7 @@ from fluxfast.quant import FORMATS
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train merge",
         description=(
             "Put an adapter into a FLUX.1 transformer's weights, which then do without it. The "

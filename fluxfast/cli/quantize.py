@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import (
     CHECKPOINT_HELP,
     add_device_option,
@@ -24,7 +25,7 @@ from fluxfast.quant import FORMATS
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         "fluxfast-train quantize",
         description=(
             "Quantise a FLUX.1 transformer tensor by tensor; host memory stays small whatever its "

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fluxfast.config.run import load_config
+from fluxfast.config.places import load_run
 from fluxfast.config.settings import ConfigError
 
 HELP = """fluxfast-train [train] [CONFIG.json] [--option=value ...]
@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     path = words[0] if words and not words[0].startswith("-") else None
     try:
-        config = load_config(path, list(words[1:] if path else words))
+        config, _ = load_run(path, list(words[1:] if path else words))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -104,6 +104,20 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
             value or in conflict, repeated ids, and a missing image dataset or text cache. Whether
             the folders exist is not looked at.
     """
+    config, _, problems = check_data_config(path, defaults=defaults)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def check_data_config(
+    path: str | Path, *, defaults: DatasetDefaults
+) -> tuple[DataConfig | None, list[ImageDataset], list[str]]:
+    """(config, datasets, problems), for those who look for further problems.
+
+    With problems the config is None, and the datasets with folders of images are those that could
+    be read. ConfigError where the file can't be.
+    """
     path = Path(path)
     entries = read_json(path)
     if not isinstance(entries, list):
@@ -160,7 +174,7 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
         linked, found = link(images, conditions, path)
         problems += found
     if problems or text is None:
-        raise ConfigError(problems)
+        return None, [*images, *conditions], problems
     filtered = [_with_filters(image, text) for image in images]
     images = [image for image in filtered if not image.is_held_out]
     held_out = [image for image in filtered if image.is_held_out]
@@ -169,13 +183,14 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
             "every dataset is regularisation data: the LoRA is only held to the base model's "
             "own predictions"
         )
-    return DataConfig(
+    config = DataConfig(
         images=tuple(images),
         held_out=tuple(held_out),
         text_embeds=text,
         notes=tuple(notes),
         linked=linked,
     )
+    return config, config.folders, []
 
 
 def _read_entry(
@@ -185,11 +200,10 @@ def _read_entry(
     problems: list[str],
     notes: list[str],
 ) -> ImageDataset | TextEmbeds | None:
-    """The entry as an object; None where it is disabled or has problems.
+    """The entry as an object; None where it is disabled or a value is wrong.
 
     Its problems and notes are added to the two lists.
     """
-    before = len(problems)
     # SimpleTuner's placeholders
     known = {
         "model_family": "flux",
@@ -238,8 +252,7 @@ def _read_entry(
     for name in [name for name in fields if name not in model.model_fields]:
         _without_field(name, fields.pop(name), model, where, problems, notes)
     problems += package_problems(fields, where)
-    built = _build(model, fields, where, problems)
-    return built if len(problems) == before else None
+    return _build(model, fields, where, problems)
 
 
 def _idle(image: ImageDataset, where: str) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 from fluxfast.config.derived import DerivedValues
 
 REMOVED = "[removed]"
+# owner/name, or owner/name/<a file in it>
+HUB_LORA = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+\.safetensors))?")
 # options whose values are texts, and which tell no more than how the run was trained
 _TEXTS = frozenset({
     "model_flavour", "lora_type", "lycoris_config", "tread_config", "peft_lora_target_modules",
@@ -92,6 +94,17 @@ def is_hub_name(path: str) -> bool:
         not Path(path).expanduser().exists()
         and path.count("/") == 1
         and not path.startswith((".", "/", "~"))
+    )
+
+
+def is_hub_lora(lora: str) -> bool:
+    """The same of a LoRA, which may be a file of a repository: `owner/name/<file>`."""
+    if Path(lora).expanduser().exists():
+        return False
+    repository = HUB_LORA.fullmatch(lora)
+    # a/b.safetensors is the path of a file, not a repository
+    return repository is not None and (
+        repository[2] is not None or not repository[1].endswith(".safetensors")
     )
 
 

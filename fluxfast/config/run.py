@@ -133,13 +133,21 @@ class TrainConfig(DerivedValues):
         self._notes = tuple(notes)
         problems = conflicts(self)
         if problems:
-            raise ValueError("\n".join(problems))
+            raise _Conflicts(self, problems)
         return self
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a run prints once: values that other options decide, and keys without effect."""
         return self._notes
+
+
+class _Conflicts(ValueError):
+    """Values that are right by themselves and can't go together; `config` holds them."""
+
+    def __init__(self, config: TrainConfig, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.config = config
 
 
 _REQUIRED = {
@@ -167,8 +175,21 @@ def load_config(
         ConfigError: it names every key that is unknown, not implemented yet, of a wrong value or
             in conflict with another.
     """
+    config, problems = check_config(find_config(path), overrides)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def check_config(
+    file: Path, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> tuple[TrainConfig | None, list[str]]:
+    """(config, problems) of a config file, for those who look for further problems.
+
+    With problems the config is what the keys without one say, or None. ConfigError where the file
+    or the overrides can't be read.
+    """
     fields = TrainConfig.model_fields
-    file = find_config(path)
     problems: list[str] = []
     given: dict[str, tuple[Any, str]] = {}
     for raw, where in (
@@ -190,10 +211,9 @@ def load_config(
     }
     config, found = _build(values, {name: where for name, (_, where) in given.items()}, str(file))
     problems += found
-    if problems or config is None:
-        raise ConfigError(problems)
-    config._notes += tuple(notes)
-    return config
+    if config is not None:
+        config._notes += tuple(notes)
+    return config, problems
 
 
 def _keys_problems(given: dict[str, tuple[Any, str]]) -> tuple[list[str], list[str]]:
@@ -229,7 +249,7 @@ def default_config() -> TrainConfig:
 def _build(
     fields: dict[str, Any], origin: dict[str, str], file: str
 ) -> tuple[TrainConfig | None, list[str]]:
-    """(config, problems). None and problems where there are any.
+    """(config, problems), as `check_config` gives them.
 
     Keys of wrong values are named and put aside, so that the conflicts of the others show as well.
     """
@@ -248,13 +268,13 @@ def _build(
         wrong = {str(detail["loc"][0]): detail for detail in reversed(details) if detail["loc"]}
         if not wrong:
             # a conflict with a key that was put aside may be none
-            lines = str(details[0]["ctx"]["error"]).split("\n")
+            found = details[0]["ctx"]["error"]
             problems += [
                 f"{file}: {line}"
-                for line in lines
+                for line in str(found).split("\n")
                 if not any(f'"{name}"' in line for name in aside)
             ]
-            return None, problems
+            return found.config if isinstance(found, _Conflicts) else None, problems
         # a default that is checked, as a file's name is, may be wrong too; null asks for none
         defaults = [n for n in wrong if TrainConfig.model_fields[n].validate_default]
         for name in (*(n for n in fields if n in wrong), *(n for n in defaults if n not in fields)):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfast.config.settings import ConfigError, quoted, read_json
+from fluxfast.config.settings import ConfigError, absent, quoted, read_json
 
 _SUFFIXES = (".json", ".toml", ".env")
 
@@ -94,6 +94,8 @@ def read_toml(path: Path) -> Any:
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([absent(str(path), None, "file")]) from None
     except OSError as error:
         raise ConfigError([f"{path}: can't be read: {error.strerror}"]) from None
     # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticKnownError
 
-from fluxfast.text import is_text, printable, text_problem
+from fluxfast.text import is_text, nearest, printable, text_problem
 
 _ENV = re.compile(r"\{env:([^{}]*)\}")
 _BOOL = TypeAdapter(bool)
@@ -135,7 +135,7 @@ def read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file (looked in {Path.cwd()})"]) from None
+        raise ConfigError([absent(str(path), None, "file")]) from None
     except OSError as error:
         raise ConfigError([f"{path}: can't be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
@@ -154,6 +154,26 @@ def read_json(path: Path) -> Any:
     # what the two hooks raise, and Python's limit on the digits of an integer
     except ValueError as error:
         raise ConfigError([f"{path}: {error}"]) from None
+
+
+def absent(path: str, beside: Path | None, kind: str = "file or folder") -> str:
+    """That nothing is at `path`, where it was looked for, and what lies near.
+
+    beside: the folder of the config that names it, where somebody may expect relative paths to
+    start.
+    """
+    written = Path(path).expanduser()
+    text = f"{path}: no such {kind}"
+    if not written.is_absolute():
+        text += f" in {Path.cwd()}, where relative paths start"
+        if beside is not None and (beside / written).exists():
+            return f"{text}; {beside / written} is there: write that, or start in {beside}"
+    try:
+        near = nearest(written.name, [entry.name for entry in written.parent.iterdir()])
+    # there is no such folder either, or it can't be read
+    except (OSError, ValueError):
+        near = None
+    return text if near is None else f"{text}; did you mean {written.parent / near}?"
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

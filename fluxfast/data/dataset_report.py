@@ -98,7 +98,7 @@ class DataReport:
         yield from (Text(f"· {note}") for note in self.notes)
         images = sum(row.encoded for row in self.datasets)
         if images or self.texts_encoded:
-            yield f"newly encoded: {images} images, {self.texts_encoded} texts"
+            yield Text(f"newly encoded: {images} images, {self.texts_encoded} texts")
 
 
 def unread_kinds(files: Sequence[str]) -> str:
@@ -148,17 +148,19 @@ def too_few(
     An epoch needs at least train_batch_size * gradient_accumulation_steps samples, and more than
     vae_batch_size: the rule of SimpleTuner's quickstart.
     """
-    needed = max(batch_size * gradient_accumulation_steps, vae_batch_size + 1)
+    of_a_step = batch_size * gradient_accumulation_steps
+    needed = max(of_a_step, vae_batch_size + 1)
     if row.samples_per_epoch >= needed:
         return None
     repeats = ceil(needed / row.used) - 1
+    lower = "" if row.samples_per_epoch >= of_a_step else ", lower train_batch_size"
     return (
-        f'dataset "{row.id}": no images detected in dataset: {row.used} usable images * '
-        f"(1 + {row.repeats} repeats) = {row.samples_per_epoch} samples are too few. At least "
+        f'dataset "{row.id}": too few samples for a step: {row.used} usable images * '
+        f"(1 + {row.repeats} repeats) = {row.samples_per_epoch}. At least "
         f"train_batch_size {batch_size} * gradient_accumulation_steps "
-        f"{gradient_accumulation_steps} = {batch_size * gradient_accumulation_steps} are needed, "
+        f"{gradient_accumulation_steps} = {of_a_step} are needed, "
         f'and more than vae_batch_size {vae_batch_size}. Set "repeats": {repeats} (gives '
-        f"{row.used * (1 + repeats)}), or bring more images."
+        f"{row.used * (1 + repeats)}){lower}, or bring more images."
     )
 
 

@@ -23,6 +23,7 @@ from fluxfast.checkpoint.empty_model import linears, quantize_empty
 from fluxfast.checkpoint.transformer import Checkpoint
 from fluxfast.config.datasets import DataConfig, load_data_config
 from fluxfast.config.derived import ModelSource
+from fluxfast.config.places import missing_data
 from fluxfast.config.public import is_hub_name
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError, quoted
@@ -183,13 +184,8 @@ def _folder_problems(config: TrainConfig, data: DataConfig | None) -> list[str]:
         written[f'dataset "{dataset.id}": "cache_dir_vae"'] = dataset.cache_dir_vae
         if dataset.origin is not None:
             written[f'dataset "{dataset.id}": the images\' folder'] = dataset.instance_data_dir
-        elif not dataset.instance_data_dir.is_dir():
-            problems.append(
-                f'{config.data_backend_config}: dataset "{dataset.id}": "instance_data_dir" '
-                f"{dataset.instance_data_dir}: "
-                "no such folder"
-            )
     if data:
+        problems += missing_data(config, data.folders)
         written[f'dataset "{data.text_embeds.id}": "cache_dir"'] = data.text_embeds.cache_dir
     for name, path in written.items():
         place = next(

@@ -50,7 +50,9 @@ class TrainingBar:
         self._progress.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
+        # an error stands alone
+        self._progress.live.transient = kind is not None
         self._progress.stop()
 
     def tick(self) -> float:

@@ -73,7 +73,7 @@ def test_missing_model_is_named(tmp_path, capsys):
         "max_train_steps": 1,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main([str(tmp_path / "config.json")]) == 1
+    assert main([str(tmp_path / "config.json")]) == 2
     assert str(tmp_path / "absent") in capsys.readouterr().err
 
 

@@ -108,7 +108,7 @@ def test_mistakes(root, capsys):
     assert main(["data", str(root / "config.json"), "--learnin_rate=1"]) == 2
     assert "learnin_rate" in capsys.readouterr().err
     write(root, instance_data_dir=str(root / "nowhere"))
-    assert main(["data", str(root / "config.json")]) == 1
+    assert main(["data", str(root / "config.json")]) == 2
     assert "no such folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["data", str(root / "config.json"), "--images", "-1"])

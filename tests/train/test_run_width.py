@@ -13,8 +13,9 @@ from rich.text import Text
 from fluxfast.config.run import load_config
 from fluxfast.train.trainer import train
 
-# ANSI's yellow, white and their bright forms can't be read on white, black and dim not on black
-UNREADABLE = re.compile(r"\x1b\[(?:\d+;)*(?:2|30|33|37|93|97)(?:;\d+)*m")
+# ANSI's yellow, cyan, white and their bright forms can't be read on white, black and dim not on
+# black
+UNREADABLE = re.compile(r"\x1b\[(?:\d+;)*(?:2|30|33|36|37|93|96|97)(?:;\d+)*m")
 
 
 def printed(write_config, monkeypatch, tmp_path, **how):

@@ -1,5 +1,6 @@
 """What the training loop shows: whole where it matters at any width, and plain lines in a log."""
 
+import contextlib
 import io
 import re
 
@@ -79,3 +80,12 @@ def test_a_log_has_a_line_every_few_steps(monkeypatch):
 def test_slow_steps_have_a_line_each_half_minute(monkeypatch):
     steps, _ = logged(10_000, 0, range(1, 21), monkeypatch, seconds=12.0)
     assert steps == [1, 4, 7, 10, 13, 16, 19]
+
+
+def test_no_bar_stands_above_an_error():
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, force_interactive=True)
+    with contextlib.suppress(OSError), TrainingBar(console, 10, 0) as bar:
+        bar.show(1, LINE)
+        raise OSError
+    assert "\x1b[1A\x1b[2K" in out.getvalue()[-20:]
