@@ -7,6 +7,7 @@ hashed or stored as text. JSON may hold such halves too.
 
 import difflib
 import os
+import re
 import sys
 import textwrap
 import unicodedata
@@ -92,12 +93,12 @@ def wrapped(text: str, width: int) -> str:
     """
     filled = []
     for line in lines(text):
-        words = line.lstrip(" ·")
+        margin = re.match(r"[ ·]*(\d+\. )?", line)[0]  # type: ignore[index]
         filled += textwrap.wrap(
-            words,
+            line[len(margin) :],
             width,
-            initial_indent=line[: len(line) - len(words)],
-            subsequent_indent=" " * (len(line) - len(words)),
+            initial_indent=margin,
+            subsequent_indent=" " * len(margin),
             break_long_words=False,
             break_on_hyphens=False,
         ) or [""]

@@ -83,3 +83,4 @@ def test_texts_are_wrapped_between_words_and_paths_stay_whole():
     ]  # fmt: skip
     assert wrapped("one\n\n  two three", 8) == "one\n\n  two\n  three"
     assert wrapped("short", 80) == "short"
+    assert wrapped("  2. one two three", 12) == "  2. one two\n     three"

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fluxfast.cli.arguments import CommandLine
+from fluxfast.cli.complain import complain
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.files import short_path, user_cache
@@ -29,9 +30,7 @@ def main(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(words)
     unknown = [kind for kind in arguments.clear or () if kind not in KINDS]
     if unknown:
-        print(
-            f"error: there is no kind {unknown[0]}; kinds are {', '.join(KINDS)}", file=sys.stderr
-        )
+        complain(f"error: there is no kind {unknown[0]}; kinds are {', '.join(KINDS)}")
         return 2
     try:
         cache_dir = load_config(arguments.config).cache_dir if arguments.config else user_cache()
@@ -40,13 +39,13 @@ def main(words: Sequence[str]) -> int:
             return 0
         return _clear(cache_dir, arguments)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except FolderInUse:
-        print("error: somebody else is clearing this cache; try again then", file=sys.stderr)
+        complain("error: somebody else is clearing this cache; try again then")
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
 
 
@@ -98,7 +97,7 @@ def _clear(cache_dir: Path, arguments: argparse.Namespace) -> int:
     _show(found, cache_dir)
     if not arguments.yes:
         if not sys.stdin.isatty():
-            print("error: nobody is there to be asked; add --yes to remove this", file=sys.stderr)
+            complain("error: nobody is there to be asked; add --yes to remove this")
             return 2
         if input("Remove this? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing removed")

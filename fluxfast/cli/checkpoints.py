@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxfast.cli.complain import complain
+
 if TYPE_CHECKING:
     from fluxfast.checkpoint.transformer import Checkpoint
 
@@ -103,10 +105,10 @@ def answer(run: Callable[[], int], target: object) -> int:
     try:
         return run()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {target} is as it was before", file=sys.stderr)
+        complain(f"interrupted: {target} is as it was before")
         return 130
 
 

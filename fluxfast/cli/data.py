@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, groupby
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.checkpoints import answer
+from fluxfast.cli.complain import complain
 from fluxfast.config.datasets import DataConfig
 from fluxfast.config.places import load_run
 from fluxfast.config.run import TrainConfig
@@ -79,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     try:
         config, data = load_run(path, rest[1:] if path else rest, needs_models=False)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     out = arguments.out or config.output_dir / "data-report"
     return answer(lambda: run(config, data, arguments, out), out)
@@ -122,7 +122,7 @@ def run(config: TrainConfig, data: DataConfig, arguments: argparse.Namespace, ou
         report = _report(datasets, counter, sheets, problem)
         write_atomic(arguments.json, json.dumps(report, indent=1).encode())
     if problem:
-        print(f"error: a run could not start:\n{_printable_lines(problem)}", file=sys.stderr)
+        complain(f"error: a run could not start:\n{_printable_lines(problem)}")
         return 1
     return 0
 

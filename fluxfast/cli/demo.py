@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fluxfast.cli.arguments import CommandLine
+from fluxfast.cli.complain import complain
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.files import write_atomic
@@ -155,7 +155,7 @@ def main(words: Sequence[str]) -> int:
     try:
         load_config(config, options)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     write_data(root)
     print(f"config: {config}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fluxfast.cli.complain import complain
 from fluxfast.cli.doctor_report import as_json, show
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
@@ -101,7 +102,7 @@ def main(words: Sequence[str]) -> int:
         device = _device(options.device)
         scope = scope_for(options, config, device)
     except (ConfigError, ValueError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     return run(options, scope)
 
@@ -182,7 +183,7 @@ def run(options: Options, scope: Any) -> int:
     if options.as_json:
         print(json.dumps(as_json(store.machine, scope, outcomes, seconds), indent=1))
         if note:
-            print(note, file=sys.stderr)
+            complain(note)
     else:
         show(Console(), store.machine, outcomes, seconds, note)
     return 1 if any(outcome.status == "fail" for outcome in outcomes) else 0

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from fluxfast.cli.arguments import CommandLine
+from fluxfast.cli.complain import complain
 from fluxfast.config.dataset_keys import ACCEPTED_NO_EFFECT as DATASETS_NO_EFFECT
 from fluxfast.config.describe import Key, keys
 from fluxfast.config.settings import did_you_mean
@@ -45,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     found = [key for key in keys() if word in key.name or word in key.meaning.lower()]
     if not found:
         near = did_you_mean(word, [key.name for key in keys()])
-        print(f"no key has {arguments.word!r} in its name or meaning{near}", file=sys.stderr)
+        complain(f"no key has {arguments.word!r} in its name or meaning{near}")
         return 1
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for section, group in groupby(found, key=lambda key: key.section):

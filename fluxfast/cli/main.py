@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluxfast import __version__
+from fluxfast.cli.complain import complain
 from fluxfast.text import command_list, nearest
 from fluxfast.threads import share_cores
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return _unread()
@@ -85,10 +86,7 @@ def _run(words: list[str]) -> int:
     if words and words[0] not in COMMANDS and _is_nothing(words[0]):
         near = nearest(words[0], COMMANDS)
         answer = f"did you mean {near}?" if near else "`fluxfast-train -h` lists the commands"
-        print(
-            f"error: there is no command {words[0]!r}, and no config of that name; {answer}",
-            file=sys.stderr,
-        )
+        complain(f"error: there is no command {words[0]!r}, and no config of that name; {answer}")
         return 2
     name = words.pop(0) if words and words[0] in COMMANDS else "train"
     # these libraries' hints are for people who call them directly

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from fluxfast.cli import plan_text
+from fluxfast.cli.complain import complain
 from fluxfast.cli.plan_report import plan_report
 from fluxfast.config.run import load_config
 from fluxfast.config.settings import ConfigError
@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> int:
         config = load_config(path, asked.rest[1:] if path else asked.rest)
         report = plan_report(config, asked.gpu, asked.vram)
     except (ConfigError, ValueError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     if asked.as_json:
         print(json.dumps(report, indent=1))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fluxfast.cli.complain import complain
 
 HELP = """fluxfast-train report OUT
 
@@ -25,7 +26,7 @@ def main(words: Sequence[str]) -> int:
     try:
         path = write_report(Path(words[0]))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     print(path)
     return 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 
+from fluxfast.cli.complain import complain
 from fluxfast.config.places import load_run
 from fluxfast.config.settings import ConfigError
 
@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     try:
         config, _ = load_run(path, list(words[1:] if path else words))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     # the heavy imports come after the config has been found right
     from fluxfast.train.control import STOPPED_EXIT, Interrupted, Stopped
@@ -44,18 +44,17 @@ def main(words: Sequence[str]) -> int:
     try:
         train(config)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        complain(stopped)
         return STOPPED_EXIT
     except KeyboardInterrupt as interrupt:
-        print(
+        complain(
             "interrupted before a step could be saved; the same command goes on from the last "
-            "checkpoint",
-            file=sys.stderr,
+            "checkpoint"
         )
         number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
         return SIGNAL_EXIT + number
     # an OSError is a full or vanished disk, which the end of the run may meet too
     except (ValueError, OSError, NonFiniteLoss, SaveError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     return 0

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fluxfast.cli.main import COMMANDS
+from fluxfast.cli.main import COMMANDS, main
 from fluxfast.text import command_list
 from fluxfast_bench.main import COMMANDS as BENCH_COMMANDS
 
@@ -34,6 +34,20 @@ def test_help_fits_80_columns(module, command, capsys, monkeypatch):
     text = printed(capsys, module, [*([command] if command else []), "--help"])
     assert len(text.splitlines()) > 2
     assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_errors_end_their_lines_between_words(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"lora_rnk": 4, "learning_rat": 1, "model_type": "x"}')
+    assert main(["config.json"]) == 2
+    piped = capsys.readouterr().err
+    assert max(map(len, piped.splitlines())) > 80
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["config.json"]) == 2
+    shown = capsys.readouterr().err
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split() == piped.split()
 
 
 def test_every_command_is_listed_in_two_lines_at_most():
