@@ -79,10 +79,11 @@ def _steps(config: TrainConfig, data: RunData, steps: int, done: int) -> str:
 
 
 def _time(config: TrainConfig, parts: Parts, steps: int) -> str:
-    """What all steps take on a GPU, as it is predicted of the largest batch; "" without a GPU."""
+    """What all steps take on a GPU, as it is predicted of the largest batch."""
     gpu, workload = parts.facts.gpu, parts.facts.workload
     if gpu is None or workload is None:
-        return ""
+        # nothing predicts a CPU's
+        return "what is left stands behind the bar from the first step on"
     seconds = predicted(workload, parts.choices, gpu, config.gradient_accumulation_steps)
     return (
         f"about {duration(steps * seconds)} at {seconds:.2f} s a step, and drawing beside it "

@@ -30,7 +30,7 @@ def test_every_line(trainer):
     built = trainer(**FP32, **DRAWS, gradient_accumulation_steps=3, learning_rate=2e-4)
     told = rows_of(built)
     assert list(told) == [
-        "steps", "trains", "learning", "timesteps", "kernels", "saves", "draws", "folder"
+        "steps", "time", "trains", "learning", "timesteps", "kernels", "saves", "draws", "folder"
     ]  # fmt: skip
     # four images, 1 + 20 times, in 42 batches of two
     assert told["steps"] == "6 steps, each of 3 x 2 images: 0.43 epochs of 84 (4 images x 21)"
