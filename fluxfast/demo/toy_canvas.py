@@ -1,4 +1,4 @@
-"""A canvas for small illustrations: smooth shapes with soft shading, drawn large and scaled down."""
+"""A canvas for small illustrations: smooth shapes with soft shading, drawn large, scaled down."""
 
 from __future__ import annotations
 
