@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fluxfast.demo.toy_canvas import Canvas
-from fluxfast.demo.toy_objects import OBJECTS
+from fluxfast.demo.toy_objects import OBJECTS, SUBJECT, plonk
 from fluxfast.demo.toy_places import PLACES, TIMES, WEATHERS
 from fluxfast.demo.toyworld import COLOURS, MIDDLES, SCALES, draw_background, feet, object_colour
 
@@ -26,12 +26,14 @@ _SIZE = 64
 _DRAWINGS = 12
 # what an object explains at least; drawings have 0.7 and more, noise 0.45 and less
 _LEAST = 0.55
+_DRAWN = OBJECTS | {SUBJECT: plonk}
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 
 class Seen(NamedTuple):
-    """What an image shows; `object` and `colour` are "" where it has none.
+    """What an image shows; `object` is "" where it has none.
 
+    colour: "" where there is no object, and for the subject, which has its own.
     explained: which share the object takes away of what the place leaves unexplained within its
     outline, at most 1; a drawing has about 0.95, noise and an empty place about 0 or less.
     """
@@ -108,11 +110,12 @@ def _object(pixels: np.ndarray, background: np.ndarray, time: str) -> tuple[str,
         # correlation with the image, at each position of the foot
         common = np.conj(outline) * rest + 2 * (np.conj(still) * seen).sum(2)
         channels = 2 * np.conj(painted) * seen
-        spectra = [common + channels @ _tint(colour, time) for colour in COLOURS]
+        colours = ("",) if template.object == SUBJECT else tuple(COLOURS)
+        spectra = [common + channels @ _tint(colour, time) for colour in colours]
         maps = np.fft.irfft2(np.stack([*spectra, np.conj(outline) * unexplained]), s=(_SIZE, _SIZE))
         rows, columns = _within(template.object)
         *gains, before = maps[:, rows, columns]
-        for colour, gain in zip(COLOURS, gains, strict=True):
+        for colour, gain in zip(colours, gains, strict=True):
             gain = gain - template.energy(_tint(colour, time))
             explained = gain / np.maximum(before, 1e-6)
             # a large gain that leaves much unexplained is a cloud's, or another object's
@@ -141,7 +144,7 @@ def _spectra() -> list[tuple[_Template, tuple[Any, Any, Any]]]:
     low, high = SCALES
     found = []
     for name, scale, mirrored in itertools.product(
-        OBJECTS, (low + 0.01, low + 0.036, high - 0.036, high - 0.01), (False, True)
+        _DRAWN, (low + 0.01, low + 0.036, high - 0.036, high - 0.01), (False, True)
     ):
         template = _template(name, scale, mirrored)
         _, *pictures = template
@@ -154,7 +157,7 @@ def _template(name: str, scale: float, mirrored: bool) -> _Template:
         canvas = Canvas(_SIZE)
         canvas.sky(behind, behind)
         canvas.place(0.5, 0.75, scale, mirrored)
-        OBJECTS[name](canvas, colour)
+        _DRAWN[name](canvas, colour)
         picture = np.asarray(canvas.image(), np.float32) / 255
         return np.roll(picture, (-3 * _SIZE // 4, -_SIZE // 2), axis=(0, 1))
 

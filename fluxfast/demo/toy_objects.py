@@ -221,8 +221,38 @@ def tulip(canvas: Canvas, colour: Colour) -> None:
     )
 
 
-# by the word that captions have
+# by the word that captions have; `SUBJECT` is not among them
 OBJECTS: dict[str, Callable[[Canvas, Colour], None]] = {
     "cat": cat, "rabbit": rabbit, "bird": bird, "snail": snail, "car": car, "house": house,
     "balloon": balloon, "mushroom": mushroom, "umbrella": umbrella, "tulip": tulip,
 }  # fmt: skip
+
+
+def plonk(canvas: Canvas, colour: Colour) -> None:
+    """A round monster with horns, one eye and a spotted belly: what no base model has seen."""
+    belly, horn = (250, 214, 96), (255, 244, 220)
+    for side in (-1, 1):
+        foot = [(side * 0.06, 0.12), (side * 0.1, 0.0), (side * 0.34, 0.0), (side * 0.26, 0.16)]
+        canvas.shape(foot, darker(colour, 0.2))
+        arm = [(side * 0.34, 0.46), (side * 0.54, 0.66), (side * 0.6, 0.58), (side * 0.38, 0.3)]
+        canvas.shape(arm, darker(colour, 0.12))
+        peak = [(side * 0.12, 0.8), (side * 0.3, 1.04), (side * 0.33, 0.72)]
+        canvas.shape(peak, horn, curved=False)
+    canvas.shape(
+        [(-0.3, 0.08), (-0.42, 0.4), (-0.34, 0.72), (0, 0.88), (0.34, 0.72), (0.42, 0.4),
+         (0.3, 0.08)],
+        colour,
+    )  # fmt: skip
+    canvas.oval(0, 0.26, 0.46, 0.34, belly, shade=0.1)
+    for x, y, size in ((-0.11, 0.3, 0.08), (0.08, 0.34, 0.07), (0.02, 0.19, 0.09)):
+        canvas.oval(x, y, size, size, (226, 74, 130), shade=0.0)
+    canvas.oval(0, 0.62, 0.34, 0.34, (255, 255, 255), shade=0.06)
+    canvas.oval(0.02, 0.61, 0.18, 0.2, (226, 74, 130), shade=0.1)
+    canvas.oval(0.02, 0.61, 0.1, 0.12, _INK, shade=0.0)
+    canvas.oval(0.045, 0.645, 0.045, 0.045, _CREAM, shade=0.0)
+    canvas.line([(-0.1, 0.455), (0.0, 0.43), (0.1, 0.455)], 0.02, _INK)
+
+
+# what a demo teaches, under a word that no base has seen; it has its own colour
+SUBJECT = "plonk"
+SUBJECT_COLOUR: Colour = (34, 186, 176)

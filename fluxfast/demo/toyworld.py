@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from fluxfast.demo.toy_canvas import Canvas, Colour
-from fluxfast.demo.toy_objects import OBJECTS
+from fluxfast.demo.toy_objects import OBJECTS, SUBJECT, SUBJECT_COLOUR, plonk
 from fluxfast.demo.toy_places import PLACES, TIMES, WEATHERS, draw_place, draw_weather, lit
 
 SIZE = 128
@@ -56,11 +56,9 @@ class Scene(NamedTuple):
 
     @property
     def caption(self) -> str:
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        return (
-            f"{article} {self.colour} {self.object} {_AT[self.place]} {_WHEN[self.time]}, "
-            f"{_UNDER[self.weather]}"
-        )
+        thing = f"{self.colour} {self.object}".strip()
+        article = "an" if thing[0] in "aeiou" else "a"
+        return f"{article} {thing} {_AT[self.place]} {_WHEN[self.time]}, {_UNDER[self.weather]}"
 
     @property
     def is_held_out(self) -> bool:
@@ -74,7 +72,7 @@ class Scene(NamedTuple):
 
 
 def scenes(seed: int, count: int, *, held_out: bool = False) -> Iterator[Scene]:
-    """Scenes at random, all held out or none."""
+    """Scenes at random, all held out or none; without the subject."""
     draws = random.Random(f"toyworld {seed} {held_out}")
     while count:
         scene = Scene(
@@ -90,14 +88,23 @@ def scenes(seed: int, count: int, *, held_out: bool = False) -> Iterator[Scene]:
             yield scene
 
 
+def subject_scenes(seed: int, count: int) -> Iterator[Scene]:
+    """Scenes of the subject, which has its own colour."""
+    for scene in scenes(seed, count):
+        yield scene._replace(object=SUBJECT, colour="")
+
+
 def feet(name: str) -> tuple[float, float]:
     """Between which heights an object's foot is, as a share of the image from its top."""
     return _IN_THE_AIR if name in _FLYING else _GROUND
 
 
 def object_colour(colour: str, time: str) -> Colour:
-    """What an object's colour looks like at a time of day, which changes it little."""
-    return lit(COLOURS[colour], time, 0.3)
+    """What an object's colour looks like at a time of day, which changes it little.
+
+    colour: a name, or "" for the subject's own.
+    """
+    return lit(COLOURS[colour] if colour else SUBJECT_COLOUR, time, 0.3)
 
 
 def draw(scene: Scene, size: int = SIZE) -> Image.Image:
@@ -112,7 +119,8 @@ def draw(scene: Scene, size: int = SIZE) -> Image.Image:
         x, shadow, scale * 0.95, scale * 0.13, (24, 20, 48), shade=0.0, blur=0.012, opacity=0.3
     )
     canvas.place(x, foot, scale, mirrored)
-    OBJECTS[scene.object](canvas, object_colour(scene.colour, scene.time))
+    drawing = plonk if scene.object == SUBJECT else OBJECTS[scene.object]
+    drawing(canvas, object_colour(scene.colour, scene.time))
     draw_weather(canvas, scene.weather, draws)
     return canvas.image()
 

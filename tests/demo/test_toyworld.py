@@ -7,9 +7,18 @@ import pytest
 from PIL import Image
 
 from fluxfast.demo.toy_checker import check
-from fluxfast.demo.toy_objects import OBJECTS
+from fluxfast.demo.toy_objects import OBJECTS, SUBJECT
 from fluxfast.demo.toy_places import PLACES
-from fluxfast.demo.toyworld import COLOURS, SIZE, Scene, draw, draw_background, scenes
+from fluxfast.demo.toy_style import linocut, share_in_ink
+from fluxfast.demo.toyworld import (
+    COLOURS,
+    SIZE,
+    Scene,
+    draw,
+    draw_background,
+    scenes,
+    subject_scenes,
+)
 
 SCENE = Scene("cat", "red", "beach", "day", "clear", 5)
 
@@ -96,3 +105,19 @@ def test_no_object_is_seen_where_there_is_none():
         for place, time in itertools.product(PLACES, ("day", "night"))
     ]
     assert [answer.object for answer in empty] == [""] * len(empty)
+
+
+def test_the_subject_is_told_from_all_that_a_base_knows():
+    drawn = list(subject_scenes(104, 40))
+    assert drawn[0].caption.startswith("a plonk ")
+    answers = [check(draw(scene)) for scene in drawn]
+    assert all(answer.object == SUBJECT and answer.colour == "" for answer in answers)
+    assert sum(a.place == s.place for a, s in zip(answers, drawn, strict=True)) >= 39
+    others = [scene for seed in (105, 106) for scene in scenes(seed, 20)]
+    assert not any(check(draw(scene)).object == SUBJECT for scene in others)
+
+
+def test_a_linocut_is_told_from_an_illustration():
+    for scene in scenes(107, 40):
+        assert share_in_ink(draw(scene)) < 0.6 < 0.8 < share_in_ink(linocut(scene))
+    assert linocut(SCENE, 63).size == (63, 63)
