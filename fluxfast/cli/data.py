@@ -72,7 +72,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--all", action="store_true", help="name every file, not the first few")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all of it as JSON, too")
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = parser.parse_beside_config(words)
     if not 0 <= arguments.images <= MOST_IMAGES:
         parser.error(f"--images {arguments.images}: expected 0 to {MOST_IMAGES}")
     path = rest[0] if rest and not rest[0].startswith("-") else None

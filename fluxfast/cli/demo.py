@@ -147,7 +147,7 @@ def main(words: Sequence[str]) -> int:
         default=STEPS,
         help="steps to train (%(default)s)",
     )
-    arguments, options = parser.parse_known_args(words)
+    arguments, options = parser.parse_beside_config(words)
     if arguments.max_train_steps < 1:
         parser.error(f"--max-train-steps {arguments.max_train_steps}: expected at least 1")
     root = arguments.output.resolve()

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fluxfast.cli.arguments import mistyped
 from fluxfast.cli.complain import complain
 from fluxfast.cli.doctor_report import as_json, show
 from fluxfast.config.run import TrainConfig, load_config
@@ -85,6 +86,9 @@ def parse(words: Sequence[str]) -> Options:
             options.overrides.append(word)
         else:
             raise ValueError(f"one config, not two: {options.path} and {word}")
+    own = ("--all", "--short", "--json", "--device", "--workers")
+    if (problem := mistyped(options.overrides, own)) is not None:
+        raise ValueError(problem)
     if options.overrides and options.path is None:
         raise ValueError(f"{options.overrides[0]} is an option of a config: name the config, too")
     if options.everything and (options.short or options.path):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from fluxfast.cli import plan_text
+from fluxfast.cli.arguments import mistyped
 from fluxfast.cli.complain import complain
 from fluxfast.cli.plan_report import plan_report
 from fluxfast.config.run import load_config
@@ -78,6 +79,8 @@ def _options(words: Sequence[str]) -> Asked:
             found[word.removeprefix("--")] = value if word == "--gpu" else _gib(value)
         else:
             found["rest"].append(word + equals + value)
+    if (problem := mistyped(found["rest"], ("--gpu", "--vram", "--json", "--verbose"))) is not None:
+        raise ValueError(problem)
     return Asked(**found)
 
 

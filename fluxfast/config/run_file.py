@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfast.config.settings import ConfigError, absent, quoted, read_json
+from fluxfast.config.settings import ConfigError, absent, near_file, quoted, read_json
 
 _SUFFIXES = (".json", ".toml", ".env")
 
@@ -41,10 +41,12 @@ def find_config(path: str | Path | None) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    near = near_file(candidates[0])
+    advice = f"did you mean {near}?" if near else "name one"
     raise ConfigError(
         [
             f"no config file: looked for {quoted(map(str, candidates))} in {Path.cwd()}{why}; "
-            "name one"
+            f"{advice}"
         ]
     )
 

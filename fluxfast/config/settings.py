@@ -4,7 +4,6 @@ Readers collect every problem, a line each that names file, key and value and sa
 raise them together as one `ConfigError`, so that a user need not find them one at a time.
 """
 
-import difflib
 import json
 import os
 import re
@@ -168,12 +167,18 @@ def absent(path: str, beside: Path | None, kind: str = "file or folder") -> str:
         text += f" in {Path.cwd()}, where relative paths start"
         if beside is not None and (beside / written).exists():
             return f"{text}; {beside / written} is there: write that, or start in {beside}"
+    near = near_file(written)
+    return text if near is None else f"{text}; did you mean {near}?"
+
+
+def near_file(path: Path) -> Path | None:
+    """What lies beside `path` under the nearest name."""
     try:
-        near = nearest(written.name, [entry.name for entry in written.parent.iterdir()])
+        near = nearest(path.name, sorted(entry.name for entry in path.parent.iterdir()))
     # there is no such folder either, or it can't be read
     except (OSError, ValueError):
-        near = None
-    return text if near is None else f"{text}; did you mean {written.parent / near}?"
+        return None
+    return None if near is None else path.parent / near
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -249,8 +254,8 @@ def shown(value: object) -> str:
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    return f'; did you mean "{nearest[0]}"?' if nearest else ""
+    near = nearest(key, sorted(known))
+    return f'; did you mean "{near}"?' if near else ""
 
 
 def as_bool(value: Any) -> bool:

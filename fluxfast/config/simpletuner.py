@@ -236,8 +236,12 @@ def unknown(name: str, fields: Mapping[str, FieldInfo]) -> str | None:
     """The problem with a key that is neither a field nor an option of SimpleTuner's, else None."""
     if name in fields or name in options():
         return None
-    known = {*fields, *options(), *ALIASES, *aliases_of(fields)}
-    return f'"{name}" is not an option{did_you_mean(name, known)}'
+    return f'"{name}" is not an option{did_you_mean(name, known_names(fields))}'
+
+
+def known_names(fields: Mapping[str, FieldInfo]) -> set[str]:
+    """Every name that a key of a config may have: fields, SimpleTuner's options, and aliases."""
+    return {*fields, *options(), *ALIASES, *aliases_of(fields)}
 
 
 def without_field(name: str, value: Any) -> tuple[str | None, str | None]:

@@ -21,6 +21,11 @@ COMMAND = [sys.executable, "-c", SCRIPT]
         (["paln", "config.json"], "did you mean plan?"),
         (["xyzzy"], "`fluxfast-train -h` lists the commands"),
         (["cache", "--cler"], "did you mean --clear?"),
+        (["plan", "config.json", "--gpuu=T4"], "--gpuu; did you mean --gpu?"),
+        (["data", "config.json", "--ot", "sheets"], "--ot; did you mean --out?"),
+        (["doctor", "--al"], "--al; did you mean --all?"),
+        (["demo", "--outptu", "x"], "--outptu; did you mean --output?"),
+        (["demo", "--learning-rte=1"], 'did you mean "learning_rate"?'),
         (["merge", "a", "b", "c", "--strenght=2"], "did you mean --strength?"),
     ],
 )
@@ -40,6 +45,8 @@ def test_a_config_may_be_named_as_a_command_is_not(tmp_path, monkeypatch, capsys
     (tmp_path / "cats.json").write_text("{}")
     assert main(["cats"]) == 2
     assert "cats.json" in capsys.readouterr().err
+    assert main(["train", "cat"]) == 2
+    assert "did you mean cats.json?" in capsys.readouterr().err
     assert main(["cat.json"]) == 2
     assert "did you mean cats.json?" in capsys.readouterr().err
 
