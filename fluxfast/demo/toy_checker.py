@@ -139,7 +139,7 @@ def _tint(colour: str, time: str) -> np.ndarray:
 
 
 @functools.cache
-def _spectra() -> list[tuple[_Template, tuple[Any, Any, Any]]]:
+def _spectra() -> list[tuple[_Template, tuple[Any, ...]]]:
     """Each template with the Fourier transforms of its outline and colours."""
     low, high = SCALES
     found = []

@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_scenes():
 
 def test_the_checker_is_right_about_fresh_drawings():
     """At most 2 % of answers are wrong, on drawings of which nothing was chosen."""
-    drawn = [*scenes(101, 150), *scenes(102, 150, held_out=True)]
+    drawn = [*scenes(101, 100), *scenes(102, 100, held_out=True)]
     seen = [check(draw(scene)) for scene in drawn]
     for name in ("object", "colour", "place", "time"):
         wrong = [
