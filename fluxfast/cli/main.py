@@ -7,13 +7,13 @@ import importlib
 import io
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fluxfast import __version__
 from fluxfast.cli.complain import complain
+from fluxfast.cli.interrupt import STATUS, ends_imports
 from fluxfast.text import command_list, nearest
 from fluxfast.threads import share_cores
 
@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _run(words)
+        with ends_imports():
+            status = _run(words)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         complain("interrupted")
-        return 128 + signal.SIGINT
+        return STATUS
     except BrokenPipeError:
         return _unread()
     except SystemExit as ended:

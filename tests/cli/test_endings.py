@@ -67,14 +67,18 @@ def test_a_closed_pipe_ends_without_a_traceback(words, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("module", ["torch", "fluxfast.cli.doctor", "rich"])
-def test_ctrl_c_while_modules_are_imported(module, tmp_path):
-    # says when the import begins that is to be interrupted
+@pytest.mark.parametrize("swallows", [False, True])
+def test_ctrl_c_while_modules_are_imported(module, swallows, tmp_path):
+    # says when the import begins that is to be interrupted; a package may catch what is raised
+    wait = "time.sleep(60)"
+    if swallows:
+        wait = f"\n            try: {wait}\n            except KeyboardInterrupt: pass"
     watched = (
         "import sys, time\n"
         "class Watch:\n"
         "    def find_spec(self, name, *rest):\n"
         f"        if name == {module!r}:\n"
-        "            print('now', flush=True); time.sleep(60)\n"
+        f"            print('now', flush=True); {wait}\n"
         "sys.meta_path.insert(0, Watch())\n"
     )
     process = subprocess.Popen(
