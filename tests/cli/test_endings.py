@@ -74,7 +74,9 @@ def test_ctrl_c_while_modules_are_imported(module, swallows, tmp_path):
     if swallows:
         wait = f"\n            try: {wait}\n            except KeyboardInterrupt: pass"
     watched = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # a shell's background ignores Ctrl-C, and so would what is started there
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Watch:\n"
         "    def find_spec(self, name, *rest):\n"
         f"        if name == {module!r}:\n"

@@ -210,7 +210,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"qkv \[1, 6, 6\] must have a contiguous last dimension"):
         qk_norm_rope_fwd(qkv.transpose(1, 2), weights, cos, sin, heads=1)
     out = qk_norm_rope_fwd(qkv, weights, cos, sin, heads=1)
-    with pytest.raises(ValueError, match="out: expected one of"):
+    with pytest.raises(ValueError, match="out must be one of"):
         qk_norm_rope_bwd(
             out.q, out.k, out.v, out.rstd, weights, cos, sin, q=out.q, k=out.k, out="int8"
         )

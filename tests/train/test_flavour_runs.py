@@ -76,7 +76,7 @@ def test_libreflux_masks_and_draws_with_guidance(run):
     told = " ".join(out.getvalue().split())
     assert '"flux_attention_masked_training" is True instead of False: LibreFlux was' in told
     assert '"validation_guidance_real" is 6.0 instead of 1.0: LibreFlux was trained' in told
-    assert "validation_images/step_000001_validation_0_64x64.png" in told
+    assert "validation_images/grid_step_000001.png" in told
 
 
 def test_guidance_begins_after_so_many_steps():
