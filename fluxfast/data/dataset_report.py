@@ -72,7 +72,7 @@ class DataReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The report for `rich.print` and `Console.print`."""
         table = Table(title="Datasets", title_justify="left")
-        for column in ("dataset", "images", "left out", "repeats", "an epoch", "sizes"):
+        for column in ("dataset", "found", "used", "left out", "repeats", "an epoch", "sizes"):
             justify: JustifyMethod = (
                 "left" if column in ("dataset", "left out", "sizes") else "right"
             )
@@ -82,6 +82,7 @@ class DataReport:
             reasons = Counter(skipped.reason for skipped in row.skipped)
             table.add_row(
                 escape(row.id),
+                str(row.found),
                 str(row.used),
                 "\n".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "0",
                 str(row.repeats),
