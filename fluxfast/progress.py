@@ -78,9 +78,9 @@ class Bars(Progress):
                 self._ended.add(task_id)
         done = self._amount(task.completed)
         of = "" if task.total is None else f" of {self._amount(task.total)}"
-        text = f"{task.description}: {done}{of}, {duration(now - began)}"
+        text = f"{task.description}: {done}{of}, {clock_time(now - began)}"
         if (left := task.time_remaining) is not None and not task.finished:
-            text += f", {duration(left)} left"
+            text += f", {clock_time(left)} left"
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -126,7 +126,7 @@ def weighing(console: Console | None = None) -> Bars:
     )
 
 
-def duration(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """Such as 0:01:30, or 2 days, 0:01:30."""
     days, rest = divmod(int(seconds), 86400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
@@ -139,7 +139,7 @@ def _count(task: Task) -> str:
 
 def _left(task: Task) -> str:
     left = task.time_remaining
-    return "" if left is None or task.finished else f"{duration(left)} left"
+    return "" if left is None or task.finished else f"{clock_time(left)} left"
 
 
 def _bytes(count: float) -> str:

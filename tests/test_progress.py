@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fluxfast.progress import BETWEEN_LINES, counting, duration, weighing
+from fluxfast.progress import BETWEEN_LINES, clock_time, counting, weighing
 
 
 class Clock:
@@ -81,7 +81,7 @@ def test_a_terminal_has_a_bar_and_no_line():
      (200000, "2 days, 7:33:20")],
 )  # fmt: skip
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert clock_time(seconds) == text
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fluxfast.memory.choices import Facts
     from fluxfast.memory.gpus import Gpu
     from fluxfast.memory.sizes import Workload
+    from fluxfast.memory.step_time import StepTime
     from fluxfast.memory.wishes import Wishes
     from fluxfast.model.apply import Choices
 
@@ -216,12 +217,10 @@ def _choices_text(choices: Choices) -> dict[str, Any]:
     }
 
 
-def _step(config: TrainConfig, time: Any, samples: int) -> dict[str, float]:
+def _step(config: TrainConfig, time: StepTime, samples: int) -> dict[str, float]:
     """Seconds of an optimiser step, by part."""
-    from fluxfast.memory.step_time import PARTS
-
     times = config.gradient_accumulation_steps
-    parts = {part: getattr(time, part) * (1 if part == "update" else times) for part in PARTS}
+    parts = time.of_batches(times)
     seconds = sum(parts.values())
     return {**parts, "seconds": seconds, "images_per_second": samples * times / seconds}
 

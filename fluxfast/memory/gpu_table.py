@@ -1,6 +1,8 @@
 """Common GPUs as data: memory, bandwidths and peak rates, each with its public source.
 
 Rates are the makers' peaks for dense products, with fp32 sums where the makers tell those apart.
+Figures were entered by hand. Those of the whitepapers' tables and of the RTX 40 laptops were looked
+up; of other cards that are taken from specifications, not every one was compared again.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ ADA = "NVIDIA Ada GPU Architecture whitepaper, v2.1, appendix A"
 BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, v1.1, appendix A"
 # for GeForce cards that the whitepapers leave out
 SPECS = (
-    "nvidia.com's specifications: cores, boost clock and memory, at the architecture's rates "
-    "per core"
+    "NVIDIA's specifications, not all compared again: cores, boost clock and memory, at the "
+    "architecture's rates per core"
 )
 LAPTOPS = (
-    "nvidia.com's specifications of laptop GPUs: cores, the highest boost clock and memory, at the "
-    "architecture's rates per core; a laptop with a lower power limit is slower"
+    "NVIDIA's specifications of laptop GPUs, not all compared again: cores, the highest boost "
+    "clock and memory, at the architecture's rates per core; a laptop with a lower power limit is "
+    "slower"
 )
 
 

@@ -73,6 +73,10 @@ class StepTime:
     def total(self) -> float:
         return sum(getattr(self, part) for part in PARTS)
 
+    def of_batches(self, number: int) -> dict[str, float]:
+        """Seconds of an optimiser's step of so many batches, by part."""
+        return {part: getattr(self, part) * (1 if part == "update" else number) for part in PARTS}
+
 
 @lru_cache(maxsize=65536)
 def product_seconds(product: Product, nbytes: int, gpu: Gpu) -> float:

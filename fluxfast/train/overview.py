@@ -23,30 +23,47 @@ from fluxfast.train.adapter import kind_of
 from fluxfast.train.build import Parts
 from fluxfast.train.build_data import RunData
 from fluxfast.train.intervals import Interval
+from fluxfast.train.pace import step_seconds
 from fluxfast.train.rounds import evaluation_interval, validation_interval
 from fluxfast.train.saving import checkpoint_interval
 
 
 def show(
-    console: Console, config: TrainConfig, data: RunData, parts: Parts, *, steps: int, done: int
+    console: Console,
+    config: TrainConfig,
+    data: RunData,
+    parts: Parts,
+    *,
+    steps: int,
+    done: int,
+    forward: float | None = None,
 ) -> None:
-    """Print the overview of a run of so many steps, of which some are done."""
+    """Print the overview of a run of so many steps, of which some are done.
+
+    forward: seconds of a forward pass of a micro-batch, where `pace` has timed one.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in rows(config, data, parts, steps=steps, done=done):
+    for name, text in rows(config, data, parts, steps=steps, done=done, forward=forward):
         # as Text, since a path may look like markup
         table.add_row(Text(name), Text(text))
     console.print(table)
 
 
 def rows(
-    config: TrainConfig, data: RunData, parts: Parts, *, steps: int, done: int
+    config: TrainConfig,
+    data: RunData,
+    parts: Parts,
+    *,
+    steps: int,
+    done: int,
+    forward: float | None = None,
 ) -> list[tuple[str, str]]:
     """The overview's lines, each with what it is about."""
     found = [
         ("steps", _steps(config, data, steps, done)),
-        ("time", _time(config, parts, steps - done)),
+        ("time", _time(config, parts, steps - done, forward)),
         ("trains", _adapter(config, parts)),
         ("learning", _learning(config)),
         ("timesteps", config.schedule_text),
@@ -78,11 +95,16 @@ def _steps(config: TrainConfig, data: RunData, steps: int, done: int) -> str:
     )
 
 
-def _time(config: TrainConfig, parts: Parts, steps: int) -> str:
-    """What all steps take on a GPU, as it is predicted of the largest batch."""
+def _time(config: TrainConfig, parts: Parts, steps: int, forward: float | None) -> str:
+    """What all steps take: as a GPU's is predicted of the largest batch, or by a forward pass."""
     gpu, workload = parts.facts.gpu, parts.facts.workload
+    if forward is not None:
+        seconds = step_seconds(config, parts, forward)
+        return (
+            f"very roughly {duration(steps * seconds)}, by a forward pass that took {forward:.2g} "
+            "s; the bar tells it better"
+        )
     if gpu is None or workload is None:
-        # nothing predicts a CPU's
         return "what is left stands behind the bar from the first step on"
     seconds = predicted(workload, parts.choices, gpu, config.gradient_accumulation_steps)
     return (
@@ -94,7 +116,7 @@ def _time(config: TrainConfig, parts: Parts, steps: int) -> str:
 def predicted(workload: Workload, choices: Choices, gpu: Gpu, micro_batches: int) -> float:
     """Seconds of an optimiser's step of so many batches."""
     step = plan.predict(replace(workload, compute=choices.compute), choices, gpu)
-    return step.update + micro_batches * (step.total - step.update)
+    return sum(step.of_batches(micro_batches).values())
 
 
 def _adapter(config: TrainConfig, parts: Parts) -> str:

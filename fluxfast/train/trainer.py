@@ -22,7 +22,7 @@ from fluxfast.data.batches import Batch, BatchLoader
 from fluxfast.files import remove_leftovers
 from fluxfast.model.flat_gradients import FlatGradients
 from fluxfast.model.pinned import Readback
-from fluxfast.train import ending, finished, health, overview, preflight, resume
+from fluxfast.train import ending, finished, health, overview, pace, preflight, resume
 from fluxfast.train.adapter import config_of, init_lora_of, values_of_average
 from fluxfast.train.build import Parts, load_parts
 from fluxfast.train.build_data import RunData, load_data
@@ -268,7 +268,9 @@ class Trainer:
             self.report, self.events, self.console,
         )  # fmt: skip
         self.checkpoints = checkpoint_interval(config)
-        overview.show(self.console, config, self.data, self.parts, steps=self.steps, done=self.step)
+        so_far = {"steps": self.steps, "done": self.step}
+        forward = pace.forward_seconds(self.data, self.objective, self.parts, **so_far)
+        overview.show(self.console, config, self.data, self.parts, **so_far, forward=forward)
         try:
             self.rounds.before_training(self.step)
             self._train_to_the_end()

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task
 
-from fluxfast.progress import BETWEEN_LINES, OwnColour, duration
+from fluxfast.progress import BETWEEN_LINES, OwnColour, clock_time
 
 # the rate shown is the mean over this many steps
 RATE_WINDOW = 20
@@ -85,9 +85,9 @@ class TrainingBar:
 
     def _parts(self, task: Task) -> list[str]:
         done = int(task.completed)
-        parts = [f"{done}/{self._total}", duration(task.elapsed or 0)]
+        parts = [f"{done}/{self._total}", clock_time(task.elapsed or 0)]
         if self._rate:
-            parts.append(f"{duration((self._total - done) / self._rate)} left")
+            parts.append(f"{clock_time((self._total - done) / self._rate)} left")
         return [*parts, *task.fields["numbers"]]
 
 

@@ -4,12 +4,13 @@ import io
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from fluxfast.memory.gpus import find_gpu
 from fluxfast.memory.plan import predict
 from fluxfast.model.apply import Choices
-from fluxfast.train import overview
+from fluxfast.train import overview, pace
 from fluxfast.train.intervals import Interval
 from fluxfast.train.run_record import read_run_record
 
@@ -153,3 +154,27 @@ def test_loading_shows_no_bars_of_other_libraries(run, capfd, tmp_path):
     texts = {"cache_dir_vae": str(tmp_path / "vae")}
     run(**FP32, max_train_steps=1, dataset=texts, validation_disable=False, validation_prompt="new")
     assert capfd.readouterr().err == ""
+
+
+def test_the_time_on_a_cpu_is_a_forward_pass_and_changes_nothing(trainer, run):
+    built = trainer(**FP32, max_train_steps=40, gradient_accumulation_steps=3)
+    before = torch.get_rng_state(), [p.clone() for p in built.transformer.parameters()]
+    how = {"steps": 40, "done": 4}
+    parts = built.parts
+    forward = pace.forward_seconds(built.data, built.objective, parts, **how)
+    assert 0 < forward < 60
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert all(map(torch.equal, built.transformer.parameters(), before[1]))
+    assert all(p.grad is None for p in built.transformer.parameters())
+    told = dict(overview.rows(built.config, built.data, parts, **how, forward=2.0))["time"]
+    # three micro-batches; all blocks compute their forward pass twice, the backward takes two
+    assert told == "very roughly 14 min, by a forward pass that took 2 s; the bar tells it better"
+    short = pace.forward_seconds(built.data, built.objective, parts, steps=9, done=0)
+    assert short is None
+    # a run that is timed trains to the same bits as one that is not
+    monkeypatch = pytest.MonkeyPatch()
+    timed, _ = run(name="timed", max_train_steps=10)
+    with monkeypatch.context() as context:
+        context.setattr(pace, "forward_seconds", lambda *args, **how: None)
+        plain, _ = run(name="plain", max_train_steps=10)
+    assert timed.read_bytes() == plain.read_bytes()
