@@ -110,6 +110,19 @@ def load_data_config(path: str | Path, *, defaults: DatasetDefaults) -> DataConf
     return config
 
 
+def _entries(path: Path) -> list[Any]:
+    """The entries of a dataloader's config, whatever they are."""
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        held = (
+            "an object (is it the run's config?)" if isinstance(entries, dict) else "something else"
+        )
+        raise ConfigError(
+            [f"{path}: must hold a list of datasets ([{{...}}, ...]), and holds {held}"]
+        )
+    return entries
+
+
 def check_data_config(
     path: str | Path, *, defaults: DatasetDefaults
 ) -> tuple[DataConfig | None, list[ImageDataset], list[str]]:
@@ -119,21 +132,13 @@ def check_data_config(
     be read. ConfigError where the file can't be.
     """
     path = Path(path)
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        held = (
-            "an object (is it the run's config?)" if isinstance(entries, dict) else "something else"
-        )
-        raise ConfigError(
-            [f"{path}: must hold a list of datasets ([{{...}}, ...]), and holds {held}"]
-        )
     problems: list[str] = []
     notes: list[str] = []
     images: list[ImageDataset] = []
     conditions: list[ConditioningDataset] = []
     texts: list[TextEmbeds] = []
     seen: set[str] = set()
-    for position, entry in enumerate(entries, 1):
+    for position, entry in enumerate(_entries(path), 1):
         where = f"{path}: entry {position}"
         if not isinstance(entry, dict):
             problems.append(f"{where}: must be an object ({{...}}), not {shown(entry)}")
