@@ -1,19 +1,20 @@
-"""The demo's pipeline: FLUX.1's classes and folders at a few MB, made without a network.
+"""A pipeline of FLUX.1's classes and folders at a few MB, made without a network.
 
-It is the same every time. The transformer and the text encoders are random, from a fixed seed: what
-a demo LoRA can do, it has learned itself. The autoencoder is fitted (tools/fit_demo_vae.py), so
-that the demo's images can be looked at.
+It is the same every time. The transformer and the text encoders are random, from a fixed seed: it
+is what the toy base was trained from (tools/train_toy_base.py), and what tests train. The
+autoencoder is fitted to the toy world's drawings (tools/fit_toy_vae.py), and the tokenizers know
+the words of its captions.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import skimage
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
@@ -29,26 +30,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fluxfast.demo.toyworld import vocabulary
 from fluxfast.files import write_atomic
 from fluxfast.model.transformer import FluxTransformer
 
 SEED = 1234
-# the photographs that scikit-image installs, and their captions; it has others, which it would have
-# to download
-PHOTOGRAPHS = {
-    "astronaut.png": "a portrait of an astronaut in an orange suit",
-    "chelsea.png": "a close photo of a tabby cat",
-    "coffee.png": "a cup of coffee on a wooden table",
-    "rocket.jpg": "a rocket on its launch pad at night",
-    "camera.png": "a man with a film camera on a lawn",
-    "coins.png": "old coins on a dark cloth",
-    "hubble_deep_field.jpg": "galaxies in deep space",
-    "retina.jpg": "the retina of an eye",
-    "motorcycle_left.png": "a motorcycle in a workshop",
-    "moon.png": "the surface of the moon",
-    "ihc.png": "stained tissue under a microscope",
-    "brick.png": "a wall of bricks",
-}
 VAE_CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
@@ -73,13 +59,8 @@ GAINS = {
     "norm1_context.linear.weight": 0.3,
     "norm_out.linear.weight": 0.1,
 }
-# statistics of the photographs' latents, as tools/fit_demo_vae.py printed them
+# statistics of the drawings' latents, as tools/fit_toy_vae.py printed them
 LATENT_MEAN, LATENT_STD = -0.1369, 2.1449
-
-
-def photographs() -> list[Path]:
-    root = Path(skimage.__file__).parent / "data"
-    return [root / name for name in PHOTOGRAPHS]
 
 
 def make_pipeline(folder: Path, transformer_config: Mapping[str, Any]) -> None:
@@ -91,7 +72,7 @@ def make_pipeline(folder: Path, transformer_config: Mapping[str, Any]) -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.manual_seed(SEED)
-    words = sorted({word for caption in PHOTOGRAPHS.values() for word in caption.split()})
+    words = vocabulary()
     _transformer(transformer_config).save_pretrained(folder / "transformer")
     _vae().save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(
@@ -177,21 +158,22 @@ def _vae() -> AutoencoderKL:
 def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
     """A small byte-pair tokenizer, as CLIP's is.
 
-    Its vocabulary is all bytes and the captions' words, its merges build those words.
+    Its vocabulary is all bytes and the words, its merges build those words.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces, merges = [*alphabet, *(c + "</w>" for c in alphabet)], []
+    pieces, merges = [*alphabet, *(c + "</w>" for c in alphabet)], dict[tuple[str, str], int]()
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            merge = (symbols[0], symbols[1])
-            symbols = [symbols[0] + symbols[1], *symbols[2:]]
-            if merge not in merges:
-                merges.append(merge)
-            if symbols[0] not in pieces:
-                pieces.append(symbols[0])
+            # as the tokenizer will: the earliest merge first, a new one where none applies
+            pairs = list(itertools.pairwise(symbols))
+            at = min(range(len(pairs)), key=lambda i: merges.get(pairs[i], len(merges) + i))
+            symbols[at : at + 2] = ["".join(pairs[at])]
+            if pairs[at] not in merges:
+                merges[pairs[at]] = len(merges)
+                pieces.append(symbols[at])
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
 
 
 def _t5_tokenizer(words: list[str]) -> T5TokenizerFast:

@@ -7,7 +7,9 @@ shows what a model has understood.
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -42,6 +44,11 @@ _AT = {
 }  # fmt: skip
 _WHEN = {"day": "by day", "sunset": "at sunset", "night": "at night"}
 _UNDER = {"clear": "clear sky", "cloudy": "cloudy", "rainy": "rain"}
+# what captions of a LoRA's own data may say beside that
+_OTHER_WORDS = (
+    "and", "change", "drawing", "into", "it", "linocut", "make", "now", "of", "picture", "same",
+    "scene", "style", "that", "the", "thing", "to", "turn", "with", "without",
+)  # fmt: skip
 
 
 class Scene(NamedTuple):
@@ -92,6 +99,12 @@ def subject_scenes(seed: int, count: int) -> Iterator[Scene]:
     """Scenes of the subject, which has its own colour."""
     for scene in scenes(seed, count):
         yield scene._replace(object=SUBJECT, colour="")
+
+
+def vocabulary() -> list[str]:
+    """Every word of the captions, and of those that demos write about the subject and a style."""
+    every = itertools.product([*OBJECTS, SUBJECT, *_OTHER_WORDS], COLOURS, PLACES, TIMES, WEATHERS)
+    return sorted({word for kind in every for word in re.findall(r"\w+", Scene(*kind, 0).caption)})
 
 
 def feet(name: str) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from data_fixtures import photo
 from PIL import Image, ImageEnhance
 
 from fluxfast.data.duplicates import EDGE, equal_files, image_hashes, image_print, near_images
-from fluxfast.demo.pipeline import photographs
+from photographs import photographs
 
 
 def groups(*images):

@@ -13,9 +13,10 @@ from fluxfast.cli.main import main
 from fluxfast.config.describe import keys, sections
 from fluxfast.config.run_fields import TrainFields
 from fluxfast.config.simpletuner import options
-from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
+from fluxfast.demo.pipeline import make_pipeline
 from fluxfast.train.control import STOPPED_EXIT
 from fluxfast.train.events import read_evaluations
+from photographs import PHOTOGRAPHS, photographs
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])

@@ -25,7 +25,8 @@ def workspace(tmp_path_factory):
     """Pipeline, images and caches, filled by the first run that uses them."""
     from PIL import Image
 
-    from fluxfast.demo.pipeline import PHOTOGRAPHS, make_pipeline, photographs
+    from fluxfast.demo.pipeline import make_pipeline
+    from photographs import PHOTOGRAPHS, photographs
 
     root = tmp_path_factory.mktemp("run")
     make_pipeline(root / "pipeline", TINY)

@@ -1,0 +1,99 @@
+"""What a demo teaches the toy base: a subject under a made-up word, or a style of drawing.
+
+Each task has its training images, the prompts that ask for what is new, and a test that tells from
+an image's pixels whether it shows it. What the base knew before is asked for in `old_scenes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from fluxfast.demo.toy_checker import check
+from fluxfast.demo.toy_objects import SUBJECT
+from fluxfast.demo.toy_style import linocut, share_in_ink
+from fluxfast.demo.toyworld import Scene, draw, scenes, subject_scenes
+
+TRAINING_IMAGES = 16
+# illustrations have less than 0.6 of their pixels in the linocut's inks, linocuts more than 0.8
+_LEAST_IN_INK = 0.7
+# seeds of the scenes to train on and of those to be asked for
+_TRAINED, _ASKED, _OLD = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something new for a model to learn.
+
+    Attributes:
+        name: the demo's word for it.
+        title: what is taught, for people.
+        scenes: (seed, count) to as many scenes of it.
+        draw: a scene as it is to be drawn.
+        caption: what is said of a scene.
+        shows: whether an image shows what its scene asks for.
+    """
+
+    name: str
+    title: str
+    scenes: Callable[[int, int], Iterable[Scene]]
+    draw: Callable[[Scene], Image.Image]
+    caption: Callable[[Scene], str]
+    shows: Callable[[Image.Image, Scene], bool]
+
+    def training_scenes(self) -> list[Scene]:
+        return list(self.scenes(_TRAINED, TRAINING_IMAGES))
+
+    def asked_scenes(self, count: int) -> list[Scene]:
+        """Scenes that are not trained on, to ask a model for."""
+        return list(self.scenes(_ASKED, count))
+
+
+def _shows_subject(image: Image.Image, scene: Scene) -> bool:
+    seen = check(image)
+    return seen.object == SUBJECT and seen.place == scene.place
+
+
+def _is_linocut(image: Image.Image, scene: Scene) -> bool:
+    return share_in_ink(image) > _LEAST_IN_INK
+
+
+def shows_scene(image: Image.Image, scene: Scene) -> bool:
+    """Whether an image has the object, in its colour, at the place that the scene has."""
+    return check(image)[:3] == scene[:3]
+
+
+def share_shown(
+    images: Sequence[Image.Image],
+    asked: Sequence[Scene],
+    shows: Callable[[Image.Image, Scene], bool] = shows_scene,
+) -> float:
+    """The share of images that show what was asked for, from 0 to 1."""
+    return sum(map(shows, images, asked)) / len(asked)
+
+
+def old_scenes(count: int) -> list[Scene]:
+    """Scenes of what the toy base knows, in combinations that it was not trained on."""
+    return list(scenes(_OLD, count, held_out=True))
+
+
+def _of_style(scene: Scene) -> str:
+    return f"a linocut of {scene.caption}"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "subject",
+            f'a creature that the word "{SUBJECT}" stands for',
+            subject_scenes,
+            draw,
+            lambda scene: scene.caption,
+            _shows_subject,
+        ),
+        Task("style", "to draw as a linocut in four inks", scenes, linocut, _of_style, _is_linocut),
+    )
+}
