@@ -1,16 +1,17 @@
 """Fit the autoencoder of the toy base, which `fluxfast-train demo` trains on.
 
-    python tools/fit_toy_vae.py OUT.safetensors [--steps 6000] [--fp32]
+    python tools/fit_toy_vae.py [--out fluxfast/demo/base/vae] [--steps 6000] [--fp32]
 
-It is AutoencoderKL, FLUX.1's own class with FLUX.1's sixteen latent channels, at 1 MB of weights.
+It is AutoencoderKL, FLUX.1's own class with FLUX.1's sixteen latent channels, at 2 MB of weights.
 It learns from drawings of the toy world, and from the subject and the style that demo LoRAs are
-taught, so that it can draw these too. Prints the mean and the standard deviation of the latents,
-which belong into `fluxfast/demo/pipeline.py`. Takes a quarter of an hour on two cores that compute
+taught, so that it can draw these too. A toy base is trained on one autoencoder's latents, so a new
+one needs a new base (tools/train_toy_base.py). Takes a quarter of an hour on two cores that compute
 in bf16.
 """
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,26 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fluxfast.demo.pipeline import VAE_CONFIG
+from fluxfast.demo import BASE
 from fluxfast.demo.toy_style import linocut
 from fluxfast.demo.toyworld import draw, scenes, subject_scenes
 
+VAE_CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "block_out_channels": [16, 32, 64, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "sample_size": 256,
+}
 CROP, BATCH, LEARNING_RATE = 64, 16, 2e-3
 # drawings of scenes, of the subject, and in the style
 DRAWINGS = 2400, 400, 400
@@ -100,15 +113,20 @@ def statistics(vae: AutoencoderKL, images: list[Tensor]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fit the toy base's autoencoder.")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("--out", type=Path, default=BASE / "vae")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--fp32", action="store_true", help="for a CPU without bf16 instructions")
     arguments = parser.parse_args()
     images = drawings()
     vae = fit(images, arguments.steps, torch.float32 if arguments.fp32 else torch.bfloat16)
     mean, std = statistics(vae, images)
-    print(f"latents: mean {mean:.4f}, std {std:.4f} (scaling_factor {1 / std:.4f})")
-    save_file({k: v.half().contiguous() for k, v in vae.state_dict().items()}, arguments.out)
+    print(f"latents: mean {mean:.4f}, standard deviation {std:.4f}")
+    vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+    # written whole, or not at all, beside the one that is there
+    new = arguments.out.with_name(f"{arguments.out.name}.new")
+    vae.half().save_pretrained(new)
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    new.rename(arguments.out)
 
 
 if __name__ == "__main__":

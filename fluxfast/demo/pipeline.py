@@ -11,14 +11,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -30,23 +28,23 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fluxfast.demo import BASE
 from fluxfast.demo.toyworld import vocabulary
 from fluxfast.files import write_atomic
 from fluxfast.model.transformer import FluxTransformer
 
 SEED = 1234
-VAE_CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 16,
-    "block_out_channels": [16, 32, 64, 64],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "sample_size": 256,
+# of the toy base, which is trained from a random transformer of this config
+BASE_CONFIG = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 6,
+    "attention_head_dim": 32,
+    "num_attention_heads": 6,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 14, 14),
 }
 # how large random weights are, of what a block adds to its residual stream and of its modulation
 GAINS = {
@@ -59,22 +57,26 @@ GAINS = {
     "norm1_context.linear.weight": 0.3,
     "norm_out.linear.weight": 0.1,
 }
-# statistics of the drawings' latents, as tools/fit_toy_vae.py printed them
-LATENT_MEAN, LATENT_STD = -0.1369, 2.1449
 
 
-def make_pipeline(folder: Path, transformer_config: Mapping[str, Any]) -> None:
+def make_pipeline(
+    folder: Path, transformer_config: Mapping[str, Any], *, to_train_whole: bool = False
+) -> None:
     """Write the pipeline as FLUX.1-dev's repository has it.
 
-    Any program that loads that repository loads this folder.
+    Any program that loads that repository loads this folder. to_train_whole: whether the
+    transformer begins as one does that is trained as a whole, or as one that a LoRA can train.
     """
     # five small files need no progress bars
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.manual_seed(SEED)
     words = vocabulary()
-    _transformer(transformer_config).save_pretrained(folder / "transformer")
-    _vae().save_pretrained(folder / "vae")
+    new_transformer = _untrained if to_train_whole else _transformer
+    new_transformer(transformer_config).save_pretrained(folder / "transformer")
+    AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16).save_pretrained(
+        folder / "vae"
+    )
     FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256,
         base_shift=0.5,
@@ -118,6 +120,20 @@ MODEL_INDEX = {
 }
 
 
+def _untrained(config: Mapping[str, Any]) -> FluxTransformer:
+    """A transformer whose blocks pass tokens on as they are, and which predicts zero.
+
+    That is adaLN-Zero, how diffusion transformers begin (Peebles and Xie 2023, arXiv:2212.09748).
+    """
+    model = FluxTransformer(**config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or ".linear." in name or name.startswith("proj_out"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            torch.nn.init.xavier_uniform_(parameter)
+    return model
+
+
 def _transformer(config: Mapping[str, Any]) -> FluxTransformer:
     """A transformer as training from scratch would begin.
 
@@ -146,13 +162,6 @@ def _transformer(config: Mapping[str, Any]) -> FluxTransformer:
             model.x_embedder.weight.T * (config["in_channels"] / dim) ** 0.5
         )
     return model
-
-
-def _vae() -> AutoencoderKL:
-    vae = AutoencoderKL(**VAE_CONFIG, scaling_factor=1 / LATENT_STD, shift_factor=LATENT_MEAN)
-    state = load_file(str(resources.files("fluxfast.demo") / "vae.safetensors"))
-    vae.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return vae
 
 
 def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
