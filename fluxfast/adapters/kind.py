@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from fluxfast.adapters.algorithms import ALGORITHMS
 from fluxfast.adapters.find_lora import find_lora, opened
 from fluxfast.adapters.presets import find_targets
-from fluxfast.adapters.writing import PREFIX, write_adapter
+from fluxfast.adapters.writing import PREFIX, file_of, write_adapter
 from fluxfast.config.lycoris import LycorisConfig
 from fluxfast.ops.linear.adapters import Adapter
 
@@ -168,6 +168,14 @@ class AdapterKind(ABC):
         shapes = self.shapes(out_features, in_features, size).values()
         return sum(torch.Size(shape).numel() for shape in shapes)
 
+    def trained_elements(self, transformer: nn.Module, sizes: Mapping[str, Size]) -> int:
+        """How many numbers train on modules of these sizes; the transformer may be on meta."""
+        modules: dict[str, Any] = {name: transformer.get_submodule(name) for name in sizes}
+        return sum(
+            self.elements(modules[name].out_features, modules[name].in_features, size)
+            for name, size in sizes.items()
+        )
+
     # ---- on a transformer
 
     @abstractmethod
@@ -260,6 +268,10 @@ class AdapterKind(ABC):
         self.check_style(style)
         tensors = {PREFIX + name: t.cpu() for name, t in self.state(transformer).items()}
         return write_adapter(path, tensors, metadata or {})
+
+    def file_of(self, path: str | os.PathLike[str]) -> Path:
+        """The file that `save` writes for a path."""
+        return file_of(path)
 
     def check_style(self, style: str) -> None:
         """ValueError where `save` has no such style; a run asks before it trains."""

@@ -13,7 +13,13 @@ LORA_TYPES = {
 }
 # what `use_dora` makes of "standard"
 DORA = "dora"
-ADAPTER_KINDS = {**LORA_TYPES, DORA: "fluxfast.adapters.lora:DoraKind"}
+# what `model_type` "full" makes of every `lora_type`
+FULL = "full"
+ADAPTER_KINDS = {
+    **LORA_TYPES,
+    DORA: "fluxfast.adapters.lora:DoraKind",
+    FULL: "fluxfast.adapters.full:FullKind",
+}
 
 # the option `lora_format`; `fluxfast.adapters.styles` says what each of these is
 LoraFormat = Literal["diffusers", "comfyui", "kohya", "lycoris"]

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fluxfast.config.adapters import DORA
+from fluxfast.config.adapters import DORA, FULL
 from fluxfast.config.dataset_fields import DatasetDefaults
 from fluxfast.config.flavours import FLAVOURS, Flavour
 from fluxfast.config.optimizers import OPTIMIZERS, FusedVersion, OptimizerKind
@@ -54,8 +54,15 @@ class DerivedValues(TrainFields):
         return version.kernel if version else self.optimizer_kind.kernel
 
     @property
+    def trains_all(self) -> bool:
+        """Whether the transformer itself trains, and no adapter on it."""
+        return self.model_type == "full"
+
+    @property
     def adapter_kind(self) -> str:
         """The name of the adapter's kind in `ADAPTER_KINDS`."""
+        if self.trains_all:
+            return FULL
         return DORA if self.use_dora and self.lora_type == "standard" else self.lora_type
 
     @property
@@ -138,6 +145,8 @@ class DerivedValues(TrainFields):
     @property
     def base_dtype(self) -> "torch.dtype":
         """Type of the transformer's weights that are not quantised."""
+        if self.trains_all:
+            return self.adapter_dtype
         if self.base_model_precision == "no_change":
             return self.weight_dtype
         return _torch_dtype(self.base_model_default_dtype)
@@ -146,6 +155,13 @@ class DerivedValues(TrainFields):
     def adapter_dtype(self) -> "torch.dtype":
         """Type of the weights that are trained."""
         return _torch_dtype(self.optimizer_kind.weights)
+
+    @property
+    def autocast_dtype(self) -> "torch.dtype | None":
+        """Type of the products of weights that train in a wider one; None: in their own."""
+        if self.trains_all and self.adapter_dtype.itemsize > self.weight_dtype.itemsize:
+            return self.weight_dtype
+        return None
 
     @property
     def average_is_on(self) -> Literal["device", "host"] | None:

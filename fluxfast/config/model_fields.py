@@ -18,8 +18,8 @@ Precision = Literal[
 class ModelFields(Settings):
     """What a config file can say of the model."""
 
-    model_type: Literal["lora"] = option(on_resume="ignored")
-    """What is trained."""
+    model_type: Literal["lora", "full"] = option(on_resume="elsewhere")
+    """What is trained: an adapter (lora_type), or every weight of a small transformer."""
     model_family: Literal["flux"] = option(on_resume="ignored")
     """The model's architecture."""
     model_flavour: Annotated[str, named_in(lambda: FLAVOURS)] = "krea"

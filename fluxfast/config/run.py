@@ -153,7 +153,8 @@ class _Conflicts(ValueError):
 _REQUIRED = {
     "model_type": (
         "lora",
-        'SimpleTuner\'s default is full training, fluxfast trains LoRAs: set "model_type": "lora"',
+        'set "model_type": "lora", or "full" to train every weight of a small transformer '
+        "(SimpleTuner's default)",
     ),
     "model_family": ("flux", 'set "model_family": "flux"'),
     "data_backend_config": (

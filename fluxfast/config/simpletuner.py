@@ -122,7 +122,6 @@ _KNOWN_VALUES: dict[str, tuple[str, ...]] = {
 }
 
 _WHY_NOT = {
-    ("model_type", "full"): "only LoRAs are trained",
     ("flux_lora_target", "controlnet"): "there is no ControlNet to train",
     ("dynamo_backend", "cudagraphs"): '"cuda_graphs" replays steps as CUDA graphs',
     **{("optimizer", like): why for like, why in NO_OPTIMIZERS.items()},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,8 @@ class FluxTransformer(FluxTransformer2DModel):
     compiled: CompiledRegions | None = None
     # where the gradients of all that trains are, if its owner has made it
     gradients: FlatGradients | None = None
+    # the dtype of the products of wider weights that train (mixed precision); None: the weights'
+    autocast_dtype: torch.dtype | None = None
 
     @register_to_config
     def __init__(
@@ -346,7 +349,8 @@ class FluxTransformer(FluxTransformer2DModel):
 
         guidance = guidance if self.config.guidance_embeds else None
         conditions = Conditions.of(timestep, guidance, pooled_projections, in_dtype)
-        mod = self._modulation_input(conditions, hidden_states.device, dtype)
+        with self._mixed_precision(hidden_states.device):
+            mod = self._modulation_input(conditions, hidden_states.device, dtype)
         ids = joint_ids(txt_ids, img_ids).to(hidden_states.device)
         if self.compiled is not None:
             any_length(ids, dim=0)
@@ -376,7 +380,8 @@ class FluxTransformer(FluxTransformer2DModel):
         ):
             output = self.graphs(router, draws, *inputs, scene_tokens=scene_tokens)
         else:
-            with lora_scale(self, kwargs.pop("scale", 1.0)):
+            scaled = lora_scale(self, kwargs.pop("scale", 1.0))
+            with scaled, self._mixed_precision(hidden_states.device):
                 project_image_prompts(self, kwargs)
                 output = self.run_blocks(
                     router,
@@ -388,6 +393,12 @@ class FluxTransformer(FluxTransformer2DModel):
                 )
         output = output.to(in_dtype)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _mixed_precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which products are in `autocast_dtype`, if there is one."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
 
     def run_blocks(
         self,

@@ -88,19 +88,28 @@ def read_init_lora(config: TrainConfig, saved: SavedRun | None) -> AdapterFile |
     return kind_of(config).read_file(config.init_lora or "")
 
 
-def saved_type(config: TrainConfig, saved: SavedRun) -> str:
-    """`lora_type` of a checkpoint's adapter; one of version 1 doesn't say, and has the config's."""
-    return saved.state.get("settings", {}).get("lora_type", config.lora_type)
+def saved_config(config: TrainConfig, saved: SavedRun) -> TrainConfig:
+    """The config with the `model_type` and `lora_type` of a checkpoint.
+
+    What a checkpoint of an earlier version doesn't say is taken to be the config's `lora_type`, and
+    a LoRA: nothing else was trained then.
+    """
+    settings = saved.state.get("settings", {})
+    types = {
+        "model_type": settings.get("model_type", "lora"),
+        "lora_type": settings.get("lora_type", config.lora_type),
+    }
+    return config.model_copy(update=types)
 
 
 def saved_adapter(config: TrainConfig, saved: SavedRun) -> AdapterFile:
     """A checkpoint's adapter in the form that a file is read in."""
-    return KINDS[saved_type(config, saved)].from_state(saved.path, saved.adapter)
+    return kind_of(saved_config(config, saved)).from_state(saved.path, saved.adapter)
 
 
 def saved_kind(config: TrainConfig, saved: SavedRun) -> AdapterKind:
     """The kind of a checkpoint's adapter."""
-    of_type = config.model_copy(update={"lora_type": saved_type(config, saved)})
+    of_type = saved_config(config, saved)
     return kind_of(config_of(of_type, saved_adapter(config, saved)))
 
 
@@ -192,9 +201,12 @@ def not_resumable(config: TrainConfig, saved: SavedRun, transformer: nn.Module) 
 
     A run that began with init_lora may say again what it said then, or what is true of its adapter.
     """
-    if saved_type(config, saved) != config.lora_type:
+    then = saved_config(config, saved)
+    if (then.model_type, then.lora_type) != (config.model_type, config.lora_type):
         label = saved_kind(config, saved).label
         return [f"a {label} adapter, this run has {kind_of(config).label}"]
+    if config.trains_all:
+        return []
     origin = init_lora_of(config, saved)
     asked = _asked(config)
     return [
@@ -227,12 +239,7 @@ def adapter_metadata(config: TrainConfig) -> dict[str, str]:
 
 def adapter_elements(config: TrainConfig, transformer: nn.Module, sizes: dict[str, Size]) -> int:
     """How many numbers an adapter on these modules, by their sizes, trains."""
-    modules: dict[str, Any] = {name: transformer.get_submodule(name) for name in sizes}
-    elements = kind_of(config).elements
-    return sum(
-        elements(modules[name].out_features, modules[name].in_features, size)
-        for name, size in sizes.items()
-    )
+    return kind_of(config).trained_elements(transformer, sizes)
 
 
 def add_adapter(

@@ -95,6 +95,7 @@ def load_parts(
         config, transformer, lora, seed=seed, saved=saved, originals=originals, console=console
     )
     activate(transformer)
+    transformer.autocast_dtype = config.autocast_dtype
     facts = choose.facts_of_model(facts, config, transformer)
     choices = choose.choose(wishes, facts)
     make_ready(transformer, choices)

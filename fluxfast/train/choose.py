@@ -170,7 +170,7 @@ def workload_of(
         storage=Storage(format, config.base_dtype.itemsize),
         targets=tuple(targets),
         rank=config.lora_rank,
-        adapter_itemsize=config.optimizer_kind.itemsize,
+        adapter_itemsize=config.adapter_dtype.itemsize,
         optimizer=config.optimizer,
         lora_type=config.adapter_kind,
         micro_batches=config.gradient_accumulation_steps,

@@ -64,6 +64,8 @@ def lines(config: TrainConfig, lora: Path) -> list[str]:
     told.append(f"how it went: {_named(folder, CHART_NAME, REPORT_NAME)}")
     if grid := _last_grid(folder):
         told.append(f"images: {printable(grid)}")
+    if config.trains_all:
+        return [*told, *_whole_in_diffusers(config, lora.parent)]
     shapes, metadata = header_of(lora)
     try:
         found = readers(read_adapter(lora), shapes, metadata)
@@ -97,6 +99,21 @@ def _in_diffusers(config: TrainConfig, obstacle: str | None) -> list[str]:
         f"      {base!r}, torch_dtype=torch.bfloat16",
         "  )",
         f"  {loading_function(config)}({str(config.output_dir)!r})",
+    ]
+
+
+def _whole_in_diffusers(config: TrainConfig, folder: Path) -> list[str]:
+    """How diffusers draws with a transformer that was trained as a whole."""
+    pipeline, base = pipeline_class(config), config.base_source.path
+    return [
+        "in diffusers:",
+        f"  import torch; from diffusers import {pipeline}, FluxTransformer2DModel",
+        "  transformer = FluxTransformer2DModel.from_pretrained(",
+        f"      {str(folder)!r}, torch_dtype=torch.bfloat16",
+        "  )",
+        f"  pipeline = {pipeline}.from_pretrained(",
+        f"      {base!r}, transformer=transformer, torch_dtype=torch.bfloat16",
+        "  )",
     ]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import filecmp
 from pathlib import Path
 
-from fluxfast.adapters.writing import file_of
 from fluxfast.config.run import TrainConfig
+from fluxfast.train.adapter import kind_of
 from fluxfast.train.state import SavedRun
 
 
@@ -18,9 +18,10 @@ class Finished(Exception):
         option = "max_train_steps" if config.max_train_steps else "num_train_epochs"
         asked = getattr(config, option)
         least = done if config.max_train_steps else asked
+        what = f"the {kind_of(config).label}"
         super().__init__(
             f"This run is complete: {done} steps are trained.\n"
-            f"  the LoRA    {lora}\n"
+            f"  {what:11} {lora}\n"
             f'  train on    raise "{option}" above {least} (it is {asked})\n'
             '  start anew  choose another "output_dir"'
         )
@@ -35,6 +36,7 @@ def check(config: TrainConfig, saved: SavedRun | None, steps: int) -> None:
     """
     if config.push_to_hub or saved is None or saved.step < steps:
         return
+    file_of = kind_of(config).file_of
     lora, last = file_of(config.output_dir), file_of(saved.path)
     # a run that was stopped in its last images has not written its own file yet
     if lora.exists() and last.exists() and filecmp.cmp(lora, last, shallow=False):

@@ -121,12 +121,15 @@ def predicted(workload: Workload, choices: Choices, gpu: Gpu, micro_batches: int
 
 def _adapter(config: TrainConfig, parts: Parts) -> str:
     kind = kind_of(config)
-    rank = "" if config.lycoris_config else f" of rank {config.lora_rank}"
-    layers = len(kind.modules(parts.transformer))
+    if config.trains_all:
+        what = "all of the transformer"
+    else:
+        rank = "" if config.lycoris_config else f" of rank {config.lora_rank}"
+        what = f"{kind.label}{rank} on {len(kind.modules(parts.transformer))} layers"
     parameters = list(trainable_parameters(parts.transformer).values())
     count = sum(p.numel() for p in parameters)
     megabytes = sum(p.numel() * p.element_size() for p in parameters) / 1e6
-    return f"{kind.label}{rank} on {layers} layers: {count:,} parameters, {megabytes:.1f} MB"
+    return f"{what}: {count:,} parameters, {megabytes:.1f} MB"
 
 
 def _learning(config: TrainConfig) -> str:

@@ -55,6 +55,7 @@ def settings(
     compared = options_that_are("told", "start_only", fields=type(config).model_fields)
     told = config.model_dump(mode="json", include=set(compared))
     told |= {
+        "model_type": config.model_type,
         "adam_beta1": config.betas[0],
         "adam_beta2": config.betas[1],
         "adam_epsilon": config.epsilon,

@@ -76,7 +76,7 @@ class Saver:
     def _write(self, folder: Path, step: int) -> Path:
         config = self._config
         metadata = modelspec_metadata(
-            architecture=config.flavour.architecture,
+            architecture=config.flavour.architecture + ("" if config.trains_all else "/lora"),
             title=config.tracker_run_name,
             resolution=self._data.resolution,
             global_step=step,
