@@ -1,1 +1,1 @@
-"""The demo's model and data: a small pipeline in FLUX.1's form, and photographs to train on."""
+"""The demo: a toy world, a base that has learnt it, and what a LoRA teaches that base."""
