@@ -15,9 +15,6 @@ from PIL import Image
 from fluxfast.demo.tasks import Task, old_scenes, shows_scene
 from fluxfast.demo.toyworld import Scene
 
-# scenes of what is new, and as many old captions
-ASKED = 32
-
 
 class Question(NamedTuple):
     """One prompt.
@@ -63,7 +60,7 @@ class Exam:
     # columns of the picture: what is new, and what is old
     SHOWN = (5, 2)
 
-    def __init__(self, task: Task, count: int = ASKED) -> None:
+    def __init__(self, task: Task, count: int) -> None:
         self.task = task
         new = [Question(task.caption(scene), scene, True) for scene in task.asked_scenes(count)]
         old = [Question(scene.caption, scene, False) for scene in old_scenes(count)]

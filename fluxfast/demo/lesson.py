@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from fluxfast.adapters.writing import file_of
-from fluxfast.demo.exam import ASKED, Answers, Exam, Scores
+from fluxfast.demo.exam import Answers, Exam, Scores
 from fluxfast.demo.folder import pipeline_of
 from fluxfast.demo.picture import Contents, draw_picture, percent
 from fluxfast.demo.sampling import Sampler
@@ -25,24 +25,23 @@ from fluxfast.text import duration, printable
 from fluxfast.train.events import METRICS_NAME, read_metrics, tell
 
 PICTURE, RESULT = "demo.png", "demo.json"
+# scenes of what is new that are asked for, and as many old captions
+ASKED = 32
 # denoising steps of an answer
-_STEPS = 20
+DENOISING = 20
 
 
 class Lesson:
     """A task that is taught in the folder `root`.
 
-    began: when the command was started, by `time.monotonic`. asked: how many scenes of what is new
-    are asked for, and how many old captions.
+    began: when the command was started, by `time.monotonic`.
     """
 
-    def __init__(
-        self, root: Path, task: Task, console: Console, *, began: float, asked: int = ASKED
-    ) -> None:
+    def __init__(self, root: Path, task: Task, console: Console, *, began: float) -> None:
         self.root, self.task, self.console, self.began = root, task, console, began
         self.folder = root / task.name
         self.output = self.folder / "output"
-        self.exam = Exam(task, asked)
+        self.exam = Exam(task, ASKED)
         self.base = Answers()
 
     def ask_base(self) -> None:
@@ -109,7 +108,7 @@ class Lesson:
             sampler = Sampler(pipeline_of(self.root), lora=lora)
             for start, some in ((0, prompts[:shown]), (shown, prompts[shown:])):
                 answers.images += sampler.draw(
-                    some, steps=_STEPS, seed=start, drawn=partial(bars.advance, draws)
+                    some, steps=DENOISING, seed=start, drawn=partial(bars.advance, draws)
                 )
                 for _ in some:
                     self.exam.mark(answers)

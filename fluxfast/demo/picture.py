@@ -14,10 +14,10 @@ from fluxfast.files import atomic_file
 from fluxfast.train.loss_chart import running_mean
 
 WIDTH = 1400
-_MARGIN, _GAP = 40, 8
+_MARGIN, GAP = 40, 8
 # training images stand in a square of 4 x 4
 _TRAINED, _ACROSS = 96, 4
-_TRAINED_WIDTH = _ACROSS * (_TRAINED + _GAP) - _GAP
+_TRAINED_WIDTH = _ACROSS * (_TRAINED + GAP) - GAP
 # what is right of them starts here
 _RIGHT = _MARGIN + _TRAINED_WIDTH + 48
 # the answers: a row a model, whose name stands left of it
@@ -64,9 +64,9 @@ def draw_picture(exam: Exam, contents: Contents, path: Path) -> None:
 def picture(exam: Exam, contents: Contents) -> Image.Image:
     """The same as an image."""
     top = _MARGIN + _TITLE.line_height + _TEXT.line_height + 28
-    answers = top + _HEADING.line_height + _TRAINED_WIDTH + 3 * _GAP + 24
-    rows = answers + _HEADING.line_height + _PROMPT_LINES * _TEXT.line_height + 3 * _GAP
-    sheet = Image.new("RGB", (WIDTH, rows + 2 * (CELL + _GAP) + _MARGIN), _PAPER)
+    answers = top + _HEADING.line_height + _TRAINED_WIDTH + 3 * GAP + 24
+    rows = answers + _HEADING.line_height + _PROMPT_LINES * _TEXT.line_height + 3 * GAP
+    sheet = Image.new("RGB", (WIDTH, rows + 2 * (CELL + GAP) + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
     title = f"Taught from {len(contents.trained)} pictures: {exam.task.title}"
     _TITLE.draw(draw, (_MARGIN, _MARGIN - 6), title, _INK)
@@ -78,7 +78,7 @@ def picture(exam: Exam, contents: Contents) -> Image.Image:
     for row, (name, given) in enumerate(
         ((("the base",), contents.base), (("the base", "with the LoRA"), contents.lora))
     ):
-        y = rows + row * (CELL + _GAP)
+        y = rows + row * (CELL + GAP)
         for line, words in enumerate(name):
             at = y + CELL / 2 + (line - len(name) / 2) * _TEXT.line_height
             _TEXT.draw(draw, (_MARGIN, at), words, _INK)
@@ -89,17 +89,17 @@ def picture(exam: Exam, contents: Contents) -> Image.Image:
 def column(exam: Exam, number: int) -> int:
     """Where the images of a shown question begin, in pixels from the left."""
     between = _BETWEEN if number >= exam.SHOWN[0] else 0
-    return _MARGIN + _NAMES + number * (CELL + _GAP) + between
+    return _MARGIN + _NAMES + number * (CELL + GAP) + between
 
 
 def _draw_trained(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, images: Sequence[Image.Image], top: int
 ) -> None:
     _HEADING.draw(draw, (_MARGIN, top), "What it was trained on", _INK)
-    first = top + _HEADING.line_height + _GAP
+    first = top + _HEADING.line_height + GAP
     for number, image in enumerate(images[: _ACROSS**2]):
         row, across = divmod(number, _ACROSS)
-        at = _MARGIN + across * (_TRAINED + _GAP), first + row * (_TRAINED + _GAP)
+        at = _MARGIN + across * (_TRAINED + GAP), first + row * (_TRAINED + GAP)
         sheet.paste(image.resize((_TRAINED, _TRAINED), Image.Resampling.LANCZOS), at)
 
 
@@ -134,7 +134,7 @@ def _draw_losses(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, losses: Sequence[float], top: int
 ) -> None:
     y = top + _HEADING.line_height + _TEXT.line_height + _NUMBER.line_height + 28
-    bottom = top + _HEADING.line_height + _GAP + _TRAINED_WIDTH
+    bottom = top + _HEADING.line_height + GAP + _TRAINED_WIDTH
     _HEADING.draw(draw, (_RIGHT, y), "Loss", _INK)
     y += _HEADING.line_height
     if losses:
@@ -177,7 +177,7 @@ def _draw_prompts(draw: ImageDraw.ImageDraw, exam: Exam, top: int) -> None:
         (new, "Asked for what it knew"),
     ):
         _HEADING.draw(draw, (column(exam, first), top), heading, _INK)
-    y = top + _HEADING.line_height + _GAP
+    y = top + _HEADING.line_height + GAP
     for number, question in enumerate(exam.questions[: exam.shown]):
         lines = _TEXT.lines(question.prompt, CELL, _PROMPT_LINES)
         for line, words in enumerate(lines, _PROMPT_LINES - len(lines)):
