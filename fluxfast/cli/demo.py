@@ -71,11 +71,14 @@ def main(words: Sequence[str]) -> int:
     from fluxfast.demo.lesson import Lesson
 
     lesson = Lesson(root, task, Console(), began=began)
-    if lesson.result() is None:
+    if (told := lesson.result()) is None:
         lesson.ask_base()
     status = train.main([str(config), *options])
     if status == 0:
-        lesson.show(lesson.result() or lesson.ask_lora())
+        found = lesson.result() or lesson.ask_lora()
+        if found == told:
+            print(f"The demo: `--output DIR` starts another, as does removing {config.parent}")
+        lesson.show(found)
     return status
 
 

@@ -18,10 +18,10 @@ from fluxfast.demo.exam import Answers, Exam, Scores
 from fluxfast.demo.folder import pipeline_of
 from fluxfast.demo.picture import Contents, draw_picture, percent
 from fluxfast.demo.sampling import Sampler
-from fluxfast.demo.tasks import Task
+from fluxfast.demo.tasks import OLD_SHOWN, Task
 from fluxfast.files import write_atomic
 from fluxfast.progress import counting
-from fluxfast.text import duration, printable
+from fluxfast.text import printable
 from fluxfast.train.events import METRICS_NAME, read_metrics, tell
 
 PICTURE, RESULT = "demo.png", "demo.json"
@@ -41,6 +41,8 @@ class Lesson:
         self.root, self.task, self.console, self.began = root, task, console, began
         self.folder = root / task.name
         self.output = self.folder / "output"
+        # of a demo that goes on, nobody knows how long it took before
+        self.is_whole = not self.output.exists()
         self.exam = Exam(task, ASKED)
         self.base = Answers()
 
@@ -85,12 +87,9 @@ class Lesson:
     def show(self, result: dict[str, Any]) -> None:
         """Print the scores, and where the picture is."""
         tell(self.console, "")
-        for kind, shown in (
-            ("new", self.task.shown),
-            ("old", "the right object, colour and place"),
-        ):
+        for kind, shown in (("new", self.task.shown), ("old", OLD_SHOWN)):
             before, after = percent(result[kind]["before"]), percent(result[kind]["after"])
-            tell(self.console, f"{kind} captions  {before:>4} → {after:>4}  show {shown}")
+            tell(self.console, f"{kind} captions: {before:>4} → {after:>4} right ({shown})")
         tell(self.console, f"picture: {printable(self.folder / PICTURE)}")
 
     def _ask(
@@ -124,12 +123,12 @@ class Lesson:
         scores: tuple[Scores, Scores] | None = None,
         losses: Sequence[float] = (),
     ) -> None:
-        subtitle = "the base's answers before training"
+        subtitle = "Not trained yet: these are the base's answers."
         if lora is not None:
-            subtitle = (
-                f"{len(losses):,} steps; the whole demo took "
-                f"{duration(time.monotonic() - self.began)} on {os.cpu_count()} CPU cores"
-            )
+            subtitle = f"{len(losses):,} steps of a LoRA on a toy base, without a GPU"
+            if self.is_whole:
+                took = f"{time.monotonic() - self.began:.0f} s"
+                subtitle += f"; the whole demo took {took} on {os.cpu_count()} cores"
         trained = [self.task.draw(scene) for scene in self.task.training_scenes()]
         contents = Contents(trained, subtitle, base, lora, scores, losses)
         draw_picture(self.exam, contents, self.folder / PICTURE)

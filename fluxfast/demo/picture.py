@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from fluxfast.data.lettering import Lettering
 from fluxfast.demo.exam import Answers, Exam, Scores
+from fluxfast.demo.tasks import OLD_SHOWN
 from fluxfast.files import atomic_file
 from fluxfast.train.loss_chart import running_mean
 
@@ -110,7 +111,7 @@ def _draw_scores(
     half = (WIDTH - _MARGIN - _RIGHT) // 2
     kinds = (
         ("New captions", exam.task.shown, BLUE),
-        ("Old captions", "the right object, colour and place", _INK),
+        ("Old captions", OLD_SHOWN, _INK),
     )
     for number, (heading, shown, colour) in enumerate(kinds):
         x = _RIGHT + number * half

@@ -19,6 +19,8 @@ from fluxfast.demo.toyworld import Scene, draw, scenes, subject_scenes
 TRAINING_IMAGES = 16
 # illustrations have less than 0.6 of their pixels in the linocut's inks, linocuts more than 0.8
 _LEAST_IN_INK = 0.7
+# what an image shows that counts as right for an old caption, for people
+OLD_SHOWN = "the right object, colour and place"
 # seeds of the scenes to train on and of those to be asked for
 _TRAINED, _ASKED, _OLD = 1, 2, 3
 
