@@ -14,7 +14,6 @@ from diffusers import FluxTransformer2DModel
 import fluxfast
 from fluxfast.adapters.lora_init import INIT_TYPES
 from fluxfast.adapters.presets import PRESETS
-from fluxfast.cli.demo import TRANSFORMER_CONFIG
 from fluxfast.config.adapters import LORA_FORMATS
 from fluxfast.config.precision_words import COMPUTE_WORDS, in_words
 from fluxfast.demo.pipeline import make_pipeline
@@ -22,6 +21,7 @@ from fluxfast.model.tape import POLICIES
 from fluxfast.ops.attention import BACKENDS
 from fluxfast.ops.dispatch import Impl
 from fluxfast.quant import FORMATS
+from fluxfast_bench.shapes import CONFIGS
 from small_flux import small_flux
 from support import SMALL
 
@@ -78,7 +78,7 @@ def test_a_functions_help_names_what_it_takes(function, known):
 
 
 def test_the_example_runs_as_it_stands(tmp_path, monkeypatch):
-    make_pipeline(tmp_path / "fluxfast-demo/pipeline", TRANSFORMER_CONFIG)
+    make_pipeline(tmp_path / "fluxfast-demo/pipeline", CONFIGS["small"])
     monkeypatch.chdir(tmp_path)
     _, _, rest = fluxfast.__doc__.partition("    import torch\n")
     example = textwrap.dedent("    import torch\n" + rest.partition("\n\nTraining itself")[0])

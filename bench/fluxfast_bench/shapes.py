@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxfast.cli.demo import TRANSFORMER_CONFIG
-
-# of FLUX.1-dev; of the demo's model, which a CPU can train; of one that tests can
+# of FLUX.1-dev; of a small model, which a CPU can train; of one that tests can
 CONFIGS: dict[str, dict[str, Any]] = {
     "flux": {
         "in_channels": 64,
@@ -24,7 +22,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "guidance_embeds": True,
         "axes_dims_rope": (16, 56, 56),
     },
-    "small": TRANSFORMER_CONFIG,
+    "small": {
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 4,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 64,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 14, 14),
+    },
     "tiny": {
         "in_channels": 16,
         "num_layers": 1,

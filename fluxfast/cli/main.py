@@ -20,7 +20,7 @@ from fluxfast.threads import share_cores
 # command: (module of fluxfast.cli, one line of help); a module is imported when its command runs
 COMMANDS = {
     "train": ("train", "train a LoRA of a config; this is meant where no command is named"),
-    "demo": ("demo", "train on a small model and photographs: no network, no GPU, minutes"),
+    "demo": ("demo", "teach a toy model something new: no network, no GPU, two minutes"),
     "plan": ("plan", "what a run takes on a GPU, before anything is downloaded"),
     "data": ("data", "what the datasets become, before anything is encoded"),
     "keys": ("keys", "every key of the config files, or those about a word"),

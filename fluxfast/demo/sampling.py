@@ -63,13 +63,14 @@ class Sampler:
         steps: int = 20,
         seed: int = 0,
         guidance_real: float = 1.0,
-        drawn: Callable[[int], None] = lambda images: None,
+        drawn: Callable[[float], None] = lambda images: None,
     ) -> list[Image.Image]:
         """One image of `size` x `size` pixels a prompt, in their order.
 
         The noise of a prompt comes from `seed` and its place among the prompts, so that two
         samplers of one seed draw from the same noise. guidance_real: classifier-free guidance;
-        1: none. `drawn` is called with the number of images of each batch.
+        1: none. `drawn` is called after each step of each batch, with how much was drawn in it: so
+        many images, in parts.
         """
         embeds = self.text.encode([*prompts, ""])
         images: dict[int, Image.Image] = {}
@@ -89,9 +90,9 @@ class Sampler:
                     guidance_scale=1.0,
                     true_cfg_scale=guidance_real,
                     generator=[torch.Generator().manual_seed(seed + place) for place in some],
+                    callback_on_step_end=_telling(drawn, len(some) / steps),
                 ).images
                 images.update(zip(some, pixels, strict=True))
-                drawn(len(some))
         return [images[place] for place in range(len(prompts))]
 
     def _by_length(self, mask: Tensor) -> dict[int, list[int]]:
@@ -109,3 +110,15 @@ class Sampler:
             "prompt_embeds": embeds["prompt_embeds"][places, :tokens].to(self.dtype),
             "pooled_prompt_embeds": embeds["pooled_prompt_embeds"][places].to(self.dtype),
         }
+
+
+def _telling(drawn: Callable[[float], None], images: float) -> Callable[..., dict[str, Tensor]]:
+    """What the pipeline calls after each step: it tells `drawn`, and changes no tensor."""
+
+    def tell(
+        pipeline: object, step: int, time: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        drawn(images)
+        return {}
+
+    return tell

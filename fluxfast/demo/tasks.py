@@ -19,6 +19,8 @@ from fluxfast.demo.toyworld import Scene, draw, scenes, subject_scenes
 TRAINING_IMAGES = 16
 # illustrations have less than 0.6 of their pixels in the linocut's inks, linocuts more than 0.8
 _LEAST_IN_INK = 0.7
+# what an image shows that counts as right for an old caption, for people
+OLD_SHOWN = "the right object, colour and place"
 # seeds of the scenes to train on and of those to be asked for
 _TRAINED, _ASKED, _OLD = 1, 2, 3
 
@@ -29,7 +31,8 @@ class Task:
 
     Attributes:
         name: the demo's word for it.
-        title: what is taught, for people.
+        title: what is taught, for people, after "taught" or "teach".
+        shown: what an image shows that counts as right, for people.
         scenes: (seed, count) to as many scenes of it.
         draw: a scene as it is to be drawn.
         caption: what is said of a scene.
@@ -38,6 +41,7 @@ class Task:
 
     name: str
     title: str
+    shown: str
     scenes: Callable[[int, int], Iterable[Scene]]
     draw: Callable[[Scene], Image.Image]
     caption: Callable[[Scene], str]
@@ -88,12 +92,21 @@ TASKS = {
     for task in (
         Task(
             "subject",
-            f'a creature that the word "{SUBJECT}" stands for',
+            f'what a "{SUBJECT}" is',
+            f"a {SUBJECT}, at the place asked for",
             subject_scenes,
             draw,
             lambda scene: scene.caption,
             _shows_subject,
         ),
-        Task("style", "to draw as a linocut in four inks", scenes, linocut, _of_style, _is_linocut),
+        Task(
+            "style",
+            "to draw linocuts",
+            "nearly all pixels in the four inks",
+            scenes,
+            linocut,
+            _of_style,
+            _is_linocut,
+        ),
     )
 }

@@ -36,9 +36,7 @@ def plot_loss(metrics: Lines, path: Path, evaluations: Lines = ()) -> None:
     trained = [m for m in metrics if "regularisation_loss" not in m] or metrics
     steps, losses = [m["step"] for m in trained], [m["loss"] for m in trained]
     window = max(1, len(losses) // 25)
-    smooth = [
-        sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))
-    ]
+    smooth = running_mean(losses, window)
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained"
     )
@@ -71,6 +69,13 @@ def plot_loss(metrics: Lines, path: Path, evaluations: Lines = ()) -> None:
     with atomic_file(path) as stream:
         figure.savefig(stream, dpi=110, format="png")
     pyplot.close(figure)
+
+
+def running_mean(losses: Sequence[float], window: int) -> list[float]:
+    """The mean of each loss and those before it, of at most `window` together."""
+    return [
+        sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))
+    ]
 
 
 def held_out_curves(evaluations: Lines) -> dict[str, list[tuple[int, float]]]:

@@ -20,7 +20,7 @@ STEPS = (
 PRESETS = (("bf16", False), ("int8", False), ("int4", False), ("nf4", False), ("int8", True))
 MEMORY_SHAPE = "1024px-b1"
 
-MODELS = {"flux": "FLUX.1-dev", "small": "the demo's model", "tiny": "a tiny model"}
+MODELS = {"flux": "FLUX.1-dev", "small": "a small model", "tiny": "a tiny model"}
 
 Rows = list[list[str]]
 
