@@ -98,4 +98,4 @@ def _seeds(axis: Any, spread: Spread | None, height: float, colour: str, factor:
         return
     values = [factor * value for value in spread.values]
     axis.plot(values, [height] * len(values), "o", color=colour, markersize=4, alpha=0.55)
-    axis.plot([factor * spread.mean], [height], "|", color=colour, markersize=13, markeredgewidth=2)
+    axis.plot([factor * spread.mean], [height], "|", color=colour, markersize=10, markeredgewidth=2)

@@ -15,7 +15,7 @@ from fluxfast_bench.quality.summary import NO_LORA, Record, Row, rows_of
 from fluxfast_bench.report.markdown import made_by, markdown_table
 from fluxfast_bench.report.verdict import COLOURS, MET, MISSED, Verdict
 
-HEAD = ("", "loss", "±", f"minus {REFERENCE}", "±", "new, %", "old, %", "promise")
+HEAD = ("", "loss", "±", f"vs {REFERENCE}", "±", "new, %", "old, %", "promise")
 # a screen of 80 columns has no room for it
 _NOT_ON_SCREEN = 4
 _NOTE = (
@@ -27,7 +27,7 @@ _NOTE = (
 
 def screen(records: Sequence[Record], verdicts: Sequence[Verdict]) -> Table:
     """The table for a terminal of 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_NOTE)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_NOTE, caption_justify="left")
     for index, title in enumerate(HEAD):
         if index != _NOT_ON_SCREEN:
             table.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
@@ -88,7 +88,7 @@ def _no_lora(record: Record, records: Sequence[Record]) -> list[str]:
 def _cells(row: Row, verdicts: Sequence[Verdict]) -> list[str]:
     name = row.mode.name
     if row.mode.reference != REFERENCE:
-        name += f" (minus: {row.mode.reference})"
+        name += f" (vs {row.mode.reference})"
     own = {each.verdict for each in guard.of_mode(verdicts, row.mode.name)}
     promise = MISSED if MISSED in own else MET if MET in own else ""
     if row.loss is None or row.concept is None or row.old is None:
