@@ -75,9 +75,10 @@ COMMANDS = {
         "report.check",
         "hold stored results against bench/targets.toml and the runs before them",
     ),
-    "convergence": (
-        "step.convergence",
-        "train the demo in every precision with several seeds: do they end at the same loss?",
+    "quality": (
+        "quality.quality",
+        "teach the toy base the demo's subject in every precision, attention, adapter and policy: "
+        "the loss and the drawings' score, over several seeds",
     ),
     "make-checkpoint": (
         "step.make_checkpoint",

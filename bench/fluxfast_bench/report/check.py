@@ -19,35 +19,27 @@ from typing import Any
 from rich.table import Table
 
 from fluxfast_bench.options import wide_console
+from fluxfast_bench.quality import guard
 from fluxfast_bench.report import results, targets
 from fluxfast_bench.report.results import Result
+from fluxfast_bench.report.verdict import (
+    COLOURS,
+    MET,
+    MISSED,
+    UNMEASURED,
+    WORSENED,
+    Verdict,
+)
 
 WORSE = 0.05
-MET, MISSED, WORSENED, UNMEASURED = "met", "missed", "worse", "not measured"
 # where a figure comes from that no device gave
 COUNTED = "counted"
-COLOURS = {MET: "green", MISSED: "red", WORSENED: "red", UNMEASURED: "yellow"}
 # what runs anywhere and fails by itself where a target is missed; {} is a folder to write to
 GUARDS = (
     ("aot", "--sample", "1", "--out", "{}/aot.json"),
     ("vram", "--out", "{}/vram.json"),
     ("counts", "--out", "{}/counts.json"),
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One line: what was asked, of whom, what was wanted, what was found."""
-
-    name: str
-    where: str
-    wanted: str
-    found: str
-    verdict: str
-
-    @property
-    def red(self) -> bool:
-        return self.verdict in (MISSED, WORSENED)
 
 
 @dataclass(frozen=True)
@@ -292,6 +284,7 @@ def verdicts_of(
         *vram_verdicts(stored, counted, wanted["vram"]),
         *counts_verdicts(counted, wanted["counts"]),
         *startup_verdicts(stored, wanted["startup"]),
+        *guard.verdicts(counted.get("quality", []), wanted["quality"]),
         *regressions(stored),
     ]
 

@@ -1,4 +1,4 @@
-"""The tables of what is the same on every device: `counts`, `vram`, `formats`, `convergence`,
+"""The tables of what is the same on every device: `counts`, `vram`, `formats`, `quality`,
 `predict`.
 
 Each is made from the file of that name under bench/results, which the command of that name writes.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fluxfast_bench.quality.tables import markdown
 from fluxfast_bench.report.markdown import made_by, markdown_table
 from fluxfast_bench.report.predicted import predictions
 
@@ -90,38 +91,11 @@ def formats(data: dict[str, Any]) -> str:
     return f"{made}\n\n{markdown_table(head, rows, left=2)}"
 
 
-def convergence(data: dict[str, Any]) -> str:
-    summary = data["summary"]
-    spread = summary["spread"]
-    rows = [
-        [
-            mode,
-            f"{row['mean']:.4f}",
-            f"{row['difference']:+.4f}",
-            "yes" if row["within"] else "**no**",
-        ]
-        for mode, row in summary.items()
-        if mode != "spread"
-    ]
-    seeds = len(next(iter(data["losses"].values())))
-    made = (
-        f"{data['steps']} steps, {seeds} seeds; {data['conditions']['device']}; "
-        f"{made_by(data['conditions'])}"
-    )
-    head = [
-        "",
-        f"loss over the last {spread['last']} steps",
-        "minus bf16, same seeds",
-        f"within the seeds' {spread['seeds']:.4f}",
-    ]
-    return f"{made}\n\n{markdown_table(head, rows)}"
-
-
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "counts": counts,
     "vram": vram,
     "formats": formats,
-    "convergence": convergence,
+    "quality": markdown,
     "predict": predictions,
 }
 

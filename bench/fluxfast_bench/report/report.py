@@ -30,6 +30,7 @@ from fluxfast_bench.report import (
 from fluxfast_bench.report.headline import headline
 from fluxfast_bench.report.markdown import markdown_table
 from fluxfast_bench.report.results import Result
+from fluxfast_bench.report.verdict import UNMEASURED
 from fluxfast_bench.run import told_written
 
 DOCUMENTS = (Path("README.md"), Path("bench/README.md"))
@@ -109,7 +110,7 @@ def summary(
         rows = [
             [line.name, line.where, line.wanted, line.found, line.verdict]
             for line in check.verdicts_of(stored, wanted, counted)
-            if line.verdict != check.UNMEASURED
+            if line.verdict != UNMEASURED
         ]
         parts.append(
             "## targets\n\n"

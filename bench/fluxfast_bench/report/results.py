@@ -176,9 +176,17 @@ def read_all(root: Path) -> list[Result]:
 
 
 def read_counted(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of `vram`, `counts` and `aot`, which need no device, as far as they are there."""
+    """The records of `vram`, `counts`, `aot` and `quality`, as far as they are there.
+
+    They are the same on every device, or belong to a small model that any device trains.
+    """
     found = {}
-    for name, key in (("vram", "records"), ("counts", "records"), ("aot", "variants")):
+    for name, key in (
+        ("vram", "records"),
+        ("counts", "records"),
+        ("aot", "variants"),
+        ("quality", "records"),
+    ):
         path = root / f"{name}.json"
         if path.exists():
             try:

@@ -18,7 +18,7 @@ TARGETS = Path("bench/targets.toml")
 COUNT_RATIOS = {"memory_ratio": "bytes", "launch_ratio": "launches"}
 # GiB that SimpleTuner's quickstart for FLUX.1 names, by base
 QUICKSTART = {"bf16": 30, "int8": 18, "int4": 13, "nf4": 9, "int2": 9}
-TABLES = ("devices", "ratio", "floor", "vram", "startup", "counts", "adapters")
+TABLES = ("devices", "ratio", "floor", "vram", "startup", "counts", "adapters", "quality")
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

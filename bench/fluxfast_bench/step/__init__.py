@@ -1,1 +1,1 @@
-"""Whole training steps: times beside the peers, start-up, profile, convergence."""
+"""Whole training steps: times beside the peers, start-up, profile."""

@@ -61,16 +61,15 @@ FORMATS = {
         },
     ],
 }
-CONVERGENCE = {
+QUALITY = {
     "conditions": RUN | {"device": "a CPU"},
-    "steps": 8,
-    "losses": {"fp32": [[1.0], [1.1]]},
-    "summary": {
-        "spread": {"seeds": 0.05, "last": 2},
-        "fp32": {"mean": 1.05, "difference": 0.0, "within": True},
-        "int8 compute": {"mean": 1.2, "difference": 0.15, "within": False},
-    },
-}
+    "settings": {"base": "f00", "steps": 8, "images": 4, "device": "a CPU"},
+    "records": [
+        {"mode": mode, "seed": 1, "loss_before": 2.0, "loss": loss, "concept": 0.75, "old": 1.0,
+         "digest": mode, "commit": "abc"}
+        for mode, loss in (("fp32", 1.05), ("int8 base", 1.2))
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,11 @@ CONVERGENCE = {
         ("vram", VRAM, "| int8 | 9.4 (≤ 10.5) | 2.0 (≤ 2.5) |"),
         ("vram", VRAM, "| fp8 | 9.5 |  |"),
         ("formats", FORMATS, "| **nf4** | fluxfast | 4.13 | 9.22 |"),
-        ("convergence", CONVERGENCE, "| int8 compute | 1.2000 | +0.1500 | **no** |"),
+        (
+            "quality",
+            QUALITY,
+            "| int8 base | 1.2000 | 0.0000 | +0.1500 | 0.0000 | 75 ± 0 | 100 ± 0 |",
+        ),
     ],
 )
 def test_a_file_becomes_a_table(tmp_path, name, data, line):
