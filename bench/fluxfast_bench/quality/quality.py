@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 
 from fluxfast.config.settings import ConfigError
+from fluxfast.demo import BASE
 from fluxfast.files import write_atomic
 from fluxfast.train.control import Stopped
 from fluxfast_bench.options import print_faults
@@ -37,11 +37,6 @@ from fluxfast_bench.run import told_written
 STEPS, IMAGES, SEEDS = 200, 32, 3
 # what a shell reports of a program that Ctrl-C has ended
 INTERRUPTED = 130
-
-
-def shipped_base() -> Path:
-    """The toy base's folder in the package."""
-    return Path(str(resources.files("fluxfast.demo") / "base"))
 
 
 def digest_of_mode(mode: Mode, steps: int) -> str:
@@ -170,7 +165,7 @@ def _begin(arguments: argparse.Namespace, words: Sequence[str], base: Path) -> S
 
 def main(words: Sequence[str]) -> int:
     arguments = arguments_of(words)
-    base = (arguments.base or shipped_base()).resolve()
+    base = (arguments.base or BASE).resolve()
     try:
         wanted = targets.read(arguments.targets)["quality"]
         guard.check_names(wanted)
