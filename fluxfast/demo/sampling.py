@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -17,6 +18,7 @@ from torch import Tensor
 from fluxfast.adapters.on_model import load_lora
 from fluxfast.data.encoders import TextEncoders
 from fluxfast.model.transformer import FluxTransformer
+from fluxfast.train.validation import cut_at_zeros, decoded
 
 BATCH = 32
 
@@ -31,6 +33,7 @@ class Sampler:
     def __init__(
         self, folder: Path, *, dtype: torch.dtype = torch.float32, lora: Path | None = None
     ) -> None:
+        self.folder = folder
         self.text = TextEncoders.from_pretrained((str(folder), None, None))
         transformer = FluxTransformer.from_pretrained(
             folder, subfolder="transformer", torch_dtype=dtype
@@ -77,21 +80,15 @@ class Sampler:
         for tokens, places in self._by_length(embeds["attention_mask"]).items():
             for start in range(0, len(places), BATCH):
                 some = places[start : start + BATCH]
-                arguments = self._embeds(embeds, some, tokens)
-                if guidance_real > 1:
-                    empty = [len(prompts)] * len(some)
-                    negative = self._embeds(embeds, empty, int(embeds["attention_mask"][-1].sum()))
-                    arguments |= {f"negative_{name}": each for name, each in negative.items()}
-                pixels = self.pipeline(
-                    **arguments,
+                latents = self._latents(
+                    self._arguments(embeds, some, tokens, guidance_real),
                     width=size,
                     height=size,
                     num_inference_steps=steps,
-                    guidance_scale=1.0,
-                    true_cfg_scale=guidance_real,
                     generator=[torch.Generator().manual_seed(seed + place) for place in some],
                     callback_on_step_end=_telling(drawn, len(some) / steps),
-                ).images
+                )
+                pixels = decoded(self.pipeline, latents, (size, size))
                 images.update(zip(some, pixels, strict=True))
         return [images[place] for place in range(len(prompts))]
 
@@ -102,10 +99,31 @@ class Sampler:
             groups.setdefault(tokens, []).append(place)
         return groups
 
+    def _latents(self, arguments: dict[str, Any], **options: Any) -> Tensor:
+        """What the pipeline makes of a batch's arguments."""
+        with cut_at_zeros(self.transformer):
+            return self.pipeline(
+                **arguments, **options, guidance_scale=1.0, output_type="latent"
+            ).images
+
+    def _arguments(
+        self, embeds: dict[str, Tensor], places: Sequence[int], tokens: int, guidance_real: float
+    ) -> dict[str, Any]:
+        """The pipeline's arguments for prompts of so many tokens."""
+        arguments: dict[str, Any] = self._embeds(embeds, places, tokens)
+        if guidance_real > 1:
+            # the pipeline wants it as long as the prompts: zeros behind it, which are cut off
+            seen = embeds["attention_mask"]
+            negative = self._embeds(embeds, [len(seen) - 1] * len(places), tokens)
+            negative["prompt_embeds"] *= seen[-1, :tokens, None]
+            arguments |= {f"negative_{name}": each for name, each in negative.items()}
+            arguments["true_cfg_scale"] = guidance_real
+        return arguments
+
     def _embeds(
         self, embeds: dict[str, Tensor], places: Sequence[int], tokens: int
     ) -> dict[str, Tensor]:
-        """The pipeline's arguments of some prompts, cut to so many tokens."""
+        """The embeddings of some prompts, cut to so many tokens."""
         return {
             "prompt_embeds": embeds["prompt_embeds"][places, :tokens].to(self.dtype),
             "pooled_prompt_embeds": embeds["pooled_prompt_embeds"][places].to(self.dtype),

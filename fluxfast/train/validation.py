@@ -160,6 +160,18 @@ def guided_after(transformer: Any, steps: int) -> Iterator[None]:
             transformer.forward = own
 
 
+def decoded(pipeline: FluxPipeline, latents: Tensor, size: tuple[int, int]) -> list[Image.Image]:
+    """The images of a pipeline's packed latents. size: (width, height).
+
+    The pipeline itself has no place for a VAE of another dtype than the latents'.
+    """
+    vae = pipeline.vae
+    latents = pipeline._unpack_latents(latents, size[1], size[0], pipeline.vae_scale_factor)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+
+
 class Validator:
     """Makes the validation images of a run. The VAE is loaded for each round and freed after it.
 
@@ -355,12 +367,7 @@ class Validator:
                 callback_on_step_end_tensor_inputs=list(PREVIEWED),
                 output_type="latent",
             ).images
-        # decoded here, since the pipeline has no place for a VAE of another dtype than the latents'
-        vae = pipeline.vae
-        latents = pipeline._unpack_latents(latents, size[1], size[0], pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+        return decoded(pipeline, latents, size)[0]
 
     def _prompt_arguments(self, prompt: str) -> dict[str, Tensor]:
         """The pipeline's `prompt_embeds` and `pooled_prompt_embeds` of a prompt."""
