@@ -27,9 +27,8 @@ def sampler(tmp_path_factory):
 def texts(sampler):
     """The lengths of the texts that the transformer sees while a test draws."""
     seen = []
-    hook = sampler.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]),
-        with_kwargs=True,
+    hook = sampler.transformer.context_embedder.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[1])
     )
     yield seen
     hook.remove()
