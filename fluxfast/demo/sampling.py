@@ -18,7 +18,7 @@ from torch import Tensor
 from fluxfast.adapters.on_model import load_lora
 from fluxfast.data.encoders import TextEncoders
 from fluxfast.model.transformer import FluxTransformer
-from fluxfast.train.validation import cut_at_zeros, decoded
+from fluxfast.train.drawing import cut_at_zeros, decoded
 
 BATCH = 32
 

@@ -18,10 +18,11 @@ from fluxfast.config.flavours import FLAVOURS
 from fluxfast.data.images import to_tensor
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train import flow
+from fluxfast.train.drawing import guided_after
 from fluxfast.train.edits import Edit
 from fluxfast.train.events import read_metrics
 from fluxfast.train.objective import Objective
-from fluxfast.train.validation import ValidationSettings, Validator, guided_after
+from fluxfast.train.validation import ValidationSettings, Validator
 
 MASKED = {"flux_attention_masked_training": True}
 
