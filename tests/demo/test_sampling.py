@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import fluxfast
 from fluxfast.demo.pipeline import BASE_CONFIG, make_pipeline
 from fluxfast.demo.sampling import Sampler
 
@@ -76,6 +77,19 @@ def test_half_precision_draws_the_same_pictures(sampler):
         sampler.draw(PROMPTS, size=64, steps=2), half.draw(PROMPTS, size=64, steps=2), strict=True
     ):
         assert np.abs(levels(image) - levels(other)).mean() < 3
+
+
+def test_a_lora_changes_what_is_drawn(sampler, tmp_path):
+    transformer = fluxfast.FluxTransformer.from_pretrained(sampler.folder, subfolder="transformer")
+    fluxfast.add_lora(transformer, targets="all", rank=2)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(2.0)
+    lora = fluxfast.save_lora(transformer, tmp_path / "lora")
+    (base,) = sampler.draw(PROMPTS[:1], size=64, steps=2)
+    (changed,) = Sampler(sampler.folder, lora=lora).draw(PROMPTS[:1], size=64, steps=2)
+    assert np.abs(levels(base) - levels(changed)).max() > 10
 
 
 def len_of(sampler, prompt):
