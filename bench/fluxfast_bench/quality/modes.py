@@ -51,8 +51,9 @@ _BASES = {
     )
 }
 _BF16 = {"mixed_precision": "bf16", "optimizer": "adamw_bf16"}
-# a mask is what leaves out the padding behind a caption: without one there should be little of it
-_UNMASKED = _BF16 | {"flux_attention_masked_training": False, "tokenizer_max_length": 32}
+# a mask is what leaves out the padding behind a caption: without one, 512 tokens of text are
+# computed, which takes several times as long
+_UNMASKED = _BF16 | {"flux_attention_masked_training": False}
 _UNMASKED_NAME = "bf16 without mask"
 # half of the image's tokens pass by all blocks but the first two and the last
 _TREAD = {
@@ -61,7 +62,7 @@ _TREAD = {
 # the linears of the reference's LoRA
 _LINEARS = {
     "target_module": ["Attention", "FeedForward"],
-    "target_name": [r"single_transformer_blocks\.\d+\.proj_(mlp|out)"],
+    "target_name": [r"single_transformer_blocks\.\d+\.proj_(mlp|out)", "proj_out"],
 }
 
 

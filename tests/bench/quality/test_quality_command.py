@@ -54,6 +54,7 @@ def trainings(monkeypatch):
     monkeypatch.setattr(task, "score", lambda base, lora, images: Scores(0.0, 0.85))
     monkeypatch.setattr(task, "problems_of", lambda config: ())
     # drawing takes longer than all the rest
+    monkeypatch.setattr(task, "write_task", lambda root: None)
     monkeypatch.setattr(plot, "draw", lambda records, settings, path: None)
     return made
 
