@@ -92,8 +92,9 @@ def modelspec_metadata(
     """Metadata by the Stability AI Model Metadata Standard 1.0.1.
 
     The standard is at github.com/Stability-AI/ModelSpec. `architecture` is the base model's name
-    and what of it the file has, such as flux-dev/lora; `resolution` is width, height in pixels; `trained_words` are the instance
-    prompts. There is no date in it, so that two equal runs write equal files.
+    and what of it the file has, such as flux-dev/lora; `resolution` is width, height in pixels;
+    `trained_words` are the instance prompts. There is no date in it, so that two equal runs write
+    equal files.
     """
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
