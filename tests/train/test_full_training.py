@@ -174,7 +174,7 @@ def test_regularisation_data_is_refused(run):
     ("changes", "told"),
     [
         ({"lora_rank": 4}, '"lora_rank" is an option of adapters'),
-        ({"lora_alpha": 4, "init_lora": "x"}, '"lora_alpha" and "init_lora" are options'),
+        ({"lora_alpha": 4, "init_lora": "x"}, '"lora_alpha", "init_lora" are options'),
         ({"base_model_precision": "int8-quanto"}, "rounded weights can't be trained"),
         ({"enable_group_offload": True}, '"enable_group_offload" is true'),
         ({"vram_budget": 8}, '"vram_budget" is 8'),
