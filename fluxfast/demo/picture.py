@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from PIL import Image, ImageDraw
 
@@ -54,7 +53,7 @@ class Contents:
     base: Answers
     lora: Answers | None = None
     scores: tuple[Scores, Scores] | None = None
-    losses: Mapping[int, float] = MappingProxyType({})
+    losses: Mapping[int, float] = field(default_factory=dict)
 
 
 def draw_picture(exam: Exam, contents: Contents, path: Path) -> None:
