@@ -28,7 +28,7 @@ from rich.progress import track
 
 from fluxfast.cli import train
 from fluxfast.demo.pipeline import BASE_CONFIG, make_pipeline
-from fluxfast.demo.sampling import Sampler
+from fluxfast.demo.sampling import GUIDANCE, Sampler
 from fluxfast.demo.tasks import old_scenes, share_shown
 from fluxfast.demo.toy_checker import check
 from fluxfast.demo.toyworld import SIZE, Scene, draw, scenes
@@ -127,7 +127,8 @@ def losses_of(folder: Path) -> dict[int, float]:
 
 def compare(folder: Path) -> None:
     """Print this run's losses beside those of the base that is shipped."""
-    recorded = json.loads((RESULTS / "losses.json").read_text())
+    path = RESULTS / "losses.json"
+    recorded = json.loads(path.read_text()) if path.exists() else {}
     print("steps up to   loss   of the shipped base")
     for step, loss in losses_of(folder).items():
         print(f"{step:11,} {loss:6.4f}   {recorded.get(str(step), float('nan')):.4f}")
@@ -156,18 +157,28 @@ def score(base: Path, folder: Path) -> dict[str, object]:
     """Draw held-out captions, write some of them to samples.png, and let the checker see all."""
     asked = old_scenes(ASKED)
     with counting(Console()) as progress:
-        bar = progress.add_task("drawing held-out captions", total=ASKED)
-        drawn = Sampler(base).draw(
-            [scene.caption for scene in asked], drawn=lambda n: progress.advance(bar, n)
-        )
-    sheet(drawn[:48]).save(folder / "samples.png")
+        bar = progress.add_task("drawing held-out captions", total=3 * ASKED)
+        sampler, prompts = Sampler(base), [scene.caption for scene in asked]
+        by_guidance = {
+            guidance: sampler.draw(
+                prompts,
+                guidance_real=guidance,
+                drawn=lambda n: progress.advance(bar, n),
+            )
+            for guidance in (1.0, 2.0, GUIDANCE)
+        }
+    drawn = by_guidance[GUIDANCE]
+    sheet(drawn[:48]).quantize(256).save(folder / "samples.png")
     seen = [check(image) for image in drawn]
     shares = {
         name: sum(getattr(a, name) == getattr(b, name) for a, b in zip(seen, asked, strict=True))
         / ASKED
         for name in ("object", "colour", "place", "time")
     }
-    shares["object, colour and place"] = share_shown(drawn, asked)
+    shares |= {
+        f"object, colour and place, guidance {guidance:g}": share_shown(images, asked)
+        for guidance, images in by_guidance.items()
+    }
     for name, share in shares.items():
         print(f"{name}: {share:.1%} of {ASKED} as asked for")
     return {"captions": ASKED, "steps": 20, "shares": shares}

@@ -84,7 +84,10 @@ def plan_report(
         "notes": notes,
         **on_card,
         "fits_on": [g.name for g in GPUS if not unsupported(g) and taken.needed <= usable_bytes(g)],
-        "trained": {"rank": config.lora_rank, "numbers": workload.adapters},
+        "trained": {
+            "rank": None if config.trains_all else config.lora_rank,
+            "numbers": workload.adapters,
+        },
         "run": length_in_steps(run),
     }
     if target.known and gpu is not None:
@@ -113,7 +116,8 @@ def _target(config: TrainConfig, name: str | None, vram: float | None) -> Target
     if unsupported(gpu):
         as_large = stand_in._replace(name=gpu.name, memory=gpu.memory, screen=gpu.screen)
         return Target(gpu, as_large, False)
-    return Target(gpu, gpu, True)
+    # nobody has timed blocks whose weights train
+    return Target(gpu, gpu, known=not config.trains_all)
 
 
 def _on_card(target: Target, wishes: Wishes, step: int, encoders: int) -> dict[str, Any]:
@@ -179,16 +183,23 @@ def _choose(wishes: Wishes, facts: Facts) -> Choices:
 
 def _changes(config: TrainConfig, wishes: Wishes, facts: Facts, *, timed: bool) -> dict[str, Any]:
     """What a run with a budget would choose so that it fits, or why nothing does."""
-    from fluxfast.memory import plan
+    from fluxfast.memory import full_training, plan
+    from fluxfast.memory.budget import usable_bytes
     from fluxfast.memory.choices import OverBudget, Refused, choose
 
+    assert facts.workload is not None and facts.gpu is not None
+    if facts.workload.trains_all:
+        # nothing streams or stores in fewer bits what trains
+        room = usable_bytes(facts.gpu, wishes.vram_reserve)
+        chosen = choose(wishes, facts)
+        why_not = full_training.why_not_step(facts.workload, chosen, room, facts.gpu.name)
+        return {"possible": False, "why": [why_not]}
     budget = wishes.vram_budget or "auto"
     try:
         choices = choose(replace(wishes, vram_budget=budget), facts)
     except Refused as error:
         why = error.lines if isinstance(error, OverBudget) else list(error.problems)
         return {"possible": False, "why": why}
-    assert facts.workload is not None and facts.gpu is not None
     workload = replace(facts.workload, compute=choices.compute)
     taken = plan.account(workload, choices)
     found: dict[str, Any] = {

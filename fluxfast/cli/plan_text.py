@@ -22,13 +22,13 @@ LABEL, AMOUNT = 16, 10
 NAMED = 5
 # the report's parts in a newcomer's words, with the engine's terms behind them
 PARTS = {
-    "weights": "the model's frozen weights",
+    "weights": "the model's weights",
     "transposed codes": "a second copy of them, turned (transposed codes)",
     "modulation": "shifts and scales of the blocks (modulation)",
     "adapters": "the LoRA",
-    "gradients": "the LoRA's gradients",
+    "gradients": "gradients",
     "optimiser": "the optimiser's state",
-    "moving average": "the LoRA's moving average (EMA)",
+    "moving average": "the moving average of what trains (EMA)",
     "saved activations": "kept for the backward pass (activations)",
     "working set": "the block at work (working set)",
     "VAE": "the autoencoder, which encodes beside the steps",
@@ -109,7 +109,8 @@ def _amounts(say: Any, heading: str, parts: Mapping[str, int], total: int | None
 
 def _run(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     run, batch, trained = report["run"], report["batch"], report["trained"]
-    yield "trains", f"{trained['numbers'] / 1e6:.3g} million numbers beside the frozen model"
+    what = "beside the frozen model" if trained["rank"] else "(all of the model)"
+    yield "trains", f"{trained['numbers'] / 1e6:.3g} million numbers {what}"
     if run["images"] is not None:
         yield "images", f"{run['images']} that can be used"
     many = "1 image" if batch["samples"] == 1 else f"{batch['samples']} images"
@@ -121,7 +122,9 @@ def _run(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     else:
         yield "steps", "known once the images are here, or by max_train_steps"
     if "step" not in report:
-        if report["gpu"] is not None and not report["unsupported"]:
+        if not trained["rank"]:
+            yield "time", "not predicted where the model itself trains"
+        elif report["gpu"] is not None and not report["unsupported"]:
             yield "time", "not known of such a card; --gpu NAME has that of a card in the table"
         return
     step = report["step"]

@@ -9,6 +9,7 @@ from typing import Any
 from fluxfast.config.adapters import DORA
 from fluxfast.config.attention import MECHANISMS
 from fluxfast.config.derived import DerivedValues
+from fluxfast.config.full_training import full_training_problems
 from fluxfast.config.optimizer_rules import optimizer_notes, optimizer_problems
 from fluxfast.config.reporting_fields import TRACKERS, is_installed
 from fluxfast.config.settings import quoted
@@ -87,9 +88,10 @@ def adjustments(config: DerivedValues) -> tuple[dict[str, Any], list[str]]:
     if config.optimizer_kind.finds_rate and "learning_rate" not in config.model_fields_set:
         forced["learning_rate"] = 1.0
     elif "learning_rate" not in config.model_fields_set:
+        what = "a transformer from the start" if config.trains_all else "a LoRA"
         notes.append(
             f'"learning_rate" is not set, and its default, {config.learning_rate:g}, hardly trains '
-            "a LoRA: 1e-4 is usual"
+            f"{what}: 1e-4 is usual"
         )
     notes += optimizer_notes(config)
     if config.adapter_kind == DORA and config.lora_dropout:
@@ -175,6 +177,7 @@ def conflicts(config: DerivedValues) -> list[str]:
         *_average_conflicts(config),
         *_objective_conflicts(config),
         *_model_conflicts(config),
+        *full_training_problems(config),
         *_data_conflicts(config),
     ]
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import filecmp
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image
+
 from fluxfast.demo import BASE
-from fluxfast.demo.tasks import TASKS, Task
-from fluxfast.demo.toyworld import SIZE
+from fluxfast.demo.tasks import TASKS, Task, regularisation_scenes
+from fluxfast.demo.toyworld import SIZE, draw
 from fluxfast.files import atomic_file, write_atomic
 
-STEPS = 200
+STEPS = 450
 
 
 def pipeline_of(root: Path) -> Path:
@@ -43,7 +46,7 @@ def config_json(root: Path, steps: int, task: str = "subject") -> dict[str, obje
         "flux_lora_target": "all+ffs",
         "optimizer": "torch-adamw",
         "mixed_precision": "no",
-        "learning_rate": 2e-3,
+        "learning_rate": 3e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": min(10, steps // 4),
         "train_batch_size": 8,
@@ -62,16 +65,23 @@ def config_json(root: Path, steps: int, task: str = "subject") -> dict[str, obje
 
 def dataset_json(root: Path, task: str = "subject") -> list[dict[str, object]]:
     """A task's multidatabackend.json."""
+    images = {
+        "type": "local",
+        "caption_strategy": "textfile",
+        "resolution": SIZE,
+        "resolution_type": "pixel_area",
+        "repeats": 100,
+    }
     return [
+        {"id": task, "instance_data_dir": str(root / task / "images")} | images,
+        # without these, whatever the LoRA draws becomes a little like what it is taught
         {
-            "id": task,
-            "type": "local",
-            "instance_data_dir": str(root / task / "images"),
-            "caption_strategy": "textfile",
-            "resolution": SIZE,
-            "resolution_type": "pixel_area",
-            "repeats": 100,
-        },
+            "id": "regularisation",
+            "instance_data_dir": str(root / task / "regularisation"),
+            "is_regularisation_data": True,
+            "probability": 0.5,
+        }
+        | images,
         {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True},
     ]
 
@@ -89,12 +99,18 @@ def write_data(root: Path, task: Task) -> None:
         # a second task or run finds it there
         if not copy.exists() or not filecmp.cmp(file, copy, shallow=False):
             write_atomic(copy, file.read_bytes())
-    images = root / task.name / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(task.training_scenes()):
-        with atomic_file(images / f"{number:02}.png") as stream:
-            task.draw(scene).save(stream, format="PNG")
-        write_atomic(images / f"{number:02}.txt", task.caption(scene).encode())
+    regular = [(scene.caption, draw(scene)) for scene in regularisation_scenes()]
+    taught = [(task.caption(scene), task.draw(scene)) for scene in task.training_scenes()]
+    _write_images(root / task.name / "images", taught)
+    _write_images(root / task.name / "regularisation", regular)
+
+
+def _write_images(folder: Path, captioned: Iterable[tuple[str, Image.Image]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (caption, image) in enumerate(captioned):
+        with atomic_file(folder / f"{number:02}.png") as stream:
+            image.save(stream, format="PNG")
+        write_atomic(folder / f"{number:02}.txt", caption.encode())
 
 
 def write_configs(root: Path, steps: int, task: str) -> Path:

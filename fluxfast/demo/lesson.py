@@ -61,11 +61,11 @@ class Lesson:
             self.base = self._ask("the base", None)
         lora = self._ask("the LoRA", self.output)
         before, after = self.exam.scores(self.base), self.exam.scores(lora)
-        losses = [line["loss"] for line in read_metrics(self.output / METRICS_NAME)]
-        self._draw(self.base, lora, (before, after), losses)
+        metrics = read_metrics(self.output / METRICS_NAME)
+        self._draw(self.base, lora, (before, after), metrics)
         result = {
             "task": self.task.name,
-            "steps": len(losses),
+            "steps": len(metrics),
             "asked": len(self.exam.questions) // 2,
             "new": {"before": before.new, "after": after.new},
             "old": {"before": before.old, "after": after.old},
@@ -121,15 +121,19 @@ class Lesson:
         base: Answers,
         lora: Answers | None = None,
         scores: tuple[Scores, Scores] | None = None,
-        losses: Sequence[float] = (),
+        metrics: Sequence[dict[str, Any]] = (),
     ) -> None:
         subtitle = "Not trained yet: these are the base's answers."
         if lora is not None:
-            subtitle = f"{len(losses):,} steps of a LoRA on a toy base, without a GPU"
+            subtitle = f"{len(metrics):,} steps of a LoRA on a toy base, without a GPU"
             if self.is_whole:
                 took = f"{time.monotonic() - self.began:.0f} s"
                 subtitle += f"; the whole demo took {took} on {os.cpu_count()} cores"
         trained = [self.task.draw(scene) for scene in self.task.training_scenes()]
+        # without the steps of regularisation, whose loss is another one
+        losses = {
+            line["step"]: line["loss"] for line in metrics if "regularisation_loss" not in line
+        }
         contents = Contents(trained, subtitle, base, lora, scores, losses)
         draw_picture(self.exam, contents, self.folder / PICTURE)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -45,7 +45,7 @@ class Contents:
         subtitle: what the run was, in a line.
         base, lora: the answers of the base and of the base with the LoRA, at least those shown.
         scores: the base's, and the LoRA's.
-        losses: each step's.
+        losses: by the number of the step.
     """
 
     trained: Sequence[Image.Image]
@@ -53,7 +53,7 @@ class Contents:
     base: Answers
     lora: Answers | None = None
     scores: tuple[Scores, Scores] | None = None
-    losses: Sequence[float] = ()
+    losses: Mapping[int, float] = field(default_factory=dict)
 
 
 def draw_picture(exam: Exam, contents: Contents, path: Path) -> None:
@@ -132,7 +132,7 @@ def percent(share: float) -> str:
 
 
 def _draw_losses(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, losses: Sequence[float], top: int
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, losses: Mapping[int, float], top: int
 ) -> None:
     y = top + _HEADING.line_height + _TEXT.line_height + _NUMBER.line_height + 28
     bottom = top + _HEADING.line_height + GAP + _TRAINED_WIDTH
@@ -144,8 +144,8 @@ def _draw_losses(
         _TEXT.draw(draw, (_RIGHT, y), "drawn at the end of the run", _GREY)
 
 
-def _chart(losses: Sequence[float], width: int, height: int) -> Image.Image:
-    """The losses of steps 1, 2, …, and their running mean."""
+def _chart(losses: Mapping[int, float], width: int, height: int) -> Image.Image:
+    """The losses of steps, and their running mean."""
     # matplotlib's charts take a second to import, and the first picture has none
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -153,17 +153,17 @@ def _chart(losses: Sequence[float], width: int, height: int) -> Image.Image:
     dpi, points = 100, 72 / 100
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    steps, window = range(1, len(losses) + 1), max(1, len(losses) // 10)
-    axes.plot(steps, losses, ".", color="0.75", markersize=5, label="each step")
+    steps, values, window = list(losses), list(losses.values()), max(1, len(losses) // 10)
+    axes.plot(steps, values, ".", color="0.75", markersize=5, label="each step")
     axes.plot(
-        steps, running_mean(losses, window), color=BLUE, linewidth=2.5,
+        steps, running_mean(values, window), color=BLUE, linewidth=2.5,
         label=f"mean of {window} steps",
     )  # fmt: skip
     size = 16 * points
     axes.set_xlabel("step", fontsize=size)
     axes.set_ylabel("flow-matching loss", fontsize=size)
     axes.tick_params(labelsize=size * 0.9)
-    axes.set_ylim(0, sorted(losses)[int(0.98 * (len(losses) - 1))] * 1.2 or 1)
+    axes.set_ylim(0, sorted(values)[int(0.98 * (len(values) - 1))] * 1.2 or 1)
     axes.legend(fontsize=size, frameon=False, loc="upper right", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -21,6 +21,8 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.drawing import cut_at_zeros, decoded
 
 BATCH = 32
+# the classifier-free guidance that the toy base draws best with (bench/results/toy-base/score.json)
+GUIDANCE = 3.0
 
 
 class Sampler:
@@ -65,7 +67,7 @@ class Sampler:
         size: int = 128,
         steps: int = 20,
         seed: int = 0,
-        guidance_real: float = 1.0,
+        guidance_real: float = GUIDANCE,
         drawn: Callable[[float], None] = lambda images: None,
     ) -> list[Image.Image]:
         """One image of `size` x `size` pixels a prompt, in their order.

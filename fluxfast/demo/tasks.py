@@ -17,12 +17,14 @@ from fluxfast.demo.toy_style import linocut, share_in_ink
 from fluxfast.demo.toyworld import Scene, draw, scenes, subject_scenes
 
 TRAINING_IMAGES = 16
+# images of what the base knows, on which a LoRA is held to what the base does
+REGULARISATION_IMAGES = 32
 # illustrations have less than 0.6 of their pixels in the linocut's inks, linocuts more than 0.8
 _LEAST_IN_INK = 0.7
 # what an image shows that counts as right for an old caption, for people
 OLD_SHOWN = "the right object, colour and place"
-# seeds of the scenes to train on and of those to be asked for
-_TRAINED, _ASKED, _OLD = 1, 2, 3
+# seeds of the scenes to train on, of those to be asked for, and of those that regularise
+_TRAINED, _ASKED, _OLD, _REGULAR = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def share_shown(
 def old_scenes(count: int) -> list[Scene]:
     """Scenes of what the toy base knows, in combinations that it was not trained on."""
     return list(scenes(_OLD, count, held_out=True))
+
+
+def regularisation_scenes() -> list[Scene]:
+    """Scenes of what the toy base knows, in combinations that it was trained on."""
+    return list(scenes(_REGULAR, REGULARISATION_IMAGES))
 
 
 def _of_style(scene: Scene) -> str:

@@ -309,7 +309,8 @@ def _modulation_ahead(wishes: Wishes, facts: Facts) -> tuple[bool, str]:
     trained = None if facts.workload is None else facts.workload.trained_modulation
     obstacle = facts.obstacles.get("modulation_ahead")
     if trained is not None:
-        obstacle = f"the LoRA trains it ({trained})"
+        who = "the run" if facts.workload and facts.workload.trains_all else "the LoRA"
+        obstacle = f"{who} trains it ({trained})"
     if obstacle is None:
         saved = "its weights stay in host memory, and the CPU is done before the step needs it"
         return True, saved if wishes.modulation_ahead == "auto" else AS_ASKED
@@ -367,6 +368,8 @@ def _graphs(wishes: Wishes, facts: Facts, choices: Choices) -> tuple[bool, str]:
         obstacle = graphs.STREAMED
     if wishes.releases_gradients:
         obstacle = "weights are updated within backward"
+    if facts.workload is not None and facts.workload.trains_all:
+        obstacle = "only fused blocks are captured, and those whose weights train are not"
     obstacle = obstacle or facts.obstacles.get("graphs")
     if wishes.cuda_graphs is True:
         if obstacle is not None:

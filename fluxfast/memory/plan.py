@@ -75,16 +75,20 @@ def account(workload: Workload, choices: Choices) -> Plan:
     # a block's are all there before the first of them is let go
     elements = workload.adapters_of_a_block if workload.releases_gradients else workload.adapters
     gradients = elements * workload.adapter_itemsize
+    # of a micro-batch, and where there are several, their sum (`model.flat_gradients`)
+    summed = gradients if workload.micro_batches > 1 else 0
     state = OPTIMIZERS[workload.optimizer].state_bytes(workload.adapter_itemsize)
+    # autograd makes each gradient before it comes to its place in the buffer
+    gradients *= 2 if workload.trains_all else 1
     average = workload.adapters * 4
+    adapters = 0 if workload.trains_all else workload.adapters * workload.adapter_itemsize
     resident = 0 if choices.streams else sum(blocks) + _room(workload)
     vram = {
         "weights": workload.outer_weights + resident,
         "transposed codes": workload.product_codes if choices.transposed_codes else 0,
         "modulation": workload.modulation_vectors if choices.modulation_ahead else modulation,
-        "adapters": workload.adapters * workload.adapter_itemsize + workload.assistant,
-        # of a micro-batch, and where there are several, their sum (`model.flat_gradients`)
-        "gradients": gradients * (2 if workload.micro_batches > 1 else 1),
+        "adapters": adapters + workload.assistant,
+        "gradients": gradients + summed,
         "optimiser": round(workload.adapters * state),
         "moving average": average if workload.average == "device" else 0,
         "saved activations": saved,

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from fluxfast.adapters.kind import Size
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.adapters.presets import is_target
+from fluxfast.config.adapters import FULL
 from fluxfast.quant import FORMATS
 from fluxfast.quant.rules import KEPT
 
@@ -200,8 +201,15 @@ class Workload:
     average: Literal["device", "host"] | None = None
     releases_gradients: bool = False
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether the weights themselves train, so that none are frozen."""
+        return self.lora_type == FULL
+
     def size_on(self, name: str) -> Size | None:
         """The size of the adapter on a linear, by the linear's full name; None: it has none."""
+        if self.trains_all:
+            return 0
         if self.by_module is not None:
             return self.by_module.get(name)
         return self.rank if is_target(name, self.targets) else None
@@ -280,7 +288,7 @@ class Workload:
 
     @cached_property
     def frozen_bytes(self) -> int:
-        """Bytes of everything frozen."""
+        """Bytes of the transformer's weights, all of them frozen but in full training."""
         outer = self.outer_weights + self.outer_modulation_weights
         return sum(self.block_weights) + sum(self.modulation_weights) + outer
 
@@ -313,4 +321,8 @@ class Workload:
                 kind = KINDS[self.lora_type]
                 elements = kind.elements(linear.out_features, linear.in_features, size)
                 found[".".join(linear.name.split(".")[:2])] += elements
+        if self.trains_all:
+            for index in range(self.sizes.blocks):
+                block = self.sizes.block_linears(index)[0].name
+                found[".".join(block.split(".")[:2])] += self.sizes.norms(index)
         return found

@@ -202,7 +202,9 @@ def not_resumable(config: TrainConfig, saved: SavedRun, transformer: nn.Module) 
     A run that began with init_lora may say again what it said then, or what is true of its adapter.
     """
     then = saved_config(config, saved)
-    if (then.model_type, then.lora_type) != (config.model_type, config.lora_type):
+    if then.model_type != config.model_type:
+        return [f"model_type {then.model_type}, this run has {config.model_type}"]
+    if then.lora_type != config.lora_type:
         label = saved_kind(config, saved).label
         return [f"a {label} adapter, this run has {kind_of(config).label}"]
     if config.trains_all:

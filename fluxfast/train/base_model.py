@@ -65,6 +65,12 @@ def open_base(config: TrainConfig) -> Checkpoint:
         in_channels=config.flavour.in_channels,
     )
     if (info := checkpoint.quantized) is not None:
+        if config.trains_all:
+            raise CheckpointError(
+                f"{checkpoint.where}: is quantised to {in_words(info.format.name)}, and with "
+                '"model_type" full its weights would train: name the checkpoint that the file '
+                "was made from"
+            )
         if PRECISIONS[config.base_model_precision] not in (None, info.format.name):
             raise CheckpointError(
                 f"{checkpoint.where}: is quantised to {in_words(info.format.name)}, but "

@@ -55,6 +55,11 @@ class Parts:
     compiling: CompileProgress | None = None
 
     @property
+    def trains_all(self) -> bool:
+        """Whether the transformer itself trains, and no adapter on it."""
+        return self.facts.workload is not None and self.facts.workload.trains_all
+
+    @property
     def shift_bounds(self) -> dict[str, Any]:
         """`flow.auto_shift`'s keyword arguments."""
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")

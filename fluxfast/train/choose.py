@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import psutil
 import torch
 from accelerate import init_empty_weights
 from rich.console import Console
@@ -21,7 +22,8 @@ from fluxfast.config.datasets import DataConfig, ImageDataset
 from fluxfast.config.run import TrainConfig
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.buckets import target_size
-from fluxfast.memory import choices, gpus
+from fluxfast.memory import choices, full_training, gpus
+from fluxfast.memory.budget import usable_bytes
 from fluxfast.memory.choices import Facts, Refused
 from fluxfast.memory.plan import CUDA_CONTEXT
 from fluxfast.memory.rates import Rate
@@ -243,11 +245,35 @@ def facts_of_model(facts: Facts, config: TrainConfig, transformer: FluxTransform
 
 
 def choose(wishes: Wishes, facts: Facts) -> Choices:
-    """`choices.choose`, for a run: raises ConfigError where the config can't be followed."""
+    """`choices.choose`, for a run: raises ConfigError where the config can't be followed.
+
+    So it does where all weights train, and a step exceeds the GPU: nothing would make it smaller.
+    """
     try:
-        return choices.choose(wishes, facts)
+        chosen = choices.choose(wishes, facts)
     except Refused as refused:
         raise ConfigError(refused.problems) from None
+    gpu, workload = facts.gpu, facts.workload
+    if gpu is not None and workload is not None and workload.trains_all:
+        room = usable_bytes(gpu, wishes.vram_reserve, facts.free)
+        if (problem := full_training.why_not_step(workload, chosen, room, gpu.name)) is not None:
+            raise ConfigError([problem])
+    return chosen
+
+
+def too_large(config: TrainConfig, base: Checkpoint, device: torch.device) -> str | None:
+    """Why the device can't train all weights of this base, whatever the batch; None where it can.
+
+    On a CPU that is known of the whole memory of the machine.
+    """
+    workload = workload_of(config, BatchShape((64, 64), 1, ""), base)
+    chosen = Choices(("full",) * workload.sizes.blocks)
+    gpu = gpus.this_gpu(device)
+    if gpu is None:
+        room, where = psutil.virtual_memory().total, "this machine"
+    else:
+        room, where = usable_bytes(gpu, config.vram_reserve), gpu.name
+    return full_training.why_not(workload, chosen, room, where)
 
 
 def tell_budget(chosen: Choices, wishes: Wishes, facts: Facts, console: Console) -> None:

@@ -51,9 +51,9 @@ def checkpoint_bytes(config: TrainConfig, elements: int) -> int:
     It holds the adapter's values twice, as they are and as a file for other programs, and the
     optimiser's state; of a moving average it holds the same two, the values in fp32.
     """
-    kind = config.optimizer_kind
-    average = 4 + kind.itemsize if config.use_ema else 0
-    return round(elements * (2 * kind.itemsize + kind.state_bytes(kind.itemsize) + average))
+    each = config.adapter_dtype.itemsize
+    average = 4 + each if config.use_ema else 0
+    return round(elements * (2 * each + config.optimizer_kind.state_bytes(each) + average))
 
 
 def shortage(

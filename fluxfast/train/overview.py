@@ -144,12 +144,17 @@ def _kernels(parts: Parts) -> str:
     else:
         own = "native (C++)" if HAS_NATIVE else "plain PyTorch (fluxfast._C was not built)"
     if choices.compute == "same":
-        dtype = compute_dtype(transformer.device, transformer.dtype)
+        dtype = transformer.autocast_dtype or compute_dtype(transformer.device, transformer.dtype)
+        if parts.trains_all and transformer.autocast_dtype is None:
+            # their linears are called as they are, in the weights' dtype
+            dtype = transformer.dtype
         own += f", products in {str(dtype).removeprefix('torch.')}"
     else:
         own += f", products in {in_words(choices.compute)}"
         own += f" but for {choices.outliers} channels" if choices.outliers else ""
     more = [own]
+    if parts.trains_all:
+        more.append("blocks op by op, as their weights train")
     if transformer.modulation is not None:
         size = f"{transformer.modulation.nbytes / 2**30:.2f} GiB of host memory"
         more.append(f"modulation a step ahead on the CPU ({size})")

@@ -57,6 +57,7 @@ from fluxfast.train.base_model import (
     stored_format,
 )
 from fluxfast.train.build_validator import validation_prompts
+from fluxfast.train.choose import too_large
 from fluxfast.train.clip_score import ClipScore
 from fluxfast.train.edits import dataset_edits, prompt_edits
 from fluxfast.train.hub import check_access
@@ -96,6 +97,7 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
     problems += _folder_problems(config, data)
     if data is not None:
         problems += _reference_problems(config, data)
+        problems += _regularisation_problems(config, data)
     with _collecting(problems):
         prompt_edits(config, validation_prompts(config))
     if data is not None:
@@ -153,6 +155,8 @@ def check(config: TrainConfig, device: torch.device) -> Checked:
         with _collecting(problems):
             base = open_base(config)
             base.check(FluxTransformer)
+            if config.trains_all and (why := too_large(config, base, device)) is not None:
+                raise ValueError(why)
             changes += _check_model(config, base, saved, lora, data, problems, notes)
     if saved is not None and changes:
         problems.append(resume.refusal(saved, changes))
@@ -224,6 +228,18 @@ def _reference_problems(config: TrainConfig, data: DataConfig) -> list[str]:
             '"conditioning_type" is reference_strict or reference_loose'
         )
     return problems
+
+
+def _regularisation_problems(config: TrainConfig, data: DataConfig) -> list[str]:
+    """Datasets that hold an adapter to its base, where there is no base beside what trains."""
+    held = [image.id for image in data.images if image.is_regularisation_data]
+    if not config.trains_all or not held:
+        return []
+    return [
+        f"{config.data_backend_config}: dataset {quoted(held)} is regularisation data "
+        '("is_regularisation_data"), whose target is what the base predicts without its adapter, '
+        'and "model_type" full has no such base: remove that key'
+    ]
 
 
 def _validation_adapters(config: TrainConfig) -> list[str]:

@@ -245,7 +245,7 @@ def test_an_unusual_alpha_is_kept_by_load_and_save(tmp_path, alpha):
 
 def test_modelspec(tmp_path):
     metadata = modelspec_metadata(
-        architecture="flux-dev",
+        architecture="flux-dev/lora",
         title="run",
         resolution=(1024, 768),
         global_step=500,

@@ -7,10 +7,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fluxfast.cli.main import main
+from fluxfast.config.datasets import load_data_config
 from fluxfast.config.run import load_config
 from fluxfast.demo import folder, lesson
 from fluxfast.demo.pipeline import make_pipeline
-from fluxfast.demo.tasks import TASKS
+from fluxfast.demo.tasks import TASKS, regularisation_scenes
+from fluxfast.demo.toyworld import draw
 
 TINY = {
     "in_channels": 64,
@@ -49,12 +51,16 @@ def test_the_folder_has_a_base_images_with_captions_and_a_run(tmp_path, base, ta
     config = load_config(folder.write_demo(tmp_path, 7, task))
     assert config.max_train_steps == 7 and config.output_dir == tmp_path / task / "output"
     assert files_of(tmp_path / "pipeline") == files_of(base)
-    images = sorted((tmp_path / task / "images").glob("*.png"))
-    assert len(images) == 16
-    for path, scene in zip(images, TASKS[task].training_scenes(), strict=True):
-        assert path.with_suffix(".txt").read_text() == TASKS[task].caption(scene)
-        with Image.open(path) as image:
-            assert image.tobytes() == TASKS[task].draw(scene).tobytes()
+    taught = [(TASKS[task].caption(s), TASKS[task].draw(s)) for s in TASKS[task].training_scenes()]
+    regular = [(scene.caption, draw(scene)) for scene in regularisation_scenes()]
+    for name, captioned in (("images", taught), ("regularisation", regular)):
+        paths = sorted((tmp_path / task / name).glob("*.png"))
+        for path, (caption, drawn) in zip(paths, captioned, strict=True):
+            assert path.with_suffix(".txt").read_text() == caption
+            with Image.open(path) as image:
+                assert image.tobytes() == drawn.tobytes()
+    data = load_data_config(config.data_backend_config, defaults=config.dataset_defaults)
+    assert [each.is_regularisation_data for each in data.images] == [False, True]
 
 
 def test_both_tasks_train_on_the_same_base(tmp_path):

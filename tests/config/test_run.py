@@ -187,7 +187,7 @@ def test_required_keys():
         load_config("empty.json")
     assert len(caught.value.problems) == 3
     assert all(any(f'"{key}" is required' in p for p in caught.value.problems) for key in REQUIRED)
-    only(refused(model_type="full"), '"model_type"', "only LoRAs")
+    only(refused(model_type="control"), '"model_type"', "'lora' or 'full'")
 
 
 # what values do to each other

@@ -77,8 +77,8 @@ def test_scores_and_losses_are_drawn_right_of_the_training_images():
     without = pixels()
     for contents in (
         {"scores": (Scores(0.0, 0.9), Scores(0.95, 0.85))},
-        {"losses": [1.0, 0.5, 0.4]},
-        {"losses": [1.0]},
+        {"losses": {1: 1.0, 2: 0.5, 4: 0.4}},
+        {"losses": {3: 1.0}},
     ):
         changed = np.argwhere((pixels(**contents) != without).any(2))
         assert len(changed) > 500

@@ -2,7 +2,14 @@
 
 import pytest
 
-from fluxfast.demo.tasks import TASKS, TRAINING_IMAGES, old_scenes, share_shown, shows_scene
+from fluxfast.demo.tasks import (
+    TASKS,
+    TRAINING_IMAGES,
+    old_scenes,
+    regularisation_scenes,
+    share_shown,
+    shows_scene,
+)
 from fluxfast.demo.toyworld import draw
 
 
@@ -20,6 +27,8 @@ def test_captions_have_the_word_for_what_is_new():
     for scene in style.training_scenes():
         assert style.caption(scene) == f"a linocut of {scene.caption}"
         assert "plonk" not in scene.caption
+    assert not any(scene.is_held_out for scene in regularisation_scenes())
+    assert all(scene.is_held_out for scene in old_scenes(40))
     assert not any("plonk" in scene.caption for scene in old_scenes(40))
 
 

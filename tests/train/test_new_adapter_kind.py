@@ -51,8 +51,8 @@ def run(kind, write_config):
 
 def test_kinds_are_those_of_the_option():
     assert LORA_TYPES.keys() == {"standard", "lycoris"}
-    # DoRA is an option of its own
-    assert KINDS.keys() == ADAPTER_KINDS.keys() == {"standard", "lycoris", "dora"}
+    # DoRA and full training are options of their own
+    assert KINDS.keys() == ADAPTER_KINDS.keys() == {"standard", "lycoris", "dora", "full"}
     assert type(KINDS["standard"]) is LoraKind and type(KINDS["dora"]) is DoraKind
 
 

@@ -1,12 +1,14 @@
 """`fluxfast-bench check`: what turns red."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 from stored_runs import record, run_of, store
 
 from fluxfast_bench.main import main
+from fluxfast_bench.quality import guard
 from fluxfast_bench.report import check, results, targets
 from fluxfast_bench.report.conditions import repeatable, slug
 from fluxfast_bench.step.worker import CONTESTANTS
@@ -31,7 +33,8 @@ def test_nothing_measured_is_not_passed(tmp_path, wanted, capsys):
     verdicts = check.verdicts_of([], wanted)
     assert {v.verdict for v in verdicts} == {check.UNMEASURED}
     steps = 2 * len(wanted["counts"]["steps"])
-    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 3 + steps + 2
+    quality = len(guard.verdicts([], wanted["quality"]))
+    assert len(verdicts) == len(wanted["ratio"]) + 1 + 20 + 3 + steps + 2 + quality
     assert (
         main(
             ["check", "--results", str(tmp_path), "--targets", str(ROOT / "bench" / "targets.toml")]
@@ -78,6 +81,18 @@ def test_the_command_fails_where_a_target_is_missed(tmp_path, capsys):
         == 1
     )
     assert "1 missed" in capsys.readouterr().out
+
+
+def test_the_quality_of_a_mode_is_checked(tmp_path, wanted):
+    runs = [
+        {"mode": mode, "seed": seed, "loss": loss, "concept": 1.0, "old": 1.0, "digest": ""}
+        for mode, losses in (("fp32", (0.4, 0.5)), ("nf4 base", (0.5, 0.6)))
+        for seed, loss in enumerate(losses)
+    ]
+    (tmp_path / "quality.json").write_text(json.dumps({"records": runs}))
+    verdicts = check.verdicts_of([], wanted, results.read_counted(tmp_path))
+    (red,) = [each for each in verdicts if each.red]
+    assert red.name == "nf4 base: evaluation loss" and red.found == "+0.1000"
 
 
 def test_the_newest_measurement_counts(tmp_path, wanted):
