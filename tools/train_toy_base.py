@@ -10,7 +10,7 @@ the base that is shipped. In the end it draws two hundred captions of combinatio
 out, and prints how many of them the checker sees as they were asked for.
 
 --install puts the result into `fluxfast/demo/base`, and the loss curve, the score and a sheet of
-samples into `bench/results/toy-base`.
+samples into `tools/toy-base`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fluxfast.train.events import read_metrics
 SCENES, ASKED = 12_000, 200
 STEPS, BATCH = 6_000, 64
 REPOSITORY = Path(__file__).parents[1]
-SHIPPED, RESULTS = REPOSITORY / "fluxfast/demo/base", REPOSITORY / "bench/results/toy-base"
+SHIPPED, RESULTS = REPOSITORY / "fluxfast/demo/base", REPOSITORY / "tools/toy-base"
 
 
 def config_json(folder: Path, steps: int) -> dict[str, object]:

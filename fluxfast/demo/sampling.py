@@ -21,7 +21,7 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.drawing import cut_at_zeros, decoded
 
 BATCH = 32
-# the classifier-free guidance that the toy base draws best with (bench/results/toy-base/score.json)
+# the classifier-free guidance that the toy base draws best with (tools/toy-base/score.json)
 GUIDANCE = 3.0
 
 

@@ -75,7 +75,7 @@ def test_a_kind_goes_alone(cache, capsys):
     assert not (cache / "doctor").exists()
     capsys.readouterr()
     assert main(["cache"]) == 0
-    assert "nothing is cached" in capsys.readouterr().out.replace("\n", "")
+    assert "nothing is cached" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("answer", "removed"), [("y", True), ("", False), ("no", False)])
@@ -105,5 +105,5 @@ def test_the_cache_of_a_config(cache, tmp_path, monkeypatch, capsys):
         '"cache_dir": "own"}'
     )
     assert main(["cache", "config.json"]) == 0
-    assert "own: nothing is cached" in capsys.readouterr().out.replace("\n", "")
+    assert "own: nothing is cached" in " ".join(capsys.readouterr().out.split())
     assert main(["cache", "missing.json"]) == 2
