@@ -9,13 +9,12 @@ forward, a hook, a base that trains) is computed by calling the module: slower, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
@@ -24,9 +23,6 @@ from fluxfast.ops.linear.adapters import is_random
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
-
-# why a linear's tensors are not read: the fused products have no gradient for them
-BASE_TRAINS = "its base is trained"
 
 
 def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
@@ -64,7 +60,7 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
         return params
     weight, bias, _ = params
     if (bias is not None and bias.requires_grad) or getattr(weight, "requires_grad", False):
-        return BASE_TRAINS
+        return "its base is trained"
     return params
 
 
@@ -88,7 +84,7 @@ def _read_base(module: nn.Module) -> LinearParams | str:
         if torch.compiler.is_compiling():
             return "torch.compile traces its library's own product"
         if getattr(module.weight, "requires_grad", False):
-            return BASE_TRAINS
+            return "its base is trained"
         bias: Any = module.bias
         return LinearParams(weight, bias)
     if type(module).forward is nn.Linear.forward:
@@ -117,27 +113,6 @@ def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: tor
         with torch.autocast(x.device.type, autocast):
             return module(x).to(x.dtype)
     return module(x.to(_called_in(module) or given)).to(x.dtype)
-
-
-def _train_alike(modules: Sequence[nn.Module], reads: Sequence[LinearParams | str]) -> bool:
-    """Whether these are several of PyTorch's own linears, which train, with alike tensors."""
-    return (
-        len(modules) > 1
-        and all(read == BASE_TRAINS for read in reads)
-        and all(type(module).forward is nn.Linear.forward for module in modules)
-        and len({(module.weight.dtype, module.bias is None) for module in modules}) == 1
-    )
-
-
-def _side_by_side(x: Tensor, linears: Sequence[Any]) -> Tensor:
-    """What linears that train make of x, as one product: their weights are less than their outputs.
-
-    Joining the outputs instead, and cutting their gradient apart, took a quarter of a step of full
-    training on a CPU.
-    """
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def _called_in(module: Any) -> torch.dtype | None:
@@ -213,11 +188,6 @@ def project(
     known = [read for read in reads if not isinstance(read, str)]
     if len(known) == len(reads):
         return _apply(x, known, compute, outliers)
-    if autocast is None and _train_alike(modules, reads):
-        if by_module is not None:
-            for _ in modules:
-                by_module(BASE_TRAINS)
-        return _side_by_side(x, modules)
     outs: dict[int, Tensor] = {}
     for i in (*range(last, len(modules)), *range(last)):
         read = reads[i]
