@@ -14,11 +14,9 @@ from fluxfast.cli.arguments import CommandLine
 from fluxfast.cli.complain import complain
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
-from fluxfast.demo.folder import STEPS, config_json, write_configs, write_data, write_demo
+from fluxfast.demo.folder import STEPS, write_configs, write_data
 from fluxfast.demo.tasks import TASKS
 from fluxfast.text import printable
-
-__all__ = ["config_json", "main", "write_demo"]
 
 # what the demo's own questions and pictures are about
 _OWN = ("model_type", "pretrained_model_name_or_path", "data_backend_config", "output_dir")

@@ -70,7 +70,8 @@ def dataset_json(root: Path, task: str = "subject") -> list[dict[str, object]]:
         "caption_strategy": "textfile",
         "resolution": SIZE,
         "resolution_type": "pixel_area",
-        "repeats": 100,
+        # a dataset whose epoch is over waits for the others, so no epoch ends within a run
+        "repeats": 10_000,
     }
     return [
         {"id": task, "instance_data_dir": str(root / task / "images")} | images,
@@ -108,9 +109,14 @@ def write_data(root: Path, task: Task) -> None:
 def _write_images(folder: Path, captioned: Iterable[tuple[str, Image.Image]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, (caption, image) in enumerate(captioned):
-        with atomic_file(folder / f"{number:02}.png") as stream:
-            image.save(stream, format="PNG")
-        write_atomic(folder / f"{number:02}.txt", caption.encode())
+        write_captioned(folder / f"{number:02}.png", image, caption)
+
+
+def write_captioned(path: Path, image: Image.Image, caption: str) -> None:
+    """Write an image as PNG, and its caption beside it; an image that is there has its caption."""
+    write_atomic(path.with_suffix(".txt"), caption.encode())
+    with atomic_file(path) as stream:
+        image.save(stream, format="PNG")
 
 
 def write_configs(root: Path, steps: int, task: str) -> Path:

@@ -17,7 +17,7 @@ from fluxfast.adapters.writing import file_of
 from fluxfast.demo.exam import Answers, Exam, Scores
 from fluxfast.demo.folder import pipeline_of
 from fluxfast.demo.picture import Contents, draw_picture, percent
-from fluxfast.demo.sampling import Sampler
+from fluxfast.demo.sampling import DENOISING, Sampler
 from fluxfast.demo.tasks import OLD_SHOWN, Task
 from fluxfast.files import write_atomic
 from fluxfast.progress import counting
@@ -27,8 +27,6 @@ from fluxfast.train.events import METRICS_NAME, read_metrics, tell
 PICTURE, RESULT = "demo.png", "demo.json"
 # scenes of what is new that are asked for, and as many old captions
 ASKED = 32
-# denoising steps of an answer
-DENOISING = 20
 
 
 class Lesson:
@@ -79,9 +77,9 @@ class Lesson:
         """What an earlier run has found of the LoRA that is there; None if it hasn't."""
         try:
             found = json.loads((self.folder / RESULT).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
-        is_whole = (self.folder / PICTURE).exists() and found["lora"] == self._digest()
+        is_whole = (self.folder / PICTURE).exists() and found.get("lora") == self._digest()
         return found if is_whole else None
 
     def show(self, result: dict[str, Any]) -> None:

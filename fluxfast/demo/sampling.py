@@ -21,6 +21,8 @@ from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.drawing import cut_at_zeros, decoded
 
 BATCH = 32
+# steps of a drawing
+DENOISING = 20
 # the classifier-free guidance that the toy base draws best with (tools/toy-base/score.json)
 GUIDANCE = 3.0
 
@@ -65,7 +67,7 @@ class Sampler:
         prompts: Sequence[str],
         *,
         size: int = 128,
-        steps: int = 20,
+        steps: int = DENOISING,
         seed: int = 0,
         guidance_real: float = GUIDANCE,
         drawn: Callable[[float], None] = lambda images: None,

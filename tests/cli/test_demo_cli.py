@@ -10,21 +10,11 @@ from fluxfast.cli.main import main
 from fluxfast.config.datasets import load_data_config
 from fluxfast.config.run import load_config
 from fluxfast.demo import folder, lesson
-from fluxfast.demo.pipeline import make_pipeline
+from fluxfast.demo.pipeline import BASE_CONFIG, make_pipeline
 from fluxfast.demo.tasks import TASKS, regularisation_scenes
 from fluxfast.demo.toyworld import draw
 
-TINY = {
-    "in_channels": 64,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 64,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 4, 8),
-}
+TINY = BASE_CONFIG | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from fluxfast.config.run import TrainConfig, load_config
 from fluxfast.config.settings import ConfigError
 from fluxfast.data.model_folders import file_hash
+from fluxfast.demo.folder import config_json as config_of_demo
+from fluxfast.demo.folder import write_captioned
 from fluxfast.demo.tasks import TASKS, Task, old_scenes, share_shown
 from fluxfast.demo.toyworld import SIZE
 from fluxfast.files import without_spaces, write_atomic
@@ -28,36 +30,16 @@ from fluxfast_bench.quality.modes import Mode
 
 TASK = TASKS["subject"]
 HELD_OUT = 16
-# of the drawings that are scored
-DRAWING_STEPS = 20
 
 
 def config_json(root: Path, base: Path, steps: int) -> dict[str, Any]:
-    """The run's config, without what a mode changes."""
-    return {
-        "model_type": "lora",
-        "model_family": "flux",
-        "model_flavour": "dev",
+    """The demo's config, in other folders and with an evaluation, without what a mode changes."""
+    return config_of_demo(root, steps) | {
         "pretrained_model_name_or_path": str(base),
         "data_backend_config": str(root / "multidatabackend.json"),
         "cache_dir": str(root / "cache"),
         "resume_from_checkpoint": "",
-        "lora_rank": 16,
-        "lora_dropout": 0.0,
-        "flux_lora_target": "all+ffs",
-        "flux_attention_masked_training": True,
-        "optimizer": "torch-adamw",
-        "mixed_precision": "no",
-        "learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": min(20, steps // 4),
-        "train_batch_size": 4,
-        "gradient_checkpointing": False,
-        "caption_dropout_probability": 0.0,
-        "max_train_steps": steps,
-        "num_train_epochs": 0,
         "checkpoint_step_interval": 0,
-        "validation_disable": True,
         "eval_steps_interval": steps,
         "eval_timesteps": 8,
         "num_eval_images": HELD_OUT,
@@ -90,12 +72,10 @@ def write_task(root: Path, task: Task = TASK) -> None:
         ("training", task.training_scenes()),
         ("held-out", task.asked_scenes(HELD_OUT)),
     ):
+        (root / folder).mkdir(parents=True, exist_ok=True)
         for number, scene in enumerate(scenes):
-            picture = io.BytesIO()
-            task.draw(scene).save(picture, "PNG")
             path = root / folder / f"{number:03}.png"
-            write_atomic(path, picture.getvalue())
-            write_atomic(path.with_suffix(".txt"), task.caption(scene).encode())
+            write_captioned(path, task.draw(scene), task.caption(scene))
     write_atomic(root / "multidatabackend.json", json.dumps(dataset_json(root)).encode())
 
 
@@ -176,13 +156,12 @@ def train(config: TrainConfig, base: Path, images: int) -> Outcome:
 
 def score(base: Path, lora: Path | None, images: int, task: Task = TASK) -> Scores:
     """The checker's scores of the base, with a LoRA or alone."""
-    from fluxfast.demo.sampling import Sampler
+    from fluxfast.demo import sampling
 
-    sampler = Sampler(base, lora=lora)
-
+    sampler = sampling.Sampler(base, lora=lora)
     new, old = task.asked_scenes(images), old_scenes(images)
     prompts = [*map(task.caption, new), *(scene.caption for scene in old)]
-    drawn = sampler.draw(prompts, size=SIZE, steps=DRAWING_STEPS)
+    drawn = sampler.draw(prompts, size=SIZE, steps=sampling.DENOISING)
     return Scores(share_shown(drawn[:images], new, task.shows), share_shown(drawn[images:], old))
 
 

@@ -58,7 +58,7 @@ def test_lycoris_trains_the_loras_linears(tmp_path, name):
 
 def test_a_run_of_two_modes_that_must_be_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "HELD_OUT", 1)
-    monkeypatch.setattr(task, "DRAWING_STEPS", 2)
+    monkeypatch.setattr("fluxfast.demo.sampling.DENOISING", 2)
     make_pipeline(tmp_path / "base", TINY)
     task.write_task(tmp_path)
     found = {}
