@@ -22,7 +22,7 @@ from fluxfast.demo.tasks import TASKS, Task, regularisation_scenes
 from fluxfast.demo.toyworld import SIZE, draw
 from fluxfast.files import atomic_file, write_atomic
 
-STEPS = 450
+STEPS = 400
 
 
 def pipeline_of(root: Path) -> Path:
@@ -41,14 +41,16 @@ def config_json(root: Path, steps: int, task: str = "subject") -> dict[str, obje
         "cache_dir": str(folder / "cache"),
         "data_backend_config": str(folder / "multidatabackend.json"),
         "seed": 42,
-        "lora_rank": 16,
+        "lora_rank": 32,
         "lora_dropout": 0.0,
         "flux_lora_target": "all+ffs",
         "optimizer": "torch-adamw",
         "mixed_precision": "no",
-        "learning_rate": 3e-3,
+        "learning_rate": TASKS[task].learning_rate,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": min(10, steps // 4),
+        # most steps at high noise, where what a subject's parts come to be and where is decided
+        "flow_schedule_shift": 5,
         "train_batch_size": 8,
         "gradient_checkpointing": False,
         # as the base was trained: it has never seen padding
@@ -56,6 +58,8 @@ def config_json(root: Path, steps: int, task: str = "subject") -> dict[str, obje
         "caption_dropout_probability": 0.0,
         "max_train_steps": steps,
         "num_train_epochs": 0,
+        # the datasets' shares of the steps are their probabilities, whatever their sizes
+        "data_backend_sampling": "uniform",
         "checkpoint_step_interval": 100,
         "checkpoints_total_limit": 1,
         # the demo draws by itself, many images at once
@@ -73,14 +77,20 @@ def dataset_json(root: Path, task: str = "subject") -> list[dict[str, object]]:
         # a dataset whose epoch is over waits for the others, so no epoch ends within a run
         "repeats": 10_000,
     }
+    share = TASKS[task].regularised
     return [
-        {"id": task, "instance_data_dir": str(root / task / "images")} | images,
+        {
+            "id": task,
+            "instance_data_dir": str(root / task / "images"),
+            "probability": 1 - share,
+        }
+        | images,
         # without these, whatever the LoRA draws becomes a little like what it is taught
         {
             "id": "regularisation",
             "instance_data_dir": str(root / task / "regularisation"),
             "is_regularisation_data": True,
-            "probability": 0.5,
+            "probability": share,
         }
         | images,
         {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True},

@@ -18,13 +18,14 @@ from fluxfast.demo.toyworld import Scene, draw, scenes, subject_scenes
 
 TRAINING_IMAGES = 16
 # images of what the base knows, on which a LoRA is held to what the base does
-REGULARISATION_IMAGES = 32
+REGULARISATION_IMAGES = 96
 # illustrations have less than 0.6 of their pixels in the linocut's inks, linocuts more than 0.8
 _LEAST_IN_INK = 0.7
 # what an image shows that counts as right for an old caption, for people
 OLD_SHOWN = "the right object, colour and place"
-# seeds of the scenes to train on, of those to be asked for, and of those that regularise
-_TRAINED, _ASKED, _OLD, _REGULAR = 1, 2, 3, 4
+# seeds of the scenes to train on, of those to be asked for, and of those that regularise; the
+# settings of the demo were chosen on scenes of other seeds, 112 and 113
+_TRAINED, _ASKED, _OLD, _REGULAR = 1, 12, 13, 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Task:
         draw: a scene as it is to be drawn.
         caption: what is said of a scene.
         shows: whether an image shows what its scene asks for.
+        learning_rate: which one teaches it.
+        regularised: the share of the steps on regularisation images, from 0 to 1. A style touches
+            all of a picture, so it takes more of them, at a lower rate, to leave old captions be.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Task:
     draw: Callable[[Scene], Image.Image]
     caption: Callable[[Scene], str]
     shows: Callable[[Image.Image, Scene], bool]
+    learning_rate: float
+    regularised: float
 
     def training_scenes(self) -> list[Scene]:
         return list(self.scenes(_TRAINED, TRAINING_IMAGES))
@@ -105,6 +111,8 @@ TASKS = {
             draw,
             lambda scene: scene.caption,
             _shows_subject,
+            4e-3,
+            0.5,
         ),
         Task(
             "style",
@@ -114,6 +122,8 @@ TASKS = {
             linocut,
             _of_style,
             _is_linocut,
+            2e-3,
+            0.75,
         ),
     )
 }
