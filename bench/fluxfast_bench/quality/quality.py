@@ -34,7 +34,7 @@ from fluxfast_bench.report.conditions import conditions
 from fluxfast_bench.report.verdict import MISSED
 from fluxfast_bench.run import told_written
 
-STEPS, IMAGES, SEEDS = 200, 32, 3
+STEPS, IMAGES, SEEDS = 100, 32, 3
 # what a shell reports of a program that Ctrl-C has ended
 INTERRUPTED = 130
 
