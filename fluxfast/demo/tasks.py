@@ -18,7 +18,7 @@ from fluxfast.demo.toyworld import Scene, draw, scenes, subject_scenes
 
 TRAINING_IMAGES = 16
 # images of what the base knows, on which a LoRA is held to what the base does
-REGULARISATION_IMAGES = 96
+REGULARISATION_IMAGES = 256
 # illustrations have less than 0.6 of their pixels in the linocut's inks, linocuts more than 0.8
 _LEAST_IN_INK = 0.7
 # what an image shows that counts as right for an old caption, for people
@@ -122,7 +122,7 @@ TASKS = {
             linocut,
             _of_style,
             _is_linocut,
-            2e-3,
+            3e-3,
             0.75,
         ),
     )
