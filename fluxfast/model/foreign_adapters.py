@@ -183,13 +183,12 @@ def foreign_adapters(module: nn.Module) -> Found | None:
     found: list[Adapter] = []
     forward = held["forward"]
     while not _is_own(module, forward):
-        owner = _owner_of(forward)
-        reader = None if owner is None else _reader_of(owner)
-        if reader is None:
+        owner: Any = _owner_of(forward)
+        if owner is None or (reader := _reader_of(owner)) is None:
             return None
         if torch.compiler.is_compiling():
             return "torch.compile traces its trainer's own adapter"
-        if (unknown := _unknown_names(type(owner), reader)) is not None:
+        if (unknown := _unknown_names(owner.__class__, reader)) is not None:
             return f"its adapter's forward has names that fluxfast doesn't know: {unknown}"
         adapters = reader.read(owner)
         if isinstance(adapters, str):
