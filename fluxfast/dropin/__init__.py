@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 # for type checkers, which can't follow `__getattr__`
 if TYPE_CHECKING:
-    from fluxfast.dropin.accelerate import accelerate, restore
+    from fluxfast.dropin.acceleration import accelerate, restore
     from fluxfast.dropin.report import LinearReport, Report, inspect
 
 # a script that `python -m fluxfast.dropin` runs may set what torch reads when it is imported
 _HOMES = {
     "LinearReport": "fluxfast.dropin.report",
     "Report": "fluxfast.dropin.report",
-    "accelerate": "fluxfast.dropin.accelerate",
+    "accelerate": "fluxfast.dropin.acceleration",
     "inspect": "fluxfast.dropin.report",
-    "restore": "fluxfast.dropin.accelerate",
+    "restore": "fluxfast.dropin.acceleration",
 }
 __all__ = ["LinearReport", "Report", "accelerate", "inspect", "restore"]
 

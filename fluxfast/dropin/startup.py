@@ -100,7 +100,7 @@ class _Watcher:
     def _meet(self, transformer: Any) -> None:
         import torch
 
-        from fluxfast.dropin.accelerate import accelerate
+        from fluxfast.dropin.acceleration import accelerate
         from fluxfast.dropin.hosts import accelerated_blocks, host_kind_of
 
         trains = torch.is_grad_enabled()
