@@ -63,7 +63,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fluxfast.adapters.lora import add_lora
     from fluxfast.adapters.on_model import load_lora, save_lora
-    from fluxfast.dropin.accelerate import accelerate, restore
+    from fluxfast.dropin.acceleration import accelerate, restore
     from fluxfast.dropin.report import inspect
     from fluxfast.model.transformer import FluxTransformer
     from fluxfast.quant.rules import quantize

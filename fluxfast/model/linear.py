@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
+from fluxfast.model.foreign_adapters import foreign_adapters
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import is_random
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
@@ -44,7 +45,7 @@ def obstacle(module: nn.Module, *, share_dropout: bool = True) -> str | None:
 def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | str:
     """What `read_linear` gives, or in place of None what `obstacle` says."""
     if (because := hooked(module)) is not None:
-        return because
+        return _read_replaced(module, because)
     for kind in KINDS.values():
         wrapped = kind.read(module, share_dropout=share_dropout)
         if wrapped is None:
@@ -55,6 +56,11 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
         if isinstance(wrapped.adapters, str):
             return wrapped.adapters
         return LinearParams(base.weight, base.bias, (*base.adapters, *wrapped.adapters))
+    return _frozen(module)
+
+
+def _frozen(module: nn.Module) -> LinearParams | str:
+    """A linear without adapters whose weight and bias do not train, or why it can't be read."""
     params = _read_base(module)
     if isinstance(params, str):
         return params
@@ -62,6 +68,20 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
     if (bias is not None and bias.requires_grad) or getattr(weight, "requires_grad", False):
         return "its base is trained"
     return params
+
+
+def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
+    """A linear with a hook or another forward, which may be that of a trainer's own adapters.
+
+    because: what `hooked` says of it.
+    """
+    adapters = foreign_adapters(module) if "forward" in module.__dict__ else None
+    if adapters is None:
+        return because
+    if isinstance(adapters, str):
+        return adapters
+    params = _frozen(module)
+    return params if isinstance(params, str) else params._replace(adapters=adapters)
 
 
 def read_base(module: nn.Module) -> LinearParams:

@@ -1,0 +1,247 @@
+"""Adapters that other trainers put on a linear by replacing its forward.
+
+sd-scripts, musubi-tuner, ai-toolkit, OneTrainer and LyCORIS keep the linear where it is and set its
+`forward` to a method of a module of their own, which keeps the forward that was there before. Two
+adapters on one linear are one around the other. What such a module adds is read from its tensors,
+multipliers and switches anew in each call, so that gradients arrive in the trainer's own
+parameters.
+
+A trainer's module is known by its structure: the attributes that it has, and the names that the
+code of its forward uses. Its package is not imported. A forward with another name in it is called,
+since it may do more than fluxfast knows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import CodeType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fluxfast.model import foreign_lora
+from fluxfast.ops.linear.adapters import Adapter, Lora
+
+Found = tuple[Adapter, ...] | str
+
+
+class Reader(NamedTuple):
+    """How one trainer's module is read.
+
+    Attributes:
+        inner: the attribute that has the forward from before.
+        has: attributes by which the module is known, beside `inner`.
+        names: all that the code of its forward may name: attributes, methods and globals.
+        methods: its own methods that the forward may call, whose code is checked alike.
+        read: the module to what it adds, or to a reason why only the module itself can say it.
+    """
+
+    inner: str
+    has: tuple[str, ...]
+    names: frozenset[str]
+    methods: tuple[str, ...]
+    read: Callable[[Any], Found]
+
+
+_TORCH = "torch nn functional F dropout size len unsqueeze rand device dtype to cat zip range "
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset((_TORCH + words).split())
+
+
+READERS = (
+    # LyCORIS: LoCon
+    Reader(
+        "org_forward",
+        ("bypass_mode", "wd", "scalar", "lora_down", "lora_up"),
+        _names(
+            "module_dropout training org_forward bypass_mode bypass_forward multiplier scale "
+            "_current_weight make_weight wd apply_weight_decompose op kw_dict"
+        ),
+        (),
+        foreign_lora.lycoris_lora,
+    ),
+    # LyCORIS: LoKr
+    Reader(
+        "org_forward",
+        ("bypass_mode", "wd", "scalar", "use_w1", "use_w2"),
+        _names(
+            "module_dropout training org_forward bypass_mode bypass_forward multiplier wd "
+            "is_weight_only_fp8_linear org_module _rebuild_forward _current_weight get_weight "
+            "shape scalar apply_weight_decompose op kw_dict"
+        ),
+        ("_rebuild_forward",),
+        foreign_lora.lycoris_lokr,
+    ),
+    # ai-toolkit: LoRA
+    Reader(
+        "org_forward",
+        ("network_ref", "lora_down", "lora_up", "scale", "dropout"),
+        _names(
+            "network_ref is_lorm lorm_forward is_active is_merged_in _multiplier org_forward "
+            "__class__ __name__ _call_forward isinstance QTensor dequantize lora_down weight "
+            "torch_multiplier repeat_interleave broadcast_and_multiply Dropout Identity lora_up "
+            "training mean apply_dora RuntimeError print is_normalizing no_grad Tensor clone "
+            "detach clamp max abs normalize_scaler module_dropout hasattr lora_mid rank_dropout "
+            "lora_dim scale _runtime_scale scalar"
+        ),
+        ("_call_forward",),
+        foreign_lora.toolkit_lora,
+    ),
+    # ai-toolkit: LoKr
+    Reader(
+        "org_forward",
+        ("network_ref", "_fast_linear", "use_w1", "use_w2", "scale"),
+        _names(
+            "network_ref is_lorm lorm_forward is_active is_merged_in _multiplier org_forward "
+            "__class__ __name__ _call_forward isinstance QTensor dequantize lora_down weight "
+            "torch_multiplier repeat_interleave broadcast_and_multiply Dropout Identity lora_up "
+            "training mean apply_dora RuntimeError print _fast_linear _call_forward_fast_linear "
+            "QBytesTensor getattr org_module _dynamo disable _get_delta_factors unflatten _in_m "
+            "_in_n einsum _runtime_scale flatten rank_dropout"
+        ),
+        ("_call_forward_fast_linear",),
+        foreign_lora.toolkit_lokr,
+    ),
+    # sd-scripts and musubi-tuner
+    Reader(
+        "org_forward",
+        ("lora_down", "lora_up", "scale", "multiplier", "lora_dim"),
+        _names(
+            "org_forward module_dropout training split_dims lora_down rank_dropout lora_dim scale "
+            "lora_up multiplier enabled default_forward ggpo_sigma ggpo_beta grad_norms no_grad "
+            "combined_weight_norms sqrt perturbation_norm_factor randn org_module_shape mul_ T"
+        ),
+        ("default_forward",),
+        foreign_lora.kohya_lora,
+    ),
+    # OneTrainer: DoRA, which is a LoRA as well
+    Reader(
+        "orig_forward",
+        ("dora_scale", "lora_down", "lora_up", "rank", "alpha"),
+        _names(
+            "check_initialized lora_down weight lora_up isinstance orig_module Linear Conv2d float "
+            "get_unquantized_weight train_device detach make_weight alpha rank finfo eps reshape "
+            "norm_epsilon decompose_output_axis shape norm dora_num_dims transpose dora_scale op "
+            "bias layer_kwargs AssertionError"
+        ),
+        (),
+        foreign_lora.onetrainer_dora,
+    ),
+    # OneTrainer: LoRA
+    Reader(
+        "orig_forward",
+        ("lora_down", "lora_up", "rank", "alpha"),
+        _names(
+            "check_initialized isinstance orig_module BaseLinearSVD forward_with_lora lora_down "
+            "lora_up alpha orig_forward delta_forward rank"
+        ),
+        ("delta_forward",),
+        foreign_lora.onetrainer_lora,
+    ),
+    # OneTrainer: LoKr
+    Reader(
+        "orig_forward",
+        ("use_w1", "use_w2", "dora_scale", "dim", "alpha"),
+        _names(
+            "check_initialized alpha dim weight_decompose isinstance orig_module Linear float "
+            "get_unquantized_weight train_device weight detach get_weight finfo eps shape norm "
+            "dora_on_output reshape transpose dora_scale op bias layer_kwargs lokr_vec_trick "
+            "_get_factors in_m in_n einsum orig_forward"
+        ),
+        (),
+        foreign_lora.onetrainer_lokr,
+    ),
+    # OneTrainer: LoHa
+    Reader(
+        "orig_forward",
+        ("hada_w1_a", "hada_w2_b", "rank", "alpha"),
+        _names(
+            "check_initialized orig_forward delta_forward make_weight hada_w1_a hada_w1_b "
+            "hada_w2_a hada_w2_b alpha rank op layer_kwargs"
+        ),
+        ("delta_forward",),
+        foreign_lora.onetrainer_loha,
+    ),
+)
+
+
+def foreign_adapters(module: nn.Module) -> Found | None:
+    """What the adapters in a linear's replaced forward add, the innermost first.
+
+    None where the forward is not one of these trainers' adapters, or where the linear has hooks as
+    well; a str says why only the module can be called.
+    """
+    held = module.__dict__
+    if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+        return None
+    if held["_backward_hooks"] or held["_backward_pre_hooks"]:
+        return None
+    found: list[Adapter] = []
+    forward = held["forward"]
+    while not _is_own(module, forward):
+        owner: Any = _owner_of(forward)
+        if owner is None or (reader := _reader_of(owner)) is None:
+            return None
+        if torch.compiler.is_compiling():
+            return "torch.compile traces its trainer's own adapter"
+        if (unknown := _unknown_names(owner.__class__, reader)) is not None:
+            return f"its adapter's forward has names that fluxfast doesn't know: {unknown}"
+        adapters = reader.read(owner)
+        if isinstance(adapters, str):
+            return adapters
+        found[:0] = adapters
+        forward = getattr(owner, reader.inner)
+    if len(found) > 1 and any(isinstance(a, Lora) and a.magnitude is not None for a in found):
+        return "one of several adapters is DoRA, which rescales what the others add"
+    return tuple(found)
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )
+
+
+def _owner_of(forward: Any) -> Any | None:
+    """The module whose forward it is, if it is a module's own."""
+    owner = getattr(forward, "__self__", None)
+    if not isinstance(owner, nn.Module) or not isinstance(forward, MethodType):
+        return None
+    return owner if forward.__func__ is type(owner).forward else None
+
+
+def _reader_of(owner: nn.Module) -> Reader | None:
+    for reader in READERS:
+        if hasattr(owner, reader.inner) and all(hasattr(owner, name) for name in reader.has):
+            return reader
+    return None
+
+
+@functools.cache
+def _unknown_names(kind: type, reader: Reader) -> str | None:
+    """What a class's forward names that its reader doesn't know, for a message, or None."""
+    functions = [getattr(kind, name, None) for name in ("forward", *reader.methods)]
+    named: set[str] = set()
+    for function in functions:
+        if function is None:
+            continue
+        code = getattr(function, "__code__", None)
+        if code is None:
+            return f"{kind.__name__}.{function.__name__} is no function of Python"
+        named.update(name for each in _codes(code) for name in each.co_names)
+    unknown = sorted(named - reader.names)
+    return ", ".join(unknown) if unknown else None
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions and comprehensions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)

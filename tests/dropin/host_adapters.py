@@ -1,0 +1,203 @@
+"""Adapter modules with the interfaces of other trainers, in plain torch.
+
+Written from their attributes and arithmetic: each replaces the forward of a linear, and says in
+its docstring whose module it stands for.
+"""
+
+import weakref
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def plain(columns, rows):
+    return nn.Linear(columns, rows, bias=False)
+
+
+class KohyaLora(nn.Module):
+    """sd-scripts' and musubi-tuner's `LoRAModule`."""
+
+    def __init__(self, linear, rank=3, split_dims=None, dropout=None):
+        super().__init__()
+        k, n = linear.in_features, linear.out_features
+        if split_dims is None:
+            self.lora_down, self.lora_up = plain(k, rank), plain(rank, n)
+        else:
+            self.lora_down = nn.ModuleList(plain(k, rank) for _ in split_dims)
+            self.lora_up = nn.ModuleList(plain(rank, part) for part in split_dims)
+        self.lora_dim, self.split_dims, self.scale, self.multiplier = rank, split_dims, 0.5, 1.2
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, None, None
+        self.org_forward = linear.forward
+        linear.forward = self.forward
+
+    def forward(self, x):
+        before = self.org_forward(x)
+        is_split = self.split_dims is not None
+        downs, ups = (each if is_split else [each] for each in (self.lora_down, self.lora_up))
+        inner = [lora_down(x) for lora_down in downs]
+        if self.dropout is not None and self.training:
+            inner = [F.dropout(each, self.dropout) for each in inner]
+        added = [lora_up(each) for lora_up, each in zip(ups, inner, strict=True)]
+        return before + torch.cat(added, -1) * self.multiplier * self.scale
+
+
+class KohyaInference(KohyaLora):
+    """sd-scripts' `LoRAInfModule`, which has a switch and no dropout."""
+
+    enabled = True
+
+    def default_forward(self, x):
+        added = self.lora_up(self.lora_down(x))
+        return self.org_forward(x) + added * self.multiplier * self.scale
+
+    def forward(self, x):
+        return self.default_forward(x) if self.enabled else self.org_forward(x)
+
+
+class Network:
+    """What ai-toolkit's modules ask for their switches and the multiplier."""
+
+    is_lorm, is_active, is_merged_in, _multiplier = False, True, False, 0.8
+
+    @property
+    def torch_multiplier(self):
+        return torch.tensor([self._multiplier])
+
+
+# a module holds its network weakly
+NETWORK = Network()
+
+
+class ToolkitLora(nn.Module):
+    """ai-toolkit's `LoRAModule`."""
+
+    def __init__(self, linear, rank=3, network=NETWORK):
+        super().__init__()
+        self.lora_down = plain(linear.in_features, rank)
+        self.lora_up = plain(rank, linear.out_features)
+        self.network_ref, self.scale, self.lora_dim = weakref.ref(network), 0.5, rank
+        self.register_buffer("_runtime_scale", torch.tensor(0.5), persistent=False)
+        self.dropout, self.rank_dropout, self.module_dropout = None, None, None
+        self.org_forward = linear.forward
+        linear.forward = self.forward
+
+    def _call_forward(self, x):
+        return self.lora_up(self.lora_down(x)) * self._runtime_scale
+
+    def forward(self, x):
+        network = self.network_ref()
+        if not network.is_active or network.is_merged_in or network._multiplier == 0:
+            return self.org_forward(x)
+        before = self.org_forward(x)
+        added = self._call_forward(x.to(self.lora_down.weight.dtype))
+        return before + (added * network.torch_multiplier.mean()).to(before.dtype)
+
+
+class ToolkitLokr(ToolkitLora):
+    """ai-toolkit's `LokrModule`, its w2 in two narrow factors."""
+
+    _fast_linear, use_w1, use_w2 = True, True, False
+
+    def __init__(self, linear, rank=3, network=NETWORK):
+        super().__init__(linear, rank, network)
+        del self.lora_down, self.lora_up
+        k, n = linear.in_features // 4, linear.out_features // 4
+        self.lokr_w1 = nn.Parameter(torch.empty(4, 4))
+        self.lokr_w2_a = nn.Parameter(torch.empty(n, rank))
+        self.lokr_w2_b = nn.Parameter(torch.empty(rank, k))
+        linear.forward = self.forward
+
+    def _get_delta_factors(self):
+        return self.lokr_w1, self.lokr_w2_a @ self.lokr_w2_b
+
+    def _call_forward_fast_linear(self, x):
+        w1, w2 = self._get_delta_factors()
+        grid = x.unflatten(-1, (4, -1))
+        added = torch.einsum("...qs,os,pq->...po", grid, w2, w1).flatten(-2)
+        return added * self._runtime_scale * self.network_ref().torch_multiplier.mean()
+
+    def forward(self, x):
+        if not self.network_ref().is_active:
+            return self.org_forward(x)
+        return self.org_forward(x) + self._call_forward_fast_linear(x).to(x.dtype)
+
+
+class OneTrainerLora(nn.Module):
+    """OneTrainer's `LoRAModule`: alpha is a tensor."""
+
+    op = staticmethod(F.linear)
+
+    def __init__(self, linear, rank=3):
+        super().__init__()
+        self._orig_module, self.rank, self.dropout = [linear], rank, nn.Dropout(0)
+        self.register_buffer("alpha", torch.tensor(1.5))
+        self.create_layer(linear)
+        self.orig_forward = linear.forward
+        linear.forward = self.forward
+
+    @property
+    def orig_module(self):
+        return self._orig_module[0]
+
+    def create_layer(self, linear):
+        self.lora_down = plain(linear.in_features, self.rank)
+        self.lora_up = plain(self.rank, linear.out_features)
+
+    def make_weight(self, down, up):
+        return up @ down
+
+    def delta_forward(self, x):
+        return self.lora_up(self.dropout(self.lora_down(x))) * (self.alpha / self.rank)
+
+    def forward(self, x):
+        return self.orig_forward(x) + self.delta_forward(x)
+
+
+class OneTrainerDora(OneTrainerLora):
+    """OneTrainer's `DoRAModule`, which rescales rows."""
+
+    decompose_output_axis = True
+
+    def create_layer(self, linear):
+        super().create_layer(linear)
+        self.dora_scale = nn.Parameter(torch.empty(linear.out_features, 1))
+
+    def forward(self, x):
+        change = self.make_weight(self.lora_down.weight, self.lora_up.weight)
+        weight = self.orig_module.weight.detach().float() + change * (self.alpha / self.rank)
+        norm = weight.detach().norm(dim=1, keepdim=True)
+        whole = self.dora_scale * (weight / norm)
+        return self.op(x, whole.to(x.dtype), self.orig_module.bias)
+
+
+class OneTrainerLoha(OneTrainerLora):
+    """OneTrainer's `LoHaModule`: x meets `b` first."""
+
+    def create_layer(self, linear):
+        for name in ("hada_w1", "hada_w2"):
+            a, b = plain(self.rank, linear.out_features), plain(linear.in_features, self.rank)
+            self.register_parameter(f"{name}_a", a.weight)
+            self.register_parameter(f"{name}_b", b.weight)
+
+    def delta_forward(self, x):
+        first = self.make_weight(self.dropout(self.hada_w1_b), self.dropout(self.hada_w1_a))
+        second = self.make_weight(self.dropout(self.hada_w2_b), self.dropout(self.hada_w2_a))
+        return self.op(x, (first * second * (self.alpha / self.rank)).to(x.dtype))
+
+
+class OneTrainerLokr(OneTrainerLora):
+    """OneTrainer's `LoKrModule`, both factors whole."""
+
+    use_w1, use_w2, tucker, weight_decompose, dora_scale, dim = True, True, False, False, None, 3
+
+    def create_layer(self, linear):
+        self.lokr_w1 = nn.Parameter(torch.empty(4, 4))
+        self.lokr_w2 = nn.Parameter(torch.empty(linear.out_features // 4, linear.in_features // 4))
+
+    def get_weight(self):
+        return torch.kron(self.lokr_w1, self.lokr_w2)
+
+    def forward(self, x):
+        change = self.get_weight() * (self.alpha / self.dim)
+        return self.orig_forward(x) + self.op(x, change.to(x.dtype))
