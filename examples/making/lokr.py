@@ -1,0 +1,66 @@
+"""LoKr beside LoRA: the same style from the same pictures in the same steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from making.runs import Run, write_pair
+from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.studio import Example, Studio
+from PIL import Image
+
+from fluxfast.adapters.writing import file_of
+from fluxfast.demo.tasks import TASKS
+from fluxfast.train.events import METRICS_NAME, read_metrics
+
+_COLUMNS = 6
+LOKR = Run("LoKr")
+LORA = Run(
+    "LoRA of rank 16",
+    ("--lora_type=standard", "--lora_rank=16", "--learning_rate=2e-3"),
+    Path("output-lora"),
+)
+
+
+def write_data(count: int) -> None:
+    task = TASKS["style"]
+    for number, scene in enumerate(task.training_scenes()[:count]):
+        write_pair(f"{number:03}", task.draw(scene), task.caption(scene))
+
+
+def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
+    task = TASKS["style"]
+    asked = task.asked_scenes(count)
+    prompts = [task.caption(scene) for scene in asked]
+    sheet = Sheet(
+        "LoKr beside LoRA: the same style, in a smaller file",
+        "Both are taught what a linocut is, from the same pictures in the same steps.",
+        _COLUMNS,
+        ("in the linocut's four inks", "size of the file"),
+    )
+    sheet.images("trained on", [task.draw(each) for each in task.training_scenes()])
+    sheet.heading("The same questions, the same noise")
+    sheet.words("asked for", prompts[:_COLUMNS], numbers=True)
+    numbers, curves = {}, []
+    for run, colour in ((LORA, VERMILION), (LOKR, BLUE)):
+        images = studio.draw(run, prompts)
+        right = studio.measure(
+            "checked", lambda pair: task.shows(*pair), list(zip(images, asked, strict=True))
+        )
+        size = file_of(run.output).stat().st_size
+        losses = [line["loss"] for line in read_metrics(run.output / METRICS_NAME)]
+        sheet.images(run.name, images, (percent(right), f"{size / 1000:,.0f} kB"), colour)
+        curves.append((run.name, losses, colour))
+        numbers[run.name] = {"right": right, "bytes": size, "last losses": _last(losses)}
+    sheet.curves("loss", curves)
+    return sheet.image(), numbers
+
+
+def _last(losses: list[float]) -> float:
+    """The mean of the last tenth."""
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
+
+
+EXAMPLE = Example(16, write_data, (LORA, LOKR), report)

@@ -1,0 +1,98 @@
+"""Drawing with the base and with what runs have trained, and measuring what was drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from making.runs import BASE, Run
+from PIL import Image
+from rich.console import Console
+
+from fluxfast.demo.sampling import BATCH, Sampler
+from fluxfast.progress import counting
+from fluxfast.train.edits import beside, reference_tokens
+
+# denoising steps of an image
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Example:
+    """One feature, shown.
+
+    Attributes:
+        pictures: training pictures, as many as its README's numbers were made with.
+        write_data: writes as many into this folder, beside the config's JSON files.
+        runs: what is trained, in this order.
+        report: asks what was trained for so many images; returns the picture of what came out, and
+            the numbers by name.
+    """
+
+    pictures: int
+    write_data: Callable[[int], None]
+    runs: tuple[Run, ...]
+    report: Callable[[Studio, int], tuple[Image.Image, dict[str, Any]]]
+
+
+class Studio:
+    """Draws with the models of this folder, under a progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def draw(
+        self,
+        run: Run | None,
+        prompts: Sequence[str],
+        references: Sequence[Image.Image] = (),
+    ) -> list[Image.Image]:
+        """An image a prompt, by a run's LoRA on the base; None: the base alone.
+
+        references: what Kontext sees, an image a prompt. All prompts then need to have equally many
+        tokens, since one batch is drawn at a time.
+        """
+        name = "the base" if run is None else run.name
+        sampler = Sampler(BASE, lora=None if run is None else run.output)
+        with counting(self.console, transient=True) as bars:
+            bar = bars.add_task(f"{name} draws", total=len(prompts))
+            draw = partial(sampler.draw, steps=STEPS, drawn=partial(bars.advance, bar))
+            if not references:
+                return draw(prompts)
+            images = []
+            for start in range(0, len(prompts), BATCH):
+                some = slice(start, start + BATCH)
+                seen = [reference_tokens(sampler.pipeline.vae, [each]) for each in references[some]]
+                tokens = torch.cat([tokens for tokens, _ in seen])
+                with beside(sampler.transformer, tokens, seen[0][1]):
+                    images += draw(prompts[some], seed=start)
+            return images
+
+    def measure(
+        self, what: str, numbers: Callable[[Any], float], items: Sequence[Any]
+    ) -> float:
+        """The mean of a number over items."""
+        with counting(self.console, transient=True) as bars:
+            bar = bars.add_task(what, total=len(items))
+            total = 0.0
+            for item in items:
+                total += float(numbers(item))
+                bars.advance(bar)
+        return total / len(items)
+
+
+def difference(image: Image.Image, other: Image.Image) -> float:
+    """The mean difference of two images' pixels: 0 is none, 1 that of black and white."""
+    first, second = (np.asarray(each.convert("RGB"), np.float32) for each in (image, other))
+    return float(np.abs(first - second).mean() / 255)
+
+
+def share_of_colour(image: Image.Image, colour: tuple[int, int, int]) -> float:
+    """The share of pixels that have a colour, or nearly, from 0 to 1."""
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    return float((np.abs(pixels - np.array(colour, np.float32)).max(2) < 60).mean())
