@@ -1,1 +1,1 @@
-"""What `make.py` makes the examples with: their data, the runs, and the pictures of what came out."""
+"""What `make.py` makes the examples with: their data, the runs, and pictures of the outcome."""

@@ -10,13 +10,13 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from making.runs import Run, write_image, write_pair
-from making.sheet import BLUE, VERMILION, Sheet, percent
-from making.studio import Example, Studio, difference
 from PIL import Image
 
 from fluxfast.demo.tasks import shows_scene
 from fluxfast.demo.toyworld import COLOURS, Scene, draw, scenes
+from making.runs import Run, write_image, write_pair
+from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.studio import Example, Studio, difference
 
 _TRAINED, _ASKED, _COLUMNS = 31, 32, 6
 RUN = Run("after training")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from making.runs import Run, write_pair
-from making.sheet import BLUE, VERMILION, Sheet, percent
-from making.studio import Example, Studio
 from PIL import Image
 
 from fluxfast.adapters.writing import file_of
 from fluxfast.demo.tasks import TASKS
 from fluxfast.train.events import METRICS_NAME, read_metrics
+from making.runs import Run, write_pair
+from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.studio import Example, Studio
 
 _COLUMNS = 6
 LOKR = Run("LoKr")

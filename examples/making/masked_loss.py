@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from making.runs import WITHOUT, Run, write_image, write_pair, write_without
-from making.sheet import BLUE, VERMILION, Sheet, percent
-from making.studio import Example, Studio, share_of_colour
 from PIL import Image
 
 from fluxfast.demo.tasks import TASKS
 from fluxfast.demo.toy_objects import SUBJECT
 from fluxfast.demo.toyworld import Scene, draw, outline, subject_scenes
+from making.runs import WITHOUT, Run, write_image, write_pair, write_without
+from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.studio import Example, Studio, share_of_colour
 
 BACKDROP = (255, 0, 200)
 CAPTION = f"a {SUBJECT}"

@@ -9,17 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from making.runs import WITHOUT, Run, write_pair, write_without
-from making.sheet import BLUE, VERMILION, Sheet, percent
-from making.studio import Example, Studio
 from PIL import Image
 
 from fluxfast.demo.tasks import TASKS, old_scenes, shows_scene
 from fluxfast.demo.toy_objects import SUBJECT
 from fluxfast.demo.toyworld import draw, scenes
+from making.runs import WITHOUT, Run, write_pair, write_without
+from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.studio import Example, Studio
 
-_SEED, _REGULARISATION = 21, 96
-_COLUMNS = 6
+_SEED, _COLUMNS = 21, 6
 # of the columns, those that ask for what is new
 _NEW = 3
 WITHOUT_OLD = Run(

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from making.runs import BASE, Run
 from PIL import Image
 from rich.console import Console
 
 from fluxfast.demo.sampling import BATCH, Sampler
 from fluxfast.progress import counting
 from fluxfast.train.edits import beside, reference_tokens
+from making.runs import BASE, Run
 
 # denoising steps of an image
 STEPS = 20
@@ -73,9 +72,7 @@ class Studio:
                     images += draw(prompts[some], seed=start)
             return images
 
-    def measure(
-        self, what: str, numbers: Callable[[Any], float], items: Sequence[Any]
-    ) -> float:
+    def measure(self, what: str, numbers: Callable[[Any], float], items: Sequence[Any]) -> float:
         """The mean of a number over items."""
         with counting(self.console, transient=True) as bars:
             bar = bars.add_task(what, total=len(items))
