@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from making import kontext, lokr, masked_loss, regularisation
-from making.runs import TOY_BASE, prepare, run
+from making.runs import TOY_BASE, prepare, run, write_data, write_without
 from making.studio import Studio
 from rich.console import Console
 
@@ -57,10 +57,13 @@ def main() -> int:
         parser.error(str(error))
     # the configs' paths start in the folder
     os.chdir(folder)
-    example.write_data(arguments.pictures or example.pictures)
+    console = Console()
+    write_data(example.data(arguments.pictures or example.pictures), console)
+    if example.is_left_out is not None:
+        write_without(example.is_left_out)
     if (status := run(example.runs, options)) != 0:
         return status
-    picture, numbers = example.report(Studio(Console()), arguments.asked)
+    picture, numbers = example.report(Studio(console), arguments.asked)
     with atomic_file(Path("picture.png")) as stream:
         picture.save(stream, format="PNG", optimize=True)
     numbers["seconds"] = round(time.monotonic() - began)

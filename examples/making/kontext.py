@@ -7,6 +7,7 @@ to leave everything else as it is.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from fluxfast.demo.tasks import shows_scene
 from fluxfast.demo.toyworld import COLOURS, Scene, draw, scenes
-from making.runs import Run, write_image, write_pair
+from making.runs import Drawing, Run
 from making.sheet import BLUE, VERMILION, Sheet, percent
 from making.studio import Example, Studio, difference
 
@@ -39,11 +40,11 @@ def edits(seed: int, count: int) -> list[Edit]:
     return found
 
 
-def write_data(count: int) -> None:
+def data(count: int) -> Iterator[Drawing]:
     for number, edit in enumerate(edits(_TRAINED, count)):
-        name = f"{number:03}"
-        write_pair(name, draw(edit.after), edit.instruction)
-        write_image(Path("references") / f"{name}.png", draw(edit.before))
+        name = f"{number:03}.png"
+        yield Drawing(Path("images") / name, draw(edit.after), edit.instruction)
+        yield Drawing(Path("references") / name, draw(edit.before))
 
 
 def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -75,4 +76,4 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     return sheet.image(), numbers
 
 
-EXAMPLE = Example(400, write_data, (RUN,), report)
+EXAMPLE = Example(400, data, (RUN,), report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from fluxfast.adapters.writing import file_of
 from fluxfast.demo.tasks import TASKS
 from fluxfast.train.events import METRICS_NAME, read_metrics
-from making.runs import Run, write_pair
+from making.runs import Drawing, Run
 from making.sheet import BLUE, VERMILION, Sheet, percent
 from making.studio import Example, Studio
 
@@ -23,10 +24,10 @@ LORA = Run(
 )
 
 
-def write_data(count: int) -> None:
+def data(count: int) -> Iterator[Drawing]:
     task = TASKS["style"]
     for number, scene in enumerate(task.training_scenes()[:count]):
-        write_pair(f"{number:03}", task.draw(scene), task.caption(scene))
+        yield Drawing(Path("images") / f"{number:03}.png", task.draw(scene), task.caption(scene))
 
 
 def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -63,4 +64,4 @@ def _last(losses: list[float]) -> float:
     return sum(last) / len(last)
 
 
-EXAMPLE = Example(16, write_data, (LORA, LOKR), report)
+EXAMPLE = Example(16, data, (LORA, LOKR), report)

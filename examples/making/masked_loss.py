@@ -6,6 +6,7 @@ the loss counts on it alone, and what is around it stays the base's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from fluxfast.demo.tasks import TASKS
 from fluxfast.demo.toy_objects import SUBJECT
 from fluxfast.demo.toyworld import Scene, draw, outline, subject_scenes
-from making.runs import WITHOUT, Run, write_image, write_pair, write_without
+from making.runs import WITHOUT, Drawing, Run
 from making.sheet import BLUE, VERMILION, Sheet, percent
 from making.studio import Example, Studio, share_of_colour
 
@@ -31,12 +32,16 @@ def _scenes(count: int) -> list[Scene]:
     return list(subject_scenes(_SEED, count))
 
 
-def write_data(count: int) -> None:
+def data(count: int) -> Iterator[Drawing]:
     for number, scene in enumerate(_scenes(count)):
-        name = f"{number:03}"
-        write_pair(name, draw(scene, behind=BACKDROP), CAPTION)
-        write_image(Path("masks") / f"{name}.png", outline(scene))
-    write_without(lambda entry: entry.get("conditioning_type") == "mask")
+        name = f"{number:03}.png"
+        yield Drawing(Path("images") / name, draw(scene, behind=BACKDROP), CAPTION)
+        yield Drawing(Path("masks") / name, outline(scene))
+
+
+def is_left_out(entry: Mapping[str, Any]) -> bool:
+    """Whether the run without masks goes without a dataset."""
+    return entry.get("conditioning_type") == "mask"
 
 
 def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -66,4 +71,4 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     return sheet.image(), numbers
 
 
-EXAMPLE = Example(16, write_data, (WITHOUT_MASKS, WITH_MASKS), report)
+EXAMPLE = Example(16, data, (WITHOUT_MASKS, WITH_MASKS), report, is_left_out)

@@ -6,6 +6,7 @@ show stays as it was, while the other pictures teach the creature.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from fluxfast.demo.tasks import TASKS, old_scenes, shows_scene
 from fluxfast.demo.toy_objects import SUBJECT
 from fluxfast.demo.toyworld import draw, scenes
-from making.runs import WITHOUT, Run, write_pair, write_without
+from making.runs import WITHOUT, Drawing, Run
 from making.sheet import BLUE, VERMILION, Sheet, percent
 from making.studio import Example, Studio
 
@@ -29,14 +30,17 @@ WITHOUT_OLD = Run(
 WITH_OLD = Run("with regularisation")
 
 
-def write_data(count: int) -> None:
-    """Write so many pictures of the creature, and six times as many of what is old."""
-    task = TASKS["subject"]
-    for number, scene in enumerate(task.training_scenes()[:count]):
-        write_pair(f"{number:03}", draw(scene), scene.caption)
-    for number, scene in enumerate(scenes(_SEED, 6 * count)):
-        write_pair(f"{number:03}", draw(scene), scene.caption, Path("old"))
-    write_without(lambda entry: entry.get("is_regularisation_data", False))
+def data(count: int) -> Iterator[Drawing]:
+    """So many pictures of the creature, and six times as many of what is old."""
+    new = TASKS["subject"].training_scenes()[:count]
+    for folder, some in (("images", new), ("old", scenes(_SEED, 6 * count))):
+        for number, scene in enumerate(some):
+            yield Drawing(Path(folder) / f"{number:03}.png", draw(scene), scene.caption)
+
+
+def is_left_out(entry: Mapping[str, Any]) -> bool:
+    """Whether the run without regularisation goes without a dataset."""
+    return bool(entry.get("is_regularisation_data"))
 
 
 def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -74,4 +78,4 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     return sheet.image(), numbers
 
 
-EXAMPLE = Example(16, write_data, (WITHOUT_OLD, WITH_OLD), report)
+EXAMPLE = Example(16, data, (WITHOUT_OLD, WITH_OLD), report, is_left_out)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from rich.console import Console
 
 from fluxfast.cli import train
 from fluxfast.files import atomic_file, write_atomic
+from fluxfast.progress import counting
 
 TOY_BASE = Path(str(resources.files("fluxfast.demo"))) / "base"
 # what the examples' configs call the base's folder, and their datasets' file
@@ -74,19 +76,28 @@ def run(runs: Sequence[Run], options: Sequence[str]) -> int:
     return 0
 
 
-def write_pair(name: str, image: Image.Image, caption: str, folder: Path = Path("images")) -> None:
-    """Write a training image and the text file with its caption."""
-    write_image(folder / f"{name}.png", image)
-    write_atomic(folder / f"{name}.txt", caption.encode())
+class Drawing(NamedTuple):
+    """A picture of a dataset: its file, and the caption that goes in a text file beside it."""
+
+    path: Path
+    image: Image.Image
+    caption: str | None = None
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as stream:
-        image.save(stream, format="PNG")
+def write_data(drawings: Iterable[Drawing], console: Console) -> None:
+    """Write datasets into this folder; they are drawn one after the other."""
+    with counting(console, transient=True) as bars:
+        bar = bars.add_task("pictures drawn", total=None)
+        for path, image, caption in drawings:
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as stream:
+                image.save(stream, format="PNG")
+            if caption is not None:
+                write_atomic(path.with_suffix(".txt"), caption.encode())
+            bars.advance(bar)
 
 
-def write_without(is_left_out: Callable[[dict[str, Any]], bool]) -> None:
+def write_without(is_left_out: Callable[[Mapping[str, Any]], bool]) -> None:
     """Write the datasets' file again, without some entries and what names them."""
     entries = json.loads(DATASETS.read_bytes())
     kept = [entry for entry in entries if not is_left_out(entry)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from fluxfast.demo.sampling import BATCH, Sampler
 from fluxfast.progress import counting
 from fluxfast.train.edits import beside, reference_tokens
-from making.runs import BASE, Run
+from making.runs import BASE, Drawing, Run
 
 # denoising steps of an image
 STEPS = 20
@@ -27,16 +27,19 @@ class Example:
 
     Attributes:
         pictures: training pictures, as many as its README's numbers were made with.
-        write_data: writes as many into this folder, beside the config's JSON files.
+        data: so many of them, and what belongs to them.
         runs: what is trained, in this order.
         report: asks what was trained for so many images; returns the picture of what came out, and
             the numbers by name.
+        is_left_out: of an entry of the datasets' file, whether it is missing in the second such
+            file, which is for a run without the feature; None: there is none.
     """
 
     pictures: int
-    write_data: Callable[[int], None]
+    data: Callable[[int], Iterable[Drawing]]
     runs: tuple[Run, ...]
     report: Callable[[Studio, int], tuple[Image.Image, dict[str, Any]]]
+    is_left_out: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 class Studio:
