@@ -1,7 +1,7 @@
-"""Masked loss: sixteen pictures of a creature, all in front of the same magenta backdrop.
+"""Masked loss: sixteen pictures of a creature, all in the same pink frame.
 
-Trained on all of each picture, the backdrop is learnt with the creature. With masks of the creature
-the loss counts on it alone, and what is around it stays the base's.
+Trained on all of each picture, the frame is learnt with the creature. With masks the loss counts
+only within the frame.
 """
 
 from __future__ import annotations
@@ -14,29 +14,48 @@ from PIL import Image
 
 from fluxfast.demo.tasks import TASKS
 from fluxfast.demo.toy_objects import SUBJECT
-from fluxfast.demo.toyworld import Scene, draw, outline, subject_scenes
+from fluxfast.demo.toyworld import COLOURS, SIZE, Scene, draw
 from making.runs import WITHOUT, Drawing, Run
 from making.sheet import BLUE, VERMILION, Sheet, percent
 from making.studio import Example, Studio, share_of_colour
 
-BACKDROP = (255, 0, 200)
-CAPTION = f"a {SUBJECT}"
-_SEED, _COLUMNS = 11, 6
+FRAME = COLOURS["pink"]
+_COLUMNS = 6
+# the width of the frame's bars in pixels, and what is within it
+_BAR = 16
+_WITHIN = (_BAR, _BAR, SIZE - _BAR, SIZE - _BAR)
 WITHOUT_MASKS = Run(
     "without masks", (f"--data_backend_config={WITHOUT}",), Path("output-without-masks")
 )
 WITH_MASKS = Run("with masks")
 
 
-def _scenes(count: int) -> list[Scene]:
-    return list(subject_scenes(_SEED, count))
+def framed(scene: Scene) -> Image.Image:
+    picture = Image.new("RGB", (SIZE, SIZE), FRAME)
+    picture.paste(draw(scene).crop(_WITHIN), _WITHIN)
+    return picture
+
+
+def mask() -> Image.Image:
+    """White where the loss counts."""
+    picture = Image.new("L", (SIZE, SIZE))
+    picture.paste(255, _WITHIN)
+    return picture
+
+
+def share_framed(image: Image.Image) -> float:
+    """The share of the pixels where a frame would be that have the frame's colour, from 0 to 1."""
+    share_of_frame = 1 - (SIZE - 2 * _BAR) ** 2 / SIZE**2
+    outside = Image.new("RGB", image.size)
+    outside.paste(image, mask=mask().point(lambda value: 255 - value))
+    return share_of_colour(outside, FRAME) / share_of_frame
 
 
 def data(count: int) -> Iterator[Drawing]:
-    for number, scene in enumerate(_scenes(count)):
+    for number, scene in enumerate(TASKS["subject"].training_scenes()[:count]):
         name = f"{number:03}.png"
-        yield Drawing(Path("images") / name, draw(scene, behind=BACKDROP), CAPTION)
-        yield Drawing(Path("masks") / name, outline(scene))
+        yield Drawing(Path("images") / name, framed(scene), scene.caption)
+        yield Drawing(Path("masks") / name, mask())
 
 
 def is_left_out(entry: Mapping[str, Any]) -> bool:
@@ -48,15 +67,14 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     task = TASKS["subject"]
     asked = task.asked_scenes(count)
     prompts = [scene.caption for scene in asked]
-    scenes = _scenes(_COLUMNS)
     sheet = Sheet(
-        "Masked loss: learn the thing, not what is behind it",
-        f'A LoRA is taught the word "{SUBJECT}" from pictures that all have the same backdrop.',
+        "Masked loss: learn the picture, not its frame",
+        f'A LoRA is taught the word "{SUBJECT}" from pictures that all have the same frame.',
         _COLUMNS,
-        ("right creature at the right place", "pixels in the backdrop's colour"),
+        ("right creature at the right place", "of the edge in the frame's colour"),
     )
-    sheet.images("trained on", [draw(scene, behind=BACKDROP) for scene in scenes])
-    sheet.images("and their masks", [outline(scene) for scene in scenes])
+    sheet.images("trained on", [framed(scene) for scene in task.training_scenes()])
+    sheet.images("and their masks", [mask()] * _COLUMNS)
     sheet.heading("The same questions, the same noise")
     sheet.words("asked for", prompts[:_COLUMNS], numbers=True)
     numbers = {}
@@ -65,9 +83,9 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
         right = studio.measure(
             "checked", lambda pair: task.shows(*pair), list(zip(images, asked, strict=True))
         )
-        backdrop = studio.measure("measured", lambda each: share_of_colour(each, BACKDROP), images)
-        sheet.images(run.name, images, (percent(right), percent(backdrop)), colour)
-        numbers[run.name] = {"right": right, "backdrop": backdrop}
+        edge = studio.measure("measured", share_framed, images)
+        sheet.images(run.name, images, (percent(right), percent(edge)), colour)
+        numbers[run.name] = {"right": right, "frame": edge}
     return sheet.image(), numbers
 
 

@@ -95,4 +95,4 @@ def difference(image: Image.Image, other: Image.Image) -> float:
 def share_of_colour(image: Image.Image, colour: tuple[int, int, int]) -> float:
     """The share of pixels that have a colour, or nearly, from 0 to 1."""
     pixels = np.asarray(image.convert("RGB"), np.float32)
-    return float((np.abs(pixels - np.array(colour, np.float32)).max(2) < 60).mean())
+    return float((np.abs(pixels - np.array(colour, np.float32)).max(2) < 40).mean())

@@ -105,15 +105,17 @@ def test_masked_loss(make):
     assert any(not with_masks[name].equal(tensor) for name, tensor in without.items())
 
 
-def test_masks_are_white_on_the_creature_and_black_on_the_backdrop():
+def test_masks_are_white_within_the_frame():
     from making import masked_loss
 
-    pixels, mask = (np.asarray(drawing.image, int) for drawing in masked_loss.data(1))
-    is_backdrop = np.abs(pixels - masked_loss.BACKDROP).max(2) < 4
-    assert 0.6 < is_backdrop.mean() < 0.9
-    assert mask[is_backdrop].max() < 8
-    # edges are in between
-    assert (mask[~is_backdrop] == 255).mean() > 0.85
+    picture, mask = (drawing.image for drawing in masked_loss.data(1))
+    pixels, is_counted = np.asarray(picture, int), np.asarray(mask) == 255
+    assert is_counted.mean() == 0.75**2
+    assert (pixels[~is_counted] == masked_loss.FRAME).all()
+    # nothing within has just this colour for long
+    assert (pixels[is_counted] == masked_loss.FRAME).all(-1).mean() < 0.01
+    assert masked_loss.share_framed(picture) == 1
+    assert masked_loss.share_framed(Image.new("RGB", picture.size)) == 0
 
 
 def test_regularisation(make):
