@@ -46,7 +46,7 @@ def main() -> int:
     )
     parser.add_argument("--pictures", type=int, help="training pictures (the example's own number)")
     parser.add_argument(
-        "--asked", type=int, default=64, help="images that the numbers come from (%(default)s)"
+        "--asked", type=int, default=32, help="images that the numbers come from (%(default)s)"
     )
     arguments, options = parser.parse_beside_config(None)
     example, began = EXAMPLES[arguments.name], time.monotonic()
