@@ -16,7 +16,7 @@ from PIL import Image
 from fluxfast.demo.tasks import shows_scene
 from fluxfast.demo.toyworld import COLOURS, Scene, draw, scenes
 from making.runs import Drawing, Run
-from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.sheet import BLUE, INK, Sheet, percent
 from making.studio import Example, Studio, difference
 
 _TRAINED, _ASKED, _COLUMNS = 31, 32, 6
@@ -61,7 +61,7 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     sheet.images("reference", references)
     sheet.words("instruction", instructions[:_COLUMNS], numbers=True)
     numbers = {}
-    for name, run, colour in (("before training", None, VERMILION), (RUN.name, RUN, BLUE)):
+    for name, run, colour in (("before training", None, INK), (RUN.name, RUN, BLUE)):
         images = studio.draw(run, instructions, references)
         right = studio.measure(
             "checked", lambda pair: shows_scene(pair[0], pair[1].after),

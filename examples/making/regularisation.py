@@ -16,7 +16,7 @@ from fluxfast.demo.tasks import TASKS, old_scenes, shows_scene
 from fluxfast.demo.toy_objects import SUBJECT
 from fluxfast.demo.toyworld import draw, scenes
 from making.runs import WITHOUT, Drawing, Run
-from making.sheet import BLUE, VERMILION, Sheet, percent
+from making.sheet import BLUE, INK, VERMILION, Sheet, percent
 from making.studio import Example, Studio
 
 _SEED, _COLUMNS = 21, 6
@@ -24,7 +24,8 @@ _SEED, _COLUMNS = 21, 6
 _NEW = 3
 WITHOUT_OLD = Run(
     "without regularisation",
-    (f"--data_backend_config={WITHOUT}",),
+    # as many steps on the creature as the other run has
+    (f"--data_backend_config={WITHOUT}", "--max_train_steps=240"),
     Path("output-without-regularisation"),
 )
 WITH_OLD = Run("with regularisation")
@@ -59,7 +60,7 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     )
     sheet.words("asked for", prompts[:_COLUMNS], numbers=True)
     numbers = {}
-    for run, colour in ((None, VERMILION), (WITHOUT_OLD, VERMILION), (WITH_OLD, BLUE)):
+    for run, colour in ((None, INK), (WITHOUT_OLD, VERMILION), (WITH_OLD, BLUE)):
         images = studio.draw(run, prompts)
         pairs = list(zip(images, asked, strict=True))
         shares = {

@@ -13,7 +13,7 @@ _NAMES, _NUMBERS = 150, 150
 _LINES = 4
 # the blue and the vermilion of Okabe and Ito's colours, which colour-blind people tell apart
 BLUE, VERMILION = "#0072b2", "#d55e00"
-_INK, _GREY, _PAPER = "#1c1c24", "#5c5c66", "#ffffff"
+INK, _GREY, _PAPER = "#1c1c24", "#5c5c66", "#ffffff"
 _TITLE, _HEADING = Lettering(26, bold=True), Lettering(17, bold=True)
 _TEXT, _NUMBER = Lettering(15), Lettering(34, bold=True)
 
@@ -34,7 +34,7 @@ class Sheet:
         self._height = _MARGIN
 
         def draw_titles(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> None:
-            _TITLE.draw(draw, (_MARGIN, top - 6), title, _INK)
+            _TITLE.draw(draw, (_MARGIN, top - 6), title, INK)
             for line, words in enumerate(lines):
                 y = top + _TITLE.line_height + line * _TEXT.line_height
                 _TEXT.draw(draw, (_MARGIN, y), words, _GREY)
@@ -46,7 +46,7 @@ class Sheet:
         """A line in bold above what follows."""
         self._add(
             _HEADING.line_height + 2 * _GAP,
-            lambda sheet, draw, top: _HEADING.draw(draw, (_MARGIN, top + _GAP), text, _INK),
+            lambda sheet, draw, top: _HEADING.draw(draw, (_MARGIN, top + _GAP), text, INK),
         )
 
     def words(self, name: str, texts: Sequence[str], *, numbers: bool = False) -> None:
@@ -65,7 +65,7 @@ class Sheet:
                 for line, words in enumerate(lines, count - len(lines)):
                     _TEXT.draw(draw, (left, top + line * _TEXT.line_height), words, _GREY)
             y = top + (count - 1) * _TEXT.line_height
-            _TEXT.draw(draw, (_MARGIN, y), name, _INK)
+            _TEXT.draw(draw, (_MARGIN, y), name, INK)
 
         self._add(count * _TEXT.line_height + _GAP, draw_words)
 
@@ -74,7 +74,7 @@ class Sheet:
         name: str,
         images: Sequence[Image.Image],
         numbers: Sequence[str] = (),
-        colour: str = _INK,
+        colour: str = INK,
     ) -> None:
         """A row of images; `numbers` in `colour`, as many as the sheet's."""
 
@@ -82,7 +82,7 @@ class Sheet:
             lines = _TEXT.lines(name, _NAMES - 2 * _GAP, _LINES)
             y = top + _CELL / 2 - len(lines) * _TEXT.line_height / 2
             for line, words in enumerate(lines):
-                _TEXT.draw(draw, (_MARGIN, y + line * _TEXT.line_height), words, _INK)
+                _TEXT.draw(draw, (_MARGIN, y + line * _TEXT.line_height), words, INK)
             for column, image in enumerate(images[: self._columns]):
                 resized = image.resize((_CELL, _CELL), Image.Resampling.LANCZOS)
                 sheet.paste(resized.convert("RGB"), (self._left(column), top))
@@ -97,7 +97,7 @@ class Sheet:
         chart = _chart(curves, self._width - 2 * _MARGIN - _NAMES, 230)
 
         def draw_chart(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> None:
-            _TEXT.draw(draw, (_MARGIN, top + 2 * _GAP), name, _INK)
+            _TEXT.draw(draw, (_MARGIN, top + 2 * _GAP), name, INK)
             sheet.paste(chart, (_MARGIN + _NAMES, top))
 
         self._add(chart.height + _GAP, draw_chart)
