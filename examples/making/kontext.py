@@ -56,7 +56,7 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
         "Kontext: change one thing, keep the rest",
         "A LoRA learns an edit from pairs of pictures. These references are none of them.",
         _COLUMNS,
-        ("right thing, new colour, same place", "difference from the answer"),
+        ("right thing, colour, place", "difference from the answer"),
     )
     sheet.images("reference", references)
     sheet.words("instruction", instructions[:_COLUMNS], numbers=True)
