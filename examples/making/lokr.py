@@ -19,7 +19,13 @@ _COLUMNS = 6
 LOKR = Run("LoKr")
 LORA = Run(
     "LoRA of rank 16",
-    ("--lora_type=standard", "--lora_rank=16", "--learning_rate=2e-3"),
+    (
+        "--lora_type=standard",
+        "--lora_rank=16",
+        "--lora_dropout=0",
+        "--flux_lora_target=all+ffs",
+        "--learning_rate=2e-3",
+    ),
     Path("output-lora"),
 )
 

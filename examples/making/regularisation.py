@@ -25,7 +25,7 @@ _NEW = 3
 WITHOUT_OLD = Run(
     "without regularisation",
     # as many steps on the creature as the other run has
-    (f"--data_backend_config={WITHOUT}", "--max_train_steps=240"),
+    (f"--data_backend_config={WITHOUT}", "--max_train_steps=375"),
     Path("output-without-regularisation"),
 )
 WITH_OLD = Run("with regularisation")
