@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.filesize import decimal
 
 from fluxfast.adapters.writing import file_of
 from fluxfast.demo.tasks import TASKS
@@ -57,7 +58,7 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
         )
         size = file_of(run.output).stat().st_size
         losses = [line["loss"] for line in read_metrics(run.output / METRICS_NAME)]
-        sheet.images(run.name, images, (percent(right), f"{size / 1000:,.0f} kB"), colour)
+        sheet.images(run.name, images, (percent(right), decimal(size)), colour)
         curves.append((run.name, losses, colour))
         numbers[run.name] = {"right": right, "bytes": size, "last losses": _last(losses)}
     sheet.curves("loss", curves)
