@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 from making import kontext, lokr, masked_loss, regularisation
-from making.runs import TOY_BASE, prepare, run, write_data, write_without
+from making.runs import prepare, run, write_data, write_without
 from making.studio import Studio
 from rich.console import Console
 
 from fluxfast.cli.arguments import CommandLine
+from fluxfast.demo import BASE
 from fluxfast.files import atomic_file, write_atomic
 
 EXAMPLES = {
@@ -42,7 +43,7 @@ def main() -> int:
         "folder", type=Path, nargs="?", help="folder to write (fluxfast-examples/NAME)"
     )
     parser.add_argument(
-        "--base", type=Path, default=TOY_BASE, help="another pipeline than the toy base"
+        "--base", type=Path, default=BASE, help="another pipeline than the toy base"
     )
     parser.add_argument("--pictures", type=int, help="training pictures (the example's own number)")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""Masked loss: sixteen pictures of a creature, all in the same pink frame.
+"""Masked loss: sixteen pictures of a creature, cut out and put on the same pink paper.
 
-Trained on all of each picture, the frame is learnt with the creature. With masks the loss counts
-only within the frame.
+Trained on all of each picture, the paper is learnt with the creature, and comes wherever the
+creature is asked for. With masks the loss counts only on the creature and close around it.
 """
 
 from __future__ import annotations
@@ -10,52 +10,47 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from fluxfast.demo.tasks import TASKS
+from fluxfast.demo.tasks import TASKS, regularisation_scenes
+from fluxfast.demo.toy_checker import check
 from fluxfast.demo.toy_objects import SUBJECT
-from fluxfast.demo.toyworld import COLOURS, SIZE, Scene, draw
+from fluxfast.demo.toyworld import COLOURS, Scene, draw, outline
 from making.runs import WITHOUT, Drawing, Run
 from making.sheet import BLUE, VERMILION, Sheet, percent
-from making.studio import Example, Studio, share_of_colour
+from making.studio import Example, Studio
 
-FRAME = COLOURS["pink"]
 _COLUMNS = 6
-# the width of the frame's bars in pixels, and what is within it
-_BAR = 16
-_WITHIN = (_BAR, _BAR, SIZE - _BAR, SIZE - _BAR)
+# pixels around the creature that are cut out with it
+_MARGIN = 10
 WITHOUT_MASKS = Run(
     "without masks", (f"--data_backend_config={WITHOUT}",), Path("output-without-masks")
 )
 WITH_MASKS = Run("with masks")
 
 
-def framed(scene: Scene) -> Image.Image:
-    picture = Image.new("RGB", (SIZE, SIZE), FRAME)
-    picture.paste(draw(scene).crop(_WITHIN), _WITHIN)
-    return picture
+def trained_scenes(count: int) -> list[Scene]:
+    return TASKS["subject"].training_scenes()[:count]
 
 
-def mask() -> Image.Image:
-    """White where the loss counts."""
-    picture = Image.new("L", (SIZE, SIZE))
-    picture.paste(255, _WITHIN)
-    return picture
+def mask(scene: Scene) -> Image.Image:
+    """White where the loss counts: the creature, and a little around it."""
+    return outline(scene).filter(ImageFilter.MaxFilter(2 * _MARGIN + 1))
 
 
-def share_framed(image: Image.Image) -> float:
-    """The share of the pixels where a frame would be that have the frame's colour, from 0 to 1."""
-    share_of_frame = 1 - (SIZE - 2 * _BAR) ** 2 / SIZE**2
-    outside = Image.new("RGB", image.size)
-    outside.paste(image, mask=mask().point(lambda value: 255 - value))
-    return share_of_colour(outside, FRAME) / share_of_frame
+def on_paper(scene: Scene) -> Image.Image:
+    picture = draw(scene)
+    return Image.composite(picture, Image.new("RGB", picture.size, COLOURS["pink"]), mask(scene))
 
 
 def data(count: int) -> Iterator[Drawing]:
-    for number, scene in enumerate(TASKS["subject"].training_scenes()[:count]):
+    for number, scene in enumerate(trained_scenes(count)):
         name = f"{number:03}.png"
-        yield Drawing(Path("images") / name, framed(scene), scene.caption)
-        yield Drawing(Path("masks") / name, mask())
+        yield Drawing(Path("images") / name, on_paper(scene), scene.caption)
+        yield Drawing(Path("masks") / name, mask(scene))
+    # what nothing is said of in training must be held by something
+    for number, scene in enumerate(regularisation_scenes()[: 16 * count]):
+        yield Drawing(Path("old") / f"{number:03}.png", draw(scene), scene.caption)
 
 
 def is_left_out(entry: Mapping[str, Any]) -> bool:
@@ -64,28 +59,28 @@ def is_left_out(entry: Mapping[str, Any]) -> bool:
 
 
 def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
-    task = TASKS["subject"]
-    asked = task.asked_scenes(count)
-    prompts = [scene.caption for scene in asked]
+    asked = TASKS["subject"].asked_scenes(count)
+    prompts, trained = [scene.caption for scene in asked], trained_scenes(_COLUMNS)
     sheet = Sheet(
-        "Masked loss: learn the picture, not its frame",
-        f'A LoRA is taught the word "{SUBJECT}" from pictures that all have the same frame.',
+        "Masked loss: learn the creature, not what is behind it",
+        f'A LoRA is taught the word "{SUBJECT}" from cut-outs on pink paper.',
         _COLUMNS,
-        ("right creature at the right place", "of the edge in the frame's colour"),
+        ("right creature", "place asked for"),
     )
-    sheet.images("trained on", [framed(scene) for scene in task.training_scenes()])
-    sheet.images("and their masks", [mask()] * _COLUMNS)
+    sheet.images("trained on", [on_paper(scene) for scene in trained])
+    sheet.images("and their masks", [mask(scene) for scene in trained])
     sheet.heading("The same questions, the same noise")
     sheet.words("asked for", prompts[:_COLUMNS], numbers=True)
     numbers = {}
     for run, colour in ((WITHOUT_MASKS, VERMILION), (WITH_MASKS, BLUE)):
         images = studio.draw(run, prompts)
-        right = studio.measure(
-            "checked", lambda pair: task.shows(*pair), list(zip(images, asked, strict=True))
-        )
-        edge = studio.measure("measured", share_framed, images)
-        sheet.images(run.name, images, (percent(right), percent(edge)), colour)
-        numbers[run.name] = {"right": right, "frame": edge}
+        seen = studio.each("checked", check, images)
+        shares = {
+            "creature": sum(each.object == SUBJECT for each in seen) / count,
+            "place": sum(s.place == a.place for s, a in zip(seen, asked, strict=True)) / count,
+        }
+        sheet.images(run.name, images, [percent(share) for share in shares.values()], colour)
+        numbers[run.name] = shares
     return sheet.image(), numbers
 
 

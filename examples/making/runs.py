@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from fluxfast.cli import train
 from fluxfast.files import atomic_file, write_atomic
 from fluxfast.progress import counting
 
-TOY_BASE = Path(str(resources.files("fluxfast.demo"))) / "base"
 # what the examples' configs call the base's folder, and their datasets' file
 BASE, DATASETS = Path("base"), Path("multidatabackend.json")
 # the datasets' file of a run that goes without the feature

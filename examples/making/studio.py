@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 
-from fluxfast.demo.sampling import BATCH, Sampler
+from fluxfast.demo.sampling import BATCH, DENOISING, Sampler
 from fluxfast.progress import counting
 from fluxfast.train.edits import beside, reference_tokens
 from making.runs import BASE, Drawing, Run
 
 # denoising steps of an image
-STEPS = 20
+STEPS = DENOISING
+T, U = TypeVar("T"), TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,21 @@ class Studio:
                     images += draw(prompts[some], seed=start)
             return images
 
-    def measure(self, what: str, numbers: Callable[[Any], float], items: Sequence[Any]) -> float:
-        """The mean of a number over items."""
+    def each(self, what: str, found: Callable[[T], U], items: Sequence[T]) -> list[U]:
+        """What a function finds of each item."""
         with counting(self.console, transient=True) as bars:
-            bar = bars.add_task(what, total=len(items))
-            total = 0.0
+            bar, answers = bars.add_task(what, total=len(items)), []
             for item in items:
-                total += float(numbers(item))
+                answers.append(found(item))
                 bars.advance(bar)
-        return total / len(items)
+        return answers
+
+    def measure(self, what: str, number: Callable[[T], float], items: Sequence[T]) -> float:
+        """The mean of a number over items."""
+        return sum(map(float, self.each(what, number, items))) / len(items)
 
 
 def difference(image: Image.Image, other: Image.Image) -> float:
     """The mean difference of two images' pixels: 0 is none, 1 that of black and white."""
     first, second = (np.asarray(each.convert("RGB"), np.float32) for each in (image, other))
     return float(np.abs(first - second).mean() / 255)
-
-
-def share_of_colour(image: Image.Image, colour: tuple[int, int, int]) -> float:
-    """The share of pixels that have a colour, or nearly, from 0 to 1."""
-    pixels = np.asarray(image.convert("RGB"), np.float32)
-    return float((np.abs(pixels - np.array(colour, np.float32)).max(2) < 40).mean())

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from fluxfast.demo.toy_canvas import Canvas, Colour
 from fluxfast.demo.toy_objects import OBJECTS, SUBJECT, SUBJECT_COLOUR, plonk
@@ -120,22 +120,37 @@ def object_colour(colour: str, time: str) -> Colour:
     return lit(COLOURS[colour] if colour else SUBJECT_COLOUR, time, 0.3)
 
 
-def draw(scene: Scene, size: int = SIZE) -> Image.Image:
-    """The scene as an RGB image, `size` pixels wide and high."""
+def draw(scene: Scene, size: int = SIZE, *, behind: Colour | None = None) -> Image.Image:
+    """The scene as an RGB image, `size` pixels wide and high.
+
+    behind: a colour that takes the place of all but the object, which stays where it is.
+    """
     draws = random.Random(scene.seed)
     canvas = Canvas(size)
     draw_place(canvas, scene.place, scene.time, scene.weather, draws)
     x, scale = draws.uniform(*MIDDLES), draws.uniform(*SCALES)
     shadow, mirrored = draws.uniform(*_GROUND), draws.random() < 0.5
     foot = draws.uniform(*feet(scene.object)) if scene.object in _FLYING else shadow
-    canvas.oval(
-        x, shadow, scale * 0.95, scale * 0.13, (24, 20, 48), shade=0.0, blur=0.012, opacity=0.3
-    )
+    if behind is None:
+        canvas.oval(
+            x, shadow, scale * 0.95, scale * 0.13, (24, 20, 48), shade=0.0, blur=0.012, opacity=0.3
+        )
+    else:
+        canvas.replace()
+        canvas.sky(behind, behind)
     canvas.place(x, foot, scale, mirrored)
     drawing = plonk if scene.object == SUBJECT else OBJECTS[scene.object]
     drawing(canvas, object_colour(scene.colour, scene.time))
-    draw_weather(canvas, scene.weather, draws)
+    if behind is None:
+        draw_weather(canvas, scene.weather, draws)
     return canvas.image()
+
+
+def outline(scene: Scene, size: int = SIZE) -> Image.Image:
+    """How much of each pixel the scene's object covers, from black to white: a mask of it (L)."""
+    black, white = (draw(scene, size, behind=(v, v, v)).convert("L") for v in (0, 255))
+    # where nothing covers it, what is behind the object shows its whole colour
+    return ImageChops.invert(ImageChops.difference(white, black))
 
 
 def draw_background(
