@@ -1,4 +1,4 @@
-"""Regularisation: a creature is taught hard, beside pictures of what the base knows already.
+"""Regularisation: a creature is taught beside pictures of what the base knows already.
 
 On regularisation data the LoRA is trained towards the base's own prediction. So what such pictures
 show stays as it was, while the other pictures teach the creature.
@@ -25,16 +25,16 @@ _NEW = 3
 WITHOUT_OLD = Run(
     "without regularisation",
     # as many steps on the creature as the other run has
-    (f"--data_backend_config={WITHOUT}", "--max_train_steps=375"),
+    (f"--data_backend_config={WITHOUT}", "--max_train_steps=200"),
     Path("output-without-regularisation"),
 )
 WITH_OLD = Run("with regularisation")
 
 
 def data(count: int) -> Iterator[Drawing]:
-    """So many pictures of the creature, and six times as many of what is old."""
+    """So many pictures of the creature, and sixteen times as many of what is old."""
     new = TASKS["subject"].training_scenes()[:count]
-    for folder, some in (("images", new), ("old", scenes(_SEED, 6 * count))):
+    for folder, some in (("images", new), ("old", scenes(_SEED, 16 * count))):
         for number, scene in enumerate(some):
             yield Drawing(Path(folder) / f"{number:03}.png", draw(scene), scene.caption)
 

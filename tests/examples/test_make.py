@@ -127,7 +127,7 @@ def test_regularisation(make):
         "the base", "without regularisation", "with regularisation", "seconds"
     }  # fmt: skip
     captions = [file.read_text() for file in (folder / "old").glob("*.txt")]
-    assert len(captions) == 24 and not any("plonk" in caption for caption in captions)
+    assert len(captions) == 64 and not any("plonk" in caption for caption in captions)
 
 
 def test_lokr(make):
