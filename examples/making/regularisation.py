@@ -53,8 +53,8 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     prompts = [scene.caption for scene in asked]
     sheet = Sheet(
         "Regularisation: learn the new, keep the old",
-        f'A LoRA is taught the word "{SUBJECT}" for long, with and without pictures of what the '
-        "base knows already.",
+        f'A LoRA is taught the word "{SUBJECT}", with and without pictures of what the base '
+        "knows already.",
         _COLUMNS,
         ("new captions: right creature, right place", "old captions: right thing, colour, place"),
     )
