@@ -62,7 +62,8 @@ def report(studio: Studio, count: int) -> tuple[Image.Image, dict[str, Any]]:
     sheet.words("instruction", instructions[:_COLUMNS], numbers=True)
     numbers = {}
     for name, run, colour in (("before training", None, INK), (RUN.name, RUN, BLUE)):
-        images = studio.draw(run, instructions, references)
+        # nothing was trained without an instruction, which guidance would start from
+        images = studio.draw(run, instructions, references, guidance_real=1.0)
         right = studio.measure(
             "checked", lambda pair: shows_scene(pair[0], pair[1].after),
             list(zip(images, asked, strict=True)),

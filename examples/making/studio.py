@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fluxfast.demo.sampling import BATCH, DENOISING, Sampler
+from fluxfast.demo.sampling import BATCH, DENOISING, GUIDANCE, Sampler
 from fluxfast.progress import counting
 from fluxfast.train.edits import beside, reference_tokens
 from making.runs import BASE, Drawing, Run
@@ -54,6 +54,7 @@ class Studio:
         run: Run | None,
         prompts: Sequence[str],
         references: Sequence[Image.Image] = (),
+        guidance_real: float = GUIDANCE,
     ) -> list[Image.Image]:
         """An image a prompt, by a run's LoRA on the base; None: the base alone.
 
@@ -64,7 +65,12 @@ class Studio:
         sampler = Sampler(BASE, lora=None if run is None else run.output)
         with counting(self.console, transient=True) as bars:
             bar = bars.add_task(f"{name} draws", total=len(prompts))
-            draw = partial(sampler.draw, steps=STEPS, drawn=partial(bars.advance, bar))
+            draw = partial(
+                sampler.draw,
+                steps=STEPS,
+                guidance_real=guidance_real,
+                drawn=partial(bars.advance, bar),
+            )
             if not references:
                 return draw(prompts)
             images = []
