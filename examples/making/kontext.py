@@ -19,7 +19,7 @@ from making.runs import Drawing, Run
 from making.sheet import BLUE, INK, Sheet, percent
 from making.studio import Example, Studio, difference
 
-_TRAINED, _ASKED, _COLUMNS = 31, 32, 6
+_TRAINED, _ASKED, _COLUMNS = 31, 132, 6
 RUN = Run("after training")
 
 
