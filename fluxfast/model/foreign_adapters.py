@@ -169,6 +169,10 @@ READERS = (
 )
 
 
+# the reader of each class of which an adapter was seen; None where there is none
+_readers: dict[type, Reader | None] = {}
+
+
 def foreign_adapters(module: nn.Module) -> Found | None:
     """What the adapters in a linear's replaced forward add, the innermost first.
 
@@ -217,10 +221,15 @@ def _owner_of(forward: Any) -> Any | None:
 
 
 def _reader_of(owner: nn.Module) -> Reader | None:
-    for reader in READERS:
-        if hasattr(owner, reader.inner) and all(hasattr(owner, name) for name in reader.has):
-            return reader
-    return None
+    kind = type(owner)
+    # a module takes a microsecond to say that it lacks an attribute
+    if kind not in _readers:
+        _readers[kind] = next((each for each in READERS if _has(owner, each)), None)
+    return _readers[kind]
+
+
+def _has(owner: nn.Module, reader: Reader) -> bool:
+    return all(hasattr(owner, name) for name in (reader.inner, *reader.has))
 
 
 @functools.cache

@@ -124,8 +124,10 @@ def onetrainer_lokr(owner: Any) -> Found:
     """OneTrainer's LoKrModule."""
     if owner.weight_decompose:
         return "its LoKr is weight-decomposed"
-    if _drops(owner.dropout) or owner.tucker:
+    if _drops(owner.dropout):
         return _RANDOM
+    if owner.tucker:
+        return "its LoKr is no linear's"
     return _kronecker(owner, _number(owner.alpha) / owner.dim)
 
 
