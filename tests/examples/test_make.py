@@ -111,12 +111,15 @@ def test_masks_are_white_where_the_creature_is_and_close_around_it():
     scene = masked_loss.trained_scenes(1)[0]
     found = {drawing.path.parent.name: drawing.image for drawing in masked_loss.data(1)}
     picture, whole = np.asarray(found["images"], int), np.asarray(draw(scene), int)
-    is_counted = np.asarray(found["masks"]) == 255
+    mask = np.asarray(found["masks"])
+    is_counted = mask == 255
     assert 0.2 < is_counted.mean() < 0.6
     # all of the creature, with what is close around it, and nothing but paper elsewhere
     assert is_counted[np.asarray(outline(scene)) > 0].all()
     assert (picture[is_counted] == whole[is_counted]).all()
-    assert (picture[~is_counted] == COLOURS["pink"]).all()
+    assert (picture[mask == 0] == COLOURS["pink"]).all()
+    # a smooth edge between them
+    assert ((mask > 0) & ~is_counted).mean() < 0.05
 
 
 def test_regularisation(make):
@@ -134,7 +137,8 @@ def test_lokr(make):
     folder = make("lokr")
     numbers = numbers_of(folder)
     sizes = [numbers[name]["bytes"] for name in ("LoKr", "LoRA of rank 8")]
-    assert 0.5 < sizes[0] / sizes[1] < 2
+    # as many numbers on the toy base; this one is a third as wide, where a LoKr's shrink by more
+    assert 0.3 < sizes[0] / sizes[1] < 0.5
     tensors = load_file(folder / "output" / "pytorch_lora_weights.safetensors")
     assert any("lokr_w1" in name for name in tensors)
 
