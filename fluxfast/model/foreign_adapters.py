@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fluxfast.adapters.kind import Wrapped
 from fluxfast.model import foreign_lora
 from fluxfast.ops.linear.adapters import Adapter, Lora
 
@@ -169,6 +170,11 @@ READERS = (
 )
 
 
+# modules of PEFT's that aren't a kind of ours, by where their classes are and what they add
+WRAPPERS: dict[tuple[str, str], Callable[[Any], Found]] = {
+    ("peft.tuners.lokr.layer", "Linear"): foreign_lora.peft_lokr,
+    ("peft.tuners.loha.layer", "Linear"): foreign_lora.peft_loha,
+}
 # the reader of each class of which an adapter was seen; None where there is none
 _readers: dict[type, Reader | None] = {}
 
@@ -202,6 +208,12 @@ def foreign_adapters(module: nn.Module) -> Found | None:
     if len(found) > 1 and any(isinstance(a, Lora) and a.magnitude is not None for a in found):
         return "one of several adapters is DoRA, which rescales what the others add"
     return tuple(found)
+
+
+def foreign_wrapper(module: nn.Module) -> Wrapped | None:
+    """A module that another library puts in a linear's place, taken apart; None for no such one."""
+    read = WRAPPERS.get((type(module).__module__, type(module).__name__))
+    return None if read is None else Wrapped(module.base_layer, read(module))  # type: ignore[arg-type]
 
 
 def _is_own(module: nn.Module, forward: Any) -> bool:

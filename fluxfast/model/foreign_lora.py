@@ -7,6 +7,7 @@ str that says why only the module itself can compute what it adds. Which module 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -161,6 +162,50 @@ def lycoris_lokr(owner: Any) -> Found:
         return _RANDOM
     scalar = owner.scalar if isinstance(owner.scalar, nn.Parameter) else None
     return _kronecker(owner, float(owner.multiplier * owner.scale), scalar)
+
+
+def peft_lokr(module: Any) -> Found:
+    """PEFT's LoKr on a linear, all of its active adapters."""
+
+    def factor(name: str, adapter: str) -> tuple[Tensor, ...]:
+        whole = getattr(module, name)
+        if adapter in whole:
+            return (whole[adapter],)
+        return getattr(module, f"{name}_a")[adapter], getattr(module, f"{name}_b")[adapter]
+
+    def read(adapter: str) -> Adapter:
+        w1, w2 = factor("lokr_w1", adapter), factor("lokr_w2", adapter)
+        return Lokr(w1, w2, module.scaling[adapter])
+
+    return _peft(module, {*module.lokr_w1, *module.lokr_w1_a}, read)
+
+
+def peft_loha(module: Any) -> Found:
+    """PEFT's LoHa on a linear, all of its active adapters; its `b` is what x meets first."""
+
+    def read(adapter: str) -> Adapter:
+        w1, w2 = (
+            (getattr(module, f"{name}_a")[adapter], getattr(module, f"{name}_b")[adapter])
+            for name in ("hada_w1", "hada_w2")
+        )
+        return Loha(w1, w2, module.scaling[adapter])
+
+    return _peft(module, set(module.hada_w1_a), read)
+
+
+def _peft(module: Any, available: Set[str], read: Callable[[str], Adapter]) -> Found:
+    if module.merged and module.disable_adapters:
+        return "only PEFT can take its merged adapter out of the base again"
+    if module.merged or module.disable_adapters:
+        return ()
+    found = []
+    for name in module.active_adapters:
+        if name not in available:
+            continue
+        if module.training and (module.rank_dropout[name] or module.module_dropout[name]):
+            return f"adapter {name!r} has a dropout"
+        found.append(read(name))
+    return tuple(found)
 
 
 def _factors(down: Any, up: Any, scale: float) -> Found:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
-from fluxfast.model.foreign_adapters import foreign_adapters
+from fluxfast.model.foreign_adapters import foreign_adapters, foreign_wrapper
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import is_random
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
@@ -46,17 +46,19 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
     """What `read_linear` gives, or in place of None what `obstacle` says."""
     if (because := hooked(module)) is not None:
         return _read_replaced(module, because)
+    wrapped = foreign_wrapper(module)
     for kind in KINDS.values():
+        if wrapped is not None:
+            break
         wrapped = kind.read(module, share_dropout=share_dropout)
-        if wrapped is None:
-            continue
-        base = read_or_because(wrapped.base, share_dropout=share_dropout)
-        if isinstance(base, str):
-            return base
-        if isinstance(wrapped.adapters, str):
-            return wrapped.adapters
-        return LinearParams(base.weight, base.bias, (*base.adapters, *wrapped.adapters))
-    return _frozen(module)
+    if wrapped is None:
+        return _frozen(module)
+    base = read_or_because(wrapped.base, share_dropout=share_dropout)
+    if isinstance(base, str):
+        return base
+    if isinstance(wrapped.adapters, str):
+        return wrapped.adapters
+    return LinearParams(base.weight, base.bias, (*base.adapters, *wrapped.adapters))
 
 
 def _frozen(module: nn.Module) -> LinearParams | str:

@@ -187,10 +187,11 @@ def dora_dropped(model):
 
 
 @pytest.mark.parametrize("how", [None, "default"])
-def test_dora_is_fused(inputs, how):
+@pytest.mark.parametrize("inject", [dora, lokr])
+def test_dora_and_lokr_are_fused(inputs, how, inject):
     host, ours = pair(diffusers_host)
     for model in (host, ours):
-        dora(model)
+        inject(model)
         model.train()
         checkpointing(model, how)
     report = fluxfast.accelerate(ours)
@@ -198,7 +199,7 @@ def test_dora_is_fused(inputs, how):
     assert_equal(host, ours, inputs)
 
 
-@pytest.mark.parametrize("inject", [dora_dropped, lokr, bias_in_b, dropped, mixed])
+@pytest.mark.parametrize("inject", [dora_dropped, bias_in_b, dropped, mixed])
 @pytest.mark.parametrize("how", [None, "default"])
 def test_what_is_no_plain_lora_is_computed_by_its_module(inputs, inject, how):
     """The modules are called in diffusers' order, so the same seed gives the same dropout masks."""

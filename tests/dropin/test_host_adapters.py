@@ -16,6 +16,7 @@ from host_adapters import (
     ToolkitLora,
 )
 from host_of_sd_scripts import Flux
+from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
 from torch import nn
 
 import fluxfast
@@ -54,7 +55,8 @@ def linear_with(*makes, features=(28, 40)):
 def results(call, x, adapters):
     y = call(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    trained = [p for p in adapters.parameters() if p.requires_grad]
+    modules = isinstance(adapters, nn.Module)
+    trained = [p for p in adapters.parameters() if p.requires_grad] if modules else adapters
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *trained])]
 
 
@@ -174,6 +176,25 @@ def test_lycoris_own_modules_are_read():
                 *linear_with(applied(lokr, factor=4, bypass_mode=bypass, use_scalar=scalar))
             )
     assert "weight-decomposed" in obstacle(linear_with(applied(lokr, weight_decompose=True))[0])
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("config", [LoKrConfig, LoHaConfig])
+def test_pefts_lokr_and_loha_are_read(config, decomposed):
+    options = {"decompose_both": True} if decomposed and config is LoKrConfig else {}
+    host = nn.Sequential(nn.Linear(28, 40))
+    config = config(r=2, target_modules=["0"], init_weights=False, **options)
+    inject_adapter_in_model(config, host, "one")
+    inject_adapter_in_model(config, host, "two")
+    host.double()
+    host[0].set_adapter(["one", "two"])
+    randomise_trained(host)
+    host[0].base_layer.requires_grad_(False)
+    assert_read(host[0], [p for p in host.parameters() if p.requires_grad], wanted=2)
+    host[0].set_adapter(["two"])
+    assert len(read_linear(host[0]).adapters) == 1
+    host[0].enable_adapters(False)
+    assert read_linear(host[0]).adapters == ()
 
 
 def linears_of(model):
