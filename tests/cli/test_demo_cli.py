@@ -44,7 +44,7 @@ def test_the_folder_has_a_base_images_with_captions_and_a_run(tmp_path, base, ta
     taught = [(TASKS[task].caption(s), TASKS[task].draw(s)) for s in TASKS[task].training_scenes()]
     regular = [(scene.caption, draw(scene)) for scene in regularisation_scenes()]
     for name, captioned in (("images", taught), ("regularisation", regular)):
-        paths = sorted((tmp_path / task / name).glob("*.png"))
+        paths = sorted((tmp_path / task / name).glob("*.png"), key=lambda path: int(path.stem))
         for path, (caption, drawn) in zip(paths, captioned, strict=True):
             assert path.with_suffix(".txt").read_text() == caption
             with Image.open(path) as image:
