@@ -136,11 +136,12 @@ def test_streamed_blocks_are_not_compiled():
         stream.close()
 
 
+# monkeypatch's undoing hides a setting of torch's for the rest of the process
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_more_graphs_than_that_are_an_error(monkeypatch):
     from fluxfast.model import compiled
 
     monkeypatch.setattr(compiled, "MOST_GRAPHS", 2)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     parts = compiled.CompiledRegions(Compile("eager"))
 
     def double(x):
