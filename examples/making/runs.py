@@ -13,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from fluxfast.cli import train
-from fluxfast.files import atomic_file, write_atomic
+from fluxfast.demo.folder import write_captioned
+from fluxfast.files import atomic_file, atomic_folder, write_atomic
 from fluxfast.progress import counting
 
 # what the examples' configs call the base's folder, and their datasets' file
@@ -54,11 +55,8 @@ def prepare(example: Path, folder: Path, base: Path) -> None:
     for file in sorted(example.glob("*.json")):
         write_atomic(folder / file.name, file.read_bytes())
     if not (folder / BASE).exists():
-        # under its own name only when it is whole, so that a second try does not take half of it
-        partial = folder / f"{BASE}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(base, partial)
-        partial.rename(folder / BASE)
+        with atomic_folder(folder / BASE) as new:
+            shutil.copytree(base, new, dirs_exist_ok=True)
 
 
 def run(runs: Sequence[Run], options: Sequence[str]) -> int:
@@ -88,10 +86,11 @@ def write_data(drawings: Iterable[Drawing], console: Console) -> None:
         bar = bars.add_task("pictures drawn", total=None)
         for path, image, caption in drawings:
             path.parent.mkdir(exist_ok=True)
-            with atomic_file(path) as stream:
-                image.save(stream, format="PNG")
             if caption is not None:
-                write_atomic(path.with_suffix(".txt"), caption.encode())
+                write_captioned(path, image, caption)
+            else:
+                with atomic_file(path) as stream:
+                    image.save(stream, format="PNG")
             bars.advance(bar)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image, ImageDraw
 
 from fluxfast.data.lettering import Lettering
+from fluxfast.train.loss_chart import running_mean
 
 _MARGIN, _GAP, _CELL = 28, 8, 128
 _NAMES, _NUMBERS = 150, 150
@@ -137,11 +138,7 @@ def _chart(
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     for (label, losses, colour), line in zip(curves, ("-", "--"), strict=False):
-        window = max(1, len(losses) // 10)
-        means = [
-            sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1)
-            for i in range(len(losses))
-        ]
+        means = running_mean(losses, max(1, len(losses) // 10))
         steps = range(1, len(losses) + 1)
         axes.plot(steps, means, line, color=colour, linewidth=2, label=label)
     axes.set_xlabel("step", fontsize=11)

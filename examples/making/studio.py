@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fluxfast.demo.sampling import BATCH, DENOISING, GUIDANCE, Sampler
+from fluxfast.demo import sampling
+from fluxfast.demo.sampling import BATCH, GUIDANCE, Sampler
 from fluxfast.progress import counting
 from fluxfast.train.edits import beside, reference_tokens
 from making.runs import BASE, Drawing, Run
 
-# denoising steps of an image
-STEPS = DENOISING
 T, U = TypeVar("T"), TypeVar("U")
 
 
@@ -67,7 +66,7 @@ class Studio:
             bar = bars.add_task(f"{name} draws", total=len(prompts))
             draw = partial(
                 sampler.draw,
-                steps=STEPS,
+                steps=sampling.DENOISING,
                 guidance_real=guidance_real,
                 drawn=partial(bars.advance, bar),
             )

@@ -49,7 +49,7 @@ def config_json(root: Path, steps: int, task: str = "subject") -> dict[str, obje
         "learning_rate": TASKS[task].learning_rate,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": min(10, steps // 4),
-        # most steps at high noise, where what a subject's parts come to be and where is decided
+        # most steps at high noise, where it is decided which parts a thing has, and where
         "flow_schedule_shift": 5,
         "train_batch_size": 8,
         "gradient_checkpointing": False,

@@ -111,8 +111,8 @@ TASKS = {
             draw,
             lambda scene: scene.caption,
             _shows_subject,
-            4e-3,
-            0.5,
+            learning_rate=4e-3,
+            regularised=0.5,
         ),
         Task(
             "style",
@@ -122,8 +122,8 @@ TASKS = {
             linocut,
             _of_style,
             _is_linocut,
-            3e-3,
-            0.75,
+            learning_rate=3e-3,
+            regularised=0.75,
         ),
     )
 }

@@ -12,6 +12,7 @@ folder SITE first in PYTHONPATH, whose `sitecustomize` Python imports when it st
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -30,10 +31,12 @@ _HOOKS = "torch.nn.modules.module"
 _LISTS = (("transformer_blocks", "single_transformer_blocks"), ("double_blocks", "single_blocks"))
 
 
+@functools.cache
 def install() -> None:
-    """Accelerate each FLUX.1 transformer of this process, when it has imported torch."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
+    """Accelerate each FLUX.1 transformer of this process, when it has imported torch.
+
+    A second call changes nothing.
+    """
     if (module := sys.modules.get(_HOOKS)) is not None:
         _watch(module)
     else:

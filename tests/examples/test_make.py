@@ -12,22 +12,12 @@ from safetensors.torch import load_file
 
 from fluxfast.config.datasets import load_data_config
 from fluxfast.config.run import load_config
-from fluxfast.demo.pipeline import make_pipeline
+from fluxfast.demo.pipeline import BASE_CONFIG, make_pipeline
 from fluxfast.demo.toyworld import COLOURS, draw, outline
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("kontext", "lokr", "masked-loss", "regularisation")
-TINY = {
-    "in_channels": 64,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 32,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 64,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 14, 14),
-}
+TINY = BASE_CONFIG | {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +38,7 @@ def make(base, tmp_path, monkeypatch):
     """Make an example with a random base, four pictures and two steps; returns its folder."""
 
     def make(name, *options):
-        from making import studio
-
-        # denoising steps
-        monkeypatch.setattr(studio, "STEPS", 2)
+        monkeypatch.setattr("fluxfast.demo.sampling.DENOISING", 2)
         folder = tmp_path / name
         words = [name, str(folder), f"--base={base}", "--pictures=4", "--asked=2"]
         words += ["--max_train_steps=2", "--train_batch_size=2", *options]
@@ -168,7 +155,7 @@ def test_each_image_is_drawn_beside_its_own_reference(base, tmp_path, monkeypatc
     from making import studio
     from rich.console import Console
 
-    monkeypatch.setattr(studio, "STEPS", 2)
+    monkeypatch.setattr("fluxfast.demo.sampling.DENOISING", 2)
     monkeypatch.chdir(tmp_path)
     Path("base").symlink_to(base)
     black, white = Image.new("RGB", (128, 128)), Image.new("RGB", (128, 128), "white")

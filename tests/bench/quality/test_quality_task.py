@@ -6,24 +6,14 @@ import pytest
 from accelerate import init_empty_weights
 
 from fluxfast.adapters.presets import find_targets
-from fluxfast.demo.pipeline import make_pipeline
+from fluxfast.demo.pipeline import BASE_CONFIG, make_pipeline
 from fluxfast.demo.tasks import TASKS
 from fluxfast.model.transformer import FluxTransformer
 from fluxfast.train.adapter import kind_of, settings_of
 from fluxfast_bench.quality import task
 from fluxfast_bench.quality.modes import MODES
 
-TINY = {
-    "in_channels": 64,
-    "num_layers": 1,
-    "num_single_layers": 2,
-    "attention_head_dim": 32,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 64,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 14, 14),
-}
+TINY = BASE_CONFIG | {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
