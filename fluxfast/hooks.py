@@ -23,7 +23,7 @@ def hooked(module: nn.Module) -> str | None:
     )
     if not hooks and "forward" not in held:
         return None
-    if "forward" in held and not _is_own_forward(module, held["forward"]):
+    if "forward" in held and not is_own_forward(module, held["forward"]):
         registry, hook = held.get("_diffusers_hook"), held.get("_hf_hook")
         if hook is not None:
             return f"it has hooks: accelerate's {type(hook).__name__}"
@@ -33,7 +33,7 @@ def hooked(module: nn.Module) -> str | None:
     return "it has hooks" if hooks else None
 
 
-def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+def is_own_forward(module: nn.Module, forward: Any) -> bool:
     """Whether an instance's `forward` is its class's own, as libraries leave it behind."""
     own = getattr(forward, "__self__", None) is module
     return own and getattr(forward, "__func__", None) is type(module).forward

@@ -45,7 +45,10 @@ class _View(BlockBase):
     def __init__(self, block: Any) -> None:
         for name in BlockOptions.__annotations__:
             setattr(self, name, getattr(block, name))
-        self.training = block.training
+        self.training, self._owner = block.training, block
+
+    def owner(self) -> Any:
+        return self._owner
 
     # `host_because` of the block itself has ruled both out
 

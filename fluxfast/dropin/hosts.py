@@ -18,6 +18,7 @@ from torch import nn
 
 from fluxfast.dropin import host_bfl, host_concatenated, host_diffusers
 from fluxfast.dropin.arguments import signature_of
+from fluxfast.dropin.wrapped import redirect
 from fluxfast.model.stored_codes import keep_transposed
 
 # the attributes of a block that `accelerate` sets
@@ -67,7 +68,8 @@ def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
 def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
     """Give a block the class that runs our maths.
 
-    `replaced` notes whether a forward of the block's own hides that class's.
+    A forward of the block's own, which a trainer has wrapped around its class's, calls the new one
+    from now on. `replaced` notes whether one hides it all the same.
     """
     anything: Any = block
     host: Any = type(block)
@@ -80,8 +82,10 @@ def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
         and getattr(left, "__self__", None) is block
     ):
         del block.__dict__[entry]
-    anything.__class__ = _class_for(host, kind, mixin)
-    anything.replaced = entry in block.__dict__
+    made: Any = _class_for(host, kind, mixin)
+    anything.__class__ = made
+    wraps = redirect(block, getattr(host, entry), getattr(made, entry))
+    anything.replaced = entry in block.__dict__ and not wraps
 
 
 def give_back(block: Any) -> None:
@@ -89,7 +93,9 @@ def give_back(block: Any) -> None:
     keep_transposed(block.maths().linear_groups(), None)
     for name in SET_BY_ACCELERATE:
         block.__dict__.pop(name, None)
-    block.__class__ = type(block).host_class
+    made, host = type(block), type(block).host_class
+    redirect(block, getattr(made, made.entry), getattr(host, made.entry))
+    block.__class__ = host
 
 
 @functools.cache

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from fluxfast.model import attention_module
@@ -37,6 +36,7 @@ from fluxfast.model.block_call import (
     norm_weights,
     seed_for,
 )
+from fluxfast.model.checkpointing import is_checkpointed, saving_for_itself
 from fluxfast.model.flat_gradients import GradientPlaces
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.launch_plans import LaunchPlans
@@ -141,10 +141,12 @@ class BlockBase(BlockOptions):
             return self.host_forward(hidden_states, encoder_hidden_states, temb, pe, kwargs)
         streams = self._streams(hidden_states, encoder_hidden_states)
         dtype, autocast = _arithmetic(streams[0])
+        checkpointed = is_checkpointed(self.owner(), streams[0])
         with resident(self, "forward"), without_autocast(streams[0].device.type, autocast):
             inputs = [x.to(dtype) for x in streams]
-            fused = self._fused_call(inputs, pe, kwargs)
-            with self._saving() if fused is not None else nullcontext():
+            fused = self._fused_call(inputs, pe, kwargs, checkpointed)
+            saves = fused is not None and checkpointed
+            with saving_for_itself() if saves else nullcontext():
                 mods = self._modulation(temb, dtype, autocast)
                 if fused is None:
                     owner = OwnerDtypes(streams[0].dtype, autocast)
@@ -164,6 +166,10 @@ class BlockBase(BlockOptions):
                     del rows
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)
+
+    def owner(self) -> Any:
+        """The module whose call runs the block's forward."""
+        return self
 
     # what the kinds of block differ in
 
@@ -244,11 +250,15 @@ class BlockBase(BlockOptions):
         return [getattr(self.attn, name) for name in self.qk_norms]
 
     def _fused_call(
-        self, streams: Sequence[Tensor], pe: Tables, kwargs: dict[str, Any]
+        self,
+        streams: Sequence[Tensor],
+        pe: Tables,
+        kwargs: dict[str, Any],
+        checkpointed: bool = False,
     ) -> tuple[BlockCall, BlockLinears] | None:
         """How a fused call runs, and on which linears; None where the composed path has to run.
 
-        streams: in the dtype of the arithmetic.
+        streams: in the dtype of the arithmetic. checkpointed: as `is_checkpointed` says.
         """
         x = streams[0]
         linears = read_linears(self.linear_groups(), share_dropout=self.share_dropout)
@@ -266,7 +276,7 @@ class BlockBase(BlockOptions):
         # an empty q, which tells the back end its dtype, device and head dimension
         like_q = x.new_empty((0, 0, attn.heads, head_dim))
         # a checkpoint around the block asks for "full", unless the policy is fixed
-        asked = self.policy == "none" and not self.fixed_policy and _checkpointed()
+        asked = self.policy == "none" and not self.fixed_policy and checkpointed
         call = BlockCall(
             **tables,
             mask=mask,
@@ -317,15 +327,6 @@ class BlockBase(BlockOptions):
             for vec, linear in zip(vecs, linears, strict=True)
         )
 
-    def _saving(self) -> AbstractContextManager[None]:
-        """The context in which a fused block saves what its policy keeps.
-
-        A checkpoint around the block would drop all of it, and run the block again.
-        """
-        if torch.is_grad_enabled() and _checkpointed():
-            return _saving_for_itself()
-        return nullcontext()
-
     def _composed_by_policy(self, *args: Any) -> Any:
         """The composed path, checkpointed as a whole unless the policy is to recompute nothing."""
         if self.policy == "none" or not torch.is_grad_enabled():
@@ -368,19 +369,3 @@ def _announce(impl: str, failed: frozenset[str]) -> None:
 def finite(x: Tensor) -> Tensor:
     """x within what fp16 can hold, as diffusers' blocks clip it; other dtypes as they are."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-
-
-def _checkpointed() -> bool:
-    """Whether a non-reentrant checkpoint around the block takes what is saved for backward."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (
-        hooks is not None
-        and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
-    )
-
-
-@contextmanager
-def _saving_for_itself() -> Iterator[None]:
-    # only the innermost hooks are called
-    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        yield

@@ -76,9 +76,13 @@ class DoubleMaths(BlockBase):
         return img, txt
 
     def _fused_call(
-        self, streams: Sequence[Tensor], pe: Tables, kwargs: dict[str, Any]
+        self,
+        streams: Sequence[Tensor],
+        pe: Tables,
+        kwargs: dict[str, Any],
+        checkpointed: bool = False,
     ) -> tuple[BlockCall, BlockLinears] | None:
-        fused = super()._fused_call(streams, pe, kwargs)
+        fused = super()._fused_call(streams, pe, kwargs, checkpointed)
         if fused is None:
             return None
         call, linears = fused

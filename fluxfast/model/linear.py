@@ -86,11 +86,16 @@ def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
     return params if isinstance(params, str) else params._replace(adapters=adapters)
 
 
-def read_base(module: nn.Module) -> LinearParams:
-    """The frozen weight and bias of a linear that `read_linear` can read, without its adapters."""
+def base_of(module: nn.Module) -> nn.Module:
+    """The linear itself, inside the modules that PEFT puts around it."""
     while (base := module._modules.get("base_layer")) is not None:
         module = base
-    params = _read_base(module)
+    return module
+
+
+def read_base(module: nn.Module) -> LinearParams:
+    """The frozen weight and bias of a linear that `read_linear` can read, without its adapters."""
+    params = _read_base(base_of(module))
     assert not isinstance(params, str), "a block's linears changed between forward and backward"
     return params
 

@@ -11,7 +11,8 @@ In forward the tape is empty, so that everything is computed, and `keep` records
 names. In backward the tape holds what forward kept, and `keep` records nothing.
 
 Weights are not kept where a residency moves them between forward and backward: backward reads them
-again. The adapters' scales and dropouts are those that forward read, even if they have changed.
+again. A host may move its weights too, without saying so: backward looks whether they are where
+they were. The adapters' scales and dropouts are those that forward read, even if they have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fluxfast.model.block_call import BlockCall, BlockLinears
-from fluxfast.model.linear import read_base, read_or_because
+from fluxfast.model.linear import base_of, read_base, read_or_because
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops.linear.adapters import Adapter, over_tensors, tensors_of, writing_to
 from fluxfast.ops.linear.beside import operand_of
@@ -109,6 +110,7 @@ def save(
     moves = residency_of(block) is not None
     ctx.block, ctx.call, ctx.form = block, call, kept.form
     ctx.linears = None if moves else linears
+    ctx.homes = None if moves or block.log is None else homes_of(block)
     ctx.adapters = [[p.adapters for p in group] for group in linears]
     # policy "none" keeps tensors that share the streams' memory, so that putting the streams aside
     # would free nothing
@@ -125,6 +127,24 @@ def saved(ctx: Any) -> tuple[Sequence[Tensor], Sequence[Tensor], Kept]:
     aside = [fetch_input(ctx.block, handle) for handle in ctx.aside]
     leaves = tensors[count + trained :]
     return [*aside, *tensors[:count]], tensors[count : count + trained], Kept(leaves, ctx.form)
+
+
+def homes_of(block: Any) -> list[tuple[int, int]]:
+    """Where the weights of a block's linears are: which tensor, and which memory."""
+    homes = []
+    for group in block.linear_groups():
+        for module in group:
+            held = base_of(module).__dict__
+            weight = held["_parameters"].get("weight", held["_buffers"].get("weight"))
+            if weight is not None:
+                homes.append((id(weight), weight.untyped_storage()._cdata))
+    return homes
+
+
+def forget_moved(ctx: Any) -> None:
+    """Forget what forward read of weights that a host has moved since."""
+    if ctx.homes is not None and homes_of(ctx.block) != ctx.homes:
+        ctx.linears = ctx.operands = None
 
 
 def read_linears(
