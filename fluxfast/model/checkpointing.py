@@ -34,7 +34,8 @@ _WRAPPERS_NAMES = {
 
 def is_checkpointed(block: Any, x: Tensor) -> bool:
     """Whether a block, called with stream x, does the work of a checkpoint that is around it."""
-    if not torch.is_grad_enabled():
+    # a compiled block is composed of ops, which torch.compile saves as it likes
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return (

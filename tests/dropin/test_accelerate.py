@@ -347,8 +347,8 @@ class Wrapper(torch.nn.Module):
 def test_a_block_whose_forward_was_replaced_before():
     host, ours = pair(diffusers_host)
     block = ours.transformer_blocks[0]
-    original = block.forward
-    block.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    # it asks the class, and keeps no forward of the block's that could be exchanged
+    block.forward = lambda *args, **kwargs: FluxTransformerBlock.forward(block, *args, **kwargs)
     report = fluxfast.accelerate(ours)
     assert report.blocks[0].because == "its forward was replaced before accelerate()"
     assert report.count("module") == 14 and relative_error(output(ours), output(host)) < FP32
