@@ -70,6 +70,11 @@ COMMANDS = {
         "counted.adapters",
         "predict what a step costs with LoKr and DoRA beside LoRA; no GPU is needed",
     ),
+    "trainers": (
+        "trainers.trainers",
+        "run other trainers' own models and adapters plain and accelerated: what is fused, "
+        "whether results are equal, and how fast",
+    ),
     "report": ("report.report", "make the tables of the READMEs and the plots from stored results"),
     "check": (
         "report.check",

@@ -77,6 +77,17 @@ READERS = (
         ("_rebuild_forward",),
         foreign_lora.lycoris_lokr,
     ),
+    # LyCORIS: LoHa
+    Reader(
+        "org_forward",
+        ("bypass_mode", "wd", "scalar", "hada_w1_a", "hada_w2_b"),
+        _names(
+            "module_dropout training org_forward bypass_mode bypass_forward multiplier wd "
+            "_current_weight get_weight shape scalar apply_weight_decompose op kw_dict"
+        ),
+        (),
+        foreign_lora.lycoris_loha,
+    ),
     # ai-toolkit: LoRA
     Reader(
         "org_forward",
@@ -114,10 +125,36 @@ READERS = (
         _names(
             "org_forward module_dropout training split_dims lora_down rank_dropout lora_dim scale "
             "lora_up multiplier enabled default_forward ggpo_sigma ggpo_beta grad_norms no_grad "
-            "combined_weight_norms sqrt perturbation_norm_factor randn org_module_shape mul_ T"
+            "combined_weight_norms sqrt perturbation_norm_factor randn org_module_shape mul_ T "
+            "_lora_input _match_org_dtype _autocast_enabled_for is_autocast_enabled weight type "
+            "is_floating_point TypeError"
         ),
-        ("default_forward",),
+        ("default_forward", "_lora_input", "_match_org_dtype", "_autocast_enabled_for"),
         foreign_lora.kohya_lora,
+    ),
+    # musubi-tuner: LoHa
+    Reader(
+        "org_forward",
+        ("hada_w1_a", "hada_w2_b", "get_diff_weight", "scale", "multiplier"),
+        _names(
+            "org_forward module_dropout training get_diff_weight rank_dropout view linear "
+            "multiplier enabled default_forward tensor scale hada_w1_a hada_w1_b hada_w2_a "
+            "hada_w2_b HadaWeight apply"
+        ),
+        ("default_forward", "get_diff_weight"),
+        foreign_lora.musubi_loha,
+    ),
+    # musubi-tuner: LoKr, whose first factor is always whole
+    Reader(
+        "org_forward",
+        ("lokr_w1", "use_w2", "get_diff_weight", "scale", "multiplier"),
+        _names(
+            "org_forward module_dropout training get_diff_weight rank_dropout view linear "
+            "multiplier enabled default_forward scale lokr_w1 use_w2 lokr_w2 lokr_w2_a lokr_w2_b "
+            "make_kron"
+        ),
+        ("default_forward", "get_diff_weight"),
+        foreign_lora.musubi_lokr,
     ),
     # OneTrainer: DoRA, which is a LoRA as well
     Reader(

@@ -51,6 +51,28 @@ def kohya_lora(owner: Any) -> Found:
     return (Lora(a, b, scale),)
 
 
+def musubi_loha(owner: Any) -> Found:
+    """musubi-tuner's LoHaModule, and LoHaInfModule, which has a switch."""
+    if (said := _musubi_off(owner)) is not None:
+        return said
+    return _hadamard(owner, float(owner.multiplier * owner.scale))
+
+
+def musubi_lokr(owner: Any) -> Found:
+    """musubi-tuner's LoKrModule, and LoKrInfModule, which has a switch."""
+    if (said := _musubi_off(owner)) is not None:
+        return said
+    return _kronecker(owner, float(owner.multiplier * owner.scale))
+
+
+def _musubi_off(owner: Any) -> Found | None:
+    """What such a module adds where it is off or random; None where its factors say it."""
+    if hasattr(owner, "enabled"):
+        return None if owner.enabled else ()
+    drops = owner.rank_dropout is not None or owner.module_dropout is not None
+    return _RANDOM if owner.training and drops else None
+
+
 def toolkit_lora(owner: Any) -> Found:
     """ai-toolkit's LoRAModule: its network has the switches, and a multiplier for each sample."""
     state = _toolkit_multiplier(owner)
@@ -85,6 +107,8 @@ def toolkit_lokr(owner: Any) -> Found:
 def _toolkit_multiplier(owner: Any) -> float | Found:
     """The multiplier of all samples, () where the network is off, or why there is not one."""
     network = owner.network_ref()
+    if network is None:
+        return "its network is gone"
     if getattr(network, "is_lorm", False) or getattr(network, "is_normalizing", False):
         return "its network is in a mode that fluxfast doesn't know"
     given = network._multiplier
@@ -136,8 +160,7 @@ def onetrainer_loha(owner: Any) -> Found:
     """OneTrainer's LoHaModule, where `b` is the factor that x meets first."""
     if _drops(owner.dropout):
         return _RANDOM
-    pairs = (owner.hada_w1_a, owner.hada_w1_b), (owner.hada_w2_a, owner.hada_w2_b)
-    return (Loha(*pairs, _number(owner.alpha) / owner.rank),)
+    return _hadamard(owner, _number(owner.alpha) / owner.rank)
 
 
 def lycoris_lora(owner: Any) -> Found:
@@ -162,6 +185,19 @@ def lycoris_lokr(owner: Any) -> Found:
         return _RANDOM
     scalar = owner.scalar if isinstance(owner.scalar, nn.Parameter) else None
     return _kronecker(owner, float(owner.multiplier * owner.scale), scalar)
+
+
+def lycoris_loha(owner: Any) -> Found:
+    """LyCORIS's LohaModule on a linear."""
+    if owner.wd:
+        return "its LoHa is weight-decomposed"
+    if isinstance(owner.scalar, nn.Parameter):
+        return "its LoHa has a trained scalar"
+    if owner.tucker:
+        return "its LoHa is no linear's"
+    if owner.training and (owner.module_dropout or owner.rank_dropout or owner.dropout):
+        return _RANDOM
+    return _hadamard(owner, float(owner.multiplier * owner.scale))
 
 
 def peft_lokr(module: Any) -> Found:
@@ -218,9 +254,15 @@ def _factors(down: Any, up: Any, scale: float) -> Found:
     return (Lora(down.weight, up.weight, scale),)
 
 
+def _hadamard(owner: Any, scale: float) -> Found:
+    """A LoHa by LyCORIS's names, where x meets `b` first."""
+    pairs = (owner.hada_w1_a, owner.hada_w1_b), (owner.hada_w2_a, owner.hada_w2_b)
+    return (Loha(*pairs, scale),)
+
+
 def _kronecker(owner: Any, scale: float, scalar: Tensor | None = None) -> Found:
     """A LoKr whose factors are whole, or narrow pairs, by LyCORIS's names."""
-    whole = owner.use_w1, owner.use_w2
+    whole = getattr(owner, "use_w1", True), owner.use_w2
     w1, w2 = (
         (getattr(owner, name),)
         if is_whole

@@ -55,6 +55,70 @@ class KohyaInference(KohyaLora):
         return self.default_forward(x) if self.enabled else self.org_forward(x)
 
 
+class MusubiLora(KohyaLora):
+    """musubi-tuner's `LoRAModule`, which computes in the dtype of its factors."""
+
+    def _lora_input(self, x):
+        dtype = self.lora_down.weight.dtype
+        return x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x
+
+    def _match_org_dtype(self, value, before):
+        return value if value.dtype == before.dtype else value.to(before.dtype)
+
+    def forward(self, x):
+        before = self.org_forward(x)
+        added = self.lora_up(self.lora_down(self._lora_input(x)))
+        return self._match_org_dtype(before + added * self.multiplier * self.scale, before)
+
+
+class MusubiLoha(nn.Module):
+    """musubi-tuner's `LoHaModule`."""
+
+    def __init__(self, linear, rank=3, rank_dropout=None):
+        super().__init__()
+        self.create_layer(linear, rank)
+        self.lora_dim, self.scale, self.multiplier = rank, 0.5, 1.2
+        self.dropout, self.rank_dropout, self.module_dropout = None, rank_dropout, None
+        self.org_forward = linear.forward
+        linear.forward = self.forward
+
+    def create_layer(self, linear, rank):
+        for name in ("hada_w1", "hada_w2"):
+            a, b = plain(rank, linear.out_features), plain(linear.in_features, rank)
+            self.register_parameter(f"{name}_a", a.weight)
+            self.register_parameter(f"{name}_b", b.weight)
+
+    def get_diff_weight(self):
+        first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
+        return first * second * torch.tensor(self.scale)
+
+    def forward(self, x):
+        before = self.org_forward(x)
+        change = self.get_diff_weight()
+        if self.rank_dropout is not None and self.training:
+            change = change * (torch.rand(len(change), 1) > self.rank_dropout)
+        return before + F.linear(x, change) * self.multiplier
+
+
+class MusubiLokr(MusubiLoha):
+    """musubi-tuner's `LoKrModule`, its second factor in two narrow ones."""
+
+    use_w2 = False
+
+    def create_layer(self, linear, rank):
+        k, n = linear.in_features // 4, linear.out_features // 4
+        self.lokr_w1 = nn.Parameter(torch.empty(4, 4))
+        self.lokr_w2_a = nn.Parameter(torch.empty(n, rank))
+        self.lokr_w2_b = nn.Parameter(torch.empty(rank, k))
+
+    def get_diff_weight(self):
+        return make_kron(self.lokr_w1, self.lokr_w2_a @ self.lokr_w2_b, self.scale)
+
+
+def make_kron(w1, w2, scale):
+    return torch.kron(w1, w2) * scale
+
+
 class Network:
     """What ai-toolkit's modules ask for their switches and the multiplier."""
 

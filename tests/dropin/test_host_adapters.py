@@ -7,6 +7,9 @@ from host_adapters import (
     NETWORK,
     KohyaInference,
     KohyaLora,
+    MusubiLoha,
+    MusubiLokr,
+    MusubiLora,
     Network,
     OneTrainerDora,
     OneTrainerLoha,
@@ -26,6 +29,9 @@ from support import make_inputs, randomise, relative_error
 ADAPTERS = [
     KohyaLora,
     KohyaInference,
+    MusubiLora,
+    MusubiLoha,
+    MusubiLokr,
     ToolkitLora,
     ToolkitLokr,
     OneTrainerLora,
@@ -160,6 +166,7 @@ def test_a_hook_on_the_linear_or_on_a_factor_is_run():
 def test_lycoris_own_modules_are_read():
     locon = pytest.importorskip("lycoris.modules.locon").LoConModule
     lokr = pytest.importorskip("lycoris.modules.lokr").LokrModule
+    loha = pytest.importorskip("lycoris.modules.loha").LohaModule
 
     def applied(kind, **options):
         def make(linear):
@@ -170,12 +177,17 @@ def test_lycoris_own_modules_are_read():
         return make
 
     for bypass in (True, False):
-        assert_read(*linear_with(applied(locon, bypass_mode=bypass)))
+        for kind in (locon, loha):
+            assert_read(*linear_with(applied(kind, bypass_mode=bypass)))
         for scalar in (True, False):
             assert_read(
                 *linear_with(applied(lokr, factor=4, bypass_mode=bypass, use_scalar=scalar))
             )
-    assert "weight-decomposed" in obstacle(linear_with(applied(lokr, weight_decompose=True))[0])
+    for kind in (lokr, loha):
+        decomposed, _ = linear_with(applied(kind, weight_decompose=True))
+        assert "weight-decomposed" in obstacle(decomposed)
+    scaled, _ = linear_with(applied(loha, use_scalar=True))
+    assert "trained scalar" in obstacle(scaled)
 
 
 @pytest.mark.parametrize("decomposed", [False, True])

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from fluxfast_bench.report import trainers_sections
 from fluxfast_bench.report.markdown import conditions_line, markdown_table
-from fluxfast_bench.report.results import Result
+from fluxfast_bench.report.results import Result, newest_cases
 from fluxfast_bench.timing import share_told
-
-
-def newest_cases(
-    stored: Sequence[Result], kind: str
-) -> list[tuple[Result, str, list[dict[str, Any]]]]:
-    """The newest run of each case on each device, the case, and its records in that run."""
-    found: dict[tuple[str, str], tuple[Result, str, list[dict[str, Any]]]] = {}
-    for result in sorted(stored, key=lambda r: r.date):
-        if result.kind != kind:
-            continue
-        for case in dict.fromkeys(record["case"] for record in result.records):
-            found[result.device, case] = (
-                result,
-                case,
-                [r for r in result.records if r["case"] == case],
-            )
-    return [found[key] for key in sorted(found)]
 
 
 def step_section(stored: Sequence[Result]) -> str:
@@ -129,4 +112,6 @@ SECTIONS: dict[str, Callable[[Sequence[Result]], str]] = {
     "step": step_section,
     "ops": ops_section,
     "startup": startup_section,
+    "trainers": trainers_sections.by_trainer,
+    "trainercases": trainers_sections.by_case,
 }

@@ -36,6 +36,7 @@ KINDS = (
     "sweep",
     "profile",
     "tests",
+    "trainers",
 )
 # what tells a run's records apart
 IDENTITY = ("case", "contestant", "mode")
@@ -226,3 +227,20 @@ def figures(result: Result) -> Iterator[tuple[str, float, bool]]:
                 (peer, ratio) for peer, ratio in record["ratios"].items() if peer not in ours
             ):
                 yield f"{name} vs {peer}", ratio, True
+
+
+def newest_cases(
+    stored: Sequence[Result], kind: str
+) -> list[tuple[Result, str, list[dict[str, Any]]]]:
+    """The newest run of each case on each device, the case, and its records in that run."""
+    found: dict[tuple[str, str], tuple[Result, str, list[dict[str, Any]]]] = {}
+    for result in sorted(stored, key=lambda r: r.date):
+        if result.kind != kind:
+            continue
+        for case in dict.fromkeys(record["case"] for record in result.records):
+            found[result.device, case] = (
+                result,
+                case,
+                [r for r in result.records if r["case"] == case],
+            )
+    return [found[key] for key in sorted(found)]

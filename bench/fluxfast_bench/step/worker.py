@@ -7,6 +7,7 @@ not the run.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import multiprocessing
 import os
@@ -263,8 +264,9 @@ def run_apart(job: str, *args: Any, limit: float) -> Iterator[Event]:
 
 
 def _child(connection: Any, job: str, args: tuple[Any, ...]) -> None:
-    # both say more than their users can act on
+    # they say more than their users can act on
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _job(job)(*args, connection.send)
 
 
@@ -280,6 +282,7 @@ JOBS = {
     "measure": "step.worker:measure",
     "ceilings": "step.worker:_ceilings",
     "smoke": "ops.smoke:checked",
+    "trainers": "trainers.worker:measure_trainer",
 }
 
 

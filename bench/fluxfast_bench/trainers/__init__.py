@@ -1,0 +1,1 @@
+"""Other trainers' own models and adapters, plain and accelerated: `fluxfast-bench trainers`."""

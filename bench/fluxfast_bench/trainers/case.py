@@ -1,0 +1,144 @@
+"""A trainer's model with its adapters, and what a step of it computes."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fluxfast
+from fluxfast.dropin.hosts import accelerated_blocks
+from fluxfast.dropin.report import Report
+from fluxfast_bench.shapes import Shape
+from fluxfast_bench.timing import time_each
+
+RANK = 16
+# the largest relative difference in fp32 that is rounding, over six blocks and two steps
+SAME = 1e-4
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Case:
+    """A model, what trains on it, and a forward of it."""
+
+    model: nn.Module
+    trained: list[nn.Parameter]
+    call: Callable[[], Tensor]
+
+    def draw(self) -> None:
+        """Give the adapters the size of trained ones: most begin as zeros, which hide errors."""
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.trained:
+                p.add_(torch.randn(p.shape, generator=g) * 0.02)
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        out = self.call()
+        return out.detach(), out.float().square().mean()
+
+    def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
+        for p in self.trained:
+            p.grad = None
+        out, loss = self.loss()
+        loss.backward()
+        return out, [None if p.grad is None else p.grad.clone() for p in self.trained]
+
+    def steps(self, count: int) -> None:
+        """That many steps of an optimiser."""
+        optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+        for _ in range(count):
+            optimizer.zero_grad()
+            self.loss()[1].backward()
+            optimizer.step()
+
+
+def error_of(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
+    """The largest difference of any tensor, as a part of its largest value.
+
+    Infinite where one of two is missing, or not finite.
+    """
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if a is None or e is None:
+            worst = worst if a is e else float("inf")
+            continue
+        error = (a.double() - e.double()).abs().max() / e.double().abs().max().clamp(min=1e-30)
+        worst = max(worst, float(error)) if torch.isfinite(error) else float("inf")
+    return worst
+
+
+def measure(make: Callable[[Shape], Case], shape: Shape, rounds: int) -> dict[str, Any]:
+    """What of a case runs fused, how far it is from the trainer's own, and how fast it is."""
+    cases = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        cases.append(make(shape))
+        cases[-1].draw()
+    theirs, ours = cases
+    report = fluxfast.accelerate(ours.model)
+    (out, grads), (expected, expected_grads) = ours.gradients(), theirs.gradients()
+    counted = counts_of(ours.model, report)
+    seconds = times_of(theirs, ours, rounds)
+    for case in (ours, theirs):
+        case.steps(2)
+    return {
+        **counted,
+        "output_error": error_of([out], [expected]),
+        "gradient_error": error_of(grads, expected_grads),
+        "two_steps_error": error_of(ours.trained, theirs.trained),
+        **seconds,
+    }
+
+
+def counts_of(model: nn.Module, report: Report) -> dict[str, Any]:
+    """How many blocks, linears and adapters run fused, and why others don't.
+
+    A modulation's linear is never part of a fused block, and is counted with the adapters alone.
+    """
+    modules = dict(model.named_modules())
+    blocks = [block.maths() for _, block in accelerated_blocks(model)]
+    products = {id(m) for block in blocks for group in block.linear_groups() for m in group}
+    in_products = [each for each in report.linears if id(modules[each.name]) in products]
+    called = [each for each in report.linears if each.runs == "module"]
+    read = sum(each.adapters for each in report.linears if each.runs != "module")
+    adapted = [each for each in called if _is_adapted(modules[each.name])]
+    because = [block.because for block in report.blocks if block.because is not None]
+    return {
+        "blocks": len(report.blocks),
+        "blocks_fused": len(report.blocks) - len(because),
+        "calls": report.calls(),
+        "calls_fused": report.calls("fused"),
+        "linears": len(in_products),
+        "linears_fused": sum(each.runs == "fused" for each in in_products),
+        "adapters": read + len(adapted),
+        "adapters_fused": read,
+        "remains": dict(Counter(each.because for each in called if each.because is not None)),
+    }
+
+
+def _is_adapted(linear: nn.Module) -> bool:
+    return "forward" in linear.__dict__ or hasattr(linear, "base_layer")
+
+
+def times_of(theirs: Case, ours: Case, rounds: int) -> dict[str, float]:
+    """Median seconds of a forward and backward of each, taken in turn."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for case in (theirs, ours):
+        case.gradients()
+    gc.collect()
+    for _ in range(rounds):
+        for case, found in zip((theirs, ours), seconds, strict=True):
+            found += time_each(case.gradients, 1, _CPU)
+    plain, accelerated = map(median, seconds)
+    return {
+        "plain_seconds": round(plain, 5),
+        "seconds": round(accelerated, 5),
+        "ratio": round(plain / accelerated, 3),
+    }

@@ -1,0 +1,68 @@
+"""diffusers' own model with PEFT's adapters, as diffusers' scripts train it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from torch import nn
+
+from fluxfast_bench.shapes import Shape, model_inputs
+from fluxfast_bench.trainers.case import RANK, Case
+
+# every linear of the blocks that is no modulation's
+TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("proj_mlp", "proj_out"),
+]
+
+
+def transformer(shape: Shape) -> nn.Module:
+    """A frozen model of diffusers' own class, in training."""
+    return FluxTransformer2DModel(**shape.config).requires_grad_(False).train()
+
+
+def case_of(model: Any, trained: list[nn.Parameter], shape: Shape, **more: Any) -> Case:
+    """A case of a model that takes diffusers' arguments."""
+    inputs = model_inputs(shape, torch.device("cpu"), torch.float32)
+    return Case(model, trained, lambda: model(**inputs, **more, return_dict=False)[0])
+
+
+def _with(config: Any, shape: Shape, *, checkpointed: bool = False) -> Case:
+    model: Any = transformer(shape)
+    model.add_adapter(config)
+    if checkpointed:
+        model.enable_gradient_checkpointing()
+    return case_of(model, [p for p in model.parameters() if p.requires_grad], shape)
+
+
+def lora(shape: Shape) -> Case:
+    return _with(LoraConfig(r=RANK, target_modules=TARGETS), shape)
+
+
+def checkpointed(shape: Shape) -> Case:
+    return _with(LoraConfig(r=RANK, target_modules=TARGETS), shape, checkpointed=True)
+
+
+def dora(shape: Shape) -> Case:
+    return _with(LoraConfig(r=RANK, target_modules=TARGETS, use_dora=True), shape)
+
+
+def lokr(shape: Shape) -> Case:
+    return _with(LoKrConfig(r=RANK, target_modules=TARGETS), shape)
+
+
+def loha(shape: Shape) -> Case:
+    return _with(LoHaConfig(r=RANK, target_modules=TARGETS), shape)
+
+
+CASES = {
+    "LoRA": lora,
+    "LoRA, checkpointing": checkpointed,
+    "DoRA": dora,
+    "LoKr": lokr,
+    "LoHa": loha,
+}

@@ -1,0 +1,101 @@
+"""OneTrainer: diffusers' model with its adapters, its checkpoint layers and its quantisation."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from fluxfast_bench.shapes import Shape
+from fluxfast_bench.trainers.case import RANK, Case
+from fluxfast_bench.trainers.hosts.diffusers_peft import case_of, transformer
+
+
+def _case(
+    shape: Shape,
+    kind: str = "LORA",
+    *,
+    checkpointed: bool = False,
+    offloaded: float = 0.0,
+    quantised: str | None = None,
+    **options: Any,
+) -> Case:
+    from modules.module.LoRAModule import LoRAModuleWrapper
+    from modules.util import LayerOffloadConductor, checkpointing_util, quantization_util
+    from modules.util.config.TrainConfig import TrainConfig
+    from modules.util.enum.DataType import DataType
+    from modules.util.enum.ModelType import PeftType
+
+    config: Any = TrainConfig.default_values()
+    # two names of one device, between which its offloading copies where it takes them for two
+    config.train_device, config.temp_device = "cpu", "cpu:0"
+    LayerOffloadConductor.device_equals = operator.eq
+    config.peft_type = PeftType[kind]
+    config.lora_rank, config.lora_alpha, config.lokr_dim = RANK, float(RANK), RANK
+    for name, value in options.items():
+        setattr(config, name, value)
+    part = config.transformer
+    part.gradient_checkpointing, part.offload_fraction = checkpointed, offloaded
+    model: Any = transformer(shape)
+    if quantised is not None:
+        dtype = DataType[quantised]
+        quantization_util.replace_linear_with_quantized_layers(model, dtype, copy_parameters=True)
+        quantization_util.quantize_layers(model, torch.device("cpu"), DataType.FLOAT_32, config)
+    conductor = checkpointing_util.enable_checkpointing_for_flux_transformer(model, config, part)
+    network = LoRAModuleWrapper(model, "transformer", config, ["transformer_block"])
+    network.set_dropout(0.0)
+    network.hook_to_module()
+    network.requires_grad_(True)
+    if conductor is not None:
+        conductor.materialize()
+    return case_of(model, list(network.parameters()), shape)
+
+
+def lora(shape: Shape) -> Case:
+    return _case(shape)
+
+
+def checkpointed(shape: Shape) -> Case:
+    return _case(shape, checkpointed=True)
+
+
+def offloaded(shape: Shape) -> Case:
+    return _case(shape, checkpointed=True, offloaded=0.5)
+
+
+def dora(shape: Shape) -> Case:
+    return _case(shape, lora_decompose=True, lora_decompose_output_axis=True)
+
+
+def loha(shape: Shape) -> Case:
+    return _case(shape, "LOHA")
+
+
+def lokr(shape: Shape) -> Case:
+    return _case(shape, "LOKR", lokr_decompose_factor=8)
+
+
+def oft(shape: Shape) -> Case:
+    return _case(shape, "OFT_2")
+
+
+def float8(shape: Shape) -> Case:
+    return _case(shape, quantised="FLOAT_8")
+
+
+def nf4(shape: Shape) -> Case:
+    return _case(shape, quantised="NFLOAT_4")
+
+
+CASES = {
+    "LoRA": lora,
+    "LoRA, checkpoint layers": checkpointed,
+    "LoRA, layers offloaded": offloaded,
+    "DoRA": dora,
+    "LoHa": loha,
+    "LoKr": lokr,
+    "OFT": oft,
+    "LoRA, float8 base": float8,
+    "LoRA, nf4 base": nf4,
+}

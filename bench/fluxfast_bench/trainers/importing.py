@@ -1,0 +1,79 @@
+"""Importing a trainer's own code from a checkout, without all that it needs for other things."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+# installed packages that look for others, which must not find an empty one
+_OPTIONAL_IMPORTS_IN = ("transformers.modeling_utils", "diffusers.loaders.peft", "peft")
+
+
+class _Empty(ModuleType):
+    """A module in which every name is an empty class."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        # what makes a module a package
+        self.__path__ = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds, after everyone else, an empty module for a package that a trainer's code imports.
+
+    What installed packages look for and don't find is no concern of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.names = str(folder.resolve()), set[str]()
+
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, inside = name.partition(".")
+        if package not in self.names and (inside or not self._asked_by_trainer()):
+            return None
+        self.names.add(package)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def _asked_by_trainer(self) -> bool:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        return frame is not None and frame.f_code.co_filename.startswith(self._folder)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@contextmanager
+def code_of(folder: Path, *inside: str) -> Iterator[set[str]]:
+    """A context in which a trainer's modules can be imported from its checkout.
+
+    inside: the folders in it that its modules are in; none: the checkout itself. A package that is
+    not installed is an empty one there. Gives the names of all that were empty.
+    """
+    for module in _OPTIONAL_IMPORTS_IN:
+        importlib.import_module(module)
+    finder = _StandIns(folder)
+    sys.path[:0] = [str(folder.resolve() / each) for each in inside or ("",)]
+    sys.meta_path.append(finder)
+    try:
+        yield finder.names
+    finally:
+        sys.meta_path.remove(finder)
