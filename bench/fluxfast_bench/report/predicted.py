@@ -15,8 +15,7 @@ from fluxfast.model.apply import Choices
 from fluxfast_bench.counted.floor import Route
 from fluxfast_bench.report import measured_rates
 from fluxfast_bench.report.markdown import made_by, markdown_table
-from fluxfast_bench.report.measured_sections import newest_cases
-from fluxfast_bench.report.results import Result
+from fluxfast_bench.report.results import Result, newest_cases
 from fluxfast_bench.shapes import SHAPES, Shape
 from fluxfast_bench.step.contestants import TARGETS
 

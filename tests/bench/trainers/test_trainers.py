@@ -1,0 +1,120 @@
+"""`fluxfast-bench trainers`: other trainers' models and adapters, plain and accelerated."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from fluxfast_bench.main import main
+from fluxfast_bench.report import trainers_sections
+from fluxfast_bench.report.results import read_all
+from fluxfast_bench.shapes import SHAPES
+from fluxfast_bench.trainers import case, trainers
+from fluxfast_bench.trainers.hosts import diffusers_peft
+from fluxfast_bench.trainers.importing import code_of
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A trainer's checkout, whose code imports a package that nobody has."""
+    (tmp_path / "its_code").mkdir()
+    (tmp_path / "its_code" / "models.py").write_text(
+        "import no_such_package.part as part\n"
+        "from no_such_package import Something\n"
+        "class Model(Something):\n"
+        "    pass\n"
+    )
+    (tmp_path / "its_code" / "__init__.py").write_text("")
+    yield tmp_path
+    for name in list(sys.modules):
+        if name.startswith(("its_code", "no_such_package")):
+            del sys.modules[name]
+
+
+def test_a_package_that_is_missing_is_empty_for_the_trainer_alone(checkout):
+    before, finders = list(sys.path), list(sys.meta_path)
+    with code_of(checkout) as empty:
+        # nobody else is told that it is there
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("no_such_package")
+        from its_code.models import Model
+
+        assert Model.__mro__[1].__name__ == "Something" and empty == {"no_such_package"}
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("its_code.not_there")
+    assert sys.meta_path == finders
+    sys.path[:] = before
+
+
+def test_every_case_of_diffusers_runs_fused_and_equal():
+    for name, make in diffusers_peft.CASES.items():
+        record = case.measure(make, SHAPES["tiny"], rounds=1)
+        assert record["blocks_fused"] == record["blocks"] == 2, name
+        assert record["linears_fused"] == record["linears"] == 17
+        assert record["adapters_fused"] == record["adapters"] == 17
+        assert not record["remains"] and record["ratio"] > 0
+        assert max(record[error] for error in trainers.ERRORS) < case.SAME, name
+
+
+def hooked(shape):
+    made = diffusers_peft.lora(shape)
+    made.model.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: None)
+    return made
+
+
+def test_what_remains_is_counted_with_its_reason():
+    record = case.measure(hooked, SHAPES["tiny"], rounds=1)
+    assert (record["blocks_fused"], record["blocks"]) == (1, 2)
+    assert (record["adapters_fused"], record["adapters"]) == (16, 17)
+    assert record["remains"] == {"it has hooks": 1}
+
+
+def test_errors_are_seen():
+    tensors = [torch.ones(3), None]
+    assert case.error_of(tensors, tensors) == 0
+    assert case.error_of([torch.full((3,), 1.5)], [torch.ones(3)]) == 0.5
+    assert case.error_of([None], [torch.ones(3)]) == float("inf")
+    assert case.error_of([torch.full((3,), float("nan"))], [torch.ones(3)]) == float("inf")
+    good = dict.fromkeys(trainers.ERRORS, 1e-6) | {"contestant": "a", "mode": "LoRA"}
+    assert trainers.violations([good]) == []
+    assert trainers.violations([good | {"gradient_error": 1e-3}]) == [
+        "a, LoRA: gradient_error is 0.001, at most 0.0001"
+    ]
+    assert trainers.violations([{"contestant": "a", "mode": "LoRA", "reason": "it broke"}]) == [
+        "a, LoRA: it broke"
+    ]
+
+
+def test_the_command_stores_what_it_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    folder = tmp_path / "no trainer's"
+    folder.mkdir()
+    words = ["--shape", "tiny", "--rounds", "1", "--results", str(tmp_path / "results")]
+    # a folder without the trainer's code: each of its cases says so
+    assert main(["trainers", *words, "--host-path", f"sd-scripts={folder}"]) == 1
+    said = capsys.readouterr()
+    assert "sd-scripts, LoRA: ModuleNotFoundError: No module named 'library'" in said.err
+    assert "diffusers" in said.out and "2 of 2" in said.out
+    (stored,) = read_all(tmp_path / "results")
+    text = json.dumps(stored.data)
+    assert str(folder) not in text and "sd-scripts=…" in stored.data["conditions"]["command"]
+    table = trainers_sections.by_trainer([stored])
+    assert "| diffusers | LoRA; LoRA, checkpointing; DoRA; LoKr; LoHa | 10 of 10 |" in table
+    assert "Not measured: sd-scripts, LoRA (" in trainers_sections.by_case([stored])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host-path", "kohya=."], "kohya"),
+        (["--host-path", "sd-scripts"], "expected sd-scripts=FOLDER"),
+        (["--host-path", "sd-scripts=/no/such/folder"], "no folder"),
+        (["--only", "musubi-tuner"], "musubi-tuner"),
+        (["--shape", "huge"], "huge"),
+    ],
+)
+def test_words_that_name_nothing(words, said, capsys):
+    assert main(["trainers", *words]) == 1
+    assert said in capsys.readouterr().err
