@@ -55,6 +55,29 @@ class KohyaInference(KohyaLora):
         return self.default_forward(x) if self.enabled else self.org_forward(x)
 
 
+class MusubiLora(KohyaLora):
+    """musubi-tuner's `LoRAModule` in a later version, which casts x and what it returns."""
+
+    def _autocast_enabled_for(self, x):
+        try:
+            return torch.is_autocast_enabled(x.device.type)
+        except TypeError:
+            return torch.is_autocast_enabled()
+
+    def _lora_input(self, x):
+        wanted = self.lora_down.weight.dtype
+        casts = x.is_floating_point() and not self._autocast_enabled_for(x)
+        return x.to(wanted) if casts else x
+
+    def _match_org_dtype(self, value, org_forwarded):
+        return value.to(org_forwarded.dtype)
+
+    def forward(self, x):
+        before = self.org_forward(x)
+        added = self.lora_up(self.lora_down(self._lora_input(x))) * self.multiplier * self.scale
+        return self._match_org_dtype(before + added, before)
+
+
 class Network:
     """What ai-toolkit's modules ask for their switches and the multiplier."""
 

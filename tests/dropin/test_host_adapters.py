@@ -7,6 +7,7 @@ from host_adapters import (
     NETWORK,
     KohyaInference,
     KohyaLora,
+    MusubiLora,
     Network,
     OneTrainerDora,
     OneTrainerLoha,
@@ -26,6 +27,7 @@ from support import make_inputs, randomise, relative_error
 ADAPTERS = [
     KohyaLora,
     KohyaInference,
+    MusubiLora,
     ToolkitLora,
     ToolkitLokr,
     OneTrainerLora,
