@@ -22,7 +22,7 @@ from host_of_sd_scripts import Flux
 from torch import nn
 
 import fluxfast
-from fluxfast.dropin.acceleration import _stored_format
+from fluxfast.memory import gpus
 from fluxfast.model.foreign_weights import Decoded, Unpacked
 from fluxfast.model.linear import obstacle, project, read_base, read_linear
 from fluxfast.model.stored_codes import keep_transposed, transposed_copies
@@ -275,8 +275,8 @@ def test_what_a_host_rewrites_is_read_anew(base):
     scale = module.scale if hasattr(module, "scale") else module.scale_weight
     scale.data = scale.data * 2
     assert relative_error(read_linear(module).weight.to(torch.float32), 2 * before) < 1e-6
-    scale.data.mul_(2)
-    scale.mul_(0.5)
+    scale.mul_(2)
+    assert relative_error(read_linear(module).weight.to(torch.float32), 4 * before) < 1e-6
     module.weight.data = module.weight.data.flip(0)
     assert relative_error(read_linear(module).weight.to(torch.float32), dense(module)) < 1e-6
 
@@ -294,12 +294,27 @@ def test_a_transposed_copy_belongs_to_the_codes_that_lie_there():
     assert copy_of(codes) is None
 
 
-@pytest.mark.parametrize("base", ["OneTrainer int8 W8A8", "OneTrainer compressed"])
-def test_an_int8_base_counts_as_one(base):
-    """On a GPU `compute` is chosen after it."""
+INT8 = ["OneTrainer int8 W8A8", "OneTrainer compressed", "OneTrainer SVD of W8A8", "SDNQ int8"]
+
+
+@pytest.mark.parametrize("base", INT8)
+def test_an_int8_base_runs_in_int8_on_a_gpu_that_gains_from_it(base, monkeypatch):
+    """The GPU is an entry of the table, and the tensors stay on the CPU."""
     model = model_of(BASES[base][0](), "diffusers")[1]
-    fluxfast.accelerate(model)
-    assert _stored_format([*model.transformer_blocks]) == "int8"
+    monkeypatch.setattr(gpus, "this_gpu", lambda device: gpus.find_gpu("H100"))
+    report = fluxfast.accelerate(model)
+    assert report.compute == "int8"
+    # codes that are unpacked anew each time can keep no copy
+    assert report.transposed_codes == (base != "OneTrainer compressed")
+
+
+def test_compressed_codes_are_multiplied_as_they_are():
+    plain, packed = (make_linear(of(W8A8, compressed=each)[0]) for each in (False, True))
+    x = torch.randn(20, 192)
+    expected, actual = (project(x, module, compute="int8") for module in (plain, packed))
+    assert torch.equal(actual, expected)
+    # the host's own product rounds x alike
+    assert relative_error(actual, plain(x)) < 1e-5
 
 
 def test_a_call_does_not_ask_for_a_weight_that_is_decoded_to_be_seen():
