@@ -32,7 +32,7 @@ from fluxfast.ops.dispatch import Impl
 from fluxfast.ops.linear.group import COMPUTE
 from fluxfast.ops.linear.transposed_codes import copies_of
 from fluxfast.ops.row_quant import FORMATS as CODES
-from fluxfast.quant import QuantWeight
+from fluxfast.quant.format import Format
 from fluxfast.text import wrong_choice
 
 
@@ -264,8 +264,8 @@ def _stored_format(blocks: list[Any]) -> str | None:
         for module in (linear for group in block.maths().linear_groups() for linear in group):
             params: Any = read_linear(module)
             if params is not None:
-                stored = isinstance(params.weight, QuantWeight)
-                formats[params.weight.format.name if stored else None] += 1
+                format = getattr(params.weight, "format", None)
+                formats[format.name if isinstance(format, Format) else None] += 1
     for format, count in formats.items():
         if count > formats.total() / 2:
             return format

@@ -28,10 +28,12 @@ def host_is_faster(x: Tensor, linear: Any) -> str | None:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype != torch.bfloat16 or not has_matrix_unit():
+        return None
     weight = getattr(linear, "base_layer", linear).weight
     # decoding a quantised weight would cost the host more than the unit gains
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (
         torch.float32,
         torch.bfloat16,
     )
-    return REASON if dtype == torch.bfloat16 and plain and has_matrix_unit() else None
+    return REASON if plain else None

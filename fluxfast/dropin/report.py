@@ -16,8 +16,9 @@ from fluxfast.dropin.calls import WAYS, WORDS, CallLog, Fallback, with_value
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.dropin.hosts import accelerated_blocks
 from fluxfast.model.foreign_weights import Decoded
-from fluxfast.model.linear import obstacle, read_linear
+from fluxfast.model.linear import obstacle, read_base, read_linear
 from fluxfast.model.stored_codes import transposed_copies
+from fluxfast.ops.linear.adapters import tensors_of
 from fluxfast.quant import QuantWeight
 
 # how a linear runs: within a block that is one autograd.Function, by our kernels but on its own, or
@@ -281,15 +282,22 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
             adapters,
             obstacle(module, share_dropout=share_dropout),
         )
-    weight: Any = params.weight
-    if isinstance(weight, QuantWeight):
-        base = in_words(weight.format.name)
-    else:
-        held = getattr(module, "base_layer", module).weight
-        plain = not isinstance(weight, Decoded) or type(held) in (torch.Tensor, nn.Parameter)
-        base = str(held.dtype).removeprefix("torch.") if plain else "decoded by its library"
+    base, own = _stored(module, params.weight), tensors_of(read_base(module).adapters)
+    if own:
+        base = f"{base} and a part of low rank"
+    # a part of the base is no adapter
+    adapters = sum(all(each.tensors[0] is not t for t in own) for each in params.adapters)
     if hosts:
-        return LinearReport(
-            name, "module", base, len(params.adapters), "its block's own forward runs"
-        )
-    return LinearReport(name, runs, base, len(params.adapters))
+        return LinearReport(name, "module", base, adapters, "its block's own forward runs")
+    return LinearReport(name, runs, base, adapters)
+
+
+def _stored(module: Any, weight: Any) -> str:
+    """How a linear's weight is stored, for people."""
+    if isinstance(weight, QuantWeight):
+        return in_words(weight.format.name)
+    if (stored := getattr(weight, "stored", None)) is not None:
+        return in_words(stored)
+    held = getattr(module, "base_layer", module).weight
+    plain = not isinstance(weight, Decoded) or type(held) in (torch.Tensor, nn.Parameter)
+    return str(held.dtype).removeprefix("torch.") if plain else "decoded by its library"

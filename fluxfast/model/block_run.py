@@ -32,8 +32,8 @@ from fluxfast.model.tape import (
     Kept,
     adapter_grads,
     adapter_tensors,
-    forget_moved,
     linears_again,
+    read_moved,
     save,
     saved,
 )
@@ -102,7 +102,7 @@ def run_backward(
     block, call, gradients = ctx.block, ctx.call, ctx.gradients
     places = [] if gradients is None else gradients.to_write()
     with resident(block, "backward"):
-        forget_moved(ctx)
+        read_moved(ctx)
         operands = ctx.operands
         read = functools.cache(lambda: linears_again(ctx, trained, places))
         beside = surroundings(call, ctx.linears or read(), backward=True)

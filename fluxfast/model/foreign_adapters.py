@@ -14,8 +14,8 @@ since it may do more than fluxfast knows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from types import CodeType, MethodType
+from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from torch import nn
 
 from fluxfast.adapters.kind import Wrapped
 from fluxfast.model import foreign_lora
+from fluxfast.model.code_names import names_in
+from fluxfast.model.foreign_linears import is_scaled_fp8
 from fluxfast.ops.linear.adapters import Adapter, Lora
 
 Found = tuple[Adapter, ...] | str
@@ -229,7 +231,7 @@ def foreign_adapters(module: nn.Module) -> Found | None:
         return None
     found: list[Adapter] = []
     forward = held["forward"]
-    while not _is_own(module, forward):
+    while not is_base_forward(module, forward):
         owner: Any = _owner_of(forward)
         if owner is None or (reader := _reader_of(owner)) is None:
             return None
@@ -245,6 +247,21 @@ def foreign_adapters(module: nn.Module) -> Found | None:
     if len(found) > 1 and any(isinstance(a, Lora) and a.magnitude is not None for a in found):
         return "one of several adapters is DoRA, which rescales what the others add"
     return tuple(found)
+
+
+def innermost_forward(module: nn.Module) -> Any:
+    """The forward of a linear that trainers' adapters are put around."""
+    forward = module.__dict__.get("forward")
+    while forward is not None and (owner := _owner_of(forward)) is not None:
+        if owner is module or (reader := _reader_of(owner)) is None:
+            break
+        forward = getattr(owner, reader.inner)
+    return forward
+
+
+def is_base_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether a linear's forward is that of its frozen base, without adapters."""
+    return _is_own(module, forward) or is_scaled_fp8(module, forward)
 
 
 def foreign_wrapper(module: nn.Module) -> Wrapped | None:
@@ -285,21 +302,6 @@ def _has(owner: nn.Module, reader: Reader) -> bool:
 def _unknown_names(kind: type, reader: Reader) -> str | None:
     """What a class's forward names that its reader doesn't know, for a message, or None."""
     functions = [getattr(kind, name, None) for name in ("forward", *reader.methods)]
-    named: set[str] = set()
-    for function in functions:
-        if function is None:
-            continue
-        code = getattr(function, "__code__", None)
-        if code is None:
-            return f"{kind.__name__}.{function.__name__} is no function of Python"
-        named.update(name for each in _codes(code) for name in each.co_names)
+    named = {name for each in functions if each is not None for name in names_in(each)}
     unknown = sorted(named - reader.names)
     return ", ".join(unknown) if unknown else None
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions and comprehensions in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)

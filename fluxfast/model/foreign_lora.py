@@ -124,9 +124,7 @@ def _toolkit_multiplier(owner: Any) -> float | Found:
 
 
 def onetrainer_lora(owner: Any) -> Found:
-    """OneTrainer's LoRAModule."""
-    if hasattr(owner.orig_module, "forward_with_lora"):
-        return "its base is an SVD quantisation, which computes the LoRA itself"
+    """OneTrainer's LoRAModule, which an SVD base computes along with its own part of low rank."""
     if _drops(owner.dropout):
         return _BETWEEN
     return _factors(owner.lora_down, owner.lora_up, _number(owner.alpha) / owner.rank)

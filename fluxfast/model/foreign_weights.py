@@ -20,29 +20,67 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxfast.ops.linear.weights import FrozenWeight
+from fluxfast.ops.row_quant import Quantized
 from fluxfast.ops.tensors import divide
 from fluxfast.quant import FORMATS, QuantWeight
+from fluxfast.quant.format import Format
 from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
 
-# for a library's tensor of scales: (its version and device, the fp32 vector made of it then)
+# for a library's tensor of scales: (what it was, its memory, the fp32 vector made of it then)
 _row_scales = WeakIdKeyDictionary()
 # for a library's tensor of zero points: whether all of them are 0
 _zero_points = WeakIdKeyDictionary()
 
 
 class Decoded(FrozenWeight):
-    """A weight [N, K] that its own library decodes, each time that it is used."""
+    """A weight [N, K] that its own library decodes, each time that it is used.
+
+    stored: how, in words, where that is known.
+    """
 
     def __init__(
-        self, shape: Sequence[int], device: torch.device, decode: Callable[[], Tensor]
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        decode: Callable[[], Tensor],
+        stored: str | None = None,
     ) -> None:
         super().__init__(shape, device)
-        self.decode = decode
+        self.decode, self.stored = decode, stored
 
     def to(self, dtype: torch.dtype, /) -> Tensor:
         with torch.no_grad():
             # a weight decoded from groups need not be contiguous
             return self.decode().to(dtype).contiguous()
+
+
+class Unpacked(FrozenWeight):
+    """A weight in one of our formats that its own library packs, and unpacks for each use.
+
+    stored: how, in words.
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        shape: Sequence[int],
+        device: torch.device,
+        unpack: Callable[[], QuantWeight],
+        stored: str,
+    ) -> None:
+        super().__init__(shape, device)
+        self.format, self.unpack, self.stored = format, unpack, stored
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        return self.unpack().to(dtype)
+
+    def codes(self, fmt: str, /) -> Quantized:
+        return self.unpack().codes(fmt)
+
+    def decode_into(
+        self, out: Tensor, out_scale: Tensor | None = None, /, *, transposed: Tensor | None = None
+    ) -> None:
+        self.unpack().decode_into(out, out_scale, transposed=transposed)
 
 
 def foreign_weight(module: nn.Module) -> QuantWeight | Decoded | str | None:
@@ -70,25 +108,37 @@ def _is_distributed(weight: Any) -> bool:
     return module is not None and isinstance(weight, module.DTensor)
 
 
-def _rows(name: str, codes: Tensor, scale: Tensor, divisor: float = 1.0) -> QuantWeight:
-    """A weight of the format `name` over codes [N, K] and N row scales of any shape and type.
+def rows_of(name: str, codes: Tensor, scale: Tensor, divisor: float = 1.0) -> QuantWeight:
+    """A weight of the format `name` over codes [N, K].
 
-    The scales are divided by `divisor` to be the format's.
+    scale: one for each row, or one for all, of any shape, type and device. They are divided by
+    `divisor` to be the format's.
     """
-    parts = {"packed": codes, "scale": _row_scale(scale, divisor)}
-    return QuantWeight(FORMATS[name], parts, (codes.shape[0], codes.shape[1]))
+    rows, cols = codes.shape
+    parts = {"packed": codes, "scale": _row_scale(scale, rows, codes.device, divisor)}
+    return QuantWeight(FORMATS[name], parts, (rows, cols))
 
 
-def _row_scale(scale: Tensor, divisor: float) -> Tensor:
-    """The scales as [N] fp32, kept as long as nobody changes the library's tensor."""
-    if scale.dtype == torch.float32 and divisor == 1:
+def _row_scale(scale: Tensor, rows: int, device: torch.device, divisor: float) -> Tensor:
+    """The scales as [rows] fp32, kept as long as nobody changes the library's tensor."""
+    as_it_is = scale.dtype == torch.float32 and divisor == 1 and scale.device == device
+    if as_it_is and scale.numel() == rows:
         return scale.detach().reshape(-1)
-    state = (scale._version, scale.device)
+    if torch.compiler.is_compiling():
+        return _row_vector(scale, rows, device, divisor)
+    # a tensor's version stays as it is where its data is put in place of others
+    state = (scale._version, scale.data_ptr(), scale.device, rows, device)
     known = _row_scales.get(scale)
     if known is None or known[0] != state:
-        known = (state, divide(scale.detach().reshape(-1).float(), divisor))
+        # its memory is kept with it, so that no other data can come to lie there
+        known = (state, scale.detach(), _row_vector(scale, rows, device, divisor))
         _row_scales[scale] = known
-    return known[1]
+    return known[2]
+
+
+def _row_vector(scale: Tensor, rows: int, device: torch.device, divisor: float) -> Tensor:
+    vector = divide(scale.detach().reshape(-1).to(device).float(), divisor)
+    return vector.expand(rows).contiguous()
 
 
 def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
@@ -99,7 +149,7 @@ def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
         scale = module.state.SCB if module.state.SCB is not None else getattr(weight, "SCB", None)
         if module.state.has_fp16_weights or weight.dtype != torch.int8 or scale is None:
             return "its weight is not quantised yet"
-        return _rows("int8", weight.data, scale, divisor=127)
+        return rows_of("int8", weight.data, scale, divisor=127)
     if type(module).forward is not bnb.nn.Linear4bit.forward:
         return f"{type(module).__name__} is not known"
     state = getattr(weight, "quant_state", None) or module.quant_state
@@ -107,7 +157,14 @@ def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
         return "its weight is not quantised yet"
     if getattr(state, "packing_format_for_cpu", False):
         return "its weight is packed for inference on a CPU"
-    packed = weight.data.reshape(-1).view(torch.uint8)
+    return four_bit(weight.data, state)
+
+
+def four_bit(weight: Tensor, state: Any) -> QuantWeight | Decoded:
+    """A weight of bitsandbytes' 4-bit kinds, with its state."""
+    import bitsandbytes as bnb
+
+    packed = weight.reshape(-1).view(torch.uint8)
     if (
         state.quant_type == "nf4"
         and state.nested
@@ -119,9 +176,11 @@ def _bitsandbytes(module: Any) -> QuantWeight | Decoded | str:
             "nested_absmax": state.state2.absmax,
             "offset": state.offset.reshape(1),
         }
+        # a trainer that offloads layers may have left the small ones where they were
+        parts = {name: part.to(packed.device) for name, part in parts.items()}
         return QuantWeight(FORMATS["nf4"], parts, (state.shape[0], state.shape[1]))
     return Decoded(
-        state.shape, packed.device, lambda: bnb.functional.dequantize_4bit(weight.data, state)
+        state.shape, packed.device, lambda: bnb.functional.dequantize_4bit(weight, state)
     )
 
 
@@ -137,7 +196,7 @@ def _quanto(module: Any) -> QuantWeight | Decoded | str:
     weight = module.weight
     names = {torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3"}
     if type(weight) is WeightQBytesTensor and weight.axis == 0 and weight._data.dtype in names:
-        return _rows(names[weight._data.dtype], weight._data, weight._scale)
+        return rows_of(names[weight._data.dtype], weight._data, weight._scale)
     return Decoded(weight.shape, weight.device, weight.dequantize)
 
 
@@ -163,7 +222,7 @@ def _tensor_subclass(weight: Any) -> QuantWeight | Decoded | str:
         getattr(weight, "zero_point", None)
     ):
         return Decoded(weight.shape, weight.device, weight.dequantize)
-    return _rows(names[codes.dtype], codes, weight.scale)
+    return rows_of(names[codes.dtype], codes, weight.scale)
 
 
 def _symmetric(zero_point: Tensor | None) -> bool:

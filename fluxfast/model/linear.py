@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
-from fluxfast.model.foreign_adapters import foreign_adapters, foreign_wrapper
+from fluxfast.model.foreign_adapters import (
+    foreign_adapters,
+    foreign_wrapper,
+    innermost_forward,
+)
+from fluxfast.model.foreign_linears import host_linear, is_scaled_fp8, scaled_fp8, summed
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
-from fluxfast.ops.linear.adapters import is_random
+from fluxfast.ops.linear.adapters import Adapter, is_random
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
@@ -58,7 +63,7 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
         return base
     if isinstance(wrapped.adapters, str):
         return wrapped.adapters
-    return LinearParams(base.weight, base.bias, (*base.adapters, *wrapped.adapters))
+    return _with_adapters(base, wrapped.adapters)
 
 
 def _frozen(module: nn.Module) -> LinearParams | str:
@@ -83,7 +88,24 @@ def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
     if isinstance(adapters, str):
         return adapters
     params = _frozen(module)
-    return params if isinstance(params, str) else params._replace(adapters=adapters)
+    if isinstance(params, str):
+        return params
+    if params.adapters and any(map(_is_decomposed, adapters)):
+        # a trainer's DoRA rescales all of its base
+        params = summed(params)
+    return _with_adapters(params, adapters)
+
+
+def _with_adapters(base: LinearParams, adapters: tuple[Adapter, ...]) -> LinearParams | str:
+    """A linear with adapters around those that it has, such as its base's part of low rank."""
+    every = (*base.adapters, *adapters)
+    if base.adapters and adapters and any(map(_is_decomposed, every)):
+        return "one of several adapters is DoRA, which rescales what the others add"
+    return base._replace(adapters=every)
+
+
+def _is_decomposed(adapter: Any) -> bool:
+    return getattr(adapter, "magnitude", None) is not None
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -117,11 +139,18 @@ def _read_base(module: nn.Module) -> LinearParams | str:
     if type(module).forward is nn.Linear.forward:
         assert isinstance(module, nn.Linear)
         return _read_plain(module)
+    if (found := host_linear(module)) is not None:
+        return found
     return f"{type(module).__name__} is not known"
 
 
-def _read_plain(linear: nn.Linear) -> LinearParams:
+def _read_plain(linear: nn.Linear) -> LinearParams | str:
     weight, bias = own_parameter(linear, "weight"), own_parameter(linear, "bias")
+    # most linears have no such buffer, and need not be looked at further
+    if "scale_weight" in linear._buffers and is_scaled_fp8(linear, innermost_forward(linear)):
+        if weight.requires_grad:
+            return "its base is trained"
+        return LinearParams(scaled_fp8(linear), bias)
     if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
     # a weight of 8 bits without a scale, which no product reads: fp32 holds each of its values

@@ -141,12 +141,6 @@ def homes_of(block: Any) -> list[tuple[int, int]]:
     return homes
 
 
-def forget_moved(ctx: Any) -> None:
-    """Forget what forward read of weights that a host has moved since."""
-    if ctx.homes is not None and homes_of(ctx.block) != ctx.homes:
-        ctx.linears = ctx.operands = None
-
-
 def read_linears(
     groups: Sequence[Sequence[nn.Module]], *, share_dropout: bool = True
 ) -> BlockLinears | str:
@@ -161,6 +155,15 @@ def read_linears(
             group.append(params)
         linears.append(group)
     return linears
+
+
+def read_moved(ctx: Any) -> None:
+    """Read the linears again where a host has moved their weights since forward read them."""
+    if ctx.homes is None or homes_of(ctx.block) == ctx.homes:
+        return
+    linears = read_linears(ctx.block.linear_groups(), share_dropout=ctx.block.share_dropout)
+    assert not isinstance(linears, str), "a block's linears changed between forward and backward"
+    ctx.linears, ctx.operands = linears, None
 
 
 def linears_again(

@@ -56,19 +56,26 @@ class KohyaInference(KohyaLora):
 
 
 class MusubiLora(KohyaLora):
-    """musubi-tuner's `LoRAModule`, which computes in the dtype of its factors."""
+    """musubi-tuner's `LoRAModule` in a later version, which casts x and what it returns."""
+
+    def _autocast_enabled_for(self, x):
+        try:
+            return torch.is_autocast_enabled(x.device.type)
+        except TypeError:
+            return torch.is_autocast_enabled()
 
     def _lora_input(self, x):
-        dtype = self.lora_down.weight.dtype
-        return x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x
+        wanted = self.lora_down.weight.dtype
+        casts = x.is_floating_point() and not self._autocast_enabled_for(x)
+        return x.to(wanted) if casts else x
 
-    def _match_org_dtype(self, value, before):
-        return value if value.dtype == before.dtype else value.to(before.dtype)
+    def _match_org_dtype(self, value, org_forwarded):
+        return value.to(org_forwarded.dtype)
 
     def forward(self, x):
         before = self.org_forward(x)
-        added = self.lora_up(self.lora_down(self._lora_input(x)))
-        return self._match_org_dtype(before + added * self.multiplier * self.scale, before)
+        added = self.lora_up(self.lora_down(self._lora_input(x))) * self.multiplier * self.scale
+        return self._match_org_dtype(before + added, before)
 
 
 class MusubiLoha(nn.Module):

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# codes: (their version, and their device, when the copy was made; the copy)
+# codes: (their version, address and device when the copy was made; the copy)
 _copies = WeakIdKeyDictionary()
 
 
 def remember(codes: Tensor, copy: Tensor) -> None:
     """Note that `copy` [K, N], with rows any distance apart, is `codes` [N, K] transposed."""
     assert copy.shape == codes.shape[::-1] and copy.dtype == codes.dtype
-    _copies[codes] = (codes._version, codes.device, copy)
+    _copies[codes] = (_state(codes), copy)
 
 
 def forget(codes: Tensor) -> None:
@@ -35,8 +35,13 @@ def forget(codes: Tensor) -> None:
 
 def copy_of(codes: Tensor) -> Tensor | None:
     """The transposed copy [K, N] of `codes`, if there is one and they are what they were."""
-    version, device, copy = _copies.get(codes, (None, None, None))
-    return copy if version == codes._version and device == codes.device else None
+    state, copy = _copies.get(codes, (None, None))
+    return copy if state is not None and state == _state(codes) else None
+
+
+def _state(codes: Tensor) -> tuple[int, int, torch.device]:
+    # a tensor's version stays as it is where its data is put in place of others
+    return codes._version, codes.data_ptr(), codes.device
 
 
 def each_copy_of(weights: Sequence[Tensor]) -> tuple[list[Tensor], bool] | None:
