@@ -55,6 +55,15 @@ def _names(words: str) -> frozenset[str]:
     return frozenset((_TORCH + words).split())
 
 
+# what the forward names that ai-toolkit's modules share
+_TOOLKIT = _names(
+    "network_ref is_lorm lorm_forward is_active is_merged_in _multiplier org_forward "
+    "__class__ __name__ _call_forward isinstance QTensor dequantize lora_down weight "
+    "torch_multiplier repeat_interleave broadcast_and_multiply Dropout Identity lora_up "
+    "training mean apply_dora RuntimeError print is_normalizing no_grad Tensor clone "
+    "detach clamp max abs normalize_scaler module_dropout hasattr lora_mid rank_dropout "
+    "lora_dim scale _runtime_scale scalar"
+)
 READERS = (
     # LyCORIS: LoCon
     Reader(
@@ -90,18 +99,23 @@ READERS = (
         (),
         foreign_lora.lycoris_loha,
     ),
+    # ai-toolkit: DoRA, which is a LoRA as well
+    Reader(
+        "org_forward",
+        ("network_ref", "lora_down", "lora_up", "scale", "magnitude", "apply_dora"),
+        _TOOLKIT
+        | _names(
+            "get_orig_weight org_module QBytesTensor data _get_weight_norm linalg norm transpose "
+            "magnitude view linear"
+        ),
+        ("_call_forward", "apply_dora", "get_orig_weight", "_get_weight_norm"),
+        foreign_lora.toolkit_dora,
+    ),
     # ai-toolkit: LoRA
     Reader(
         "org_forward",
         ("network_ref", "lora_down", "lora_up", "scale", "dropout"),
-        _names(
-            "network_ref is_lorm lorm_forward is_active is_merged_in _multiplier org_forward "
-            "__class__ __name__ _call_forward isinstance QTensor dequantize lora_down weight "
-            "torch_multiplier repeat_interleave broadcast_and_multiply Dropout Identity lora_up "
-            "training mean apply_dora RuntimeError print is_normalizing no_grad Tensor clone "
-            "detach clamp max abs normalize_scaler module_dropout hasattr lora_mid rank_dropout "
-            "lora_dim scale _runtime_scale scalar"
-        ),
+        _TOOLKIT,
         ("_call_forward",),
         foreign_lora.toolkit_lora,
     ),

@@ -78,8 +78,6 @@ def toolkit_lora(owner: Any) -> Found:
     state = _toolkit_multiplier(owner)
     if not isinstance(state, float):
         return state
-    if type(owner).__name__ == "DoRAModule":
-        return "ai-toolkit's DoRA is called as it is"
     if getattr(owner, "lora_mid", None) is not None or hasattr(owner, "scalar"):
         return "its LoRA has a part between or after its factors"
     if owner.training and (owner.module_dropout or owner.rank_dropout):
@@ -90,6 +88,21 @@ def toolkit_lora(owner: Any) -> Found:
     elif owner.dropout and not isinstance(owner.dropout, nn.Identity) and owner.training:
         return _BETWEEN
     return _factors(owner.lora_down, owner.lora_up, state * float(owner.scale))
+
+
+def toolkit_dora(owner: Any) -> Found:
+    """ai-toolkit's DoRAModule, which rescales rows.
+
+    It leaves a scale out of the weight that it rescales, but not of what it adds. For FLUX.1 there
+    is none.
+    """
+    if float(owner.scale) != 1:
+        return "its DoRA has a scale"
+    found = toolkit_lora(owner)
+    if isinstance(found, str) or not found:
+        return found
+    (lora,) = found
+    return (lora._replace(magnitude=owner.magnitude),)  # type: ignore[attr-defined]
 
 
 def toolkit_lokr(owner: Any) -> Found:

@@ -165,6 +165,35 @@ class ToolkitLora(nn.Module):
         return before + (added * network.torch_multiplier.mean()).to(before.dtype)
 
 
+class ToolkitDora(ToolkitLora):
+    """ai-toolkit's `DoRAModule`, with the scale that it has for FLUX.1."""
+
+    def __init__(self, linear, rank=3, network=NETWORK):
+        super().__init__(linear, rank, network)
+        self.org_module, self.scale = [linear], 1.0
+        self._runtime_scale.fill_(1)
+        self.magnitude = nn.Parameter(torch.empty(linear.out_features))
+
+    def get_orig_weight(self):
+        return self.org_module[0].weight.data.detach()
+
+    def _get_weight_norm(self, weight, change):
+        return torch.linalg.norm(weight + change, dim=1)
+
+    def apply_dora(self, x, change):
+        weight = self.get_orig_weight().to(change.dtype)
+        norm = self._get_weight_norm(weight, change).detach()
+        return (self.magnitude / norm - 1).view(1, -1) * F.linear(x, weight + change)
+
+    def forward(self, x):
+        if not self.network_ref().is_active:
+            return self.org_forward(x)
+        multiplier = self.network_ref().torch_multiplier.mean()
+        change = (self.lora_up.weight @ self.lora_down.weight) * multiplier
+        added = self._call_forward(x) * multiplier + self.apply_dora(x, change)
+        return self.org_forward(x) + added.to(x.dtype)
+
+
 class ToolkitLokr(ToolkitLora):
     """ai-toolkit's `LokrModule`, its w2 in two narrow factors."""
 

@@ -15,6 +15,7 @@ from host_adapters import (
     OneTrainerLoha,
     OneTrainerLokr,
     OneTrainerLora,
+    ToolkitDora,
     ToolkitLokr,
     ToolkitLora,
 )
@@ -34,6 +35,7 @@ ADAPTERS = [
     MusubiLokr,
     ToolkitLora,
     ToolkitLokr,
+    ToolkitDora,
     OneTrainerLora,
     OneTrainerDora,
     OneTrainerLoha,
@@ -131,6 +133,12 @@ class NewForward(KohyaLora):
         return super().forward(x) + self.new_part(x)
 
 
+class ScaledDora(ToolkitDora):
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.scale = 0.5
+
+
 SAMPLES = SampleMultipliers()
 
 
@@ -139,6 +147,7 @@ SAMPLES = SampleMultipliers()
     [
         (lambda linear: KohyaLora(linear, dropout=0.2), "a dropout between its two factors"),
         (lambda linear: ToolkitLora(linear, network=SAMPLES), "its multiplier is of each sample"),
+        (ScaledDora, "its DoRA has a scale"),
         (NewForward, "names that fluxfast doesn't know: forward, new_part, super"),
     ],
 )

@@ -33,9 +33,13 @@ def case_of(model: Any, trained: list[nn.Parameter], shape: Shape, **more: Any) 
 
 def _with(config: Any, shape: Shape, *, checkpointed: bool = False) -> Case:
     model: Any = transformer(shape)
-    model.add_adapter(config)
     if checkpointed:
         model.enable_gradient_checkpointing()
+    return _add(model, config, shape)
+
+
+def _add(model: Any, config: Any, shape: Shape) -> Case:
+    model.add_adapter(config)
     return case_of(model, [p for p in model.parameters() if p.requires_grad], shape)
 
 
@@ -55,6 +59,27 @@ def lokr(shape: Shape) -> Case:
     return _with(LoKrConfig(r=RANK, target_modules=TARGETS), shape)
 
 
+def nf4(shape: Shape) -> Case:
+    """Over bitsandbytes' nf4, as scripts quantise with `BitsAndBytesConfig`."""
+    import bitsandbytes as bnb
+
+    model: Any = transformer(shape)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "blocks." in name:
+            stored = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                compute_dtype=torch.float32,
+                quant_type="nf4",
+            )
+            stored.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, quant_type="nf4"
+            ).to("cpu")
+            stored.bias = linear.bias
+            model.set_submodule(name, stored)
+    return _add(model, LoraConfig(r=RANK, target_modules=TARGETS), shape)
+
+
 def loha(shape: Shape) -> Case:
     return _with(LoHaConfig(r=RANK, target_modules=TARGETS), shape)
 
@@ -62,6 +87,7 @@ def loha(shape: Shape) -> Case:
 CASES = {
     "LoRA": lora,
     "LoRA, checkpointing": checkpointed,
+    "LoRA, nf4 base": nf4,
     "DoRA": dora,
     "LoKr": lokr,
     "LoHa": loha,

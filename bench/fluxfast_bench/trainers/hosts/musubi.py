@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+
 from fluxfast_bench.shapes import Shape
 from fluxfast_bench.trainers.case import RANK, Case
 from fluxfast_bench.trainers.hosts import bfl
@@ -22,10 +24,14 @@ def _case(
     *,
     checkpointed: bool = False,
     offloads: bool = False,
+    float8: bool = False,
 ) -> Case:
     from musubi_tuner.flux.flux_models import Flux, FluxParams
 
     model = Flux(FluxParams(**bfl.config_of(shape)), attn_mode="torch", split_attn=False)
+    if float8:
+        stored = model.fp8_optimization(model.state_dict(), torch.device("cpu"), False)
+        model.load_state_dict(stored, strict=True, assign=True)
     model.requires_grad_(False).train()
     if checkpointed:
         model.enable_gradient_checkpointing(offloads)
@@ -47,6 +53,10 @@ def offloaded(shape: Shape) -> Case:
     return _case(shape, checkpointed=True, offloads=True)
 
 
+def scaled_float8(shape: Shape) -> Case:
+    return _case(shape, float8=True)
+
+
 def loha(shape: Shape) -> Case:
     return _case(shape, "loha")
 
@@ -59,6 +69,7 @@ CASES = {
     "LoRA": lora,
     "LoRA, checkpointing": checkpointed,
     "LoRA, activations offloaded": offloaded,
+    "LoRA, scaled float8 base": scaled_float8,
     "LoHa": loha,
     "LoKr": lokr,
 }
