@@ -25,7 +25,7 @@ from fluxfast.adapters.kind import Wrapped
 from fluxfast.model import foreign_lora
 from fluxfast.model.code_names import names_in
 from fluxfast.model.foreign_linears import is_scaled_fp8
-from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.adapters import Adapter
 
 Found = tuple[Adapter, ...] | str
 
@@ -258,7 +258,7 @@ def foreign_adapters(module: nn.Module) -> Found | None:
             return adapters
         found[:0] = adapters
         forward = getattr(owner, reader.inner)
-    if len(found) > 1 and any(isinstance(a, Lora) and a.magnitude is not None for a in found):
+    if len(found) > 1 and any(getattr(a, "magnitude", None) is not None for a in found):
         return "one of several adapters is DoRA, which rescales what the others add"
     return tuple(found)
 

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fluxfast.hooks import hooked
 from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.column_dora import ColumnDora
 from fluxfast.ops.linear.loha import Loha
 from fluxfast.ops.linear.lokr import Lokr
 
@@ -145,15 +146,15 @@ def onetrainer_lora(owner: Any) -> Found:
 
 def onetrainer_dora(owner: Any) -> Found:
     """OneTrainer's DoRAModule, whose magnitudes are those of rows or of columns."""
-    if not owner.decompose_output_axis:
-        return "its DoRA rescales the columns of the weight"
     if _drops(owner.dropout):
         return "its DoRA has a dropout"
     found = _factors(owner.lora_down, owner.lora_up, _number(owner.alpha) / owner.rank)
     if isinstance(found, str):
         return found
-    (lora,) = found
-    return (lora._replace(magnitude=owner.dora_scale.reshape(-1)),)  # type: ignore[attr-defined]
+    lora: Any = found[0]
+    if owner.decompose_output_axis:
+        return (lora._replace(magnitude=owner.dora_scale.reshape(-1)),)
+    return (ColumnDora(lora.a, lora.b, owner.dora_scale, lora.scale),)
 
 
 def onetrainer_lokr(owner: Any) -> Found:

@@ -26,6 +26,7 @@ from fluxfast.model.foreign_adapters import (
 from fluxfast.model.foreign_linears import host_linear, is_scaled_fp8, scaled_fp8, summed
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import Adapter, is_random
+from fluxfast.ops.linear.column_dora import over_weight
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
@@ -101,7 +102,7 @@ def _with_adapters(base: LinearParams, adapters: tuple[Adapter, ...]) -> LinearP
     every = (*base.adapters, *adapters)
     if base.adapters and adapters and any(map(_is_decomposed, every)):
         return "one of several adapters is DoRA, which rescales what the others add"
-    return base._replace(adapters=every)
+    return base._replace(adapters=over_weight(every, base.weight))
 
 
 def _is_decomposed(adapter: Any) -> bool:

@@ -261,14 +261,22 @@ class OneTrainerDora(OneTrainerLora):
 
     def create_layer(self, linear):
         super().create_layer(linear)
-        self.dora_scale = nn.Parameter(torch.empty(linear.out_features, 1))
+        rows = self.decompose_output_axis
+        shape = (linear.out_features, 1) if rows else (1, linear.in_features)
+        self.dora_scale = nn.Parameter(torch.ones(shape))
 
     def forward(self, x):
         change = self.make_weight(self.lora_down.weight, self.lora_up.weight)
         weight = self.orig_module.weight.detach().float() + change * (self.alpha / self.rank)
-        norm = weight.detach().norm(dim=1, keepdim=True)
+        norm = weight.detach().norm(dim=1 if self.decompose_output_axis else 0, keepdim=True)
         whole = self.dora_scale * (weight / norm)
         return self.op(x, whole.to(x.dtype), self.orig_module.bias)
+
+
+class OneTrainerColumnDora(OneTrainerDora):
+    """The same, which rescales columns, as it does where it isn't told otherwise."""
+
+    decompose_output_axis = False
 
 
 class OneTrainerLoha(OneTrainerLora):

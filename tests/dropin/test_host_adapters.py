@@ -11,6 +11,7 @@ from host_adapters import (
     MusubiLokr,
     MusubiLora,
     Network,
+    OneTrainerColumnDora,
     OneTrainerDora,
     OneTrainerLoha,
     OneTrainerLokr,
@@ -38,6 +39,7 @@ ADAPTERS = [
     ToolkitDora,
     OneTrainerLora,
     OneTrainerDora,
+    OneTrainerColumnDora,
     OneTrainerLoha,
     OneTrainerLokr,
 ]
@@ -49,7 +51,7 @@ def draw(module, seed=5):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (p.ndim == 2 and p.shape[1] == 1))
+            p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (p.ndim == 2 and 1 in p.shape))
     return module
 
 
@@ -233,8 +235,11 @@ def host_with(make, host):
     return model
 
 
+BLOCKS = [KohyaLora, ToolkitLokr, OneTrainerDora, OneTrainerColumnDora, OneTrainerLoha]
+
+
 @pytest.mark.parametrize("host", ["bfl", "diffusers"])
-@pytest.mark.parametrize("make", [KohyaLora, ToolkitLokr, OneTrainerDora, OneTrainerLoha])
+@pytest.mark.parametrize("make", BLOCKS)
 def test_blocks_run_fused_with_a_trainers_adapters(make, host):
     theirs, ours = pair(host_with, make, host)
     report = fluxfast.accelerate(ours, strict=True)

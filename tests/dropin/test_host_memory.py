@@ -11,7 +11,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from dropin_cases import HOSTS, every_kind, output, single_blocks
 from dropin_hosts import FP32, assert_equal, pair, randomise_trained
-from host_adapters import KohyaLora, OneTrainerLora
+from host_adapters import KohyaLora, OneTrainerColumnDora, OneTrainerLora
 from host_memory import BlockSwap, CheckpointLayer, Conductor, bounce, cpu_offloading
 from host_of_sd_scripts import Flux
 from torch import nn
@@ -303,9 +303,11 @@ def exchanged_memory(module):
 
 
 @pytest.mark.parametrize("exchange", [exchanged_parameter, exchanged_memory])
-@pytest.mark.parametrize("convert", [None, to_nf4])
-def test_weights_that_are_elsewhere_in_backward(exchange, convert):
-    theirs, ours = pair(host_with, "diffusers", convert=convert)
+@pytest.mark.parametrize(
+    ("make", "convert"), [(KohyaLora, None), (KohyaLora, to_nf4), (OneTrainerColumnDora, None)]
+)
+def test_weights_that_are_elsewhere_in_backward(exchange, make, convert):
+    theirs, ours = pair(host_with, "diffusers", make, convert=convert)
     fluxfast.accelerate(ours, recompute="full", strict=True)
     grads = []
     for model in (theirs, ours):

@@ -65,6 +65,10 @@ def offloaded(shape: Shape) -> Case:
 
 
 def dora(shape: Shape) -> Case:
+    return _case(shape, lora_decompose=True)
+
+
+def dora_by_rows(shape: Shape) -> Case:
     return _case(shape, lora_decompose=True, lora_decompose_output_axis=True)
 
 
@@ -93,6 +97,7 @@ CASES = {
     "LoRA, checkpoint layers": checkpointed,
     "LoRA, layers offloaded": offloaded,
     "DoRA": dora,
+    "DoRA, output axis": dora_by_rows,
     "LoHa": loha,
     "LoKr": lokr,
     "OFT": oft,
