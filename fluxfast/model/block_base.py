@@ -140,12 +140,14 @@ class BlockBase(BlockOptions):
             self.ran("host", because)
             return self.host_forward(hidden_states, encoder_hidden_states, temb, pe, kwargs)
         streams = self._streams(hidden_states, encoder_hidden_states)
+        batch = max(x.shape[0] for x in (*streams, *_vectors(temb)))
+        streams = _of_batch(streams, batch)
         dtype, autocast = _arithmetic(streams[0])
         with resident(self, "forward"), without_autocast(streams[0].device.type, autocast):
             inputs = [x.to(dtype) for x in streams]
             fused = self._fused_call(inputs, pe, kwargs)
             with self._saving() if fused is not None else nullcontext():
-                mods = self._modulation(temb, dtype, autocast)
+                mods = _of_batch(self._modulation(temb, dtype, autocast), batch)
                 if fused is None:
                     owner = OwnerDtypes(streams[0].dtype, autocast)
                     outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
@@ -342,6 +344,21 @@ class BlockBase(BlockOptions):
             given=owner.given,
             autocast=owner.autocast,
         )
+
+
+def _vectors(temb: Temb) -> Sequence[Tensor]:
+    return (temb,) if isinstance(temb, Tensor) else temb
+
+
+def _of_batch(tensors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+    """Tensors [B, ...], those of one sample repeated for all of the batch.
+
+    A host's operations broadcast, as where one prompt's text is given for several images; our
+    kernels read rows. Raises RuntimeError, as the host's do, where a B is neither 1 nor the batch.
+    """
+    if all(x.shape[0] == batch for x in tensors):
+        return tensors
+    return tuple(x.expand(batch, *x.shape[1:]).contiguous() for x in tensors)
 
 
 def _arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
