@@ -238,7 +238,7 @@ class BlockBase(BlockOptions):
             return foreign
         if attention_module.backend_of(self.attn, self.attention) is None:
             return "its attention back end is not one of PyTorch's own"
-        if any(norm.weight.requires_grad for norm in self._norms()):
+        if torch.is_grad_enabled() and any(norm.weight.requires_grad for norm in self._norms()):
             return "an RMS norm of its q or k is trained"
         return None
 

@@ -25,6 +25,9 @@ from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
 
+# where gradients are wanted; without them a base that nobody has frozen is read like any other
+TRAINED = "its base is trained"
+
 
 def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
     """The tensors of a module with a frozen base, if they say all that its forward does; else None.
@@ -67,9 +70,12 @@ def _frozen(module: nn.Module) -> LinearParams | str:
     if isinstance(params, str):
         return params
     weight, bias, _ = params
-    if (bias is not None and bias.requires_grad) or getattr(weight, "requires_grad", False):
-        return "its base is trained"
-    return params
+    return TRAINED if _trains(weight) or _trains(bias) else params
+
+
+def _trains(tensor: Any) -> bool:
+    """Whether a call may have to give a tensor a gradient; whoever only draws freezes nothing."""
+    return getattr(tensor, "requires_grad", False) and torch.is_grad_enabled()
 
 
 def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
@@ -105,8 +111,8 @@ def _read_base(module: nn.Module) -> LinearParams | str:
     if weight is not None:
         if torch.compiler.is_compiling():
             return "torch.compile traces its library's own product"
-        if getattr(module.weight, "requires_grad", False):
-            return "its base is trained"
+        if _trains(module.weight):
+            return TRAINED
         bias: Any = module.bias
         return LinearParams(weight, bias)
     if type(module).forward is nn.Linear.forward:
@@ -117,7 +123,7 @@ def _read_base(module: nn.Module) -> LinearParams | str:
 
 def _read_plain(linear: nn.Linear) -> LinearParams:
     weight, bias = own_parameter(linear, "weight"), own_parameter(linear, "bias")
-    if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
+    if weight.dtype.itemsize > 1 or _trains(weight) or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
     # a weight of 8 bits without a scale, which no product reads: fp32 holds each of its values
     wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()

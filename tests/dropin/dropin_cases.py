@@ -18,10 +18,10 @@ def hosts(kind):
     return pair(lambda: HOSTS[kind]().requires_grad_(False))
 
 
-def output(model, inputs):
-    with torch.no_grad():
+def output(model, inputs, *, gradients=False):
+    with torch.set_grad_enabled(gradients):
         out = model(**inputs)
-    return out if isinstance(out, torch.Tensor) else out[0]
+    return (out if isinstance(out, torch.Tensor) else out[0]).detach()
 
 
 def counts(report):
