@@ -18,6 +18,7 @@ from torch import nn
 
 from fluxfast.dropin import host_bfl, host_concatenated, host_diffusers
 from fluxfast.dropin.arguments import signature_of
+from fluxfast.dropin.captured import exchange
 from fluxfast.model.stored_codes import keep_transposed
 
 # the attributes of a block that `accelerate` sets
@@ -67,7 +68,7 @@ def accelerated_blocks(model: nn.Module) -> list[tuple[str, Any]]:
 def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
     """Give a block the class that runs our maths.
 
-    `replaced` notes whether a forward of the block's own hides that class's.
+    `replaced` notes whether a forward of the block's own hides that class's for good.
     """
     anything: Any = block
     host: Any = type(block)
@@ -81,7 +82,8 @@ def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
     ):
         del block.__dict__[entry]
     anything.__class__ = _class_for(host, kind, mixin)
-    anything.replaced = entry in block.__dict__
+    called = exchange(block, entry, getattr(host, entry), getattr(anything.__class__, entry))
+    anything.replaced = entry in block.__dict__ and not called
 
 
 def give_back(block: Any) -> None:
@@ -89,7 +91,9 @@ def give_back(block: Any) -> None:
     keep_transposed(block.maths().linear_groups(), None)
     for name in SET_BY_ACCELERATE:
         block.__dict__.pop(name, None)
-    block.__class__ = type(block).host_class
+    mine, host, entry = type(block), type(block).host_class, type(block).entry
+    block.__class__ = host
+    exchange(block, entry, getattr(mine, entry), getattr(host, entry))
 
 
 @functools.cache
@@ -102,10 +106,27 @@ def _class_for(host: type, kind: str, mixin: Any) -> type:
         "host_class": host,
         "host_kind": kind,
         "signature": signature_of(getattr(host, mixin.entry)),
+        mixin.entry: _while_ours(mixin),
     }
     made = type(host.__name__, (mixin, host), body)
     HOSTS[kind].register(host, made)
     return made
+
+
+def _while_ours(mixin: Any) -> Any:
+    """The mixin's forward; on a block that is the host's again, that of its class.
+
+    Whoever wrapped the forward of an accelerated block calls it after `restore`, too.
+    """
+    name, run = mixin.entry, getattr(mixin, mixin.entry)
+
+    @functools.wraps(run)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "host_class"):
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(host: Any, kind: str, mixin: Any) -> Any:
