@@ -22,6 +22,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,11 +40,12 @@ from fluxfast.model.block_call import (
 )
 from fluxfast.model.flat_gradients import GradientPlaces
 from fluxfast.model.known_modules import must_be_called
-from fluxfast.model.launch_plans import LaunchPlans
+from fluxfast.model.launch_plans import LaunchPlans, usable
 from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.residency import resident
 from fluxfast.model.rope import Tables, rope_arguments
+from fluxfast.model.streams import of_batch
 from fluxfast.model.tape import adapter_tensors, read_linears
 from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.device import autocast_dtype
@@ -140,40 +142,48 @@ class BlockBase(BlockOptions):
             self.ran("host", because)
             return self.host_forward(hidden_states, encoder_hidden_states, temb, pe, kwargs)
         streams = self._streams(hidden_states, encoder_hidden_states)
-        batch = max(x.shape[0] for x in (*streams, *_vectors(temb)))
-        streams = _of_batch(streams, batch)
+        batch = max(x.shape[0] for x in (*streams, *([temb] if isinstance(temb, Tensor) else temb)))
+        streams = of_batch(streams, batch)
         dtype, autocast = _arithmetic(streams[0])
         with resident(self, "forward"), without_autocast(streams[0].device.type, autocast):
             inputs = [x.to(dtype) for x in streams]
             fused = self._fused_call(inputs, pe, kwargs)
             with self._saving() if fused is not None else nullcontext():
-                mods = _of_batch(self._modulation(temb, dtype, autocast), batch)
+                mods = of_batch(self._modulation(temb, dtype, autocast), batch)
                 if fused is None:
                     owner = OwnerDtypes(streams[0].dtype, autocast)
                     outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
                 else:
-                    call, linears = fused
-                    rows, trained = self._function_inputs(call, inputs), adapter_tensors(linears)
-                    places = self.gradients
-                    if places is None or not places.are_of(trained):
-                        places = None
-                    else:
-                        # one of them is enough for autograd to call backward
-                        trained = trained[:1]
-                    if self.stand_ins is not None:
-                        trained = [self.stand_ins.get(t, t) for t in trained]
-                    outs = self.function.apply(self, call, linears, places, *rows, *mods, *trained)
-                    del rows
+                    outs = self._run_fused(*fused, inputs, mods)
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)
+
+    def _run_fused(
+        self, call: BlockCall, linears: BlockLinears, streams: Sequence[Tensor], mods: Vectors
+    ) -> Any:
+        """The maths' outputs, by one Function, or by its forward where nothing has a backward."""
+        rows = self._function_inputs(call, streams)
+        if not torch.is_grad_enabled() and not usable(self.launch_plans, call, rows[0]):
+            # keeping for backward takes time and memory
+            return self.function.once(self, replace(call, policy="full"), linears, [*rows, *mods])
+        trained, places = adapter_tensors(linears), self.gradients
+        if places is None or not places.are_of(trained):
+            places = None
+        else:
+            # one of them is enough for autograd to call backward
+            trained = trained[:1]
+        if self.stand_ins is not None:
+            trained = [self.stand_ins.get(t, t) for t in trained]
+        return self.function.apply(self, call, linears, places, *rows, *mods, *trained)
 
     # what the kinds of block differ in
 
     @property
-    def function(self) -> type[torch.autograd.Function]:
+    def function(self) -> Any:
         """The Function of a fused call.
 
-        Its arguments are those of `block_run.run_forward`.
+        Its arguments are those of `block_run.run_forward`; its `once` is the forward alone, of
+        (block, call, linears, inputs).
         """
         raise NotImplementedError
 
@@ -344,21 +354,6 @@ class BlockBase(BlockOptions):
             given=owner.given,
             autocast=owner.autocast,
         )
-
-
-def _vectors(temb: Temb) -> Sequence[Tensor]:
-    return (temb,) if isinstance(temb, Tensor) else temb
-
-
-def _of_batch(tensors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    """Tensors [B, ...], those of one sample repeated for all of the batch.
-
-    A host's operations broadcast, as where one prompt's text is given for several images; our
-    kernels read rows. Raises RuntimeError, as the host's do, where a B is neither 1 nor the batch.
-    """
-    if all(x.shape[0] == batch for x in tensors):
-        return tensors
-    return tuple(x.expand(batch, *x.shape[1:]).contiguous() for x in tensors)
 
 
 def _arithmetic(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
