@@ -44,7 +44,7 @@ HOSTS: dict[str, Any] = {
 EXPECTED = (
     "diffusers' FluxTransformer2DModel (0.36 or later), a model of its older blocks, whose "
     "single block takes one concatenated tensor (SimpleTuner's), or one in Black Forest Labs' "
-    "layout (`double_blocks`, `single_blocks`; sd-scripts, musubi-tuner)"
+    "layout (`double_blocks`, `single_blocks`; sd-scripts, musubi-tuner, ComfyUI)"
 )
 
 

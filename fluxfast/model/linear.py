@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
+from fluxfast.model.comfy_modules import comfy_because
 from fluxfast.model.foreign_adapters import foreign_adapters, foreign_wrapper
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import is_random
@@ -116,12 +117,12 @@ def _read_base(module: nn.Module) -> LinearParams | str:
         bias: Any = module.bias
         return LinearParams(weight, bias)
     if type(module).forward is nn.Linear.forward:
-        assert isinstance(module, nn.Linear)
         return _read_plain(module)
-    return f"{type(module).__name__} is not known"
+    because = comfy_because(module, nn.Linear)
+    return _read_plain(module) if because is None else because
 
 
-def _read_plain(linear: nn.Linear) -> LinearParams:
+def _read_plain(linear: nn.Module) -> LinearParams:
     weight, bias = own_parameter(linear, "weight"), own_parameter(linear, "bias")
     if weight.dtype.itemsize > 1 or _trains(weight) or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
