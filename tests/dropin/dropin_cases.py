@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dropin_hosts import diffusers_host, pair
+from dropin_hosts import add_lora, diffusers_host, inject_peft, pair
 from host_of_sd_scripts import Flux
 from host_of_simpletuner import OlderFlux
 
@@ -16,6 +16,16 @@ other_kinds = pytest.mark.parametrize("kind", ["concatenated", "bfl"])
 def hosts(kind):
     torch.manual_seed(0)
     return pair(lambda: HOSTS[kind]().requires_grad_(False))
+
+
+def peft_on(model):
+    """PEFT's LoRA, as the model's kind is given it."""
+    add_lora(model) if hasattr(model, "add_adapter") else inject_peft(model)
+    return model
+
+
+def hosts_with_peft(kind):
+    return tuple(peft_on(model) for model in hosts(kind))
 
 
 def output(model, inputs, *, gradients=False):

@@ -1,8 +1,8 @@
 """Hosts' operations broadcast a stream or a vector of one sample; our kernels read rows."""
 
 import pytest
-from dropin_cases import counts, every_kind, hosts
-from dropin_hosts import add_lora, assert_equal, inject_peft
+from dropin_cases import counts, every_kind, hosts, hosts_with_peft
+from dropin_hosts import assert_equal
 
 import fluxfast
 from support import make_inputs
@@ -19,9 +19,7 @@ ONE = {
 @pytest.mark.parametrize("one", ONE)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_what_is_of_one_sample_is_repeated(kind, one, recompute):
-    host, ours = hosts(kind)
-    for model in (host, ours):
-        add_lora(model) if kind == "diffusers" else inject_peft(model)
+    host, ours = hosts_with_peft(kind)
     report = fluxfast.accelerate(ours, recompute=recompute)
     inputs = make_inputs(2, 3, 5, guidance=False)
     inputs |= {name: inputs[name][:1] for name in ONE[one]}
