@@ -207,3 +207,37 @@ def test_an_eps_that_depends_on_the_dtype(inputs):
         model.single_blocks[0].norm.key_norm.eps = None
     assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
     assert counts(report) == (4, 0, 1)
+
+
+@pytest.mark.parametrize("linear", [Linear, CastingLinear])
+def test_a_compiled_model(inputs, linear):
+    """A compiler traces ComfyUI's own modules, whose code cannot be asked for names then."""
+    host, ours = hosts(linear)
+    report = fluxfast.accelerate(ours)
+    more = {"transformer_options": SAMPLER}
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager")
+    assert relative_error(output(compiled, inputs | more), output(host, inputs | more)) < FP32
+    assert counts(report) == (0, 0, 0)
+    torch._dynamo.reset()
+    assert relative_error(output(ours, inputs | more), output(host, inputs | more)) < FP32
+    assert counts(report) == (5, 0, 0)
+
+
+def test_lora_by_patched_weights_and_copies(inputs):
+    """ComfyUI exchanges a weight for a patched one, and puts the old one back."""
+    host, ours = hosts()
+    report = fluxfast.accelerate(ours)
+    plain = output(ours, inputs)
+    change = 0.1 * torch.randn(192, 64, generator=torch.Generator().manual_seed(1))
+    kept = []
+    for model in (host, ours):
+        linear = model.double_blocks[1].txt_attn.qkv
+        kept.append(linear.weight)
+        linear.weight = torch.nn.Parameter(linear.weight.detach() + change, requires_grad=False)
+    patched = output(ours, inputs)
+    assert relative_error(patched, output(host, inputs)) < FP32
+    assert relative_error(patched, plain) > 1e-3
+    assert torch.equal(output(copy.deepcopy(ours), inputs), patched)
+    ours.double_blocks[1].txt_attn.qkv.weight = kept[1]
+    assert torch.equal(output(ours, inputs), plain) and counts(report) == (15, 0, 0)

@@ -59,8 +59,10 @@ def test_a_compiled_model_with_a_trainers_adapters(inputs, kind, make, no_graphs
     assert counts(report) == (5, 0, 0)
 
 
-@every_kind
-@pytest.mark.parametrize("adapter", ["peft", KohyaLora])
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("diffusers", "peft"), ("diffusers", KohyaLora), ("concatenated", KohyaLora), ("bfl", "peft")],
+)
 def test_compiled_blocks(inputs, kind, adapter, no_graphs):
     """A block that is compiled alone is traced op by op; the others run fused."""
     host, ours = hosts_with_peft(kind) if adapter == "peft" else hosts(kind)
