@@ -23,6 +23,15 @@ def exchange(block: Any, entry: str, before: Any, after: Any) -> bool:
     return bool(found)
 
 
+def forget_left_behind(block: Any, entry: str, function: Any) -> None:
+    """Take away an attribute that is the class's own forward, `function`.
+
+    Some libraries leave one when they take their hooks off; that is no forward of the block's own.
+    """
+    if _is_bound(block.__dict__.get(entry), block, function):
+        del block.__dict__[entry]
+
+
 def _places(block: Any, entry: str) -> Iterator[tuple[Any, str]]:
     """Where hooks keep a forward: its owner, and the owner's attribute."""
     if entry != "forward":

@@ -18,7 +18,7 @@ from torch import nn
 
 from fluxfast.dropin import host_bfl, host_concatenated, host_diffusers
 from fluxfast.dropin.arguments import signature_of
-from fluxfast.dropin.captured import exchange
+from fluxfast.dropin.captured import exchange, forget_left_behind
 from fluxfast.model.stored_codes import keep_transposed
 
 # the attributes of a block that `accelerate` sets
@@ -73,14 +73,7 @@ def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
     anything: Any = block
     host: Any = type(block)
     entry = mixin.entry
-    left = block.__dict__.get(entry)
-    # some libraries leave the class's own forward behind as an attribute when they take their hooks
-    # off; that is no forward of the block's own
-    if (
-        getattr(left, "__func__", None) is getattr(host, entry)
-        and getattr(left, "__self__", None) is block
-    ):
-        del block.__dict__[entry]
+    forget_left_behind(block, entry, getattr(host, entry))
     anything.__class__ = _class_for(host, kind, mixin)
     called = exchange(block, entry, getattr(host, entry), getattr(anything.__class__, entry))
     anything.replaced = entry in block.__dict__ and not called
@@ -94,6 +87,7 @@ def give_back(block: Any) -> None:
     mine, host, entry = type(block), type(block).host_class, type(block).entry
     block.__class__ = host
     exchange(block, entry, getattr(mine, entry), getattr(host, entry))
+    forget_left_behind(block, entry, getattr(mine, entry))
 
 
 @functools.cache

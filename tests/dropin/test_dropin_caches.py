@@ -6,6 +6,8 @@ from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook as AccelerateHook
+from accelerate.hooks import add_hook_to_module
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -160,6 +162,41 @@ def test_a_cache_outlives_what_accelerate_changes(calls):
         report = fluxfast.accelerate(ours)
         assert relative_error(draw(pipe), draw(tiny_pipeline("text", tiny_transformer()))) < FP32
         assert counts(report) == (BLOCKS * 3, 0, 0)
+
+
+def test_hooks_that_come_and_go_leave_nothing_behind():
+    """They leave the forward that was ours as the block's own, which restore takes away."""
+    ours = tiny_transformer()
+    fluxfast.accelerate(ours)
+    ours.enable_cache(CACHES["first block"][0](None))
+    ours.disable_cache()
+    assert "forward" in ours.transformer_blocks[0].__dict__
+    fluxfast.restore(ours)
+    assert "forward" not in ours.transformer_blocks[0].__dict__
+    with torch.no_grad():
+        fluxfast.accelerate(ours, strict=True)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_copy_with_hooks_computes_with_its_own(before):
+    host = tiny_transformer()
+    ours = copy.deepcopy(host)
+    if before:
+        report = fluxfast.accelerate(ours)
+    for block in (*ours.transformer_blocks, *ours.single_transformer_blocks):
+        add_hook_to_module(block, AccelerateHook())
+    if not before:
+        report = fluxfast.accelerate(ours)
+    again = copy.deepcopy(ours)
+    for model in (host, again):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.8)
+    pipes = [tiny_pipeline("text", model) for model in (host, again)]
+    assert relative_error(draw(pipes[1]), draw(pipes[0])) < FP32
+    assert counts(fluxfast.dropin.inspect(again)) == (BLOCKS * 3, 0, 0) and report.calls() == 0
+    fluxfast.restore(again)
+    assert torch.equal(draw(pipes[1]), draw(pipes[0]))
 
 
 @every_kind
