@@ -65,7 +65,7 @@ def accelerate(
 
     A call that fluxfast can't compute as one fused block (an argument that only the host knows, an
     attention processor of someone's own, a hook on a module, an adapter that is no plain LoRA, a
-    bfloat16 product that this CPU's matrix unit does faster) runs as the host would run it. Such
+    bfloat16 product that this CPU does faster than ours) runs as the host would run it. Such
     calls are counted a block, which the report shows whenever it is printed, and each reason is
     named once in a warning. strict: they are errors, at once where the reason is there already (the
     model is restored then), else in the call. torch.compile traces blocks op by op: such calls are

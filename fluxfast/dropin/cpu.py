@@ -1,7 +1,8 @@
 """CPUs that multiply bfloat16 faster than our fp32 arithmetic.
 
-A host that computes in bfloat16 on a CPU with a matrix unit (AMX) keeps its own forward. Without
-such a unit our fp32 is many times faster than bfloat16.
+A host that computes in bfloat16 on a CPU with instructions for it keeps its own forward: AMX's
+matrix unit, or AVX-512's dot products of bfloat16, which are up to four times as fast as products
+of fp32. Without them our fp32 is many times faster than bfloat16.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-REASON = "this CPU's matrix unit multiplies bfloat16, and the host's own products use it"
+REASON = "this CPU has a matrix unit or dot products for bfloat16, which the host's products use"
 
 
 @functools.cache
 def has_matrix_unit() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    """Whether the CPU has instructions that multiply bfloat16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def host_is_faster(x: Tensor, linear: Any) -> str | None:

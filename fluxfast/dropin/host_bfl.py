@@ -1,4 +1,4 @@
-"""Black Forest Labs' layout, which sd-scripts and musubi-tuner use.
+"""Black Forest Labs' layout, which sd-scripts, musubi-tuner and ComfyUI use.
 
 q, k and v are one linear, which in a single block has the MLP's first linear in it as well, and
 positions are 2x2 rotations. Each call makes a view of the block (`_DoubleView`, `_SingleView`) that
@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.dropin.arguments import HostBlock, signature_of
+from fluxfast.dropin.comfyui import (
+    OPTIONS,
+    attention_because,
+    norm_because,
+    options_because,
+    weights_because,
+)
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.hooks import hooked
 from fluxfast.model.block_base import BlockBase, BlockOptions
@@ -25,10 +32,10 @@ from fluxfast.model.single_block import SingleMaths
 # of the RMS norms: the hosts' modules have it as a number in their forward
 EPS = 1e-6
 _NO_DROPOUT = nn.Dropout(0.0)
-# the only argument after pe that our maths knows
+# the only argument after pe that our maths knows; ComfyUI's options are looked at
 MASK = "txt_attention_mask"
-KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK})
-KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK})
+KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK, OPTIONS})
+KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK, OPTIONS})
 
 
 class _Names:
@@ -103,11 +110,17 @@ class _SingleView(_View, SingleMaths):
 
 def _norm(norm: Any) -> Any:
     """An RMS norm with its weight and eps under diffusers' names."""
-    return _Names(weight=norm.scale, eps=EPS)
+    return _Names(weight=_weight(norm), eps=getattr(norm, "eps", EPS))
+
+
+def _weight(norm: Any) -> Tensor:
+    """An RMS norm's weight, by the name that the host has for it."""
+    scale: Tensor = norm.scale if hasattr(norm, "scale") else norm.weight
+    return scale
 
 
 def _heads(linear: Any, norm: Any) -> int:
-    return linear.in_features // norm.query_norm.scale.shape[0]
+    return linear.in_features // _weight(norm.query_norm).shape[0]
 
 
 def tables(pe: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +179,10 @@ class _Shared(HostBlock, BlockOptions):
         for module in self.host_modules():
             if (because := hooked(module)) is not None:
                 return f"its {type(module).__name__} is called as a module: {because}"
+            if (because := norm_because(module)) is not None:
+                return because
+        if OPTIONS in self.signature.defaults and (because := attention_because(self)) is not None:
+            return because
         return must_be_called(self.torch_modules())
 
     def host_because(self: Any, given: dict[str, Any]) -> str | None:
@@ -174,6 +191,12 @@ class _Shared(HostBlock, BlockOptions):
                 return f"it is called without a tensor {name}"
         if given["vec"].ndim != 2:
             return "its vec is of each token"
+        if OPTIONS in self.signature.defaults:
+            linears = [linear for group in self.maths().linear_groups() for linear in group]
+            because = options_because(given.get(OPTIONS))
+            because = because or weights_because(linears, given[self.needs[0]].device)
+            if because is not None:
+                return because
         return self.modules_because() or host_is_faster(given[self.needs[0]], self.last_linear())
 
 
@@ -260,7 +283,7 @@ def mixin_for(block: nn.Module) -> type | None:
     kind: Any = type(block)
     inside = hasattr(kind, "_forward")
     takes = tuple(signature_of(kind._forward if inside else kind.forward).defaults)
-    parts = ("mod.lin", "attn.qkv", "attn.norm.query_norm.scale", "norm1", "norm2", "mlp")
+    parts = ("mod.lin", "attn.qkv", "attn.norm.query_norm.*", "norm1", "norm2", "mlp.2")
     double = [f"{who}_{part}" for who in ("img", "txt") for part in parts]
     if takes[:4] == ("img", "txt", "vec", "pe") and _reaches(block, *double):
         return CheckpointedDouble if inside else Double
@@ -268,7 +291,7 @@ def mixin_for(block: nn.Module) -> type | None:
         "modulation.lin",
         "linear1",
         "linear2",
-        "norm.query_norm.scale",
+        "norm.query_norm.*",
         "pre_norm",
         "mlp_act",
     )
@@ -278,10 +301,12 @@ def mixin_for(block: nn.Module) -> type | None:
 
 
 def _reaches(block: nn.Module, *paths: str) -> bool:
+    """Whether a block has something under each of the paths; `*` is an RMS norm's weight."""
     for path in paths:
         found: Any = block
         for name in path.split("."):
-            found = getattr(found, name, None)
+            names = ("scale", "weight") if name == "*" else (name,)
+            found = next((getattr(found, n) for n in names if hasattr(found, n)), None)
         if found is None:
             return False
     return True

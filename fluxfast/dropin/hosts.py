@@ -18,7 +18,7 @@ from torch import nn
 
 from fluxfast.dropin import host_bfl, host_concatenated, host_diffusers
 from fluxfast.dropin.arguments import signature_of
-from fluxfast.dropin.wrapped import redirect
+from fluxfast.dropin.wrapped import forget_left_behind, redirect
 from fluxfast.model.stored_codes import keep_transposed
 
 # the attributes of a block that `accelerate` sets
@@ -44,7 +44,7 @@ HOSTS: dict[str, Any] = {
 EXPECTED = (
     "diffusers' FluxTransformer2DModel (0.36 or later), a model of its older blocks, whose "
     "single block takes one concatenated tensor (SimpleTuner's), or one in Black Forest Labs' "
-    "layout (`double_blocks`, `single_blocks`; sd-scripts, musubi-tuner)"
+    "layout (`double_blocks`, `single_blocks`; sd-scripts, musubi-tuner, ComfyUI)"
 )
 
 
@@ -74,14 +74,7 @@ def take_over(block: nn.Module, kind: str, mixin: Any) -> None:
     anything: Any = block
     host: Any = type(block)
     entry = mixin.entry
-    left = block.__dict__.get(entry)
-    # some libraries leave the class's own forward behind as an attribute when they take their hooks
-    # off; that is no forward of the block's own
-    if (
-        getattr(left, "__func__", None) is getattr(host, entry)
-        and getattr(left, "__self__", None) is block
-    ):
-        del block.__dict__[entry]
+    forget_left_behind(block, entry, getattr(host, entry))
     made: Any = _class_for(host, kind, mixin)
     anything.__class__ = made
     wraps = redirect(block, getattr(host, entry), getattr(made, entry))
@@ -93,9 +86,10 @@ def give_back(block: Any) -> None:
     keep_transposed(block.maths().linear_groups(), None)
     for name in SET_BY_ACCELERATE:
         block.__dict__.pop(name, None)
-    made, host = type(block), type(block).host_class
-    redirect(block, getattr(made, made.entry), getattr(host, made.entry))
+    mine, host, entry = type(block), type(block).host_class, type(block).entry
     block.__class__ = host
+    redirect(block, getattr(mine, entry), getattr(host, entry))
+    forget_left_behind(block, entry, getattr(host, entry))
 
 
 @functools.cache
@@ -108,10 +102,27 @@ def _class_for(host: type, kind: str, mixin: Any) -> type:
         "host_class": host,
         "host_kind": kind,
         "signature": signature_of(getattr(host, mixin.entry)),
+        mixin.entry: _while_ours(mixin),
     }
     made = type(host.__name__, (mixin, host), body)
     HOSTS[kind].register(host, made)
     return made
+
+
+def _while_ours(mixin: Any) -> Any:
+    """The mixin's forward; on a block that is the host's again, that of its class.
+
+    Whoever wrapped the forward of an accelerated block calls it after `restore`, too.
+    """
+    name, run = mixin.entry, getattr(mixin, mixin.entry)
+
+    @functools.wraps(run)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "host_class"):
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(host: Any, kind: str, mixin: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -247,10 +247,9 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
     groups = [module for group in maths.linear_groups() for module in group]
     obstacles = [obstacle(module, share_dropout=maths.share_dropout) for module in groups]
     if because is None:
-        because = maths.composed_because({})
-    if because is None:
-        unread = [reason for reason in obstacles if reason is not None]
-        because = f"{len(unread)} of its linears can't be read: {unread[0]}" if unread else None
+        because = _composed_because(maths, obstacles)
+        if because is not None and _is_fused_without_gradients(maths, groups):
+            because += "; calls without gradients run fused"
     linears = []
     for module in (*groups, *maths.modulation_linears()):
         # a modulation's linear is never part of the fused block
@@ -261,6 +260,23 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
             )
         )
     return BlockReport(name, because is None, because, block.log), linears
+
+
+def _composed_because(maths: Any, obstacles: Sequence[str | None]) -> str | None:
+    """Why a block that our maths computes can't be fused; None where it can.
+
+    obstacles: those of its linears.
+    """
+    if (because := maths.composed_because({})) is not None:
+        return because
+    unread = [reason for reason in obstacles if reason is not None]
+    return f"{len(unread)} of its linears can't be read: {unread[0]}" if unread else None
+
+
+def _is_fused_without_gradients(maths: Any, linears: Sequence[nn.Module]) -> bool:
+    with torch.no_grad():
+        obstacles = [obstacle(module, share_dropout=maths.share_dropout) for module in linears]
+        return _composed_because(maths, obstacles) is None
 
 
 def _input_like(maths: Any) -> torch.Tensor:

@@ -102,3 +102,13 @@ def _put_function(of: Any, value: Any) -> None:
 def _put_argument(of: Any, i: int, value: Any) -> None:
     arguments = (*of.args[:i], value, *of.args[i + 1 :])
     of.__setstate__((of.func, arguments, of.keywords, of.__dict__))
+
+
+def forget_left_behind(block: nn.Module, entry: str, function: FunctionType) -> None:
+    """Take away an attribute that is the class's own forward, `function`.
+
+    Some libraries leave one when they take their hooks off; that is no forward of the block's own.
+    """
+    left = block.__dict__.get(entry)
+    if isinstance(left, MethodType) and left.__self__ is block and left.__func__ is function:
+        del block.__dict__[entry]

@@ -22,6 +22,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,11 +40,12 @@ from fluxfast.model.block_call import (
 from fluxfast.model.checkpointing import is_checkpointed, saving_for_itself
 from fluxfast.model.flat_gradients import GradientPlaces
 from fluxfast.model.known_modules import must_be_called
-from fluxfast.model.launch_plans import LaunchPlans
+from fluxfast.model.launch_plans import LaunchPlans, usable
 from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
 from fluxfast.model.residency import resident
 from fluxfast.model.rope import Tables, rope_arguments
+from fluxfast.model.streams import of_batch
 from fluxfast.model.tape import adapter_tensors, read_linears
 from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.device import autocast_dtype
@@ -140,6 +142,8 @@ class BlockBase(BlockOptions):
             self.ran("host", because)
             return self.host_forward(hidden_states, encoder_hidden_states, temb, pe, kwargs)
         streams = self._streams(hidden_states, encoder_hidden_states)
+        batch = max(x.shape[0] for x in (*streams, *([temb] if isinstance(temb, Tensor) else temb)))
+        streams = of_batch(streams, batch)
         dtype, autocast = _arithmetic(streams[0])
         checkpointed = is_checkpointed(self.owner(), streams[0])
         with resident(self, "forward"), without_autocast(streams[0].device.type, autocast):
@@ -147,23 +151,12 @@ class BlockBase(BlockOptions):
             fused = self._fused_call(inputs, pe, kwargs, checkpointed)
             saves = fused is not None and checkpointed
             with saving_for_itself() if saves else nullcontext():
-                mods = self._modulation(temb, dtype, autocast)
+                mods = of_batch(self._modulation(temb, dtype, autocast), batch)
                 if fused is None:
                     owner = OwnerDtypes(streams[0].dtype, autocast)
                     outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
                 else:
-                    call, linears = fused
-                    rows, trained = self._function_inputs(call, inputs), adapter_tensors(linears)
-                    places = self.gradients
-                    if places is None or not places.are_of(trained):
-                        places = None
-                    else:
-                        # one of them is enough for autograd to call backward
-                        trained = trained[:1]
-                    if self.stand_ins is not None:
-                        trained = [self.stand_ins.get(t, t) for t in trained]
-                    outs = self.function.apply(self, call, linears, places, *rows, *mods, *trained)
-                    del rows
+                    outs = self._run_fused(*fused, inputs, mods)
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)
 
@@ -171,13 +164,32 @@ class BlockBase(BlockOptions):
         """The module whose call runs the block's forward."""
         return self
 
+    def _run_fused(
+        self, call: BlockCall, linears: BlockLinears, streams: Sequence[Tensor], mods: Vectors
+    ) -> Any:
+        """The maths' outputs, by one Function, or by its forward where nothing has a backward."""
+        rows = self._function_inputs(call, streams)
+        if not torch.is_grad_enabled() and not usable(self.launch_plans, call, rows[0]):
+            # keeping for backward takes time and memory
+            return self.function.once(self, replace(call, policy="full"), linears, [*rows, *mods])
+        trained, places = adapter_tensors(linears), self.gradients
+        if places is None or not places.are_of(trained):
+            places = None
+        else:
+            # one of them is enough for autograd to call backward
+            trained = trained[:1]
+        if self.stand_ins is not None:
+            trained = [self.stand_ins.get(t, t) for t in trained]
+        return self.function.apply(self, call, linears, places, *rows, *mods, *trained)
+
     # what the kinds of block differ in
 
     @property
-    def function(self) -> type[torch.autograd.Function]:
+    def function(self) -> Any:
         """The Function of a fused call.
 
-        Its arguments are those of `block_run.run_forward`.
+        Its arguments are those of `block_run.run_forward`; its `once` is the forward alone, of
+        (block, call, linears, inputs).
         """
         raise NotImplementedError
 
@@ -242,7 +254,7 @@ class BlockBase(BlockOptions):
             return foreign
         if attention_module.backend_of(self.attn, self.attention) is None:
             return "its attention back end is not one of PyTorch's own"
-        if any(norm.weight.requires_grad for norm in self._norms()):
+        if torch.is_grad_enabled() and any(norm.weight.requires_grad for norm in self._norms()):
             return "an RMS norm of its q or k is trained"
         return None
 

@@ -216,6 +216,11 @@ class DoubleBlockFunction(torch.autograd.Function):
         return run_forward(ctx, _forward, *args)
 
     @staticmethod
+    def once(*args: Any) -> Any:
+        """Forward alone, of (block, call, linears, inputs), for a call that has no backward."""
+        return _forward(*args)[0]
+
+    @staticmethod
     @once_differentiable
     @own_dtypes
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:

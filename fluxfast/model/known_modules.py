@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from fluxfast.hooks import hooked
+from fluxfast.model.comfy_modules import comfy_because
 
 _CLASSES: tuple[Any, ...] = (
     *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),
@@ -31,7 +32,8 @@ def must_be_called(modules: Iterable[nn.Module]) -> str | None:
         because = hooked(module)
         if because is not None:
             return f"its {type(module).__name__} is called as a module: {because}"
-        if type(module).forward not in _FORWARDS or not _is_flux(module):
+        known = type(module).forward in _FORWARDS or comfy_because(module, nn.LayerNorm) is None
+        if not known or not _is_flux(module):
             return f"its {type(module).__name__} is not the module that FLUX.1 has there"
     return None
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.hooks import hooked, own_parameter
+from fluxfast.model.comfy_modules import comfy_because
 from fluxfast.model.foreign_adapters import (
     foreign_adapters,
     foreign_wrapper,
@@ -30,6 +31,9 @@ from fluxfast.ops.linear.column_dora import over_weight
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
+
+# where gradients are wanted; without them a base that nobody has frozen is read like any other
+TRAINED = "its base is trained"
 
 
 def read_linear(module: nn.Module, *, share_dropout: bool = True) -> LinearParams | None:
@@ -73,9 +77,12 @@ def _frozen(module: nn.Module) -> LinearParams | str:
     if isinstance(params, str):
         return params
     weight, bias, _ = params
-    if (bias is not None and bias.requires_grad) or getattr(weight, "requires_grad", False):
-        return "its base is trained"
-    return params
+    return TRAINED if _trains(weight) or _trains(bias) else params
+
+
+def _trains(tensor: Any) -> bool:
+    """Whether a call may have to give a tensor a gradient; whoever only draws freezes nothing."""
+    return getattr(tensor, "requires_grad", False) and torch.is_grad_enabled()
 
 
 def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
@@ -133,26 +140,26 @@ def _read_base(module: nn.Module) -> LinearParams | str:
     if weight is not None:
         if torch.compiler.is_compiling():
             return "torch.compile traces its library's own product"
-        if getattr(module.weight, "requires_grad", False):
-            return "its base is trained"
+        if _trains(module.weight):
+            return TRAINED
         bias: Any = module.bias
         return LinearParams(weight, bias)
     if type(module).forward is nn.Linear.forward:
-        assert isinstance(module, nn.Linear)
         return _read_plain(module)
     if (found := host_linear(module)) is not None:
         return found
-    return f"{type(module).__name__} is not known"
+    because = comfy_because(module, nn.Linear)
+    return _read_plain(module) if because is None else because
 
 
-def _read_plain(linear: nn.Linear) -> LinearParams | str:
+def _read_plain(linear: nn.Module) -> LinearParams | str:
     weight, bias = own_parameter(linear, "weight"), own_parameter(linear, "bias")
     # most linears have no such buffer, and need not be looked at further
     if "scale_weight" in linear._buffers and is_scaled_fp8(linear, innermost_forward(linear)):
-        if weight.requires_grad:
+        if _trains(weight):
             return "its base is trained"
         return LinearParams(scaled_fp8(linear), bias)
-    if weight.dtype.itemsize > 1 or weight.requires_grad or torch.compiler.is_compiling():
+    if weight.dtype.itemsize > 1 or _trains(weight) or torch.compiler.is_compiling():
         return LinearParams(weight, bias)
     # a weight of 8 bits without a scale, which no product reads: fp32 holds each of its values
     wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()

@@ -171,6 +171,11 @@ class SingleBlockFunction(torch.autograd.Function):
         return run_forward(ctx, _forward, *args)
 
     @staticmethod
+    def once(*args: Any) -> Any:
+        """Forward alone, of (block, call, linears, inputs), for a call that has no backward."""
+        return _forward(*args)[0]
+
+    @staticmethod
     @once_differentiable
     @own_dtypes
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

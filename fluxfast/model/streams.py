@@ -66,6 +66,17 @@ def as_rows(x: Tensor, parts: Parts) -> Tensor:
     return torch.cat([x[:, :text].flatten(0, 1), x[:, text:].flatten(0, 1)])
 
 
+def of_batch(tensors: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+    """Tensors [B, ...], those of one sample repeated for all of the batch.
+
+    A host's operations broadcast, as where one prompt's text is given for several images; our
+    kernels read rows. Raises RuntimeError, as the host's do, where a B is neither 1 nor the batch.
+    """
+    if all(x.shape[0] == batch for x in tensors):
+        return tensors
+    return tuple(x.expand(batch, *x.shape[1:]).contiguous() for x in tensors)
+
+
 def whole_of(txt: Tensor, img: Tensor) -> Tensor | None:
     """The tensor whose halves txt and img are, with a gradient that is just theirs; else None.
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dropin_hosts import diffusers_host, pair
+from dropin_hosts import add_lora, diffusers_host, inject_peft, pair
 from host_of_sd_scripts import Flux
 from host_of_simpletuner import OlderFlux
 
@@ -18,10 +18,20 @@ def hosts(kind):
     return pair(lambda: HOSTS[kind]().requires_grad_(False))
 
 
-def output(model, inputs):
-    with torch.no_grad():
+def peft_on(model):
+    """PEFT's LoRA, as the model's kind is given it."""
+    add_lora(model) if hasattr(model, "add_adapter") else inject_peft(model)
+    return model
+
+
+def hosts_with_peft(kind):
+    return tuple(peft_on(model) for model in hosts(kind))
+
+
+def output(model, inputs, *, gradients=False):
+    with torch.set_grad_enabled(gradients):
         out = model(**inputs)
-    return out if isinstance(out, torch.Tensor) else out[0]
+    return (out if isinstance(out, torch.Tensor) else out[0]).detach()
 
 
 def counts(report):

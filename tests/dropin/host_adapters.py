@@ -7,6 +7,7 @@ its docstring whose module it stands for.
 import weakref
 
 import torch
+from dropin_hosts import randomise_trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -309,3 +310,25 @@ class OneTrainerLokr(OneTrainerLora):
     def forward(self, x):
         change = self.get_weight() * (self.alpha / self.dim)
         return self.orig_forward(x) + self.op(x, change.to(x.dtype))
+
+
+def linears_of(model):
+    for block in model.modules():
+        if type(block).__name__.endswith("Block"):
+            yield from (m for m in block.modules() if type(m) is nn.Linear)
+
+
+def adapted(model, make):
+    """A network beside a model, as trainers keep it: what leads to it is a linear's forward."""
+    network = nn.ModuleList(make(linear) for linear in list(linears_of(model)))
+    randomise_trained(network)
+    return network
+
+
+def trained_by(model):
+    """The parameters of the adapters that a model's linears call."""
+    found = {}
+    for i, linear in enumerate(linears_of(model)):
+        owner = linear.__dict__["forward"].__self__
+        found |= {f"{i}.{name}": p for name, p in owner.named_parameters() if p.requires_grad}
+    return found

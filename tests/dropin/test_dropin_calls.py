@@ -12,6 +12,7 @@ from dropin_hosts import FP32, assert_equal, inject_peft
 
 import fluxfast
 from fluxfast.dropin.calls import CallLog, Notices
+from fluxfast.dropin.cpu import has_matrix_unit
 from support import make_inputs, relative_error
 
 
@@ -120,6 +121,14 @@ def test_a_matrix_unit_is_a_reason_too(inputs, kind, monkeypatch):
     ours.to(torch.bfloat16)
     with pytest.raises(ValueError, match="matrix unit"):
         fluxfast.accelerate(ours, strict=True)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dots", [False, True])
+def test_dot_products_of_bfloat16_are_as_good_as_a_matrix_unit(monkeypatch, amx, dots):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dots)
+    assert has_matrix_unit.__wrapped__() == (amx or dots)
 
 
 def test_each_model_has_counts_and_warnings_of_its_own(inputs):

@@ -101,7 +101,12 @@ def test_every_way_off_the_fused_path_is_seen(inputs, change):
         torch.manual_seed(0)
         change(model)
     with pytest.warns(UserWarning, match="fluxfast: ") as caught:
-        assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
+        assert (
+            relative_error(
+                output(ours, inputs, gradients=True), output(host, inputs, gradients=True)
+            )
+            < FP32
+        )
     messages = [str(w.message) for w in caught if str(w.message).startswith("fluxfast")]
     assert len(messages) == 1 and because in messages[0]
     seen = {key: calls for one in report.blocks for key, calls in one.calls.fallbacks().items()}
@@ -116,13 +121,25 @@ def test_every_way_off_the_fused_path_is_seen(inputs, change):
         fluxfast.accelerate(ours, strict=True)
     with pytest.raises(ValueError, match="call fluxfast"):
         fluxfast.dropin.inspect(ours)
-    assert torch.equal(output(ours, inputs), output(host, inputs))
+    assert torch.equal(output(ours, inputs, gradients=True), output(host, inputs, gradients=True))
     # a reason that comes later is an error in the call
     _, later = hosts("diffusers")
     fluxfast.accelerate(later, strict=True)
     change(later)
     with pytest.raises(ValueError, match=r"strict=True.*blocks\.0 would run"):
-        output(later, inputs)
+        output(later, inputs, gradients=True)
+
+
+@pytest.mark.parametrize("change", [trained_base, trained_norm])
+def test_what_trains_is_fused_where_nobody_asks_for_gradients(inputs, change):
+    host, ours = hosts("diffusers")
+    report = fluxfast.accelerate(ours)
+    for model in (host, ours):
+        change(model)
+    assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
+    assert counts(report) == (5, 0, 0)
+    (block,) = (b for b in fluxfast.dropin.inspect(ours).blocks if not b.fused)
+    assert block.because.endswith("is trained; calls without gradients run fused")
 
 
 def test_a_block_without_positions_is_the_hosts(inputs):

@@ -119,7 +119,8 @@ def test_dropout(kind):
 
 
 @both_kinds
-def test_backward_reads_the_adapters_of_its_forward(kind):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_backward_reads_the_adapters_of_its_forward(kind, gradients):
     """The forward of another adapter comes between a forward and its backward."""
     model = make_model()
     model.add_adapter(LoraConfig(r=3, target_modules=EVERYTHING), "other")
@@ -139,7 +140,8 @@ def test_backward_reads_the_adapters_of_its_forward(kind):
     with augmenting() as taken:
         make_room_for_adapters(model.blocks)
         loss = forward("default")
-        forward("other")
+        with torch.set_grad_enabled(gradients):
+            forward("other")
         actual = torch.autograd.grad(loss, trained)
     assert "backward" in taken
     for a, e in zip(actual, expected, strict=True):

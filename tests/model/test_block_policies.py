@@ -91,6 +91,38 @@ def test_dropout_is_right_on_average(kind):
 
 @both_kinds
 @every_policy
+def test_a_call_without_gradients_keeps_nothing(kind, policy, monkeypatch):
+    """It has the same outputs, to the bit, and no node of autograd is asked for."""
+    model = make_model(dtype=torch.float64)
+    block = block_of(model, kind)
+    block.policy = policy
+    arguments = inputs(model, torch.float64)
+    expected = block(*arguments)
+    kept = []
+    monkeypatch.setattr(tape.Tape, "keep", wrapped(tape.Tape.keep, kept))
+    monkeypatch.setattr(block.function, "apply", None)
+    with torch.no_grad():
+        actual = block(*arguments)
+    assert all(map(torch.equal, actual, expected))
+    # a few numbers a token, and nothing that is as wide as the model
+    assert kept and all(size < arguments[0].shape[-1] for size in kept)
+
+
+def wrapped(keep, widths):
+    """`Tape.keep`, which notes how wide the tensors are that a tape has afterwards."""
+
+    def kept(self, *args):
+        values = keep(self, *args)
+        held = [v for each in self.values.values() for v in each if isinstance(v, torch.Tensor)]
+        widths.extend(v.shape[-1] for v in held)
+        widths.append(0)
+        return values
+
+    return kept
+
+
+@both_kinds
+@every_policy
 @pytest.mark.parametrize("compute", ["int8", "e4m3"])
 def test_products_of_codes(kind, policy, compute):
     """Against the composed path on codes too: what differs is where a gradient is quantised, at
