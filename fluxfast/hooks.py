@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+REPLACED = "its forward was replaced"
+
 
 def hooked(module: nn.Module) -> str | None:
     """What calling the module would run besides its class's own forward; None for nothing.
@@ -29,7 +31,9 @@ def hooked(module: nn.Module) -> str | None:
             return f"it has hooks: accelerate's {type(hook).__name__}"
         if registry is not None and registry.hooks:
             return f"it has hooks: diffusers' {', '.join(registry.hooks)}"
-        return "its forward was replaced"
+        if "_layer_memory_manager" in held:
+            return "ai-toolkit fetches its weight for the length of a call"
+        return REPLACED
     return "it has hooks" if hooks else None
 
 

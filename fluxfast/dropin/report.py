@@ -19,6 +19,7 @@ from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import obstacle, read_base, read_linear
 from fluxfast.model.stored_codes import transposed_copies
 from fluxfast.ops.linear.adapters import tensors_of
+from fluxfast.ops.linear.column_dora import ColumnScaled
 from fluxfast.quant import QuantWeight
 
 # how a linear runs: within a block that is one autograd.Function, by our kernels but on its own, or
@@ -310,6 +311,8 @@ def _linear(name: str, module: Any, share_dropout: bool, runs: Runs, hosts: bool
 
 def _stored(module: Any, weight: Any) -> str:
     """How a linear's weight is stored, for people."""
+    if isinstance(weight, ColumnScaled):
+        weight = weight.base
     if isinstance(weight, QuantWeight):
         return in_words(weight.format.name)
     if (stored := getattr(weight, "stored", None)) is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
-from fluxfast.hooks import hooked, own_parameter
+from fluxfast.hooks import REPLACED, hooked, own_parameter
 from fluxfast.model.comfy_modules import comfy_because
 from fluxfast.model.foreign_adapters import (
     foreign_adapters,
@@ -27,7 +27,7 @@ from fluxfast.model.foreign_adapters import (
 from fluxfast.model.foreign_linears import host_linear, is_scaled_fp8, scaled_fp8, summed
 from fluxfast.model.foreign_weights import Decoded, foreign_weight
 from fluxfast.ops.linear.adapters import Adapter, is_random
-from fluxfast.ops.linear.column_dora import over_weight
+from fluxfast.ops.linear.column_dora import on_columns
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant.linear import QuantLinear
@@ -92,7 +92,9 @@ def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
     """
     adapters = foreign_adapters(module) if "forward" in module.__dict__ else None
     if adapters is None:
-        return because
+        owner = getattr(innermost_forward(module), "__self__", module)
+        by = f" by {type(owner).__name__}'s" if owner is not module else ""
+        return because + by if because == REPLACED else because
     if isinstance(adapters, str):
         return adapters
     params = _frozen(module)
@@ -109,7 +111,7 @@ def _with_adapters(base: LinearParams, adapters: tuple[Adapter, ...]) -> LinearP
     every = (*base.adapters, *adapters)
     if base.adapters and adapters and any(map(_is_decomposed, every)):
         return "one of several adapters is DoRA, which rescales what the others add"
-    return base._replace(adapters=over_weight(every, base.weight))
+    return on_columns(base._replace(adapters=every))
 
 
 def _is_decomposed(adapter: Any) -> bool:

@@ -28,7 +28,7 @@ from fluxfast.model.linear import base_of, read_base, read_or_because
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops.linear.adapters import Adapter, over_tensors, tensors_of, writing_to
 from fluxfast.ops.linear.beside import operand_of
-from fluxfast.ops.linear.column_dora import over_weight
+from fluxfast.ops.linear.column_dora import on_columns
 from fluxfast.ops.linear.decomposed import Narrow
 from fluxfast.ops.linear.pair import AnyGroup
 from fluxfast.ops.linear.params import LinearParams
@@ -187,7 +187,7 @@ def linears_again(
 
     return [
         [
-            LinearParams(weight, bias, over_weight(again(adapters), weight))
+            on_columns(LinearParams(weight, bias, again(adapters)))
             for (weight, bias, _), adapters in zip(group, adapters_of_group, strict=True)
         ]
         for group, adapters_of_group in zip(linears, ctx.adapters, strict=True)

@@ -5,7 +5,7 @@ import torch
 from op_cases import every_impl
 
 from fluxfast.ops.linear.adapters import Lora
-from fluxfast.ops.linear.column_dora import ColumnDora, over_weight
+from fluxfast.ops.linear.column_dora import ColumnDora, on_columns
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant import FORMATS, QuantWeight
@@ -38,8 +38,7 @@ def group_of(tensors, stored=None):
     linears = []
     for weight, a, b, magnitude in tensors:
         base = weight if stored is None else QuantWeight.of(weight.detach(), FORMATS[stored])
-        adapters = over_weight((ColumnDora(a, b, magnitude, SCALE),), base)
-        linears.append(LinearParams(base, None, adapters))
+        linears.append(on_columns(LinearParams(base, None, (ColumnDora(a, b, magnitude, SCALE),))))
     return linears
 
 
@@ -52,7 +51,7 @@ def test_values_and_gradients(impl, tokens, stored):
     exact = [[t.detach().double().requires_grad_(t.requires_grad) for t in own] for own in tensors]
     for own, linear in zip(exact, linears, strict=True):
         if stored is not None:
-            own[0] = linear.weight.to(torch.float64)
+            own[0] = linear.weight.base.to(torch.float64)
     g = torch.Generator().manual_seed(5)
     x, dy = torch.randn(tokens, K, generator=g), torch.randn(tokens, sum(OUTS), generator=g)
     results = []
@@ -81,6 +80,9 @@ def test_the_reference_is_differentiated_by_autograd():
         assert relative_error(ours, theirs) < 1e-12
 
 
-def test_others_keep_their_weight():
-    lora = Lora(torch.zeros(1, 2), torch.zeros(3, 1), 1.0)
-    assert over_weight((lora,), torch.zeros(3, 2)) == (lora,)
+def test_it_may_be_put_on_its_weight_again():
+    (linear, _) = group_of(leaves(torch.float64))
+    again = on_columns(linear)
+    assert again.weight.base is linear.weight.base and again.adapters == linear.adapters
+    lora = LinearParams(torch.zeros(3, 2), None, (Lora(torch.zeros(1, 2), torch.zeros(3, 1), 1.0),))
+    assert on_columns(lora) is lora

@@ -3,9 +3,8 @@
     y = x diag(g) (W + s B A)ᵀ + b,    g = magnitude / ν,    ν = ‖W + s B A‖ by columns
 
 OneTrainer's DoRA is this one where it isn't told otherwise. g scales the input, of which every
-linear of a group would have its own, so that this adapter runs beside the wide product:
-
-    y += (x (g - 1)) Wᵀ + s ((x g) Aᵀ) Bᵀ
+linear of a group would have its own. So the wide product reads `ColumnScaled`, which is W diag(g),
+and the adapter beside it adds s ((x g) Aᵀ) Bᵀ.
 
 ν is had without ΔW being formed, from the thin product Bᵀ W, and no gradient flows through it.
 Source: DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
@@ -14,11 +13,12 @@ Source: DoRA, arXiv 2402.09353, sections 4.1 and 4.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.weights import FrozenWeight
 
 # a norm that is smaller is taken to be this
@@ -26,13 +26,18 @@ _TINY = 1e-30
 
 
 class ColumnDora(NamedTuple):
-    """a [r, K], b [N, r], magnitude [K]; weight: the frozen W [N, K], which somebody must set."""
+    """a [r, K], b [N, r], magnitude [K] or [1, K]; weight: the frozen W [N, K].
+
+    known: ν in each dtype that it was computed in, which both directions need more than once.
+    `on_columns` sets both, and gives the linear that belongs to them.
+    """
 
     a: Tensor
     b: Tensor
     magnitude: Tensor
     scale: float
     weight: Tensor | FrozenWeight | None = None
+    known: dict[torch.dtype, Tensor] | None = None
 
     @property
     def dropout(self) -> float:
@@ -48,43 +53,70 @@ class ColumnDora(NamedTuple):
         a, b, magnitude = tensors
         return self._replace(a=a, b=b, magnitude=magnitude)
 
-    def _w(self, dtype: torch.dtype) -> Tensor:
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """W in a dtype."""
         assert self.weight is not None
-        w = self.weight.detach() if isinstance(self.weight, Tensor) else self.weight
-        return w.to(dtype)
+        return (self.weight.detach() if isinstance(self.weight, Tensor) else self.weight).to(dtype)
 
     @torch.no_grad()
-    def _norms(self, w: Tensor) -> Tensor:
-        """ν [K], at least in fp32."""
+    def norms(self, w: Tensor) -> Tensor:
+        """ν [K] of a W in some dtype, at least in fp32."""
+        if self.known is not None and w.dtype in self.known:
+            return self.known[w.dtype]
         wide = torch.promote_types(w.dtype, torch.float32)
         a, b = self.a.to(wide), self.b.to(wide) * self.scale
         cross = (a * (self.b.to(w.dtype).T @ w).to(wide)).sum(0) * self.scale
         own = (a * ((b.T @ b) @ a)).sum(0)
         base = torch.linalg.vector_norm(w, dim=0, dtype=wide).square_()
-        return (base + 2 * cross + own).clamp_min_(_TINY).sqrt_()
+        norms = (base + 2 * cross + own).clamp_min_(_TINY).sqrt_()
+        if self.known is not None:
+            self.known[w.dtype] = norms
+        return norms
 
     def add_to(self, y: Tensor, x: Tensor, /) -> None:
-        w = self._w(x.dtype)
-        g = self.magnitude.reshape(-1) / self._norms(w)
-        scaled = x * g.to(x.dtype)
-        y += (scaled - x) @ w.T
-        y += (scaled @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T * self.scale
+        w = self.frozen(x.dtype)
+        g = (self.magnitude.reshape(-1) / self.norms(w)).to(x.dtype)
+        y += ((x * g) @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T * self.scale
+        if g.requires_grad:
+            # nothing, but what autograd needs to find the magnitude's part of the wide product
+            y += (x.detach() * (g - g.detach())) @ w.T
 
     def backward(self, dy: Tensor, x: Tensor, dx: Tensor | None, /) -> tuple[Tensor, ...]:
-        w, a, b = self._w(x.dtype), self.a.to(x.dtype), self.b.to(x.dtype)
-        norms = self._norms(w)
+        w, a, b = self.frozen(x.dtype), self.a.to(x.dtype), self.b.to(x.dtype)
+        norms = self.norms(w)
         g = (self.magnitude.reshape(-1) / norms).to(x.dtype)
         du = dy @ b * self.scale
-        # of x diag(g), through W and through A
-        through_w, through_a = dy @ w, du @ a
+        # of x diag(g), through A and then through W as well
+        through = du @ a
         if dx is not None:
-            dx += through_w * (g - 1) + through_a * g
-        dg = (x * (through_w + through_a)).to(norms.dtype).sum(0)
+            dx += through * g
+        dg = (x * through.addmm_(dy, w)).to(norms.dtype).sum(0)
         scaled = x * g
         db = dy.T @ (scaled @ a.T) * self.scale
         return du.T @ scaled, db, (dg / norms).reshape(self.magnitude.shape)
 
 
-def over_weight(adapters: Sequence[Any], weight: Tensor | FrozenWeight) -> tuple[Any, ...]:
-    """The same adapters, where one that reads the frozen weight reads this one."""
-    return tuple(a._replace(weight=weight) if isinstance(a, ColumnDora) else a for a in adapters)
+class ColumnScaled(FrozenWeight):
+    """W diag(g) of an adapter on W."""
+
+    def __init__(self, adapter: ColumnDora) -> None:
+        assert adapter.weight is not None
+        super().__init__(adapter.weight.shape, adapter.weight.device)
+        self._adapter, self.base = adapter, adapter.weight
+
+    @torch.no_grad()
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        w = self._adapter.frozen(dtype)
+        return w * (self._adapter.magnitude.reshape(-1) / self._adapter.norms(w)).to(dtype)
+
+
+def on_columns(linear: LinearParams) -> LinearParams:
+    """The same linear over its frozen weight, if its adapter is one that rescales columns."""
+    for adapter in linear.adapters:
+        if isinstance(adapter, ColumnDora):
+            weight = linear.weight
+            frozen = weight.base if isinstance(weight, ColumnScaled) else weight
+            known = adapter.known if adapter.weight is frozen else {}
+            own = adapter._replace(weight=frozen, known=known)
+            return linear._replace(weight=ColumnScaled(own), adapters=(own,))
+    return linear
