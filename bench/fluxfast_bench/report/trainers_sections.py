@@ -6,10 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fluxfast_bench.report.markdown import conditions_line, markdown_table
+from fluxfast_bench.report.markdown import conditions_line, conditions_of, markdown_table
 from fluxfast_bench.report.results import Result, newest_cases
+from fluxfast_bench.shapes import SHAPES
 
 COUNTED = ("blocks", "linears", "adapters")
+TITLES = {
+    "diffusers": "diffusers + PEFT",
+    "simpletuner": "SimpleTuner",
+    "onetrainer": "OneTrainer",
+}
 
 
 def by_trainer(stored: Sequence[Result]) -> str:
@@ -19,21 +25,21 @@ def by_trainer(stored: Sequence[Result]) -> str:
         rows = []
         for trainer in dict.fromkeys(r["contestant"] for r in records):
             cases = [r for r in records if r["contestant"] == trainer and "reason" not in r]
-            if not cases:
-                continue
             whole = [r for r in cases if r["blocks_fused"] == r["blocks"]]
             rates = [r["ratio"] for r in whole]
-            rows.append(
-                [
-                    trainer,
-                    "; ".join(r["mode"] for r in whole),
-                    *(_of(cases, what) for what in COUNTED),
-                    f"{min(rates):.2f} … {max(rates):.2f}" if rates else "",
-                    "; ".join(f"{r['mode']} ({_why(r)})" for r in cases if r not in whole),
-                ]
-            )
-        head = ["", "fused", *COUNTED, "rate, its own is 1", "called as it is"]
-        parts.append(_with_conditions(result, shape, records, markdown_table(head, rows, left=2)))
+            if cases:
+                rows.append(
+                    [
+                        TITLES.get(trainer, trainer),
+                        _grouped([r["mode"] for r in whole]),
+                        "; ".join(f"{r['mode']}: {_why(r)}" for r in cases if r not in whole),
+                        *(_of(cases, what) for what in COUNTED),
+                        f"{min(rates):.2f} … {max(rates):.2f}" if rates else "",
+                    ]
+                )
+        head = ["", "fused", "called as it is, and why", *COUNTED, "rate, its own is 1"]
+        made = f"{_conditions(shape, records)}; {conditions_of(result)}."
+        parts.append(f"{markdown_table(head, rows, left=3)}\n\n{made}")
     return "\n\n".join(parts)
 
 
@@ -43,26 +49,37 @@ def by_case(stored: Sequence[Result]) -> str:
     for result, shape, records in newest_cases(stored, "trainers"):
         rows = [
             [
-                r["contestant"],
+                TITLES.get(r["contestant"], r["contestant"]),
                 r["mode"],
+                _why(r),
                 *(_of([r], what) for what in COUNTED),
                 f"{r['plain_seconds'] * 1e3:.0f}",
                 f"{r['seconds'] * 1e3:.0f}",
                 f"{r['ratio']:.2f}",
                 f"{r['gradient_error']:.0e}",
-                _why(r),
             ]
             for r in records
             if "reason" not in r
         ]
-        head = ["", "", *COUNTED, "its own ms", "ms", "rate", "error", "called by their modules"]
+        head = ["", "", "why not fused", *COUNTED, "its own ms", "ms", "rate", "error"]
         failed = [
             f"{r['contestant']}, {r['mode']} ({r['reason']})" for r in records if "reason" in r
         ]
-        note = f"\n\nNot measured: {'; '.join(failed)}." if failed else ""
-        table = markdown_table(head, rows, left=2)
-        parts.append(_with_conditions(result, shape, records, table) + note)
+        note = f" Not measured: {'; '.join(failed)}." if failed else ""
+        made = f"{_conditions(shape, records)}; {conditions_line(result)}.{note}"
+        parts.append(f"{markdown_table(head, rows, left=3)}\n\n{made}")
     return "\n\n".join(parts)
+
+
+def _grouped(modes: Sequence[str]) -> str:
+    """What trains, each with the ways in which it does: "LoRA (checkpointing), DoRA"."""
+    ways: dict[str, list[str]] = {}
+    for mode in modes:
+        adapter, _, way = mode.partition(", ")
+        ways.setdefault(adapter, []).extend([way] if way else [])
+    return ", ".join(
+        f"{adapter} ({', '.join(found)})" if found else adapter for adapter, found in ways.items()
+    )
 
 
 def _of(records: Sequence[dict[str, Any]], what: str) -> str:
@@ -71,14 +88,13 @@ def _of(records: Sequence[dict[str, Any]], what: str) -> str:
 
 
 def _why(record: dict[str, Any]) -> str:
-    """Why linears are called by their modules; where none is, why a block is not fused."""
-    reasons = Counter(record["remains"])
-    return "; ".join(reason for reason, _ in reasons.most_common())
+    """Why linears are called by their modules, the most frequent reason first."""
+    return "; ".join(reason for reason, _ in Counter(record["remains"]).most_common())
 
 
-def _with_conditions(
-    result: Result, shape: str, records: Sequence[dict[str, Any]], table: str
-) -> str:
+def _conditions(shape: str, records: Sequence[dict[str, Any]]) -> str:
+    """The shape, and the version of each checkout."""
     versions = {r["contestant"]: r["version"] for r in records if r.get("version")}
-    named = ", ".join(f"{trainer} {version}" for trainer, version in versions.items())
-    return f"{table}\n\n{shape}{f'; {named}' if named else ''}; {conditions_line(result)}."
+    named = (f"{TITLES.get(trainer, trainer)} {version}" for trainer, version in versions.items())
+    tokens, batch = SHAPES[shape].tokens, SHAPES[shape].batch
+    return ", ".join([f"{shape}: {tokens} tokens, batch {batch}", *named])

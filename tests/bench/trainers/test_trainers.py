@@ -101,7 +101,9 @@ def test_the_command_stores_what_it_measured(tmp_path, capsys, monkeypatch):
     text = json.dumps(stored.data)
     assert str(folder) not in text and "sd-scripts=…" in stored.data["conditions"]["command"]
     table = trainers_sections.by_trainer([stored])
-    assert "| diffusers | LoRA; LoRA, checkpointing; DoRA; LoKr; LoHa | 10 of 10 |" in table
+    assert (
+        "| diffusers + PEFT | LoRA (checkpointing, nf4 base), DoRA, LoKr, LoHa |  | 12 of" in table
+    )
     assert "Not measured: sd-scripts, LoRA (" in trainers_sections.by_case([stored])
 
 
