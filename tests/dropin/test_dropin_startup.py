@@ -32,10 +32,13 @@ torch.manual_seed(3)
 model.add_adapter(LoraConfig(r=3, target_modules=["to_q", "proj_out"], init_lora_weights=False))
 if "hook" in sys.argv:
     model.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: None)
+called = torch.compile(model, backend="eager") if "compile" in sys.argv else model
+if "compile blocks" in sys.argv:
+    model.compile_repeated_blocks(backend="eager")
 trained = [p for p in model.parameters() if p.requires_grad]
 optimizer, losses = torch.optim.SGD(trained, lr=0.1), []
 for _ in range(2):
-    loss = model(**inputs).sample.square().mean()
+    loss = called(**inputs).sample.square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -84,6 +87,15 @@ def test_a_script_trains_as_it_does_alone_and_the_report_says_how(run):
     assert len(lines) == 2
     assert "5 of 5 blocks can run fused; 5 of 5 calls did" in lines[0]
     assert "5 of 5 blocks can run fused; 15 of 15 calls did" in lines[1]
+
+
+@pytest.mark.parametrize("how", ["compile", "compile blocks"])
+def test_a_script_that_compiles_gets_what_it_gets_alone(run, how):
+    (plain, _, _), _ = run("trainer.py", how)
+    (losses, _, _), errors = run("-m", "fluxfast.dropin", "trainer.py", how)
+    assert losses == pytest.approx(plain, rel=1e-5)
+    # the calls before it was compiled
+    assert "5 of 5 calls did" in errors and "5 blocks compiled" in errors
 
 
 @pytest.mark.parametrize("words", [["parent.py", "trainer.py"], ["-m", "parent", "trainer.py"]])
