@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"fluxfast.quant"},
     {"fluxfast.checkpoint"},
     {"fluxfast.adapters"},
+    {"fluxfast.foreign"},
     {"fluxfast.model"},
     {"fluxfast.memory"},
     {"fluxfast.doctor"},

@@ -15,7 +15,7 @@ from fluxfast.config.precision_words import in_words
 from fluxfast.dropin.calls import WAYS, WORDS, CallLog, Fallback, with_value
 from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.dropin.hosts import accelerated_blocks
-from fluxfast.model.foreign_weights import Decoded
+from fluxfast.foreign.weights import Decoded
 from fluxfast.model.linear import obstacle, read_base, read_linear
 from fluxfast.model.stored_codes import transposed_copies
 from fluxfast.ops.linear.adapters import tensors_of

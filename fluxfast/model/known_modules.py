@@ -15,8 +15,8 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
+from fluxfast.foreign.comfyui import comfy_because
 from fluxfast.hooks import hooked
-from fluxfast.model.comfy_modules import comfy_because
 
 _CLASSES: tuple[Any, ...] = (
     *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),

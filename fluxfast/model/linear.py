@@ -1,10 +1,11 @@
 """How the blocks apply the Linear modules they hold: plain, quantised, adapted, or anything else.
 
-A plain `nn.Linear`, a `QuantLinear`, another library's quantised linear (`foreign_weights`) and the
-adapters on it that a kind in `fluxfast.adapters` can read are computed by
-`fluxfast.ops.linear.lora_linear`, from the tensors where they lie. Adapters with dropout that read
-the same x share one mask, where PEFT draws one each. Everything else (an unknown adapter, another
-forward, a hook, a base that trains) is computed by calling the module: slower, but never skipped.
+A plain `nn.Linear`, a `QuantLinear`, another program's quantised linear (`fluxfast.foreign`) and
+the adapters on it that a kind in `fluxfast.adapters` can read, or a reader in `fluxfast.foreign`,
+are computed by `fluxfast.ops.linear.lora_linear`, from the tensors where they lie. Adapters with
+dropout that read the same x share one mask, where PEFT draws one each. Everything else (an unknown
+adapter, another forward, a hook, a base that trains) is computed by calling the module: slower, but
+never skipped.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.adapters.kinds import KINDS
-from fluxfast.hooks import REPLACED, hooked, own_parameter
-from fluxfast.model.comfy_modules import comfy_because
-from fluxfast.model.foreign_adapters import (
+from fluxfast.foreign.adapters import (
     foreign_adapters,
     foreign_wrapper,
     innermost_forward,
 )
-from fluxfast.model.foreign_linears import host_linear, is_scaled_fp8, scaled_fp8, summed
-from fluxfast.model.foreign_weights import Decoded, foreign_weight
+from fluxfast.foreign.comfyui import comfy_because
+from fluxfast.foreign.linears import host_linear, is_scaled_fp8, scaled_fp8, summed
+from fluxfast.foreign.weights import Decoded, foreign_weight
+from fluxfast.hooks import REPLACED, hooked, own_parameter
 from fluxfast.ops.linear.adapters import Adapter, is_random
 from fluxfast.ops.linear.column_dora import on_columns
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref

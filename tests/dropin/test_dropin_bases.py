@@ -9,8 +9,8 @@ from torch import nn
 
 import fluxfast
 from fluxfast.config.precision_words import in_words
+from fluxfast.foreign.weights import Decoded
 from fluxfast.memory import gpus
-from fluxfast.model.foreign_weights import Decoded
 from fluxfast.model.linear import obstacle, read_linear
 from fluxfast.model.stored_codes import transposed_copies
 from fluxfast.quant import FORMATS, QuantWeight

@@ -22,8 +22,8 @@ from host_of_sd_scripts import Flux
 from torch import nn
 
 import fluxfast
+from fluxfast.foreign.weights import Decoded, Unpacked
 from fluxfast.memory import gpus
-from fluxfast.model.foreign_weights import Decoded, Unpacked
 from fluxfast.model.linear import obstacle, project, read_base, read_linear
 from fluxfast.model.stored_codes import keep_transposed, transposed_copies
 from fluxfast.ops.linear.transposed_codes import copy_of

@@ -9,7 +9,7 @@ is read as a LoRA that does not train.
 A class is known by its structure, as trainers' adapters are: the attributes that it has, and the
 names that the code of its forward uses. A class with other names in it is called, since it may do
 more than fluxfast knows. What a host's product does beyond the weight, such as rounding its input
-to 8 bits, is left to `compute` here, as `foreign_weights` says.
+to 8 bits, is left to `compute` here, as `weights` says.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from fluxfast.adapters.kind import listed
+from fluxfast.foreign.code_names import names_in, without_context
+from fluxfast.foreign.weights import Decoded, Unpacked, four_bit, rows_of
 from fluxfast.hooks import own_parameter
-from fluxfast.model.code_names import names_in, without_context
-from fluxfast.model.foreign_weights import Decoded, Unpacked, four_bit, rows_of
 from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.quant import FORMATS, QuantWeight

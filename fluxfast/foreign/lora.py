@@ -2,7 +2,7 @@
 
 Each function takes a trainer's module and returns its adapters, none where it is switched off, or a
 str that says why only the module itself can compute what it adds. Which module is whose is said in
-`foreign_adapters`.
+`adapters`.
 """
 
 from __future__ import annotations

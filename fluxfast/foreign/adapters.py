@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from fluxfast.adapters.kind import Wrapped
-from fluxfast.model import foreign_lora
-from fluxfast.model.code_names import names_in
-from fluxfast.model.foreign_linears import is_scaled_fp8
+from fluxfast.foreign import lora
+from fluxfast.foreign.code_names import names_in
+from fluxfast.foreign.linears import is_scaled_fp8
 from fluxfast.ops.linear.adapters import Adapter
 
 Found = tuple[Adapter, ...] | str
@@ -74,7 +74,7 @@ READERS = (
             "_current_weight make_weight wd apply_weight_decompose op kw_dict"
         ),
         (),
-        foreign_lora.lycoris_lora,
+        lora.lycoris_lora,
     ),
     # LyCORIS: LoKr
     Reader(
@@ -86,7 +86,7 @@ READERS = (
             "shape scalar apply_weight_decompose op kw_dict"
         ),
         ("_rebuild_forward",),
-        foreign_lora.lycoris_lokr,
+        lora.lycoris_lokr,
     ),
     # LyCORIS: LoHa
     Reader(
@@ -97,7 +97,7 @@ READERS = (
             "_current_weight get_weight shape scalar apply_weight_decompose op kw_dict"
         ),
         (),
-        foreign_lora.lycoris_loha,
+        lora.lycoris_loha,
     ),
     # ai-toolkit: DoRA, which is a LoRA as well
     Reader(
@@ -109,7 +109,7 @@ READERS = (
             "magnitude view linear"
         ),
         ("_call_forward", "apply_dora", "get_orig_weight", "_get_weight_norm"),
-        foreign_lora.toolkit_dora,
+        lora.toolkit_dora,
     ),
     # ai-toolkit: LoRA
     Reader(
@@ -117,7 +117,7 @@ READERS = (
         ("network_ref", "lora_down", "lora_up", "scale", "dropout"),
         _TOOLKIT,
         ("_call_forward",),
-        foreign_lora.toolkit_lora,
+        lora.toolkit_lora,
     ),
     # ai-toolkit: LoKr
     Reader(
@@ -132,7 +132,7 @@ READERS = (
             "_in_n einsum _runtime_scale flatten rank_dropout"
         ),
         ("_call_forward_fast_linear",),
-        foreign_lora.toolkit_lokr,
+        lora.toolkit_lokr,
     ),
     # sd-scripts and musubi-tuner
     Reader(
@@ -146,7 +146,7 @@ READERS = (
             "is_floating_point TypeError"
         ),
         ("default_forward", "_lora_input", "_match_org_dtype", "_autocast_enabled_for"),
-        foreign_lora.kohya_lora,
+        lora.kohya_lora,
     ),
     # musubi-tuner: LoHa
     Reader(
@@ -158,7 +158,7 @@ READERS = (
             "hada_w2_b HadaWeight apply"
         ),
         ("default_forward", "get_diff_weight"),
-        foreign_lora.musubi_loha,
+        lora.musubi_loha,
     ),
     # musubi-tuner: LoKr, whose first factor is always whole
     Reader(
@@ -170,7 +170,7 @@ READERS = (
             "make_kron"
         ),
         ("default_forward", "get_diff_weight"),
-        foreign_lora.musubi_lokr,
+        lora.musubi_lokr,
     ),
     # OneTrainer: DoRA, which is a LoRA as well
     Reader(
@@ -183,7 +183,7 @@ READERS = (
             "bias layer_kwargs AssertionError"
         ),
         (),
-        foreign_lora.onetrainer_dora,
+        lora.onetrainer_dora,
     ),
     # OneTrainer: LoRA
     Reader(
@@ -194,7 +194,7 @@ READERS = (
             "lora_up alpha orig_forward delta_forward rank"
         ),
         ("delta_forward",),
-        foreign_lora.onetrainer_lora,
+        lora.onetrainer_lora,
     ),
     # OneTrainer: LoKr
     Reader(
@@ -207,7 +207,7 @@ READERS = (
             "_get_factors in_m in_n einsum orig_forward"
         ),
         (),
-        foreign_lora.onetrainer_lokr,
+        lora.onetrainer_lokr,
     ),
     # OneTrainer: LoHa
     Reader(
@@ -218,15 +218,15 @@ READERS = (
             "hada_w2_a hada_w2_b alpha rank op layer_kwargs"
         ),
         ("delta_forward",),
-        foreign_lora.onetrainer_loha,
+        lora.onetrainer_loha,
     ),
 )
 
 
 # modules of PEFT's that aren't a kind of ours, by where their classes are and what they add
 WRAPPERS: dict[tuple[str, str], Callable[[Any], Found]] = {
-    ("peft.tuners.lokr.layer", "Linear"): foreign_lora.peft_lokr,
-    ("peft.tuners.loha.layer", "Linear"): foreign_lora.peft_loha,
+    ("peft.tuners.lokr.layer", "Linear"): lora.peft_lokr,
+    ("peft.tuners.loha.layer", "Linear"): lora.peft_loha,
 }
 # the reader of each class of which an adapter was seen; None where there is none
 _readers: dict[type, Reader | None] = {}

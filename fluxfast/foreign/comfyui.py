@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxfast.model.code_names import names_in
+from fluxfast.foreign.code_names import names_in
 
 
 def _names(words: str) -> frozenset[str]:
