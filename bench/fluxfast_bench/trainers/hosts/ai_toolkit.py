@@ -35,8 +35,9 @@ def _case(shape: Shape, kind: str, *, offloads: bool = False) -> Case:
     )
     network.apply_to(None, model, False, True)
     network.force_to(torch.device("cpu"), torch.float32)
+    # it makes a tensor of a multiplier that is another one than before
+    network.multiplier = 0.0
     network.multiplier, network.is_active = 1.0, True
-    network._update_torch_multiplier()
     # its modules hold it weakly
     model.__dict__["network"] = network
     return case_of(model, list(network.train().parameters()), shape)
