@@ -156,7 +156,18 @@ class BlockBase(BlockOptions):
                     owner = OwnerDtypes(streams[0].dtype, autocast)
                     outs = self._composed_by_policy(*inputs, *mods, pe, kwargs, owner)
                 else:
-                    outs = self._run_fused(*fused, inputs, mods)
+                    call, linears = fused
+                    rows = self._function_inputs(call, inputs)
+                    if torch.is_grad_enabled() or usable(self.launch_plans, call, rows[0]):
+                        places, known = self._known_to_autograd(linears)
+                        outs = self.function.apply(
+                            self, call, linears, places, *rows, *mods, *known
+                        )
+                    else:
+                        # keeping for a backward takes time and memory
+                        once = replace(call, policy="full")
+                        outs = self.function.once(self, once, linears, [*rows, *mods])
+                    del rows
             del inputs
         return self._outputs(outs, streams, encoder_hidden_states)
 
@@ -164,14 +175,10 @@ class BlockBase(BlockOptions):
         """The module whose call runs the block's forward."""
         return self
 
-    def _run_fused(
-        self, call: BlockCall, linears: BlockLinears, streams: Sequence[Tensor], mods: Vectors
-    ) -> Any:
-        """The maths' outputs, by one Function, or by its forward where nothing has a backward."""
-        rows = self._function_inputs(call, streams)
-        if not torch.is_grad_enabled() and not usable(self.launch_plans, call, rows[0]):
-            # keeping for backward takes time and memory
-            return self.function.once(self, replace(call, policy="full"), linears, [*rows, *mods])
+    def _known_to_autograd(
+        self, linears: BlockLinears
+    ) -> tuple[GradientPlaces | None, list[Tensor]]:
+        """Where backward writes the adapters' gradients, and the tensors that autograd knows of."""
         trained, places = adapter_tensors(linears), self.gradients
         if places is None or not places.are_of(trained):
             places = None
@@ -180,7 +187,7 @@ class BlockBase(BlockOptions):
             trained = trained[:1]
         if self.stand_ins is not None:
             trained = [self.stand_ins.get(t, t) for t in trained]
-        return self.function.apply(self, call, linears, places, *rows, *mods, *trained)
+        return places, trained
 
     # what the kinds of block differ in
 
