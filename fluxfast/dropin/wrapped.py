@@ -40,10 +40,13 @@ def redirect(block: nn.Module, before: FunctionType, after: FunctionType) -> boo
         thing, depth = things.popleft()
         for value, put in _held_by(thing):
             if isinstance(value, MethodType) and value.__self__ is block:
-                if value.__func__ is before and put is not None:
-                    put(MethodType(after, block))
-                    found = True
-                continue
+                if value.__func__ is before:
+                    if put is not None:
+                        put(MethodType(after, block))
+                        found = True
+                    continue
+                # a wrapper that is bound to the block itself
+                value = value.__func__
             if depth < _DEPTH and id(value) not in seen and _may_hold(value):
                 seen.add(id(value))
                 things.append((value, depth + 1))

@@ -25,6 +25,7 @@ from fluxfast.adapters.kind import Wrapped
 from fluxfast.foreign import lora
 from fluxfast.foreign.code_names import names_in
 from fluxfast.foreign.linears import is_scaled_fp8
+from fluxfast.hooks import is_own_forward
 from fluxfast.ops.linear.adapters import Adapter
 
 Found = tuple[Adapter, ...] | str
@@ -123,13 +124,11 @@ READERS = (
     Reader(
         "org_forward",
         ("network_ref", "_fast_linear", "use_w1", "use_w2", "scale"),
-        _names(
-            "network_ref is_lorm lorm_forward is_active is_merged_in _multiplier org_forward "
-            "__class__ __name__ _call_forward isinstance QTensor dequantize lora_down weight "
-            "torch_multiplier repeat_interleave broadcast_and_multiply Dropout Identity lora_up "
-            "training mean apply_dora RuntimeError print _fast_linear _call_forward_fast_linear "
-            "QBytesTensor getattr org_module _dynamo disable _get_delta_factors unflatten _in_m "
-            "_in_n einsum _runtime_scale flatten rank_dropout"
+        _TOOLKIT
+        | _names(
+            "QBytesTensor _call_forward_fast_linear _dynamo _fast_linear "
+            "_get_delta_factors _in_m _in_n disable einsum flatten getattr org_module "
+            "unflatten"
         ),
         ("_call_forward_fast_linear",),
         lora.toolkit_lokr,
@@ -275,21 +274,13 @@ def innermost_forward(module: nn.Module) -> Any:
 
 def is_base_forward(module: nn.Module, forward: Any) -> bool:
     """Whether a linear's forward is that of its frozen base, without adapters."""
-    return _is_own(module, forward) or is_scaled_fp8(module, forward)
+    return is_own_forward(module, forward) or is_scaled_fp8(module, forward)
 
 
 def foreign_wrapper(module: nn.Module) -> Wrapped | None:
     """A module that another library puts in a linear's place, taken apart; None for no such one."""
     read = WRAPPERS.get((type(module).__module__, type(module).__name__))
     return None if read is None else Wrapped(module.base_layer, read(module))  # type: ignore[arg-type]
-
-
-def _is_own(module: nn.Module, forward: Any) -> bool:
-    return (
-        isinstance(forward, MethodType)
-        and forward.__self__ is module
-        and forward.__func__ is type(module).forward
-    )
 
 
 def _owner_of(forward: Any) -> Any | None:

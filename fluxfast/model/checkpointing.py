@@ -23,6 +23,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from fluxfast.foreign.code_names import names_in
 from fluxfast.hooks import is_own_forward
 
 # all that the code of a wrapper may name that does nothing but checkpoint: OneTrainer's
@@ -75,7 +76,7 @@ def _only_checkpoints(wrapper: type) -> bool:
     """Whether a class's methods do nothing but call a checkpoint, or what they wrap."""
     methods = {name: f for name, f in vars(wrapper).items() if isinstance(f, FunctionType)}
     methods.pop("__init__", None)
-    named = {name for method in methods.values() for name in method.__code__.co_names}
+    named = set[str]().union(*map(names_in, methods.values()))
     return bool(methods) and named <= _WRAPPERS_NAMES | methods.keys()
 
 

@@ -160,7 +160,7 @@ def _read_plain(linear: nn.Module) -> LinearParams | str:
     # most linears have no such buffer, and need not be looked at further
     if "scale_weight" in linear._buffers and is_scaled_fp8(linear, innermost_forward(linear)):
         if _trains(weight):
-            return "its base is trained"
+            return TRAINED
         return LinearParams(scaled_fp8(linear), bias)
     if weight.dtype.itemsize > 1 or _trains(weight) or torch.compiler.is_compiling():
         return LinearParams(weight, bias)

@@ -77,9 +77,11 @@ def code_of(folder: Path, *inside: str) -> Iterator[set[str]]:
     for module in _OPTIONAL_IMPORTS_IN:
         importlib.import_module(module)
     finder = _StandIns(folder)
+    before = list(sys.path)
     sys.path[:0] = [str(folder.resolve() / each) for each in inside or ("",)]
     sys.meta_path.append(finder)
     try:
         yield finder.names
     finally:
         sys.meta_path.remove(finder)
+        sys.path[:] = before

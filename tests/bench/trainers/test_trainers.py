@@ -44,8 +44,7 @@ def test_a_package_that_is_missing_is_empty_for_the_trainer_alone(checkout):
         assert Model.__mro__[1].__name__ == "Something" and empty == {"no_such_package"}
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("its_code.not_there")
-    assert sys.meta_path == finders
-    sys.path[:] = before
+    assert sys.meta_path == finders and sys.path == before
 
 
 def test_every_case_of_diffusers_runs_fused_and_equal():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -56,10 +55,8 @@ def lycoris(shape: Shape, **options: Any) -> Case:
     from lycoris import LycorisNetwork, create_lycoris
 
     model: nn.Module = _model(shape)
-    before = copy.deepcopy(LycorisNetwork.TARGET_REPLACE_MODULE)
     LycorisNetwork.apply_preset({"target_module": ["Attention", "FeedForward"]})
     network = create_lycoris(model, 1.0, linear_dim=RANK, linear_alpha=RANK, **options)
-    LycorisNetwork.TARGET_REPLACE_MODULE = before
     network.apply_to()
     return case_of(model, list(network.parameters()), shape)
 
