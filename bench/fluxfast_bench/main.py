@@ -75,6 +75,11 @@ COMMANDS = {
         "run other trainers' own models and adapters plain and accelerated: what is fused, "
         "whether results are equal, and how fast",
     ),
+    "loops": (
+        "loops.loops",
+        "run other trainers' own scripts on tiny models, plain and by `python -m fluxfast.dropin`: "
+        "whether they train the same",
+    ),
     "report": ("report.report", "make the tables of the READMEs and the plots from stored results"),
     "check": (
         "report.check",

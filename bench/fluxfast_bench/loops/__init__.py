@@ -1,0 +1,1 @@
+"""Other trainers' own scripts on tiny models, plain and accelerated: `fluxfast-bench loops`."""

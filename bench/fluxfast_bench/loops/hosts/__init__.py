@@ -1,0 +1,1 @@
+"""One module a trainer: how its script is run on a tiny model. `CASES` has what can be trained."""
