@@ -22,16 +22,17 @@ def has_matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def host_is_faster(x: Tensor, linear: Any) -> str | None:
-    """Why the host should run a block that has `linear` itself; None if ours is faster.
+def host_is_faster(x: Tensor, maths: Any) -> str | None:
+    """Why the host should run a block itself; None if ours is faster.
 
-    x tells dtype and device; autocast counts too.
+    x tells dtype and device; autocast counts too. maths: what computes the block.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype != torch.bfloat16 or not has_matrix_unit():
         return None
+    linear = maths.linear_groups()[-1][0]
     weight = getattr(linear, "base_layer", linear).weight
     # decoding a quantised weight would cost the host more than the unit gains
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in (

@@ -164,10 +164,6 @@ class _Shared(HostBlock, BlockOptions):
         """The modules that are not called, of the host's classes."""
         raise NotImplementedError
 
-    def last_linear(self) -> Any:
-        """The linear that the block applies last."""
-        raise NotImplementedError
-
     def maths(self) -> Any:
         """A view of the block, which computes it."""
         raise NotImplementedError
@@ -191,13 +187,14 @@ class _Shared(HostBlock, BlockOptions):
                 return f"it is called without a tensor {name}"
         if given["vec"].ndim != 2:
             return "its vec is of each token"
+        maths = self.maths()
         if OPTIONS in self.signature.defaults:
-            linears = [linear for group in self.maths().linear_groups() for linear in group]
+            linears = [linear for group in maths.linear_groups() for linear in group]
             because = options_because(given.get(OPTIONS))
             because = because or weights_because(linears, given[self.needs[0]].device)
             if because is not None:
                 return because
-        return self.modules_because() or host_is_faster(given[self.needs[0]], self.last_linear())
+        return self.modules_because() or host_is_faster(given[self.needs[0]], maths)
 
 
 class _Double(_Shared):
@@ -205,9 +202,6 @@ class _Double(_Shared):
 
     def maths(self) -> Any:
         return _DoubleView(self)
-
-    def last_linear(self: Any) -> Any:
-        return self.img_mlp[2]
 
     def host_modules(self: Any) -> tuple[nn.Module, ...]:
         both = (self.img_attn, self.txt_attn)
@@ -235,9 +229,6 @@ class _Single(_Shared):
 
     def maths(self) -> Any:
         return _SingleView(self)
-
-    def last_linear(self: Any) -> Any:
-        return self.linear2
 
     def host_modules(self: Any) -> tuple[nn.Module, ...]:
         return self.modulation, self.norm, self.norm.query_norm, self.norm.key_norm

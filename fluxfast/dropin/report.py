@@ -243,7 +243,7 @@ def _block(name: str, block: Any, names: dict[int, str]) -> tuple[BlockReport, l
     if block.replaced:
         because = REPLACED
     elif because is None:
-        because = host_is_faster(_input_like(maths), maths.linear_groups()[-1][0])
+        because = host_is_faster(_input_like(maths), maths)
     hosts = because is not None
     groups = [module for group in maths.linear_groups() for module in group]
     obstacles = [obstacle(module, share_dropout=maths.share_dropout) for module in groups]

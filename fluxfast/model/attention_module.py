@@ -65,9 +65,8 @@ def foreign_attention(attn: Any, kwargs: dict[str, Any]) -> str | None:
         {name for name, value in kwargs.items() if value is not None} - QUIET_ATTENTION_KWARGS
     ):
         return f"joint_attention_kwargs {unknown}"
-    norms = (
-        getattr(attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    )
+    held = attn._modules
+    norms = [held.get(name) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
     return must_be_called([attn, *(norm for norm in norms if norm is not None)])
 
 

@@ -22,7 +22,6 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,6 +49,7 @@ from fluxfast.model.tape import adapter_tensors, read_linears
 from fluxfast.ops import attention, dispatch, verdicts
 from fluxfast.ops.device import autocast_dtype
 
+_NOTHING: frozenset[str] = frozenset()
 NO_POSITIONS = "it is called without image_rotary_emb"
 
 # the conditioning vector [B, D], one of them for each stream, or the modulation that
@@ -165,7 +165,7 @@ class BlockBase(BlockOptions):
                         )
                     else:
                         # keeping for a backward takes time and memory
-                        once = replace(call, policy="full")
+                        once = call.but(policy="full")
                         outs = self.function.once(self, once, linears, [*rows, *mods])
                     del rows
             del inputs
@@ -315,6 +315,8 @@ class BlockBase(BlockOptions):
 
         Raises ValueError if there are any and the block's owner asked for this very `impl`.
         """
+        if not verdicts.exist():
+            return _NOTHING
         failed = frozenset(op for op in OPS if verdicts.failed(op, impl))
         for what in (verdicts.FUSED_BLOCK, *failed) if self.impl != "auto" else ():
             if (reason := verdicts.failed(what, impl)) is not None:
@@ -333,17 +335,21 @@ class BlockBase(BlockOptions):
             return temb
         record = None if self.log is None else functools.partial(self.ran, "module")
         linears = self.modulation_linears()
-        vecs = temb if isinstance(temb, list) else [temb] * len(linears)
+        vecs = temb if isinstance(temb, list) else [temb]
+        activated = [torch.nn.functional.silu(vec.to(dtype)) for vec in vecs]
+        if len(vecs) < len(linears):
+            # both streams of a double block read one vector
+            vecs, activated = vecs * len(linears), activated * len(linears)
         return tuple(
             project(
-                torch.nn.functional.silu(vec.to(dtype)),
+                x,
                 linear,
                 given=vec.dtype,
                 share_dropout=self.share_dropout,
                 autocast=autocast,
                 by_module=record,
             )
-            for vec, linear in zip(vecs, linears, strict=True)
+            for x, vec, linear in zip(activated, vecs, linears, strict=True)
         )
 
     def _composed_by_policy(self, *args: Any) -> Any:

@@ -56,9 +56,15 @@ class BlockCall:
     parts: Parts | None = None
     filled: bool = False
 
+    def but(self, **changes: Any) -> BlockCall:
+        """A copy with other values: `dataclasses.replace`, in a tenth of its time."""
+        made = object.__new__(BlockCall)
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
     def impl_of(self, op: str) -> str:
         """The implementation of one of OPS: the reference where its own failed its check here."""
-        return "ref" if op in self.failed else self.impl
+        return "ref" if self.failed and op in self.failed else self.impl
 
     def groups(
         self, linears: BlockLinears, dtype: torch.dtype, *, backward: bool
@@ -80,7 +86,9 @@ class BlockCall:
     ) -> list[LinearGroup]:
         """`groups`, with adapters copied to where products read them beside the weights."""
         groups = self.groups(linears, dtype, backward=backward)
-        fill_in_place(groups, filled=self.filled)
+        if self.impl == "triton":
+            # no other implementation reads augmented weights
+            fill_in_place(groups, filled=self.filled)
         return groups
 
     @property

@@ -14,7 +14,6 @@ gradients (`FlatGradients`) and the adapters' copies beside the weights (`BlockC
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,7 +108,7 @@ def run_backward(
         # autograd forbids that an adapter changes between forward and backward, but another
         # adapter's forward may have come in between
         filled = all(place.layout.holds is ctx.filled_by for place in beside.places)
-        call = dataclasses.replace(call, filled=filled)
+        call = call.but(filled=filled)
 
         def direction(block: Any) -> launch_plans.Made:
             linears = read()

@@ -16,12 +16,14 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from fluxfast.foreign.comfyui import comfy_because
-from fluxfast.hooks import hooked
+from fluxfast.hooks import hooked, own_parameter
 
 _CLASSES: tuple[Any, ...] = (
     *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),
     *(FeedForward, GELU, nn.GELU, nn.SiLU, nn.Dropout, FluxAttention, Attention),
 )
+# of these, the class alone says what they compute
+_WITHOUT_SETTINGS = (AdaLayerNormZeroSingle, nn.SiLU, FluxAttention)
 # a tuple: torch.compile does not find all of them in a set
 _FORWARDS = tuple(known.forward for known in _CLASSES)
 
@@ -32,6 +34,8 @@ def must_be_called(modules: Iterable[nn.Module]) -> str | None:
         because = hooked(module)
         if because is not None:
             return f"its {type(module).__name__} is called as a module: {because}"
+        if type(module) in _WITHOUT_SETTINGS:
+            continue
         known = type(module).forward in _FORWARDS or comfy_because(module, nn.LayerNorm) is None
         if not known or not _is_flux(module):
             return f"its {type(module).__name__} is not the module that FLUX.1 has there"
@@ -41,7 +45,7 @@ def must_be_called(modules: Iterable[nn.Module]) -> str | None:
 def _is_flux(module: Any) -> bool:
     """Whether a module of a known class has the settings of FLUX.1's."""
     if isinstance(module, nn.LayerNorm):
-        return module.weight is None and module.bias is None
+        return own_parameter(module, "weight") is None and own_parameter(module, "bias") is None
     if isinstance(module, (RMSNorm, nn.RMSNorm)):
         return (
             module.weight is not None

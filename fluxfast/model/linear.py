@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fluxfast.adapters.kind import Wrapped
 from fluxfast.adapters.kinds import KINDS
 from fluxfast.foreign.adapters import (
     foreign_adapters,
@@ -57,11 +58,7 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
     """What `read_linear` gives, or in place of None what `obstacle` says."""
     if (because := hooked(module)) is not None:
         return _read_replaced(module, because)
-    wrapped = foreign_wrapper(module)
-    for kind in KINDS.values():
-        if wrapped is not None:
-            break
-        wrapped = kind.read(module, share_dropout=share_dropout)
+    wrapped = None if _is_torchs(module) else _taken_apart(module, share_dropout)
     if wrapped is None:
         return _frozen(module)
     base = read_or_because(wrapped.base, share_dropout=share_dropout)
@@ -70,6 +67,21 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
     if isinstance(wrapped.adapters, str):
         return wrapped.adapters
     return _with_adapters(base, wrapped.adapters)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module's class computes what torch's linear does, and so is around no other."""
+    return type(module).forward is nn.Linear.forward
+
+
+def _taken_apart(module: nn.Module, share_dropout: bool) -> Wrapped | None:
+    """A module that is around a linear, as the reader for it says; None where there is none."""
+    wrapped = foreign_wrapper(module)
+    for kind in KINDS.values():
+        if wrapped is not None:
+            break
+        wrapped = kind.read(module, share_dropout=share_dropout)
+    return wrapped
 
 
 def _frozen(module: nn.Module) -> LinearParams | str:
@@ -83,7 +95,7 @@ def _frozen(module: nn.Module) -> LinearParams | str:
 
 def _trains(tensor: Any) -> bool:
     """Whether a call may have to give a tensor a gradient; whoever only draws freezes nothing."""
-    return getattr(tensor, "requires_grad", False) and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and getattr(tensor, "requires_grad", False)
 
 
 def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
@@ -109,6 +121,8 @@ def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
 
 def _with_adapters(base: LinearParams, adapters: tuple[Adapter, ...]) -> LinearParams | str:
     """A linear with adapters around those that it has, such as its base's part of low rank."""
+    if not adapters:
+        return base
     every = (*base.adapters, *adapters)
     if base.adapters and adapters and any(map(_is_decomposed, every)):
         return "one of several adapters is DoRA, which rescales what the others add"
@@ -135,6 +149,8 @@ def read_base(module: nn.Module) -> LinearParams:
 
 def _read_base(module: nn.Module) -> LinearParams | str:
     """A linear without adapters, or why its forward can't be read."""
+    if _is_torchs(module) and type(module._parameters.get("weight")) is nn.Parameter:
+        return _read_plain(module)
     if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
         return LinearParams(module.packed(), own_parameter(module, "bias"))
     weight = foreign_weight(module)
@@ -147,7 +163,7 @@ def _read_base(module: nn.Module) -> LinearParams | str:
             return TRAINED
         bias: Any = module.bias
         return LinearParams(weight, bias)
-    if type(module).forward is nn.Linear.forward:
+    if _is_torchs(module):
         return _read_plain(module)
     if (found := host_linear(module)) is not None:
         return found

@@ -8,11 +8,15 @@ cos and sin is the row of each token that is left, [B, S].
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+# of a table that holds every value twice: its version, and the copy of half its size
+_halves: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
 # (cos, sin), or (cos, sin, rows)
 Tables = tuple[Tensor, ...]
 
@@ -42,8 +46,21 @@ def rope_arguments(pe: Tables, head_dim: int) -> dict[str, Any]:
         rows = torch.arange(cos.shape[0] * cos.shape[1], device=cos.device).view(cos.shape[:2])
         cos, sin, index = cos.flatten(0, 1), sin.flatten(0, 1), [rows]
     if cos.shape[-1] == head_dim:
-        cos, sin = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
+        cos, sin = _once_for_each_pair(cos), _once_for_each_pair(sin)
     return {"cos": cos, "sin": sin, "index": index[0] if index else None}
+
+
+def _once_for_each_pair(table: Tensor) -> Tensor:
+    """A table that holds every value twice, with each of them once.
+
+    All blocks of a model are given the same tables. On a CPU the copy is kept for the next block.
+    """
+    if torch.compiler.is_compiling() or not table.is_cpu or table.is_inference():
+        return table[:, ::2].contiguous()
+    known = _halves.get(table)
+    if known is None or known[0] != table._version:
+        known = _halves[table] = (table._version, table[:, ::2].contiguous())
+    return known[1]
 
 
 def full_tables(pe: Tables | None, head_dim: int) -> tuple[Tensor, Tensor] | None:

@@ -161,7 +161,7 @@ def output_of(
         if into is not values:
             into.copy_(values)
     elif out not in FORMATS:
-        y = values.to(dtype)
+        y = values if values.dtype == dtype else values.to(dtype)
     if out == "same":
         return RowOutput(y, None, None)
     return RowOutput(y, *forward(values.detach(), out.removeprefix("both-"), col_scale, impl=impl))

@@ -36,6 +36,11 @@ def set_failed(found: Verdicts) -> None:
         _ways[what] = _ways.get(what, _NONE) | {way}
 
 
+def exist() -> bool:
+    """Whether anything failed."""
+    return len(_failed) > 0
+
+
 def failed(what: str, way: str) -> str | None:
     """Why this way to do it can't be trusted here, for the end of a message, or None."""
     found = _failed.get((what, way))

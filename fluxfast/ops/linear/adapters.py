@@ -99,6 +99,8 @@ def tensors_of(adapters: Sequence[Adapter]) -> list[Tensor]:
 
 def is_random(adapter: Adapter) -> bool:
     """Whether an adapter draws masks: dropout of x, or one of the dropouts that LoKr has."""
+    if type(adapter) is Lora:
+        return adapter.dropout > 0
     others = (getattr(adapter, f"{what}_dropout", 0.0) for what in ("out", "rank", "module"))
     return adapter.dropout > 0 or any(p > 0 for p in others)
 

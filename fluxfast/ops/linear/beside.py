@@ -84,7 +84,7 @@ class BesideProducts:
     impl: str
     dropout_seed: Tensor | None
     dropout_number: int
-    besides: list[Beside]
+    besides: Sequence[Beside]
 
     def dropped(self, x: Tensor, p: float, number: int | None = None) -> Tensor:
         """x [M, K] with a mask of dropout p, which is a function of seed and number.
@@ -147,6 +147,8 @@ class BesideProducts:
 
         row_scales: others than those of weight decomposition.
         """
+        if not self.besides:
+            return
         scales = self.row_scales if row_scales is None else row_scales
         merges = self.merges(len(y))
         for each in self.besides:

@@ -49,7 +49,7 @@ class Decompositions:
     """The weight decompositions of a group's linears; iterated, the places of these linears."""
 
     def __init__(self, linears: Sequence[LinearParams], dtype: torch.dtype, impl: str) -> None:
-        found = {i: decomposing(p.adapters) for i, p in enumerate(linears)}
+        found = {i: decomposing(p.adapters) for i, p in enumerate(linears) if p.adapters}
         self._adapters = {i: adapter for i, adapter in found.items() if adapter is not None}
         self._linears, self._dtype, self._impl = linears, dtype, impl
         # those of dropout, of each of these linears
@@ -156,7 +156,7 @@ def decomposing(adapters: Sequence[Adapter]) -> Decomposing | None:
 
     Raises ValueError where it has others beside it: they would share one norm.
     """
-    found = [a for a in adapters if isinstance(a, Lora | Lokr) and a.magnitude is not None]
+    found = [a for a in adapters if isinstance(a, (Lora, Lokr)) and a.magnitude is not None]
     if not found:
         return None
     if len(adapters) > 1:

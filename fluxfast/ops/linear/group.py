@@ -23,6 +23,7 @@ Adapters of other kinds than LoRA run beside the wide product (`beside`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,7 @@ from fluxfast.ops import row_quant
 from fluxfast.ops.linear import products_torch, products_triton, weights
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
-from fluxfast.ops.linear.beside import BesideGrads, BesideProducts, beside, operand_of
+from fluxfast.ops.linear.beside import Beside, BesideGrads, BesideProducts, beside, operand_of
 from fluxfast.ops.linear.decomposed import Decompositions, Narrow, WithNorms
 from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.lora_products import LoraProducts
@@ -55,6 +56,22 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     dgrad: whether `backward` will ask for dx.
     """
 
+    # of a group without adapters
+    own_loras: Sequence[Sequence[Lora]] = ()
+    loras: Sequence[Lora] = ()
+    besides: Sequence[Beside] = ()
+    drops = False
+    decompositions = Decompositions((), torch.float32, "ref")
+    # the tokens from which on adapters go into a copy of W
+    _merges_from: float = math.inf
+
+    # the weights without and with the scales of weight decomposition, once they are made
+    _plain: Ready | None = None
+    _ready: Ready | None = None
+    _before_scaling: Tensor | None = None
+    # whether the adapters lie beside the weights, if that is where products read them
+    _is_filled = False
+
     def __init__(
         self,
         linears: Sequence[LinearParams],
@@ -75,24 +92,38 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         self.dgrad = dgrad
         self.outs = [p.weight.shape[0] for p in linears]
         self.adapters = [adapter for p in linears for adapter in p.adapters]
+        self.products = products_triton if impl == "triton" else products_torch
+        shape, rank = (sum(self.outs), linears[0].weight.shape[1]), 0
+        if self.adapters:
+            rank = self._set_adapters(max(shape))
+        else:
+            self.counts = [0] * len(linears)
+        super().__init__(shape, rank)
+        # one linear, which torch's own function computes
+        self._is_one = (
+            len(linears) == 1
+            and compute == "same"
+            and impl != "triton"
+            and not self.decompositions.exist
+        )
+
+    def _set_adapters(self, widest: int) -> int:
+        """Sorts the adapters by how they run; returns the ranks of all LoRAs together."""
         # the LoRAs of each linear, and all of them
-        self.own_loras = [loras_of(p) for p in linears]
+        self.own_loras = [loras_of(p) for p in self.linears]
         self.loras = [lora for own in self.own_loras for lora in own]
         self.counts = [len(own) for own in self.own_loras]
-        self.drops = dropout_seed is not None and any(lora.dropout > 0 for lora in self.loras)
-        self.besides, self.drawn = beside(linears), {}
-        self.products = products_triton if impl == "triton" else products_torch
-        self.decompositions = Decompositions(linears, dtype, impl)
-        for i in self.decompositions:
-            self.decompositions.masks[i] = self.row_masks(i)
-        self._before_scaling: Tensor | None = None
-        # the weights without and with the scales of weight decomposition
-        self._plain: Ready | None = None
-        self._ready: Ready | None = None
-        shape = (sum(self.outs), linears[0].weight.shape[1])
-        super().__init__(shape, rank=sum(len(lora.a) for lora in self.loras))
-        # whether the adapters lie beside the weights, if that is where products read them
-        self._is_filled = False
+        self.drops = self.dropout_seed is not None and any(lora.dropout > 0 for lora in self.loras)
+        self.drawn = {}
+        if len(self.adapters) > len(self.loras):
+            self.besides = beside(self.linears)
+        if any(getattr(adapter, "magnitude", None) is not None for adapter in self.adapters):
+            self.decompositions = Decompositions(self.linears, self.dtype, self.impl)
+            for i in self.decompositions:
+                self.decompositions.masks[i] = self.row_masks(i)
+        if self._may_merge():
+            self._merges_from = widest
+        return sum(lora.a.shape[0] for lora in self.loras)
 
     @property
     def form(self) -> str:
@@ -123,27 +154,43 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
 
         What an earlier forward returned for the same x need not be computed again.
         """
+        if self._is_one and out is None:
+            return self._forward_one(x, kept)
         rows = flat_rows(x)
         values = operand_of(x)[0]
         y = out
         if y is None:
-            shape = (*values.shape[:-1], sum(self.outs))
+            shape = (*values.shape[:-1], self._outs)
             y = torch.empty(shape, dtype=self.dtype, device=values.device)
-        y_rows = y.view(-1, y.shape[-1])
+        y_rows = y.view(-1, self._outs)
         room = self.room(rows.y)
         if kept is None:
-            kept = self.down(x, copy=room)
+            kept = self._down(rows, room)
         elif room is not None:
             assert isinstance(kept, Tensor)
             room.copy_(kept)
         s = self.recall(kept)
         if room is None:
-            self._wide(rows, s, y_rows, self.weights(len(y_rows)), self.b, self.biases)
+            self._wide(rows, s, y_rows, self.weights(y_rows.shape[0]), self.b, self.biases)
         else:
             assert rows.y is not None
             self.forward_augmented(rows.y, y_rows)
         self.add_beside(rows, y_rows)
         return y, kept
+
+    def _forward_one(self, x: RowOutput, kept: Narrow) -> tuple[Tensor, Narrow]:
+        """`forward` of one linear, which takes torch fewer steps where it makes y itself."""
+        assert x.y is not None
+        rows, (bias,) = flat_rows(x), self.biases
+        s = self.narrow(rows) if kept is None else self.recall(kept)
+        (weight,) = self.weights(operand_of(rows)[0].shape[0]).weights
+        y = products_torch.linear(x.y, weight, bias)
+        if self.adapters:
+            y_rows = y.view(-1, self._outs)
+            if s is not None:
+                products_torch.add_up(y_rows, s, self.b, self.counts, self.outs)
+            self.add_beside(rows, y_rows)
+        return y, s
 
     def _wide(
         self, x: RowOutput, s: Tensor | None, y: Tensor, ready: Ready, b: list[Tensor],
@@ -163,7 +210,10 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         That is s, or None where backward does not need it; with weight decomposition, s and the
         norms of the weights.
         """
-        s = self.narrow(flat_rows(x), copy=copy)
+        return self._down(flat_rows(x), copy)
+
+    def _down(self, rows: RowOutput, copy: Tensor | None) -> Narrow:
+        s = self.narrow(rows, copy=copy)
         return WithNorms(s, self.decompositions.norms) if self.decompositions.exist else s
 
     def recall(self, kept: Narrow) -> Tensor | None:
@@ -239,14 +289,15 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         Those are the LoRAs, and each LoKr without masks. Only on the CPU and in fp32: W in 16 bits
         would round away what they add to it.
         """
-        wide = max(sum(self.outs), self.linears[0].weight.shape[1])
+        return tokens >= self._merges_from
+
+    def _may_merge(self) -> bool:
         return (
             self.impl == "native"
             and self.compute == "same"
             and not self.drops
             and not self.decompositions.exist
             and (len(self.loras) > 0 or any(each.mergeable for each in self.besides))
-            and tokens >= wide
         )
 
     def _mergeable_of_each(self) -> list[list[Adapter]]:
@@ -264,6 +315,8 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
 
     @property
     def row_scales(self) -> list[Tensor | None]:
+        if not self.decompositions.exist:
+            return [None] * len(self.linears)
         return self.decompositions.row_scales
 
     def weights(self, tokens: int) -> Ready:
@@ -358,6 +411,8 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
 def flat_rows(x: RowOutput) -> RowOutput:
     """The same with all leading dimensions as one."""
     y, q, scale = x
+    if y is not None and q is None:
+        return RowOutput(y.reshape(-1, y.shape[-1]), None, None)
     return RowOutput(
         None if y is None else y.reshape(-1, y.shape[-1]),
         None if q is None else q.reshape(-1, q.shape[-1]),

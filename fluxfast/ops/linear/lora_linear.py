@@ -119,13 +119,13 @@ def lora_linear(
             "lora_linear: a base weight or bias requires a gradient, and this op never computes "
             "one; freeze it (requires_grad_(False)) or use lora_linear_ref"
         )
-    trained = [t for p in linears for t in tensors_of(p.adapters)]
+    trained = [t for p in linears if p.adapters for t in tensors_of(p.adapters)]
     stored = [t for p in linears for t in (p.weight, p.bias) if isinstance(t, Tensor)]
     backend = dispatch.resolve(
         "lora_linear", impl, (x,), cast=(*stored, *trained), obstacle=_codes_obstacle(x, compute)
     )
     # only the tensors passed one by one belong to the graph
-    detached = _over_tensors(linears, [t.detach() for t in trained])
+    detached = _over_tensors(linears, [t.detach() for t in trained]) if trained else linears
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *trained)):
         # torch.compile would call the Function's forward, and with two tensors in `trained` without
         # its context

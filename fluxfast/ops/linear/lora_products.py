@@ -36,8 +36,8 @@ class LoraProducts:
     drops: whether one of them drops elements of its x.
     """
 
-    own_loras: list[list[Lora]]
-    loras: list[Lora]
+    own_loras: Sequence[Sequence[Lora]]
+    loras: Sequence[Lora]
     counts: list[int]
     outs: list[int]
     dtype: torch.dtype
@@ -61,6 +61,8 @@ class LoraProducts:
     @property
     def b(self) -> list[Tensor]:
         """B of every LoRA, in order, with its linear's row scale in it."""
+        if not self.decompositions.exist:
+            return [lora.b.detach() for lora in self.loras]
         return [
             self.decompositions.scaled_b(i, lora)
             for i, own in enumerate(self.own_loras)
@@ -77,8 +79,15 @@ class LoraProducts:
 
         Triton's kernels write it to `copy` as well, where that is given.
         """
-        if not self.loras or self.merges(len(operand_of(rows)[0])):
+        if not self.loras:
             return None
+        operand = operand_of(rows)
+        if self.merges(operand[0].shape[0]):
+            return None
+        if not self.drops:
+            # all see the same x
+            copies = {} if copy is None else {"copy": copy}
+            return self.products.down(*operand, self.a, self.scales, self.dtype, **copies)
         columns = []
         for same in self.by_dropout():
             a, scales = (
@@ -116,12 +125,12 @@ class LoraProducts:
             dy, s, b, scales, self.counts, self.outs, b[0].dtype,
             db=runs.d_b, **out,
         )  # fmt: skip
-        # s met B with the row scale in it
-        for rows, g in zip(
-            packed_b.split_with_sizes(self.outs), self.decompositions.row_scales, strict=True
-        ):
-            if g is not None:
-                rows.mul_(g[:, None])
+        if self.decompositions.exist:
+            # s met B with the row scale in it
+            of_linears = packed_b.split_with_sizes(self.outs)
+            for rows, g in zip(of_linears, self.decompositions.row_scales, strict=True):
+                if g is not None:
+                    rows.mul_(g[:, None])
         d_a = []
         for same in self.by_dropout():
             seen = self._seen_by_loras(same.dropout, x)

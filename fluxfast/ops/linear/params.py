@@ -20,4 +20,6 @@ class LinearParams(NamedTuple):
 
 def loras_of(linear: LinearParams) -> list[Lora]:
     """The adapters of a linear that are one low-rank product with those of its group."""
+    if not linear.adapters:
+        return []
     return [adapter for adapter in linear.adapters if isinstance(adapter, Lora)]

@@ -35,17 +35,18 @@ def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
     # torch.compile has no memory to look at
     if torch.compiler.is_compiling() or first.stride(-1) != 1:
         return None
-    storage, end = first.untyped_storage()._cdata, first.storage_offset()
+    strides, end = first.stride(), first.storage_offset()
     for t in tensors:
+        # most tensors of others are the whole of their storage, which the offset tells at once
         if (
-            t.dtype != first.dtype
+            t.storage_offset() != end
+            or t.dtype != first.dtype
             or t.shape[1:] != first.shape[1:]
-            or t.stride() != first.stride()
-            or t.storage_offset() != end
-            or t.untyped_storage()._cdata != storage
+            or t.stride() != strides
+            or t.untyped_storage()._cdata != first.untyped_storage()._cdata
         ):
             return None
-        end += t.shape[0] * t.stride(0)
+        end += t.shape[0] * strides[0]
     rows = sum(t.shape[0] for t in tensors)
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
@@ -64,7 +65,8 @@ def linear_ranks(b: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool = False) -> None:
     """y [M, N] = x wᵀ + bias, or y += x wᵀ; w [N, K] and bias are cast to x's dtype."""
-    w = w.to(x.dtype)
+    if w.dtype != x.dtype:
+        w = w.to(x.dtype)
     if accumulate:
         y.addmm_(x, w.T)
     elif torch.compiler.is_compiling():
@@ -73,7 +75,16 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, accumulate: bo
     elif bias is None:
         torch.mm(x, w.T, out=y)
     else:
-        torch.addmm(bias.to(x.dtype), x, w.T, out=y)
+        torch.addmm(bias if bias.dtype == x.dtype else bias.to(x.dtype), x, w.T, out=y)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x wᵀ + bias [..., N]; w [N, K] and bias are cast to x's dtype."""
+    if w.dtype != x.dtype:
+        w = w.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return torch.nn.functional.linear(x, w, bias)
 
 
 @functools.cache
@@ -213,14 +224,15 @@ def wide(
     biases: list[Tensor | None], s: Tensor | None, b: list[Tensor], counts: list[int], y: Tensor,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + s Bᵀ + bias to y [M, N]. w_scales: a scale for each row of W, or none."""
-    outs, present = [w.shape[0] for w in weights], [bias for bias in biases if bias is not None]
-    joined = adjoining(weights) if len(present) in (0, len(biases)) else None
-    if joined is not None:
-        weights, w_scales = [joined], [stack(w_scales)] if w_scales else []
-        biases = [stack(present) if present else None]
-    columns = y.split_with_sizes([w.shape[0] for w in weights], dim=1)
+    outs = [w.shape[0] for w in weights]
+    if len(weights) > 1:
+        present = [bias for bias in biases if bias is not None]
+        joined = adjoining(weights) if len(present) in (0, len(biases)) else None
+        if joined is not None:
+            weights, w_scales = [joined], [stack(w_scales)] if w_scales else []
+            biases = [stack(present) if present else None]
+    columns = [y] if len(weights) == 1 else y.split_with_sizes(outs, dim=1)
     for i, (w, bias, y_i) in enumerate(zip(weights, biases, columns, strict=True)):
-        bias = None if bias is None else bias.detach()
         if x_scale is None and not w_scales:
             product(x, w, bias, y_i)
             continue
@@ -239,10 +251,13 @@ def add_up(
     y: Tensor, s: Tensor, b: Sequence[Tensor], counts: Sequence[int], outs: Sequence[int]
 ) -> None:
     """y += s Bᵀ, each linear's columns from its own ranks."""
+    if len(b) == len(outs) == 1:
+        y.addmm_(s, b[0].to(y.dtype).T)
+        return
     it, rank = iter(b), 0
     for y_i, count in zip(y.split_with_sizes(list(outs), dim=1), counts, strict=True):
         for _ in range(count):
-            factor = next(it).detach().to(y.dtype)
+            factor = next(it).to(y.dtype)
             y_i.addmm_(s[:, rank : rank + factor.shape[1]], factor.T)
             rank += factor.shape[1]
 
@@ -308,7 +323,7 @@ def values_of_codes(x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> Te
 
 def _rescale(s: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor:
     """Multiplies each LoRA's columns of s by its scale, in place."""
-    if len(set(scales)) == 1:
+    if len(scales) == 1 or len(set(scales)) == 1:
         return s if scales[0] == 1 else s.mul_(scales[0])
     for columns, scale in zip(s.split_with_sizes(list(ranks), dim=1), scales, strict=True):
         columns.mul_(scale)
