@@ -32,10 +32,11 @@ from fluxfast.model.single_block import SingleMaths
 # of the RMS norms: the hosts' modules have it as a number in their forward
 EPS = 1e-6
 _NO_DROPOUT = nn.Dropout(0.0)
-# the only argument after pe that our maths knows; ComfyUI's options are looked at
-MASK = "txt_attention_mask"
-KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK, OPTIONS})
-KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK, OPTIONS})
+# the only argument after pe that our maths knows; ComfyUI's options are looked at, and the tokens
+# that each sample's control image has in musubi-tuner
+MASK, CONTROL = "txt_attention_mask", "control_lengths"
+KNOWN_TO_DOUBLE = frozenset({"img", "txt", "vec", "pe", MASK, OPTIONS, CONTROL})
+KNOWN_TO_SINGLE = frozenset({"x", "vec", "pe", MASK, OPTIONS, CONTROL})
 
 
 class _Names:
@@ -187,6 +188,8 @@ class _Shared(HostBlock, BlockOptions):
                 return f"it is called without a tensor {name}"
         if given["vec"].ndim != 2:
             return "its vec is of each token"
+        if len(set(given.get(CONTROL, ()))) > 1:
+            return "its samples have control images of different sizes"
         maths = self.maths()
         if OPTIONS in self.signature.defaults:
             linears = [linear for group in maths.linear_groups() for linear in group]

@@ -90,7 +90,17 @@ class DoubleStreamBlock(Checkpointing):
             )
             setattr(self, f"{who}_mlp", mlp)
 
-    def _forward(self, img, txt, vec, pe, txt_attention_mask=None, lengths=None, split=False):
+    def _forward(
+        self,
+        img,
+        txt,
+        vec,
+        pe,
+        txt_attention_mask=None,
+        lengths=None,
+        split=False,
+        control_lengths=None,
+    ):
         parts = {}
         for who, x in (("txt", txt), ("img", img)):
             shift, scale, *_ = mods = getattr(self, f"{who}_mod")(vec)
@@ -125,7 +135,9 @@ class SingleStreamBlock(Checkpointing):
             nn.GELU(approximate="tanh"),
         )
 
-    def _forward(self, x, vec, pe, txt_attention_mask=None, lengths=None, split=False):
+    def _forward(
+        self, x, vec, pe, txt_attention_mask=None, lengths=None, split=False, control_lengths=None
+    ):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1((1 + scale) * self.pre_norm(x) + shift).split(
             [3 * DIM, 4 * DIM], dim=-1
@@ -155,7 +167,7 @@ class Flux(nn.Module):
             SingleStreamBlock() for _ in range(SMALL["num_single_layers"])
         )
         self.final = nn.Linear(DIM, SMALL["in_channels"])
-        self.options = {"lengths": [], "split": False}
+        self.options = {"lengths": [], "split": False, "control_lengths": None}
 
     def forward(
         self,

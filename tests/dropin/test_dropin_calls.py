@@ -87,6 +87,19 @@ def test_an_argument_that_only_the_host_knows(inputs, kind, number):
     assert counts(report) == (0, 0, 0)
 
 
+def test_control_images_of_one_size_are_fused(inputs):
+    host, ours = hosts("bfl")
+    report = fluxfast.accelerate(ours)
+    # musubi-tuner gives each block the tokens of each sample's control image
+    ours.options = {**ours.options, "control_lengths": [4, 4]}
+    assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
+    assert counts(report) == (5, 0, 0)
+    ours.options = {**ours.options, "control_lengths": [4, 3]}
+    with pytest.warns(UserWarning, match="control images of different sizes"):
+        assert torch.equal(output(ours, inputs), output(host, inputs))
+    assert counts(report) == (5, 0, 5)
+
+
 @other_kinds
 def test_fallbacks_are_counted_by_reason(inputs, kind):
     _, ours = hosts(kind)
