@@ -114,4 +114,5 @@ SECTIONS: dict[str, Callable[[Sequence[Result]], str]] = {
     "startup": startup_section,
     "trainers": trainers_sections.by_trainer,
     "trainercases": trainers_sections.by_case,
+    "loops": trainers_sections.scripts,
 }

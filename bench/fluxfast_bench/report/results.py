@@ -37,6 +37,7 @@ KINDS = (
     "profile",
     "tests",
     "trainers",
+    "loops",
 )
 # what tells a run's records apart
 IDENTITY = ("case", "contestant", "mode")

@@ -1,4 +1,6 @@
-"""The tables of other trainers' models, accelerated: one row a trainer, and one a case."""
+"""The tables of other trainers, accelerated: of their models, a row a trainer and a row a case; and
+of their scripts, a row a trainer.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +73,33 @@ def by_case(stored: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def scripts(stored: Sequence[Result]) -> str:
+    """Of the newest run, what each trainer's own script has trained, and whether it is the same."""
+    parts = []
+    for result, _, records in newest_cases(stored, "loops"):
+        rows = []
+        for trainer in dict.fromkeys(r["contestant"] for r in records):
+            ran = [r for r in records if r["contestant"] == trainer and "reason" not in r]
+            if ran:
+                rows.append(
+                    [
+                        TITLES.get(trainer, trainer),
+                        ", ".join(r["mode"] for r in ran),
+                        _of(ran, "calls"),
+                        f"{max(r['loss_error'] for r in ran):.0e}",
+                        f"{max(r['weights_error'] for r in ran):.0e}",
+                    ]
+                )
+        head = ["", "trained", "calls of blocks fused", "loss differs by", "the adapter by"]
+        failed = [
+            f"{r['contestant']}, {r['mode']} ({r['reason']})" for r in records if "reason" in r
+        ]
+        note = f" Did not run: {'; '.join(failed)}." if failed else ""
+        made = ", ".join([*_versions(records), conditions_line(result)])
+        parts.append(f"{markdown_table(head, rows, left=2)}\n\n{made}.{note}")
+    return "\n\n".join(parts)
+
+
 def _grouped(modes: Sequence[str]) -> str:
     """What trains, each with the ways in which it does: "LoRA (checkpointing), DoRA"."""
     ways: dict[str, list[str]] = {}
@@ -94,7 +123,10 @@ def _why(record: dict[str, Any]) -> str:
 
 def _conditions(shape: str, records: Sequence[dict[str, Any]]) -> str:
     """The shape, and the version of each checkout."""
-    versions = {r["contestant"]: r["version"] for r in records if r.get("version")}
-    named = (f"{TITLES.get(trainer, trainer)} {version}" for trainer, version in versions.items())
     tokens, batch = SHAPES[shape].tokens, SHAPES[shape].batch
-    return ", ".join([f"{shape}: {tokens} tokens, batch {batch}", *named])
+    return ", ".join([f"{shape}: {tokens} tokens, batch {batch}", *_versions(records)])
+
+
+def _versions(records: Sequence[dict[str, Any]]) -> list[str]:
+    versions = {r["contestant"]: r["version"] for r in records if r.get("version")}
+    return [f"{TITLES.get(trainer, trainer)} {version}" for trainer, version in versions.items()]
