@@ -56,6 +56,9 @@ class FluxAttnProcessor2_0:
                 x.dtype
             )
 
+        if attention_mask is not None:
+            # as numbers, which are added to the scores
+            attention_mask = (attention_mask.unsqueeze(1).unsqueeze(2) > 0).bool().to(q.dtype)
         out = (
             F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=attention_mask)
             .transpose(1, 2)
@@ -65,6 +68,11 @@ class FluxAttnProcessor2_0:
             return out
         txt, img = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](img)), attn.to_add_out(txt)
+
+
+def expand_flux_attention_mask(hidden_states, mask):
+    image = torch.ones(len(mask), hidden_states.shape[1] - mask.shape[1])
+    return torch.cat([mask.float(), image], dim=1)
 
 
 def older_attention(**extra):
@@ -98,6 +106,8 @@ class FluxSingleTransformerBlock(nn.Module):
         stages=(1, 1),
         offload=False,
     ):
+        if attention_mask is not None:
+            attention_mask = expand_flux_attention_mask(hidden_states, attention_mask)
         x, gate = self.norm(hidden_states, emb=temb)
         mlp = self.act_mlp(self.proj_mlp(x))
         attn = self.attn(
@@ -130,6 +140,8 @@ class FluxTransformerBlock(nn.Module):
         offload=False,
     ):
         img, txt = hidden_states, encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = expand_flux_attention_mask(torch.cat([txt, img], 1), attention_mask)
         img_in, gate, shift2, scale2, gate2 = self.norm1(img, emb=temb)
         txt_in, c_gate, c_shift2, c_scale2, c_gate2 = self.norm1_context(
             txt, emb=temb if context_temb is None else context_temb

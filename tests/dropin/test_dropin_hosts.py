@@ -7,7 +7,7 @@ from host_of_sd_scripts import Flux
 from host_of_simpletuner import OlderFlux
 
 import fluxfast
-from support import make_inputs
+from support import make_inputs, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,11 @@ def test_other_hosts(inputs, kind, checkpointed, variant):
     if variant == "mask":
         keep = torch.ones(2, 7)
         keep[0, 3:] = 0
-        more = {"txt_attention_mask": keep}
-        if kind == "concatenated":
-            hidden = torch.nn.functional.pad(keep, (0, 15), value=1.0)[:, None, None] == 0
-            more = {"attention_mask": torch.zeros(2, 1, 1, 22).masked_fill(hidden, -1e9)}
+        more = {"txt_attention_mask" if kind == "bfl" else "attention_mask": keep}
+        unmasked = ours(**inputs)
+        assert relative_error(ours(**inputs | more), unmasked) > 1e-3
     assert_equal(host, ours, inputs | more)
+    assert report.calls() == report.calls("fused") > 0
     fluxfast.restore(ours)
     assert type(next(iter(ours.children()))) is type(next(iter(host.children())))
     with torch.no_grad():
