@@ -74,30 +74,34 @@ def by_case(stored: Sequence[Result]) -> str:
 
 
 def scripts(stored: Sequence[Result]) -> str:
-    """Of the newest run, what each trainer's own script has trained, and whether it is the same."""
-    parts = []
-    for result, _, records in newest_cases(stored, "loops"):
-        rows = []
-        for trainer in dict.fromkeys(r["contestant"] for r in records):
-            ran = [r for r in records if r["contestant"] == trainer and "reason" not in r]
-            if ran:
-                rows.append(
-                    [
-                        TITLES.get(trainer, trainer),
-                        ", ".join(r["mode"] for r in ran),
-                        _of(ran, "calls"),
-                        f"{max(r['loss_error'] for r in ran):.0e}",
-                        f"{max(r['weights_error'] for r in ran):.0e}",
-                    ]
-                )
-        head = ["", "trained", "calls of blocks fused", "loss differs by", "the adapter by"]
-        failed = [
-            f"{r['contestant']}, {r['mode']} ({r['reason']})" for r in records if "reason" in r
-        ]
-        note = f" Did not run: {'; '.join(failed)}." if failed else ""
-        made = ", ".join([*_versions(records), conditions_line(result)])
-        parts.append(f"{markdown_table(head, rows, left=2)}\n\n{made}.{note}")
-    return "\n\n".join(parts)
+    """What each trainer's own script has trained in its newest run, and whether it is the same."""
+    newest = {
+        record["contestant"]: result
+        for result in sorted(stored, key=lambda r: r.date)
+        if result.kind == "loops"
+        for record in result.records
+    }
+    rows, failed, runs = [], [], dict[str, list[str]]()
+    for trainer, result in newest.items():
+        records = [r for r in result.records if r["contestant"] == trainer]
+        runs.setdefault(conditions_of(result), []).extend(_versions(records))
+        failed += [f"{trainer}, {r['mode']} ({r['reason']})" for r in records if "reason" in r]
+        if ran := [r for r in records if "reason" not in r]:
+            rows.append(
+                [
+                    TITLES.get(trainer, trainer),
+                    ", ".join(r["mode"] for r in ran),
+                    _of(ran, "calls"),
+                    f"{max(r['loss_error'] for r in ran):.0e}",
+                    f"{max(r['weights_error'] for r in ran):.0e}",
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["", "trained", "calls of blocks fused", "loss differs by", "the adapter by"]
+    made = " ".join(f"{', '.join(versions)}: {run}." for run, versions in runs.items())
+    note = f" Did not run: {'; '.join(failed)}." if failed else ""
+    return f"{markdown_table(head, rows, left=2)}\n\n{made}{note}"
 
 
 def _grouped(modes: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from fluxfast_bench.loops import bfl_files, loops, tiny
 from fluxfast_bench.loops.loop import Loop, measure
 from fluxfast_bench.main import main
-from fluxfast_bench.report.results import read_all
+from fluxfast_bench.report import trainers_sections
+from fluxfast_bench.report.results import Result, read_all
 
 # a trainer: PEFT's LoRA on the toy base, two steps of SGD, losses for TensorBoard
 TRAINER = """
@@ -127,6 +128,30 @@ def test_what_differs_is_a_fault():
         "a, LoRA: 0 of 0 calls of its blocks ran fused",
         "a, LoRA: exit status 1: it broke",
     ]
+
+
+def test_the_newest_run_of_each_trainer_is_shown():
+    def result(date, *records):
+        conditions = {"date": date, "device": "a CPU", "commit": "c0ffee", "command": "loops"}
+        conditions |= {"versions": {"torch": "2.14"}}
+        data = {"kind": "loops", "conditions": conditions, "records": list(records)}
+        return Result("cpu", Path("x"), data)
+
+    good = {"case": "tiny", "mode": "LoRA", "version": "abc of 2026-01-01", "calls": 4}
+    good |= {"loss_error": 1e-7, "weights_error": 2e-6, "calls_fused": 4}
+    first = result(
+        "2026-11-01T00:00:00Z",
+        good | {"contestant": "onetrainer", "calls_fused": 3},
+        good | {"contestant": "sd-scripts"},
+        {"case": "tiny", "mode": "LoHa", "contestant": "sd-scripts", "reason": "it broke"},
+    )
+    second = result("2026-11-02T00:00:00Z", good | {"contestant": "onetrainer"})
+    text = trainers_sections.scripts([second, first])
+    assert "| OneTrainer | LoRA | 4 of 4 | 1e-07 | 2e-06 |" in text
+    assert "| sd-scripts | LoRA | 4 of 4 |" in text
+    assert "OneTrainer abc of 2026-01-01: " in text and "sd-scripts abc of 2026-01-01: " in text
+    assert text.endswith("Did not run: sd-scripts, LoHa (it broke).")
+    assert trainers_sections.scripts([]) == ""
 
 
 def test_what_is_not_there_is_named(tmp_path, capsys):
