@@ -1,7 +1,8 @@
 """OneTrainer's `scripts/train.py`, which a config file tells everything.
 
 Beside its requirements of importance to training (`parse`, `av`, and `mgds` from GitHub), it needs
-none of what it has for other models, for its windows and for the cloud.
+none of what it has for other models, for its windows and for the cloud. Its products of W8A8 need a
+GPU.
 """
 
 from __future__ import annotations
@@ -124,8 +125,6 @@ CASES: dict[str, Prepare] = {
     "DoRA": partial(_prepare, lora_decompose=True),
     "LoHa": partial(_prepare, peft_type="LOHA"),
     "LoKr": partial(_prepare, peft_type="LOKR", lokr_dim=4, lokr_decompose_factor=8),
-    "LoRA on int8 W8A8": _on("INT_W8A8"),
-    "LoRA on fp8 W8A8": _on("FLOAT_W8A8"),
     "LoRA on fp8": _on("FLOAT_8"),
     "LoRA on nf4": _on("NFLOAT_4"),
 }
