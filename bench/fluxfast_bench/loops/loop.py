@@ -91,8 +91,7 @@ def run(loop: Loop, folder: Path, python: str, *, accelerated: bool) -> Trained:
         raise RuntimeError(f"it ran for more than {LIMIT:.0f} s") from late
     (folder / "printed.txt").write_text(done.stdout)
     if done.returncode:
-        last = deque((line for line in done.stdout.splitlines() if line.strip()), maxlen=3)
-        raise RuntimeError(f"exit status {done.returncode}: {' | '.join(last)}")
+        raise RuntimeError(f"exit status {done.returncode}: {_last_words(done.stdout)}")
     files = sorted(folder.glob(loop.saved))
     if not files:
         raise RuntimeError(f"it saved no {loop.saved}")
@@ -100,6 +99,12 @@ def run(loop: Loop, folder: Path, python: str, *, accelerated: bool) -> Trained:
     if not losses:
         raise RuntimeError("it told no loss")
     return Trained(losses, load_file(files[-1]), *_counts(done.stdout))
+
+
+def _last_words(printed: str) -> str:
+    """The last three lines, without colours, and without the folders of a machine."""
+    plain = re.sub(r"(?:/[^\s\"'/]+)+/", "", re.sub(r"\x1b\[[0-9;]*m", "", printed))
+    return " | ".join(deque((line for line in plain.splitlines() if line.strip()), maxlen=3))
 
 
 def _counts(printed: str) -> tuple[int, int, int, int]:

@@ -90,7 +90,10 @@ def test_a_trainer_trains_the_same(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("print('no model here')\nraise SystemExit(3)", "exit status 3: no model here"),
+        (
+            "print('\\x1b[32mno model in /some/folder/model.py\\x1b[0m')\nraise SystemExit(3)",
+            "exit status 3: no model in model.py$",
+        ),
         ("print('nothing to do')", "it saved no lora.safetensors"),
     ],
 )
