@@ -42,6 +42,8 @@ _PEFT_LINEARS = {
     ("peft.tuners.lora.bnb", "Linear8bitLt"),
     ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
 }
+# whether each class that was seen is one of them
+_known: dict[type, bool] = {}
 
 
 class LoraKind(AdapterKind):
@@ -69,9 +71,9 @@ class LoraKind(AdapterKind):
             layer.enable_adapters(enabled)
 
     def read(self, module: Any, *, share_dropout: bool) -> Wrapped | None:
-        if (type(module).__module__, type(module).__name__) not in _PEFT_LINEARS:
+        if not _is_peft_linear(type(module)):
             return None
-        return Wrapped(module.base_layer, _read_peft(module, share_dropout))
+        return Wrapped(module._modules["base_layer"], _read_peft(module, share_dropout))
 
     def check(self, transformer: nn.Module, settings: AdapterSettings) -> dict[str, int]:
         ranks = super().check(transformer, settings)
@@ -156,18 +158,25 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
         if isinstance(scale, Tensor):
             return f"adapter {name!r} keeps its scale in a tensor, for hot-swapping"
         dropout = parts["lora_dropout"]._modules[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        p = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
         if p > 0 and not share_dropout:
             return f"adapter {name!r} has a dropout"
-        weights = own_parameter(a, "weight"), own_parameter(b, "weight")
         magnitude = None if variant is None else magnitude_of(module, name)
         if magnitude is not None and p > 0:
             # PEFT multiplies the base by what dropout has left of x, too
             return f"adapter {name!r} is DoRA with a dropout"
-        adapters.append(Lora(*weights, scale, p, magnitude=magnitude))
+        adapters.append(
+            Lora(own_parameter(a, "weight"), own_parameter(b, "weight"), scale, p, None, magnitude)
+        )
     if len(adapters) > 1 and any(adapter.magnitude is not None for adapter in adapters):
         return "one of several adapters is DoRA, which rescales what the others add"
     return tuple(adapters)
+
+
+def _is_peft_linear(kind: type) -> bool:
+    if kind not in _known:
+        _known[kind] = (kind.__module__, kind.__name__) in _PEFT_LINEARS
+    return _known[kind]
 
 
 def _is_plain(module: nn.Module) -> bool:

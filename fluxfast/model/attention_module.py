@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
+from fluxfast.hooks import own_module, own_parameter
 from fluxfast.model.known_modules import must_be_called
 from fluxfast.model.linear import without_autocast
 from fluxfast.model.rope import Tables, full_tables
@@ -41,28 +42,31 @@ def head_dim(attn: Any) -> int:
 
 def norm_weight(norm: Any) -> Tensor:
     """An RMS norm's weight; in fp32 where it is an 8-bit float, which torch can't multiply by."""
-    weight: Tensor = norm.weight
+    weight: Tensor = own_parameter(norm, "weight")
     return weight if weight.dtype.itemsize > 1 else weight.float()
 
 
 def qkv(attn: Any) -> tuple[nn.Module, ...]:
     """The linears of q, k and v: of the image, or of a single block's joint stream."""
-    return (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
+    names = ("to_qkv",) if attn.fused_projections else ("to_q", "to_k", "to_v")
+    return tuple([own_module(attn, name) for name in names])
 
 
 def txt_qkv(attn: Any) -> tuple[nn.Module, ...]:
     """The linears of the text's q, k and v."""
-    if attn.fused_projections:
-        return (attn.to_added_qkv,)
-    return attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    added = ("add_q_proj", "add_k_proj", "add_v_proj")
+    names = ("to_added_qkv",) if attn.fused_projections else added
+    return tuple([own_module(attn, name) for name in names])
 
 
 def foreign_attention(attn: Any, kwargs: dict[str, Any]) -> str | None:
     """Why attention is not FLUX.1's own, and its module has to compute it; None where it is."""
     if type(attn.processor) is not FluxAttnProcessor:
         return f"its attention processor is {type(attn.processor).__name__}"
-    if unknown := sorted(
-        {name for name, value in kwargs.items() if value is not None} - QUIET_ATTENTION_KWARGS
+    if kwargs and (
+        unknown := sorted(
+            {name for name, value in kwargs.items() if value is not None} - QUIET_ATTENTION_KWARGS
+        )
     ):
         return f"joint_attention_kwargs {unknown}"
     held = attn._modules

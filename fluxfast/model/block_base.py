@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fluxfast.hooks import own_module, own_parameter
 from fluxfast.model import attention_module
 from fluxfast.model.block_call import (
     OPS,
@@ -261,12 +262,15 @@ class BlockBase(BlockOptions):
             return foreign
         if attention_module.backend_of(self.attn, self.attention) is None:
             return "its attention back end is not one of PyTorch's own"
-        if torch.is_grad_enabled() and any(norm.weight.requires_grad for norm in self._norms()):
+        if torch.is_grad_enabled() and any(
+            own_parameter(norm, "weight").requires_grad for norm in self._norms()
+        ):
             return "an RMS norm of its q or k is trained"
         return None
 
     def _norms(self) -> list[Any]:
-        return [getattr(self.attn, name) for name in self.qk_norms]
+        attn = own_module(self, "attn")
+        return [own_module(attn, name) for name in self.qk_norms]
 
     def _fused_call(
         self,

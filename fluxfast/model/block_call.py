@@ -125,7 +125,7 @@ def norm_weights(*norms: Any, impl: str) -> Tensor:
     """
     found = [norm_weight(norm) for norm in norms]
     joined = adjoining(found)
-    weights = torch.stack([w.detach() for w in found]) if joined is None else joined
+    weights = torch.stack(found) if joined is None else joined
     weights = weights.view(len(found), -1)
     if impl == "triton":
         return weights

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fluxfast.model import launch_plans
 from fluxfast.model.block_call import BlockCall, BlockLinears
 from fluxfast.model.flat_gradients import GradientPlaces
 from fluxfast.model.launch_plans import Surroundings, surroundings
+from fluxfast.model.nested import flattened, nested
 from fluxfast.model.residency import residency_of, resident
 from fluxfast.model.tape import (
     Grads,
@@ -61,8 +61,9 @@ def run_forward(
 
     def direction(block: Any) -> launch_plans.Made:
         outs, kept = forward(block, call, linears, inputs)
-        made, outs_form = tree_flatten(outs)
-        leaves, kept_form = tree_flatten(kept)
+        made: list[Tensor | None] = []
+        outs_form = flattened(outs, made)
+        leaves, kept_form = Kept.of(kept)
         return [*made, *leaves], (len(made), outs_form, kept_form)
 
     usable = launch_plans.usable(block.launch_plans, call, inputs[0])
@@ -80,7 +81,7 @@ def run_forward(
     ctx.gradients = gradients
     ctx.operands = None if residency_of(block) is not None else known
     save(ctx, block, call, linears, inputs, trained, kept)
-    return tree_unflatten(made[:split], outs_form)
+    return nested(outs_form, made)
 
 
 def _note(beside: Surroundings) -> object:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fluxfast.hooks import own_module
 from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
 from fluxfast.model.block_call import BlockCall, BlockLinears
@@ -43,31 +44,41 @@ class DoubleMaths(BlockBase):
         return DoubleBlockFunction
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
-        attn = self.attn
+        attn = own_module(self, "attn")
         # torch's list of modules takes three microseconds to be indexed
-        (to_out, _), (up, _, down) = attn.to_out, self.ff.net
-        txt_up, _, txt_down = self.ff_context.net
+        to_out, _ = own_module(attn, "to_out")
+        (up, down), (txt_up, txt_down) = map(self._mlp_linears, ("ff", "ff_context"))
         return [
-            *(attention_module.qkv(attn), (to_out,), (up.proj,), (down,)),
-            *(attention_module.txt_qkv(attn), (attn.to_add_out,), (txt_up.proj,), (txt_down,)),
+            *(attention_module.qkv(attn), (to_out,), (up,), (down,)),
+            *(attention_module.txt_qkv(attn), (own_module(attn, "to_add_out"),)),
+            *((txt_up,), (txt_down,)),
         ]
+
+    def _mlp_linears(self, name: str) -> tuple[nn.Module, nn.Module]:
+        up, _, down = own_module(own_module(self, name), "net")
+        return own_module(up, "proj"), down
 
     def groups_with_room(self) -> list[tuple[nn.Module, ...]]:
         after_attention = (self.attn.to_out[0],), (self.attn.to_add_out,)
         return [group for group in self.linear_groups() if group not in after_attention]
 
     def modulation_linears(self) -> tuple[nn.Module, ...]:
-        return self.norm1.linear, self.norm1_context.linear
+        norms = own_module(self, "norm1"), own_module(self, "norm1_context")
+        return own_module(norms[0], "linear"), own_module(norms[1], "linear")
 
     def bypassed(self) -> tuple[nn.Module, ...]:
-        modulated = (
-            m for norm in (self.norm1, self.norm1_context) for m in (norm, norm.norm, norm.silu)
-        )
-        mlps = (m for ff in (self.ff, self.ff_context) for m in (ff, *list(ff.net)[:2]))
-        return *modulated, self.norm2, self.norm2_context, *mlps
+        modules: list[nn.Module] = []
+        for name in ("norm1", "norm1_context"):
+            norm = own_module(self, name)
+            modules += (norm, own_module(norm, "norm"), own_module(norm, "silu"))
+        modules += (own_module(self, "norm2"), own_module(self, "norm2_context"))
+        for name in ("ff", "ff_context"):
+            ff = own_module(self, name)
+            modules += (ff, *list(own_module(ff, "net"))[:2])
+        return tuple(modules)
 
     def composed_because(self, kwargs: dict[str, Any]) -> str | None:
-        _, dropout = self.attn.to_out
+        _, dropout = own_module(own_module(self, "attn"), "to_out")
         return super().composed_because(kwargs) or must_be_called([dropout])
 
     def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:

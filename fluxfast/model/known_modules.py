@@ -34,11 +34,12 @@ def must_be_called(modules: Iterable[nn.Module]) -> str | None:
         because = hooked(module)
         if because is not None:
             return f"its {type(module).__name__} is called as a module: {because}"
-        if type(module) in _WITHOUT_SETTINGS:
+        kind = type(module)
+        if kind in _WITHOUT_SETTINGS:
             continue
-        known = type(module).forward in _FORWARDS or comfy_because(module, nn.LayerNorm) is None
+        known = kind.forward in _FORWARDS or comfy_because(module, nn.LayerNorm) is None
         if not known or not _is_flux(module):
-            return f"its {type(module).__name__} is not the module that FLUX.1 has there"
+            return f"its {kind.__name__} is not the module that FLUX.1 has there"
     return None
 
 
@@ -47,15 +48,14 @@ def _is_flux(module: Any) -> bool:
     if isinstance(module, nn.LayerNorm):
         return own_parameter(module, "weight") is None and own_parameter(module, "bias") is None
     if isinstance(module, (RMSNorm, nn.RMSNorm)):
-        return (
-            module.weight is not None
-            and getattr(module, "bias", None) is None
-            and module.eps is not None
-        )
+        # torch's has no bias, and takes a microsecond to say so
+        held = module._parameters
+        has_bias = held.get("bias") is not None or module.__dict__.get("bias") is not None
+        return held.get("weight") is not None and not has_bias and module.eps is not None
     if isinstance(module, (GELU, nn.GELU)):
         return module.approximate == "tanh"
     if isinstance(module, AdaLayerNormZero):
         return module.emb is None
     if isinstance(module, FeedForward):
-        return len(module.net) == 3
+        return len(module._modules["net"]._modules) == 3
     return not (isinstance(module, nn.Dropout) and module.training and module.p > 0)

@@ -28,10 +28,12 @@ from fluxfast.foreign.comfyui import comfy_because
 from fluxfast.foreign.linears import host_linear, is_scaled_fp8, scaled_fp8, summed
 from fluxfast.foreign.weights import Decoded, foreign_weight
 from fluxfast.hooks import REPLACED, hooked, own_parameter
+from fluxfast.ops.device import pretending
 from fluxfast.ops.linear.adapters import Adapter, is_random
 from fluxfast.ops.linear.column_dora import on_columns
 from fluxfast.ops.linear.lora_linear import lora_linear, lora_linear_ref
 from fluxfast.ops.linear.params import LinearParams
+from fluxfast.ops.linear.products_torch import linear
 from fluxfast.quant.linear import QuantLinear
 
 # where gradients are wanted; without them a base that nobody has frozen is read like any other
@@ -87,10 +89,9 @@ def _taken_apart(module: nn.Module, share_dropout: bool) -> Wrapped | None:
 def _frozen(module: nn.Module) -> LinearParams | str:
     """A linear without adapters whose weight and bias do not train, or why it can't be read."""
     params = _read_base(module)
-    if isinstance(params, str):
+    if isinstance(params, str) or not torch.is_grad_enabled():
         return params
-    weight, bias, _ = params
-    return TRAINED if _trains(weight) or _trains(bias) else params
+    return TRAINED if _trains(params.weight) or _trains(params.bias) else params
 
 
 def _trains(tensor: Any) -> bool:
@@ -123,10 +124,11 @@ def _with_adapters(base: LinearParams, adapters: tuple[Adapter, ...]) -> LinearP
     """A linear with adapters around those that it has, such as its base's part of low rank."""
     if not adapters:
         return base
-    every = (*base.adapters, *adapters)
-    if base.adapters and adapters and any(map(_is_decomposed, every)):
-        return "one of several adapters is DoRA, which rescales what the others add"
-    return on_columns(base._replace(adapters=every))
+    if base.adapters:
+        adapters = (*base.adapters, *adapters)
+        if any(map(_is_decomposed, adapters)):
+            return "one of several adapters is DoRA, which rescales what the others add"
+    return on_columns(LinearParams(base.weight, base.bias, adapters))
 
 
 def _is_decomposed(adapter: Any) -> bool:
@@ -174,7 +176,8 @@ def _read_base(module: nn.Module) -> LinearParams | str:
 def _read_plain(linear: nn.Module) -> LinearParams | str:
     weight, bias = own_parameter(linear, "weight"), own_parameter(linear, "bias")
     # most linears have no such buffer, and need not be looked at further
-    if "scale_weight" in linear._buffers and is_scaled_fp8(linear, innermost_forward(linear)):
+    buffers = linear._buffers
+    if buffers and "scale_weight" in buffers and is_scaled_fp8(linear, innermost_forward(linear)):
         if _trains(weight):
             return TRAINED
         return LinearParams(scaled_fp8(linear), bias)
@@ -227,6 +230,11 @@ def _apply(x: Tensor, params: list[LinearParams], compute: str, outliers: int) -
     if plain and torch.compiler.is_compiling():
         # torch's own operations, which a compiler can join with those around them
         return lora_linear_ref(x, params)
+    if plain and len(params) == 1 and x.is_cpu and not pretending():
+        weight, bias, _ = params[0]
+        # autograd would keep a weight that is cast
+        if isinstance(weight, Tensor) and weight.dtype == x.dtype:
+            return linear(x, weight, bias)
     drops = any(is_random(adapter) for p in params for adapter in p.adapters)
     return lora_linear(
         x, params, compute=compute, outliers=outliers,

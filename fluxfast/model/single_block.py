@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fluxfast import ops
+from fluxfast.hooks import own_module
 from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
 from fluxfast.model.block_call import (
@@ -65,13 +66,16 @@ class SingleMaths(BlockBase):
         return SingleBlockFunction
 
     def linear_groups(self) -> list[tuple[nn.Module, ...]]:
-        return [(*attention_module.qkv(self.attn), self.proj_mlp), (self.proj_out,)]
+        qkv = attention_module.qkv(own_module(self, "attn"))
+        return [(*qkv, own_module(self, "proj_mlp")), (own_module(self, "proj_out"),)]
 
     def modulation_linears(self) -> tuple[nn.Module, ...]:
-        return (self.norm.linear,)
+        return (own_module(own_module(self, "norm"), "linear"),)
 
     def bypassed(self) -> tuple[nn.Module, ...]:
-        return self.norm, self.norm.norm, self.norm.silu, self.act_mlp
+        norm = own_module(self, "norm")
+        parts = own_module(norm, "norm"), own_module(norm, "silu")
+        return norm, *parts, own_module(self, "act_mlp")
 
     def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:
         return (img if txt is None else joined(txt, img),)

@@ -21,10 +21,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fluxfast.model.block_call import BlockCall, BlockLinears
 from fluxfast.model.linear import base_of, read_base, read_or_because
+from fluxfast.model.nested import flattened, nested
 from fluxfast.model.residency import fetch_input, keep_input, residency_of
 from fluxfast.ops.linear.adapters import Adapter, over_tensors, tensors_of, writing_to
 from fluxfast.ops.linear.beside import operand_of
@@ -87,11 +87,13 @@ class Kept(NamedTuple):
     @classmethod
     def of(cls, values: Any) -> Kept:
         """values: tensors in tuples, lists and dicts."""
-        return cls(*tree_flatten(values))
+        leaves: list[Tensor | None] = []
+        form = flattened(values, leaves)
+        return cls(leaves, form)
 
     @property
     def values(self) -> Any:
-        return tree_unflatten(self.leaves, self.form)
+        return nested(self.form, self.leaves)
 
 
 def save(
@@ -187,7 +189,7 @@ def linears_again(
 
     return [
         [
-            on_columns(LinearParams(weight, bias, again(adapters)))
+            on_columns(LinearParams(weight, bias, again(adapters) if adapters else ()))
             for (weight, bias, _), adapters in zip(group, adapters_of_group, strict=True)
         ]
         for group, adapters_of_group in zip(linears, ctx.adapters, strict=True)

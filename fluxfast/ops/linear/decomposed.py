@@ -91,7 +91,7 @@ class Decompositions:
         """B [N, r] of a LoRA of linear i, with g in it if it has one."""
         g = self.row_scales[i]
         if g is None:
-            return lora.b.detach()
+            return lora.b
         if i in self._scaled_b:
             return self._scaled_b[i]
         return lora.b.detach().to(g.dtype) * g[:, None]

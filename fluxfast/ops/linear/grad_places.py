@@ -35,6 +35,8 @@ def runs_of(parts: Sequence[Sequence[Lora]], counts: Sequence[int]) -> Runs:
     counts: how many LoRAs each linear has. dB is made without gaps where each has one, and all have
     the same rank.
     """
+    if not parts[0] or parts[0][0].grads is None:
+        return NO_RUNS
     runs = []
     for loras in parts:
         places = [lora.grads for lora in loras if lora.grads is not None]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import row_quant
-from fluxfast.ops.linear import products_torch, products_triton, weights
+from fluxfast.ops.linear import one_lora, products_torch, products_triton, weights
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
 from fluxfast.ops.linear.beside import Beside, BesideGrads, BesideProducts, beside, operand_of
@@ -48,6 +48,9 @@ COMPUTE = ("same", *FORMATS)
 
 class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     """Linears with their adapters, ready for products with x [..., in] of `dtype`.
+
+    It belongs where autograd records nothing: in an autograd.Function, or where no tensor of a call
+    asks for a gradient.
 
     compute: one of COMPUTE. outliers: how many channels of x 8-bit products leave out. impl: as
     `dispatch.resolve` gave it. dropout_seed: what the masks of the adapters' dropout are drawn
@@ -117,13 +120,13 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         self.drawn = {}
         if len(self.adapters) > len(self.loras):
             self.besides = beside(self.linears)
-        if any(getattr(adapter, "magnitude", None) is not None for adapter in self.adapters):
+        if [1 for each in self.adapters if getattr(each, "magnitude", None) is not None]:
             self.decompositions = Decompositions(self.linears, self.dtype, self.impl)
             for i in self.decompositions:
                 self.decompositions.masks[i] = self.row_masks(i)
         if self._may_merge():
             self._merges_from = widest
-        return sum(lora.a.shape[0] for lora in self.loras)
+        return sum([lora.a.shape[0] for lora in self.loras])
 
     @property
     def form(self) -> str:
@@ -181,16 +184,34 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     def _forward_one(self, x: RowOutput, kept: Narrow) -> tuple[Tensor, Narrow]:
         """`forward` of one linear, which takes torch fewer steps where it makes y itself."""
         assert x.y is not None
-        rows, (bias,) = flat_rows(x), self.biases
+        bias = self.linears[0].bias
+        if not self.adapters:
+            return products_torch.linear(x.y, self._one_weight(), bias), None
+        if (lora := self._one_lora(x.y)) is not None:
+            assert kept is None or isinstance(kept, Tensor)
+            return one_lora.forward(x.y, self._one_weight(), bias, lora, kept)
+        rows = flat_rows(x)
         s = self.narrow(rows) if kept is None else self.recall(kept)
         (weight,) = self.weights(operand_of(rows)[0].shape[0]).weights
         y = products_torch.linear(x.y, weight, bias)
-        if self.adapters:
-            y_rows = y.view(-1, self._outs)
-            if s is not None:
-                products_torch.add_up(y_rows, s, self.b, self.counts, self.outs)
-            self.add_beside(rows, y_rows)
+        y_rows = y.view(-1, self._outs)
+        if s is not None:
+            products_torch.add_up(y_rows, s, self.b, self.counts, self.outs)
+        self.add_beside(rows, y_rows)
         return y, s
+
+    def _one_lora(self, rows: Tensor) -> Lora | None:
+        """The LoRA of one linear that has no other adapter, for x or dy [..., K or N]; or None."""
+        if not self._is_one or len(self.loras) != 1 or len(self.adapters) != 1 or self.drops:
+            return None
+        if self._merges_from < math.inf and self.merges(rows.numel() // rows.shape[-1]):
+            return None
+        return self.loras[0]
+
+    def _one_weight(self) -> Tensor:
+        """The weight of one linear, into which no adapter goes."""
+        weight = self.linears[0].weight
+        return weight if isinstance(weight, Tensor) else self.weights(0).weights[0]
 
     def _wide(
         self, x: RowOutput, s: Tensor | None, y: Tensor, ready: Ready, b: list[Tensor],
@@ -239,6 +260,12 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         given. codes: where dy's producers quantised it with `fold()`, its codes, in parts that
         cover the columns in order; each part comes with its first column and its own row scales.
         """
+        lora = self._one_lora(dy) if out is None else None
+        if lora is not None and lora.grads is None and isinstance(kept, Tensor):
+            assert x.y is not None
+            weight = self._one_weight() if need_dx else None
+            dx, of_lora = one_lora.backward(dy, x.y, kept, weight, lora)
+            return dx, [of_lora]
         dy_rows, rows, s = dy.reshape(-1, dy.shape[-1]), flat_rows(x), self.recall(kept)
         room = self.room(dy_rows)
         ds, lora_grads = self.lora_backward(dy_rows, rows, s, room)
@@ -276,7 +303,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     @property
     def biases(self) -> list[Tensor | None]:
         """The bias of every linear."""
-        return [None if p.bias is None else p.bias.detach() for p in self.linears]
+        return [p.bias for p in self.linears]
 
     @property
     def pairs(self) -> bool:
@@ -401,7 +428,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
             self._before_scaling = dy.new_empty(dy.shape)
             self.weights(len(dy))
             assert self._plain is not None
-            b, none = [lora.b.detach() for lora in self.loras], [None] * len(self.linears)
+            b, none = [lora.b for lora in self.loras], [None] * len(self.linears)
             self._wide(x, s, self._before_scaling, self._plain, b, none)
             self.add_beside(x, self._before_scaling, none)
         cols = slice(sum(self.outs[:i]), sum(self.outs[: i + 1]))

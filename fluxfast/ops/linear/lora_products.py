@@ -26,7 +26,7 @@ class SameDropout(NamedTuple):
 
     dropout: float
     ranks: slice
-    loras: list[Lora]
+    loras: Sequence[Lora]
 
 
 class LoraProducts:
@@ -56,13 +56,13 @@ class LoraProducts:
     @property
     def a(self) -> list[Tensor]:
         """A of every LoRA, in order."""
-        return [lora.a.detach() for lora in self.loras]
+        return [lora.a for lora in self.loras]
 
     @property
     def b(self) -> list[Tensor]:
         """B of every LoRA, in order, with its linear's row scale in it."""
         if not self.decompositions.exist:
-            return [lora.b.detach() for lora in self.loras]
+            return [lora.b for lora in self.loras]
         return [
             self.decompositions.scaled_b(i, lora)
             for i, own in enumerate(self.own_loras)
@@ -91,7 +91,7 @@ class LoraProducts:
         columns = []
         for same in self.by_dropout():
             a, scales = (
-                [lora.a.detach() for lora in same.loras],
+                [lora.a for lora in same.loras],
                 [lora.scale for lora in same.loras],
             )
             seen = self._seen_by_loras(same.dropout, rows)
@@ -111,7 +111,7 @@ class LoraProducts:
         scales, b = self.scales, self.b
         if self.merges(len(dy)):
             a, b = (
-                [lora.a.detach().to(self.dtype) for lora in self.loras],
+                [lora.a.to(self.dtype) for lora in self.loras],
                 [t.to(self.dtype) for t in b],
             )
             starts = accumulate(self.outs, initial=0)
@@ -134,8 +134,9 @@ class LoraProducts:
         d_a = []
         for same in self.by_dropout():
             seen = self._seen_by_loras(same.dropout, x)
+            of_these = ds if len(same.loras) == len(self.loras) else ds[:, same.ranks]
             grad = self.products.grad_a(
-                ds[:, same.ranks], *seen, same.loras[0].a.dtype,
+                of_these, *seen, same.loras[0].a.dtype,
                 da=None if runs.d_a is None else [runs.d_a[0][same.ranks]],
             )  # fmt: skip
             d_a += grad.split_with_sizes([lora.a.shape[0] for lora in same.loras])
@@ -151,7 +152,10 @@ class LoraProducts:
         d_b: list[Tensor] = []
         for own, rows in zip(self.own_loras, packed_b.split_with_sizes(self.outs), strict=True):
             widths = [lora.b.shape[1] for lora in own]
-            d_b += rows[:, : sum(widths)].split_with_sizes(widths, dim=1)
+            if widths == [rows.shape[1]]:
+                d_b.append(rows)
+            else:
+                d_b += rows[:, : sum(widths)].split_with_sizes(widths, dim=1)
         return in_places(self.loras, d_a, d_b, runs)
 
     def add_dropped(self, ds: Tensor, dx: Tensor) -> None:
@@ -161,10 +165,12 @@ class LoraProducts:
             dx += delta if same.dropout == 0 else self.dropped(delta, same.dropout)
 
     def by_dropout(self) -> list[SameDropout]:
+        if not self.drops:
+            return [SameDropout(0.0, slice(None), self.loras)]
         found: list[SameDropout] = []
         rank = 0
         for lora in self.loras:
-            p, stop = lora.dropout if self.drops else 0.0, rank + lora.a.shape[0]
+            p, stop = lora.dropout, rank + lora.a.shape[0]
             if found and found[-1].dropout == p:
                 last = found.pop()
                 found.append(SameDropout(p, slice(last.ranks.start, stop), [*last.loras, lora]))

@@ -31,7 +31,7 @@ def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
     """
     first = tensors[0]
     if len(tensors) == 1:
-        return first.detach()
+        return first
     # torch.compile has no memory to look at
     if torch.compiler.is_compiling() or first.stride(-1) != 1:
         return None
@@ -48,13 +48,13 @@ def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         end += t.shape[0] * strides[0]
     rows = sum(t.shape[0] for t in tensors)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors as one along the first dimension; a copy in a common dtype if they lie apart."""
     joined = adjoining(tensors)
-    return torch.cat([t.detach() for t in tensors]) if joined is None else joined
+    return torch.cat(list(tensors)) if joined is None else joined
 
 
 def linear_ranks(b: Sequence[Tensor], counts: Sequence[int]) -> list[int]:
@@ -188,7 +188,7 @@ def lora_grads(
     columns, it = [], iter(b)
     dy_parts = dy.split_with_sizes(outs, dim=1)
     for dy_i, count in zip(dy_parts, counts, strict=True):
-        columns += [dy_i @ next(it).detach().to(dy.dtype) for _ in range(count)]
+        columns += [dy_i @ next(it).to(dy.dtype) for _ in range(count)]
     ds = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     ds = _rescale(ds, scales, [t.shape[1] for t in b])
 

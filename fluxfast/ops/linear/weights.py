@@ -108,7 +108,7 @@ def as_floats(
     on them. Everything else is decoded.
     """
     augments = impl == "triton" and rank > 0 and products_triton.augments(tokens, weights[0].device)
-    tensors = [w.detach() for w in weights if isinstance(w, Tensor)]
+    tensors = [w for w in weights if isinstance(w, Tensor)]
     if len(tensors) == len(weights):
         fits = augments and tensors[0].dtype == dtype
         return Ready(tensors, [], augmented.placed(tensors, rank) if fits else None)
@@ -124,7 +124,7 @@ def as_floats(
     decoded = _side_by_side(weights, dtype) if place is None else place.weight
     for w, rows in _runs(weights, codes=False):
         if isinstance(w, Tensor):
-            decoded[rows].copy_(w.detach())
+            decoded[rows].copy_(w)
         else:
             w.decode_into(decoded[rows])
     return Ready(_split(decoded, weights), [], place)
@@ -165,7 +165,7 @@ def merged(
         base = weight.to(dtype)
         for adapter in own:
             if isinstance(adapter, Lora):
-                a, b = adapter.a.detach().to(dtype), adapter.b.detach().to(dtype)
+                a, b = adapter.a.to(dtype), adapter.b.to(dtype)
                 base = torch.addmm(base, b, a, alpha=adapter.scale, out=out)
             else:
                 assert isinstance(adapter, Lokr)
@@ -193,7 +193,7 @@ def _quantized(weights: Sequence[Weight], fmt: str, impl: str) -> Ready:
     q, scale = _room_for_codes(weights, fmt)
     for w, rows in _runs(weights, codes=True):
         if isinstance(w, Tensor):
-            made = row_quant.forward(w.detach(), fmt, impl=impl)
+            made = row_quant.forward(w, fmt, impl=impl)
             q[rows].copy_(made.q)
             scale[rows].copy_(made.scale)
         else:
@@ -207,7 +207,7 @@ def _quantized_both_ways(weights: Sequence[Weight], fmt: str) -> Ready:
     copy = q.new_empty(q.shape[::-1])
     for w, rows in _runs(weights, codes=True):
         if isinstance(w, Tensor):
-            products_triton.quantize_both_ways(w.detach(), q[rows], scale[rows], copy[:, rows])
+            products_triton.quantize_both_ways(w, q[rows], scale[rows], copy[:, rows])
         else:
             w.decode_into(q[rows], scale[rows], transposed=copy[:, rows])
     ready = Ready(_split(q, weights), _split(scale, weights))
