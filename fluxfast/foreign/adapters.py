@@ -4,7 +4,7 @@ sd-scripts, musubi-tuner, ai-toolkit, OneTrainer and LyCORIS keep the linear whe
 `forward` to a method of a module of their own, which keeps the forward that was there before. Two
 adapters on one linear are one around the other. What such a module adds is read from its tensors,
 multipliers and switches anew in each call, so that gradients arrive in the trainer's own
-parameters.
+parameters. A module may also be the adapter of several linears (`shared`).
 
 A trainer's module is known by its structure: the attributes that it has, and the names that the
 code of its forward uses. Its package is not imported. A forward with another name in it is called,
@@ -25,6 +25,7 @@ from fluxfast.adapters.kind import Wrapped
 from fluxfast.foreign import lora
 from fluxfast.foreign.code_names import names_in
 from fluxfast.foreign.linears import is_scaled_fp8
+from fluxfast.foreign.shared import ReadBase, Share, share_of
 from fluxfast.hooks import is_own_forward
 from fluxfast.ops.linear.adapters import Adapter
 
@@ -231,9 +232,23 @@ WRAPPERS: dict[tuple[str, str], Callable[[Any], Found]] = {
 _readers: dict[type, Reader | None] = {}
 
 
-def foreign_adapters(module: nn.Module) -> Found | None:
+class Link(NamedTuple):
+    """One of the adapters that are around a linear's forward.
+
+    owner: the module that trains. before: the forward that it is around. share: the linear's part
+    of it, where several linears share it.
+    """
+
+    owner: Any
+    reader: Reader
+    before: Any
+    share: Share | None
+
+
+def foreign_adapters(module: nn.Module, read_base: ReadBase) -> Found | None:
     """What the adapters in a linear's replaced forward add, the innermost first.
 
+    read_base: how the frozen base is read of another linear that shares an adapter with this one.
     None where the forward is not one of these trainers' adapters, or where the linear has hooks as
     well; a str says why only the module can be called.
     """
@@ -245,31 +260,48 @@ def foreign_adapters(module: nn.Module) -> Found | None:
     found: list[Adapter] = []
     forward = held["forward"]
     while not is_base_forward(module, forward):
-        owner: Any = _owner_of(forward)
-        if owner is None or (reader := _reader_of(owner)) is None:
+        if (link := _link_of(forward)) is None:
             return None
         if torch.compiler.is_compiling():
             return "torch.compile traces its trainer's own adapter"
-        if (unknown := _unknown_names(owner.__class__, reader)) is not None:
-            return f"its adapter's forward has names that fluxfast doesn't know: {unknown}"
-        adapters = reader.read(owner)
+        adapters = _added_by(link, module, read_base)
         if isinstance(adapters, str):
             return adapters
         found[:0] = adapters
-        forward = getattr(owner, reader.inner)
+        forward = link.before
     if len(found) > 1 and any(getattr(a, "magnitude", None) is not None for a in found):
         return "one of several adapters is DoRA, which rescales what the others add"
     return tuple(found)
 
 
+def _added_by(link: Link, module: nn.Module, read_base: ReadBase) -> Found:
+    """What one of them adds to the linear."""
+    owner, reader, _, share = link
+    if (unknown := _unknown_names(owner.__class__, reader)) is not None:
+        return f"its adapter's forward has names that fluxfast doesn't know: {unknown}"
+    if share is None:
+        return reader.read(owner)
+    if (because := share.because(module, adds="delta_forward" in reader.methods)) is not None:
+        return because
+    adapters = reader.read(owner)
+    return adapters if isinstance(adapters, str) else share.parts_of(adapters, read_base)
+
+
 def innermost_forward(module: nn.Module) -> Any:
     """The forward of a linear that trainers' adapters are put around."""
     forward = module.__dict__.get("forward")
-    while forward is not None and (owner := _owner_of(forward)) is not None:
-        if owner is module or (reader := _reader_of(owner)) is None:
+    while forward is not None and getattr(forward, "__self__", None) is not module:
+        if (link := _link_of(forward)) is None:
             break
-        forward = getattr(owner, reader.inner)
+        forward = link.before
     return forward
+
+
+def owner_of_forward(module: nn.Module) -> Any:
+    """Whose the innermost forward is: the linear's, or another module's that can't be read."""
+    forward = innermost_forward(module)
+    share = share_of(forward)
+    return getattr(forward, "__self__", module) if share is None else share.owner
 
 
 def is_base_forward(module: nn.Module, forward: Any) -> bool:
@@ -283,12 +315,17 @@ def foreign_wrapper(module: nn.Module) -> Wrapped | None:
     return None if read is None else Wrapped(module.base_layer, read(module))  # type: ignore[arg-type]
 
 
-def _owner_of(forward: Any) -> Any | None:
-    """The module whose forward it is, if it is a module's own."""
-    owner = getattr(forward, "__self__", None)
+def _link_of(forward: Any) -> Link | None:
+    """The adapter whose forward it is, if it is that of one of these trainers'."""
+    if (share := share_of(forward)) is not None:
+        reader = _reader_of(share.owner)
+        return None if reader is None else Link(share.owner, reader, share.before, share)
+    owner: Any = getattr(forward, "__self__", None)
     if not isinstance(owner, nn.Module) or not isinstance(forward, MethodType):
         return None
-    return owner if forward.__func__ is type(owner).forward else None
+    if forward.__func__ is not type(owner).forward or (reader := _reader_of(owner)) is None:
+        return None
+    return Link(owner, reader, getattr(owner, reader.inner), None)
 
 
 def _reader_of(owner: nn.Module) -> Reader | None:

@@ -23,6 +23,7 @@ from fluxfast.foreign.adapters import (
     foreign_adapters,
     foreign_wrapper,
     innermost_forward,
+    owner_of_forward,
 )
 from fluxfast.foreign.comfyui import comfy_because
 from fluxfast.foreign.linears import host_linear, is_scaled_fp8, scaled_fp8, summed
@@ -104,9 +105,10 @@ def _read_replaced(module: nn.Module, because: str) -> LinearParams | str:
 
     because: what `hooked` says of it.
     """
-    adapters = foreign_adapters(module) if "forward" in module.__dict__ else None
+    replaced = "forward" in module.__dict__
+    adapters = foreign_adapters(module, _read_base) if replaced else None
     if adapters is None:
-        owner = getattr(innermost_forward(module), "__self__", module)
+        owner = owner_of_forward(module)
         by = f" by {type(owner).__name__}'s" if owner is not module else ""
         return because + by if because == REPLACED else because
     if isinstance(adapters, str):

@@ -5,6 +5,7 @@ its docstring whose module it stands for.
 """
 
 import weakref
+from itertools import accumulate
 
 import torch
 from dropin_hosts import randomise_trained
@@ -266,6 +267,9 @@ class OneTrainerDora(OneTrainerLora):
         shape = (linear.out_features, 1) if rows else (1, linear.in_features)
         self.dora_scale = nn.Parameter(torch.ones(shape))
 
+    def delta_forward(self, x):
+        return None
+
     def forward(self, x):
         change = self.make_weight(self.lora_down.weight, self.lora_up.weight)
         weight = self.orig_module.weight.detach().float() + change * (self.alpha / self.rank)
@@ -307,9 +311,71 @@ class OneTrainerLokr(OneTrainerLora):
     def get_weight(self):
         return torch.kron(self.lokr_w1, self.lokr_w2)
 
+    def delta_forward(self, x):
+        return None
+
     def forward(self, x):
         change = self.get_weight() * (self.alpha / self.dim)
         return self.orig_forward(x) + self.op(x, change.to(x.dtype))
+
+
+class OneTrainerAll(nn.Module):
+    """OneTrainer's `_FusedLinear`: the linear that stands for several ones with the same input."""
+
+    def __init__(self, leaves):
+        super().__init__()
+        self._leaves, self._leaf_forwards = leaves, [leaf.forward for leaf in leaves]
+        self.in_features = leaves[0].in_features
+        self.out_features = sum(leaf.out_features for leaf in leaves)
+
+    @property
+    def weight(self):
+        return torch.cat([leaf.weight for leaf in self._leaves])
+
+    @property
+    def bias(self):
+        return torch.cat([leaf.bias for leaf in self._leaves])
+
+    def forward(self, x):
+        return torch.cat([forward(x) for forward in self._leaf_forwards], -1)
+
+
+class OneTrainerGroup:
+    """OneTrainer's `FusedModuleGroup`: linears that share one of its adapters, and no module."""
+
+    def __init__(self, leaves, make):
+        self.leaves, self.synthetic = leaves, OneTrainerAll(leaves)
+        self.module = make(self.synthetic)
+        # it is the leaves that are hooked
+        del self.synthetic.forward
+        self.slices = list(accumulate(leaf.out_features for leaf in leaves))
+        self.hook_to_module()
+
+    def hook_to_module(self):
+        for place, leaf in enumerate(self.leaves):
+            leaf.forward = getattr(self, f"_leaf_forward_{place}")
+
+    def remove_hook_from_module(self):
+        for leaf, forward in zip(self.leaves, self.synthetic._leaf_forwards, strict=True):
+            leaf.forward = forward
+
+    def _leaf_output(self, place, start, stop, x):
+        added = self.module.delta_forward(x)
+        if added is None:
+            return self.module.forward(x)[..., start:stop]
+        return self.synthetic._leaf_forwards[place](x) + added[..., start:stop]
+
+    def _leaf_forward_0(self, x):
+        return self._leaf_output(0, 0, self.slices[0], x)
+
+    def _leaf_forward_1(self, x):
+        return self._leaf_output(1, self.slices[0], self.slices[1], x)
+
+    def _leaf_forward_2(self, x):
+        return self._leaf_output(2, self.slices[1], self.slices[2], x)
+
+    def _leaf_forward_3(self, x):
+        return self._leaf_output(3, self.slices[2], self.slices[3], x)
 
 
 def linears_of(model):

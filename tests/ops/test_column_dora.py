@@ -86,3 +86,49 @@ def test_it_may_be_put_on_its_weight_again():
     assert again.weight.base is linear.weight.base and again.adapters == linear.adapters
     lora = LinearParams(torch.zeros(3, 2), None, (Lora(torch.zeros(1, 2), torch.zeros(3, 1), 1.0),))
     assert on_columns(lora) is lora
+
+
+@every_impl
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_rows_of_other_linears_may_count_for_the_lengths(impl, stored):
+    rows = (slice(OUTS[0]), slice(OUTS[0], sum(OUTS)))
+    (first, _), g = leaves(torch.float32), torch.Generator().manual_seed(6)
+    a, magnitude = first[1], first[3]
+    weight = torch.randn(sum(OUTS), K, generator=g)
+    b = (torch.randn(sum(OUTS), RANK, generator=g) / 3).requires_grad_()
+    bases = [weight[own] for own in rows]
+    if stored is not None:
+        bases = [QuantWeight.of(base, FORMATS[stored]) for base in bases]
+    linears = [
+        on_columns(
+            LinearParams(
+                base,
+                None,
+                (
+                    ColumnDora(
+                        a,
+                        b[own],
+                        magnitude,
+                        SCALE,
+                        others=((bases[1 - i], b.detach()[rows[1 - i]]),),
+                    ),
+                ),
+            )
+        )
+        for i, (base, own) in enumerate(zip(bases, rows, strict=True))
+    ]
+    exact = [torch.cat([base.to(torch.float64) for base in bases])]
+    exact += [t.detach().double().requires_grad_() for t in (a, b, magnitude)]
+    x, dy = torch.randn(63, K, generator=g), torch.randn(63, sum(OUTS), generator=g)
+    results = []
+    for run, trained in (
+        (lambda x: lora_linear(x, linears, impl=impl), (a, b, magnitude)),
+        (lambda x: whole(x, exact), exact[1:]),
+    ):
+        leaf = x.to(trained[0].dtype).requires_grad_()
+        y = run(leaf)
+        grads = torch.autograd.grad(y, [leaf, *trained], dy.to(y.dtype))
+        results.append([y.detach(), *grads])
+    # fp32, as above
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 5e-6

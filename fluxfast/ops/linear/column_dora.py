@@ -29,7 +29,8 @@ class ColumnDora(NamedTuple):
     """a [r, K], b [N, r], magnitude [K] or [1, K]; weight: the frozen W [N, K].
 
     known: ν in each dtype that it was computed in, which both directions need more than once.
-    `on_columns` sets both, and gives the linear that belongs to them.
+    `on_columns` sets both, and gives the linear that belongs to them. others: W and B of further
+    rows, those of other linears, which count for ν as if they were below.
     """
 
     a: Tensor
@@ -38,6 +39,7 @@ class ColumnDora(NamedTuple):
     scale: float
     weight: Tensor | FrozenWeight | None = None
     known: dict[torch.dtype, Tensor] | None = None
+    others: tuple[tuple[Tensor | FrozenWeight, Tensor], ...] = ()
 
     @property
     def dropout(self) -> float:
@@ -56,22 +58,29 @@ class ColumnDora(NamedTuple):
     def frozen(self, dtype: torch.dtype) -> Tensor:
         """W in a dtype."""
         assert self.weight is not None
-        return (self.weight.detach() if isinstance(self.weight, Tensor) else self.weight).to(dtype)
+        return _as_floats(self.weight, dtype)
 
     @torch.no_grad()
     def norms(self, w: Tensor) -> Tensor:
         """ν [K] of a W in some dtype, at least in fp32."""
         if self.known is not None and w.dtype in self.known:
             return self.known[w.dtype]
-        wide = torch.promote_types(w.dtype, torch.float32)
-        a, b = self.a.to(wide), self.b.to(wide) * self.scale
-        cross = (a * (self.b.to(w.dtype).T @ w).to(wide)).sum(0) * self.scale
-        own = (a * ((b.T @ b) @ a)).sum(0)
-        base = torch.linalg.vector_norm(w, dim=0, dtype=wide).square_()
-        norms = (base + 2 * cross + own).clamp_min_(_TINY).sqrt_()
+        squares = self._squares(w, self.b)
+        for weight, b in self.others:
+            squares += self._squares(_as_floats(weight, w.dtype), b)
+        norms = squares.clamp_min_(_TINY).sqrt_()
         if self.known is not None:
             self.known[w.dtype] = norms
         return norms
+
+    def _squares(self, w: Tensor, b: Tensor) -> Tensor:
+        """‖w + s b A‖² by columns [K] of some rows, at least in fp32."""
+        wide = torch.promote_types(w.dtype, torch.float32)
+        a, scaled = self.a.to(wide), b.to(wide) * self.scale
+        cross = (a * (b.to(w.dtype).T @ w).to(wide)).sum(0) * self.scale
+        own = (a * ((scaled.T @ scaled) @ a)).sum(0)
+        base = torch.linalg.vector_norm(w, dim=0, dtype=wide).square_()
+        return base + 2 * cross + own
 
     def add_to(self, y: Tensor, x: Tensor, /) -> None:
         w = self.frozen(x.dtype)
@@ -108,6 +117,10 @@ class ColumnScaled(FrozenWeight):
     def to(self, dtype: torch.dtype, /) -> Tensor:
         w = self._adapter.frozen(dtype)
         return w * (self._adapter.magnitude.reshape(-1) / self._adapter.norms(w)).to(dtype)
+
+
+def _as_floats(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
+    return (weight.detach() if isinstance(weight, Tensor) else weight).to(dtype)
 
 
 def on_columns(linear: LinearParams) -> LinearParams:
