@@ -52,7 +52,8 @@ class Case:
 
     def steps(self, count: int) -> None:
         """That many steps of an optimiser."""
-        optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+        # a gradient that is nothing but rounding must not be divided by its own size
+        optimizer = torch.optim.AdamW(self.trained, lr=1e-3, eps=1e-6)
         for _ in range(count):
             optimizer.zero_grad()
             self.loss()[1].backward()

@@ -85,3 +85,9 @@ def code_of(folder: Path, *inside: str) -> Iterator[set[str]]:
     finally:
         sys.meta_path.remove(finder)
         sys.path[:] = before
+
+
+def require(package: str) -> None:
+    """Raises ImportError where a package is not installed, for which an empty one won't do."""
+    if importlib.machinery.PathFinder.find_spec(package) is None:
+        raise ImportError(f"it takes the package {package}, which is not installed")

@@ -13,7 +13,7 @@ from fluxfast_bench.report.results import read_all
 from fluxfast_bench.shapes import SHAPES
 from fluxfast_bench.trainers import case, trainers
 from fluxfast_bench.trainers.hosts import diffusers_peft
-from fluxfast_bench.trainers.importing import code_of
+from fluxfast_bench.trainers.importing import code_of, require
 
 
 @pytest.fixture
@@ -45,6 +45,15 @@ def test_a_package_that_is_missing_is_empty_for_the_trainer_alone(checkout):
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("its_code.not_there")
     assert sys.meta_path == finders and sys.path == before
+
+
+def test_a_case_may_need_a_package_that_is_no_empty_one(checkout):
+    with code_of(checkout):
+        from its_code import models  # noqa: F401
+
+        require("torch")
+        with pytest.raises(ImportError, match="takes the package no_such_package, which is not"):
+            require("no_such_package")
 
 
 def test_every_case_of_diffusers_runs_fused_and_equal():

@@ -1,4 +1,7 @@
-"""OneTrainer: diffusers' model with its adapters, its checkpoint layers and its quantisation."""
+"""OneTrainer: diffusers' model with its adapters, its checkpoint layers and its quantisation.
+
+The adapters that several linears share take the package `parse`, which finds these linears.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from fluxfast_bench.shapes import Shape
 from fluxfast_bench.trainers.case import RANK, Case
 from fluxfast_bench.trainers.hosts.diffusers_peft import case_of, transformer
+from fluxfast_bench.trainers.importing import require
 
 
 def _case(
@@ -19,8 +23,13 @@ def _case(
     checkpointed: bool = False,
     offloaded: float = 0.0,
     quantised: str | None = None,
+    shared: bool = False,
     **options: Any,
 ) -> Case:
+    """A model with one kind of OneTrainer's adapters.
+
+    shared: one adapter for all linears that read the same input, as files for ComfyUI have it.
+    """
     from modules.module.LoRAModule import LoRAModuleWrapper
     from modules.util import LayerOffloadConductor, checkpointing_util, quantization_util
     from modules.util.config.TrainConfig import TrainConfig
@@ -43,13 +52,24 @@ def _case(
         quantization_util.replace_linear_with_quantized_layers(model, dtype, copy_parameters=True)
         quantization_util.quantize_layers(model, torch.device("cpu"), DataType.FLOAT_32, config)
     conductor = checkpointing_util.enable_checkpointing_for_flux_transformer(model, config, part)
-    network = LoRAModuleWrapper(model, "transformer", config, ["transformer_block"])
+    groups = _groups() if shared else None
+    network = LoRAModuleWrapper(
+        model, "transformer", config, ["transformer_block"], fusion_spec=groups, fuse=shared
+    )
     network.set_dropout(0.0)
     network.hook_to_module()
     network.requires_grad_(True)
     if conductor is not None:
         conductor.materialize()
     return case_of(model, list(network.parameters()), shape)
+
+
+def _groups() -> Any:
+    """Which of FLUX.1's linears share an adapter."""
+    require("parse")
+    from modules.model.FluxModel import FluxModel
+
+    return FluxModel.fusion_groups(None)
 
 
 def lora(shape: Shape) -> Case:
@@ -84,6 +104,34 @@ def oft(shape: Shape) -> Case:
     return _case(shape, "OFT_2")
 
 
+def shared_lora(shape: Shape) -> Case:
+    return _case(shape, shared=True)
+
+
+def shared_offloaded(shape: Shape) -> Case:
+    return _case(shape, shared=True, checkpointed=True, offloaded=0.5)
+
+
+def shared_dora(shape: Shape) -> Case:
+    return _case(shape, shared=True, lora_decompose=True)
+
+
+def shared_dora_by_rows(shape: Shape) -> Case:
+    return _case(shape, shared=True, lora_decompose=True, lora_decompose_output_axis=True)
+
+
+def shared_loha(shape: Shape) -> Case:
+    return _case(shape, "LOHA", shared=True)
+
+
+def shared_lokr(shape: Shape) -> Case:
+    return _case(shape, "LOKR", shared=True, lokr_decompose_factor=8)
+
+
+def shared_dora_nf4(shape: Shape) -> Case:
+    return _case(shape, shared=True, lora_decompose=True, quantised="NFLOAT_4")
+
+
 def float8(shape: Shape) -> Case:
     return _case(shape, quantised="FLOAT_8")
 
@@ -101,6 +149,13 @@ CASES = {
     "LoHa": loha,
     "LoKr": lokr,
     "OFT": oft,
+    "LoRA, shared qkv": shared_lora,
+    "LoRA, shared qkv, layers offloaded": shared_offloaded,
+    "DoRA, shared qkv": shared_dora,
+    "DoRA, shared qkv, output axis": shared_dora_by_rows,
+    "LoHa, shared qkv": shared_loha,
+    "LoKr, shared qkv": shared_lokr,
     "LoRA, float8 base": float8,
     "LoRA, nf4 base": nf4,
+    "DoRA, shared qkv, nf4 base": shared_dora_nf4,
 }
