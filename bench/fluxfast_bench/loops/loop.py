@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -23,6 +24,20 @@ from fluxfast_bench.trainers.case import error_of
 SAME_LOSS, SAME_WEIGHTS = 1e-4, 1e-3
 # seconds that a script may take
 LIMIT = 900.0
+# of which packages a trainer's Python is asked the versions
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+# what it is asked by, without importing them
+_ASK = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for package in sys.argv[1:]:
+    try:
+        found[package] = version(package)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 # a trainer's codes for a terminal's colours may come before it
 _CALLS = re.compile(
     r"fluxfast: \w+ layout, (\d+) of (\d+) blocks can run fused; (\d+) of (\d+) calls did"
@@ -63,6 +78,23 @@ class Trained:
     blocks_fused: int = 0
     calls: int = 0
     calls_fused: int = 0
+
+
+def versions_in(python: str) -> dict[str, str]:
+    """The versions of those of `PACKAGES` that a Python has; none where it doesn't answer."""
+    try:
+        asked = subprocess.run(
+            [python, "-c", _ASK, *PACKAGES],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        found: dict[str, str] = json.loads(asked.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
+    return found
 
 
 def run(loop: Loop, folder: Path, python: str, *, accelerated: bool) -> Trained:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxfast.text import wrong_choice
-from fluxfast_bench.loops.loop import SAME_LOSS, SAME_WEIGHTS, Prepare, measure
+from fluxfast_bench.loops.loop import SAME_LOSS, SAME_WEIGHTS, Prepare, measure, versions_in
 from fluxfast_bench.options import chosen, print_faults, wide_console
 from fluxfast_bench.progress import Steps
 from fluxfast_bench.report import results
@@ -143,16 +143,20 @@ def main(argv: Sequence[str]) -> int:
         errors.print(f"fluxfast-bench loops: {error}", markup=False, soft_wrap=True)
         return 1
     run = Run(options.results, torch.device("cpu"), ["loops", *_without_paths(argv)])
+    python_of = {trainer: str(pythons.get(trainer, sys.executable)) for trainer in checkouts}
+    # not those of this Python, which are among the run's conditions
+    run.journal.note(installed={trainer: versions_in(file) for trainer, file in python_of.items()})
     with tempfile.TemporaryDirectory() as temporary, Steps(len(cases)) as steps:
         root = options.keep.absolute() if options.keep else Path(temporary)
         for (trainer, case), prepare in cases.items():
             steps.begin(f"{trainer}: {case}")
             record: dict[str, Any] = {"case": "tiny", "contestant": trainer, "mode": case}
             record["version"] = commit_of(str(checkouts[trainer]))
-            python = str(pythons.get(trainer, sys.executable))
             folder = root / f"{trainer}-{case}".replace(" ", "-")
             try:
-                record |= measure(prepare, checkouts[trainer], folder, options.steps, python)
+                record |= measure(
+                    prepare, checkouts[trainer], folder, options.steps, python_of[trainer]
+                )
             except RuntimeError as error:
                 record["reason"] = str(error)
             run.journal.record(record)

@@ -19,7 +19,11 @@ def versions_of(run: dict[str, Any]) -> str:
     """Versions, commit and date of a run, as its conditions have them."""
     names = [name for name in ("torch", "diffusers", "peft") if name in run["versions"]]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in names)
-    return f"{versions}; {run['commit']}, {run['date'][:10]}"
+    return f"{versions}; {_commit_and_date(run)}"
+
+
+def _commit_and_date(run: dict[str, Any]) -> str:
+    return f"{run['commit']}, {run['date'][:10]}"
 
 
 def made_by(run: dict[str, Any]) -> str:
@@ -41,6 +45,12 @@ def conditions_of(result: Result) -> str:
     """The device that a run was measured on, a GPU's driver and clocks, versions, commit, date."""
     run = result.data["conditions"]
     return f"{_device_of(run)}, {versions_of(run)}"
+
+
+def machine_of(result: Result) -> str:
+    """The same without versions, of a run in other Pythons than the one that stored it."""
+    run = result.data["conditions"]
+    return f"{_device_of(run)}; {_commit_and_date(run)}"
 
 
 def conditions_line(result: Result) -> str:

@@ -8,7 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fluxfast_bench.report.markdown import conditions_line, conditions_of, markdown_table
+from fluxfast_bench.report.markdown import (
+    conditions_line,
+    conditions_of,
+    machine_of,
+    markdown_table,
+)
 from fluxfast_bench.report.results import Result, newest_cases
 from fluxfast_bench.shapes import SHAPES
 
@@ -84,7 +89,11 @@ def scripts(stored: Sequence[Result]) -> str:
     rows, failed, runs = [], [], dict[str, list[str]]()
     for trainer, result in newest.items():
         records = [r for r in result.records if r["contestant"] == trainer]
-        runs.setdefault(conditions_of(result), []).extend(_versions(records))
+        # older results have those of the Python that ran the command, and no trainer's
+        installed = result.data.get("installed")
+        made = conditions_of(result) if installed is None else machine_of(result)
+        own = _of_packages((installed or {}).get(trainer, {}))
+        runs.setdefault(made, []).extend(f"{each}{own}" for each in _versions(records))
         failed += [f"{trainer}, {r['mode']} ({r['reason']})" for r in records if "reason" in r]
         if ran := [r for r in records if "reason" not in r]:
             rows.append(
@@ -102,6 +111,12 @@ def scripts(stored: Sequence[Result]) -> str:
     made = " ".join(f"{', '.join(versions)}: {run}." for run, versions in runs.items())
     note = f" Did not run: {'; '.join(failed)}." if failed else ""
     return f"{markdown_table(head, rows, left=2)}\n\n{made}{note}"
+
+
+def _of_packages(versions: dict[str, str]) -> str:
+    """The versions of a trainer's packages, to stand behind its own."""
+    words = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return f" ({words})" if words else ""
 
 
 def _grouped(modes: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """`fluxfast-bench loops`: a trainer's script by itself, and by `python -m fluxfast.dropin`."""
 
 import json
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fluxfast_bench.loops import bfl_files, loops, tiny
-from fluxfast_bench.loops.loop import Loop, measure
+from fluxfast_bench.loops.loop import PACKAGES, Loop, measure, versions_in
 from fluxfast_bench.main import main
 from fluxfast_bench.report import trainers_sections
 from fluxfast_bench.report.results import Result, read_all
@@ -82,6 +84,7 @@ def test_a_trainer_trains_the_same(tmp_path, monkeypatch, capsys):
     assert 0 < record["weights_error"] < loops.SAME_WEIGHTS
     assert record["blocks"] == record["blocks_fused"] == 8
     assert record["calls"] == record["calls_fused"] == 16
+    assert result.data["installed"] == {"diffusers": {name: version(name) for name in PACKAGES}}
     # where a checkout lay on a machine is not stored
     assert str(tmp_path) not in json.dumps(result.data)
     assert "16 of 16" in capsys.readouterr().out
@@ -133,13 +136,59 @@ def test_what_differs_is_a_fault():
     ]
 
 
-def test_the_newest_run_of_each_trainer_is_shown():
-    def result(date, *records):
-        conditions = {"date": date, "device": "a CPU", "commit": "c0ffee", "command": "loops"}
-        conditions |= {"versions": {"torch": "2.14"}}
-        data = {"kind": "loops", "conditions": conditions, "records": list(records)}
-        return Result("cpu", Path("x"), data)
+def test_a_python_is_asked_what_it_has(tmp_path):
+    assert versions_in(sys.executable) == {name: version(name) for name in PACKAGES}
+    other = tmp_path / "python"
+    # a Python with a package that this one has in another version, and with nothing else
+    packages = tmp_path / "packages"
+    (packages / "peft-0.1.dist-info").mkdir(parents=True)
+    (packages / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
+    other.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n')
+    other.chmod(0o755)
+    assert versions_in(str(other)) == {"peft": "0.1"}
+    # what doesn't answer
+    assert versions_in(str(tmp_path / "none")) == {}
+    other.write_text("#!/bin/sh\necho no Python\n")
+    assert versions_in(str(other)) == {}
+    other.write_text("#!/bin/sh\nexit 3\n")
+    assert versions_in(str(other)) == {}
 
+
+def result(date, *records, **more):
+    conditions = {"date": date, "device": "a CPU", "commit": "c0ffee", "command": "loops"}
+    conditions |= {"versions": {"torch": "2.14"}}
+    data = {"kind": "loops", "conditions": conditions, "records": list(records)}
+    return Result("cpu", Path("x"), data | more)
+
+
+def test_each_trainer_is_shown_with_the_versions_of_its_own_python():
+    good = {"case": "tiny", "mode": "LoRA", "calls": 4, "calls_fused": 4}
+    good |= {"loss_error": 1e-7, "weights_error": 2e-6}
+    records = [
+        good | {"contestant": "onetrainer", "version": "abc of 2026-01-01"},
+        good | {"contestant": "sd-scripts", "version": "def of 2026-01-02"},
+        good | {"contestant": "ai-toolkit", "version": "012 of 2026-01-03"},
+    ]
+    installed = {
+        "onetrainer": {"torch": "2.14.1", "transformers": "5.5.4"},
+        "sd-scripts": {"torch": "2.14.1", "transformers": "4.54.1"},
+        "ai-toolkit": {},
+    }
+    text = trainers_sections.scripts(
+        [result("2026-11-03T00:00:00Z", *records, installed=installed)]
+    )
+    assert text.endswith(
+        "OneTrainer abc of 2026-01-01 (torch 2.14.1, transformers 5.5.4), "
+        "sd-scripts def of 2026-01-02 (torch 2.14.1, transformers 4.54.1), "
+        "ai-toolkit 012 of 2026-01-03: a CPU; c0ffee, 2026-11-03."
+    )
+    # a result from before trainers were asked says the command's own
+    (old,) = records[:1]
+    text = trainers_sections.scripts([result("2026-11-03T00:00:00Z", old)])
+    assert text.endswith("OneTrainer abc of 2026-01-01: a CPU, torch 2.14; c0ffee, 2026-11-03.")
+
+
+def test_the_newest_run_of_each_trainer_is_shown():
     good = {"case": "tiny", "mode": "LoRA", "version": "abc of 2026-01-01", "calls": 4}
     good |= {"loss_error": 1e-7, "weights_error": 2e-6, "calls_fused": 4}
     first = result(

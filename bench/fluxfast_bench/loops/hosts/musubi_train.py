@@ -29,9 +29,14 @@ def _prepare(
     steps: int,
     *,
     network: str = "networks.lora_flux",
+    rate: float = 100,
     more: Sequence[str] = (),
 ) -> Loop:
-    """A case: of which network, and with what else on the command line."""
+    """A case: of which network, and with what else on the command line.
+
+    rate: large enough for the second loss to show what the first step did. LoRA's B is 0 before
+    that step, whose gradients are small: at a rate of 10 the loss did not move in 7 digits.
+    """
     options = {
         "dit": write_transformer(folder / "models" / "flux.safetensors"),
         "dataset_config": _dataset(folder),
@@ -41,7 +46,7 @@ def _prepare(
         "seed": 1,
         # its steps are as large as the gradients: one that scaled them would do so to rounding's
         "optimizer_type": "SGD",
-        "learning_rate": 10,
+        "learning_rate": rate,
         "mixed_precision": "no",
         "timestep_sampling": "flux_shift",
         "max_data_loader_n_workers": 0,
@@ -105,6 +110,6 @@ CASES: dict[str, Prepare] = {
     ),
     "LoRA split attention": partial(_prepare, more=["--split_attn"]),
     "LoRA scaled fp8": partial(_prepare, more=["--fp8_base", "--fp8_scaled"]),
-    "LoHa": partial(_prepare, network="networks.loha"),
-    "LoKr": partial(_prepare, network="networks.lokr"),
+    "LoHa": partial(_prepare, network="networks.loha", rate=10),
+    "LoKr": partial(_prepare, network="networks.lokr", rate=10),
 }
