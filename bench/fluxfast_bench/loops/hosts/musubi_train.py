@@ -35,7 +35,7 @@ def _prepare(
     """A case: of which network, and with what else on the command line.
 
     rate: large enough for the second loss to show what the first step did. LoRA's B is 0 before
-    that step, whose gradients are small: at a rate of 10 the loss did not move in 7 digits.
+    that step, and its gradients are small: at a rate of 10 the loss moves by less than 0.1 %.
     """
     options = {
         "dit": write_transformer(folder / "models" / "flux.safetensors"),
