@@ -110,7 +110,7 @@ def _on(base: str) -> Prepare:
 
 
 # one adapter for q, k and v, which are one linear in files for ComfyUI
-_SHARED = {"output_model_format": "COMFY_LORA"}
+_SHARED: dict[str, Any] = {"output_model_format": "COMFY_LORA"}
 _SAMPLE = {"prompt": "a red circle", "width": 64, "height": 64, "diffusion_steps": 2, "seed": 1}
 CASES: dict[str, Prepare] = {
     "LoRA": _prepare,
