@@ -120,16 +120,21 @@ def seed_for(linears: BlockLinears, device: torch.device) -> Tensor | None:
 def norm_weights(*norms: Any, impl: str) -> Tensor:
     """The RMS norms' weights [norms, head_dim] as `qk_norm_rope` takes them.
 
-    They are cast to fp32, except for Triton's kernels, which cast them when they read them. Weights
-    that lie side by side in memory, as `pack_groups` leaves them, are taken where they are.
+    They are copied, and cast to fp32, except for Triton's kernels, which cast them when they read
+    them, and read weights where they are that lie side by side in memory (`pack_groups`).
     """
     found = [norm_weight(norm) for norm in norms]
+    if impl != "triton":
+        # a copy of these few numbers takes less time than a look at where they are
+        return _at_least_fp32(torch.stack(found))
     joined = adjoining(found)
     weights = torch.stack(found) if joined is None else joined
-    weights = weights.view(len(found), -1)
-    if impl == "triton":
-        return weights
-    return weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return weights.view(len(found), -1)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    wide = x.dtype.itemsize >= torch.float32.itemsize
+    return x if wide else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def codes_of(rows: RowOutput, col: int = 0) -> Codes:
