@@ -110,7 +110,7 @@ def _on(base: str) -> Prepare:
 
 
 # one adapter for q, k and v, which are one linear in files for ComfyUI
-_SHARED: dict[str, Any] = {"output_model_format": "COMFY_LORA"}
+_shared = partial(_prepare, output_model_format="COMFY_LORA")
 _SAMPLE = {"prompt": "a red circle", "width": 64, "height": 64, "diffusion_steps": 2, "seed": 1}
 CASES: dict[str, Prepare] = {
     "LoRA": _prepare,
@@ -127,15 +127,11 @@ CASES: dict[str, Prepare] = {
     "DoRA": partial(_prepare, lora_decompose=True),
     "LoHa": partial(_prepare, peft_type="LOHA"),
     "LoKr": partial(_prepare, peft_type="LOKR", lokr_dim=4, lokr_decompose_factor=8),
-    "LoRA shared qkv": partial(_prepare, **_SHARED),
-    "LoRA shared qkv checkpointing": partial(
-        _prepare, transformer={"gradient_checkpointing": True}, **_SHARED
-    ),
-    "DoRA shared qkv": partial(_prepare, lora_decompose=True, **_SHARED),
-    "LoHa shared qkv": partial(_prepare, peft_type="LOHA", **_SHARED),
-    "LoKr shared qkv": partial(
-        _prepare, peft_type="LOKR", lokr_dim=4, lokr_decompose_factor=8, **_SHARED
-    ),
+    "LoRA shared qkv": _shared,
+    "LoRA shared qkv checkpointing": partial(_shared, transformer={"gradient_checkpointing": True}),
+    "DoRA shared qkv": partial(_shared, lora_decompose=True),
+    "LoHa shared qkv": partial(_shared, peft_type="LOHA"),
+    "LoKr shared qkv": partial(_shared, peft_type="LOKR", lokr_dim=4, lokr_decompose_factor=8),
     "LoRA on fp8": _on("FLOAT_8"),
     "LoRA on nf4": _on("NFLOAT_4"),
 }
