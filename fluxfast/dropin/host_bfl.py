@@ -8,6 +8,7 @@ inside its `forward`, for checkpointing, `_forward` is the one that is replaced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fluxfast.dropin.arguments import HostBlock, signature_of
 from fluxfast.dropin.comfyui import (
     OPTIONS,
     attention_because,
+    block_because,
     norm_because,
     options_because,
     weights_because,
@@ -25,7 +27,7 @@ from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.hooks import hooked
 from fluxfast.model.block_base import BlockBase, BlockOptions
 from fluxfast.model.double_block import DoubleMaths
-from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.known_modules import ACTIVATION, LAYER_NORM, Classes, must_be_called
 from fluxfast.model.rope import Tables
 from fluxfast.model.single_block import SingleMaths
 
@@ -157,8 +159,8 @@ class _Shared(HostBlock, BlockOptions):
     # the arguments that a call must have, the stream first
     needs: tuple[str, ...]
 
-    def torch_modules(self) -> tuple[nn.Module, ...]:
-        """The modules that are not called, of torch's own classes."""
+    def torch_modules(self) -> Sequence[tuple[nn.Module, Classes]]:
+        """The modules that are not called, each with the classes of torch's that belong there."""
         raise NotImplementedError
 
     def host_modules(self) -> tuple[nn.Module, ...]:
@@ -178,8 +180,10 @@ class _Shared(HostBlock, BlockOptions):
                 return f"its {type(module).__name__} is called as a module: {because}"
             if (because := norm_because(module)) is not None:
                 return because
-        if OPTIONS in self.signature.defaults and (because := attention_because(self)) is not None:
-            return because
+        if OPTIONS in self.signature.defaults:
+            because = block_because(self) or attention_because(self)
+            if because is not None:
+                return because
         return must_be_called(self.torch_modules())
 
     def host_because(self: Any, given: dict[str, Any]) -> str | None:
@@ -192,9 +196,8 @@ class _Shared(HostBlock, BlockOptions):
             return "its samples have control images of different sizes"
         maths = self.maths()
         if OPTIONS in self.signature.defaults:
-            linears = [linear for group in maths.linear_groups() for linear in group]
-            because = options_because(given.get(OPTIONS))
-            because = because or weights_because(linears, given[self.needs[0]].device)
+            because = options_because(self, given.get(OPTIONS))
+            because = because or weights_because(maths, given[self.needs[0]].device)
             if because is not None:
                 return because
         return self.modules_because() or host_is_faster(given[self.needs[0]], maths)
@@ -213,9 +216,10 @@ class _Double(_Shared):
         ]
         return *norms, self.img_mod, self.txt_mod, self.img_mlp, self.txt_mlp
 
-    def torch_modules(self: Any) -> tuple[nn.Module, ...]:
+    def torch_modules(self: Any) -> Sequence[tuple[nn.Module, Classes]]:
         norms = (self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2)
-        return *norms, self.img_mlp[1], self.txt_mlp[1]
+        activations = (self.img_mlp[1], self.txt_mlp[1])
+        return [(n, LAYER_NORM) for n in norms] + [(act, ACTIVATION) for act in activations]
 
     def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self.ours(args, kwargs, KNOWN_TO_DOUBLE)
@@ -236,8 +240,8 @@ class _Single(_Shared):
     def host_modules(self: Any) -> tuple[nn.Module, ...]:
         return self.modulation, self.norm, self.norm.query_norm, self.norm.key_norm
 
-    def torch_modules(self: Any) -> tuple[nn.Module, ...]:
-        return self.pre_norm, self.mlp_act
+    def torch_modules(self: Any) -> Sequence[tuple[nn.Module, Classes]]:
+        return [(self.pre_norm, LAYER_NORM), (self.mlp_act, ACTIVATION)]
 
     def run_call(self: Any, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self.ours(args, kwargs, KNOWN_TO_SINGLE)

@@ -19,7 +19,7 @@ from fluxfast.dropin.cpu import host_is_faster
 from fluxfast.foreign.code_names import names_in
 from fluxfast.model.block_base import NO_POSITIONS
 from fluxfast.model.double_block import DoubleMaths
-from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.known_modules import ATTENTION, RMS_NORM, must_be_called
 from fluxfast.model.rope import Tables
 from fluxfast.model.single_block import SingleMaths
 
@@ -62,7 +62,9 @@ class _Shared(HostBlock):
         norms = self._norms()
         if any(norm is None for norm in norms):
             return "its attention does not normalise q and k"
-        return must_be_called((*self.bypassed(), attn, *norms))
+        return must_be_called(
+            [*self.bypassed(), (attn, ATTENTION), *((norm, RMS_NORM) for norm in norms)]
+        )
 
     def host_because(self: Any, given: dict[str, Any]) -> str | None:
         if not isinstance(given.get("image_rotary_emb"), (tuple, list)):

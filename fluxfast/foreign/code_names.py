@@ -16,7 +16,7 @@ def names_in(function: Any) -> set[str]:
     code = getattr(function, "__code__", None)
     if code is None:
         return {f"{getattr(function, '__name__', function)} is no function of Python"}
-    return {name for each in _codes(code) for name in each.co_names}
+    return {name for each in codes_in(code) for name in each.co_names}
 
 
 def without_context(function: Any) -> Any:
@@ -25,9 +25,9 @@ def without_context(function: Any) -> Any:
     return function.__wrapped__ if module == "torch.utils._contextlib" else function
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes_in(code: CodeType) -> Iterator[CodeType]:
     """A function's code and that of the functions and comprehensions in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes_in(constant)

@@ -1,20 +1,32 @@
 """ComfyUI's linears and norms (`comfy.ops`), which cast their weights to their input's dtype.
 
-Where no function changes the weight on its way, such a module computes what torch's own class of it
-computes; our products cast as well. It is known by its structure, and what the code of its forward
-names must be known, since other classes of the same kind multiply in 8 bits or decode a weight.
+Such a module computes what torch's own class of it computes, with a weight that it makes for the
+call: cast, unpacked from 8 bits or fewer, changed by functions that ComfyUI or a node has put
+there. LoRAs among these are read (`comfyui_patches`), and run beside the base; for all others the
+weight is made as ComfyUI makes it, each time that it is used. Where ComfyUI would round the input
+of a product to 8 bits, `compute` says what ours runs in.
+
+A module is known by its structure, and what the code of its forward names must be known, since
+other classes of the same kind do more.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fluxfast.foreign.code_names import names_in
+from fluxfast.foreign.comfyui_patches import is_patch, loras_of
+from fluxfast.foreign.linears import ROW_FORMATS
+from fluxfast.foreign.weights import as_it_is, rows_of
+from fluxfast.hooks import own_parameter
+from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.params import LinearParams
+from fluxfast.ops.linear.weights import FrozenWeight
 
 
 def _names(words: str) -> frozenset[str]:
@@ -22,24 +34,55 @@ def _names(words: str) -> frozenset[str]:
 
 
 _MARKS = ("comfy_cast_weights", "weight_function", "bias_function")
-_FORWARDS = ("forward", "forward_comfy_cast_weights")
-# all that the code of these two may name
+_FORWARDS = ("forward", "forward_comfy_cast_weights", "_forward")
+# all that the code of these may name: plain and casting linears and norms, ...
 _NAMES = _names(
     "run_every_op comfy_cast_weights weight_function bias_function len forward super "
     "forward_comfy_cast_weights cast_bias_weight uncast_bias_weight weight bias "
     "normalized_shape eps torch nn functional linear layer_norm"
 )
+# ... linears in fp8 without and with a scale, and those whose weights may each have a format
+_OF_LINEARS = _names(
+    "fp8_linear training logging info format Exception scale_weight numel to device dtype "
+    "_forward _full_precision_mm layout_type QuantizedTensor from_float getattr isinstance "
+    "ndim reshape shape"
+)
+# the layouts of its quantised tensors that are codes and one scale
+_ONE_SCALE = _names("TensorCoreFP8Layout TensorCoreFP8E4M3Layout")
+
+
+class MadeForCall(FrozenWeight):
+    """A weight that is made for each call, as ComfyUI makes it.
+
+    held: what is kept. functions: what it is given to after its cast, one after the other. scale:
+    what the result is multiplied by. stored: how it is kept, in words.
+    """
+
+    def __init__(
+        self, held: Any, functions: Sequence[Any], scale: Tensor | None, stored: str
+    ) -> None:
+        super().__init__(held.shape, held.device)
+        self.held, self.functions, self.scale, self.stored = held, functions, scale, stored
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        with torch.no_grad():
+            if _is_quantised(self.held):
+                weight = self.held.to(dtype=dtype).dequantize()
+            else:
+                weight = self.held.detach().to(dtype, copy=True)
+            for function in self.functions:
+                weight = function(weight)
+            if self.scale is not None:
+                weight = weight * self.scale.detach().to(weight.device, weight.dtype)
+            return weight.to(dtype).contiguous()
 
 
 def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
     """Why a module does not compute what torch's class `plain` computes; None where it does."""
-    kind: Any = type(module)
-    if not isinstance(module, plain) or not all(hasattr(kind, name) for name in _MARKS):
-        return f"{kind.__name__} is not known"
-    if torch.compiler.is_compiling():
-        return "torch.compile traces ComfyUI's own module"
-    if (unknown := _unknown_names(kind)) is not None:
-        return f"its forward has names that fluxfast doesn't know: {unknown}"
+    if not isinstance(module, plain):
+        return f"{type(module).__name__} is not known"
+    if (because := _class_because(module, _NAMES)) is not None:
+        return because
     for name in _functions(module):
         if getattr(module, name):
             return f"its {name} changes what it multiplies by"
@@ -49,17 +92,113 @@ def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
     return None
 
 
+def is_comfy(module: nn.Module) -> bool:
+    """Whether a module is of ComfyUI's classes, which take their input in any dtype."""
+    kind = type(module)
+    return all(hasattr(kind, name) for name in _MARKS)
+
+
+def comfy_linear(module: Any) -> LinearParams | str:
+    """A linear of ComfyUI's without the LoRAs of `comfy_loras`, or why only it can be called."""
+    if (because := _class_because(module, _NAMES | _OF_LINEARS)) is not None:
+        return because
+    held, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
+    if not _is_quantised(held) and type(held) not in (Tensor, nn.Parameter):
+        return f"its weight is of the class {type(held).__name__}"
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (held, bias)):
+        return "its base is trained"
+    for name in _functions(module):
+        functions = getattr(module, name)
+        if functions and name not in _MARKS:
+            return f"its {name} changes what it multiplies by"
+        if torch.is_grad_enabled() and not all(map(is_patch, functions or ())):
+            return f"its {name} may be trained"
+    scale = getattr(module, "scale_weight", None)
+    if scale is not None and "scale_weight" not in _named(type(module)):
+        return "its scale_weight is not that of its class"
+    functions = module.weight_function if _loras(module) is None else ()
+    base = _with_bias(held, functions, scale, bias)
+    return base._replace(bias=_changed(base.bias, module.bias_function))
+
+
+def comfy_loras(module: Any) -> tuple[Lora, ...]:
+    """The LoRAs that a linear of ComfyUI's adds to its weight at each call.
+
+    None of them where something else changes the weight, too: then `comfy_linear` has all.
+    """
+    return (_loras(module) or ()) if is_comfy(module) else ()
+
+
+def _loras(module: Any) -> tuple[Lora, ...] | None:
+    held = own_parameter(module, "weight")
+    return loras_of(module.weight_function, tuple(held.shape), held.device)
+
+
+def _with_bias(
+    held: Any, functions: Sequence[Any], scale: Tensor | None, bias: Tensor | None
+) -> LinearParams:
+    """A linear whose weight is kept as `held`, with what ComfyUI makes of it."""
+    codes, scales = held, scale
+    if _is_quantised(held):
+        codes = held._qdata
+        scales = held._params.scale if held._layout_cls in _ONE_SCALE else None
+    stored = _words_of(held, codes)
+    if functions:
+        made = MadeForCall(held, functions, scale, f"{stored}, changed at each call")
+        return LinearParams(made, bias)
+    if codes is held and scale is None:
+        return as_it_is(held, bias)
+    name = ROW_FORMATS.get(codes.dtype)
+    if name and scales is not None and scales.numel() == 1 and codes.shape == held.shape:
+        return LinearParams(rows_of(name, codes, scales), bias)
+    return LinearParams(MadeForCall(held, (), scale, stored), bias)
+
+
+def _words_of(held: Any, codes: Tensor) -> str:
+    if codes is not held and codes.dtype not in ROW_FORMATS:
+        return str(held._layout_cls).removeprefix("TensorCore").removesuffix("Layout")
+    return ROW_FORMATS.get(codes.dtype) or str(codes.dtype).removeprefix("torch.")
+
+
+def _changed(bias: Tensor | None, functions: Sequence[Any]) -> Tensor | None:
+    """A bias as the functions that change it at each call leave it."""
+    if bias is None or not functions:
+        return bias
+    with torch.no_grad():
+        made = bias.detach().to(torch.float32, copy=True)
+        for function in functions:
+            made = function(made)
+    return made
+
+
+def _is_quantised(weight: Any) -> bool:
+    """Whether it is a tensor of ComfyUI's that has codes and their scales in it."""
+    return all(hasattr(weight, name) for name in ("_qdata", "_layout_cls", "_params"))
+
+
+def _class_because(module: nn.Module, known: frozenset[str]) -> str | None:
+    """Why a module's class is not one that can be read; None where it is."""
+    kind = type(module)
+    # a class's own method to cast with may do more than ComfyUI's function of that name
+    if not is_comfy(module) or hasattr(kind, "cast_bias_weight"):
+        return f"{kind.__name__} is not known"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces ComfyUI's own module"
+    if unknown := _named(kind) - known:
+        names = ", ".join(sorted(unknown))
+        return f"its forward has names that fluxfast doesn't know: {names}"
+    return None
+
+
 def _functions(module: Any) -> Iterator[str]:
     """The names of what may be called on a weight or a bias on its way."""
     yield from _MARKS[1:]
-    yield from (name for name in module.__dict__ if name.endswith("_function"))
+    others = (name for name in module.__dict__ if name.endswith("_function"))
+    yield from (name for name in others if name not in _MARKS)
 
 
 @functools.cache
-def _unknown_names(kind: Any) -> str | None:
-    """What a class's forward names that isn't known here, for a message, or None."""
-    forwards = [getattr(kind, name, None) for name in _FORWARDS]
-    if any(forward is None for forward in forwards):
-        return f"{kind.__name__} has no forward of the kind"
-    named = set[str]().union(*map(names_in, forwards))
-    return ", ".join(sorted(named - _NAMES)) or None
+def _named(kind: Any) -> frozenset[str]:
+    """All that the code of a class's forwards names."""
+    forwards = (getattr(kind, name, None) for name in _FORWARDS)
+    return frozenset().union(*(names_in(each) for each in forwards if each is not None))

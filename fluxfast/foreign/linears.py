@@ -277,7 +277,9 @@ def summed(linear: LinearParams) -> LinearParams:
             whole = whole.addmm_(part.b.detach().float(), part.a.detach().float(), alpha=part.scale)
         return whole
 
-    stored = weight.format.name if isinstance(weight, QuantWeight) else weight.stored
+    stored = getattr(weight, "stored", None)
+    if isinstance(weight, QuantWeight):
+        stored = weight.format.name
     return LinearParams(Decoded(weight.shape, weight.device, decode, stored), linear.bias)
 
 

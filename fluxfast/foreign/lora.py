@@ -19,6 +19,7 @@ from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.column_dora import ColumnDora
 from fluxfast.ops.linear.loha import Loha
 from fluxfast.ops.linear.lokr import Lokr
+from fluxfast.ops.tensors import version_of
 
 Found = tuple[Adapter, ...] | str
 _BETWEEN = "its LoRA has a dropout between its two factors"
@@ -290,8 +291,9 @@ def _drops(dropout: nn.Dropout) -> bool:
 
 def _number(tensor: Tensor) -> float:
     """The number that a trainer keeps in a tensor."""
+    if (version := version_of(tensor)) is None:
+        return float(tensor)
     known = _numbers.get(tensor)
-    if known is None or known[0] != tensor._version:
-        known = tensor._version, float(tensor)
-        _numbers[tensor] = known
+    if known is None or known[0] != version:
+        known = _numbers[tensor] = (version, float(tensor))
     return known[1]

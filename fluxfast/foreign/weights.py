@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.weights import FrozenWeight
 from fluxfast.ops.row_quant import Quantized
-from fluxfast.ops.tensors import divide
+from fluxfast.ops.tensors import divide, version_of
 from fluxfast.quant import FORMATS, QuantWeight
 from fluxfast.quant.format import Format
 from fluxfast.quant.nf4 import BLOCK, NESTED_BLOCK
@@ -108,6 +109,18 @@ def _is_distributed(weight: Any) -> bool:
     return module is not None and isinstance(weight, module.DTensor)
 
 
+def as_it_is(weight: Tensor, bias: Tensor | None) -> LinearParams:
+    """A linear of plain tensors.
+
+    A weight of 8 bits without a scale is decoded, since no product reads it.
+    """
+    if weight.dtype.itemsize > 1 or torch.compiler.is_compiling():
+        return LinearParams(weight, bias)
+    # fp32 holds each of a bias's values
+    wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
+    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), wide)
+
+
 def rows_of(name: str, codes: Tensor, scale: Tensor, divisor: float = 1.0) -> QuantWeight:
     """A weight of the format `name` over codes [N, K].
 
@@ -124,10 +137,11 @@ def _row_scale(scale: Tensor, rows: int, device: torch.device, divisor: float) -
     as_it_is = scale.dtype == torch.float32 and divisor == 1 and scale.device == device
     if as_it_is and scale.numel() == rows:
         return scale.detach().reshape(-1)
-    if torch.compiler.is_compiling():
+    version = None if torch.compiler.is_compiling() else version_of(scale)
+    if version is None:
         return _row_vector(scale, rows, device, divisor)
     # a tensor's version stays as it is where its data is put in place of others
-    state = (scale._version, scale.data_ptr(), scale.device, rows, device)
+    state = (version, scale.data_ptr(), scale.device, rows, device)
     known = _row_scales.get(scale)
     if known is None or known[0] != state:
         # its memory is kept with it, so that no other data can come to lie there

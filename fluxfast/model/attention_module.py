@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from fluxfast.hooks import own_module, own_parameter
-from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.known_modules import ATTENTION, RMS_NORM, must_be_called
 from fluxfast.model.linear import without_autocast
 from fluxfast.model.rope import Tables, full_tables
 from fluxfast.ops import attention_sage, verdicts
@@ -71,7 +71,8 @@ def foreign_attention(attn: Any, kwargs: dict[str, Any]) -> str | None:
         return f"joint_attention_kwargs {unknown}"
     held = attn._modules
     norms = [held.get(name) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
-    return must_be_called([attn, *(norm for norm in norms if norm is not None)])
+    present = [(norm, RMS_NORM) for norm in norms if norm is not None]
+    return must_be_called([(attn, ATTENTION), *present])
 
 
 def backend_of(attn: Any, chosen: str) -> str | None:

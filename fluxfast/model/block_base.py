@@ -39,7 +39,7 @@ from fluxfast.model.block_call import (
 )
 from fluxfast.model.checkpointing import is_checkpointed, saving_for_itself
 from fluxfast.model.flat_gradients import GradientPlaces
-from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.known_modules import Classes, must_be_called
 from fluxfast.model.launch_plans import LaunchPlans, usable
 from fluxfast.model.linear import project, without_autocast
 from fluxfast.model.modulation import Vectors
@@ -216,8 +216,11 @@ class BlockBase(BlockOptions):
         """The linears that make shifts, scales and gates: one for each stream."""
         raise NotImplementedError
 
-    def bypassed(self) -> tuple[nn.Module, ...]:
-        """The modules beside linears and attention whose work is done without calling them."""
+    def bypassed(self) -> Sequence[tuple[nn.Module, Classes]]:
+        """The modules beside linears and attention whose work is done without calling them.
+
+        Each comes with the classes of which FLUX.1 has one there.
+        """
         raise NotImplementedError
 
     def host_forward(

@@ -17,7 +17,16 @@ from fluxfast.model import attention_module
 from fluxfast.model.block_base import BlockBase, OwnerDtypes, finite
 from fluxfast.model.block_call import BlockCall, BlockLinears
 from fluxfast.model.fused_double import DoubleBlockFunction
-from fluxfast.model.known_modules import must_be_called
+from fluxfast.model.known_modules import (
+    ACTIVATION,
+    ADA_NORM,
+    DROPOUT,
+    LAYER_NORM,
+    MLP,
+    SILU,
+    Classes,
+    must_be_called,
+)
 from fluxfast.model.rope import Tables, rope_arguments
 from fluxfast.model.streams import flat_rows, parts_of, streams_of
 from fluxfast.ops.gated_residual import gated_residual
@@ -66,20 +75,23 @@ class DoubleMaths(BlockBase):
         norms = own_module(self, "norm1"), own_module(self, "norm1_context")
         return own_module(norms[0], "linear"), own_module(norms[1], "linear")
 
-    def bypassed(self) -> tuple[nn.Module, ...]:
-        modules: list[nn.Module] = []
+    def bypassed(self) -> Sequence[tuple[nn.Module, Classes]]:
+        modules: list[tuple[nn.Module, Classes]] = []
         for name in ("norm1", "norm1_context"):
             norm = own_module(self, name)
-            modules += (norm, own_module(norm, "norm"), own_module(norm, "silu"))
-        modules += (own_module(self, "norm2"), own_module(self, "norm2_context"))
+            parts = own_module(norm, "norm"), own_module(norm, "silu")
+            modules += ((norm, ADA_NORM), (parts[0], LAYER_NORM), (parts[1], SILU))
+        for name in ("norm2", "norm2_context"):
+            modules.append((own_module(self, name), LAYER_NORM))
         for name in ("ff", "ff_context"):
             ff = own_module(self, name)
-            modules += (ff, *list(own_module(ff, "net"))[:2])
-        return tuple(modules)
+            activation, dropout, _ = own_module(ff, "net")
+            modules += ((ff, MLP), (activation, ACTIVATION), (dropout, DROPOUT))
+        return modules
 
     def composed_because(self, kwargs: dict[str, Any]) -> str | None:
         _, dropout = own_module(own_module(self, "attn"), "to_out")
-        return super().composed_because(kwargs) or must_be_called([dropout])
+        return super().composed_because(kwargs) or must_be_called([(dropout, DROPOUT)])
 
     def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:
         assert txt is not None

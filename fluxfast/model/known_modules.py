@@ -1,6 +1,7 @@
 """The modules of FLUX.1's blocks whose work fluxfast does without calling them.
 
-That is right only for modules of known classes, with FLUX.1's settings and without hooks.
+That is right only for modules of the class that FLUX.1 has in their place, with its settings and
+without hooks.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from torch import nn
 from fluxfast.foreign.comfyui import comfy_because
 from fluxfast.hooks import hooked, own_parameter
 
-_CLASSES: tuple[Any, ...] = (
-    *(AdaLayerNormZero, AdaLayerNormZeroSingle, nn.LayerNorm, RMSNorm, nn.RMSNorm),
-    *(FeedForward, GELU, nn.GELU, nn.SiLU, nn.Dropout, FluxAttention, Attention),
+Classes = tuple[Any, ...]
+# what FLUX.1 has in each kind of place
+ADA_NORM: Classes = (AdaLayerNormZero, AdaLayerNormZeroSingle)
+LAYER_NORM: Classes = (nn.LayerNorm,)
+RMS_NORM: Classes = (RMSNorm, nn.RMSNorm)
+ACTIVATION: Classes = (GELU, nn.GELU)
+SILU: Classes = (nn.SiLU,)
+MLP: Classes = (FeedForward,)
+DROPOUT: Classes = (nn.Dropout,)
+ATTENTION: Classes = (FluxAttention, Attention)
+_CLASSES = (
+    *(*ADA_NORM, *LAYER_NORM, *RMS_NORM, *ACTIVATION),
+    *(*SILU, *MLP, *DROPOUT, *ATTENTION),
 )
 # of these, the class alone says what they compute
 _WITHOUT_SETTINGS = (AdaLayerNormZeroSingle, nn.SiLU, FluxAttention)
@@ -28,17 +39,20 @@ _WITHOUT_SETTINGS = (AdaLayerNormZeroSingle, nn.SiLU, FluxAttention)
 _FORWARDS = tuple(known.forward for known in _CLASSES)
 
 
-def must_be_called(modules: Iterable[nn.Module]) -> str | None:
-    """Why one of the modules has to be called: it has hooks, or is not FLUX.1's; else None."""
-    for module in modules:
+def must_be_called(modules: Iterable[tuple[nn.Module, Classes]]) -> str | None:
+    """Why one of the modules has to be called: it has hooks, or is not FLUX.1's; else None.
+
+    modules: each with the classes of which FLUX.1 has one in its place.
+    """
+    for module, classes in modules:
         because = hooked(module)
         if because is not None:
             return f"its {type(module).__name__} is called as a module: {because}"
         kind = type(module)
-        if kind in _WITHOUT_SETTINGS:
+        if kind in _WITHOUT_SETTINGS and kind in classes:
             continue
         known = kind.forward in _FORWARDS or comfy_because(module, nn.LayerNorm) is None
-        if not known or not _is_flux(module):
+        if not known or not isinstance(module, classes) or not _is_flux(module):
             return f"its {kind.__name__} is not the module that FLUX.1 has there"
     return None
 

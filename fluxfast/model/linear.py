@@ -25,9 +25,9 @@ from fluxfast.foreign.adapters import (
     innermost_forward,
     owner_of_forward,
 )
-from fluxfast.foreign.comfyui import comfy_because
+from fluxfast.foreign.comfyui import comfy_linear, comfy_loras, is_comfy
 from fluxfast.foreign.linears import host_linear, is_scaled_fp8, scaled_fp8, summed
-from fluxfast.foreign.weights import Decoded, foreign_weight
+from fluxfast.foreign.weights import as_it_is, foreign_weight
 from fluxfast.hooks import REPLACED, hooked, own_parameter
 from fluxfast.ops.device import pretending
 from fluxfast.ops.linear.adapters import Adapter, is_random
@@ -88,11 +88,18 @@ def _taken_apart(module: nn.Module, share_dropout: bool) -> Wrapped | None:
 
 
 def _frozen(module: nn.Module) -> LinearParams | str:
-    """A linear without adapters whose weight and bias do not train, or why it can't be read."""
+    """A linear whose weight and bias do not train, or why it can't be read.
+
+    It has the adapters that its own class adds, and none that are put around it.
+    """
     params = _read_base(module)
-    if isinstance(params, str) or not torch.is_grad_enabled():
+    if isinstance(params, str):
         return params
-    return TRAINED if _trains(params.weight) or _trains(params.bias) else params
+    if torch.is_grad_enabled() and (_trains(params.weight) or _trains(params.bias)):
+        return TRAINED
+    if _is_torchs(module) or not (loras := comfy_loras(module)):
+        return params
+    return params._replace(adapters=(*params.adapters, *loras))
 
 
 def _trains(tensor: Any) -> bool:
@@ -171,8 +178,7 @@ def _read_base(module: nn.Module) -> LinearParams | str:
         return _read_plain(module)
     if (found := host_linear(module)) is not None:
         return found
-    because = comfy_because(module, nn.Linear)
-    return _read_plain(module) if because is None else because
+    return comfy_linear(module)
 
 
 def _read_plain(linear: nn.Module) -> LinearParams | str:
@@ -183,19 +189,15 @@ def _read_plain(linear: nn.Module) -> LinearParams | str:
         if _trains(weight):
             return TRAINED
         return LinearParams(scaled_fp8(linear), bias)
-    if weight.dtype.itemsize > 1 or _trains(weight) or torch.compiler.is_compiling():
-        return LinearParams(weight, bias)
-    # a weight of 8 bits without a scale, which no product reads: fp32 holds each of its values
-    wide = bias if bias is None or bias.dtype.itemsize > 1 else bias.detach().float()
-    return LinearParams(Decoded(weight.shape, weight.device, weight.detach), wide)
+    return LinearParams(weight, bias) if _trains(weight) else as_it_is(weight, bias)
 
 
 def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: torch.dtype) -> Tensor:
     """The output of the module's own forward, in x's dtype.
 
     Under `autocast` where the model's caller had it. Otherwise x comes in the dtype of the module's
-    weight, or, where something may change the weight for the length of a call, in `given`, the
-    dtype in which the owner of the block would call the module.
+    weight, or, where something may change or cast the weight for the length of a call, in `given`,
+    the dtype in which the owner of the block would call the module.
     """
     if autocast is not None:
         with torch.autocast(x.device.type, autocast):
@@ -206,7 +208,7 @@ def _call(module: nn.Module, x: Tensor, autocast: torch.dtype | None, given: tor
 def _called_in(module: Any) -> torch.dtype | None:
     """The dtype of a linear's weight, if the linear has one and computes in it."""
     base = getattr(module, "base_layer", module)
-    if hooked(module) is not None or hooked(base) is not None:
+    if hooked(module) is not None or hooked(base) is not None or is_comfy(base):
         return None
     if isinstance(base, QuantLinear):
         return base.compute_dtype

@@ -28,6 +28,7 @@ from fluxfast.model.block_call import (
 )
 from fluxfast.model.block_run import run_backward, run_forward
 from fluxfast.model.joint_attention import JointAttention, joint_attention
+from fluxfast.model.known_modules import ACTIVATION, ADA_NORM, LAYER_NORM, SILU, Classes
 from fluxfast.model.rope import Tables, rope_arguments
 from fluxfast.model.streams import joined
 from fluxfast.model.tape import Grads, Tape
@@ -72,10 +73,11 @@ class SingleMaths(BlockBase):
     def modulation_linears(self) -> tuple[nn.Module, ...]:
         return (own_module(own_module(self, "norm"), "linear"),)
 
-    def bypassed(self) -> tuple[nn.Module, ...]:
+    def bypassed(self) -> Sequence[tuple[nn.Module, Classes]]:
         norm = own_module(self, "norm")
         parts = own_module(norm, "norm"), own_module(norm, "silu")
-        return norm, *parts, own_module(self, "act_mlp")
+        modulated = [(norm, ADA_NORM), (parts[0], LAYER_NORM), (parts[1], SILU)]
+        return [*modulated, (own_module(self, "act_mlp"), ACTIVATION)]
 
     def _streams(self, img: Tensor, txt: Tensor | None) -> tuple[Tensor, ...]:
         return (img if txt is None else joined(txt, img),)

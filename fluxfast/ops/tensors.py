@@ -20,6 +20,11 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where nobody counts, in `torch.inference_mode`."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def contiguous_like(tensor: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the same shape and dtype.
 

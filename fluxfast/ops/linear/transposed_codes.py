@@ -18,14 +18,20 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fluxfast.ops.tensors import version_of
+
 # codes: (their version, address and device when the copy was made; the copy)
 _copies = WeakIdKeyDictionary()
 
 
 def remember(codes: Tensor, copy: Tensor) -> None:
-    """Note that `copy` [K, N], with rows any distance apart, is `codes` [N, K] transposed."""
+    """Note that `copy` [K, N], with rows any distance apart, is `codes` [N, K] transposed.
+
+    Codes of which nobody could say that they have changed get none.
+    """
     assert copy.shape == codes.shape[::-1] and copy.dtype == codes.dtype
-    _copies[codes] = (_state(codes), copy)
+    if (state := _state(codes)) is not None:
+        _copies[codes] = (state, copy)
 
 
 def forget(codes: Tensor) -> None:
@@ -39,9 +45,11 @@ def copy_of(codes: Tensor) -> Tensor | None:
     return copy if state is not None and state == _state(codes) else None
 
 
-def _state(codes: Tensor) -> tuple[int, int, torch.device]:
+def _state(codes: Tensor) -> tuple[int, int, torch.device] | None:
+    if (version := version_of(codes)) is None:
+        return None
     # a tensor's version stays as it is where its data is put in place of others
-    return codes._version, codes.data_ptr(), codes.device
+    return version, codes.data_ptr(), codes.device
 
 
 def each_copy_of(weights: Sequence[Tensor]) -> tuple[list[Tensor], bool] | None:
