@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fluxfast.foreign.code_names import codes_in
+from fluxfast.model.linear import base_of
 
 
 def _names(words: str) -> frozenset[str]:
@@ -144,9 +145,9 @@ def norm_because(norm: Any) -> str | None:
 def weights_because(maths: Any, device: torch.device) -> str | None:
     """Why a block's modules have to be called: ComfyUI brings weights for the length of a call."""
     linears = [linear for group in maths.linear_groups() for linear in group]
-    modules = [*linears, *maths.modulation_linears(), *maths._norms()]
-    for module in modules:
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    linears += maths.modulation_linears()
+    weights = [base_of(linear)._parameters.get("weight") for linear in linears]
+    for weight in (*weights, *(norm.weight for norm in maths.rms_norms())):
         if weight is not None and weight.device != device:
             return f"a weight of it is on {weight.device.type}, and its input is not"
     return None

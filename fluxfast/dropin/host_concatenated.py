@@ -59,7 +59,7 @@ class _Shared(HostBlock):
             return f"its attention processor is {type(attn.processor).__name__}"
         if attn.fused_projections:
             return "its projections are fused"
-        norms = self._norms()
+        norms = self.rms_norms()
         if any(norm is None for norm in norms):
             return "its attention does not normalise q and k"
         return must_be_called(

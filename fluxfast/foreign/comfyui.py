@@ -42,11 +42,12 @@ _NAMES = _names(
     "normalized_shape eps torch nn functional linear layer_norm"
 )
 # ... linears in fp8 without and with a scale, and those whose weights may each have a format
-_OF_LINEARS = _names(
+_NAMES_OF_LINEARS = _NAMES | _names(
     "fp8_linear training logging info format Exception scale_weight numel to device dtype "
     "_forward _full_precision_mm layout_type QuantizedTensor from_float getattr isinstance "
     "ndim reshape shape"
 )
+_TRACED = "torch.compile traces ComfyUI's own module"
 # the layouts of its quantised tensors that are codes and one scale
 _ONE_SCALE = _names("TensorCoreFP8Layout TensorCoreFP8E4M3Layout")
 
@@ -81,8 +82,10 @@ def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
     """Why a module does not compute what torch's class `plain` computes; None where it does."""
     if not isinstance(module, plain):
         return f"{type(module).__name__} is not known"
-    if (because := _class_because(module, _NAMES)) is not None:
+    if (because := _class_because(type(module), _NAMES)) is not None:
         return because
+    if torch.compiler.is_compiling():
+        return _TRACED
     for name in _functions(module):
         if getattr(module, name):
             return f"its {name} changes what it multiplies by"
@@ -94,14 +97,20 @@ def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
 
 def is_comfy(module: nn.Module) -> bool:
     """Whether a module is of ComfyUI's classes, which take their input in any dtype."""
-    kind = type(module)
+    return _is_comfy(type(module))
+
+
+@functools.cache
+def _is_comfy(kind: type) -> bool:
     return all(hasattr(kind, name) for name in _MARKS)
 
 
 def comfy_linear(module: Any) -> LinearParams | str:
     """A linear of ComfyUI's without the LoRAs of `comfy_loras`, or why only it can be called."""
-    if (because := _class_because(module, _NAMES | _OF_LINEARS)) is not None:
+    if (because := _class_because(type(module), _NAMES_OF_LINEARS)) is not None:
         return because
+    if torch.compiler.is_compiling():
+        return _TRACED
     held, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
     if not _is_quantised(held) and type(held) not in (Tensor, nn.Parameter):
         return f"its weight is of the class {type(held).__name__}"
@@ -113,8 +122,9 @@ def comfy_linear(module: Any) -> LinearParams | str:
             return f"its {name} changes what it multiplies by"
         if torch.is_grad_enabled() and not all(map(is_patch, functions or ())):
             return f"its {name} may be trained"
-    scale = getattr(module, "scale_weight", None)
-    if scale is not None and "scale_weight" not in _named(type(module)):
+    named = _named(type(module))
+    scale = getattr(module, "scale_weight", None) if "fp8_linear" in named else None
+    if scale is not None and "scale_weight" not in named:
         return "its scale_weight is not that of its class"
     functions = module.weight_function if _loras(module) is None else ()
     base = _with_bias(held, functions, scale, bias)
@@ -176,14 +186,12 @@ def _is_quantised(weight: Any) -> bool:
     return all(hasattr(weight, name) for name in ("_qdata", "_layout_cls", "_params"))
 
 
-def _class_because(module: nn.Module, known: frozenset[str]) -> str | None:
+@functools.cache
+def _class_because(kind: type, known: frozenset[str]) -> str | None:
     """Why a module's class is not one that can be read; None where it is."""
-    kind = type(module)
     # a class's own method to cast with may do more than ComfyUI's function of that name
-    if not is_comfy(module) or hasattr(kind, "cast_bias_weight"):
+    if not _is_comfy(kind) or hasattr(kind, "cast_bias_weight"):
         return f"{kind.__name__} is not known"
-    if torch.compiler.is_compiling():
-        return "torch.compile traces ComfyUI's own module"
     if unknown := _named(kind) - known:
         names = ", ".join(sorted(unknown))
         return f"its forward has names that fluxfast doesn't know: {names}"

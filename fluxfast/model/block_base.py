@@ -266,12 +266,12 @@ class BlockBase(BlockOptions):
         if attention_module.backend_of(self.attn, self.attention) is None:
             return "its attention back end is not one of PyTorch's own"
         if torch.is_grad_enabled() and any(
-            own_parameter(norm, "weight").requires_grad for norm in self._norms()
+            own_parameter(norm, "weight").requires_grad for norm in self.rms_norms()
         ):
             return "an RMS norm of its q or k is trained"
         return None
 
-    def _norms(self) -> list[Any]:
+    def rms_norms(self) -> list[Any]:
         attn = own_module(self, "attn")
         return [own_module(attn, name) for name in self.qk_norms]
 
@@ -306,7 +306,7 @@ class BlockBase(BlockOptions):
         call = BlockCall(
             **tables,
             mask=mask,
-            norms=norm_weights(*self._norms(), impl=impl),
+            norms=norm_weights(*self.rms_norms(), impl=impl),
             impl=impl,
             attention=attention.resolve(backend, like_q, mask),
             compute=self.compute,

@@ -61,7 +61,8 @@ def read_or_because(module: nn.Module, *, share_dropout: bool = True) -> LinearP
     """What `read_linear` gives, or in place of None what `obstacle` says."""
     if (because := hooked(module)) is not None:
         return _read_replaced(module, because)
-    wrapped = None if _is_torchs(module) else _taken_apart(module, share_dropout)
+    alone = _is_torchs(module) or is_comfy(module)
+    wrapped = None if alone else _taken_apart(module, share_dropout)
     if wrapped is None:
         return _frozen(module)
     base = read_or_because(wrapped.base, share_dropout=share_dropout)
@@ -162,6 +163,8 @@ def _read_base(module: nn.Module) -> LinearParams | str:
     """A linear without adapters, or why its forward can't be read."""
     if _is_torchs(module) and type(module._parameters.get("weight")) is nn.Parameter:
         return _read_plain(module)
+    if is_comfy(module):
+        return comfy_linear(module)
     if isinstance(module, QuantLinear) and type(module).forward is QuantLinear.forward:
         return LinearParams(module.packed(), own_parameter(module, "bias"))
     weight = foreign_weight(module)
@@ -176,9 +179,8 @@ def _read_base(module: nn.Module) -> LinearParams | str:
         return LinearParams(weight, bias)
     if _is_torchs(module):
         return _read_plain(module)
-    if (found := host_linear(module)) is not None:
-        return found
-    return comfy_linear(module)
+    found = host_linear(module)
+    return f"{type(module).__name__} is not known" if found is None else found
 
 
 def _read_plain(linear: nn.Module) -> LinearParams | str:
