@@ -53,6 +53,8 @@ _EXACT = _names(
 
 def options_because(block: Any, options: Any) -> str | None:
     """Why a block's own forward runs for a call with these options; None where ours may."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces ComfyUI's own blocks"
     if options is None:
         return None
     if not isinstance(options, Mapping):
@@ -73,8 +75,6 @@ def attention_because(block: Any) -> str | None:
         chosen = getattr(part, "comfy_attention", None)
         if getattr(chosen, "function", None) is not None:
             return "its checkpoint chooses its attention"
-    if torch.compiler.is_compiling():
-        return None
     found = list(_attentions(block))
     # a function that a node has put around another is not where that is
     if len({id(each.__globals__) for each in found}) > 1:
@@ -87,8 +87,6 @@ def block_because(block: Any) -> str | None:
     """Why a block's forward is not FLUX.1's, its modules aside; None where it is."""
     if getattr(block, "flipped_img_txt", False):
         return "its image comes before its text"
-    if torch.compiler.is_compiling():
-        return None
     forward = block.host_class.forward
     unknown = _unknown(forward, _OF_BLOCK)
     attention = getattr(forward, "__globals__", {}).get("attention")
@@ -130,7 +128,8 @@ def _unknown(function: Any, known: frozenset[str]) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _unknown_in(code: CodeType, known: frozenset[str]) -> str | None:
     named = {name for each in codes_in(code) for name in each.co_names}
-    return ", ".join(sorted(named - known)) or None
+    # what it was made with in another function, which may be what it replaces
+    return ", ".join(sorted((named | {*code.co_freevars}) - known)) or None
 
 
 def norm_because(norm: Any) -> str | None:

@@ -19,6 +19,12 @@ def names_in(function: Any) -> set[str]:
     return {name for each in codes_in(code) for name in each.co_names}
 
 
+def closed_over(function: Any) -> set[str]:
+    """The variables of an enclosing function that a function uses: what it was made with."""
+    code = getattr(function, "__code__", None)
+    return set() if code is None else set(code.co_freevars) - {"__class__"}
+
+
 def without_context(function: Any) -> Any:
     """The function that torch's own decorator, such as `no_grad`, calls in its context."""
     module = getattr(function, "__globals__", {}).get("__name__")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxfast.foreign.code_names import names_in
+from fluxfast.foreign.code_names import closed_over, names_in
 from fluxfast.foreign.comfyui_patches import is_patch, loras_of
 from fluxfast.foreign.linears import ROW_FORMATS
 from fluxfast.foreign.weights import as_it_is, rows_of
@@ -45,7 +45,7 @@ _NAMES = _names(
 _NAMES_OF_LINEARS = _NAMES | _names(
     "fp8_linear training logging info format Exception scale_weight numel to device dtype "
     "_forward _full_precision_mm layout_type QuantizedTensor from_float getattr isinstance "
-    "ndim reshape shape"
+    "ndim reshape shape fp8_matrix_mult"
 )
 _TRACED = "torch.compile traces ComfyUI's own module"
 # the layouts of its quantised tensors that are codes and one scale
@@ -82,10 +82,11 @@ def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
     """Why a module does not compute what torch's class `plain` computes; None where it does."""
     if not isinstance(module, plain):
         return f"{type(module).__name__} is not known"
-    if (because := _class_because(type(module), _NAMES)) is not None:
-        return because
     if torch.compiler.is_compiling():
         return _TRACED
+    kind: Any = type(module)
+    if (because := _class_because(kind, _NAMES)) is not None:
+        return because
     for name in _functions(module):
         if getattr(module, name):
             return f"its {name} changes what it multiplies by"
@@ -97,20 +98,22 @@ def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
 
 def is_comfy(module: nn.Module) -> bool:
     """Whether a module is of ComfyUI's classes, which take their input in any dtype."""
-    return _is_comfy(type(module))
+    kind: Any = type(module)
+    return _is_comfy(kind)
 
 
 @functools.cache
-def _is_comfy(kind: type) -> bool:
+def _is_comfy(kind: Any) -> bool:
     return all(hasattr(kind, name) for name in _MARKS)
 
 
 def comfy_linear(module: Any) -> LinearParams | str:
     """A linear of ComfyUI's without the LoRAs of `comfy_loras`, or why only it can be called."""
-    if (because := _class_because(type(module), _NAMES_OF_LINEARS)) is not None:
-        return because
     if torch.compiler.is_compiling():
         return _TRACED
+    kind: Any = type(module)
+    if (because := _class_because(kind, _NAMES_OF_LINEARS)) is not None:
+        return because
     held, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
     if not _is_quantised(held) and type(held) not in (Tensor, nn.Parameter):
         return f"its weight is of the class {type(held).__name__}"
@@ -122,9 +125,8 @@ def comfy_linear(module: Any) -> LinearParams | str:
             return f"its {name} changes what it multiplies by"
         if torch.is_grad_enabled() and not all(map(is_patch, functions or ())):
             return f"its {name} may be trained"
-    named = _named(type(module))
-    scale = getattr(module, "scale_weight", None) if "fp8_linear" in named else None
-    if scale is not None and "scale_weight" not in named:
+    scale = _scale(module)
+    if scale is not None and "scale_weight" not in _named(kind):
         return "its scale_weight is not that of its class"
     functions = module.weight_function if _loras(module) is None else ()
     base = _with_bias(held, functions, scale, bias)
@@ -140,8 +142,20 @@ def comfy_loras(module: Any) -> tuple[Lora, ...]:
 
 
 def _loras(module: Any) -> tuple[Lora, ...] | None:
+    """The LoRAs that are all that changes a linear's weight; None where there is more."""
+    functions = module.weight_function
+    know_of_scale = (getattr(each, "convert_func", None) is not None for each in functions)
+    if functions and _scale(module) is not None and not all(know_of_scale):
+        # they add to the codes, which are scaled after that
+        return None
     held = own_parameter(module, "weight")
-    return loras_of(module.weight_function, tuple(held.shape), held.device)
+    return loras_of(functions, tuple(held.shape), held.device)
+
+
+def _scale(module: Any) -> Tensor | None:
+    """What a linear multiplies its weight by, if it is of a class that has that."""
+    kind: Any = type(module)
+    return getattr(module, "scale_weight", None) if "fp8_linear" in _named(kind) else None
 
 
 def _with_bias(
@@ -187,7 +201,7 @@ def _is_quantised(weight: Any) -> bool:
 
 
 @functools.cache
-def _class_because(kind: type, known: frozenset[str]) -> str | None:
+def _class_because(kind: Any, known: frozenset[str]) -> str | None:
     """Why a module's class is not one that can be read; None where it is."""
     # a class's own method to cast with may do more than ComfyUI's function of that name
     if not _is_comfy(kind) or hasattr(kind, "cast_bias_weight"):
@@ -207,6 +221,6 @@ def _functions(module: Any) -> Iterator[str]:
 
 @functools.cache
 def _named(kind: Any) -> frozenset[str]:
-    """All that the code of a class's forwards names."""
-    forwards = (getattr(kind, name, None) for name in _FORWARDS)
-    return frozenset().union(*(names_in(each) for each in forwards if each is not None))
+    """All that the code of a class's forwards names, or was made with."""
+    forwards = [getattr(kind, name) for name in _FORWARDS if hasattr(kind, name)]
+    return frozenset().union(*map(names_in, forwards), *map(closed_over, forwards))

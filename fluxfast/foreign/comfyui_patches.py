@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fluxfast.foreign.code_names import names_in
+from fluxfast.foreign.code_names import closed_over, names_in
 from fluxfast.ops.linear.adapters import Lora
 
 
@@ -39,8 +39,9 @@ _OF_LORA = _names(
 
 def is_patch(function: Any) -> bool:
     """Whether a function that changes a weight is the patcher's, in which nothing trains."""
+    kind: Any = type(function)
     found = all(hasattr(function, name) for name in ("key", "patches"))
-    return found and _knows(type(function), "__call__", _OF_FUNCTION)
+    return found and _knows(kind, "__call__", _OF_FUNCTION)
 
 
 def loras_of(
@@ -82,9 +83,8 @@ def _lora(patch: Any, shape: tuple[int, ...], device: torch.device) -> Lora | No
 
 def _factors(what: Any) -> tuple[Tensor, Tensor, float] | None:
     """A and B of ComfyUI's LoRA, and alpha / r; None for another kind, or one with more to it."""
-    if getattr(what, "name", None) != "lora" or not _knows(
-        type(what), "calculate_weight", _OF_LORA
-    ):
+    kind: Any = type(what)
+    if getattr(what, "name", None) != "lora" or not _knows(kind, "calculate_weight", _OF_LORA):
         return None
     if len(what.weights) != 6:
         return None
@@ -99,6 +99,7 @@ def _factors(what: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 @functools.cache
-def _knows(kind: type, method: str, names: frozenset[str]) -> bool:
+def _knows(kind: Any, method: str, names: frozenset[str]) -> bool:
     """Whether all that the code of a class's method names is known."""
-    return names_in(getattr(kind, method, None)) <= names
+    function = getattr(kind, method, None)
+    return names_in(function) | closed_over(function) <= names

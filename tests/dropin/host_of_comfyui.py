@@ -1,85 +1,19 @@
 """A small FLUX.1 host with the interfaces of ComfyUI's, in plain torch.
 
-Written from these interfaces: a namespace of operations whose linears cast their weights to their
-input's dtype, blocks that take `attn_mask`, `modulation_dims` and `transformer_options`, and a
-model that calls patches in their place.
+Written from these interfaces: blocks that take `attn_mask`, `modulation_dims` and
+`transformer_options`, attention that nodes may exchange or change, and a model that calls patches
+in the place of blocks. Its linears and norms are those of `host_comfyui_ops`.
 """
 
+import functools
+
 import torch
-from host_of_sd_scripts import DIM, bfl_attention, split_heads
+from host_comfyui_ops import LayerNorm, Linear, RMSNorm
+from host_of_sd_scripts import DIM, split_heads
 from torch import nn
 from torch.nn import functional as F
 
 from support import SMALL
-
-
-def run_every_op():
-    """Where ComfyUI looks whether somebody has interrupted it."""
-
-
-def cast_bias_weight(module, input):
-    parts = {}
-    for name in ("weight", "bias"):
-        part = getattr(module, name)
-        if part is not None:
-            part = part.to(input.device, input.dtype)
-            for function in getattr(module, f"{name}_function"):
-                part = function(part)
-        parts[name] = part
-    return parts["weight"], parts["bias"]
-
-
-class Casting:
-    """What ComfyUI's own classes of modules share."""
-
-    comfy_cast_weights = False
-    weight_function, bias_function = (), ()
-
-
-class Linear(nn.Linear, Casting):
-    def forward_comfy_cast_weights(self, input):
-        weight, bias = cast_bias_weight(self, input)
-        return torch.nn.functional.linear(input, weight, bias)
-
-    def forward(self, *args, **kwargs):
-        run_every_op()
-        if self.comfy_cast_weights or len(self.weight_function) > 0 or len(self.bias_function) > 0:
-            return self.forward_comfy_cast_weights(*args, **kwargs)
-        return super().forward(*args, **kwargs)
-
-
-class CastingLinear(Linear):
-    comfy_cast_weights = True
-
-
-class CodesLinear(CastingLinear):
-    """A linear whose product is not the plain one."""
-
-    def forward_comfy_cast_weights(self, input):
-        weight, bias = cast_bias_weight(self, input)
-        return torch.nn.functional.linear(torch.round(input * 64) / 64, weight, bias)
-
-
-class LayerNorm(nn.LayerNorm, Casting):
-    def forward_comfy_cast_weights(self, input):
-        weight, bias = cast_bias_weight(self, input) if self.weight is not None else (None, None)
-        return torch.nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-
-    def forward(self, *args, **kwargs):
-        run_every_op()
-        if self.comfy_cast_weights or len(self.weight_function) > 0 or len(self.bias_function) > 0:
-            return self.forward_comfy_cast_weights(*args, **kwargs)
-        return super().forward(*args, **kwargs)
-
-
-class RMSNorm(nn.RMSNorm, Casting):
-    """A norm of today; one of before has its weight under the name `scale`."""
-
-    def forward(self, x):
-        weight = cast_bias_weight(self, x)[0] if self.weight_function else self.weight.to(x.dtype)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
-
-    bias = None
 
 
 class Scale(nn.Module):
@@ -118,7 +52,7 @@ class SelfAttention(nn.Module):
         self.proj = linear(DIM, DIM)
 
 
-def modulated(x, scale, shift, dims):
+def apply_mod(x, scale, shift, dims):
     """(1 + scale) x + shift; dims: (first row, end, which vector) of parts of the rows."""
     if dims is None:
         return (1 + scale) * x + shift
@@ -126,32 +60,60 @@ def modulated(x, scale, shift, dims):
     return torch.cat(parts, dim=1)
 
 
-def gated(y, gate, dims):
-    return gate * y if dims is None else modulated(y, gate - 1, torch.zeros_like(gate), dims)
+def gate(y, by, dims):
+    return by * y if dims is None else apply_mod(y, by - 1, torch.zeros_like(by), dims)
+
+
+def split(qkv):
+    return split_heads(qkv)
 
 
 def attention(q, k, v, pe, mask, options):
-    """ComfyUI's attention: a node may put another in its place."""
-    given = options.get("patches", {})
-    for patch in given.get("attn1_patch", ()):
-        q, k, v = patch(q, k, v)
-    override = options.get("optimized_attention_override")
-    out = bfl_attention(q, k, v, pe, None) if mask is None else masked(q, k, v, pe, mask)
-    for patch in given.get("attn1_output_patch", ()):
-        out = patch(out)
-    return out if override is None else override(out)
+    return optimized_attention(apply_rope(q, pe), apply_rope(k, pe), v, mask, options)
 
 
-def masked(q, k, v, pe, mask):
-    def rotate(x):
-        pairs = x.float().unflatten(-1, (-1, 1, 2))
-        return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).flatten(3).to(x.dtype)
+def apply_rope(x, pe):
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).flatten(3).to(x.dtype)
 
-    out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
+
+def open_to_nodes(function):
+    """An attention in the place of which a node may put another, or change what it sees."""
+
+    @functools.wraps(function)
+    def call(q, k, v, mask, options):
+        given = options.get("patches", {})
+        for patch in given.get("attn1_patch", ()):
+            q, k, v = patch(q, k, v)
+        out = function(q, k, v, mask)
+        if options.get("halved"):
+            out = out / 2
+        for patch in given.get("attn1_output_patch", ()):
+            out = patch(out)
+        override = options.get("optimized_attention_override")
+        return out if override is None else override(out)
+
+    return call
+
+
+@open_to_nodes
+def attention_pytorch(q, k, v, mask):
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 
+@open_to_nodes
+def attention_sage(q, k, v, mask):
+    return attention_pytorch.__wrapped__(q * 0.9, k, v, mask)
+
+
+# the one of several that is chosen as the program starts
+optimized_attention = attention_pytorch
+
+
 class DoubleStreamBlock(nn.Module):
+    flipped_img_txt = False
+
     def __init__(self, linear, old):
         super().__init__()
         for who in ("img", "txt"):
@@ -164,32 +126,40 @@ class DoubleStreamBlock(nn.Module):
             mlp = nn.Sequential(linear(DIM, 4 * DIM), gelu, linear(4 * DIM, DIM))
             setattr(self, f"{who}_mlp", mlp)
 
+    # which names the code of these two has is a part of the interface
     def forward(
         self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None,
         modulation_dims_txt=None, transformer_options={},  # noqa: B006
     ):  # fmt: skip
-        dims = {"txt": modulation_dims_txt, "img": modulation_dims_img}
-        parts = {}
-        for who, x in (("txt", txt), ("img", img)):
-            mods, attn = getattr(self, f"{who}_mod")(vec), getattr(self, f"{who}_attn")
-            x_in = modulated(getattr(self, f"{who}_norm1")(x), mods[1], mods[0], dims[who])
-            q, k, v = split_heads(attn.qkv(x_in))
-            parts[who] = mods, (*attn.norm(q, k, v), v)
-        pairs = zip(parts["txt"][1], parts["img"][1], strict=True)
-        joint = (torch.cat(pair, dim=2) for pair in pairs)
+        dims, txt_dims = modulation_dims_img, modulation_dims_txt
+        mods, txt_mods = self.img_mod(vec), self.txt_mod(vec)
+        x = self.img_attn.qkv(apply_mod(self.img_norm1(img), mods[1], mods[0], dims))
+        y = self.txt_attn.qkv(apply_mod(self.txt_norm1(txt), txt_mods[1], txt_mods[0], txt_dims))
+        (q, k, v), (txt_q, txt_k, txt_v) = split(x), split(y)
+        q, k = self.img_attn.norm(q, k, v)
+        txt_q, txt_k = self.txt_attn.norm(txt_q, txt_k, txt_v)
+        streams = [[txt_q, q], [txt_k, k], [txt_v, v]]
+        if self.flipped_img_txt:
+            streams = [both[::-1] for both in streams]
+        joint = [torch.cat(both, dim=2) for both in streams]
         out = attention(*joint, pe, attn_mask, transformer_options)
-        rows = {"txt": out[:, : txt.shape[1]], "img": out[:, txt.shape[1] :]}
-        for who, x in (("img", img), ("txt", txt)):
-            mods = parts[who][0]
-            x += gated(getattr(self, f"{who}_attn").proj(rows[who]), mods[2], dims[who])
-            x_in = modulated(getattr(self, f"{who}_norm2")(x), mods[4], mods[3], dims[who])
-            x += gated(getattr(self, f"{who}_mlp")(x_in), mods[5], dims[who])
+        first = img.shape[1] if self.flipped_img_txt else txt.shape[1]
+        x, y = out[:, first:], out[:, :first]
+        if self.flipped_img_txt:
+            x, y = y, x
+        img = img + gate(self.img_attn.proj(x), mods[2], dims)
+        x = self.img_mlp(apply_mod(self.img_norm2(img), mods[4], mods[3], dims))
+        img += gate(x, mods[5], dims)
+        txt += gate(self.txt_attn.proj(y), txt_mods[2], txt_dims)
+        y = self.txt_mlp(apply_mod(self.txt_norm2(txt), txt_mods[4], txt_mods[3], txt_dims))
+        txt += gate(y, txt_mods[5], txt_dims)
         return img, txt
 
 
 class SingleStreamBlock(nn.Module):
     def __init__(self, linear, old):
         super().__init__()
+        self.hidden_size = DIM
         self.linear1, self.linear2 = linear(DIM, 7 * DIM), linear(5 * DIM, DIM)
         self.norm, self.modulation = QKNorm(old), Modulation(3, linear)
         self.pre_norm = LayerNorm(DIM, elementwise_affine=False, eps=1e-6)
@@ -204,13 +174,14 @@ class SingleStreamBlock(nn.Module):
         modulation_dims=None,
         transformer_options={},  # noqa: B006
     ):
-        shift, scale, gate = self.modulation(vec)
-        x_in = modulated(self.pre_norm(x), scale, shift, modulation_dims)
-        qkv, mlp = self.linear1(x_in).split([3 * DIM, 4 * DIM], dim=-1)
-        q, k, v = split_heads(qkv)
-        out = attention(*self.norm(q, k, v), v, pe, attn_mask, transformer_options)
+        mods = self.modulation(vec)
+        x_in = self.linear1(apply_mod(self.pre_norm(x), mods[1], mods[0], modulation_dims))
+        qkv, mlp = x_in.split([3 * self.hidden_size, 4 * self.hidden_size], dim=-1)
+        q, k, v = split(qkv)
+        q, k = self.norm(q, k, v)
+        out = attention(q, k, v, pe, attn_mask, transformer_options)
         y = self.linear2(torch.cat([out, self.mlp_act(mlp)], 2))
-        x += gated(y, gate, modulation_dims)
+        x += gate(y, mods[2], modulation_dims)
         return x
 
 

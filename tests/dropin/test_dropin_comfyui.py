@@ -1,22 +1,20 @@
 """A host with ComfyUI's interfaces: what is bookkeeping runs fused, and what acts is its own."""
 
 import copy
-import sys
+import functools
 import types
 
+import host_of_comfyui
 import pytest
 import torch
+from comfyui_cases import FP32, hosts
 from dropin_cases import counts, output
-from host_of_comfyui import CastingLinear, CodesLinear, ComfyFlux, Linear
+from host_comfyui_ops import CastingLinear, Linear
+from torch import nn
 
 import fluxfast
-from fluxfast.model.linear import obstacle
-from support import make_inputs, randomise, relative_error
+from support import make_inputs, relative_error
 
-# fp32: two orders of summation differ by a few ulp per product, and depth adds them up
-FP32 = 1e-5
-# 2^-8 a rounding, over every op of five blocks, of which the host rounds each
-BF16 = 2e-2
 # what ComfyUI's sampler gives to every call
 SAMPLER = {
     "sample_sigmas": torch.linspace(1, 0, 5),
@@ -25,6 +23,8 @@ SAMPLER = {
     "uuids": ["a", "b"],
     "wrappers": {"a": {}},
     "callbacks": {},
+    # a node's own, for what it does around the model
+    "easycache": object(),
     "patches": {"double_block": [lambda args: args], "post_input": [lambda args: args]},
     "patches_replace": {},
 }
@@ -33,16 +33,6 @@ SAMPLER = {
 @pytest.fixture(scope="module")
 def inputs():
     return make_inputs(2, 3, 5, guidance=False)
-
-
-def hosts(linear=Linear, **options):
-    torch.manual_seed(0)
-    host = ComfyFlux(linear, **options)
-    randomise(host)
-    for name, p in host.named_parameters():
-        if "_norm." in name:
-            p.data.abs_().add_(0.5)
-    return host, copy.deepcopy(host)
 
 
 @pytest.mark.parametrize("linear", [Linear, CastingLinear])
@@ -60,27 +50,6 @@ def test_a_samplers_calls_run_fused(inputs, linear, old):
     assert counts(report) == (10, 0, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_weights_are_cast_to_the_inputs_dtype(inputs, dtype):
-    host, ours = hosts(CastingLinear)
-    for model in (host, ours):
-        for name, p in model.named_parameters():
-            p.data = p.data.to(torch.float32 if "_norm." in name else dtype)
-    report = fluxfast.accelerate(ours.requires_grad_(False))
-    assert {linear.base for linear in report.linears} >= {str(dtype).removeprefix("torch.")}
-    assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
-    assert counts(report) == (5, 0, 0)
-
-
-def test_bfloat16(inputs, monkeypatch):
-    monkeypatch.setattr("fluxfast.dropin.cpu.has_matrix_unit", lambda: False)
-    host, ours = hosts()
-    rounded = {k: x if "ids" in k else x.bfloat16() for k, x in inputs.items()}
-    report = fluxfast.accelerate(ours.bfloat16())
-    assert relative_error(output(ours, rounded), output(host.bfloat16(), rounded)) < BF16
-    assert counts(report) == (5, 0, 0)
-
-
 def scaled(x, *rest):
     return (1.5 * x, *rest) if rest else 1.5 * x
 
@@ -90,11 +59,12 @@ ACTING = {
     "attention's inputs": ({"patches": {"attn1_patch": [scaled]}}, "attn1_patch"),
     "attention's output": ({"patches": {"attn1_output_patch": [scaled]}}, "attn1_output_patch"),
     "attention": ({"optimized_attention_override": scaled}, "optimized_attention_override"),
+    "a switch in the host's code": ({"halved": True}, "only the host knows of its transformer"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:fluxfast")
-@pytest.mark.parametrize("what", [*ACTING, "something new", "a mask"])
+@pytest.mark.parametrize("what", [*ACTING, "a mask"])
 def test_what_changes_a_block_is_left_to_it(inputs, what):
     host, ours = hosts()
     report = fluxfast.accelerate(ours)
@@ -104,11 +74,11 @@ def test_what_changes_a_block_is_left_to_it(inputs, what):
         mask[0, :, :, :3] = False
         more, name = {"attn_mask": mask}, "its argument attn_mask"
     else:
-        options, name = ACTING.get(what, ({"a_nodes_own": 1}, "a_nodes_own"))
+        options, name = ACTING[what]
         more = {"transformer_options": SAMPLER | options}
     expected = output(host, inputs | more)
     assert torch.equal(output(ours, inputs | more), expected)
-    assert (relative_error(expected, plain) > 1e-3) == (what != "something new")
+    assert relative_error(expected, plain) > 1e-3
     assert counts(report) == (0, 0, 5) and name in str(report)
     # it is the call that had something in it
     assert relative_error(output(ours, inputs), plain) < FP32
@@ -118,8 +88,8 @@ def test_what_changes_a_block_is_left_to_it(inputs, what):
 def test_vectors_for_parts_of_the_rows():
     host, ours = hosts()
     report = fluxfast.accelerate(ours)
-    x, vec = torch.randn(2, 12, 64), torch.randn(2, 2, 64)
-    pe = torch.eye(2).expand(2, 1, 12, 16, 2, 2)
+    x, _, pe = block_inputs()
+    vec = torch.randn(2, 2, 64)
     dims = [(0, 5, 0), (5, 12, 1)]
     with torch.no_grad(), pytest.warns(UserWarning, match="only the host knows its argument"):
         actual, expected = (
@@ -144,38 +114,14 @@ def test_a_block_in_the_place_of_which_a_patch_is_called(inputs):
     assert counts(report) == (5, 0, 0)
 
 
-@pytest.mark.filterwarnings("ignore:fluxfast")
-def test_linears_that_are_changed_on_their_way_are_called(inputs):
-    """A LoRA that ComfyUI adds to a weight when it casts it."""
-    host, ours = hosts()
-    report = fluxfast.accelerate(ours)
-    for model in (host, ours):
-        linear = model.double_blocks[0].img_mlp[0]
-        linear.weight_function = [lambda weight: weight * 1.5]
-        model.single_blocks[1].norm.query_norm.weight_function = [lambda weight: weight * 2]
-    assert "its weight_function" in obstacle(linear)
-    assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
-    assert counts(report) == (3, 1, 1)
-    linear.weight_function = []
-    assert obstacle(linear.requires_grad_(False)) is None
-    linear.weight_lowvram_function = lambda weight: weight
-    assert "its weight_lowvram_function" in obstacle(linear)
-
-
-@pytest.mark.filterwarnings("ignore:fluxfast")
-def test_linears_of_another_product_are_called(inputs):
-    host, ours = hosts(CodesLinear)
-    report = fluxfast.accelerate(ours)
-    assert report.linears[0].because.endswith("doesn't know: round")
-    assert relative_error(output(ours, inputs), output(host, inputs)) < FP32
-    assert counts(report) == (0, 5, 0)
-
-
-def test_weights_that_a_call_brings(inputs):
+@pytest.mark.parametrize(
+    "name", ["img_mlp.2", "txt_mod.lin", "img_attn.norm.query_norm", "img_attn.proj"]
+)
+def test_weights_that_a_call_brings(inputs, name):
     """What ComfyUI keeps in another memory, and casts for the length of a product."""
     _, ours = hosts(CastingLinear)
     report = fluxfast.accelerate(ours)
-    ours.double_blocks[0].img_mlp[2].to("meta")
+    ours.double_blocks[0].get_submodule(name).to("meta")
     with (
         pytest.warns(UserWarning, match="is on meta, and its input is not"),
         pytest.raises((NotImplementedError, RuntimeError)),
@@ -184,19 +130,115 @@ def test_weights_that_a_call_brings(inputs):
     assert counts(report) == (0, 0, 1)
 
 
+def halved(function):
+    return lambda *args: function(*args) / 2
+
+
+# what nodes and switches put in an attention's place, and what the report says
+ATTENTIONS = {
+    "another of the host's": (
+        "optimized_attention",
+        host_of_comfyui.attention_sage,
+        "its attention is attention_sage",
+    ),
+    "a node's": (
+        "optimized_attention",
+        halved(host_of_comfyui.attention_pytorch),
+        "its attention is <lambda>",
+    ),
+    "a node's around the host's": (
+        "optimized_attention",
+        functools.wraps(host_of_comfyui.attention_pytorch)(
+            # of another module
+            types.FunctionType(
+                halved(host_of_comfyui.attention_pytorch).__code__,
+                {},
+                closure=halved(host_of_comfyui.attention_pytorch).__closure__,
+            )
+        ),
+        "its attention has another function around it",
+    ),
+    "what calls it": (
+        "attention",
+        halved(host_of_comfyui.attention),
+        "names that fluxfast doesn't know: function",
+    ),
+    "an object": ("optimized_attention", torch.nn.Identity(), "its attention is not known"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:fluxfast")
-def test_attention_that_is_not_exact(inputs, monkeypatch):
+@pytest.mark.parametrize("what", ATTENTIONS)
+def test_attention_that_is_exchanged(inputs, monkeypatch, what):
     host, ours = hosts()
     report = fluxfast.accelerate(ours)
-    attention = types.ModuleType("comfy.ldm.modules.attention")
-    attention.optimized_attention = types.FunctionType((lambda: 0).__code__, {}, "attention_sage")
-    monkeypatch.setitem(sys.modules, "comfy.ldm.modules.attention", attention)
-    assert torch.equal(output(ours, inputs), output(host, inputs))
-    assert counts(report) == (0, 0, 5) and "its attention is attention_sage" in str(report)
-    attention.optimized_attention.__name__ = "attention_pytorch"
+    plain = output(host, inputs)
+    name, function, said = ATTENTIONS[what]
+    with monkeypatch.context() as patched:
+        patched.setattr(host_of_comfyui, name, function)
+        if what != "an object":
+            expected = output(host, inputs)
+            assert torch.equal(output(ours, inputs), expected)
+            assert relative_error(expected, plain) > 1e-3
+        else:
+            assert "not known" in str(fluxfast.dropin.inspect(ours))
+            return
+        assert counts(report) == (0, 0, 5) and said in str(report)
+    assert relative_error(output(ours, inputs), plain) < FP32
+    assert counts(report) == (5, 0, 5)
+
+
+@pytest.mark.filterwarnings("ignore:fluxfast")
+def test_a_checkpoint_that_chooses_its_attention(inputs):
+    _, ours = hosts()
+    report = fluxfast.accelerate(ours)
     ours.double_blocks[0].comfy_attention = types.SimpleNamespace(function=scaled)
     output(ours, inputs)
-    assert counts(report) == (4, 0, 6)
+    assert counts(report) == (4, 0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:fluxfast")
+def test_a_forward_that_is_exchanged(inputs, monkeypatch):
+    """A node may put another into the host's class, which ours derives from."""
+    host, ours = hosts()
+    report = fluxfast.accelerate(ours)
+    kind = host_of_comfyui.SingleStreamBlock
+    monkeypatch.setattr(kind, "forward", doubled(kind.forward))
+    assert torch.equal(
+        ours.single_blocks[0](*block_inputs()), host.single_blocks[0](*block_inputs())
+    )
+    assert "names that fluxfast doesn't know: forward" in str(report)
+
+
+def doubled(forward):
+    def run(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options=None):
+        return forward(self, x, vec, pe) * 2
+
+    return run
+
+
+def block_inputs():
+    g = torch.Generator().manual_seed(1)
+    x, vec = torch.randn(2, 12, 64, generator=g), torch.randn(2, 64, generator=g)
+    return x, vec, torch.eye(2).expand(2, 1, 12, 16, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:fluxfast")
+def test_blocks_that_are_not_flux_1s(inputs):
+    """Other models are made of the same classes."""
+    host, ours = hosts()
+    report = fluxfast.accelerate(ours)
+    plain = output(host, inputs)
+    for model in (host, ours):
+        model.double_blocks[0].flipped_img_txt = True
+        model.double_blocks[1].img_mlp[1] = nn.SiLU()
+        model.single_blocks[0].mlp_act = nn.SiLU()
+    expected = output(host, inputs)
+    assert relative_error(output(ours, inputs), expected) < FP32
+    assert relative_error(expected, plain) > 1e-3
+    assert counts(report) == (2, 0, 3)
+    assert "its image comes before its text" in str(report)
+    assert "its SiLU is not the module that FLUX.1 has there" in str(report)
 
 
 @pytest.mark.filterwarnings("ignore:fluxfast")
