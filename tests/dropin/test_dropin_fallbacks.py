@@ -40,6 +40,16 @@ def exact_gelu(model):
     model.single_transformer_blocks[0].act_mlp = nn.GELU()
 
 
+def other_activation(model):
+    model.single_transformer_blocks[0].act_mlp = nn.SiLU()
+
+
+def norm_of_another_kind(model):
+    norm = model.transformer_blocks[0].norm2
+    model.transformer_blocks[0].norm2 = nn.RMSNorm(norm.normalized_shape, eps=norm.eps)
+    model.requires_grad_(False)
+
+
 def other_norm(model):
     class Norm(nn.LayerNorm):
         def forward(self, x):
@@ -83,6 +93,8 @@ WAYS_OFF = {
     hook_on_linear: ("composed", "a linear of it is called by its module: it has hooks"),
     hook_on_dropout: ("composed", "its Dropout is called as a module: it has hooks"),
     exact_gelu: ("host", "its GELU is not the module that FLUX.1 has there"),
+    other_activation: ("host", "its SiLU is not the module that FLUX.1 has there"),
+    norm_of_another_kind: ("host", "its RMSNorm is not the module that FLUX.1 has there"),
     other_norm: ("host", "its Norm is not the module that FLUX.1 has there"),
     norm_with_weights: ("host", "its LayerNorm is not the module that FLUX.1 has there"),
     dora_and_lora: ("composed", "one of several adapters is DoRA"),
