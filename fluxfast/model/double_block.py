@@ -85,8 +85,8 @@ class DoubleMaths(BlockBase):
             modules.append((own_module(self, name), LAYER_NORM))
         for name in ("ff", "ff_context"):
             ff = own_module(self, name)
-            activation, dropout, _ = own_module(ff, "net")
-            modules += ((ff, MLP), (activation, ACTIVATION), (dropout, DROPOUT))
+            net = list(own_module(ff, "net"))[:2]
+            modules += ((ff, MLP), *zip(net, (ACTIVATION, DROPOUT), strict=False))
         return modules
 
     def composed_because(self, kwargs: dict[str, Any]) -> str | None:

@@ -16,12 +16,14 @@ from fluxfast_bench.report.markdown import (
 )
 from fluxfast_bench.report.results import Result, newest_cases
 from fluxfast_bench.shapes import SHAPES
+from fluxfast_bench.trainers.case import was_measured
 
 COUNTED = ("blocks", "linears", "adapters")
 TITLES = {
     "diffusers": "diffusers + PEFT",
     "simpletuner": "SimpleTuner",
     "onetrainer": "OneTrainer",
+    "comfyui": "ComfyUI",
 }
 
 
@@ -31,7 +33,7 @@ def by_trainer(stored: Sequence[Result]) -> str:
     for result, shape, records in newest_cases(stored, "trainers"):
         rows = []
         for trainer in dict.fromkeys(r["contestant"] for r in records):
-            cases = [r for r in records if r["contestant"] == trainer and "reason" not in r]
+            cases = [r for r in records if r["contestant"] == trainer and was_measured(r)]
             whole = [r for r in cases if r["blocks_fused"] == r["blocks"]]
             rates = [r["ratio"] for r in whole]
             if cases:
@@ -63,10 +65,10 @@ def by_case(stored: Sequence[Result]) -> str:
                 f"{r['plain_seconds'] * 1e3:.0f}",
                 f"{r['seconds'] * 1e3:.0f}",
                 f"{r['ratio']:.2f}",
-                f"{r['gradient_error']:.0e}",
+                f"{r.get('gradient_error', r['output_error']):.0e}",
             ]
             for r in records
-            if "reason" not in r
+            if was_measured(r)
         ]
         head = ["", "", "why not fused", *COUNTED, "its own ms", "ms", "rate", "error"]
         failed = [

@@ -1,4 +1,4 @@
-"""A trainer's model with its adapters, and what a step of it computes."""
+"""A trainer's model with its adapters, and what a step of it computes, or a forward alone."""
 
 from __future__ import annotations
 
@@ -21,16 +21,28 @@ from fluxfast_bench.timing import time_each
 RANK = 16
 # the largest relative difference in fp32 that is rounding, over six blocks and two steps
 SAME = 1e-4
+# the last two are of what trains
+ERRORS = ("output_error", "gradient_error", "two_steps_error")
 _CPU = torch.device("cpu")
+
+
+class Absent(Exception):
+    """That a checkout, or the machine, has nothing of what a case is about."""
 
 
 @dataclass
 class Case:
-    """A model, what trains on it, and a forward of it."""
+    """A model, what trains on it, and a forward of it.
+
+    Where nothing trains, the forward is all that is measured, without gradients. same: the largest
+    error that is rounding. holds: what has to live as long as the case.
+    """
 
     model: nn.Module
     trained: list[nn.Parameter]
     call: Callable[[], Tensor]
+    same: float = SAME
+    holds: Any = None
 
     def draw(self) -> None:
         """Give the adapters the size of trained ones: most begin as zeros, which hide errors."""
@@ -44,6 +56,9 @@ class Case:
         return out.detach(), out.float().square().mean()
 
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
+        if not self.trained:
+            with torch.inference_mode():
+                return self.call(), []
         for p in self.trained:
             p.grad = None
         out, loss = self.loss()
@@ -86,16 +101,24 @@ def measure(make: Callable[[Shape], Case], shape: Shape, rounds: int) -> dict[st
     report = fluxfast.accelerate(ours.model)
     (out, grads), (expected, expected_grads) = ours.gradients(), theirs.gradients()
     counted = counts_of(ours.model, report)
+    errors = {"output_error": error_of([out], [expected])}
     seconds = times_of(theirs, ours, rounds)
-    for case in (ours, theirs):
-        case.steps(2)
-    return {
-        **counted,
-        "output_error": error_of([out], [expected]),
-        "gradient_error": error_of(grads, expected_grads),
-        "two_steps_error": error_of(ours.trained, theirs.trained),
-        **seconds,
-    }
+    if theirs.trained:
+        for case in (ours, theirs):
+            case.steps(2)
+        errors["gradient_error"] = error_of(grads, expected_grads)
+        errors["two_steps_error"] = error_of(ours.trained, theirs.trained)
+    return {**counted, **errors, "same": theirs.same, **seconds}
+
+
+def worst_error(record: dict[str, Any]) -> str:
+    """The name of the largest error that was measured of a case."""
+    return max((name for name in ERRORS if name in record), key=lambda name: record[name])
+
+
+def was_measured(record: dict[str, Any]) -> bool:
+    """Whether a case ran; of the others the record says why they did not."""
+    return "output_error" in record
 
 
 def counts_of(model: nn.Module, report: Report) -> dict[str, Any]:
@@ -130,7 +153,7 @@ def _is_adapted(linear: nn.Module) -> bool:
 
 
 def times_of(theirs: Case, ours: Case, rounds: int) -> dict[str, float]:
-    """Median seconds of a forward and backward of each, taken in turn."""
+    """Median seconds of a forward of each, and backward where something trains, taken in turn."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for case in (theirs, ours):
         case.gradients()

@@ -7,7 +7,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -34,16 +34,20 @@ class _Empty(ModuleType):
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds, after everyone else, an empty module for a package that a trainer's code imports.
 
-    What installed packages look for and don't find is no concern of it.
+    What installed packages look for and don't find is no concern of it, nor is what the trainer
+    can do without (`optional`).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, optional: Collection[str]) -> None:
         self._folder, self.names = str(folder.resolve()), set[str]()
+        self._optional = optional
 
     def find_spec(
         self, name: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, inside = name.partition(".")
+        if package in self._optional:
+            return None
         if package not in self.names and (inside or not self._asked_by_trainer()):
             return None
         self.names.add(package)
@@ -68,15 +72,16 @@ def _imports(file: str) -> bool:
 
 
 @contextmanager
-def code_of(folder: Path, *inside: str) -> Iterator[set[str]]:
+def code_of(folder: Path, *inside: str, optional: Collection[str] = ()) -> Iterator[set[str]]:
     """A context in which a trainer's modules can be imported from its checkout.
 
     inside: the folders in it that its modules are in; none: the checkout itself. A package that is
-    not installed is an empty one there. Gives the names of all that were empty.
+    not installed is an empty one there; where it is `optional` it is missing. Gives the names of
+    all that were empty.
     """
     for module in _OPTIONAL_IMPORTS_IN:
         importlib.import_module(module)
-    finder = _StandIns(folder)
+    finder = _StandIns(folder, optional)
     before = list(sys.path)
     sys.path[:0] = [str(folder.resolve() / each) for each in inside or ("",)]
     sys.meta_path.append(finder)

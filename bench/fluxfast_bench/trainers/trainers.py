@@ -4,12 +4,14 @@ Each trainer's code is taken from a checkout that the command line names; diffus
 there always. A small model of the trainer's own class gets the trainer's own adapters twice: left
 alone, and accelerated. They have to give the same outputs, the same gradients and, after two steps
 of AdamW, the same weights. What of it runs fused is counted, and a forward and backward of each is
-timed, in turn. Packages that a trainer imports and that are not installed are empty ones.
+timed, in turn; of a program that only draws, a forward. Packages that a trainer imports and that
+are not installed are empty ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,9 @@ from fluxfast_bench.report import results
 from fluxfast_bench.run import Run
 from fluxfast_bench.shapes import SHAPES
 from fluxfast_bench.step import worker as processes
-from fluxfast_bench.trainers.case import SAME
+from fluxfast_bench.trainers.case import SAME, was_measured, worst_error
 from fluxfast_bench.trainers.worker import INSTALLED, TRAINERS, cases_of
 
-ERRORS = ("output_error", "gradient_error", "two_steps_error")
 # seconds in which a case has to be done
 LIMIT = 600.0
 
@@ -46,10 +47,11 @@ def measured(
         elif kind == "died":
             for case in waiting:
                 yield named | {"mode": case, "reason": rest[0]}
-        elif kind in ("measured", "failed"):
+        elif kind in ("measured", "failed", "absent"):
             case, found = rest
             waiting.remove(case)
-            yield named | {"mode": case} | (found if kind == "measured" else {"reason": found})
+            why = {"failed": "reason", "absent": "absent"}
+            yield named | {"mode": case} | (found if kind == "measured" else {why[kind]: found})
 
 
 def violations(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -59,20 +61,23 @@ def violations(records: Sequence[dict[str, Any]]) -> list[str]:
         what = f"{record['contestant']}, {record['mode']}"
         if "reason" in record:
             lines.append(f"{what}: {record['reason']}")
+        if not was_measured(record):
             continue
-        worst = max(ERRORS, key=lambda name: record[name])
+        worst, same = worst_error(record), record.get("same", SAME)
         # a NaN compares as false
-        if not record[worst] <= SAME:
-            lines.append(f"{what}: {worst} is {record[worst]:.2g}, at most {SAME:g}")
+        if not record[worst] <= same:
+            lines.append(f"{what}: {worst} is {record[worst]:.2g}, at most {same:g}")
     return lines
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:
-    table = Table("trainer", "trains")
+    table = Table("trainer", "case")
     for head in ("blocks fused", "linears", "adapters", "error", "plain ms", "ms", "ratio"):
         table.add_column(head, justify="right")
     for r in records:
-        if "reason" not in r:
+        if "absent" in r:
+            table.add_row(r["contestant"], r["mode"], r["absent"])
+        if was_measured(r):
             table.add_row(
                 r["contestant"],
                 r["mode"],
@@ -80,7 +85,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
                     f"{r[f'{what}_fused']} of {r[what]}"
                     for what in ("blocks", "linears", "adapters")
                 ),
-                f"{max(r[name] for name in ERRORS):.1g}",
+                f"{r[worst_error(r)]:.1g}",
                 f"{r['plain_seconds'] * 1e3:.0f}",
                 f"{r['seconds'] * 1e3:.0f}",
                 f"{r['ratio']:.2f}",
@@ -150,7 +155,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _without_folders(argv: Sequence[str]) -> list[str]:
     """A command line as it is stored: where a checkout lay on a machine helps nobody."""
-    names = {name for name in TRAINERS if name not in INSTALLED}
-    return [
-        f"{trainer}=…" if (trainer := word.partition("=")[0]) in names else word for word in argv
-    ]
+    names = "|".join(name for name in TRAINERS if name not in INSTALLED)
+    # as a word of its own, or in that of its option
+    return [re.sub(rf"(^|=)({names})=.*", r"\1\2=…", word) for word in argv]

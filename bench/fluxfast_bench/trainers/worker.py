@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast_bench.shapes import SHAPES
-from fluxfast_bench.trainers.case import measure
+from fluxfast_bench.trainers.case import Absent, measure
 from fluxfast_bench.trainers.importing import code_of
 
 # each trainer's module in `hosts`; those of the packages that are installed need no checkout
@@ -25,11 +25,12 @@ TRAINERS = {
     "ai-toolkit": "ai_toolkit",
     "sd-scripts": "sd_scripts",
     "musubi-tuner": "musubi",
+    "comfyui": "comfyui",
 }
 
 
 def cases_of(trainer: str) -> list[str]:
-    """What a trainer's cases train."""
+    """What a trainer's cases train, or draw with."""
     return list(_module(trainer).CASES)
 
 
@@ -42,8 +43,8 @@ def measure_trainer(
 ) -> None:
     """Measures all cases of a trainer.
 
-    Sends ("start", case), then ("measured", case, record) or ("failed", case, reason), for each in
-    turn, and ("done",). folder: its checkout.
+    Sends ("start", case), then ("measured", case, record), ("failed", case, reason) or ("absent",
+    case, reason), for each in turn, and ("done",). folder: its checkout.
     """
     # trainers tell their users much that is none of ours
     logging.disable(logging.WARNING)
@@ -53,12 +54,16 @@ def measure_trainer(
         stack.enter_context(redirect_stdout(io.StringIO()))
         if folder is not None:
             inside = getattr(module, "INSIDE", ())
-            empty = stack.enter_context(code_of(Path(folder), *inside))
+            optional = getattr(module, "OPTIONAL", ())
+            empty = stack.enter_context(code_of(Path(folder), *inside, optional=optional))
         version = commit_of(folder) if folder is not None else None
         for case, make in module.CASES.items():
             send(("start", case))
             try:
                 record = measure(make, SHAPES[shape], rounds)
+            except Absent as error:
+                send(("absent", case, str(error)))
+                continue
             except Exception as error:
                 send(("failed", case, f"{type(error).__name__}: {error}".splitlines()[0]))
                 continue

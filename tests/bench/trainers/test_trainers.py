@@ -3,15 +3,17 @@
 import importlib
 import json
 import sys
+import types
 
 import pytest
 import torch
+from torch import nn
 
 from fluxfast_bench.main import main
 from fluxfast_bench.report import trainers_sections
 from fluxfast_bench.report.results import read_all
 from fluxfast_bench.shapes import SHAPES
-from fluxfast_bench.trainers import case, trainers
+from fluxfast_bench.trainers import case, trainers, worker
 from fluxfast_bench.trainers.hosts import diffusers_peft
 from fluxfast_bench.trainers.importing import code_of, require
 
@@ -56,6 +58,13 @@ def test_a_case_may_need_a_package_that_is_no_empty_one(checkout):
             require("no_such_package")
 
 
+def test_a_package_that_a_trainer_can_do_without_is_missing(checkout):
+    with code_of(checkout, optional=("no_such_package",)) as empty:
+        with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+            importlib.import_module("its_code.models")
+        assert not empty
+
+
 def test_every_case_of_diffusers_runs_fused_and_equal():
     for name, make in diffusers_peft.CASES.items():
         record = case.measure(make, SHAPES["tiny"], rounds=1)
@@ -63,7 +72,46 @@ def test_every_case_of_diffusers_runs_fused_and_equal():
         assert record["linears_fused"] == record["linears"] == 17
         assert record["adapters_fused"] == record["adapters"] == 17
         assert not record["remains"] and record["ratio"] > 0
-        assert max(record[error] for error in trainers.ERRORS) < case.SAME, name
+        assert max(record[error] for error in case.ERRORS) < case.SAME, name
+
+
+def drawing(shape):
+    """A program's case, which trains nothing."""
+    made = diffusers_peft.lora(shape)
+    return case.Case(made.model.requires_grad_(False), [], made.call, same=1e-5)
+
+
+def test_a_case_that_only_draws():
+    record = case.measure(drawing, SHAPES["tiny"], rounds=1)
+    assert record["blocks_fused"] == record["blocks"] == 2 and record["ratio"] > 0
+    assert "gradient_error" not in record and "two_steps_error" not in record
+    assert case.worst_error(record) == "output_error" and record["output_error"] < 1e-5
+    named = {"contestant": "a", "mode": "inference"}
+    assert trainers.violations([record | named]) == []
+    (line,) = trainers.violations([record | named | {"output_error": 2e-5}])
+    assert line == "a, inference: output_error is 2e-05, at most 1e-05"
+    assert trainers.table_of([record | named]).row_count == 1
+
+
+def test_a_case_of_something_that_a_checkout_has_not(monkeypatch):
+    def absent(shape):
+        raise case.Absent("this checkout has no fp8")
+
+    def broken(shape):
+        return nn.Linear(1, 1).no_such_attribute
+
+    cases = types.SimpleNamespace(CASES={"inference, fp8": absent, "LoRA": broken})
+    monkeypatch.setattr(worker, "_module", lambda _: cases)
+    # it is meant for a process of its own
+    monkeypatch.setattr(worker.logging, "disable", lambda _: None)
+    monkeypatch.setattr(worker.warnings, "simplefilter", lambda _: None)
+    sent = []
+    worker.measure_trainer("its own", None, "tiny", 1, sent.append)
+    assert ("absent", "inference, fp8", "this checkout has no fp8") in sent
+    assert [kind for kind, *_ in sent] == ["start", "absent", "start", "failed", "done"]
+    record = {"contestant": "a", "mode": "inference, fp8", "absent": "this checkout has no fp8"}
+    assert not case.was_measured(record) and trainers.violations([record]) == []
+    assert trainers.table_of([record]).row_count == 1
 
 
 def hooked(shape):
@@ -85,7 +133,7 @@ def test_errors_are_seen():
     assert case.error_of([torch.full((3,), 1.5)], [torch.ones(3)]) == 0.5
     assert case.error_of([None], [torch.ones(3)]) == float("inf")
     assert case.error_of([torch.full((3,), float("nan"))], [torch.ones(3)]) == float("inf")
-    good = dict.fromkeys(trainers.ERRORS, 1e-6) | {"contestant": "a", "mode": "LoRA"}
+    good = dict.fromkeys(case.ERRORS, 1e-6) | {"contestant": "a", "mode": "LoRA"}
     assert trainers.violations([good]) == []
     assert trainers.violations([good | {"gradient_error": 1e-3}]) == [
         "a, LoRA: gradient_error is 0.001, at most 0.0001"
@@ -101,9 +149,11 @@ def test_the_command_stores_what_it_measured(tmp_path, capsys, monkeypatch):
     folder.mkdir()
     words = ["--shape", "tiny", "--rounds", "1", "--results", str(tmp_path / "results")]
     # a folder without the trainer's code: each of its cases says so
-    assert main(["trainers", *words, "--host-path", f"sd-scripts={folder}"]) == 1
+    given = ["--host-path", f"sd-scripts={folder}", f"--host-path=comfyui={folder}"]
+    assert main(["trainers", *words, *given]) == 1
     said = capsys.readouterr()
     assert "sd-scripts, LoRA: ModuleNotFoundError: No module named 'library'" in said.err
+    assert "comfyui, inference, plain: ModuleNotFoundError: No module named 'comfy'" in said.err
     assert "diffusers" in said.out and "2 of 2" in said.out
     (stored,) = read_all(tmp_path / "results")
     text = json.dumps(stored.data)
