@@ -134,11 +134,23 @@ def _unknown_in(code: CodeType, known: frozenset[str]) -> str | None:
 
 def norm_because(norm: Any) -> str | None:
     """Why an RMS norm, or another of a block's modules, isn't read but left to its block."""
-    if getattr(norm, "eps", 0.0) is None:
-        return "the eps of an RMS norm is that of its input's dtype"
     if getattr(norm, "weight_function", None) or getattr(norm, "bias_function", None):
         return f"its {type(norm).__name__} has a function that changes its weight"
     return None
+
+
+def default_eps(x: torch.Tensor) -> float:
+    """What torch's RMS norm adds to the mean square of an x, where nobody says how much."""
+    return _default_eps(x.device, x.dtype)
+
+
+@functools.cache
+def _default_eps(device: torch.device, dtype: torch.dtype) -> float:
+    """It is the smallest step of x's dtype, or of fp32, by torch's version and device: so ask."""
+    x = torch.full((1,), 2.0**-10, dtype=dtype, device=device)
+    normed = float(torch.nn.functional.rms_norm(x, (1,)))
+    each = [torch.finfo(kind).eps for kind in (dtype, torch.float32)]
+    return min(each, key=lambda eps: abs(normed - (1 + eps * 2.0**20) ** -0.5))
 
 
 def weights_because(maths: Any, device: torch.device) -> str | None:

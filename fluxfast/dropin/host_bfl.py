@@ -19,6 +19,7 @@ from fluxfast.dropin.comfyui import (
     OPTIONS,
     attention_because,
     block_because,
+    default_eps,
     norm_because,
     options_because,
     weights_because,
@@ -171,6 +172,14 @@ class _Shared(HostBlock, BlockOptions):
         """A view of the block, which computes it."""
         raise NotImplementedError
 
+    def maths_of(self, x: Tensor) -> Any:
+        """The view for a call with that stream, whose dtype an RMS norm's eps may be of."""
+        maths = self.maths()
+        for norm in maths.rms_norms():
+            if norm.eps is None:
+                norm.eps = default_eps(x)
+        return maths
+
     def modules_because(self: Any) -> str | None:
         """Why its modules make the host's own forward run; None where they don't."""
         if getattr(self, "attn_mode", None) == "sageattn":
@@ -227,7 +236,7 @@ class _Double(_Shared):
             return theirs(self, *args, **kwargs)
         img, txt, vec = given["img"], given["txt"], given["vec"]
         mask = joint_mask(given.get(MASK), img.shape[1] + txt.shape[1])
-        txt, img = self.maths().forward(img, txt, vec, tables(given["pe"]), mask)
+        txt, img = self.maths_of(img).forward(img, txt, vec, tables(given["pe"]), mask)
         return img, txt
 
 
@@ -249,7 +258,7 @@ class _Single(_Shared):
             return theirs(self, *args, **kwargs)
         x = given["x"]
         mask = joint_mask(given.get(MASK), x.shape[1])
-        return self.maths().forward(x, None, given["vec"], tables(given["pe"]), mask)
+        return self.maths_of(x).forward(x, None, given["vec"], tables(given["pe"]), mask)
 
 
 class Double(_Double):

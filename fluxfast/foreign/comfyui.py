@@ -114,6 +114,8 @@ def comfy_linear(module: Any) -> LinearParams | str:
     kind: Any = type(module)
     if (because := _class_because(kind, _NAMES_OF_LINEARS)) is not None:
         return because
+    if "_v" in module.__dict__:
+        return "ComfyUI brings its weight for the length of a call"
     held, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
     if not _is_quantised(held) and type(held) not in (Tensor, nn.Parameter):
         return f"its weight is of the class {type(held).__name__}"

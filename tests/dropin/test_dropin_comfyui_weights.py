@@ -182,6 +182,9 @@ def test_functions_of_nodes(inputs):
     assert obstacle(linear) is None
     linear.weight_lowvram_function = lambda weight: weight
     assert "its weight_lowvram_function" in obstacle(linear)
+    # where its weight is in memory that ComfyUI shares out
+    linear._v = object()
+    assert "ComfyUI brings its weight" in obstacle(linear)
 
 
 @pytest.mark.filterwarnings("ignore:fluxfast")
