@@ -52,9 +52,10 @@ _EXACT = _names(
 
 
 def options_because(block: Any, options: Any) -> str | None:
-    """Why a block's own forward runs for a call with these options; None where ours may."""
-    if torch.compiler.is_compiling():
-        return "torch.compile traces ComfyUI's own blocks"
+    """Why a block's own forward runs for a call with these options; None where ours may.
+
+    `block_because` has known the code of its forward.
+    """
     if options is None:
         return None
     if not isinstance(options, Mapping):
@@ -85,6 +86,8 @@ def attention_because(block: Any) -> str | None:
 
 def block_because(block: Any) -> str | None:
     """Why a block's forward is not FLUX.1's, its modules aside; None where it is."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces ComfyUI's own blocks"
     if getattr(block, "flipped_img_txt", False):
         return "its image comes before its text"
     forward = block.host_class.forward

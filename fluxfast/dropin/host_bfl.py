@@ -205,7 +205,7 @@ class _Shared(HostBlock, BlockOptions):
             return "its samples have control images of different sizes"
         maths = self.maths()
         if OPTIONS in self.signature.defaults:
-            because = options_because(self, given.get(OPTIONS))
+            because = block_because(self) or options_because(self, given.get(OPTIONS))
             because = because or weights_because(maths, given[self.needs[0]].device)
             if because is not None:
                 return because

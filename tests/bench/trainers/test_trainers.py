@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from fluxfast_bench.main import main
 from fluxfast_bench.report import trainers_sections
-from fluxfast_bench.report.results import read_all
+from fluxfast_bench.report.results import Result, read_all
 from fluxfast_bench.shapes import SHAPES
 from fluxfast_bench.trainers import case, trainers, worker
 from fluxfast_bench.trainers.hosts import diffusers_peft
@@ -91,6 +92,18 @@ def test_a_case_that_only_draws():
     (line,) = trainers.violations([record | named | {"output_error": 2e-5}])
     assert line == "a, inference: output_error is 2e-05, at most 1e-05"
     assert trainers.table_of([record | named]).row_count == 1
+    # beside one that the checkout has not
+    absent = {"contestant": "a", "mode": "inference, fp8", "absent": "this checkout has no fp8"}
+    records = [{"case": "tiny"} | record | named, {"case": "tiny"} | absent]
+    stored = Result("a CPU", Path("trainers.json"), stored_run(records))
+    assert "| a | inference |  | 2 of 2 |" in trainers_sections.by_case([stored])
+    assert "| a | inference |  | 2 of 2 |" in trainers_sections.by_trainer([stored])
+
+
+def stored_run(records):
+    made = {"date": "2026-11-29", "commit": "abc", "command": "fluxfast-bench trainers"}
+    conditions = {"device": "a CPU", "versions": {"torch": "2.13"}, **made}
+    return {"kind": "trainers", "conditions": conditions, "records": records}
 
 
 def test_a_case_of_something_that_a_checkout_has_not(monkeypatch):
