@@ -160,7 +160,7 @@ def _read_peft(module: Any, share_dropout: bool) -> tuple[Adapter, ...] | str:
         dropout = parts["lora_dropout"]._modules[name]
         p = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
         if p > 0 and not share_dropout:
-            return f"adapter {name!r} has a dropout"
+            return f"adapter {name!r} has a dropout (share_dropout=True would fuse it)"
         magnitude = None if variant is None else magnitude_of(module, name)
         if magnitude is not None and p > 0:
             # PEFT multiplies the base by what dropout has left of x, too

@@ -6,6 +6,7 @@
 The trainer isn't edited. At the first forward of its transformer `fluxfast.accelerate` is called on
 it, and the report is printed to the standard error then and when the program ends. Python processes
 that the trainer starts do the same. FLUXFAST_STRICT=1: what can't run fused is an error.
+FLUXFAST_SHARE_DROPOUT=1: PEFT's adapters with a dropout run fused, with masks of fluxfast's own.
 """
 
 from __future__ import annotations

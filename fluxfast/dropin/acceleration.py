@@ -45,6 +45,7 @@ def accelerate(
     impl: str = "auto",
     seed: int = 42,
     strict: bool = False,
+    share_dropout: bool = False,
 ) -> Report:
     """Run the blocks of a FLUX.1 transformer, whoever built it, on fluxfast's kernels, in place.
 
@@ -61,7 +62,9 @@ def accelerate(
     tread: routes, as in SimpleTuner's `tread_config` (a list of them, or a mapping with "routes"),
     for diffusers' own model; drawn from `seed`. recompute: "none", "selective" or "full" for all
     blocks or a list of them, one a block, whatever the host checkpoints; None: as it does. impl:
-    the kernels: "auto", "triton", "native" or "ref".
+    the kernels: "auto", "triton", "native" or "ref". share_dropout: whether PEFT's adapters with a
+    dropout run fused in training, by masks of our own, one for all that read the same input; False
+    calls each of them, with the masks that PEFT draws.
 
     A call that fluxfast can't compute as one fused block (an argument that only the host knows, an
     attention processor of someone's own, a hook on a module, an adapter that is no plain LoRA, a
@@ -109,7 +112,7 @@ def accelerate(
     choices = choose(wishes, _facts(found, gpu))
     apply(found, choices)
     keep_transposed(_groups(found), choices.compute if choices.transposed_codes else None)
-    _tell_blocks(transformer, found, choices, impl, Notices(strict))
+    _tell_blocks(transformer, found, choices, impl, Notices(strict), share_dropout)
     report = inspect(transformer)
     if strict:
         _demand_fused(transformer, report)
@@ -117,14 +120,19 @@ def accelerate(
 
 
 def _tell_blocks(
-    transformer: nn.Module, blocks: list[Any], choices: Choices, impl: str, notices: Notices
+    transformer: nn.Module,
+    blocks: list[Any],
+    choices: Choices,
+    impl: str,
+    notices: Notices,
+    share_dropout: bool,
 ) -> None:
     """What blocks of another program's model do by themselves, and say of it."""
     names = {id(block): name for name, block in accelerated_blocks(transformer)}
     for block in blocks:
         block.compute_because, block.impl = choices.reasons["compute"], impl
         block.codes_because = choices.reasons["transposed_codes"]
-        block.share_dropout = False
+        block.share_dropout = share_dropout
         block.log = CallLog(names[id(block)], notices)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 SITE = Path(__file__).parent / "site"
 SWITCH, STRICT = "FLUXFAST_DROPIN", "FLUXFAST_STRICT"
+SHARE_DROPOUT = "FLUXFAST_SHARE_DROPOUT"
 # where torch keeps the hooks that each module's call runs
 _HOOKS = "torch.nn.modules.module"
 # the lists of blocks of diffusers' layouts and of Black Forest Labs'
@@ -112,8 +113,10 @@ class _Watcher:
                 # such as another model's, whose lists have the same names
                 self._others.add(type(transformer))
                 return
-            strict = os.environ.get(STRICT, "0") not in ("", "0")
-            report = accelerate(transformer, strict=strict)
+            strict, shared = (
+                os.environ.get(name, "0") not in ("", "0") for name in (STRICT, SHARE_DROPOUT)
+            )
+            report = accelerate(transformer, strict=strict, share_dropout=shared)
             if not self._reports:
                 atexit.register(self._tell)
             self._reports.append(report)
