@@ -81,6 +81,18 @@ def assert_read(linear, adapters, wanted=None):
         assert relative_error(ours, theirs) < EXACT
 
 
+@pytest.mark.parametrize("make", [OneTrainerLora, OneTrainerLokr])
+def test_adapters_made_in_inference_mode(make):
+    """Their alpha is a tensor whose changes nobody counts."""
+    with torch.inference_mode():
+        linear, _ = linear_with(make)
+        x = torch.randn(3, 28, dtype=torch.float64)
+        expected = linear(x)
+    with torch.no_grad():
+        assert obstacle(linear) is None
+        assert relative_error(project(x, linear), expected) < EXACT
+
+
 @pytest.mark.parametrize("make", ADAPTERS)
 def test_values_and_gradients_are_those_of_the_trainers_module(make):
     assert_read(*linear_with(make))

@@ -9,6 +9,7 @@ from fluxfast.memory.sizes import FluxSizes, Storage, Workload
 from fluxfast.model.apply import Choices, make_ready
 from fluxfast.model.stored_codes import codes_of, keep_transposed, transposed_copies
 from fluxfast.ops import dispatch
+from fluxfast.ops.linear import transposed_codes
 from fluxfast.quant.linear import QuantLinear
 from small_flux import small_flux
 from support import make_inputs
@@ -23,6 +24,14 @@ def groups_of(model):
 
 def copies_of(model, compute="int8"):
     return transposed_copies(groups_of(model), compute)
+
+
+def test_codes_of_which_nobody_counts_the_changes():
+    """Those made in inference mode may change unseen, and keep no copy."""
+    with torch.inference_mode():
+        codes = torch.ones(4, 8, dtype=torch.int8)
+    transposed_codes.remember(codes, codes.T.contiguous())
+    assert transposed_codes.copy_of(codes) is None
 
 
 @pytest.mark.parametrize("format", COMPUTE)
