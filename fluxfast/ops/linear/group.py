@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from fluxfast.ops import row_quant
-from fluxfast.ops.linear import one_lora, products_torch, products_triton, weights
+from fluxfast.ops.linear import products_torch, products_triton, weights
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.augmented import AugmentedProducts, Fill, Placed, RowsAt, fill, placed
 from fluxfast.ops.linear.beside import Beside, BesideGrads, BesideProducts, beside, operand_of
 from fluxfast.ops.linear.decomposed import Decompositions, Narrow, WithNorms
 from fluxfast.ops.linear.lokr import Lokr
 from fluxfast.ops.linear.lora_products import LoraProducts
+from fluxfast.ops.linear.one_lora import OneLora
 from fluxfast.ops.linear.outliers import outliers_apart
 from fluxfast.ops.linear.params import LinearParams, loras_of
 from fluxfast.ops.linear.products_torch import stack
@@ -46,7 +47,7 @@ from fluxfast.ops.row_quant import FORMATS, Quantized, RowOutput
 COMPUTE = ("same", *FORMATS)
 
 
-class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
+class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts, OneLora):
     """Linears with their adapters, ready for products with x [..., in] of `dtype`.
 
     It belongs where autograd records nothing: in an autograd.Function, or where no tensor of a call
@@ -103,7 +104,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
             self.counts = [0] * len(linears)
         super().__init__(shape, rank)
         # one linear, which torch's own function computes
-        self._is_one = (
+        self.is_one = (
             len(linears) == 1
             and compute == "same"
             and impl != "triton"
@@ -157,7 +158,7 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
 
         What an earlier forward returned for the same x need not be computed again.
         """
-        if self._is_one and out is None:
+        if self.is_one and out is None:
             return self._forward_one(x, kept)
         rows = flat_rows(x)
         values = operand_of(x)[0]
@@ -184,13 +185,9 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
     def _forward_one(self, x: RowOutput, kept: Narrow) -> tuple[Tensor, Narrow]:
         """`forward` of one linear, which takes torch fewer steps where it makes y itself."""
         assert x.y is not None
-        bias = self.linears[0].bias
-        if not self.adapters:
-            return products_torch.linear(x.y, self._one_weight(), bias), None
-        if (lora := self._one_lora(x.y)) is not None:
-            assert kept is None or isinstance(kept, Tensor)
-            return one_lora.forward(x.y, self._one_weight(), bias, lora, kept)
-        rows = flat_rows(x)
+        if (short := self.short_forward(x.y, kept)) is not None:
+            return short
+        rows, bias = flat_rows(x), self.linears[0].bias
         s = self.narrow(rows) if kept is None else self.recall(kept)
         (weight,) = self.weights(operand_of(rows)[0].shape[0]).weights
         y = products_torch.linear(x.y, weight, bias)
@@ -199,19 +196,6 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
             products_torch.add_up(y_rows, s, self.b, self.counts, self.outs)
         self.add_beside(rows, y_rows)
         return y, s
-
-    def _one_lora(self, rows: Tensor) -> Lora | None:
-        """The LoRA of one linear that has no other adapter, for x or dy [..., K or N]; or None."""
-        if not self._is_one or len(self.loras) != 1 or len(self.adapters) != 1 or self.drops:
-            return None
-        if self._merges_from < math.inf and self.merges(rows.numel() // rows.shape[-1]):
-            return None
-        return self.loras[0]
-
-    def _one_weight(self) -> Tensor:
-        """The weight of one linear, into which no adapter goes."""
-        weight = self.linears[0].weight
-        return weight if isinstance(weight, Tensor) else self.weights(0).weights[0]
 
     def _wide(
         self, x: RowOutput, s: Tensor | None, y: Tensor, ready: Ready, b: list[Tensor],
@@ -260,12 +244,9 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts):
         given. codes: where dy's producers quantised it with `fold()`, its codes, in parts that
         cover the columns in order; each part comes with its first column and its own row scales.
         """
-        lora = self._one_lora(dy) if out is None else None
-        if lora is not None and lora.grads is None and isinstance(kept, Tensor):
-            assert x.y is not None
-            weight = self._one_weight() if need_dx else None
-            dx, of_lora = one_lora.backward(dy, x.y, kept, weight, lora)
-            return dx, [of_lora]
+        short = self.short_backward(dy, x.y, kept, need_dx=need_dx) if out is None else None
+        if short is not None:
+            return short
         dy_rows, rows, s = dy.reshape(-1, dy.shape[-1]), flat_rows(x), self.recall(kept)
         room = self.room(dy_rows)
         ds, lora_grads = self.lora_backward(dy_rows, rows, s, room)

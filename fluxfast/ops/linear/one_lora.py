@@ -6,10 +6,15 @@ the common group takes this way past lists of linears, their columns and their d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from fluxfast.ops.linear.adapters import Lora
+from fluxfast.ops.linear.adapters import Adapter, Lora
+from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.products_torch import linear
+from fluxfast.ops.linear.weights import Ready
 
 
 def forward(
@@ -49,3 +54,59 @@ def backward(
         return None, grads
     dx = (dy_rows @ weight.to(dtype)).addmm_(ds, a)
     return dx.view(*dy.shape[:-1], dx.shape[-1]), grads
+
+
+class OneLora:
+    """The part of a group that takes this way.
+
+    is_one: whether the group is one linear, which torch's own function computes. Other attributes
+    are those of the group.
+    """
+
+    is_one: bool
+    linears: Sequence[LinearParams]
+    adapters: Sequence[Adapter]
+    loras: Sequence[Lora]
+    drops: bool
+
+    def merges(self, tokens: int) -> bool:
+        """Whether products read a copy of W that has the LoRA in it."""
+        raise NotImplementedError
+
+    def weights(self, tokens: int) -> Ready:
+        """The weights as products read them."""
+        raise NotImplementedError
+
+    def short_forward(self, x: Tensor, s: Any) -> tuple[Tensor, Tensor | None] | None:
+        """y [..., N] and s of one linear, as `forward` gives them; None where it can't."""
+        bias = self.linears[0].bias
+        if not self.adapters:
+            return linear(x, self._weight(), bias), None
+        lora = self._only_lora(x)
+        return None if lora is None else forward(x, self._weight(), bias, lora, s)
+
+    def short_backward(
+        self, dy: Tensor, x: Tensor | None, s: Any, *, need_dx: bool
+    ) -> tuple[Tensor | None, list[tuple[Tensor, ...]]] | None:
+        """dx, if it is needed, and the gradients of the LoRA, as `backward`; None where it can't.
+
+        It can't write to memory that is given.
+        """
+        if not self.is_one or x is None or not isinstance(s, Tensor):
+            return None
+        lora = self._only_lora(dy)
+        if lora is None or lora.grads is not None:
+            return None
+        dx, grads = backward(dy, x, s, self._weight() if need_dx else None, lora)
+        return dx, [grads]
+
+    def _only_lora(self, rows: Tensor) -> Lora | None:
+        """The LoRA, for x or dy [..., K or N], if it is the only adapter; else None."""
+        if len(self.loras) != 1 or len(self.adapters) != 1 or self.drops:
+            return None
+        return None if self.merges(rows.numel() // rows.shape[-1]) else self.loras[0]
+
+    def _weight(self) -> Tensor:
+        """The weight, into which no adapter goes."""
+        weight = self.linears[0].weight
+        return weight if isinstance(weight, Tensor) else self.weights(0).weights[0]
