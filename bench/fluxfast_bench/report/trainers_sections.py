@@ -126,7 +126,8 @@ def _grouped(modes: Sequence[str]) -> str:
     ways: dict[str, list[str]] = {}
     for mode in modes:
         adapter, _, way = mode.partition(", ")
-        ways.setdefault(adapter, []).extend([way] if way else [])
+        # a way may have several parts
+        ways.setdefault(adapter, []).extend([way.replace(", ", " and ")] if way else [])
     return ", ".join(
         f"{adapter} ({', '.join(found)})" if found else adapter for adapter, found in ways.items()
     )
