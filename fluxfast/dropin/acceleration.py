@@ -89,11 +89,7 @@ def accelerate(
             f"{type(transformer).__name__}"
         )
     gpu = _machine(found)
-    if compute not in ("auto", "same") and (missing := compute_obstacle(compute, gpu)) is not None:
-        raise ValueError(
-            f"accelerate: compute={in_words(compute)!r} can't be had: {missing}; use 'auto' or "
-            "'same'"
-        )
+    _check_machine(compute, gpu)
     if model is not None:
         set_router(model, router)
     for block, kind in new:
@@ -117,6 +113,15 @@ def accelerate(
     if strict:
         _demand_fused(transformer, report)
     return report
+
+
+def _check_machine(compute: str, gpu: Gpu | None) -> None:
+    """Raises ValueError where products of `compute`, which was asked for, can't be had here."""
+    if compute not in ("auto", "same") and (missing := compute_obstacle(compute, gpu)) is not None:
+        raise ValueError(
+            f"accelerate: compute={in_words(compute)!r} can't be had: {missing}; use 'auto' or "
+            "'same'"
+        )
 
 
 def _tell_blocks(

@@ -19,17 +19,12 @@ from typing import Any
 
 import torch
 
-from fluxfast.foreign.code_names import codes_in
+from fluxfast.foreign.code_names import codes_in, unknown_in, words
 from fluxfast.model.linear import base_of
-
-
-def _names(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
 
 OPTIONS = "transformer_options"
 # entries that no block reads
-_BOOKKEEPING = _names(
+_BOOKKEEPING = words(
     "activations_shape block block_index block_type callbacks cond_or_uncond img_slice "
     "original_shape patches_replace reference_image_num_tokens sample_sigmas sigmas "
     "total_blocks transformer_index uuids wrappers"
@@ -37,15 +32,15 @@ _BOOKKEEPING = _names(
 # patches that are called before, between or after blocks
 _BETWEEN = frozenset({"double_block", "post_input", "single_block"})
 # all that the code of both kinds of block may name, and that of the attention that they call
-_OF_BLOCK = _names(
+_OF_BLOCK = words(
     "apply_mod attention cat copy dtype flipped_img_txt float16 gate get hidden_size img_attn "
     "img_mlp img_mod img_norm1 img_norm2 linear1 linear2 mlp_act mlp_hidden_dim "
     "mlp_hidden_dim_first modulation nan_to_num norm num_heads permute pre_norm proj qkv scale "
     "shape shift split torch txt_attn txt_mlp txt_mod txt_norm1 txt_norm2 view yak_mlp"
 )
-_OF_ATTENTION = _names("apply_rope dtype optimized_attention reshape shape to type_as")
+_OF_ATTENTION = words("apply_rope dtype optimized_attention reshape shape to type_as")
 # those of its attentions that compute it exactly
-_EXACT = _names(
+_EXACT = words(
     "attention_basic attention_flash attention_pytorch attention_split attention_sub_quad "
     "attention_xformers"
 )
@@ -122,17 +117,9 @@ def _texts(functions: tuple[CodeType, ...]) -> frozenset[str]:
     return frozenset(c for c in constants if isinstance(c, str))
 
 
-def _unknown(function: Any, known: frozenset[str]) -> str | None:
-    """What a function's code names that is not known, for a message; None where all is."""
-    code = getattr(function, "__code__", None)
-    return _unknown_in(code, known) if code is not None else f"{function!r}"
-
-
 @functools.lru_cache(maxsize=64)
-def _unknown_in(code: CodeType, known: frozenset[str]) -> str | None:
-    named = {name for each in codes_in(code) for name in each.co_names}
-    # what it was made with in another function, which may be what it replaces
-    return ", ".join(sorted((named | {*code.co_freevars}) - known)) or None
+def _unknown(function: Any, known: frozenset[str]) -> str | None:
+    return unknown_in([function], known)
 
 
 def norm_because(norm: Any) -> str | None:

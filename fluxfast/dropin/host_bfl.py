@@ -203,13 +203,11 @@ class _Shared(HostBlock, BlockOptions):
             return "its vec is of each token"
         if len(set(given.get(CONTROL, ()))) > 1:
             return "its samples have control images of different sizes"
-        maths = self.maths()
-        if OPTIONS in self.signature.defaults:
-            because = block_because(self) or options_because(self, given.get(OPTIONS))
-            because = because or weights_because(maths, given[self.needs[0]].device)
-            if because is not None:
-                return because
-        return self.modules_because() or host_is_faster(given[self.needs[0]], maths)
+        maths, x = self.maths(), given[self.needs[0]]
+        because = self.modules_because()
+        if because is None and OPTIONS in self.signature.defaults:
+            because = options_because(self, given.get(OPTIONS)) or weights_because(maths, x.device)
+        return because or host_is_faster(x, maths)
 
 
 class _Double(_Shared):

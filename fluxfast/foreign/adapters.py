@@ -23,7 +23,7 @@ from torch import nn
 
 from fluxfast.adapters.kind import Wrapped
 from fluxfast.foreign import lora
-from fluxfast.foreign.code_names import names_in
+from fluxfast.foreign.code_names import unknown_in, words
 from fluxfast.foreign.linears import is_scaled_fp8
 from fluxfast.foreign.shared import ReadBase, Share, share_of
 from fluxfast.hooks import is_own_forward
@@ -53,8 +53,8 @@ class Reader(NamedTuple):
 _TORCH = "torch nn functional F dropout size len unsqueeze rand device dtype to cat zip range "
 
 
-def _names(words: str) -> frozenset[str]:
-    return frozenset((_TORCH + words).split())
+def _names(more: str) -> frozenset[str]:
+    return words(_TORCH + more)
 
 
 # what the forward names that ai-toolkit's modules share
@@ -344,6 +344,4 @@ def _has(owner: nn.Module, reader: Reader) -> bool:
 def _unknown_names(kind: type, reader: Reader) -> str | None:
     """What a class's forward names that its reader doesn't know, for a message, or None."""
     functions = [getattr(kind, name, None) for name in ("forward", *reader.methods)]
-    named = {name for each in functions if each is not None for name in names_in(each)}
-    unknown = sorted(named - reader.names)
-    return ", ".join(unknown) if unknown else None
+    return unknown_in(filter(None, functions), reader.names)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from types import CodeType
 from typing import Any
+
+from fluxfast.adapters.kind import listed
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as the names that may be used are written down."""
+    return frozenset(text.split())
+
+
+def unknown_in(functions: Iterable[Any], known: Set[str]) -> str | None:
+    """What functions name that is not known, for a message; None where all is."""
+    unknown = sorted(set[str]().union(*map(names_in, functions)) - known)
+    return listed(unknown) if unknown else None
 
 
 def names_in(function: Any) -> set[str]:
     """All attributes, methods and globals that a function names, or one nested in it.
 
-    What is no function of Python gives a text that is no name.
+    So are the variables of another function in which it was made: what is put around a function
+    often calls it as such. What is no function of Python gives a text that is no name.
     """
     function = without_context(function)
     code = getattr(function, "__code__", None)
     if code is None:
         return {f"{getattr(function, '__name__', function)} is no function of Python"}
-    return {name for each in codes_in(code) for name in each.co_names}
-
-
-def closed_over(function: Any) -> set[str]:
-    """The variables of an enclosing function that a function uses: what it was made with."""
-    code = getattr(function, "__code__", None)
-    return set() if code is None else set(code.co_freevars) - {"__class__"}
+    made_with = set(code.co_freevars) - {"__class__"}
+    return made_with | {name for each in codes_in(code) for name in each.co_names}
 
 
 def without_context(function: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxfast.foreign.code_names import closed_over, names_in
+from fluxfast.foreign.code_names import names_in, unknown_in, words
 from fluxfast.foreign.comfyui_patches import is_patch, loras_of
 from fluxfast.foreign.linears import ROW_FORMATS
 from fluxfast.foreign.weights import as_it_is, rows_of
@@ -28,28 +28,25 @@ from fluxfast.ops.linear.adapters import Lora
 from fluxfast.ops.linear.params import LinearParams
 from fluxfast.ops.linear.weights import FrozenWeight
 
-
-def _names(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
 _MARKS = ("comfy_cast_weights", "weight_function", "bias_function")
 _FORWARDS = ("forward", "forward_comfy_cast_weights", "_forward")
 # all that the code of these may name: plain and casting linears and norms, ...
-_NAMES = _names(
+_NAMES = words(
     "run_every_op comfy_cast_weights weight_function bias_function len forward super "
     "forward_comfy_cast_weights cast_bias_weight uncast_bias_weight weight bias "
     "normalized_shape eps torch nn functional linear layer_norm"
 )
 # ... linears in fp8 without and with a scale, and those whose weights may each have a format
-_NAMES_OF_LINEARS = _NAMES | _names(
+_NAMES_OF_LINEARS = _NAMES | words(
     "fp8_linear training logging info format Exception scale_weight numel to device dtype "
     "_forward _full_precision_mm layout_type QuantizedTensor from_float getattr isinstance "
     "ndim reshape shape fp8_matrix_mult"
 )
 _TRACED = "torch.compile traces ComfyUI's own module"
+# whether each class that was seen is one of them; torch.compile warns of caches of functools
+_known: dict[type, bool] = {}
 # the layouts of its quantised tensors that are codes and one scale
-_ONE_SCALE = _names("TensorCoreFP8Layout TensorCoreFP8E4M3Layout")
+_ONE_SCALE = words("TensorCoreFP8Layout TensorCoreFP8E4M3Layout")
 
 
 class MadeForCall(FrozenWeight):
@@ -98,17 +95,18 @@ def comfy_because(module: nn.Module, plain: type[nn.Module]) -> str | None:
 
 def is_comfy(module: nn.Module) -> bool:
     """Whether a module is of ComfyUI's classes, which take their input in any dtype."""
-    kind: Any = type(module)
-    return _is_comfy(kind)
-
-
-@functools.cache
-def _is_comfy(kind: Any) -> bool:
-    return all(hasattr(kind, name) for name in _MARKS)
+    kind = type(module)
+    if kind not in _known:
+        _known[kind] = all(hasattr(kind, name) for name in _MARKS)
+    return _known[kind]
 
 
 def comfy_linear(module: Any) -> LinearParams | str:
-    """A linear of ComfyUI's without the LoRAs of `comfy_loras`, or why only it can be called."""
+    """A linear of ComfyUI's, or why only it can be called.
+
+    Its adapters are the LoRAs that it adds to its weight at each call; there are none where
+    something else changes the weight, too, which the weight itself has then.
+    """
     if torch.compiler.is_compiling():
         return _TRACED
     kind: Any = type(module)
@@ -130,17 +128,9 @@ def comfy_linear(module: Any) -> LinearParams | str:
     scale = _scale(module)
     if scale is not None and "scale_weight" not in _named(kind):
         return "its scale_weight is not that of its class"
-    functions = module.weight_function if _loras(module) is None else ()
-    base = _with_bias(held, functions, scale, bias)
-    return base._replace(bias=_changed(base.bias, module.bias_function))
-
-
-def comfy_loras(module: Any) -> tuple[Lora, ...]:
-    """The LoRAs that a linear of ComfyUI's adds to its weight at each call.
-
-    None of them where something else changes the weight, too: then `comfy_linear` has all.
-    """
-    return (_loras(module) or ()) if is_comfy(module) else ()
+    loras = _loras(module)
+    base = _with_bias(held, module.weight_function if loras is None else (), scale, bias)
+    return LinearParams(base.weight, _changed(base.bias, module.bias_function), loras or ())
 
 
 def _loras(module: Any) -> tuple[Lora, ...] | None:
@@ -199,6 +189,8 @@ def _changed(bias: Tensor | None, functions: Sequence[Any]) -> Tensor | None:
 
 def _is_quantised(weight: Any) -> bool:
     """Whether it is a tensor of ComfyUI's that has codes and their scales in it."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
     return all(hasattr(weight, name) for name in ("_qdata", "_layout_cls", "_params"))
 
 
@@ -206,12 +198,10 @@ def _is_quantised(weight: Any) -> bool:
 def _class_because(kind: Any, known: frozenset[str]) -> str | None:
     """Why a module's class is not one that can be read; None where it is."""
     # a class's own method to cast with may do more than ComfyUI's function of that name
-    if not _is_comfy(kind) or hasattr(kind, "cast_bias_weight"):
+    if not all(hasattr(kind, name) for name in _MARKS) or hasattr(kind, "cast_bias_weight"):
         return f"{kind.__name__} is not known"
-    if unknown := _named(kind) - known:
-        names = ", ".join(sorted(unknown))
-        return f"its forward has names that fluxfast doesn't know: {names}"
-    return None
+    unknown = unknown_in(_forwards(kind), known)
+    return unknown and f"its forward has names that fluxfast doesn't know: {unknown}"
 
 
 def _functions(module: Any) -> Iterator[str]:
@@ -223,6 +213,9 @@ def _functions(module: Any) -> Iterator[str]:
 
 @functools.cache
 def _named(kind: Any) -> frozenset[str]:
-    """All that the code of a class's forwards names, or was made with."""
-    forwards = [getattr(kind, name) for name in _FORWARDS if hasattr(kind, name)]
-    return frozenset().union(*map(names_in, forwards), *map(closed_over, forwards))
+    """All that the code of a class's forwards names."""
+    return frozenset[str]().union(*map(names_in, _forwards(kind)))
+
+
+def _forwards(kind: Any) -> list[Any]:
+    return [getattr(kind, name) for name in _FORWARDS if hasattr(kind, name)]

@@ -16,21 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fluxfast.foreign.code_names import closed_over, names_in
+from fluxfast.foreign.code_names import names_in, words
 from fluxfast.ops.linear.adapters import Lora
 
-
-def _names(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
 # all that the code of the function may name, ...
-_OF_FUNCTION = _names(
+_OF_FUNCTION = words(
     "key patches comfy lora calculate_weight dtype convert_func set_func to torch float float32 "
     "float16 bfloat16 stochastic_rounding string_to_seed"
 )
 # ... and that of a LoRA, whose tensors are in the order of `_factors`
-_OF_LORA = _names(
+_OF_LORA = words(
     "weights name device dtype shape type flatten reshape transpose torch mm comfy "
     "model_management cast_to_device pad_tensor_to_shape weight_decompose logging error format "
     "Exception"
@@ -101,5 +96,4 @@ def _factors(what: Any) -> tuple[Tensor, Tensor, float] | None:
 @functools.cache
 def _knows(kind: Any, method: str, names: frozenset[str]) -> bool:
     """Whether all that the code of a class's method names is known."""
-    function = getattr(kind, method, None)
-    return names_in(function) | closed_over(function) <= names
+    return names_in(getattr(kind, method, None)) <= names

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fluxfast.adapters.kind import listed
-from fluxfast.foreign.code_names import names_in, without_context
+from fluxfast.foreign.code_names import unknown_in, without_context, words
 from fluxfast.foreign.weights import Decoded, Unpacked, four_bit, rows_of
 from fluxfast.hooks import own_parameter
 from fluxfast.ops.linear.adapters import Lora
@@ -149,10 +148,11 @@ def _ostris(module: Any) -> Found:
     return Decoded(shape, device, lambda: quantizer.dequantize_folded(module), stored)
 
 
-def _names(words: str) -> frozenset[str]:
-    return frozenset(
-        ("torch nn functional F linear to dtype shape reshape weight bias " + words).split()
-    )
+_TORCH = "torch nn functional F linear to dtype shape reshape weight bias "
+
+
+def _names(more: str) -> frozenset[str]:
+    return words(_TORCH + more)
 
 
 _SDNQ_FORWARDS = _names(
@@ -303,8 +303,7 @@ def _unknown_of_class(kind: type, host: HostLinear) -> str | None:
         if "forward_with_lora" in held:
             functions.append(held["forward_with_lora"])
             known = known | _SVD
-    unknown = sorted({name for f in functions for name in names_in(f)} - known)
-    return listed(unknown) if unknown else None
+    return unknown_in(functions, known)
 
 
 # what the code of a function names that is not known, for a message; None where all is
@@ -318,8 +317,7 @@ def _unknown_names(function: Any, known: frozenset[str]) -> str | None:
         return f"{function!r} is no function of Python"
     code = function.__code__
     if code not in _unknown:
-        unknown = sorted(names_in(function) - known)
-        _unknown[code] = listed(unknown) if unknown else None
+        _unknown[code] = unknown_in([function], known)
     return _unknown[code]
 
 
@@ -327,7 +325,7 @@ def _unknown_names(function: Any, known: frozenset[str]) -> str | None:
 
 _SCALED_FP8 = _names(
     "fp8_linear_forward_patch scale_weight ndim ValueError max abs flatten tensor float32 device "
-    "finfo min quantize_fp8 t _scaled_mm len contiguous view"
+    "finfo min quantize_fp8 t _scaled_mm len contiguous view use_scaled_mm max_value"
 )
 
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fluxfast.foreign.code_names import names_in
+from fluxfast.foreign.code_names import names_in, unknown_in, words
 from fluxfast.foreign.linears import summed
+from fluxfast.hooks import is_own_forward
 from fluxfast.ops.linear.adapters import Adapter, Lora
 from fluxfast.ops.linear.column_dora import ColumnDora
 from fluxfast.ops.linear.loha import Loha
@@ -35,8 +36,9 @@ ReadBase = Callable[[nn.Module], LinearParams | str]
 _FORWARDS = tuple(f"_leaf_forward_{place}" for place in range(4))
 _HAS = ("leaves", "slices", "synthetic", "module", "_leaf_output")
 # all that the code of a group and of the linear that stands for all may name
-_WORDS = "_leaf_output slices module delta_forward forward synthetic _leaf_forwards torch cat"
-_NAMES = frozenset(_WORDS.split())
+_NAMES = words(
+    "_leaf_output slices module delta_forward forward synthetic _leaf_forwards torch cat"
+)
 
 
 class Share(NamedTuple):
@@ -77,7 +79,7 @@ class Share(NamedTuple):
             return f"its group's forward has names that fluxfast doesn't know: {unknown}"
         if not adds and names_in(getattr(type(self.owner), "delta_forward", None)):
             return "what its adapter adds in a group is not what it adds by itself"
-        if not _is_own_forward(self.owner.orig_forward, group.synthetic):
+        if not is_own_forward(group.synthetic, self.owner.orig_forward):
             return "the adapter of its group is around another forward than its linears'"
         features = [leaf.out_features for leaf in group.leaves]
         heights = [rows.stop - rows.start for rows in self.rows]
@@ -150,17 +152,10 @@ def rows_of(adapter: Any, rows: slice) -> Adapter:
     return RowPart(cover, rows.start - first * high, (stop - first) * high)
 
 
-def _is_own_forward(forward: Any, module: Any) -> bool:
-    own = isinstance(forward, MethodType) and forward.__self__ is module
-    return own and forward.__func__ is type(module).forward
-
-
 @functools.cache
 def _unknown_names(group: Any, synthetic: Any) -> str | None:
     """What the code of a group's forwards names that fluxfast doesn't know, or None."""
     functions = [
         getattr(group, name) for name in (*_FORWARDS, "_leaf_output") if hasattr(group, name)
     ]
-    named = {name for each in (*functions, synthetic.forward) for name in names_in(each)}
-    unknown = sorted(named - _NAMES)
-    return ", ".join(unknown) if unknown else None
+    return unknown_in((*functions, synthetic.forward), _NAMES)

@@ -25,7 +25,7 @@ from fluxfast.foreign.adapters import (
     innermost_forward,
     owner_of_forward,
 )
-from fluxfast.foreign.comfyui import comfy_linear, comfy_loras, is_comfy
+from fluxfast.foreign.comfyui import comfy_linear, is_comfy
 from fluxfast.foreign.linears import host_linear, is_scaled_fp8, scaled_fp8, summed
 from fluxfast.foreign.weights import as_it_is, foreign_weight
 from fluxfast.hooks import REPLACED, hooked, own_parameter
@@ -96,11 +96,7 @@ def _frozen(module: nn.Module) -> LinearParams | str:
     params = _read_base(module)
     if isinstance(params, str):
         return params
-    if torch.is_grad_enabled() and (_trains(params.weight) or _trains(params.bias)):
-        return TRAINED
-    if _is_torchs(module) or not (loras := comfy_loras(module)):
-        return params
-    return params._replace(adapters=(*params.adapters, *loras))
+    return TRAINED if _trains(params.weight) or _trains(params.bias) else params
 
 
 def _trains(tensor: Any) -> bool:
@@ -154,13 +150,15 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def read_base(module: nn.Module) -> LinearParams:
     """The frozen weight and bias of a linear that `read_linear` can read, without its adapters."""
-    params = _read_base(base_of(module))
+    base = base_of(module)
+    params = _read_base(base)
     assert not isinstance(params, str), "a block's linears changed between forward and backward"
-    return params
+    # what ComfyUI's own class adds at each call is an adapter
+    return LinearParams(params.weight, params.bias) if is_comfy(base) else params
 
 
 def _read_base(module: nn.Module) -> LinearParams | str:
-    """A linear without adapters, or why its forward can't be read."""
+    """A linear without what is put around it, or why its forward can't be read."""
     if _is_torchs(module) and type(module._parameters.get("weight")) is nn.Parameter:
         return _read_plain(module)
     if is_comfy(module):

@@ -347,6 +347,7 @@ def unwrapped(model):
     return {name.removeprefix("_orig_mod."): p for name, p in lora_parameters(model).items()}
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected a call")
 @pytest.mark.parametrize("regional", [True, False])
 def test_compiled(inputs, regional):
     host, ours = pair(diffusers_host, num_layers=1, num_single_layers=1)

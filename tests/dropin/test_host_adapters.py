@@ -147,6 +147,19 @@ class NewForward(KohyaLora):
         return super().forward(x) + self.new_part(x)
 
 
+def doubled(forward):
+    def around(self, x):
+        return 2 * forward(self, x)
+
+    return around
+
+
+class AroundForward(KohyaLora):
+    """Somebody has put a function around its forward, whose own code names nothing."""
+
+    forward = doubled(KohyaLora.forward)
+
+
 class ScaledDora(ToolkitDora):
     def __init__(self, linear):
         super().__init__(linear)
@@ -163,6 +176,7 @@ SAMPLES = SampleMultipliers()
         (lambda linear: ToolkitLora(linear, network=SAMPLES), "its multiplier is of each sample"),
         (ScaledDora, "its DoRA has a scale"),
         (NewForward, "names that fluxfast doesn't know: forward, new_part, super"),
+        (AroundForward, "names that fluxfast doesn't know: forward"),
     ],
 )
 def test_what_cannot_be_read_is_called_and_says_why(make, because):

@@ -121,13 +121,13 @@ class LinearGroup(AugmentedProducts, LoraProducts, BesideProducts, OneLora):
         self.drawn = {}
         if len(self.adapters) > len(self.loras):
             self.besides = beside(self.linears)
-        if [1 for each in self.adapters if getattr(each, "magnitude", None) is not None]:
+        if any(getattr(adapter, "magnitude", None) is not None for adapter in self.adapters):
             self.decompositions = Decompositions(self.linears, self.dtype, self.impl)
             for i in self.decompositions:
                 self.decompositions.masks[i] = self.row_masks(i)
         if self._may_merge():
             self._merges_from = widest
-        return sum([lora.a.shape[0] for lora in self.loras])
+        return sum(lora.a.shape[0] for lora in self.loras)
 
     @property
     def form(self) -> str:

@@ -6,6 +6,7 @@ The adapters that several linears share take the package `parse`, which finds th
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,34 +105,6 @@ def oft(shape: Shape) -> Case:
     return _case(shape, "OFT_2")
 
 
-def shared_lora(shape: Shape) -> Case:
-    return _case(shape, shared=True)
-
-
-def shared_offloaded(shape: Shape) -> Case:
-    return _case(shape, shared=True, checkpointed=True, offloaded=0.5)
-
-
-def shared_dora(shape: Shape) -> Case:
-    return _case(shape, shared=True, lora_decompose=True)
-
-
-def shared_dora_by_rows(shape: Shape) -> Case:
-    return _case(shape, shared=True, lora_decompose=True, lora_decompose_output_axis=True)
-
-
-def shared_loha(shape: Shape) -> Case:
-    return _case(shape, "LOHA", shared=True)
-
-
-def shared_lokr(shape: Shape) -> Case:
-    return _case(shape, "LOKR", shared=True, lokr_decompose_factor=8)
-
-
-def shared_dora_nf4(shape: Shape) -> Case:
-    return _case(shape, shared=True, lora_decompose=True, quantised="NFLOAT_4")
-
-
 def float8(shape: Shape) -> Case:
     return _case(shape, quantised="FLOAT_8")
 
@@ -149,13 +122,19 @@ CASES = {
     "LoHa": loha,
     "LoKr": lokr,
     "OFT": oft,
-    "LoRA, shared qkv": shared_lora,
-    "LoRA, shared qkv, layers offloaded": shared_offloaded,
-    "DoRA, shared qkv": shared_dora,
-    "DoRA, shared qkv, output axis": shared_dora_by_rows,
-    "LoHa, shared qkv": shared_loha,
-    "LoKr, shared qkv": shared_lokr,
+    "LoRA, shared qkv": partial(_case, shared=True),
+    "LoRA, shared qkv, layers offloaded": partial(
+        _case, shared=True, checkpointed=True, offloaded=0.5
+    ),
+    "DoRA, shared qkv": partial(_case, shared=True, lora_decompose=True),
+    "DoRA, shared qkv, output axis": partial(
+        _case, shared=True, lora_decompose=True, lora_decompose_output_axis=True
+    ),
+    "LoHa, shared qkv": partial(_case, shared=True, kind="LOHA"),
+    "LoKr, shared qkv": partial(_case, shared=True, kind="LOKR", lokr_decompose_factor=8),
     "LoRA, float8 base": float8,
     "LoRA, nf4 base": nf4,
-    "DoRA, shared qkv, nf4 base": shared_dora_nf4,
+    "DoRA, shared qkv, nf4 base": partial(
+        _case, shared=True, lora_decompose=True, quantised="NFLOAT_4"
+    ),
 }
